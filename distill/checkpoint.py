@@ -1,0 +1,250 @@
+"""A student as a folder that describes itself: model.safetensors, student.json, and a README.md for people.
+
+No pickles. The folder is written aside, synced and renamed, so that a killed process leaves the old student or the new
+one and never half of one. A frozen encoder may be left out; then the folder names the file that it needs by its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import students
+from students import Student
+from students.encoder import file_sha256
+
+VERSION = 1
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
+
+
+def save(
+    student: Student,
+    folder: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    leave_out_frozen_encoder: bool = False,
+) -> Path:
+    """Write `student` to `folder`, replacing a student that is there; returns the folder.
+
+    card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
+    dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32.
+    leave_out_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
+
+    Raises ValueError where the encoder cannot be left out, FileExistsError where `folder` holds anything else than a
+    student, OSError where it cannot be written; what was there before is then still there.
+    """
+    folder = Path(folder)
+    _check_place(folder)
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype}")
+    encoder_file = _encoder_file(student, folder) if leave_out_frozen_encoder else None
+    tensors = {
+        key: value.detach().to("cpu", dtype if _may_shrink(value) else value.dtype).contiguous()
+        for key, value in student.state_dict().items()
+        if encoder_file is None or not key.startswith("encoder.")
+    }
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    description = {
+        "version": VERSION,
+        "spec": student.spec,
+        "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "dtype": str(dtype).removeprefix("torch.")},
+        "encoder_weights": encoder_file,
+        "images": _images(student),
+        "output": {"kind": "affine_disparity", "larger_is": "nearer"},
+        "card": dict(card or {}),
+    }
+    files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
+    if card:
+        files[CARD] = _readme(folder.name, card).encode()
+    _write(folder, files)
+    return folder
+
+
+def load(
+    folder: str | Path, *, device: torch.device | str = "cpu", encoder_weights: str | Path | None = None
+) -> Student:
+    """The student in `folder`, in float32 and evaluation mode: the outputs of the one that was saved.
+
+    encoder_weights: the encoder's own file, for a folder that leaves the encoder out.
+    Raises OSError for a missing folder or file, ValueError or LookupError for one that does not fit, naming the file.
+    """
+    folder = Path(folder)
+    description = describe(folder)
+    weights_path, needed = folder / WEIGHTS, description["encoder_weights"]
+    spec = dict(description["spec"])
+    options = dict(spec.get("encoder_options") or {})
+    if "weights" in options:
+        raise ValueError(f"{folder / DESCRIPTION}: a student's description may not name an encoder file to open")
+    if needed is not None:
+        options["weights"] = _needed_file(folder, needed, encoder_weights)
+    elif encoder_weights is not None:
+        raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
+    try:
+        student = students.build(**(spec | {"encoder_options": options}))
+    except LookupError as error:
+        raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / DESCRIPTION}: {error}") from error
+
+    state = _read_weights(weights_path, description["weights"]["sha256"])
+    own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
+    faults = {
+        "lacks": [key for key in own if key not in state],
+        "has unclaimed": [key for key in state if key not in own],
+        "has another shape for": [key for key in own if key in state and own[key].shape != state[key].shape],
+    }
+    for what, keys in faults.items():
+        if keys:
+            raise ValueError(f"{weights_path}: {what} {', '.join(keys[:3])} ({len(keys)} in all)")
+    student.load_state_dict(state, strict=False)
+    return student.to(device).eval()
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """What student.json says, weights untouched. OSError or ValueError naming the file."""
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        aside = _aside(folder, "old")
+        hint = f"; a save was interrupted, {aside} is the student before it: rename it back" if aside.is_dir() else ""
+        raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    version = found.get("version") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path}: not a student's description: it has no version")
+    if version > VERSION:
+        raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
+    known = {"spec": dict, "weights": dict, "card": dict}
+    wrong = [key for key, kind in known.items() if not isinstance(found.get(key), kind)]
+    if wrong or "encoder_weights" not in found or "sha256" not in found["weights"]:
+        raise ValueError(f"{path}: not a student's description: {', '.join(wrong) or 'a hash'} is missing")
+    return found
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card that `save` was given, or an empty one."""
+    return dict(describe(folder)["card"])
+
+
+def _may_shrink(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim >= 2
+
+
+def _images(student: Student) -> dict[str, Any]:
+    """How an image becomes the network's input; for readers that are not this package."""
+    encoder = student.encoder
+    return {
+        "order": "RGB in [0, 1], then (x - mean) / std",
+        "native_size": student.native_size,
+        "resize": "short side to native_size, aspect kept, bilinear, antialiased when shrinking; half-pixel centres",
+        "multiple": encoder.patch_size,
+        "padding": "zeros after normalisation up to the multiple, the smaller half left and top; cut off the output",
+    }
+
+
+def _encoder_file(student: Student, folder: Path) -> dict[str, str]:
+    encoder = student.encoder
+    if not encoder.frozen:
+        raise ValueError(f"{folder}: the encoder was trained, so it cannot be left out; save it too")
+    if encoder.weights_sha256 is None or encoder.weights_name is None:
+        raise ValueError(f"{folder}: the encoder did not come from a local weights file, so it cannot be left out")
+    return {"name": encoder.weights_name, "sha256": encoder.weights_sha256}
+
+
+def _needed_file(folder: Path, needed: Mapping[str, str], given: str | Path | None) -> Path:
+    want = f"{needed['name']} (sha256 {needed['sha256'][:12]}...)"
+    if given is None:
+        raise ValueError(f"{folder}: its frozen encoder was left out; give encoder_weights=, the file {want}")
+    path = Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {folder} needs the encoder weights {want}")
+    if (found := file_sha256(path)) != needed["sha256"]:
+        raise ValueError(f"{path}: sha256 {found[:12]}... is not the encoder that {folder} was trained on: {want}")
+    return path
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}... is not {sha256[:12]}..., which {DESCRIPTION} names; "
+            "the file is damaged or from another student"
+        )
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+
+
+def _readme(name: str, card: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {key} | {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)} |"
+        for key, value in card.items()
+    ]
+    return "\n".join([f"# {card.get('name', name)}", "", "| | |", "|---|---|", *rows, ""])
+
+
+def _aside(folder: Path, what: str) -> Path:
+    return folder.parent / f".{folder.name}.{what}"
+
+
+def _check_place(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file; a student needs a folder")
+    others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, DESCRIPTION, CARD))
+    if others:
+        raise FileExistsError(f"{folder}: holds {others[0]}; a student is only saved to a folder of its own")
+
+
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+    """`files` as `folder`, at once: written aside, synced, and exchanged with what is there by two renames."""
+    new, old = _aside(folder, "new"), _aside(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)  # an earlier save was killed between its two renames
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        for name, content in files.items():
+            with (new / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(new)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,335 @@
+"""Where a ray first meets the world: convex solids, one camera, closed-form depth.
+
+Every solid is an intersection of half-spaces and at most one unit quadric |M (p - c)|^2 <= 1 (ellipsoid, cylinder), so
+a ray meets it in one interval and depth needs only + - * / sqrt: bit-identical on any number of threads. Camera rays
+have unit length along the optical axis, so their parameter IS the perpendicular depth.
+
+World axes: x right, y up, z forward, metres. Shapes: V sample grid (any shape), K planes, P solids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NEAR, FAR = 0.05, 1000.0
+"""Metres. What is farther than FAR counts as sky."""
+
+_Vector = tuple[float, float, float]
+_Component = Tensor | float
+_EYE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solid:
+    """A convex solid.
+
+    planes: outward (nx, ny, nz, offset) with n.p <= offset inside. quadric: M (3,3) or None.
+    centre, axes: the frame of its texture; rows of `axes` are its own x, y, z. corners: (8,3) around it, or None if
+    unbounded. shell: seen from inside (a room). casts: throws a shadow.
+    """
+
+    planes: tuple[tuple[float, float, float, float], ...]
+    quadric: np.ndarray | None
+    centre: _Vector
+    axes: np.ndarray
+    corners: np.ndarray | None
+    material: int
+    shell: bool = False
+    casts: bool = True
+
+
+def turn(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0) -> np.ndarray:
+    """(3,3) whose rows are the x, y, z axes of a frame turned by angles in radians: yaw about y, then pitch, roll."""
+    cy, sy, cp, sp, cr, sr = (f(a) for a in (yaw, pitch, roll) for f in (math.cos, math.sin))
+    about_y = np.array([[cy, 0.0, -sy], [0.0, 1.0, 0.0], [sy, 0.0, cy]])
+    about_x = np.array([[1.0, 0.0, 0.0], [0.0, cp, -sp], [0.0, sp, cp]])
+    about_z = np.array([[cr, sr, 0.0], [-sr, cr, 0.0], [0.0, 0.0, 1.0]])
+    return about_z @ about_x @ about_y
+
+
+def _around(centre: Sequence[float], half: Sequence[float], axes: np.ndarray) -> np.ndarray:
+    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
+    return np.asarray(centre) + (signs * np.asarray(half)) @ axes
+
+
+def _world_planes(local: np.ndarray, centre: Sequence[float], axes: np.ndarray) -> tuple:
+    normals = local[:, :3] @ axes
+    length = np.linalg.norm(normals, axis=1)
+    offsets = (local[:, 3] + normals @ np.asarray(centre)) / length
+    return tuple(map(tuple, np.column_stack([normals / length[:, None], offsets]).tolist()))
+
+
+def block(
+    centre: Sequence[float],
+    half: Sequence[float],
+    material: int,
+    *,
+    axes: np.ndarray | None = None,
+    top: tuple[float, float] = (1.0, 1.0),
+    shell: bool = False,
+    casts: bool = True,
+) -> Solid:
+    """A box; `top` shrinks its upper face along its own x and z: (0, 1) is a gable roof, (0, 0) a pyramid."""
+    axes = np.array(_EYE) if axes is None else axes
+    hx, hy, hz = half
+    tilt_x, tilt_z = hx * (1 - top[0]) / 2, hz * (1 - top[1]) / 2
+    local = np.array(
+        [
+            [hy, tilt_x, 0, hy * (hx - tilt_x)],
+            [-hy, tilt_x, 0, hy * (hx - tilt_x)],
+            [0, tilt_z, hy, hy * (hz - tilt_z)],
+            [0, tilt_z, -hy, hy * (hz - tilt_z)],
+            [0, 1, 0, hy],
+            [0, -1, 0, hy],
+        ]
+    )
+    return Solid(
+        planes=_world_planes(local, centre, axes),
+        quadric=None,
+        centre=(float(centre[0]), float(centre[1]), float(centre[2])),
+        axes=axes,
+        corners=_around(centre, half, axes),
+        material=material,
+        shell=shell,
+        casts=casts and not shell,
+    )
+
+
+def ellipsoid(centre: Sequence[float], half: Sequence[float], material: int, *, axes: np.ndarray | None = None) -> Solid:
+    """An ellipsoid with half-axes `half`; a sphere where they are equal."""
+    axes = np.array(_EYE) if axes is None else axes
+    quadric = axes / np.asarray(half, dtype=np.float64)[:, None]
+    point = (float(centre[0]), float(centre[1]), float(centre[2]))
+    return Solid(
+        planes=(), quadric=quadric, centre=point, axes=axes, corners=_around(centre, half, axes), material=material
+    )
+
+
+def cylinder(
+    centre: Sequence[float], radius: float, half_height: float, material: int, *, axes: np.ndarray | None = None
+) -> Solid:
+    """A capped cylinder along its own y axis."""
+    axes = np.array(_EYE) if axes is None else axes
+    quadric = axes / radius
+    quadric[1] = 0.0
+    caps = np.array([[0, 1, 0, half_height], [0, -1, 0, half_height]], dtype=np.float64)
+    return Solid(
+        planes=_world_planes(caps, centre, axes),
+        quadric=quadric,
+        centre=(float(centre[0]), float(centre[1]), float(centre[2])),
+        axes=axes,
+        corners=_around(centre, (radius, half_height, radius), axes),
+        material=material,
+    )
+
+
+def ground(material: int, *, height: float = 0.0, axes: np.ndarray | None = None) -> Solid:
+    """Everything below `height`."""
+    return Solid(
+        planes=((0.0, 1.0, 0.0, height),),
+        quadric=None,
+        centre=(0.0, height, 0.0),
+        axes=np.array(_EYE) if axes is None else axes,
+        corners=None,
+        material=material,
+        casts=False,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Camera:
+    """A pinhole. `axes` rows are right, up, forward; `focal` is in units of image width."""
+
+    position: _Vector
+    axes: np.ndarray
+    focal: float
+
+    def rays(self, height: int, width: int, *, corners: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """World directions (x, y, z) with length 1 along the optical axis, each (2, H+1, W+1) float32.
+
+        [0] are pixel corners, [1] pixel centres with one spare row and column; `corners=False` gives [1] alone.
+        """
+        shift = torch.tensor([0.0, 0.5])[:, None] if corners else torch.tensor([[0.5]])
+        scale = 1.0 / (self.focal * width)
+        right = ((torch.arange(width + 1) + shift) - width / 2) * scale
+        up = (height / 2 - (torch.arange(height + 1) + shift)) * scale
+        r, u, f = self.axes.tolist()
+        x, y, z = (right[:, None, :] * r[i] + up[:, :, None] * u[i] + f[i] for i in range(3))
+        return x, y, z
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hits:
+    """What each ray meets first. depth: V, inf for sky. surface: V int64, a row of `table`; -1 for sky."""
+
+    depth: Tensor
+    surface: Tensor
+
+
+def span(
+    solid: Solid, origin: Sequence[_Component], ray: Sequence[_Component], *, faces: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Where origin + t ray enters and leaves the solid, and with `faces` by which surface it enters (shell: leaves).
+
+    Origins or rays may be plain numbers; the result broadcasts. enter > leave means a miss.
+    """
+    enter, leave = torch.tensor(-torch.inf), torch.tensor(torch.inf)
+    face = torch.tensor(0) if faces else None
+    for index, (nx, ny, nz, offset) in enumerate(solid.planes):
+        slope = torch.as_tensor(ray[0] * nx + ray[1] * ny + ray[2] * nz)
+        height = offset - (origin[0] * nx + origin[1] * ny + origin[2] * nz)
+        if isinstance(height, float) and height >= 0 and not solid.shell:
+            leave = torch.minimum(leave, torch.where(slope > 0, height / slope, torch.inf))
+            continue
+        at = height / slope
+        inward = slope < 0
+        enters, leaves = torch.where(inward, at, -torch.inf), torch.where(inward, torch.inf, at)
+        if face is not None:
+            face = torch.where(leaves < leave if solid.shell else enters > enter, index, face)
+        enter, leave = torch.maximum(enter, enters), torch.minimum(leave, leaves)
+    if solid.quadric is None:
+        return enter, leave, face
+    m = solid.quadric.tolist()
+    o = [sum(m[i][j] * (origin[j] - solid.centre[j]) for j in range(3)) for i in range(3) if any(m[i])]
+    d = [sum(m[i][j] * ray[j] for j in range(3)) for i in range(3) if any(m[i])]
+    squared = torch.as_tensor(sum(a * a for a in d)).clamp(min=1e-20)
+    # Nearest point to the axis first, then half a chord: b^2 - 4ac would lose its digits far from the camera.
+    nearest = -sum(a * b for a, b in zip(o, d, strict=True)) / squared
+    chord = 1.0 - sum((a + nearest * b).square() for a, b in zip(o, d, strict=True))
+    reach = torch.where(chord > 0, chord.clamp(min=0) / squared, -1.0)
+    reach = torch.where(reach >= 0, reach.clamp(min=0).sqrt(), -torch.inf)
+    if face is not None:
+        face = torch.where(nearest - reach > enter, len(solid.planes), face)
+    return torch.maximum(enter, nearest - reach), torch.minimum(leave, nearest + reach), face
+
+
+def _window(solid: Solid, camera: Camera, height: int, width: int) -> tuple[slice, slice] | None:
+    """The rows and columns of the sample grid that the solid can touch; None where it lies behind."""
+    everything = (slice(0, height + 1), slice(0, width + 1))
+    if solid.corners is None or solid.shell:
+        return everything
+    seen = (solid.corners - np.asarray(camera.position)) @ camera.axes.T
+    if seen[:, 2].max() < NEAR:
+        return None
+    if seen[:, 2].min() < NEAR:
+        return everything
+    columns = seen[:, 0] / seen[:, 2] * camera.focal * width + width / 2
+    rows = height / 2 - seen[:, 1] / seen[:, 2] * camera.focal * width
+    top, bottom = math.floor(rows.min()) - 1, math.ceil(rows.max()) + 1
+    left, right = math.floor(columns.min()) - 1, math.ceil(columns.max()) + 1
+    if bottom <= 0 or right <= 0 or top > height or left > width:
+        return None
+    return slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1)
+
+
+def cast(solids: Sequence[Solid], camera: Camera, rays: tuple[Tensor, Tensor, Tensor]) -> Hits:
+    """The first surface along each camera ray; rays as `Camera.rays` gives them."""
+    shape = rays[0].shape
+    depth = torch.full(shape, torch.inf)
+    surface = torch.full(shape, -1, dtype=torch.int64)
+    first = 0
+    for solid in solids:
+        window = _window(solid, camera, shape[1] - 1, shape[2] - 1)
+        if window is not None:
+            at = (slice(None), *window)
+            enter, leave, face = span(solid, camera.position, [r[at] for r in rays], faces=True)
+            assert face is not None
+            reached = leave if solid.shell else enter
+            near = (enter <= leave) & (reached > NEAR) & (reached < depth[at])
+            depth[at] = torch.where(near, reached, depth[at])
+            surface[at] = torch.where(near, face + first, surface[at])
+        first += len(solid.planes) + (solid.quadric is not None)
+    sky = depth > FAR
+    return Hits(depth=depth.masked_fill(sky, torch.inf), surface=surface.masked_fill(sky, -1))
+
+
+@dataclass(frozen=True, slots=True)
+class Surfaces:
+    """One row per surface of every solid, in the order `cast` counts them.
+
+    gradient: (S,3,3) and constant (S,3): the normal at p is along gradient @ (p - centre) + constant.
+    centre (S,3), axes (S,3,3), material (S,) int64.
+    """
+
+    gradient: Tensor
+    constant: Tensor
+    centre: Tensor
+    axes: Tensor
+    material: Tensor
+
+
+@dataclass(slots=True)
+class _Rows:
+    gradient: list[np.ndarray] = field(default_factory=list)
+    constant: list[Sequence[float]] = field(default_factory=list)
+    owner: list[Solid] = field(default_factory=list)
+
+
+def surfaces(solids: Sequence[Solid]) -> Surfaces:
+    """The table that `Hits.surface` points into."""
+    rows = _Rows()
+    for solid in solids:
+        sign = -1.0 if solid.shell else 1.0
+        for plane in solid.planes:
+            rows.gradient.append(np.zeros((3, 3)))
+            rows.constant.append([sign * value for value in plane[:3]])
+            rows.owner.append(solid)
+        if solid.quadric is not None:
+            rows.gradient.append(sign * solid.quadric.T @ solid.quadric)
+            rows.constant.append((0.0, 0.0, 0.0))
+            rows.owner.append(solid)
+    return Surfaces(
+        gradient=torch.tensor(np.array(rows.gradient), dtype=torch.float32),
+        constant=torch.tensor(np.array(rows.constant), dtype=torch.float32),
+        centre=torch.tensor([s.centre for s in rows.owner], dtype=torch.float32),
+        axes=torch.tensor(np.array([s.axes for s in rows.owner]), dtype=torch.float32),
+        material=torch.tensor([s.material for s in rows.owner]),
+    )
+
+
+def shadow(solids: Sequence[Solid], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:
+    """Whether each point (x, y, z each (N,)) is hidden from the light: (N,) bool.
+
+    light: the unit direction towards the sun, or a lamp's position. Points should sit a little off their surface.
+    """
+    hidden = torch.zeros_like(points[0], dtype=torch.bool)
+    for solid in solids:
+        if not solid.casts or solid.corners is None:
+            continue
+        middle = (solid.corners.min(0) + solid.corners.max(0)) / 2
+        radius = float(np.linalg.norm(solid.corners[0] - solid.corners[-1]) / 2)
+        if sun:
+            # Bounding cylinder towards the sun, by its square distance from the axis.
+            away = [points[i] - float(middle[i]) for i in range(3)]
+            along = away[0] * light[0] + away[1] * light[1] + away[2] * light[2]
+            distance = away[0] * away[0] + away[1] * away[1] + away[2] * away[2] - along * along
+            maybe = (distance < radius * radius) & (along < radius)
+        else:
+            to_solid = middle - np.asarray(light)
+            gap = float(np.linalg.norm(to_solid))
+            away = [points[i] - light[i] for i in range(3)]
+            if gap > radius:
+                cosine = math.sqrt(1 - (radius / gap) ** 2)
+                along = sum(a * float(t) for a, t in zip(away, to_solid / gap, strict=True))
+                length = away[0] * away[0] + away[1] * away[1] + away[2] * away[2]
+                maybe = (along > 0) & (along * along > cosine * cosine * length)
+            else:
+                maybe = torch.ones_like(hidden)
+        chosen = torch.nonzero(maybe & ~hidden)[:, 0]
+        if len(chosen) == 0:
+            continue
+        picked = [p[chosen] for p in points]
+        if sun:
+            enter, leave, _ = span(solid, picked, light)
+            hidden[chosen] = (enter <= leave) & (leave > 0) & (enter > -1e-3)
+        else:
+            ray = [p - o for p, o in zip(picked, light, strict=True)]
+            enter, leave, _ = span(solid, light, ray)
+            hidden[chosen] = (enter <= leave) & (enter < 1) & (leave > 0) & (enter > 0)
+    return hidden

@@ -1,0 +1,300 @@
+"""What surfaces look like: a bank of tileable grey patterns with mipmaps, coloured by four-colour ramps.
+
+Patterns are drawn once per process from a fixed seed, as two channels: a ramp position and a fine detail. A material picks a pattern, a
+scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps keep far texture from aliasing. Per-pixel
+code uses no sin, exp or pow: their last bits depend on how a loop is split over threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SIZE = 256
+LEVELS = 9
+_OFFSETS = [sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS)]
+_STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
+
+_Drawn = tuple[np.ndarray, np.ndarray]
+_GRID = (np.arange(SIZE) + 0.5) / SIZE
+_V, _U = np.meshgrid(_GRID, _GRID, indexing="ij")
+
+
+def _cloud(rng: np.random.Generator, slope: float, *, stretch: float = 1.0) -> np.ndarray:
+    """Noise with spectrum 1/f^slope, flattened to a uniform spread over [0,1]; tileable."""
+    fy = np.fft.fftfreq(SIZE)[:, None] * SIZE
+    fx = np.fft.fftfreq(SIZE)[None, :] * SIZE * stretch
+    radius = np.sqrt(fx * fx + fy * fy)
+    radius[0, 0] = np.inf
+    field = np.fft.ifft2(np.fft.fft2(rng.standard_normal((SIZE, SIZE))) / np.maximum(radius, 1.0) ** slope).real
+    ranks = np.empty(SIZE * SIZE)
+    ranks[np.argsort(field, axis=None, kind="stable")] = np.linspace(0, 1, SIZE * SIZE)
+    return 0.5 * ranks.reshape(SIZE, SIZE) + 0.5 * np.clip(0.5 + field / field.std() / 5, 0, 1)
+
+
+def _cells(rng: np.random.Generator, rows: int, columns: int, *, shift: float = 0.0) -> tuple[np.ndarray, ...]:
+    """Position inside each cell of a grid (two maps in [0,1]) and a random tone per cell; odd rows are shifted."""
+    row = np.floor(_V * rows).astype(int)
+    u = _U * columns + shift * (row % 2)
+    tone = rng.random((rows, columns))[row, np.floor(u).astype(int) % columns]
+    return u % 1.0, (_V * rows) % 1.0, tone
+
+
+def _inside(u: np.ndarray, v: np.ndarray, margin_u: float, margin_v: float) -> np.ndarray:
+    return ((u > margin_u) & (u < 1 - margin_u) & (v > margin_v) & (v < 1 - margin_v)).astype(float)
+
+
+def _plain(rng: np.random.Generator) -> _Drawn:
+    return 0.35 + 0.3 * _cloud(rng, 1.5), _cloud(rng, 0.5)
+
+
+def _noise(rng: np.random.Generator) -> _Drawn:
+    return _cloud(rng, rng.uniform(0.8, 2.2)), _cloud(rng, rng.uniform(0.2, 1.0))
+
+
+def _blotches(rng: np.random.Generator) -> _Drawn:
+    field = _cloud(rng, rng.uniform(1.3, 2.2))
+    return np.floor(field * 4) / 3.2, _cloud(rng, 0.8)
+
+
+def _grass(rng: np.random.Generator) -> _Drawn:
+    return 0.6 * _cloud(rng, 0.4, stretch=0.5) + 0.4 * _cloud(rng, 1.6), _cloud(rng, 0.1)
+
+
+def _gravel(rng: np.random.Generator) -> _Drawn:
+    count = int(rng.integers(150, 900))
+    points, tones = rng.random((count, 2)), rng.random(count)
+    best, second = np.full((SIZE, SIZE), 9.0), np.full((SIZE, SIZE), 9.0)
+    tone = np.zeros((SIZE, SIZE))
+    for (x, y), t in zip(points, tones, strict=True):
+        dx, dy = np.abs(_U - x), np.abs(_V - y)
+        distance = np.minimum(dx, 1 - dx) ** 2 + np.minimum(dy, 1 - dy) ** 2
+        closer = distance < best
+        second = np.where(closer, best, np.minimum(second, distance))
+        tone = np.where(closer, t, tone)
+        best = np.where(closer, distance, best)
+    edge = np.clip((np.sqrt(second) - np.sqrt(best)) * 60, 0, 1)
+    return edge * (0.35 + 0.65 * tone), 0.5 * _cloud(rng, 0.7) + 0.5 * edge
+
+
+def _checker(rng: np.random.Generator) -> _Drawn:
+    count = int(rng.choice([2, 4, 8, 16]))
+    board = (np.floor(_U * count) + np.floor(_V * count)) % 2
+    return 0.08 + 0.84 * board, 0.5 * _cloud(rng, 1.2) + 0.25
+
+
+def _bricks(rng: np.random.Generator) -> _Drawn:
+    rows = int(rng.choice([8, 12, 16]))
+    u, v, tone = _cells(rng, rows, rows // 2, shift=0.5)
+    brick = _inside(u, v, 0.03, 0.07)
+    return brick * (0.4 + 0.6 * tone), 0.6 * _cloud(rng, 0.8) + 0.4 * brick
+
+
+def _tiles(rng: np.random.Generator) -> _Drawn:
+    count = int(rng.choice([4, 6, 8]))
+    u, v, tone = _cells(rng, count, count)
+    joint = rng.uniform(0.015, 0.05)
+    tile = _inside(u, v, joint, joint)
+    return tile * (0.6 + 0.4 * tone * rng.random()), 0.4 * _cloud(rng, 1.4) + 0.3 + 0.2 * tile
+
+
+def _stripes(rng: np.random.Generator) -> _Drawn:
+    edges = np.sort(rng.random(int(rng.integers(6, 24))))
+    tones = rng.random(len(edges) + 1)
+    tones[-1] = tones[0]
+    return tones[np.searchsorted(edges, _U)], _cloud(rng, 0.8)
+
+
+def _plaid(rng: np.random.Generator) -> _Drawn:
+    first, second = _stripes(rng)[0], _stripes(rng)[0].T
+    return (first + second) / 2, _cloud(rng, 0.2)
+
+
+def _planks(rng: np.random.Generator) -> _Drawn:
+    count = int(rng.choice([3, 5, 8]))
+    u, v, tone = _cells(rng, int(rng.choice([1, 2, 3])), count)
+    grain = _cloud(rng, 1.1, stretch=0.12)
+    gap = _inside(u, v, 0.02, 0.004)
+    return gap * np.clip(0.25 + 0.4 * tone + 0.5 * (grain - 0.5), 0, 1), 0.7 * grain + 0.3 * gap
+
+
+def _wood(rng: np.random.Generator) -> _Drawn:
+    warp = _cloud(rng, 2.0, stretch=0.3)
+    rings = np.abs(((_U * 3 + warp * rng.uniform(2, 6)) % 1.0) * 2 - 1)
+    return 0.2 + 0.6 * rings, _cloud(rng, 0.9, stretch=0.1)
+
+
+def _marble(rng: np.random.Generator) -> _Drawn:
+    vein = np.abs(((_U + _V) % 1.0 * 2 + 3 * _cloud(rng, 1.8)) % 1.0 * 2 - 1)
+    return np.sqrt(vein), _cloud(rng, 1.0)
+
+
+def _dots(rng: np.random.Generator) -> _Drawn:
+    count = int(rng.choice([6, 10, 16]))
+    u, v, tone = _cells(rng, count, count, shift=0.5)
+    dot = ((u - 0.5) ** 2 + (v - 0.5) ** 2 < rng.uniform(0.04, 0.12)).astype(float)
+    return dot * (0.5 + 0.5 * tone), _cloud(rng, 0.8)
+
+
+def _facade(rng: np.random.Generator) -> _Drawn:
+    """Rows of windows: ramp 0 is glass, the middle frames, 1 the wall."""
+    rows, columns = int(rng.choice([3, 4, 6])), int(rng.choice([3, 4, 6, 8]))
+    u, v, tone = _cells(rng, rows, columns)
+    mu, mv = rng.uniform(0.1, 0.32), rng.uniform(0.12, 0.3)
+    frame, glass = _inside(u, v, mu, mv), _inside(u, v, mu + 0.035, mv + 0.035)
+    cross = 1 - ((np.abs(u - 0.5) < 0.02) | (np.abs(v - 0.42) < 0.015)).astype(float) * float(rng.random() < 0.6)
+    wall = 0.85 + 0.15 * _cloud(rng, 1.2)
+    ramp = np.where(frame > 0, np.where(glass * cross > 0, 0.18 * tone + 0.1 * (1 - v), 0.6), wall)
+    return ramp, 0.5 * _cloud(rng, 0.8) + 0.25
+
+
+def _collage(rng: np.random.Generator) -> _Drawn:
+    picture = 0.2 * rng.random() + _V * rng.random() * 0.6
+    for _ in range(int(rng.integers(4, 16))):
+        x, y, w, h = rng.random(2).tolist() + (rng.random(2) ** 2 * 0.35 + 0.03).tolist()
+        du, dv = np.abs(_U - x) / w, np.abs(_V - y) / h
+        shape = (du * du + dv * dv < 1) if rng.random() < 0.5 else (np.maximum(du, dv) < 1)
+        if rng.random() < 0.25:
+            shape = du + dv < 1
+        picture = np.where(shape, rng.random() + 0.15 * (_cloud(rng, 1.8) - 0.5), picture)
+    border = _inside(_U, _V, 0.04, 0.04) if rng.random() < 0.6 else 1.0
+    return np.clip(picture * border, 0, 1), _cloud(rng, 1.2)
+
+
+def _print(rng: np.random.Generator) -> _Drawn:
+    """Lines of something like text."""
+    rows, columns = int(rng.choice([16, 24, 32])), 64
+    u, v, tone = _cells(rng, rows, columns)
+    words = rng.random((rows, columns))[np.floor(_V * rows).astype(int), np.floor(_U * columns).astype(int)]
+    ink = (words > 0.25) & (v > 0.25) & (v < 0.72) & (u < 0.55 + 0.5 * tone) & (_inside(_U, _V, 0.08, 0.06) > 0)
+    return np.where(ink, 0.05, 0.95), _cloud(rng, 1.4)
+
+
+def _spines(rng: np.random.Generator) -> _Drawn:
+    """Books on a shelf, or bottles: upright bars of their own height and tone."""
+    widths = rng.uniform(0.4, 1.6, int(rng.integers(10, 28)))
+    edges = np.cumsum(widths) / widths.sum()
+    index = np.minimum(np.searchsorted(edges, _U), len(widths) - 1)
+    tall, tone = rng.uniform(0.0, 0.3, len(widths))[index], rng.random(len(widths))[index]
+    left = np.concatenate([[0.0], edges[:-1]])[index]
+    seam = (_U - left) < 0.006
+    label = (np.abs(_V - 0.45) < 0.12) & (rng.random(len(widths))[index] > 0.5)
+    ramp = np.where(label, 1 - tone, tone)
+    return np.where((_V < tall) | seam, 0.02, 0.1 + 0.9 * ramp), _cloud(rng, 1.0)
+
+
+_DRAW: dict[str, tuple[Callable[[np.random.Generator], _Drawn], int]] = {
+    "plain": (_plain, 3),
+    "noise": (_noise, 6),
+    "blotches": (_blotches, 3),
+    "grass": (_grass, 3),
+    "gravel": (_gravel, 3),
+    "checker": (_checker, 3),
+    "bricks": (_bricks, 4),
+    "tiles": (_tiles, 4),
+    "stripes": (_stripes, 4),
+    "plaid": (_plaid, 2),
+    "planks": (_planks, 4),
+    "wood": (_wood, 4),
+    "marble": (_marble, 2),
+    "dots": (_dots, 2),
+    "facade": (_facade, 8),
+    "collage": (_collage, 8),
+    "print": (_print, 2),
+    "spines": (_spines, 4),
+}
+_FIRST = {name: sum(count for _, count in list(_DRAW.values())[:i]) for i, name in enumerate(_DRAW)}
+
+
+def pattern(rng: np.random.Generator, *names: str) -> int:
+    """The number of a random pattern of one of these names."""
+    name = names[int(rng.integers(len(names)))]
+    return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
+
+
+@lru_cache(maxsize=1)
+def _bank() -> Tensor:
+    """(patterns * texels, 2) float32: every pattern's mipmaps, level after level, rows from the top."""
+    drawn = []
+    for name, (draw, count) in _DRAW.items():
+        for index in range(count):
+            rng = np.random.default_rng([20240229, _FIRST[name] + index])
+            level = np.stack(draw(rng), axis=-1)
+            level = np.round(np.clip(level, 0, 1) * 255) / 255
+            for _ in range(LEVELS):
+                drawn.append(level.reshape(-1, 2))
+                level = (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4 if len(
+                    level
+                ) > 1 else level
+    return torch.tensor(np.concatenate(drawn), dtype=torch.float32)
+
+
+def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Bilinear texels (N,2) of one mip level per point."""
+    bank = _bank()
+    size = torch.tensor([SIZE >> k for k in range(LEVELS)])[level]
+    start = base + torch.tensor(_OFFSETS)[level]
+    x, y = u * size - 0.5, v * size - 0.5
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = (x - x0)[:, None], (y - y0)[:, None]
+    mask = size - 1
+    left, top = x0.long() & mask, y0.long() & mask
+    right, bottom = (left + 1) & mask, (top + 1) & mask
+    upper = bank[start + top * size + left] * (1 - fx) + bank[start + top * size + right] * fx
+    lower = bank[start + bottom * size + left] * (1 - fx) + bank[start + bottom * size + right] * fx
+    return upper * (1 - fy) + lower * fy
+
+
+def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor) -> Tensor:
+    """Ramp position and detail, (N,2), at (u, v) in repeats; footprint: repeats that one pixel covers."""
+    mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
+    level = (exponent - 1) + (2 * mantissa - 1)
+    low = level.floor().long().clamp(0, LEVELS - 1)
+    high = (low + 1).clamp(max=LEVELS - 1)
+    mix = (level - low)[:, None]
+    base = patterns * _STRIDE
+    return _lookup(base, low, u, v) * (1 - mix) + _lookup(base, high, u, v) * mix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """A pattern with colours. repeat: metres per repeat (tall: times as many up). colours: (4,3) linear RGB.
+
+    detail, stains: strengths of fine and coarse brightness changes. gloss: highlight strength. glow: light of its own.
+    """
+
+    pattern: int
+    repeat: float
+    colours: np.ndarray
+    tall: float = 1.0
+    detail: float = 0.3
+    stains: float = 0.2
+    gloss: float = 0.0
+    glow: float = 0.0
+
+
+def table(materials: Sequence[Material]) -> tuple[Tensor, Tensor]:
+    """Patterns (M,) int64, and numbers (M,18): twelve colours, repeats per metre across and up, detail, stains, gloss, glow."""
+    rows = [
+        [*m.colours.reshape(-1).tolist(), 1 / m.repeat, 1 / (m.repeat * m.tall), m.detail, m.stains, m.gloss, m.glow] for m in materials
+    ]
+    return torch.tensor([m.pattern for m in materials]), torch.tensor(rows, dtype=torch.float32)
+
+
+def paint(patterns: Tensor, numbers: Tensor, u: Tensor, v: Tensor, footprint: Tensor) -> Tensor:
+    """Albedo (3,N) at surface points (u, v) in metres; `patterns`, `numbers`: rows of `table`, one per point."""
+    rate, rise = numbers[:, 12], numbers[:, 13]
+    u, v, footprint = u * rate + 0.5, v * rise + 0.5, footprint * torch.maximum(rate, rise)
+    texel = sample(patterns, u, v, footprint)
+    ramp, detail = texel[:, 0] * 3, texel[:, 1]
+    weights = [(1 - (ramp - k).abs()).clamp(min=0) for k in range(4)]
+    albedo = torch.stack([sum(w * numbers[:, 3 * k + c] for k, w in enumerate(weights)) for c in range(3)])
+    stain_pattern = torch.full_like(patterns, _FIRST["noise"])
+    coarse = sample(stain_pattern, u * 0.23 + 0.37, v * 0.23 + 0.11, footprint * 0.23)[:, 0]
+    light = (1 + numbers[:, 14] * (detail - 0.5)) * (1 + numbers[:, 15] * (coarse - 0.5))
+    return albedo * light

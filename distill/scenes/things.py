@@ -1,0 +1,303 @@
+"""Furniture, vehicles, plants, people and houses, each from a few convex solids at real-world size.
+
+Every function takes the stage, a place on the floor (x, height, z) and a yaw, and adds the thing's solids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from distill.scenes.cast import block, cylinder, ellipsoid, turn
+from distill.scenes.stage import Stage
+
+Place = tuple[float, float, float]
+
+
+def _at(place: Place, frame: np.ndarray, x: float, y: float, z: float) -> np.ndarray:
+    return np.asarray(place) + np.array([x, y, z]) @ frame
+
+
+def _wooden(stage: Stage) -> int:
+    base = np.array([0.42, 0.25, 0.12]) * stage.uniform(0.25, 1.6) if stage.chance(0.6) else None
+    return stage.material("wood", "planks", "plain", "noise", repeat=(0.4, 1.5), base=base)
+
+
+def _cloth(stage: Stage) -> int:
+    return stage.material("noise", "plain", "plaid", "stripes", "dots", "blotches", "checker", repeat=(0.2, 1.0))
+
+
+def small(stage: Stage, place: Place, scale: float) -> None:
+    """A small object about `scale` high: box, ball, cup, bottle, book pile, pyramid or egg."""
+    kind, (x, y, z) = int(stage.rng.integers(7)), place
+    frame = turn(stage.uniform(0, 7))
+    stuff = stage.material(
+        "plain", "noise", "collage", "print", "stripes", "dots", "checker", "blotches", "marble",
+        repeat=(0.5 * scale, 2.5 * scale), wild=stage.chance(0.35), gloss=stage.uniform(0, 0.7),
+    )
+    if kind == 0:
+        half = (stage.uniform(0.2, 0.6) * scale, stage.uniform(0.2, 0.6) * scale, stage.uniform(0.2, 0.6) * scale)
+        stage.part(frame, place, (0, half[1], 0), half, stuff)
+    elif kind == 1:
+        stage.add(ellipsoid((x, y + scale / 2, z), (scale / 2,) * 3, stuff, axes=turn(*stage.rng.uniform(0, 6, 3))))
+    elif kind == 2:
+        height = stage.uniform(0.3, 0.6) * scale
+        stage.add(cylinder((x, y + height, z), stage.uniform(0.2, 0.45) * scale, height, stuff))
+    elif kind == 3:
+        radius = stage.uniform(0.12, 0.22) * scale
+        stage.add(
+            cylinder((x, y + 0.35 * scale, z), radius, 0.35 * scale, stuff),
+            ellipsoid((x, y + 0.7 * scale, z), (radius, radius, radius), stuff),
+            cylinder((x, y + 0.85 * scale, z), radius * 0.35, 0.2 * scale, stuff),
+        )
+    elif kind == 4:
+        height = 0.0
+        for _ in range(int(stage.rng.integers(1, 6))):
+            thick = stage.uniform(0.05, 0.12) * scale
+            cover = stage.material("plain", "print", "noise", "stripes", repeat=(0.3 * scale, scale))
+            half = (stage.uniform(0.3, 0.5) * scale, thick, stage.uniform(0.4, 0.65) * scale)
+            stage.part(turn(stage.uniform(-0.4, 0.4)) @ frame, place, (0, height + thick, 0), half, cover)
+            height += 2 * thick
+    elif kind == 5:
+        stage.part(frame, place, (0, scale / 2, 0), (0.4 * scale, scale / 2, 0.4 * scale), stuff,
+                   top=(stage.uniform(0, 0.8), stage.uniform(0, 0.8)))
+    else:
+        half = (stage.uniform(0.2, 0.5) * scale, stage.uniform(0.3, 0.5) * scale, stage.uniform(0.2, 0.5) * scale)
+        stage.add(ellipsoid((x, y + half[1], z), half, stuff, axes=frame))
+
+
+def table(stage: Stage, place: Place, yaw: float) -> None:
+    """A table, set with small things."""
+    frame, wood = turn(yaw), _wooden(stage)
+    long, deep, high = stage.uniform(0.4, 1.0), stage.uniform(0.3, 0.5), stage.uniform(0.45, 0.8)
+    stage.part(frame, place, (0, high - 0.02, 0), (long, 0.02, deep), wood)
+    if stage.chance(0.25):
+        stage.add(cylinder(_at(place, frame, 0, high / 2, 0), 0.05, high / 2, wood),
+                  cylinder(_at(place, frame, 0, 0.02, 0), 0.25, 0.02, wood))
+    else:
+        for sx in (-1, 1):
+            for sz in (-1, 1):
+                stage.part(frame, place, (sx * (long - 0.05), high / 2, sz * (deep - 0.05)), (0.03, high / 2, 0.03), wood)
+    for _ in range(int(stage.rng.integers(0, 5))):
+        spot = _at(place, frame, stage.uniform(-0.8, 0.8) * long, high, stage.uniform(-0.7, 0.7) * deep)
+        small(stage, (spot[0], spot[1], spot[2]), stage.uniform(0.08, 0.3))
+
+
+def chair(stage: Stage, place: Place, yaw: float) -> None:
+    """A chair with a back, or a stool."""
+    frame, wood = turn(yaw), _wooden(stage)
+    seat = _cloth(stage) if stage.chance(0.5) else wood
+    wide, high = stage.uniform(0.19, 0.26), stage.uniform(0.42, 0.5)
+    stage.part(frame, place, (0, high, 0), (wide, 0.03, wide), seat)
+    for sx in (-1, 1):
+        for sz in (-1, 1):
+            stage.part(frame, place, (sx * (wide - 0.02), high / 2, sz * (wide - 0.02)), (0.018, high / 2, 0.018), wood)
+    if stage.chance(0.85):
+        stage.part(frame, place, (0, high + 0.3, -wide), (wide, stage.uniform(0.1, 0.25), 0.02), seat)
+        for sx in (-1, 1):
+            stage.part(frame, place, (sx * (wide - 0.02), high + 0.2, -wide), (0.018, 0.25, 0.018), wood)
+
+
+def sofa(stage: Stage, place: Place, yaw: float) -> None:
+    """A sofa or armchair with cushions."""
+    frame, cloth = turn(yaw), _cloth(stage)
+    wide = stage.uniform(0.4, 1.1)
+    stage.part(frame, place, (0, 0.22, 0), (wide, 0.2, 0.4), cloth)
+    stage.part(frame, place, (0, 0.55, -0.34), (wide, 0.32, 0.1), cloth, top=(1.0, 0.6))
+    for side in (-1, 1):
+        stage.part(frame, place, (side * wide, 0.33, 0), (0.09, 0.3, 0.4), cloth)
+    for _ in range(int(stage.rng.integers(0, 4))):
+        spot = _at(place, frame, stage.uniform(-0.8, 0.8) * wide, 0.55, -0.12)
+        stage.add(ellipsoid(spot, (0.2, 0.18, 0.08), _cloth(stage), axes=turn(yaw, -0.4)))
+
+
+def bed(stage: Stage, place: Place, yaw: float) -> None:
+    """A bed with pillows and a blanket."""
+    frame, wide = turn(yaw), stage.uniform(0.45, 0.95)
+    stage.part(frame, place, (0, 0.16, 0), (wide, 0.15, 1.0), _wooden(stage))
+    stage.part(frame, place, (0, 0.4, 0.05), (wide - 0.02, 0.12, 0.97), _cloth(stage), top=(0.96, 0.97))
+    stage.part(frame, place, (0, 0.42, 0.35), (wide + 0.01, 0.12, 0.66), _cloth(stage), top=(0.97, 0.98))
+    stage.part(frame, place, (0, 0.5, -1.02), (wide + 0.03, stage.uniform(0.4, 0.7), 0.03), _wooden(stage))
+    for side in (-0.5, 0.5):
+        stage.add(ellipsoid(_at(place, frame, side * wide, 0.57, -0.7), (0.36 * wide, 0.1, 0.22), _cloth(stage), axes=frame))
+
+
+def shelf(stage: Stage, place: Place, yaw: float) -> None:
+    """A bookcase: boards, and books or things on them."""
+    frame, wood = turn(yaw), _wooden(stage)
+    wide, high, deep = stage.uniform(0.3, 0.8), stage.uniform(0.8, 2.1), stage.uniform(0.13, 0.22)
+    boards = max(2, int(high / stage.uniform(0.28, 0.45)))
+    gap = high / boards
+    for side in (-1, 1):
+        stage.part(frame, place, (side * wide, high / 2, 0), (0.015, high / 2, deep), wood)
+    stage.part(frame, place, (0, high / 2, -deep), (wide, high / 2, 0.01), wood)
+    for row in range(boards + 1):
+        stage.part(frame, place, (0, row * gap + 0.01, 0), (wide, 0.012, deep), wood)
+    for row in range(boards):
+        if stage.chance(0.65):
+            books = stage.material("spines", repeat=(2 * wide, 2 * wide), wild=True, tall=gap / (2 * wide))
+            fill = stage.uniform(0.4, 1.0) * wide * 0.96
+            stage.part(frame, place, (stage.uniform(-1, 1) * (0.97 * wide - fill), row * gap + gap * 0.43, -0.02),
+                       (fill, gap * 0.4, deep * 0.7), books)
+        else:
+            spot = _at(place, frame, stage.uniform(-0.6, 0.6) * wide, row * gap + 0.02, 0)
+            small(stage, (spot[0], spot[1], spot[2]), gap * stage.uniform(0.4, 0.75))
+
+
+def cabinet(stage: Stage, place: Place, yaw: float) -> None:
+    """A cupboard, fridge or chest of drawers, with fronts and handles."""
+    frame, wood = turn(yaw), _wooden(stage)
+    wide, high, deep = stage.uniform(0.25, 0.7), stage.uniform(0.35, 1.05), stage.uniform(0.2, 0.35)
+    stage.part(frame, place, (0, high, 0), (wide, high, deep), wood)
+    rows, metal = int(stage.rng.integers(1, 5)), stage.material("plain", gloss=0.8)
+    for row in range(rows):
+        middle = (row + 0.5) * 2 * high / rows
+        stage.part(frame, place, (0, middle, deep), (wide * 0.95, 0.92 * high / rows, 0.012), wood)
+        stage.part(frame, place, (0, middle, deep + 0.03), (min(0.12, wide / 2), 0.01, 0.012), metal)
+    if stage.chance(0.5):
+        spot = _at(place, frame, stage.uniform(-0.5, 0.5) * wide, 2 * high, 0)
+        small(stage, (spot[0], spot[1], spot[2]), stage.uniform(0.15, 0.4))
+
+
+def plant(stage: Stage, place: Place, yaw: float) -> None:
+    """A pot with leaves."""
+    x, y, z = place
+    high = stage.uniform(0.15, 0.4)
+    stage.add(cylinder((x, y + high / 2, z), high * 0.5, high / 2, stage.material("plain", "stripes", "noise")))
+    leaf = stage.material("gravel", "grass", "noise", repeat=(0.15, 0.6),
+                          base=np.array([0.12, 0.3, 0.07]) * stage.uniform(0.4, 1.5), contrast=0.8)
+    for _ in range(int(stage.rng.integers(3, 9))):
+        a, r = stage.uniform(0, 7), stage.uniform(0.0, 0.9) * high
+        centre = (x + r * math.cos(a), y + high * stage.uniform(1.3, 2.8), z + r * math.sin(a))
+        half = (high * stage.uniform(0.1, 0.5), high * stage.uniform(0.1, 0.7), high * stage.uniform(0.1, 0.5))
+        stage.add(ellipsoid(centre, half, leaf, axes=turn(a, stage.uniform(-0.6, 0.6))))
+
+
+def crates(stage: Stage, place: Place, yaw: float) -> None:
+    """A stack of boxes."""
+    height = 0.0
+    for _ in range(int(stage.rng.integers(1, 4))):
+        half = (stage.uniform(0.12, 0.4), stage.uniform(0.1, 0.3), stage.uniform(0.12, 0.4))
+        stuff = stage.material("plain", "planks", "print", "noise", "collage", repeat=(0.3, 1.0))
+        stage.part(turn(yaw + stage.uniform(-0.4, 0.4)), place, (0, height + half[1], 0), half, stuff)
+        height += 2 * half[1]
+
+
+def clutter(stage: Stage, place: Place, yaw: float) -> None:
+    """One thing on the floor: ball, bin, bag."""
+    small(stage, place, stage.uniform(0.2, 0.6))
+
+
+def person(stage: Stage, place: Place, yaw: float) -> None:
+    """A standing person."""
+    x, y, z = place
+    frame, size = turn(yaw), stage.uniform(0.85, 1.08)
+    skin = stage.material("plain", base=np.array([0.6, 0.4, 0.3]) * stage.uniform(0.25, 1.3), contrast=0.1)
+    shirt, trousers = _cloth(stage), _cloth(stage)
+    for side in (-1, 1):
+        stride = stage.uniform(-0.25, 0.25)
+        leg = turn(yaw, stride)
+        stage.add(cylinder(_at(place, frame, side * 0.1, 0.42 * size, stride * 0.3), 0.085, 0.42 * size, trousers, axes=leg))
+        arm = turn(yaw, stage.uniform(-0.4, 0.4), side * 0.1)
+        stage.add(ellipsoid(_at(place, frame, side * 0.27 * size, 1.1 * size, 0), (0.06, 0.34 * size, 0.07), shirt, axes=arm))
+    stage.add(
+        ellipsoid((x, y + 1.13 * size, z), (0.22 * size, 0.36 * size, 0.14 * size), shirt, axes=frame),
+        ellipsoid((x, y + 1.6 * size, z), (0.09, 0.13, 0.11), skin, axes=frame),
+        ellipsoid(_at(place, frame, 0, 1.65 * size, -0.02), (0.1, 0.11, 0.11), stage.material("noise", contrast=0.2), axes=frame),
+    )
+
+
+def car(stage: Stage, place: Place, yaw: float) -> None:
+    """A parked car or van; its length is along its own z."""
+    frame = turn(yaw)
+    paint = stage.material("plain", base=stage.paint(vivid=0.5), contrast=0.05, gloss=0.9)
+    glass = stage.material("plain", base=np.array([0.03, 0.04, 0.05]), contrast=0.3, gloss=1.0)
+    dark = stage.material("plain", base=np.array([0.02, 0.02, 0.02]), contrast=0.3)
+    van = stage.chance(0.25)
+    wide, long, high = stage.uniform(0.82, 0.95), stage.uniform(1.9, 2.5), stage.uniform(0.62, 0.75)
+    stage.part(frame, place, (0, 0.2 + high / 2, 0), (wide, high / 2, long), paint, top=(0.95, 0.97))
+    cabin, roof = (long * 0.9, 0.5) if van else (long * stage.uniform(0.5, 0.62), stage.uniform(0.24, 0.34))
+    back = 0.0 if van else stage.uniform(-0.35, 0.0)
+    stage.part(frame, place, (0, 0.2 + high + roof, back), (wide * 0.93, roof, cabin), glass, top=(0.82, 0.7))
+    stage.part(frame, place, (0, 0.2 + high + 2 * roof, back), (wide * 0.78, 0.02, cabin * 0.7), paint)
+    light = stage.material("plain", base=np.array([0.9, 0.85, 0.7]), gloss=1.0)
+    tail = stage.material("plain", base=np.array([0.6, 0.03, 0.02]), gloss=1.0)
+    for sx in (-1, 1):
+        for sz in (-1, 1):
+            axle = _at(place, frame, sx * (wide - 0.08), 0.32, sz * long * 0.62)
+            stage.add(cylinder(axle, 0.32, 0.12, dark, axes=turn(yaw, 0, math.pi / 2)))
+            lamp = light if sz > 0 else tail
+            stage.part(frame, place, (sx * wide * 0.7, 0.2 + high * 0.65, sz * long * 0.985), (0.15, 0.07, 0.03), lamp)
+
+
+def tree(stage: Stage, place: Place, yaw: float) -> None:
+    """A broadleaf tree, a conifer or a bush."""
+    x, y, z = place
+    tint = np.array([0.1, 0.22, 0.05]) if stage.chance(0.75) else np.array([0.4, 0.22, 0.06])
+    leaf = stage.material("gravel", "grass", "noise", repeat=(0.7, 2.5), base=tint * stage.uniform(0.4, 1.6), contrast=0.9)
+    bark = stage.material("noise", "planks", base=np.array([0.2, 0.14, 0.1]) * stage.uniform(0.4, 1.5), repeat=(0.3, 1.0))
+    high = stage.uniform(2.5, 11)
+    kind = stage.rng.random()
+    if kind < 0.25:
+        stage.add(cylinder((x, y + high * 0.1, z), 0.03 * high, high * 0.1, bark))
+        for k in range(3):
+            half = (high * (0.24 - 0.055 * k), high * 0.22, high * (0.24 - 0.055 * k))
+            for spin in (0.0, math.pi / 4):
+                stage.add(block((x, y + high * (0.36 + 0.2 * k), z), half, leaf, axes=turn(yaw + spin), top=(0, 0)))
+        return
+    bush = kind < 0.4
+    if bush:
+        high = stage.uniform(0.6, 1.8)
+    else:
+        stage.add(cylinder((x, y + high * 0.25, z), stage.uniform(0.02, 0.035) * high, high * 0.25, bark))
+    for _ in range(int(stage.rng.integers(3, 9))):
+        a, r = stage.uniform(0, 7), stage.uniform(0, 0.22) * high
+        low, top = (0.2, 0.7) if bush else (0.5, 0.85)
+        centre = (x + r * math.cos(a), y + high * stage.uniform(low, top), z + r * math.sin(a))
+        half = [high * stage.uniform(0.1, 0.24) * (1.5 if bush else 1.0) for _ in range(3)]
+        stage.add(ellipsoid(centre, half, leaf, axes=turn(a, stage.uniform(-0.5, 0.5))))
+
+
+def post(stage: Stage, place: Place, yaw: float) -> None:
+    """A street lamp, traffic light or road sign."""
+    x, y, z = place
+    metal, high = stage.material("plain", contrast=0.1), stage.uniform(2.2, 6.5)
+    stage.add(cylinder((x, y + high / 2, z), stage.uniform(0.035, 0.09), high / 2, metal))
+    frame = turn(yaw)
+    if high > 4:
+        stage.part(frame, place, (0.5, high, 0), (0.7, 0.05, 0.08), metal)
+    elif stage.chance(0.5):
+        sign = stage.material("collage", "plain", repeat=(0.6, 0.8), wild=True)
+        stage.part(frame, place, (0, high - 0.3, 0.06), (0.3, 0.3, 0.01), sign)
+    else:
+        stage.part(frame, place, (0, high - 0.4, 0), (0.14, 0.4, 0.14), stage.material("dots", repeat=(0.3, 0.5)))
+
+
+def house(stage: Stage, place: Place, yaw: float, half: tuple[float, float, float]) -> None:
+    """A building of these half sizes, with windows, a roof and sometimes a shop front or a door."""
+    frame, floor = turn(yaw), stage.uniform(2.8, 3.6)
+    pattern = "facade" if stage.chance(0.8) else str(stage.rng.choice(["bricks", "planks", "plain", "stripes"]))
+    wall = stage.material(pattern, repeat=(floor * 3, floor * 5), contrast=0.6)
+    stage.part(frame, place, (0, half[1], 0), half, wall)
+    roof = stage.material("tiles", "bricks", "noise", "planks", repeat=(1.5, 4.0), base=stage.paint() * np.array([1, 0.8, 0.7]))
+    if half[1] < 5 and stage.chance(0.7):
+        high = stage.uniform(0.8, 2.2)
+        stage.part(frame, place, (0, 2 * half[1] + high, 0), (half[0] + 0.3, high, half[2] + 0.3), roof,
+                   top=(0, 1) if stage.chance(0.6) else (0.2, 0.2))
+    elif stage.chance(0.6):
+        stage.part(frame, place, (0, 2 * half[1] + 0.2, 0), (half[0] + 0.15, 0.25, half[2] + 0.15), roof)
+    if stage.chance(0.6):
+        base = stage.material("facade", "tiles", "bricks", "collage", repeat=(3.0, 6.0), wild=stage.chance(0.3))
+        stage.part(frame, place, (0, floor / 2, 0), (half[0] + 0.05, floor / 2, half[2] + 0.05), base)
+    if stage.chance(0.4):
+        awning = stage.material("stripes", "plain", repeat=(1.0, 2.5), wild=True)
+        stage.part(frame, place, (0, floor, half[2] + 0.5), (half[0] * 0.6, 0.12, 0.5), awning, top=(1, 0.3))
+        stage.part(frame, place, (0, floor, -half[2] - 0.5), (half[0] * 0.6, 0.12, 0.5), awning, top=(1, 0.3))
+
+
+INDOOR: dict[Callable[[Stage, Place, float], None], float] = {
+    table: 0.9, chair: 0.4, sofa: 0.9, bed: 1.2, shelf: 0.6, cabinet: 0.6, plant: 0.4, crates: 0.5, clutter: 0.3, person: 0.4,
+}
+"""Things for a room, with the radius of floor that each needs."""

@@ -1,0 +1,190 @@
+"""What a training run is told: its settings, and the learning rates that follow from them.
+
+Every count here is in optimizer steps, however many processes or accumulated micro-batches make one up: the rate of
+step t is a pure function of t, and is written into the optimizer rather than stepped by a scheduler object (accelerate
+steps a prepared scheduler once per process, so that N processes decay N times too fast).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.depth import Kind
+
+SCHEDULES = ("cosine", "linear", "poly", "constant")
+PRECISIONS = ("fp32", "bf16")
+STRATEGIES = ("select", "average")
+BATCHNORMS = ("batch", "sync", "frozen")
+# How a run may be told differently when it goes on, because its mathematics stays the same.
+CHANGEABLE = frozenset(
+    "accumulate workers eval_batch_size save_every keep_last log_every trackers compile channels_last "
+    "gradient_checkpointing fused cpu".split()
+)
+POLY_POWER = 0.9  # Depth Anything V2's training of the metric models
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Everything `distill.train.train` is told apart from its data.
+
+    steps: optimizer steps. batch_size: images per optimizer step over all processes and micro-batches; it must divide by
+    processes x accumulate. lr: of the decoder; encoder_lr: of the encoder, None = the same (Distill-Any-Depth: 5e-5 for
+    the decoder; the encoder's 10 times smaller by Depth Anything V2's practice). warmup_steps: linear, from lr/warmup.
+    weight_decay: on matrices and kernels, not on vectors (norms, biases). clip_norm: 0 = off.
+    holdout: the fraction of *images* (not samples) kept for choosing the checkpoint, by a hash of the image key alone, so
+    that every run of every seed keeps the same ones. eval_every, save_every: 0 = at the end only. patience: stop after
+    that many evaluations without improvement; 0 = never.
+    teachers: how often each teacher's labels are learnt from, e.g. {"primary": 0.7, "assistant": 0.3}; empty = the only
+    one there is. strategy: "select" draws one per step from (seed, step); "average" learns from the weighted mean of the
+    teachers' normalized maps (paper, Table 4).
+    kind: what the student predicts; labels are converted to it where that is lawful.
+    batchnorm: "batch" takes each process's micro-batch (so results depend on processes and accumulation), "sync" the
+    micro-batches of all processes (CUDA only), "frozen" the stored statistics (results depend on neither).
+    ema: decay of the averaged weights that are evaluated and kept; 0 = off. It warms up as (1 + t) / (10 + t).
+    hflip: probability. jitter: strength of colour jitter on the student's image, 0 = off. crop: the smallest area fraction
+    of a random resized crop of the region, 1 = off. alarm_growth: warn when the output's deviation has grown so many times.
+    """
+
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    lr: float = 5e-5
+    encoder_lr: float | None = None
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_steps: int = 0
+    schedule: str = "cosine"
+    clip_norm: float = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+    workers: int = 2
+    holdout: float = 0.05
+    eval_every: int = 500
+    eval_batch_size: int = 8
+    patience: int = 0
+    save_every: int = 500
+    keep_last: int = 2
+    log_every: int = 1
+    trackers: tuple[str, ...] = ("tensorboard",)
+    teachers: Mapping[str, float] = field(default_factory=dict)
+    strategy: str = "select"
+    kind: str = Kind.AFFINE_DISPARITY.value
+    freeze_encoder: bool = False
+    batchnorm: str = "batch"
+    ema: float = 0.0
+    hflip: float = 0.0
+    jitter: float = 0.0
+    crop: float = 1.0
+    alarm_growth: float = 10.0
+    compile: bool = False
+    channels_last: bool = False
+    gradient_checkpointing: bool = False
+    fused: bool = False
+    cpu: bool = False
+
+    def __post_init__(self) -> None:
+        if faults := _faults(self):
+            raise ValueError("; ".join(faults))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON would give them back: lists for tuples."""
+        plain = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def _faults(s: TrainSettings) -> list[str]:
+    """Every fault of the settings at once, one clause each."""
+    at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
+    at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "jitter": 0}
+    faults = [f"{k} must be at least {low}, not {getattr(s, k)}" for k, low in at_least.items() if getattr(s, k) < low]
+    choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "strategy": STRATEGIES, "batchnorm": BATCHNORMS}
+    choices["kind"] = tuple(kind.value for kind in Kind)
+    faults += [
+        f"{k} must be one of {', '.join(allowed)}, not {getattr(s, k)!r}"
+        for k, allowed in choices.items()
+        if getattr(s, k) not in allowed
+    ]
+    if s.lr <= 0 or (s.encoder_lr is not None and s.encoder_lr <= 0):
+        faults.append(f"lr and encoder_lr must be above 0, not {s.lr} and {s.encoder_lr}; use freeze_encoder = true")
+    if s.warmup_steps >= s.steps:
+        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    if s.batch_size % s.accumulate:
+        faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
+    for name, value in (("holdout", s.holdout), ("hflip", s.hflip), ("ema", s.ema)):
+        if not 0.0 <= value <= 1.0 or (value == 1.0 and name != "hflip"):
+            faults.append(f"{name} must be a fraction, not {value}")
+    if not 0.0 < s.crop <= 1.0:
+        faults.append(f"crop must lie in (0, 1], not {s.crop}")
+    if s.alarm_growth <= 1.0:
+        faults.append(f"alarm_growth must be above 1, not {s.alarm_growth}")
+    if not all(0.0 <= b < 1.0 for b in s.betas):
+        faults.append(f"betas must lie in [0, 1), not {s.betas}")
+    bad = [f"{name} = {share}" for name, share in s.teachers.items() if share < 0]
+    if bad or (s.teachers and not sum(s.teachers.values()) > 0):
+        faults.append(f"teachers must have shares of at least 0 that do not sum to 0, not {dict(s.teachers)}")
+    return faults
+
+
+def factor(step: int, settings: TrainSettings) -> float:
+    """The learning rate of 0-based optimizer step `step` as a fraction of its peak: warm-up, then decay towards 0."""
+    if step < settings.warmup_steps:
+        return (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    if settings.schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if settings.schedule == "linear":
+        return 1.0 - progress
+    if settings.schedule == "poly":
+        return (1.0 - progress) ** POLY_POWER
+    return 1.0
+
+
+def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
+    """Encoder and decoder, with and without weight decay; each group has its peak rate as `lr` and a `name`.
+
+    Raises ValueError where a trainable parameter is in neither `student.encoder` nor `student.decoder`, or there is none.
+    """
+    owners = {"encoder": getattr(student, "encoder", None), "decoder": getattr(student, "decoder", None)}
+    rates = {"encoder": settings.encoder_lr or settings.lr, "decoder": settings.lr}
+    claimed: set[int] = set()
+    groups = []
+    for owner, module in owners.items():
+        mine = [p for p in (module.parameters() if module is not None else ()) if p.requires_grad]
+        mine = [p for p in mine if id(p) not in claimed]
+        claimed.update(id(p) for p in mine)
+        for decay, params in ((True, [p for p in mine if p.ndim > 1]), (False, [p for p in mine if p.ndim <= 1])):
+            if params:
+                name = owner if decay else f"{owner}_no_decay"
+                weight_decay = settings.weight_decay if decay else 0.0
+                groups.append({"params": params, "lr": rates[owner], "weight_decay": weight_decay, "name": name})
+    left_out = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in claimed]
+    if left_out:
+        raise ValueError(
+            f"the optimizer would leave out {', '.join(left_out[:5])} ({len(left_out)} in all): they belong to neither "
+            f"student.encoder nor student.decoder; move them there or set requires_grad = False"
+        )
+    if not groups:
+        raise ValueError("the student has no trainable parameter: nothing to train")
+    return groups
+
+
+def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter of the student, at peak rates until `set_rates`."""
+    groups = parameter_groups(student, settings)
+    return torch.optim.AdamW(groups, betas=settings.betas, fused=True if settings.fused else None)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings) -> dict[str, float]:
+    """Writes the rates of optimizer step `step` into the optimizer; returns them by owner, for the log."""
+    scale = factor(step, settings)
+    rates = {"encoder": (settings.encoder_lr or settings.lr) * scale, "decoder": settings.lr * scale}
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"].removesuffix("_no_decay")]
+    return rates

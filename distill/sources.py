@@ -1,0 +1,352 @@
+"""Where images come from: tars, folders, depth pairs, rendered scenes and the photographs that ship in wheels.
+
+A source is a list of input shards. A shard is scanned (names only) into entries and rejected names, and each entry
+decodes one photo when asked, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
+disk: a tar's members are read where they lie. Keys are made safe for tar members here, once: letters, digits, `_`,
+`-`, `+`, `=` and `@`, no dots (webdataset ends a key at the first dot).
+
+Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib.util
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+
+from distill import pairs as depth_pairs
+from distill import scenes as procedural
+from distill.depth import DepthMap, Kind
+from distill.photos import DECODE_ERRORS, MAX_BYTES, BadImage, Photo, decode
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A photo that has not been read yet; `load` returns it or raises BadImage."""
+
+    key: str
+    origin: str
+    load: Callable[[], Photo]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A name that is not an image to use, and why."""
+
+    origin: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a shard holds, in a fixed order, and what was turned away without being read."""
+
+    entries: tuple[Entry, ...]
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InputShard:
+    """A unit of work: one tar, or a run of files. Output shards are named after `stem`."""
+
+    stem: str
+    origin: str
+    scan: Callable[[], Scan]
+
+
+def safe_key(name: str) -> str:
+    """`name` as a key for tar members: other characters become `_`, long names keep their end and a hash."""
+    key = re.sub(r"[^A-Za-z0-9_\-+=@]", "_", name).strip("_") or "image"
+    if len(key) <= 120:
+        return key
+    return f"{key[-100:].lstrip('_-')}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
+
+
+def _unique_keys(names: Sequence[str]) -> list[str]:
+    """A safe key per name; names that would share one get a hash of their own, whatever their order."""
+    keys = [safe_key(str(PurePosixPath(name).with_suffix(""))) for name in names]
+    seen = Counter(keys)
+    return [
+        key if seen[key] == 1 else f"{key}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
+        for key, name in zip(keys, names, strict=True)
+    ]
+
+
+def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
+    """Several sources as one; raises ValueError where two shards would write output of one name."""
+    shards = [shard for source in sources for shard in source]
+    seen: dict[str, str] = {}
+    for shard in shards:
+        if shard.stem in seen:
+            raise ValueError(
+                f"{seen[shard.stem]} and {shard.origin} would both write {shard.stem}-000.tar: rename one of them"
+            )
+        seen[shard.stem] = shard.origin
+    return shards
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
+
+
+def expand(pattern: str) -> list[str]:
+    """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if not found:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        options = [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
+    else:
+        options = found[1].split(",")
+    return [name for option in options for name in expand(pattern[: found.start()] + option + pattern[found.end() :])]
+
+
+def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
+    """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
+    listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
+    found: dict[Path, None] = {}
+    missing: list[str] = []
+    for name in (str(Path(name).expanduser()) for pattern in listed for name in expand(str(pattern))):
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
+        if not matches:
+            missing.append(name)
+        found.update(dict.fromkeys(map(Path, matches)))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{more}: no such {what}; check the path or pattern in [images]")
+    if not found:
+        raise FileNotFoundError(f"[images] names no {what}")
+    return list(found)
+
+
+def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
+    """One input shard per tar of images, packed as SA-1B packs them (`./sa_1.jpg`, `./sa_1.json`; json is ignored).
+
+    patterns: paths, globs and brace ranges. Raises FileNotFoundError for a tar that is named but absent, ValueError
+    for two tars of one name.
+    """
+    return combine([InputShard(safe_key(p.stem), str(p), partial(_scan_tar, p)) for p in _paths(patterns, "tar")])
+
+
+def _scan_tar(path: Path) -> Scan:
+    entries: list[Entry] = []
+    rejected: list[Rejected] = []
+    seen: set[str] = set()
+    for member, problem in walk_tar(path):
+        origin = f"{path.name}:{member.name.removeprefix('./')}" if member else path.name
+        if member is None or problem:
+            rejected.append(Rejected(origin, safe_key(Path(member.name).stem) if member else "", problem))
+            continue
+        if member.isdir() or PurePosixPath(member.name).suffix.lower() == ".json":
+            continue
+        key = safe_key(str(PurePosixPath(member.name.removeprefix("./")).with_suffix("")))
+        reason = _member_problem(member, duplicate=key in seen)
+        if reason:
+            rejected.append(Rejected(origin, key, reason))
+            continue
+        seen.add(key)
+        load = partial(_load_member, path, member.offset_data, member.size, key, origin)
+        entries.append(Entry(key, origin, load))
+    return Scan(tuple(entries), tuple(rejected))
+
+
+def _member_problem(member: tarfile.TarInfo, *, duplicate: bool) -> str:
+    parts = re.split(r"[/\\]", member.name)
+    if ".." in parts:
+        return "its path climbs out of the archive"
+    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name):
+        return "its path is absolute"
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        return "not a plain file (a link or a device)"
+    if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
+        return "not an image file"
+    if member.size == 0:
+        return "empty file"
+    if member.size > MAX_BYTES:
+        return f"{member.size} bytes is more than {MAX_BYTES}"
+    return "duplicate key; the first one is used" if duplicate else ""
+
+
+def walk_tar(path: Path) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
+    """Every member of an uncompressed tar with "", and last, where the tar is damaged, what is wrong with its tail.
+
+    The member in the last pair is the one that the damage cuts, or None.
+    """
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:", errorlevel=0) as tar:
+            while member := tar.next():
+                end = member.offset_data + (0 if member.type in _NO_BODY else member.size)
+                if end > size:
+                    yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                    return
+                yield member, ""
+            offset = tar.offset
+    except (tarfile.TarError, ValueError, EOFError) as error:
+        yield None, f"the tar cannot be read on from here ({error}): download it again"
+        return
+    with path.open("rb") as file:
+        file.seek(offset)
+        tail = file.read(512)
+    # tarfile takes a broken header for the end of the archive and says nothing.
+    if tail.strip(b"\0"):
+        yield None, f"the tar is damaged at byte {offset}: what follows is lost"
+    elif len(tail) < 512:
+        yield None, f"the tar has no end mark: it may have been cut at byte {offset}"
+
+
+_NO_BODY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+
+
+def _load_member(path: Path, offset: int, size: int, key: str, origin: str) -> Photo:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return Photo(key, decode(file.read(size)), None, origin)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 1000) -> list[InputShard]:
+    """Photos in folders (searched to the bottom) or named by globs, `per_shard` to an input shard, in sorted order.
+
+    Raises FileNotFoundError where nothing matches.
+    """
+    files: dict[str, Path] = {}
+    for path in _paths(patterns, "folder or photo"):
+        if path.is_dir():
+            inside = (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file())
+            files.update({f"{path.name}/{f.relative_to(path).as_posix()}": f for f in inside})
+        else:
+            files[f"{path.parent.name}/{path.name}"] = path
+    if not files:
+        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)})")
+    names = sorted(files)
+    first = {name.split("/", 1)[0] for name in names}
+    # One folder's own name says nothing about its files; with several it tells equal names apart.
+    shown = [name.split("/", 1)[1] if len(first) == 1 else name for name in names]
+    keys = _unique_keys(shown)
+    entries = [
+        Entry(key, name, partial(_load_file, files[name], key, name)) for key, name in zip(keys, names, strict=True)
+    ]
+    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard)
+
+
+def _load_file(path: Path, key: str, origin: str) -> Photo:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadImage(f"{path.stat().st_size} bytes is more than {MAX_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from error
+    return Photo(key, decode(data), None, origin)
+
+
+def _virtual(stem: str, origin: str, entries: Sequence[Entry], per_shard: int) -> list[InputShard]:
+    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ..."""
+    if per_shard < 1:
+        raise ValueError(f"per_shard must be at least 1, not {per_shard}")
+    runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
+    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run)) for i, run in enumerate(runs)]
+
+
+# --- images that come with their depth --------------------------------------------------------------------------------
+
+
+def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: int = 100) -> list[InputShard]:
+    """Photos with measured depth from a table (see distill.pairs), in its order; `names` keeps some, for a split.
+
+    Raises what distill.pairs.read_pairs raises: a missing table or file, a faulty row, an unknown name.
+    """
+    rows = depth_pairs.read_pairs(table, names=None if names is None else list(names))
+    folder = Path(table) if Path(table).is_dir() else Path(table).parent
+    keys = _unique_keys([f"{row.name}.x" for row in rows])
+    entries = []
+    for key, row in zip(keys, rows, strict=True):
+        origin = f"{folder.name}:{row.name}"
+        entries.append(Entry(key, origin, partial(_load_pair, row, key, origin)))
+    return _virtual(safe_key(folder.name), str(table), entries, per_shard)
+
+
+def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
+    try:
+        return Photo(key, row.rgb(), row.truth(), origin)
+    except DECODE_ERRORS as error:
+        raise BadImage(str(error)) from error
+
+
+def scenes(
+    count: int, *, size: tuple[int, int] = (480, 640), kind: str | None = None, seed: int = 0, per_shard: int = 100
+) -> list[InputShard]:
+    """`count` rendered views with exact depth, seeds `seed` to `seed + count - 1`; kind as distill.scenes.render's."""
+    if count < 1:
+        raise ValueError(f"the number of scenes must be at least 1, not {count}")
+    entries = []
+    for number in range(seed, seed + count):
+        key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
+        entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
+    return _virtual(f"scenes_{kind}" if kind else "scenes", "scenes", entries, per_shard)
+
+
+def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:
+    view = procedural.render(number, size=size, kind=kind)
+    rgb = (view.image.clamp(0, 1) * 255).round().to(torch.uint8)
+    truth = DepthMap(view.depth[None].float(), view.valid[None], Kind.METRIC_DEPTH)
+    return Photo(key, rgb, truth, f"scenes:{number}")
+
+
+# Package, folder, files. The left view of the motorcycle comes with its disparity.
+_WHEELS = (
+    ("skimage", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
+    ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+)
+# The camera as scikit-image documents it (Middlebury 2014 `Motorcycle`): depth = f b / (disparity + offset), metres.
+_FOCAL, _BASELINE, _OFFSET = 994.978, 0.193001, 31.086
+
+
+def wheels() -> list[InputShard]:
+    """The photographs inside the scikit-image and scikit-learn wheels, read from the installed files, as one shard.
+
+    `motorcycle_left` has metric depth from its stereo disparity. Raises FileNotFoundError if the wheels are not
+    installed.
+    """
+    entries = []
+    for package, folder, files in _WHEELS:
+        spec = importlib.util.find_spec(package)
+        place = Path(next(iter(spec.submodule_search_locations or ())), folder) if spec else None
+        for name in files:
+            if place is None or not (place / name).is_file():
+                raise FileNotFoundError(
+                    f"{package}/{folder}/{name} is not installed: the demo photographs come with "
+                    'pip install "depth-distill[demo]"'
+                )
+            key = safe_key(Path(name).stem)
+            disparity = place / "motorcycle_disp.npz" if name == "motorcycle_left.png" else None
+            entries.append(Entry(key, f"{package}:{name}", partial(_load_wheel, place / name, disparity, key, package)))
+    return [InputShard("wheels", "the photographs in scikit-image and scikit-learn", partial(Scan, tuple(entries)))]
+
+
+def _load_wheel(path: Path, disparity: Path | None, key: str, package: str) -> Photo:
+    photo = _load_file(path, key, f"{package}:{path.name}")
+    if disparity is None:
+        return photo
+    with np.load(disparity) as stored:
+        values = torch.from_numpy(stored["arr_0"].astype(np.float32))
+    valid = torch.isfinite(values) & (values + _OFFSET > 0)
+    depth = _FOCAL * _BASELINE / torch.where(valid, values + _OFFSET, 1.0)
+    truth = DepthMap(torch.where(valid, depth, 0.0)[None], valid[None], Kind.METRIC_DEPTH)
+    return Photo(photo.key, photo.rgb, truth, photo.origin)

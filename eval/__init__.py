@@ -1,0 +1,1 @@
+"""What a model is worth: benchmarks, protocols, metrics, scores, reports."""

@@ -1,0 +1,46 @@
+"""Your own photographs with ground truth: a table of pairs as `distill.pairs` reads it.
+
+root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line. There is no published list, and
+the truths may be of several kinds; those without a metric scale are scored in their own space (see eval.score).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.pairs import Pair, read_pairs
+from eval.benchmarks import Sample, prediction_path
+from eval.protocol import Protocol
+
+PROTOCOL = Protocol(
+    benchmark="pairs",
+    truth="as the table says",
+    mask="finite, positive, and not one of the table's invalid values",
+    resize="the truth to the photograph's size, by nearest neighbour",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The pairs of the table `root`, grouped by their dataset."""
+    if root is None:
+        raise ValueError("the benchmark pairs needs a root: a .tsv of pairs, or a folder with an INDEX.tsv")
+    names = None if list_file is None else _names(Path(list_file))
+    return [
+        Sample(pair.name, prediction_path(f"{pair.name}.npy"), partial(_image, pair), pair.truth, pair.dataset)
+        for pair in read_pairs(root, names=names)
+    ]
+
+
+def _names(list_file: Path) -> list[str]:
+    names = [line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{list_file}: empty; it should name one pair per line")
+    return names
+
+
+def _image(pair: Pair) -> Tensor:
+    """(3,H,W) float32 in [0,1]."""
+    return pair.rgb().float() / 255.0

@@ -1,0 +1,164 @@
+"""The ten metrics of zero-shot depth, one value per image.
+
+Each is `(pred, target, valid) -> (B,)` float32 on (B,H,W) maps of positive numbers of one quantity (metres, where both are
+depth), aligned and clipped already; an image with no valid pixel gives NaN. Definitions: prs-eth/Marigold,
+src/util/metric.py; natural logarithms, deltas strictly below 1.25, 1.25^2, 1.25^3, silog times 100.
+
+All ten are read off eleven sums over pixels, so one pass serves them all (`sums`, then `from_sums`), and sums of several
+images add up to the pixel-pooled values of their union. The pass works on blocks that stay in the cache, which is
+where its speed comes from; block sums are float32, totals float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+NUM_SUMS = 11
+# torch runs an operation on at most this many elements in the calling thread: blocks of several threads do not collide.
+_BLOCK = 32768
+
+Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A metric's place in a table: how to compute it, which way is better, and how to print it."""
+
+    function: Metric
+    lower_is_better: bool
+    format: str
+
+
+def sums(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(B, NUM_SUMS) float64 sums over the valid pixels of (B,H,W) or (B,N) float32 maps; all are valid where None.
+
+    With d = pred - target and l = log(pred / target), the columns are: the number of pixels, |d|/target, d^2/target, d^2,
+    l, l^2, |l|, (1/pred - 1/target)^2, and the numbers of pixels with max(pred/target, target/pred) < 1.25, 1.25^2, 1.25^3.
+    """
+    totals = torch.zeros(len(pred), NUM_SUMS, dtype=torch.float64, device=pred.device)
+    for image in range(len(pred)):
+        flat_pred, flat_target = pred[image].reshape(-1), target[image].reshape(-1)
+        if valid is not None:
+            chosen = valid[image].reshape(-1)
+            flat_pred, flat_target = flat_pred[chosen], flat_target[chosen]
+        for start in range(0, len(flat_pred), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            totals[image] += block_sums(flat_pred[block], flat_target[block])
+    return totals
+
+
+def block_sums(pred: Tensor, target: Tensor) -> Tensor:
+    """The columns of `sums`, (NUM_SUMS,) float64, of two flat float32 blocks short enough for the cache."""
+    difference = pred - target
+    relative = difference / target
+    ratio = pred / target
+    worst = torch.maximum(ratio, target / pred)
+    log = ratio.log_()
+    parts = [
+        relative.abs().sum(),
+        (difference * relative).sum(),
+        difference.square_().sum(),
+        log.sum(),
+        log.square().sum(),
+        log.abs_().sum(),
+        relative.div_(pred).square_().sum(),
+    ]
+    counts = [torch.count_nonzero(worst < 1.25**power) for power in (1, 2, 3)]
+    count = torch.tensor([len(pred)], dtype=torch.float64, device=pred.device)
+    return torch.cat([count, torch.stack(parts).double(), torch.stack(counts).double()])
+
+
+def from_sums(totals: Tensor) -> dict[str, Tensor]:
+    """The ten metrics, each (B,) float32, of (B, NUM_SUMS) sums; NaN where no pixel was counted."""
+    count = totals[:, 0]
+    relative, squared, square, log, log_square, log_abs, inverse, *deltas = (totals[:, 1:] / count[:, None]).T
+    values = {
+        "abs_rel": relative,
+        "sq_rel": squared,
+        "rmse": square.sqrt(),
+        "rmse_log": log_square.sqrt(),
+        "log10": log_abs / math.log(10.0),
+        "delta1": deltas[0],
+        "delta2": deltas[1],
+        "delta3": deltas[2],
+        "i_rmse": inverse.sqrt(),
+        "silog": 100.0 * (log_square - log.square()).clamp(min=0.0).sqrt(),
+    }
+    return {name: value.float() for name, value in values.items()}
+
+
+def all_metrics(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor]:
+    """Every metric by name, each (B,) float32, in one pass over (B,H,W) maps."""
+    return from_sums(sums(pred, target, valid))
+
+
+def abs_rel(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Mean of |pred - target| / target."""
+    return all_metrics(pred, target, valid)["abs_rel"]
+
+
+def sq_rel(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Mean of (pred - target)^2 / target, in metres."""
+    return all_metrics(pred, target, valid)["sq_rel"]
+
+
+def rmse(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Root of the mean squared difference, in metres."""
+    return all_metrics(pred, target, valid)["rmse"]
+
+
+def rmse_log(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Root of the mean squared difference of natural logarithms."""
+    return all_metrics(pred, target, valid)["rmse_log"]
+
+
+def log10(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Mean absolute difference of decimal logarithms."""
+    return all_metrics(pred, target, valid)["log10"]
+
+
+def delta1(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Share of pixels with max(pred / target, target / pred) < 1.25."""
+    return all_metrics(pred, target, valid)["delta1"]
+
+
+def delta2(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Share of pixels with max(pred / target, target / pred) < 1.25^2."""
+    return all_metrics(pred, target, valid)["delta2"]
+
+
+def delta3(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Share of pixels with max(pred / target, target / pred) < 1.25^3."""
+    return all_metrics(pred, target, valid)["delta3"]
+
+
+def i_rmse(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Root of the mean squared difference of inverses, in 1/metres; explodes where a depth was clipped to nearly 0."""
+    return all_metrics(pred, target, valid)["i_rmse"]
+
+
+def silog(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """100 x the standard deviation of the difference of natural logarithms."""
+    return all_metrics(pred, target, valid)["silog"]
+
+
+METRICS: MappingProxyType[str, Row] = MappingProxyType(
+    {
+        "abs_rel": Row(abs_rel, True, "{:.4f}"),
+        "sq_rel": Row(sq_rel, True, "{:.4f}"),
+        "rmse": Row(rmse, True, "{:.4f}"),
+        "rmse_log": Row(rmse_log, True, "{:.4f}"),
+        "log10": Row(log10, True, "{:.4f}"),
+        "delta1": Row(delta1, False, "{:.4f}"),
+        "delta2": Row(delta2, False, "{:.4f}"),
+        "delta3": Row(delta3, False, "{:.4f}"),
+        "i_rmse": Row(i_rmse, True, "{:.4f}"),
+        "silog": Row(silog, True, "{:.3f}"),
+    }
+)

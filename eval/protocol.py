@@ -1,0 +1,155 @@
+"""How a number was made, in full: two numbers may stand side by side only where their protocols are the same.
+
+A protocol has a short `id`, the hash of all its fields. The one difference that a table may bridge on purpose is the
+alignment (a disparity model is fitted in disparity, a depth model in depth, as every paper does): ask for it with
+`across_alignments=True` and show the alignment beside the number.
+
+Two modes. `marigold` is what prs-eth/Marigold's `script/depth/eval.py` computes, oddities included. `clean` repairs
+them: the fit uses every valid pixel (not every sixth column, and not only where the prediction is positive), the
+truth must lie inside the benchmark's range even where the benchmark ships a mask (DIODE), and an aligned prediction
+is held inside the range of the image's own truth instead of a disparity floor of 0.001 and a depth of 1e-5.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from distill.depth import Kind
+
+MODES = ("marigold", "clean")
+
+ALIGNMENTS = {
+    Kind.METRIC_DEPTH: "none",
+    Kind.METRIC_DISPARITY: "none",
+    Kind.SCALE_DEPTH: "scale in depth",
+    Kind.SCALE_DISPARITY: "scale in disparity",
+    Kind.AFFINE_DEPTH: "scale and shift in depth",
+    Kind.AFFINE_DISPARITY: "scale and shift in disparity",
+}
+
+
+class ProtocolError(ValueError):
+    """Numbers of different protocols were asked to stand side by side; the message says where they differ."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """Everything that a number depends on besides the prediction.
+
+    benchmark: name of the file in eval/benchmarks/. mode: "marigold" or "clean".
+    num_images, list_sha256: the images scored; the hash is over their keys, sorted, joined by newlines.
+    truth: the kinds of the ground truth ("metric_depth"); where it is not metric, scores are in the truth's own space.
+    alignment: how the prediction was brought to the truth (a value of ALIGNMENTS); empty until a kind is chosen.
+    fit_columns: the fit sees this many columns of the map (Marigold's `--alignment_max_res`); None for all.
+    fit_positive: a disparity is fitted only where the prediction is positive (Marigold).
+    disparity_floor: aligned disparity is at least this; None is one over the largest valid truth of the image.
+    min_depth, max_depth: metres; the truth lies strictly between them, aligned predictions are clipped to them.
+    clip: "range" clips aligned predictions to [min_depth, max_depth] alone; "truth" also to the image's own truth,
+    where scale and shift were fitted.
+    mask_range: the truth's validity is also cut to (min_depth, max_depth). False where the benchmark's mask decides alone.
+    crop, mask, resize, pooling: in words.
+    """
+
+    benchmark: str
+    mode: str = "clean"
+    num_images: int = 0
+    list_sha256: str = ""
+    truth: str = "metric_depth"
+    alignment: str = ""
+    fit_columns: int | None = None
+    fit_positive: bool = False
+    disparity_floor: float | None = None
+    min_depth: float = 0.0
+    max_depth: float = math.inf
+    clip: str = "truth"
+    mask_range: bool = True
+    crop: str = "none"
+    mask: str = "valid truth"
+    resize: str = "none: the prediction has the truth's size"
+    pooling: str = "mean over images"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"a protocol's mode must be marigold or clean, not {self.mode!r}")
+
+    @property
+    def id(self) -> str:
+        """Twelve hexadecimal digits, the same on every machine: equal ids, comparable numbers."""
+        return _digest(self.as_dict())
+
+    @property
+    def setting(self) -> str:
+        """The id without the alignment: what predictions of different kinds can share."""
+        return _digest(replace(self, alignment="").as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON takes them; infinity is the string "inf"."""
+        return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
+
+    def with_kind(self, kind: Kind | str) -> Protocol:
+        """The protocol of scoring a prediction of this kind."""
+        return replace(self, alignment=ALIGNMENTS[Kind(kind)])
+
+    def in_mode(self, mode: str) -> Protocol:
+        """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot unrepair."""
+        if mode not in MODES:
+            raise ValueError(f"protocol must be marigold or clean, not {mode!r}")
+        if mode == self.mode:
+            return self
+        if mode == "marigold":
+            raise ProtocolError(
+                f"{self.benchmark} has no published Marigold protocol; score it with the clean protocol"
+            )
+        return replace(
+            self,
+            mode="clean",
+            fit_columns=None,
+            fit_positive=False,
+            disparity_floor=None,
+            clip="truth",
+            mask_range=True,
+        )
+
+
+def from_dict(table: Mapping[str, Any]) -> Protocol:
+    """The inverse of `Protocol.as_dict`; a stored "id" is checked, so that an edited file is noticed."""
+    known = {field.name for field in fields(Protocol)}
+    unknown = set(table) - known - {"id"}
+    if unknown:
+        raise ValueError(f"a protocol has no {', '.join(sorted(unknown))}: was it written by a newer version?")
+    protocol = Protocol(**{key: math.inf if value == "inf" else value for key, value in table.items() if key in known})
+    if "id" in table and table["id"] != protocol.id:
+        raise ValueError(f"protocol id {table['id']} does not belong to its fields (they give {protocol.id})")
+    return protocol
+
+
+def list_hash(keys: Iterable[str]) -> str:
+    """sha256 of the keys, sorted and joined by newlines: how the published lists are named here."""
+    return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
+
+
+def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool = False) -> None:
+    """Raise ProtocolError unless all protocols, by the name of the number that they belong to, are one.
+
+    across_alignments: allow numbers that differ in their alignment alone; the caller then shows it.
+    """
+    named = list(protocols.items())
+    for name, protocol in named[1:]:
+        first_name, first = named[0]
+        if across_alignments:
+            first, protocol = replace(first, alignment=""), replace(protocol, alignment="")
+        if first != protocol:
+            a, b = first.as_dict(), protocol.as_dict()
+            differ = "; ".join(f"{key} {a[key]!r} against {b[key]!r}" for key in a if a[key] != b[key])
+            raise ProtocolError(
+                f"{first_name} and {name} were scored by different protocols and do not compare: {differ}"
+            )
+
+
+def _digest(table: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,107 @@
+"""Decoders turn four feature maps into one raw map; one file each, and its `class Decoder` is the plug-in.
+
+A `Decoder(in_channels, ...)` has `forward(features) -> (B,1,H',W')` for four (patch map (B,C,h,w), cls (B,C)) pairs,
+and `options`, the plain arguments that build it again. This file holds what they share.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Features = Sequence[tuple[Tensor, Tensor] | Tensor]
+
+NORMS = ("batch", "frozen", "group")
+
+
+def names() -> list[str]:
+    """The decoders there are: the files of this folder that do not start with an underscore."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of decoder `name`; LookupError listing what exists."""
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise LookupError(f"no students/decoders/{name}.py{hint}; students/decoders/ has: {', '.join(names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def four_channels(in_channels: int | Sequence[int]) -> list[int]:
+    """The channels of the four feature maps, from one number or four."""
+    channels = [in_channels] * 4 if isinstance(in_channels, int) else list(in_channels)
+    if len(channels) != 4:
+        raise ValueError(f"in_channels must be one number or four, not {channels}")
+    return channels
+
+
+def split(feature: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor | None]:
+    """(patch map, cls), where a plain tensor has no cls."""
+    return (feature, None) if isinstance(feature, Tensor) else (feature[0], feature[1])
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation by stored statistics that never change; its weight and bias still learn.
+
+    The names are nn.BatchNorm2d's, so that its weights load.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, channels: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,H,W) -> (B,C,H,W)."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def make_norm(kind: str, channels: int) -> nn.Module:
+    """The normalisation of (B,C,H,W) maps: "batch", "frozen" (stored statistics) or "group" (no statistics at all).
+
+    "batch" is what the papers train; "group" is for one or two images per process, where batch statistics are noise.
+    """
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
+    if kind == "frozen":
+        return FrozenBatchNorm(channels)
+    if kind == "group":
+        return nn.GroupNorm(max(n for n in range(1, min(32, channels) + 1) if channels % n == 0), channels)
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
+
+
+def load_released(decoder: nn.Module, state: Mapping[str, Any]) -> None:
+    """Fill a decoder from the parameter names of AnyDepth's released heads, strictly.
+
+    The names may stand under `module.`, `decoder.` or `0.decoder.`; of a whole model the encoder's part is left out.
+    Counters and fixed sampling positions may be missing. ValueError naming what is missing or unclaimed.
+    """
+    bare = {key.removeprefix("module."): torch.as_tensor(value) for key, value in state.items()}
+    for inside, beside in (("0.decoder.", "0.encoder."), ("decoder.", "encoder.")):
+        if any(key.startswith(inside) for key in bare):
+            bare = {key.removeprefix(inside): value for key, value in bare.items() if not key.startswith(beside)}
+    wanted = decoder.state_dict()
+    missing = [k for k in wanted if k not in bare and not k.endswith(("init_pos", "num_batches_tracked"))]
+    unclaimed = [key for key in bare if key not in wanted]
+    misshapen = [key for key in bare if key in wanted and bare[key].shape != wanted[key].shape]
+    for what, keys in (("lack", missing), ("have unclaimed", unclaimed), ("have another shape for", misshapen)):
+        if keys:
+            raise ValueError(f"released head: its weights {what} {', '.join(keys[:3])} ({len(keys)} in all)")
+    decoder.load_state_dict(wanted | bare)

@@ -1,0 +1,134 @@
+"""AnyDepth's Simple Depth Transformer decoder (arXiv 2601.02760, section 3): fuse first, then upsample.
+
+Written from the paper; parameter names are the released head's, so that its weights load. Surprises: the released class
+also carries the detail enhancer, which the paper's parameter table leaves out; its `use_cls_token` changes nothing, the
+class token is read wherever there is one; the output is 16 times the token grid whatever the patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from students.decoders import Features, four_channels, load_released, make_norm, split
+from students.dysample import DySample
+
+
+class Decoder(nn.Module):
+    """Four (patch map (B,C,h,w), cls (B,C)) pairs, or plain maps, to a raw map (B,1,16h,16w).
+
+    in_channels: C, one number or four. fusion_channels: the width after fusion (paper: 256).
+    use_cls_token: kept for the released class's signature and without effect, there as here; see the module.
+    norm: "batch" (paper), "frozen" or "group".
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        fusion_channels: int = 256,
+        use_cls_token: bool = True,
+        *,
+        norm: str = "batch",
+    ) -> None:
+        super().__init__()
+        channels = four_channels(in_channels)
+        self.options: dict[str, Any] = {
+            "in_channels": channels,
+            "fusion_channels": fusion_channels,
+            "use_cls_token": use_cls_token,
+            "norm": norm,
+        }
+        self.weighted_fusion = WeightedFusion(channels, fusion_channels)
+        self.detail_enhancer = DetailEnhancer(fusion_channels, norm=norm)
+        self.upsample_1 = UpsampleStage(fusion_channels, norm=norm)
+        self.refinement_1 = _refinement(fusion_channels, norm)
+        self.upsample_2 = UpsampleStage(fusion_channels, norm=norm)
+        self.refinement_2 = _refinement(fusion_channels, norm)
+        self.output_conv = nn.Sequential(
+            nn.Conv2d(fusion_channels, fusion_channels // 2, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(fusion_channels // 2, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 1, 1),
+        )
+
+    def forward(self, features: Features) -> Tensor:
+        """(B,1,16h,16w), before any final activation."""
+        height, width = split(features[0])[0].shape[-2:]
+        tokens = self.weighted_fusion(features)
+        x = tokens.transpose(1, 2).unflatten(2, (height, width))
+        x = self.detail_enhancer(x)
+        x = self.refinement_1(self.upsample_1(x))
+        x = self.refinement_2(self.upsample_2(x))
+        return self.output_conv(x)
+
+    def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
+        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a misfit."""
+        load_released(self, state_dict)
+        return self
+
+
+class WeightedFusion(nn.Module):
+    """Per map: the class token joined to every patch, projected; then the four are summed by a softmax weight."""
+
+    def __init__(self, channels: Sequence[int], fusion_channels: int) -> None:
+        super().__init__()
+        self.layer_weights = nn.Parameter(torch.ones(len(channels)))
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, fusion_channels, bias=False), nn.GELU()) for c in channels
+        )
+        self.readout_projects = nn.ModuleList(nn.Sequential(nn.Linear(2 * c, c), nn.GELU()) for c in channels)
+
+    def forward(self, features: Features) -> Tensor:
+        """(B,h*w,fusion_channels)."""
+        weights = self.layer_weights.softmax(0)
+        projected = []
+        for feature, project, readout in zip(features, self.projections, self.readout_projects, strict=True):
+            patches, cls = split(feature)
+            tokens = patches.flatten(2).transpose(1, 2)
+            if cls is not None:
+                tokens = readout(torch.cat([tokens, cls[:, None].expand_as(tokens)], dim=-1))
+            projected.append(project(tokens))
+        return sum((w * x for w, x in zip(weights[1:], projected[1:], strict=True)), weights[0] * projected[0])
+
+
+class DetailEnhancer(nn.Module):
+    """F' = ReLU(F + norm(depthwise 3x3 (F))) (the paper's SDE)."""
+
+    def __init__(self, channels: int, *, norm: str) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.norm = make_norm(norm, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,h,w)."""
+        return torch.relu(x + self.norm(self.dwconv(x)))
+
+
+class UpsampleStage(nn.Module):
+    """x4 as two blocks of DySample x2, 3x3 convolution, norm and ReLU."""
+
+    def __init__(self, channels: int, *, norm: str) -> None:
+        super().__init__()
+        self.dysample1 = _upsample_block(channels, norm)
+        self.dysample2 = _upsample_block(channels, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,4h,4w)."""
+        return self.dysample2(self.dysample1(x))
+
+
+def _upsample_block(channels: int, norm: str) -> nn.Sequential:
+    return nn.Sequential(
+        DySample(channels, scale=2, style="lp", groups=4, scope=True),
+        nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+        make_norm(norm, channels),
+        nn.ReLU(),
+    )
+
+
+def _refinement(channels: int, norm: str) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, channels, 3, padding=1), make_norm(norm, channels), nn.ReLU())

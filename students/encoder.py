@@ -1,0 +1,343 @@
+"""From an image to four feature maps: a timm ViT with its weights, its normalisation and its padding.
+
+The only file that knows timm. Surprises: DINOv3's final norm is not applied (AnyDepth's default); blocks after the last
+one that is read, and an unused final norm, are removed, so that every parameter here gets a gradient; timm resizes a
+learned position table with antialiasing, facebookresearch's code without (they agree on the table's own grid).
+
+Shapes: B batch, C channels of the ViT, H W image, h w token grid.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The names that facebookresearch gives its models. Its DINOv3 networks carry q and v biases (zero in the released S, B
+# and L), which is what timm calls "qkvb".
+ALIASES = {
+    "dinov2_vits14": "vit_small_patch14_dinov2",
+    "dinov2_vitb14": "vit_base_patch14_dinov2",
+    "dinov2_vitl14": "vit_large_patch14_dinov2",
+    "dinov2_vitg14": "vit_giant_patch14_dinov2",
+    "dinov2_vits14_reg": "vit_small_patch14_reg4_dinov2",
+    "dinov2_vitb14_reg": "vit_base_patch14_reg4_dinov2",
+    "dinov2_vitl14_reg": "vit_large_patch14_reg4_dinov2",
+    "dinov2_vitg14_reg": "vit_giant_patch14_reg4_dinov2",
+    "dinov3_vits16": "vit_small_patch16_dinov3_qkvb",
+    "dinov3_vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "dinov3_vitb16": "vit_base_patch16_dinov3_qkvb",
+    "dinov3_vitl16": "vit_large_patch16_dinov3_qkvb",
+    "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3_qkvb",
+}
+
+Feature = tuple[Tensor, Tensor]
+
+
+class Encoder(nn.Module):
+    """A plain ViT that reads four of its blocks.
+
+    name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14".
+    weights: None (random), "pretrained" (timm's hub download), or a local .safetensors / .pth file in
+        facebookresearch's or timm's parameter names, float16 or float32. Loading is strict: every parameter is
+        claimed, or the error names it.
+    indices: the four blocks read, counted after `blocks` has chosen; None gives the paper's (`default_indices`).
+    blocks: keep only these blocks of the named ViT, in this order (weights are still loaded from the whole one).
+    final_norm: apply the ViT's last norm to all four (DINOv3's own hub heads do; AnyDepth's default does not).
+    pos_grid: side, or (rows, columns), of the learned position table; a smaller one saves megabytes.
+    frozen: no gradients, evaluation mode whatever `train()` says, forward under no_grad.
+    timm_options: further arguments of the timm model, e.g. {"depth": 3, "embed_dim": 96}.
+
+    Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a missing
+    file or a failed download.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        weights: str | Path | None = None,
+        indices: Sequence[int] | None = None,
+        blocks: Sequence[int] | None = None,
+        final_norm: bool = False,
+        pos_grid: int | Sequence[int] | None = None,
+        frozen: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        timm_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        grid = (pos_grid, pos_grid) if isinstance(pos_grid, int) else tuple(pos_grid or ()) or None
+        backbone = _create(_timm_name(name), grid, dict(timm_options or {}))
+        self.weights_sha256: str | None = None
+        self.weights_name: str | None = None
+        if weights == "pretrained":
+            _load(backbone, _download(_timm_name(name)), f"timm's {_timm_name(name)}")
+        elif weights is not None:
+            _load(backbone, read_state(Path(weights)), str(weights))
+            self.weights_sha256 = file_sha256(Path(weights))
+            self.weights_name = Path(weights).name
+
+        kept = _checked_blocks(name, len(backbone.blocks), blocks)
+        read = _checked_indices(len(kept), indices)
+        backbone.blocks = nn.ModuleList([backbone.blocks[i] for i in kept[: max(read) + 1]])
+        if not final_norm:
+            backbone.norm = nn.Identity()
+        self.backbone = backbone
+        self.indices, self.final_norm = read, final_norm
+        self.channels: int = backbone.embed_dim
+        self.patch_size: int = backbone.patch_embed.patch_size[0]
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.name = name
+        self.options: dict[str, Any] = {
+            "indices": list(read),
+            "blocks": None if blocks is None else kept,
+            "final_norm": final_norm,
+            "pos_grid": None if grid is None else list(grid),
+            "frozen": frozen,
+            "mean": list(mean),
+            "std": list(std),
+            "timm_options": dict(timm_options or {}),
+        }
+        self.freeze(frozen)
+
+    @property
+    def frozen(self) -> bool:
+        """True where the encoder takes no gradient and stays in evaluation mode."""
+        return bool(self.options["frozen"])
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Freeze or thaw all parameters."""
+        self.options["frozen"] = frozen
+        self.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Encoder:
+        """As nn.Module.train, but a frozen encoder stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Tensor) -> list[Feature]:
+        """Four (patch map (B,C,h,w), cls (B,C)) pairs of images (B,3,H,W) in [0,1], any size.
+
+        h = ceil(H / patch), w = ceil(W / patch): the normalised image is padded about its centre with zeros.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(f"images must be (B,3,H,W) float in [0,1], not {tuple(images.shape)} {images.dtype}")
+        normal = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        normal = F.pad(normal, self.padding(images.shape[-2], images.shape[-1]))
+        return self.features(normal.to(self.backbone.patch_embed.proj.weight.dtype))
+
+    def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom) pixels added to an image; left and top get the smaller half.
+
+        AnyDepth's CENTER_PADDING (model/encoder.py).
+        """
+        down, across = -height % self.patch_size, -width % self.patch_size
+        return across // 2, across - across // 2, down // 2, down - down // 2
+
+    def features(self, normal: Tensor) -> list[Feature]:
+        """As `forward`, of images already normalised whose sides are multiples of the patch."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = self.backbone.forward_intermediates(
+                normal,
+                indices=sorted(set(self.indices)),
+                return_prefix_tokens=True,
+                norm=self.final_norm,
+                intermediates_only=True,
+            )
+        pairs = dict(zip(sorted(set(self.indices)), found, strict=True))
+        return [self._with_cls(pairs[i]) for i in self.indices]
+
+    def _with_cls(self, pair: Feature | Tensor) -> Feature:
+        """A ViT without a class token offers the mean of its patches in its place."""
+        if isinstance(pair, Tensor):
+            return pair, pair.mean(dim=(2, 3))
+        patches, prefix = pair
+        return patches, prefix[:, 0] if self.backbone.cls_token is not None else patches.mean(dim=(2, 3))
+
+
+def default_indices(depth: int) -> list[int]:
+    """The four blocks that are read from a ViT of `depth` blocks: evenly spaced, the last one always among them.
+
+    12 gives [2, 5, 8, 11] and 40 [9, 19, 29, 39]; 24 is [4, 11, 17, 23], which is not even, in every paper since
+    DINOv2. Fewer than four blocks repeat.
+    """
+    return [4, 11, 17, 23] if depth == 24 else [math.ceil((k + 1) * depth / 4) - 1 for k in range(4)]
+
+
+def _checked_blocks(name: str, depth: int, blocks: Sequence[int] | None) -> list[int]:
+    kept = list(range(depth)) if blocks is None else list(blocks)
+    if not kept or not all(0 <= i < depth for i in kept) or len(set(kept)) != len(kept):
+        raise ValueError(f"blocks must name different blocks of {name}, which has 0..{depth - 1}, not {kept}")
+    return kept
+
+
+def _checked_indices(depth: int, indices: Sequence[int] | None) -> list[int]:
+    read = default_indices(depth) if indices is None else list(indices)
+    if len(read) != 4 or not all(0 <= i < depth for i in read) or read != sorted(read):
+        raise ValueError(
+            f"indices must be four rising numbers in 0..{depth - 1} (the blocks that are kept), not {read}"
+        )
+    return read
+
+
+def _timm_name(name: str) -> str:
+    known = ALIASES.get(name, name)
+    if timm.is_model(known):
+        return known
+    vits = [*ALIASES, *timm.list_models(["vit_*", "deit*"])]
+    close = difflib.get_close_matches(name, vits, n=3, cutoff=0.5) or list(ALIASES)
+    raise LookupError(f"no encoder {name!r}; did you mean {', '.join(close)}? Any plain ViT of timm will do")
+
+
+def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) -> Any:
+    try:
+        model = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True, **options)
+    except TypeError as error:
+        raise ValueError(f"encoder {name} does not take these options: {error}") from error
+    if not isinstance(getattr(model, "blocks", None), nn.Module) or not hasattr(model, "cls_token"):
+        raise ValueError(f"encoder {name} is not a plain ViT; take one such as {', '.join(list(ALIASES)[:2])}")
+    if grid is not None:
+        if getattr(model, "pos_embed", None) is None:
+            raise ValueError(f"encoder {name} has no position table, so pos_grid means nothing; leave it out")
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"pos_grid must be a side or (rows, columns), not {list(grid)}")
+        rows, columns = (n * p for n, p in zip(grid, model.patch_embed.patch_size, strict=True))
+        model.set_input_size(img_size=(rows, columns))
+    return model
+
+
+def _download(name: str) -> dict[str, Tensor]:
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0, global_pool="")
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"timm could not fetch weights for {name} (offline, gated, or none published): {reason}. "
+            'Download them yourself and give their path as weights="file.safetensors"'
+        ) from error
+    return model.state_dict()
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file by name; ValueError naming the file where it is neither."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such weights file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: not a readable .safetensors or .pth of plain tensors: {reason}") from error
+    for wrapper in ("model", "state_dict", "teacher"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: does not hold named tensors")
+    return state
+
+
+# Whole depth models whose encoder may be taken: where it lies in them, and what beside it is not ours to claim.
+_WHOLE_MODELS = {"pretrained.": "depth_head.", "0.encoder.backbone.": "0.decoder.", "encoder.backbone.": "decoder."}
+
+# Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
+# zero by construction), the 7B model's norm for local crops, classifiers.
+_UNUSED = re.compile(
+    r"mask_token|rope_embed\.periods|.*\.bias_mask|local_cls_norm\..*|head\.(weight|bias)|head_dist\..*"
+)
+
+
+def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
+    """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    for inside, beside in _WHOLE_MODELS.items():
+        if any(key.startswith(inside) for key in state):
+            state = {key.removeprefix(inside): value for key, value in state.items() if not key.startswith(beside)}
+    state = {key: value for key, value in state.items() if not _UNUSED.fullmatch(key)}
+    wanted = backbone.state_dict()
+    state = _timm_keys(state, wanted, source)
+    if "pos_embed" in wanted and "pos_embed" in state:
+        state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
+
+    faults = [
+        f"{what} {_some(keys)}"
+        for what, keys in {
+            "lacks": [key for key in wanted if key not in state],
+            "has unclaimed": [key for key in state if key not in wanted],
+            "has another shape for": [k for k in wanted if k in state and wanted[k].shape != state[k].shape],
+        }.items()
+        if keys
+    ]
+    if faults:
+        raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}")
+    backbone.load_state_dict(state)
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """facebookresearch's DINOv2 and DINOv3 names as timm's; names that are timm's already pass through."""
+    out: dict[str, Tensor] = {}
+    dinov3 = "storage_tokens" in state
+    for key, value in state.items():
+        if dinov3 and key.endswith("attn.qkv.bias"):
+            query, _, content = value.chunk(3)
+            q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
+            if q_bias in wanted:
+                out[q_bias], out[v_bias] = query, content
+            elif query.any() or content.any():
+                raise ValueError(
+                    f"{source}: {key} is not zero, so it needs the encoder with that bias: add _qkvb to its name"
+                )
+            continue
+        key = re.sub(r"^(storage|register)_tokens$", "reg_token", key)
+        if dinov3:
+            key = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key)
+        for gated, plain in (("mlp.w12.", "mlp.fc1."), ("mlp.w1.", "mlp.fc1_g."), ("mlp.w2.", "mlp.fc1_x.")):
+            key = key.replace(gated, plain)
+        out[key.replace("mlp.w3.", "mlp.fc2.")] = value
+    if "register_tokens" in state and "pos_embed" in out and "cls_token" in out:
+        # timm's table of a DINOv2 with registers has no place for cls, so cls carries its position itself.
+        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
+        out["pos_embed"] = out["pos_embed"][:, 1:]
+    return out
+
+
+def _resized_table(table: Tensor, backbone: Any) -> Tensor:
+    """A square position table (1,prefix+n*n,C) on the backbone's own grid."""
+    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    side = math.isqrt(max(table.shape[1] - prefix, 0))
+    if table.ndim != 3 or side * side != table.shape[1] - prefix or side == 0:
+        return table  # the shape check of the caller names it
+    rows, columns = backbone.patch_embed.grid_size
+    return resample_abs_pos_embed(table, new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix)

@@ -1,0 +1,266 @@
+"""Who teaches: the Teacher protocol, the card that every teacher carries, and the strict reading of weights.
+
+One file in this folder is one teacher; its name is the file's name. Each offers `class Teacher` and `CARDS`, the
+published checkpoints it knows, the default first. Upstream packages are imported inside `load`, so importing a
+teacher's file costs nothing.
+
+The worst failure of a teacher is silent: weights that stayed random because their names did not match. So every
+parameter of a network must be claimed by the file, and everything in the file by the network.
+
+Shapes: B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.depth import DepthMap, Kind
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+class WeightsMissing(FileNotFoundError):
+    """The weights are not here; the message says which and how to get them."""
+
+
+class WeightsMismatch(ValueError):
+    """The weights are not this network's, or not readable; the message names the file and the first keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """What is known about a teacher's checkpoint; written beside every label that it made.
+
+    name: the plug-in's. weights: hub id or path. kind: of the maps. licence: of the weights; code_licence: of the code
+    they came with. commercial: whether the weights' licence allows commercial use (False where unknown).
+    revision: the hub's commit, or the weights' sha256. multiple: sides the network wants are multiples of it.
+    native_size: of the authors' resizing rule (None: as given). seeded: predict takes `keys=` and draws its noise from
+    them. source: repository and file, or paper.
+    """
+
+    name: str
+    weights: str
+    kind: Kind
+    licence: str
+    code_licence: str
+    commercial: bool
+    revision: str = "unknown"
+    multiple: int = 1
+    native_size: int | None = None
+    source: str = ""
+    note: str = ""
+    seeded: bool = False
+
+
+class Teacher(Protocol):
+    """What every teacher offers; `load` takes its own options as further keywords."""
+
+    card: Card
+
+    def predict(self, images: Tensor) -> DepthMap:
+        """Depth of images (B,3,H,W) float32 RGB in [0,1], at H x W. A batch of N equals N batches of one."""
+        ...
+
+
+def check_images(images: Tensor) -> Tensor:
+    """(B,3,H,W) floating RGB as float32; raises ValueError for anything else. Values outside [0,1] pass unclamped."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be (B,3,H,W) float RGB in [0,1], not {tuple(images.shape)} {images.dtype}: "
+            "add the batch dimension, and divide uint8 by 255"
+        )
+    return images.float()
+
+
+def check_resize(resize: str, native_size: int | None) -> None:
+    """Raises ValueError unless resize is "native" or "none" and native_size fits it."""
+    if resize not in ("native", "none"):
+        raise ValueError(f'resize must be "native" (the authors\' rule) or "none" (the size given), not {resize!r}')
+    if native_size is not None and native_size < 1:
+        raise ValueError(f"native_size must be a positive number of pixels, not {native_size}")
+    if resize == "none" and native_size is not None:
+        raise ValueError('native_size has no meaning with resize="none": leave one of them out')
+
+
+def finite(values: Tensor, kind: Kind) -> DepthMap:
+    """A map of (B,H,W) values, valid wherever they are finite."""
+    values = values.float()
+    return DepthMap(values, torch.isfinite(values), kind)
+
+
+def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """(B,C,H,W) with its last rows and columns repeated until both sides are multiples; cut the output to [:H, :W]."""
+    below, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
+    return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+
+
+def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
+    """The published card of `weights`; else the first card's facts, with no licence claimed.
+
+    A local path is recognised where the published id's name stands in it: "x/Depth-Anything-V2-Large/a.pth", or the
+    hub's own cache.
+    """
+    text = f"/{Path(str(weights).partition('@')[0]).as_posix()}/"
+    for card in cards:
+        name = card.weights.partition("/")[2]
+        if f"/{name}/" in text or f"/models--{card.weights.replace('/', '--')}/" in text:
+            return replace(card, weights=str(weights))
+    return replace(
+        cards[0], weights=str(weights), licence="unknown", commercial=False, note="weights of unknown origin"
+    )
+
+
+def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
+    """The local file or folder that `weights` names: a path, or a hub id `org/name[/file or folder][@revision]`.
+
+    files: patterns of what is needed from a hub repository. Raises WeightsMissing in one line that says what to do.
+    """
+    text = str(weights)
+    path = Path(text).expanduser()
+    if text and path.exists():
+        return path
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
+    if match is None or (path.suffix in WEIGHT_SUFFIXES and not match[2]):
+        raise WeightsMissing(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
+    inside = match[2].lstrip("/")
+    wanted = [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
+    folder = _download(match[1], match[3], wanted, text)
+    if not (folder / inside).exists():
+        raise WeightsMissing(
+            f"weights {text!r}: {match[1]} has no {inside}; see https://huggingface.co/{match[1]}/tree/main"
+        )
+    return folder / inside
+
+
+def _download(repository: str, revision: str | None, files: list[str], text: str) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
+    except errors.GatedRepoError as error:
+        raise WeightsMissing(
+            f"weights {text!r} are gated: accept the licence at https://huggingface.co/{repository}, "
+            "then `hf auth login`"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise WeightsMissing(
+            f"weights {text!r}: no such file or folder here, and no such repository or revision on the Hugging Face "
+            "hub (or it is private: `hf auth login`)"
+        ) from error
+    except OSError as error:
+        raise WeightsMissing(
+            f"weights {text!r}: no such file or folder here, and the Hugging Face hub cannot be reached; where it can, "
+            f"`hf download {repository}`, then give that folder's path"
+        ) from error
+
+
+def find_weights(path: Path, names: Iterable[str]) -> Path:
+    """`path` itself if it is a file, else the first of `names` (patterns) in that folder; WeightsMissing if none."""
+    if path.is_file():
+        return path
+    names = list(names)
+    found = [file for name in names for file in sorted(path.glob(name))]
+    if not found:
+        raise WeightsMissing(
+            f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
+        )
+    return found[0]
+
+
+def revision_of(path: Path) -> str:
+    """The hub's commit where `path` is a snapshot of it, else "sha256:" and the start of the weights' digest."""
+    parts = path.absolute().parts
+    if "snapshots" in parts[:-1] and re.fullmatch("[0-9a-f]{40}", commit := parts[parts.index("snapshots") + 1]):
+        return commit
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, on the CPU; unwraps {"model": ...} and {"state_dict": ...}.
+
+    Torch files are read with weights_only=True: a file that needs more than tensors is refused. Raises WeightsMismatch
+    for what cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        raise WeightsMismatch(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
+    for wrapper in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise WeightsMismatch(f"{path} holds no table of named tensors")
+    return state
+
+
+def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
+    """Raises WeightsMismatch that names the first keys, unless both are empty."""
+    faults = []
+    for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            faults.append(f"{label} {', '.join(keys[:3])}{more}")
+    if faults:
+        raise WeightsMismatch(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, what: str) -> None:
+    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatch names what does not."""
+    wanted = module.state_dict()
+    check_claimed(wanted.keys() - state.keys(), state.keys() - wanted.keys(), where, what=what)
+    for key, tensor in wanted.items():
+        if tensor.shape != state[key].shape:
+            raise WeightsMismatch(
+                f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
+            )
+    module.load_state_dict(dict(state), assign=True)
+    module.requires_grad_(False)
+
+
+def load_checked(build: Callable[[], tuple[Any, Any]], where: str | Path, *, what: str) -> Any:
+    """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
+
+    Both report what did not match and go on with random weights; here that is WeightsMismatch. Silences their progress
+    bars and reports while building.
+    """
+    import transformers
+
+    log = transformers.utils.logging
+    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        model, info = build()
+    except (RuntimeError, safetensors.SafetensorError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsMismatch(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+    check_claimed(info["missing_keys"], info["unexpected_keys"], where, what=what)
+    if info["mismatched_keys"]:
+        key = sorted(map(str, info["mismatched_keys"]))[0]
+        raise WeightsMismatch(f"{where} is not a {what} checkpoint: another shape at {key}")
+    return model

@@ -1,0 +1,105 @@
+"""A student of ours as a teacher: any folder that `distill.checkpoint` wrote, or "pocket", the one that ships with us.
+
+Resizing ("ours"): the short side becomes the size that the student was trained at, aspect kept, each side the nearest
+multiple of its patch; bilinear with antialias. The map comes back to the image's size bilinearly.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import distill
+from distill import checkpoint, crops
+from distill.depth import DepthMap, Kind
+from students import Student
+from teachers import Card, WeightsMissing, check_images, check_resize, finite, pad_to_multiple, revision_of
+
+CARDS: tuple[Card, ...] = (
+    Card(
+        name="checkpoint",
+        weights="pocket",
+        kind=Kind.AFFINE_DISPARITY,
+        licence="Apache-2.0",
+        code_licence="Apache-2.0",
+        commercial=True,
+        source="ours",
+        note="the small student that ships with this project",
+    ),
+)
+
+
+def pocket() -> Path:
+    """The folder of the student that ships with the project."""
+    return Path(distill.__file__).parent / "assets" / "pocket"
+
+
+class Teacher:
+    """A trained student on [0,1] images."""
+
+    def __init__(self, student: Student, card: Card, *, resize: str = "native", native_size: int | None = None) -> None:
+        check_resize(resize, native_size)
+        self.student = student
+        self.card = card
+        self.resize = resize
+        self.native_size = native_size or card.native_size
+
+    @classmethod
+    def load(
+        cls,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resize: str = "native",
+        native_size: int | None = None,
+        encoder_weights: str | None = None,
+    ) -> Teacher:
+        """The student in folder `weights` ("pocket": the embedded one).
+
+        encoder_weights: the frozen encoder's, for a folder that holds the decoder alone. native_size: overrides the
+        training size in student.json.
+        """
+        check_resize(resize, native_size)
+        folder = pocket() if weights == "pocket" else Path(weights).expanduser()
+        described = folder / "student.json"
+        if not described.is_file():
+            raise WeightsMissing(f"{folder} holds no student (student.json): give a folder that `distill train` wrote")
+        student = checkpoint.load(folder, device=device, encoder_weights=encoder_weights)
+        student = student.eval().requires_grad_(False).to(dtype=dtype)
+        trained_at = json.loads(described.read_text(encoding="utf-8")).get("native_size")
+        card = replace(
+            CARDS[0],
+            weights=str(weights),
+            revision=revision_of(folder),
+            multiple=student.encoder.patch_size,
+            native_size=native_size or trained_at,
+        )
+        return cls(student, card, resize=resize, native_size=native_size)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, larger is nearer."""
+        images = check_images(images)
+        height, width = images.shape[-2:]
+        size = self.native_size if self.resize == "native" else None
+        if size is not None:
+            sized = crops.resize(images, *native_shape(height, width, size, self.card.multiple))
+        else:
+            sized = pad_to_multiple(images, self.card.multiple)
+        parameter = next(self.student.parameters())
+        values = self.student(sized.to(device=parameter.device, dtype=parameter.dtype)).float()
+        if size is not None:
+            values = crops.resize(values[:, None], height, width)[:, 0]
+        return finite(values[:, :height, :width].to(images.device), self.card.kind)
+
+
+def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """The short side at `size`, aspect kept, each side the nearest multiple (at least one)."""
+    scale = size / min(height, width)
+    rows, columns = (max(1, round(side * scale / multiple)) * multiple for side in (height, width))
+    return rows, columns

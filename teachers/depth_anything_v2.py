@@ -1,0 +1,316 @@
+"""Depth Anything V2, and Distill-Any-Depth's checkpoints, which are the same function: affine disparity.
+
+Reads the authors' own files (.pth, .safetensors) and transformers' `-hf` folders; the network is transformers'.
+
+Two surprises. The authors interpolate the position table by a scale factor with an offset of 0.1, transformers by size:
+outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is put back. And the metric
+checkpoints have the relative ones' names and shapes: only `max_depth` tells them apart.
+
+Sources: DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py, dinov2.py and util/transform.py (resizing);
+Westlake-AGI-Lab/Distill-Any-Depth distillanydepth/modeling/archs/dam/dam.py (key names).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from teachers import (
+    Card,
+    WeightsMismatch,
+    card_for,
+    check_claimed,
+    check_images,
+    check_resize,
+    find_weights,
+    finite,
+    load_checked,
+    pad_to_multiple,
+    read_state,
+    resolve,
+    revision_of,
+)
+
+PATCH = 14
+NATIVE = 518
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _card(weights: str, licence: str, *, kind: Kind = Kind.AFFINE_DISPARITY, note: str = "", source: str = "") -> Card:
+    return Card(
+        name="depth_anything_v2",
+        weights=weights,
+        kind=kind,
+        licence=licence,
+        code_licence="Apache-2.0",
+        commercial=licence == "Apache-2.0",
+        multiple=PATCH,
+        native_size=NATIVE,
+        source=source or "DepthAnything/Depth-Anything-V2",
+        note=note,
+    )
+
+
+_DISTILL = "Westlake-AGI-Lab/Distill-Any-Depth"
+# MIT is what its repository states; the weights come from CC-BY-NC ones, hence not commercial (its issues 32 and 40).
+_FROM = "MIT stated, but trained from Depth Anything V2-Large, which is CC-BY-NC-4.0"
+CARDS: tuple[Card, ...] = (
+    _card("depth-anything/Depth-Anything-V2-Large", "CC-BY-NC-4.0"),
+    _card("depth-anything/Depth-Anything-V2-Base", "CC-BY-NC-4.0"),
+    _card("depth-anything/Depth-Anything-V2-Small", "Apache-2.0"),
+    _card("depth-anything/Depth-Anything-V2-Large-hf", "CC-BY-NC-4.0", note="transformers layout"),
+    _card("depth-anything/Depth-Anything-V2-Base-hf", "CC-BY-NC-4.0", note="transformers layout"),
+    _card("depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0", note="transformers layout"),
+    _card("xingyang1/Distill-Any-Depth/large/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
+    _card("xingyang1/Distill-Any-Depth/base/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
+    _card("xingyang1/Distill-Any-Depth/small/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
+    _card("xingyang1/Distill-Any-Depth-Large-hf", "MIT", source=_DISTILL, note=_FROM),
+)
+
+# (width, blocks) -> blocks whose tokens the decoder reads, counted from 1 as transformers does.
+_TAPS = {(384, 12): (3, 6, 9, 12), (768, 12): (3, 6, 9, 12), (1024, 24): (5, 12, 18, 24)}
+
+_VIT = [
+    (r"(cls_token|mask_token)", r"embeddings.\1"),
+    (r"pos_embed", r"embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
+    (r"norm\.(weight|bias)", r"layernorm.\1"),
+    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"encoder.layer.\1.norm\2.\3"),
+    (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
+    (r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"encoder.layer.\1.mlp.fc\2.\3"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.attention.{}.\2"),
+]
+_HEAD = [
+    (r"projects\.(\d)\.(weight|bias)", r"neck.reassemble_stage.layers.\1.projection.\2"),
+    (r"resize_layers\.([013])\.(weight|bias)", r"neck.reassemble_stage.layers.\1.resize.\2"),
+    (r"scratch\.output_conv1\.(weight|bias)", r"head.conv1.\1"),
+    (r"scratch\.output_conv2\.0\.(weight|bias)", r"head.conv2.\1"),
+    (r"scratch\.output_conv2\.2\.(weight|bias)", r"head.conv3.\1"),
+    *((rf"scratch\.layer{i}_rn\.weight", rf"neck.convs.{i - 1}.weight") for i in (1, 2, 3, 4)),
+    *(
+        (rf"scratch\.refinenet{i}\.out_conv\.(weight|bias)", rf"neck.fusion_stage.layers.{4 - i}.projection.\1")
+        for i in (1, 2, 3, 4)
+    ),
+    *(
+        (
+            rf"scratch\.refinenet{i}\.resConfUnit([12])\.conv([12])\.(weight|bias)",
+            rf"neck.fusion_stage.layers.{4 - i}.residual_layer\1.convolution\2.\3",
+        )
+        for i in (1, 2, 3, 4)
+    ),
+]
+_RULES = [
+    *((re.compile(rf"pretrained\.{old}"), f"backbone.{new}") for old, new in _VIT),
+    *((re.compile(rf"depth_head\.{old}"), new) for old, new in _HEAD),
+]
+
+
+def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
+    """The authors' tensors under the names of transformers' hub files; raises WeightsMismatch for a key no rule knows.
+
+    Distill-Any-Depth's ViT-L chunks its blocks (`backbone.blocks.0.7.` is block 7); a `module.` in front is dropped.
+    """
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        plain = re.sub(r"^(module\.)?(backbone\.|pretrained\.)", "pretrained.", key.removeprefix("module."))
+        plain = re.sub(r"^pretrained\.blocks\.\d+\.(\d+\.)", r"pretrained.blocks.\1", plain)
+        rule = next(((new, m) for old, new in _RULES if (m := old.fullmatch(plain))), None)
+        if rule is None:
+            unknown.append(key)
+        elif "{}" in (name := rule[1].expand(rule[0])):
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[name.format(part)] = piece.contiguous()
+        else:
+            renamed[name] = tensor
+    check_claimed((), unknown, where, what="Depth Anything V2")
+    return renamed
+
+
+def _config(state: dict[str, Tensor], where: str | Path, max_depth: float | None) -> Any:
+    from transformers import DepthAnythingConfig, Dinov2Config
+
+    table = state.get("backbone.embeddings.position_embeddings")
+    sizes = [state.get(f"neck.reassemble_stage.layers.{i}.projection.weight") for i in range(4)]
+    last, fused = state.get("head.conv2.weight"), state.get("neck.convs.0.weight")
+    blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.encoder.layer.")})
+    if table is None or last is None or fused is None or any(s is None for s in sizes):
+        raise WeightsMismatch(f"{where} is not a Depth Anything V2 checkpoint: no position table or decoder")
+    width = table.shape[-1]
+    if (width, blocks) not in _TAPS:
+        raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B or L)")
+    backbone = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=width // 64,
+        image_size=round((table.shape[1] - 1) ** 0.5) * PATCH,
+        patch_size=PATCH,
+        layer_norm_eps=1e-6,
+        out_indices=list(_TAPS[width, blocks]),
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+        use_mask_token="backbone.embeddings.mask_token" in state,
+    )
+    return DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=width,
+        patch_size=PATCH,
+        neck_hidden_sizes=[s.shape[0] for s in sizes if s is not None],
+        fusion_hidden_size=fused.shape[0],
+        head_hidden_size=last.shape[0],
+        depth_estimation_type="relative" if max_depth is None else "metric",
+        max_depth=1 if max_depth is None else max_depth,
+    )
+
+
+def position_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """(1,1+N,C) position table for rows x columns patches, by the authors' rule: bicubic, scale factor with +0.1."""
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return table
+    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    factors = ((rows + 0.1) / side, (columns + 0.1) / side)
+    grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def native_shape(height: int, width: int, size: int) -> tuple[int, int]:
+    """The authors' lower-bound rule: both sides at least `size`, aspect kept, each a multiple of 14 (half to even)."""
+    scale = max(size / height, size / width)
+
+    def to_multiple(side: float) -> int:
+        nearest = int(np.round(side / PATCH) * PATCH)
+        return nearest if nearest >= size else int(np.ceil(side / PATCH) * PATCH)
+
+    return to_multiple(scale * height), to_multiple(scale * width)
+
+
+def resize_cubic(images: Tensor, height: int, width: int) -> Tensor:
+    """(B,3,H,W) resized as the authors do: OpenCV's cubic on float64, no antialias; values may leave [0,1]."""
+    if images.shape[-2:] == (height, width):
+        return images
+    arrays = images.detach().double().permute(0, 2, 3, 1).cpu().numpy()
+    out = [cv2.resize(a, (width, height), interpolation=cv2.INTER_CUBIC) for a in arrays]
+    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(images.device)
+
+
+class Teacher:
+    """Depth Anything V2 on [0,1] images."""
+
+    def __init__(self, model: Any, card: Card, *, resize: str = "native", native_size: int | None = None) -> None:
+        check_resize(resize, native_size)
+        self.model = model
+        self.card = card
+        self.resize = resize
+        self.native_size = native_size or card.native_size or NATIVE
+
+    @classmethod
+    def load(
+        cls,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resize: str = "native",
+        native_size: int | None = None,
+        max_depth: float | None = None,
+        position_rule: str = "official",
+    ) -> Teacher:
+        """A teacher from the authors' file, a folder that holds it, an `-hf` folder, or a hub id of any of them.
+
+        The size (S, B, L) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
+        outdoor). position_rule: "official", or "transformers" for the map that transformers' own pipeline gives.
+        """
+        check_resize(resize, native_size)
+        if position_rule not in ("official", "transformers"):
+            raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
+        path = resolve(weights, files=("*.pth", "*.safetensors", "config.json"))
+        if path.is_dir() and (path / "config.json").exists():
+            model = _from_folder(path, max_depth)
+            file = path
+        else:
+            file = find_weights(path, ("*.safetensors", "*.pth"))
+            if "metric" in file.name and max_depth is None:
+                raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
+            model = _from_state(rename(read_state(file), file), file, max_depth)
+        if position_rule == "official":
+            _use_official_positions(model)
+        model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        metric = model.config.depth_estimation_type == "metric"
+        kind = Kind.METRIC_DEPTH if metric else Kind.AFFINE_DISPARITY
+        card = replace(_published(weights), kind=kind, revision=revision_of(file), native_size=native_size or NATIVE)
+        return cls(model, card, resize=resize, native_size=native_size)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity >= 0, larger is nearer (metres of depth if metric)."""
+        images = check_images(images)
+        height, width = images.shape[-2:]
+        if self.resize == "native":
+            sized = resize_cubic(images, *native_shape(height, width, self.native_size))
+        else:
+            sized = pad_to_multiple(images, PATCH)
+        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+        parameter = next(self.model.parameters())
+        inputs = ((sized - mean) / std).to(device=parameter.device, dtype=parameter.dtype)
+        values = self.model(pixel_values=inputs).predicted_depth.float()
+        if self.resize == "none":
+            values = values[:, :height, :width]
+        elif values.shape[-2:] != (height, width):
+            values = F.interpolate(values[:, None], (height, width), mode="bilinear", align_corners=True)[:, 0]
+        return finite(values.to(images.device), self.card.kind)
+
+
+def _published(weights: str) -> Card:
+    """The card; the authors' file names (depth_anything_v2_vits.pth) are known too."""
+    size = re.fullmatch(r"depth_anything_v2_vit([sbl])", Path(weights).stem)
+    if size is None:
+        return card_for(CARDS, weights)
+    return replace(CARDS["lbs".index(size[1])], weights=str(weights))
+
+
+def _use_official_positions(model: Any) -> None:
+    embeddings = model.backbone.embeddings
+
+    def interpolate(tokens: Tensor, height: int, width: int) -> Tensor:
+        return position_table(embeddings.position_embeddings, height // PATCH, width // PATCH)
+
+    embeddings.interpolate_pos_encoding = interpolate
+
+
+def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) -> Any:
+    from transformers import DepthAnythingForDepthEstimation
+
+    config = _config(state, where, max_depth)
+    return load_checked(
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(
+            None, config=config, state_dict=state, output_loading_info=True
+        ),
+        where,
+        what="Depth Anything V2",
+    )
+
+
+def _from_folder(folder: Path, max_depth: float | None) -> Any:
+    from transformers import AutoConfig, DepthAnythingConfig, DepthAnythingForDepthEstimation
+
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, DepthAnythingConfig):
+        raise WeightsMismatch(f"{folder}/config.json describes a {config.model_type} model, not depth_anything")
+    if max_depth is not None:
+        config.depth_estimation_type, config.max_depth = "metric", max_depth
+    return load_checked(
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, output_loading_info=True),
+        folder,
+        what="Depth Anything V2",
+    )

@@ -1,0 +1,41 @@
+"""Fixtures for all tests: no network, few threads, golden data."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import numpy as np
+import pytest
+import torch
+
+HERE = Path(__file__).parent / "golden"
+
+
+def golden_folder(case: str) -> Path | None:
+    """The folder of a golden case: in the tree, or in the larger set that DISTILL_GOLDEN names."""
+    places = [HERE, *([Path(os.environ["DISTILL_GOLDEN"])] if "DISTILL_GOLDEN" in os.environ else [])]
+    return next((place / case for place in places if (place / case / "case.json").exists()), None)
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden(case)` -> (case.json as a dict, data.npz); skips where the case is not at hand."""
+
+    def load(case: str):
+        folder = golden_folder(case)
+        if folder is None:
+            pytest.skip(f"golden case {case} is not in tests/golden; set DISTILL_GOLDEN to the folder that has it")
+        data = np.load(folder / "data.npz") if (folder / "data.npz").exists() else {}
+        return json.loads((folder / "case.json").read_text()), data
+
+    return load
+
+
+@pytest.fixture(autouse=True)
+def _same_seed():
+    torch.manual_seed(0)
