@@ -1,9 +1,9 @@
 """Changes to a batch that teach the student more than the photo does: flips, crops, colours.
 
-Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch and alike on any number
-of processes and after a resume. Geometry moves image, shared map, patches and boxes together. Colour changes the image
-alone: the teacher saw the true colours (Depth Anything, Sec. 3.3). A random crop keeps the square's shape; a patch that
-reaches beyond the crop keeps its place (its box may leave [0,1]) and is valid only where the student still sees it.
+Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch, and alike on any
+number of processes and after a resume. Geometry moves image, shared map, patches and boxes together; colour changes the
+image alone, for the teacher saw the true ones (Depth Anything, Sec. 3.3). A random crop keeps the square's shape; a
+patch that reaches beyond it keeps its place (its box may leave [0,1]) and is valid where the student still sees it.
 
 Shapes: B regions, N patches per region, S region size, P patch size.
 """
@@ -24,13 +24,13 @@ from distill.labels import Batch, Labels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: float, jitter: float, crop: float) -> Batch:
+def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: bool, colour: float, crop: float) -> Batch:
     """The batch as the student is to see it at these places of the stream, (B,) of them.
 
-    hflip: probability of a mirror image. jitter: brightness, contrast and saturation are each multiplied by
-    1 + jitter * U(-1, 1); 0 = off. crop: smallest area fraction of a random square of the region; 1 = off.
+    hflip: every second image is mirrored, by lot. colour: brightness, contrast and saturation are each multiplied by
+    1 + colour * U(-1, 1); 0 = off. crop: smallest area fraction of a random square of the region; 1 = off.
     """
-    if not (hflip or jitter or crop < 1.0):
+    if not (hflip or colour or crop < 1.0):
         return batch
     draws = [generator("augment", seed, position) for position in positions]
     images, labels = batch.images.clone(), dict(batch.labels)
@@ -40,12 +40,12 @@ def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: float, 
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
     if hflip:
-        mirrored = torch.tensor([draw.random() < hflip for draw in draws])
+        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws])
         images = _mirror(images, mirrored)
         labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
-    if jitter:
+    if colour:
         for b, draw in enumerate(draws):
-            images[b] = _jitter(images[b], 1.0 + jitter * (2.0 * draw.random(3) - 1.0))
+            images[b] = _jitter(images[b], 1.0 + colour * (2.0 * draw.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
 
 

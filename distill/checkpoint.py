@@ -58,6 +58,7 @@ def save(
     description = {
         "version": VERSION,
         "spec": student.spec,
+        "native_size": student.native_size,
         "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "dtype": str(dtype).removeprefix("torch.")},
         "encoder_weights": encoder_file,
         "images": _images(student),
@@ -152,8 +153,7 @@ def _images(student: Student) -> dict[str, Any]:
     encoder = student.encoder
     return {
         "order": "RGB in [0, 1], then (x - mean) / std",
-        "native_size": student.native_size,
-        "resize": "short side to native_size, aspect kept, bilinear, antialiased when shrinking; half-pixel centres",
+        "resize": "short side to native_size, aspect kept, each side the nearest multiple; bilinear, antialiased",
         "multiple": encoder.patch_size,
         "padding": "zeros after normalisation up to the multiple, the smaller half left and top; cut off the output",
     }
@@ -162,9 +162,11 @@ def _images(student: Student) -> dict[str, Any]:
 def _encoder_file(student: Student, folder: Path) -> dict[str, str]:
     encoder = student.encoder
     if not encoder.frozen:
-        raise ValueError(f"{folder}: the encoder was trained, so it cannot be left out; save it too")
+        raise ValueError(f"{folder}: the encoder is not frozen, so it cannot be left out; save it too")
     if encoder.weights_sha256 is None or encoder.weights_name is None:
         raise ValueError(f"{folder}: the encoder did not come from a local weights file, so it cannot be left out")
+    if not encoder.is_as_read():
+        raise ValueError(f"{folder}: the encoder is not what {encoder.weights_name} holds any more; save it too")
     return {"name": encoder.weights_name, "sha256": encoder.weights_sha256}
 
 

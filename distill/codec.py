@@ -1,4 +1,6 @@
-"""How one sample becomes bytes and comes back: a jpg of the region, 16-bit PNGs of its labels, a json that explains them.
+"""One sample: what it holds, how several make a batch, and how it becomes bytes and comes back.
+
+As bytes it is a jpg of the region, 16-bit PNGs of its labels and a json that explains them; see distill.shards.
 
 Shapes: S region size, N patches per region, P patch size.
 """
@@ -18,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from distill.labels import Labels
+from distill.depth import DepthMap, Kind, cat
+from distill.labels import Batch, Labels
 
 VERSION = 1
 CODEC = "png16"
@@ -44,6 +46,51 @@ class Sample:
     image: Tensor
     labels: dict[str, Labels]
     record: dict[str, Any] = field(default_factory=dict)
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples as one batch, padded to the largest number of patches as `labels.Labels` documents.
+
+    Where a teacher's kinds differ in what is known (measured and rendered truth), the batch has what is known of all.
+    Raises ValueError where samples have different teachers or sizes, KindError where depth meets disparity.
+    """
+    names = list(samples[0].labels)
+    for sample in samples:
+        if sorted(sample.labels) != sorted(names) or sample.image.shape != samples[0].image.shape:
+            raise ValueError(
+                f"{sample.key} and {samples[0].key} do not go into one batch: they have labels by "
+                f"{', '.join(sample.labels)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
+                f"{tuple(samples[0].image.shape)}"
+            )
+    images = torch.stack([sample.image for sample in samples]).float() / 255.0
+    return Batch(
+        tuple(sample.key for sample in samples),
+        images,
+        {name: _stack([sample.labels[name] for sample in samples]) for name in names},
+    )
+
+
+def _stack(labels: Sequence[Labels]) -> Labels:
+    kind = max((one.shared.kind for one in labels), key=lambda k: ("metric", "scale", "affine").index(k.unknown))
+    if len({one.shared.kind.quantity for one in labels}) > 1:
+        cat([one.shared for one in labels])  # raises, naming the kinds
+    shared = cat([one.shared.convert(kind) for one in labels])
+    counts = [0 if one.local is None else len(one.local) for one in labels]
+    most = max(counts)
+    if most == 0:
+        return Labels(shared, None, torch.zeros(len(labels), 0, 4))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    patch = next(one.local.values.shape[1:] for one in labels if one.local is not None and len(one.local))
+    maps, boxes = [], []
+    for one, count in zip(labels, counts, strict=True):
+        if one.local is not None and count:
+            maps.append(one.local.convert(kind))
+        if count < most:
+            empty = torch.zeros(most - count, *patch)
+            maps.append(DepthMap(empty, torch.zeros_like(empty, dtype=torch.bool), kind))
+        spare = one.boxes[0, :1] if count else whole
+        boxes.append(torch.cat([one.boxes[0], spare.expand(most - count, 4)]))
+    return Labels(shared, cat(maps), torch.stack(boxes))
 
 
 def encode_map(values: Tensor, valid: Tensor) -> tuple[bytes, dict[str, float | int]]:
@@ -72,10 +119,10 @@ def decode_map(png: bytes, span: Mapping[str, float | int], *, where: str = "map
     if codes is None or codes.dtype != np.uint16 or codes.ndim != 2:
         raise OSError(f"{where} is damaged: not a 16-bit grey PNG. Delete its tar and label again, or run verify")
     low, high = float(span["low"]), float(span["high"])
-    valid = codes > 0
-    # In float64: low may be large against the range.
-    values = np.where(valid, low + (codes.astype(np.float64) - 1) * ((high - low) / _CODES), 0.0)
-    return torch.from_numpy(values.astype(np.float32)), torch.from_numpy(valid)
+    # A table, made in float64: low may be large against the range.
+    table = low + np.arange(-1, _CODES + 1, dtype=np.float64) * ((high - low) / _CODES)
+    table[0] = 0.0
+    return torch.from_numpy(table.astype(np.float32)[codes]), torch.from_numpy(codes > 0)
 
 
 def encode_sample(sample: Sample) -> list[tuple[str, bytes]]:
@@ -125,7 +172,7 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
             pixels = np.array(picture)
         labels = {name: _decode_labels(members, name, described[name], boxes, where) for name in names}
         return Sample(record["key"], record["image"]["key"], torch.from_numpy(pixels).permute(2, 0, 1), labels, record)
-    except (KeyError, json.JSONDecodeError, TypeError) as error:
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; run verify on the folder") from error
     except (OSError, SyntaxError) as error:
         raise OSError(str(error) if where in str(error) else f"{where} is damaged: {error}") from error
@@ -153,4 +200,4 @@ def check_version(record: Mapping[str, Any], where: str | Path) -> None:
 
 def dump_json(value: Any) -> bytes:
     """JSON with sorted keys: equal content, equal bytes. NaN is refused."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()

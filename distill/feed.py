@@ -95,7 +95,7 @@ class _Training:
             teacher = "average" if s.strategy == "average" else choose_teacher(among, seed=s.seed, step=step)
             batch = labels_to_learn(batch, s, teacher=teacher, among=among)
             positions = [place.position for place in places]
-            return Micro(augment(batch, positions, seed=s.seed, hflip=s.hflip, jitter=s.jitter, crop=s.crop), teacher)
+            return Micro(augment(batch, positions, seed=s.seed, hflip=s.hflip, colour=s.colour, crop=s.crop), teacher)
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -166,7 +166,13 @@ def training_batches(
 
 
 def heldout_batches(
-    dataset: Labelled, indices: Sequence[int], *, collate: Collate, settings: TrainSettings, process: int, processes: int
+    dataset: Labelled,
+    indices: Sequence[int],
+    *,
+    collate: Collate,
+    settings: TrainSettings,
+    process: int,
+    processes: int,
 ) -> Iterator[list[tuple[float, Micro]]]:
     """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
     size = settings.eval_batch_size

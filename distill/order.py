@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,15 +76,15 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatches:
-    """A batch sampler: this process's micro-batches of steps first..last-1, in the order in which they are learnt."""
+    """A batch sampler: this process's micro-batches of steps first..steps-1, in the order in which they are learnt."""
 
     order: Order
     batch_size: int
     accumulate: int
     process: int
     processes: int
-    first: int
-    last: int
+    steps: int
+    first: int = 0
 
     def __post_init__(self) -> None:
         parts = self.processes * self.accumulate
@@ -99,12 +99,16 @@ class MicroBatches:
                 f"label more images, or lower batch_size or holdout"
             )
 
+    def after(self, step: int) -> MicroBatches:
+        """The same, from 0-based `step` on."""
+        return replace(self, first=step)
+
     def __len__(self) -> int:
-        return (self.last - self.first) * self.accumulate
+        return (self.steps - self.first) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Place]]:
         micro = self.batch_size // (self.processes * self.accumulate)
-        for step in range(self.first, self.last):
+        for step in range(self.first, self.steps):
             places = self.order.batch(step, self.batch_size)
             for part in range(self.accumulate):
                 start = (part * self.processes + self.process) * micro
@@ -118,7 +122,7 @@ def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> st
         if drawn < share:
             return name
         drawn -= share
-    return next(name for name, share in reversed(teachers.items()) if share > 0)
+    return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
 def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> DepthMap:
@@ -135,8 +139,8 @@ def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> DepthMap
 def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) -> Labels:
     """The mean of the teachers' maps by share, each first brought to median 0 and mean deviation 1 (inferred).
 
-    Distill-Any-Depth averages teachers in Table 4 without a formula; maps known up to scale and shift cannot be averaged
-    as they are. A pixel counts where every teacher's does. The teachers' patches must lie in the same places.
+    Distill-Any-Depth averages teachers in Table 4 without a formula; maps known up to scale and shift cannot be
+    averaged as they are. A pixel counts where every teacher's does. The teachers' patches must lie in the same places.
     """
     parts = [labels[name] for name, share in teachers.items() if share > 0]
     shares = [share for share in teachers.values() if share > 0]

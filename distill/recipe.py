@@ -97,7 +97,6 @@ class Teacher:
     name: str
     weights: str = ""
     alias: str = ""
-    batch_size: int = 4
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     options: dict[str, Any] = _table()
 
@@ -119,11 +118,15 @@ class Labels:
     """How labels are stored. root: the folder of label folders; RUN/labels by default.
 
     store: "disparity" converts scale and metric depth exactly, "own" keeps each teacher's kind.
+    batch_size: crops that a teacher sees at once. threads: decode and encode beside it.
     online: label during training instead of before it. commercial_only: refuse teachers whose weights forbid it.
     """
 
     root: str = ""
     samples_per_part: int = 1000
+    batch_size: int = 8
+    threads: int = 4
+    licence: str = "unknown"
     store: Literal["disparity", "own"] = "disparity"
     online: bool = False
     commercial_only: bool = False
@@ -212,11 +215,15 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A file of eval/benchmarks with its data. names: a text file with the samples to use. limit: the first N only."""
+    """A file of eval/benchmarks with its data. list: a file with the samples to use. limit: the first N only.
+
+    prior: a list of other samples of the same root, on which the image-plane prior is fitted.
+    """
 
     name: str
     root: str = ""
     list: str = ""
+    prior: str = ""
     alias: str = ""
     protocol: Literal["marigold", "clean"] = "clean"
     limit: int = 0

@@ -1,7 +1,7 @@
 """What a training run keeps on disk to go on from: checkpoints that are whole or not there at all.
 
     <out>/checkpoints/step-00000500/
-        student/               a student folder as distill.checkpoint writes it (the averaged weights where there are any)
+        student/               a student folder as distill.checkpoint writes it, of averaged weights if there are any
         training.safetensors   student/<name>, optimizer/<parameter>/<name>, ema/<name>
         state.json             step, settings, data, best step so far, alarm, and the size of every other file
 
@@ -58,7 +58,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{out}: another training run is writing here; wait for it or choose another folder") from None
+            raise ValueError(f"{out}: another training run writes here; wait for it or choose another folder") from None
         yield
 
 
@@ -90,7 +90,6 @@ def clean(out: Path) -> None:
     for folder in (out / "checkpoints").glob("*"):
         if folder not in whole:
             shutil.rmtree(folder, ignore_errors=True)
-    shutil.rmtree(out / ".student.tmp", ignore_errors=True)
 
 
 def save(
@@ -100,7 +99,7 @@ def save(
     student: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: AveragedModel | None,
-    save_student: Callable[[Path], None],
+    save_student: Callable[[Path], object],
     keep_last: int,
 ) -> None:
     """Writes the checkpoint of state["step"] and prunes older ones; OSError that names the step to go on from."""
@@ -118,7 +117,7 @@ def save(
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         last = max((saved.step for saved in find(out)), default=0)
-        raise OSError(f"{final}: cannot be written ({error}); start the run again and it goes on from step {last}") from None
+        raise OSError(f"{final}: cannot be written ({error}); started again, it goes on from step {last}") from None
     _prune(out, keep_last, state["best"])
 
 
@@ -185,8 +184,8 @@ def restore(saved: Saved, *, student: nn.Module, optimizer: torch.optim.Optimize
             ema.load_state_dict(under("ema/"))
     except RuntimeError as error:
         raise ValueError(
-            f"{saved.folder} holds another student ({str(error).splitlines()[-1].strip()}); build the same one or choose "
-            f"another output folder"
+            f"{saved.folder} holds another student ({str(error).splitlines()[-1].strip()}); build the same one, or "
+            f"choose another output folder"
         ) from None
     numbers = {name: number for number, name in enumerate(_names(student, optimizer))}
     entries: dict[int, dict[str, Tensor]] = {}

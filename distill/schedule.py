@@ -33,22 +33,21 @@ POLY_POWER = 0.9  # Depth Anything V2's training of the metric models
 class TrainSettings:
     """Everything `distill.train.train` is told apart from its data.
 
-    steps: optimizer steps. batch_size: images per optimizer step over all processes and micro-batches; it must divide by
-    processes x accumulate. lr: of the decoder; encoder_lr: of the encoder, None = the same (Distill-Any-Depth: 5e-5 for
-    the decoder; the encoder's 10 times smaller by Depth Anything V2's practice). warmup_steps: linear, from lr/warmup.
+    steps: optimizer steps. batch_size: images per optimizer step, over all processes and micro-batches; a multiple of
+    processes x accumulate. lr: the decoder's; encoder_lr: the encoder's, None = the same (Distill-Any-Depth: 5e-5 for
+    the decoder; a tenth of it for the encoder is Depth Anything V2's practice). warmup_steps: linear, from lr / warmup.
     weight_decay: on matrices and kernels, not on vectors (norms, biases). clip_norm: 0 = off.
-    holdout: the fraction of *images* (not samples) kept for choosing the checkpoint, by a hash of the image key alone, so
-    that every run of every seed keeps the same ones. eval_every, save_every: 0 = at the end only. patience: stop after
-    that many evaluations without improvement; 0 = never.
-    teachers: how often each teacher's labels are learnt from, e.g. {"primary": 0.7, "assistant": 0.3}; empty = the only
-    one there is. strategy: "select" draws one per step from (seed, step); "average" learns from the weighted mean of the
-    teachers' normalized maps (paper, Table 4).
-    kind: what the student predicts; labels are converted to it where that is lawful.
+    holdout: the fraction of *images* (not samples) kept for choosing the checkpoint, by a hash of the image key alone,
+    so that runs of every seed keep the same ones. eval_every, save_every: 0 = at the end only. patience: stop after
+    so many evaluations without improvement; 0 = never.
+    teachers: how often each teacher's labels are learnt from, e.g. {"primary": 0.7, "assistant": 0.3}; empty = the
+    only one there is. strategy: "select" draws one per step from (seed, step); "average" learns from the weighted mean
+    of the teachers' normalized maps (paper, Table 4). kind: what the student predicts; labels are converted to it.
     batchnorm: "batch" takes each process's micro-batch (so results depend on processes and accumulation), "sync" the
     micro-batches of all processes (CUDA only), "frozen" the stored statistics (results depend on neither).
-    ema: decay of the averaged weights that are evaluated and kept; 0 = off. It warms up as (1 + t) / (10 + t).
-    hflip: probability. jitter: strength of colour jitter on the student's image, 0 = off. crop: the smallest area fraction
-    of a random resized crop of the region, 1 = off. alarm_growth: warn when the output's deviation has grown so many times.
+    ema: decay of averaged weights, which are then the ones evaluated and kept; 0 = off; warms up as (1+t)/(10+t).
+    hflip: mirror every second image. colour: strength of colour jitter on the student's image, 0 = off. crop: smallest
+    area fraction of a random resized crop, 1 = off. alarm_growth: warn when the output's deviation grew so many times.
     """
 
     steps: int
@@ -78,8 +77,8 @@ class TrainSettings:
     freeze_encoder: bool = False
     batchnorm: str = "batch"
     ema: float = 0.0
-    hflip: float = 0.0
-    jitter: float = 0.0
+    hflip: bool = False
+    colour: float = 0.0
     crop: float = 1.0
     alarm_growth: float = 10.0
     compile: bool = False
@@ -102,7 +101,7 @@ def _faults(s: TrainSettings) -> list[str]:
     """Every fault of the settings at once, one clause each."""
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "jitter": 0}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "colour": 0}
     faults = [f"{k} must be at least {low}, not {getattr(s, k)}" for k, low in at_least.items() if getattr(s, k) < low]
     choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "strategy": STRATEGIES, "batchnorm": BATCHNORMS}
     choices["kind"] = tuple(kind.value for kind in Kind)
@@ -117,8 +116,8 @@ def _faults(s: TrainSettings) -> list[str]:
         faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
     if s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
-    for name, value in (("holdout", s.holdout), ("hflip", s.hflip), ("ema", s.ema)):
-        if not 0.0 <= value <= 1.0 or (value == 1.0 and name != "hflip"):
+    for name, value in (("holdout", s.holdout), ("ema", s.ema)):
+        if not 0.0 <= value < 1.0:
             faults.append(f"{name} must be a fraction, not {value}")
     if not 0.0 < s.crop <= 1.0:
         faults.append(f"crop must lie in (0, 1], not {s.crop}")
@@ -149,7 +148,7 @@ def factor(step: int, settings: TrainSettings) -> float:
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     """Encoder and decoder, with and without weight decay; each group has its peak rate as `lr` and a `name`.
 
-    Raises ValueError where a trainable parameter is in neither `student.encoder` nor `student.decoder`, or there is none.
+    Raises ValueError where there is none, or one that neither `student.encoder` nor `student.decoder` holds.
     """
     owners = {"encoder": getattr(student, "encoder", None), "decoder": getattr(student, "decoder", None)}
     rates = {"encoder": settings.encoder_lr or settings.lr, "decoder": settings.lr}

@@ -26,57 +26,14 @@ from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
-import torch
 import webdataset
 from torch.utils.data import Dataset
 
 from distill.codec import VERSION, Sample, check_version, decode_sample
-from distill.depth import DepthMap, cat
-from distill.labels import Batch, Labels
+from distill.codec import collate as collate
 from distill.sources import walk_tar
 
 MANIFEST = "manifest.json"
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples as one batch, padded to the largest number of patches as `labels.Labels` documents.
-
-    Raises ValueError where samples have different teachers or sizes, KindError where a teacher's kinds differ.
-    """
-    names = list(samples[0].labels)
-    for sample in samples:
-        if sorted(sample.labels) != sorted(names) or sample.image.shape != samples[0].image.shape:
-            raise ValueError(
-                f"{sample.key} and {samples[0].key} do not go into one batch: they have labels by "
-                f"{', '.join(sample.labels)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
-                f"{tuple(samples[0].image.shape)}"
-            )
-    images = torch.stack([sample.image for sample in samples]).float() / 255.0
-    return Batch(
-        tuple(sample.key for sample in samples),
-        images,
-        {name: _stack([sample.labels[name] for sample in samples]) for name in names},
-    )
-
-
-def _stack(labels: Sequence[Labels]) -> Labels:
-    shared = cat([one.shared for one in labels])
-    counts = [0 if one.local is None else len(one.local) for one in labels]
-    most = max(counts)
-    if most == 0:
-        return Labels(shared, None, torch.zeros(len(labels), 0, 4))
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    patch = next(one.local.values.shape[1:] for one in labels if one.local is not None and len(one.local))
-    maps, boxes = [], []
-    for one, count in zip(labels, counts, strict=True):
-        if one.local is not None and count:
-            maps.append(one.local)
-        if count < most:
-            empty = torch.zeros(most - count, *patch)
-            maps.append(DepthMap(empty, torch.zeros_like(empty, dtype=torch.bool), shared.kind))
-        spare = one.boxes[0, :1] if count else whole
-        boxes.append(torch.cat([one.boxes[0], spare.expand(most - count, 4)]))
-    return Labels(shared, cat(maps), torch.stack(boxes))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -163,7 +120,7 @@ class ShardWriter:
             _aside(self.path).unlink(missing_ok=True)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
-        """Append a sample."""
+        """Append a sample: `codec.encode_sample`'s members."""
         start = self._tar.offset
         try:
             for name, data in members:
@@ -173,7 +130,7 @@ class ShardWriter:
                 self._tar.addfile(info, io.BytesIO(data))
         except OSError as error:
             raise _cannot_write(self.path, error) from error
-        self._tar.members = []  # type: ignore[attr-defined]
+        self._tar.members = []
         self.index.append((key, start, self._tar.offset - start))
 
     def close(self) -> dict[str, Any]:
@@ -205,7 +162,7 @@ class ShardWriter:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `folder`/manifest.json, at once or not at all."""
-    text = json.dumps({**manifest, "version": VERSION}, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps({**manifest, "version": VERSION}, sort_keys=True, indent=1, allow_nan=False)
     write_atomic(folder / MANIFEST, text.encode() + b"\n")
 
 
@@ -218,14 +175,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
         raise FileNotFoundError(f"{path} is missing: {reason}")
-    manifest = _read_json(path)
+    manifest = read_json(path)
     for name in ("teachers", "shards", "images", "quarantine"):
         if name not in manifest:
             raise ValueError(f"{path} has no {name!r}: not a manifest of labels")
     return manifest
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A json table of ours; raises ValueError naming the file where it is damaged, foreign or too new."""
     try:
         value = json.loads(path.read_bytes())
     except ValueError as error:
@@ -260,7 +218,7 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
     """(sample key, first byte, number of bytes) of every sample in a tar, from its .json or else by walking it."""
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
-        said = _read_json(sidecar)
+        said = read_json(sidecar)
         if said.get("tar") and said["tar"]["bytes"] == path.stat().st_size:
             return [(str(key), int(start), int(size)) for key, start, size in said["samples"]]
     found: dict[str, list[int]] = {}
@@ -285,8 +243,8 @@ class LabelDataset(Dataset[Sample]):
     """Every sample of a finished labels folder, at random access, in the order of tars and members.
 
     folder: as `distill.label` wrote it. teachers: the ones to decode (None: all). keys: image or sample keys to keep
-    (None: all). `keys` lists the sample keys; `duplicates` counts samples left out because an earlier tar has
-    their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
+    (None: all). `keys` and `image_keys` have an item per sample; `duplicates` counts samples left out because an
+    earlier tar has their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
 
@@ -320,9 +278,9 @@ class LabelDataset(Dataset[Sample]):
             self.tars.append(shard["name"])
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
+        self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
         self._places = np.array(places, dtype=np.int64)
         self._open: dict[str, IO[bytes]] = {}
-        self._owner = os.getpid()
 
     def _checked(self, shard: Mapping[str, Any]) -> Path:
         path = self.folder / shard["name"]

@@ -147,7 +147,7 @@ def _scan_tar(path: Path) -> Scan:
     rejected: list[Rejected] = []
     seen: set[str] = set()
     for member, problem in walk_tar(path):
-        origin = f"{path.name}:{member.name.removeprefix('./')}" if member else path.name
+        origin = f"{path.name}:{_printable(member.name.removeprefix('./'))}" if member else path.name
         if member is None or problem:
             rejected.append(Rejected(origin, safe_key(Path(member.name).stem) if member else "", problem))
             continue
@@ -162,6 +162,11 @@ def _scan_tar(path: Path) -> Scan:
         load = partial(_load_member, path, member.offset_data, member.size, key, origin)
         entries.append(Entry(key, origin, load))
     return Scan(tuple(entries), tuple(rejected))
+
+
+def _printable(name: str) -> str:
+    # A name that is not UTF-8 arrives as lone surrogates, which no file and no console takes.
+    return name.encode(errors="replace").decode()
 
 
 def _member_problem(member: tarfile.TarInfo, *, duplicate: bool) -> str:
@@ -230,9 +235,9 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     for path in _paths(patterns, "folder or photo"):
         if path.is_dir():
             inside = (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file())
-            files.update({f"{path.name}/{f.relative_to(path).as_posix()}": f for f in inside})
+            files.update({f"{path.name}/{_printable(f.relative_to(path).as_posix())}": f for f in inside})
         else:
-            files[f"{path.parent.name}/{path.name}"] = path
+            files[_printable(f"{path.parent.name}/{path.name}")] = path
     if not files:
         raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)})")
     names = sorted(files)

@@ -1,8 +1,8 @@
 """The written record of a training run: a line per step, an alarm when the output's scale runs away, and the bad batch.
 
 log.jsonl holds one JSON object per line, three sorts of them: {"step", "loss", ...} of a training step, {"step",
-"heldout", ...} of an evaluation, {"step", "alarm"} of a warning. A resumed run cuts the file back to its checkpoint, so that
-apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's.
+"heldout", ...} of an evaluation, {"step", "alarm"} of a warning. A resumed run cuts the file back to its checkpoint, so
+that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's.
 
 Why an alarm: the gradient of a scale- and shift-invariant loss is orthogonal to the prediction, so each step can only
 lengthen it, and the effective step shrinks as it grows; people who re-implemented Distill-Any-Depth report just that.
@@ -130,7 +130,7 @@ class ScaleAlarm:
         numbers = f"its mean deviation is {self.smoothed:.3g}, against {self.baseline:.3g} at step {warmup_end}"
         if grown:
             return f"the output's scale runs away: {numbers}; add the anchor loss, or normalize by the label only"
-        return f"the output has collapsed to a constant: {numbers}; lower lr, lengthen the warm-up or look at the labels"
+        return f"the output has collapsed to a constant: {numbers}; lower lr, warm up longer or look at the labels"
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""

@@ -1,12 +1,12 @@
 """The ten metrics of zero-shot depth, one value per image.
 
-Each is `(pred, target, valid) -> (B,)` float32 on (B,H,W) maps of positive numbers of one quantity (metres, where both are
-depth), aligned and clipped already; an image with no valid pixel gives NaN. Definitions: prs-eth/Marigold,
+Each is `(pred, target, valid) -> (B,)` float32 on (B,H,W) maps of positive numbers of one quantity (metres, where both
+are depth), aligned and clipped already; an image with no valid pixel gives NaN. Definitions: prs-eth/Marigold,
 src/util/metric.py; natural logarithms, deltas strictly below 1.25, 1.25^2, 1.25^3, silog times 100.
 
-All ten are read off eleven sums over pixels, so one pass serves them all (`sums`, then `from_sums`), and sums of several
-images add up to the pixel-pooled values of their union. The pass works on blocks that stay in the cache, which is
-where its speed comes from; block sums are float32, totals float64.
+All ten are read off eleven sums over pixels, so one pass serves them all (`sums`, then `from_sums`), and sums of
+several images add up to the pixel-pooled values of their union. The pass works on blocks that stay in the cache, which
+is where its speed comes from; block sums are float32, totals float64.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Row:
 def sums(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
     """(B, NUM_SUMS) float64 sums over the valid pixels of (B,H,W) or (B,N) float32 maps; all are valid where None.
 
-    With d = pred - target and l = log(pred / target), the columns are: the number of pixels, |d|/target, d^2/target, d^2,
-    l, l^2, |l|, (1/pred - 1/target)^2, and the numbers of pixels with max(pred/target, target/pred) < 1.25, 1.25^2, 1.25^3.
+    With d = pred - target and l = log(pred / target), the columns are: the number of pixels, |d|/target, d^2/target,
+    d^2, l, l^2, |l|, (1/pred - 1/target)^2, and the numbers of pixels with max(pred/target, target/pred) < 1.25,
+    1.25^2, 1.25^3.
     """
     totals = torch.zeros(len(pred), NUM_SUMS, dtype=torch.float64, device=pred.device)
     for image in range(len(pred)):
@@ -69,9 +70,11 @@ def block_sums(pred: Tensor, target: Tensor) -> Tensor:
         log.abs_().sum(),
         relative.div_(pred).square_().sum(),
     ]
-    counts = [torch.count_nonzero(worst < 1.25**power) for power in (1, 2, 3)]
-    count = torch.tensor([len(pred)], dtype=torch.float64, device=pred.device)
-    return torch.cat([count, torch.stack(parts).double(), torch.stack(counts).double()])
+    # Counting in float32 is exact up to 2^24 and three times as fast as making a bool.
+    below = torch.empty_like(worst)
+    parts += [torch.lt(worst, 1.25**power, out=below).sum() for power in (1, 2, 3)]
+    totals = torch.stack([parts[0].new_tensor(float(len(pred))), *parts])
+    return totals.double()
 
 
 def from_sums(totals: Tensor) -> dict[str, Tensor]:

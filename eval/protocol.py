@@ -51,8 +51,8 @@ class Protocol:
     min_depth, max_depth: metres; the truth lies strictly between them, aligned predictions are clipped to them.
     clip: "range" clips aligned predictions to [min_depth, max_depth] alone; "truth" also to the image's own truth,
     where scale and shift were fitted.
-    mask_range: the truth's validity is also cut to (min_depth, max_depth). False where the benchmark's mask decides alone.
-    crop, mask, resize, pooling: in words.
+    mask_range: the truth's validity is also cut to (min_depth, max_depth). False where the benchmark's mask decides
+    alone. crop, mask, resize, pooling: in words.
     """
 
     benchmark: str
@@ -96,7 +96,8 @@ class Protocol:
         return replace(self, alignment=ALIGNMENTS[Kind(kind)])
 
     def in_mode(self, mode: str) -> Protocol:
-        """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot unrepair."""
+        """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot
+        unrepair."""
         if mode not in MODES:
             raise ValueError(f"protocol must be marigold or clean, not {mode!r}")
         if mode == self.mode:
@@ -122,7 +123,8 @@ def from_dict(table: Mapping[str, Any]) -> Protocol:
     unknown = set(table) - known - {"id"}
     if unknown:
         raise ValueError(f"a protocol has no {', '.join(sorted(unknown))}: was it written by a newer version?")
-    protocol = Protocol(**{key: math.inf if value == "inf" else value for key, value in table.items() if key in known})
+    values: dict[str, Any] = {key: math.inf if table[key] == "inf" else table[key] for key in known & set(table)}
+    protocol = Protocol(**values)
     if "id" in table and table["id"] != protocol.id:
         raise ValueError(f"protocol id {table['id']} does not belong to its fields (they give {protocol.id})")
     return protocol

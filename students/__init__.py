@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students import decoders
+from distill.plugins import find, option_faults
 from students.encoder import Encoder
 
 
@@ -48,10 +47,9 @@ class Student(nn.Module):
         raw = self.decoder(features)
         left, right, top, bottom = self.encoder.padding(height, width)
         padded = (top + height + bottom, left + width + right)
-        with torch.autocast(raw.device.type, enabled=False):
-            raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-            if raw.shape[-2:] != padded:
-                raw = F.interpolate(raw, size=padded, mode="bilinear", align_corners=False)
+        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
+        if raw.shape[-2:] != padded:
+            raw = F.interpolate(raw, size=padded, mode="bilinear", align_corners=False)
         disparity = raw[:, 0, top : top + height, left : left + width]
         return (disparity, features[-1][0]) if with_features else disparity
 
@@ -72,15 +70,15 @@ def build(
 
     Raises LookupError for an unknown encoder or decoder, ValueError for an option that the part does not take.
     """
-    plugin = decoders.find(decoder).Decoder
-    part = Encoder(encoder, **_bound(Encoder, f"encoder {encoder}", encoder_options))
+    plugin = find("students.decoders", decoder).Decoder
+    part = Encoder(encoder, **_bound(Encoder, "encoder_options", encoder_options))
     options = {"in_channels": [part.channels] * 4} | dict(decoder_options or {})
-    return Student(part, plugin(**_bound(plugin, f"decoder {decoder}", options)), native_size=native_size)
+    return Student(part, plugin(**_bound(plugin, "decoder_options", options)), native_size=native_size)
 
 
 def _bound(plugin: Any, what: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    known = [name for name in inspect.signature(plugin).parameters if name not in ("self", "name")]
-    unknown = [name for name in options or {} if name not in known]
-    if unknown:
-        raise ValueError(f"{what} has no option {', '.join(unknown)}; it has: {', '.join(known)}")
+    faults = [f"{what} may not hold the name"] if "name" in (options or {}) else []
+    faults += option_faults(plugin, dict(options or {}), what)
+    if faults:
+        raise ValueError("; ".join(faults))
     return dict(options or {})

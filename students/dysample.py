@@ -46,9 +46,8 @@ class DySample(nn.Module):
         batch, channels, height, width = x.shape
         points = self.points(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)
-            read = F.grid_sample(grouped, points.to(dtype), mode="bilinear", padding_mode="border", align_corners=False)
+        grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)
+        read = F.grid_sample(grouped, points.to(dtype), mode="bilinear", padding_mode="border", align_corners=False)
         return read.view(batch, channels, self.scale * height, self.scale * width).to(x.dtype)
 
     def offsets(self, x: Tensor) -> Tensor:

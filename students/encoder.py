@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import math
 import pickle
 import re
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
+from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,8 +57,8 @@ class Encoder(nn.Module):
 
     name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14".
     weights: None (random), "pretrained" (timm's hub download), or a local .safetensors / .pth file in
-        facebookresearch's or timm's parameter names, float16 or float32. Loading is strict: every parameter is
-        claimed, or the error names it.
+        facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: every
+        parameter is claimed, or the error names it.
     indices: the four blocks read, counted after `blocks` has chosen; None gives the paper's (`default_indices`).
     blocks: keep only these blocks of the named ViT, in this order (weights are still loaded from the whole one).
     final_norm: apply the ViT's last norm to all four (DINOv3's own hub heads do; AnyDepth's default does not).
@@ -120,11 +122,23 @@ class Encoder(nn.Module):
             "timm_options": dict(timm_options or {}),
         }
         self.freeze(frozen)
+        self._digest_as_read = None if self.weights_name is None else self.digest()
 
     @property
     def frozen(self) -> bool:
         """True where the encoder takes no gradient and stays in evaluation mode."""
         return bool(self.options["frozen"])
+
+    def digest(self) -> str:
+        """SHA-256 of all weights."""
+        found = hashlib.sha256()
+        for key, value in sorted(self.state_dict().items()):
+            found.update(key.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    def is_as_read(self) -> bool:
+        """True where the weights came from a local file and are still what they were then."""
+        return self._digest_as_read is not None and self._digest_as_read == self.digest()
 
     def freeze(self, frozen: bool = True) -> None:
         """Freeze or thaw all parameters."""
@@ -205,6 +219,8 @@ def _checked_indices(depth: int, indices: Sequence[int] | None) -> list[int]:
 def _timm_name(name: str) -> str:
     known = ALIASES.get(name, name)
     if timm.is_model(known):
+        if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit")):
+            raise LookupError(f"encoder {name} is not a plain ViT; take one such as dinov3_vits16 or dinov2_vits14")
         return known
     vits = [*ALIASES, *timm.list_models(["vit_*", "deit*"])]
     close = difflib.get_close_matches(name, vits, n=3, cutoff=0.5) or list(ALIASES)
@@ -212,12 +228,13 @@ def _timm_name(name: str) -> str:
 
 
 def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) -> Any:
+    foreign = [key for key in options if key in inspect.signature(timm.create_model).parameters]
+    if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
+        raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
         model = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True, **options)
-    except TypeError as error:
+    except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"encoder {name} does not take these options: {error}") from error
-    if not isinstance(getattr(model, "blocks", None), nn.Module) or not hasattr(model, "cls_token"):
-        raise ValueError(f"encoder {name} is not a plain ViT; take one such as {', '.join(list(ALIASES)[:2])}")
     if grid is not None:
         if getattr(model, "pos_embed", None) is None:
             raise ValueError(f"encoder {name} has no position table, so pos_grid means nothing; leave it out")
@@ -281,7 +298,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     for inside, beside in _WHOLE_MODELS.items():
         if any(key.startswith(inside) for key in state):
             state = {key.removeprefix(inside): value for key, value in state.items() if not key.startswith(beside)}
-    state = {key: value for key, value in state.items() if not _UNUSED.fullmatch(key)}
+    state = {key: value for key, value in _facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     wanted = backbone.state_dict()
     state = _timm_keys(state, wanted, source)
     if "pos_embed" in wanted and "pos_embed" in state:
@@ -303,6 +320,48 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+# transformers' DINOv2 and DINOv3 names as facebookresearch's; q, k and v are joined afterwards.
+_TRANSFORMERS = [
+    (r"^(model\.|dinov2\.)", ""),
+    (r"^encoder\.layer\.|^(model\.)?layer\.", "blocks."),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+    (r"^embeddings\.", ""),
+    (r"^layernorm\.", "norm."),
+    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
+    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.mlp\.weights_in\.", ".mlp.w12."),
+    (r"\.mlp\.weights_out\.", ".mlp.w3."),
+]
+
+
+def _facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' names as facebookresearch's; anything else as it is."""
+    if not any(key.endswith("embeddings.cls_token") for key in state):
+        return state
+    named: dict[str, Tensor] = {}
+    for key, value in state.items():
+        for pattern, name in _TRANSFORMERS:
+            key = re.sub(pattern, name, key)
+        named[key] = value
+    if "pos_embed" not in named and "register_tokens" in named:  # DINOv3: rotary positions
+        named["storage_tokens"] = named.pop("register_tokens")
+    gated = any(".mlp.gate_proj." in key for key in named)
+    ways = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    out: dict[str, Tensor] = {}
+    for key, value in named.items():
+        for theirs, ours in ways.items():
+            key = key.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
+        out[key] = value
+    for key in [key for key in out if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
+        query = out.pop(key)
+        content = out.pop(key.replace(".q.", ".v."), query[:0])
+        absent = torch.zeros_like(query) if key.endswith(".bias") else query[:0]  # a DINOv3 has no key bias
+        out[key.replace(".q.", ".qkv.")] = torch.cat([query, out.pop(key.replace(".q.", ".k."), absent), content])
+    return out
 
 
 def _timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,11 +85,11 @@ def check_images(images: Tensor) -> Tensor:
     return images.float()
 
 
-def check_resize(resize: str, native_size: int | None) -> None:
-    """Raises ValueError unless resize is "native" or "none" and native_size fits it."""
+def check_resize(resize: str, native_size: int | None, *, zero_is_given: bool = False) -> None:
+    """Raises ValueError unless resize is "native" or "none" and native_size fits it (0 may mean "as given")."""
     if resize not in ("native", "none"):
         raise ValueError(f'resize must be "native" (the authors\' rule) or "none" (the size given), not {resize!r}')
-    if native_size is not None and native_size < 1:
+    if native_size is not None and native_size < (0 if zero_is_given else 1):
         raise ValueError(f"native_size must be a positive number of pixels, not {native_size}")
     if resize == "none" and native_size is not None:
         raise ValueError('native_size has no meaning with resize="none": leave one of them out')
@@ -238,28 +239,35 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | P
     module.requires_grad_(False)
 
 
-def load_checked(build: Callable[[], tuple[Any, Any]], where: str | Path, *, what: str) -> Any:
+def load_checked(
+    build: Callable[[], tuple[Any, Any]], where: str | Path, *, what: str, optional: tuple[str, ...] = ()
+) -> Any:
     """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
 
-    Both report what did not match and go on with random weights; here that is WeightsMismatch. Silences their progress
-    bars and reports while building.
+    Both report what did not match and go on with random weights; here that is WeightsMismatch. optional: parts of names
+    that may be missing or superfluous. Silences the progress bars and reports while building.
     """
-    import transformers
-
-    log = transformers.utils.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
+    libraries = [sys.modules[name].utils.logging for name in ("transformers", "diffusers") if name in sys.modules]
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     try:
         model, info = build()
-    except (RuntimeError, safetensors.SafetensorError, OSError, EOFError) as error:
+    except (RuntimeError, ValueError, safetensors.SafetensorError, OSError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsMismatch(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
     finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-    check_claimed(info["missing_keys"], info["unexpected_keys"], where, what=what)
+        for library, verbosity, had_bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if had_bar:
+                library.enable_progress_bar()
+    missing, unexpected = (
+        [key for key in info[name] if not any(part in key for part in optional)]
+        for name in ("missing_keys", "unexpected_keys")
+    )
+    check_claimed(missing, unexpected, where, what=what)
     if info["mismatched_keys"]:
         key = sorted(map(str, info["mismatched_keys"]))[0]
         raise WeightsMismatch(f"{where} is not a {what} checkpoint: another shape at {key}")

@@ -6,7 +6,6 @@ multiple of its patch; bilinear with antialias. The map comes back to the image'
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import distill
 from distill import checkpoint, crops
 from distill.depth import DepthMap, Kind
 from students import Student
-from teachers import Card, WeightsMissing, check_images, check_resize, finite, pad_to_multiple, revision_of
+from teachers import Card, WeightsMissing, check_images, check_resize, finite, revision_of
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -66,18 +65,22 @@ class Teacher:
         """
         check_resize(resize, native_size)
         folder = pocket() if weights == "pocket" else Path(weights).expanduser()
-        described = folder / "student.json"
-        if not described.is_file():
-            raise WeightsMissing(f"{folder} holds no student (student.json): give a folder that `distill train` wrote")
+        if not folder.exists():
+            raise WeightsMissing(
+                f'weights {weights!r}: no such folder; give one that `distill train` wrote, or "pocket"'
+            )
         student = checkpoint.load(folder, device=device, encoder_weights=encoder_weights)
-        student = student.eval().requires_grad_(False).to(dtype=dtype)
-        trained_at = json.loads(described.read_text(encoding="utf-8")).get("native_size")
+        student = student.requires_grad_(False).to(dtype=dtype)
+        made = checkpoint.read_card(folder)
         card = replace(
             CARDS[0],
             weights=str(weights),
+            licence=str(made.get("licence", "unknown")),
+            commercial=made.get("commercial") is True,
+            note=str(made.get("name", "")),
             revision=revision_of(folder),
             multiple=student.encoder.patch_size,
-            native_size=native_size or trained_at,
+            native_size=native_size or student.native_size,
         )
         return cls(student, card, resize=resize, native_size=native_size)
 
@@ -90,12 +93,12 @@ class Teacher:
         if size is not None:
             sized = crops.resize(images, *native_shape(height, width, size, self.card.multiple))
         else:
-            sized = pad_to_multiple(images, self.card.multiple)
+            sized = images  # the student pads by itself
         parameter = next(self.student.parameters())
         values = self.student(sized.to(device=parameter.device, dtype=parameter.dtype)).float()
         if size is not None:
             values = crops.resize(values[:, None], height, width)[:, 0]
-        return finite(values[:, :height, :width].to(images.device), self.card.kind)
+        return finite(values.to(images.device), self.card.kind)
 
 
 def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:

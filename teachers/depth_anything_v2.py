@@ -17,7 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -39,10 +38,10 @@ from teachers import (
     resolve,
     revision_of,
 )
+from teachers._dino import PATCH, normalize, position_table
+from teachers._resize import resize_cubic
 
-PATCH = 14
 NATIVE = 518
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _card(weights: str, licence: str, *, kind: Kind = Kind.AFFINE_DISPARITY, note: str = "", source: str = "") -> Card:
@@ -173,17 +172,6 @@ def _config(state: dict[str, Tensor], where: str | Path, max_depth: float | None
     )
 
 
-def position_table(table: Tensor, rows: int, columns: int) -> Tensor:
-    """(1,1+N,C) position table for rows x columns patches, by the authors' rule: bicubic, scale factor with +0.1."""
-    side = round((table.shape[1] - 1) ** 0.5)
-    if (rows, columns) == (side, side):
-        return table
-    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-    factors = ((rows + 0.1) / side, (columns + 0.1) / side)
-    grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", antialias=False)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
-
-
 def native_shape(height: int, width: int, size: int) -> tuple[int, int]:
     """The authors' lower-bound rule: both sides at least `size`, aspect kept, each a multiple of 14 (half to even)."""
     scale = max(size / height, size / width)
@@ -193,15 +181,6 @@ def native_shape(height: int, width: int, size: int) -> tuple[int, int]:
         return nearest if nearest >= size else int(np.ceil(side / PATCH) * PATCH)
 
     return to_multiple(scale * height), to_multiple(scale * width)
-
-
-def resize_cubic(images: Tensor, height: int, width: int) -> Tensor:
-    """(B,3,H,W) resized as the authors do: OpenCV's cubic on float64, no antialias; values may leave [0,1]."""
-    if images.shape[-2:] == (height, width):
-        return images
-    arrays = images.detach().double().permute(0, 2, 3, 1).cpu().numpy()
-    out = [cv2.resize(a, (width, height), interpolation=cv2.INTER_CUBIC) for a in arrays]
-    return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(images.device)
 
 
 class Teacher:
@@ -260,9 +239,8 @@ class Teacher:
             sized = resize_cubic(images, *native_shape(height, width, self.native_size))
         else:
             sized = pad_to_multiple(images, PATCH)
-        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
         parameter = next(self.model.parameters())
-        inputs = ((sized - mean) / std).to(device=parameter.device, dtype=parameter.dtype)
+        inputs = normalize(sized).to(device=parameter.device, dtype=parameter.dtype)
         values = self.model(pixel_values=inputs).predicted_depth.float()
         if self.resize == "none":
             values = values[:, :height, :width]

@@ -134,9 +134,8 @@ def test_parameter_counts_of_the_paper(name):
 
 def dinov3(tmp_path, shapes, seed, prefix="", **options):
     """Our DINOv3 ViT-S/16 with golden weights, read from a file in facebookresearch's names."""
-    state = synth(shapes, seed)
     path = tmp_path / "dinov3.pth"
-    torch.save({key: value.clone() for key, value in state.items() if key.startswith(prefix)}, path)
+    torch.save(synth({key: entry for key, entry in shapes.items() if key.startswith(prefix)}, seed), path)
     return Encoder("dinov3_vits16", weights=path, **RAW, **options)
 
 
@@ -156,7 +155,8 @@ def test_dinov3_features(golden, tmp_path):
 
 def test_encoder_pads_as_anydepth(golden, tmp_path):
     facts, data = golden("anydepth_encoder_vits16")
-    shapes = golden("dinov3_vits16")[0]["state_dict"]
+    whole = golden("anydepth_sdt_vits")[0]["state_dict"]
+    shapes = {k.removeprefix("0.encoder.backbone."): v for k, v in whole.items() if k.startswith("0.encoder.")}
     for run in facts["runs"]:
         i = run["index"]
         encoder = dinov3(tmp_path, shapes, facts["seed"], final_norm=run["use_backbone_norm"]).eval()
@@ -174,11 +174,13 @@ def test_encoder_pads_as_anydepth(golden, tmp_path):
 def test_whole_model(golden, tmp_path, case):
     facts, data = golden(case)
     decoder = sdt.Decoder(384) if case == "anydepth_sdt_vits" else dpt.Decoder(384)
+    seed = facts["runs"][0]["seed"]
+    assert {run["seed"] for run in facts["runs"]} == {seed}
+    encoder = dinov3(tmp_path, facts["state_dict"], seed, prefix="0.encoder.backbone.")
+    shapes = {key: entry for key, entry in facts["state_dict"].items() if key.startswith("0.decoder.")}
+    student = Student(encoder, decoder.load_released(synth(shapes, seed))).eval()
     for run in facts["runs"]:
         i = run["index"]
-        state = synth(facts["state_dict"], run["seed"])
-        encoder = dinov3(tmp_path, facts["state_dict"], run["seed"], prefix="0.encoder.backbone.")
-        student = Student(encoder, decoder.load_released(state)).eval()
         x, expected = tensor(data, f"x{i}"), tensor(data, f"depth{i}")
         with torch.no_grad():
             depth = torch.relu(student.decoder(student.encoder(x))) + 0.001

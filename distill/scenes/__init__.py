@@ -7,30 +7,56 @@ centre alone, so edges stay sharp. Training and the benchmark draw their seeds f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.scenes.cast import cast, shadow, surfaces
-from distill.scenes.layouts import KINDS as _LAYOUTS
+from distill.scenes import texture
+from distill.scenes.cast import Surfaces, cast, clusters, shadow, surfaces
+from distill.scenes.indoors import corridor, hall, room, table
+from distill.scenes.outdoors import country, street
 from distill.scenes.stage import Stage
-from distill.scenes.texture import paint, pattern, sample, table
 
+_LAYOUTS: dict[str, tuple[Callable[[Stage], None], float]] = {
+    "room": (room, 0.34),
+    "corridor": (corridor, 0.08),
+    "street": (street, 0.22),
+    "country": (country, 0.16),
+    "table": (table, 0.12),
+    "hall": (hall, 0.08),
+}
+"""Who builds a kind of view, and its share of all views."""
 KINDS = tuple(_LAYOUTS)
+OUTDOORS = ("street", "country")
+_STREAM = 7919
 TRAIN_SEEDS = range(1_000_000, 2_000_000_000)
 BENCHMARK_SEEDS = range(0, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """image: (3,H,W) float32 in [0,1]. depth: (H,W) float32 metres along the optical axis, 0 in the sky. valid: (H,W)."""
+    """What a camera saw.
+
+    image: (3,H,W) float32 in [0,1]. depth: (H,W) float32 metres along the optical axis, 0 in the sky.
+    valid: (H,W) bool, False in the sky.
+    """
 
     image: Tensor
     depth: Tensor
     valid: Tensor
     kind: str
+
+
+def kind_of(seed: int) -> str:
+    """The kind of view that `render(seed)` gives, without rendering it."""
+    return _draw_kind(np.random.default_rng([_STREAM, seed]))
+
+
+def _draw_kind(rng: np.random.Generator) -> str:
+    return str(rng.choice(KINDS, p=[share for _, share in _LAYOUTS.values()]))
 
 
 def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None) -> View:
@@ -39,11 +65,11 @@ def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = 
         raise LookupError(f"no kind of view is called {kind!r}; there are: {', '.join(_LAYOUTS)}")
     if min(size) < 1:
         raise ValueError(f"size must be (height, width) of at least one pixel, not {size}")
-    rng = np.random.default_rng([7919, seed])
-    drawn = KINDS[int(rng.choice(len(KINDS), p=[0.34, 0.08, 0.22, 0.16, 0.12, 0.08]))]
+    rng = np.random.default_rng([_STREAM, seed])
+    drawn = _draw_kind(rng)
     kind = drawn if kind is None else kind
     stage = Stage(rng=rng)
-    _LAYOUTS[kind](stage)
+    _LAYOUTS[kind][0](stage)
     depth, colour = _light_up(stage, size)
     height, width = size
     centre, corner = colour[:, 1, :height, :width], colour[:, 0]
@@ -61,7 +87,10 @@ def _light_up(stage: Stage, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     assert camera is not None
     rays = camera.rays(height, width, corners=True)
     hits = cast(stage.solids, camera, rays)
-    colour = _sky(stage, [r.reshape(-1) for r in rays])
+    colour = torch.zeros(3, hits.depth.numel())
+    empty = torch.nonzero(hits.surface.reshape(-1) < 0)[:, 0]
+    if len(empty):
+        colour[:, empty] = _sky(stage, [r.reshape(-1)[empty] for r in rays])
     solid = torch.nonzero(hits.surface.reshape(-1) >= 0)[:, 0]
     t = hits.depth.reshape(-1)[solid]
     ray = [r.reshape(-1)[solid] for r in rays]
@@ -83,10 +112,11 @@ def _unit(a: list[Tensor]) -> list[Tensor]:
     return [x / length for x in a]
 
 
-def _surface_points(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor]) -> tuple[list[Tensor], ...]:
+def _surface_points(
+    stage: Stage, surface: Surfaces, rows: Tensor, t: Tensor, ray: list[Tensor]
+) -> tuple[list[Tensor], ...]:
     """World points, unit normals, and position and normal in the solid's own frame."""
     assert stage.camera is not None
-    surface = surfaces(stage.solids)
     point = [stage.camera.position[i] + t * ray[i] for i in range(3)]
     flat = torch.cat(
         [surface.gradient.reshape(-1, 9), surface.constant, surface.centre, surface.axes.reshape(-1, 9)], dim=1
@@ -99,9 +129,10 @@ def _surface_points(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor]) ->
 
 def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: float) -> Tensor:
     """Linear colour (3,N) of the points at `t` along the rays."""
-    point, normal, own, own_normal = _surface_points(stage, rows, t, ray)
-    material = surfaces(stage.solids).material[rows]
-    patterns, numbers = table(stage.materials)
+    surface = surfaces(stage.solids)
+    point, normal, own, own_normal = _surface_points(stage, surface, rows, t, ray)
+    material = surface.material[rows]
+    patterns, numbers = texture.table(stage.materials)
     number = numbers[material]
     # Texture is laid along the axis that the surface faces most.
     x, y, z = (c.abs() for c in own_normal)
@@ -109,15 +140,18 @@ def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: floa
     u = torch.where(on_x, own[2], own[0])
     v = torch.where(on_y, own[2], -own[1])
     facing = -_dot(_unit(ray), normal)
-    albedo = paint(patterns[material], number, u, v, t * pixel / facing.clamp(min=0.12))
+    albedo, texel = texture.paint(patterns[material], number, u, v, t * pixel / facing.clamp(min=0.12))
+    bend_a, bend_b = (texel[:, 0] - 0.5) * number[:, 18], (texel[:, 1] - 0.5) * number[:, 18]
+    bent = _unit([normal[0] + bend_a, normal[1] + bend_b, normal[2] + bend_a - bend_b])
 
     up, down = torch.tensor(stage.ambient[0])[:, None], torch.tensor(stage.ambient[1])[:, None]
-    share = 0.5 + 0.5 * normal[1]
+    share = 0.5 + 0.5 * bent[1]
     # Near the floor less of the room is seen: a soft darkening where things stand.
     near_floor = (point[1].clamp(min=0.0) + 0.08) / (point[1].clamp(min=0.0) + 0.16)
-    light = (up * share + down * (1 - share)) * torch.where(normal[1] < 0.7, near_floor, 1.0)
+    light = (up * share + down * (1 - share)) * torch.where(normal[1] < 0.7, near_floor, 1.0) * _corners(stage, point)
     shine = torch.zeros_like(light)
     lifted = [p + n * (1e-3 + 1e-3 * t) for p, n in zip(point, normal, strict=True)]
+    groups = clusters(stage.solids)
     for lamp in stage.lights:
         if lamp.sun:
             towards = [torch.tensor(c) for c in lamp.place]
@@ -126,20 +160,31 @@ def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: floa
             away = [lamp.place[i] - point[i] for i in range(3)]
             square = _dot(away, away)
             towards, power = _unit(away), lamp.reach**2 / (lamp.reach**2 + square)
-        slope = _dot(normal, towards)
+        slope = torch.where(_dot(normal, towards) > 0, _dot(bent, towards), 0.0)
         lit = torch.nonzero(slope > 0)[:, 0]
-        hidden = shadow(stage.solids, [p[lit] for p in lifted], lamp.place, sun=lamp.sun)
+        hidden = shadow(groups, [p[lit] for p in lifted], lamp.place, sun=lamp.sun)
         strength = torch.zeros_like(t)
         strength[lit] = torch.where(hidden, 0.0, 1.0)
         strength = strength * power
         shade = torch.tensor(lamp.colour)[:, None]
         light = light + shade * (slope.clamp(min=0) * strength)
         half = _unit([towards[i] - r for i, r in enumerate(_unit(ray))])
-        gleam = _dot(half, normal).clamp(min=0)
+        gleam = _dot(half, bent).clamp(min=0)
         for _ in range(5):
             gleam = gleam * gleam
         shine = shine + shade * (gleam * strength * number[:, 16] * 0.6)
     return albedo * (light + number[:, 17]) + shine
+
+
+def _corners(stage: Stage, point: list[Tensor]) -> Tensor:
+    """A soft darkening (N,) towards the walls, floor and ceiling of a room."""
+    shade = torch.ones_like(point[0])
+    if stage.bounds is not None:
+        hx, hy, hz = stage.bounds
+        for gap in (hx - point[0].abs(), hz - point[2].abs(), hy - (point[1] - hy).abs()):
+            gap = gap.clamp(min=0)
+            shade = shade * (gap + 0.25) / (gap + 0.45)
+    return shade
 
 
 def _sky(stage: Stage, ray: list[Tensor]) -> Tensor:
@@ -154,7 +199,9 @@ def _sky(stage: Stage, ray: list[Tensor]) -> Tensor:
     # Clouds lie on a plane far above.
     level = 1.0 / rise.clamp(min=0.02)
     noise = torch.full_like(rise, 3.0 + int(stage.clouds * 97) % 6).long()
-    cloud = sample(noise, direction[0] * level * 0.15 + 0.3, direction[2] * level * 0.15 + 0.7, level * 0.002)[:, 0]
+    cloud = texture.sample(
+        noise, direction[0] * level * 0.15 + 0.3, direction[2] * level * 0.15 + 0.7, level * 0.002, smooth=False
+    )[:, 0]
     cover = ((cloud - 1 + stage.clouds * 0.8) * 3).clamp(0, 1) * (rise * 8).clamp(0, 1)
     white = horizon * 0.4 + 0.55
     colour = colour * (1 - cover) + white * cover
@@ -176,9 +223,10 @@ def _develop(rng: np.random.Generator, linear: Tensor) -> Tensor:
     x = (torch.arange(width) + 0.5) / width * 2 - 1
     corner = float(rng.uniform(0, 0.25)) if rng.random() < 0.5 else 0.0
     bright = bright * (1 - corner * (x[None, :] ** 2 + y[:, None] ** 2) / 2)
-    grain = torch.from_numpy(rng.standard_normal((3, height, width), dtype=np.float32))
+    grain = torch.from_numpy(rng.standard_normal((4, height, width), dtype=np.float32))
+    grain = grain[:3] * float(rng.uniform(0.2, 1)) + grain[3:]
     bright = bright.clamp(min=0)
-    shoulder = float(rng.uniform(0.5, 4.0))
+    shoulder = float(rng.uniform(1.0, 5.0))
     bright = bright * (1 + bright / shoulder**2) / (1 + bright)  # Reinhard: white at `shoulder`
     toned = bright.clamp(0, 1).sqrt()
     contrast = float(rng.uniform(-0.1, 0.5))
@@ -186,5 +234,5 @@ def _develop(rng: np.random.Generator, linear: Tensor) -> Tensor:
     colourful = float(rng.normal(1.0, 0.2)) if rng.random() > 0.03 else 0.0
     mean = (toned[0] + toned[1] + toned[2]) / 3
     toned = mean + (toned - mean) * max(colourful, 0.0)
-    noisy = toned + grain * float(rng.uniform(0.0, 0.02) if rng.random() < 0.8 else rng.uniform(0.02, 0.06))
+    noisy = toned + grain * float(rng.uniform(0.0, 0.012) if rng.random() < 0.8 else rng.uniform(0.012, 0.03))
     return (noisy.clamp(0, 1) * 255).round() / 255

@@ -21,6 +21,7 @@ NEAR, FAR = 0.05, 1000.0
 """Metres. What is farther than FAR counts as sky."""
 
 _Vector = tuple[float, float, float]
+Vector = Sequence[float] | np.ndarray
 _Component = Tensor | float
 _EYE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
@@ -53,12 +54,12 @@ def turn(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0) -> np.ndarray:
     return about_z @ about_x @ about_y
 
 
-def _around(centre: Sequence[float], half: Sequence[float], axes: np.ndarray) -> np.ndarray:
+def _around(centre: Vector, half: Vector, axes: np.ndarray) -> np.ndarray:
     signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
     return np.asarray(centre) + (signs * np.asarray(half)) @ axes
 
 
-def _world_planes(local: np.ndarray, centre: Sequence[float], axes: np.ndarray) -> tuple:
+def _world_planes(local: np.ndarray, centre: Vector, axes: np.ndarray) -> tuple:
     normals = local[:, :3] @ axes
     length = np.linalg.norm(normals, axis=1)
     offsets = (local[:, 3] + normals @ np.asarray(centre)) / length
@@ -66,8 +67,8 @@ def _world_planes(local: np.ndarray, centre: Sequence[float], axes: np.ndarray) 
 
 
 def block(
-    centre: Sequence[float],
-    half: Sequence[float],
+    centre: Vector,
+    half: Vector,
     material: int,
     *,
     axes: np.ndarray | None = None,
@@ -101,18 +102,26 @@ def block(
     )
 
 
-def ellipsoid(centre: Sequence[float], half: Sequence[float], material: int, *, axes: np.ndarray | None = None) -> Solid:
+def ellipsoid(
+    centre: Vector, half: Vector, material: int, *, axes: np.ndarray | None = None, casts: bool = True
+) -> Solid:
     """An ellipsoid with half-axes `half`; a sphere where they are equal."""
     axes = np.array(_EYE) if axes is None else axes
     quadric = axes / np.asarray(half, dtype=np.float64)[:, None]
     point = (float(centre[0]), float(centre[1]), float(centre[2]))
     return Solid(
-        planes=(), quadric=quadric, centre=point, axes=axes, corners=_around(centre, half, axes), material=material
+        planes=(),
+        quadric=quadric,
+        centre=point,
+        axes=axes,
+        corners=_around(centre, half, axes),
+        material=material,
+        casts=casts,
     )
 
 
 def cylinder(
-    centre: Sequence[float], radius: float, half_height: float, material: int, *, axes: np.ndarray | None = None
+    centre: Vector, radius: float, half_height: float, material: int, *, axes: np.ndarray | None = None
 ) -> Solid:
     """A capped cylinder along its own y axis."""
     axes = np.array(_EYE) if axes is None else axes
@@ -177,22 +186,28 @@ def span(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Where origin + t ray enters and leaves the solid, and with `faces` by which surface it enters (shell: leaves).
 
-    Origins or rays may be plain numbers; the result broadcasts. enter > leave means a miss.
+    Either the origin or the ray is three plain numbers: a camera or lamp, or the sun. enter > leave means a miss.
     """
     enter, leave = torch.tensor(-torch.inf), torch.tensor(torch.inf)
     face = torch.tensor(0) if faces else None
     for index, (nx, ny, nz, offset) in enumerate(solid.planes):
-        slope = torch.as_tensor(ray[0] * nx + ray[1] * ny + ray[2] * nz)
+        slope = ray[0] * nx + ray[1] * ny + ray[2] * nz
         height = offset - (origin[0] * nx + origin[1] * ny + origin[2] * nz)
-        if isinstance(height, float) and height >= 0 and not solid.shell:
-            leave = torch.minimum(leave, torch.where(slope > 0, height / slope, torch.inf))
-            continue
-        at = height / slope
-        inward = slope < 0
-        enters, leaves = torch.where(inward, at, -torch.inf), torch.where(inward, torch.inf, at)
-        if face is not None:
-            face = torch.where(leaves < leave if solid.shell else enters > enter, index, face)
-        enter, leave = torch.maximum(enter, enters), torch.minimum(leave, leaves)
+        if isinstance(slope, Tensor):
+            # Seen from one point, a plane can only let all rays in or let them all out.
+            outside = height < 0
+            at = torch.where(slope < 0 if outside else slope > 0, height / slope, torch.inf)
+        else:
+            outside = slope < 0
+            at = torch.as_tensor(height / (slope or 1e-30))
+        if outside:
+            if face is not None and not solid.shell:
+                face = torch.where(at > enter, index, face)
+            enter = torch.maximum(enter, at)
+        else:
+            if face is not None and solid.shell:
+                face = torch.where(at < leave, index, face)
+            leave = torch.minimum(leave, at)
     if solid.quadric is None:
         return enter, leave, face
     m = solid.quadric.tolist()
@@ -293,43 +308,84 @@ def surfaces(solids: Sequence[Solid]) -> Surfaces:
     )
 
 
-def shadow(solids: Sequence[Solid], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Neighbouring solids in one bounding sphere, so that a shadow ray can pass them all by at once.
+
+    solids: each with the middle and radius of its own sphere.
+    """
+
+    middle: np.ndarray
+    radius: float
+    solids: tuple[tuple[Solid, np.ndarray, float], ...]
+
+
+def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
+    """The shadow casters, gathered in the order they were added while they stay close to each other."""
+    found: list[Cluster] = []
+    low, high = np.zeros(3), np.zeros(3)
+    for solid in solids:
+        if not solid.casts or solid.corners is None:
+            continue
+        small, large = solid.corners.min(0), solid.corners.max(0)
+        alone = float(np.linalg.norm(large - small)) / 2
+        if found:
+            joined_low, joined_high = np.minimum(low, small), np.maximum(high, large)
+            joined = float(np.linalg.norm(joined_high - joined_low)) / 2
+            if joined < 1.5 * max(alone, found[-1].radius) + 0.1 and len(found[-1].solids) < 16:
+                low, high = joined_low, joined_high
+                found[-1] = Cluster((low + high) / 2, joined, (*found[-1].solids, (solid, (small + large) / 2, alone)))
+                continue
+        low, high = small, large
+        found.append(Cluster((low + high) / 2, alone, ((solid, (low + high) / 2, alone),)))
+    return tuple(found)
+
+
+def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:
     """Whether each point (x, y, z each (N,)) is hidden from the light: (N,) bool.
 
     light: the unit direction towards the sun, or a lamp's position. Points should sit a little off their surface.
     """
     hidden = torch.zeros_like(points[0], dtype=torch.bool)
-    for solid in solids:
-        if not solid.casts or solid.corners is None:
-            continue
-        middle = (solid.corners.min(0) + solid.corners.max(0)) / 2
-        radius = float(np.linalg.norm(solid.corners[0] - solid.corners[-1]) / 2)
+    if sun:
+        first = np.cross(light, (1.0, 0.0, 0.0) if abs(light[0]) < 0.7 else (0.0, 1.0, 0.0))
+        first /= np.linalg.norm(first)
+        axes = np.array([first, np.cross(light, first)])  # two axes across the light
+        ways = [points[0] * a[0] + points[1] * a[1] + points[2] * a[2] for a in axes.tolist()]
+        lines = list(points)
+    else:
+        lines = [points[i] - light[i] for i in range(3)]
+        length = (lines[0] * lines[0] + lines[1] * lines[1] + lines[2] * lines[2]).sqrt()
+        ways = [line / length for line in lines]
+
+    def reach(middle: np.ndarray, radius: float, way: Sequence[Tensor]) -> Tensor:
+        """Which of the points may lie in the shadow of a sphere."""
         if sun:
-            # Bounding cylinder towards the sun, by its square distance from the axis.
-            away = [points[i] - float(middle[i]) for i in range(3)]
-            along = away[0] * light[0] + away[1] * light[1] + away[2] * light[2]
-            distance = away[0] * away[0] + away[1] * away[1] + away[2] * away[2] - along * along
-            maybe = (distance < radius * radius) & (along < radius)
+            a, b = (axes @ middle).tolist()
+            chosen = (way[0] - a).square() + (way[1] - b).square() < radius**2
         else:
-            to_solid = middle - np.asarray(light)
-            gap = float(np.linalg.norm(to_solid))
-            away = [points[i] - light[i] for i in range(3)]
-            if gap > radius:
-                cosine = math.sqrt(1 - (radius / gap) ** 2)
-                along = sum(a * float(t) for a, t in zip(away, to_solid / gap, strict=True))
-                length = away[0] * away[0] + away[1] * away[1] + away[2] * away[2]
-                maybe = (along > 0) & (along * along > cosine * cosine * length)
+            to_sphere = middle - np.asarray(light)
+            gap = float(np.linalg.norm(to_sphere))
+            cosine = math.sqrt(1 - (radius / gap) ** 2) if gap > radius else -2.0
+            x, y, z = (to_sphere / max(gap, 1e-9)).tolist()
+            chosen = way[0] * x + way[1] * y + way[2] * z > cosine
+        return torch.nonzero(chosen)[:, 0]
+
+    for group in groups:
+        near = reach(group.middle, group.radius, ways)
+        if len(near) == 0:
+            continue
+        way, line = [w[near] for w in ways], [x[near] for x in lines]
+        dark = torch.zeros_like(near, dtype=torch.bool)
+        for solid, middle, radius in group.solids:
+            chosen = reach(middle, radius, way)
+            if len(chosen) == 0:
+                continue
+            if sun:
+                enter, leave, _ = span(solid, [x[chosen] for x in line], light)
+                dark[chosen] |= (enter <= leave) & (leave > 0) & (enter > -1e-3)
             else:
-                maybe = torch.ones_like(hidden)
-        chosen = torch.nonzero(maybe & ~hidden)[:, 0]
-        if len(chosen) == 0:
-            continue
-        picked = [p[chosen] for p in points]
-        if sun:
-            enter, leave, _ = span(solid, picked, light)
-            hidden[chosen] = (enter <= leave) & (leave > 0) & (enter > -1e-3)
-        else:
-            ray = [p - o for p, o in zip(picked, light, strict=True)]
-            enter, leave, _ = span(solid, light, ray)
-            hidden[chosen] = (enter <= leave) & (enter < 1) & (leave > 0) & (enter > 0)
+                enter, leave, _ = span(solid, light, [x[chosen] for x in line])
+                dark[chosen] |= (enter <= leave) & (enter < 1) & (leave > 0) & (enter > 0)
+        hidden[near] |= dark
     return hidden

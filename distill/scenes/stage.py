@@ -25,7 +25,11 @@ class Light:
 
 @dataclass(slots=True, kw_only=True)
 class Stage:
-    """A view under construction: solids, materials, lights, camera. floor: height that things stand on."""
+    """A view under construction: solids, materials, lights, camera.
+
+    ambient: light from above and below. sky: horizon and zenith. haze: metres of sight, 0 for clear air. bounds: half
+    sizes of a room around (0, height, 0). taken: discs of floor (x, z, radius) that things stand on.
+    """
 
     rng: np.random.Generator
     solids: list[Solid] = field(default_factory=list)
@@ -36,6 +40,7 @@ class Stage:
     sky: tuple[_Colour, _Colour] | None = None
     clouds: float = 0.0
     haze: float = 0.0
+    bounds: tuple[float, float, float] | None = None
     taken: list[tuple[float, float, float]] = field(default_factory=list)
 
     def uniform(self, low: float, high: float) -> float:
@@ -56,8 +61,13 @@ class Stage:
         gloss: float = 0.0,
         glow: float = 0.0,
         wild: bool = False,
+        bump: float = 0.0,
+        wear: float = 1.0,
     ) -> int:
-        """A new material: a colour with shades of itself along the ramp; `wild` draws four unrelated colours."""
+        """A new material: a colour with shades of itself along the ramp.
+
+        wild: four unrelated colours instead. wear scales dirt.
+        """
         base = self.paint() if base is None else base
         if wild:
             colours = np.stack([self.paint(vivid=0.6) for _ in range(4)])
@@ -72,20 +82,28 @@ class Stage:
                 repeat=self.uniform(*repeat),
                 colours=np.clip(colours, 0.01, 0.95),
                 tall=tall,
-                detail=self.uniform(0.05, 0.6),
-                stains=self.uniform(0.0, 0.5),
+                detail=self.uniform(0.05, 0.6) * wear,
+                stains=self.uniform(0.0, 0.5) * wear,
                 gloss=gloss if gloss else (self.uniform(0.1, 0.6) if self.chance(0.2) else 0.0),
                 glow=glow,
+                bump=bump if bump else (self.uniform(0.1, 0.5) if self.chance(0.3) else 0.0),
             )
         )
         return len(self.materials) - 1
 
     def paint(self, *, vivid: float | None = None) -> np.ndarray:
         """A linear RGB colour: mostly muted, now and then vivid, light or dark."""
-        hue, value = self.rng.random(), self.rng.uniform(0.15, 0.95) ** 1.8
-        saturation = self.rng.random() ** (1.0 if self.chance(0.25 if vivid is None else vivid) else 3.0)
+        value = self.rng.uniform(0.2, 0.95) ** 1.8
+        # Most of what people build and live with is a shade of wood, stone, cloth or paint: warm and muted.
+        hue = self.rng.normal(0.08, 0.06) % 1.0 if self.chance(0.55) else self.rng.random()
+        saturation = self.rng.random() ** (1.0 if self.chance(0.15 if vivid is None else vivid) else 2.5) * 0.9
         ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
         return value * (1 - saturation * (1 - np.clip(ramp, 0, 1)))
+
+    def warmth(self, power: float) -> _Colour:
+        """White light of this power, somewhere between a bulb and a cloudy day."""
+        warm = self.uniform(-0.25, 0.6)
+        return power * (1 + 0.35 * warm), power, power * (1 - 0.5 * warm)
 
     def free(self, x: float, z: float, radius: float) -> bool:
         """Claims a disc of floor; False where it is taken already."""
@@ -99,8 +117,14 @@ class Stage:
         self.solids.extend(solids)
 
     def part(
-        self, frame: np.ndarray, at: tuple[float, float, float], offset: tuple[float, float, float],
-        half: tuple[float, float, float], material: int, *, top: tuple[float, float] = (1.0, 1.0),
+        self,
+        frame: np.ndarray,
+        at: tuple[float, float, float],
+        offset: tuple[float, float, float],
+        half: tuple[float, float, float],
+        material: int,
+        *,
+        top: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """A block of a larger thing: `offset` in the thing's own frame, which stands at `at`."""
         self.add(block(np.asarray(at) + np.asarray(offset) @ frame, half, material, axes=frame, top=top))

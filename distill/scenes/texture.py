@@ -1,8 +1,8 @@
 """What surfaces look like: a bank of tileable grey patterns with mipmaps, coloured by four-colour ramps.
 
-Patterns are drawn once per process from a fixed seed, as two channels: a ramp position and a fine detail. A material picks a pattern, a
-scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps keep far texture from aliasing. Per-pixel
-code uses no sin, exp or pow: their last bits depend on how a loop is split over threads.
+Patterns are drawn once per process from a fixed seed, as two channels: a ramp position and a fine detail. A material
+picks a pattern, a scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps keep far texture from
+aliasing. Per-pixel code uses no sin, exp or pow: their last bits depend on how a loop is split over threads.
 """
 
 from __future__ import annotations
@@ -228,9 +228,11 @@ def _bank() -> Tensor:
             level = np.round(np.clip(level, 0, 1) * 255) / 255
             for _ in range(LEVELS):
                 drawn.append(level.reshape(-1, 2))
-                level = (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4 if len(
-                    level
-                ) > 1 else level
+                level = (
+                    (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4
+                    if len(level) > 1
+                    else level
+                )
     return torch.tensor(np.concatenate(drawn), dtype=torch.float32)
 
 
@@ -245,19 +247,25 @@ def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     mask = size - 1
     left, top = x0.long() & mask, y0.long() & mask
     right, bottom = (left + 1) & mask, (top + 1) & mask
-    upper = bank[start + top * size + left] * (1 - fx) + bank[start + top * size + right] * fx
-    lower = bank[start + bottom * size + left] * (1 - fx) + bank[start + bottom * size + right] * fx
+    top, bottom = start + top * size, start + bottom * size
+    upper = bank.index_select(0, top + left) * (1 - fx) + bank.index_select(0, top + right) * fx
+    lower = bank.index_select(0, bottom + left) * (1 - fx) + bank.index_select(0, bottom + right) * fx
     return upper * (1 - fy) + lower * fy
 
 
-def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor) -> Tensor:
-    """Ramp position and detail, (N,2), at (u, v) in repeats; footprint: repeats that one pixel covers."""
+def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth: bool = True) -> Tensor:
+    """Ramp position and detail, (N,2), at (u, v) in repeats; footprint: repeats that one pixel covers.
+
+    smooth mixes two mip levels; without it the finer one is read alone, at half the cost.
+    """
     mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
     level = (exponent - 1) + (2 * mantissa - 1)
     low = level.floor().long().clamp(0, LEVELS - 1)
+    base = patterns * _STRIDE
+    if not smooth:
+        return _lookup(base, low, u, v)
     high = (low + 1).clamp(max=LEVELS - 1)
     mix = (level - low)[:, None]
-    base = patterns * _STRIDE
     return _lookup(base, low, u, v) * (1 - mix) + _lookup(base, high, u, v) * mix
 
 
@@ -266,6 +274,7 @@ class Material:
     """A pattern with colours. repeat: metres per repeat (tall: times as many up). colours: (4,3) linear RGB.
 
     detail, stains: strengths of fine and coarse brightness changes. gloss: highlight strength. glow: light of its own.
+    bump: how far the pattern bends the normal that light sees.
     """
 
     pattern: int
@@ -276,25 +285,44 @@ class Material:
     stains: float = 0.2
     gloss: float = 0.0
     glow: float = 0.0
+    bump: float = 0.0
 
 
 def table(materials: Sequence[Material]) -> tuple[Tensor, Tensor]:
-    """Patterns (M,) int64, and numbers (M,18): twelve colours, repeats per metre across and up, detail, stains, gloss, glow."""
+    """Patterns (M,) int64, and numbers (M,19).
+
+    The numbers: twelve colours, repeats per metre across and up, detail, stains, gloss, glow, bump.
+    """
     rows = [
-        [*m.colours.reshape(-1).tolist(), 1 / m.repeat, 1 / (m.repeat * m.tall), m.detail, m.stains, m.gloss, m.glow] for m in materials
+        [
+            *m.colours.reshape(-1).tolist(),
+            1 / m.repeat,
+            1 / (m.repeat * m.tall),
+            m.detail,
+            m.stains,
+            m.gloss,
+            m.glow,
+            m.bump,
+        ]
+        for m in materials
     ]
     return torch.tensor([m.pattern for m in materials]), torch.tensor(rows, dtype=torch.float32)
 
 
-def paint(patterns: Tensor, numbers: Tensor, u: Tensor, v: Tensor, footprint: Tensor) -> Tensor:
-    """Albedo (3,N) at surface points (u, v) in metres; `patterns`, `numbers`: rows of `table`, one per point."""
+def paint(patterns: Tensor, numbers: Tensor, u: Tensor, v: Tensor, footprint: Tensor) -> tuple[Tensor, Tensor]:
+    """Albedo (3,N) and texels (N,2) at surface points (u, v) in metres.
+
+    patterns, numbers: rows of `table`, one per point.
+    """
     rate, rise = numbers[:, 12], numbers[:, 13]
     u, v, footprint = u * rate + 0.5, v * rise + 0.5, footprint * torch.maximum(rate, rise)
     texel = sample(patterns, u, v, footprint)
     ramp, detail = texel[:, 0] * 3, texel[:, 1]
     weights = [(1 - (ramp - k).abs()).clamp(min=0) for k in range(4)]
-    albedo = torch.stack([sum(w * numbers[:, 3 * k + c] for k, w in enumerate(weights)) for c in range(3)])
+    albedo = weights[0] * numbers[:, 0:3].T
+    for k in (1, 2, 3):
+        albedo = albedo + weights[k] * numbers[:, 3 * k : 3 * k + 3].T
     stain_pattern = torch.full_like(patterns, _FIRST["noise"])
-    coarse = sample(stain_pattern, u * 0.23 + 0.37, v * 0.23 + 0.11, footprint * 0.23)[:, 0]
+    coarse = sample(stain_pattern, u * 0.23 + 0.37, v * 0.23 + 0.11, footprint * 0.23, smooth=False)[:, 0]
     light = (1 + numbers[:, 14] * (detail - 0.5)) * (1 + numbers[:, 15] * (coarse - 0.5))
-    return albedo * light
+    return albedo * light, texel

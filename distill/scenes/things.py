@@ -16,8 +16,9 @@ from distill.scenes.stage import Stage
 Place = tuple[float, float, float]
 
 
-def _at(place: Place, frame: np.ndarray, x: float, y: float, z: float) -> np.ndarray:
-    return np.asarray(place) + np.array([x, y, z]) @ frame
+def _at(place: Place, frame: np.ndarray, x: float, y: float, z: float) -> Place:
+    east, up, north = (np.asarray(place) + np.array([x, y, z]) @ frame).tolist()
+    return east, up, north
 
 
 def _wooden(stage: Stage) -> int:
@@ -34,8 +35,18 @@ def small(stage: Stage, place: Place, scale: float) -> None:
     kind, (x, y, z) = int(stage.rng.integers(7)), place
     frame = turn(stage.uniform(0, 7))
     stuff = stage.material(
-        "plain", "noise", "collage", "print", "stripes", "dots", "checker", "blotches", "marble",
-        repeat=(0.5 * scale, 2.5 * scale), wild=stage.chance(0.35), gloss=stage.uniform(0, 0.7),
+        "plain",
+        "noise",
+        "collage",
+        "print",
+        "stripes",
+        "dots",
+        "checker",
+        "blotches",
+        "marble",
+        repeat=(0.5 * scale, 2.5 * scale),
+        wild=stage.chance(0.35),
+        gloss=stage.uniform(0, 0.7),
     )
     if kind == 0:
         half = (stage.uniform(0.2, 0.6) * scale, stage.uniform(0.2, 0.6) * scale, stage.uniform(0.2, 0.6) * scale)
@@ -61,8 +72,14 @@ def small(stage: Stage, place: Place, scale: float) -> None:
             stage.part(turn(stage.uniform(-0.4, 0.4)) @ frame, place, (0, height + thick, 0), half, cover)
             height += 2 * thick
     elif kind == 5:
-        stage.part(frame, place, (0, scale / 2, 0), (0.4 * scale, scale / 2, 0.4 * scale), stuff,
-                   top=(stage.uniform(0, 0.8), stage.uniform(0, 0.8)))
+        stage.part(
+            frame,
+            place,
+            (0, scale / 2, 0),
+            (0.4 * scale, scale / 2, 0.4 * scale),
+            stuff,
+            top=(stage.uniform(0, 0.8), stage.uniform(0, 0.8)),
+        )
     else:
         half = (stage.uniform(0.2, 0.5) * scale, stage.uniform(0.3, 0.5) * scale, stage.uniform(0.2, 0.5) * scale)
         stage.add(ellipsoid((x, y + half[1], z), half, stuff, axes=frame))
@@ -74,15 +91,19 @@ def table(stage: Stage, place: Place, yaw: float) -> None:
     long, deep, high = stage.uniform(0.4, 1.0), stage.uniform(0.3, 0.5), stage.uniform(0.45, 0.8)
     stage.part(frame, place, (0, high - 0.02, 0), (long, 0.02, deep), wood)
     if stage.chance(0.25):
-        stage.add(cylinder(_at(place, frame, 0, high / 2, 0), 0.05, high / 2, wood),
-                  cylinder(_at(place, frame, 0, 0.02, 0), 0.25, 0.02, wood))
+        stage.add(
+            cylinder(_at(place, frame, 0, high / 2, 0), 0.05, high / 2, wood),
+            cylinder(_at(place, frame, 0, 0.02, 0), 0.25, 0.02, wood),
+        )
     else:
         for sx in (-1, 1):
             for sz in (-1, 1):
-                stage.part(frame, place, (sx * (long - 0.05), high / 2, sz * (deep - 0.05)), (0.03, high / 2, 0.03), wood)
+                stage.part(
+                    frame, place, (sx * (long - 0.05), high / 2, sz * (deep - 0.05)), (0.03, high / 2, 0.03), wood
+                )
     for _ in range(int(stage.rng.integers(0, 5))):
         spot = _at(place, frame, stage.uniform(-0.8, 0.8) * long, high, stage.uniform(-0.7, 0.7) * deep)
-        small(stage, (spot[0], spot[1], spot[2]), stage.uniform(0.08, 0.3))
+        small(stage, spot, stage.uniform(0.08, 0.3))
 
 
 def chair(stage: Stage, place: Place, yaw: float) -> None:
@@ -121,7 +142,9 @@ def bed(stage: Stage, place: Place, yaw: float) -> None:
     stage.part(frame, place, (0, 0.42, 0.35), (wide + 0.01, 0.12, 0.66), _cloth(stage), top=(0.97, 0.98))
     stage.part(frame, place, (0, 0.5, -1.02), (wide + 0.03, stage.uniform(0.4, 0.7), 0.03), _wooden(stage))
     for side in (-0.5, 0.5):
-        stage.add(ellipsoid(_at(place, frame, side * wide, 0.57, -0.7), (0.36 * wide, 0.1, 0.22), _cloth(stage), axes=frame))
+        stage.add(
+            ellipsoid(_at(place, frame, side * wide, 0.57, -0.7), (0.36 * wide, 0.1, 0.22), _cloth(stage), axes=frame)
+        )
 
 
 def shelf(stage: Stage, place: Place, yaw: float) -> None:
@@ -139,11 +162,16 @@ def shelf(stage: Stage, place: Place, yaw: float) -> None:
         if stage.chance(0.65):
             books = stage.material("spines", repeat=(2 * wide, 2 * wide), wild=True, tall=gap / (2 * wide))
             fill = stage.uniform(0.4, 1.0) * wide * 0.96
-            stage.part(frame, place, (stage.uniform(-1, 1) * (0.97 * wide - fill), row * gap + gap * 0.43, -0.02),
-                       (fill, gap * 0.4, deep * 0.7), books)
+            stage.part(
+                frame,
+                place,
+                (stage.uniform(-1, 1) * (0.97 * wide - fill), row * gap + gap * 0.43, -0.02),
+                (fill, gap * 0.4, deep * 0.7),
+                books,
+            )
         else:
             spot = _at(place, frame, stage.uniform(-0.6, 0.6) * wide, row * gap + 0.02, 0)
-            small(stage, (spot[0], spot[1], spot[2]), gap * stage.uniform(0.4, 0.75))
+            small(stage, spot, gap * stage.uniform(0.4, 0.75))
 
 
 def cabinet(stage: Stage, place: Place, yaw: float) -> None:
@@ -158,7 +186,44 @@ def cabinet(stage: Stage, place: Place, yaw: float) -> None:
         stage.part(frame, place, (0, middle, deep + 0.03), (min(0.12, wide / 2), 0.01, 0.012), metal)
     if stage.chance(0.5):
         spot = _at(place, frame, stage.uniform(-0.5, 0.5) * wide, 2 * high, 0)
-        small(stage, (spot[0], spot[1], spot[2]), stage.uniform(0.15, 0.4))
+        small(stage, spot, stage.uniform(0.15, 0.4))
+
+
+def counter(stage: Stage, place: Place, yaw: float) -> None:
+    """A kitchen counter or sideboard: doors, a worktop and what stands on it."""
+    frame, front = turn(yaw), _wooden(stage)
+    wide, high = stage.uniform(0.5, 1.4), stage.uniform(0.35, 0.47)
+    stage.part(frame, place, (0, high, -0.02), (wide, high, 0.28), front)
+    stage.part(frame, place, (0, 2 * high, 0), (wide, 0.02, 0.31), stage.material("marble", "plain", "wood", "noise"))
+    doors, metal = max(1, int(wide / 0.3)), stage.material("plain", gloss=0.8)
+    for door in range(doors):
+        middle = (2 * door + 1 - doors) * wide / doors
+        stage.part(frame, place, (middle, high, 0.26), (wide / doors * 0.93, high * 0.9, 0.012), front)
+        stage.part(frame, place, (middle + wide / doors * 0.7, high * 1.4, 0.285), (0.01, 0.07, 0.012), metal)
+    for _ in range(int(stage.rng.integers(1, 7))):
+        spot = _at(place, frame, stage.uniform(-0.9, 0.9) * wide, 2 * high + 0.02, stage.uniform(-0.15, 0.15))
+        small(stage, spot, stage.uniform(0.1, 0.35))
+
+
+def desk(stage: Stage, place: Place, yaw: float) -> None:
+    """A desk with a screen, a keyboard, papers and a chair."""
+    frame, wood, dark = turn(yaw), _wooden(stage), stage.material("plain", base=np.full(3, stage.uniform(0.02, 0.2)))
+    wide = stage.uniform(0.5, 0.9)
+    stage.part(frame, place, (0, 0.72, 0), (wide, 0.02, 0.35), wood)
+    for side in (-1, 1):
+        stage.part(frame, place, (side * (wide - 0.03), 0.36, 0), (0.03, 0.36, 0.32), wood)
+    across = stage.uniform(0.2, 0.33)
+    at = stage.uniform(-0.5, 0.5) * wide
+    screen = stage.material("collage", "print", "plain", repeat=(0.6, 0.9), wild=True, glow=stage.uniform(0, 1.5))
+    stage.part(frame, place, (at, 0.98, -0.1), (across, 0.18, 0.02), dark)
+    stage.part(frame, place, (at, 0.98, -0.085), (across - 0.02, 0.165, 0.01), screen)
+    stage.part(frame, place, (at, 0.78, -0.12), (0.03, 0.06, 0.02), dark)
+    stage.part(frame, place, (at, 0.75, 0.15), (0.21, 0.012, 0.07), dark)
+    for _ in range(int(stage.rng.integers(0, 5))):
+        spot = _at(place, frame, stage.uniform(-0.9, 0.9) * wide, 0.74, stage.uniform(-0.25, 0.28))
+        small(stage, spot, stage.uniform(0.06, 0.25))
+    if stage.chance(0.7):
+        chair(stage, _at(place, frame, stage.uniform(-0.2, 0.2), 0, 0.55), yaw + math.pi + stage.uniform(-0.6, 0.6))
 
 
 def plant(stage: Stage, place: Place, yaw: float) -> None:
@@ -166,8 +231,14 @@ def plant(stage: Stage, place: Place, yaw: float) -> None:
     x, y, z = place
     high = stage.uniform(0.15, 0.4)
     stage.add(cylinder((x, y + high / 2, z), high * 0.5, high / 2, stage.material("plain", "stripes", "noise")))
-    leaf = stage.material("gravel", "grass", "noise", repeat=(0.15, 0.6),
-                          base=np.array([0.12, 0.3, 0.07]) * stage.uniform(0.4, 1.5), contrast=0.8)
+    leaf = stage.material(
+        "gravel",
+        "grass",
+        "noise",
+        repeat=(0.15, 0.6),
+        base=np.array([0.12, 0.3, 0.07]) * stage.uniform(0.4, 1.5),
+        contrast=0.8,
+    )
     for _ in range(int(stage.rng.integers(3, 9))):
         a, r = stage.uniform(0, 7), stage.uniform(0.0, 0.9) * high
         centre = (x + r * math.cos(a), y + high * stage.uniform(1.3, 2.8), z + r * math.sin(a))
@@ -199,13 +270,22 @@ def person(stage: Stage, place: Place, yaw: float) -> None:
     for side in (-1, 1):
         stride = stage.uniform(-0.25, 0.25)
         leg = turn(yaw, stride)
-        stage.add(cylinder(_at(place, frame, side * 0.1, 0.42 * size, stride * 0.3), 0.085, 0.42 * size, trousers, axes=leg))
+        stage.add(
+            cylinder(_at(place, frame, side * 0.1, 0.42 * size, stride * 0.3), 0.085, 0.42 * size, trousers, axes=leg)
+        )
         arm = turn(yaw, stage.uniform(-0.4, 0.4), side * 0.1)
-        stage.add(ellipsoid(_at(place, frame, side * 0.27 * size, 1.1 * size, 0), (0.06, 0.34 * size, 0.07), shirt, axes=arm))
+        stage.add(
+            ellipsoid(_at(place, frame, side * 0.27 * size, 1.1 * size, 0), (0.06, 0.34 * size, 0.07), shirt, axes=arm)
+        )
     stage.add(
         ellipsoid((x, y + 1.13 * size, z), (0.22 * size, 0.36 * size, 0.14 * size), shirt, axes=frame),
         ellipsoid((x, y + 1.6 * size, z), (0.09, 0.13, 0.11), skin, axes=frame),
-        ellipsoid(_at(place, frame, 0, 1.65 * size, -0.02), (0.1, 0.11, 0.11), stage.material("noise", contrast=0.2), axes=frame),
+        ellipsoid(
+            _at(place, frame, 0, 1.65 * size, -0.02),
+            (0.1, 0.11, 0.11),
+            stage.material("noise", contrast=0.2),
+            axes=frame,
+        ),
     )
 
 
@@ -236,27 +316,31 @@ def tree(stage: Stage, place: Place, yaw: float) -> None:
     """A broadleaf tree, a conifer or a bush."""
     x, y, z = place
     tint = np.array([0.1, 0.22, 0.05]) if stage.chance(0.75) else np.array([0.4, 0.22, 0.06])
-    leaf = stage.material("gravel", "grass", "noise", repeat=(0.7, 2.5), base=tint * stage.uniform(0.4, 1.6), contrast=0.9)
-    bark = stage.material("noise", "planks", base=np.array([0.2, 0.14, 0.1]) * stage.uniform(0.4, 1.5), repeat=(0.3, 1.0))
+    leaf = stage.material(
+        "gravel", "grass", "noise", repeat=(0.7, 2.5), base=tint * stage.uniform(0.4, 1.6), contrast=0.9, bump=2.5
+    )
+    bark = stage.material(
+        "noise", "planks", base=np.array([0.2, 0.14, 0.1]) * stage.uniform(0.4, 1.5), repeat=(0.3, 1.0)
+    )
     high = stage.uniform(2.5, 11)
     kind = stage.rng.random()
     if kind < 0.25:
         stage.add(cylinder((x, y + high * 0.1, z), 0.03 * high, high * 0.1, bark))
         for k in range(3):
-            half = (high * (0.24 - 0.055 * k), high * 0.22, high * (0.24 - 0.055 * k))
+            layer = (high * (0.24 - 0.055 * k), high * 0.22, high * (0.24 - 0.055 * k))
             for spin in (0.0, math.pi / 4):
-                stage.add(block((x, y + high * (0.36 + 0.2 * k), z), half, leaf, axes=turn(yaw + spin), top=(0, 0)))
+                stage.add(block((x, y + high * (0.36 + 0.2 * k), z), layer, leaf, axes=turn(yaw + spin), top=(0, 0)))
         return
     bush = kind < 0.4
     if bush:
         high = stage.uniform(0.6, 1.8)
     else:
         stage.add(cylinder((x, y + high * 0.25, z), stage.uniform(0.02, 0.035) * high, high * 0.25, bark))
-    for _ in range(int(stage.rng.integers(3, 9))):
-        a, r = stage.uniform(0, 7), stage.uniform(0, 0.22) * high
+    for _ in range(int(stage.rng.integers(5, 16))):
+        a, r = stage.uniform(0, 7), stage.uniform(0, 0.24) * high
         low, top = (0.2, 0.7) if bush else (0.5, 0.85)
         centre = (x + r * math.cos(a), y + high * stage.uniform(low, top), z + r * math.sin(a))
-        half = [high * stage.uniform(0.1, 0.24) * (1.5 if bush else 1.0) for _ in range(3)]
+        half = [high * stage.uniform(0.07, 0.2) * (1.5 if bush else 1.0) for _ in range(3)]
         stage.add(ellipsoid(centre, half, leaf, axes=turn(a, stage.uniform(-0.5, 0.5))))
 
 
@@ -279,13 +363,22 @@ def house(stage: Stage, place: Place, yaw: float, half: tuple[float, float, floa
     """A building of these half sizes, with windows, a roof and sometimes a shop front or a door."""
     frame, floor = turn(yaw), stage.uniform(2.8, 3.6)
     pattern = "facade" if stage.chance(0.8) else str(stage.rng.choice(["bricks", "planks", "plain", "stripes"]))
-    wall = stage.material(pattern, repeat=(floor * 3, floor * 5), contrast=0.6)
+    base_colour = np.array([0.5, 0.42, 0.34]) * stage.uniform(0.3, 1.6) if stage.chance(0.6) else None
+    wall = stage.material(pattern, repeat=(floor * 3, floor * 5), contrast=0.6, base=base_colour)
     stage.part(frame, place, (0, half[1], 0), half, wall)
-    roof = stage.material("tiles", "bricks", "noise", "planks", repeat=(1.5, 4.0), base=stage.paint() * np.array([1, 0.8, 0.7]))
+    roof = stage.material(
+        "tiles", "bricks", "noise", "planks", repeat=(1.5, 4.0), base=stage.paint() * np.array([1, 0.8, 0.7])
+    )
     if half[1] < 5 and stage.chance(0.7):
         high = stage.uniform(0.8, 2.2)
-        stage.part(frame, place, (0, 2 * half[1] + high, 0), (half[0] + 0.3, high, half[2] + 0.3), roof,
-                   top=(0, 1) if stage.chance(0.6) else (0.2, 0.2))
+        stage.part(
+            frame,
+            place,
+            (0, 2 * half[1] + high, 0),
+            (half[0] + 0.3, high, half[2] + 0.3),
+            roof,
+            top=(0, 1) if stage.chance(0.6) else (0.2, 0.2),
+        )
     elif stage.chance(0.6):
         stage.part(frame, place, (0, 2 * half[1] + 0.2, 0), (half[0] + 0.15, 0.25, half[2] + 0.15), roof)
     if stage.chance(0.6):
@@ -297,7 +390,20 @@ def house(stage: Stage, place: Place, yaw: float, half: tuple[float, float, floa
         stage.part(frame, place, (0, floor, -half[2] - 0.5), (half[0] * 0.6, 0.12, 0.5), awning, top=(1, 0.3))
 
 
-INDOOR: dict[Callable[[Stage, Place, float], None], float] = {
-    table: 0.9, chair: 0.4, sofa: 0.9, bed: 1.2, shelf: 0.6, cabinet: 0.6, plant: 0.4, crates: 0.5, clutter: 0.3, person: 0.4,
+Thing = Callable[[Stage, Place, float], None]
+
+INDOOR: dict[Thing, float] = {
+    table: 0.75,
+    chair: 0.32,
+    sofa: 0.75,
+    bed: 1.15,
+    shelf: 0.45,
+    cabinet: 0.45,
+    counter: 0.65,
+    desk: 0.75,
+    plant: 0.3,
+    crates: 0.4,
+    clutter: 0.25,
+    person: 0.3,
 }
 """Things for a room, with the radius of floor that each needs."""

@@ -6,9 +6,9 @@ A benchmark module has
                                      or 0 and "" where there is none
     samples(root, list_file=None)    -> list[Sample]: the images, in a fixed order, nothing decoded yet
 
-root: a folder or a tar (also compressed), None where the benchmark makes its own images. list_file: which images, in the
-columns in which the benchmark's list is published; without it, all that the root holds, which must then be the published list.
-Errors name the root or the list, and the way out. Files that start with "_" are no benchmarks.
+root: a folder or a tar (also compressed), None where the benchmark makes its own images. list_file: which images, in
+the columns in which the benchmark's list is published; without it, all that the root holds, which must then be the
+published list. Errors name the root or the list, and the way out. Files that start with "_" are no benchmarks.
 """
 
 from __future__ import annotations

@@ -6,11 +6,7 @@ and `options`, the plain arguments that build it again. This file holds what the
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,20 +16,6 @@ from torch.nn import functional as F
 Features = Sequence[tuple[Tensor, Tensor] | Tensor]
 
 NORMS = ("batch", "frozen", "group")
-
-
-def names() -> list[str]:
-    """The decoders there are: the files of this folder that do not start with an underscore."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-
-
-def find(name: str) -> ModuleType:
-    """The module of decoder `name`; LookupError listing what exists."""
-    if name not in names():
-        close = difflib.get_close_matches(name, names(), n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise LookupError(f"no students/decoders/{name}.py{hint}; students/decoders/ has: {', '.join(names())}")
-    return importlib.import_module(f"{__name__}.{name}")
 
 
 def four_channels(in_channels: int | Sequence[int]) -> list[int]:

@@ -2,9 +2,11 @@
 
 Parameter names are those of AnyDepth's released head. Its defaults here are the configuration behind AnyDepth's
 parameter table (50.83 M on ViT-S); Depth Anything V2's widths are channels=64,
-post_process_channels=[48, 96, 192, 384], readout="ignore", norm="none" on ViT-S. Surprises: level four is ceil(h/2), so an odd token grid gives 32*ceil(h/2) rows
-and not 16h; the lateral maps are resized with align_corners=False and the x2 steps with True; the residual units have
-neither bias nor norm; no ReLU stands before the last x2.
+post_process_channels=[48, 96, 192, 384], readout="ignore", norm="none" on ViT-S.
+
+Surprises: level four is ceil(h/2), so an odd token grid gives 32*ceil(h/2) rows and not 16h; the lateral maps are
+resized with align_corners=False and the x2 steps with True; the residual units have neither bias nor norm; no ReLU
+stands before the last x2.
 """
 
 from __future__ import annotations

@@ -1,0 +1,280 @@
+"""From names to objects: the only file that reads a recipe and makes what it names.
+
+Everything a recipe asks for is judged here before any work begins, so that a misspelt option of the last teacher does not
+surface after a night of labelling.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import students
+from distill import checkpoint, sources
+from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
+from distill.objective import Objective, Weights
+from distill.plugins import find, option_faults
+from distill.recipe import Benchmark, Images, Recipe, RecipeError, as_table
+from distill.scenes import TRAIN_SEEDS
+from distill.schedule import TrainSettings
+from distill.shards import LabelDataset
+from distill.sources import InputShard, Scan
+from eval.benchmarks import Sample
+from eval.protocol import Protocol
+from students import Student
+from teachers import Card, Teacher
+
+Teachers = list[tuple[str, Any]]
+
+
+def process() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun and `accelerate launch` say it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device(recipe: Recipe) -> torch.device:
+    """The recipe's device; "auto" takes this process's CUDA card, then Apple's GPU, then the CPU."""
+    if recipe.run.device != "auto":
+        return torch.device(recipe.run.device)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _names(path: str) -> list[str]:
+    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _source(images: Images, first_scene: int) -> list[InputShard]:
+    if images.tars:
+        return sources.tars(images.tars)
+    if images.photos:
+        return sources.folders(images.photos)
+    if images.pairs:
+        return sources.pairs(images.pairs, names=_names(images.names) if images.names else None)
+    if images.scenes:
+        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
+    return sources.wheels()
+
+
+def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
+    """The shards of the first `limit` images."""
+    kept, left = [], limit
+    for shard in shards:
+        scan = shard.scan()
+        entries = scan.entries[:left]
+        left -= len(entries)
+        if entries:
+            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
+    return kept
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fixed:
+    scan: Scan
+
+    def __call__(self) -> Scan:
+        return self.scan
+
+
+def input_shards(recipe: Recipe) -> list[InputShard]:
+    """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
+    if not recipe.images:
+        raise RecipeError("the recipe names no images: add an [[images]] table with tars, photos, pairs, scenes or wheels")
+    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
+    for images in recipe.images:
+        shards = _source(images, scene)
+        scene += images.scenes
+        found.append(_limited(shards, images.limit) if images.limit else shards)
+    return sources.combine(*found)
+
+
+def crop_settings(recipe: Recipe) -> CropSettings:
+    """[crops] as the labeller takes it."""
+    c = recipe.crops
+    return CropSettings(
+        size=c.size,
+        min_side=c.min_side,
+        patches=c.patches,
+        num_patches=c.num_patches,
+        patch_size=c.patch_size or None,
+        overlap=c.overlap,
+        small=c.small,
+    )
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """Raises RecipeError with every option that no teacher takes."""
+    if not recipe.teachers:
+        raise RecipeError("the recipe names no teachers: add a [[teachers]] table")
+    faults = []
+    for i, spec in enumerate(recipe.teachers):
+        if spec.name != TRUTH:
+            load = find("teachers", spec.name).Teacher.load
+            faults += option_faults(load, spec.options, f"teachers[{i}].options")
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses mixed kinds and forbidden licences."""
+    check_teachers(recipe)
+    loaded: Teachers = []
+    for spec in recipe.teachers:
+        if spec.name == TRUTH:
+            loaded.append((spec.label, TRUTH))
+            continue
+        plugin = find("teachers", spec.name)
+        weights = spec.weights or plugin.CARDS[0].weights
+        teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **spec.options)
+        card: Card = teacher.card
+        if recipe.labels.commercial_only and not card.commercial:
+            raise RecipeError(
+                f"labels.commercial_only = true refuses {spec.label}: the weights {card.weights} are under "
+                f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
+            )
+        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
+            raise RecipeError(
+                f"teacher {spec.label} predicts {card.kind}, which cannot become the disparity that the student learns "
+                "(its shift is unknown): use its disparity checkpoint, or leave it out"
+            )
+        loaded.append((spec.label, teacher))
+    return loaded
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labels_folder(recipe: Recipe) -> Path:
+    """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else."""
+    table = as_table(recipe)
+    seed = {"seed": recipe.run.seed, "store": recipe.labels.store, "part": recipe.labels.samples_per_part}
+    address = labels_hash(table["images"], {**table["crops"], **seed}, table["teachers"])
+    return Path(recipe.labels.root or recipe.run.folder / "labels") / address
+
+
+def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
+    """The labels to learn from: the finished folder, or teachers asked on the fly."""
+    if recipe.labels.online:
+        return OnlineDataset(
+            input_shards(recipe),
+            load_teachers(recipe, on=device(recipe)),
+            crops=crop_settings(recipe),
+            draws=recipe.crops.draws,
+            seed=recipe.run.seed,
+            store="disparity" if recipe.labels.store == "disparity" else "as_is",
+        )
+    folder = labels_folder(recipe)
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
+    return LabelDataset(folder)
+
+
+# --- student ----------------------------------------------------------------------------------------------------------
+
+
+def make_student(recipe: Recipe) -> Student:
+    """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
+    spec = recipe.student
+    if spec.start:
+        student = checkpoint.load(spec.start, encoder_weights=spec.weights or None)
+        student.native_size = spec.native_size or student.native_size or recipe.crops.size
+        return student
+    options = dict(spec.encoder_options)
+    if spec.weights:
+        options["weights"] = spec.weights
+    if recipe.train.freeze_encoder:
+        options["frozen"] = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.run.seed)
+        return students.build(
+            encoder=spec.encoder,
+            decoder=spec.decoder,
+            encoder_options=options,
+            decoder_options=spec.decoder_options,
+            native_size=spec.native_size or recipe.crops.size,
+        )
+
+
+def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
+    """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
+    pretrained = bool(recipe.student.weights or recipe.student.start)
+    if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
+        return None
+    return copy.deepcopy(student.encoder).eval().requires_grad_(False)
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """[loss] as the trainer takes it."""
+    loss = recipe.loss
+    return Objective(
+        normalization=loss.normalization,
+        weights=Weights(
+            shared=loss.shared,
+            local_global=loss.local_global,
+            feature=loss.feature,
+            gradient=loss.gradient,
+            anchor=loss.anchor,
+        ),
+        trim_top=loss.trim_top,
+        label_only=loss.label_only,
+        feature_margin=loss.feature_margin,
+    )
+
+
+def train_settings(recipe: Recipe) -> TrainSettings:
+    """[train] as the trainer takes it; with two teachers the first is drawn `primary_ratio` of the time."""
+    table = dataclasses.asdict(recipe.train)
+    ratio = table.pop("primary_ratio")
+    names = [t.label for t in recipe.teachers]
+    mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
+    return TrainSettings(seed=recipe.run.seed, teachers=mix, cpu=device(recipe).type == "cpu", **table)
+
+
+def identity(recipe: Recipe) -> str:
+    """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
+    table = as_table(recipe)
+    what = [labels_folder(recipe).name, table["student"], table["loss"]]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(spec: Benchmark) -> tuple[Protocol, list[Sample]]:
+    """A benchmark's protocol in the recipe's mode, and its samples."""
+    module = find("eval.benchmarks", spec.name)
+    found: Sequence[Sample] = module.samples(spec.root or None, spec.list or None)
+    protocol: Protocol = module.PROTOCOL
+    return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+
+
+def prior_samples(spec: Benchmark) -> list[Sample]:
+    """What the image-plane prior of this benchmark is fitted on: never the benchmark's own images."""
+    if spec.name == "scenes":
+
+        return list(find("eval.benchmarks", "scenes").training_samples(64))
+    if spec.prior:
+        return list(find("eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
+    return []
+
+
+def saver(recipe: Recipe) -> Callable[..., object]:
+    """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
+    return functools.partial(checkpoint.save, leave_out_frozen_encoder=recipe.student.leave_out_frozen_encoder)

@@ -1,0 +1,93 @@
+"""What a person sees: lines, tables and progress on the terminal. The only file that draws.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error, so that output can be piped.
+Only the first process of several speaks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_quiet = os.environ.get("RANK", "0") != "0"
+_out = Console(quiet=_quiet, soft_wrap=True)
+_err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
+
+
+class Report(Protocol):
+    """How long work tells where it is: `report(done, total, images_per_s=12.5)`."""
+
+    def __call__(self, done: int, total: int, **numbers: float) -> None:
+        """Called as often as the work likes; drawing is limited to a few times a second."""
+        ...
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    _out.print(escape(text), highlight=False)
+
+
+def note(text: str) -> None:
+    """One line about what is being done."""
+    _err.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+
+def fail(text: str) -> None:
+    """What went wrong, a line per fault."""
+    for line in text.splitlines() or ["failed"]:
+        _err.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, best: Sequence[set[str]] = ()) -> None:
+    """A table on standard output; `best[row]` names the columns to embolden in that row."""
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for i, row in enumerate(rows):
+        marked = best[i] if i < len(best) else set()
+        cells = [escape(c) if name not in marked else f"[bold]{escape(c)}[/bold]" for name, c in zip(columns, row)]
+        drawn.add_row(*cells)
+    _out.print(drawn)
+
+
+def _words(numbers: dict[str, float]) -> str:
+    parts = []
+    for name, value in numbers.items():
+        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        parts.append(f"{name.replace('_', ' ').replace(' per ', '/')} {text}")
+    return "  ".join(parts)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Report]:
+    """A progress bar with time remaining and the numbers that the work reports; a plain line at the end off a terminal."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[numbers]}[/dim]"),
+        console=_err,
+        refresh_per_second=4,
+        disable=not _err.is_terminal,
+    )
+    last: tuple[int, int, dict[str, float]] | None = None
+    with bar:
+        task = bar.add_task(what, total=None, numbers="")
+
+        def report(done: int, total: int, **numbers: float) -> None:
+            nonlocal last
+            last = (done, total, numbers)
+            bar.update(task, completed=done, total=total, numbers=_words(numbers))
+
+        yield report
+    if last is not None and not _err.is_terminal:
+        note(f"{what}: {last[0]}/{last[1]}  {_words(last[2])}")

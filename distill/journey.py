@@ -1,0 +1,174 @@
+"""The verbs of a recipe: label, train, score, report. Each takes a recipe, does its part of the journey, and can be
+stopped at any moment and called again.
+
+A run's folder:  recipe.toml  labels/HASH/  train/  predictions/MODEL/BENCHMARK/  scores/BENCHMARK--MODEL.json  report.html
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import distill
+from distill import build, shards
+from distill.console import note, progress, say, table
+from distill.label import TRUTH, Outcome, label
+from distill.recipe import Recipe, RecipeError, as_table, dumps
+from distill.train import TrainResult, train
+from eval import score as scoring
+from teachers.checkpoint import Teacher as CheckpointTeacher
+
+
+def keep_recipe(recipe: Recipe) -> None:
+    """Writes the resolved recipe into the run's folder; only the first process does."""
+    if build.process()[0] == 0:
+        recipe.run.folder.mkdir(parents=True, exist_ok=True)
+        shards.write_atomic(recipe.run.folder / "recipe.toml", dumps(recipe).encode())
+
+
+def commit() -> str:
+    """The version, with the commit where the code runs from a clone."""
+    root = Path(distill.__file__).parent.parent
+    if not (root / ".git").exists():
+        return distill.__version__
+    found = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return f"{distill.__version__}+{found.stdout.strip() or 'unknown'}"
+
+
+def run_label(recipe: Recipe) -> Outcome:
+    """Labels the recipe's images into its labels folder."""
+    keep_recipe(recipe)
+    rank, world = build.process()
+    folder = build.labels_folder(recipe)
+    found = build.input_shards(recipe)
+    teachers = build.load_teachers(recipe, on=build.device(recipe))
+    with progress("label") as report:
+        outcome = label(
+            found,
+            teachers,
+            out=folder,
+            crops=build.crop_settings(recipe),
+            draws=recipe.crops.draws,
+            seed=recipe.run.seed,
+            store="disparity" if recipe.labels.store == "disparity" else "as_is",
+            rank=rank,
+            world=world,
+            batch_size=recipe.labels.batch_size,
+            samples_per_part=recipe.labels.samples_per_part,
+            threads=recipe.labels.threads,
+            recipe=as_table(recipe),
+            images_licence=recipe.labels.licence,
+            report=report,
+        )
+    if outcome.complete:
+        manifest = shards.read_manifest(folder)
+        lost = len(manifest["quarantine"])
+        count = sum(shard["samples"] for shard in manifest["shards"])
+        say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
+        for line in manifest["quarantine"][:20]:
+            note(f"  quarantined {line['origin']}: {line['reason']}")
+    return outcome
+
+
+def run_train(recipe: Recipe) -> TrainResult:
+    """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
+    keep_recipe(recipe)
+    dataset = build.labelled(recipe)
+    student = build.make_student(recipe)
+    with progress("train") as report:
+        result = train(
+            student,
+            dataset,
+            build.make_objective(recipe),
+            out=recipe.run.folder / "train",
+            settings=build.train_settings(recipe),
+            reference=build.feature_reference(recipe, student),
+            card=student_card(recipe, dataset),
+            identity=build.identity(recipe),
+            save=build.saver(recipe),
+            report=report,
+        )
+    chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
+    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {result.images_per_s:.1f} images/s")
+    return result
+
+
+def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
+    """What a student says of itself: where its knowledge comes from and under which licences."""
+    manifest = getattr(dataset, "manifest", {})
+    return {
+        "name": recipe.run.name,
+        "made_by": f"distill train, {commit()}",
+        "recipe": as_table(recipe),
+        "kind": "affine_disparity, larger is nearer",
+        "teachers": manifest.get("teachers", {}),
+        "lineage": manifest.get("lineage", manifest.get("licences", {})),
+        "images": {"count": len(set(dataset.image_keys)), "licence": recipe.labels.licence},
+    }
+
+
+@contextmanager
+def models(recipe: Recipe) -> Iterator[list[tuple[str, Any]]]:
+    """(name, teacher) of everything the recipe scores: its student and its teachers."""
+    found: list[tuple[str, Any]] = []
+    on = build.device(recipe)
+    folder = recipe.run.folder / "train" / "student"
+    if recipe.score.student:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no student yet; run `distill train` with this recipe first")
+        found.append(
+            ("student", CheckpointTeacher.load(str(folder), device=on, encoder_weights=recipe.student.weights or None))
+        )
+    if recipe.score.teachers and recipe.teachers:
+        found += [(name, teacher) for name, teacher in build.load_teachers(recipe, on=on) if teacher != TRUTH]
+    yield found
+
+
+def run_score(recipe: Recipe) -> list[scoring.Score]:
+    """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again."""
+    keep_recipe(recipe)
+    if not recipe.benchmarks:
+        raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    results = []
+    with models(recipe) as found:
+        for spec in recipe.benchmarks:
+            protocol, samples = build.benchmark(spec)
+            scored = list(found)
+            prior = build.prior_samples(spec) if recipe.score.plane_prior else []
+            if prior:
+                scored.append(("plane prior", scoring.fit_plane(prior)))
+            for name, teacher in scored:
+                slug = name.replace(" ", "_")
+                store = recipe.run.folder / "predictions" / slug / spec.label
+                settings = {"weights": teacher.card.weights, "revision": teacher.card.revision, "benchmark": spec.label}
+                with progress(f"predict {spec.label} {name}") as report:
+                    scoring.predict(teacher, samples, store, settings=settings, report=report)
+                result = scoring.score(store, None, samples, protocol, model=name)
+                scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.label}--{slug}.json")
+                results.append(result)
+    head, *rows = scoring.table(results, across_alignments=True)
+    table(f"scores of {recipe.run.name}", head, rows)
+    return results
+
+
+def run_report(recipe: Recipe) -> Path:
+    """Writes RUN/report.html from what the run's folder holds."""
+    from eval.report import write_report
+
+    path = write_report(recipe.run.folder)
+    say(f"report: {path.resolve()}")
+    return path
+
+
+def run_demo(recipe: Recipe) -> Path:
+    """The whole loop: label, train, score, report."""
+    note(f"the whole loop of {recipe.run.name}: label, train, score, report (into {recipe.run.folder}/)")
+    run_label(recipe)
+    run_train(recipe)
+    run_score(recipe)
+    return run_report(recipe)

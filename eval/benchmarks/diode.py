@@ -1,0 +1,56 @@
+"""DIODE, 771 validation images, 325 indoors and 446 outdoor: 768 x 1024, laser scanned.
+
+Root: diode_val.tar, or what it unpacks to. List columns: rgb, depth, mask. Depth and mask are .npy, depth in metres. In
+the marigold mode the mask file alone says what is valid, although the range is 0.6 to 350 m; the clean mode applies
+both. Source: prs-eth/Marigold, src/dataset/diode_dataset.py. Groups: indoors, outdoor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Rows, as_truth, published
+from eval.protocol import Protocol
+
+PROTOCOL = Protocol(
+    benchmark="diode",
+    mode="marigold",
+    num_images=771,
+    list_sha256="8c1093e7b2b637f1cedb1b814924b2b23800e6907b34b111a1eb9ea5682590cd",
+    fit_positive=True,
+    disparity_floor=1e-3,
+    min_depth=0.6,
+    max_depth=350.0,
+    clip="range",
+    mask="the mask file",
+    mask_range=False,
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The images, by the published list or by rule: every X.png with its X_depth.npy and X_depth_mask.npy."""
+    files, rows = published(root, list_file, protocol=PROTOCOL, archive="diode/diode_val.tar", columns=3, find=_find)
+    return [
+        Sample(
+            rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), rgb.split("/")[0]
+        )
+        for rgb, depth, mask in rows
+    ]
+
+
+def _find(names: set[str]) -> Rows:
+    stems = [name.removesuffix(".png") for name in names if name.endswith(".png")]
+    rows = [(f"{stem}.png", f"{stem}_depth.npy", f"{stem}_depth_mask.npy") for stem in stems]
+    return [row for row in rows if row[1] in names and row[2] in names]
+
+
+def _truth(files: Files, depth: str, mask: str) -> DepthMap:
+    metres, valid = files.npy(depth).astype(np.float32), files.npy(mask).astype(bool)
+    if metres.ndim != 2 or metres.shape != valid.shape:
+        raise OSError(f"{files.root}: {depth} and its mask have the shapes {metres.shape} and {valid.shape}")
+    return as_truth(metres, valid)

@@ -1,0 +1,65 @@
+"""ETH3D, 454 high-resolution images of 13 scenes: 4032 x 6048, laser scanned.
+
+Root: eth3d.tar, or what it unpacks to. List columns: rgb, depth. Depth is raw little-endian float32 of 4032 x 6048 in a
+file named .JPG; infinity means nothing was measured. The fit sees 1024 columns (`--alignment_max_res 1024`, which
+stands in Marigold's shell script, not in its config). Depth has no upper bound, so that in the marigold mode a floored
+disparity becomes 1000 m. Source: prs-eth/Marigold, src/dataset/eth3d_dataset.py, script/depth/eval.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.protocol import Protocol
+
+HEIGHT, WIDTH = 4032, 6048
+
+PROTOCOL = Protocol(
+    benchmark="eth3d",
+    mode="marigold",
+    num_images=454,
+    list_sha256="2eaec364cf5eea085a8308b28eb6f000364acb3a82ea16af3dc559a9ad4c4e16",
+    fit_columns=1024,
+    fit_positive=True,
+    disparity_floor=1e-3,
+    min_depth=1e-5,
+    clip="range",
+    mask="depth above 1e-5",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The images, by the published list or by rule: every rgb with a depth partner."""
+    files, rows = published(root, list_file, protocol=PROTOCOL, archive="eth3d/eth3d.tar", columns=2, find=_find)
+    return [
+        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+    ]
+
+
+def _find(names: set[str]) -> Rows:
+    """rgb/SCENE/images/... belongs to depth/SCENE_dslr_depth/SCENE/ground_truth_depth/..."""
+    rows: Rows = []
+    for rgb in names:
+        parts = rgb.split("/")
+        if len(parts) == 5 and parts[0] == "rgb":
+            depth = f"depth/{parts[1]}_dslr_depth/{parts[1]}/ground_truth_depth/{parts[3]}/{parts[4]}"
+            if depth in names:
+                rows.append((rgb, depth))
+    return rows
+
+
+def _truth(files: Files, name: str) -> DepthMap:
+    data = files.read(name)
+    if len(data) != 4 * HEIGHT * WIDTH:
+        raise OSError(
+            f"{files.root}: {name} has {len(data)} bytes; raw float32 of {HEIGHT} x {WIDTH} has {4 * HEIGHT * WIDTH}"
+        )
+    depth = np.frombuffer(bytearray(data), "<f4").reshape(HEIGHT, WIDTH)
+    depth[np.isinf(depth)] = 0.0
+    return as_truth(*ranged(depth, PROTOCOL))

@@ -1,0 +1,82 @@
+"""KITTI, Eigen's test split with the improved ground truth: 652 images of 697, outdoor, sparse lidar.
+
+Root: kitti_eigen_split_test.tar, or what it unpacks to. List columns: rgb, depth, focal length; a depth `None` has no
+ground truth and is left out. Depth is a 16-bit png, metres x 256. Image and truth are cropped to KITTI's benchmark
+crop, the middle 1216 columns of the bottom 352 rows, and predictions are made on the cropped image. Source:
+prs-eth/Marigold, src/dataset/kitti_dataset.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.protocol import Protocol
+
+HEIGHT, WIDTH = 352, 1216
+
+PROTOCOL = Protocol(
+    benchmark="kitti",
+    mode="marigold",
+    num_images=652,
+    list_sha256="f9b578d800ba9280c4afca190140a426079efa26c27649dd9912affebdaae730",
+    fit_positive=True,
+    disparity_floor=1e-3,
+    min_depth=1e-5,
+    max_depth=80.0,
+    clip="range",
+    crop="KITTI benchmark crop, 352 x 1216, of image and truth",
+    mask="inside the range, and Eigen's rows 117:321, columns 43:1172 of the cropped map",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The images with ground truth, by the published list or by rule: every ground-truth png with its rgb."""
+    archive = "kitti/kitti_eigen_split_test.tar"
+    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    return [
+        Sample(rgb, prediction_path(rgb), partial(_image, files, rgb), partial(_truth, files, depth))
+        for rgb, depth in rows
+    ]
+
+
+def _find(names: set[str]) -> Rows:
+    """DRIVE/proj_depth/groundtruth/CAMERA/N.png belongs to DATE/DRIVE/CAMERA/data/N.png, DRIVE starting with DATE."""
+    rows: Rows = []
+    for depth in names:
+        parts = depth.split("/")
+        if len(parts) == 5 and parts[1:3] == ["proj_depth", "groundtruth"]:
+            drive, _, _, camera, file = parts
+            rgb = f"{drive[:10]}/{drive}/{camera}/data/{file}"
+            if rgb in names:
+                rows.append((rgb, depth))
+    return rows
+
+
+def _image(files: Files, name: str) -> Tensor:
+    image = files.rgb(name)
+    rows, columns = _crop(name, *image.shape[1:])
+    return image[:, rows, columns].contiguous()
+
+
+def _truth(files: Files, name: str) -> DepthMap:
+    stored = files.png(name)
+    metres, valid = ranged(stored[_crop(name, *stored.shape)] / 256.0, PROTOCOL)
+    eigen = np.zeros_like(valid)
+    rows = int(0.3324324 * HEIGHT), int(0.91351351 * HEIGHT)
+    columns = int(0.0359477 * WIDTH), int(0.96405229 * WIDTH)
+    eigen[rows[0] : rows[1], columns[0] : columns[1]] = True
+    return as_truth(metres, valid & eigen)
+
+
+def _crop(name: str, height: int, width: int) -> tuple[slice, slice]:
+    if height < HEIGHT or width < WIDTH:
+        raise ValueError(f"{name}: {height} x {width} is smaller than KITTI's benchmark crop, {HEIGHT} x {WIDTH}")
+    left = int((width - WIDTH) / 2)
+    return slice(height - HEIGHT, height), slice(left, left + WIDTH)

@@ -1,0 +1,51 @@
+"""NYUv2, the 654 labelled test images: indoor, Kinect, 480 x 640.
+
+Root: nyu_labeled_extracted.tar, or what it unpacks to. List columns: rgb, depth, filled depth (loaded by the official
+evaluation, never used). Depth is a 16-bit png in millimetres. Source: prs-eth/Marigold, src/dataset/nyu_dataset.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.protocol import Protocol
+
+PROTOCOL = Protocol(
+    benchmark="nyu",
+    mode="marigold",
+    num_images=654,
+    list_sha256="507e5cc85ce4c595f0c1a5a319edc36e9fa6529f7849631b67680f003c8ff2b2",
+    fit_positive=True,
+    disparity_floor=1e-3,
+    min_depth=1e-3,
+    max_depth=10.0,
+    clip="range",
+    mask="inside the range, and Eigen's rows 45:471, columns 41:601",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The test images, by the published list or by rule: every test/*/rgb_N.png with its depth_N.png."""
+    archive = "nyuv2/nyu_labeled_extracted.tar"
+    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    return [
+        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+    ]
+
+
+def _find(names: set[str]) -> Rows:
+    rgbs = [name for name in names if name.startswith("test/") and "/rgb_" in name]
+    return [(rgb, depth) for rgb in rgbs if (depth := rgb.replace("/rgb_", "/depth_")) in names]
+
+
+def _truth(files: Files, name: str) -> DepthMap:
+    metres, valid = ranged(files.png(name) / 1000.0, PROTOCOL)
+    crop = np.zeros_like(valid)
+    crop[45:471, 41:601] = True
+    return as_truth(metres, valid & crop)

@@ -1,0 +1,47 @@
+"""ScanNet, 800 sampled validation images: indoor, Structure sensor.
+
+Root: scannet_val_sampled_800_1.tar, or what it unpacks to. List columns: rgb, depth. Depth is a 16-bit png in
+millimetres at the colour image's size. Source: prs-eth/Marigold, src/dataset/scannet_dataset.py.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.protocol import Protocol
+
+PROTOCOL = Protocol(
+    benchmark="scannet",
+    mode="marigold",
+    num_images=800,
+    list_sha256="4ee072e18615bc4307816e04d4927c7a991848b2b61ac68fc1e1fe45e29a5cb7",
+    fit_positive=True,
+    disparity_floor=1e-3,
+    min_depth=1e-3,
+    max_depth=10.0,
+    clip="range",
+    mask="inside the range",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The images, by the published list or by rule: every SCENE/color/N.jpg with its SCENE/depth/N.png."""
+    archive = "scannet/scannet_val_sampled_800_1.tar"
+    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    return [
+        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+    ]
+
+
+def _find(names: set[str]) -> Rows:
+    rgbs = [name for name in names if "/color/" in name and name.endswith(".jpg")]
+    pairs = [(rgb, rgb.replace("/color/", "/depth/").removesuffix(".jpg") + ".png") for rgb in rgbs]
+    return [pair for pair in pairs if pair[1] in names]
+
+
+def _truth(files: Files, name: str) -> DepthMap:
+    return as_truth(*ranged(files.png(name) / 1000.0, PROTOCOL))

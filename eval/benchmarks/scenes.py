@@ -1,0 +1,81 @@
+"""Ray-cast rooms, streets and country with exact depth: the benchmark that needs no download.
+
+It makes its own images from seeds that training never draws (`distill.scenes.BENCHMARK_SEEDS`), so `root` is ignored.
+Every fourth view is wide instead of square. Groups: indoors, outdoors. Scored to 80 metres, as KITTI is: a hill at 300
+metres would otherwise weigh in AbsRel as much as the road.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from distill.scenes import BENCHMARK_SEEDS, OUTDOORS, TRAIN_SEEDS, View, kind_of, render
+from eval.benchmarks import Sample, prediction_path
+from eval.protocol import Protocol, list_hash
+
+
+def _key(seed: int) -> str:
+    return f"{kind_of(seed)}_{seed:03d}.png"
+
+
+_KEYS = {_key(seed): seed for seed in BENCHMARK_SEEDS}
+
+PROTOCOL = Protocol(
+    benchmark="scenes",
+    num_images=len(_KEYS),
+    list_sha256=list_hash(_KEYS),
+    min_depth=0.05,
+    max_depth=80.0,
+    mask="everything but the sky",
+)
+
+
+def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
+    """The views, by seed. list_file: keys to use ("room_003.png"), one per line."""
+    keys = list(_KEYS) if list_file is None else _chosen(Path(list_file))
+    return [
+        Sample(
+            key,
+            prediction_path(key),
+            partial(_image, _KEYS[key]),
+            partial(_truth, _KEYS[key]),
+            "outdoors" if key.startswith(OUTDOORS) else "indoors",
+        )
+        for key in keys
+    ]
+
+
+def _chosen(list_file: Path) -> list[str]:
+    keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = [key for key in keys if key not in _KEYS]
+    if unknown or not keys:
+        what = f"{unknown[0]!r} is no view of this benchmark" if unknown else "the list is empty"
+        raise LookupError(f"{list_file}: {what}; its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more")
+    return keys
+
+
+# An image and its truth are asked for one after the other: two views kept save half of the rendering.
+@lru_cache(maxsize=2)
+def _view(seed: int) -> View:
+    return render(seed, size=(192, 256) if seed % 4 == 3 else (224, 224))
+
+
+def _image(seed: int) -> Tensor:
+    return _view(seed).image.clone()
+
+
+def _truth(seed: int) -> DepthMap:
+    view = _view(seed)
+    return DepthMap(view.depth[None].clone(), view.valid[None].clone(), Kind.METRIC_DEPTH)
+
+
+def training_samples(count: int) -> list[Sample]:
+    """Views that are not the benchmark's: what a baseline for it may be fitted on."""
+    seeds = TRAIN_SEEDS[:count]
+    return [
+        Sample(_key(seed), prediction_path(_key(seed)), partial(_image, seed), partial(_truth, seed)) for seed in seeds
+    ]

@@ -1,0 +1,120 @@
+"""Baselines that never look at the image: what a score is worth must be read against them.
+
+`PlanePrior` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon): the
+mean of the training truths' disparities, each standardised, on a coarse grid. `Constant` is the same everywhere. Both
+behave as teachers: affine disparity, aligned at scoring as any other prediction. A model that does not beat
+the plane prior has learnt where a camera is held, not what it sees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from eval.benchmarks import Sample
+from teachers import Card, check_images
+
+ROWS, COLUMNS = 24, 32
+
+
+def _card(name: str, weights: str, note: str) -> Card:
+    return Card(
+        name=name,
+        weights=weights,
+        kind=Kind.AFFINE_DISPARITY,
+        licence="none: a table of numbers",
+        code_licence="Apache-2.0",
+        commercial=True,
+        note=note,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PlanePrior:
+    """A fixed disparity map over the image plane, (ROWS, COLUMNS), stretched to any image."""
+
+    grid: Tensor
+    num_images: int
+
+    @property
+    def card(self) -> Card:
+        """As a teacher's."""
+        return _card("plane_prior", "", f"image-plane prior of {self.num_images} training truths; ignores the image")
+
+    def predict(self, images: Tensor) -> DepthMap:
+        """The same affine disparity for every image (B,3,H,W), bilinearly stretched to (B,H,W)."""
+        images = check_images(images)
+        plane = F.interpolate(self.grid[None, None].to(images), images.shape[-2:], mode="bilinear", align_corners=False)
+        values = plane[:, 0].expand(len(images), -1, -1).contiguous()
+        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+
+    def save(self, path: Path | str) -> None:
+        """Write a small JSON."""
+        table = {
+            "plane_prior": 1,
+            "num_images": self.num_images,
+            "grid": [[round(v, 5) for v in r] for r in self.grid.tolist()],
+        }
+        Path(path).write_text(json.dumps(table) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> PlanePrior:
+        """The inverse of `save`; ValueError for anything else."""
+        try:
+            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(
+                torch.tensor(table["grid"], dtype=torch.float32).reshape(ROWS, COLUMNS), int(table["num_images"])
+            )
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{path}: not a stored plane prior ({error}); fit one with fit_plane and save it"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One everywhere: after alignment, the best constant disparity of each image."""
+
+    @property
+    def card(self) -> Card:
+        """As a teacher's."""
+        return _card("constant", "", "the same disparity everywhere; ignores the image")
+
+    def predict(self, images: Tensor) -> DepthMap:
+        """(B,H,W) ones for images (B,3,H,W)."""
+        values = torch.ones_like(check_images(images)[:, 0])
+        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+
+
+def fit_plane(samples: Sequence[Sample]) -> PlanePrior:
+    """The plane prior of the samples' truths.
+
+    Each truth becomes disparity (an affine depth cannot: KindError), is standardised over its valid pixels, and
+    averaged in each cell of the grid; cells are averaged over images, weighted by how much of the cell is valid. A
+    cell that no image saw takes its row's mean. Truths that are nowhere valid, or constant, are left out.
+    """
+    total, weight = torch.zeros(2, ROWS, COLUMNS, dtype=torch.float64)
+    used = 0
+    for sample in samples:
+        truth = sample.truth()
+        disparity = truth.convert(Kind(f"{truth.kind.unknown}_disparity"))
+        values, valid = disparity.values.double(), disparity.valid
+        if not valid.any() or float(deviation := values[valid].std(correction=0)) == 0.0:
+            continue
+        standard = torch.where(valid, (values - values[valid].mean()) / deviation, 0.0)
+        seen = F.adaptive_avg_pool2d(valid.double(), (ROWS, COLUMNS))[0]
+        total += F.adaptive_avg_pool2d(standard, (ROWS, COLUMNS))[0]
+        weight += seen
+        used += 1
+    if not used:
+        raise ValueError(f"none of the {len(samples)} truths has two different valid values: no plane can be fitted")
+    rows = total.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-9)
+    grid = torch.where(weight > 0, total / weight.clamp(min=1e-9), rows)
+    return PlanePrior(grid.float(), used)

@@ -1,0 +1,145 @@
+"""Predict, store, then score: predictions on disk, as Marigold's evaluation names them.
+
+A store is a folder of float32 `.npy` maps of the image's size, one per image at `Sample.prediction_path`, in the
+predictor's own kind, NaN where it declared its map invalid. What `predict` writes also has a settings.json, which
+says who predicted and how; a store of anybody else's predictions has none. Stored maps of other settings are never
+overwritten nor mixed with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.depth import Kind
+from eval.benchmarks import Sample
+from teachers import Teacher
+
+SETTINGS = "settings.json"
+
+Report = Callable[..., None]
+
+
+class BadPrediction(ValueError):
+    """A stored prediction that cannot be scored; the message is the reason, without the file's name."""
+
+
+def predict(
+    teacher: Teacher,
+    samples: Sequence[Sample],
+    store: Path | str,
+    *,
+    settings: Mapping[str, Any],
+    report: Report | None = None,
+) -> int:
+    """Store the teacher's map of every sample, and return how many were predicted now.
+
+    settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as JSON takes
+    it; it is written to settings.json with the teacher's name and kind. Maps that are there already are kept, so that
+    an interrupted run continues; if they were made with other settings, ValueError says which and what to do. Use one
+    folder per benchmark. Each map is written aside and renamed: a map that exists is complete.
+    """
+    store = Path(store)
+    _claim(store, {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)})
+    todo = [sample for sample in samples if not (store / sample.prediction_path).exists()]
+    done = len(samples) - len(todo)
+    if report:
+        report(done, len(samples))
+    for sample, image in _images(todo):
+        keys = {"keys": [sample.key]} if teacher.card.seeded else {}
+        with torch.inference_mode():
+            depth = teacher.predict(image[None], **keys)
+        if depth.kind != teacher.card.kind or depth.values.shape[-2:] != image.shape[-2:]:
+            raise ValueError(
+                f"{teacher.card.name} gave {depth.kind} of {tuple(depth.values.shape[-2:])} for {sample.key}; its card "
+                f"says {teacher.card.kind}, and the image is {tuple(image.shape[-2:])}"
+            )
+        values = torch.where(depth.valid, depth.values, torch.nan)[0].cpu().numpy().astype(np.float32)
+        _write(store / sample.prediction_path, values)
+        done += 1
+        if report:
+            report(done, len(samples))
+    return len(todo)
+
+
+def read_settings(store: Path | str) -> dict[str, Any] | None:
+    """What `predict` wrote beside the maps ("model", "kind", "settings"), or None where somebody else made them."""
+    path = Path(store) / SETTINGS
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not settings of stored predictions ({error}); predict into a new folder") from error
+
+
+def read_prediction(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
+    """A stored map as (H,W) float32, and remarks on how it was stored; BadPrediction says why it is no map of this
+    size.
+
+    Axes of length 1 are dropped. Any real dtype is read; below float32 the loss of precision is remarked on.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise BadPrediction("missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise BadPrediction(f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})") from error
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
+        raise BadPrediction(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
+    squeezed = values.reshape([side for side in values.shape if side != 1]) if values.ndim != 2 else values
+    if squeezed.shape != size:
+        raise BadPrediction(f"has the shape {values.shape}, the truth {size}: resize to the image before storing")
+    remarks = [] if values.dtype.itemsize >= 4 and values.dtype.kind == "f" else [f"stored as {values.dtype}"]
+    return np.ascontiguousarray(squeezed, dtype=np.float32), remarks
+
+
+def _claim(store: Path, wanted: dict[str, Any]) -> None:
+    """Make the folder ours for these settings, or raise ValueError where it is not."""
+    wanted = json.loads(json.dumps(wanted))
+    found = read_settings(store)
+    if found == wanted:
+        return
+    if found is not None:
+        a, b = ({**table, **table["settings"]} for table in (found, wanted))
+        names = sorted(key for key in a.keys() | b.keys() if key != "settings" and a.get(key) != b.get(key))
+        differ = ", ".join(f"{key} {a.get(key)!r}, now {b.get(key)!r}" for key in names)
+        raise ValueError(
+            f"{store} holds predictions of other settings ({differ}); use another folder, or delete this one"
+        )
+    if store.exists() and next(store.rglob("*.npy"), None) is not None:
+        raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
+    store.mkdir(parents=True, exist_ok=True)
+    aside = store / f"{SETTINGS}.part"
+    aside.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    aside.replace(store / SETTINGS)
+
+
+def _write(path: Path, values: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("wb") as file:
+        np.save(file, values)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def _images(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor]]:
+    """Each sample with its image; the next one is decoded while the caller works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(samples[0].image) if samples else None
+        for index, sample in enumerate(samples):
+            assert ahead is not None
+            image = ahead.result()
+            ahead = pool.submit(samples[index + 1].image) if index + 1 < len(samples) else None
+            yield sample, image

@@ -1,0 +1,32 @@
+"""What every DINOv2-based teacher shares: ImageNet normalization and the authors' position-table interpolation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PATCH = 14
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def normalize(images: Tensor) -> Tensor:
+    """(B,3,H,W) in [0,1] with ImageNet's mean and deviation taken out."""
+    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images - mean) / std
+
+
+def position_table(table: Tensor, rows: int, columns: int) -> Tensor:
+    """(1,1+N,C) table for rows x columns patches: bicubic by a scale factor with +0.1, not by size.
+
+    The offset was a guard against rounding (facebookresearch/dino issue 8); the weights were trained with it, and
+    leaving it out moves depth by about 1e-3.
+    """
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (rows, columns) == (side, side):
+        return table
+    grid = table[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    factors = ((rows + 0.1) / side, (columns + 0.1) / side)
+    grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", antialias=False)
+    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

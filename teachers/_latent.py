@@ -1,0 +1,218 @@
+"""What the latent-diffusion teachers share: reading Stable Diffusion parts, and images to latents and back.
+
+A folder of parts is what diffusers writes: unet/, vae/, text_encoder/, tokenizer/ and perhaps scheduler/. Old files are
+read too: text encoders with or without the `text_model.` prefix (transformers drops it when saving; loaded unaware,
+the encoder silently stays random), position ids as a buffer, and VAE attention under its old names.
+
+Surprises, measured in the authors' pipelines: the latent factor is 0.18215 whatever the VAE's configuration says; the
+empty prompt is two tokens, not 77; images are resized as 8-bit values, so they are rounded again; the long side is
+resized to the native size upward too, and the short side is floored (1226 wide at 768 gives 767: floats).
+
+Sources: prs-eth/Marigold marigold/marigold_depth_pipeline.py and marigold/util/image_util.py; aim-uofa/GenPercept
+genpercept/genpercept_pipeline.py; yunpeng1998/FiffDepth fiffdepth/direct_pipeline.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from teachers import (
+    WeightsMissing,
+    find_weights,
+    finite,
+    load_checked,
+    load_strictly,
+    pad_to_multiple,
+    read_state,
+    resolve,
+)
+
+FACTOR = 0.18215
+NATIVE = 768
+MULTIPLE = 8
+_UNET = "diffusion_pytorch_model"
+
+# What is downloaded of a hub repository: one weights file of each part, no half-precision twins, no safety checker.
+FILES = (
+    "model_index.json",
+    "scheduler/*.json",
+    "tokenizer/*",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "unet/config.json",
+    f"unet/{_UNET}.safetensors",
+    "vae/config.json",
+    f"vae/{_UNET}.safetensors",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A loaded model. prompt: (1,2,C) the empty prompt's embedding. index: model_index.json."""
+
+    unet: Any
+    vae: Any
+    prompt: Tensor
+    index: dict[str, Any]
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent: 8 for Stable Diffusion."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def find_folder(weights: str, *, files: Sequence[str] = FILES, part: str = "unet") -> Path:
+    """The folder of parts that `weights` names; WeightsMissing where it is no such folder."""
+    folder = resolve(weights, files=files)
+    if not (folder / part / "config.json").is_file():
+        raise WeightsMissing(f"{folder} is not a diffusers folder: it has no {part}/config.json")
+    return folder
+
+
+def load_parts(
+    folder: Path, *, device: torch.device | str, dtype: torch.dtype, what: str, unet: Any = None, channels: int
+) -> Parts:
+    """Everything in `folder` but the scheduler, in evaluation mode; every parameter claimed.
+
+    unet: one that is already loaded, instead of the folder's. channels: the latents that the UNet must take (4: the
+    image; 8: image and map), so that a model of another family is refused and not misread.
+    """
+    import diffusers
+
+    unet = unet if unet is not None else load_unet(folder / "unet", what=what, dtype=dtype)
+    if unet.config.in_channels != channels:
+        raise WeightsMissing(f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}")
+    vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
+    prompt = _empty_prompt(folder, what)
+    index = folder / "model_index.json"
+    return Parts(
+        unet=unet.eval().requires_grad_(False).to(device),
+        vae=vae.eval().requires_grad_(False).to(device),
+        prompt=prompt.to(device=device, dtype=dtype),
+        index=json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {},
+    )
+
+
+def load_unet(
+    folder: Path, *, what: str, dtype: torch.dtype, config: Path | None = None, headless: bool = False
+) -> Any:
+    """The UNet in `folder`; its config.json from `config` where it has none of its own.
+
+    headless: the last norm and convolution may be missing, because only the up-blocks are used.
+    """
+    import diffusers
+
+    optional = ("conv_norm_out.", "conv_out.") if headless else ()
+    if (folder / "config.json").is_file() or config is None:
+        return _load_part(diffusers.UNet2DConditionModel, folder, what, dtype, optional)
+    unet = diffusers.UNet2DConditionModel.from_config(diffusers.UNet2DConditionModel.load_config(config))
+    file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.bin"))
+    spare = {key: tensor for key, tensor in unet.state_dict().items() if key.startswith(optional)} if headless else {}
+    load_strictly(unet, spare | read_state(file), file, what=what)
+    return unet.to(dtype)
+
+
+def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Any:
+    if not (folder / "config.json").is_file():
+        raise WeightsMissing(f"{folder} has no config.json: complete the folder")
+    file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.fp16.safetensors", f"{_UNET}.bin"))
+    variant = "fp16" if file.name.endswith(".fp16.safetensors") else None
+    return load_checked(
+        lambda: part.from_pretrained(
+            folder,
+            variant=variant,
+            use_safetensors=file.suffix == ".safetensors",
+            output_loading_info=True,
+            torch_dtype=dtype,
+        ),
+        file,
+        what=what,
+        optional=optional,
+    )
+
+
+def _empty_prompt(folder: Path, what: str) -> Tensor:
+    """(1,2,C): the last hidden state of the empty prompt's two tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    file = find_weights(folder / "text_encoder", ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"))
+    if not (folder / "tokenizer").is_dir():
+        raise WeightsMissing(f"{folder} has no tokenizer/: complete the folder")
+    encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
+    prefixed = all(key.startswith("text_model.") for key in encoder.state_dict())
+    plain = {key.removeprefix("text_model."): tensor.float() for key, tensor in read_state(file).items()}
+    plain.pop("embeddings.position_ids", None)
+    state = {f"text_model.{key}" if prefixed else key: tensor for key, tensor in plain.items()}
+    load_strictly(encoder, state, file, what=f"{what} text encoder")
+    tokens = CLIPTokenizer.from_pretrained(folder / "tokenizer")("", padding="do_not_pad").input_ids
+    with torch.no_grad():
+        return encoder.eval()(torch.tensor([tokens])).last_hidden_state
+
+
+def resize_long_side(images: Tensor, size: int) -> Tensor:
+    """(B,3,H,W) in [0,1] with its long side at `size` (0: as given), rounded to 8-bit steps, unclamped."""
+    if size == 0:
+        return images
+    height, width = images.shape[-2:]
+    scale = min(size / width, size / height)
+    shape = (int(height * scale), int(width * scale))
+    if shape == (height, width):
+        return images
+    steps = (images * 255).round()
+    steps = F.interpolate(steps, shape, mode="bilinear", antialias=True, align_corners=False)
+    return steps.round() / 255
+
+
+def prepare(images: Tensor, *, resize: str, native_size: int, factor: int) -> Tensor:
+    """Images as the VAE will see them, in [0,1]: by the authors' rule, or padded to the latents' multiple."""
+    if resize == "native":
+        return resize_long_side(images, native_size)
+    return pad_to_multiple(images, factor)
+
+
+def encode(parts: Parts, images: Tensor) -> Tensor:
+    """(B,3,H,W) in [0,1] -> latents (B,4,h,w): the posterior's mean, scaled."""
+    parameter = next(parts.vae.parameters())
+    inputs = (images * 2 - 1).to(device=parameter.device, dtype=parameter.dtype)
+    return parts.vae.encode(inputs).latent_dist.mean * FACTOR
+
+
+def decode(parts: Parts, latents: Tensor) -> Tensor:
+    """Latents (B,4,h,w) -> maps (B,H,W) in [0,1]: the mean of the three decoded channels, clipped."""
+    decoded = parts.vae.decode((latents / FACTOR).to(next(parts.vae.parameters()).dtype)).sample
+    return (decoded.float().mean(dim=1).clip(-1, 1) + 1) / 2
+
+
+def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
+    """The UNet's raw output at `timestep`, under the empty prompt."""
+    steps = torch.as_tensor(timestep, device=inputs.device).expand(len(inputs))
+    prompt = parts.prompt.expand(len(inputs), -1, -1)
+    return parts.unet(inputs, steps, encoder_hidden_states=prompt).sample
+
+
+def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind: Kind) -> DepthMap:
+    """Maps (B,h,w) in [0,1] at the size of `images`: resized with antialias and clipped, or the padding cut off.
+
+    sized: the images as the network saw them; a DPT head's map has another size where latents are odd.
+    """
+    height, width = images.shape[-2:]
+    wanted = (height, width) if resize == "native" else sized.shape[-2:]
+    if values.shape[-2:] != wanted:
+        values = F.interpolate(values[:, None], wanted, mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    return finite(values[:, :height, :width].clip(0, 1).to(images.device), kind)
+
+
+def default_size(native_size: int | None, parts: Parts) -> int:
+    """The native size: as asked (0: as given), else the checkpoint's own default, else 768."""
+    if native_size is not None:
+        return native_size
+    return int(parts.index.get("default_processing_resolution") or NATIVE)

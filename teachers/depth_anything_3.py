@@ -1,0 +1,254 @@
+"""Depth Anything 3 on single images: mono and main series (depth up to scale) and metric (metres).
+
+Reads the authors' model.safetensors and config.json. Depth, larger is farther, unlike Depth Anything V2.
+
+Surprises: mono and metric have the same configuration, only the name tells them apart. The authors replace the sky by
+a quantile over the whole batch, from a random sample above 100,000 pixels; here it is per image and over every pixel,
+so that a batch of N equals N batches of one. The metric model's output becomes metres only with the focal length.
+
+Sources: ByteDance-Seed/Depth-Anything-3 src/depth_anything_3/model/da3.py (sky), utils/io/input_processor.py
+(resizing), README (metres = focal * output / 300).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill import crops
+from distill.depth import DepthMap, Kind
+from teachers import (
+    Card,
+    WeightsMismatch,
+    card_for,
+    check_images,
+    check_resize,
+    find_weights,
+    finite,
+    load_strictly,
+    pad_to_multiple,
+    read_state,
+    resolve,
+    revision_of,
+)
+from teachers._da3_network import Layout, Network
+from teachers._dino import PATCH, normalize
+
+NATIVE = 504
+SKY = 0.3  # the sky map's threshold; 0.3 itself is sky
+SKIES = ("keep", "far", "invalid")
+
+
+def _card(weights: str, *, kind: Kind = Kind.SCALE_DEPTH, licence: str = "Apache-2.0", note: str = "") -> Card:
+    return Card(
+        name="depth_anything_3",
+        weights=weights,
+        kind=kind,
+        licence=licence,
+        code_licence="Apache-2.0",
+        commercial=licence == "Apache-2.0",
+        multiple=PATCH,
+        native_size=NATIVE,
+        source="ByteDance-Seed/Depth-Anything-3",
+        note=note,
+    )
+
+
+CARDS: tuple[Card, ...] = (
+    _card("depth-anything/DA3MONO-LARGE", note="knows sky"),
+    _card("depth-anything/DA3METRIC-LARGE", kind=Kind.METRIC_DEPTH, note="knows sky; needs the focal length"),
+    _card("depth-anything/DA3-SMALL"),
+    _card("depth-anything/DA3-BASE"),
+    _card("depth-anything/DA3-LARGE-1.1", licence="CC-BY-NC-4.0"),
+    _card("depth-anything/DA3-GIANT-1.1", licence="CC-BY-NC-4.0"),
+)
+
+# Blocks that the head reads where no config.json says so: by (is main series, number of blocks).
+_TAPS = {
+    (False, 12): (2, 5, 8, 11),
+    (False, 24): (4, 11, 17, 23),
+    (True, 12): (5, 7, 9, 11),
+    (True, 24): (11, 15, 19, 23),
+    (True, 40): (19, 27, 33, 39),
+}
+# Parts of the main series that one view's depth does not need: poses, rays, gaussians. The rays' shared layer norm
+# appears under one name or four.
+_UNUSED = re.compile(r"(cam_enc|cam_dec|gs_head|gs_adapter)\.|head\.scratch\.(refinenet\d|output_conv\d)_aux\.")
+
+
+def native_shapes(height: int, width: int, size: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The authors' upper-bound rule, both steps: the long side at `size`, then each side the nearest 14 (ties up)."""
+    scale = size / max(height, width)
+    first = (height, width) if max(height, width) == size else (round(height * scale), round(width * scale))
+    rows, columns = (max(1, (2 * side + PATCH) // (2 * PATCH)) * PATCH for side in first)
+    return (max(1, first[0]), max(1, first[1])), (rows, columns)
+
+
+def resize_native(images: Tensor, size: int) -> Tensor:
+    """(B,3,H,W) resized by the authors' rule: OpenCV on 8-bit values, area when shrinking and cubic when growing.
+
+    An image with values outside [0,1] has no 8-bit form: it is resized in float32, unclamped.
+    """
+    steps = native_shapes(images.shape[-2], images.shape[-1], size)
+    if all(step == tuple(images.shape[-2:]) for step in steps):
+        return images
+    arrays = images.detach().permute(0, 2, 3, 1).cpu().numpy()
+    out = torch.from_numpy(np.stack([_resized(array, steps) for array in arrays]))
+    return out.permute(0, 3, 1, 2).to(images.device)
+
+
+def _resized(array: np.ndarray, steps: tuple[tuple[int, int], tuple[int, int]]) -> np.ndarray:
+    exact = bool(array.min() >= 0 and array.max() <= 1)
+    image: np.ndarray = np.round(array * 255).astype(np.uint8) if exact else array
+    for rows, columns in steps:
+        height, width = image.shape[:2]
+        if (rows, columns) != (height, width):
+            how = cv2.INTER_CUBIC if rows > height or columns > width else cv2.INTER_AREA
+            image = cv2.resize(image, (columns, rows), interpolation=how)
+    return image.astype(np.float32) / 255 if exact else image
+
+
+def sky_to_far(depth: Tensor, sky: Tensor) -> Tensor:
+    """(H,W) depth whose sky is at the 99 % quantile of the rest; unchanged where either has 10 pixels or fewer.
+
+    Every pixel counts, however many (torch.quantile itself stops at 16 million).
+    """
+    is_sky = sky >= SKY
+    rest = depth[~is_sky]
+    if rest.numel() <= 10 or int(is_sky.sum()) <= 10:
+        return depth
+    place = 0.99 * (rest.numel() - 1)
+    ordered = rest.sort().values
+    low, high = ordered[int(place)], ordered[min(int(place) + 1, rest.numel() - 1)]
+    return torch.where(is_sky, torch.lerp(low, high, place - int(place)), depth)
+
+
+class Teacher:
+    """Depth Anything 3 on [0,1] images, one view each."""
+
+    def __init__(
+        self,
+        network: Network,
+        card: Card,
+        *,
+        resize: str = "native",
+        native_size: int | None = None,
+        sky: str = "far",
+        focal: float | None = None,
+    ) -> None:
+        check_resize(resize, native_size)
+        if sky not in SKIES:
+            raise ValueError(f"sky must be one of {', '.join(SKIES)}, not {sky!r}")
+        if focal is not None and card.kind != Kind.METRIC_DEPTH:
+            raise ValueError(f"focal is for the metric checkpoint; {card.weights} gives {card.kind}")
+        self.network = network
+        self.card = card
+        self.resize = resize
+        self.native_size = native_size or card.native_size or NATIVE
+        self.sky = sky
+        self.focal = focal
+
+    @classmethod
+    def load(
+        cls,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resize: str = "native",
+        native_size: int | None = None,
+        sky: str = "far",
+        focal: float | None = None,
+    ) -> Teacher:
+        """A teacher from the authors' folder (model.safetensors, config.json), a bare weights file, or a hub id.
+
+        dtype: the backbone's; the head is float32, as theirs. sky: "far" is the authors' (99 % quantile of the rest),
+        "keep" leaves what the network says, "invalid" marks it; checkpoints without a sky head ignore it. focal: of
+        the metric checkpoint's images, in pixels at their own size; without it metres hold for 300 px at the network's.
+        """
+        path = resolve(weights, files=("config.json", "model.safetensors"))
+        file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth"))
+        described = file.parent / "config.json"
+        config = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+        state = {key.removeprefix("model."): tensor for key, tensor in read_state(file).items()}
+        state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
+        network = Network(_layout(state, config, file))
+        load_strictly(network, state, file, what="Depth Anything 3")
+        network = network.eval().to(device)
+        network.backbone.to(dtype)
+        network.head.float()
+        card = replace(card_for(CARDS, weights), revision=revision_of(file), native_size=native_size or NATIVE)
+        name = config.get("model_name") or "/".join(file.parts[-2:])
+        if "metric" in name.lower() or card.kind == Kind.METRIC_DEPTH:
+            note = card.note if focal else "no focal length given: metres for 300 px at the network's size"
+            card = replace(card, kind=Kind.METRIC_DEPTH, note=note)
+        return cls(network, card, resize=resize, native_size=native_size, sky=sky, focal=focal)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) depth > 0, larger is farther; sky by the option of `load`."""
+        images = check_images(images)
+        height, width = images.shape[-2:]
+        native = self.resize == "native"
+        sized = resize_native(images, self.native_size) if native else pad_to_multiple(images, PATCH)
+        device = next(self.network.parameters()).device
+        depth, sky = self.network(normalize(sized.to(device)))
+        if not native:
+            depth, sky = depth[:, :height, :width], None if sky is None else sky[:, :height, :width]
+        if self.focal is not None:
+            depth = depth * (self.focal * (sized.shape[-1] / width if native else 1.0) / 300)
+        valid = torch.ones(len(images), height, width, dtype=torch.bool, device=device)
+        if sky is not None and self.sky == "far":
+            depth = torch.stack([sky_to_far(*pair) for pair in zip(depth, sky, strict=True)])
+        if sky is not None and self.sky == "invalid":
+            # A pixel that interpolation mixed with sky is no longer a depth.
+            valid = crops.resize((sky >= SKY).float()[:, None], height, width)[:, 0] < 1e-6
+        depth = crops.resize(depth[:, None], height, width)[:, 0]
+        out = finite(depth, self.card.kind)
+        return DepthMap(out.values, out.valid & valid, out.kind).to(images.device)
+
+
+def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> Layout:
+    """Sizes from the tensors; which blocks the head reads from config.json, or from what is published."""
+    if any(key.startswith(("da3.", "da3_metric.")) for key in state):
+        raise WeightsMismatch(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
+    table = state.get("backbone.pretrained.pos_embed")
+    projects = [state.get(f"head.projects.{i}.weight") for i in range(4)]
+    fused = state.get("head.scratch.output_conv1.weight")
+    if table is None or fused is None or any(p is None for p in projects):
+        raise WeightsMismatch(f"{where} is not a Depth Anything 3 checkpoint: no position table or head")
+    width = table.shape[-1]
+    numbers = [int(key.split(".")[3]) for key in state if key.startswith("backbone.pretrained.blocks.")]
+    blocks = 1 + max(numbers, default=-1)
+    normalized = [int(key.split(".")[3]) for key in state if key.endswith("attn.q_norm.weight")]
+    main_from = min(normalized) if normalized else None
+    net = config.get("config", config).get("net", {})
+    taps = tuple(net.get("out_layers", ())) or _TAPS.get((main_from is not None, blocks))
+    starts = {net.get(key) for key in ("alt_start", "qknorm_start", "rope_start")} - {None, -1}
+    if taps is None or len(taps) != 4 or max(taps) >= blocks or starts - {main_from}:
+        raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json")
+    first = "backbone.pretrained.blocks.0"
+    swiglu = f"{first}.mlp.w3.weight" in state
+    hidden = state.get(f"{first}.mlp.w3.weight" if swiglu else f"{first}.mlp.fc2.weight", table).shape[-1]
+    size = state[f"backbone.pretrained.blocks.{main_from}.attn.q_norm.weight"].shape[0] if normalized else 64
+    return Layout(
+        width=width,
+        blocks=blocks,
+        heads=max(1, width // size),
+        hidden=hidden,
+        swiglu=swiglu,
+        positions=table.shape[1],
+        taps=taps,
+        main_from=main_from,
+        features=fused.shape[1],
+        channels=tuple(p.shape[0] for p in projects if p is not None),
+        sky="head.scratch.sky_output_conv2.0.weight" in state,
+    )

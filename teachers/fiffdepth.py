@@ -1,0 +1,81 @@
+"""FiffDepth: a diffusion UNet used as a feed-forward network; affine depth in [0,1], far is 1.
+
+One pass at t = 0 under the empty prompt: the UNet's raw output on the image's latent is the depth latent (GenPercept's
+has the other sign). No scheduler, no noise. The authors published no checkpoint; any folder of that layout is read.
+
+Source: yunpeng1998/FiffDepth fiffdepth/direct_pipeline.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from teachers import Card, card_for, check_images, check_resize, revision_of
+from teachers._latent import (
+    MULTIPLE,
+    NATIVE,
+    Parts,
+    decode,
+    default_size,
+    encode,
+    find_folder,
+    load_parts,
+    prepare,
+    restore,
+    run_unet,
+)
+
+CARDS: tuple[Card, ...] = (
+    Card(
+        name="fiffdepth",
+        weights="checkpoints/fiffdepth",
+        kind=Kind.AFFINE_DEPTH,
+        licence="unknown",
+        code_licence="none stated (Apache-2.0 headers)",
+        commercial=False,
+        multiple=MULTIPLE,
+        native_size=NATIVE,
+        source="yunpeng1998/FiffDepth",
+        note="not published; give the folder of a model trained by its recipe",
+    ),
+)
+
+
+class Teacher:
+    """FiffDepth on [0,1] images."""
+
+    def __init__(self, parts: Parts, card: Card, *, resize: str = "native", native_size: int | None = None) -> None:
+        check_resize(resize, native_size, zero_is_given=True)
+        self.parts = parts
+        self.card = card
+        self.resize = resize
+        self.native_size = default_size(native_size, parts)
+
+    @classmethod
+    def load(
+        cls,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resize: str = "native",
+        native_size: int | None = None,
+    ) -> Teacher:
+        """A teacher from a diffusers folder without scheduler. native_size: the long side (0: as given, unpadded)."""
+        folder = find_folder(weights)
+        parts = load_parts(folder, device=device, dtype=dtype, what="FiffDepth", channels=4)
+        size = default_size(native_size, parts)
+        card = replace(card_for(CARDS, weights), revision=revision_of(folder), native_size=size, multiple=parts.factor)
+        return cls(parts, card, resize=resize, native_size=native_size)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine depth in [0,1]."""
+        images = check_images(images)
+        sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)
+        latents = run_unet(self.parts, encode(self.parts, sized), 0)
+        return restore(decode(self.parts, latents), images, sized, resize=self.resize, kind=self.card.kind)

@@ -1,0 +1,159 @@
+"""Stored predictions as a teacher: a folder of .npy maps, or a folder of finished label shards.
+
+It looks maps up by key and computes nothing, so that whatever scores, compares or learns from a teacher does the same
+with what somebody predicted before, with any model.
+
+Keys: for .npy maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as
+Marigold's evaluation names it); for shards the sample's key, with ".shared" or ".local<i>" for one of its maps.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind, cat
+from distill.shards import MANIFEST, LabelDataset
+from teachers import Card, WeightsMissing, check_images, finite
+
+CARDS: tuple[Card, ...] = (
+    Card(
+        name="stored",
+        weights="path/to/predictions",
+        kind=Kind.AFFINE_DISPARITY,
+        licence="as of what predicted them",
+        code_licence="as of what predicted them",
+        commercial=False,
+        source="ours",
+        note="looks maps up by key; kind as declared",
+        seeded=True,
+    ),
+)
+SETTINGS = "settings.json"
+
+
+class MissingMap(LookupError):
+    """There is no stored map for a key; the message says where it was looked for."""
+
+
+class Teacher:
+    """A folder that answers by key."""
+
+    def __init__(self, find: Callable[[str], DepthMap], card: Card) -> None:
+        self.find = find
+        self.card = card
+
+    @classmethod
+    def load(
+        cls,
+        weights: str,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        kind: str | None = None,
+        teacher: str | None = None,
+    ) -> Teacher:
+        """The maps in folder `weights`; they come back on the images' device, as float32.
+
+        kind: of .npy maps, where no settings.json says it. teacher: whose labels, where shards have several.
+        """
+        folder = Path(weights).expanduser()
+        if not folder.is_dir():
+            raise WeightsMissing(f"{folder}: no such folder of stored predictions or labels")
+        if (folder / MANIFEST).is_file():
+            if kind is not None:
+                raise ValueError(f"{folder} holds labels, which carry their own kind: leave kind out")
+            return _from_shards(folder, teacher)
+        if teacher is not None:
+            raise ValueError(f"{folder} holds no labels ({MANIFEST}), so it has no teacher {teacher!r}: leave it out")
+        return _from_maps(folder, kind)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
+        """The stored maps of `keys`, one per image; MissingMap for an unknown key, ValueError for another size."""
+        images = check_images(images)
+        if keys is None or len(keys) != len(images):
+            raise ValueError(f"stored maps are looked up: give keys=, one for each of the {len(images)} images")
+        found = [self.find(key) for key in keys]
+        for key, depth in zip(keys, found, strict=True):
+            if depth.values.shape[-2:] != images.shape[-2:]:
+                have, want = tuple(depth.values.shape[-2:]), tuple(images.shape[-2:])
+                raise ValueError(f"the stored map of {key} is {have}, the image {want}: they must be of one size")
+        return cat(found).to(images.device)
+
+
+def _from_maps(folder: Path, kind: str | None) -> Teacher:
+    settings = folder / SETTINGS
+    table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    declared = table.get("kind")
+    if kind is None and declared is None:
+        raise ValueError(f"{folder} does not say what its maps are: give kind ({', '.join(Kind)})")
+    if None not in (kind, declared) and kind != declared:
+        raise ValueError(f"{settings} says that the maps are {declared}, not {kind}: leave kind out")
+    meant = Kind(kind or declared or "")
+
+    def find(key: str) -> DepthMap:
+        places = [folder / path for path in _places(key)]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise MissingMap(f"no stored map for {key}: looked for {' and '.join(map(str, places))}")
+        try:
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is not a readable .npy map: predict it again") from error
+        if array.size == 0 or array.squeeze().ndim != 2:
+            raise ValueError(f"{path} holds an array of shape {array.shape}, not a map (H,W)")
+        return finite(torch.from_numpy(array.squeeze().astype(np.float32))[None], meant)
+
+    return Teacher(find, replace(CARDS[0], weights=str(folder), kind=meant, note=str(table.get("model", ""))))
+
+
+def _places(key: str) -> list[PurePosixPath]:
+    """Where the map of `key` may lie. A key that climbs out of the folder finds nothing."""
+    path = PurePosixPath(key)
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise MissingMap(f"{key!r} is no key of a stored map: it must be a path inside the folder")
+    marigold = path.with_name(f"pred_{path.stem.removeprefix('rgb_')}.npy")
+    return list(dict.fromkeys([path.with_name(f"{path.stem}.npy"), path.with_name(f"{path.name}.npy"), marigold]))
+
+
+def _from_shards(folder: Path, teacher: str | None) -> Teacher:
+    dataset = LabelDataset(folder)
+    if teacher is None and len(dataset.teachers) > 1:
+        raise ValueError(f"{folder} has labels by {', '.join(dataset.teachers)}: give teacher, one of them")
+    name = teacher or dataset.teachers[0]
+    dataset = LabelDataset(folder, teachers=[name])
+    rows = {key: row for row, key in enumerate(dataset.keys)}
+
+    def find(key: str) -> DepthMap:
+        sample, _, part = key.partition(".")
+        if sample not in rows:
+            raise MissingMap(f"{folder} has no labels for {sample}")
+        labels = dataset[rows[sample]].labels[name]
+        if part in ("", "shared"):
+            return labels.shared
+        number = part.removeprefix("local")
+        count = 0 if labels.local is None else len(labels.local)
+        if labels.local is None or not number.isdigit() or int(number) >= count:
+            raise MissingMap(f"{folder} has no map {part!r} of {sample}; it has shared and {count} local ones")
+        return labels.local[int(number) : int(number) + 1]
+
+    said = dataset.manifest["teachers"][name]
+    card = replace(
+        CARDS[0],
+        weights=str(folder),
+        kind=dataset[0].labels[name].shared.kind,
+        licence=str(said.get("licence", CARDS[0].licence)),
+        code_licence=str(said.get("code_licence", CARDS[0].code_licence)),
+        commercial=said.get("commercial") is True,
+        revision=str(said.get("revision", "unknown")),
+        note=f"labels by {name}",
+    )
+    return Teacher(find, card)

@@ -1,0 +1,253 @@
+"""A student's folder: the same outputs after a round trip, nothing half-written, and one clear line for every fault."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import students
+from distill import checkpoint, plugins
+
+DECODERS = plugins.names("students.decoders")
+SMALL = {"sdt": {"fusion_channels": 16}, "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]}}
+IMAGES = torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(1))
+
+
+def tiny(decoder="sdt", *, native_size=64, **encoder_options):
+    options = {"timm_options": {"depth": 3, "embed_dim": 32}} | encoder_options
+    student = students.build(
+        encoder="test_vit",
+        encoder_options=options,
+        decoder=decoder,
+        decoder_options=SMALL.get(decoder, {}),
+        native_size=native_size,
+    )
+    student.train()(torch.rand(2, 3, 32, 32))  # running statistics worth keeping
+    return student.eval()
+
+
+def edit(folder, change):
+    path = folder / "student.json"
+    description = json.loads(path.read_text())
+    change(description)
+    path.write_text(json.dumps(description))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+class TestRoundTrip:
+    def test_outputs_are_bit_identical(self, tmp_path, decoder):
+        student = tiny(decoder, blocks=[0, 2], pos_grid=4)
+        checkpoint.save(student, tmp_path / "s", card={"licence": "Apache-2.0"})
+        again = checkpoint.load(tmp_path / "s")
+        assert torch.equal(again(IMAGES), student(IMAGES))
+        assert again.spec == student.spec and again.native_size == 64 and not again.training
+
+    def test_float16_is_half_the_size_and_stable(self, tmp_path, decoder):
+        student = tiny(decoder)
+        checkpoint.save(student, tmp_path / "full")
+        checkpoint.save(student, tmp_path / "half", dtype=torch.float16)
+        full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
+        assert half < 0.7 * full
+        loaded = checkpoint.load(tmp_path / "half")
+        torch.testing.assert_close(loaded(IMAGES), student(IMAGES), atol=1e-2, rtol=1e-2)
+        assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+        checkpoint.save(loaded, tmp_path / "again", dtype=torch.float16)
+        assert torch.equal(checkpoint.load(tmp_path / "again")(IMAGES), loaded(IMAGES))
+
+
+def test_equal_students_are_equal_bytes(tmp_path):
+    student = tiny()
+    for name in "ab":
+        checkpoint.save(student, tmp_path / name, card={"name": "x"})
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"model.safetensors", "student.json", "README.md"}
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_the_folder_describes_itself(tmp_path):
+    card = {"name": "pocket", "licence": "Apache-2.0", "teachers": ["a", "b"]}
+    checkpoint.save(tiny(), tmp_path / "s", card=card)
+    assert checkpoint.read_card(tmp_path / "s") == card
+    readme = (tmp_path / "s" / "README.md").read_text()
+    assert readme.startswith("# pocket\n") and '| teachers | ["a", "b"] |' in readme
+    described = checkpoint.describe(tmp_path / "s")
+    assert described["native_size"] == 64 and described["images"]["multiple"] == 16
+    assert described["output"]["kind"] == "affine_disparity"
+    checkpoint.save(tiny(), tmp_path / "s")
+    assert checkpoint.read_card(tmp_path / "s") == {} and not (tmp_path / "s" / "README.md").exists()
+
+
+class TestFrozenEncoderLeftOut:
+    @pytest.fixture
+    def parts(self, tmp_path):
+        """An encoder's own file, and a student on it whose folder leaves it out."""
+        source = tiny().encoder.backbone.state_dict()
+        state = {k: v.clone() for k, v in source.items()} | {
+            "norm.weight": torch.ones(32),
+            "norm.bias": torch.zeros(32),
+        }
+        save_file(state, tmp_path / "vit.safetensors")
+        student = tiny(weights=tmp_path / "vit.safetensors", frozen=True, blocks=[0, 1])
+        checkpoint.save(student, tmp_path / "s", leave_out_frozen_encoder=True)
+        return tmp_path / "vit.safetensors", student, tmp_path / "s"
+
+    def test_round_trip_with_its_file(self, tmp_path, parts):
+        file, student, folder = parts
+        assert all(key.startswith("decoder.") for key in load_file(folder / "model.safetensors"))
+        moved = file.rename(tmp_path / "elsewhere.safetensors")
+        again = checkpoint.load(folder, encoder_weights=moved)
+        assert torch.equal(again(IMAGES), student(IMAGES)) and again.encoder.frozen
+        checkpoint.save(again, tmp_path / "again", leave_out_frozen_encoder=True)
+        assert torch.equal(checkpoint.load(tmp_path / "again", encoder_weights=moved)(IMAGES), student(IMAGES))
+
+    def test_without_its_file(self, tmp_path, parts):
+        file, _, folder = parts
+        with pytest.raises(ValueError, match=r"give encoder_weights=, the file vit\.safetensors \(sha256 "):
+            checkpoint.load(folder)
+        with pytest.raises(FileNotFoundError, match=r"none\.pth: no such file; .* needs .* vit\.safetensors"):
+            checkpoint.load(folder, encoder_weights=tmp_path / "none.pth")
+        file.write_bytes(file.read_bytes() + b" ")
+        with pytest.raises(ValueError, match=r"vit\.safetensors: sha256 .* is not the encoder"):
+            checkpoint.load(folder, encoder_weights=file)
+
+    def test_only_a_frozen_encoder_from_a_file(self, tmp_path):
+        with pytest.raises(ValueError, match="is not frozen"):
+            checkpoint.save(tiny(), tmp_path / "s", leave_out_frozen_encoder=True)
+        with pytest.raises(ValueError, match="did not come from a local weights file"):
+            checkpoint.save(tiny(frozen=True), tmp_path / "s", leave_out_frozen_encoder=True)
+        assert not (tmp_path / "s").exists()
+
+    def test_trained_and_then_frozen(self, tmp_path, parts):
+        file, _, _ = parts
+        student = tiny(weights=file)
+        student.encoder.freeze()
+        checkpoint.save(student, tmp_path / "untouched", leave_out_frozen_encoder=True)
+        with torch.no_grad():
+            student.encoder.backbone.cls_token += 1e-3
+        with pytest.raises(ValueError, match=r"is not what vit\.safetensors holds any more"):
+            checkpoint.save(student, tmp_path / "trained", leave_out_frozen_encoder=True)
+
+    def test_a_file_that_nobody_needs(self, tmp_path, parts):
+        file, student, _ = parts
+        checkpoint.save(student, tmp_path / "whole")
+        with pytest.raises(ValueError, match="holds its own encoder; leave encoder_weights out"):
+            checkpoint.load(tmp_path / "whole", encoder_weights=file)
+
+
+class TestWriting:
+    def test_a_failed_save_leaves_the_old_student(self, tmp_path, monkeypatch):
+        student = tiny()
+        checkpoint.save(student, tmp_path / "s")
+
+        def full(handle):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoint.os, "fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            checkpoint.save(tiny(), tmp_path / "s")
+        monkeypatch.undo()
+        assert torch.equal(checkpoint.load(tmp_path / "s")(IMAGES), student(IMAGES))
+        assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+    def test_killed_between_the_two_renames(self, tmp_path, monkeypatch):
+        first, second = tiny(), tiny()
+        checkpoint.save(first, tmp_path / "s")
+        real = Path.rename
+
+        def killed(self, target):
+            if self.name == ".s.new":
+                raise KeyboardInterrupt
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(second, tmp_path / "s")
+        monkeypatch.undo()
+        with pytest.raises(NotADirectoryError, match=r"interrupted, .*\.s\.old is the student before it"):
+            checkpoint.load(tmp_path / "s")
+        checkpoint.save(second, tmp_path / "s")
+        assert torch.equal(checkpoint.load(tmp_path / "s")(IMAGES), second(IMAGES))
+        assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+    def test_other_peoples_files_are_not_replaced(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
+            checkpoint.save(tiny(), tmp_path)
+        with pytest.raises(FileExistsError, match="is a file"):
+            checkpoint.save(tiny(), tmp_path / "thesis.tex")
+        assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+    def test_dtype(self, tmp_path):
+        with pytest.raises(ValueError, match=r"float32 or float16, not torch\.bfloat16"):
+            checkpoint.save(tiny(), tmp_path / "s", dtype=torch.bfloat16)
+
+
+class TestFaults:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return checkpoint.save(tiny(), tmp_path / "s")
+
+    def fails(self, folder, error, message):
+        with pytest.raises(error, match=message) as caught:
+            checkpoint.load(folder)
+        assert "\n" not in str(caught.value) and re.search(r"student\.json|model\.safetensors|s: ", str(caught.value))
+
+    def test_not_a_folder(self, folder, tmp_path):
+        self.fails(folder / "student.json", NotADirectoryError, "a student is a folder with")
+        self.fails(tmp_path / "nowhere" / "s", NotADirectoryError, "a student is a folder with")
+
+    @pytest.mark.parametrize("name", ["student.json", "model.safetensors"])
+    def test_missing_file(self, folder, name):
+        (folder / name).unlink()
+        self.fails(folder, FileNotFoundError, f"{name}: missing")
+
+    def test_not_a_description(self, folder):
+        (folder / "student.json").write_text("{")
+        self.fails(folder, ValueError, "not JSON")
+        (folder / "student.json").write_text("[1]")
+        self.fails(folder, ValueError, "no version")
+        (folder / "student.json").write_text('{"version": 1}')
+        self.fails(folder, ValueError, "spec, weights, card is missing")
+
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            (lambda d: d.update(version=2), ValueError, "newer than 1; update"),
+            (lambda d: d["spec"].update(decoder="sdtt"), LookupError, "did you mean sdt"),
+            (lambda d: d["spec"].update(encoder="vit_smal"), LookupError, "no encoder 'vit_smal'"),
+            (lambda d: d["spec"]["decoder_options"].update(wings=2), ValueError, "unknown key decoder_options.wings"),
+            (lambda d: d["spec"].update(wings=2), ValueError, "wings"),
+            (lambda d: d["spec"]["encoder_options"].update(weights="/etc/passwd"), ValueError, "may not name"),
+            (
+                lambda d: d["spec"]["encoder_options"].update(blocks=[0, 1], indices=[0, 0, 1, 1]),
+                ValueError,
+                r"unclaimed encoder\.backbone",
+            ),
+            (lambda d: d["spec"]["decoder_options"].update(fusion_channels=8), ValueError, "another shape for decoder"),
+        ],
+    )
+    def test_description_that_does_not_fit(self, folder, change, error, message):
+        edit(folder, change)
+        self.fails(folder, error, message)
+
+    def test_damaged_weights(self, folder):
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+        self.fails(folder, ValueError, "damaged or from another student")
+
+    def test_missing_and_unclaimed_parameters(self, folder):
+        path = folder / "model.safetensors"
+        state = load_file(path)
+        bias = state.pop("decoder.output_conv.4.bias")
+        for changed, message in (
+            (state, r"lacks decoder\.output_conv\.4\.bias \(1 in all\)"),
+            (state | {"decoder.output_conv.4.bias": bias, "x": bias.clone()}, r"has unclaimed x \(1 in all\)"),
+        ):
+            save_file(changed, path)
+            edit(folder, lambda d: d["weights"].update(sha256=checkpoint.file_sha256(path)))
+            self.fails(folder, ValueError, message)

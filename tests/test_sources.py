@@ -1,0 +1,408 @@
+"""Every kind of broken, odd or hostile image ends as a photo or as a reason; nothing else gets out."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pickle
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from distill import sources
+from distill.depth import Kind
+from distill.photos import MAX_PIXELS, BadImage, decode
+
+
+def picture(height=24, width=36, seed=0) -> Image.Image:
+    """A picture that differs everywhere and survives JPEG: smooth ramps, another colour in each corner."""
+    y, x = np.mgrid[:height, :width]
+    ramps = [255 * x / width, 255 * y / height, np.full_like(x, 40 + 40 * (seed % 5))]
+    return Image.fromarray(np.stack(ramps, -1).astype(np.uint8))
+
+
+def encoded(image=None, form="JPEG", **options) -> bytes:
+    out = io.BytesIO()
+    (picture() if image is None else image).save(out, form, **options)
+    return out.getvalue()
+
+
+def pack(path, members, *, cut=None):
+    """A tar of (name, bytes or TarInfo) members, cut after `cut` bytes."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, data in members:
+            if isinstance(data, tarfile.TarInfo):
+                tar.addfile(data)
+                continue
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    path.write_bytes(out.getvalue()[:cut])
+    return path
+
+
+def close(rgb: torch.Tensor, image: Image.Image, tolerance=6) -> bool:
+    want = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return rgb.shape == want.shape and (rgb.int() - want.int()).abs().max() <= tolerance
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_plain_image_is_uint8_rgb_chw():
+    rgb = decode(encoded(form="PNG"))
+    assert rgb.dtype == torch.uint8 and rgb.shape == (3, 24, 36)
+    assert close(rgb, picture(), 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_once(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(form=form, exif=exif, **({"quality": 95} if form in ("JPEG", "WEBP") else {}))
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert decode(data).shape[1:] == ((24, 36) if orientation < 5 else (36, 24))
+    assert close(decode(data), want, 0)
+
+
+def test_broken_exif_does_not_cost_the_image():
+    assert close(decode(encoded(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01garbage", quality=95)), picture(), 12)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    ramp = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+    for form in ("PNG", "TIFF"):
+        rgb = decode(encoded(Image.fromarray(ramp), form))
+        assert rgb.amin() == 0 and rgb.amax() == 255
+        assert (rgb[0].double() - torch.from_numpy(ramp / 257.0)).abs().max() <= 0.5
+
+
+def test_alpha_is_composited_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 0], rgba[:2, :, 3] = 200, 255
+    rgb = decode(encoded(Image.fromarray(rgba), "PNG"))
+    assert rgb[:, 0, 0].tolist() == [200, 0, 0] and rgb[:, 3, 3].tolist() == [255, 255, 255]
+
+
+def test_palette_with_transparency_is_composited():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([9, 9, 9, 0, 0, 200] + [0] * 762)
+    image.putpixel((0, 0), 1)
+    rgb = decode(encoded(image, "PNG", transparency=0))
+    assert rgb[:, 0, 0].tolist() == [0, 0, 200] and rgb[:, 3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA", "YCbCr"])
+def test_modes_become_rgb(mode):
+    image = picture().convert(mode)
+    form = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    assert close(decode(encoded(image, form)), image.convert("RGB"), 3)
+
+
+def test_cmyk_jpeg_has_the_right_polarity():
+    rgb = decode(encoded(Image.new("RGB", (16, 16), (250, 10, 10)).convert("CMYK"), quality=95)).float().mean((1, 2))
+    assert rgb[0] > 200 and rgb[1] < 60 and rgb[2] < 60
+
+
+def test_multi_picture_jpeg_of_a_phone_is_read():
+    data = encoded(form="MPO", save_all=True, append_images=[picture(seed=1)], quality=95)
+    assert close(decode(data), picture(), 12)
+
+
+def png_claiming(width, height) -> bytes:
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("side", [9500, 60000])
+def test_bombs_are_refused_before_they_are_decoded(side):
+    assert side * side > MAX_PIXELS
+    with pytest.raises(BadImage, match="bomb"):
+        decode(png_claiming(side, side))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>404 Not Found</html>", "it is text, beginning '<html>"),
+        (b'{"error": 1}', "it is text"),
+        (b"\0" * 4000, "not an image"),
+        (encoded(picture(200, 200))[:-400], "truncated"),
+        (encoded(form="PNG")[:90], "cannot be decoded"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "integers from 70000"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in any known format"),
+    ],
+)
+def test_bad_bytes_have_a_reason(data, reason):
+    with pytest.raises(BadImage, match=reason):
+        decode(data)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
+def test_no_damage_raises_anything_but_bad_image(form):
+    rng = np.random.default_rng(5)
+    whole = encoded(form=form)
+    read = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
+            data[place] = rng.integers(0, 256)
+        data = bytes(data[: rng.integers(1, len(data) + 1)]) if rng.random() < 0.5 else bytes(data)
+        try:
+            read += decode(data).shape[0] == 3
+        except BadImage as error:
+            assert "\n" not in str(error)
+    assert read < 60
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
+
+
+def damaged(path):
+    good = encoded()
+    link = tarfile.TarInfo("./sa_13.jpg")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    folder = tarfile.TarInfo("./more")
+    folder.type = tarfile.DIRTYPE
+    return pack(
+        path,
+        [
+            ("./sa_1.jpg", good),
+            ("./sa_1.json", b"{}"),
+            ("./sa_2.jpg", b""),
+            ("./sa_3.jpg", b"<html>404</html>"),
+            ("./sa_4.jpg", encoded(picture(99, 99))[:-400]),
+            ("./sa_1.jpg", encoded(picture(seed=3))),
+            ("../../escape.jpg", good),
+            ("/etc/absolute.jpg", good),
+            ("C:\\windows.jpg", good),
+            ("..\\up.jpg", good),
+            ("./notes/readme.txt", b"hello"),
+            ("./more", folder),
+            ("./sa_13.jpg", link),
+            ("./more/sa_1.jpg", good),
+            ("./sa.v2.14.jpg", good),
+            ("./sa_15.jpg", encoded(form="PNG")),
+        ],
+    )
+
+
+def test_damaged_tar_gives_every_good_image_and_a_reason_for_the_rest(tmp_path):
+    [shard] = sources.tars(damaged(tmp_path / "sa_000900.tar"))
+    scan = shard.scan()
+    assert shard.stem == "sa_000900"
+    good, bad = [], {one.origin: one.reason for one in scan.rejected}
+    for entry in scan.entries:
+        try:
+            photo = entry.load()
+            assert (photo.key, photo.origin, photo.truth) == (entry.key, entry.origin, None)
+            good.append(photo.key)
+        except BadImage as error:
+            bad[entry.origin] = str(error)
+    assert good == ["sa_1", "more_sa_1", "sa_v2_14", "sa_15"]
+    assert close(scan.entries[0].load().rgb, picture(), 12), "the first of two with one key is used"
+    assert {name.split(":", 1)[1]: reason.split(";")[0][:33] for name, reason in bad.items()} == {
+        "sa_2.jpg": "empty file",
+        "sa_3.jpg": "not an image: it is text, beginni",
+        "sa_4.jpg": "cannot be decoded: image file is ",
+        "sa_1.jpg": "duplicate key",
+        "../../escape.jpg": "its path climbs out of the archiv",
+        "/etc/absolute.jpg": "its path is absolute",
+        "C:\\windows.jpg": "its path is absolute",
+        "..\\up.jpg": "its path climbs out of the archiv",
+        "notes/readme.txt": "not an image file",
+        "sa_13.jpg": "not a plain file (a link or a dev",
+    }
+    assert not list(tmp_path.parent.glob("escape*"))
+
+
+def test_a_tar_cut_anywhere_gives_its_complete_members_and_one_line(tmp_path):
+    members = [(f"./sa_{i}.jpg", encoded(picture(30 + i, 40))) for i in range(4)]
+    whole = pack(tmp_path / "whole.tar", members)
+    with tarfile.open(whole) as tar:
+        ends = [m.offset_data + m.size for m in tar]
+    size = ends[-1] + 512 - ends[-1] % 512
+    for cut in range(1, size, 211):
+        path = pack(tmp_path / "cut.tar", members, cut=cut)
+        scan = sources.tars(path)[0].scan()
+        assert len(scan.entries) == sum(end <= cut for end in ends), cut
+        assert len(scan.rejected) == 1 and "tar" in scan.rejected[0].reason, cut
+        for entry in scan.entries:
+            entry.load()
+    assert sources.tars(whole)[0].scan().rejected == ()
+
+
+def test_a_broken_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
+    path = pack(tmp_path / "a.tar", [(f"./sa_{i}.jpg", encoded()) for i in range(3)])
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[1].offset
+    data = bytearray(path.read_bytes())
+    data[second : second + 512] = b"\xaa" * 512
+    path.write_bytes(data)
+    scan = sources.tars(path)[0].scan()
+    assert len(scan.entries) == 1 and f"damaged at byte {second}" in scan.rejected[0].reason
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>not a tar</html>" * 99, b"\x1f\x8b\x08" + b"1" * 2000])
+def test_what_is_no_tar_gives_one_line(tmp_path, data):
+    (tmp_path / "a.tar").write_bytes(data)
+    scan = sources.tars(tmp_path / "a.tar")[0].scan()
+    assert not scan.entries and len(scan.rejected) == 1
+
+
+def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
+    path = pack(tmp_path / "a.tar", [("./sa_xx.jpg", encoded()), ("./sa_yy.txt", b"1")])
+    path.write_bytes(fix_headers(path.read_bytes(), {b"sa_xx": b"sa_\xff\xfe", b"sa_yy": b"sa_\xff\xfd"}))
+    scan = sources.tars(path)[0].scan()
+    assert len(scan.entries) == 1 and len(scan.rejected) == 1
+    for one in (scan.entries[0], scan.rejected[0]):
+        (one.key + one.origin).encode("utf-8")
+
+
+def fix_headers(data: bytes, changes: dict[bytes, bytes]) -> bytes:
+    for old, new in changes.items():
+        at = data.index(b"./" + old)
+        header = bytearray(data[at : at + 512].replace(old, new))
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        data = data[:at] + bytes(header) + data[at + 512 :]
+    return data
+
+
+def test_brace_ranges_and_globs(tmp_path):
+    for i in range(3):
+        pack(tmp_path / f"sa_00000{i}.tar", [])
+    stems = ["sa_000000", "sa_000001", "sa_000002"]
+    assert [s.stem for s in sources.tars(str(tmp_path / "sa_{000000..000002}.tar"))] == stems
+    assert [s.stem for s in sources.tars([str(tmp_path / "sa_00*.tar"), tmp_path / "sa_000001.tar"])] == stems
+    assert sources.expand("{a,b}{8..10}") == ["a8", "a9", "a10", "b8", "b9", "b10"]
+    with pytest.raises(FileNotFoundError, match=r"sa_000003.tar and 1 more: no such tar"):
+        sources.tars(str(tmp_path / "sa_{000000..000004}.tar"))
+    with pytest.raises(FileNotFoundError, match="none_"):
+        sources.tars(str(tmp_path / "none_*.tar"))
+
+
+def test_two_tars_of_one_name_are_refused(tmp_path):
+    (tmp_path / "b").mkdir()
+    with pytest.raises(ValueError, match="would both write sa_1-000.tar"):
+        sources.tars([pack(tmp_path / "sa_1.tar", []), pack(tmp_path / "b" / "sa_1.tar", [])])
+
+
+# --- folders, pairs, scenes, wheels -----------------------------------------------------------------------------------
+
+
+def test_folder_in_sorted_order_with_unique_safe_keys(tmp_path):
+    root = tmp_path / "my photos"
+    for name in ("b/1.jpg", "b_1.jpg", "a.v2.png", "ü ber.JPG", "deep/er/x.webp"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    (root / "broken.jpg").write_bytes(b"")
+    shards = sources.folders(root, per_shard=4)
+    entries = [entry for shard in shards for entry in shard.scan().entries]
+    keys = [entry.key for entry in entries]
+    assert [s.stem for s in shards] == ["my_photos_000000", "my_photos_000001"]
+    assert len(shards[0].scan().entries) == 4 and len(set(keys)) == len(keys) == 6
+    assert not any(set(key) & set("./ ü") for key in keys)
+    assert "a_v2" in keys and "deep_er_x" in keys and sum(key.startswith("b_1-") for key in keys) == 2
+    assert [e.origin for e in entries] == sorted(e.origin for e in entries)
+    with pytest.raises(BadImage, match="empty"):
+        entries[[e.origin for e in entries].index("my photos/broken.jpg")].load()
+    assert entries[0].load().rgb.shape == (3, 8, 8)
+
+
+def test_glob_of_photos_and_no_photos(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i}.png")
+    [shard] = sources.folders(str(tmp_path / "[01].png"))
+    assert [e.key for e in shard.scan().entries] == ["0", "1"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no photos"):
+        sources.folders(tmp_path / "empty")
+
+
+def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    entry = sources.folders(tmp_path)[0].scan().entries[0]
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(BadImage, match="No such file"):
+        entry.load()
+
+
+def test_keys_stay_short_and_distinct():
+    first, second = sources.safe_key("x" * 300 + "/a" + "y" * 150), sources.safe_key("z" * 300 + "/a" + "y" * 150)
+    assert first != second and max(len(first), len(second)) <= 120
+    assert sources.safe_key("../..") and "." not in sources.safe_key("a.b.c")
+
+
+def make_pairs(folder, count=3):
+    folder.mkdir()
+    rows = ["name\trgb\tdepth\tscale_to_metres\tinvalid\tkind"]
+    for i in range(count):
+        picture(seed=i).save(folder / f"{i}.png")
+        np.save(folder / f"{i}.npy", np.linspace(0, 8, 24 * 36, dtype=np.float32).reshape(24, 36))
+        rows.append(f"room.{i}\t{i}.png\t{i}.npy\t0.5\t0\tdepth")
+    (folder / "INDEX.tsv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_pairs_carry_truth_and_can_be_split(tmp_path):
+    folder = make_pairs(tmp_path / "rgbd")
+    photo = sources.pairs(folder)[0].scan().entries[1].load()
+    assert photo.truth.kind == Kind.METRIC_DEPTH and photo.truth.values.shape == (1, *photo.rgb.shape[1:])
+    assert photo.truth.values.max() == 4.0 and not photo.truth.valid[0, 0, 0] and photo.key == "room_1"
+    [shard] = sources.pairs(folder, names=["room.2"])
+    assert [e.origin for e in shard.scan().entries] == ["rgbd:room.2"]
+    (folder / "0.npy").write_bytes(b"not numpy")
+    with pytest.raises(BadImage, match="0.npy"):
+        sources.pairs(folder)[0].scan().entries[0].load()
+
+
+def test_scenes_are_exact_and_named_by_seed():
+    shards = sources.scenes(3, size=(24, 32), seed=5, per_shard=2)
+    entries = [e for s in shards for e in s.scan().entries]
+    assert [e.key for e in entries] == ["scene_000005", "scene_000006", "scene_000007"] and len(shards) == 2
+    photo = entries[0].load()
+    assert photo.rgb.dtype == torch.uint8 and photo.rgb.shape == (3, 24, 32)
+    assert photo.truth.kind == Kind.METRIC_DEPTH and photo.truth.values[photo.truth.valid].min() > 0
+
+
+def test_wheels_have_seven_photos_and_one_truth():
+    if not all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
+        pytest.skip("the demo extra is not installed")
+    photos = {e.key: e.load() for e in sources.wheels()[0].scan().entries}
+    assert sorted(photos) == ["astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket"]
+    truth = photos["motorcycle_left"].truth
+    depth = truth.values[truth.valid]
+    assert truth.values.shape[1:] == photos["motorcycle_left"].rgb.shape[1:]
+    assert 2.0 < depth.min() < depth.max() < 5.5 and 0.9 < truth.valid.float().mean() < 1.0
+    assert all(photo.truth is None for key, photo in photos.items() if key != "motorcycle_left")
+
+
+def test_absent_wheels_say_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r'pip install "depth-distill\[demo\]"'):
+        sources.wheels()
+
+
+def test_everything_goes_to_worker_processes(tmp_path):
+    make_pairs(tmp_path / "rgbd")
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    tar = pack(tmp_path / "a.tar", [("./sa_1.jpg", encoded())])
+    shards = sources.combine(sources.tars(tar), sources.folders(tmp_path / "a.png"), sources.pairs(tmp_path / "rgbd"))
+    for shard in pickle.loads(pickle.dumps(shards)):
+        assert pickle.loads(pickle.dumps(shard.scan().entries[0])).load().rgb.dtype == torch.uint8
