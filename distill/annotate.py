@@ -224,7 +224,7 @@ class _Desk:
 
 
 def _images(crops: Sequence[tuple[_Waiting, int]]) -> Tensor:
-    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 255.0
+    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 256.0
 
 
 def _crop(job: Job | Rejected, slot: int) -> Tensor:
@@ -354,6 +354,8 @@ class OnlineDataset(Dataset[Sample]):
         return len(self.entries)
 
     def __getitem__(self, index: int) -> Sample:
+        if not -len(self.entries) <= index < len(self.entries):
+            raise IndexError(f"sample {index} of {len(self.entries)}")
         reason = ""
         for step in range(len(self.entries)):
             entry, draw = self.entries[(index + step) % len(self.entries)]

@@ -1,7 +1,7 @@
 """From names to objects: the only file that reads a recipe and makes what it names.
 
-Everything a recipe asks for is judged here before any work begins, so that a misspelt option of the last teacher does not
-surface after a night of labelling.
+Everything a recipe asks for is judged here before any work begins, so that a misspelt option of the last teacher does
+not surface after a night of labelling.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class _Fixed:
 def input_shards(recipe: Recipe) -> list[InputShard]:
     """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
     if not recipe.images:
-        raise RecipeError("the recipe names no images: add an [[images]] table with tars, photos, pairs, scenes or wheels")
+        raise RecipeError("the recipe names no images: add an [[images]] table (tars, photos, pairs, scenes or wheels)")
     found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
     for images in recipe.images:
         shards = _source(images, scene)
@@ -133,7 +133,7 @@ def check_teachers(recipe: Recipe) -> None:
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
-    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses mixed kinds and forbidden licences."""
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses kinds and licences that do not fit."""
     check_teachers(recipe)
     loaded: Teachers = []
     for spec in recipe.teachers:
@@ -268,7 +268,6 @@ def benchmark(spec: Benchmark) -> tuple[Protocol, list[Sample]]:
 def prior_samples(spec: Benchmark) -> list[Sample]:
     """What the image-plane prior of this benchmark is fitted on: never the benchmark's own images."""
     if spec.name == "scenes":
-
         return list(find("eval.benchmarks", "scenes").training_samples(64))
     if spec.prior:
         return list(find("eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))

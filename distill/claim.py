@@ -43,9 +43,10 @@ def claim(folder: Path, *, rank: int, world: int) -> Iterator[None]:
                 raise Busy(_said(other))
             other.unlink(missing_ok=True)
             stale.close()
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # a full disk may not keep the name; the lock holds all the same
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
     finally:
         own.unlink(missing_ok=True)

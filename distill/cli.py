@@ -68,7 +68,8 @@ def score(args: argparse.Namespace) -> int:
             allow_failed=args.allow_failed,
             report=report,
         )
-    rows = [[name, "-" if value is None else METRICS[name].format.format(value)] for name, value in result.metrics.items()]
+    means = result.metrics.items()
+    rows = [[name, "-" if value is None else METRICS[name].format.format(value)] for name, value in means]
     table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], rows)
     for image in result.images:
         if image.problem:

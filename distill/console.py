@@ -47,27 +47,38 @@ def fail(text: str) -> None:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, best: Sequence[set[str]] = ()) -> None:
     """A table on standard output; `best[row]` names the columns to embolden in that row."""
-    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         drawn.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
     for i, row in enumerate(rows):
         marked = best[i] if i < len(best) else set()
-        cells = [escape(c) if name not in marked else f"[bold]{escape(c)}[/bold]" for name, c in zip(columns, row)]
+        cells = [
+            escape(c) if name not in marked else f"[bold]{escape(c)}[/bold]"
+            for name, c in zip(columns, row, strict=True)
+        ]
         drawn.add_row(*cells)
     _out.print(drawn)
 
 
 def _words(numbers: dict[str, float]) -> str:
-    parts = []
-    for name, value in numbers.items():
-        text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-        parts.append(f"{name.replace('_', ' ').replace(' per ', '/')} {text}")
-    return "  ".join(parts)
+    return "  ".join(_word(name, value) for name, value in numbers.items())
+
+
+def _word(name: str, value: float) -> str:
+    """One number for people; "bytes" in its name makes it a size, a trailing "_s" a time."""
+    label = name.replace("_", " ").replace(" per ", "/").removesuffix(" bytes").removeprefix("bytes")
+    if "bytes" in name:
+        power = next((p for p in range(4) if abs(value) < 1000 ** (p + 1)), 4)
+        scaled, unit = value / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+        return f"{scaled:.3g} {unit}{label}" if label.startswith("/") else f"{label} {scaled:.3g} {unit}"
+    if name.endswith("_s") and not name.endswith("per_s"):
+        return f"{label.removesuffix(' s')} {int(value // 3600)}:{int(value % 3600 // 60):02d}:{int(value % 60):02d}"
+    return f"{label} {value:,.0f}" if abs(value) >= 1000 else f"{label} {value:.4g}"
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A progress bar with time remaining and the numbers that the work reports; a plain line at the end off a terminal."""
+    """A progress bar with time remaining and the work's numbers; off a terminal, one plain line at the end."""
     bar = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),

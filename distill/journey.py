@@ -1,7 +1,9 @@
 """The verbs of a recipe: label, train, score, report. Each takes a recipe, does its part of the journey, and can be
 stopped at any moment and called again.
 
-A run's folder:  recipe.toml  labels/HASH/  train/  predictions/MODEL/BENCHMARK/  scores/BENCHMARK--MODEL.json  report.html
+A run's folder:
+
+    recipe.toml  labels/HASH/  train/  predictions/MODEL/BENCHMARK/  scores/BENCHMARK--MODEL.json  report.html
 """
 
 from __future__ import annotations

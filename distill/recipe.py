@@ -1,8 +1,8 @@
 """Recipes: one TOML file is one experiment, read into frozen dataclasses by a strict loader.
 
 Every fault of a file is reported at once, with the key's path and a "did you mean". `--set train.steps=100` goes
-through the same loader. Defaults are the base; there is no inheritance between recipes. Options of plug-ins stay a table that
-is bound to the plug-in's signature when it is built.
+through the same loader. Defaults are the base; there is no inheritance between recipes. Options of plug-ins stay a
+table that is bound to the plug-in's signature when it is built.
 """
 
 from __future__ import annotations

@@ -24,8 +24,7 @@ from eval.metrics import NUM_SUMS, block_sums
 from eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
-# A block of float32 that stays in the cache with its temporaries, and that torch handles in the calling thread.
-_BLOCK = 32768
+_BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
 _FORGETS = ("metric", "scale", "affine")
 
 
@@ -87,15 +86,14 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     flat_pred, flat_truth = _gather(valid, pred, values)
     if protocol.mask_range and path.quantity == "depth" and truth.kind.unknown == "metric":
-        inside = (flat_truth > protocol.min_depth) & (flat_truth < protocol.max_depth)
-        if not inside.all():
-            flat_pred, flat_truth = flat_pred[inside], flat_truth[inside]
+        flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
         raise NoTruth("the truth has no valid pixel")
-    wrong = len(flat_pred) - int(np.isfinite(flat_pred).sum())
-    if wrong:
+    lowest, highest = float(flat_pred.min()), float(flat_pred.max())  # NaN if any is
+    if not np.isfinite(lowest + highest):
+        wrong = int((~np.isfinite(flat_pred)).sum())
         raise ValueError(f"NaN or infinity in {wrong} of the {len(flat_pred)} scored pixels")
-    notes = _notes(flat_pred, kind, protocol)
+    notes = _notes(flat_pred, lowest, highest, kind, protocol)
     if path.invert:
         flat_pred = 1.0 / np.maximum(flat_pred, 1e-6)
     scale, shift = 1.0, 0.0
@@ -110,8 +108,15 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     return Measured(sums, floors, scale, shift, tuple(notes))
 
 
-def _notes(pred: np.ndarray, kind: Kind, protocol: Protocol) -> list[str]:
-    lowest, highest = float(pred.min()), float(pred.max())
+def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels whose truth lies strictly inside the protocol's range: usually all of them."""
+    if not len(truth) or (truth.min() > protocol.min_depth and truth.max() < protocol.max_depth):
+        return pred, truth
+    inside = (truth > protocol.min_depth) & (truth < protocol.max_depth)
+    return pred[inside], truth[inside]
+
+
+def _notes(pred: np.ndarray, lowest: float, highest: float, kind: Kind, protocol: Protocol) -> list[str]:
     notes = ["constant prediction"] if lowest == highest and len(pred) > 1 else []
     if lowest <= 0 and kind.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
@@ -140,8 +145,8 @@ def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[n
     flat, maps = valid.ravel(), (first.ravel(), second.ravel())
     chosen = np.empty((2, int(np.count_nonzero(flat))), np.float32)
     at = 0
-    for start in range(0, len(flat), 8 * _BLOCK):
-        piece = slice(start, start + 8 * _BLOCK)
+    for start in range(0, len(flat), 4 * _BLOCK):
+        piece = slice(start, start + 4 * _BLOCK)
         index = np.flatnonzero(flat[piece])
         for row, values in zip(chosen, maps, strict=True):
             np.take(values[piece], index, out=row[at : at + len(index)], mode="clip")
@@ -155,10 +160,9 @@ def _fit(pred: np.ndarray, truth: np.ndarray, *, path: Way, positive: bool) -> t
     origin = float(pred[0]) if len(pred) and path.unknown == "affine" else 0.0
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
-        if path.fit == "disparity" and positive:
+        if path.fit == "disparity" and positive and min(float(p.min()), float(t.min())) <= 0:
             usable = (p > 0) & (t > 0)
-            if not usable.all():
-                p, t = p[usable], t[usable]
+            p, t = p[usable], t[usable]
         if invert:
             t = t.reciprocal()
         p64, t64 = p.double().sub_(origin), t.double()

@@ -149,11 +149,16 @@ def score(
         return _score_image(sample, store, kind, protocol)
 
     results = []
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for done, result in enumerate(pool.map(one, samples), 1):
-            results.append(result)
-            if report:
-                report(done, len(samples))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # images run beside each other; threads inside an image would only collide
+    try:
+        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+            for done, result in enumerate(pool.map(one, samples), 1):
+                results.append(result)
+                if report:
+                    report(done, len(samples))
+    finally:
+        torch.set_num_threads(threads)
     return Score(
         model=model or (settings["model"] if settings else store.resolve().name),
         benchmark=protocol.benchmark,

@@ -53,6 +53,11 @@ class TestRoundTrip:
         checkpoint.save(student, tmp_path / "half", dtype=torch.float16)
         full, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("full", "half"))
         assert half < 0.7 * full
+        stored = load_file(tmp_path / "half" / "model.safetensors").values()
+        assert {(t.ndim > 1, t.dtype) for t in stored if t.is_floating_point()} == {
+            (True, torch.float16),
+            (False, torch.float32),
+        }
         loaded = checkpoint.load(tmp_path / "half")
         torch.testing.assert_close(loaded(IMAGES), student(IMAGES), atol=1e-2, rtol=1e-2)
         assert {p.dtype for p in loaded.parameters()} == {torch.float32}

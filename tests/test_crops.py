@@ -50,7 +50,8 @@ def test_plans_do_not_depend_on_order_or_process():
 
     keys = [f"sa_{i}" for i in range(20)]
     assert plans(keys) == plans(reversed(keys))
-    code = "from distill import crops; print(crops.plan(900, 1200, key='sa_7', seed=3, patches='random', num_patches=2))"
+    call = "crops.plan(900, 1200, key='sa_7', seed=3, patches='random', num_patches=2)"
+    code = f"from distill import crops; print({call})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == str(plans(["sa_7"])["sa_7"])
     assert len({p.region for p in plans(keys).values()}) > 15

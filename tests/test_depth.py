@@ -39,8 +39,7 @@ def test_depth_and_disparity_invert_exactly_and_drop_what_is_not_positive(unknow
 def test_every_pair_of_kinds_is_either_lawful_or_refused_with_both_names(frm, to):
     order = ["metric", "scale", "affine"]
     lawful = frm == to or (
-        order.index(to.unknown) >= order.index(frm.unknown)
-        and (frm.quantity == to.quantity or frm.unknown != "affine")
+        order.index(to.unknown) >= order.index(frm.unknown) and (frm.quantity == to.quantity or frm.unknown != "affine")
     )
     if lawful:
         assert some_map(frm).convert(to).kind == to

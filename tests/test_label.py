@@ -215,7 +215,7 @@ class Sick(Formula):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("raise", "formula failed on the region: kernel"),
+        ("raise", "formula failed on patch 0: kernel"),
         ("nan", "returned NaN on 1 pixels"),
         ("invalid", "no valid pixel"),
     ],
@@ -243,11 +243,10 @@ class Broken(Formula):
 
 
 def test_a_teacher_that_fails_on_everything_stops_the_run(tars, tmp_path):
-    for options in ({"samples_per_part": 100}, {}):
+    for samples_per_part in (4, 100):
         with pytest.raises(annotate.TeacherBroken, match="samples failed.*no kernel image"):
-            run(tars, tmp_path / "out", Broken(), **options) if options else None
-            raise annotate.TeacherBroken("samples failed no kernel image") if not options else None
-    assert not list((tmp_path / "out").glob("*.tar"))
+            run(tars, tmp_path / str(samples_per_part), Broken(), samples_per_part=samples_per_part)
+        assert not list((tmp_path / str(samples_per_part)).glob("*.tar"))
 
 
 def test_contract_breaches_and_lack_of_memory_stop_the_run(tars, tmp_path):
@@ -267,7 +266,7 @@ def test_noise_belongs_to_the_crop(tars, tmp_path):
     plain = teacher.predict
     teacher.predict = lambda images, keys: (asked.extend(keys), plain(images))[1]
     run(tars[1:], tmp_path / "out", teacher, draws=1)
-    assert asked[0] == "sa_7-0.shared" and "sa_7-0.local0" in asked and len(set(asked)) == len(asked)
+    assert {"sa_7-0.shared", "sa_7-0.local0", "sa_9-0.shared"} < set(asked) and len(set(asked)) == len(asked)
 
 
 @pytest.mark.parametrize("name", ["Big", "a.b", "a/b", ""])
@@ -306,7 +305,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, p
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
     rng = random.Random(3)
     killed = 0
-    for attempt in range(14):
+    for attempt in range(9):
         world = 1 + attempt % 2
         begun = [processes.Process(target=work, args=(tmp_path, out, r, world, 0.003)) for r in range(world)]
         for process in begun:
@@ -434,6 +433,7 @@ def test_online_samples_are_the_stored_ones_before_quantization(tars, tmp_path):
 def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
     assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
+    assert [sample.key for sample in online].count("sa_3-0") == 2, "iteration ends"
     with pytest.raises(ValueError, match="none of 10 images can be labelled; the last: no ground truth"):
         OnlineDataset(tars, [(TRUTH, TRUTH)], crops=CROPS)[0]
     with pytest.raises(BadImage, match="smaller than"):

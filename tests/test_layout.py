@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Files are read in this order and import only what has been read before. A trailing dot stands for a folder of plug-ins.
+# Files are read in this order and import only what has been read before. A trailing dot stands for a folder.
 ORDER = [
     "distill.plugins",
     "distill.depth",
@@ -22,7 +22,6 @@ ORDER = [
     "distill.sources",
     "distill.codec",
     "distill.shards",
-    "distill.verify",
     "distill.normalize.",
     "distill.losses",
     "distill.objective",
@@ -32,16 +31,23 @@ ORDER = [
     "students",
     "distill.checkpoint",
     "teachers.",
+    "distill.annotate",
+    "distill.claim",
+    "distill.ledger",
     "distill.label",
+    "distill.augment",
     "distill.order",
     "distill.schedule",
-    "distill.augment",
     "distill.trainlog",
+    "distill.runstate",
+    "distill.feed",
+    "distill.step",
     "distill.train",
     "eval",
     "eval.metrics",
     "eval.protocol",
     "eval.benchmarks.",
+    "eval.fit",
     "eval.prior",
     "eval.stored",
     "eval.score",
@@ -51,6 +57,7 @@ ORDER = [
     "distill.recipe",
     "distill.build",
     "distill.console",
+    "distill.journey",
     "distill.cli",
     "distill.__main__",
 ]

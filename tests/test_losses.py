@@ -178,7 +178,7 @@ def test_gradient_loss_sums_four_scales_of_neighbour_differences():
     pred = target.clone()
     pred[0, 2, 2] += 1.0
     raw = gradient_loss(pred, target, valid, normalize=False)
-    # The spike at (2,2) has four neighbours at step 1 (64 pixels), four at step 2 (16) and is not seen at steps 4 and 8.
+    # The spike at (2,2) has four neighbours at step 1 (64 pixels) and at step 2 (16); steps 4 and 8 do not see it.
     assert raw.item() == pytest.approx(4 / 64 + 4 / 16)
     assert gradient_loss(target * 3 + 1, target, valid).item() < 1e-6
 

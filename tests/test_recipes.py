@@ -77,7 +77,8 @@ BAD = {
     "unknown decoder": ('[student]\ndecoder = "std"', "student: no students/decoders/std.py; did you mean sdt?"),
     "unknown normalization": (
         '[loss]\nnormalization = "globl"',
-        "loss: no distill/normalize/globl.py; did you mean global?; distill/normalize/ has: global, hybrid, local, none",
+        "loss: no distill/normalize/globl.py; did you mean global?; "
+        "distill/normalize/ has: global, hybrid, local, none",
     ),
     "two sources in one": (
         '[[images]]\nphotos = "a"\nscenes = 3',

@@ -205,6 +205,7 @@ def test_the_benchmark_is_fixed_and_apart_from_training(tmp_path):
     assert wide.image().shape == (3, 192, 256) and truth.values.shape == (1, 192, 256)
     assert truth.kind == "metric_depth"
     assert torch.equal(truth.values[0], scenes.render(3, size=(192, 256)).depth)
+    assert not {s.key for s in benchmark.training_samples(64)} & {s.key for s in found}
     names = tmp_path / "list.txt"
     names.write_text(f"{found[9].key}\n{found[2].key}\n")
     assert [s.key for s in benchmark.samples("anything", names)] == [found[9].key, found[2].key]

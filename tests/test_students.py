@@ -121,6 +121,13 @@ def test_padding_is_the_mean_colour_and_is_cut_off():
         torch.testing.assert_close(student(images), student(padded)[:, top : top + 33, left : left + 47])
 
 
+def test_images_are_normalised_as_imagenet():
+    encoder, images = Encoder("test_vit").eval(), torch.rand(1, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = encoder.features((images - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(encoder(images)[3], expected[3])
+
+
 @pytest.mark.parametrize("norm", ["batch", "frozen", "group"])
 @pytest.mark.parametrize("decoder", ["sdt", "dpt"])
 def test_norms(decoder, norm):
@@ -353,7 +360,7 @@ def test_frozen():
     assert student.training and not encoder.training and not encoder.backbone.blocks[0].training
     student(torch.rand(1, 3, 32, 32)).mean().backward()
     assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
-    assert not encoder(torch.rand(1, 3, 32, 32))[3][0].requires_grad
+    assert not encoder(torch.rand(1, 3, 32, 32, requires_grad=True))[3][0].requires_grad
     encoder.freeze(False)
     student.train()(torch.rand(1, 3, 32, 32)).mean().backward()
     assert encoder.training and all(p.grad is not None for p in encoder.parameters())

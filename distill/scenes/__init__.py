@@ -234,5 +234,5 @@ def _develop(rng: np.random.Generator, linear: Tensor) -> Tensor:
     colourful = float(rng.normal(1.0, 0.2)) if rng.random() > 0.03 else 0.0
     mean = (toned[0] + toned[1] + toned[2]) / 3
     toned = mean + (toned - mean) * max(colourful, 0.0)
-    noisy = toned + grain * float(rng.uniform(0.0, 0.012) if rng.random() < 0.8 else rng.uniform(0.012, 0.03))
+    noisy = toned + grain * float(0.008 * rng.random() if rng.random() < 0.7 else rng.uniform(0.008, 0.025))
     return (noisy.clamp(0, 1) * 255).round() / 255

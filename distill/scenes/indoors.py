@@ -10,8 +10,9 @@ import math
 
 import numpy as np
 
-from distill.scenes import things
+from distill.scenes import furniture
 from distill.scenes.cast import block, cylinder, ellipsoid, turn
+from distill.scenes.roadside import car
 from distill.scenes.stage import Light, Stage
 
 
@@ -126,7 +127,7 @@ def _wall_shelf(stage: Stage, at: tuple[float, float, float], yaw: float) -> Non
     stage.part(frame, at, (0, 0, 0.15), (wide, tall, 0.15), wood)
     for _ in range(0 if cupboard else int(stage.rng.integers(1, 6))):
         x, y, z = (np.asarray(at) + np.array([stage.uniform(-0.85, 0.85) * wide, 0.015, 0.14]) @ frame).tolist()
-        things.small(stage, (x, y, z), stage.uniform(0.1, 0.3))
+        furniture.small(stage, (x, y, z), stage.uniform(0.1, 0.3))
 
 
 def _lamps(stage: Stage, half: tuple[float, float, float], count: int) -> None:
@@ -147,13 +148,13 @@ def _lamps(stage: Stage, half: tuple[float, float, float], count: int) -> None:
         )
 
 
-_INSETS: dict[things.Thing, float] = {
-    things.shelf: 0.25,
-    things.cabinet: 0.4,
-    things.bed: 1.1,
-    things.sofa: 0.55,
-    things.counter: 0.35,
-    things.desk: 0.4,
+_INSETS: dict[furniture.Thing, float] = {
+    furniture.shelf: 0.25,
+    furniture.cabinet: 0.4,
+    furniture.bed: 1.1,
+    furniture.sofa: 0.55,
+    furniture.counter: 0.35,
+    furniture.desk: 0.4,
 }
 
 
@@ -163,7 +164,7 @@ def _furnish(stage: Stage, hx: float, hz: float, count: int) -> None:
         rug = stage.material("plaid", "dots", "stripes", "noise", "collage", "blotches", repeat=(0.5, 2.5))
         spot = (stage.uniform(-0.4, 0.4) * hx, 0.0, stage.uniform(-0.4, 0.4) * hz)
         stage.part(turn(stage.uniform(-0.2, 0.2)), spot, (0, 0, 0), (0.45 * hx, 0.012, 0.4 * hz), rug)
-    kinds = list(things.INDOOR.items())
+    kinds = list(furniture.INDOOR.items())
     for _ in range(count):
         thing, radius = kinds[int(stage.rng.integers(len(kinds)))]
         if stage.chance(0.65):
@@ -200,7 +201,7 @@ def room(stage: Stage) -> None:
 
 
 def hall(stage: Stage) -> None:
-    """A shop, warehouse, garage or lobby: large, with columns and rows of things."""
+    """A shop, warehouse, garage or lobby: large, with columns and rows of furniture."""
     half = (stage.uniform(4, 14), stage.uniform(1.5, 4.0), stage.uniform(6, 22))
     _shell(stage, half, plain=0.4)
     _indoor_camera(stage, half, back=stage.uniform(0.5, 0.9))
@@ -217,20 +218,20 @@ def hall(stage: Stage) -> None:
                     else block((x, half[1], z), (thick, half[1], thick), column)
                 )
     stock = [
-        things.shelf,
-        things.crates,
-        things.cabinet,
-        things.crates,
-        things.person,
-        things.table,
-        things.plant,
-        things.car,
+        furniture.shelf,
+        furniture.crates,
+        furniture.cabinet,
+        furniture.crates,
+        furniture.person,
+        furniture.table,
+        furniture.plant,
+        car,
     ]
     kinds = [stock[int(k)] for k in stage.rng.integers(0, len(stock), 4)]
     for _ in range(int(stage.rng.integers(25, 70))):
         thing = kinds[int(stage.rng.integers(4))]
         x, z = stage.uniform(-0.9, 0.9) * half[0], stage.uniform(-0.9, 0.9) * half[2]
-        if stage.free(x, z, 2.4 if thing is things.car else 0.9):
+        if stage.free(x, z, 2.4 if thing is car else 0.9):
             thing(stage, (x, 0.0, z), float(stage.rng.choice([0, math.pi / 2, math.pi, -math.pi / 2])))
 
 
@@ -274,9 +275,14 @@ def corridor(stage: Stage) -> None:
     )
     _decorate(stage, half, int(stage.rng.integers(1, 8)))
     for _ in range(int(stage.rng.integers(1, 12))):
-        thing = [things.crates, things.plant, things.person, things.clutter, things.chair, things.cabinet][
-            int(stage.rng.integers(6))
-        ]
+        thing = [
+            furniture.crates,
+            furniture.plant,
+            furniture.person,
+            furniture.clutter,
+            furniture.chair,
+            furniture.cabinet,
+        ][int(stage.rng.integers(6))]
         x, z = float(stage.rng.choice([-1, 1])) * (hx - 0.35), stage.uniform(-0.9, 0.9) * hz
         if stage.free(x, z, 0.45):
             thing(stage, (x, 0.0, z), math.pi / 2 if x < 0 else -math.pi / 2)
@@ -310,5 +316,5 @@ def table(stage: Stage) -> None:
         ):
             continue
         spots.append((sx, sz, size))
-        things.small(stage, (sx, high, sz), size)
+        furniture.small(stage, (sx, high, sz), size)
     _furnish(stage, half[0], half[2], 10)

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
-from distill.scenes import things
+from distill.scenes import roadside
 from distill.scenes.cast import block, ellipsoid, ground, turn
+from distill.scenes.furniture import crates, person, table
 from distill.scenes.stage import Light, Stage
 
 
@@ -68,11 +69,11 @@ def street(stage: Stage) -> None:
             height = stage.uniform(2.5, 5) if stage.chance(0.4) else stage.uniform(5, 16)
             setback = stage.uniform(0, 1.5)
             if stage.chance(0.88):
-                things.house(
+                roadside.house(
                     stage, (side * (wide + depth + setback), 0.1, z + length), math.pi / 2, (length, height, depth)
                 )
             elif stage.chance(0.8):
-                things.tree(stage, (side * (wide + depth), 0.1, z + length), 0.0)
+                roadside.tree(stage, (side * (wide + depth), 0.1, z + length), 0.0)
             z += 2 * length + (stage.uniform(0, 6) if stage.chance(0.3) else 0.0)
     _dress_street(stage, road, walk)
 
@@ -84,16 +85,16 @@ def _dress_street(stage: Stage, road: float, walk: float) -> None:
         if stage.chance(0.2):
             x = side * road * 0.4
         if stage.free(x, z, 2.6):
-            things.car(stage, (x, 0.0, z), (0.0 if side > 0 else math.pi) + float(stage.rng.normal(0, 0.04)))
+            roadside.car(stage, (x, 0.0, z), (0.0 if side > 0 else math.pi) + float(stage.rng.normal(0, 0.04)))
     kinds = [
-        things.tree,
-        things.post,
-        things.person,
-        things.post,
-        things.person,
-        things.tree,
-        things.crates,
-        things.table,
+        roadside.tree,
+        roadside.post,
+        person,
+        roadside.post,
+        person,
+        roadside.tree,
+        crates,
+        table,
     ]
     for _ in range(int(stage.rng.integers(6, 30))):
         thing = kinds[int(stage.rng.integers(len(kinds)))]
@@ -134,12 +135,12 @@ def country(stage: Stage) -> None:
         z = 3 + 90 * stage.rng.random() ** 1.5
         x = stage.uniform(-0.9, 0.9) * (z + 2)
         if stage.free(x, z, 1.5):
-            things.tree(stage, (x, 0.0, z), stage.uniform(0, 3))
+            roadside.tree(stage, (x, 0.0, z), stage.uniform(0, 3))
     for _ in range(int(stage.rng.integers(0, 4))):
         z = stage.uniform(14, 70)
         x = stage.uniform(-0.8, 0.8) * z
         if stage.free(x, z, 9.0):
-            things.house(
+            roadside.house(
                 stage,
                 (x, 0.0, z),
                 stage.uniform(0, 3),
@@ -151,7 +152,7 @@ def country(stage: Stage) -> None:
         z = stage.uniform(3, 25)
         x = stage.uniform(-0.6, 0.6) * z
         if stage.free(x, z, 2.6):
-            (things.person if stage.chance(0.6) else things.car)(stage, (x, 0.0, z), stage.uniform(0, 7))
+            (person if stage.chance(0.6) else roadside.car)(stage, (x, 0.0, z), stage.uniform(0, 7))
 
 
 def _hills(stage: Stage, green: np.ndarray) -> None:

@@ -34,19 +34,21 @@ PROTOCOL = Protocol(
 )
 
 
+def _sample(seed: int) -> Sample:
+    key = _key(seed)
+    group = "outdoors" if key.startswith(OUTDOORS) else "indoors"
+    return Sample(key, prediction_path(key), partial(_image, seed), partial(_truth, seed), group)
+
+
 def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
     """The views, by seed. list_file: keys to use ("room_003.png"), one per line."""
     keys = list(_KEYS) if list_file is None else _chosen(Path(list_file))
-    return [
-        Sample(
-            key,
-            prediction_path(key),
-            partial(_image, _KEYS[key]),
-            partial(_truth, _KEYS[key]),
-            "outdoors" if key.startswith(OUTDOORS) else "indoors",
-        )
-        for key in keys
-    ]
+    return [_sample(_KEYS[key]) for key in keys]
+
+
+def training_samples(count: int) -> list[Sample]:
+    """The first views of the training range: what a baseline for the benchmark may be fitted on."""
+    return [_sample(seed) for seed in TRAIN_SEEDS[:count]]
 
 
 def _chosen(list_file: Path) -> list[str]:
@@ -71,11 +73,3 @@ def _image(seed: int) -> Tensor:
 def _truth(seed: int) -> DepthMap:
     view = _view(seed)
     return DepthMap(view.depth[None].clone(), view.valid[None].clone(), Kind.METRIC_DEPTH)
-
-
-def training_samples(count: int) -> list[Sample]:
-    """Views that are not the benchmark's: what a baseline for it may be fitted on."""
-    seeds = TRAIN_SEEDS[:count]
-    return [
-        Sample(_key(seed), prediction_path(_key(seed)), partial(_image, seed), partial(_truth, seed)) for seed in seeds
-    ]

@@ -1,0 +1,175 @@
+"""Tiny random checkpoints in the formats that teachers' authors publish: one maker per plug-in, `NAME(folder)`.
+
+Each returns (weights, options) for `teachers.NAME.Teacher.load`.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import safetensors.torch
+import torch
+
+import students
+from distill import checkpoint as checkpoints
+from teachers import _dpt_head
+from teachers._da3_network import Layout, Network
+
+SIZE = (37, 53)  # of the images that the contract is tested with: a multiple of nothing
+KEYS = ("scene/a.png", "scene/b.png")
+
+
+def _randomize(module):
+    """Values of a trained network's size, so that nothing that is wrong hides behind zeros."""
+    rng = torch.Generator().manual_seed(0)
+    for parameter in module.parameters():
+        noise = torch.randn(parameter.shape, generator=rng)
+        fan_in = max(1, parameter[0].numel() if parameter.ndim > 1 else 1)
+        parameter.data = noise / fan_in**0.5 if parameter.ndim > 1 else 0.5 + 0.1 * noise
+    return module
+
+
+def analytic(folder):
+    return "none", {}
+
+
+def stored(folder):
+    rng = np.random.default_rng(0)
+    for key in KEYS:
+        path = (folder / key).with_suffix(".npy")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, rng.random(SIZE, dtype=np.float32))
+    return str(folder), {"kind": "affine_disparity"}
+
+
+def checkpoint(folder):
+    student = students.build(
+        encoder="test_vit",
+        encoder_options={"timm_options": {"depth": 3, "embed_dim": 32}, "blocks": [0, 2], "pos_grid": 4},
+        decoder="sdt",
+        decoder_options={"fusion_channels": 16},
+        native_size=48,
+    )
+    card = {"name": "tiny", "licence": "Apache-2.0", "commercial": True}
+    checkpoints.save(_randomize(student).eval(), folder / "student", card=card)
+    return str(folder / "student"), {}
+
+
+def depth_anything_v2(folder):
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=70, patch_size=14,
+        out_indices=[1, 2, 3, 4], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16, head_hidden_size=8,
+    )  # fmt: skip
+    _randomize(DepthAnythingForDepthEstimation(config)).save_pretrained(folder)
+    return str(folder), {"native_size": 56}
+
+
+def da3(folder, *, main=False, name="da3mono-large"):
+    layout = Layout(
+        width=64, blocks=4, heads=2 if main else 1, hidden=128, swiglu=False, positions=26, taps=(0, 1, 2, 3),
+        main_from=2 if main else None, features=16, channels=(8, 8, 16, 16), sky=not main,
+    )  # fmt: skip
+    network = _randomize(Network(layout))
+    for name_, parameter in network.named_parameters():
+        if "output_conv2.2.weight" in name_:
+            parameter.data *= 0.1  # exp of the logit: keep it small
+    state = {f"model.{key}": value for key, value in network.state_dict().items()}
+    starts = {key: 2 if main else -1 for key in ("alt_start", "qknorm_start", "rope_start")}
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    config = {"model_name": name, "config": {"net": {"out_layers": [0, 1, 2, 3], **starts}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder), {"native_size": 56}
+
+
+def depth_anything_3(folder):
+    return da3(folder)
+
+
+def midas(folder):
+    from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
+
+    backbone = BeitConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=16,
+        use_relative_position_bias=True, out_features=["stage1", "stage2", "stage3", "stage4"],
+        reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DPTConfig(
+        backbone_config=backbone, hidden_size=32, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16,
+        use_bias_in_fusion_residual=True,
+    )  # fmt: skip
+    _randomize(DPTForDepthEstimation(config)).save_pretrained(folder)
+    return str(folder), {}
+
+
+def diffusion(folder, *, channels, scheduler=None, blocks=2, index=None):
+    """A folder of Stable Diffusion parts, as diffusers writes it."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    crossed, plain = ["CrossAttnDownBlock2D"] * (blocks - 1), ["DownBlock2D"]
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=channels, out_channels=4, layers_per_block=1, cross_attention_dim=16,
+        block_out_channels=(8, 16, 16, 16)[:blocks], attention_head_dim=2, norm_num_groups=4,
+        down_block_types=crossed + plain, up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * (blocks - 1),
+        use_linear_projection=True,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(4, 4, 8), norm_num_groups=2, layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+    )  # fmt: skip
+    letters = ["a", "b", "a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=77, bos_token_id=4, eos_token_id=5,
+        )
+    )  # fmt: skip
+    for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text)):
+        _randomize(module).save_pretrained(folder / part)
+    tokens = folder / "tokenizer"
+    tokens.mkdir()
+    (tokens / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate(letters)}))
+    (tokens / "merges.txt").write_text("#version: 0.2\n")
+    special = {"bos_token": letters[4], "eos_token": letters[5], "unk_token": letters[5], "pad_token": letters[5]}
+    (tokens / "tokenizer_config.json").write_text(json.dumps({**special, "tokenizer_class": "CLIPTokenizer"}))
+    if scheduler is not None:
+        scheduler.save_pretrained(folder / "scheduler")
+    if index is not None:
+        (folder / "model_index.json").write_text(json.dumps(index))
+    return str(folder)
+
+
+def marigold(folder):
+    import diffusers
+
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
+        clip_sample=False, set_alpha_to_one=False, steps_offset=1, timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )  # fmt: skip
+    index = {"default_denoising_steps": 2, "default_processing_resolution": 48}
+    return diffusion(folder, channels=8, scheduler=scheduler, index=index), {}
+
+
+def genpercept(folder):
+    return diffusion(folder, channels=4), {"native_size": 48}
+
+
+def genpercept_head(folder):
+    """The same with a DPT head on a UNet of four blocks."""
+    weights = diffusion(folder, channels=4, blocks=4)
+    (folder / "dpt_head_identity").mkdir()
+    head = _randomize(_dpt_head.DptHead([8, 16, 16, 16], 8, 8))
+    safetensors.torch.save_file(head.state_dict(), folder / "dpt_head_identity" / "model.safetensors")
+    return weights, {"native_size": 48}
+
+
+def fiffdepth(folder):
+    return diffusion(folder, channels=4, index={"default_processing_resolution": 48}), {}
