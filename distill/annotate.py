@@ -224,7 +224,7 @@ class _Desk:
 
 
 def _images(crops: Sequence[tuple[_Waiting, int]]) -> Tensor:
-    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 256.0
+    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 255.0
 
 
 def _crop(job: Job | Rejected, slot: int) -> Tensor:

@@ -266,12 +266,10 @@ def benchmark(spec: Benchmark) -> tuple[Protocol, list[Sample]]:
 
 
 def prior_samples(spec: Benchmark) -> list[Sample]:
-    """What the image-plane prior of this benchmark is fitted on: never the benchmark's own images."""
-    if spec.name == "scenes":
-        return list(find("eval.benchmarks", "scenes").training_samples(64))
+    """What the image-plane prior of this benchmark is fitted on: its `prior` list, or 64 scenes of no benchmark."""
     if spec.prior:
         return list(find("eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
-    return []
+    return list(find("eval.benchmarks", "scenes").training_samples(64))
 
 
 def saver(recipe: Recipe) -> Callable[..., object]:

@@ -261,7 +261,12 @@ def _loop(run: Run, micros: Iterator[Micro], held: _Held, report: Callable[..., 
         last = run.step == s.steps
         if run.step % s.log_every == 0 or last:
             _write(run, line)
-        alarm = run.alarm.watch(run.step, line["output_deviation"], warmup_end=max(1, s.warmup_steps))
+        alarm = run.alarm.watch(
+            run.step,
+            line["output_deviation"],
+            label_deviation=line["label_deviation"],
+            warmup_end=max(1, s.warmup_steps),
+        )
         if alarm and run.log:
             run.log.write({"step": run.step, "alarm": alarm})
         better = False

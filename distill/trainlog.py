@@ -106,28 +106,36 @@ def _finite(value: Any) -> Any:
 class ScaleAlarm:
     """Watches the output's mean deviation, smoothed over about ten steps, against its value at the end of the warm-up.
 
-    growth: warn, once, when it has grown by this factor, or has fallen below a thousandth of that value or to nothing.
+    growth: warn, once, when it is so many times larger than it was then and than the labels' own deviation is (a fresh
+    decoder starts near zero and has every reason to grow up to its labels), or when it has fallen below a thousandth
+    of what it was.
     """
 
     growth: float
     smoothed: float = 0.0
     baseline: float = 0.0
+    labels: float = 0.0
     warned: bool = False
 
-    def watch(self, step: int, deviation: float, *, warmup_end: int) -> str | None:
+    def watch(self, step: int, deviation: float, *, label_deviation: float, warmup_end: int) -> str | None:
         """The warning due at 1-based `step`, if any."""
-        self.smoothed = deviation if step == 1 else SMOOTHING * self.smoothed + (1.0 - SMOOTHING) * deviation
+        kept = 0.0 if step == 1 else SMOOTHING
+        self.smoothed = kept * self.smoothed + (1.0 - kept) * deviation
+        self.labels = kept * self.labels + (1.0 - kept) * label_deviation
         if step <= warmup_end:
             self.baseline = self.smoothed
             return None
         if self.warned:
             return None
-        grown = self.smoothed > self.growth * self.baseline
+        grown = self.smoothed > self.growth * max(self.baseline, self.labels)
         collapsed = self.smoothed <= max(COLLAPSED * self.baseline, 1e-12)
         if not (grown or collapsed):
             return None
         self.warned = True
-        numbers = f"its mean deviation is {self.smoothed:.3g}, against {self.baseline:.3g} at step {warmup_end}"
+        numbers = (
+            f"its mean deviation is {self.smoothed:.3g}, against {self.baseline:.3g} at step {warmup_end} and "
+            f"{self.labels:.3g} of the labels"
+        )
         if grown:
             return f"the output's scale runs away: {numbers}; add the anchor loss, or normalize by the label only"
         return f"the output has collapsed to a constant: {numbers}; lower lr, warm up longer or look at the labels"

@@ -1,8 +1,8 @@
 """Pictures and charts of a report, each a piece of HTML that needs nothing else: colour maps, legends, line charts.
 
-Depth is coloured by nearness (1/depth), as the eye judges it: equal steps of colour are equal steps of disparity, and near
-is bright. Maps that are shown side by side share one range, and their legend says it. Charts take their colours from
-the page's CSS variables, so that they follow its light and dark themes.
+Depth is coloured by its logarithm, near is bright: equal steps of colour are equal ratios of distance, so that a table
+top and a street both show their shape, and an error of 10 % is equally visible everywhere. Maps that are shown side by side share one range, and their legend says it. Charts take their colours
+from the page's CSS variables, so that they follow its light and dark themes.
 
 Shapes: H, W. Images are (H,W,3) uint8, maps (H,W) float32 with a (H,W) bool mask of what may be shown.
 """
@@ -51,9 +51,9 @@ def colourise(position: np.ndarray, valid: np.ndarray, ramp: Ramp) -> np.ndarray
 
 def nearness(depth: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     """Positions on NEARNESS of depths in metres: 1 at the near end of `span`, 0 at its far end."""
-    near, far = 1.0 / span[0], 1.0 / span[1]
+    near, far = span
     with np.errstate(divide="ignore", invalid="ignore"):
-        return (1.0 / depth - far) / (near - far)
+        return np.log(far / depth) / np.log(far / near)
 
 
 def depth_span(depth: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
@@ -118,10 +118,10 @@ def legend(title: str, ramp: Ramp, ticks: Sequence[tuple[float, str]], *, missin
 def depth_legend(span: tuple[float, float]) -> str:
     """The legend of `nearness`: metres, at round numbers, far on the left."""
     near, far = span
-    candidates = [m * 10.0**e for e in range(-2, 4) for m in (1, 1.5, 2, 3, 5, 7)]
+    candidates = [m * 10.0**e for e in range(-2, 4) for m in (1, 2, 5)]
     ticks, taken = [(0.0, f"{far:.3g} m"), (1.0, f"{near:.3g} m")], [0.0, 1.0]
     for depth in candidates:
-        position = (1 / depth - 1 / far) / (1 / near - 1 / far)
+        position = math.log(far / depth) / math.log(far / near)
         if near < depth < far and all(abs(position - other) > 0.16 for other in taken):
             ticks.append((position, f"{depth:.3g}"))
             taken.append(position)

@@ -38,12 +38,14 @@ class Way:
 
     quantity: what the metrics compare, "depth" or "disparity". fit: the quantity in which the prediction is aligned.
     invert: the prediction is inverted before the fit. unknown: "metric", "scale" or "affine", what the fit finds.
+    metres: the truth is in metres, so that the protocol's range means something.
     """
 
     quantity: str
     fit: str
     invert: bool
     unknown: str
+    metres: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +67,13 @@ def way(kind: Kind, truth: Kind) -> Way:
     """How a prediction of `kind` meets a truth of kind `truth`; KindError where it cannot."""
     unknown = max(kind.unknown, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
-        return Way("depth", kind.quantity, False, unknown)
+        return Way("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
         raise KindError(
             f"a prediction of kind {kind} cannot be scored against {truth}: both have an unknown shift, so neither can "
             f"be inverted. Score it where the truth is metric, or predict {truth.quantity}"
         )
-    return Way(truth.quantity, truth.quantity, kind.quantity != truth.quantity, unknown)
+    return Way(truth.quantity, truth.quantity, kind.quantity != truth.quantity, unknown, False)
 
 
 def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> Measured:
@@ -85,7 +87,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         truth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     flat_pred, flat_truth = _gather(valid, pred, values)
-    if protocol.mask_range and path.quantity == "depth" and truth.kind.unknown == "metric":
+    if protocol.mask_range and path.metres:
         flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
         raise NoTruth("the truth has no valid pixel")
@@ -191,7 +193,7 @@ def _total(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sums of the aligned and clipped prediction, and those under each disparity floor and the plain range."""
     low, high = 1e-6, float("inf")
-    if path.quantity == "depth":
+    if path.metres:
         low, high = max(low, protocol.min_depth), protocol.max_depth
     tight = (low, high)
     if protocol.clip == "truth" and path.unknown == "affine":

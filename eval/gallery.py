@@ -57,8 +57,8 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
         return missing("No pictures: the recipe names no benchmarks.")
     ticks = [(0.0, "0"), (1 / 3, "10 %"), (2 / 3, "20 %"), (1.0, f"{ERROR_END:.0%} and more".replace("%", " %"))]
     intro = (
-        '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours of that '
-        "image’s truth; below it, how far it is off relative to the truth.</p>"
+        '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
+        "of that image’s truth; below it, how far it is off relative to the truth.</p>"
     )
     return intro + figures.legend("error", figures.ERROR, ticks, missing="no truth") + "".join(parts)
 
@@ -73,9 +73,8 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
         for s in find("eval.benchmarks", spec["name"]).samples(spec.get("root") or None, spec.get("list") or None)
     }
     judge = next((s for s in scores if s.model == "student"), scores[0])
-    ranked = sorted(
-        (image for image in judge.images if image.metrics and image.key in samples), key=lambda i: i.metrics["abs_rel"]
-    )
+    measured = [(image.metrics["abs_rel"], image.key) for image in judge.images if image.metrics is not None]
+    ranked = [key for _, key in sorted(measured) if key in samples]
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
     places = np.unique(np.linspace(len(ranked) - 1, 0, min(PICTURES, len(ranked))).round().astype(int))[::-1]
@@ -124,7 +123,7 @@ def _strip(run_dir: Path, label: str, sample: Sample, scores: Sequence[Score]) -
 
 
 def _aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:
-    """A stored prediction as depth in the truth's unit, by the scale and shift of its score; None if it was not scored."""
+    """A stored prediction as depth, by the scale and shift of its score; None where it was not scored."""
     if image.metrics is None or image.scale is None or image.shift is None:
         return None
     height, width = truth.values.shape[-2:]

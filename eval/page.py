@@ -28,14 +28,14 @@ a{color:var(--s1)}code,pre{font:.84em/1.55 ui-monospace,SFMono-Regular,Menlo,Con
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin-top:20px;padding:10px 0;border-block:1px solid var(--line)}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:14px 24px}.facts dd{font-weight:600}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:14px 24px}.facts dd{font-weight:600}
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0;
 max-height:36rem}
 table{border-collapse:separate;border-spacing:0;font-size:.88rem;min-width:100%;overflow-wrap:normal}
-th,td{padding:7px 11px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line)}
+th,td{padding:6px 9px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{color:var(--soft);font-weight:500;white-space:nowrap;position:sticky;top:0;background:var(--card);z-index:1}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);white-space:nowrap}
@@ -61,8 +61,8 @@ figure{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.mark{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:3 3}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.faint{opacity:.3;stroke-width:1.2}
-.strip{display:flex;flex-wrap:wrap;gap:10px}
-.strip>div{flex:1 1 150px;max-width:236px;display:flex;flex-direction:column;gap:8px;min-width:0}
+.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px}
+.strip>div{display:flex;flex-direction:column;gap:8px;min-width:0}
 .tile img{display:block;width:100%;height:auto;border-radius:4px;background:var(--line)}
 .tile figcaption{display:flex;justify-content:space-between;gap:8px;font-size:.82rem;line-height:1.35;padding-top:3px}
 .tile b{font-weight:500}.tile span{color:var(--soft);white-space:nowrap;font-variant-numeric:tabular-nums}

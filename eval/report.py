@@ -81,7 +81,9 @@ def _scores(run_dir: Path) -> tuple[list[Score], list[str]]:
             found.append(read_scores(path))
         except UNREADABLE as error:
             faults.append(str(error))
-    return sorted(found, key=lambda s: (s.benchmark, s.protocol.setting)), faults
+    # The student first, what knows nothing of the image last.
+    place = {"student": 0, "plane prior": 2}
+    return sorted(found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
 
 
 def _log(run_dir: Path) -> list[dict[str, Any]]:
@@ -326,6 +328,6 @@ def _repeat_section(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> s
         [("software", software), ("last score", created), ("seed", str(recipe.get("run", {}).get("seed", "")))]
     )
     return (
-        '<p class="key">Every command can be stopped and started again, and goes on where it was. The recipe above holds '
-        f'every setting.</p><pre>{escape(commands)}</pre><dl class="plain">{facts}</dl>'
+        '<p class="key">Every command can be stopped and started again, and goes on where it was. The recipe above '
+        f'holds every setting.</p><pre>{escape(commands)}</pre><dl class="plain">{facts}</dl>'
     )

@@ -21,9 +21,9 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
         return told + missing("No scores: run distill score with this run’s recipe.")
     settings = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     parts = [
-        '<p class="key"><span class="best">best</span> and <span class="second">second best</span> of a column; arrows '
-        "say which way is better. A mean is over all images of the list. Numbers compare only inside one table: its rows "
-        "share everything but the alignment, and the id of the full protocol stands in each.</p>"
+        '<p class="key"><span class="best">best</span> and <span class="second">second best</span> of a '
+        "column; arrows say which way is better. A mean is over all images of the list. Numbers compare only inside one "
+        "table: its rows share everything but the alignment, and each ends with the id of its protocol.</p>"
     ]
     for benchmark, setting in settings:
         group = [s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting)]
@@ -34,22 +34,14 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
 def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     """All models on one benchmark under one setting, with what lies behind the numbers folded away."""
     first = scores[0]
-    head = ["model", *_metric_heads(), "images", "failed", "alignment", "protocol"]
+    head = ["model, and how it was aligned", *_metric_heads(), "images", "failed", "protocol"]
     ranks = {name: _ranks([s.metrics[name] for s in scores], METRICS[name].lower_is_better) for name in METRICS}
     rows = []
     for i, score in enumerate(scores):
         cells = [_number(score.metrics[name], name, ranks[name][i], score) for name in METRICS]
         failed = f'<b class="bad">{score.num_failed}</b>' if score.num_failed else "0"
-        rows.append(
-            [
-                escape(score.model),
-                *cells,
-                str(score.num_images),
-                failed,
-                escape(score.protocol.alignment),
-                f"<code>{score.protocol.id}</code>",
-            ]
-        )
+        model = f"{escape(score.model)}<br><small>{escape(score.protocol.alignment)}</small>"
+        rows.append([model, *cells, str(score.num_images), failed, f"<code>{score.protocol.id}</code>"])
     folded = details("By part of the benchmark", _group_table(scores))
     folded += details("Under either floor of disparity", _floor_table(scores))
     lines = [(s.model, line) for s in scores for line in s.problems()]

@@ -13,6 +13,7 @@ Shapes: B batch, H height, W width.
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
 import re
 import sys
@@ -192,6 +193,19 @@ def revision_of(path: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The table in a json file, empty where there is no such file; WeightsMismatch where it is no table."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsMismatch(f"{path} is not readable JSON ({error}): download it again") from error
+    if not isinstance(table, dict):
+        raise WeightsMismatch(f"{path} holds no JSON table: download it again")
+    return table
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,6 @@ genpercept/genpercept_pipeline.py; yunpeng1998/FiffDepth fiffdepth/direct_pipeli
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,14 @@ from torch import Tensor
 
 from distill.depth import DepthMap, Kind
 from teachers import (
+    WeightsMismatch,
     WeightsMissing,
     find_weights,
     finite,
     load_checked,
     load_strictly,
     pad_to_multiple,
+    read_config,
     read_state,
     resolve,
 )
@@ -90,15 +91,14 @@ def load_parts(
 
     unet = unet if unet is not None else load_unet(folder / "unet", what=what, dtype=dtype)
     if unet.config.in_channels != channels:
-        raise WeightsMissing(f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}")
+        raise WeightsMismatch(f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}")
     vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
     prompt = _empty_prompt(folder, what)
-    index = folder / "model_index.json"
     return Parts(
         unet=unet.eval().requires_grad_(False).to(device),
         vae=vae.eval().requires_grad_(False).to(device),
         prompt=prompt.to(device=device, dtype=dtype),
-        index=json.loads(index.read_text(encoding="utf-8")) if index.is_file() else {},
+        index=read_config(folder / "model_index.json"),
     )
 
 
@@ -133,6 +133,7 @@ def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional:
             use_safetensors=file.suffix == ".safetensors",
             output_loading_info=True,
             torch_dtype=dtype,
+            low_cpu_mem_usage=not optional,  # what may be missing must then exist all the same
         ),
         file,
         what=what,

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import distill
-from distill import checkpoint, crops
+from distill import crops
 from distill.depth import DepthMap, Kind
-from students import Student
 from teachers import Card, WeightsMissing, check_images, check_resize, finite, revision_of
+
+if TYPE_CHECKING:
+    from students import Student
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -63,6 +66,8 @@ class Teacher:
         encoder_weights: the frozen encoder's, for a folder that holds the decoder alone. native_size: overrides the
         training size in student.json.
         """
+        from distill import checkpoint  # brings timm: seconds that `distill list` must not cost
+
         check_resize(resize, native_size)
         folder = pocket() if weights == "pocket" else Path(weights).expanduser()
         if not folder.exists():

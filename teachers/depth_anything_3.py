@@ -12,7 +12,6 @@ Sources: ByteDance-Seed/Depth-Anything-3 src/depth_anything_3/model/da3.py (sky)
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +28,14 @@ from teachers import (
     Card,
     WeightsMismatch,
     card_for,
+    check_claimed,
     check_images,
     check_resize,
     find_weights,
     finite,
     load_strictly,
     pad_to_multiple,
+    read_config,
     read_state,
     resolve,
     revision_of,
@@ -176,8 +177,7 @@ class Teacher:
         """
         path = resolve(weights, files=("config.json", "model.safetensors"))
         file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth"))
-        described = file.parent / "config.json"
-        config = json.loads(described.read_text(encoding="utf-8")) if described.exists() else {}
+        config = read_config(file.parent / "config.json")
         state = {key.removeprefix("model."): tensor for key, tensor in read_state(file).items()}
         state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
         network = Network(_layout(state, config, file))
@@ -220,11 +220,12 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> La
     """Sizes from the tensors; which blocks the head reads from config.json, or from what is published."""
     if any(key.startswith(("da3.", "da3_metric.")) for key in state):
         raise WeightsMismatch(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
-    table = state.get("backbone.pretrained.pos_embed")
-    projects = [state.get(f"head.projects.{i}.weight") for i in range(4)]
-    fused = state.get("head.scratch.output_conv1.weight")
-    if table is None or fused is None or any(p is None for p in projects):
-        raise WeightsMismatch(f"{where} is not a Depth Anything 3 checkpoint: no position table or head")
+    first = "backbone.pretrained.blocks.0"
+    swiglu = f"{first}.mlp.w3.weight" in state
+    defining = ["backbone.pretrained.pos_embed", "head.scratch.output_conv1.weight"]
+    defining += [f"{first}.mlp.{'w3' if swiglu else 'fc2'}.weight", *(f"head.projects.{i}.weight" for i in range(4))]
+    check_claimed([key for key in defining if key not in state], (), where, what="Depth Anything 3")
+    table, fused, last, *projects = (state[key] for key in defining)
     width = table.shape[-1]
     numbers = [int(key.split(".")[3]) for key in state if key.startswith("backbone.pretrained.blocks.")]
     blocks = 1 + max(numbers, default=-1)
@@ -235,20 +236,17 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> La
     starts = {net.get(key) for key in ("alt_start", "qknorm_start", "rope_start")} - {None, -1}
     if taps is None or len(taps) != 4 or max(taps) >= blocks or starts - {main_from}:
         raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json")
-    first = "backbone.pretrained.blocks.0"
-    swiglu = f"{first}.mlp.w3.weight" in state
-    hidden = state.get(f"{first}.mlp.w3.weight" if swiglu else f"{first}.mlp.fc2.weight", table).shape[-1]
     size = state[f"backbone.pretrained.blocks.{main_from}.attn.q_norm.weight"].shape[0] if normalized else 64
     return Layout(
         width=width,
         blocks=blocks,
         heads=max(1, width // size),
-        hidden=hidden,
+        hidden=last.shape[-1],
         swiglu=swiglu,
         positions=table.shape[1],
         taps=taps,
         main_from=main_from,
         features=fused.shape[1],
-        channels=tuple(p.shape[0] for p in projects if p is not None),
+        channels=tuple(p.shape[0] for p in projects),
         sky="head.scratch.sky_output_conv2.0.weight" in state,
     )

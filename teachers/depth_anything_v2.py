@@ -34,6 +34,7 @@ from teachers import (
     finite,
     load_checked,
     pad_to_multiple,
+    read_config,
     read_state,
     resolve,
     revision_of,
@@ -136,15 +137,14 @@ def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     return renamed
 
 
-def _config(state: dict[str, Tensor], where: str | Path, max_depth: float | None) -> Any:
+def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any:
     from transformers import DepthAnythingConfig, Dinov2Config
 
-    table = state.get("backbone.embeddings.position_embeddings")
-    sizes = [state.get(f"neck.reassemble_stage.layers.{i}.projection.weight") for i in range(4)]
-    last, fused = state.get("head.conv2.weight"), state.get("neck.convs.0.weight")
+    levels = [f"neck.reassemble_stage.layers.{i}.projection.weight" for i in range(4)]
+    defining = ["backbone.embeddings.position_embeddings", "head.conv2.weight", "neck.convs.0.weight", *levels]
+    check_claimed([key for key in defining if key not in state], (), where, what="Depth Anything V2")
+    table, last, fused, *sizes = (state[key] for key in defining)
     blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.encoder.layer.")})
-    if table is None or last is None or fused is None or any(s is None for s in sizes):
-        raise WeightsMismatch(f"{where} is not a Depth Anything V2 checkpoint: no position table or decoder")
     width = table.shape[-1]
     if (width, blocks) not in _TAPS:
         raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B or L)")
@@ -164,11 +164,10 @@ def _config(state: dict[str, Tensor], where: str | Path, max_depth: float | None
         backbone_config=backbone,
         reassemble_hidden_size=width,
         patch_size=PATCH,
-        neck_hidden_sizes=[s.shape[0] for s in sizes if s is not None],
+        neck_hidden_sizes=[s.shape[0] for s in sizes],
         fusion_hidden_size=fused.shape[0],
         head_hidden_size=last.shape[0],
-        depth_estimation_type="relative" if max_depth is None else "metric",
-        max_depth=1 if max_depth is None else max_depth,
+        depth_estimation_type="metric" if metric else "relative",
     )
 
 
@@ -222,6 +221,8 @@ class Teacher:
             if "metric" in file.name and max_depth is None:
                 raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
             model = _from_state(rename(read_state(file), file), file, max_depth)
+        if max_depth is not None:
+            model.head.max_depth = max_depth
         if position_rule == "official":
             _use_official_positions(model)
         model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
@@ -269,7 +270,7 @@ def _use_official_positions(model: Any) -> None:
 def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) -> Any:
     from transformers import DepthAnythingForDepthEstimation
 
-    config = _config(state, where, max_depth)
+    config = _config(state, where, metric=max_depth is not None)
     return load_checked(
         lambda: DepthAnythingForDepthEstimation.from_pretrained(
             None, config=config, state_dict=state, output_loading_info=True
@@ -280,13 +281,14 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 
 
 def _from_folder(folder: Path, max_depth: float | None) -> Any:
-    from transformers import AutoConfig, DepthAnythingConfig, DepthAnythingForDepthEstimation
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
-    config = AutoConfig.from_pretrained(folder)
-    if not isinstance(config, DepthAnythingConfig):
-        raise WeightsMismatch(f"{folder}/config.json describes a {config.model_type} model, not depth_anything")
+    described = read_config(folder / "config.json").get("model_type")
+    if described != "depth_anything":
+        raise WeightsMismatch(f"{folder / 'config.json'} describes a {described} model, not depth_anything")
+    config = DepthAnythingConfig.from_pretrained(folder)
     if max_depth is not None:
-        config.depth_estimation_type, config.max_depth = "metric", max_depth
+        config.depth_estimation_type = "metric"
     return load_checked(
         lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, output_loading_info=True),
         folder,

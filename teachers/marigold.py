@@ -13,7 +13,6 @@ Source: prs-eth/Marigold marigold/marigold_depth_pipeline.py.
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,16 @@ from torch import Tensor
 
 from distill.crops import generator
 from distill.depth import DepthMap, Kind
-from teachers import Card, WeightsMismatch, WeightsMissing, card_for, check_images, check_resize, revision_of
+from teachers import (
+    Card,
+    WeightsMismatch,
+    WeightsMissing,
+    card_for,
+    check_images,
+    check_resize,
+    read_config,
+    revision_of,
+)
 from teachers._ensemble import ensemble as combine
 from teachers._latent import (
     MULTIPLE,
@@ -184,7 +192,7 @@ def load_scheduler(folder: Path) -> Any:
     file = folder / "scheduler_config.json"
     if not file.is_file():
         raise WeightsMissing(f"{folder} has no scheduler_config.json: complete the folder, or it is no Marigold")
-    name = json.loads(file.read_text(encoding="utf-8")).get("_class_name")
+    name = read_config(file).get("_class_name")
     if name not in ("DDIMScheduler", "LCMScheduler"):
         raise WeightsMismatch(f"{file}: Marigold is sampled with DDIMScheduler or LCMScheduler, not {name}")
     return getattr(diffusers, name).from_pretrained(folder)

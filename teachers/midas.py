@@ -27,6 +27,7 @@ from teachers import (
     finite,
     load_checked,
     pad_to_multiple,
+    read_config,
     resolve,
     revision_of,
 )
@@ -127,14 +128,16 @@ def _trained_at(model: Any) -> int:
 
 
 def _from_folder(folder: Path) -> Any:
-    from transformers import AutoConfig, DPTConfig, DPTForDepthEstimation
+    from transformers import DPTConfig, DPTForDepthEstimation
 
-    config = AutoConfig.from_pretrained(folder)
-    backbone = getattr(getattr(config, "backbone_config", None), "model_type", None)
-    if not isinstance(config, DPTConfig) or backbone != "beit":
+    described = read_config(folder / "config.json")
+    backbone = (described.get("backbone_config") or {}).get("model_type")
+    if (described.get("model_type"), backbone) != ("dpt", "beit"):
         raise WeightsMismatch(
-            f"{folder}/config.json describes a {config.model_type} model on {backbone}: MiDaS v3.1 here is dpt on beit"
+            f"{folder / 'config.json'} describes a {described.get('model_type')} model on {backbone}: MiDaS v3.1 here "
+            "is dpt on beit"
         )
+    config = DPTConfig.from_pretrained(folder)
     return load_checked(
         lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, output_loading_info=True),
         folder,

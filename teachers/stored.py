@@ -9,11 +9,9 @@ Marigold's evaluation names it); for shards the sample's key, with ".shared" or 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from distill.depth import DepthMap, Kind, cat
 from distill.shards import MANIFEST, LabelDataset
-from teachers import Card, WeightsMissing, check_images, finite
+from teachers import Card, WeightsMissing, check_images, finite, read_config
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -91,7 +89,7 @@ class Teacher:
 
 def _from_maps(folder: Path, kind: str | None) -> Teacher:
     settings = folder / SETTINGS
-    table: dict[str, Any] = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    table = read_config(settings)
     declared = table.get("kind")
     if kind is None and declared is None:
         raise ValueError(f"{folder} does not say what its maps are: give kind ({', '.join(Kind)})")

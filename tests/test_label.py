@@ -54,7 +54,7 @@ class Formula:
 
 
 def make_tar(path: Path, count=7, first=0, *, bad=()) -> Path:
-    members = []
+    members = [("./readme.txt", b"1")] if bad else []
     for i in range(first, first + count):
         data = b"<html>" if i in bad else encoded(picture(30 + i % 3, 40, seed=i), quality=95)
         members += [(f"./sa_{i}.jpg", data), (f"./sa_{i}.json", b"{}")]
@@ -82,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):
     outcome = run(tars, tmp_path / "out")
-    assert outcome.complete and (outcome.images, outcome.samples, outcome.quarantined) == (10, 18, 1)
+    assert outcome.complete and (outcome.images, outcome.samples, outcome.quarantined) == (10, 18, 2)
     assert verify(tmp_path / "out") == []
     dataset = LabelDataset(tmp_path / "out")
     photos = {e.key: e for shard in tars for e in shard.scan().entries}
@@ -111,7 +111,8 @@ def test_manifest_tells_everything(tars, tmp_path):
         *(f"sa_0-00{i}.tar" for i in range(4)),
         *(f"sa_1-00{i}.tar" for i in range(2)),
     ]
-    [line] = manifest["quarantine"]
+    foreign, line = manifest["quarantine"]
+    assert (foreign["key"], foreign["reason"]) == ("readme", "not an image file")
     assert (line["key"], line["origin"]) == ("sa_2", "sa_0.tar:sa_2.jpg") and "text" in line["reason"]
     assert manifest["licence"]["images"] == "SA-1B research" and manifest["settings"]["sky"] == "far"
     record = LabelDataset(tmp_path / "out")[0].record
@@ -132,6 +133,15 @@ def test_kinds_are_stored_as_lawful(kind, store, stored):
     rgb = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
     sample = label_photo(Photo("a", rgb, None, "a"), [("t", Formula(kind))], crops=CROPS, store=store)
     assert sample.labels["t"].shared.kind == sample.labels["t"].local.kind == stored
+
+
+def test_infinite_depth_is_no_value():
+    teacher = Formula()
+    teacher.predict = lambda images: DepthMap(1 / (images[:, 0] > 0.3), images[:, 0] >= 0, Kind.SCALE_DEPTH)
+    photo = Photo("a", torch.from_numpy(np.array(picture())).permute(2, 0, 1), None, "a")
+    for store in ("as_is", "disparity"):
+        shared = label_photo(photo, [("t", teacher)], crops=CROPS, store=store).labels["t"].shared
+        assert torch.isfinite(shared.values[shared.valid]).all() and 0 < shared.valid.sum() < shared.valid.numel()
 
 
 def test_truth_is_cut_to_the_pixel_and_nothing_invalid_leaks():
@@ -226,7 +236,7 @@ def test_a_teacher_that_fails_on_one_image_costs_that_image_alone(tars, tmp_path
     well, sick = LabelDataset(tmp_path / "well"), LabelDataset(tmp_path / "sick")
     lost = {"sa_3", "sa_8"}
     assert set(sick.image_keys) == set(well.image_keys) - lost
-    lines = [line for line in read_manifest(tmp_path / "sick")["quarantine"] if line["key"] != "sa_2"]
+    lines = [line for line in read_manifest(tmp_path / "sick")["quarantine"] if line["key"] not in ("sa_2", "readme")]
     assert [line["key"] for line in lines] == ["sa_3-0", "sa_3-1", "sa_8-0", "sa_8-1"]
     assert all(reason in line["reason"] and "\n" not in line["reason"] for line in lines)
     for i, key in enumerate(sick.keys):
@@ -403,7 +413,7 @@ def test_progress_tells_time_and_disk(tars, tmp_path):
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told) and told[-1][:2] == (10, 10)
     last = told[-1][2]
     assert set(last) == {"images_per_s", "bytes_per_image", "quarantined", "eta_s", "disk_bytes"}
-    assert last["eta_s"] == 0 and last["disk_bytes"] == outcome.bytes and last["quarantined"] == 1
+    assert last["eta_s"] == 0 and last["disk_bytes"] == outcome.bytes and last["quarantined"] == 2
 
 
 def test_labels_have_an_address_that_depends_on_what_made_them():
@@ -432,7 +442,7 @@ def test_online_samples_are_the_stored_ones_before_quantization(tars, tmp_path):
 
 def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
-    assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
+    assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["readme", "sa_2-0"]
     assert [sample.key for sample in online].count("sa_3-0") == 2, "iteration ends"
     with pytest.raises(ValueError, match="none of 10 images can be labelled; the last: no ground truth"):
         OnlineDataset(tars, [(TRUTH, TRUTH)], crops=CROPS)[0]

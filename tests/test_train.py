@@ -476,12 +476,17 @@ def test_a_number_that_is_not_finite_stops_before_it_is_applied(tmp_path):
 
 
 def test_the_scale_alarm_warns_once():
-    grows, falls, steady = (ScaleAlarm(growth=10.0) for _ in range(3))
+    grows, falls, steady, learns = (ScaleAlarm(growth=10.0) for _ in range(4))
+    scale = {"label_deviation": 1.0, "warmup_end": 20}
     said = {"grows": [], "falls": [], "steady": []}
     for step in range(1, 200):
-        said["grows"].append(grows.watch(step, 1.05**step, warmup_end=20))
-        said["falls"].append(falls.watch(step, 0.9**step, warmup_end=20))
-        said["steady"].append(steady.watch(step, 1.0 + 0.5 * (step % 2), warmup_end=20))
+        for name, alarm, now in (
+            ("grows", grows, 1.05**step),
+            ("falls", falls, 0.9**step),
+            ("steady", steady, step % 2),
+        ):
+            said[name].append(alarm.watch(step, 0.5 + now if name == "steady" else now, **scale))
+        assert learns.watch(step, min(1.0, 1e-4 * step), label_deviation=1.0, warmup_end=1) is None
     assert [sum(map(bool, warnings)) for warnings in said.values()] == [1, 1, 0]
     assert "runs away" in next(filter(None, said["grows"])) and "collapsed" in next(filter(None, said["falls"]))
     assert not any(said["grows"][:30])

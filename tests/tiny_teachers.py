@@ -80,6 +80,8 @@ def da3(folder, *, main=False, name="da3mono-large"):
     for name_, parameter in network.named_parameters():
         if "output_conv2.2.weight" in name_:
             parameter.data *= 0.1  # exp of the logit: keep it small
+        if name_.endswith("sky_output_conv2.2.bias"):
+            parameter.data -= 0.19  # some sky and some not
     state = {f"model.{key}": value for key, value in network.state_dict().items()}
     starts = {key: 2 if main else -1 for key in ("alt_start", "qknorm_start", "rope_start")}
     safetensors.torch.save_file(state, folder / "model.safetensors")

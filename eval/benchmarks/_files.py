@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -68,18 +67,22 @@ class Files:
 
     def rgb(self, name: str) -> Tensor:
         """An image as (3,H,W) float32 in [0,1], RGB."""
-        try:
-            with Image.open(io.BytesIO(self.read(name))) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 255.0
-        except OSError as error:
-            raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
+        return torch.from_numpy(self._pixels(name, "RGB")).permute(2, 0, 1).contiguous() / 255.0
 
     def png(self, name: str) -> np.ndarray:
         """A one-channel image of 8 or 16 bits as it is stored, (H,W)."""
-        values = cv2.imdecode(np.frombuffer(self.read(name), np.uint8), cv2.IMREAD_UNCHANGED)
-        if values is None or values.ndim != 2:
-            raise OSError(f"{self.root}: {name} is not a readable one-channel png")
+        values = self._pixels(name, None)
+        if values.ndim != 2:
+            raise OSError(f"{self.root}: {name} has {values.shape[-1]} channels, a depth map has one")
         return values
+
+    def _pixels(self, name: str, mode: str | None) -> np.ndarray:
+        """Decoded by Pillow, which refuses a truncated file where OpenCV may fill it up."""
+        try:
+            with Image.open(io.BytesIO(self.read(name))) as image:
+                return np.array(image.convert(mode) if mode else image)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 
     def npy(self, name: str) -> np.ndarray:
         """A .npy array, without its axes of length 1."""
@@ -123,7 +126,7 @@ def published(
 
 def ranged(depth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
     """Depth (H,W) as float32 metres, and where it lies strictly inside the protocol's range."""
-    metres = depth.astype(np.float32)
+    metres = depth.astype(np.float32, copy=False)
     return metres, (metres > protocol.min_depth) & (metres < protocol.max_depth)
 
 

@@ -60,6 +60,5 @@ def _truth(files: Files, name: str) -> DepthMap:
         raise OSError(
             f"{files.root}: {name} has {len(data)} bytes; raw float32 of {HEIGHT} x {WIDTH} has {4 * HEIGHT * WIDTH}"
         )
-    depth = np.frombuffer(bytearray(data), "<f4").reshape(HEIGHT, WIDTH)
-    depth[np.isinf(depth)] = 0.0
-    return as_truth(*ranged(depth, PROTOCOL))
+    depth = np.frombuffer(data, "<f4").reshape(HEIGHT, WIDTH)
+    return as_truth(*ranged(np.where(np.isinf(depth), np.float32(0.0), depth), PROTOCOL))

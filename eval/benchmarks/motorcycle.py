@@ -1,0 +1,46 @@
+"""One real stereo pair, the motorcycle of Middlebury 2014, from scikit-image's wheel: real depth without a download.
+
+Depth is 994.978 * 0.193001 / (disparity + 31.086) metres, by the calibration that scikit-image documents. One image is no
+benchmark: it shows that a model is not lost on a photograph. `root` is ignored.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.depth import DepthMap
+from distill.sources import Entry, Photo, wheels
+from eval.benchmarks import Sample, prediction_path
+from eval.protocol import Protocol, list_hash
+
+_KEY = "motorcycle_left.png"
+
+PROTOCOL = Protocol(
+    benchmark="motorcycle", num_images=1, list_sha256=list_hash([_KEY]), mask="finite stereo disparity"
+)
+
+
+def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
+    """The one image. Raises FileNotFoundError where scikit-image is not installed."""
+    if list_file is not None:
+        raise ValueError(f"{list_file}: the motorcycle benchmark is one image and takes no list")
+    entry = next(entry for shard in wheels() for entry in shard.scan().entries if entry.key == "motorcycle_left")
+    return [Sample(_KEY, prediction_path(_KEY), partial(_image, entry), partial(_truth, entry))]
+
+
+@lru_cache(maxsize=1)
+def _photo(entry: Entry) -> Photo:
+    return entry.load()
+
+
+def _image(entry: Entry) -> Tensor:
+    return _photo(entry).rgb.float() / 255.0
+
+
+def _truth(entry: Entry) -> DepthMap:
+    truth = _photo(entry).truth
+    assert truth is not None
+    return truth

@@ -1,0 +1,183 @@
+"""What a training step costs beside the bare loop of the same student and loss.
+
+    python -m tests.speed.training                       # a ViT-S student at 224, on the CPU or the first CUDA card
+    python -m tests.speed.training --tiny --repeats 3    # for a look
+
+Both loops forward, compute the objective, go backward and step AdamW on the same images and labels. The bare one has
+them in memory; ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate, block
+by block, so that whatever else the machine does falls on both; CPU time is compared too, for a busy machine spoils wall
+time. Saving is left out. With a CUDA card the recipe's options follow: bf16, channels_last, fused, gradient
+checkpointing, compile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import students
+from distill.depth import DepthMap, Kind
+from distill.labels import Batch, Labels
+from distill.objective import Objective
+from distill.train import TrainSettings, train
+
+BLOCK = 5  # steps that run before the other loop has its turn
+
+
+class Regions:
+    """Photograph-like noise with a smooth label and four overlapping patches, made once."""
+
+    def __init__(self, count: int, size: int) -> None:
+        draw = torch.Generator().manual_seed(0)
+        coarse = torch.rand(count, 3, 16, 16, generator=draw)
+        self.images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
+        self.image_keys = [f"region{i}" for i in range(count)]
+        self.side = size * 5 // 8
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+        return self.image_keys[index], self.images[index]
+
+    def collate(self, samples: list[tuple[str, torch.Tensor]]) -> Batch:
+        keys, images = zip(*samples, strict=True)
+        batch = torch.stack(images)
+        maps, size, side = batch.mean(1), batch.shape[-1], self.side
+        corners = [(top, left) for top in (0, size - side) for left in (0, size - side)]
+        patches = torch.stack([maps[:, t : t + side, le : le + side] for t, le in corners], 1).flatten(0, 1)
+        boxes = torch.tensor([[t, le, t + side, le + side] for t, le in corners]) / size
+        return Batch(keys, batch, {"teacher": Labels(known(maps), known(patches), boxes.expand(len(keys), -1, -1))})
+
+
+def known(values: torch.Tensor) -> DepthMap:
+    return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+
+
+def student(tiny: bool) -> students.Student:
+    torch.manual_seed(0)
+    small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if tiny else {}
+    decoder = {"fusion_channels": 32} if tiny else {}
+    return students.build(encoder="dinov3_vits16", decoder="sdt", encoder_options=small, decoder_options=decoder)
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.device) -> Iterator[None]:
+    """The loop that a paper's script would have: one step for every `next`."""
+    model, objective = student(tiny).to(device).train(), Objective()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    size = settings.batch_size
+    batches = [data.collate([data[j] for j in range(i, i + size)]) for i in range(0, len(data) - size + 1, size)]
+    while True:
+        for batch in batches:
+            images, labels = batch.images.to(device), batch.labels["teacher"].to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                pred = model(images)
+            loss = objective(pred, labels)[0].mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            loss.item()
+            yield
+
+
+@dataclasses.dataclass
+class Clock:
+    """Wall and CPU seconds per step of both loops, block by block."""
+
+    ours: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    theirs: list[tuple[float, float]] = dataclasses.field(default_factory=list)
+    waits: list[float] = dataclasses.field(default_factory=list)
+
+
+def compare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.device) -> Clock:
+    clock, other = Clock(), bare(data, settings, tiny, device)
+    next(other)
+    last = [time.perf_counter(), time.process_time()]
+
+    def report(done: int, total: int, **numbers: float) -> None:
+        if done > BLOCK:
+            clock.waits.append(numbers["data_wait"])
+        if done % BLOCK:
+            return
+        wait(device)
+        now = [time.perf_counter(), time.process_time()]
+        if done > BLOCK:  # the first block warms up
+            clock.ours.append(((now[0] - last[0]) / BLOCK, (now[1] - last[1]) / BLOCK))
+        for _ in range(BLOCK):
+            next(other)
+        wait(device)
+        last[:] = [time.perf_counter(), time.process_time()]
+        if done > BLOCK:
+            clock.theirs.append(((last[0] - now[0]) / BLOCK, (last[1] - now[1]) / BLOCK))
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(
+            student(tiny),
+            data,
+            Objective(),
+            out=Path(folder) / "run",
+            settings=settings,
+            collate=data.collate,
+            save=lambda model, place, card: place.mkdir(parents=True),
+            report=report,
+        )
+    return clock
+
+
+def show(name: str, clock: Clock, batch: int) -> None:
+    (ours, ours_cpu), (theirs, theirs_cpu) = (
+        [statistics.median(column) for column in zip(*rows, strict=True)] for rows in (clock.ours, clock.theirs)
+    )
+    ratios = [a[0] / b[0] for a, b in zip(clock.ours, clock.theirs, strict=True)]
+    memory = f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB" if torch.cuda.is_available() else ""
+    print(
+        f"{name:24} ours {ours * 1e3:8.1f} ms ({batch / ours:6.1f} images/s), bare {theirs * 1e3:8.1f} ms: "
+        f"ratio {statistics.median(ratios):.3f} (of medians {ours / theirs:.3f}, of CPU time "
+        f"{ours_cpu / theirs_cpu:.3f}), data wait {100 * statistics.mean(clock.waits):.1f} %{memory}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a student of 0.5M parameters at 64 pixels")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=8, help="blocks of 5 steps")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--trackers", nargs="*", default=["tensorboard"])
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = Regions(8 * given.batch_size, 64 if given.tiny else given.size)
+    plain = TrainSettings(
+        steps=BLOCK * (given.repeats + 1) + 1,  # the last step saves, and falls in no block
+        batch_size=given.batch_size,
+        workers=given.workers,
+        holdout=0.0,
+        eval_every=0,
+        save_every=0,
+        trackers=tuple(given.trackers),
+    )
+    print(f"{device}, {torch.get_num_threads()} threads, batches of {given.batch_size}, {data.images.shape[-1]} pixels")
+    show("fp32", compare(data, plain, given.tiny, device), given.batch_size)
+    if device.type == "cuda":
+        options = ({"precision": "bf16"}, {"channels_last": True}, {"fused": True}, {"gradient_checkpointing": True})
+        for option in (*options, {"compile": True}):
+            torch.cuda.reset_peak_memory_stats()
+            settings = dataclasses.replace(plain, **option)
+            show(next(iter(option)), compare(data, settings, given.tiny, device), given.batch_size)
+
+
+if __name__ == "__main__":
+    main()
