@@ -117,6 +117,15 @@ def verify(args: argparse.Namespace) -> int:
     return 0
 
 
+def export(args: argparse.Namespace) -> int:
+    """write a student to a folder of its own, in half precision or with another card, and check it"""
+    from distill.journey import run_export
+
+    card = Path(args.card) if args.card else None
+    run_export(Path(args.student), Path(args.out), half=args.half, card=card, encoder_weights=args.encoder_weights)
+    return 0
+
+
 def show(args: argparse.Namespace) -> int:
     """print a recipe resolved, defaults included"""
     from distill.recipe import dumps, load
@@ -139,7 +148,11 @@ def list_plugins(args: argparse.Namespace) -> int:
     for what in [args.what] if args.what else [*folders, "recipes"]:
         if what == "recipes":
             root = Path(__file__).parent.parent / "recipes"
-            rows = [[str(p.relative_to(root.parent)), _headline(p)] for p in sorted(root.rglob("*.toml"))]
+            rows = [
+                [str(p.relative_to(root.parent)), _headline(p)]
+                for p in sorted(root.rglob("*.toml"))
+                if not p.stem.endswith("_card")
+            ]
             table("recipes", ["recipe", "what it is"], rows)
         elif what == "teachers" and args.what:
             cards = [card for name in names("teachers") for card in find("teachers", name).CARDS]
@@ -201,6 +214,12 @@ def _parser() -> argparse.ArgumentParser:
     scores.add_argument("--out", metavar="FILE.json", help="where to write the scores; a .csv goes beside it")
     with_recipe(add(report, "report"), what="a recipe, or a run's folder")
     add(verify, "verify").add_argument("folder", metavar="LABELS", help="a labels folder")
+    exports = add(export, "export")
+    exports.add_argument("student", metavar="STUDENT", help="a student's folder, such as RUN/train/student")
+    exports.add_argument("out", metavar="OUT", help="the folder to write")
+    exports.add_argument("--half", action="store_true", help="matrices in float16: half the size")
+    exports.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")
+    exports.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
     with_recipe(add(show, "show"))
     listing = add(list_plugins, "list")
     listing.add_argument(

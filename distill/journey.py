@@ -9,13 +9,16 @@ A run's folder:
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distill
-from distill import build, shards
+from distill import build, checkpoint, shards
 from distill.console import note, progress, say, table
 from distill.label import TRUTH, Outcome, label
 from distill.recipe import Recipe, RecipeError, as_table, dumps
@@ -109,9 +112,40 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
         "recipe": as_table(recipe),
         "kind": "affine_disparity, larger is nearer",
         "teachers": manifest.get("teachers", {}),
+        "licence": "what its teachers and images allow; see lineage",
+        "commercial": recipe.labels.commercial_only,
         "lineage": manifest.get("lineage", manifest.get("licences", {})),
         "images": {"count": len(set(dataset.image_keys)), "licence": recipe.labels.licence},
     }
+
+
+def run_export(
+    folder: Path, out: Path, *, half: bool = False, card: Path | None = None, encoder_weights: str | None = None
+) -> Path:
+    """Writes the student in `folder` to `out` and reads it back: another precision, another card, the same outputs.
+
+    half: matrices in float16. card: a TOML file of plain values instead of the student's own card. encoder_weights: for
+    a student whose frozen encoder was left out, and is left out again. Raises ValueError where the outputs differ.
+    """
+    student = checkpoint.load(folder, encoder_weights=encoder_weights)
+    said = tomllib.loads(card.read_text(encoding="utf-8")) if card else checkpoint.read_card(folder)
+    checkpoint.save(
+        student,
+        out,
+        card=said,
+        dtype=torch.float16 if half else torch.float32,
+        leave_out_frozen_encoder=encoder_weights is not None,
+    )
+    again = checkpoint.load(out, encoder_weights=encoder_weights)
+    images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = student(images), again(images)
+    worst = float((after - before).abs().max() / before.std().clamp(min=1e-9))
+    if worst > (0.05 if half else 1e-4):
+        raise ValueError(f"{out}: its outputs differ from {folder}'s by {worst:.2g} of their spread; do not use it")
+    size = (out / "model.safetensors").stat().st_size
+    say(f"{out}: {size / 1e6:.2f} MB, outputs within {worst:.1g} of their spread")
+    return out
 
 
 @contextmanager

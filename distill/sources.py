@@ -304,7 +304,8 @@ def scenes(
     for number in range(seed, seed + count):
         key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
         entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
-    return _virtual(f"scenes_{kind}" if kind else "scenes", "scenes", entries, per_shard)
+    stem = f"scenes_{kind}_{seed}" if kind else f"scenes_{seed}"
+    return _virtual(stem, stem, entries, per_shard)
 
 
 def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:

@@ -1,8 +1,8 @@
 """Pictures and charts of a report, each a piece of HTML that needs nothing else: colour maps, legends, line charts.
 
 Depth is coloured by its logarithm, near is bright: equal steps of colour are equal ratios of distance, so that a table
-top and a street both show their shape, and an error of 10 % is equally visible everywhere. Maps that are shown side by side share one range, and their legend says it. Charts take their colours
-from the page's CSS variables, so that they follow its light and dark themes.
+top and a street both show their shape. Maps that are shown side by side share one range, and their legend says it.
+Charts take their colours from the page's CSS variables, so that they follow its light and dark themes.
 
 Shapes: H, W. Images are (H,W,3) uint8, maps (H,W) float32 with a (H,W) bool mask of what may be shown.
 """
@@ -232,7 +232,7 @@ def chart(
     ys = [y for _, points in drawn for _, y in points]
     if not ys:
         return ""
-    xs = [x for _, points in drawn for x, _ in points] + [at for at, _ in marks]
+    xs = [x for line in series for x in line.x] + [at for at, _ in marks]
     across, up = _Axis(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, False), _axis(ys, log, zero)
 
     def px(x: float) -> float:
@@ -248,6 +248,7 @@ def chart(
     for tick in _nice(across.low, across.high, 4):
         anchor = "end" if px(tick) > _WIDTH - _RIGHT - 12 else "middle"
         parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{_short(tick)}</text>')
+    parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">step</text>')
     parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
     for at, text in marks:
         rule = f'<path class="mark" d="M{px(at):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'

@@ -25,7 +25,7 @@ from eval.stored import read_prediction
 PICTURES = 4
 """Images shown of each benchmark."""
 ERROR_END = 0.3
-"""Relative error at the dark end of the error maps' scale."""
+"""Relative error at the dark end of the error maps' scale; the legend's ticks are its thirds."""
 _MODELS = 4
 
 UNREADABLE = (OSError, ValueError, LookupError)
@@ -55,7 +55,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
         return missing("No pictures: the recipe names no benchmarks.")
-    ticks = [(0.0, "0"), (1 / 3, "10 %"), (2 / 3, "20 %"), (1.0, f"{ERROR_END:.0%} and more".replace("%", " %"))]
+    ticks = [(0.0, "0"), (1 / 3, "10 %"), (2 / 3, "20 %"), (1.0, "30 % or more")]
     intro = (
         '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
         "of that image’s truth; below it, how far it is off relative to the truth.</p>"
@@ -83,8 +83,8 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
     ]
     for place in places:
         key, rank = ranked[place], len(ranked) - int(place)
-        name = {1: "worst", len(ranked): "best"}.get(rank, f"{rank}. worst")
-        parts.append(f"<h4>{escape(key)} <small>{name} of {len(ranked)}</small></h4>")
+        name = {1: "the worst of", len(ranked): "the best of"}.get(rank, f"number {rank} of")
+        parts.append(f"<h4>{escape(key)} <small>{name} {len(ranked)}</small></h4>")
         parts.append(_strip(run_dir, label, samples[key], scores))
     return "".join(parts)
 
@@ -115,8 +115,8 @@ def _strip(run_dir: Path, label: str, sample: Sample, scores: Sequence[Score]) -
         picture = figures.colourise(figures.nearness(pred, span), everywhere, figures.NEARNESS)
         note = f"AbsRel {image.metrics['abs_rel']:.3f}"
         shown.append(
-            figures.tile(score.model, figures.shrink(picture), note=note)
-            + figures.tile("its error", figures.shrink(figures.colourise(error, valid, figures.ERROR)))
+            figures.tile(score.model, figures.shrink(picture))
+            + figures.tile("its error", figures.shrink(figures.colourise(error, valid, figures.ERROR)), note=note)
         )
     columns = "".join(f"<div>{column}</div>" for column in shown)
     return f'<div class="strip">{columns}</div>{figures.depth_legend(span)}'

@@ -27,14 +27,15 @@ small{font-weight:400;color:var(--soft);font-size:.85em}
 a{color:var(--s1)}code,pre{font:.84em/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin-top:20px;padding:10px 0;border-block:1px solid var(--line)}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
-dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:14px 24px}.facts dd{font-weight:600}
+dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0;overflow-wrap:break-word}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:14px 20px}
+.facts dd{font-weight:600;font-size:.95rem}
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0;
 max-height:36rem}
-table{border-collapse:separate;border-spacing:0;font-size:.88rem;min-width:100%;overflow-wrap:normal}
+table{border-collapse:separate;border-spacing:0;font-size:.85rem;min-width:100%;overflow-wrap:normal}
 th,td{padding:6px 9px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{color:var(--soft);font-weight:500;white-space:nowrap;position:sticky;top:0;background:var(--card);z-index:1}
@@ -53,7 +54,7 @@ border-radius:8px;
 white-space:pre;overflow-wrap:normal}
 .lines{margin:4px 0;padding-left:20px;font-size:.9rem;max-height:20rem;overflow-y:auto}
 figure{margin:0}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
+.charts{display:grid;margin-top:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
 .chart{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px 6px}
 .chart figcaption{font-size:.9rem;min-height:1.6em}.chart p{margin:2px 0 6px;color:var(--soft);font-size:.84rem}
 .chart ul{list-style:none;display:inline-flex;flex-wrap:wrap;gap:2px 12px;margin:0 0 0 12px;padding:0;color:var(--soft)}
@@ -61,7 +62,7 @@ figure{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.mark{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:3 3}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.faint{opacity:.3;stroke-width:1.2}
-.strip{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:10px}
+.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,232px));gap:10px}
 .strip>div{display:flex;flex-direction:column;gap:8px;min-width:0}
 .tile img{display:block;width:100%;height:auto;border-radius:4px;background:var(--line)}
 .tile figcaption{display:flex;justify-content:space-between;gap:8px;font-size:.82rem;line-height:1.35;padding-top:3px}
@@ -72,7 +73,8 @@ color:var(--soft)}
 .legend .bar p{position:relative;height:1.4em;margin:0}.legend .bar span{position:absolute;white-space:nowrap}
 .legend .middle{transform:translateX(-50%)}.legend .end{transform:translateX(-100%)}
 .swatch i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
-@media(max-width:560px){body{padding:0 14px 32px}h1{font-size:1.55rem}.strip>div{flex-basis:calc(50% - 5px);
+@media(max-width:560px){body{padding:0 14px 32px}h1{font-size:1.55rem}.strip{grid-template-columns:1fr 1fr}
+.strip>div{flex-basis:calc(50% - 5px);
 max-width:none}
 .facts{grid-template-columns:1fr 1fr}th,td{padding:6px 8px}tbody th{max-width:8.5rem;white-space:normal}}
 @media print{.wide{max-height:none}nav{display:none}}
@@ -82,6 +84,11 @@ fill:none}circle.s2,.chart i.s2{fill:var(--s2);background:var(--s2)}.s3{stroke:v
 background:var(--s4)}.s5{stroke:var(--s5);fill:none}circle.s5,.chart i.s5{fill:var(--s5);background:var(--s5)}
 .s6{stroke:var(--s6);fill:none}circle.s6,.chart i.s6{fill:var(--s6);background:var(--s6)}
 """
+
+
+def name(text: str) -> str:
+    """A name as HTML that may break after its underscores and slashes, and nowhere else."""
+    return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
 
 
 def missing(text: str) -> str:
@@ -103,22 +110,20 @@ def details(summary: str, content: str) -> str:
 
 def pairs(facts: Iterable[tuple[str, str]]) -> str:
     """Terms with their values, for a <dl>; empty values are left out."""
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts if value)
+    return "".join(f"<div><dt>{escape(term)}</dt><dd>{name(value)}</dd></div>" for term, value in facts if value)
 
 
-def page(name: str, facts: str, sections: Sequence[tuple[str, str, str]]) -> str:
+def page(title: str, facts: str, sections: Sequence[tuple[str, str, str]]) -> str:
     """The whole document; sections are (id, title, HTML)."""
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in sections)
-    body = "".join(
-        f'<section id="{key}"><h2>{escape(title)}</h2>{content}</section>' for key, title, content in sections
-    )
+    links = "".join(f'<a href="#{key}">{escape(head)}</a>' for key, head, _ in sections)
+    body = "".join(f'<section id="{key}"><h2>{escape(head)}</h2>{content}</section>' for key, head, content in sections)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(name)} · depth distillation report</title>"
+        f"<title>{escape(title)} · depth distillation report</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><header><p>Depth distillation report</p><h1>{escape(name)}</h1>"
+        f"<style>{STYLE}</style></head><body><header><p>Depth distillation report</p><h1>{escape(title)}</h1>"
         f'<dl class="facts">{facts}</dl><nav>{links}</nav></header><main>{body}</main>'
         f"<footer>written {when} from the run’s folder</footer></body></html>\n"
     )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 
 from eval.metrics import METRICS
-from eval.page import details, missing, pairs, table
+from eval.page import details, missing, name, pairs, table
 from eval.score import Score
 
 
@@ -21,9 +21,9 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
         return told + missing("No scores: run distill score with this run’s recipe.")
     settings = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     parts = [
-        '<p class="key"><span class="best">best</span> and <span class="second">second best</span> of a '
-        "column; arrows say which way is better. A mean is over all images of the list. Numbers compare only inside one "
-        "table: its rows share everything but the alignment, and each ends with the id of its protocol.</p>"
+        '<p class="key"><span class="best">best</span> and <span class="second">second best</span> of a column; '
+        "arrows say which way is better. A mean is over all images of the list. Numbers compare only inside one table: "
+        "its rows share everything but the alignment, and each ends with the id of its protocol.</p>"
     ]
     for benchmark, setting in settings:
         group = [s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting)]
@@ -34,14 +34,16 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
 def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     """All models on one benchmark under one setting, with what lies behind the numbers folded away."""
     first = scores[0]
-    head = ["model, and how it was aligned", *_metric_heads(), "images", "failed", "protocol"]
-    ranks = {name: _ranks([s.metrics[name] for s in scores], METRICS[name].lower_is_better) for name in METRICS}
+    head = ["model", *_metric_heads(), "images", "protocol"]
+    ranks = {key: _ranks([s.metrics[key] for s in scores], row.lower_is_better) for key, row in METRICS.items()}
     rows = []
     for i, score in enumerate(scores):
-        cells = [_number(score.metrics[name], name, ranks[name][i], score) for name in METRICS]
-        failed = f'<b class="bad">{score.num_failed}</b>' if score.num_failed else "0"
-        model = f"{escape(score.model)}<br><small>{escape(score.protocol.alignment)}</small>"
-        rows.append([model, *cells, str(score.num_images), failed, f"<code>{score.protocol.id}</code>"])
+        cells = [_number(score.metrics[key], key, ranks[key][i], score) for key in METRICS]
+        count = str(score.num_images)
+        if score.num_failed:
+            count += f' <b class="bad">{score.num_failed} failed</b>'
+        model = f"{name(score.model)}<br><small>{escape(score.protocol.alignment)}</small>"
+        rows.append([model, *cells, count, f"<code>{score.protocol.id}</code>"])
     folded = details("By part of the benchmark", _group_table(scores))
     folded += details("Under either floor of disparity", _floor_table(scores))
     lines = [(s.model, line) for s in scores for line in s.problems()]
@@ -54,7 +56,7 @@ def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
 
 
 def _metric_heads() -> list[str]:
-    return [f"{escape(name)}&nbsp;{'↓' if row.lower_is_better else '↑'}" for name, row in METRICS.items()]
+    return [f"{escape(key)}&nbsp;{'↓' if row.lower_is_better else '↑'}" for key, row in METRICS.items()]
 
 
 def _ranks(values: Sequence[float | None], lower_is_better: bool) -> list[int]:
@@ -78,15 +80,15 @@ def _number(value: float | None, metric: str, rank: int = 0, score: Score | None
 def _group_table(scores: Sequence[Score]) -> str:
     rows = []
     for score in scores:
-        for name, group in score.groups.items():
+        for part, group in score.groups.items():
             cells = [_number(group["metrics"].get(metric), metric) for metric in METRICS]
-            rows.append([f"{escape(score.model)} · {escape(name)}", *cells, str(group["num_images"])])
+            rows.append([f"{name(score.model)} · {escape(part)}", *cells, str(group["num_images"])])
     return table(["model · part", *_metric_heads(), "images"], rows) if rows else ""
 
 
 def _floor_table(scores: Sequence[Score]) -> str:
     rows = [
-        [f"{escape(s.model)} · {escape(floor)}", *(_number(means.get(metric), metric) for metric in METRICS)]
+        [f"{name(s.model)} · {escape(floor)}", *(_number(means.get(metric), metric) for metric in METRICS)]
         for s in scores
         for floor, means in s.floors.items()
     ]

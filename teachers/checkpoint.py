@@ -26,11 +26,11 @@ CARDS: tuple[Card, ...] = (
         name="checkpoint",
         weights="pocket",
         kind=Kind.AFFINE_DISPARITY,
-        licence="Apache-2.0",
+        licence="research and demonstration only",
         code_licence="Apache-2.0",
-        commercial=True,
+        commercial=False,
         source="ours",
-        note="the small student that ships with this project",
+        note="the small student that ships with this project; its training data forbids more",
     ),
 )
 

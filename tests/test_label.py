@@ -356,6 +356,15 @@ def test_a_finished_folder_is_left_alone_and_a_lost_part_is_made_again(tars, tmp
     assert contents(tmp_path / "out") == before
 
 
+def test_a_described_tar_that_is_not_there_yet_is_not_finished(tars, tmp_path):
+    out = tmp_path / "out"
+    done = [run(tars, out, rank=rank, world=2).complete for rank in range(2)]
+    (out / "manifest.json").unlink()
+    (out / "sa_0-000.tar").unlink()  # as if its writer, process 0, were between its json and its name
+    assert done == [False, True] and not run(tars, out, rank=1, world=2).complete
+    assert not (out / "manifest.json").exists()
+
+
 def test_two_runs_on_one_folder_are_refused_and_a_dead_one_is_not(tars, tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -385,6 +385,7 @@ def test_scenes_are_exact_and_named_by_seed(monkeypatch):
     shards = sources.scenes(3, size=(24, 32), seed=5, per_shard=2)
     entries = [e for s in shards for e in s.scan().entries]
     assert [e.key for e in entries] == ["scene_000005", "scene_000006", "scene_000007"] and len(shards) == 2
+    assert len(sources.combine(shards, sources.scenes(3, seed=8), sources.scenes(3, seed=5, kind="street"))) == 4
     photo = entries[1].load()
     assert photo.rgb.dtype == torch.uint8 and photo.rgb.shape == (3, 24, 32) and photo.rgb[0, 0, 0] == 128
     assert photo.truth.kind == Kind.METRIC_DEPTH and (photo.truth.values == 6).all() and photo.truth.valid.all()
