@@ -32,7 +32,7 @@ from distill.sources import InputShard, Scan
 from eval.benchmarks import Sample
 from eval.protocol import Protocol
 from students import Student
-from teachers import Card, Teacher
+from teachers import Card
 
 Teachers = list[tuple[str, Any]]
 
@@ -133,7 +133,7 @@ def check_teachers(recipe: Recipe) -> None:
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
-    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses kinds and licences that do not fit."""
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses kinds and licences."""
     check_teachers(recipe)
     loaded: Teachers = []
     for spec in recipe.teachers:
@@ -203,13 +203,16 @@ def make_student(recipe: Recipe) -> Student:
         options["frozen"] = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.run.seed)
-        return students.build(
+        student = students.build(
             encoder=spec.encoder,
             decoder=spec.decoder,
             encoder_options=options,
             decoder_options=spec.decoder_options,
             native_size=spec.native_size or recipe.crops.size,
         )
+    if spec.decoder_start:
+        checkpoint.load_decoder(student, spec.decoder_start)
+    return student
 
 
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:

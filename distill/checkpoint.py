@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import students
+from distill.quantize import dequantize, quantize
 from students import Student
 from students.encoder import file_sha256
 
@@ -33,12 +34,14 @@ def save(
     *,
     card: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
     leave_out_frozen_encoder: bool = False,
 ) -> Path:
     """Write `student` to `folder`, replacing a student that is there; returns the folder.
 
     card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
     dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32.
+    bits: 4 stores large matrices and kernels in four bits (distill.quantize); the outputs then change a little.
     leave_out_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
 
     Raises ValueError where the encoder cannot be left out, FileExistsError where `folder` holds anything else than a
@@ -48,18 +51,25 @@ def save(
     _check_place(folder)
     if dtype not in (torch.float32, torch.float16):
         raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype}")
+    if bits not in (None, 4):
+        raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
     encoder_file = _encoder_file(student, folder) if leave_out_frozen_encoder else None
     tensors = {
         key: value.detach().to("cpu", dtype if _may_shrink(value) else value.dtype).contiguous()
         for key, value in student.state_dict().items()
         if encoder_file is None or not key.startswith("encoder.")
     }
+    if bits == 4:
+        tensors = _quantized(tensors, {key: value.shape for key, value in student.state_dict().items()})
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
         "version": VERSION,
         "spec": student.spec,
         "native_size": student.native_size,
-        "weights": {"sha256": hashlib.sha256(weights).hexdigest(), "dtype": str(dtype).removeprefix("torch.")},
+        "weights": {
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "dtype": "int4" if bits else str(dtype).removeprefix("torch."),
+        },
         "encoder_weights": encoder_file,
         "images": _images(student),
         "output": {"kind": "affine_disparity", "larger_is": "nearer"},
@@ -100,6 +110,7 @@ def load(
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
     own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
+    state = _restored(state, own, weights_path)
     faults = {
         "lacks": [key for key in own if key not in state],
         "has unclaimed": [key for key in state if key not in own],
@@ -110,6 +121,20 @@ def load(
             raise ValueError(f"{weights_path}: {what} {', '.join(keys[:3])} ({len(keys)} in all)")
     student.load_state_dict(state, strict=False)
     return student.to(device).eval()
+
+
+def load_decoder(student: Student, folder: str | Path) -> None:
+    """Fill the decoder of `student` with that of the student in `folder`, strictly; ValueError names a misfit."""
+    folder = Path(folder)
+    description = describe(folder)
+    state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
+    own = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+    state = {key: value for key, value in state.items() if key.startswith("decoder.")}
+    own = {k.removeprefix("decoder."): v for k, v in _restored(state, own, folder / WEIGHTS).items()}
+    try:
+        student.decoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its decoder is not the one asked for: {str(error).splitlines()[-1]}") from error
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
@@ -142,6 +167,36 @@ def describe(folder: str | Path) -> dict[str, Any]:
 def read_card(folder: str | Path) -> dict[str, Any]:
     """The card that `save` was given, or an empty one."""
     return dict(describe(folder)["card"])
+
+
+# Position tables and small matrices gain nothing and are felt at once.
+_QUANTIZED_FROM = 4096
+_PARTS = ("codes", "low", "step")
+
+
+def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and not key.endswith("pos_embed"):
+            out |= {f"{key}:{part}": stored for part, stored in quantize(value).items()}
+        else:
+            out[key] = value
+    return out
+
+
+def _restored(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse of `_quantized` for the tensors that the network knows."""
+    out = {key: value for key, value in state.items() if ":" not in key}
+    for key in {key.rpartition(":")[0] for key in state if ":" in key}:
+        parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
+        if key not in own or len(parts) != len(_PARTS):
+            raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
+        try:
+            out[key] = dequantize(parts, own[key].shape)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+    return out
 
 
 def _may_shrink(value: Tensor) -> bool:

@@ -118,11 +118,11 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    """write a student to a folder of its own, in half precision or with another card, and check it"""
+    """write a student to a folder of its own, smaller or with another card, and check it"""
     from distill.journey import run_export
 
     card = Path(args.card) if args.card else None
-    run_export(Path(args.student), Path(args.out), half=args.half, card=card, encoder_weights=args.encoder_weights)
+    run_export(Path(args.student), Path(args.out), bits=args.bits, card=card, encoder_weights=args.encoder_weights)
     return 0
 
 
@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     exports = add(export, "export")
     exports.add_argument("student", metavar="STUDENT", help="a student's folder, such as RUN/train/student")
     exports.add_argument("out", metavar="OUT", help="the folder to write")
-    exports.add_argument("--half", action="store_true", help="matrices in float16: half the size")
+    exports.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
     exports.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")
     exports.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
     with_recipe(add(show, "show"))

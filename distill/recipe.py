@@ -136,7 +136,8 @@ class Labels:
 class Student:
     """The network that learns. encoder: a timm name or alias. weights: "" (random), "pretrained" or a local file.
 
-    start: a checkpoint folder to start from instead. native_size: the short side it is used at; crops.size by default.
+    start: a checkpoint folder to start from instead. decoder_start: one whose decoder to start from, beside the
+    encoder of `weights`. native_size: the short side it is used at; crops.size by default.
     """
 
     encoder: str = "vit_small_patch16_dinov3"
@@ -145,6 +146,7 @@ class Student:
     encoder_options: dict[str, Any] = _table()
     decoder_options: dict[str, Any] = _table()
     start: str = ""
+    decoder_start: str = ""
     native_size: int = 0
     leave_out_frozen_encoder: bool = False
 

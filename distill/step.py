@@ -157,7 +157,6 @@ def take_step(run: Run, micros: Iterator[Micro]) -> dict[str, Any]:
     s, processes = run.settings, run.processes
     start, waited = time.perf_counter(), 0.0
     rates = set_rates(run.optimizer, run.step, s)
-    torch.manual_seed(int(generator("step", s.seed, run.step, processes.index).integers(2**62)))
     run.optimizer.zero_grad(set_to_none=True)
     seen: list[tuple[Micro, Tensor]] = []
     sums: dict[str, Tensor] = {}
@@ -166,6 +165,8 @@ def take_step(run: Run, micros: Iterator[Micro]) -> dict[str, Any]:
         micro = next(micros)
         waited += time.perf_counter() - before
         micro = micro.to(processes.device)
+        # After the data: reading draws from the same generator.
+        _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)
         last = part == s.accumulate - 1
         with contextlib.nullcontext() if last else processes.without_exchange(run.model):
             losses, found = _learn(run, micro)
@@ -191,6 +192,13 @@ def take_step(run: Run, micros: Iterator[Micro]) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     run.seconds, run.waited, run.steps_here = run.seconds + seconds, run.waited + waited, run.steps_here + 1
     return line | {"images_per_s": s.batch_size / seconds, "data_wait": waited / seconds, "seconds": seconds}
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds dropout. torch.manual_seed would queue a call, with its stack, for every backend that is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def measure(run: Run, module: nn.Module, micro: Micro) -> tuple[Tensor, dict[str, Tensor], Tensor]:

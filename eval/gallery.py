@@ -128,6 +128,11 @@ def _aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np
         return None
     height, width = truth.values.shape[-2:]
     pred = read_prediction(path, (height, width))[0] * np.float32(image.scale) + np.float32(image.shift)
-    if way(score.kind, truth.kind).fit == "disparity":
+    how = way(score.kind, truth.kind)
+    if how.fit == "disparity":
         pred = 1.0 / np.maximum(pred, 1e-6)
-    return np.clip(pred, max(score.protocol.min_depth, 1e-6), score.protocol.max_depth)
+    low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth
+    if score.protocol.clip == "truth" and how.unknown == "affine":
+        own = truth.values[truth.valid & (truth.values > low) & (truth.values < high)]
+        low, high = max(low, float(own.min())), min(high, float(own.max()))
+    return np.clip(pred, low, high)

@@ -33,16 +33,15 @@ dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0;overflow-wrap:brea
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}
-.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0;
-max-height:36rem}
-table{border-collapse:separate;border-spacing:0;font-size:.85rem;min-width:100%;overflow-wrap:normal}
+.wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}
+table{border-collapse:separate;border-spacing:0;font-size:.85rem;line-height:20px;min-width:100%;overflow-wrap:normal}
 th,td{padding:6px 9px;text-align:left;vertical-align:baseline;border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{color:var(--soft);font-weight:500;white-space:nowrap;position:sticky;top:0;background:var(--card);z-index:1}
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);white-space:nowrap}
 thead th:first-child{left:0;z-index:2}
 .scores td,.scores thead th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
-.scores thead th:first-child,.scores .text{text-align:left}.reasons td{min-width:14rem}
+.scores thead th:first-child,.scores .text{text-align:left}.reasons{max-height:30rem}.reasons td{min-width:14rem}
 .best{font-weight:700;background:var(--best);color:var(--bestink);border-radius:4px;padding:2px 6px;margin:-2px -6px}
 .second{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;
 text-decoration-color:var(--s3)}
@@ -76,7 +75,7 @@ color:var(--soft)}
 @media(max-width:560px){body{padding:0 14px 32px}h1{font-size:1.55rem}.strip{grid-template-columns:1fr 1fr}
 .strip>div{flex-basis:calc(50% - 5px);
 max-width:none}
-.facts{grid-template-columns:1fr 1fr}th,td{padding:6px 8px}tbody th{max-width:8.5rem;white-space:normal}}
+.facts{grid-template-columns:1fr 1fr}th,td{padding:6px 8px}tbody th{min-width:8.5rem;max-width:9rem;white-space:normal}}
 @media print{.wide{max-height:none}nav{display:none}}
 .s1{stroke:var(--s1);fill:none}circle.s1,.chart i.s1{fill:var(--s1);background:var(--s1)}.s2{stroke:var(--s2);
 fill:none}circle.s2,.chart i.s2{fill:var(--s2);background:var(--s2)}.s3{stroke:var(--s3);fill:none}circle.s3,

@@ -121,9 +121,10 @@ def _facts(recipe: Recipe, scores: Sequence[Score], log: Sequence[Mapping[str, A
     teachers = [t.get("alias") or t.get("name", "") for t in recipe.get("teachers", [])]
     held = [line for line in log if line.get("heldout") is not None]
     best = min(held, key=lambda line: line["heldout"], default=None)
-    steps = max((line["step"] for line in log if "loss" in line), default=0)
+    steps = max((line["step"] for line in log if line.get("loss") is not None), default=0)
     samples = sum(int(_manifest(folder)[0].get("samples", 0)) for folder in folders)
     planned = train.get("steps", 0)
+    benchmarks = dict.fromkeys(s.benchmark for s in scores)
     return pairs(
         [
             ("student", " + ".join(str(student[k]) for k in ("encoder", "decoder") if student.get(k))),
@@ -131,12 +132,7 @@ def _facts(recipe: Recipe, scores: Sequence[Score], log: Sequence[Mapping[str, A
             ("labelled regions", f"{samples:,}" if samples else ""),
             ("training", f"{steps:,} of {planned or steps:,} steps of {train.get('batch_size', '?')}" if steps else ""),
             ("best held-out loss", f"{best['heldout']:.4g} at step {best['step']:,}" if best else ""),
-            (
-                "scored",
-                f"{len({s.model for s in scores})} models on {len({s.benchmark for s in scores})} benchmarks"
-                if scores
-                else "",
-            ),
+            ("scored", f"{len({s.model for s in scores})} models on {', '.join(benchmarks)}" if scores else ""),
         ]
     )
 
@@ -299,13 +295,13 @@ def _label_pictures(folder: Path) -> str:
                 at = at if labels.shared.kind.larger_is == "nearer" else 1.0 - at
                 picture = figures.shrink(figures.colourise(at, valid, figures.NEARNESS))
                 tiles.append(figures.tile(name, picture, note=f"{valid.mean():.0%} valid"))
-            strips.append("".join(f"<div>{one}</div>" for one in tiles))
+            strips.append(f"<div>{''.join(tiles)}</div>")
     except UNREADABLE as error:
         return missing(f"No pictures of labels: {error}")
     ends = figures.legend(
         "each label on its own scale", figures.NEARNESS, [(0.0, "far"), (1.0, "near")], missing="invalid"
     )
-    return ends + "".join(f'<div class="strip">{strip}</div>' for strip in strips)
+    return f'{ends}<div class="strip">{"".join(strips)}</div>'
 
 
 # --- recipe, repetition -----------------------------------------------------------------------------------------------

@@ -82,11 +82,11 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not settings of stored predictions ({error}); predict into a new folder") from error
 
 
-def read_prediction(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list[str]]:
-    """A stored map as (H,W) float32, and remarks on how it was stored; BadPrediction says why it is no map of this
-    size.
+def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
+    """A stored map as (H,W) float32, and remarks on how it was stored; BadPrediction says why it is no such map.
 
-    Axes of length 1 are dropped. Any real dtype is read; below float32 the loss of precision is remarked on.
+    size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any real dtype is read; below
+    float32 the loss of precision is remarked on.
     """
     try:
         values = np.load(path, allow_pickle=False)
@@ -97,8 +97,10 @@ def read_prediction(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, list
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise BadPrediction(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
     squeezed = values.reshape([side for side in values.shape if side != 1]) if values.ndim != 2 else values
-    if squeezed.shape != size:
-        raise BadPrediction(f"has the shape {values.shape}, the truth {size}: resize to the image before storing")
+    if squeezed.ndim != 2 or size not in (None, squeezed.shape):
+        raise BadPrediction(
+            f"has the shape {values.shape}, the truth {size or '(H, W)'}: resize to the image before storing"
+        )
     remarks = [] if values.dtype.itemsize >= 4 and values.dtype.kind == "f" else [f"stored as {values.dtype}"]
     return np.ascontiguousarray(squeezed, dtype=np.float32), remarks
 

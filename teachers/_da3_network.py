@@ -327,11 +327,11 @@ def uv_embedding(maps: Tensor, height: int, width: int) -> Tensor:
     def waves(side: int, count: int) -> Tensor:
         end = side / diagonal * (count - 1) / count
         angles = torch.linspace(-end, end, count, dtype=torch.float32).double()[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).T
+        return torch.cat([angles.sin(), angles.cos()], dim=1).T.to(maps)  # small here, large once expanded
 
     across = waves(width, columns)[:, None, :].expand(-1, rows, -1)
     down = waves(height, rows)[:, :, None].expand(-1, -1, columns)
-    return 0.1 * torch.cat([across, down]).to(maps)[None]
+    return 0.1 * torch.cat([across, down])[None]
 
 
 class Network(nn.Module):

@@ -214,6 +214,5 @@ def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind:
 
 def default_size(native_size: int | None, parts: Parts) -> int:
     """The native size: as asked (0: as given), else the checkpoint's own default, else 768."""
-    if native_size is not None:
-        return native_size
-    return int(parts.index.get("default_processing_resolution") or NATIVE)
+    own = parts.index.get("default_processing_resolution")
+    return native_size if native_size is not None else NATIVE if own is None else int(own)

@@ -15,6 +15,6 @@ def resize_cubic(images: Tensor, height: int, width: int) -> Tensor:
     """
     if images.shape[-2:] == (height, width):
         return images
-    arrays = images.detach().double().permute(0, 2, 3, 1).cpu().numpy()
+    arrays = images.detach().permute(0, 2, 3, 1).cpu().double().numpy()
     out = [cv2.resize(a, (width, height), interpolation=cv2.INTER_CUBIC) for a in arrays]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float().to(images.device)

@@ -4,7 +4,8 @@ Reads the authors' own files (.pth, .safetensors) and transformers' `-hf` folder
 
 Two surprises. The authors interpolate the position table by a scale factor with an offset of 0.1, transformers by size:
 outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is put back. And the metric
-checkpoints have the relative ones' names and shapes: only `max_depth` tells them apart.
+checkpoints have the relative ones' names and shapes: only `max_depth` tells them apart. (So have V1's, which read
+other blocks; they are refused by name.)
 
 Sources: DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py, dinov2.py and util/transform.py (resizing);
 Westlake-AGI-Lab/Distill-Any-Depth distillanydepth/modeling/archs/dam/dam.py (key names).
@@ -218,8 +219,7 @@ class Teacher:
             file = path
         else:
             file = find_weights(path, ("*.safetensors", "*.pth"))
-            if "metric" in file.name and max_depth is None:
-                raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
+            _check_name(file, max_depth)
             model = _from_state(rename(read_state(file), file), file, max_depth)
         if max_depth is not None:
             model.head.max_depth = max_depth
@@ -248,6 +248,14 @@ class Teacher:
         elif values.shape[-2:] != (height, width):
             values = F.interpolate(values[:, None], (height, width), mode="bilinear", align_corners=True)[:, 0]
         return finite(values.to(images.device), self.card.kind)
+
+
+def _check_name(file: Path, max_depth: float | None) -> None:
+    """Refuse what only its name tells apart: other networks have the same tensors."""
+    if "metric" in file.name and max_depth is None:
+        raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
+    if re.match(r"depth_anything_(metric_depth|vit[sbl]14)", file.name):
+        raise WeightsMismatch(f"{file} is Depth Anything V1 by its name, which reads other blocks: use a V2 checkpoint")
 
 
 def _published(weights: str) -> Card:

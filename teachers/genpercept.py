@@ -158,10 +158,10 @@ class Teacher:
         if self.head is None:
             values = decode(self.parts, -run_unet(self.parts, latents, self.timestep))
         else:
-            values = self._through_head(self.head, latents, sized)
+            values = self._through_head(self.head, latents)
         return restore(values, images, sized, resize=self.resize, kind=self.card.kind)
 
-    def _through_head(self, head: DptHead, latents: Tensor, sized: Tensor) -> Tensor:
+    def _through_head(self, head: DptHead, latents: Tensor) -> Tensor:
         blocks: list[Tensor] = []
 
         def keep(block: Any, inputs: Any, output: Tensor) -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from distill.plugins import find
 from eval.benchmarks import eth3d
 from eval.protocol import list_hash
+from eval.score import score
 
 RGB = {
     "nyu": "test/kitchen_0004/rgb_0001.png",
@@ -191,3 +192,26 @@ def test_damaged_files_name_the_root_and_themselves(tmp_path, small_eth3d):
     (sample,) = find("eval.benchmarks", "kitti").samples(put(tmp_path, small, "tar"), listed(tmp_path, "kitti"))
     with pytest.raises(ValueError, match="smaller than KITTI's benchmark crop"):
         sample.image()
+
+
+def test_kitti_is_cropped_to_the_middle_columns_of_the_bottom_rows(tmp_path):
+    root = put(tmp_path, content("kitti"), "folder")
+    (sample,) = find("eval.benchmarks", "kitti").samples(root, listed(tmp_path, "kitti"))
+    truth = sample.truth()
+    assert float(truth.values[0, 200 - 23, 100 - 13]) == 0.0 and float(truth.values[0, 201 - 23, 100 - 13]) == 100.0
+    rows, columns = truth.valid[0].any(1).nonzero(), truth.valid[0].any(0).nonzero()
+    assert [int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])] == [117, 320, 43, 1171]
+
+
+def test_diodes_mask_decides_alone_for_marigold_and_with_the_range_for_clean(tmp_path):
+    module = find("eval.benchmarks", "diode")
+    depth = np.full(SIZE["diode"], 3.0, np.float32)
+    depth[:, 5], depth[:, 6] = 0.2, 400.0
+    files = content("diode") | {DEPTH["diode"][0]: npy(depth), DEPTH["diode"][1]: npy(np.ones(SIZE["diode"]))}
+    some = module.samples(put(tmp_path, files, "tar"), listed(tmp_path, "diode"))
+    (tmp_path / some[0].prediction_path).parent.mkdir(parents=True)
+    np.save(tmp_path / some[0].prediction_path, np.full(SIZE["diode"], 3.0, np.float32))
+    marigold, clean = (score(tmp_path, "metric_depth", some, module.PROTOCOL, mode=m) for m in ("marigold", "clean"))
+    assert clean.metrics["abs_rel"] == 0.0
+    assert marigold.metrics["abs_rel"] == pytest.approx((2.8 / 0.2 + 397 / 400) / 32, rel=1e-5)
+    assert marigold.groups["indoors"]["metrics"] == marigold.metrics

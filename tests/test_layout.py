@@ -29,6 +29,7 @@ ORDER = [
     "students.dysample",
     "students.decoders.",
     "students",
+    "distill.quantize",
     "distill.checkpoint",
     "teachers.",
     "distill.annotate",
@@ -82,6 +83,7 @@ MATHS = [
     "distill.normalize.",
     "distill.losses",
     "distill.objective",
+    "distill.quantize",
     "eval.metrics",
 ]
 IMPURE = {"pathlib", "os", "json", "tomllib", "shutil", "subprocess", "accelerate", "PIL", "cv2", "safetensors", "rich"}

@@ -476,15 +476,19 @@ def ground(seed: int) -> Sample:
 
 
 def test_the_plane_prior_is_what_images_have_in_common(tmp_path):
-    prior = fit_plane([ground(i) for i in range(4)])
+    corridor = DepthMap(
+        1e-3 / torch.linspace(0.02, 1.0, 64).expand(1, 48, 64), torch.ones(1, 48, 64) > 0, Kind.METRIC_DEPTH
+    )
+    # One image of another shape whose disparities are a thousand times as large: standardised, it is one of five.
+    prior = fit_plane([*(ground(i) for i in range(4)), replace(ground(0), truth=lambda: corridor)])
     prior.save(tmp_path / "prior.json")
     again = PlanePrior.load(tmp_path / "prior.json")
-    assert again.num_images == 4 and torch.allclose(again.grid, prior.grid, atol=1e-5)
+    assert again.num_images == 5 and torch.allclose(again.grid, prior.grid, atol=1e-5)
     results = {}
     for teacher in (prior, Constant()):
         predict(teacher, [ground(9)], tmp_path / teacher.card.name, settings={})
         results[teacher.card.name] = score(tmp_path / teacher.card.name, None, [ground(9)], CLEAN).metrics["delta1"]
-    assert results["plane_prior"] > 0.9 > 0.5 > results["constant"]
+    assert results["plane_prior"] > 0.8 > 0.5 > results["constant"]
     assert prior.predict(torch.zeros(2, 3, 30, 50)).values.shape == (2, 30, 50)
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ValueError, match=r"bad\.json: not a stored plane prior"):

@@ -326,6 +326,9 @@ def test_depth_anything_v2_metric(made, tmp_path):
     (tmp_path / "depth_anything_v2_metric_hypersim_vits.pth").touch()
     with pytest.raises(ValueError, match="give max_depth"):
         depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_v2_metric_hypersim_vits.pth"))
+    (tmp_path / "depth_anything_vits14.pth").touch()
+    with pytest.raises(ValueError, match="Depth Anything V1"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_vits14.pth"))
 
 
 def test_depth_anything_v2_refuses_other_networks(made, copy, tmp_path):
@@ -493,6 +496,10 @@ class TestMarigold:
         out = teacher.predict(IMAGES, keys=KEYS)
         again = teacher.predict(IMAGES.flip(0), keys=KEYS[::-1]).values.flip(0)
         torch.testing.assert_close(again, out.values, atol=2e-5, rtol=2e-5)  # noise between steps is the image's own
+        two = marigold.Teacher.load(str(folder), steps=2, ensemble=2, resize="none")
+        noise = torch.randn(2, 4, 10, 14)
+        one, other = (two.predict(IMAGES[:1], noise=noise, keys=[key]).values for key in KEYS)
+        assert (one - other).abs().max() > 1e-3, "given noise is the first noise only"
         with pytest.raises(ValueError, match="steps must be 1 to 4"):
             marigold.Teacher.load(str(folder), steps=5)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import multiprocessing
@@ -16,11 +17,13 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill import runstate
+import students
+from distill import checkpoint, runstate
 from distill.augment import augment
 from distill.crops import sample_boxes
 from distill.depth import DepthMap, Kind, KindError
 from distill.labels import Batch, Labels
+from distill.objective import Objective
 from distill.order import MicroBatches, Order, average_labels, choose_teacher, hold_out
 from distill.schedule import TrainSettings, factor, make_optimizer
 from distill.train import TrainingStopped, train
@@ -49,6 +52,13 @@ class Toy(nn.Module):
 
     def forward(self, images):
         return self.decoder(self.encoder(images))[:, 0]
+
+
+class Forgetful(Toy):
+    """A student with dropout."""
+
+    def forward(self, images):
+        return self.decoder(nn.functional.dropout(self.encoder(images), 0.5, self.training))[:, 0]
 
 
 class Toys:
@@ -413,6 +423,19 @@ def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
     assert all(torch.equal(newest(tmp_path / "b")[name], value) for name, value in tensors.items())
 
 
+def test_dropout_is_drawn_from_the_step(tmp_path):
+    def stop(done, total, **numbers):
+        if done == 13:
+            raise KeyboardInterrupt
+
+    run(tmp_path / "a", student=Forgetful())
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", student=Forgetful(), report=stop)
+    torch.rand(7)
+    run(tmp_path / "b", student=Forgetful())
+    assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+
+
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
     run(tmp_path, keep_last=3, holdout=0.0)
     last = runstate.folder_of(tmp_path, 20)
@@ -457,6 +480,97 @@ def test_tensorboard_gets_what_the_log_gets(tmp_path):
     assert "parts/shared" in events.Tags()["scalars"]
 
 
+# --- the real thing, small --------------------------------------------------------------------------------------------
+
+
+def real_student():
+    torch.manual_seed(0)
+    vit = {"depth": 4, "embed_dim": 48, "num_heads": 3}
+    return students.build(
+        encoder="dinov3_vits16",
+        decoder="sdt",
+        encoder_options={"timm_options": vit},
+        decoder_options={"fusion_channels": 16},
+        native_size=32,
+    )
+
+
+class Photos(Toys):
+    """Images of 32 x 32, a label each."""
+
+    def __getitem__(self, index: int):
+        image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        return f"{self.image_keys[index]}-{index}", image, {"primary": image.mean(0)}
+
+
+def real_run(out: Path, *, student=None, report=None, **given):
+    student = student or real_student()
+    usual = {"steps": 4, "warmup_steps": 0, "eval_every": 2, "save_every": 2, "teachers": {}, "batch_size": 4}
+    return train(
+        student,
+        Photos(8),
+        Objective(),
+        out=out,
+        settings=settings(**(usual | given)),
+        collate=collate,
+        reference=copy.deepcopy(student.encoder),
+        card={"name": "small"},
+        report=report,
+    )
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("real")
+    real_run(out)
+    return out
+
+
+def test_a_student_of_ours_comes_out_as_a_folder(real):
+    loaded = checkpoint.load(real / "student")
+    weights = load_file(real / "checkpoints/step-00000004/student/model.safetensors")
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+    card = checkpoint.read_card(real / "student")
+    assert card["name"] == "small" and card["training"]["step"] == 4
+    parts = steps_of(real)[0]["parts"]
+    assert {"shared", "gradient", "feature"} <= parts.keys()
+    assert not any("without_gradient" in line for line in steps_of(real))
+
+
+@pytest.mark.parametrize(
+    ("option", "tolerance"),
+    [
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"channels_last": True}, 1e-4),
+        ({"fused": True}, 1e-4),
+        ({"precision": "bf16"}, 0.1),
+    ],
+)
+def test_options_change_the_way_and_not_the_result(real, tmp_path, option, tolerance):
+    recomputed = []
+    student = real_student()
+    student.encoder.backbone.blocks[0].register_forward_pre_hook(lambda *a: recomputed.append(1))
+    real_run(tmp_path, student=student, steps=2, schedule="constant", **option)
+    torch.testing.assert_close(losses_of(tmp_path)[0], losses_of(real)[0], rtol=tolerance, atol=0)
+    assert losses_of(tmp_path)[1] != losses_of(tmp_path)[0]
+    if "gradient_checkpointing" in option:
+        assert len(recomputed) > 6  # 2 steps, forward and again backward, and the evaluation
+    if "channels_last" in option:
+        assert student.decoder.state_dict() and any(
+            p.ndim == 4 and p.shape[2] > 1 and p.is_contiguous(memory_format=torch.channels_last)
+            for p in student.parameters()
+        )
+
+
+def test_a_frozen_encoder_may_be_left_to_others(tmp_path):
+    student = real_student()
+    before = {name: value.clone() for name, value in student.encoder.state_dict().items()}
+    real_run(tmp_path, student=student, steps=2, freeze_encoder=True)
+    assert student.encoder.frozen and all(torch.equal(before[n], v) for n, v in student.encoder.state_dict().items())
+    assert not any(name.startswith("optimizer/encoder") for name in newest(tmp_path))
+
+
 # --- alarms and refusals ----------------------------------------------------------------------------------------------
 
 
@@ -480,12 +594,9 @@ def test_the_scale_alarm_warns_once():
     scale = {"label_deviation": 1.0, "warmup_end": 20}
     said = {"grows": [], "falls": [], "steady": []}
     for step in range(1, 200):
-        for name, alarm, now in (
-            ("grows", grows, 1.05**step),
-            ("falls", falls, 0.9**step),
-            ("steady", steady, step % 2),
-        ):
-            said[name].append(alarm.watch(step, 0.5 + now if name == "steady" else now, **scale))
+        said["grows"].append(grows.watch(step, 1.05**step, **scale))
+        said["falls"].append(falls.watch(step, 0.9**step, **scale))
+        said["steady"].append(steady.watch(step, 1.0 + 0.5 * (step % 2), **scale))
         assert learns.watch(step, min(1.0, 1e-4 * step), label_deviation=1.0, warmup_end=1) is None
     assert [sum(map(bool, warnings)) for warnings in said.values()] == [1, 1, 0]
     assert "runs away" in next(filter(None, said["grows"])) and "collapsed" in next(filter(None, said["falls"]))

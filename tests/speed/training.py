@@ -4,10 +4,10 @@
     python -m tests.speed.training --tiny --repeats 3    # for a look
 
 Both loops forward, compute the objective, go backward and step AdamW on the same images and labels. The bare one has
-them in memory; ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate, block
-by block, so that whatever else the machine does falls on both; CPU time is compared too, for a busy machine spoils wall
-time. Saving is left out. With a CUDA card the recipe's options follow: bf16, channels_last, fused, gradient
-checkpointing, compile.
+them in memory; ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate,
+block by block, so that whatever else the machine does falls on both; CPU time is compared too, for a busy machine
+spoils wall time. Saving is left out. With a CUDA card the recipe's options follow: bf16, channels_last, fused,
+gradient checkpointing, compile.
 """
 
 from __future__ import annotations

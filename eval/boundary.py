@@ -1,0 +1,113 @@
+"""How sharp the depth edges are: Depth Pro's scale-invariant boundary F1 and recall.
+
+An edge lies between two neighbours whose depths have a ratio above a threshold; ten thresholds from 1.05 to 1.25 are
+averaged with weights proportional to the threshold. Four kinds of edge are counted apart: the nearer pixel on the
+right, left, below, above. Source: Depth Pro (Bochkovskii et al. 2024), Sec. 3.2 and apple/ml-depth-pro,
+src/depth_pro/eval/boundary_metrics.py.
+
+Depth, not disparity, is what goes in. The ratios know no scale but they know a shift: an affine prediction must be
+aligned to a truth first. There is no valid mask in the published metric, so that holes in a truth count as edges.
+
+Shapes: B batch, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUM_THRESHOLDS = 10
+
+
+def boundary_f1(
+    pred: Tensor, target: Tensor, *, lowest: float = 1.05, highest: float = 1.25, count: int = NUM_THRESHOLDS
+) -> Tensor:
+    """Boundary F1, (B,) float32, of predicted against true depth, both (B,H,W) in any unit.
+
+    Per threshold: recall and precision are means over the four kinds of edge (0 where there is none to find).
+    """
+    near, near_target = _inverse(pred), _inverse(target)
+    total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
+    for threshold, weight in _thresholds(lowest, highest, count):
+        recall = precision = torch.zeros_like(total)
+        for ratio, ratio_target in zip(_ratios(near), _ratios(near_target), strict=True):
+            found, real = ratio > threshold, ratio_target > threshold
+            both = _number(found & real)
+            recall = recall + both / _number(real).clamp(min=1.0) / 4
+            precision = precision + both / _number(found).clamp(min=1.0) / 4
+        either = recall + precision
+        total += weight * torch.where(either > 0, 2 * recall * precision / either.clamp(min=1e-300), 0.0)
+    return total.float()
+
+
+def boundary_recall(
+    pred: Tensor,
+    alpha: Tensor,
+    *,
+    lowest: float = 1.05,
+    highest: float = 1.25,
+    count: int = NUM_THRESHOLDS,
+    foreground: float = 0.1,
+) -> Tensor:
+    """Boundary recall, (B,) float32: how many edges of a matte the predicted depth (B,H,W) has at their very pixel.
+
+    alpha: (B,H,W), a matte in [0,1] or a bool mask; above `foreground` is foreground. Predicted edges are thinned
+    first: of a run of edges along a row (for up and down: a column) only the strongest stays, the first of equals.
+    """
+    inside = alpha.float() > foreground
+    near = _inverse(pred)
+    total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
+    real = [_number(edge) for edge in _mask_edges(inside)]
+    for threshold, weight in _thresholds(lowest, highest, count):
+        for side, (ratio, edge) in enumerate(zip(_ratios(near), _mask_edges(inside), strict=True)):
+            found = thin(ratio, threshold) if side < 2 else thin(ratio.mT, threshold).mT
+            total += weight * _number(found & edge) / real[side].clamp(min=1.0) / 4
+    return total.float()
+
+
+def thin(ratio: Tensor, threshold: float) -> Tensor:
+    """(B,H,W) bool: of every run of values above the threshold along a row, the largest, the first of equals."""
+    above = ratio > threshold
+    before = torch.zeros_like(above)
+    before[..., 1:] = above[..., :-1]
+    run = (above & ~before).flatten().cumsum(0) - 1
+    place = above.flatten().nonzero().flatten()
+    if not len(place):
+        return above
+    value, run = ratio.reshape(-1)[place], run[place]
+    num = int(run[-1]) + 1
+    largest = value.new_full((num,), -torch.inf).scatter_reduce(0, run, value, "amax")
+    tied = place[value == largest[run]], run[value == largest[run]]
+    first = place.new_full((num,), ratio.numel()).scatter_reduce(0, tied[1], tied[0], "amin")
+    kept = torch.zeros(ratio.numel(), dtype=torch.bool, device=ratio.device)
+    kept[first] = True
+    return kept.reshape(ratio.shape)
+
+
+def _inverse(depth: Tensor) -> Tensor:
+    return 1.0 / depth.clamp(min=1e-6)
+
+
+def _ratios(near: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How much nearer the right, left, lower and upper of two neighbours is."""
+    left, right = near[..., :-1], near[..., 1:]
+    upper, lower = near[..., :-1, :], near[..., 1:, :]
+    return right / left, left / right, lower / upper, upper / lower
+
+
+def _mask_edges(inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the right, left, lower and upper of two neighbours alone is foreground."""
+    left, right = inside[..., :-1], inside[..., 1:]
+    upper, lower = inside[..., :-1, :], inside[..., 1:, :]
+    return right & ~left, left & ~right, lower & ~upper, upper & ~lower
+
+
+def _thresholds(lowest: float, highest: float, count: int) -> list[tuple[float, float]]:
+    """(threshold, weight), weights proportional to thresholds and of sum 1."""
+    values = torch.linspace(lowest, highest, count, dtype=torch.float64).tolist()
+    return [(value, value / sum(values)) for value in values]
+
+
+def _number(edges: Tensor) -> Tensor:
+    """How many per image, (B,) float64."""
+    return edges.flatten(1).sum(1).double()
