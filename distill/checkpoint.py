@@ -169,8 +169,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return dict(describe(folder)["card"])
 
 
-# Position tables and small matrices gain nothing and are felt at once.
+# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
 _QUANTIZED_FROM = 4096
+_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
 _PARTS = ("codes", "low", "step")
 
 
@@ -178,8 +179,9 @@ def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
     """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and not key.endswith("pos_embed"):
-            out |= {f"{key}:{part}": stored for part, stored in quantize(value).items()}
+        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM:
+            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
+            out |= {f"{key}:{part}": stored for part, stored in parts.items()}
         else:
             out[key] = value
     return out

@@ -1,4 +1,4 @@
-"""Weights in four bits: groups of GROUP neighbours in a row share a lowest value and a step, both float16.
+"""Weights in four bits (or eight): groups of GROUP neighbours in a row share a lowest value and a step, both float16.
 
 Rounding to nearest, with the range that leaves the least squared error among a few that cut the extremes a little
 (ours; the group-wise scheme is common practice). It is a way to store a student: at load the weights become float32
@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 GROUP = 128
-LEVELS = 15
 # Fractions of the range that are tried; cutting a rare extreme makes every other step finer.
 _CUTS = (1.0, 0.92, 0.85, 0.78)
 
 
-def quantize(values: Tensor) -> dict[str, Tensor]:
-    """`codes` (uint8, two to a byte), `low` and `step` (float16, one per group) of a tensor of any shape.
+def quantize(values: Tensor, *, bits: int = 4) -> dict[str, Tensor]:
+    """`codes` (uint8, two to a byte for 4 bits), `low` and `step` (float16, one per group) of a tensor of any shape.
 
     Groups run over the flattened tensor; the last one is filled up with its last value.
     """
+    levels = 2**bits - 1
     flat = values.detach().float().flatten()
     filled = torch.cat([flat, flat[-1:].expand(-len(flat) % GROUP)]).reshape(-1, GROUP)
     low, high = filled.amin(1, keepdim=True), filled.amax(1, keepdim=True)
@@ -29,20 +29,24 @@ def quantize(values: Tensor) -> dict[str, Tensor]:
     for cut in _CUTS:
         # Through float16 first: the codes must fit the numbers that will be read back.
         a = ((low + high) / 2 - (high - low) / 2 * cut).half().float()
-        step = ((high - low) * cut / LEVELS).half().float().clamp(min=1e-7)
-        tried = ((filled - a) / step).round().clamp(0, LEVELS)
+        step = ((high - low) * cut / levels).half().float().clamp(min=1e-7)
+        tried = ((filled - a) / step).round().clamp(0, levels)
         error = (tried * step + a - filled).square().sum(1, keepdim=True)
         better = error < best
         codes, lows, steps = (torch.where(better, n, o) for n, o in ((tried, codes), (a, lows), (step, steps)))
         best = torch.where(better, error, best)
-    nibbles = codes.to(torch.uint8).flatten()
-    return {"codes": nibbles[0::2] | (nibbles[1::2] << 4), "low": lows[:, 0].half(), "step": steps[:, 0].half()}
+    packed = codes.to(torch.uint8).flatten()
+    if bits == 4:
+        packed = packed[0::2] | (packed[1::2] << 4)
+    return {"codes": packed, "low": lows[:, 0].half(), "step": steps[:, 0].half()}
 
 
 def dequantize(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
     """The float32 tensor of `shape` that `quantize` stored; ValueError where the parts do not fit it."""
-    codes = torch.stack([parts["codes"] & 15, parts["codes"] >> 4], dim=1).flatten()
     groups = -(-shape.numel() // GROUP)
+    codes = parts["codes"]
+    if len(codes) * 2 == groups * GROUP:
+        codes = torch.stack([codes & 15, codes >> 4], dim=1).flatten()
     if len(codes) != groups * GROUP or len(parts["low"]) != groups or len(parts["step"]) != groups:
         raise ValueError(f"{len(codes)} codes in {len(parts['low'])} groups are not a tensor of {tuple(shape)}")
     values = codes.reshape(-1, GROUP).float() * parts["step"].float()[:, None] + parts["low"].float()[:, None]

@@ -10,16 +10,17 @@ from distill import checkpoint
 from distill.quantize import GROUP, dequantize, quantize
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(1,), (7, 19), (64, 128), (3, 5, 3, 3), (GROUP * 2,)])
-def test_every_shape_comes_back_within_half_a_step(shape):
+def test_every_shape_comes_back_within_half_a_step(shape, bits):
     values = torch.randn(shape) * 3 + 1
-    parts = quantize(values)
+    parts = quantize(values, bits=bits)
     back = dequantize(parts, values.shape)
     assert back.shape == values.shape and back.dtype == torch.float32
     # The chosen range may cut the extremes by a fifth; what is inside is half a step off at most.
     error = (back - values).abs()
     assert error.square().mean() < (0.35 * parts["step"].float().max()) ** 2 + 1e-5
-    assert parts["codes"].numel() * 2 == -(-values.numel() // GROUP) * GROUP
+    assert parts["codes"].numel() * 8 // bits == -(-values.numel() // GROUP) * GROUP
 
 
 def test_constants_and_zeros_are_kept():
