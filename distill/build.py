@@ -33,6 +33,7 @@ from eval.benchmarks import Sample
 from eval.protocol import Protocol
 from students import Student
 from teachers import Card
+from teachers.checkpoint import pocket
 
 Teachers = list[tuple[str, Any]]
 
@@ -189,6 +190,10 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
 # --- student ----------------------------------------------------------------------------------------------------------
 
 
+def _student_folder(name: str) -> Path:
+    return pocket() if name == "pocket" else Path(name)
+
+
 def make_student(recipe: Recipe) -> Student:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
     spec = recipe.student
@@ -197,6 +202,14 @@ def make_student(recipe: Recipe) -> Student:
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
         return student
     options = dict(spec.encoder_options)
+    begun = checkpoint.load(_student_folder(spec.encoder_start)).encoder if spec.encoder_start else None
+    if begun is not None:
+        if options or spec.weights or begun.name != spec.encoder:
+            raise RecipeError(
+                f"student.encoder_start takes the encoder of {spec.encoder_start}, {begun.name}, as it is: say "
+                f'encoder = "{begun.name}", and neither weights nor encoder_options'
+            )
+        options = dict(begun.options) | {"frozen": False}
     if spec.weights:
         options["weights"] = spec.weights
     if recipe.train.freeze_encoder:
@@ -210,6 +223,8 @@ def make_student(recipe: Recipe) -> Student:
             decoder_options=spec.decoder_options,
             native_size=spec.native_size or recipe.crops.size,
         )
+    if begun is not None:
+        student.encoder.load_state_dict(begun.state_dict())
     if spec.decoder_start:
         checkpoint.load_decoder(student, spec.decoder_start)
     return student
@@ -217,7 +232,7 @@ def make_student(recipe: Recipe) -> Student:
 
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
-    pretrained = bool(recipe.student.weights or recipe.student.start)
+    pretrained = bool(recipe.student.weights or recipe.student.start or recipe.student.encoder_start)
     if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
         return None
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)

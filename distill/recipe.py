@@ -136,8 +136,8 @@ class Labels:
 class Student:
     """The network that learns. encoder: a timm name or alias. weights: "" (random), "pretrained" or a local file.
 
-    start: a checkpoint folder to start from instead. decoder_start: one whose decoder to start from, beside the
-    encoder of `weights`. native_size: the short side it is used at; crops.size by default.
+    start: a checkpoint folder to start from instead. decoder_start, encoder_start: one whose decoder, or whose whole
+    encoder, to start from ("pocket": the embedded one). native_size: the short side it is used at; crops.size by default.
     """
 
     encoder: str = "vit_small_patch16_dinov3"
@@ -147,6 +147,7 @@ class Student:
     decoder_options: dict[str, Any] = _table()
     start: str = ""
     decoder_start: str = ""
+    encoder_start: str = ""
     native_size: int = 0
     leave_out_frozen_encoder: bool = False
 

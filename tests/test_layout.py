@@ -46,14 +46,18 @@ ORDER = [
     "distill.train",
     "eval",
     "eval.metrics",
+    "eval.boundary",
     "eval.protocol",
     "eval.benchmarks.",
     "eval.fit",
     "eval.prior",
     "eval.stored",
+    "eval.da2k",
     "eval.score",
-    "eval.compare",
     "eval.figures",
+    "eval.page",
+    "eval.gallery",
+    "eval.scoreboard",
     "eval.report",
     "distill.recipe",
     "distill.build",
@@ -85,6 +89,7 @@ MATHS = [
     "distill.objective",
     "distill.quantize",
     "eval.metrics",
+    "eval.boundary",
 ]
 IMPURE = {"pathlib", "os", "json", "tomllib", "shutil", "subprocess", "accelerate", "PIL", "cv2", "safetensors", "rich"}
 
