@@ -137,7 +137,7 @@ class Student:
     """The network that learns. encoder: a timm name or alias. weights: "" (random), "pretrained" or a local file.
 
     start: a checkpoint folder to start from instead. decoder_start, encoder_start: one whose decoder, or whose whole
-    encoder, to start from ("pocket": the embedded one). native_size: the short side it is used at; crops.size by default.
+    encoder, to start from ("pocket": the embedded one). native_size: the short side it is used at (crops.size).
     """
 
     encoder: str = "vit_small_patch16_dinov3"
