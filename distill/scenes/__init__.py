@@ -1,7 +1,7 @@
 """Ray-cast views with exact depth: rooms, corridors, halls, tables, streets and open country. Pure torch, no files.
 
 `render(seed)` is a pure function: the same bits on every call, whatever the global generators or the number of
-threads. Colour is anti-aliased (pixel centre and its four corners, weights 1/2 and 1/8); depth is that of the pixel's
+threads; it works in one, so render in several processes or threads for speed. Colour is anti-aliased (pixel centre and its four corners, weights 1/2 and 1/8); depth is that of the pixel's
 centre alone, so edges stay sharp. Training and the benchmark draw their seeds from disjoint ranges.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.scenes import texture
-from distill.scenes.cast import Cluster, Surfaces, cast, clusters, shadow, surfaces
+from distill.scenes.cast import Surfaces, cast, clusters, shadow, surfaces
 from distill.scenes.indoors import corridor, hall, room, table
 from distill.scenes.outdoors import country, street
 from distill.scenes.stage import Stage
@@ -32,7 +32,6 @@ _LAYOUTS: dict[str, tuple[Callable[[Stage], None], float]] = {
 KINDS = tuple(_LAYOUTS)
 OUTDOORS = ("street", "country")
 _STREAM = 7919
-_PIECE = 16384  # points shaded together: their temporaries stay in the cache
 TRAIN_SEEDS = range(1_000_000, 2_000_000_000)
 BENCHMARK_SEEDS = range(0, 64)
 
@@ -71,7 +70,13 @@ def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = 
     kind = drawn if kind is None else kind
     stage = Stage(rng=rng)
     _LAYOUTS[kind][0](stage)
-    depth, colour = _light_up(stage, size)
+    threads = torch.get_num_threads()
+    # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
+    torch.set_num_threads(1)
+    try:
+        depth, colour = _light_up(stage, size)
+    finally:
+        torch.set_num_threads(threads)
     height, width = size
     centre, corner = colour[:, 1, :height, :width], colour[:, 0]
     around = corner[:, :-1, :-1] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, 1:, 1:]
@@ -93,16 +98,14 @@ def _light_up(stage: Stage, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     if len(empty):
         colour[:, empty] = _sky(stage, [r.reshape(-1)[empty] for r in rays])
     solid = torch.nonzero(hits.surface.reshape(-1) >= 0)[:, 0]
-    look = _Look(surfaces(stage.solids), texture.table(stage.materials), clusters(stage.solids))
-    for piece in solid.split(_PIECE):
-        t = hits.depth.reshape(-1)[piece]
-        ray = [r.reshape(-1)[piece] for r in rays]
-        seen = _shade(stage, look, hits.surface.reshape(-1)[piece], t, ray, 1.0 / (camera.focal * width))
-        if stage.haze:
-            clear = (stage.haze / (stage.haze + t)) ** 2
-            horizon = torch.tensor(stage.sky[0] if stage.sky else stage.ambient[0])[:, None]
-            seen = seen * clear + horizon * (1 - clear)
-        colour[:, piece] = seen
+    t = hits.depth.reshape(-1)[solid]
+    ray = [r.reshape(-1)[solid] for r in rays]
+    seen = _shade(stage, hits.surface.reshape(-1)[solid], t, ray, 1.0 / (camera.focal * width))
+    if stage.haze:
+        clear = (stage.haze / (stage.haze + t)) ** 2
+        horizon = torch.tensor(stage.sky[0] if stage.sky else stage.ambient[0])[:, None]
+        seen = seen * clear + horizon * (1 - clear)
+    colour[:, solid] = seen
     return hits.depth, colour.reshape(3, *hits.depth.shape)
 
 
@@ -130,20 +133,12 @@ def _surface_points(
     return point, normal, [_dot(away, a) for a in axes], [_dot(normal, a) for a in axes]
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    """A stage's tables: surfaces, materials (patterns and numbers), and shadow casters."""
-
-    surfaces: Surfaces
-    materials: tuple[Tensor, Tensor]
-    casters: tuple[Cluster, ...]
-
-
-def _shade(stage: Stage, look: _Look, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: float) -> Tensor:
+def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: float) -> Tensor:
     """Linear colour (3,N) of the points at `t` along the rays."""
-    point, normal, own, own_normal = _surface_points(stage, look.surfaces, rows, t, ray)
-    material = look.surfaces.material[rows]
-    patterns, numbers = look.materials
+    surface = surfaces(stage.solids)
+    point, normal, own, own_normal = _surface_points(stage, surface, rows, t, ray)
+    material = surface.material[rows]
+    patterns, numbers = texture.table(stage.materials)
     number = numbers[material]
     # Texture is laid along the axis that the surface faces most.
     x, y, z = (c.abs() for c in own_normal)
@@ -162,6 +157,7 @@ def _shade(stage: Stage, look: _Look, rows: Tensor, t: Tensor, ray: list[Tensor]
     light = (up * share + down * (1 - share)) * torch.where(normal[1] < 0.7, near_floor, 1.0) * _corners(stage, point)
     shine = torch.zeros_like(light)
     lifted = [p + n * (1e-3 + 1e-3 * t) for p, n in zip(point, normal, strict=True)]
+    groups = clusters(stage.solids)
     for lamp in stage.lights:
         if lamp.sun:
             towards = [torch.tensor(c) for c in lamp.place]
@@ -172,7 +168,7 @@ def _shade(stage: Stage, look: _Look, rows: Tensor, t: Tensor, ray: list[Tensor]
             towards, power = _unit(away), lamp.reach**2 / (lamp.reach**2 + square)
         slope = torch.where(_dot(normal, towards) > 0, _dot(bent, towards), 0.0)
         lit = torch.nonzero(slope > 0)[:, 0]
-        hidden = shadow(look.casters, [p[lit] for p in lifted], lamp.place, sun=lamp.sun)
+        hidden = shadow(groups, [p[lit] for p in lifted], lamp.place, sun=lamp.sun)
         strength = torch.zeros_like(t)
         strength[lit] = torch.where(hidden, 0.0, 1.0)
         strength = strength * power
