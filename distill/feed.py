@@ -23,13 +23,16 @@ PREFETCH = 4  # micro-batches per worker that lie ready
 
 
 class Labelled(Protocol):
-    """A map-style dataset of samples. image_keys: one per sample; samples of one image share it."""
+    """A map-style dataset of samples."""
 
-    image_keys: Sequence[str]
+    @property
+    def image_keys(self) -> Sequence[str]:
+        """One per sample; samples of one image share it."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Any: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 Collate = Callable[[list[Any]], Batch]

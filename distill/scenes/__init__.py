@@ -1,8 +1,9 @@
 """Ray-cast views with exact depth: rooms, corridors, halls, tables, streets and open country. Pure torch, no files.
 
 `render(seed)` is a pure function: the same bits on every call, whatever the global generators or the number of
-threads; it works in one, so render in several processes or threads for speed. Colour is anti-aliased (pixel centre and its four corners, weights 1/2 and 1/8); depth is that of the pixel's
-centre alone, so edges stay sharp. Training and the benchmark draw their seeds from disjoint ranges.
+threads. It works in one thread: for speed, render in several processes or threads. Colour is anti-aliased (pixel centre
+and its four corners, weights 1/2 and 1/8); depth is that of the pixel's centre alone, so edges stay sharp. Training and
+the benchmark draw their seeds from disjoint ranges.
 """
 
 from __future__ import annotations
