@@ -317,7 +317,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, p
     killed = 0
     for attempt in range(7):
         world = 1 + attempt % 2
-        begun = [processes.Process(target=work, args=(tmp_path, out, r, world, 0.003)) for r in range(world)]
+        begun = [processes.Process(target=work, args=(tmp_path, out, r, world, 0.05)) for r in range(world)]
         for process in begun:
             process.start()
         time.sleep(rng.uniform(0.02, 0.25))

@@ -18,9 +18,7 @@ from eval.protocol import Protocol, list_hash
 
 _KEY = "motorcycle_left.png"
 
-PROTOCOL = Protocol(
-    benchmark="motorcycle", num_images=1, list_sha256=list_hash([_KEY]), mask="finite stereo disparity"
-)
+PROTOCOL = Protocol(benchmark="motorcycle", num_images=1, list_sha256=list_hash([_KEY]), mask="finite stereo disparity")
 
 
 def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
