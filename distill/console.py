@@ -7,6 +7,7 @@ Only the first process of several speaks.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -17,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 _quiet = os.environ.get("RANK", "0") != "0"
-_out = Console(quiet=_quiet, soft_wrap=True)
+# A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
+_out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
 
 
