@@ -24,11 +24,12 @@ from distill import checkpoint, sources
 from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
 from distill.plugins import find, option_faults
-from distill.recipe import Benchmark, Images, Recipe, RecipeError, as_table
+from distill.recipe import Benchmark, Images, Recipe, as_table
 from distill.scenes import TRAIN_SEEDS
 from distill.schedule import TrainSettings
 from distill.shards import LabelDataset
 from distill.sources import InputShard, Scan
+from distill.strict import RecipeError
 from eval.benchmarks import Sample
 from eval.protocol import Protocol
 from students import Student

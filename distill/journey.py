@@ -21,7 +21,8 @@ import distill
 from distill import build, checkpoint, shards
 from distill.console import note, progress, say, table
 from distill.label import TRUTH, Outcome, label
-from distill.recipe import Recipe, RecipeError, as_table, dumps
+from distill.recipe import Recipe, as_table, dumps
+from distill.strict import RecipeError
 from distill.train import TrainResult, train
 from eval import score as scoring
 from teachers.checkpoint import Teacher as CheckpointTeacher

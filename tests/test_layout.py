@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Files are read in this order and import only what has been read before. A trailing dot stands for a folder.
 ORDER = [
     "distill.plugins",
+    "distill.findings",
     "distill.depth",
     "distill.align",
     "distill.crops",
@@ -59,10 +60,12 @@ ORDER = [
     "eval.gallery",
     "eval.scoreboard",
     "eval.report",
+    "distill.strict",
     "distill.recipe",
     "distill.build",
     "distill.console",
     "distill.journey",
+    "distill.verbs.",
     "distill.cli",
     "distill.__main__",
 ]
@@ -75,7 +78,7 @@ OWNERS = {
     "diffusers": ["teachers."],
     "tensorboard": ["distill.train"],
     "tomli_w": ["distill.recipe"],
-    "argparse": ["distill.cli"],
+    "argparse": ["distill.cli", "distill.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.
 MATHS = [

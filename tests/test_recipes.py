@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill import recipe as recipes
+from distill import strict
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card"))
@@ -34,7 +35,7 @@ def write(tmp_path: Path, text: str) -> Path:
 
 def faults(tmp_path: Path, text: str, *overrides: str) -> list[str]:
     path = write(tmp_path, text)
-    with pytest.raises(recipes.RecipeError) as caught:
+    with pytest.raises(strict.RecipeError) as caught:
         recipes.load(path, overrides)
     return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
 
@@ -116,7 +117,7 @@ def test_a_teacher_named_twice_needs_an_alias(tmp_path):
 
 def test_broken_toml_missing_file_and_bad_set(tmp_path):
     assert faults(tmp_path, "[run\n")[0].startswith("not valid TOML: ")
-    with pytest.raises(recipes.RecipeError, match="no such recipe.*r.toml"):
+    with pytest.raises(strict.RecipeError, match="no such recipe.*r.toml"):
         recipes.load(tmp_path / "q.toml")
     path = write(tmp_path, GOOD)
     for bad, message in {
@@ -125,5 +126,5 @@ def test_broken_toml_missing_file_and_bad_set(tmp_path):
         "train.steps.more=1": "is not a table|train.steps",
         "train.stps=3": "unknown key train.stps; did you mean train.steps",
     }.items():
-        with pytest.raises(recipes.RecipeError, match=message):
+        with pytest.raises(strict.RecipeError, match=message):
             recipes.load(path, [bad])
