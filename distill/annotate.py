@@ -22,12 +22,13 @@ from torch.utils.data import Dataset
 from distill.codec import Sample
 from distill.crops import Plan, Square, TooSmall, cut_patches, cut_region, plan
 from distill.depth import DepthMap, Kind, cat
+from distill.faults import Faults
 from distill.labels import Labels
 from distill.sources import BadImage, InputShard, Photo, Rejected
 from teachers import Teacher
 
 TRUTH: Literal["truth"] = "truth"
-Teachers: TypeAlias = Sequence[tuple[str, Teacher | Literal["truth"]]]
+Teachers: TypeAlias = Sequence[tuple[str, Teacher | Literal["truth"] | Faults]]
 
 # A teacher that fails on so many samples in a row is broken, not the images.
 FAILURES_IN_A_ROW = 20
@@ -175,7 +176,7 @@ class _Desk:
 
     def __init__(self, teachers: Teachers, batch_size: int, store: str) -> None:
         self.teachers, self.batch_size, self.store = teachers, batch_size, store
-        self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str)]
+        self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str | Faults)]
         self.order: deque[_Waiting] = deque()
         self.queues: dict[int, list[tuple[_Waiting, int]]] = {}  # crops by size: a batch has one
         self.asked = self.failed = self.in_a_row = 0
@@ -282,10 +283,11 @@ def _finish(job: Job, waiting: _Waiting, teachers: Teachers, store: str) -> Samp
     labels: dict[str, Labels] = {}
     predicted: dict[str, dict[str, str]] = {}
     for name, teacher in teachers:
-        if isinstance(teacher, str):
+        if isinstance(teacher, str | Faults):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
-            shared, local = job.truth.shared, job.truth.local
+            said = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
+            shared, local = said.shared, said.local
         else:
             maps = [one for one in waiting.maps[name] if one is not None]
             shared, local = maps[0], cat(maps[1:]) if len(maps) > 1 else None

@@ -21,6 +21,7 @@ from torch import nn
 
 import students
 from distill import checkpoint, sources
+from distill.faults import Faults
 from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
 from distill.plugins import find, option_faults
@@ -127,20 +128,19 @@ def check_teachers(recipe: Recipe) -> None:
         raise RecipeError("the recipe names no teachers: add a [[teachers]] table")
     faults = []
     for i, spec in enumerate(recipe.teachers):
-        if spec.name != TRUTH:
-            load = find("teachers", spec.name).Teacher.load
-            faults += option_faults(load, spec.options, f"teachers[{i}].options")
+        load = Faults if spec.name == TRUTH else find("teachers", spec.name).Teacher.load
+        faults += option_faults(load, spec.options, f"teachers[{i}].options")
     if faults:
         raise RecipeError("\n".join(faults))
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
-    """(label, teacher) pairs in the recipe's order; "truth" stays a word. Refuses kinds and licences."""
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Faults. Refuses kinds and licences."""
     check_teachers(recipe)
     loaded: Teachers = []
     for spec in recipe.teachers:
         if spec.name == TRUTH:
-            loaded.append((spec.label, TRUTH))
+            loaded.append((spec.label, Faults(**spec.options) if spec.options else TRUTH))
             continue
         plugin = find("teachers", spec.name)
         weights = spec.weights or plugin.CARDS[0].weights
@@ -216,7 +216,7 @@ def make_student(recipe: Recipe) -> Student:
     if recipe.train.freeze_encoder:
         options["frozen"] = True
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.run.seed)
+        torch.manual_seed(training_seed(recipe))
         student = students.build(
             encoder=spec.encoder,
             decoder=spec.decoder,
@@ -260,10 +260,16 @@ def make_objective(recipe: Recipe) -> Objective:
 def train_settings(recipe: Recipe) -> TrainSettings:
     """[train] as the trainer takes it; with two teachers the first is drawn `primary_ratio` of the time."""
     table = dataclasses.asdict(recipe.train)
-    ratio = table.pop("primary_ratio")
+    ratio, seed = table.pop("primary_ratio"), training_seed(recipe)
+    table.pop("seed")
     names = [t.label for t in recipe.teachers]
     mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
-    return TrainSettings(seed=recipe.run.seed, teachers=mix, cpu=device(recipe).type == "cpu", **table)
+    return TrainSettings(seed=seed, teachers=mix, cpu=device(recipe).type == "cpu", **table)
+
+
+def training_seed(recipe: Recipe) -> int:
+    """What a student's random weights, order and teacher choices are drawn from; labels know run.seed alone."""
+    return recipe.run.seed if recipe.train.seed < 0 else recipe.train.seed
 
 
 def identity(recipe: Recipe) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from distill.annotate import TRUTH, CropSettings, Teachers, stored_kind
 from distill.codec import VERSION, dump_json
 from distill.depth import Kind
+from distill.faults import Faults
 from distill.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
 from distill.sources import InputShard
 
@@ -21,6 +22,8 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
     """What is written about a teacher; `stored` is the kind of its labels."""
     if isinstance(teacher, str):
         return {"name": TRUTH, "licence": "that of the images"}
+    if isinstance(teacher, Faults):
+        return {"name": TRUTH, "licence": "that of the images", "faults": asdict(teacher)}
     kind = Kind(teacher.card.kind)
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 

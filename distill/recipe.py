@@ -84,6 +84,8 @@ class Crops:
 class Teacher:
     """A file of teachers/ with its weights and options; "truth" is the source's own ground truth.
 
+    Options spoil the truth in known ways (distill.faults).
+
     alias: the name in labels, logs and tables; the plug-in's name by default.
     """
 
@@ -176,7 +178,8 @@ class Loss:
 class Train:
     """The loop (distill.train.TrainSettings has the meaning of each). batch_size is global, however many processes run.
 
-    primary_ratio: how often the first teacher is asked where there are two (paper: 0.7).
+    primary_ratio: how often the first teacher is asked where there are two (paper: 0.7). seed: run.seed where negative;
+    with one of its own, several trainings share their labels.
     """
 
     steps: int = 20_000
@@ -199,12 +202,13 @@ class Train:
     workers: int = 2
     hflip: bool = True
     colour: float = 0.0
+    seed: int = -1
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.accumulate < 1:
             raise ValueError("steps, batch_size and accumulate must be at least 1")
-        if not 0.0 < self.primary_ratio <= 1.0:
-            raise ValueError(f"primary_ratio must be in (0, 1], not {self.primary_ratio}")
+        if not 0.0 <= self.primary_ratio <= 1.0:
+            raise ValueError(f"primary_ratio must be in [0, 1], not {self.primary_ratio}")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"holdout must be in [0, 1), not {self.holdout}")
 

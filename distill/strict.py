@@ -39,6 +39,8 @@ def _expected(hint: Any) -> str:
 
 
 def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
+    if hint is Any:
+        return value
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return _read_table(typing.cast(type, hint), value, path, faults)

@@ -107,7 +107,7 @@ def _strip(run_dir: Path, label: str, sample: Sample, scores: Sequence[Score]) -
     ]
     for score in scores:
         image = next(i for i in score.images if i.key == sample.key)
-        pred = _aligned(run_dir / "predictions" / _slug(score) / label / sample.prediction_path, image, score, truth)
+        pred = aligned(run_dir / "predictions" / _slug(score) / label / sample.prediction_path, image, score, truth)
         if pred is None or image.metrics is None:
             shown.append(f'<p class="missing">{escape(score.model)}: {escape(image.problem or "not scored")}</p>')
             continue
@@ -122,7 +122,7 @@ def _strip(run_dir: Path, label: str, sample: Sample, scores: Sequence[Score]) -
     return f'<div class="strip">{columns}</div>{figures.depth_legend(span)}'
 
 
-def _aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:
+def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:
     """A stored prediction as depth, by the scale and shift of its score; None where it was not scored."""
     if image.metrics is None or image.scale is None or image.shift is None:
         return None

@@ -10,7 +10,8 @@ from distill import recipe as recipes
 from distill import strict
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card"))
+STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card") and p not in STUDIES)
 GOOD = """
 [run]
 name = "try"

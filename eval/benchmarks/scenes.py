@@ -60,8 +60,8 @@ def _chosen(list_file: Path) -> list[str]:
     return keys
 
 
-# An image and its truth are asked for one after the other: two views kept save half of the rendering.
-@lru_cache(maxsize=2)
+# An image and its truth are asked for one after the other, and an ablation asks for all of them once per student.
+@lru_cache(maxsize=64)
 def _view(seed: int) -> View:
     return render(seed, size=(192, 256) if seed % 4 == 3 else (224, 224))
 
