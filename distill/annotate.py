@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.bridge import Bridged
 from distill.codec import Sample
 from distill.crops import Plan, Square, TooSmall, cut_patches, cut_region, plan
 from distill.depth import DepthMap, Kind, cat
@@ -281,7 +282,7 @@ def _finish(job: Job, waiting: _Waiting, teachers: Teachers, store: str) -> Samp
     if waiting.problem:
         return Rejected(job.origin, job.key, waiting.problem)
     labels: dict[str, Labels] = {}
-    predicted: dict[str, dict[str, str]] = {}
+    predicted: dict[str, dict[str, Any]] = {}
     for name, teacher in teachers:
         if isinstance(teacher, str | Faults):
             if job.truth is None:
@@ -295,6 +296,8 @@ def _finish(job: Job, waiting: _Waiting, teachers: Teachers, store: str) -> Samp
         shared, local = stored(shared, store), None if local is None else stored(local, store)
         if not shared.valid.any():
             return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
+        if isinstance(teacher, Bridged):
+            shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, labels[teacher.primary])
         labels[name] = Labels(shared, local, job.boxes if local is not None else job.boxes[:, :0])
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted})
 

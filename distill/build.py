@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -21,11 +22,13 @@ from torch import nn
 
 import students
 from distill import checkpoint, sources
+from distill.bridge import Bridged
 from distill.faults import Faults
 from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
 from distill.plugins import find, option_faults
-from distill.recipe import Benchmark, Images, Recipe, as_table
+from distill.recipe import Benchmark, Images, Loss, Recipe, as_table
+from distill.recipe import Teacher as TeacherSpec
 from distill.scenes import TRAIN_SEEDS
 from distill.schedule import TrainSettings
 from distill.shards import LabelDataset
@@ -34,7 +37,9 @@ from distill.strict import RecipeError
 from eval.benchmarks import Sample
 from eval.protocol import Protocol
 from students import Student
+from students.encoder import read_state
 from teachers import Card
+from teachers._sky import POLICIES, under_policy
 from teachers.checkpoint import pocket
 
 Teachers = list[tuple[str, Any]]
@@ -130,21 +135,40 @@ def check_teachers(recipe: Recipe) -> None:
     for i, spec in enumerate(recipe.teachers):
         load = Faults if spec.name == TRUTH else find("teachers", spec.name).Teacher.load
         faults += option_faults(load, spec.options, f"teachers[{i}].options")
+        if recipe.labels.sky != "own" and "sky" in spec.options:
+            faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
     if faults:
         raise RecipeError("\n".join(faults))
 
 
-def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
-    """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Faults. Refuses kinds and licences."""
+def check_two(recipe: Recipe) -> None:
+    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number."""
+    if len(recipe.teachers) > 2:
+        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(recipe.teachers)}")
+
+
+def load_teacher(spec: TeacherSpec, *, on: torch.device, sky: str = "own") -> Any:
+    """One [[teachers]] table as a loaded teacher, whatever its kind and licence. sky: labels.sky, or its own rule."""
+    plugin = find("teachers", spec.name)
+    weights = spec.weights or plugin.CARDS[0].weights
+    options = dict(spec.options)
+    if sky != "own" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
+        options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
+    return plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
+
+
+def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "own") -> Teachers:
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Faults. Refuses kinds and licences.
+
+    sky: labels.sky where they make labels; a score asks them as they are.
+    """
     check_teachers(recipe)
     loaded: Teachers = []
     for spec in recipe.teachers:
         if spec.name == TRUTH:
             loaded.append((spec.label, Faults(**spec.options) if spec.options else TRUTH))
             continue
-        plugin = find("teachers", spec.name)
-        weights = spec.weights or plugin.CARDS[0].weights
-        teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **spec.options)
+        teacher = load_teacher(spec, on=on, sky=sky)
         card: Card = teacher.card
         if recipe.labels.commercial_only and not card.commercial:
             raise RecipeError(
@@ -152,12 +176,31 @@ def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
                 f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
             )
         if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
-            raise RecipeError(
-                f"teacher {spec.label} predicts {card.kind}, which cannot become the disparity that the student learns "
-                "(its shift is unknown): use its disparity checkpoint, or leave it out"
-            )
+            teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
         loaded.append((spec.label, teacher))
-    return loaded
+    if sky not in POLICIES:
+        return loaded
+    # A bridge is fitted to maps that follow the policy already.
+    plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
+    return [
+        (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
+        for (_, old), (name, new) in zip(loaded, plain, strict=True)
+    ]
+
+
+def _bridged(recipe: Recipe, spec: TeacherSpec, teacher: Any, *, primary: str) -> Bridged:
+    """An assistant of affine depth, taken by way of the primary; raises RecipeError where the recipe has no bridge."""
+    trouble = (
+        f"teacher {spec.label} predicts {teacher.card.kind}, which cannot become the disparity that the student learns "
+        "(its shift is unknown): use its disparity checkpoint, leave it out, or "
+    )
+    if not recipe.labels.bridge:
+        raise RecipeError(
+            f'{trouble}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
+        )
+    if not primary:
+        raise RecipeError(f'{trouble}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
+    return Bridged(teacher, primary, recipe.labels.bridge_residual)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -165,18 +208,29 @@ def load_teachers(recipe: Recipe, *, on: torch.device) -> Teachers:
 
 def labels_folder(recipe: Recipe) -> Path:
     """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else."""
+    check_two(recipe)
     table = as_table(recipe)
-    seed = {"seed": recipe.run.seed, "store": recipe.labels.store, "part": recipe.labels.samples_per_part}
+    seed: dict[str, Any] = {
+        "seed": recipe.run.seed,
+        "store": recipe.labels.store,
+        "part": recipe.labels.samples_per_part,
+    }
+    seed["codec"] = recipe.labels.codec
+    if recipe.labels.sky != "own":
+        seed["sky"] = recipe.labels.sky
+    if recipe.labels.bridge:  # labels without one keep the address that they had before there was one
+        seed |= {"bridge": recipe.labels.bridge, "bridge_residual": recipe.labels.bridge_residual}
     address = labels_hash(table["images"], {**table["crops"], **seed}, table["teachers"])
     return Path(recipe.labels.root or recipe.run.folder / "labels") / address
 
 
 def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     """The labels to learn from: the finished folder, or teachers asked on the fly."""
+    check_two(recipe)
     if recipe.labels.online:
         return OnlineDataset(
             input_shards(recipe),
-            load_teachers(recipe, on=device(recipe)),
+            load_teachers(recipe, on=device(recipe), sky=recipe.labels.sky),
             crops=crop_settings(recipe),
             draws=recipe.crops.draws,
             seed=recipe.run.seed,
@@ -221,14 +275,33 @@ def make_student(recipe: Recipe) -> Student:
             encoder=spec.encoder,
             decoder=spec.decoder,
             encoder_options=options,
-            decoder_options=spec.decoder_options,
+            decoder_options=_decoder_options(recipe),
             native_size=spec.native_size or recipe.crops.size,
         )
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
     if spec.decoder_start:
         checkpoint.load_decoder(student, spec.decoder_start)
+    if spec.decoder_weights:
+        student.decoder.load_released(read_state(Path(spec.decoder_weights)))
     return student
+
+
+def _decoder_options(recipe: Recipe) -> dict[str, Any]:
+    norm = "batch" if recipe.student.norm == "sync" else recipe.student.norm
+    return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
+
+
+def batch_norm_note(recipe: Recipe, student: Student) -> str:
+    """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
+    settings, seen = train_settings(recipe), recipe.train.batch_size // (recipe.train.accumulate * process()[1])
+    learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
+    if not learns or settings.batchnorm != "batch" or (seen == recipe.train.batch_size and seen >= 4):
+        return ""
+    return (
+        f"BatchNorm sees {seen} of a step's {recipe.train.batch_size} images at a time, so the result depends on "
+        'processes and accumulate: student.norm = "group" or "frozen" does not, "sync" joins the processes'
+    )
 
 
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
@@ -254,6 +327,9 @@ def make_objective(recipe: Recipe) -> Objective:
         trim_top=loss.trim_top,
         label_only=loss.label_only,
         feature_margin=loss.feature_margin,
+        faithful=loss.faithful,
+        contexts=loss.contexts,
+        patch_resolution=loss.patch_resolution,
     )
 
 
@@ -264,6 +340,8 @@ def train_settings(recipe: Recipe) -> TrainSettings:
     table.pop("seed")
     names = [t.label for t in recipe.teachers]
     mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
+    if recipe.student.norm in ("sync", "frozen"):
+        table["batchnorm"] = recipe.student.norm
     return TrainSettings(seed=seed, teachers=mix, cpu=device(recipe).type == "cpu", **table)
 
 
@@ -274,8 +352,11 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    table = as_table(recipe)
-    what = [labels_folder(recipe).name, table["student"], table["loss"]]
+    table, later = as_table(recipe), Loss()
+    # Keys that came after the first runs count only where they are used, so that those runs can be continued.
+    unused = [key for key in ("faithful", "contexts", "patch_resolution") if table["loss"][key] == getattr(later, key)]
+    loss = {key: value for key, value in table["loss"].items() if key not in unused}
+    what = [labels_folder(recipe).name, table["student"], loss]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -288,6 +369,13 @@ def benchmark(spec: Benchmark) -> tuple[Protocol, list[Sample]]:
     found: Sequence[Sample] = module.samples(spec.root or None, spec.list or None)
     protocol: Protocol = module.PROTOCOL
     return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+
+
+def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
+    """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
+    spec = next((t for t in recipe.teachers if t.label == model), None)
+    said: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
+    return {key: value for key, value in said.items() if value not in ({}, "float32")}
 
 
 def prior_samples(spec: Benchmark) -> list[Sample]:

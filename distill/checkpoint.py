@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import students
+from distill.modelcard import model_card
 from distill.quantize import dequantize, quantize
 from students import Student
 from students.encoder import file_sha256
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
+EXPORTS = ("model.onnx", "model.pt2")  # made from the weights (distill.exports): a new save takes the old ones away
+EMBEDDED = "pocket"
 
 
 def save(
@@ -77,7 +81,7 @@ def save(
     }
     files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
-        files[CARD] = _readme(folder.name, card).encode()
+        files[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
     _write(folder, files)
     return folder
 
@@ -121,6 +125,39 @@ def load(
             raise ValueError(f"{weights_path}: {what} {', '.join(keys[:3])} ({len(keys)} in all)")
     student.load_state_dict(state, strict=False)
     return student.to(device).eval()
+
+
+def from_pretrained(name: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None) -> Student:
+    """The student called `name` (see `fetch`), in float32 and evaluation mode."""
+    return load(fetch(name, revision=revision), device=device)
+
+
+def fetch(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a student: "pocket" (the one that ships with us), a local folder, or OWNER/NAME on the hub.
+
+    A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
+    Raises FileNotFoundError or OSError in one line where there is none, or no network.
+    """
+    if name == EMBEDDED:
+        return Path(__file__).parent / "assets" / EMBEDDED
+    folder = Path(name).expanduser()
+    if folder.exists() or isinstance(name, Path):
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(
+            f'{name}: no such folder; give a student\'s folder, "{EMBEDDED}", or OWNER/NAME on the hub'
+        )
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    files = [WEIGHTS, DESCRIPTION, CARD]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(f"{name}: no such folder here, and the hub cannot be reached (offline?)") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(f"{name}: no such folder here, and the hub says: {reason}") from error
 
 
 def load_decoder(student: Student, folder: str | Path) -> None:
@@ -252,14 +289,6 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
 
 
-def _readme(name: str, card: Mapping[str, Any]) -> str:
-    rows = [
-        f"| {key} | {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)} |"
-        for key, value in card.items()
-    ]
-    return "\n".join([f"# {card.get('name', name)}", "", "| | |", "|---|---|", *rows, ""])
-
-
 def _aside(folder: Path, what: str) -> Path:
     return folder.parent / f".{folder.name}.{what}"
 
@@ -269,7 +298,7 @@ def _check_place(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; a student needs a folder")
-    others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, DESCRIPTION, CARD))
+    others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, DESCRIPTION, CARD, *EXPORTS))
     if others:
         raise FileExistsError(f"{folder}: holds {others[0]}; a student is only saved to a folder of its own")
 

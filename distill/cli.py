@@ -19,6 +19,7 @@ ORDER = [
     "verify",
     "inspect",
     "train",
+    "fetch",
     "score",
     "report",
     "ablate",

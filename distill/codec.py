@@ -1,22 +1,27 @@
 """One sample: what it holds, how several make a batch, and how it becomes bytes and comes back.
 
-As bytes it is a jpg of the region, 16-bit PNGs of its labels and a json that explains them; see distill.shards.
+As bytes it is a jpg of the region, its labels in one of CODECS and a json that explains them; see distill.shards.
+A decoder is handed only bytes whose checksum is right: damaged ones make some decoders crash or take minutes.
 
 Shapes: S region size, N patches per region, P patch size.
 """
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
+import imagecodecs
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -24,13 +29,110 @@ from distill.depth import DepthMap, Kind, cat
 from distill.labels import Batch, Labels
 
 VERSION = 1
-CODEC = "png16"
-_CODES = 65534  # steps between code 1 and code 65535; code 0 is an invalid pixel
+MAX_ERROR = 1 / 8192  # of a map's range: what every codec promises
+# From tests/speed/codecs.py: a fifth of png16's bytes. High-throughput JPEG 2000 is as small and twice as fast, but the
+# decoder in imagecodecs crashes the process on damaged bytes, which a label shard from elsewhere may hold.
+DEFAULT_CODEC = "jls"
+
 # Paeth with moderate deflate is a fifth smaller than the fastest setting, at 14 ms against 6 for 560 x 560.
 _PNG = (
     *(cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
     *((cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH) if hasattr(cv2, "IMWRITE_PNG_FILTER") else ()),
 )
+# JPEG-LS changes a code by at most this. 8 would break MAX_ERROR, for rounding to a code costs another half.
+_NEAR = 7
+
+Codes = NDArray[np.uint16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Codec:
+    """How the numbers of a map become bytes, by way of 16-bit codes.
+
+    suffix: of the tar member. bound: the largest error, as a fraction of the map's range. units: (65536,) float64, what
+    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units and bool
+    usable to codes. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
+    """
+
+    suffix: str
+    bound: float
+    units: NDArray[np.float64]
+    code: Callable[[NDArray[np.float64], NDArray[np.bool_]], Codes]
+    write: Callable[[Codes], bytes]
+    read: Callable[[bytes], NDArray[Any]]
+
+
+def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..., Codes], float]:
+    """Codes from `first` (lowest value) to 65535 (highest), and 0 for invalid: units, coder, error.
+
+    A coder that moves codes by up to `near` never makes a valid pixel invalid or the reverse where first > 2 near.
+    """
+    assert first > 2 * near
+    steps = 65535 - first
+    codes = np.arange(65536, dtype=np.float64)
+    units = np.where(codes > near, np.clip((codes - first) / steps, 0.0, 1.0), np.nan)
+
+    def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
+        return np.where(usable, np.rint(unit * steps) + first, 0.0).astype(np.uint16)
+
+    return units, code, (near + 0.5) / steps
+
+
+def _png16() -> Codec:
+    units, code, bound = _linear(1)
+
+    def write(codes: Codes) -> bytes:
+        done, png = cv2.imencode(".png", codes, _PNG)
+        assert done, "OpenCV refused to encode a 16-bit PNG"
+        return png.tobytes()
+
+    def read(data: bytes) -> NDArray[Any]:
+        codes = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
+        if codes is None:
+            raise ValueError("not a PNG")
+        return codes
+
+    return Codec(suffix="png", bound=bound, units=units, code=code, write=write, read=read)
+
+
+def _jls() -> Codec:
+    units, code, bound = _linear(2 * _NEAR + 2, near=_NEAR)
+
+    def write(codes: Codes) -> bytes:
+        return bytes(imagecodecs.jpegls_encode(codes, level=_NEAR))
+
+    def read(data: bytes) -> NDArray[Any]:
+        try:
+            return np.asarray(imagecodecs.jpegls_decode(data))
+        except (imagecodecs.JpeglsError, MemoryError) as error:
+            raise ValueError(f"not JPEG-LS ({error})") from error
+
+    return Codec(suffix="jls", bound=bound, units=units, code=code, write=write, read=read)
+
+
+def _float16() -> Codec:
+    # From -1 to 1, where half precision is twice as fine as from 0 to 1: off by 2**-12 of half the range at most.
+    halves = np.arange(65536).astype(np.uint16).view(np.float16)
+    units = (np.where(np.isfinite(halves), halves, np.float16(np.nan)).astype(np.float64) + 1.0) / 2.0
+
+    def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
+        return np.where(usable, 2.0 * unit - 1.0, np.nan).astype(np.float16).view(np.uint16)
+
+    def write(codes: Codes) -> bytes:
+        file = io.BytesIO()
+        np.save(file, codes.view(np.float16))
+        return gzip.compress(file.getvalue(), compresslevel=6, mtime=0)
+
+    def read(data: bytes) -> NDArray[Any]:
+        try:
+            return np.load(io.BytesIO(gzip.decompress(data)), allow_pickle=False).view(np.uint16)
+        except (OSError, EOFError, zlib.error, TypeError) as error:
+            raise ValueError(f"not a compressed npy ({error})") from error
+
+    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, code=code, write=write, read=read)
+
+
+CODECS = {"jls": _jls(), "png16": _png16(), "float16": _float16()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,73 +195,85 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     return Labels(shared, cat(maps), torch.stack(boxes))
 
 
-def encode_map(values: Tensor, valid: Tensor) -> tuple[bytes, dict[str, float | int]]:
-    """A map (H,W) as a 16-bit grey PNG and its range {"low", "high", "valid" (a count)}.
+def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, float | int]]:
+    """A map (H,W) in a codec, and its range {"low", "high", "valid" (a count)}.
 
-    Code 0 is an invalid or non-finite pixel; codes 1 to 65535 run from low to high, so that no value is off by more
-    than (high - low) / 131068. A constant map is all code 1; a map without a valid pixel has low = high = 0.
+    Non-finite pixels are invalid. No value is off by more than CODECS[codec].bound of high - low, and by the rounding
+    to float32; which pixels are valid is exact. A constant map is exact; one without a valid pixel has low = high = 0.
     """
     array = values.detach().cpu().double().numpy()
     usable = valid.cpu().numpy() & np.isfinite(array)
     count = int(usable.sum())
     low, high = (float(array[usable].min()), float(array[usable].max())) if count else (0.0, 0.0)
-    scale = _CODES / (high - low) if high > low else 0.0
-    codes = np.where(usable, np.rint((np.where(usable, array, low) - low) * scale) + 1, 0).astype(np.uint16)
-    done, png = cv2.imencode(".png", codes, _PNG)
-    assert done, "OpenCV refused to encode a 16-bit PNG"
-    return png.tobytes(), {"low": low, "high": high, "valid": count}
+    scale = 1.0 / (high - low) if high > low else 0.0
+    how = CODECS[codec]
+    unit = np.clip((np.where(usable, array, low) - low) * scale, 0.0, 1.0)
+    return how.write(how.code(unit, usable)), {"low": low, "high": high, "valid": count}
 
 
-def decode_map(png: bytes, span: Mapping[str, float | int], *, where: str = "map") -> tuple[Tensor, Tensor]:
+def decode_map(
+    data: bytes, span: Mapping[str, float | int], *, codec: str = DEFAULT_CODEC, where: str = "map"
+) -> tuple[Tensor, Tensor]:
     """The values (H,W) float32, zero where invalid, and the valid (H,W) bool that `encode_map` stored.
 
-    Raises OSError naming `where` for a PNG that does not decode.
+    span: what `encode_map` returned; its "crc32", if there is one, is checked first. Raises OSError naming `where` for
+    bytes that are not what was written.
     """
-    codes = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_UNCHANGED) if png else None
-    if codes is None or codes.dtype != np.uint16 or codes.ndim != 2:
-        raise OSError(f"{where} is damaged: not a 16-bit grey PNG. Delete its tar and label again, or run verify")
+    reason = "its checksum is wrong" if span.get("crc32", crc := zlib.crc32(data)) != crc else ""
+    how = CODECS[codec]
+    codes: NDArray[Any] = np.zeros(0)
+    try:
+        codes = how.read(data) if not reason else codes
+    except ValueError as error:
+        reason = str(error)
+    if reason or codes.dtype != np.uint16 or codes.ndim != 2:
+        reason = reason or f"not a 16-bit map in {codec}"
+        raise OSError(f"{where} is damaged: {reason}; run `distill verify --repair` on its folder")
     low, high = float(span["low"]), float(span["high"])
     # A table, made in float64: low may be large against the range.
-    table = low + np.arange(-1, _CODES + 1, dtype=np.float64) * ((high - low) / _CODES)
-    table[0] = 0.0
-    return torch.from_numpy(table.astype(np.float32)[codes]), torch.from_numpy(codes > 0)
+    table = np.nan_to_num(low + how.units * (high - low)).astype(np.float32)
+    return torch.from_numpy(np.take(table, codes)), torch.from_numpy(np.take(np.isfinite(how.units), codes))
 
 
-def encode_sample(sample: Sample) -> list[tuple[str, bytes]]:
+def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[str, bytes]]:
     """The tar members of a sample, in their order. Its record must have "image", "crop" and "patches"."""
     picture = io.BytesIO()
     pixels = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(picture, "JPEG", quality=95, subsampling=0)
     members = [(f"{sample.key}.jpg", picture.getvalue())]
     described = {}
+    suffix = CODECS[codec].suffix
+
+    def add(name: str, values: Tensor, valid: Tensor) -> dict[str, float | int]:
+        data, span = encode_map(values, valid, codec=codec)
+        members.append((f"{sample.key}.{name}.{suffix}", data))
+        return {**span, "crc32": zlib.crc32(data)}
+
     for name, labels in sample.labels.items():
-        png, span = encode_map(labels.shared.values[0], labels.shared.valid[0])
-        members.append((f"{sample.key}.{name}.shared.png", png))
+        shared = add(f"{name}.shared", labels.shared.values[0], labels.shared.valid[0])
         local = []
         for i in range(0 if labels.local is None else len(labels.local)):
             assert labels.local is not None
-            png, patch_span = encode_map(labels.local.values[i], labels.local.valid[i])
-            members.append((f"{sample.key}.{name}.local{i}.png", png))
-            local.append(patch_span)
+            local.append(add(f"{name}.local{i}", labels.local.values[i], labels.local.valid[i]))
         before = sample.record.get("labels", {}).get(name, {})
-        described[name] = {**before, "kind": str(labels.shared.kind), "shared": span, "local": local}
-    record = {**sample.record, "version": VERSION, "key": sample.key, "codec": CODEC, "labels": described}
+        described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
+    record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
     members.append((f"{sample.key}.json", dump_json(record)))
     return members
 
 
 def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequence[str] | None = None) -> Sample:
-    """A sample from its members, by what follows the key: "jpg", "json", "<teacher>.shared.png", ...
+    """A sample from its members, by what follows the key: "jpg", "json", "<teacher>.shared.jls", ...
 
-    teachers: the ones to decode (None: all). Raises OSError for damage, ValueError for a newer version or another
+    teachers: the ones to decode (None: all). Raises OSError for damage, ValueError for a newer version or an unknown
     codec, LookupError for a teacher that is not there; each names `where`.
     """
     try:
         record = json.loads(members["json"])
         check_version(record, where)
-        crop, described = record["crop"], record["labels"]
-        if record["codec"] != CODEC:
-            raise ValueError(f"{where} has labels in codec {record['codec']!r}; this version reads {CODEC!r}")
+        crop, described, codec = record["crop"], record["labels"], record["codec"]
+        if codec not in CODECS:
+            raise ValueError(f"{where} has labels in codec {codec!r}; this version reads {', '.join(CODECS)}")
         names = list(described) if teachers is None else list(teachers)
         unknown = [name for name in names if name not in described]
         if unknown:
@@ -170,7 +284,7 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
         boxes = boxes.reshape(1, -1, 4) / crop["side"]
         with Image.open(io.BytesIO(members["jpg"]), formats=("JPEG",)) as picture:
             pixels = np.array(picture)
-        labels = {name: _decode_labels(members, name, described[name], boxes, where) for name in names}
+        labels = {name: _decode_labels(members, name, described[name], boxes, codec, where) for name in names}
         return Sample(record["key"], record["image"]["key"], torch.from_numpy(pixels).permute(2, 0, 1), labels, record)
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; run verify on the folder") from error
@@ -178,13 +292,17 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
         raise OSError(str(error) if where in str(error) else f"{where} is damaged: {error}") from error
 
 
-def _decode_labels(members: Mapping[str, bytes], name: str, said: dict[str, Any], boxes: Tensor, where: str) -> Labels:
-    kind = Kind(said["kind"])
-    values, valid = decode_map(members[f"{name}.shared.png"], said["shared"], where=f"{where} {name}.shared")
-    local = [
-        decode_map(members[f"{name}.local{i}.png"], span, where=f"{where} {name}.local{i}")
-        for i, span in enumerate(said["local"])
-    ]
+def _decode_labels(
+    members: Mapping[str, bytes], name: str, said: dict[str, Any], boxes: Tensor, codec: str, where: str
+) -> Labels:
+    kind, suffix = Kind(said["kind"]), CODECS[codec].suffix
+
+    def read(context: str, span: Mapping[str, float | int]) -> tuple[Tensor, Tensor]:
+        data = members[f"{name}.{context}.{suffix}"]
+        return decode_map(data, span, codec=codec, where=f"{where} {name}.{context}")
+
+    values, valid = read("shared", said["shared"])
+    local = [read(f"local{i}", span) for i, span in enumerate(said["local"])]
     patches = DepthMap(torch.stack([v for v, _ in local]), torch.stack([v for _, v in local]), kind) if local else None
     return Labels(DepthMap(values[None], valid[None], kind), patches, boxes if local else boxes[:, :0])
 

@@ -180,6 +180,22 @@ def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor
     return values, row_inside[..., :, None] & column_inside[..., None, :]
 
 
+def student_blocks(boxes: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
+    """The student's own pixels that cover each patch, as boxes that `sample_boxes` reads without interpolation.
+
+    boxes: (B,N,4) fractions of the region, whose student map is size x size. Returns the same n x n pixels twice, as
+    fractions of the region and as fractions of the patch, (B,N,4) each, and n, which is that of the largest patch.
+    Pixels of a block may lie outside a smaller patch, or outside the centres of its outermost pixels; sampled from
+    the patch they come out as not inside.
+    """
+    sides = (boxes[..., 2:] - boxes[..., :2]).double()
+    number = min(size, math.ceil(float(sides.amax()) * size - 1e-4)) if boxes.numel() else 0
+    first = torch.ceil(boxes[..., :2].double() * size - 0.5 - 1e-4).clamp(0, size - number)
+    blocks = torch.cat([first, first + number], -1) / size
+    within = (blocks - boxes[..., :2].repeat(1, 1, 2)) / sides.clamp(min=1e-9).repeat(1, 1, 2)
+    return blocks.to(boxes), within.to(boxes), number
+
+
 def coverage(plans: Sequence[Plan]) -> list[float]:
     """The fraction of each plan's region that its patches cover: 1.0 for a grid."""
     fractions = []

@@ -85,6 +85,7 @@ class _Training:
 
     collate: Collate
     settings: TrainSettings
+    alone: bool
 
     def __call__(self, items: list[Any]) -> Micro | Exception:
         if errors := [item for item in items if isinstance(item, Exception)]:
@@ -93,12 +94,18 @@ class _Training:
         s = self.settings
         try:
             batch = self.collate(list(samples))
-            among = shares(batch, s)
+            among = s.teachers if self.alone else shares(batch, s)
             step = places[0].position // s.batch_size
             teacher = "average" if s.strategy == "average" else choose_teacher(among, seed=s.seed, step=step)
-            batch = labels_to_learn(batch, s, teacher=teacher, among=among)
+            averaged = teacher == "average"
+            if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
+                batch = labels_to_learn(batch, s, teacher=teacher, among=among)
             positions = [place.position for place in places]
-            return Micro(augment(batch, positions, seed=s.seed, hflip=s.hflip, colour=s.colour, crop=s.crop), teacher)
+            batch = augment(batch, positions, seed=s.seed, hflip=s.hflip, colour=s.colour, crop=s.crop)
+            return Micro(
+                labels_to_learn(batch, s, teacher=teacher, among=among) if averaged else batch,
+                teacher,
+            )
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -128,14 +135,21 @@ class _HeldOut:
 
 
 class _Placed(Dataset[Any]):
-    """The samples at places of the stream; a sample that cannot be read is the error that says why."""
+    """The samples at places of the stream; a sample that cannot be read is the error that says why.
 
-    def __init__(self, dataset: Labelled) -> None:
-        self.dataset = dataset
+    settings: of a training whose samples come with the labels of the step's teacher alone (see `_alone`).
+    """
+
+    def __init__(self, dataset: Labelled, settings: TrainSettings | None = None) -> None:
+        self.dataset, self.settings = dataset, settings
 
     def __getitem__(self, place: Place) -> Any:
+        s = self.settings
         try:
-            return place, self.dataset[place.index]
+            if s is None:
+                return place, self.dataset[place.index]
+            teacher = choose_teacher(s.teachers, seed=s.seed, step=place.position // s.batch_size)
+            return place, self.dataset.by(place.index, [teacher])  # type: ignore[attr-defined]
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -146,9 +160,11 @@ def _freeze(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _loader(dataset: Labelled, batches: Any, collate: Any, workers: int) -> Iterator[Any]:
+def _loader(
+    dataset: Labelled, batches: Any, collate: Any, workers: int, settings: TrainSettings | None = None
+) -> Iterator[Any]:
     loader: DataLoader[Any] = DataLoader(
-        _Placed(dataset),
+        _Placed(dataset, settings),
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -165,7 +181,22 @@ def training_batches(
     dataset: Labelled, micro_batches: MicroBatches, *, collate: Collate, settings: TrainSettings
 ) -> Iterator[Micro]:
     """This process's micro-batches, in order, read ahead by `settings.workers` processes."""
-    return _loader(dataset, micro_batches, _Training(collate, settings), settings.workers)
+    alone = _alone(dataset, settings)
+    make = _Training(collate, settings, alone)
+    return _loader(dataset, micro_batches, make, settings.workers, settings if alone else None)
+
+
+def _alone(dataset: Labelled, settings: TrainSettings) -> bool:
+    """Whether the dataset can decode the labels of a step's one teacher (LabelDataset.by), and that is what is learnt.
+
+    Raises LookupError where a teacher's labels are missing, for the step that needs them may be a day away.
+    """
+    if settings.strategy != "select" or not settings.teachers or not hasattr(dataset, "by"):
+        return False
+    known: Sequence[str] = dataset.teachers  # type: ignore[attr-defined]
+    if missing := [name for name, share in settings.teachers.items() if share > 0 and name not in known]:
+        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(known)}")
+    return True
 
 
 def heldout_batches(

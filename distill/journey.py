@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 import distill
-from distill import build, checkpoint, shards
-from distill.console import note, progress, say, table
+from distill import build, checkpoint, exports, shards
+from distill.console import dashboard, note, progress, say, table
 from distill.label import TRUTH, Outcome, label
 from distill.recipe import Recipe, as_table, dumps
 from distill.strict import RecipeError
 from distill.train import TrainResult, train
 from eval import score as scoring
+from eval.tables import as_text, grid
 from teachers.checkpoint import Teacher as CheckpointTeacher
 
 
@@ -46,13 +47,14 @@ def commit() -> str:
     return f"{distill.__version__}+{found.stdout.strip() or 'unknown'}"
 
 
-def run_label(recipe: Recipe) -> Outcome:
-    """Labels the recipe's images into its labels folder."""
-    keep_recipe(recipe)
+def run_label(recipe: Recipe, folder: Path | None = None) -> Outcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began."""
+    if folder is None:
+        keep_recipe(recipe)
+        folder = build.labels_folder(recipe)
     rank, world = build.process()
-    folder = build.labels_folder(recipe)
     found = build.input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe))
+    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
     with progress("label") as report:
         outcome = label(
             found,
@@ -62,6 +64,8 @@ def run_label(recipe: Recipe) -> Outcome:
             draws=recipe.crops.draws,
             seed=recipe.run.seed,
             store="disparity" if recipe.labels.store == "disparity" else "as_is",
+            codec=recipe.labels.codec,
+            sky=None if recipe.labels.sky == "own" else recipe.labels.sky,
             rank=rank,
             world=world,
             batch_size=recipe.labels.batch_size,
@@ -86,7 +90,9 @@ def run_train(recipe: Recipe) -> TrainResult:
     keep_recipe(recipe)
     dataset = build.labelled(recipe)
     student = build.make_student(recipe)
-    with progress("train") as report:
+    if warning := build.batch_norm_note(recipe, student):
+        note(warning)
+    with dashboard("train") as report:
         result = train(
             student,
             dataset,
@@ -131,6 +137,8 @@ def run_export(
     """
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     said = tomllib.loads(card.read_text(encoding="utf-8")) if card else checkpoint.read_card(folder)
+    scores = exports.scores_of(folder)
+    said = {"scores": scores} | said if scores else said
     checkpoint.save(
         student,
         out,
@@ -174,24 +182,36 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
     results = []
+    priors: dict[tuple[str, ...], Any] = {}
     with models(recipe) as found:
         for spec in recipe.benchmarks:
             protocol, samples = build.benchmark(spec)
             scored = list(found)
-            prior = build.prior_samples(spec) if recipe.score.plane_prior else []
-            if prior:
-                scored.append(("plane prior", scoring.fit_plane(prior)))
+            if recipe.score.plane_prior:
+                fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
+                if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
+                    prior = build.prior_samples(spec)
+                    priors[fitted_on] = scoring.fit_plane(prior) if prior else None
+                if priors[fitted_on] is not None:
+                    scored.append(("plane prior", priors[fitted_on]))
             for name, teacher in scored:
                 slug = name.replace(" ", "_")
                 store = recipe.run.folder / "predictions" / slug / spec.label
-                settings = {"weights": teacher.card.weights, "revision": teacher.card.revision, "benchmark": spec.label}
+                settings = {
+                    "weights": teacher.card.weights,
+                    "revision": teacher.card.revision,
+                    "benchmark": spec.label,
+                    **build.prediction_settings(recipe, name),
+                }
                 with progress(f"predict {spec.label} {name}") as report:
                     scoring.predict(teacher, samples, store, settings=settings, report=report)
-                result = scoring.score(store, None, samples, protocol, model=name)
+                result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
                 scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.label}--{slug}.json")
                 results.append(result)
-    head, *rows = scoring.table(results, across_alignments=True)
-    table(f"scores of {recipe.run.name}", head, rows)
+    side_by_side = grid(results)
+    table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
+    for line in side_by_side.notes:
+        note(f"  {line}")
     return results
 
 

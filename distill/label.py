@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from distill.annotate import (
     prepare,
 )
 from distill.claim import Busy, claim, gate
-from distill.codec import VERSION, Sample, dump_json, encode_sample
+from distill.codec import DEFAULT_CODEC, VERSION, Sample, dump_json, encode_sample
 from distill.ledger import finish, is_whole, keep_settings, settings_of
 from distill.shards import ShardWriter, read_json, write_atomic
 from distill.sources import BadImage, Entry, InputShard, Rejected, combine
@@ -103,6 +104,7 @@ def label(
     seed: int = 0,
     store: str = "disparity",
     sky: str | None = None,
+    codec: str = DEFAULT_CODEC,
     rank: int = 0,
     world: int = 1,
     batch_size: int = 8,
@@ -115,16 +117,19 @@ def label(
     """Label images into `out`; called again, it does what is missing.
 
     teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. draws: regions per image.
-    store: "disparity" turns depth whose shift is known into disparity, exactly; "as_is" keeps it. rank, world: this
-    process and how many there are. samples_per_part: at most so many in a tar. threads: decode and encode beside the
-    teachers. recipe: written to the manifest. report: called after every image with done, total and numbers
-    (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
+    store: "disparity" turns depth whose shift is known into disparity, exactly; "as_is" keeps it. codec: how maps are
+    stored, see `distill.codec.CODECS`. rank, world: this process and how many there are. samples_per_part: at most so
+    many in a tar. threads: decode and encode beside the teachers. recipe: written to the manifest. report: called after
+    every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this
+    process.
 
     Raises Busy where another run holds `out`; ValueError where `out` was made with other settings or from other
     images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
     """
     out = Path(out)
-    settings = settings_of(teachers, crops, draws=draws, seed=seed, store=store, sky=sky, part=samples_per_part)
+    settings = settings_of(
+        teachers, crops, draws=draws, seed=seed, store=store, sky=sky, part=samples_per_part, codec=codec
+    )
     combine(shards)
     if not shards:
         raise ValueError("there are no images to label; check [images]")
@@ -139,7 +144,7 @@ def label(
         todo = [part for part in mine if not _is_done(out, part)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         for part in todo:
-            work = _Work(teachers, crops, draws, seed, store, sky, batch_size, threads)
+            work = _Work(teachers, crops, draws, seed, store, sky, codec, batch_size, threads)
             _label_part(out, part, work, tally)
         with gate(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=images_licence, fresh=bool(todo))
@@ -170,6 +175,7 @@ class _Work:
     seed: int
     store: str
     sky: str | None
+    codec: str
     batch_size: int
     threads: int
 
@@ -224,37 +230,61 @@ def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T],
         yield begun.popleft().result()
 
 
-def _encode(result: Sample | Rejected) -> tuple[Sample | Rejected, list[tuple[str, bytes]]]:
-    return result, [] if isinstance(result, Rejected) else encode_sample(result)
+_Encoded = tuple[Sample | Rejected, list[tuple[str, bytes]]]
+
+
+def _encode(codec: str, result: Sample | Rejected) -> _Encoded:
+    return result, [] if isinstance(result, Rejected) else encode_sample(result, codec=codec)
+
+
+def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, int]:
+    """Writes a sample; gives its bytes."""
+    result, members = encoded
+    if members:
+        writer.add(result.key, members)
+    return result, sum(len(data) for _, data in members)
 
 
 def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
-    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises."""
+    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
+
+    This thread does nothing but ask the teachers: others decode and cut ahead of it, encode behind it, and write.
+    """
     quarantine = list(part.rejected)
     tally.quarantined += len(quarantine)
     kinds: dict[str, set[str]] = {}
+    dropped: dict[str, dict[str, int]] = {}
     threads = max(1, work.threads)
-    with ThreadPoolExecutor(threads) as pool, ShardWriter(out / part.name) as writer:
+    with (
+        ShardWriter(out / part.name) as writer,
+        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(1) as clerk,
+    ):
         try:
             prepared = _ahead(pool, work.jobs, part.entries, 2 * threads)
             jobs = (job for several in prepared for job in several)
             results = annotate(jobs, work.teachers, batch_size=work.batch_size, store=work.store)
             last = ""
-            for result, members in _ahead(pool, _encode, results, 2 * threads):
+            encoded = _ahead(pool, partial(_encode, work.codec), results, 2 * threads)
+            for result, size in _ahead(clerk, partial(_store, writer), encoded, 2 * threads):
                 if isinstance(result, Rejected):
                     quarantine.append(result)
                     tally.quarantined += 1
                 else:
-                    writer.add(result.key, members)
                     tally.samples += 1
-                    tally.bytes += sum(len(data) for _, data in members)
+                    tally.bytes += size
                     for name, labels in result.labels.items():
                         kinds.setdefault(name, set()).add(str(labels.shared.kind))
+                        if fit := result.record["labels"][name].get("bridge"):
+                            count = dropped.setdefault(name, {"regions": 0, "patches": 0})
+                            count["regions"] += fit["shared"]["dropped"]
+                            count["patches"] += sum(patch["dropped"] for patch in fit["local"])
                 origin = result.origin if isinstance(result, Rejected) else result.record["image"]["origin"]
                 tally.images, last = tally.images + (origin != last), origin
                 tally.tell()
         except BaseException:
             pool.shutdown(cancel_futures=True)
+            clerk.shutdown(cancel_futures=True)
             raise
         said = writer.close()
         sidecar = {
@@ -266,6 +296,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
             "samples": writer.index,
             "quarantine": [_line(one) for one in quarantine],
             "kinds": {name: sorted(values) for name, values in kinds.items()},
+            **({"bridge_dropped": dropped} if dropped else {}),
         }
         write_atomic((out / part.name).with_suffix(".json"), dump_json(sidecar))
         if writer.index:

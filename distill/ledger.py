@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.annotate import TRUTH, CropSettings, Teachers, stored_kind
-from distill.codec import VERSION, dump_json
+from distill.bridge import Bridged
+from distill.codec import CODECS, VERSION, dump_json
 from distill.depth import Kind
 from distill.faults import Faults
 from distill.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
@@ -25,11 +26,22 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
     if isinstance(teacher, Faults):
         return {"name": TRUTH, "licence": "that of the images", "faults": asdict(teacher)}
     kind = Kind(teacher.card.kind)
+    if isinstance(teacher, Bridged):
+        bridge = {"primary": teacher.primary, "most": teacher.most}
+        return {**asdict(teacher.card), "kind": str(kind), "stored": str(Kind.AFFINE_DISPARITY), "bridge": bridge}
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 
 
 def settings_of(
-    teachers: Teachers, crops: CropSettings, *, draws: int, seed: int, store: str, sky: str | None, part: int
+    teachers: Teachers,
+    crops: CropSettings,
+    *,
+    draws: int,
+    seed: int,
+    store: str,
+    sky: str | None,
+    part: int,
+    codec: str,
 ) -> dict[str, Any]:
     """What every label of a folder shares; raises ValueError for teachers that cannot be written down."""
     names = [name for name, _ in teachers]
@@ -40,6 +52,8 @@ def settings_of(
             raise ValueError(f'teacher {name} must be a loaded teacher or "{TRUTH}", not {teacher!r}')
     if not names or len(set(names)) != len(names):
         raise ValueError(f"teachers need a name each, not {', '.join(names) or 'none at all'}")
+    if codec not in CODECS:
+        raise ValueError(f"labels.codec must be one of {', '.join(CODECS)}, not {codec!r}")
     if draws < 1 or part < 1:
         raise ValueError(f"draws and samples_per_part must be at least 1, not {draws} and {part}")
     return {
@@ -49,6 +63,7 @@ def settings_of(
         "seed": seed,
         "store": store,
         "sky": sky,
+        "codec": codec,
         "samples_per_part": part,
         "teachers": [{"as": name, **_card(teacher, store)} for name, teacher in teachers],
     }
@@ -114,6 +129,10 @@ def _manifest(
     cards = {card["as"]: dict(card) for card in settings["teachers"]}
     for name, card in cards.items():
         card["stored"] = sorted({kind for said in sidecars for kind in said["kinds"].get(name, [])})
+        if "bridge" in card:
+            counts = [said.get("bridge_dropped", {}).get(name, {}) for said in sidecars]
+            dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
+            card["bridge"] = {**card["bridge"], "dropped": dropped}
     tars = [said["tar"] for said in sidecars if said["tar"]]
     return {
         "recipe": dict(recipe),

@@ -11,28 +11,84 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.normalize import Comparison
+from distill.normalize._hdn import hdn
 from distill.plugins import find
 
 
 def compare(
-    pred: Tensor, target: Tensor, valid: Tensor, normalization: str, *, trim_top: float = 0.0, label_only: bool = False
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    normalization: str,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
+    faithful: bool = False,
+    contexts: str = "dr",
 ) -> Comparison:
     """`distillation_loss` together with how many contexts carried information and how many did not."""
-    return find("distill.normalize", normalization).compare(
-        pred, target, valid, trim_top=trim_top, label_only=label_only
-    )
+    plugin = find("distill.normalize", normalization)
+    if not faithful or not plugin.LEVELS:
+        if contexts != "dr":
+            raise ValueError(f"contexts = {contexts!r} needs faithful and a normalization with contexts")
+        return plugin.compare(pred, target, valid, trim_top=trim_top, label_only=label_only, weight=weight)
+    if trim_top or label_only or weight is not None:
+        raise ValueError("faithful is HDN's released loss, which knows no trim_top, label_only or weights")
+    # One context is that code's SSIMAE, which does keep the maximum.
+    loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
+    number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
+    return Comparison(loss, torch.full_like(valid[:, 0, 0], number, dtype=torch.long), torch.zeros(len(valid)).long())
 
 
 def distillation_loss(
-    pred: Tensor, target: Tensor, valid: Tensor, normalization: str, *, trim_top: float = 0.0, label_only: bool = False
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    normalization: str,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
+    faithful: bool = False,
+    contexts: str = "dr",
 ) -> Tensor:
     """L_Dis of Distill-Any-Depth, Sec. 3.1: mean |N(pred) - N(target)| over the pixels that count, (B,).
 
     pred, target, valid: (B,H,W). normalization: "global", "hybrid", "local" or "none" (any file in distill/normalize).
     trim_top: the fraction of pixels with the largest loss that is dropped (Depth Anything V2: 0.1).
     label_only: the student is brought to the label's scale by the label's statistics, not by its own.
+    weight: (B,H,W), how much each pixel counts in the mean; None: all alike.
+    faithful: HDN's released code to the letter, oddities included (`hdn_loss`): "hybrid" is its level 3, "local" the
+    finest contexts of it, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without `faithful`
+    contexts are equal parts of the label's range.
     """
-    return compare(pred, target, valid, normalization, trim_top=trim_top, label_only=label_only).loss
+    return compare(
+        pred,
+        target,
+        valid,
+        normalization,
+        trim_top=trim_top,
+        label_only=label_only,
+        weight=weight,
+        faithful=faithful,
+        contexts=contexts,
+    ).loss
+
+
+def hdn_loss(
+    pred: Tensor, target: Tensor, valid: Tensor, *, contexts: str = "dr", level: int = 3, finest_only: bool = False
+) -> Tensor:
+    """Hierarchical depth normalization exactly as released (icoz69/HDN, demo.py), (B,): its MEAN is that code's value.
+
+    pred, target, valid: (B,H,W). contexts: "dr" (equal parts of the label's range), "dp" (of its pixels, by
+    percentile) or "ds" (squares of the image). level: the range is cut into 1, 2, ... 2**(level - 1) parts, the image
+    into as many rows and columns. finest_only: the finest cut alone; level = 0 is the code's SSIMAE.
+    The oddities that it keeps are listed in distill/normalize/_hdn.py; the batch is one mean, so images are not
+    independent of each other. A batch without valid pixels gives 0, there NaN.
+    """
+    levels = tuple(2**k for k in range(level))
+    return hdn(pred, target, valid, levels[-1:] if finest_only else levels, contexts=contexts)
 
 
 def mean_deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,16 @@ accumulated equals 4 processes x 2.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from distill.crops import sample_boxes
+from distill.crops import sample_boxes, student_blocks
 from distill.depth import KindError
 from distill.labels import Labels
 from distill.losses import anchor_loss, compare, feature_loss, gradient_loss
+from distill.normalize import Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +34,11 @@ class Weights:
 class Objective:
     """What a student is asked for.
 
-    normalization: a file of distill/normalize. trim_top, label_only: see losses.distillation_loss.
-    feature_margin: see losses.feature_loss.
+    normalization: a file of distill/normalize. trim_top, label_only, faithful, contexts: see
+    losses.distillation_loss; faithful takes its mean over a micro-batch. feature_margin: see losses.feature_loss.
+    patch_resolution: where a patch's label meets the student's map: "patch" samples the student at the patch's pixels
+    (finer: the label keeps all its detail), "student" samples the label at the student's own pixels (nothing is
+    asked of the student between its pixels). Both are bilinear between pixel centres. The paper does not say; ours.
     """
 
     normalization: str = "hybrid"
@@ -41,6 +46,9 @@ class Objective:
     trim_top: float = 0.0
     label_only: bool = False
     feature_margin: float = 0.85
+    faithful: bool = False
+    contexts: str = "dr"
+    patch_resolution: Literal["patch", "student"] = "patch"
 
     def __call__(
         self, pred: Tensor, labels: Labels, features: Tensor | None = None, teacher_features: Tensor | None = None
@@ -64,9 +72,7 @@ class Objective:
         self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         w, shared = self.weights, labels.shared
-        comparison = compare(
-            pred, shared.values, shared.valid, self.normalization, trim_top=self.trim_top, label_only=self.label_only
-        )
+        comparison = self._compare(pred, shared.values, shared.valid, labels.shared_weight)
         parts = {"shared": comparison.loss}
         total = w.shared * comparison.loss
         if w.local_global and labels.local is not None:
@@ -85,21 +91,43 @@ class Objective:
         parts["dead_contexts"] = comparison.dead.to(pred.dtype)
         return total, parts
 
-    def _local_global(self, pred: Tensor, labels: Labels) -> Tensor:
-        """Each patch's label against the student's map on the overlap, at patch resolution; mean over patches."""
-        local = labels.local
-        assert local is not None
-        size = local.values.shape[-1]
-        seen, inside = sample_boxes(pred, labels.boxes, size)
-        batch, num = seen.shape[:2]
-        valid = local.valid & inside.reshape(batch * num, size, size)
-        loss = compare(
-            seen.reshape(batch * num, size, size),
-            local.values,
+    def _compare(self, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:
+        return compare(
+            pred,
+            target,
             valid,
             self.normalization,
             trim_top=self.trim_top,
             label_only=self.label_only,
-        ).loss.reshape(batch, num)
+            weight=weight,
+            faithful=self.faithful,
+            contexts=self.contexts,
+        )
+
+    def _local_global(self, pred: Tensor, labels: Labels) -> Tensor:
+        """Each patch's label against the student's map on the overlap; mean over patches."""
+        assert labels.local is not None
+        batch, num = labels.boxes.shape[:2]
+        if self.patch_resolution == "student":
+            seen, values, valid, weight = _at_student_pixels(pred, labels)
+        else:
+            values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight
+            seen, inside = sample_boxes(pred, labels.boxes, size)
+            valid = labels.local.valid & inside.flatten(0, 1)
+        loss = self._compare(seen.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
         labelled = valid.reshape(batch, num, -1).any(-1)
         return torch.where(labelled, loss, 0.0).sum(1) / labelled.sum(1).clamp(min=1)
+
+
+def _at_student_pixels(pred: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The student's pixels over each patch (B,N,n,n), and the label, its valid and its weight there, (B*N,n,n)."""
+    local = labels.local
+    assert local is not None
+    blocks, within, number = student_blocks(labels.boxes, pred.shape[-1])
+    seen, _ = sample_boxes(pred, blocks, number)
+    boxes = within.flatten(0, 1)[:, None]
+    known = local.valid & torch.isfinite(local.values)
+    values, inside = sample_boxes(torch.where(known, local.values, 0.0), boxes, number)
+    valid = inside & (sample_boxes(known.float(), boxes, number)[0] > 0.999)
+    weight = None if labels.local_weight is None else sample_boxes(labels.local_weight, boxes, number)[0][:, 0]
+    return seen, values[:, 0], valid[:, 0], weight

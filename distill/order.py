@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from distill.crops import generator
 from distill.depth import DepthMap, Kind
@@ -125,34 +126,42 @@ def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> st
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
-def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> DepthMap:
+def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> tuple[DepthMap, Tensor]:
+    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations)."""
     valid = torch.stack([m.valid for m in maps]).all(0)
-    total = torch.zeros_like(maps[0].values)
-    for m, share in zip(maps, shares, strict=True):
+    normal = []
+    for m in maps:
         median, deviation = mean_deviation(m.values, valid)
-        normal = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
-        total += share / sum(shares) * torch.where(valid, normal, 0.0)
+        centred = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
+        normal.append(torch.where(valid, centred, 0.0))
+    mean = torch.stack([share / sum(shares) * one for share, one in zip(shares, normal, strict=True)]).sum(0)
+    # Of two teachers, whatever their shares, this is the distance between them.
+    distance = torch.stack([(one - mean).abs() for one in normal]).sum(0)
     kind = Kind.AFFINE_DISPARITY if maps[0].kind.quantity == "disparity" else Kind.AFFINE_DEPTH
-    return DepthMap(total, valid, kind)
+    return DepthMap(mean, valid, kind), torch.where(valid, 1.0 / (1.0 + distance), 0.0)
 
 
 def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) -> Labels:
-    """The mean of the teachers' maps by share, each first brought to median 0 and mean deviation 1 (inferred).
+    """The mean of the teachers' maps by share, with weights for the loss: more where the teachers agree.
 
-    Distill-Any-Depth averages teachers in Table 4 without a formula; maps known up to scale and shift cannot be
-    averaged as they are. A pixel counts where every teacher's does. The teachers' patches must lie in the same places.
+    Distill-Any-Depth, Sec. 4.2 and Table 4: "a weighted averaging approach (Avg.), which assigns greater weight to
+    pixels where the two teachers exhibit high agreement". No formula is given; inferred: each map is first brought to
+    median 0 and mean deviation 1, for maps known up to scale and shift cannot be averaged as they are; a pixel's weight
+    in L_Dis is 1 / (1 + |a - b|). A pixel counts where every teacher's does. The teachers' patches must lie in the
+    same places.
     """
     parts = [labels[name] for name, share in teachers.items() if share > 0]
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
-    shared = _average_maps([part.shared for part in parts], shares)
+    shared, weight = _average_maps([part.shared for part in parts], shares)
     if len(local) != len(parts):
-        return Labels(shared, None, parts[0].boxes)
+        return Labels(shared, None, parts[0].boxes, weight)
     if any(not torch.equal(part.boxes, parts[0].boxes) for part in parts):
         raise ValueError(
             'strategy = "average" needs labels of the same patches from every teacher; label them in one run'
         )
-    return Labels(shared, _average_maps(local, shares), parts[0].boxes)
+    patches, patch_weight = _average_maps(local, shares)
+    return Labels(shared, patches, parts[0].boxes, weight, patch_weight)
 
 
 def convert_labels(labels: Labels, kind: Kind | str) -> Labels:

@@ -31,6 +31,10 @@ class Run:
     seed: int = 0
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        if "://" in self.out:
+            raise ValueError(f"out = {self.out!r}: a run writes to a path, for it finishes files by renaming; mount it")
+
     @property
     def folder(self) -> Path:
         """The run's folder; "runs/NAME" by default."""
@@ -41,7 +45,7 @@ class Run:
 class Images:
     """One source of images: exactly one of tars, photos, pairs, scenes, wheels.
 
-    tars: SA-1B tars, with braces or globs. photos: a folder or a glob. pairs: a tsv of images with ground truth.
+    tars: SA-1B tars, with braces or globs; paths or URLs (fsspec). photos: a folder or a glob. pairs: a tsv of images with ground truth.
     scenes: how many procedural views. wheels: the photographs that scikit-image and scikit-learn ship.
     names: a text file with the names to keep (pairs). limit: keep the first N images; 0 keeps all.
     """
@@ -112,9 +116,14 @@ class Teacher:
 class Labels:
     """How labels are stored. root: the folder of label folders; RUN/labels by default.
 
-    store: "disparity" converts scale and metric depth exactly, "own" keeps each teacher's kind.
+    store: "disparity" converts scale and metric depth exactly, "own" keeps each teacher's kind. codec: how maps become
+    bytes; each is off by at most 1/8192 of a map's range (distill.codec).
     batch_size: crops that a teacher sees at once. threads: decode and encode beside it.
     online: label during training instead of before it. commercial_only: refuse teachers whose weights forbid it.
+    bridge: "primary" takes an assistant of affine depth by fitting 1 / (a d + b) to the primary's disparity on every
+    crop; a label whose residual exceeds bridge_residual is dropped and counted (distill.bridge).
+    sky: "own" leaves it to each teacher; the others hold for all of them: "keep" what the networks say, "far" or
+    "invalid" where the one that knows sky sees it (teachers._sky).
     """
 
     root: str = ""
@@ -123,8 +132,20 @@ class Labels:
     threads: int = 4
     licence: str = "unknown"
     store: Literal["disparity", "own"] = "disparity"
+    codec: Literal["jls", "png16", "float16"] = "jls"
     online: bool = False
     commercial_only: bool = False
+    sky: Literal["own", "keep", "far", "invalid"] = "own"
+    bridge: Literal["", "primary"] = ""
+    bridge_residual: float = 0.3
+
+    def __post_init__(self) -> None:
+        if "://" in self.root:
+            raise ValueError(f"root = {self.root!r}: labels go to a path, for tars are finished by renaming; mount it")
+        if not 0.0 < self.bridge_residual <= 1.0:
+            raise ValueError(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
+        if self.bridge and self.store != "disparity":
+            raise ValueError(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +154,9 @@ class Student:
 
     start: a checkpoint folder to start from instead. decoder_start, encoder_start: one whose decoder, or whose whole
     encoder, to start from ("pocket": the embedded one). native_size: the short side it is used at (crops.size).
+    decoder_weights: a released file with the decoder's own weights (Depth Anything V2's, AnyDepth's).
+    norm: of the decoder's maps. "" is the decoder's own (batch); "sync" takes the batches of all processes together
+    (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut.
     """
 
     encoder: str = "vit_small_patch16_dinov3"
@@ -143,6 +167,8 @@ class Student:
     start: str = ""
     decoder_start: str = ""
     encoder_start: str = ""
+    decoder_weights: str = ""
+    norm: Literal["", "batch", "sync", "frozen", "group"] = ""
     native_size: int = 0
     leave_out_frozen_encoder: bool = False
 
@@ -150,11 +176,21 @@ class Student:
         fault = name_fault("students.decoders", self.decoder)
         if fault:
             raise ValueError(fault)
+        if self.norm and "norm" in self.decoder_options:
+            raise ValueError("norm and decoder_options.norm both say it: keep norm")
+        if self.norm == "group" and self.start:
+            raise ValueError('norm = "group" cannot be given to the trained student of start: leave one of them out')
+        if self.decoder_weights and (self.start or self.decoder_start):
+            raise ValueError("decoder_weights beside start or decoder_start: the decoder can begin from one place only")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loss:
-    """The objective (distill.objective); the weights are the paper's, the anchor is ours."""
+    """The objective (distill.objective); the weights are the paper's, the anchor is ours.
+
+    faithful, contexts: HDN's released loss to the letter (distill.losses.hdn_loss). patch_resolution: whether patches
+    meet the student at their own pixels or at the student's.
+    """
 
     normalization: str = "hybrid"
     shared: float = 1.0
@@ -165,11 +201,18 @@ class Loss:
     trim_top: float = 0.0
     label_only: bool = False
     feature_margin: float = 0.85
+    faithful: bool = False
+    contexts: Literal["dr", "dp", "ds"] = "dr"
+    patch_resolution: Literal["patch", "student"] = "patch"
 
     def __post_init__(self) -> None:
         fault = name_fault("distill.normalize", self.normalization)
         if fault:
             raise ValueError(fault)
+        if self.faithful and (self.trim_top or self.label_only):
+            raise ValueError("faithful is HDN's released loss, which knows no trim_top and no label_only")
+        if self.contexts != "dr" and not self.faithful:
+            raise ValueError(f'contexts = "{self.contexts}" is a variant of HDN\'s released loss: set faithful = true')
         if not 0.0 <= self.trim_top < 1.0:
             raise ValueError(f"trim_top must be in [0, 1), not {self.trim_top}")
 
@@ -180,6 +223,9 @@ class Train:
 
     primary_ratio: how often the first teacher is asked where there are two (paper: 0.7). seed: run.seed where negative;
     with one of its own, several trainings share their labels.
+    layer_decay, freeze_steps, batchnorm, ema, patience: how the student learns. compile, channels_last,
+    gradient_checkpointing, fused: how fast (tests/speed/training.py has their effect). trackers: any that accelerate
+    knows and that is installed, e.g. ["tensorboard", "wandb"].
     """
 
     steps: int = 20_000
@@ -203,6 +249,17 @@ class Train:
     hflip: bool = True
     colour: float = 0.0
     seed: int = -1
+    layer_decay: float = 1.0
+    freeze_steps: int = 0
+    batchnorm: Literal["batch", "sync", "frozen"] = "batch"
+    ema: float = 0.0
+    patience: int = 0
+    log_every: int = 1
+    trackers: tuple[str, ...] = ("tensorboard",)
+    compile: bool = False
+    channels_last: bool = False
+    gradient_checkpointing: bool = False
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.accumulate < 1:
@@ -217,7 +274,8 @@ class Train:
 class Benchmark:
     """A file of eval/benchmarks with its data. list: a file with the samples to use. limit: the first N only.
 
-    prior: a list of other samples of the same root, on which the image-plane prior is fitted.
+    prior: a list of other samples of the same root, on which the image-plane prior is fitted. alignment: "auto" fits
+    what each model's kind leaves unknown (eval.protocol).
     """
 
     name: str
@@ -226,6 +284,7 @@ class Benchmark:
     prior: str = ""
     alias: str = ""
     protocol: Literal["marigold", "clean"] = "clean"
+    alignment: Literal["auto", "affine", "scale", "median"] = "auto"
     limit: int = 0
 
     def __post_init__(self) -> None:
@@ -250,6 +309,22 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compare:
+    """What `distill compare` looks at. limit: images, taken evenly from all sources; 0 takes all.
+
+    side: larger images are shrunk until their longer side is this. student: the recipe's own takes part once trained.
+    """
+
+    limit: int = 200
+    side: int = 640
+    student: bool = True
+
+    def __post_init__(self) -> None:
+        if self.limit < 0 or self.side < 32:
+            raise ValueError(f"limit must not be negative and side at least 32, not {self.limit} and {self.side}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One experiment; every command takes the tables it needs."""
 
@@ -263,14 +338,13 @@ class Recipe:
     train: Train = field(default_factory=Train)
     benchmarks: tuple[Benchmark, ...] = ()
     score: Score = field(default_factory=Score)
+    compare: Compare = field(default_factory=Compare)
 
     def __post_init__(self) -> None:
         labels = [t.label for t in self.teachers]
         twice = sorted({name for name in labels if labels.count(name) > 1})
         if twice:
             raise ValueError(f"teachers named twice: {', '.join(twice)}; give each an alias of its own")
-        if len(labels) > 2:
-            raise ValueError(f"at most two teachers, a primary and an assistant, not {len(labels)}")
 
 
 def parse(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

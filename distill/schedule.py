@@ -8,6 +8,7 @@ steps a prepared scheduler once per process, so that N processes decay N times t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -37,6 +38,8 @@ class TrainSettings:
     processes x accumulate. lr: the decoder's; encoder_lr: the encoder's, None = the same (Distill-Any-Depth: 5e-5 for
     the decoder; a tenth of it for the encoder is Depth Anything V2's practice). warmup_steps: linear, from lr / warmup.
     weight_decay: on matrices and kernels, not on vectors (norms, biases). clip_norm: 0 = off.
+    layer_decay: the encoder's deepest block learns at encoder_lr, each block before it at so many times the next one's
+    rate, what comes before the blocks slowest; 1 = all alike. freeze_steps: the encoder begins to learn after so many.
     holdout: the fraction of *images* (not samples) kept for choosing the checkpoint, by a hash of the image key alone,
     so that runs of every seed keep the same ones. eval_every, save_every: 0 = at the end only. patience: stop after
     so many evaluations without improvement; 0 = never.
@@ -55,6 +58,8 @@ class TrainSettings:
     accumulate: int = 1
     lr: float = 5e-5
     encoder_lr: float | None = None
+    layer_decay: float = 1.0
+    freeze_steps: int = 0
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_steps: int = 0
@@ -101,7 +106,7 @@ def _faults(s: TrainSettings) -> list[str]:
     """Every fault of the settings at once, one clause each."""
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "colour": 0}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "colour": 0, "freeze_steps": 0}
     faults = [f"{k} must be at least {low}, not {getattr(s, k)}" for k, low in at_least.items() if getattr(s, k) < low]
     choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "strategy": STRATEGIES, "batchnorm": BATCHNORMS}
     choices["kind"] = tuple(kind.value for kind in Kind)
@@ -119,8 +124,11 @@ def _faults(s: TrainSettings) -> list[str]:
     for name, value in (("holdout", s.holdout), ("ema", s.ema)):
         if not 0.0 <= value < 1.0:
             faults.append(f"{name} must be a fraction, not {value}")
-    if not 0.0 < s.crop <= 1.0:
-        faults.append(f"crop must lie in (0, 1], not {s.crop}")
+    for name, value in (("crop", s.crop), ("layer_decay", s.layer_decay)):
+        if not 0.0 < value <= 1.0:
+            faults.append(f"{name} must lie in (0, 1], not {value}")
+    if s.freeze_encoder and s.freeze_steps:
+        faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
     if s.alarm_growth <= 1.0:
         faults.append(f"alarm_growth must be above 1, not {s.alarm_growth}")
     if not all(0.0 <= b < 1.0 for b in s.betas):
@@ -145,24 +153,46 @@ def factor(step: int, settings: TrainSettings) -> float:
     return 1.0
 
 
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|stages|layers)\.(\d+)\.")
+_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope")
+
+
+def _depths(encoder: nn.Module) -> dict[int, int]:
+    """How many blocks each parameter (by id) lies below the deepest; what follows the blocks lies 0 below it."""
+    blocks = {id(p): int(found[1]) for name, p in encoder.named_parameters() if (found := _BLOCK.search(name))}
+    most = max(blocks.values(), default=0)
+    below = {id(p): most + 1 if _BEFORE_BLOCKS.search(name) else 0 for name, p in encoder.named_parameters()}
+    return below | {key: most - block for key, block in blocks.items()}
+
+
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
     """Encoder and decoder, with and without weight decay; each group has its peak rate as `lr` and a `name`.
 
-    Raises ValueError where there is none, or one that neither `student.encoder` nor `student.decoder` holds.
+    With layer_decay the encoder has such groups for every block, whose `scale` is their share of its rate. Raises
+    ValueError where there is none, or one that neither `student.encoder` nor `student.decoder` holds.
     """
     owners = {"encoder": getattr(student, "encoder", None), "decoder": getattr(student, "decoder", None)}
     rates = {"encoder": settings.encoder_lr or settings.lr, "decoder": settings.lr}
+    encoder = owners["encoder"]
+    depths = _depths(encoder) if settings.layer_decay < 1.0 and encoder is not None else {}
     claimed: set[int] = set()
     groups = []
     for owner, module in owners.items():
         mine = [p for p in (module.parameters() if module is not None else ()) if p.requires_grad]
         mine = [p for p in mine if id(p) not in claimed]
         claimed.update(id(p) for p in mine)
-        for decay, params in ((True, [p for p in mine if p.ndim > 1]), (False, [p for p in mine if p.ndim <= 1])):
-            if params:
-                name = owner if decay else f"{owner}_no_decay"
-                weight_decay = settings.weight_decay if decay else 0.0
-                groups.append({"params": params, "lr": rates[owner], "weight_decay": weight_decay, "name": name})
+        kinds: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for p in mine:
+            depth = depths.get(id(p), 0) if owner == "encoder" else 0
+            kinds.setdefault((depth, p.ndim <= 1), []).append(p)
+        for (depth, plain), params in sorted(kinds.items(), key=lambda kind: kind[0]):
+            name = f"{owner}_no_decay" if plain else owner
+            scale = settings.layer_decay**depth
+            weight_decay = 0.0 if plain else settings.weight_decay
+            groups.append(
+                {"params": params, "lr": rates[owner] * scale, "scale": scale}
+                | {"weight_decay": weight_decay, "name": name}
+            )
     left_out = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in claimed]
     if left_out:
         raise ValueError(
@@ -185,5 +215,5 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettin
     scale = factor(step, settings)
     rates = {"encoder": (settings.encoder_lr or settings.lr) * scale, "decoder": settings.lr * scale}
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"].removesuffix("_no_decay")]
+        group["lr"] = rates[group["name"].removesuffix("_no_decay")] * group["scale"]
     return rates

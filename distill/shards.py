@@ -2,9 +2,9 @@
 
     <stem>-<part>.tar    per sample key K, in this order:
         K.jpg                       the region as the student sees it, quality 95, 4:4:4
-        K.<teacher>.shared.png      the teacher's map of it: 16-bit grey, see `encode_map`
-        K.<teacher>.local<i>.png    its maps of the patches
-        K.json                      crop, patches, kinds, ranges, seed
+        K.<teacher>.shared.jls      the teacher's map of it, in a codec of `distill.codec.CODECS` (png, npy.gz)
+        K.<teacher>.local<i>.jls    its maps of the patches
+        K.json                      crop, patches, kinds, ranges, codec, seed
     <stem>-<part>.json   what the tar holds and where, so that nothing has to be searched for
     manifest.json        the whole run: recipe, teachers, image list, checksums, quarantine, licences
 
@@ -302,6 +302,10 @@ class LabelDataset(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
+        return self.by(index, self.teachers)
+
+    def by(self, index: int, teachers: Sequence[str]) -> Sample:
+        """Sample `index` with the labels of these teachers alone: the others' maps are not decoded."""
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"
@@ -309,7 +313,7 @@ class LabelDataset(Dataset[Sample]):
         blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; run distill verify on its folder")
-        return decode_sample(_members(blob, where), where=where, teachers=self.teachers)
+        return decode_sample(_members(blob, where), where=where, teachers=teachers)
 
     def _handle(self, name: str) -> IO[bytes]:
         file = self._open.get(name)
@@ -329,21 +333,28 @@ def verify(folder: str | Path, *, report: Callable[..., None] | None = None) -> 
 
     Raises what `read_manifest` raises where there is nothing to compare with.
     """
+    return [line for lines in find_problems(folder, report=report).values() for line in lines]
+
+
+def find_problems(folder: str | Path, *, report: Callable[..., None] | None = None) -> dict[str, list[str]]:
+    """What `verify` says, by the name of the tar; "" has what is wrong with the manifest itself."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    problems: list[str] = []
+    found: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
-    problems += [
-        f"{folder / path.name} is not in {MANIFEST}" for path in sorted(folder.glob("*.tar")) if path.name not in listed
-    ]
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in listed:
+            found[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
-        problems.append(f"{folder / MANIFEST}: the image list does not agree with its own checksum")
+        found[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
+    keys = set(images["keys"])
     for done, shard in enumerate(manifest["shards"]):
-        problems += _verify_shard(folder / shard["name"], shard, set(images["keys"]))
+        if problems := _verify_shard(folder / shard["name"], shard, keys):
+            found[shard["name"]] = problems
         if report:
-            report(done + 1, len(manifest["shards"]), problems=float(len(problems)))
-    return problems
+            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, found.values()))))
+    return found
 
 
 def hash_keys(keys: Sequence[str]) -> str:

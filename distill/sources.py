@@ -2,8 +2,8 @@
 
 A source is a list of input shards. A shard is scanned (names only) into entries and rejected names, and each entry
 decodes one photo when asked, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
-disk: a tar's members are read where they lie. Keys are made safe for tar members here, once: letters, digits, `_`,
-`-`, `+`, `=` and `@`, no dots (webdataset ends a key at the first dot).
+disk: a tar's members are read where they lie, on this disk or at a URL (distill.places). Keys are made safe for tar
+members here, once: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the first dot).
 
 Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.util
+import io
 import re
 import tarfile
 from collections import Counter
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 from distill import pairs as depth_pairs
+from distill import places
 from distill import scenes as procedural
 from distill.depth import DepthMap, Kind
 from distill.photos import DECODE_ERRORS, MAX_BYTES, BadImage, Photo, decode
@@ -101,26 +103,12 @@ def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
 # --- tars -------------------------------------------------------------------------------------------------------------
 
 
-def expand(pattern: str) -> list[str]:
-    """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
-    if span:
-        first, last = int(span[1]), int(span[2])
-        options = [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
-    else:
-        options = found[1].split(",")
-    return [name for option in options for name in expand(pattern[: found.start()] + option + pattern[found.end() :])]
-
-
 def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
     """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     found: dict[Path, None] = {}
     missing: list[str] = []
-    for name in (str(Path(name).expanduser()) for pattern in listed for name in expand(str(pattern))):
+    for name in (str(Path(name).expanduser()) for pattern in listed for name in places.expand(str(pattern))):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
         if not matches:
             missing.append(name)
@@ -136,18 +124,26 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     """One input shard per tar of images, packed as SA-1B packs them (`./sa_1.jpg`, `./sa_1.json`; json is ignored).
 
-    patterns: paths, globs and brace ranges. Raises FileNotFoundError for a tar that is named but absent, ValueError
-    for two tars of one name.
+    patterns: paths, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, for a run that goes on
+    where it was killed begins in the middle of a tar. Raises FileNotFoundError for a tar that is named but absent,
+    ValueError for two tars of one name.
     """
-    return combine([InputShard(safe_key(p.stem), str(p), partial(_scan_tar, p)) for p in _paths(patterns, "tar")])
+    listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
+    if pipes := [p for p in listed if str(p).startswith("pipe:")]:
+        raise ValueError(f"{pipes[0]}: a pipe has no middle to go on from; give the tar's path or URL")
+    urls = places.find_urls([str(p) for p in listed if places.is_url(p)], "tar")
+    local = [p for p in listed if not places.is_url(p)]
+    found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
+    return combine([InputShard(safe_key(PurePosixPath(str(p)).stem), str(p), partial(_scan_tar, p)) for p in found])
 
 
-def _scan_tar(path: Path) -> Scan:
+def _scan_tar(path: Path | str) -> Scan:
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     seen: set[str] = set()
+    tar = PurePosixPath(str(path)).name
     for member, problem in walk_tar(path):
-        origin = f"{path.name}:{_printable(member.name.removeprefix('./'))}" if member else path.name
+        origin = f"{tar}:{_printable(member.name.removeprefix('./'))}" if member else tar
         if member is None or problem:
             rejected.append(Rejected(origin, safe_key(Path(member.name).stem) if member else "", problem))
             continue
@@ -186,25 +182,26 @@ def _member_problem(member: tarfile.TarInfo, *, duplicate: bool) -> str:
     return "duplicate key; the first one is used" if duplicate else ""
 
 
-def walk_tar(path: Path) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
+def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
     """Every member of an uncompressed tar with "", and last, where the tar is damaged, what is wrong with its tail.
 
     The member in the last pair is the one that the damage cuts, or None.
     """
-    size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:", errorlevel=0) as tar:
-            while member := tar.next():
-                end = member.offset_data + (0 if member.type in _NO_BODY else member.size)
-                if end > size:
-                    yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
-                    return
-                yield member, ""
-            offset = tar.offset
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        yield None, f"the tar cannot be read on from here ({error}): download it again"
-        return
-    with path.open("rb") as file:
+    with places.open_place(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
+                while member := tar.next():
+                    end = member.offset_data + (0 if member.type in _NO_BODY else member.size)
+                    if end > size:
+                        yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                        return
+                    yield member, ""
+                offset = tar.offset
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            yield None, f"the tar cannot be read on from here ({error}): download it again"
+            return
         file.seek(offset)
         tail = file.read(512)
     # tarfile takes a broken header for the end of the archive and says nothing.
@@ -217,10 +214,8 @@ def walk_tar(path: Path) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
 _NO_BODY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 
 
-def _load_member(path: Path, offset: int, size: int, key: str, origin: str) -> Photo:
-    with path.open("rb") as file:
-        file.seek(offset)
-        return Photo(key, decode(file.read(size)), None, origin)
+def _load_member(path: Path | str, offset: int, size: int, key: str, origin: str) -> Photo:
+    return Photo(key, decode(places.read_range(path, offset, size)), None, origin)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

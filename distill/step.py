@@ -137,9 +137,15 @@ def averaged(student: nn.Module, decay: float) -> AveragedModel:
 
 
 def set_mode(run: Run) -> None:
-    """Training mode, except for what is frozen."""
+    """Training mode, except for what is frozen; called again where that changes."""
     run.student.train()
-    if run.settings.freeze_encoder:
+    early = run.step < run.settings.freeze_steps
+    if run.settings.freeze_steps:
+        for group in run.optimizer.param_groups:
+            if group["name"].startswith("encoder"):
+                for p in group["params"]:
+                    p.requires_grad_(not early)
+    if run.settings.freeze_encoder or early:
         encoder = run.student.encoder
         assert isinstance(encoder, nn.Module)
         encoder.eval()

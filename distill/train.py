@@ -235,7 +235,9 @@ def _open_trackers(run: Run, accelerator: Accelerator) -> None:
 
 def _check_same(run: Run, saved: runstate.Saved) -> None:
     """ValueError where the checkpoint belongs to another run."""
-    now, then = run.settings.as_dict(), saved.state["settings"]
+    # A setting that an older checkpoint does not know had its default then.
+    defaults = TrainSettings(steps=max(1, run.settings.warmup_steps + 1), batch_size=1).as_dict()
+    now, then = run.settings.as_dict(), defaults | saved.state["settings"]
     changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
     differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
     if run.facts["data"] != saved.state["data"]:
@@ -256,6 +258,8 @@ def _loop(run: Run, micros: Iterator[Micro], held: _Held, report: Callable[..., 
     s = run.settings
     set_mode(run)
     while run.step < s.steps and not _out_of_patience(run):
+        if run.step == s.freeze_steps:
+            set_mode(run)
         line = take_step(run, micros)
         run.step, run.loss = line["step"], line["loss"]
         last = run.step == s.steps
@@ -277,7 +281,9 @@ def _loop(run: Run, micros: Iterator[Micro], held: _Held, report: Callable[..., 
             _save(run)
         if report and run.processes.main:
             best = {} if run.best is None else {"heldout": run.best["heldout"]}
-            report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best)
+            parts = {f"parts/{name}": value for name, value in line["parts"].items()}
+            memory = {"memory_bytes": line["memory"] * 2**30} if "memory" in line else {}
+            report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best, **parts, **memory)
 
 
 def _out_of_patience(run: Run) -> bool:

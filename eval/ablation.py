@@ -177,15 +177,15 @@ def write_page(table: Table, path: Path) -> None:
                 escape(claim),
                 f'<b class="{"bad" if ours.word.startswith("not rep") else ""}">{ours.word}</b>',
                 escape(table.margin(ours)),
-                escape(theirs.word),
+                f"{theirs.effect:+.0%}" if theirs.seeds else "-",
                 escape(source),
             ]
             for claim, source, ours, theirs in table.verdicts
         ]
-        heads = ["ordering", "here", "margin, 90 % interval", "in the paper’s own table", "source"]
+        heads = ["ordering", "here", "margin, 90 % interval", "margin in the paper", "source"]
         note = (
             '<p class="key">The margin by which the claim holds, relative, over paired seeds; negative where it fails. '
-            "A paper’s table has one run per row, so its own word is “within noise” by our rule.</p>"
+            "The paper’s own table has one run per row: a margin, without an interval.</p>"
         )
         sections.append(("orderings", "Orderings", page.table(heads, said) + note))
     sections.append(("curves", "Curves", _curves(table)))

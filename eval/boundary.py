@@ -6,7 +6,8 @@ right, left, below, above. Source: Depth Pro (Bochkovskii et al. 2024), Sec. 3.2
 src/depth_pro/eval/boundary_metrics.py.
 
 Depth, not disparity, is what goes in. The ratios know no scale but they know a shift: an affine prediction must be
-aligned to a truth first. There is no valid mask in the published metric, so that holes in a truth count as edges.
+aligned to a truth first. The published metric has no valid mask, so that holes in a truth count as edges; here a mask
+may be given, and edges are then counted between two valid pixels alone.
 
 Shapes: B batch, H height, W width.
 """
@@ -20,18 +21,26 @@ NUM_THRESHOLDS = 10
 
 
 def boundary_f1(
-    pred: Tensor, target: Tensor, *, lowest: float = 1.05, highest: float = 1.25, count: int = NUM_THRESHOLDS
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor | None = None,
+    *,
+    lowest: float = 1.05,
+    highest: float = 1.25,
+    count: int = NUM_THRESHOLDS,
 ) -> Tensor:
     """Boundary F1, (B,) float32, of predicted against true depth, both (B,H,W) in any unit.
 
-    Per threshold: recall and precision are means over the four kinds of edge (0 where there is none to find).
+    valid: (B,H,W) bool, where there is a truth; everywhere if None, as published. Per threshold: recall and precision
+    are means over the four kinds of edge (0 where there is none to find).
     """
     near, near_target = _inverse(pred), _inverse(target)
+    known = _both(torch.ones_like(target, dtype=torch.bool) if valid is None else valid)
     total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
     for threshold, weight in _thresholds(lowest, highest, count):
         recall = precision = torch.zeros_like(total)
-        for ratio, ratio_target in zip(_ratios(near), _ratios(near_target), strict=True):
-            found, real = ratio > threshold, ratio_target > threshold
+        for ratio, ratio_target, counts in zip(_ratios(near), _ratios(near_target), known, strict=True):
+            found, real = (ratio > threshold) & counts, (ratio_target > threshold) & counts
             both = _number(found & real)
             recall = recall + both / _number(real).clamp(min=1.0) / 4
             precision = precision + both / _number(found).clamp(min=1.0) / 4
@@ -93,6 +102,12 @@ def _ratios(near: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     left, right = near[..., :-1], near[..., 1:]
     upper, lower = near[..., :-1, :], near[..., 1:, :]
     return right / left, left / right, lower / upper, upper / lower
+
+
+def _both(valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where both of two neighbours are valid, in the order of `_ratios`."""
+    across, down = valid[..., :-1] & valid[..., 1:], valid[..., :-1, :] & valid[..., 1:, :]
+    return across, across, down, down
 
 
 def _mask_edges(inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

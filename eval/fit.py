@@ -2,8 +2,8 @@
 
 The prediction's kind and the truth's kind choose the way. A truth in metres or up to a scale is scored in depth: an
 affine disparity is fitted in disparity and inverted, an affine depth is fitted in depth, a map known up to a scale
-gets a scale, a metric one is used as it is. A truth with an unknown shift is scored in its own quantity, where
-predictions of the other quantity can be converted only if their own shift is known.
+gets a scale, a metric one is used as it is; a protocol may ask for another fit. A truth with an unknown shift is
+scored in its own quantity, where predictions of the other quantity can be converted only if their own shift is known.
 
 Least squares by moments, in float64, over blocks: equal to distill.align.fit_affine, at a tenth of its time and with no
 float64 copy of a 24-megapixel map. Maps are numpy here, whose `take` gathers valid pixels six times as fast as torch's
@@ -26,6 +26,8 @@ from eval.protocol import Protocol
 MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
 _FORGETS = ("metric", "scale", "affine")
+# How an alignment of eval.protocol begins, and what it fits.
+_SAID = {"scale and shift": "affine", "scale by medians": "median", "scale": "scale"}
 
 
 class NoTruth(ValueError):
@@ -37,7 +39,8 @@ class Way:
     """How a prediction meets a truth.
 
     quantity: what the metrics compare, "depth" or "disparity". fit: the quantity in which the prediction is aligned.
-    invert: the prediction is inverted before the fit. unknown: "metric", "scale" or "affine", what the fit finds.
+    invert: the prediction is inverted before the fit. unknown: what the fit finds: "metric" (nothing), "scale",
+    "affine", or "median" (a scale by the medians alone).
     metres: the truth is in metres, so that the protocol's range means something.
     """
 
@@ -63,9 +66,15 @@ class Measured:
     notes: tuple[str, ...]
 
 
-def way(kind: Kind, truth: Kind) -> Way:
-    """How a prediction of `kind` meets a truth of kind `truth`; KindError where it cannot."""
-    unknown = max(kind.unknown, truth.unknown, key=_FORGETS.index)
+def way(kind: Kind, truth: Kind, alignment: str = "") -> Way:
+    """How a prediction of `kind` meets a truth of kind `truth`; KindError where it cannot.
+
+    alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
+    """
+    said = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
+    if said == "median" and truth.unknown == "affine":
+        raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
+    unknown = said if said == "median" else max(said, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
         return Way("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
@@ -82,7 +91,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     Raises NoTruth, or ValueError where the prediction is not finite on a valid pixel; both in one line.
     Source of the marigold mode: prs-eth/Marigold, script/depth/eval.py and src/util/alignment.py.
     """
-    path = way(kind, truth.kind)
+    path = way(kind, truth.kind, protocol.alignment)
     if truth.kind.unknown != "affine":
         truth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
@@ -95,7 +104,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     if not np.isfinite(lowest + highest):
         wrong = int((~np.isfinite(flat_pred)).sum())
         raise ValueError(f"NaN or infinity in {wrong} of the {len(flat_pred)} scored pixels")
-    notes = _notes(flat_pred, lowest, highest, kind, protocol)
+    notes = _notes(flat_pred, lowest, highest, kind, path, protocol)
     if path.invert:
         flat_pred = 1.0 / np.maximum(flat_pred, 1e-6)
     scale, shift = 1.0, 0.0
@@ -110,6 +119,31 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     return Measured(sums, floors, scale, shift, tuple(notes))
 
 
+def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, Measured]:
+    """A prediction (H,W) as depth (H,W), and how it was aligned: fitted where its shift is unknown, else as it is.
+
+    The fit sees the valid truth inside the protocol's range; the map is clipped as the protocol says. Sums are empty.
+    """
+    fitted = protocol.with_kind(kind)
+    path = way(kind, truth.kind, fitted.alignment)
+    if path.unknown != "affine":
+        depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
+        if not np.isfinite(depth[truth.valid[0].numpy()]).all():
+            raise ValueError("NaN or infinity among the scored pixels")
+        return depth, Measured(torch.zeros(0), {}, 1.0, 0.0, ())
+    measured = measure(pred, truth, kind, fitted)
+    line = pred * np.float32(measured.scale) + np.float32(measured.shift)
+    metres, inside = truth.values[0].numpy(), truth.valid[0].numpy()
+    inside = inside & (metres > protocol.min_depth) & (metres < protocol.max_depth)
+    low, high = max(1e-6, protocol.min_depth), protocol.max_depth
+    if path.fit == "disparity":
+        floor = 1.0 / float(metres[inside].max()) if protocol.disparity_floor is None else protocol.disparity_floor
+        line = 1.0 / np.maximum(line, floor)
+    if protocol.clip == "truth":
+        low, high = max(low, float(metres[inside].min())), min(high, float(metres[inside].max()))
+    return np.clip(line, low, high), measured
+
+
 def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
     """The pixels whose truth lies strictly inside the protocol's range: usually all of them."""
     if not len(truth) or (truth.min() > protocol.min_depth and truth.max() < protocol.max_depth):
@@ -118,9 +152,9 @@ def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[
     return pred[inside], truth[inside]
 
 
-def _notes(pred: np.ndarray, lowest: float, highest: float, kind: Kind, protocol: Protocol) -> list[str]:
+def _notes(pred: np.ndarray, lowest: float, highest: float, kind: Kind, path: Way, protocol: Protocol) -> list[str]:
     notes = ["constant prediction"] if lowest == highest and len(pred) > 1 else []
-    if lowest <= 0 and kind.unknown != "affine":
+    if lowest <= 0 and path.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
     if highest <= 0 and kind == Kind.AFFINE_DISPARITY and protocol.fit_positive:
         notes.append("no positive prediction: Marigold's fit sees positive pixels only, so there was nothing to fit")
@@ -159,6 +193,8 @@ def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[n
 def _fit(pred: np.ndarray, truth: np.ndarray, *, path: Way, positive: bool) -> tuple[float, float]:
     """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit."""
     invert = path.fit != path.quantity
+    if path.unknown == "median":
+        return _median_scale(pred, truth, invert=invert, positive=positive), 0.0
     origin = float(pred[0]) if len(pred) and path.unknown == "affine" else 0.0
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
@@ -176,6 +212,21 @@ def _fit(pred: np.ndarray, truth: np.ndarray, *, path: Way, positive: bool) -> t
     if path.unknown == "scale":
         return (float(np.float32(sum_pt / sum_pp)) if sum_pp > 0 else 0.0), 0.0
     return _solve(count, sum_p / count, sum_t / count, sum_pp / count, sum_pt / count, origin)
+
+
+def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive: bool) -> float:
+    """The ratio of the medians, as a float32 number; 0 where the prediction's is not positive.
+
+    invert: the prediction is a disparity; the median of 1/truth is one over the truth's, but for the two middle ones.
+    """
+    if invert and positive and len(pred) and min(float(pred.min()), float(truth.min())) <= 0:
+        usable = (pred > 0) & (truth > 0)
+        pred, truth = pred[usable], truth[usable]
+    if not len(pred):
+        return 0.0
+    own = float(np.median(pred))
+    target = float(np.median(1.0 / np.maximum(truth, 1e-6) if invert else truth))
+    return float(np.float32(target / own)) if own > 0 else 0.0
 
 
 def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) -> tuple[float, float]:

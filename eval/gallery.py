@@ -31,6 +31,8 @@ _MODELS = 4
 UNREADABLE = (OSError, ValueError, LookupError)
 """What a missing or damaged input raises; it ends as a line in the report."""
 
+_TITLES = {"abs_rel": "AbsRel", "boundary_f1": "boundary F1"}
+
 Recipe = Mapping[str, Any]
 
 
@@ -73,14 +75,15 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
         for s in find("eval.benchmarks", spec["name"]).samples(spec.get("root") or None, spec.get("list") or None)
     }
     judge = next((s for s in scores if s.model == "student"), scores[0])
-    measured = [(image.metrics["abs_rel"], image.key) for image in judge.images if image.metrics is not None]
-    ranked = [key for _, key in sorted(measured) if key in samples]
+    main = judge.task.main
+    measured = [(image.metrics[main], image.key) for image in judge.images if image.metrics is not None]
+    best_first = sorted(measured, reverse=not judge.task.rows[main].lower_is_better)
+    ranked = [key for _, key in best_first if key in samples]
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
     places = np.unique(np.linspace(len(ranked) - 1, 0, min(PICTURES, len(ranked))).round().astype(int))[::-1]
-    parts = [
-        f"<h3>{escape(label)} <small>images in the order of {escape(judge.model)}’s AbsRel, worst first</small></h3>"
-    ]
+    order = f"images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first"
+    parts = [f"<h3>{escape(label)} <small>{order}</small></h3>"]
     for place in places:
         key, rank = ranked[place], len(ranked) - int(place)
         name = {1: "the worst of", len(ranked): "the best of"}.get(rank, f"number {rank} of")
@@ -113,7 +116,8 @@ def _strip(run_dir: Path, label: str, sample: Sample, scores: Sequence[Score]) -
             continue
         error = np.abs(pred - depth) / np.maximum(depth, 1e-9) / ERROR_END
         picture = figures.colourise(figures.nearness(pred, span), everywhere, figures.NEARNESS)
-        note = f"AbsRel {image.metrics['abs_rel']:.3f}"
+        main = score.task.main
+        note = f"{_TITLES.get(main, main)} {image.metrics[main]:.3f}"
         shown.append(
             figures.tile(score.model, figures.shrink(picture))
             + figures.tile("its error", figures.shrink(figures.colourise(error, valid, figures.ERROR)), note=note)
@@ -128,7 +132,7 @@ def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.
         return None
     height, width = truth.values.shape[-2:]
     pred = read_prediction(path, (height, width))[0] * np.float32(image.scale) + np.float32(image.shift)
-    how = way(score.kind, truth.kind)
+    how = way(score.kind, truth.kind, score.protocol.alignment)
     if how.fit == "disparity":
         pred = 1.0 / np.maximum(pred, 1e-6)
     low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth

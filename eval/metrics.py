@@ -28,9 +28,9 @@ Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A metric's place in a table: how to compute it, which way is better, and how to print it."""
+    """A metric's place in a table: how to compute it on maps, which way is better, and how to print it."""
 
-    function: Metric
+    function: Metric | None
     lower_is_better: bool
     format: str
 

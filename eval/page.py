@@ -112,17 +112,19 @@ def pairs(facts: Iterable[tuple[str, str]]) -> str:
     return "".join(f"<div><dt>{escape(term)}</dt><dd>{name(value)}</dd></div>" for term, value in facts if value)
 
 
-def page(title: str, facts: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """The whole document; sections are (id, title, HTML)."""
+def page(
+    title: str, facts: str, sections: Sequence[tuple[str, str, str]], *, what: str = "Depth distillation report"
+) -> str:
+    """The whole document; sections are (id, title, HTML). what: kind of page, said above the title."""
     links = "".join(f'<a href="#{key}">{escape(head)}</a>' for key, head, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(head)}</h2>{content}</section>' for key, head, content in sections)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(title)} · depth distillation report</title>"
+        f"<title>{escape(title)} · {escape(what[0].lower() + what[1:])}</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<style>{STYLE}</style></head><body><header><p>Depth distillation report</p><h1>{escape(title)}</h1>"
+        f"<style>{STYLE}</style></head><body><header><p>{escape(what)}</p><h1>{escape(title)}</h1>"
         f'<dl class="facts">{facts}</dl><nav>{links}</nav></header><main>{body}</main>'
         f"<footer>written {when} from the run’s folder</footer></body></html>\n"
     )

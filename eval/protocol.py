@@ -32,6 +32,28 @@ ALIGNMENTS = {
     Kind.AFFINE_DISPARITY: "scale and shift in disparity",
 }
 
+CHOICES = ("auto", "affine", "scale", "median")
+"""How a prediction may be brought to the truth. auto: by what its kind leaves unknown, as every paper does. affine,
+scale: least squares for scale and shift, or scale alone. median: a scale by the ratio of the medians alone, as
+self-supervised depth is scored."""
+
+TASKS = {
+    "depth": "ten metrics of depth",
+    "boundary_f1": "sharpness of depth edges: needs no scale, and a shift only where the kind leaves one unknown",
+    "boundary_recall": "depth edges on a matte's edge: there is no depth to align to",
+    "order": "which of two points is nearer: any increasing map of the prediction gives the same answer",
+}
+"""What is measured (eval.tasks)."""
+
+_WORDS = {"affine": "scale and shift", "scale": "scale", "median": "scale by medians"}
+
+
+def alignment(kind: Kind, choice: str = "auto") -> str:
+    """How a prediction of `kind` is aligned, in words; ValueError for what is not in CHOICES."""
+    if choice not in CHOICES:
+        raise ValueError(f"alignment must be one of {', '.join(CHOICES)}, not {choice!r}")
+    return ALIGNMENTS[kind] if choice == "auto" else f"{_WORDS[choice]} in {kind.quantity}"
+
 
 class ProtocolError(ValueError):
     """Numbers of different protocols were asked to stand side by side; the message says where they differ."""
@@ -41,10 +63,10 @@ class ProtocolError(ValueError):
 class Protocol:
     """Everything that a number depends on besides the prediction.
 
-    benchmark: name of the file in eval/benchmarks/. mode: "marigold" or "clean".
+    benchmark: name of the file in eval/benchmarks/. mode: "marigold" or "clean". task: a key of TASKS.
     num_images, list_sha256: the images scored; the hash is over their keys, sorted, joined by newlines.
     truth: the kinds of the ground truth ("metric_depth"); where it is not metric, scores are in the truth's own space.
-    alignment: how the prediction was brought to the truth (a value of ALIGNMENTS); empty until a kind is chosen.
+    alignment: how the prediction was brought to the truth (see `alignment`); empty until a kind is chosen.
     fit_columns: the fit sees this many columns of the map (Marigold's `--alignment_max_res`); None for all.
     fit_positive: a disparity is fitted only where the prediction is positive (Marigold).
     disparity_floor: aligned disparity is at least this; None is one over the largest valid truth of the image.
@@ -72,8 +94,11 @@ class Protocol:
     mask: str = "valid truth"
     resize: str = "none: the prediction has the truth's size"
     pooling: str = "mean over images"
+    task: str = "depth"
 
     def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ValueError(f"a protocol's task must be one of {', '.join(TASKS)}, not {self.task!r}")
         if self.mode not in MODES:
             raise ValueError(f"a protocol's mode must be marigold or clean, not {self.mode!r}")
 
@@ -91,9 +116,13 @@ class Protocol:
         """The fields as JSON takes them; infinity is the string "inf"."""
         return {name: "inf" if value == math.inf else value for name, value in asdict(self).items()}
 
-    def with_kind(self, kind: Kind | str) -> Protocol:
-        """The protocol of scoring a prediction of this kind."""
-        return replace(self, alignment=ALIGNMENTS[Kind(kind)])
+    def with_kind(self, kind: Kind | str, choice: str = "auto") -> Protocol:
+        """The protocol of scoring a prediction of this kind, aligned as one of CHOICES says."""
+        words = alignment(Kind(kind), choice)
+        if self.task != "depth" and choice != "auto":
+            raise ValueError(f"{self.benchmark} takes no other alignment ({TASKS[self.task]}); leave it at auto")
+        fitted = self.task == "depth" or (self.task == "boundary_f1" and Kind(kind).unknown == "affine")
+        return replace(self, alignment=words if fitted else "none")
 
     def in_mode(self, mode: str) -> Protocol:
         """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot
@@ -154,4 +183,6 @@ def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool =
 
 
 def _digest(table: Mapping[str, Any]) -> str:
+    """Of the fields; what came later than the first ids counts only where it says something, so that those stay."""
+    table = {name: value for name, value in table.items() if (name, value) != ("task", "depth")}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

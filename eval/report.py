@@ -21,8 +21,10 @@ from distill.trainlog import read as read_log
 from eval import figures
 from eval.gallery import UNREADABLE, Recipe, gallery
 from eval.page import details, missing, page, pairs, table
+from eval.papers import Scored, verdicts
 from eval.score import Score, read_scores
-from eval.scoreboard import scoreboard
+from eval.scoreboard import paper_table, scoreboard
+from eval.stored import read_settings
 
 LABELS = 4
 """Labelled regions shown of each folder of labels."""
@@ -38,12 +40,13 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         raise FileNotFoundError(f"{run_dir}: no such run; give the folder that distill train or distill score wrote")
     path = Path(out) if out is not None else run_dir / "report.html"
     recipe, recipe_text, recipe_fault = _recipe(run_dir)
-    scores, score_faults = _scores(run_dir)
+    scores, score_faults = read_run_scores(run_dir)
     log = _log(run_dir)
     folders = _label_folders(run_dir, recipe)
     name = str(recipe.get("run", {}).get("name", "") or run_dir.resolve().name)
     sections = [
         ("scores", "Scores", scoreboard(scores, score_faults)),
+        ("papers", "Papers", paper_table(verdicts(_with_weights(run_dir, scores)))),
         ("pictures", "Pictures", gallery(run_dir, recipe, scores)),
         ("training", "Training", _training_section(log)),
         ("labels", "Labels", _label_section(folders)),
@@ -74,7 +77,8 @@ def _recipe(run_dir: Path) -> tuple[Recipe, str, str]:
         return {}, "", f"recipe.toml cannot be read: {error}."
 
 
-def _scores(run_dir: Path) -> tuple[list[Score], list[str]]:
+def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
+    """The score files of a run in the order of a table, and a line for each that cannot be read."""
     found, faults = [], []
     for path in sorted((run_dir / "scores").glob("*.json")):
         try:
@@ -84,6 +88,25 @@ def _scores(run_dir: Path) -> tuple[list[Score], list[str]]:
     # The student first, what knows nothing of the image last.
     place = {"student": 0, "plane prior": 2}
     return sorted(found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
+
+
+def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
+    """Each score with the weights that its stored predictions say they are of."""
+    found = []
+    for score in scores:
+        stores = (run_dir / "predictions" / score.model.replace(" ", "_")).glob("*")
+        said = [_weights(store) for store in sorted(stores)]
+        known = {weights for weights in said if weights}
+        found.append(Scored(score, known.pop() if len(known) == 1 else ""))
+    return found
+
+
+def _weights(store: Path) -> str:
+    try:
+        settings = read_settings(store)
+    except UNREADABLE:
+        return ""
+    return str(settings["settings"].get("weights", "")) if settings else ""
 
 
 def _log(run_dir: Path) -> list[dict[str, Any]]:

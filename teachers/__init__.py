@@ -65,6 +65,11 @@ class Card:
     note: str = ""
     seeded: bool = False
 
+    @property
+    def larger_is(self) -> str:
+        """ "farther" or "nearer": the direction of its values."""
+        return self.kind.larger_is
+
 
 class Teacher(Protocol):
     """What every teacher offers; `load` takes its own options as further keywords."""
@@ -170,15 +175,27 @@ def _download(repository: str, revision: str | None, files: list[str], text: str
 
 
 def find_weights(path: Path, names: Iterable[str]) -> Path:
-    """`path` itself if it is a file, else the first of `names` (patterns) in that folder; WeightsMissing if none."""
-    if path.is_file():
-        return path
+    """`path` itself if it is a file, else what the first of `names` (patterns) that matches finds in that folder.
+
+    Raises WeightsMissing if none does, WeightsMismatch where one finds several files or something that only stands
+    where weights should: a git-lfs pointer, a web page.
+    """
     names = list(names)
-    found = [file for name in names for file in sorted(path.glob(name))]
+    found = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])
     if not found:
         raise WeightsMissing(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
         )
+    if len(found) > 1:
+        raise WeightsMismatch(
+            f"{path} holds {', '.join(file.name for file in found[:4])}: give the path of one of them"
+        )
+    with found[0].open("rb") as stream:
+        start = stream.read(64).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsMismatch(f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+    if start.startswith(b"<"):
+        raise WeightsMismatch(f"{found[0]} is a web page, not weights: download it again, logged in where it is gated")
     return found[0]
 
 
@@ -193,6 +210,21 @@ def revision_of(path: Path) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def revision_here(card: Card) -> str:
+    """The revision of a card's weights on this machine, read from the hub's cache; empty where they are not here."""
+    if card.revision != "unknown":
+        return card.revision
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    organisation, _, rest = card.weights.partition("/")
+    folder = Path(HF_HUB_CACHE) / f"models--{organisation}--{rest.partition('/')[0]}"
+    named = folder / "refs" / "main"
+    if not named.is_file():
+        return ""
+    commit = named.read_text(encoding="utf-8").strip()
+    return commit if (folder / "snapshots" / commit).is_dir() else ""
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -220,6 +252,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
+            reason = "more than tensors in it, or not a torch file"
         raise WeightsMismatch(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
     for wrapper in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

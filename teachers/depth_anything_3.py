@@ -42,6 +42,7 @@ from teachers import (
 )
 from teachers._da3_network import Layout, Network
 from teachers._dino import PATCH, normalize
+from teachers._sky import FEW, QUANTILE, quantile
 
 NATIVE = 504
 SKY = 0.3  # the sky map's threshold; 0.3 itself is sky
@@ -124,12 +125,9 @@ def sky_to_far(depth: Tensor, sky: Tensor) -> Tensor:
     """
     is_sky = sky >= SKY
     rest = depth[~is_sky]
-    if rest.numel() <= 10 or int(is_sky.sum()) <= 10:
+    if rest.numel() <= FEW or int(is_sky.sum()) <= FEW:
         return depth
-    place = 0.99 * (rest.numel() - 1)
-    ordered = rest.sort().values
-    low, high = ordered[int(place)], ordered[min(int(place) + 1, rest.numel() - 1)]
-    return torch.where(is_sky, torch.lerp(low, high, place - int(place)), depth)
+    return torch.where(is_sky, quantile(rest, QUANTILE), depth)
 
 
 class Teacher:
@@ -156,6 +154,11 @@ class Teacher:
         self.native_size = native_size or card.native_size or NATIVE
         self.sky = sky
         self.focal = focal
+
+    @property
+    def sees_sky(self) -> bool:
+        """Whether the checkpoint has a sky head (mono and metric)."""
+        return hasattr(self.network.head.scratch, "sky_output_conv2")
 
     @classmethod
     def load(

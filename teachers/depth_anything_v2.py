@@ -215,6 +215,7 @@ class Teacher:
             raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
         path = resolve(weights, files=("*.pth", "*.safetensors", "config.json"))
         if path.is_dir() and (path / "config.json").exists():
+            find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
             model = _from_folder(path, max_depth)
             file = path
         else:

@@ -14,7 +14,12 @@ import students
 from distill import checkpoint, plugins
 
 DECODERS = plugins.names("students.decoders")
-SMALL = {"sdt": {"fusion_channels": 16}, "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]}}
+SMALL = {
+    "sdt": {"fusion_channels": 16},
+    "sdt_fast": {"fusion_channels": 16, "widths": [16, 8, 8, 8]},
+    "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+    "dav2": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+}
 IMAGES = torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(1))
 
 
@@ -79,12 +84,58 @@ def test_the_folder_describes_itself(tmp_path):
     checkpoint.save(tiny(), tmp_path / "s", card=card)
     assert checkpoint.read_card(tmp_path / "s") == card
     readme = (tmp_path / "s" / "README.md").read_text()
-    assert readme.startswith("# pocket\n") and '| teachers | ["a", "b"] |' in readme
+    assert readme.startswith("---\n") and "\n# pocket\n" in readme and "license: apache-2.0" in readme
+    assert "## Lineage" in readme and "- a\n- b" in readme
     described = checkpoint.describe(tmp_path / "s")
     assert described["native_size"] == 64 and described["images"]["multiple"] == 16
     assert described["output"]["kind"] == "affine_disparity"
     checkpoint.save(tiny(), tmp_path / "s")
     assert checkpoint.read_card(tmp_path / "s") == {} and not (tmp_path / "s" / "README.md").exists()
+
+
+def test_the_card_shows_lineage_recipe_scores_and_size(tmp_path):
+    card = {
+        "licence": "research only | mind",
+        "lineage": {"images": "CC0", "pocket": "research"},
+        "scores": [{"benchmark": "scenes", "abs_rel": "0.21"}, {"benchmark": "nyu", "abs_rel": "0.1", "delta1": "0.9"}],
+        "recipe": {"train": {"steps": 3}},
+    }
+    checkpoint.save(tiny(), tmp_path / "s", card=card)
+    readme = (tmp_path / "s" / "README.md").read_text()
+    assert "| licence | research only \\| mind |" in readme and "license: other" in readme
+    assert "| pocket | research |" in readme and "short side is 64 pixels" in readme
+    assert "| benchmark | abs_rel | delta1 |" in readme and "| scenes | 0.21 |  |" in readme
+    assert '"steps": 3' in readme and "load(" in readme
+
+
+class TestFromPretrained:
+    def test_a_folder_and_the_embedded_one(self, tmp_path):
+        student = tiny()
+        checkpoint.save(student, tmp_path / "s")
+        assert torch.equal(checkpoint.from_pretrained(tmp_path / "s")(IMAGES), student(IMAGES))
+        assert torch.equal(checkpoint.from_pretrained(str(tmp_path / "s"))(IMAGES), student(IMAGES))
+        assert (checkpoint.fetch("pocket") / "student.json").is_file()
+
+    def test_a_hub_id_is_downloaded_by_its_three_files(self, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        checkpoint.save(tiny(), tmp_path / "s")
+        asked = {}
+
+        def snapshot_download(name, **options):
+            asked.update(options, name=name)
+            return str(tmp_path / "s")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        assert checkpoint.from_pretrained("someone/student", revision="v2").native_size == 64
+        files = ["model.safetensors", "student.json", "README.md"]
+        assert asked == {"name": "someone/student", "revision": "v2", "allow_patterns": files}
+
+    @pytest.mark.parametrize("name", ["someone/student", "nowhere", "./a/b", "a/b/c"])
+    def test_what_is_not_there_is_one_line(self, name):
+        with pytest.raises(OSError, match="no such folder") as caught:
+            checkpoint.from_pretrained(name)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
 class TestFrozenEncoderLeftOut:

@@ -134,3 +134,56 @@ def test_sampling_the_whole_box_at_the_same_size_is_the_identity():
     values, inside = crops.sample_boxes(maps, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 1, 4), 7)
     torch.testing.assert_close(values[:, 0], maps)
     assert inside.all()
+
+
+def brute_force(image, size):
+    """Resampling by its definition: at each output centre, a tent of input pixels as wide as the shrinking."""
+    out = image
+    for axis in (0, 1):
+        length = image.shape[axis]
+        scale = length / size
+        width = max(1.0, scale)
+        weights = torch.zeros(size, length, dtype=image.dtype)
+        for i in range(size):
+            centre = (i + 0.5) * scale
+            for j in range(length):
+                weights[i, j] = max(0.0, 1.0 - abs(j + 0.5 - centre) / width)
+            # Enlarging repeats the border; shrinking leaves out what lies beyond it.
+            weights[i] /= weights[i].sum()
+        out = torch.tensordot(weights, out, dims=([1], [axis])).movedim(0, axis)
+    return out
+
+
+@pytest.mark.parametrize("size", [5, 9, 17, 30])
+def test_resizing_matches_a_brute_force_resampler(size):
+    torch.manual_seed(2)
+    image = torch.rand(17, 17, dtype=torch.float64)
+    torch.testing.assert_close(crops.resize(image[None], size, size)[0], brute_force(image, size), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [31, 64, 560])
+def test_blocks_hold_every_student_pixel_of_a_patch(size):
+    torch.manual_seed(3)
+    corner, side = torch.rand(3, 4, 2) * 0.5, 0.2 + 0.3 * torch.rand(3, 4, 1)
+    boxes = torch.cat([corner, corner + side], -1)
+    boxes[0, 0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    blocks, within, number = crops.student_blocks(boxes, size)
+    assert number == size
+    blocks, within, number = crops.student_blocks(boxes[1:], size)
+    assert number < size
+    pixels = blocks * size
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+    for b, n in ((b, n) for b in range(2) for n in range(4)):
+        for axis in (0, 1):
+            low, high = boxes[1 + b, n, axis].item() * size, boxes[1 + b, n, axis + 2].item() * size
+            centres = [i for i in range(size) if low <= i + 0.5 <= high]
+            first = round(pixels[b, n, axis].item())
+            assert first <= centres[0] and centres[-1] < first + number
+            # The same pixel, named by the patch: a fraction of the patch, linear in the region's.
+            start = (first - low) / (high - low)
+            assert within[b, n, axis].item() == pytest.approx(start, abs=1e-3)
+
+
+def test_no_boxes_give_no_blocks():
+    blocks, within, number = crops.student_blocks(torch.zeros(2, 0, 4), 64)
+    assert blocks.shape == within.shape == (2, 0, 4) and number == 0

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from distill.cli import main
 from eval.fit import MARIGOLD_FLOOR
 from eval.score import Score, read_scores, score_predictions
 from tests.conftest import golden_folder
@@ -96,3 +98,86 @@ def test_a_root_may_be_the_folder_that_the_archives_lie_in(golden):
     assert [s.key for s in nyu.samples(folder / "data", list_file)] == [s.key for s in nyu.samples(root, list_file)]
     with pytest.raises(ValueError, match="found 2 images of nyu.*not the 654.*--list"):
         nyu.samples(root)
+
+
+# --- what strangers hand in, through the command line -----------------------------------------------------------------
+
+
+def nyu_store(golden, tmp_path: Path) -> tuple[Path, list[str]]:
+    """The golden depth predictions of NYU, and the arguments that score them."""
+    case, _ = golden("eval_nyu")
+    folder = golden_folder("eval_nyu")
+    root, list_file = root_and_list(folder)
+    store = stored(folder, case["runs"]["depth"], tmp_path / "predictions")
+    arguments = f"score --predictions {store} --kind affine_depth --benchmark nyu --root {root} --list {list_file}"
+    return store, [*arguments.split(), "--protocol", "marigold", "--out", str(tmp_path / "s.json")]
+
+
+STRANGE = {
+    "missing": (1, r"missing: no .*pred_0009\.npy"),
+    "size": (1, r"has the shape \(240, 320\), the truth \(480, 640\): resize"),
+    "nan": (1, r"NaN or infinity in \d+ of the \d+ scored pixels"),
+    "all invalid": (1, r"NaN or infinity in (\d+) of the \1 scored pixels"),
+    "text": (1, "not a readable .npy"),
+    "constant": (0, "constant prediction"),
+    "negative": (0, "fitted scale is negative"),
+    "uint8": (0, "stored as uint8"),
+    "uint16": (0, "stored as uint16"),
+    "float16": (0, "stored as float16"),
+    "extra": (0, "1 .npy files belong to no image of the list"),
+}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_strangers_predictions_each_get_a_line(golden, tmp_path, capsys, what):
+    store, arguments = nyu_store(golden, tmp_path)
+    path = next(store.rglob("pred_0009.npy"))
+    pred = np.load(path)
+    if what == "missing":
+        path.unlink()
+    elif what == "extra":
+        np.save(path.with_name("pred_9999.npy"), pred)
+    elif what == "text":
+        path.write_text("depth")
+    else:
+        changed = {
+            "size": pred[::2, ::2],
+            "nan": np.where(np.arange(640) < 300, np.nan, pred),
+            "all invalid": np.full_like(pred, np.nan),
+            "constant": np.full_like(pred, 0.5),
+            "negative": -pred,
+            "uint8": (pred * 255).astype(np.uint8),
+            "uint16": (pred * 65535).astype(np.uint16),
+            "float16": pred.astype(np.float16),
+        }
+        np.save(path, changed[what])
+    code, said = STRANGE[what]
+    assert main(arguments) == code
+    got = read_scores(tmp_path / "s.json")
+    assert len(got.problems()) == 1 and re.search(said, got.problems()[0]), got.problems()
+    assert (got.num_failed, got.metrics["abs_rel"] is None) == (code, bool(code))
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(said.replace(" ", r"\s+"), err) and "Traceback" not in err
+    assert main([*arguments, "--allow-failed"]) == 0
+    assert read_scores(tmp_path / "s.json").metrics["abs_rel"] > 0 and read_scores(tmp_path / "s.json").partial == bool(
+        code
+    )
+
+
+def test_means_over_images_and_over_pixels_are_both_there_and_named(golden, tmp_path):
+    _, arguments = nyu_store(golden, tmp_path)
+    assert main(arguments) == 0
+    got = read_scores(tmp_path / "s.json")
+    assert got.protocol.pooling == "mean over images" and got.pooled.keys() == got.metrics.keys()
+    assert got.pooled["silog"] != got.metrics["silog"]
+    assert got.metrics["abs_rel"] == pytest.approx(np.mean([image.metrics["abs_rel"] for image in got.images]))
+
+
+def test_the_median_alignment_is_in_the_protocols_id(golden, tmp_path):
+    _, arguments = nyu_store(golden, tmp_path)
+    main(arguments)
+    usual = read_scores(tmp_path / "s.json")
+    main([*arguments, "--alignment", "median"])
+    median = read_scores(tmp_path / "s.json")
+    assert median.protocol.alignment == "scale by medians in depth" and median.protocol.id != usual.protocol.id
+    assert median.metrics["abs_rel"] > usual.metrics["abs_rel"] and all(image.shift == 0 for image in median.images)

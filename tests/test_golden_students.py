@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from students import Student
-from students.decoders import dpt, sdt
+from students.decoders import dav2, dpt, sdt
 from students.dysample import DySample
 from students.encoder import Encoder
 from tests.golden import weights_rule
@@ -188,3 +188,25 @@ def test_whole_model(golden, tmp_path, case):
         close(depth, expected, run["tolerance"]["max_abs"])
         left, _, top, _ = student.encoder.padding(*x.shape[-2:])
         assert torch.equal(cropped, depth[:, 0, top : top + x.shape[-2], left : left + x.shape[-1]])
+
+
+def test_depth_anything_v2_as_a_student(golden, tmp_path):
+    """The released network as Encoder + dav2 decoder, on the released interpolation of its position table."""
+    facts, data = golden("dav2_vits")
+    state = synth(facts["state_dict"], facts["seed"])
+    torch.save(state, tmp_path / "dav2.pth")
+    run = facts["runs"][0]
+    x = tensor(data, "x0")
+    grid = (x.shape[-2] // 14, x.shape[-1] // 14)
+    encoder = Encoder("dinov2_vits14", weights=tmp_path / "dav2.pth", pos_grid=grid, final_norm=True, **RAW).eval()
+    table = state["pretrained.pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    scales = tuple((side + 0.1) / 37 for side in grid)
+    table = torch.nn.functional.interpolate(table, scale_factor=scales, mode="bicubic").flatten(2).transpose(1, 2)
+    with torch.no_grad():
+        encoder.backbone.pos_embed.copy_(torch.cat([state["pretrained.pos_embed"][:, :1], table], dim=1))
+        decoder = dav2.Decoder(384).load_released(state).eval()
+        found = torch.relu(Student(encoder, decoder)(x))
+    close(found, tensor(data, "depth0"), run["tolerance"]["max_abs"])
+    counted = sum(p.numel() for p in decoder.parameters())
+    unused = [k for k in state if "refinenet4.resConfUnit1" in k]
+    assert counted == sum(v.numel() for k, v in state.items() if k.startswith("depth_head.") and k not in unused)

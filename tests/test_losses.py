@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.crops import cut_patches, cut_region, plan
+from distill.crops import cut_patches, cut_region, plan, sample_boxes, student_blocks
 from distill.depth import DepthMap, Kind, KindError
 from distill.labels import Labels
 from distill.losses import anchor_loss, compare, distillation_loss, feature_loss, gradient_loss
+from distill.normalize import _per_image
+from distill.normalize._batched import batch_loss
+from distill.normalize._contexts import _image_by_image
 from distill.objective import Objective, Weights
 from distill.plugins import find, names
 
@@ -42,6 +45,99 @@ def plain_reference(pred, target, valid, levels):
             member[inside] += 1
     seen = member > 0
     return (total[seen] / member[seen]).mean()
+
+
+def large(seed: int = 0):
+    """Large enough for the bracketed selection and for threads; smooth, with edges and ties."""
+    g = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 1, 9, 9, generator=g, dtype=torch.float64)
+    target = torch.nn.functional.interpolate(coarse, size=(192, 200), mode="bicubic")[:, 0]
+    pred = target + 0.2 * torch.rand(target.shape, generator=g, dtype=torch.float64)
+    pred[:, 40:60] = (pred[:, 40:60] * 8).round() / 8
+    target[0, :, 150:] += 1.0
+    return pred, target, torch.rand(target.shape, generator=g) > 0.1
+
+
+@pytest.mark.parametrize("name", list(LEVELS))
+def test_large_maps_are_their_definition_too_in_any_number_of_threads(name, monkeypatch):
+    pred, target, valid = large()
+    losses, gradients = [], []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        x = pred.clone().requires_grad_()
+        loss = distillation_loss(x, target, valid, name)
+        losses.append(loss.detach())
+        gradients.append(torch.autograd.grad(loss.sum(), x)[0])
+    assert torch.equal(losses[0], losses[1]) and torch.equal(gradients[0], gradients[1])
+    expected = torch.stack([plain_reference(pred[b], target[b], valid[b], LEVELS[name]) for b in range(2)])
+    torch.testing.assert_close(losses[0], expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.rand(20_000),
+        torch.rand(20_000).sort().values,
+        torch.rand(20_000).round(decimals=1),
+        torch.full((20_000,), 3.0),
+        # In step with the sample, which then sees one kind of value only.
+        torch.where(torch.arange(20_000) % (20_000 // 1024) == 0, 5.0, torch.rand(20_000)),
+        torch.cat([torch.full((10_001,), -torch.inf), torch.rand(9_999)]),
+        torch.rand(9),
+        torch.tensor([2.0, 1.0]),
+    ],
+    ids=["random", "sorted", "ties", "constant", "in step", "infinite", "few", "two"],
+)
+def test_selection_is_exact(values):
+    assert float(_per_image.lower_median(values.numpy())) == float(values.median())
+    for rank in (0, 1, len(values) // 3, len(values) - 1):
+        assert float(_per_image._select(values.numpy(), rank)) == float(values.sort().values[rank])
+
+
+@pytest.mark.parametrize("options", [{}, {"trim_top": 0.1}, {"label_only": True}, {"weight": True}], ids=str)
+@pytest.mark.parametrize("name", list(LEVELS))
+def test_the_batched_way_gives_the_same_numbers(name, options):
+    """What an accelerator runs, run here: losses, gradients and live contexts of the image by image way."""
+    pred, target, valid = example(11, (6, 20, 24))
+    target[1] = 4.0
+    valid[2] = False
+    target[3] = (target[3] * 3).floor()
+    pred[4] = 1.0
+    valid[5] = False
+    valid[5, 3, 4:12] = True
+    how = {"levels": LEVELS[name], "trim_top": 0.0, "label_only": False} | options
+    weight = (0.1 + torch.rand_like(pred)).flatten(1) if how.pop("weight", False) else None
+    flat = [x.flatten(1) for x in (pred, target, valid)]
+    ours = _image_by_image(*flat, weight, **how, want_gradient=True)
+    theirs = batch_loss(*flat, weight, **how, want_gradient=True)
+    torch.testing.assert_close(theirs[0], ours[0])
+    assert theirs[2].tolist() == ours[2].tolist()
+    # Of several pixels that are the median any may have its gradient: the constant prediction's differs.
+    unique = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(theirs[1][unique], ours[1][unique])
+    torch.testing.assert_close(theirs[1].sum(1), ours[1].sum(1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", NORMALIZATIONS)
+def test_weights_count_pixels_in_the_mean(name):
+    pred, target, valid = example(12)
+    loss = distillation_loss(pred, target, valid, name)
+    torch.testing.assert_close(distillation_loss(pred, target, valid, name, weight=torch.full_like(pred, 0.3)), loss)
+    # The statistics stay those of all pixels, so weights that select halves average to the whole.
+    left = torch.zeros_like(pred)
+    left[..., :12] = 1.0
+    left_loss = distillation_loss(pred, target, valid, name, weight=left)
+    right_loss = distillation_loss(pred, target, valid, name, weight=1 - left)
+    share = valid[..., :12].sum((-2, -1)) / valid.sum((-2, -1))
+    torch.testing.assert_close(share * left_loss + (1 - share) * right_loss, loss)
+    assert (left_loss - right_loss).abs().min() > 1e-3
+    pred.requires_grad_()
+    weight = torch.rand_like(target)
+    small = [x[:1, :8, :9] for x in (pred.detach(), target, valid, weight)]
+    x = small[0].clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: distillation_loss(x, *small[1:3], name, weight=small[3]), (x,))
+    nothing = distillation_loss(pred, target, valid, name, weight=torch.zeros_like(pred))
+    assert nothing.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("name", list(LEVELS))
@@ -111,10 +207,20 @@ def degenerate() -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     ties = (target * 4).floor()
     sky = target.clone()
     sky[:, :6] = 0.0
+    # One pixel in each quarter of the range, and all the rest in none but the whole.
+    lonely = torch.zeros_like(valid)
+    lonely[:, 5, 2:6] = True
+    steps = target.clone()
+    steps[:, 5, 2:6] = torch.tensor([0.0, 0.3, 0.6, 1.0])
+    ends = target * 0.2
+    ends[:, 0, 0] = 1.0
     return {
         "constant prediction": (pred * 0 + 2.0, target, valid),
         "constant label": (pred, target * 0 + 5.0, valid),
         "zero label": (pred, target * 0, valid),
+        "one-pixel contexts": (pred, steps, lonely),
+        "one far pixel": (pred, ends, valid | one),
+        "infinite label": (pred, torch.where(one, torch.inf, target), valid | one),
         "one pixel": (pred, target, one),
         "no pixel": (pred, target, one & ~one),
         "ties": (pred, ties, valid),
@@ -201,19 +307,71 @@ def test_anchor_pulls_the_magnitude_to_the_labels():
     assert ((grad * pred).sum((-2, -1)) > 0).all()
 
 
-def ramp_labels(kind: str = "affine_disparity"):
+def ramp_labels(kind: str = "affine_disparity", *, draw: int = 0, size: int = 140, patch: int = 112, how: str = "grid"):
     """A linear ramp over an image, its region as the student's output, and an analytic teacher's labels of it."""
     rows, columns = torch.arange(300) + 0.5, torch.arange(280) + 0.5
     image = (0.2 * rows[:, None] + 0.6 * columns[None])[None] / 300
-    p = plan(300, 280, key="k", size=140, min_side=200, patches="grid", patch_size=112)
+    p = plan(300, 280, key="k", draw=draw, size=size, min_side=200, patches=how, num_patches=3, patch_size=patch)
     r = p.region
-    grid = (torch.arange(140) + 0.5) / 140 * r.side
+    grid = (torch.arange(size) + 0.5) / size * r.side
     region = ((r.top + grid)[:, None] * 0.2 + (r.left + grid)[None] * 0.6) / 300
     local = cut_patches(image, p)[:, 0]
-    shared = DepthMap(region[None], torch.ones(1, 140, 140, dtype=torch.bool), Kind(kind))
+    shared = DepthMap(region[None], torch.ones(1, size, size, dtype=torch.bool), Kind(kind))
     patches = DepthMap(local * 4 + 1, torch.ones_like(local, dtype=torch.bool), Kind(kind))
-    assert cut_region(image, p).shape == (1, 140, 140)
+    assert cut_region(image, p).shape == (1, size, size)
     return region[None], Labels(shared, patches, p.boxes()[None])
+
+
+@pytest.mark.parametrize("where", ["patch", "student"])
+@pytest.mark.parametrize(("size", "patch", "how"), [(140, 112, "grid"), (97, 96, "random"), (224, 64, "random")])
+def test_a_ramp_has_no_loss_at_any_crop_and_patch(size, patch, how, where):
+    """Every region and patch of many draws, wherever labels and student meet; half a pixel off and it would have."""
+    objective = Objective(weights=Weights(feature=0.0), patch_resolution=where)
+    for draw in range(6):
+        pred, labels = ramp_labels(draw=draw, size=size, patch=patch, how=how)
+        total, parts = objective(3 * pred - 1, labels)
+        assert total.item() < 1e-4, (draw, parts)
+        shift = 0.5 / size
+        moved = Labels(labels.shared, labels.local, labels.boxes + torch.tensor([shift, -shift, shift, -shift]))
+        # Patches of a ramp that lie elsewhere differ by a shift alone, which every normalization forgives.
+        raw = Objective(normalization="none", weights=Weights(feature=0.0, gradient=0.0), patch_resolution=where)
+        exact = DepthMap((labels.local.values - 1) / 4, labels.local.valid, labels.local.kind)
+        right = raw(pred, Labels(labels.shared, exact, labels.boxes))[1]["local_global"]
+        wrong = raw(pred, Labels(labels.shared, exact, moved.boxes))[1]["local_global"]
+        assert right.item() < 1e-5 and wrong.item() > 50 * right.item(), (draw, right, wrong)
+
+
+@pytest.mark.parametrize("where", ["patch", "student"])
+def test_patches_are_compared_where_both_are_known(where):
+    """Invalid label pixels, patches without labels, and what lies beyond the outermost centres never count."""
+    pred, labels = ramp_labels()
+    objective = Objective(normalization="none", weights=Weights(feature=0.0, gradient=0.0), patch_resolution=where)
+    exact = (labels.local.values - 1) / 4
+    hole = torch.zeros_like(labels.local.valid)
+    hole[:, 30:60, 50:80] = True
+    hole[-1] = True
+    poisoned = DepthMap(torch.where(hole, torch.nan, exact), ~hole, labels.local.kind)
+    pred.requires_grad_()
+    loss = objective(pred, Labels(labels.shared, poisoned, labels.boxes))[1]["local_global"]
+    assert loss.item() < 1e-5
+    wrong = exact + torch.linspace(0, 1, len(exact))[:, None, None]
+    loss = objective(pred, Labels(labels.shared, DepthMap(wrong, ~hole, labels.local.kind), labels.boxes))[1]
+    grad = torch.autograd.grad(loss["local_global"].sum(), pred)[0]
+    assert grad.isfinite().all() and (grad != 0).any()
+    expected = torch.linspace(0, 1, len(exact))[:-1].mean()
+    assert loss["local_global"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_students_own_pixels_are_not_interpolated():
+    """Between its pixels a student may say anything: at its own resolution only what it says at them counts."""
+    pred, labels = ramp_labels(size=64)
+    blocks, _, number = student_blocks(labels.boxes, 64)
+    seen, inside = sample_boxes(pred, blocks, number)
+    first = (blocks[..., :2] * 64).round().long()
+    for k in range(blocks.shape[1]):
+        top, left = first[0, k].tolist()
+        torch.testing.assert_close(seen[0, k], pred[0, top : top + number, left : left + number])
+    assert inside.all()
 
 
 @pytest.mark.parametrize("name", INVARIANT)

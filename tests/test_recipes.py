@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+import students
+from distill import build, strict
 from distill import recipe as recipes
-from distill import strict
+from students.decoders import FrozenBatchNorm
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
@@ -129,3 +133,77 @@ def test_broken_toml_missing_file_and_bad_set(tmp_path):
     }.items():
         with pytest.raises(strict.RecipeError, match=message):
             recipes.load(path, [bad])
+
+
+STUDENTS = sorted((ROOT / "recipes" / "students").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDENTS, ids=lambda p: p.stem)
+def test_the_students_of_the_papers_tables_can_be_built(path):
+    """On the meta device: shapes and options are judged, no weight is needed."""
+    spec = recipes.load(path, ["student.weights="]).student
+    with torch.device("meta"):
+        student = students.build(
+            encoder=spec.encoder,
+            decoder=spec.decoder,
+            encoder_options=spec.encoder_options,
+            decoder_options=spec.decoder_options,
+        )
+        assert student.decoder(student.encoder.features(torch.rand(1, 3, 112, 112))).shape[0] == 1
+
+
+def test_norm_by_recipe_reaches_decoder_and_trainer(tmp_path, monkeypatch):
+    tiny = '[run]\nname = "x"\n[student]\nencoder = "test_vit"\n[student.decoder_options]\nfusion_channels = 8\n'
+    path = write(tmp_path, tiny)
+    for norm, found in {"group": nn.GroupNorm, "frozen": FrozenBatchNorm, "sync": nn.BatchNorm2d}.items():
+        loaded = recipes.load(path, [f"student.norm={norm}"])
+        assert isinstance(build.make_student(loaded).decoder.detail_enhancer.norm, found)
+        assert build.train_settings(loaded).batchnorm == ("batch" if norm == "group" else norm)
+    plain = recipes.load(path)
+    assert build.train_settings(plain).batchnorm == "batch" and not build.batch_norm_note(
+        plain, build.make_student(plain)
+    )
+    cut = recipes.load(path, ["train.accumulate=4"])
+    assert "BatchNorm sees 2 of a step's 8 images" in build.batch_norm_note(cut, build.make_student(cut))
+    grouped = recipes.load(path, ["train.accumulate=4", "student.norm=group"])
+    assert not build.batch_norm_note(grouped, build.make_student(grouped))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "BatchNorm sees 1 of" in build.batch_norm_note(plain, build.make_student(plain))
+    synced = recipes.load(path, ["student.norm=sync"])
+    assert not build.batch_norm_note(synced, build.make_student(synced))
+
+
+def test_norm_in_two_places_is_a_fault(tmp_path):
+    text = '[run]\nname = "x"\n[student]\nnorm = "group"\ndecoder_options = { norm = "batch" }\n'
+    assert faults(tmp_path, text) == ["student: norm and decoder_options.norm both say it: keep norm"]
+
+
+def test_a_student_begins_from_a_whole_checkpoint(tmp_path):
+    """Encoder and head of one released file; with `weights` alone only the encoder (paper, Appendix C.1)."""
+    options = {"channels": 8, "post_process_channels": [8, 8, 8, 8]}
+    torch.manual_seed(5)  # not the seed of the recipe
+    shape = {"depth": 2, "embed_dim": 32, "num_heads": 1, "img_size": 28}
+    released = students.build(
+        encoder="dinov2_vits14", decoder="dav2", encoder_options={"timm_options": shape}, decoder_options=options
+    )
+    state = {f"pretrained.{key}": value for key, value in released.encoder.backbone.state_dict().items()}
+    state |= {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
+    state |= {f"depth_head.{key}": value for key, value in released.decoder.state_dict().items()}
+    torch.save(state, tmp_path / "dav2.pth")
+    text = (
+        f'[run]\nname = "x"\n[student]\nencoder = "dinov2_vits14"\ndecoder = "dav2"\nweights = "{tmp_path}/dav2.pth"\n'
+        "[student.encoder_options.timm_options]\ndepth = 2\nembed_dim = 32\nnum_heads = 1\nimg_size = 28\n"
+        "[student.decoder_options]\nchannels = 8\npost_process_channels = [8, 8, 8, 8]\n"
+    )
+    path, image = write(tmp_path, text), torch.rand(1, 3, 28, 42)
+    whole = build.make_student(recipes.load(path, [f"student.decoder_weights={tmp_path}/dav2.pth"])).eval()
+    torch.testing.assert_close(whole(image), released.eval()(image))
+    half = build.make_student(recipes.load(path)).eval()
+    assert torch.equal(half.encoder(image)[3][0], released.encoder(image)[3][0])
+    assert not torch.equal(half(image), released(image))
+
+
+@pytest.mark.parametrize("override", ['run.out="s3://bucket/run"', 'labels.root="memory://labels"'])
+def test_outputs_go_to_paths(override):
+    with pytest.raises(strict.RecipeError, match="renaming; mount it"):
+        recipes.load(ROOT / "recipes" / "demo.toml", [override])

@@ -18,11 +18,11 @@ from distill.pairs import read_pairs
 from distill.sources import folders
 from eval import figures
 from eval.benchmarks import pairs as pairs_benchmark
-from eval.gallery import _aligned
+from eval.gallery import aligned
 from eval.metrics import METRICS
 from eval.report import write_report
 from eval.score import score, write_scores
-from eval.scoreboard import _ranks
+from eval.tables import ranks
 from teachers.analytic import Teacher
 
 VOID = {"meta", "img", "br", "wbr", "path"}
@@ -181,10 +181,10 @@ def test_scores_stand_beside_their_protocol_and_the_best_are_marked(run, report)
 
 
 def test_ranks_follow_the_metric():
-    assert _ranks([0.3, 0.1, None, 0.2], True) == [0, 1, 0, 2]
-    assert _ranks([0.3, 0.1, None, 0.2], False) == [1, 0, 0, 2]
-    assert _ranks([0.1, 0.1, 0.2], True) == [1, 1, 2]
-    assert _ranks([0.1, None], True) == [0, 0], "there is no best of one"
+    assert ranks([0.3, 0.1, None, 0.2], True) == [0, 1, 0, 2]
+    assert ranks([0.3, 0.1, None, 0.2], False) == [1, 0, 0, 2]
+    assert ranks([0.1, 0.1, 0.2], True) == [1, 1, 2]
+    assert ranks([0.1, None], True) == [0, 0], "there is no best of one"
 
 
 def test_pictures_show_the_worst_and_the_best_aligned_as_scored(run, report):
@@ -202,7 +202,7 @@ def test_pictures_show_the_worst_and_the_best_aligned_as_scored(run, report):
     result = read_scores(run / "scores" / "ours--student.json")
     sample = pairs_benchmark.samples(run.parent / "data" / "pairs.tsv")[0]
     truth = sample.truth()
-    pred = _aligned(run / "predictions/student/ours" / sample.prediction_path, result.images[0], result, truth)
+    pred = aligned(run / "predictions/student/ours" / sample.prediction_path, result.images[0], result, truth)
     inside = truth.valid[0].numpy()
     error = np.abs(pred - truth.values[0].numpy())[inside] / truth.values[0].numpy()[inside]
     assert error.mean() == pytest.approx(result.images[0].metrics["abs_rel"], rel=2e-3)

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from distill.align import fit_affine, fit_scale
+from distill.build import prediction_settings
 from distill.depth import DepthMap, Kind, KindError
+from distill.recipe import parse
 from eval.benchmarks import Sample, prediction_path
 from eval.fit import measure, way
 from eval.metrics import METRICS, all_metrics, from_sums
@@ -145,6 +147,49 @@ def test_clean_holds_an_aligned_map_inside_the_truths_own_range():
     assert (
         numbers(pred, target, "affine_depth", MARIGOLD)["i_rmse"] > 5 * numbers(pred, target, "affine_depth")["i_rmse"]
     )
+
+
+@pytest.mark.parametrize("kind", DEPTHS + DISPARITIES)
+def test_medians_give_a_scale_and_nothing_else(kind):
+    target = truth()
+    median = CLEAN.with_kind(kind, "median")
+    assert median.alignment == f"scale by medians in {Kind(kind).quantity}"
+    pred = as_kind(target, kind)
+    pred[::3] *= 3.0  # a third is far off: least squares would follow it
+    got = measure(pred, target, Kind(kind), median)
+    values = target.values[0][target.valid[0]].numpy()
+    values = values if kind in DEPTHS else 1 / values
+    assert got.scale == pytest.approx(np.median(values) / np.median(pred[target.valid[0].numpy()]), rel=1e-5)
+    assert got.shift == 0
+    if Kind(kind).unknown != "affine":
+        assert measure(2 * pred, target, Kind(kind), median).sums[1] == pytest.approx(float(got.sums[1]), rel=1e-5)
+        exact = measure(7 * as_kind(target, kind), target, Kind(kind), median)
+        assert float(from_sums(exact.sums[None])["abs_rel"]) < 1e-4
+
+
+def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path):
+    ids = {}
+    for choice in ("auto", "affine", "scale", "median"):
+        got = score(store, "affine_depth", samples(), CLEAN, alignment=choice, model=choice)
+        ids[choice] = got
+        write_scores(got, tmp_path / f"{choice}.json")
+        assert read_scores(tmp_path / f"{choice}.json") == got
+    assert ids["auto"].protocol == ids["affine"].protocol and len({s.protocol.id for s in ids.values()}) == 3
+    assert ids["scale"].images[0].shift == 0.0 and ids["affine"].images[0].shift != 0.0
+    with pytest.raises(ProtocolError, match="'scale and shift in depth' against 'scale by medians in depth'"):
+        table([ids["auto"], ids["median"]])
+    with pytest.raises(ValueError, match="alignment must be one of auto, affine, scale, median, not 'lstsq'"):
+        score(store, "affine_depth", samples(), CLEAN, alignment="lstsq")
+    metric = score(store, "metric_depth", samples(), CLEAN, alignment="affine")
+    assert metric.metrics == ids["auto"].metrics and metric.protocol == ids["auto"].protocol
+    with pytest.raises(KindError, match="medians give a scale"):
+        way(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
+
+
+def test_a_median_that_is_not_positive_is_remarked_on(store):
+    np.save(store / "part/pred_01.npy", -noisy(1))
+    got = score(store, "scale_depth", samples(), CLEAN, alignment="median")
+    assert got.images[1].scale == 0.0 and "scored pixels are not positive" in got.images[1].problem
 
 
 # --- protocols --------------------------------------------------------------------------------------------------------
@@ -452,6 +497,24 @@ def test_stored_predictions_of_other_settings_are_not_mixed_with(tmp_path, store
     with pytest.raises(ValueError, match="made by somebody else"):
         predict(Echo(), samples(), store, settings={})
     assert len(list((tmp_path / "p").rglob("*.npy"))) == 1
+
+
+def test_a_teachers_options_are_settings_of_its_predictions(tmp_path):
+    recipe = parse(
+        {
+            "run": {"name": "x"},
+            "teachers": [
+                {"name": "marigold", "alias": "four", "options": {"steps": 4}, "dtype": "bfloat16"},
+                {"name": "genpercept"},
+            ],
+        }
+    )
+    four = prediction_settings(recipe, "four")
+    assert four == {"options": {"steps": 4}, "dtype": "bfloat16"}
+    assert prediction_settings(recipe, "genpercept") == prediction_settings(recipe, "student") == {}
+    predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", **four})
+    with pytest.raises(ValueError, match="other settings .*steps"):
+        predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", "options": {"steps": 10}})
 
 
 def test_a_seeded_teacher_is_told_the_image(tmp_path):

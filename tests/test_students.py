@@ -9,15 +9,21 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import students
 from distill import plugins
-from students.decoders import dpt, make_norm, sdt
+from students.decoders import dpt, make_norm, sdt, sdt_fast
 from students.dysample import DySample
 from students.encoder import Encoder, default_indices
 
 DECODERS = plugins.names("students.decoders")
-SMALL = {"sdt": {"fusion_channels": 16}, "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]}}
+SMALL = {
+    "sdt": {"fusion_channels": 16},
+    "sdt_fast": {"fusion_channels": 16, "widths": [16, 8, 8, 8]},
+    "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+    "dav2": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+}
 DINOV3 = {"depth": 2, "embed_dim": 24, "num_heads": 2}
 
 
@@ -42,7 +48,7 @@ def randomised(module):
 
 
 def test_there_are_decoders():
-    assert {"dpt", "sdt"} <= set(DECODERS)
+    assert {"dpt", "sdt", "sdt_fast"} <= set(DECODERS)
 
 
 @pytest.mark.parametrize("patch", [14, 16])
@@ -110,6 +116,35 @@ def test_exports_as_plain_modules(decoder):
     torch.testing.assert_close(program.module()(images), student(images))
 
 
+def test_sdt_fast_is_a_twentieth_of_sdt():
+    def flops(decoder):
+        features = [(torch.zeros(1, 384, 32, 32, device="meta"), torch.zeros(1, 384, device="meta"))] * 4
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            decoder.to("meta")(features)
+        return counter.get_total_flops()
+
+    assert flops(sdt_fast.Decoder(384)) < flops(sdt.Decoder(384)) / 20
+    assert sum(p.numel() for p in sdt_fast.Decoder(384).parameters()) < 2.2e6
+
+
+def test_sdt_fast_places_detail_inside_the_patch():
+    """A pixel shuffle lays channels out row by row: a wrong order would mirror or transpose every patch."""
+    detail = sdt_fast.Detail(1, 1, 2, norm="batch").eval()
+    with torch.no_grad():
+        detail.spread.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1))
+        detail.spread.bias.zero_()
+        detail.conv.weight.zero_()[0, 0, 1, 1] = 1.0
+        found = detail(torch.tensor([[[[1.0, 10.0]]]]))
+    torch.testing.assert_close(found[0, 0], torch.tensor([[1.0, 2, 10, 20], [3, 4, 30, 40]]), rtol=1e-4, atol=0)
+
+
+def test_sdt_fast_refuses_widths_that_dysample_cannot_group():
+    with pytest.raises(ValueError, match="multiples of 4, not 256, \\[64, 32, 6, 8\\]"):
+        sdt_fast.Decoder(384, widths=[64, 32, 6, 8])
+    with pytest.raises(ValueError, match="four widths"):
+        sdt_fast.Decoder(384, widths=[64, 32])
+
+
 def test_padding_is_the_mean_colour_and_is_cut_off():
     student = randomised(tiny("dpt")).eval()
     images = torch.rand(1, 3, 33, 47)
@@ -129,7 +164,7 @@ def test_images_are_normalised_as_imagenet():
 
 
 @pytest.mark.parametrize("norm", ["batch", "frozen", "group"])
-@pytest.mark.parametrize("decoder", ["sdt", "dpt"])
+@pytest.mark.parametrize("decoder", ["sdt", "sdt_fast", "dpt"])
 def test_norms(decoder, norm):
     student = tiny(decoder, norm=norm).train()
     images = torch.rand(2, 3, 32, 32)
@@ -379,7 +414,7 @@ def test_unread_blocks_are_removed():
     [
         ({"encoder": "dinov3_vits61"}, LookupError, "did you mean dinov3_vits16"),
         ({"encoder": "resnet18"}, LookupError, "resnet18 is not a plain ViT"),
-        ({"decoder": "dpt1"}, LookupError, r"did you mean dpt\?; students/decoders/ has: dpt, sdt"),
+        ({"decoder": "dpt1"}, LookupError, r"did you mean dpt\?; students/decoders/ has: dav2, dpt, sdt"),
         ({"encoder_options": {"block": [1]}}, ValueError, "unknown key encoder_options.block; did you mean blocks"),
         ({"decoder_options": {"width": 3}}, ValueError, "unknown key decoder_options.width"),
         ({"encoder_options": {"timm_options": {"checkpoint_path": "x"}}}, ValueError, "may not hold checkpoint_path"),

@@ -16,11 +16,15 @@ import safetensors.torch
 import torch
 
 import teachers
+from distill import build, crops
 from distill import checkpoint as checkpoints
-from distill import crops
+from distill import recipe as recipes
+from distill.cli import main
 from distill.depth import DepthMap, Kind
 from distill.plugins import find, names
+from distill.shards import LabelDataset
 from teachers import (
+    _sky,
     analytic,
     checkpoint,
     depth_anything_3,
@@ -109,6 +113,40 @@ def test_cards_and_signature(name):
     assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[1:])
     seeded = "keys" in inspect.signature(module.Teacher.predict).parameters
     assert all(card.seeded == seeded for card in module.CARDS)
+
+
+def test_the_list_of_teachers(capsys):
+    """Kind, direction, size, licences, commercial use, revision: readable at 100 columns."""
+    assert main(["list", "teachers"]) == 0
+    said = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in said.splitlines()) <= 100
+    for name in NAMES:
+        for card in find("teachers", name).CARDS:
+            assert card.weights in said and card.licence in said and card.code_licence in said
+    for words in (
+        "depth_anything_v2: affine_disparity, larger is nearer; native size 518, sides multiples of 14",
+        "depth_anything_3: metric_depth, larger is farther; native size 504, sides multiples of 14",
+        "licence of weights and code: MIT",
+    ):
+        assert words in said
+    row = next(line for line in said.splitlines() if line.startswith("pocket"))
+    assert row.split()[1] == "no" and len(row.split()[2]) == 10
+
+
+def test_a_revision_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    card = marigold.CARDS[0]
+    assert teachers.revision_here(card) == ""
+    commit = "c" * 40
+    folder = tmp_path / "models--prs-eth--marigold-depth-v1-1"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    assert teachers.revision_here(card) == "", "named, but not here"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    assert teachers.revision_here(card) == commit
+    assert teachers.revision_here(analytic.CARDS[0]) == "1"
 
 
 def test_importing_every_teacher_is_cheap():
@@ -229,6 +267,40 @@ def test_every_parameter_is_claimed(made, copy, name, fault):
 def tiny_root(file, name):
     parts = {"unet", "vae", "text_encoder", "dpt_head_identity"}
     return file.parent.parent if file.parent.name in parts else file.parent
+
+
+@pytest.mark.parametrize("name", RESIZING)
+def test_what_only_stands_where_weights_should(made, copy, name):
+    """A clone without git-lfs, and the page of a login: both are small files under the right name."""
+    if name == "checkpoint":
+        return  # its folder names the digest of its file
+    plugin = find("teachers", name)
+    for file in weights_files(copy(name)):
+        intact = file.read_bytes()
+        for content, words in (
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n", "git lfs pull"),
+            (b"<!doctype html><html>Access to this model is restricted</html>", "is a web page"),
+        ):
+            file.write_bytes(content)
+            with pytest.raises(teachers.WeightsMismatch, match=words) as error:
+                plugin.Teacher.load(str(tiny_root(file, name)))
+            assert file.name in one_line(error)
+        file.write_bytes(intact)
+
+
+def test_half_a_torch_file_and_several_files(tmp_path):
+    file = tmp_path / "depth_anything_v2_vits.pth"
+    torch.save({"pretrained.cls_token": torch.zeros(1, 1, 384), "x": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        file.write_bytes(content)
+        with pytest.raises(teachers.WeightsMismatch, match="vits.pth cannot be read as weights") as error:
+            depth_anything_v2.Teacher.load(str(tmp_path))
+        assert "weights_only" not in one_line(error)
+    (tmp_path / "depth_anything_v2_vitl.pth").touch()
+    with pytest.raises(teachers.WeightsMismatch, match="holds .*vitl.pth, .*vits.pth: give the path of one") as error:
+        depth_anything_v2.Teacher.load(str(tmp_path))
+    one_line(error)
 
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
@@ -382,6 +454,141 @@ class TestSky:
         sky = teacher.network(depth_anything_3.normalize(sized))[1] >= 0.3
         bigger = sky.repeat_interleave(2, 1).repeat_interleave(2, 2)
         assert not (out.valid & bigger).any() and out.valid.any()
+
+
+class TestOneSkyPolicy:
+    """labels.sky: what one teacher sees as sky holds for everybody's maps."""
+
+    IMAGES = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+
+    def both(self, made, policy):
+        far_kind = "scale_depth" if policy == "far" else "affine_disparity"
+        eye = load(made, "depth_anything_3", resize="none", sky="invalid")
+        return _sky.under_policy([("plain", analytic.Teacher.load(kind=far_kind)), ("eye", eye)], policy), eye
+
+    def test_invalid(self, made):
+        teachers_, eye = self.both(made, "invalid")
+        seen = eye.predict(self.IMAGES)
+        assert eye.sees_sky and 10 < (~seen.valid).sum() < seen.valid.numel() - 10
+        for _, teacher in teachers_:
+            out = teacher.predict(self.IMAGES)
+            assert torch.equal(out.valid, seen.valid), "one mask for all"
+        plain = analytic.Teacher.load().predict(self.IMAGES)
+        assert torch.equal(teachers_[0][1].predict(self.IMAGES).values[seen.valid], plain.values[seen.valid])
+
+    @pytest.mark.parametrize("kind", ["scale_depth", "affine_disparity"])
+    def test_far_is_a_full_quantile_of_each_map(self, made, kind):
+        eye = load(made, "depth_anything_3", resize="none", sky="invalid")
+        plain = analytic.Teacher.load(kind=kind)
+        (_, teacher), (_, own) = _sky.under_policy([("plain", plain), ("eye", eye)], "far")
+        sky = ~eye.predict(self.IMAGES).valid
+        out, raw = teacher.predict(self.IMAGES), plain.predict(self.IMAGES)
+        assert out.valid.all() and out.kind == kind
+        for i in range(2):
+            place = 0.99 if kind == "scale_depth" else 0.01
+            expected = torch.quantile(raw.values[i][~sky[i]], place)
+            torch.testing.assert_close(out.values[i][sky[i]], expected.expand(int(sky[i].sum())))
+            assert torch.equal(out.values[i][~sky[i]], raw.values[i][~sky[i]])
+        alone = torch.cat([own.predict(self.IMAGES[i : i + 1]).values for i in range(2)])
+        torch.testing.assert_close(own.predict(self.IMAGES).values, alone, atol=2e-5, rtol=2e-5)
+        authors = load(made, "depth_anything_3", resize="none", sky="far").predict(self.IMAGES)
+        torch.testing.assert_close(own.predict(self.IMAGES).values, authors.values)
+
+    def test_a_map_of_nothing_but_sky_is_left_alone(self):
+        depth = DepthMap(torch.rand(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), Kind.SCALE_DEPTH)
+        everywhere = torch.ones(1, 8, 8, dtype=torch.bool)
+        assert torch.equal(_sky.apply_sky(depth, everywhere, "far").values, depth.values)
+        assert not _sky.apply_sky(depth, everywhere, "invalid").valid.any()
+
+    def test_the_eye_is_asked_once_for_a_batch(self, made, monkeypatch):
+        teachers_, eye = self.both(made, "invalid")
+        asked = []
+        answer = eye.predict(self.IMAGES)
+        monkeypatch.setattr(eye, "predict", lambda images: (asked.append(1), answer)[1])
+        for _, teacher in teachers_:
+            teacher.predict(self.IMAGES.clone())
+        assert len(asked) == 1
+        teachers_[0][1].predict(self.IMAGES + 0.1)
+        assert len(asked) == 2
+
+    def test_somebody_must_know_sky(self, made, tmp_path):
+        plain = analytic.Teacher.load()
+        with pytest.raises(
+            ValueError, match='labels.sky = "far" needs a teacher that knows sky.*none of red does'
+        ) as error:
+            _sky.under_policy([("red", plain)], "far")
+        one_line(error)
+        weights, options = tiny.da3(tmp_path, main=True)
+        assert not depth_anything_3.Teacher.load(weights, **options).sees_sky
+        assert _sky.under_policy([("t", "truth"), ("eye", load(made, "depth_anything_3"))], "far")[0] == ("t", "truth")
+
+    @pytest.mark.parametrize("policy", ["own", "keep", "far", "invalid"])
+    def test_labels_carry_it(self, made, tmp_path, policy):
+        weights, options = made("depth_anything_3")
+        rows = [f"{key} = {value}" for key, value in options.items()]
+        text = SKY_RECIPE.format(out=tmp_path, weights=weights, options=", ".join(rows))
+        (tmp_path / "r.toml").write_text(text)
+        assert main(["label", str(tmp_path / "r.toml"), "--set", f"labels.sky={policy}"]) == 0
+        (folder,) = (tmp_path / "labels").iterdir()
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["settings"]["sky"] == (None if policy == "own" else policy)
+        assert manifest["recipe"]["labels"]["sky"] == policy
+        sample = LabelDataset(folder)[0]
+        assert sample.record["sky"] == manifest["settings"]["sky"]
+        plain, eye = (sample.labels[name].shared.valid for name in ("plain", "depth_anything_3"))
+        if policy == "invalid":
+            assert torch.equal(plain, eye) and not eye.all()
+        else:
+            assert plain.all() and eye.all()
+
+    def test_a_bridged_assistant_follows_it_too(self, made, tmp_path):
+        weights, _ = made("depth_anything_3")
+        text = SKY_RECIPE.format(out=tmp_path, weights=weights, options="native_size = 56")
+        text = text.replace('name = "analytic"', f'name = "fiffdepth"\nweights = "{made("fiffdepth")[0]}"')
+        first, second, last = text.partition("[[teachers]]")[0], *text.split("[[teachers]]")[1:]
+        (tmp_path / "r.toml").write_text(f"{first}[[teachers]]{last}[[teachers]]{second}")
+        more = ["labels.sky=invalid", "labels.bridge=primary", "labels.bridge_residual=1.0"]
+        assert main(["label", str(tmp_path / "r.toml"), *(word for key in more for word in ("--set", key))]) == 0
+        (folder,) = (tmp_path / "labels").iterdir()
+        sample = LabelDataset(folder)[0]
+        eye, bridged = (sample.labels[name].shared for name in ("depth_anything_3", "plain"))
+        assert bridged.kind == Kind.AFFINE_DISPARITY and not eye.valid.all()
+        assert not (bridged.valid & ~eye.valid).any()
+
+    def test_the_address_changes_with_it_alone(self, tmp_path):
+        text = SKY_RECIPE.format(out=tmp_path, weights="w", options="native_size = 56")
+        (tmp_path / "r.toml").write_text(text)
+
+        def address(*more):
+            return build.labels_folder(recipes.load(tmp_path / "r.toml", more)).name
+
+        found = {policy: address(f"labels.sky={policy}") for policy in ("own", "keep", "far", "invalid")}
+        assert found["own"] == address() and len(set(found.values())) == 4
+        told = recipes.load(tmp_path / "r.toml", ["labels.sky=far", "teachers.1.options.sky=keep"])
+        with pytest.raises(ValueError, match=r"teachers\[1\].options.sky: labels.sky decides"):
+            build.check_teachers(told)
+
+
+SKY_RECIPE = """
+[run]
+name = "sky"
+out = "{out}"
+device = "cpu"
+[[images]]
+wheels = true
+limit = 1
+[crops]
+size = 112
+min_side = 112
+patches = "none"
+[[teachers]]
+name = "analytic"
+alias = "plain"
+[[teachers]]
+name = "depth_anything_3"
+weights = "{weights}"
+options = {{ {options} }}
+"""
 
 
 def test_depth_anything_3_main_series(tmp_path):
@@ -673,10 +880,10 @@ class TestStored:
         expected = sample.labels["two"].shared
         assert shared.kind == expected.kind and torch.equal(shared.valid[0], expected.valid[0])
         assert torch.equal(shared.values[0], shared.values[1])
-        assert (shared.values[0] - expected.values[0])[expected.valid[0]].abs().max() < 1e-4
+        assert (shared.values[0] - expected.values[0])[expected.valid[0]].abs().max() < 1e-3
         local = teacher.predict(torch.rand(1, 3, PATCH, PATCH), keys=["sa_1-1.local2"])
         truth = sample.labels["two"].local
-        assert (local.values - truth.values[2:3])[local.valid].abs().max() < 1e-4
+        assert (local.values - truth.values[2:3])[local.valid].abs().max() < 1e-3
         for key in ("sa_1-1.local3", "sa_9-0", "sa_1-1.left"):
             with pytest.raises(LookupError, match="has no"):
                 teacher.predict(torch.rand(1, 3, PATCH, PATCH), keys=[key])

@@ -25,7 +25,7 @@ from distill.depth import DepthMap, Kind, KindError
 from distill.labels import Batch, Labels
 from distill.objective import Objective
 from distill.order import MicroBatches, Order, average_labels, choose_teacher, hold_out
-from distill.schedule import TrainSettings, factor, make_optimizer
+from distill.schedule import TrainSettings, factor, make_optimizer, set_rates
 from distill.train import TrainingStopped, train
 from distill.trainlog import WALL_CLOCK, ScaleAlarm, StepLog, map_statistics, read
 
@@ -733,3 +733,84 @@ def test_affine_depth_is_refused_and_metric_depth_converted(tmp_path):
         train(Toy(), Toys(), l1, out=tmp_path / "a", collate=as_depth(Kind.AFFINE_DEPTH), **given)
     train(Toy(), Toys(), l1, out=tmp_path / "b", collate=as_depth(Kind.METRIC_DEPTH), **given)
     assert steps_of(tmp_path / "b")[0]["label_median"] == pytest.approx(1.6, abs=0.2)
+
+
+# --- which part learns how fast ---------------------------------------------------------------------------------------
+
+
+def test_blocks_before_the_last_learn_more_slowly():
+    student = students.build(
+        encoder="test_vit",
+        decoder="sdt",
+        encoder_options={"timm_options": {"depth": 3, "embed_dim": 32}},
+        decoder_options={"fusion_channels": 16},
+    )
+    given = settings(layer_decay=0.5, encoder_lr=1e-3, lr=1e-2, warmup_steps=0, schedule="constant")
+    optimizer = make_optimizer(student, given)
+    assert set_rates(optimizer, 5, given) == {"encoder": 1e-3, "decoder": 1e-2}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: rates[id(p)] for name, p in student.named_parameters() if p.requires_grad}
+    assert len(names) == len(rates), "every parameter once"
+    for name, rate in names.items():
+        if not name.startswith("encoder."):
+            assert rate == 1e-2
+        elif ".blocks." in name:
+            block = int(name.split(".blocks.")[1].split(".")[0])
+            assert rate == pytest.approx(1e-3 * 0.5 ** (2 - block)), name
+        elif "embed" in name or "token" in name:
+            assert rate == pytest.approx(1e-3 * 0.5**3), name
+        else:
+            assert rate == 1e-3, name
+
+
+def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path):
+    first = {k: v.clone() for k, v in Toy().encoder.state_dict().items()}
+    run(tmp_path / "early", steps=8, freeze_steps=8, warmup_steps=2, holdout=0.0)
+    waited = newest(tmp_path / "early")
+    assert all(torch.equal(waited[f"student/encoder.{k}"], v) for k, v in first.items())
+    assert not any(name.startswith("optimizer/encoder") for name in waited)
+    assert not torch.equal(waited["student/decoder.weight"], Toy().decoder.weight)
+    result, student = run(tmp_path / "whole", freeze_steps=8)
+    assert not torch.equal(student.encoder[0].weight, first["0.weight"])
+    assert all(p.requires_grad for p in student.parameters())
+
+    class Stop(Exception):
+        pass
+
+    def report(done, total, **numbers):
+        if done == 13:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(tmp_path / "cut", freeze_steps=8, save_every=5, report=report)
+    run(tmp_path / "cut", freeze_steps=8, save_every=5)
+    assert losses_of(tmp_path / "cut") == losses_of(tmp_path / "whole")
+    for name, value in newest(tmp_path / "whole").items():
+        assert torch.equal(newest(tmp_path / "cut")[name], value), name
+
+
+class Choosing(Toys):
+    """Toys that can be asked for one teacher's labels, and remember what they were asked for."""
+
+    def __init__(self, **given) -> None:
+        super().__init__(**given)
+        self.teachers, self.asked = ["primary", "assistant"], []
+
+    def __getitem__(self, index: int):
+        key, image, maps = Toys()[index]
+        return key, image, maps
+
+    def by(self, index: int, teachers):
+        self.asked += teachers
+        key, image, maps = self[index]
+        return key, image, {name: maps[name] for name in teachers}
+
+
+def test_only_the_labels_that_a_step_learns_from_are_decoded(straight, tmp_path):
+    dataset = Choosing()
+    run(tmp_path / "chosen", dataset=dataset)
+    assert losses_of(tmp_path / "chosen") == losses_of(straight)
+    used = [line["teacher"] for line in steps_of(straight) if "teacher" in line]
+    assert dataset.asked == [name for name in used for _ in range(8)] and set(used) == {"primary", "assistant"}
+    with pytest.raises(LookupError, match="no labels by third; the labels hold: primary, assistant"):
+        run(tmp_path / "third", dataset=Choosing(), teachers={"primary": 0.99, "third": 0.01})

@@ -175,3 +175,58 @@ def genpercept_head(folder):
 
 def fiffdepth(folder):
     return diffusion(folder, channels=4, index={"default_processing_resolution": 48}), {}
+
+
+# --- larger ones, for speed -------------------------------------------------------------------------------------------
+
+
+def depth_anything_v2_small(folder):
+    """Random weights in the published small size, as transformers writes them."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    backbone = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14,
+        out_indices=[3, 6, 9, 12], reshape_hidden_states=False,
+    )  # fmt: skip
+    config = DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=384, neck_hidden_sizes=[48, 96, 192, 384],
+        fusion_hidden_size=64, head_hidden_size=32,
+    )  # fmt: skip
+    _randomize(DepthAnythingForDepthEstimation(config)).save_pretrained(folder)
+    return str(folder)
+
+
+def depth_anything_3_small(folder):
+    """The mono network with a ViT-S."""
+    layout = Layout(
+        width=384, blocks=12, heads=6, hidden=1536, swiglu=False, positions=1370, taps=(2, 5, 8, 11),
+        main_from=None, features=64, channels=(48, 96, 192, 384), sky=True,
+    )  # fmt: skip
+    network = _randomize(Network(layout))
+    for name, parameter in network.named_parameters():
+        if "output_conv2.2.weight" in name:
+            parameter.data *= 0.1
+    safetensors.torch.save_file(
+        {f"model.{key}": value for key, value in network.state_dict().items()}, folder / "model.safetensors"
+    )
+    return str(folder)
+
+
+def diffusion_small(folder, name):
+    """A Stable Diffusion of a fifth of its width: its blocks, attention and factor of 8."""
+    import diffusers
+
+    maker = {"marigold": marigold, "genpercept": genpercept, "fiffdepth": fiffdepth}[name]
+    weights, _ = maker(folder)
+    widths = (64, 128, 256, 256)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=32, in_channels=8 if name == "marigold" else 4, out_channels=4, layers_per_block=2,
+        cross_attention_dim=16, block_out_channels=widths, attention_head_dim=(2, 4, 8, 8), use_linear_projection=True,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 128, 128), layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
+    _randomize(unet).save_pretrained(folder / "unet")
+    _randomize(vae).save_pretrained(folder / "vae")
+    return weights

@@ -8,10 +8,17 @@ from distill.normalize import Comparison
 from distill.normalize._contexts import compare_in_contexts
 
 INVARIANT = True
+LEVELS = (4,)
 
 
 def compare(
-    pred: Tensor, target: Tensor, valid: Tensor, *, trim_top: float = 0.0, label_only: bool = False
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
 ) -> Comparison:
     """See distill.normalize: the loss (B,) and the contexts that carried it."""
-    return compare_in_contexts(pred, target, valid, (4,), trim_top=trim_top, label_only=label_only)
+    return compare_in_contexts(pred, target, valid, LEVELS, trim_top=trim_top, label_only=label_only, weight=weight)

@@ -8,10 +8,17 @@ from torch import Tensor
 from distill.normalize import Comparison
 
 INVARIANT = False
+LEVELS: tuple[int, ...] = ()
 
 
 def compare(
-    pred: Tensor, target: Tensor, valid: Tensor, *, trim_top: float = 0.0, label_only: bool = False
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
 ) -> Comparison:
     """See distill.normalize: the loss (B,). `label_only` changes nothing here; no valid pixels give 0."""
     del label_only
@@ -26,7 +33,8 @@ def compare(
         position = (rows.shape[1] - counts + keep - 1).clamp(0, rows.shape[1] - 1)
         threshold = rows.sort(1).values.gather(1, position[:, None])
         kept = usable & (difference <= threshold[..., None])
-    count = kept.sum((-2, -1))
-    loss = torch.where(kept, difference, 0.0).sum((-2, -1)) / count.clamp(min=1)
-    live = (count > 0).long()
+    each = kept.to(work) if weight is None else torch.where(kept, weight.to(work), 0.0)
+    total = each.sum((-2, -1))
+    loss = (difference * each).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
+    live = kept.any(-1).any(-1).long()
     return Comparison(loss, live, 1 - live)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 SIZE = 256
+_DRAWING = Lock()
 LEVELS = 9
 _OFFSETS = [sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS)]
 _STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
@@ -217,8 +219,14 @@ def pattern(rng: np.random.Generator, *names: str) -> int:
     return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
 
 
-@lru_cache(maxsize=1)
 def _bank() -> Tensor:
+    # lru_cache does not wait: without the lock, threads that render together would each draw the bank for seconds.
+    with _DRAWING:
+        return _drawn_bank()
+
+
+@lru_cache(maxsize=1)
+def _drawn_bank() -> Tensor:
     """(patterns * texels, 2) float32: every pattern's mipmaps, level after level, rows from the top."""
     drawn = []
     for name, (draw, count) in _DRAW.items():

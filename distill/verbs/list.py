@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from distill.console import table
-    from distill.plugins import find, names
+    from distill.plugins import names
 
     folders = {
         "teachers": "teachers",
@@ -33,15 +33,50 @@ def run(args: argparse.Namespace) -> int:
             ]
             table("recipes", ["recipe", "what it is"], rows)
         elif what == "teachers" and args.what:
-            cards = [card for name in names("teachers") for card in find("teachers", name).CARDS]
-            rows = [
-                [c.name, c.weights, str(c.kind), c.licence, "yes" if c.commercial else "no", str(c.native_size or "-")]
-                for c in cards
-            ]
-            table("teachers", ["teacher", "weights", "kind", "licence", "commercial", "native size"], rows)
+            _teachers()
         else:
             table(what, ["name"], [[name] for name in names(folders[what])])
     return 0
+
+
+def _teachers() -> None:
+    """A table for each teacher and kind of map; what all its weights share stands above it, so that 100 columns do."""
+    from itertools import groupby
+
+    from distill.console import note, table
+    from distill.plugins import find, names
+    from teachers import revision_here, revision_of
+    from teachers.checkpoint import pocket
+
+    cards = [card for name in names("teachers") for card in find("teachers", name).CARDS]
+    cards.sort(key=lambda c: (c.name, c.kind, c.native_size or 0, c.code_licence))
+    for (name, kind, size, code), group in groupby(
+        cards, key=lambda c: (c.name, c.kind, c.native_size, c.code_licence)
+    ):
+        own = list(group)
+        licences = {c.licence for c in own}
+        sides = f"native size {size}, sides multiples of {own[0].multiple}" if size else "any size"
+        if licences == {code}:
+            stated = f"licence of weights and code: {code}"
+        else:
+            weights = f"licence of the weights: {own[0].licence}; " if len(licences) == 1 else ""
+            stated = f"{weights}licence of the code: {code}"
+        title = f"{name}: {kind}, larger is {kind.larger_is}; {sides}\n{stated}"
+        rows = []
+        for card in own:
+            revision = revision_of(pocket()) if card.weights == "pocket" else revision_here(card)
+            rows.append(
+                [card.weights, "yes" if card.commercial else "no", revision.removeprefix("sha256:")[:10] or "-"]
+            )
+        head = ["weights", "commercial use", "revision"]
+        if len(licences) > 1:
+            rows = [[*row, card.licence] for row, card in zip(rows, own, strict=True)]
+            head.append("licence")
+        table(title, head, rows, text=True)
+        for text in dict.fromkeys(card.note for card in own if card.note):
+            first, *others = [c.weights.partition("/")[2] or c.weights for c in own if c.note == text]
+            note(f"  {first}{f' and {len(others)} more' if others else ''}: {text}")
+    note("revision: of the weights on this machine; every label's manifest carries the one that made it")
 
 
 def _headline(path: Path) -> str:

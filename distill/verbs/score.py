@@ -15,6 +15,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
     parser.add_argument("--protocol", choices=["marigold", "clean"], help="default: the benchmark's own")
+    parser.add_argument(
+        "--alignment",
+        choices=["auto", "affine", "scale", "median"],
+        default="auto",
+        help="auto: what the kind leaves unknown, by least squares; median: a scale by the medians alone",
+    )
     parser.add_argument("--model", metavar="NAME", help="the name in tables; the folder's by default")
     parser.add_argument("--allow-failed", action="store_true", help="a mean over the images that could be scored")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the scores; a .csv goes beside it")
@@ -32,7 +38,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.benchmark:
         raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
     from distill.console import note, progress, say, table
-    from eval.metrics import METRICS
     from eval.score import score_predictions
 
     with progress(f"score {args.benchmark}") as report:
@@ -43,17 +48,18 @@ def run(args: argparse.Namespace) -> int:
             root=args.root,
             list_file=args.list,
             protocol=args.protocol,
+            alignment=args.alignment,
             out=args.out,
             model=args.model or Path(args.predictions).name,
             allow_failed=args.allow_failed,
             report=report,
         )
     means = result.metrics.items()
-    rows = [[name, "-" if value is None else METRICS[name].format.format(value)] for name, value in means]
-    table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], rows)
-    for image in result.images:
-        if image.problem:
-            note(f"  {image.key}: {image.problem}")
+    rows = result.task.rows
+    lines = [[name, "-" if value is None else rows[name].format.format(value)] for name, value in means]
+    table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], lines)
+    for line in result.problems():
+        note(f"  {line}")
     failed = sum(image.failed for image in result.images)
     if failed:
         say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))

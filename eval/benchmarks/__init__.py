@@ -5,6 +5,7 @@ A benchmark module has
     PROTOCOL: Protocol               how it is scored; num_images and list_sha256 are those of the published list,
                                      or 0 and "" where there is none
     samples(root, list_file=None)    -> list[Sample]: the images, in a fixed order, nothing decoded yet
+    DOWNLOAD: Download               optional: where its data can be had
 
 root: a folder or a tar (also compressed), None where the benchmark makes its own images. list_file: which images, in
 the columns in which the benchmark's list is published; without it, all that the root holds, which must then be the
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
+from typing import Any
 
 from torch import Tensor
 
@@ -28,6 +30,8 @@ class Sample:
     """One image of a benchmark.
 
     key: its name in the published list (the rgb's relative path), unique in the benchmark.
+    mark: () -> what is scored where that is no depth (see eval.tasks): a matte (1,H,W) float32 in [0,1], or
+    eval.da2k.Points; `truth` then raises ValueError.
     prediction_path: where its stored prediction lies below the predictions' folder.
     image: () -> (3,H,W) float32 in [0,1], RGB, cropped as the benchmark prescribes. Decodes at every call.
     truth: () -> the ground truth, (1,H,W), usually metric_depth, valid where it may be scored. Decodes at every call.
@@ -39,6 +43,22 @@ class Sample:
     image: Callable[[], Tensor]
     truth: Callable[[], DepthMap]
     group: str = ""
+    mark: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Download:
+    """Where a benchmark's archive can be had.
+
+    archive: its place below the folder of all benchmarks. url: of the file; "" where the host asks for a form or has
+    no file to fetch, and where `manual` says what to do instead. sha256: as its authors publish it, "" where they do
+    not.
+    """
+
+    archive: str
+    url: str = ""
+    sha256: str = ""
+    manual: str = ""
 
 
 def prediction_path(rgb: str) -> str:

@@ -16,7 +16,8 @@ import shutil
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, BinaryIO
 
@@ -30,16 +31,54 @@ from eval.protocol import Protocol, list_hash
 
 _PACKED: dict[bytes, Callable[..., IO[Any]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
-Rows = list[tuple[str, ...]]
+MARIGOLD_HOST = "https://share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset/"
+"""Where Marigold's authors host the archives. They publish no checksums."""
+
+Row = tuple[str, ...]
+Rows = list[Row]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a published benchmark lies on disk.
+
+    archive: the published archive, relative to the folder of all of them. columns: of the published list that name
+    files. row: name -> the files of one image (rgb first) if `name` is the file that decides that there is one, else
+    None. strip: what a list may have in front of every name. size: name -> the bytes the file must have, None where
+    they are not known. parts: group -> its number of images and the hash of their list.
+    """
+
+    archive: str
+    columns: int
+    row: Callable[[str], Row | None]
+    strip: str = ""
+    size: Callable[[str], int | None] = lambda _: None
+    parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+
+    def rows(self, names: set[str]) -> tuple[Rows, Rows]:
+        """The rows whose files are all there, and those that lack one, both in order."""
+        rows = sorted(row for name in names if (row := self.row(name)) is not None)
+        return [row for row in rows if names.issuperset(row)], [row for row in rows if not names.issuperset(row)]
 
 
 class Files:
-    """Named files below a root."""
+    """Named files below a root.
 
-    def __init__(self, root: Path) -> None:
+    tolerant: a tar that is cut short is read up to the cut, and `damage` says where that is; otherwise it is an error.
+    packed: it is a compressed tar.
+    """
+
+    def __init__(self, root: Path, *, tolerant: bool = False) -> None:
         self.root = root
-        self._tar = _unpacked(root) if root.is_file() else None
-        self._members = {} if self._tar is None else _index(root, self._tar)
+        self.damage = ""
+        self.packed = False
+        self._tar: BinaryIO | None = None
+        self._members: dict[str, tuple[int, int]] = {}
+        if root.is_file():
+            self.packed, self._tar = _unpacked(root)
+            self._members, self.damage = _index(root, self._tar)
+        if self.damage and not tolerant:
+            raise OSError(self.damage)
 
     def names(self) -> set[str]:
         """Every file's path relative to the root."""
@@ -65,19 +104,32 @@ class Files:
             data += more
         return data
 
+    def ends(self, name: str, length: int = 256) -> tuple[int, bytes, bytes]:
+        """The file's size, and its first and last bytes: what there is to see without reading all of it."""
+        if self._tar is not None:
+            start, size = self._members[name]
+            descriptor = self._tar.fileno()
+            head = os.pread(descriptor, min(length, size), start)
+            return size, head, os.pread(descriptor, min(length, size), start + max(0, size - length))
+        with (self.root / name).open("rb") as file:
+            head = file.read(length)
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - length))
+            return size, head, file.read(length)
+
     def rgb(self, name: str) -> Tensor:
         """An image as (3,H,W) float32 in [0,1], RGB."""
-        return torch.from_numpy(self._pixels(name, "RGB")).permute(2, 0, 1).contiguous() / 255.0
+        return torch.from_numpy(self.pixels(name, "RGB")).permute(2, 0, 1).contiguous() / 255.0
 
     def png(self, name: str) -> np.ndarray:
         """A one-channel image of 8 or 16 bits as it is stored, (H,W)."""
-        values = self._pixels(name, None)
+        values = self.pixels(name, None)
         if values.ndim != 2:
             raise OSError(f"{self.root}: {name} has {values.shape[-1]} channels, a depth map has one")
         return values
 
-    def _pixels(self, name: str, mode: str | None) -> np.ndarray:
-        """Decoded by Pillow, which refuses a truncated file where OpenCV may fill it up."""
+    def pixels(self, name: str, mode: str | None = None) -> np.ndarray:
+        """An image as it is stored, or in a mode of Pillow: it refuses a truncated file where OpenCV may fill it up."""
         try:
             with Image.open(io.BytesIO(self.read(name))) as image:
                 return np.array(image.convert(mode) if mode else image)
@@ -97,24 +149,19 @@ def published(
     list_file: Path | str | None,
     *,
     protocol: Protocol,
-    archive: str,
-    columns: int,
-    find: Callable[[set[str]], Rows],
+    layout: Layout,
 ) -> tuple[Files, Rows]:
     """The files of a published benchmark, and its rows (rgb first) in order.
 
-    root: the archive, a folder that holds its content, or one that holds `archive` as Marigold lays it out. list_file:
-    rows in the published columns, of which the first `columns` count and in which a file `None` stands for "no truth".
-    Without it `find(names)` finds the rows, and number and hash must be the published ones (ValueError). Rows whose
-    truth is None are left out. FileNotFoundError counts and names missing files.
+    root: the archive, a folder that holds its content, or one that holds the archive as Marigold lays it out.
+    list_file: see `read_list`. Without it the layout's rule finds the rows, and number and hash must be the published
+    ones (ValueError). FileNotFoundError counts and names missing files.
     """
-    if root is None:
-        raise ValueError(f"the benchmark {protocol.benchmark} needs a root: {archive}, or the folder it unpacks to")
-    files = Files(_locate(Path(root), archive))
+    files = Files(locate(root, protocol.benchmark, layout))
     if list_file is not None:
-        rows = [row for row in _read_list(Path(list_file), columns) if "None" not in row]
+        rows = read_list(list_file, layout)
     else:
-        rows = sorted(find(files.names()))
+        rows, _ = layout.rows(files.names())
         _prove(files.root, protocol, [row[0] for row in rows])
     names = [name for row in rows for name in row]
     missing = [name for name in names if not files.has(name)]
@@ -135,8 +182,12 @@ def as_truth(metres: np.ndarray, valid: np.ndarray) -> DepthMap:
     return DepthMap(torch.from_numpy(metres)[None], torch.from_numpy(valid)[None], Kind.METRIC_DEPTH)
 
 
-def _locate(root: Path, archive: str) -> Path:
-    """The archive or folder that `root` means."""
+def locate(root: Path | str | None, benchmark: str, layout: Layout) -> Path:
+    """The archive or folder that `root` means; ValueError where there is no root, FileNotFoundError where nothing."""
+    archive = layout.archive
+    if root is None:
+        raise ValueError(f"the benchmark {benchmark} needs a root: {archive}, or the folder it unpacks to")
+    root = Path(root)
     if root.is_file():
         return root
     if not root.is_dir():
@@ -152,20 +203,35 @@ def _prove(root: Path, protocol: Protocol, keys: Sequence[str]) -> None:
     """Raise ValueError unless these are the images of the published list."""
     if len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256:
         return
+    if keys and not protocol.num_images:
+        return  # nobody published a list
+    if not protocol.num_images:
+        raise ValueError(f"{root}: no images of {protocol.benchmark}; {protocol.benchmark}.py says how they should lie")
     raise ValueError(
         f"{root}: found {len(keys)} images of {protocol.benchmark}, and they are not the {protocol.num_images} of the "
         f"published list; complete the folder, or name the images to use with --list"
     )
 
 
-def _read_list(path: Path, columns: int) -> Rows:
-    """The rows of a list file, its first `columns` columns; all faults at once."""
+def read_list(path: Path | str, layout: Layout) -> Rows:
+    """The rows of a list in the published columns, of which those that name files count; all faults at once.
+
+    A layout of one column takes a list of images, whose other files follow from the layout.
+
+    A file `None` stands for "no truth": such rows are left out.
+    """
+    path, columns = Path(path), layout.columns
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list")
     rows, faults = [], []
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = tuple(line.split())[:columns]
+        if row and columns == 1:  # a name may hold spaces
+            row = layout.row(line.strip().removeprefix(layout.strip)) or ()
+            if not row:
+                faults.append(f"line {number} names no image")
+                continue
         if not row:
             continue
         if len(row) < columns:
@@ -178,15 +244,15 @@ def _read_list(path: Path, columns: int) -> Rows:
         rows.append(row)
     if faults or not rows:
         raise ValueError(f"{path}: " + ("; ".join(faults[:5]) if faults else "the list is empty"))
-    return rows
+    return [row for row in rows if "None" not in row]
 
 
-def _unpacked(path: Path) -> BinaryIO:
-    """The tar as a plain, seekable file: itself, or unpacked into a nameless temporary file."""
+def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
+    """Whether the tar is compressed, and it as a plain, seekable file: itself, or a nameless temporary file."""
     file = path.open("rb")
     opener = next((opener for magic, opener in _PACKED.items() if file.peek(6).startswith(magic)), None)
     if opener is None:
-        return file
+        return False, file
     plain = tempfile.TemporaryFile()
     try:
         with file, opener(file) as packed:
@@ -194,19 +260,21 @@ def _unpacked(path: Path) -> BinaryIO:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         plain.close()
         raise OSError(f"{path}: could not be unpacked ({error}); a cut download or a full disk") from error
-    return plain
+    return True, plain
 
 
-def _index(path: Path, file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Where each member's bytes lie: name -> (offset, size)."""
+def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str]:
+    """Where each whole member's bytes lie, name -> (offset, size), and what is wrong with the tar if anything is."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
+    members: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = {m.name.removeprefix("./"): (m.offset_data, m.size) for m in tar if m.isreg()}
+            for member in tar:
+                if member.isreg() and member.offset_data + member.size > size:
+                    return members, f"{path}: the tar is cut short inside {member.name}; download it again"
+                if member.isreg():
+                    members[member.name.removeprefix("./")] = member.offset_data, member.size
     except tarfile.TarError as error:
-        raise OSError(f"{path}: not a readable tar ({error})") from error
-    cut = [name for name, (offset, length) in members.items() if offset + length > size]
-    if cut:
-        raise OSError(f"{path}: the tar is cut short inside {cut[0]}; download it again")
-    return members
+        return members, f"{path}: not a readable tar ({error})"
+    return members, ""

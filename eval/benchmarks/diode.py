@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Rows, as_truth, published
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published
 from eval.protocol import Protocol
 
 PROTOCOL = Protocol(
@@ -32,21 +32,33 @@ PROTOCOL = Protocol(
 )
 
 
+def _row(name: str) -> Row | None:
+    """X.png with its X_depth.npy and X_depth_mask.npy."""
+    stem = name.removesuffix(".png")
+    return (name, f"{stem}_depth.npy", f"{stem}_depth_mask.npy") if stem != name else None
+
+
+LAYOUT = Layout(
+    "diode/diode_val.tar",
+    columns=3,
+    row=_row,
+    parts={
+        "indoors": (325, "49bf3e099ca435fde432ab95282bbadd9dc6b04ad27ef80767bc8e1acea514da"),
+        "outdoor": (446, "d99d1bf99926ce6290d5dc2369ea8ff73c97150dfc732c215f13d973522ef155"),
+    },
+)
+DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
+
+
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
     """The images, by the published list or by rule: every X.png with its X_depth.npy and X_depth_mask.npy."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, archive="diode/diode_val.tar", columns=3, find=_find)
+    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         Sample(
             rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), rgb.split("/")[0]
         )
         for rgb, depth, mask in rows
     ]
-
-
-def _find(names: set[str]) -> Rows:
-    stems = [name.removesuffix(".png") for name in names if name.endswith(".png")]
-    rows = [(f"{stem}.png", f"{stem}_depth.npy", f"{stem}_depth_mask.npy") for stem in stems]
-    return [row for row in rows if row[1] in names and row[2] in names]
 
 
 def _truth(files: Files, depth: str, mask: str) -> DepthMap:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
 from eval.protocol import Protocol
 
 HEIGHT, WIDTH = 4032, 6048
@@ -34,24 +34,29 @@ PROTOCOL = Protocol(
 )
 
 
+def _row(rgb: str) -> Row | None:
+    """rgb/SCENE/images/... belongs to depth/SCENE_dslr_depth/SCENE/ground_truth_depth/..."""
+    parts = rgb.split("/")
+    if len(parts) != 5 or parts[0] != "rgb":
+        return None
+    return rgb, f"depth/{parts[1]}_dslr_depth/{parts[1]}/ground_truth_depth/{parts[3]}/{parts[4]}"
+
+
+def _size(name: str) -> int | None:
+    """Truths have a size that is known beforehand."""
+    return 4 * HEIGHT * WIDTH if name.startswith("depth/") else None
+
+
+LAYOUT = Layout("eth3d/eth3d.tar", columns=2, row=_row, size=_size)
+DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
+
+
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
     """The images, by the published list or by rule: every rgb with a depth partner."""
-    files, rows = published(root, list_file, protocol=PROTOCOL, archive="eth3d/eth3d.tar", columns=2, find=_find)
+    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
     ]
-
-
-def _find(names: set[str]) -> Rows:
-    """rgb/SCENE/images/... belongs to depth/SCENE_dslr_depth/SCENE/ground_truth_depth/..."""
-    rows: Rows = []
-    for rgb in names:
-        parts = rgb.split("/")
-        if len(parts) == 5 and parts[0] == "rgb":
-            depth = f"depth/{parts[1]}_dslr_depth/{parts[1]}/ground_truth_depth/{parts[3]}/{parts[4]}"
-            if depth in names:
-                rows.append((rgb, depth))
-    return rows
 
 
 def _truth(files: Files, name: str) -> DepthMap:

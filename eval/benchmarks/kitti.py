@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
 from eval.protocol import Protocol
 
 HEIGHT, WIDTH = 352, 1216
@@ -36,27 +36,26 @@ PROTOCOL = Protocol(
 )
 
 
+def _row(depth: str) -> Row | None:
+    """DRIVE/proj_depth/groundtruth/CAMERA/N.png belongs to DATE/DRIVE/CAMERA/data/N.png, DRIVE starting with DATE."""
+    parts = depth.split("/")
+    if len(parts) != 5 or parts[1:3] != ["proj_depth", "groundtruth"]:
+        return None
+    drive, _, _, camera, file = parts
+    return f"{drive[:10]}/{drive}/{camera}/data/{file}", depth
+
+
+LAYOUT = Layout("kitti/kitti_eigen_split_test.tar", columns=2, row=_row)
+DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
+
+
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
     """The images with ground truth, by the published list or by rule: every ground-truth png with its rgb."""
-    archive = "kitti/kitti_eigen_split_test.tar"
-    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         Sample(rgb, prediction_path(rgb), partial(_image, files, rgb), partial(_truth, files, depth))
         for rgb, depth in rows
     ]
-
-
-def _find(names: set[str]) -> Rows:
-    """DRIVE/proj_depth/groundtruth/CAMERA/N.png belongs to DATE/DRIVE/CAMERA/data/N.png, DRIVE starting with DATE."""
-    rows: Rows = []
-    for depth in names:
-        parts = depth.split("/")
-        if len(parts) == 5 and parts[1:3] == ["proj_depth", "groundtruth"]:
-            drive, _, _, camera, file = parts
-            rgb = f"{drive[:10]}/{drive}/{camera}/data/{file}"
-            if rgb in names:
-                rows.append((rgb, depth))
-    return rows
 
 
 def _image(files: Files, name: str) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
 from eval.protocol import Protocol
 
 PROTOCOL = Protocol(
@@ -30,18 +30,22 @@ PROTOCOL = Protocol(
 )
 
 
+def _row(name: str) -> Row | None:
+    """test/SCENE/rgb_N.png with its depth_N.png."""
+    chosen = name.startswith("test/") and "/rgb_" in name
+    return (name, name.replace("/rgb_", "/depth_")) if chosen else None
+
+
+LAYOUT = Layout("nyuv2/nyu_labeled_extracted.tar", columns=2, row=_row)
+DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
+
+
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
     """The test images, by the published list or by rule: every test/*/rgb_N.png with its depth_N.png."""
-    archive = "nyuv2/nyu_labeled_extracted.tar"
-    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
     ]
-
-
-def _find(names: set[str]) -> Rows:
-    rgbs = [name for name in names if name.startswith("test/") and "/rgb_" in name]
-    return [(rgb, depth) for rgb in rgbs if (depth := rgb.replace("/rgb_", "/depth_")) in names]
 
 
 def _truth(files: Files, name: str) -> DepthMap:

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Rows, as_truth, published, ranged
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import Files, Layout, Row, as_truth, published, ranged
 from eval.protocol import Protocol
 
 PROTOCOL = Protocol(
@@ -28,19 +28,28 @@ PROTOCOL = Protocol(
 )
 
 
+def _row(rgb: str) -> Row | None:
+    """SCENE/color/N.jpg with its SCENE/depth/N.png."""
+    if "/color/" not in rgb or not rgb.endswith(".jpg"):
+        return None
+    return rgb, rgb.replace("/color/", "/depth/").removesuffix(".jpg") + ".png"
+
+
+LAYOUT = Layout("scannet/scannet_val_sampled_800_1.tar", columns=2, row=_row)
+DOWNLOAD = Download(
+    archive=LAYOUT.archive,
+    manual="ScanNet is given to those who signed its terms of use: ask for access at http://www.scan-net.org, then "
+    "take the 800 sampled images from Marigold's evaluation data (README of prs-eth/Marigold) and give the address "
+    "of the tar with --url",
+)
+
+
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
     """The images, by the published list or by rule: every SCENE/color/N.jpg with its SCENE/depth/N.png."""
-    archive = "scannet/scannet_val_sampled_800_1.tar"
-    files, rows = published(root, list_file, protocol=PROTOCOL, archive=archive, columns=2, find=_find)
+    files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
     ]
-
-
-def _find(names: set[str]) -> Rows:
-    rgbs = [name for name in names if "/color/" in name and name.endswith(".jpg")]
-    pairs = [(rgb, rgb.replace("/color/", "/depth/").removesuffix(".jpg") + ".png") for rgb in rgbs]
-    return [pair for pair in pairs if pair[1] in names]
 
 
 def _truth(files: Files, name: str) -> DepthMap:

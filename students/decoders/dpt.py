@@ -133,8 +133,8 @@ class Fusion(nn.Module):
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
         """(B,C,h,w) and a level of any size -> (B,C,2h,2w)."""
         if self.res_conv_unit1 is not None and level is not None:
-            if level.shape[-2:] != x.shape[-2:]:
-                level = F.interpolate(level, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            # At an equal size it changes nothing; asked for only at others, a tracer would keep the answer it saw.
+            level = F.interpolate(level, size=x.shape[-2:], mode="bilinear", align_corners=False)
             x = x + self.res_conv_unit1(level)
         return self.project(_double(self.res_conv_unit2(x)))
 

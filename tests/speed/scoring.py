@@ -1,27 +1,37 @@
 """Scoring time per map, against the published evaluation written plainly from its description.
 
-    OMP_NUM_THREADS=1 python tests/speed/scoring.py [--repeats 5]
+    OMP_NUM_THREADS=1 python -m tests.speed.scoring [--repeats 5] [--files 4]
 
 The plain version does what the description says in the order in which it says it: a float32 lstsq over the masked
 pixels, the aligned map, two clips, and ten metrics that each walk the whole map. Both versions start from arrays in
 memory and run on one thread; runs are interleaved, and the best processor time of each is kept. Prints a row per map
 size: seconds plain, seconds here, the ratio, and the largest relative difference of the ten numbers.
+
+--files N: N ETH3D maps of 24 megapixels as files instead (raw float32 truths, .npy predictions): wall time per map with
+reading, plain one after the other against `distill score`'s own way on two workers, and the most memory of either.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import resource
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from distill.depth import DepthMap, Kind
+from eval.benchmarks import eth3d
 from eval.fit import measure
 from eval.metrics import METRICS, from_sums
 from eval.protocol import Protocol
+from eval.score import score
 
 PROTOCOL = Protocol(
     benchmark="speed",
@@ -114,10 +124,86 @@ def scene(height: int, width: int, fraction: float) -> tuple[np.ndarray, np.ndar
     return truth, rng.random((height, width), dtype=np.float32) < fraction, depth, disparity
 
 
+def write_files(folder: Path, count: int) -> None:
+    """A root, a list and predictions as ETH3D has them."""
+    truth, valid, depth, _ = scene(eth3d.HEIGHT, eth3d.WIDTH, 0.6)
+    rows = []
+    for i in range(count):
+        rgb, stored = f"rgb/s/images/d/{i}.JPG", f"depth/s_dslr_depth/s/ground_truth_depth/d/{i}.JPG"
+        for path in (folder / rgb, folder / stored, folder / "pred" / rgb):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        (folder / rgb).touch()
+        np.where(valid, truth * (1 + 0.1 * i), np.inf).astype("<f4").tofile(folder / stored)
+        np.save(folder / "pred" / f"rgb/s/images/d/pred_{i}.npy", depth)
+        rows.append(f"{rgb} {stored}")
+    (folder / "list.txt").write_text("\n".join(rows))
+
+
+def plain_files(folder: Path) -> list[float]:
+    """AbsRel of every image, read and scored one after the other."""
+    values = []
+    for row in (folder / "list.txt").read_text().splitlines():
+        rgb, stored = row.split()
+        truth = np.fromfile(folder / stored, "<f4").reshape(eth3d.HEIGHT, eth3d.WIDTH)
+        truth = np.where(np.isinf(truth), np.float32(0), truth)
+        pred = np.load(folder / "pred" / Path(rgb).with_name(f"pred_{Path(rgb).stem}.npy"))
+        valid = (truth > eth3d.PROTOCOL.min_depth) & (truth < PROTOCOL.max_depth)
+        values.append(plain(pred.astype(np.float32), truth, valid, Kind.AFFINE_DEPTH, 1024)["abs_rel"])
+    return values
+
+
+def own_files(folder: Path) -> list[float]:
+    """The same by eval.score."""
+    protocol = replace(eth3d.PROTOCOL, min_depth=PROTOCOL.min_depth, max_depth=PROTOCOL.max_depth, mask_range=True)
+    got = score(folder / "pred", "affine_depth", eth3d.samples(folder, folder / "list.txt"), protocol, workers=2)
+    return [image.metrics["abs_rel"] for image in got.images if image.metrics]
+
+
+def alone(work: Callable[[Path], list[float]], folder: Path, answers: multiprocessing.Queue) -> None:
+    """Run in a process of its own: seconds, processor seconds, memory over the imports in MB, values."""
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, busy = time.perf_counter(), time.process_time()
+    values = work(folder)
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
+    answers.put((seconds, busy, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, values))
+
+
+def from_files(count: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        write_files(Path(name), count)
+        for work in (plain_files, own_files, plain_files, own_files):  # the first of each also warms the file cache
+            answers = context.Queue()
+            process = context.Process(target=alone, args=(work, Path(name), answers))
+            process.start()
+            found[work.__name__] = answers.get()
+            process.join()
+    (plain_s, plain_cpu, plain_mb, expected), (own_s, own_cpu, own_mb, got) = found["plain_files"], found["own_files"]
+    worst = max(abs(a - b) / b for a, b in zip(got, expected, strict=True))
+    print(
+        f"{count} ETH3D maps from files, affine depth: plain {plain_s / count:.2f} s a map, {plain_mb:,.0f} MB at most"
+    )
+    print(
+        f"here {own_s / count:.2f} s a map on 2 workers, {own_mb:,.0f} MB at most: {plain_s / own_s:.1f} times as fast"
+    )
+    print(
+        f"processor time a map: plain {plain_cpu / count:.2f} s, here {own_cpu / count:.2f} s, "
+        f"{plain_cpu / own_cpu:.1f} times as little"
+    )
+    print(f"worst relative difference of AbsRel {worst:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--files", type=int, default=0)
+    args = parser.parse_args()
+    repeats = args.repeats
+    if args.files:
+        from_files(args.files)
+        return
     torch.set_num_threads(1)
     heads = f"{'plain s':>9s} {'here s':>9s} {'ratio':>6s} {'published s':>12s} {'ratio':>6s}"
     print(f"{'map':32s} {'kind':17s} {heads}  worst difference")

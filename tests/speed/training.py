@@ -6,8 +6,9 @@
 Both loops forward, compute the objective, go backward and step AdamW on the same images and labels. The bare one has
 them in memory; ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate,
 block by block, so that whatever else the machine does falls on both; CPU time is compared too, for a busy machine
-spoils wall time. Saving is left out. With a CUDA card the recipe's options follow: bf16, channels_last, fused,
-gradient checkpointing, compile.
+spoils wall time. Saving is left out. With --options, and on a CUDA card, the recipe's options follow: bf16,
+channels_last, fused, gradient checkpointing, compile. With --shards the student learns from label shards in every codec
+instead, two teachers and two patches a region, and the time it waits for data is what counts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from pathlib import Path
 import torch
 
 import students
+from distill import sources
+from distill.codec import CODECS
 from distill.depth import DepthMap, Kind
+from distill.label import CropSettings, label
 from distill.labels import Batch, Labels
 from distill.objective import Objective
+from distill.shards import LabelDataset
 from distill.train import TrainSettings, train
+from tests.speed.labelling import Formula, make_tar
 
 BLOCK = 5  # steps that run before the other loop has its turn
 
@@ -149,6 +155,40 @@ def show(name: str, clock: Clock, batch: int) -> None:
     )
 
 
+def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> None:
+    """Trains from label shards that are made here; prints what a sample costs to read and how long a step waits."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        found = sources.tars(make_tar(folder / "sa_0.tar", 8))
+        crops = CropSettings(size=size, min_side=size, patches="random", num_patches=2)
+        label(found, [("one", Formula()), ("two", Formula())], out=folder / "labels", crops=crops, draws=4, codec=codec)
+        dataset = LabelDataset(folder / "labels")
+        start = time.process_time()
+        for i in range(16):
+            dataset[i]
+        read = (time.process_time() - start) / 16
+        waits: list[float] = []
+
+        def report(done: int, total: int, **numbers: float) -> None:
+            if done > BLOCK:
+                waits.append(numbers["data_wait"])
+
+        result = train(
+            student(tiny),
+            dataset,
+            Objective(),
+            out=folder / "run",
+            settings=dataclasses.replace(settings, teachers={"one": 0.7, "two": 0.3}),
+            save=lambda model, place, card: place.mkdir(parents=True),
+            report=report,
+        )
+        size_ = sum(path.stat().st_size for path in (folder / "labels").glob("*.tar")) / len(dataset)
+        print(
+            f"{codec:24} {size_ / 1e3:7.0f} kB and {read * 1e3:6.1f} ms of processor to read a sample, "
+            f"{result.images_per_s:6.2f} images/s, data wait {100 * statistics.median(waits):.2f} % of a step"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a student of 0.5M parameters at 64 pixels")
@@ -157,6 +197,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="blocks of 5 steps")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--trackers", nargs="*", default=["tensorboard"])
+    parser.add_argument("--options", action="store_true", help="also each of the recipe's options")
+    parser.add_argument("--shards", action="store_true", help="learn from label shards, in every codec")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = Regions(8 * given.batch_size, 64 if given.tiny else given.size)
@@ -170,11 +212,16 @@ def main() -> None:
         trackers=tuple(given.trackers),
     )
     print(f"{device}, {torch.get_num_threads()} threads, batches of {given.batch_size}, {data.images.shape[-1]} pixels")
+    if given.shards:
+        for codec in CODECS:
+            from_shards(data.images.shape[-1], codec, dataclasses.replace(plain, precision="bf16"), given.tiny)
+        return
     show("fp32", compare(data, plain, given.tiny, device), given.batch_size)
-    if device.type == "cuda":
+    if given.options or device.type == "cuda":
         options = ({"precision": "bf16"}, {"channels_last": True}, {"fused": True}, {"gradient_checkpointing": True})
         for option in (*options, {"compile": True}):
-            torch.cuda.reset_peak_memory_stats()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             settings = dataclasses.replace(plain, **option)
             show(next(iter(option)), compare(data, settings, given.tiny, device), given.batch_size)
 

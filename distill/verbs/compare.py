@@ -1,0 +1,22 @@
+"""run a recipe's teachers and student over the same images, and write a page of where they agree and disagree
+
+Predictions are kept in RUN/compare, so that the page can be written again without any model. [compare] in the recipe
+says on how many images (limit) and how large (side); it may name more than two teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe (TOML)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.comparison import run_compare
+    from distill.recipe import load
+
+    run_compare(load(args.recipe, args.set))
+    return 0

@@ -1,0 +1,45 @@
+"""True depth whose edges are scored: Depth Pro's boundary F1.
+
+The published metric has no mask and knows no alignment. Here edges count between two pixels with a truth, and a kind
+with an unknown shift is fitted to the truth first (least squares in its own quantity, over the truth inside the range
+of the protocol), because the ratios that make an edge know no scale but do know a shift; both choices are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from distill.depth import DepthMap
+from eval.benchmarks import Sample, prediction_path
+from eval.benchmarks._files import Files, Layout, Row, published
+from eval.protocol import Protocol
+
+
+def edge_protocol(benchmark: str, *, farthest: float, mask: str, resize: str = "") -> Protocol:
+    """How edges are scored. farthest: metres, up to which the truth is fitted."""
+    return Protocol(
+        benchmark=benchmark,
+        max_depth=farthest,
+        mask=f"edges between two pixels of: {mask}",
+        resize=resize or "none: the prediction has the truth's size",
+        task="boundary_f1",
+    )
+
+
+def edge_samples(
+    root: Path | str | None,
+    list_file: Path | str | None,
+    *,
+    protocol: Protocol,
+    layout: Layout,
+    truth: Callable[[Files, Row], DepthMap],
+    group: Callable[[str], str] = lambda _: "",
+) -> list[Sample]:
+    """A sample for every row of the layout; truth: (files, row) -> its depth."""
+    files, rows = published(root, list_file, protocol=protocol, layout=layout)
+    return [
+        Sample(row[0], prediction_path(row[0]), partial(files.rgb, row[0]), partial(truth, files, row), group(row[0]))
+        for row in rows
+    ]

@@ -1,0 +1,78 @@
+"""DA-2K: which of two points is nearer, in photographs of eight kinds of scene (eval.da2k has the rule).
+
+Root: the folder that holds annotations.json, as published, or that file. Images lie where it says; where they are
+not there, stored predictions can still be scored, and only their size goes unchecked. list_file: images to use, one per
+line. Groups: the kinds of scene, whose plain mean stands beside the accuracy over all pairs.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from PIL import Image
+from torch import Tensor
+
+from eval.benchmarks import Download, Sample, prediction_path
+from eval.benchmarks._files import Files
+from eval.da2k import PointPair, Points, read_annotations, scene
+from eval.protocol import Protocol
+
+PROTOCOL = Protocol(
+    benchmark="da2k",
+    truth="point pairs",
+    mask="the annotated points",
+    pooling="over all pairs of all images",
+    task="order",
+)
+DOWNLOAD = Download(
+    archive="DA-2K", manual="take it from https://huggingface.co/datasets/depth-anything/DA-2K, and unpack it"
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The annotated images, in the order of the file."""
+    if root is None:
+        raise ValueError("the benchmark da2k needs a root: the folder that holds annotations.json")
+    folder = next((path for path in (Path(root) / "DA-2K", Path(root)) if (path / "annotations.json").is_file()), root)
+    annotations = read_annotations(folder)
+    folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
+    names = list(annotations) if list_file is None else _names(Path(list_file), annotations)
+    return [
+        Sample(
+            name,
+            prediction_path(name),
+            partial(_image, folder, name),
+            partial(_no_depth, name),
+            scene(name),
+            mark=partial(_points, folder, name, tuple(annotations[name])),
+        )
+        for name in names
+    ]
+
+
+def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such list")
+    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    unknown = [name for name in names if name not in annotations]
+    if unknown or not names:
+        raise ValueError(f"{path}: " + (f"{unknown[0]} is not in annotations.json" if unknown else "the list is empty"))
+    return names
+
+
+def _image(folder: Path, name: str) -> Tensor:
+    return Files(folder).rgb(name)
+
+
+def _no_depth(name: str) -> NoReturn:
+    raise ValueError(f"{name} has point pairs and no depth")
+
+
+def _points(folder: Path, name: str, pairs: tuple[PointPair, ...]) -> Points:
+    path = folder / name
+    if not path.is_file():
+        return Points(pairs)
+    with Image.open(path) as opened:
+        return Points(pairs, (opened.height, opened.width))

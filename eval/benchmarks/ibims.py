@@ -1,0 +1,45 @@
+"""iBims-1, 100 indoor photographs with laser-scanned depth that is complete at object edges: boundary F1.
+
+Root: ibims1_core_raw, as published: rgb/NAME.png, depth/NAME.png (16 bits, 50 m = 65535), mask_invalid/NAME.png and
+mask_transp/NAME.png, 0 where the depth is missing or behind glass. list_file: photographs to use, one per line.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from distill.depth import DepthMap
+from eval.benchmarks import Download, Sample
+from eval.benchmarks._edges import edge_protocol, edge_samples
+from eval.benchmarks._files import Files, Layout, Row, as_truth
+
+PROTOCOL = edge_protocol("ibims", farthest=50.0, mask="positive depth outside of both masks")
+
+
+def _row(rgb: str) -> Row | None:
+    """rgb/NAME.png with its depth and masks."""
+    folder, _, name = rgb.partition("/")
+    if folder != "rgb" or not name.endswith(".png") or "/" in name:
+        return None
+    return rgb, f"depth/{name}", f"mask_invalid/{name}", f"mask_transp/{name}"
+
+
+LAYOUT = Layout("ibims1_core_raw.tar", columns=1, row=_row)
+DOWNLOAD = Download(
+    archive=LAYOUT.archive, manual="take ibims1_core_raw from the page of iBims-1 at mediaTUM, and unpack it"
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The photographs, by name."""
+    return edge_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
+
+
+def _truth(files: Files, row: Row) -> DepthMap:
+    metres = (files.png(row[1]) * (50.0 / 65535.0)).astype(np.float32)
+    masks = [files.png(name) > 0 for name in row[2:]]
+    if any(mask.shape != metres.shape for mask in masks):
+        raise OSError(f"{files.root}: {row[1]} and its masks have different sizes")
+    return as_truth(metres, (metres > 0) & masks[0] & masks[1])

@@ -1,0 +1,78 @@
+"""Spring, the left training frames of the animated film with their rendered disparity: boundary F1.
+
+Root: the folder that holds train/SEQ/frame_left/frame_left_N.png, train/SEQ/disp1_left/disp1_left_N.dsp5 and
+train/SEQ/cam_data/intrinsics.txt, as published. A .dsp5 is HDF5 (h5py reads it) with a data set "disparity" of twice
+the image's height and width, in pixels of the image; every second row and column is used, which is ours. Depth is
+fx x 0.065 m / disparity, fx from the N-th line of the intrinsics. No disparity means the sky, far away; NaN means no
+truth. list_file: frames to use, one per line. Which frames were scored is not published.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+
+import numpy as np
+
+from distill.depth import DepthMap
+from eval.benchmarks import Download, Sample
+from eval.benchmarks._edges import edge_protocol, edge_samples
+from eval.benchmarks._files import Files, Layout, Row, as_truth
+
+BASELINE = 0.065
+_SKY = 1e6
+
+PROTOCOL = edge_protocol(
+    "spring",
+    farthest=1000.0,
+    mask="finite disparity, the sky far away",
+    resize="every second row and column of the truth, which has twice the image's size",
+)
+
+
+def _row(rgb: str) -> Row | None:
+    """train/SEQ/frame_left/frame_left_N.png with its disparity and its sequence's intrinsics."""
+    parts = rgb.split("/")
+    if len(parts) != 4 or parts[0] != "train" or parts[2] != "frame_left" or not rgb.endswith(".png"):
+        return None
+    number = parts[3].removesuffix(".png").rpartition("_")[2]
+    folder = f"train/{parts[1]}"
+    return rgb, f"{folder}/disp1_left/disp1_left_{number}.dsp5", f"{folder}/cam_data/intrinsics.txt"
+
+
+LAYOUT = Layout("spring.tar", columns=1, row=_row, strip="spring/")
+DOWNLOAD = Download(
+    archive=LAYOUT.archive,
+    manual="take train_frame_left, train_disp1_left and train_cam_data from spring-benchmark.org",
+)
+
+
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+    """The left frames, by sequence and number."""
+    return edge_samples(
+        root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=lambda rgb: rgb.split("/")[1]
+    )
+
+
+def _truth(files: Files, row: Row) -> DepthMap:
+    disparity = _disparity(files, row[1])[::2, ::2]
+    number = int(row[0].removesuffix(".png").rpartition("_")[2])
+    try:
+        focal = float(files.read(row[2]).decode().splitlines()[number - 1].split()[0])
+    except (ValueError, IndexError) as error:
+        raise OSError(f"{files.root}: {row[2]} has no focal length for frame {number}") from error
+    depth = np.where(disparity > 0, focal * BASELINE / np.maximum(disparity, 1e-9), _SKY).astype(np.float32)
+    return as_truth(np.minimum(depth, np.float32(_SKY)), np.isfinite(disparity))
+
+
+def _disparity(files: Files, name: str) -> np.ndarray:
+    try:
+        h5py = importlib.import_module("h5py")
+    except ImportError as error:
+        raise OSError(f"{name} is HDF5: pip install h5py to read Spring") from error
+    try:
+        with h5py.File(io.BytesIO(files.read(name)), "r") as file:
+            return np.asarray(file["disparity"], np.float32)
+    except (OSError, KeyError) as error:
+        raise OSError(f"{files.root}: {name} is not a disparity of Spring ({error})") from error

@@ -1,0 +1,379 @@
+"""Several models over the same images: predictions kept on disk, then measured against one another and the truth.
+
+    FOLDER/NAME/            the maps of one model, as eval.stored keeps them, with settings.json
+    FOLDER/NAME/model.json  its card and what predicting cost, so that nothing here needs the model again
+
+Predicting continues where it stopped, and never mixes maps of other settings. Measuring reads maps and images alone.
+Every map is brought to disparity without scale or shift first (eval.agreement.to_disparity); maps of affine_depth get
+the shift that suits the reference best, which is the truth where an image has one, else the first model that has a
+disparity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations, permutations
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.depth import DepthMap, Kind
+from eval import agreement
+from eval.benchmarks import Sample
+from eval.fit import NoTruth, measure
+from eval.metrics import from_sums
+from eval.protocol import Protocol
+from eval.stored import BadPrediction, predict, read_prediction, read_settings
+from teachers import Teacher
+
+CARD = "model.json"
+TRUTH = "truth"
+PROTOCOL = Protocol(benchmark="compare", min_depth=1e-3, max_depth=80.0, mask="valid truth where the model has a value")
+
+Report = Callable[..., None]
+Numbers = dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A model to compare: its name in tables and folders, how to load it, and what its maps depend on."""
+
+    name: str
+    load: Callable[[], Teacher]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Everything that was measured, as JSON takes it; the fields of compare.json.
+
+    models: per model its name, card, cost and mean numbers. pairs: per two names (or a name and "truth") the mean
+    error, order, edges and sky. additions: per (primary, assistant) gain, mixing, share, news, complement. images: per
+    image its key, what was measured, and which pairs disagree by how much.
+    """
+
+    models: list[dict[str, Any]]
+    pairs: list[dict[str, Any]]
+    additions: list[dict[str, Any]]
+    images: list[dict[str, Any]]
+
+
+# --- predicting -------------------------------------------------------------------------------------------------------
+
+
+def gather(entrant: Entrant, samples: Sequence[Sample], folder: Path, *, report: Report | None = None) -> int:
+    """Predict what is missing of one model, and return how many maps that were; loads the model only where it must.
+
+    Raises ValueError where the folder holds maps of other settings or weights, and whatever the model raises.
+    """
+    store = folder / entrant.name
+    settings = json.loads(json.dumps(dict(entrant.settings)))
+    said = read_settings(store)
+    whole = all((store / sample.prediction_path).is_file() for sample in samples)
+    if whole and said is not None and said["settings"] == settings and (store / CARD).is_file():
+        return 0
+    cost = Cost()
+    teacher = cost.watch(entrant.load)
+    before = _read_card(store)
+    if before and before["card"]["revision"] != teacher.card.revision:
+        raise ValueError(
+            f"{store} holds predictions of other weights (revision {before['card']['revision']}, now "
+            f"{teacher.card.revision}); delete this folder"
+        )
+    try:
+        done = predict(cost.timed(teacher), samples, store, settings=settings, report=report)
+    finally:
+        if store.is_dir() and (cost.images or not before):
+            _write_json(store / CARD, {"card": asdict(teacher.card), "cost": cost.summary(before)})
+    return done
+
+
+class Cost:
+    """What a model costs: seconds per image without the first, parameters, and memory at its peak."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds = 0.0
+        self.first: float | None = None
+        self.parameters = 0
+        self.device = "cpu"
+        self.before = _resident("VmRSS")
+
+    def watch(self, load: Callable[[], Teacher]) -> Teacher:
+        """Loads the model with the memory counted from here."""
+        _reset_peak()
+        self.before = _resident("VmRSS")
+        teacher = load()
+        tensors = {id(p): p for part in vars(teacher).values() for p in _parameters(part)}
+        self.parameters = sum(p.numel() for p in tensors.values())
+        self.device = next((str(p.device) for p in tensors.values()), "cpu")
+        return teacher
+
+    def timed(self, teacher: Teacher) -> Teacher:
+        """The same teacher with every call counted."""
+        return _Timed(teacher, self)
+
+    def summary(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The numbers as JSON; those of an earlier, interrupted call stay where this one predicted too little."""
+        if before and self.images < before["cost"]["images"]:
+            return dict(before["cost"])
+        cuda = self.device.startswith("cuda")
+        peak, start = _resident("VmHWM"), self.before
+        grown = None if peak is None or start is None else max(0, peak - start)
+        return {
+            "images": self.images,
+            "images_per_s": self.images / self.seconds if self.seconds else None,
+            "first_s": self.first,
+            "parameters": self.parameters,
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+            "memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else grown,
+        }
+
+
+class _Timed:
+    def __init__(self, teacher: Teacher, cost: Cost) -> None:
+        self.teacher, self.cost, self.card = teacher, cost, teacher.card
+
+    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
+        """As the teacher does."""
+        begun = time.perf_counter()
+        more: dict[str, Any] = {"keys": keys} if keys is not None else {}
+        depth = self.teacher.predict(images, **more).to("cpu")  # waits for an accelerator to finish
+        seconds = time.perf_counter() - begun
+        if self.cost.first is None:  # the first call compiles, allocates and warms up
+            self.cost.first = seconds
+        else:
+            self.cost.seconds += seconds
+            self.cost.images += len(images)
+        return depth
+
+
+def _parameters(part: Any) -> list[Tensor]:
+    if isinstance(part, torch.nn.Module):
+        return list(part.parameters())
+    inner = getattr(part, "__dataclass_fields__", {})
+    return [p for name in inner for p in _parameters(getattr(part, name))]
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            pass  # not allowed everywhere; the peak is then the process's own, and an upper bound
+
+
+def _resident(which: str) -> int | None:
+    """Bytes of memory this process has (VmRSS) or had at most (VmHWM); None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
+
+
+def _read_card(store: Path) -> dict[str, Any] | None:
+    path = store / CARD
+    if not path.is_file():
+        return None
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        return {"card": dict(table["card"]), "cost": dict(table["cost"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not readable ({error}): delete {store} and compare again") from error
+
+
+def _write_json(path: Path, table: Any) -> None:
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+# --- one image --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One image with everybody's map of it, all as affine disparity; models that have none here are left out.
+
+    raw: the maps as predicted. reference: the name of what the others are shown against.
+    """
+
+    image: Tensor
+    raw: dict[str, DepthMap]
+    maps: dict[str, DepthMap]
+    truth: DepthMap | None
+    reference: str
+
+
+def look(sample: Sample, names: Sequence[str], folder: Path) -> View:
+    """Read one image, its truth and the stored maps; BadPrediction where a map cannot be read."""
+    image = sample.image()[None]
+    truth = sample.truth()
+    known = truth if truth.valid.any() else None
+    raw = {}
+    for name in names:
+        said = read_settings(folder / name)
+        if said is None:
+            raise BadPrediction(f"{folder / name} has no predictions")
+        values, _ = read_prediction(folder / name / sample.prediction_path, tuple(image.shape[-2:]))  # type: ignore[arg-type]
+        tensor = torch.from_numpy(values)[None]
+        usable = torch.isfinite(tensor)
+        if usable.any():
+            raw[name] = DepthMap(torch.where(usable, tensor, 0.0), usable, Kind(said["kind"]))
+    frame = agreement.to_disparity(known) if known is not None and known.kind != Kind.AFFINE_DEPTH else None
+    reference = TRUTH if frame is not None else ""
+    maps = {TRUTH: frame} if frame is not None else {}
+    for name in sorted(raw, key=lambda n: (raw[n].kind == Kind.AFFINE_DEPTH, names.index(n))):
+        maps[name] = agreement.to_disparity(raw[name], frame)
+        if frame is None and raw[name].kind != Kind.AFFINE_DEPTH:
+            frame, reference = maps[name], name
+    ordered = {name: maps[name] for name in [*names, TRUTH] if name in maps}
+    return View(image, raw, ordered, known, reference or next(iter(raw), ""))
+
+
+def measure_image(view: View, *, seed: int = 0) -> dict[str, Any]:
+    """The numbers of one image: {"models": {name: ...}, "pairs": {"a|b": ...}, "additions": {"p|a": ...}}."""
+    image = agreement.image_edges(view.image)
+    models: dict[str, Numbers] = {}
+    for name, depth in view.raw.items():
+        own = view.maps[name]
+        models[name] = {
+            "sharpness": _number(agreement.sharpness(own.values, own.valid)),
+            "on_image": _number(agreement.edges_on_image(own.values, own.valid, image)),
+            "far": _number(agreement.far_end(own.values, own.valid).float().mean((-2, -1))),
+            "valid": _number(own.valid.float().mean((-2, -1))),
+            **(_scores(depth, view.truth) if view.truth is not None else {}),
+        }
+    pairs: dict[str, Numbers] = {}
+    for a, b in combinations(view.maps, 2):
+        first, second = view.maps[a], view.maps[b]
+        both = first.valid & second.valid
+        pairs[f"{a}|{b}"] = {
+            "error": _number(agreement.alignment_error(first.values, second.values, both)),
+            "order": _number(agreement.ordinal_agreement(first.values, second.values, both, seed=seed)),
+            "edges": _number(agreement.edge_agreement(first.values, second.values, both)),
+            # Where a truth has no value it may be sky, or a hole of the sensor.
+            "sky": None if b == TRUTH else _number(agreement.sky_disagreement(first, second)),
+        }
+    return {"models": models, "pairs": pairs, "additions": _additions(view, pairs, image)}
+
+
+def _additions(view: View, pairs: Mapping[str, Numbers], image: Tensor) -> dict[str, Numbers]:
+    truth = view.maps.get(TRUTH)
+    errors = {}
+    if truth is not None:
+        common = truth.valid.clone()
+        for name in view.raw:
+            common &= view.maps[name].valid
+        errors = {name: agreement.region_errors(view.maps[name].values, truth.values, common) for name in view.raw}
+    found: dict[str, Numbers] = {}
+    for p, a in permutations(view.raw, 2):
+        first, second = view.maps[p], view.maps[a]
+        error = (pairs.get(f"{p}|{a}") or pairs[f"{a}|{p}"])["error"]
+        news = _number(agreement.new_edges(first.values, second.values, first.valid & second.valid, image))
+        won = agreement.oracle_gain(errors[p], errors[a]) if errors else (None, None, None)
+        found[f"{p}|{a}"] = {
+            "news": news,
+            "complement": None if error is None or news is None else (1 - error) * news,
+            **{k: None if v is None else _number(v) for k, v in zip(("gain", "mixing", "share"), won, strict=True)},
+        }
+    return found
+
+
+def _scores(depth: DepthMap, truth: DepthMap) -> Numbers:
+    """AbsRel and delta1 by the clean protocol, each kind aligned in its own quantity."""
+    valid = truth.valid & depth.valid
+    try:
+        result = measure(
+            depth.values[0].numpy(),
+            DepthMap(truth.values, valid, truth.kind),
+            depth.kind,
+            PROTOCOL.with_kind(depth.kind),
+        )
+    except NoTruth:
+        return {"abs_rel": None, "delta1": None}
+    every = from_sums(result.sums[None])
+    return {name: _number(every[name]) for name in ("abs_rel", "delta1")}
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+# --- all images -------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    names: Sequence[str], samples: Sequence[Sample], folder: Path, *, report: Report | None = None
+) -> Comparison:
+    """Measure the stored maps of these models on these images; no model is needed. Raises BadPrediction, ValueError."""
+    images = []
+    for done, sample in enumerate(samples, 1):
+        try:
+            view = look(sample, names, folder)
+        except BadPrediction as error:
+            raise BadPrediction(f"{sample.key}: {error}; compare again with the models at hand") from error
+        numbers = measure_image(view, seed=done)
+        between = [n["error"] for key, n in numbers["pairs"].items() if not key.endswith(f"|{TRUTH}")]
+        usable = [value for value in between if value is not None]
+        images.append(
+            {
+                "key": sample.key,
+                "truth": view.truth is not None,
+                "disagreement": fmean(usable) if usable else None,
+                **numbers,
+            }
+        )
+        if report:
+            report(done, len(samples))
+    return Comparison(
+        models=[_model(name, folder, images) for name in names],
+        pairs=_means(images, "pairs"),
+        additions=_means(images, "additions"),
+        images=images,
+    )
+
+
+def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    said = _read_card(folder / name)
+    if said is None:
+        raise BadPrediction(f"{folder / name} has no {CARD}: delete the folder and compare again")
+    own = [image["models"][name] for image in images if name in image["models"]]
+    numbers = {key: _mean([one.get(key) for one in own]) for key in dict.fromkeys(k for one in own for k in one)}
+    settings = read_settings(folder / name) or {"settings": {}}
+    return {"name": name, **said, "settings": settings["settings"], "images": len(own), "numbers": numbers}
+
+
+def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
+    keys = dict.fromkeys(key for image in images for key in image[part])
+    rows = []
+    for key in keys:
+        first, second = key.split("|")
+        own = [image[part][key] for image in images if key in image[part]]
+        names = dict.fromkeys(name for one in own for name in one)
+        count = {name: sum(one.get(name) is not None for one in own) for name in names}
+        rows.append({"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in own]) for n in names})
+    return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    there = [value for value in values if value is not None]
+    return fmean(there) if there else None
+
+
+def write_comparison(comparison: Comparison, path: Path, *, more: Mapping[str, Any]) -> None:
+    """Everything measured, as JSON; `more` is what else should stand there (rejected images, the settings)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(path, {"version": 1, **asdict(comparison), **more})

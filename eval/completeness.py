@@ -1,0 +1,197 @@
+"""Is a benchmark's download complete? What `distill doctor --benchmark` looks at.
+
+The published lists are not shipped; number and hash prove that what is there is the published one. So an image that is
+gone with all of its files can be counted but not named, unless `--list` names them all. Of every file only the size
+and both ends are read, which shows a cut or empty one in a moment; three images are decoded in full. A bit that
+flipped in the middle of a file is not seen: for that there is the archive's checksum (`distill fetch`).
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+
+import numpy as np
+
+from distill.findings import Finding
+from distill.plugins import find
+from eval.benchmarks import Sample
+from eval.benchmarks._files import Files, Layout, Rows, locate, read_list
+from eval.protocol import Protocol, list_hash
+from eval.tasks import size_of
+
+_NAMED = 5
+_DECODED = 3
+_GO_ON = "distill fetch goes on where a download stopped"
+
+
+def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | None = None) -> list[Finding]:
+    """What there is of the benchmark `name` in `root`, and what is missing or damaged.
+
+    LookupError for an unknown name, ValueError or FileNotFoundError for no root or no list at all.
+    """
+    module = find("eval.benchmarks", name)
+    layout: Layout | None = getattr(module, "LAYOUT", None)
+    if layout is None:
+        samples = list(module.samples(root, list_file))
+        return [_count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file), *_decoded(samples)]
+    files = Files(locate(root, name, layout), tolerant=True)
+    found = [_root(files), *_unfinished(Path(root or ""), layout)]
+    if list_file is not None:
+        rows = read_list(list_file, layout)
+        whole = [row for row in rows if all(files.has(file) for file in row)]
+        broken = [row for row in rows if not all(files.has(file) for file in row)]
+    else:
+        whole, broken = layout.rows(files.names())
+    found.append(_count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file))
+    found += _parts(layout, whole)
+    found += _missing(files, broken, name, listed=list_file is not None, total=len(whole) + len(broken))
+    damaged = _damaged(files, layout, whole)
+    found.append(damaged)
+    if damaged.level == "ok" and whole:
+        found += _decoded(_samples(module, files.root, list_file, [row[0] for row in whole]))
+    return found
+
+
+def _root(files: Files) -> Finding:
+    if files.damage:
+        return Finding("bad", files.damage, _GO_ON)
+    if not files.root.is_file():
+        return Finding("ok", f"{files.root}: a folder")
+    what = f"{files.root}: a tar of {files.root.stat().st_size / 1e6:,.1f} MB"
+    with files.root.open("rb") as file:
+        file.seek(max(0, files.root.stat().st_size - 512))
+        ended = not any(file.read())
+    if not files.packed and not ended:  # a cut between two files, or inside of a header, shows in nothing else
+        return Finding("bad", f"{what} without an end: it is cut short", _GO_ON)
+    if files.packed:
+        return Finding("ok", f"{what}, compressed", "unpacking it once is faster: every run unpacks it again")
+    return Finding("ok", what)
+
+
+def _unfinished(root: Path, layout: Layout) -> list[Finding]:
+    """A download that has begun and is not done."""
+    parts = [path for path in (root / f"{layout.archive}.part", Path(f"{root}.part")) if path.is_file()]
+    return [Finding("warn", f"{part}: {part.stat().st_size / 1e6:,.1f} MB so far", _GO_ON) for part in parts]
+
+
+def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None) -> Finding:
+    """Whether these are the images of the published list."""
+    if not protocol.num_images:
+        return Finding("ok" if keys else "bad", f"{len(keys)} images; there is no published list to compare with")
+    digest = list_hash(keys)
+    if len(keys) == protocol.num_images and digest == protocol.list_sha256:
+        return Finding("ok", f"{len(keys)} of the {len(keys)} images of the published list (sha256 {digest[:12]}...)")
+    same = "other images than" if len(keys) == protocol.num_images else "images, not"
+    what = f"{len(keys)} {same} the {protocol.num_images} of the published list (sha256 {digest[:12]}...)"
+    if listed is not None:
+        return Finding("warn", f"{listed}: {what}", "numbers on it do not compare with published ones")
+    return Finding("bad", what, "complete the download, or name the images to use with --list")
+
+
+def _parts(layout: Layout, rows: Rows) -> list[Finding]:
+    """The parts of the benchmark that are reported by themselves."""
+    found = []
+    for part, (number, digest) in layout.parts.items():
+        keys = [row[0] for row in rows if row[0].split("/")[0] == part]
+        right = len(keys) == number and list_hash(keys) == digest
+        found.append(Finding("ok" if right else "warn", f"{part}: {len(keys)} of {number} images"))
+    return found
+
+
+def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total: int) -> list[Finding]:
+    missing = [name for row in broken for name in row if not files.has(name)]
+    if not missing:
+        return []
+    of = "listed images" if listed else "images that a file is there of"
+    what = f"{len(missing)} files of {len(broken)} of the {total} {of} are missing: {_some(missing)}"
+    return [Finding("bad", what, f"distill fetch {benchmark}, or unpack the archive again")]
+
+
+def _damaged(files: Files, layout: Layout, rows: Rows) -> Finding:
+    """Files that are empty or cut short, by their sizes and ends."""
+    names = [name for row in rows for name in row]
+    faults = [f"{name} ({fault})" for name in names if (fault := damage(files, name, layout.size(name)))]
+    if faults:
+        return Finding("bad", f"{len(faults)} of {len(names)} files are damaged: {_some(faults)}", "fetch them again")
+    return Finding("ok", f"{len(names)} files have the size and the ends that their format asks for")
+
+
+def damage(files: Files, name: str, size: int | None = None) -> str:
+    """What is visibly wrong with a file, "" where nothing is. size: the bytes that it must have."""
+    length, head, tail = files.ends(name)
+    if not length:
+        return "empty"
+    if size is not None:
+        return "" if length == size else f"{length} bytes, not {size}"
+    suffix = PurePosixPath(name).suffix.lower()
+    if head.startswith((b"<!", b"<html", b"<HTML")):
+        return "a web page"
+    if suffix in (".png", ".jpg", ".jpeg") and head.startswith(b"\x89PNG"):
+        whole = b"IEND" in tail[-16:]
+    elif suffix in (".png", ".jpg", ".jpeg"):
+        # A camera may write more after the end of its picture: only decoding tells that from a cut.
+        whole = (head.startswith(b"\xff\xd8") and b"\xff\xd9" in tail) or _decodes(files, name)
+    elif suffix == ".npy":
+        expected = _npy_size(head)
+        whole = expected is not None and length == expected
+    else:
+        whole = True
+    return "" if whole else f"cut short or no {suffix.removeprefix('.')}"
+
+
+def _decodes(files: Files, name: str) -> bool:
+    try:
+        files.pixels(name)
+    except OSError:
+        return False
+    return True
+
+
+def _npy_size(head: bytes) -> int | None:
+    """How long a .npy file must be, by its header; None where it has none."""
+    if not head.startswith(b"\x93NUMPY"):
+        return None
+    wide = head[6] >= 2
+    start = 12 if wide else 10
+    end = start + int.from_bytes(head[8:start], "little")
+    try:
+        header = ast.literal_eval(head[start:end].decode("latin1").strip())
+        return end + math.prod(header["shape"]) * np.dtype(header["descr"]).itemsize
+    except (SyntaxError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _samples(module: ModuleType, root: Path, list_file: Path | str | None, keys: Sequence[str]) -> list[Sample]:
+    """The samples of images that are whole; none where the benchmark refuses an incomplete root."""
+    try:
+        return [sample for sample in module.samples(root, list_file) if sample.key in set(keys)]
+    except (OSError, ValueError):
+        return []
+
+
+def _decoded(samples: Sequence[Sample]) -> list[Finding]:
+    """The first, the middle and the last image in full."""
+    if not samples:
+        return []
+    chosen = sorted({round(k * (len(samples) - 1) / (_DECODED - 1)) for k in range(_DECODED)})
+    seen = []
+    for index in chosen:
+        try:
+            sample = samples[index]
+            image, truth = sample.image(), (sample.mark or sample.truth)()
+        except (OSError, ValueError) as error:
+            return [Finding("bad", f"{samples[index].key} cannot be decoded: {error}", "fetch it again")]
+        height, width = image.shape[-2:]
+        valid = getattr(truth, "valid", None)
+        if size_of(truth) not in (None, (height, width)):
+            return [Finding("bad", f"{samples[index].key}: an image of {height} x {width}, a truth of another size")]
+        seen.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
+    return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(seen))}")]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")

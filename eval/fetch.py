@@ -1,0 +1,235 @@
+"""Downloads a benchmark's archive: what has arrived is kept, and the same command goes on from there.
+
+Bytes go to ARCHIVE.part, beside a note of which file on the host they belong to (address, length, ETag or date). A
+later call asks for the rest with an HTTP range, under the condition that the file has not changed; a host that sends
+the whole file instead makes it begin again. Only a whole and verified file gets the archive's name.
+
+A checksum is checked where one is known: given by the caller, published by the authors, or recorded beside the archive
+by an earlier download. Marigold's host publishes none; the one seen is recorded as ARCHIVE.sha256 (as `sha256sum -c`
+reads it), so that two people can compare what they have.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.plugins import find
+from eval.benchmarks import Download
+
+_CHUNK = 1 << 20
+_ATTEMPTS = 3
+
+Report = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A whole archive. resumed: bytes that earlier calls had left. published: the checksum is its authors' or was
+    given; otherwise it is only the one seen."""
+
+    path: Path
+    num_bytes: int
+    sha256: str
+    resumed: int
+    published: bool
+
+
+class Cut(OSError):
+    """The connection ended early; what has arrived is kept."""
+
+
+class Manual(ValueError):
+    """The host asks for a form, or has no file to fetch; the message says what to do."""
+
+
+def fetch_benchmark(
+    name: str, root: Path | str, *, url: str = "", sha256: str = "", report: Report | None = None
+) -> Fetched:
+    """Download the archive of the benchmark `name` to its place below `root`, the folder of all benchmarks.
+
+    url: a mirror: the archive's own address, or one that ends in "/" and has the same places below it. sha256: what the
+    archive must have. Raises LookupError for an unknown benchmark, Manual where a person has to act, OSError else.
+    """
+    module = find("eval.benchmarks", name)
+    download: Download | None = getattr(module, "DOWNLOAD", None)
+    if download is None:
+        raise Manual(f"the benchmark {name} needs no download: score it as it is")
+    if not (url or download.url):
+        raise Manual(f"{name}: {download.manual}")
+    address = url + download.archive if url.endswith("/") else url or download.url
+    return fetch(address, Path(root) / download.archive, sha256=sha256 or download.sha256, report=report)
+
+
+def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = None, patience: float = 1.0) -> Fetched:
+    """Download `url` to `path`, going on from PATH.part if there is one.
+
+    sha256: 64 hexadecimal digits, "" where none is known. report: (done, total, bytes_per_s) in megabytes. patience:
+    seconds before the first of a few new attempts after a cut. Every OSError is one line that names the address or the
+    file, and leaves what has arrived.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url}: only http:// and https:// addresses can be fetched")
+    record = path.with_name(f"{path.name}.sha256")
+    recorded = record.read_text(encoding="utf-8").split()[0] if record.is_file() else ""
+    expected, published = (sha256 or recorded).lower(), bool(sha256)
+    if path.is_file():
+        digest = _digest(path).hexdigest()
+        if expected and digest != expected:
+            raise OSError(
+                f"{path} is there, and its sha256 is {digest}, not {expected}: move it away to fetch it again"
+            )
+        _record(record, digest, path.name)
+        return Fetched(path=path, num_bytes=path.stat().st_size, sha256=digest, resumed=0, published=published)
+    part = path.with_name(f"{path.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    resumed = _complete(url, part, report, patience)
+    digest = _digest(part).hexdigest()
+    if expected and digest != expected:
+        wrong = path.with_name(f"{path.name}.wrong")
+        part.replace(wrong)
+        _note(part).unlink(missing_ok=True)
+        raise OSError(f"{url}: sha256 {digest}, not {expected}; kept as {wrong} to look at, the next call begins again")
+    size = part.stat().st_size
+    part.replace(path)
+    _note(part).unlink(missing_ok=True)
+    _record(record, digest, path.name)
+    return Fetched(path=path, num_bytes=size, sha256=digest, resumed=resumed, published=published)
+
+
+def _complete(url: str, part: Path, report: Report | None, patience: float) -> int:
+    """Fill `part` up to its whole length, in several attempts as long as each brings something; returns what an earlier
+    call had left."""
+    resumed = part.stat().st_size if part.is_file() else 0
+    failed = 0
+    while True:
+        before = part.stat().st_size if part.is_file() else 0
+        try:
+            _attempt(url, part, report)
+            return resumed
+        except Cut:
+            progressed = part.is_file() and part.stat().st_size > before
+            failed = 0 if progressed else failed + 1
+            if failed >= _ATTEMPTS:
+                raise
+            time.sleep(patience * 2.0**failed)
+
+
+def _attempt(url: str, part: Path, report: Report | None) -> None:
+    """One request for what is missing, written as it comes. Cut where it ended early."""
+    have = part.stat().st_size if part.is_file() else 0
+    known = _read_note(part) if have else {}
+    if known.get("url") != url:  # nothing ties these bytes to this file on the host
+        have, known = 0, {}
+    headers = {"User-Agent": "distill", "Accept-Encoding": "identity"}
+    if have:
+        headers["Range"] = f"bytes={have}-"
+        if known.get("version"):
+            headers["If-Range"] = known["version"]
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
+            start, total = _place(url, answer, have)
+            if start and known.get("total") not in (None, total):
+                _begin_again(part)
+                raise Cut(f"{url}: the host has another file now; beginning again")
+            if start and start != have:
+                raise OSError(f"{url}: the host sent bytes from {start}, asked for from {have}")
+            if not start:
+                _write_note(part, url, answer, total)
+            _receive(url, answer, part, start, total, report)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have and known.get("total") == have:
+            return  # there was nothing missing
+        if error.code == 416:
+            _begin_again(part)
+            raise Cut(f"{url}: the host has another file now; beginning again") from error
+        if error.code in (408, 429, 500, 502, 503, 504):
+            raise Cut(f"{url}: the host answered {error.code} {error.reason}; try again later") from error
+        raise OSError(f"{url}: the host answered {error.code} {error.reason}; --url takes another address") from error
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        kept = part.stat().st_size if part.is_file() else 0
+        reason = getattr(error, "reason", None) or error or type(error).__name__
+        raise Cut(f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, the same command goes on from there") from error
+
+
+def _place(url: str, answer: Any, have: int) -> tuple[int, int | None]:
+    """Where in the file this answer begins, and how long the file is (None where the host does not say)."""
+    if answer.headers.get_content_type() == "text/html":
+        raise OSError(f"{url}: the host answered with a web page, not with the archive; look at it in a browser")
+    if answer.status == 206:
+        span, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
+        start = span.partition("-")[0]
+        if not start.isdigit():
+            raise OSError(f"{url}: the host sent a part of the file without saying which")
+        return int(start), int(total) if total.isdigit() else None
+    length = answer.headers.get("Content-Length")
+    return 0, int(length) if length else None
+
+
+def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, report: Report | None) -> None:
+    """Append the answer to the part file. What was written stays, whatever happens."""
+    free = shutil.disk_usage(part.parent).free
+    if total is not None and total - start > free:
+        raise OSError(
+            f"{part.parent}: {(total - start) / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; make room"
+        )
+    done, began = start, time.monotonic()
+    with part.open("ab" if start else "wb", buffering=0) as file:
+        try:
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                done += len(chunk)
+                if report:
+                    speed = (done - start) / max(time.monotonic() - began, 1e-6)
+                    report(round(done / 1e6), round((total or done) / 1e6), bytes_per_s=speed)
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(f"{part}: the disk is full; make room, the same command goes on from there") from error
+    if total is not None and done < total:
+        raise Cut(f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; the same command goes on from there")
+
+
+def _begin_again(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _note(part).unlink(missing_ok=True)
+
+
+def _note(part: Path) -> Path:
+    return part.with_name(f"{part.name}.json")
+
+
+def _read_note(part: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(_note(part).read_text(encoding="utf-8"))
+        return table if isinstance(table, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_note(part: Path, url: str, answer: Any, total: int | None) -> None:
+    """Which file on the host the bytes of `part` belong to. A weak ETag may not guard a range (RFC 9110, 13.1.5)."""
+    tag = answer.headers.get("ETag", "")
+    version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
+    _note(part).write_text(json.dumps({"url": url, "total": total, "version": version}) + "\n", encoding="utf-8")
+
+
+def _digest(path: Path) -> Any:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256")
+
+
+def _record(record: Path, digest: str, name: str) -> None:
+    record.write_text(f"{digest}  {name}\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""What papers print, beside what was measured here: within, outside, or not run.
+
+A number of ours answers for a paper's only where everything that both depend on is the same: Marigold's protocol, on
+the whole published list, with the alignment of the prediction's kind, no image lost, and the released weights that the
+row was made with. Anything else is "not run", and the reason is told. The numbers are data (eval/papers.toml), with
+where each stands and how far off a repetition may be.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.plugins import find, names
+from eval.scorefile import Score
+
+_FILE = Path(__file__).with_name("papers.toml")
+_TABLE = ("paper", "number", "title", "metrics", "unit", "digits", "protocol", "row")
+_ROW = ("model", "weights", "note")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperNumber:
+    """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: released
+    ones of the row, () where there are none. protocol: "marigold", or why none of ours is it. note: how it was run."""
+
+    paper: str
+    where: str
+    model: str
+    benchmark: str
+    metric: str
+    value: float
+    tolerance: float
+    weights: tuple[str, ...]
+    protocol: str
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A paper's number with ours, if there is one that answers for it; reason: why there is none."""
+
+    number: PaperNumber
+    status: Literal["within", "outside", "not run"]
+    ours: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A score with what it was predicted with; weights: "" where nobody knows."""
+
+    score: Score
+    weights: str = ""
+
+
+@cache
+def paper_numbers() -> tuple[PaperNumber, ...]:
+    """Every number of eval/papers.toml, in its order; ValueError names a row that does not add up."""
+    content = tomllib.loads(_FILE.read_text(encoding="utf-8"))
+    found = []
+    for table in content["table"]:
+        where = f"{table['paper']}, {table['number']}"
+        unknown = set(table) - set(_TABLE)
+        if unknown:
+            raise ValueError(f"{_FILE.name}: {where} has no {', '.join(sorted(unknown))}")
+        for row in table["row"]:
+            found += _row_numbers(table, row, content["tolerance"])
+    return tuple(found)
+
+
+def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[str, Any]) -> list[PaperNumber]:
+    where = f"{table['paper']}, {table['number']}, {row['model']}"
+    known = names("eval.benchmarks")
+    found = []
+    for benchmark, values in row.items():
+        if benchmark in _ROW:
+            continue
+        if benchmark not in known or len(values) != len(table["metrics"]):
+            raise ValueError(
+                f"{_FILE.name}: {where}: {benchmark} is no benchmark, or has not {len(table['metrics'])} values"
+            )
+        for metric, printed in zip(table["metrics"], values, strict=True):
+            value = float(printed) * table["unit"]
+            allowed = tolerances[metric]
+            room = allowed.get("relative", 0.0) * value + allowed.get("absolute", 0.0)
+            found.append(
+                PaperNumber(
+                    paper=table["paper"],
+                    where=table["number"],
+                    model=row["model"],
+                    benchmark=benchmark,
+                    metric=metric,
+                    value=value,
+                    tolerance=room + 0.5 * 10.0 ** -table["digits"] * table["unit"],
+                    weights=tuple(row.get("weights", ())),
+                    protocol=table["protocol"],
+                    note=row.get("note", ""),
+                )
+            )
+    return found
+
+
+def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[Verdict]:
+    """A verdict on every number of the papers; a number is answered by the first score that may."""
+    return [_verdict(number, scored) for number in (paper_numbers() if numbers is None else numbers)]
+
+
+def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> Verdict:
+    if not number.weights:
+        return Verdict(number, "not run", reason="the row names no released weights")
+    same = [one for one in scored if one.score.benchmark == number.benchmark and _same_weights(one.weights, number)]
+    if not same:
+        return Verdict(number, "not run", reason="no score of these weights on this benchmark")
+    reasons = [_obstacle(one.score, number) for one in same]
+    for one, obstacle in zip(same, reasons, strict=True):
+        ours = one.score.metrics.get(number.metric)
+        if not obstacle and ours is not None:
+            inside = abs(ours - number.value) <= number.tolerance + 1e-9
+            return Verdict(number, "within" if inside else "outside", ours)
+    return Verdict(number, "not run", reason=reasons[0])
+
+
+def _same_weights(weights: str, number: PaperNumber) -> bool:
+    own = weights.rstrip("/").lower()
+    return bool(own) and any(own == known.lower() or own.endswith("/" + known.lower()) for known in number.weights)
+
+
+def _obstacle(score: Score, number: PaperNumber) -> str:
+    """Why this score cannot answer for the number, "" where it can."""
+    published = find("eval.benchmarks", number.benchmark).PROTOCOL
+    if number.protocol != "marigold":
+        return f"the protocol of the paper's number is {number.protocol}"
+    if score.protocol.mode != "marigold":
+        return f"scored by the {score.protocol.mode} protocol"
+    if score.protocol.list_sha256 != published.list_sha256:
+        return f"scored on {score.protocol.num_images} other images than the published list"
+    if score.protocol.alignment != published.with_kind(score.kind).alignment:
+        return f"aligned otherwise: {score.protocol.alignment}"
+    return f"{score.num_failed} images failed" if score.num_failed else ""

@@ -1,0 +1,169 @@
+"""What one model is worth on one benchmark, as an object and as a file.
+
+A score file is JSON, with a .csv of the images beside it:
+
+    {"version": 1, "model": str, "benchmark": str, "kind": str, "created": ISO time, "software": str,
+     "protocol": {... every field of eval.protocol.Protocol, "id": str, "setting": str},
+     "num_images": n, "num_failed": m, "num_remarks": k, "num_extra": e, "partial": bool,
+     "metrics": {name: mean over images or null},      of the task: ten for depth (eval.tasks); DA-2K's is over pairs
+     "pooled": {name: over all pixels of all images},  not comparable with any paper
+     "floors": {"0.001" and "1/max truth": {name: mean}},  under either floor; only for fits in disparity
+     "groups": {group: {"num_images": n, "num_failed": m, "metrics": {...}}},  {} where a benchmark has no parts
+     "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null}]}
+
+An image with a problem was either not scored (`failed`) or scored with a remark. NaN and infinity are null.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.depth import Kind
+from eval.protocol import Protocol, from_dict
+from eval.tasks import TASKS, Task
+
+Means = dict[str, float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScore:
+    """One image: its ten metrics, or None and the problem. failed: it should have been scored and was not."""
+
+    key: str
+    group: str
+    metrics: dict[str, float] | None
+    problem: str | None = None
+    failed: bool = False
+    scale: float | None = None
+    shift: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What one model is worth on one benchmark; the fields of a score file, see the module."""
+
+    model: str
+    benchmark: str
+    protocol: Protocol
+    kind: Kind
+    images: tuple[ImageScore, ...]
+    metrics: Means
+    pooled: Means
+    floors: dict[str, Means]
+    groups: dict[str, dict[str, Any]]
+    num_extra: int = 0
+    partial: bool = False
+    software: str = ""
+    created: str = ""
+
+    @property
+    def task(self) -> Task:
+        """What was measured, with the rows of its metrics."""
+        return TASKS[self.protocol.task]
+
+    @property
+    def num_images(self) -> int:
+        """Images of the list, scored or not."""
+        return len(self.images)
+
+    @property
+    def num_failed(self) -> int:
+        """Images that should have been scored and were not."""
+        return sum(image.failed for image in self.images)
+
+    def problems(self) -> list[str]:
+        """One line per image with a problem, the failures first, then one about extra files."""
+        marked = sorted((image for image in self.images if image.problem), key=lambda image: not image.failed)
+        lines = [f"{image.key}: {image.problem}" for image in marked]
+        if self.num_extra:
+            lines.append(f"{self.num_extra} .npy files belong to no image of the list")
+        return lines
+
+
+def write_scores(result: Score, path: Path | str) -> None:
+    """Write a score as JSON to `path` and its images as .csv beside it, each aside and renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [
+        {
+            "key": image.key,
+            "group": image.group,
+            "metrics": None if image.metrics is None else finite(image.metrics),
+            "scale": image.scale,
+            "shift": image.shift,
+            "failed": image.failed,
+            "problem": image.problem,
+        }
+        for image in result.images
+    ]
+    protocol = {**result.protocol.as_dict(), "id": result.protocol.id, "setting": result.protocol.setting}
+    content = {
+        "version": 1,
+        "model": result.model,
+        "benchmark": result.benchmark,
+        "kind": str(result.kind),
+        "created": result.created,
+        "software": result.software,
+        "protocol": protocol,
+        "num_images": result.num_images,
+        "num_failed": result.num_failed,
+        "num_remarks": sum(image.problem is not None and not image.failed for image in result.images),
+        "num_extra": result.num_extra,
+        "partial": result.partial,
+        "metrics": result.metrics,
+        "pooled": result.pooled,
+        "floors": result.floors,
+        "groups": result.groups,
+        "images": images,
+    }
+    _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    names = [name for name in result.task.rows if name != result.task.group_mean]
+    rows: list[list[Any]] = [["key", "group", *names, "scale", "shift", "failed", "problem"]]
+    for image in result.images:
+        values = [repr((image.metrics or {}).get(name, math.nan)) for name in names]
+        rows.append([image.key, image.group, *values, image.scale, image.shift, image.failed, image.problem or ""])
+    aside = path.with_suffix(".csv.part")
+    with aside.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    aside.replace(path.with_suffix(".csv"))
+
+
+def read_scores(path: Path | str) -> Score:
+    """A score file as a Score; ValueError names the file where it is none, or was edited."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["version"] != 1:
+            raise ValueError(f"version {content['version']}, this program reads 1")
+        protocol = from_dict({key: value for key, value in content["protocol"].items() if key != "setting"})
+        images = tuple(
+            ImageScore(
+                row["key"], row["group"], row["metrics"], row["problem"], row["failed"], row["scale"], row["shift"]
+            )
+            for row in content["images"]
+        )
+        return Score(
+            protocol=protocol,
+            kind=Kind(content["kind"]),
+            images=images,
+            **{name: content[name] for name in ("model", "benchmark", "metrics", "pooled", "floors", "groups")},
+            **{name: content[name] for name in ("num_extra", "partial", "software", "created")},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not a score file ({error}); write one with distill score") from error
+
+
+def finite(values: Mapping[str, float]) -> Means:
+    """JSON has no NaN and no infinity."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f"{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
