@@ -45,7 +45,7 @@ class Run:
 class Images:
     """One source of images: exactly one of tars, photos, pairs, scenes, wheels.
 
-    tars: SA-1B tars, with braces or globs; paths or URLs (fsspec). photos: a folder or a glob. pairs: a tsv of images with ground truth.
+    tars: SA-1B tars, paths or URLs, with braces or globs. photos: a folder or a glob. pairs: a tsv of images with ground truth.
     scenes: how many procedural views. wheels: the photographs that scikit-image and scikit-learn ship.
     names: a text file with the names to keep (pairs). limit: keep the first N images; 0 keeps all.
     """

@@ -24,6 +24,8 @@ from eval.benchmarks import Sample
 from teachers import Teacher
 
 SETTINGS = "settings.json"
+MAPPED = 1 << 22
+"""Bytes from which a stored map is mapped instead of read."""
 
 Report = Callable[..., None]
 
@@ -89,11 +91,14 @@ def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarra
     float32 the loss of precision is remarked on.
     """
     try:
-        values = np.load(path, allow_pickle=False)
+        # A large map is mapped copy-on-write: fresh memory for it costs more time than reading it.
+        large = path.stat().st_size >= MAPPED
+        values = np.load(path, allow_pickle=False, mmap_mode="c" if large else None)
     except FileNotFoundError:
         raise BadPrediction("missing") from None
     except (OSError, ValueError, EOFError) as error:
         raise BadPrediction(f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})") from error
+    values = np.asarray(values) if isinstance(values, np.memmap) else values
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise BadPrediction(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
     squeezed = values.reshape([side for side in values.shape if side != 1]) if values.ndim != 2 else values

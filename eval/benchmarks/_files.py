@@ -11,6 +11,7 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import os
 import shutil
 import tarfile
@@ -103,6 +104,20 @@ class Files:
                 raise OSError(f"{self.root}: cut short inside {name}; download it again")
             data += more
         return data
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A file of raw little-endian float32 as an array that is read when it is looked at; its size is checked.
+
+        Mapped copy-on-write: a map of 24 megapixels is neither read twice nor given fresh memory, which costs as much.
+        """
+        offset, size = self._members[name] if self._tar is not None else (0, (self.root / name).stat().st_size)
+        if size != 4 * math.prod(shape):
+            wanted = " x ".join(map(str, shape))
+            raise OSError(f"{self.root}: {name} has {size} bytes; raw float32 of {wanted} has {4 * math.prod(shape)}")
+        if self._tar is not None and os.fstat(self._tar.fileno()).st_size < offset + size:
+            raise OSError(f"{self.root}: cut short inside {name}; download it again")
+        file = (self.root / name) if self._tar is None else self._tar
+        return np.asarray(np.memmap(file, "<f4", mode="c", offset=offset, shape=shape))
 
     def ends(self, name: str, length: int = 256) -> tuple[int, bytes, bytes]:
         """The file's size, and its first and last bytes: what there is to see without reading all of it."""
