@@ -45,8 +45,8 @@ class Run:
 class Images:
     """One source of images: exactly one of tars, photos, pairs, scenes, wheels.
 
-    tars: SA-1B tars, paths or URLs, with braces or globs. photos: a folder or a glob. pairs: a tsv of images with ground truth.
-    scenes: how many procedural views. wheels: the photographs that scikit-image and scikit-learn ship.
+    tars: SA-1B tars, paths or URLs, with braces or globs. photos: a folder or a glob. pairs: a tsv of images with
+    ground truth. scenes: how many procedural views. wheels: the photographs that scikit-image and scikit-learn ship.
     names: a text file with the names to keep (pairs). limit: keep the first N images; 0 keeps all.
     """
 
