@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 import students
-from distill import checkpoint, sources
+from distill import checkpoint, mirror, sources
 from distill.bridge import Bridged
+from distill.claim import gate
 from distill.faults import Faults
 from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
@@ -237,6 +238,10 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             store="disparity" if recipe.labels.store == "disparity" else "as_is",
         )
     folder = labels_folder(recipe)
+    if recipe.labels.mirror and not (folder / "manifest.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with gate(folder):  # one of a machine's processes fetches, the others wait and find them
+            mirror.fetch(recipe.labels.mirror, folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     return LabelDataset(folder)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 import distill
-from distill import build, checkpoint, exports, shards
+from distill import build, checkpoint, exports, mirror, shards
 from distill.console import dashboard, note, progress, say, table
 from distill.label import TRUTH, Outcome, label
 from distill.recipe import Recipe, as_table, dumps
@@ -82,6 +82,10 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> Outcome:
         say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
+        if recipe.labels.mirror:
+            with progress("send to the mirror") as report:
+                sent = mirror.publish(folder, recipe.labels.mirror, report=report)
+            say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {sent} files sent")
     return outcome
 
 

@@ -33,12 +33,12 @@ def is_url(name: str | Path) -> bool:
     return isinstance(name, str) and re.match(r"[A-Za-z][A-Za-z0-9+.\-]+://", name) is not None
 
 
-def _file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL and the name in it; ValueError naming what to install."""
+def file_system(url: str) -> tuple[Any, str]:
+    """Fsspec's file system of a URL and the name in it; ValueError naming what to install."""
     try:
         import fsspec.core
     except ImportError as error:
-        raise ValueError(f'{url}: reading from a URL needs pip install "depth-distill[urls]"') from error
+        raise ValueError(f'{url}: a URL needs pip install "depth-distill[urls]"') from error
     try:
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
         return found
@@ -50,7 +50,7 @@ def find_urls(patterns: Iterable[str], what: str) -> list[str]:
     """Every address that the patterns (braces, `*`) name, each once; FileNotFoundError for one with nothing there."""
     found: dict[str, None] = {}
     for url in (name for pattern in patterns for name in expand(pattern)):
-        system, inside = _file_system(url)
+        system, inside = file_system(url)
         try:
             names = sorted(system.glob(inside)) if "*" in inside else [inside] if system.exists(inside) else []
         except OSError as error:
@@ -65,7 +65,7 @@ def open_place(place: Path | str) -> IO[bytes]:
     """A file to read and seek in; the caller closes it. Raises OSError."""
     if isinstance(place, Path):
         return place.open("rb")
-    system, inside = _file_system(place)
+    system, inside = file_system(place)
     file: IO[bytes] = system.open(inside, "rb", block_size=_BLOCK)
     return file
 
@@ -76,5 +76,5 @@ def read_range(place: Path | str, offset: int, size: int) -> bytes:
         with place.open("rb") as file:
             file.seek(offset)
             return file.read(size)
-    system, inside = _file_system(place)
+    system, inside = file_system(place)
     return bytes(system.cat_file(inside, start=offset, end=offset + size))

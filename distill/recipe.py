@@ -119,6 +119,7 @@ class Labels:
     store: "disparity" converts scale and metric depth exactly, "own" keeps each teacher's kind. codec: how maps become
     bytes; each is off by at most 1/8192 of a map's range (distill.codec).
     batch_size: crops that a teacher sees at once. threads: decode and encode beside it.
+    mirror: a URL (fsspec) where finished labels are sent, and from where training fetches those it does not find here.
     online: label during training instead of before it. commercial_only: refuse teachers whose weights forbid it.
     bridge: "primary" takes an assistant of affine depth by fitting 1 / (a d + b) to the primary's disparity on every
     crop; a label whose residual exceeds bridge_residual is dropped and counted (distill.bridge).
@@ -133,6 +134,7 @@ class Labels:
     licence: str = "unknown"
     store: Literal["disparity", "own"] = "disparity"
     codec: Literal["jls", "png16", "float16"] = "jls"
+    mirror: str = ""
     online: bool = False
     commercial_only: bool = False
     sky: Literal["own", "keep", "far", "invalid"] = "own"
@@ -141,7 +143,14 @@ class Labels:
 
     def __post_init__(self) -> None:
         if "://" in self.root:
-            raise ValueError(f"root = {self.root!r}: labels go to a path, for tars are finished by renaming; mount it")
+            raise ValueError(
+                f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
+                "labels.mirror takes a URL"
+            )
+        if self.mirror and "://" not in self.mirror:
+            raise ValueError(
+                f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels"
+            )
         if not 0.0 < self.bridge_residual <= 1.0:
             raise ValueError(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
         if self.bridge and self.store != "disparity":

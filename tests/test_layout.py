@@ -26,6 +26,7 @@ ORDER = [
     "distill.sources",
     "distill.codec",
     "distill.shards",
+    "distill.mirror",
     "distill.normalize.",
     "distill.losses",
     "distill.objective",

@@ -70,7 +70,7 @@ def known(values: torch.Tensor) -> DepthMap:
 def student(tiny: bool) -> students.Student:
     torch.manual_seed(0)
     small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if tiny else {}
-    # A light head: SDT's full-resolution convolutions take seconds a step on a CPU, beside which no overhead would show.
+    # A light head: SDT's full-resolution convolutions take seconds on a CPU, beside which no overhead would show.
     levels = [16, 16, 32, 32] if tiny else [48, 96, 192, 384]
     decoder = {"channels": 16 if tiny else 64, "post_process_channels": levels}
     return students.build(encoder="dinov3_vits16", decoder="dpt", encoder_options=small, decoder_options=decoder)
