@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.verbs._recipe import take_overrides
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", metavar="STUDY", help="a study (TOML), as in recipes/ablations")
@@ -17,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", default="runs/ablations", help="shared by studies: equal cells run once"
     )
     parser.add_argument("--processes", type=int, default=1, help="cells at once")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of every cell")
+    take_overrides(parser, what="override a key of every cell")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

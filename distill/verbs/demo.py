@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.verbs._recipe import take_recipe
+
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="another recipe than recipes/demo.toml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+    take_recipe(parser, optional=True, what="another recipe than recipes/demo.toml")
 
 
 def run(args: argparse.Namespace) -> int:

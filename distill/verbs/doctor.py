@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.verbs._recipe import take_overrides
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RECIPE|RUN|LOG", nargs="?", help="a recipe, a run's folder or its log")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+    take_overrides(parser)
     parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
     parser.add_argument("--root", metavar="DIR", help="its data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")

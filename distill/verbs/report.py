@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.verbs._recipe import take_recipe
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe, or a run's folder")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+    take_recipe(parser, what="a recipe, or a run's folder")
     parser.add_argument("--format", choices=["html", "md", "latex", "text"], default="html", help="default: html")
     parser.add_argument("--metrics", metavar="NAMES", default="abs_rel,delta1", help="of the table, with commas")
 

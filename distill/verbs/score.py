@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.verbs._recipe import take_recipe
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", nargs="?", help="a recipe (TOML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+    take_recipe(parser, optional=True)
     parser.add_argument("--predictions", metavar="DIR", help="stored predictions (.npy float32, Marigold's naming)")
     parser.add_argument("--kind", metavar="KIND", help="what they are: affine_disparity, scale_depth, ...")
     parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")

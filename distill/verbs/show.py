@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from distill.verbs._recipe import take_recipe
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", metavar="RECIPE", help="a recipe (TOML)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one recipe key")
+    take_recipe(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,16 @@
+"""What most verbs take: a recipe, and keys of it to override."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def take_recipe(parser: argparse.ArgumentParser, *, optional: bool = False, what: str = "a recipe (TOML)") -> None:
+    """Adds RECIPE and --set."""
+    parser.add_argument("recipe", metavar="RECIPE", nargs="?" if optional else None, help=what)
+    take_overrides(parser)
+
+
+def take_overrides(parser: argparse.ArgumentParser, *, what: str = "override one recipe key") -> None:
+    """Adds --set."""
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=what)
