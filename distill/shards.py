@@ -362,13 +362,17 @@ def hash_keys(keys: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> list[str]:
     if not path.is_file():
         return [f"{path} is missing"]
     problems = []
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != shard["sha256"]:
+    if file_sha256(path) != shard["sha256"]:
         problems.append(f"{path}: its checksum is not the one in {MANIFEST}")
     seen: list[str] = []
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -57,7 +59,7 @@ def test_what_is_fetched_is_what_was_sent(made, tmp_path):
     dataset = build.labelled(elsewhere)
     assert len(dataset) == 3
     assert contents(build.labels_folder(elsewhere)) == wanted
-    assert mirror.publish(folder, f"file://{far}") == 1  # the manifest alone: the rest is there
+    assert mirror.publish(folder, f"file://{far}") == 0  # all of it is there
 
 
 def test_a_stopped_way_goes_on_and_nothing_whole_is_taken_twice(made, tmp_path, monkeypatch):
@@ -90,7 +92,7 @@ def test_damage_and_absence_are_one_line_each(made, tmp_path):
     shutil.copytree(far / name, tmp_path / "bad" / name)
     tar = sorted((tmp_path / "bad" / name).glob("*.tar"))[0]
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
-    with pytest.raises(OSError, match=f"{tar.name} is damaged: its checksum is not the manifest's"):
+    with pytest.raises(OSError, match=f"{tar.name} is damaged there, its checksum is not the manifest's"):
         mirror.fetch(f"file://{tmp_path}/bad", tmp_path / "run" / name)
     with pytest.raises(FileNotFoundError, match="has no finished labels"):
         mirror.fetch(f"file://{tmp_path}/nothing", tmp_path / "other" / name)
@@ -105,3 +107,31 @@ def test_memory_and_the_address_do_not_know_the_mirror(made, tmp_path):
     assert mirror.publish(folder, "memory://labels") == len(contents(folder))
     mirror.fetch("memory://labels", tmp_path / folder.name)
     assert contents(tmp_path / folder.name) == contents(folder)
+
+
+def test_a_tar_labelled_again_replaces_one_of_the_same_size(made, tmp_path):
+    recipe, far = made
+    name = build.labels_folder(load(recipe)).name
+    shutil.copytree(far / name, tmp_path / "run" / name)
+    shutil.copytree(far / name, tmp_path / "far" / name)
+    tar = sorted((tmp_path / "run" / name).glob("*.tar"))[0]
+    manifest = json.loads((tmp_path / "run" / name / "manifest.json").read_text())
+    tar.write_bytes(tar.read_bytes()[:-1] + b"x")
+    manifest["shards"][0]["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
+    assert manifest["shards"][0]["name"] == tar.name
+    (tmp_path / "run" / name / "manifest.json").write_text(json.dumps(manifest))
+    mirror.publish(tmp_path / "run" / name, f"file://{tmp_path}/far")
+    mirror.fetch(f"file://{tmp_path}/far", tmp_path / "back" / name)
+    assert contents(tmp_path / "back" / name) == contents(tmp_path / "run" / name)
+
+
+def test_a_manifest_that_climbs_out_is_refused(made, tmp_path):
+    recipe, far = made
+    name = build.labels_folder(load(recipe)).name
+    shutil.copytree(far / name, tmp_path / "far" / name)
+    path = tmp_path / "far" / name / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["shards"][0]["name"] = "../../stolen.tar"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="'../../stolen.tar', which would climb out"):
+        mirror.fetch(f"file://{tmp_path}/far", tmp_path / "run" / name)
