@@ -105,7 +105,7 @@ def _scale(steps: Sequence[Line], warmup: int) -> Finding:
             "set loss.anchor = 0.05, or loss.label_only = true; an invariant loss alone can only lengthen the output"
         )
         return Finding("bad" if last > 3 * DRIFT else "warn", f"drift: {numbers}", remedy)
-    if last < COLLAPSE and (last < first or first < COLLAPSE):
+    if last < COLLAPSE:
         remedy = "lower lr, warm up longer, and look at the labels with `distill inspect`"
         return Finding("bad", f"collapse to a constant: {numbers}", remedy)
     return Finding("ok", f"scale: {numbers}")

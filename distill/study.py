@@ -39,6 +39,8 @@ class Column:
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ValueError(f"no metric {self.metric!r}; there are {', '.join(METRICS)}")
+        if not METRICS[self.metric].lower_is_better:
+            raise ValueError(f"{self.metric} grows as a model gets better, and orderings are of errors: take abs_rel")
 
     @property
     def title(self) -> str:

@@ -158,7 +158,7 @@ def write_page(table: Table, path: Path) -> None:
     """One HTML file that opens offline."""
     head, *body = table.text()
     rows = [[page.name(row[0]), *(_marked(cell) for cell in row[1:])] for row in body]
-    key = '<p class="key">AbsRel: mean over seeds ± standard deviation; the smallest mean of a column is marked.'
+    key = '<p class="key">Errors: mean over seeds ± standard deviation; the smallest mean of a column is marked.'
     key += (
         " The paper’s numbers are of its own data and benchmarks.</p>" if any(r.paper for r in table.rows) else "</p>"
     )

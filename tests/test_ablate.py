@@ -193,6 +193,11 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
         ('kind = "better"', 'kind = "nicer"', "kind must be one of"),
         ('values = ["global", "none"]', "", "an axis needs a key with values, or choices"),
         ("seeds = [0, 1]", "seed = [0, 1]", "unknown key bench.seed; did you mean bench.seeds?"),
+        (
+            '{ benchmark = "scenes" }',
+            '{ benchmark = "scenes", metric = "delta1" }',
+            "delta1 grows as a model gets better",
+        ),
     ):
         tiny.write_text(STUDY.replace(old, new))
         with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
