@@ -162,13 +162,20 @@ def metadata(description: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def scores_of(folder: Path) -> list[dict[str, str]]:
-    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run."""
-    rows = []
-    for path in sorted((folder.parent.parent / "scores").glob("*--student.json")):
+def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
+    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run.
+
+    revision: teachers.revision_of(folder); scores of other weights, of a student trained again since, are left out.
+    """
+    run, rows = folder.parent.parent, []
+    for path in sorted((run / "scores").glob("*--student.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        metrics = {key: value for key, value in found["metrics"].items() if key in ("abs_rel", "delta1")}
-        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in metrics.items()}
+        predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
+        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
+        if by.get("revision") != revision:
+            continue
+        metrics = {key: found["metrics"][key] for key in ("abs_rel", "delta1") if key in found["metrics"]}
+        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or found["metrics"]).items()}
         protocol = found["protocol"]
         rows.append(
             {"benchmark": found["benchmark"], **shown, "images": str(found["num_images"]), "protocol": protocol["id"]}

@@ -26,6 +26,7 @@ from distill.strict import RecipeError
 from distill.train import TrainResult, train
 from eval import score as scoring
 from eval.tables import as_text, grid
+from teachers import revision_of
 from teachers.checkpoint import Teacher as CheckpointTeacher
 
 
@@ -141,7 +142,7 @@ def run_export(
     """
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     said = tomllib.loads(card.read_text(encoding="utf-8")) if card else checkpoint.read_card(folder)
-    scores = exports.scores_of(folder)
+    scores = exports.scores_of(folder, revision_of(folder))
     said = {"scores": scores} | said if scores else said
     checkpoint.save(
         student,

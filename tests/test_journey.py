@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -139,6 +140,24 @@ def test_scores_and_report_are_written(straight):
     for outside in ('src="http', "src='http", 'href="http', "@import", "url(http"):
         assert outside not in html
     assert "depth" in html and (straight / "recipe.toml").is_file()
+
+
+def test_an_export_carries_the_scores_of_these_weights_alone(straight, tmp_path):
+    run = tmp_path / "run"
+    for part in ("scores", "predictions", "train/student"):
+        shutil.copytree(straight / part, run / part)
+    student = run / "train" / "student"
+    assert main(["export", str(student), str(tmp_path / "shipped")]) == 0
+    score = json.loads((run / "scores" / "scenes--student.json").read_text())
+    (row,) = checkpoint.read_card(tmp_path / "shipped")["scores"]
+    assert row["abs_rel"] == f"{score['metrics']['abs_rel']:.4f}" and row["protocol"] == score["protocol"]["id"]
+    assert f"| scenes | {row['abs_rel']} |" in (tmp_path / "shipped" / "README.md").read_text()
+    again = checkpoint.load(student)
+    with torch.no_grad():
+        next(again.decoder.parameters()).add_(0.1)
+    checkpoint.save(again, student, card=checkpoint.read_card(student))
+    assert main(["export", str(student), str(tmp_path / "later")]) == 0
+    assert "scores" not in checkpoint.read_card(tmp_path / "later")
 
 
 def killed_after(command: list[str], done: Path, pattern: str) -> None:

@@ -8,10 +8,12 @@
 `cost`: parameters, FLOPs (torch's counter), latency and peak memory of every decoder alone, on random features of a
 ViT-S/16 (--channels 1024: ViT-L). `train`: every decoder on the same frozen encoder, images, order, windows, loss,
 optimizer and number of steps, for several seeds; scored on scenes and pairs that training never saw. One result file
-per decoder and seed, so that it can be stopped and called again. Without --encoder-weights the encoder is the pocket's.
+per decoder and seed, so that it can be stopped and called again, and several may run at once on different seeds.
+Without --encoder-weights the encoder is the pocket's. `table`: both together, and every decoder against `sdt`.
 
-Features are computed once. A step sees four random windows of 6 x 6 tokens (of 12 x 12): the SDT of 256 channels takes
-over two seconds for it on one core, and the whole comparison is to fit into a coffee break.
+Features are computed once. A step sees two random windows of 8 x 8 tokens (of 12 x 12) at 168 pixels an image: SDT's
+256 channels take two seconds for that on one core, and the whole comparison is to fit into an hour. --dev scores on
+every sixth training image, which training then leaves out: for choosing a design without looking at the test images.
 """
 
 from __future__ import annotations
@@ -24,26 +26,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill import checkpoint, scenes
-from distill.align import apply_affine, fit_affine
-from distill.depth import DepthMap, Kind
-from distill.labels import Labels
-from distill.objective import Objective, Weights
-from distill.pairs import Pair, read_pairs
+from distill import checkpoint
 from distill.plugins import find
-from eval.boundary import boundary_f1
-from eval.metrics import all_metrics
+from eval.verdict import interval
 from students.encoder import Encoder
 from teachers.checkpoint import pocket
+from tests.speed.equal_training import fit, gather, held_out, judge
 
 CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdt": ("sdt", {}),
@@ -57,8 +52,6 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpt 128": ("dpt", {"channels": 128, "post_process_channels": [96, 192, 384, 768], "norm": "none"}),
     "dpt 64": ("dpt", {"channels": 64, "post_process_channels": [48, 96, 192, 384], "norm": "none"}),
 }
-SIDE, GRID, PATCH, WINDOW = 168, 12, 14, 6
-FAR = 80.0  # metres: the sky of a scene
 
 
 def make(name: str, channels: int) -> nn.Module:
@@ -122,162 +115,16 @@ def cost(args: argparse.Namespace) -> None:
 # --- what it gives ----------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Data:
-    """patches (4,N,C,GRID,GRID), cls (4,N,C), disparity and valid (N,SIDE,SIDE); real: which are photographs."""
-
-    patches: Tensor
-    cls: Tensor
-    disparity: Tensor
-    valid: Tensor
-    real: Tensor
-
-    def window(self, rows: Tensor, corners: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Labels]:
-        cut, maps, masks = [], [], []
-        for n, (top, left) in zip(rows.tolist(), corners.tolist(), strict=True):
-            cut.append(self.patches[:, n, :, top : top + WINDOW, left : left + WINDOW].float())
-            place = (
-                slice(top * PATCH, (top + WINDOW) * PATCH),
-                slice(left * PATCH, (left + WINDOW) * PATCH),
-            )
-            maps.append(self.disparity[n][place])
-            masks.append(self.valid[n][place])
-        stacked = torch.stack(cut, 1)
-        shared = DepthMap(torch.stack(maps), torch.stack(masks), Kind.AFFINE_DISPARITY)
-        return [(stacked[i], self.cls[i, rows].float()) for i in range(4)], Labels(shared, None, torch.zeros(0, 0, 4))
-
-
-def square(pair: Pair) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The middle square of a pair at SIDE pixels: image, disparity, valid; None for a truth of unknown shift."""
-    truth = pair.truth()
-    if truth.kind.unknown == "affine":
-        return None
-    depth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
-    image = pair.rgb().float() / 255
-    side = min(image.shape[-2:])
-    top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
-    place = (slice(top, top + side), slice(left, left + side))
-    image = F.interpolate(image[:, *place][None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
-    both = torch.stack([depth.values[0][place], depth.valid[0][place].float()])[None]
-    values, valid = F.interpolate(both, (SIDE, SIDE), mode="nearest-exact")[0]
-    keep = (valid > 0.5) & (values > 0)
-    return image, torch.where(keep, 1 / values.clamp(min=1e-6), 0.0), keep
-
-
-def scene(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    view = scenes.render(seed, size=(SIDE, SIDE))
-    return view.image, torch.where(view.valid, 1 / view.depth.clamp(min=1e-6), 0.0), torch.ones_like(view.valid)
-
-
-def names(path: Path | None) -> list[str] | None:
-    return path.read_text().split() if path else None
-
-
-def gather(args: argparse.Namespace, encoder: Encoder, train: bool) -> Data:
-    """Images and their features; the training images also mirrored."""
-    path = args.out / f"features_{'train' if train else 'test'}.pt"
-    if path.is_file():
-        return Data(**torch.load(path, weights_only=True))
-    seeds = scenes.TRAIN_SEEDS[: args.scenes] if train else scenes.BENCHMARK_SEEDS[: args.test_scenes]
-    found = [scene(seed) for seed in seeds]
-    real = [False] * len(found)
-    if args.pairs:
-        chosen = read_pairs(args.pairs, names=names(args.train_names if train else args.test_names))
-        found += [item for item in map(square, chosen) if item is not None]
-        real += [True] * (len(found) - len(real))
-    images, disparity, valid = (torch.stack(column) for column in zip(*found, strict=True))
-    if train:
-        images, disparity, valid = (torch.cat([x, x.flip(-1)]) for x in (images, disparity, valid))
-        real += real
-    patches, cls = [], []
-    with torch.no_grad():
-        for chunk in images.split(8):
-            read = encoder(chunk)
-            patches.append(torch.stack([pair[0] for pair in read]).half())
-            cls.append(torch.stack([pair[1] for pair in read]).half())
-    data = Data(torch.cat(patches, 1), torch.cat(cls, 1), disparity, valid, torch.tensor(real))
-    torch.save(vars(data), path)
-    print(f"{'train' if train else 'test'}: {len(images)} images, {sum(real)} of them photographs", flush=True)
-    return data
-
-
-def schedule(step: int, steps: int) -> float:
-    """AnyDepth's: linear warm-up, then polynomial decay of power 0.9."""
-    warm = max(steps // 10, 1)
-    return (step + 1) / warm if step < warm else (1 - (step - warm) / (steps - warm)) ** 0.9
-
-
-def fit(decoder: nn.Module, data: Data, args: argparse.Namespace, seed: int, half: Path) -> list[float]:
-    """Train; the losses. Every decoder of a seed sees the same windows in the same order.
-
-    Where the time is up before the last step, what is there goes to the file `half`, and the next call goes on.
-    """
-    draw = torch.Generator().manual_seed(1000 + seed)
-    objective = Objective(weights=Weights(local_global=0.0, feature=0.0, anchor=0.05))
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, weight_decay=0.01)
-    losses: list[float] = []
-    if half.is_file():
-        state = torch.load(half, weights_only=True)
-        decoder.load_state_dict(state["decoder"])
-        optimizer.load_state_dict(state["optimizer"])
-        draw.set_state(state["draw"])
-        losses = state["losses"]
-    decoder.train()
-    for step in range(len(losses), args.steps):
-        if time.monotonic() > args.until:
-            state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-            torch.save(state | {"draw": draw.get_state()}, half)
-            return losses
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, args.steps)
-        rows = torch.randint(len(data.disparity), (args.batch_size,), generator=draw)
-        corners = torch.randint(GRID - WINDOW + 1, (args.batch_size, 2), generator=draw)
-        given, labels = data.window(rows, corners)
-        pred = predict(decoder, given, WINDOW * PATCH)
-        loss = objective(pred, labels)[0].mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    half.unlink(missing_ok=True)
-    return losses
-
-
-def predict(decoder: nn.Module, given: list[tuple[Tensor, Tensor]], side: int) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        raw = decoder(given)
-    return F.interpolate(raw.float(), (side, side), mode="bilinear", align_corners=False)[:, 0]
-
-
-def judge(decoder: nn.Module, data: Data) -> dict[str, float]:
-    """AbsRel and delta1 on scenes and pairs, boundary F1 on scenes (dense truth), after a fit in disparity."""
-    decoder.eval()
-    found: dict[str, list[float]] = {}
-    with torch.no_grad():
-        for n in range(len(data.disparity)):
-            given = [(data.patches[i, n : n + 1].float(), data.cls[i, n : n + 1].float()) for i in range(4)]
-            pred, truth = predict(decoder, given, SIDE), data.disparity[n : n + 1]
-            valid = data.valid[n : n + 1] & (truth > 1 / FAR)
-            aligned = apply_affine(pred, *fit_affine(pred, truth, valid))
-            depth = 1 / aligned.clamp(1 / FAR, 1e3)
-            real = bool(data.real[n])
-            lowest, highest = (1 / truth[valid].max()).item(), (1 / truth[valid].min()).item()
-            metrics = all_metrics(depth.clamp(lowest, highest), 1 / truth.clamp(min=1 / FAR), valid)
-            for key in ("abs_rel", "delta1"):
-                found.setdefault(f"{'real' if real else 'scenes'}_{key}", []).append(metrics[key].item())
-            if not real:
-                found.setdefault("boundary_f1", []).append(boundary_f1(depth, 1 / truth.clamp(min=1 / FAR)).item())
-    return {key: statistics.mean(values) for key, values in found.items()}
+def kept(args: argparse.Namespace, name: str, seed: int | str) -> str:
+    """The name of a result file."""
+    plain = name.replace(", ", "_").replace(" ", "_") if name != "*" else name
+    return f"{plain}__{'dev_' if args.dev else ''}{args.steps}x{args.batch_size}__{seed}.json"
 
 
 def runs(args: argparse.Namespace) -> Iterator[tuple[str, int, Path]]:
     for seed in args.seeds:
         for name in args.decoders:
-            path = (
-                args.out / f"{name.replace(', ', '_').replace(' ', '_')}__{args.steps}x{args.batch_size}__{seed}.json"
-            )
-            yield name, seed, path
+            yield name, seed, args.out / kept(args, name, seed)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -286,7 +133,8 @@ def train(args: argparse.Namespace) -> None:
         encoder = Encoder("dinov2_vits14", weights=args.encoder_weights, frozen=True).eval()
     else:
         encoder = checkpoint.load(pocket()).encoder.eval()
-    learn, test = gather(args, encoder, True), gather(args, encoder, False)
+    learn = gather(args, encoder, True)
+    learn, test = held_out(learn) if args.dev else (learn, gather(args, encoder, False))
     args.until = time.monotonic() + 60 * args.minutes if args.minutes else float("inf")
     for name, seed, path in runs(args):
         if path.is_file():
@@ -315,18 +163,20 @@ SCORES = {
 }
 
 
+Found = dict[str, dict[int, dict[str, Any]]]  # by decoder and seed
+
+
 def table(args: argparse.Namespace) -> None:
     """Mean +- standard deviation over seeds, beside what was measured by `cost`; Markdown."""
-    files = sorted(args.out.glob(f"*__{args.steps}x{args.batch_size}__*.json"))
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in files:
+    found: Found = {}
+    for path in sorted(args.out.glob(kept(args, "*", "*"))):
         row = json.loads(path.read_text())
-        found.setdefault(row["decoder"], []).append(row)
+        found.setdefault(row["decoder"], {})[row["seed"]] = row
     costs = json.loads((args.out / f"cost_{args.size}_{args.channels}.json").read_text())
     head = ["decoder", "params M", f"GFLOPs {args.size}", "CPU s", "peak MiB", "seeds", *SCORES.values()]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     for name, c in costs.items():
-        rows = found.get(name, [])
+        rows = list(found.get(name, {}).values())
         cells = [name, f"{c['params']:.2f}", f"{c['gflops']:.1f}", f"{c['seconds']:.2f}", f"{c['peak_mib']:.0f}"]
         cells.append(str(len(rows)))
         for key in SCORES:
@@ -334,23 +184,46 @@ def table(args: argparse.Namespace) -> None:
             spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "-")
         print("| " + " | ".join(cells) + " |")
+    against(found, "sdt")
     if args.figure:
         draw(args, found, costs)
 
 
-def draw(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]], costs: dict[str, dict[str, float]]) -> None:
+def against(found: Found, reference: str) -> None:
+    """Relative differences to one decoder within each seed: their mean and the half width of its 90 % t interval."""
+    print(f"\nAgainst {reference}, seed by seed (a seed's data and order are the same for all):\n")
+    print("| decoder | seeds | " + " | ".join(SCORES.values()) + " |\n|" + "---|" * (len(SCORES) + 2))
+    for name, rows in found.items():
+        seeds = sorted(rows.keys() & found.get(reference, {}).keys())
+        if name == reference or not seeds:
+            continue
+        cells = []
+        for key in SCORES:
+            both = [(found[reference][seed].get(key), rows[seed].get(key)) for seed in seeds]
+            if any(not base or value is None for base, value in both):
+                cells.append("-")
+                continue
+            mean, half = interval([value / base - 1 for base, value in both])
+            word = "within noise" if abs(mean) <= half else "better" if (mean < 0) == ("rel" in key) else "worse"
+            cells.append(f"{100 * mean:+.1f} % ± {100 * half:.1f} %, {word}")
+        print("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
+
+
+def draw(
+    args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]], costs: dict[str, dict[str, float]]
+) -> None:
     """Score against decoder FLOPs, one dot per decoder with a bar of one standard deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [key for key in SCORES if any(key in row for rows in found.values() for row in rows)]
+    shown = [key for key in SCORES if any(key in row for rows in found.values() for row in rows.values())]
     shown = [key for key in shown if not key.endswith("delta1")]
     figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.8), squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
         for name, rows in found.items():
-            values = [row[key] for row in rows]
+            values = [row[key] for row in rows.values()]
             bar = statistics.stdev(values) if len(values) > 1 else 0.0
             colour = "#c0392b" if name.startswith("sdt_fast") else "#2c3e50" if name.startswith("sdt") else "#7f8c8d"
             axis.errorbar(costs[name]["gflops"], statistics.mean(values), bar, fmt="o", color=colour, capsize=3)
@@ -374,8 +247,8 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=384, help="of the encoder, for the costs: 384, 768, 1024")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--test-scenes", type=int, default=24)
@@ -386,6 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=0.0, help="stop after this long, to be called again; 0: no end"
     )
+    parser.add_argument("--dev", action="store_true", help="score on training images, left out of training")
     parser.add_argument("--figure", type=Path)
     args = parser.parse_args()
     if args.what == "one":
