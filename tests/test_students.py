@@ -123,8 +123,20 @@ def test_sdt_fast_is_a_twentieth_of_sdt():
             decoder.to("meta")(features)
         return counter.get_total_flops()
 
+    def params(decoder):
+        return sum(p.numel() for p in decoder.parameters())
+
     assert flops(sdt_fast.Decoder(384)) < flops(sdt.Decoder(384)) / 20
-    assert sum(p.numel() for p in sdt_fast.Decoder(384).parameters()) < 2.2e6
+    assert params(sdt_fast.Decoder(384)) < 0.51 * params(sdt.Decoder(384))
+
+
+def test_sdt_fast_takes_sdts_fusion_as_it_is():
+    """Its names and layers, so that a trained SDT can start one."""
+    torch.manual_seed(0)
+    ours, theirs = sdt_fast.Decoder(24, fusion_channels=16), sdt.Decoder(24, fusion_channels=16)
+    ours.weighted_fusion.load_state_dict(theirs.weighted_fusion.state_dict())
+    features = [(torch.randn(2, 24, 3, 4), torch.randn(2, 24)) for _ in range(4)]
+    torch.testing.assert_close(ours.weighted_fusion(features), theirs.weighted_fusion(features), atol=0, rtol=0)
 
 
 def test_sdt_fast_places_detail_inside_the_patch():

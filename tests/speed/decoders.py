@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,15 +37,21 @@ from distill.plugins import find
 from eval.verdict import interval
 from students.encoder import Encoder
 from teachers.checkpoint import pocket
+from tests.speed import decoder_ideas, memory
 from tests.speed.equal_training import fit, gather, held_out, judge
 
-CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+CANDIDATES: dict[str, tuple[str | type[nn.Module], dict[str, Any]]] = {
     "sdt": ("sdt", {}),
     "sdt 128": ("sdt", {"fusion_channels": 128}),
     "sdt 64": ("sdt", {"fusion_channels": 64}),
     "sdt_fast": ("sdt_fast", {}),
     "sdt_fast, no detail": ("sdt_fast", {"detail": False}),
     "sdt_fast, wide": ("sdt_fast", {"widths": [256, 128, 64, 32]}),
+    "tried: linear fusion": (decoder_ideas.Linear, {}),
+    "tried: refined": (decoder_ideas.Refined, {}),
+    "tried: bilinear": (decoder_ideas.Bilinear, {}),
+    "tried: convex": (decoder_ideas.Convex, {}),
+    "tried: shuffle": (decoder_ideas.Shuffle, {}),
     "dpt 512": ("dpt", {}),
     "dpt 256": ("dpt", {"channels": 256, "post_process_channels": [256, 512, 1024, 1024], "norm": "none"}),
     "dpt 128": ("dpt", {"channels": 128, "post_process_channels": [96, 192, 384, 768], "norm": "none"}),
@@ -56,7 +61,8 @@ CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def make(name: str, channels: int) -> nn.Module:
     plugin, options = CANDIDATES[name]
-    decoder: nn.Module = find("students.decoders", plugin).Decoder([channels] * 4, **options)
+    made = find("students.decoders", plugin).Decoder if isinstance(plugin, str) else plugin
+    decoder: nn.Module = made([channels] * 4, **options)
     return decoder
 
 
@@ -84,8 +90,8 @@ def cost_of(name: str, size: int, channels: int, repeats: int) -> dict[str, floa
     row["gflops"] = flops(make(name, channels), channels, grid, grid)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decoder, given = make(name, channels).eval().to(device), features(1, channels, grid, grid, device)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    seconds = []
+    before, seconds = memory.used(), []
+    memory.forget_peak()
     with torch.no_grad():
         for _ in range(repeats + 1):
             start = time.perf_counter()
@@ -94,14 +100,12 @@ def cost_of(name: str, size: int, channels: int, repeats: int) -> dict[str, floa
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
     row["seconds"] = min(seconds[1:])
-    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    if device == "cuda":
-        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    row["peak_mib"] = memory.peak() - before
     return row
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Each decoder in a process of its own: the peak of a process never falls."""
+    """Each decoder in a process of its own, that none finds memory which another left."""
     rows = {}
     for name in args.decoders:
         command = [sys.executable, "-m", "tests.speed.decoders", "one", "--decoders", name]
@@ -117,7 +121,7 @@ def cost(args: argparse.Namespace) -> None:
 
 def kept(args: argparse.Namespace, name: str, seed: int | str) -> str:
     """The name of a result file."""
-    plain = name.replace(", ", "_").replace(" ", "_") if name != "*" else name
+    plain = name.replace(", ", "_").replace(": ", "_").replace(" ", "_") if name != "*" else name
     return f"{plain}__{'dev_' if args.dev else ''}{args.steps}x{args.batch_size}__{seed}.json"
 
 

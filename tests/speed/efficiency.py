@@ -1,25 +1,26 @@
 """Parameters, FLOPs, latency and peak memory of every encoder with every decoder, the paper's numbers beside ours.
 
     python -m tests.speed.efficiency --out efficiency.html            # counts only: nothing is computed, a minute
-    python -m tests.speed.efficiency --measure 1000 --out efficiency.html
+    python -m tests.speed.efficiency --measure 4000 --out efficiency.html
 
 Parameters and FLOPs (torch's counter, 2 x multiply-add) are counted on the meta device, the decoder on a frozen
-encoder's four maps. --measure N also times whole students of at most N GFLOPs (encoder and decoder, one image) and
-takes the peak memory of a process of its own; the rest of those cells stays empty. What is measured goes to a file
-beside the page, a line each, and is not measured again: such a run may be stopped and called again.
+encoder's four maps. --measure N also times one float32 image through encoders and decoders of at most N GFLOPs each,
+and takes the peak memory of a pass, weights and the four maps included. A whole student's time is the sum of its two
+parts, its peak the higher of them. What is measured goes to a file beside the page, a line for each encoder and size,
+and is not measured again: such a run may be stopped and called again.
 
 AnyDepth's published FLOPs count a transposed convolution at every output element, 4 to 16 times too much, so that its
-DPT column is not a true cost; its parameters of whole models leave SDT's detail enhancer out.
+DPT column is not a true cost; its parameters of SDT leave the detail enhancer out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -27,11 +28,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.plugins import find
-from students import Student
 from students.encoder import Encoder
+from tests.speed import memory
 
 ENCODERS = (
     *("dinov3_vits16", "dinov3_vits16plus", "dinov3_vitb16", "dinov3_vitl16", "dinov3_vith16plus"),
@@ -46,30 +48,41 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dav2 64": ("dav2", {}),
 }
 SIZES = (256, 512, 1024)
-# AnyDepth's README (ViT-L decoder GFLOPs; decoder parameters in millions), see the module on the DPT column.
+# AnyDepth's README: decoder GFLOPs and milliseconds on an H100 at SIZES; decoder and whole parameters in millions.
 PAPER_FLOPS = {
     ("dinov3_vitl16", "sdt"): (234.17, 936.70, 3746.79),
     ("dinov3_vitl16", "dpt 512"): (444.14, 1776.56, 7106.22),
 }
-PAPER_PARAMS = {
-    ("dinov3_vits16", "sdt"): 5.51,
-    ("dinov3_vitb16", "sdt"): 9.45,
-    ("dinov3_vitl16", "sdt"): 13.38,
-    ("dinov3_vits16", "dpt 512"): 50.83,
-    ("dinov3_vitb16", "dpt 512"): 76.05,
-    ("dinov3_vitl16", "dpt 512"): 99.58,
-}
-PAPER_LATENCY = {  # decoder alone? the README does not say; milliseconds on an H100
+PAPER_MS = {
     ("dinov3_vitl16", "sdt"): (6.10, 23.17, 93.09),
     ("dinov3_vitl16", "dpt 512"): (6.66, 24.65, 99.79),
 }
+PAPER_PARAMS = {
+    ("dinov3_vits16", "sdt"): (5.51, 26.5),
+    ("dinov3_vitb16", "sdt"): (9.45, 95.5),
+    ("dinov3_vitl16", "sdt"): (13.38, 313.4),
+    ("dinov3_vits16", "dpt 512"): (50.83, 71.8),
+    ("dinov3_vitb16", "dpt 512"): (76.05, 162.1),
+    ("dinov3_vitl16", "dpt 512"): (99.58, 399.6),
+}
+HEAD = (
+    *("encoder", "decoder", "M encoder", "M decoder", "M whole", "GFLOPs encoder", "GFLOPs decoder"),
+    *("ms encoder", "ms decoder", "ms whole", "peak MiB", "AnyDepth's ms"),
+)
 SLOW = 5.0  # seconds: a pass that takes longer is not repeated
+
+
+# --- counted ----------------------------------------------------------------------------------------------------------
 
 
 def decoder_of(name: str, encoder: Encoder) -> Any:
     plugin, options = DECODERS[name]
     more = {"patch_size": encoder.patch_size} if plugin == "dav2" else {}
     return find("students.decoders", plugin).Decoder([encoder.channels] * 4, **options, **more)
+
+
+def padded(size: int, encoder: Encoder) -> int:
+    return -(-size // encoder.patch_size) * encoder.patch_size
 
 
 @cache
@@ -79,20 +92,21 @@ def encoder_counts(name: str) -> tuple[Encoder, float, tuple[float, ...]]:
         encoder = Encoder(name).eval()
     found = []
     for size in SIZES:
-        side = -(-size // encoder.patch_size) * encoder.patch_size
+        side = padded(size, encoder)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             encoder.features(torch.empty(1, 3, side, side, device="meta"))
         found.append(counter.get_total_flops() / 1e9)
     return encoder, sum(p.numel() for p in encoder.parameters()) / 1e6, tuple(found)
 
 
-def decoder_counts(name: str, encoder: Encoder) -> tuple[float, list[float]]:
+@cache
+def decoder_counts(name: str, encoder: Encoder) -> tuple[float, tuple[float, ...]]:
     """Parameters in millions and GFLOPs at SIZES."""
     with torch.device("meta"):
         decoder = decoder_of(name, encoder).eval()
     found = []
     for size in SIZES:
-        grid = -(-size // encoder.patch_size)
+        grid = padded(size, encoder) // encoder.patch_size
         maps: list[tuple[Tensor, Tensor]] = [
             (
                 torch.empty(1, encoder.channels, grid, grid, device="meta"),
@@ -103,118 +117,156 @@ def decoder_counts(name: str, encoder: Encoder) -> tuple[float, list[float]]:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             decoder(maps)
         found.append(counter.get_total_flops() / 1e9)
-    return sum(p.numel() for p in decoder.parameters()) / 1e6, found
+    return sum(p.numel() for p in decoder.parameters()) / 1e6, tuple(found)
 
 
-def one(encoder: str, decoder: str, size: int, repeats: int) -> dict[str, float]:
-    """Seconds of one image through a whole student, and MiB above what was there before its first image.
+# --- measured ---------------------------------------------------------------------------------------------------------
 
-    The best of `repeats` after a first pass; a first pass that takes longer than SLOW stands alone.
-    """
+
+def clock(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Milliseconds of the best of `repeats` passes after a first one (a slow first one stands alone), and peak MiB."""
+    memory.forget_peak()
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        if seconds[0] > SLOW:
+            break
+    return 1e3 * min(seconds[1:] or seconds), memory.peak()
+
+
+@torch.no_grad()
+def measure(name: str, size: int, decoders: list[str], repeats: int) -> dict[str, Any]:
+    """{"encoder": [ms, MiB], decoder: [ms, MiB] ...} of one image; MiB above what the program alone takes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    part = Encoder(encoder)
-    student = Student(part, decoder_of(decoder, part)).eval().to(device)
-    images = torch.rand(1, 3, size, size, device=device)
-    before, seconds = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    with torch.no_grad():
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            student(images).sum().item()
-            seconds.append(time.perf_counter() - start)
-            if seconds[0] > SLOW:
-                break
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {
-        "seconds": min(seconds[1:] or seconds),
-        "mib": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak,
-    }
+    base = memory.used()
+    encoder = Encoder(name).eval().to(device)
+    side = padded(size, encoder)
+    image = torch.rand(1, 3, side, side, device=device)
+    ms, mib = clock(lambda: encoder.features(image), repeats)
+    found: dict[str, Any] = {"encoder": [ms, mib - base]}
+    maps = encoder.features(image)
+    for each in decoders:
+        decoder = decoder_of(each, encoder).eval().to(device)
+        ms, mib = clock(lambda d=decoder: F.interpolate(d(maps), (side, side), mode="bilinear"), repeats)
+        found[each] = [ms, mib - base]
+        del decoder
+    return found
 
 
-def measured(encoder: str, decoder: str, size: int, args: argparse.Namespace) -> dict[str, float]:
-    """One cell: from the file of what was measured before, else from a process of its own, and into that file."""
+def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace) -> dict[str, Any]:
+    """From the file of what was measured before, else from a process of its own, and into that file."""
     known = args.out.with_suffix(".jsonl")
-    key = f"{encoder}, {decoder}, {size}"
     for line in known.read_text().splitlines() if known.is_file() else []:
         row: dict[str, Any] = json.loads(line)
-        if row["student"] == key:
-            return row
-    command = [sys.executable, "-m", "tests.speed.efficiency", "--one", encoder, decoder, str(size)]
+        if (row["name"], row["size"]) == (name, size) and row["found"].keys() >= {"encoder", *decoders}:
+            return dict(row["found"])
+    command = [sys.executable, "-m", "tests.speed.efficiency", "--one", name, str(size), *decoders]
     done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{key}: could not be measured: {(done.stderr.strip().splitlines() or ['killed'])[-1]}")
-    row = {"student": key} | json.loads(done.stdout)
+        reason = (done.stderr.strip().splitlines() or ["killed, for want of memory?"])[-1]
+        raise SystemExit(f"{name} at {size}: could not be measured: {reason}")
+    found: dict[str, Any] = json.loads(done.stdout)
+    known.parent.mkdir(parents=True, exist_ok=True)
     with known.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    return row
+        file.write(json.dumps({"name": name, "size": size, "found": found}) + "\n")
+    return found
 
 
-def rows(args: argparse.Namespace) -> list[list[str]]:
-    table = []
-    for encoder in args.encoders:
-        part, own_params, own_flops = encoder_counts(encoder)
-        for decoder in DECODERS:
-            params, flops = decoder_counts(decoder, part)
-            paper = PAPER_PARAMS.get((encoder, decoder))
-            row = [encoder, decoder, f"{own_params:.1f}", f"{params:.2f}" + (f" ({paper})" if paper else "")]
-            published = PAPER_FLOPS.get((encoder, decoder), (None,) * 3)
-            for found, said in zip(flops, published, strict=True):
-                row.append(f"{found:.1f}" + (f" ({said})" if said else ""))
-            row += [f"{found:.0f}" for found in own_flops]
-            for i, size in enumerate(SIZES):
-                cheap = flops[i] + own_flops[i] <= args.measure
-                cost = measured(encoder, decoder, size, args) if cheap else None
-                row.append(f"{cost['seconds'] * 1e3:.0f} ms, {cost['mib']:.0f} MiB" if cost else "")
-            row.append(" / ".join(f"{ms}" for ms in PAPER_LATENCY.get((encoder, decoder), ())))
-            table.append(row)
-            print("  ".join(row), flush=True)
-    return table
+# --- the tables -------------------------------------------------------------------------------------------------------
 
 
-def page(head: list[str], table: list[list[str]], device: str) -> str:
-    """One offline file; the table scrolls sideways on a phone."""
-    cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
+def table(at: int, args: argparse.Namespace) -> list[list[str]]:
+    """The rows of one size."""
+    rows = []
+    for name in args.encoders:
+        encoder, params, flops = encoder_counts(name)
+        counts = {decoder: decoder_counts(decoder, encoder) for decoder in DECODERS}
+        cheap = [decoder for decoder, (_, cost) in counts.items() if cost[at] <= args.measure]
+        costs = measured(name, SIZES[at], cheap, args) if flops[at] <= args.measure else {}
+        for decoder, (own, cost) in counts.items():
+            said = PAPER_PARAMS.get((name, decoder), (None, None))
+            row = [name, decoder, f"{params:.1f}", _beside(own, 2, said[0]), _beside(params + own, 1, said[1])]
+            row += [f"{flops[at]:.0f}", _beside(cost[at], 1, PAPER_FLOPS.get((name, decoder), (None,) * 3)[at])]
+            if decoder in costs:
+                (ms, mib), (own_ms, own_mib) = costs["encoder"], costs[decoder]
+                row += [f"{ms:.0f}", f"{own_ms:.0f}", f"{ms + own_ms:.0f}", f"{max(mib, own_mib):.0f}"]
+            else:
+                row += [""] * 4
+            row.append(f"{PAPER_MS.get((name, decoder), ('',) * 3)[at]}")
+            rows.append(row)
+        print(f"{SIZES[at]} {name}", "; ".join(f"{r[1]} {r[9]} ms" for r in rows[-len(DECODERS) :] if r[9]), flush=True)
+    return rows
+
+
+def _beside(ours: float, digits: int, theirs: float | None) -> str:
+    return f"{ours:.{digits}f}" + (f" ({theirs})" if theirs is not None else "")
+
+
+def page(tables: dict[int, list[list[str]]], device: str) -> str:
+    """One offline file; the tables scroll sideways on a phone."""
     style = (
         "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:1240px;padding:0 1rem}.wide{overflow-x:auto}"
         "table{border-collapse:collapse;white-space:nowrap;font-size:13px}"
         "td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884}"
         "td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}"
+        ".first td{border-top:2px solid #888}"
         "@media(prefers-color-scheme:dark){body{background:#111;color:#ddd}}"
     )
+    parts = []
+    for size, rows in tables.items():
+        body = "".join(
+            f"<tr{' class=first' if row[1] == next(iter(DECODERS)) else ''}>"
+            + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+            + "</tr>"
+            for row in rows
+        )
+        head = "".join(f"<th>{escape(h)}</th>" for h in HEAD)
+        parts.append(f"<h2>{size} x {size}</h2><div class=wide><table><tr>{head}</tr>{body}</table></div>")
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>What a student costs</title><style>{style}</style><h1>What a student costs</h1>"
-        "<p>Millions of parameters and GFLOPs of the decoder alone and of the encoder; then one image through the "
-        f"whole student on {escape(device)}. AnyDepth's published numbers stand in brackets: its DPT FLOPs count "
-        "transposed convolutions 4 to 16 times, its SDT parameters leave the detail enhancer out.</p>"
-        f"<div class=wide><table><tr>{''.join(f'<th>{escape(h)}</th>' for h in head)}</tr>{cells}</table></div>\n"
+        f"<p>{escape(about(device))}</p>{''.join(parts)}\n"
     )
+
+
+def about(device: str) -> str:
+    return (
+        "Millions of parameters; GFLOPs of one image; milliseconds of one float32 image and the highest memory of a "
+        f"pass, weights included, on {device}. AnyDepth's published numbers stand in brackets, its milliseconds are "
+        "of an H100: its DPT FLOPs count transposed convolutions 4 to 16 times, its SDT parameters leave the detail "
+        "enhancer out. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of an "
+        "encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
+    )
+
+
+def markdown(tables: dict[int, list[list[str]]], device: str) -> str:
+    lines = [about(device)]
+    for size, rows in tables.items():
+        lines += ["", f"{size} x {size}", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
+        lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("efficiency.html"), help=".html or .md")
     parser.add_argument("--encoders", nargs="+", default=list(ENCODERS))
-    parser.add_argument("--measure", type=float, default=0.0, metavar="GFLOPS", help="time students up to this cost")
+    parser.add_argument("--measure", type=float, default=0.0, metavar="GFLOPS", help="time what costs at most this")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--one", nargs=3, metavar=("ENCODER", "DECODER", "SIZE"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs="+", metavar=("ENCODER", "SIZE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(one(args.one[0], args.one[1], int(args.one[2]), args.repeats)))
+        name, size, *decoders = args.one
+        print(json.dumps(measure(name, int(size), decoders, args.repeats)))
         return
-    head = ["encoder", "decoder", "encoder M", "decoder M"]
-    head += [f"decoder GFLOPs {size}" for size in SIZES] + [f"encoder GFLOPs {size}" for size in SIZES]
-    head += [f"measured {size}" for size in SIZES] + ["published ms, H100"]
-    table = rows(args)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    if args.out.suffix == ".md":
-        lines = [
-            "| " + " | ".join(head) + " |",
-            "|" + "---|" * len(head),
-            *("| " + " | ".join(r) + " |" for r in table),
-        ]
-        args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        args.out.write_text(page(head, table, device), encoding="utf-8")
+    tables = {size: table(at, args) for at, size in enumerate(SIZES)}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    text = (markdown if args.out.suffix == ".md" else page)(tables, device)
+    args.out.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

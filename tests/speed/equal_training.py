@@ -172,6 +172,8 @@ def judge(decoder: nn.Module, data: Data) -> dict[str, float]:
             given = [(data.patches[i, n : n + 1].float(), data.cls[i, n : n + 1].float()) for i in range(4)]
             pred, truth = predict(decoder, given, SIDE), data.disparity[n : n + 1]
             valid = data.valid[n : n + 1] & (truth > 1 / FAR)
+            if not valid.any():  # a sparse truth, and none of it in the middle square
+                continue
             aligned = apply_affine(pred, *fit_affine(pred, truth, valid))
             depth = 1 / aligned.clamp(1 / FAR, 1e3)
             real = bool(data.real[n])

@@ -1,0 +1,36 @@
+"""How much memory a pass takes at its highest: of the GPU where there is one, else of this process (Linux)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def used() -> float:
+    """MiB in use now."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return _status("VmRSS")
+
+
+def forget_peak() -> None:
+    """From now on `peak` is of what comes."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> float:
+    """MiB in use at the highest since `forget_peak`."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status("VmHWM")
+
+
+def _status(key: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {key}")
