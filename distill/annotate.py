@@ -292,7 +292,7 @@ def _finish(job: Job, waiting: _Waiting, teachers: Teachers, store: str) -> Samp
         else:
             maps = [one for one in waiting.maps[name] if one is not None]
             shared, local = maps[0], cat(maps[1:]) if len(maps) > 1 else None
-        predicted[name] = {"predicted": str(shared.kind)}
+        predicted[name] = {"predicted": str(shared.kind), **_card(teacher)}
         shared, local = stored(shared, store), None if local is None else stored(local, store)
         if not shared.valid.any():
             return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
@@ -300,6 +300,12 @@ def _finish(job: Job, waiting: _Waiting, teachers: Teachers, store: str) -> Samp
             shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, labels[teacher.primary])
         labels[name] = Labels(shared, local, job.boxes if local is not None else job.boxes[:, :0])
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted})
+
+
+def _card(teacher: Any) -> dict[str, Any]:
+    """What a sample says of its teacher; the whole card stands in the manifest."""
+    card = getattr(teacher, "card", None)
+    return {"card": {key: getattr(card, key) for key in ("weights", "revision", "licence")}} if card else {}
 
 
 def label_photo(

@@ -29,6 +29,7 @@ from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
 from distill.plugins import find, option_faults
 from distill.recipe import Benchmark, Images, Loss, Recipe, as_table
+from distill.recipe import Student as StudentSpec
 from distill.recipe import Teacher as TeacherSpec
 from distill.scenes import TRAIN_SEEDS
 from distill.schedule import TrainSettings
@@ -41,7 +42,6 @@ from students import Student
 from students.encoder import read_state
 from teachers import Card
 from teachers._sky import POLICIES, under_policy
-from teachers.checkpoint import pocket
 
 Teachers = list[tuple[str, Any]]
 
@@ -244,25 +244,30 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             mirror.fetch(recipe.labels.mirror, folder)
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    return LabelDataset(folder)
+    dataset = LabelDataset(folder)
+    for name, card in dataset.manifest["teachers"].items():
+        if recipe.labels.commercial_only and not card.get("commercial", True):
+            raise RecipeError(
+                f"labels.commercial_only = true refuses the labels in {folder}: {name} made them with "
+                f"{card['weights']}, under {card['licence']}, which does not allow commercial use"
+            )
+    return dataset
 
 
 # --- student ----------------------------------------------------------------------------------------------------------
-
-
-def _student_folder(name: str) -> Path:
-    return pocket() if name == "pocket" else Path(name)
 
 
 def make_student(recipe: Recipe) -> Student:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
     spec = recipe.student
     if spec.start:
-        student = checkpoint.load(spec.start, encoder_weights=spec.weights or None)
+        student = checkpoint.load(checkpoint.fetch(spec.start), encoder_weights=spec.weights or None)
+        _check_start(recipe, student)
+        student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
         return student
     options = dict(spec.encoder_options)
-    begun = checkpoint.load(_student_folder(spec.encoder_start)).encoder if spec.encoder_start else None
+    begun = checkpoint.load(checkpoint.fetch(spec.encoder_start)).encoder if spec.encoder_start else None
     if begun is not None:
         if options or spec.weights or begun.name != spec.encoder:
             raise RecipeError(
@@ -286,26 +291,40 @@ def make_student(recipe: Recipe) -> Student:
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
     if spec.decoder_start:
-        checkpoint.load_decoder(student, spec.decoder_start)
+        checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_start))
     if spec.decoder_weights:
         student.decoder.load_released(read_state(Path(spec.decoder_weights)))
     return student
 
 
+def _check_start(recipe: Recipe, student: Student) -> None:
+    """Raises RecipeError where [student] describes another network than the one it starts from."""
+    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSpec())
+    for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
+        if given[key] not in (plain[key], own[key]):
+            raise RecipeError(f"student.{key}: {given['start']} is a student already, with {own[key]}; leave it out")
+
+
 def _decoder_options(recipe: Recipe) -> dict[str, Any]:
+    takes = inspect.signature(find("students.decoders", recipe.student.decoder).Decoder).parameters
+    if recipe.student.norm and "norm" not in takes:
+        raise RecipeError(f"student.norm: the decoder {recipe.student.decoder} has no norms; leave it out")
     norm = "batch" if recipe.student.norm == "sync" else recipe.student.norm
     return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
 
 
 def batch_norm_note(recipe: Recipe, student: Student) -> str:
     """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
-    settings, seen = train_settings(recipe), recipe.train.batch_size // (recipe.train.accumulate * process()[1])
+    kind, batch = train_settings(recipe).batchnorm, recipe.train.batch_size
+    seen = batch // (recipe.train.accumulate * (1 if kind == "sync" else process()[1]))
     learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
-    if not learns or settings.batchnorm != "batch" or (seen == recipe.train.batch_size and seen >= 4):
+    if not learns or kind == "frozen" or (seen == batch and seen >= 4):
         return ""
+    why = "the result depends on processes and accumulate" if seen < batch else "its statistics are mostly noise"
+    others = "" if kind == "sync" else ', "sync" joins the processes'
     return (
-        f"BatchNorm sees {seen} of a step's {recipe.train.batch_size} images at a time, so the result depends on "
-        'processes and accumulate: student.norm = "group" or "frozen" does not, "sync" joins the processes'
+        f"BatchNorm sees {seen} of a step's {batch} images at a time, so {why}: "
+        f'student.norm = "group" or "frozen" has no such statistics{others}'
     )
 
 

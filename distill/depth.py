@@ -30,6 +30,13 @@ class Kind(StrEnum):
     METRIC_DISPARITY = "metric_disparity"
     SCALE_DISPARITY = "scale_disparity"
     AFFINE_DISPARITY = "affine_disparity"
+    # The same members by the names that files and messages use.
+    metric_depth = METRIC_DEPTH
+    scale_depth = SCALE_DEPTH
+    affine_depth = AFFINE_DEPTH
+    metric_disparity = METRIC_DISPARITY
+    scale_disparity = SCALE_DISPARITY
+    affine_disparity = AFFINE_DISPARITY
 
     @property
     def quantity(self) -> str:

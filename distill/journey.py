@@ -21,6 +21,7 @@ import distill
 from distill import build, checkpoint, exports, mirror, shards
 from distill.console import dashboard, note, progress, say, table
 from distill.label import TRUTH, Outcome, label
+from distill.lineage import lineage, teachers_of
 from distill.recipe import Recipe, as_table, dumps
 from distill.strict import RecipeError
 from distill.train import TrainResult, train
@@ -83,6 +84,8 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> Outcome:
         say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
+        if not count:
+            raise ValueError(f"{folder}: nothing was labelled, for no image was usable; mend what is quarantined above")
         if recipe.labels.mirror:
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
@@ -117,16 +120,17 @@ def run_train(recipe: Recipe) -> TrainResult:
 
 def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
     """What a student says of itself: where its knowledge comes from and under which licences."""
-    manifest = getattr(dataset, "manifest", {})
+    teachers = teachers_of(dataset)
+    origins, commercial = lineage(recipe, teachers)
     return {
         "name": recipe.run.name,
         "made_by": f"distill train, {commit()}",
         "recipe": as_table(recipe),
         "kind": "affine_disparity, larger is nearer",
-        "teachers": manifest.get("teachers", {}),
+        "teachers": teachers,
         "licence": "what its teachers and images allow; see lineage",
-        "commercial": recipe.labels.commercial_only,
-        "lineage": manifest.get("lineage", manifest.get("licences", {})),
+        "commercial": commercial,
+        "lineage": origins,
         "images": {"count": len(set(dataset.image_keys)), "licence": recipe.labels.licence},
     }
 

@@ -309,12 +309,17 @@ def _line(rejected: Rejected) -> dict[str, str]:
 
 
 def _is_done(out: Path, part: Part) -> bool:
-    """Whether a part needs no work; raises ValueError where it was made from other images."""
+    """Whether a part needs no work; raises ValueError where it was made from other images.
+
+    A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole.
+    """
     sidecar = (out / part.name).with_suffix(".json")
     if not sidecar.is_file():
         return False
-    said = read_json(sidecar)
-    if said["images"] != [entry.key for entry in part.entries] or said["of"] != part.of:
+    said, keys = read_json(sidecar), [entry.key for entry in part.entries]
+    if said["images"] != keys or said["of"] != part.of:
+        if said["images"] == keys[: len(said["images"])] and said["of"] <= part.of:
+            return False
         raise ValueError(
             f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
             f"({len(said['images'])} then, {len(part.entries)} now): label into another folder, or delete "

@@ -38,7 +38,8 @@ def compare(
     # One context is that code's SSIMAE, which does keep the maximum.
     loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
     number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
-    return Comparison(loss, torch.full_like(valid[:, 0, 0], number, dtype=torch.long), torch.zeros(len(valid)).long())
+    live = torch.full_like(valid[:, 0, 0], number, dtype=torch.long)
+    return Comparison(loss, live, torch.zeros_like(live))
 
 
 def distillation_loss(

@@ -52,4 +52,13 @@ def option_faults(function: Callable[..., object], options: Mapping[str, object]
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls")
     ]
-    return [f"unknown key {where}.{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    faults = [f"unknown key {where}.{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    for key in options.keys() & set(known):
+        default = inspect.signature(function).parameters[key].default
+        # Other types say little of what is meant: a path may be a string, a number None.
+        if type(default) in (bool, int, str) and type(options[key]) is not type(default):
+            faults.append(f"{where}.{key} must be {_WORDS[type(default)]}, not {options[key]!r}")
+    return faults
+
+
+_WORDS = {bool: "true or false", int: "a whole number", str: "text"}

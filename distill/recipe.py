@@ -123,8 +123,8 @@ class Labels:
     online: label during training instead of before it. commercial_only: refuse teachers whose weights forbid it.
     bridge: "primary" takes an assistant of affine depth by fitting 1 / (a d + b) to the primary's disparity on every
     crop; a label whose residual exceeds bridge_residual is dropped and counted (distill.bridge).
-    sky: "own" leaves it to each teacher; the others hold for all of them: "keep" what the networks say, "far" or
-    "invalid" where the one that knows sky sees it (teachers._sky).
+    sky: "own" leaves it to each teacher; the others hold for all of them: "keep" what the networks say, "far",
+    "invalid" or "zero" (disparity) where the one that knows sky sees it (teachers._sky).
     """
 
     root: str = ""
@@ -137,7 +137,7 @@ class Labels:
     mirror: str = ""
     online: bool = False
     commercial_only: bool = False
-    sky: Literal["own", "keep", "far", "invalid"] = "own"
+    sky: Literal["own", "keep", "far", "invalid", "zero"] = "own"
     bridge: Literal["", "primary"] = ""
     bridge_residual: float = 0.3
 
@@ -161,8 +161,9 @@ class Labels:
 class Student:
     """The network that learns. encoder: a timm name or alias. weights: "" (random), "pretrained" or a local file.
 
-    start: a checkpoint folder to start from instead. decoder_start, encoder_start: one whose decoder, or whose whole
-    encoder, to start from ("pocket": the embedded one). native_size: the short side it is used at (crops.size).
+    start: a student's folder, a hub id, or "pocket" (the embedded one), to start from instead. decoder_start,
+    encoder_start: one whose decoder, or whose whole encoder, to start from. native_size: the short side it is used at
+    (crops.size).
     decoder_weights: a released file with the decoder's own weights (Depth Anything V2's, AnyDepth's).
     norm: of the decoder's maps. "" is the decoder's own (batch); "sync" takes the batches of all processes together
     (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut.
@@ -354,6 +355,17 @@ class Recipe:
         twice = sorted({name for name in labels if labels.count(name) > 1})
         if twice:
             raise ValueError(f"teachers named twice: {', '.join(twice)}; give each an alias of its own")
+        if self.student.leave_out_frozen_encoder:
+            if not self.train.freeze_encoder or self.student.weights in ("", "pretrained"):
+                raise ValueError(
+                    "student.leave_out_frozen_encoder needs train.freeze_encoder = true and student.weights = a local "
+                    "file, which whoever loads the student must have"
+                )
+        if self.student.norm in ("sync", "frozen") and self.train.batchnorm not in ("batch", self.student.norm):
+            raise ValueError(
+                f'student.norm = "{self.student.norm}" and train.batchnorm = "{self.train.batchnorm}" contradict each '
+                "other: leave one of them out"
+            )
 
 
 def parse(table: Mapping[str, Any], *, where: str = "recipe") -> Recipe:

@@ -171,9 +171,19 @@ def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer, ema: Averaged
     return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
+def _read(saved: Saved) -> dict[str, Tensor]:
+    path = saved.folder / "training.safetensors"
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete {saved.folder}, and training goes on from the checkpoint before it"
+        ) from None
+
+
 def restore(saved: Saved, *, student: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None) -> None:
     """Puts a checkpoint's weights and optimizer state into these objects, strictly."""
-    tensors = load_file(saved.folder / "training.safetensors")
+    tensors = _read(saved)
 
     def under(prefix: str) -> dict[str, Tensor]:
         return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -200,5 +210,5 @@ def restore(saved: Saved, *, student: nn.Module, optimizer: torch.optim.Optimize
 def load_weights(saved: Saved, student: nn.Module, *, averaged: bool) -> None:
     """The checkpoint's weights alone, the averaged ones where asked for."""
     prefix = "ema/module." if averaged else "student/"
-    tensors = load_file(saved.folder / "training.safetensors")
+    tensors = _read(saved)
     student.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})

@@ -190,6 +190,11 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
     with places.open_place(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
+        start = file.read(6)
+        if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
+            yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
+            return
+        file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
                 while member := tar.next():
@@ -211,6 +216,7 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         yield None, f"the tar has no end mark: it may have been cut at byte {offset}"
 
 
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
 _NO_BODY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -66,19 +68,26 @@ def build(
     decoder_options: Mapping[str, Any] | None = None,
     native_size: int | None = None,
 ) -> Student:
-    """A student from plain names and options; `in_channels` is the encoder's unless given.
+    """A student from plain names and options; `in_channels` and `patch_size` are the encoder's unless given.
 
     Raises LookupError for an unknown encoder or decoder, ValueError for an option that the part does not take.
     """
+    if native_size is not None and (not isinstance(native_size, int) or native_size < 1):
+        raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
     plugin = find("students.decoders", decoder).Decoder
-    part = Encoder(encoder, **_bound(Encoder, "encoder_options", encoder_options))
-    options = {"in_channels": [part.channels] * 4} | dict(decoder_options or {})
-    return Student(part, plugin(**_bound(plugin, "decoder_options", options)), native_size=native_size)
+    part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
+    own = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
+    taken = inspect.signature(plugin).parameters
+    options = {key: value for key, value in own.items() if key in taken} | dict(decoder_options or {})
+    return Student(part, _made(plugin, "decoder_options", options), native_size=native_size)
 
 
-def _bound(plugin: Any, what: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    faults = [f"{what} may not hold the name"] if "name" in (options or {}) else []
-    faults += option_faults(plugin, dict(options or {}), what)
+def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:
+    faults = [f"{what} may not hold the name"] if "name" in options else []
+    faults += option_faults(plugin, options, what)
     if faults:
         raise ValueError("; ".join(faults))
-    return dict(options or {})
+    try:
+        return plugin(**options)
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:  # PyTorch's words for a negative or a missing number
+        raise ValueError(f"{what} {options}: {str(error).splitlines()[0]}") from error

@@ -176,7 +176,8 @@ class Encoder(nn.Module):
             found = self.backbone.forward_intermediates(
                 normal,
                 indices=sorted(set(self.indices)),
-                return_prefix_tokens=True,
+                # timm fails where there are none to return.
+                return_prefix_tokens=self.backbone.num_prefix_tokens > 0,
                 norm=self.final_norm,
                 intermediates_only=True,
             )
@@ -198,6 +199,12 @@ def default_indices(depth: int) -> list[int]:
     DINOv2. Fewer than four blocks repeat.
     """
     return [4, 11, 17, 23] if depth == 24 else [math.ceil((k + 1) * depth / 4) - 1 for k in range(4)]
+
+
+def licence_of(name: str) -> str:
+    """The licence that timm states for its pretrained weights of this name or alias, in lower case, or "unknown"."""
+    found = timm.get_pretrained_cfg(ALIASES.get(name, name), allow_unregistered=True)
+    return (found and found.license) or "unknown"
 
 
 def _checked_blocks(name: str, depth: int, blocks: Sequence[int] | None) -> list[int]:
@@ -232,7 +239,8 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
     if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
         raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
-        model = timm.create_model(name, num_classes=0, global_pool="", dynamic_img_size=True, **options)
+        pool = {} if "distilled" in name else {"global_pool": ""}  # which has two class tokens and no choice
+        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **pool, **options)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"encoder {name} does not take these options: {error}") from error
     if grid is not None:

@@ -214,6 +214,12 @@ def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind:
     return finite(values[:, :height, :width].clip(0, 1).to(images.device), kind)
 
 
+def check_one_step(what: str, steps: int, ensemble: int) -> None:
+    """Raises ValueError unless both are 1: the network is asked once, and would answer the same again."""
+    if steps != 1 or ensemble != 1:
+        raise ValueError(f"{what} takes one step and has nothing to average: steps and ensemble must be 1")
+
+
 def default_size(native_size: int | None, parts: Parts) -> int:
     """The native size: as asked (0: as given), else the checkpoint's own default, else 768."""
     own = parts.index.get("default_processing_resolution")

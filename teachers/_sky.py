@@ -7,6 +7,8 @@ mono and metric) is asked once for each batch, and its mask is applied to everyb
     far      the sky gets the map's own far value: the 99 % quantile of the other pixels' depth, or the 1 % quantile of
              their disparity, per map and over every pixel; unchanged where 10 pixels or fewer are sky, or are not
     invalid  the sky is invalid
+    zero     the sky has disparity 0; depth without an unknown shift becomes disparity for it; in affine depth, which
+             has no value for "infinitely far", the sky is invalid
 
 The mask is cut where interpolation mixed sky with something else, so it may be a pixel wider than the sky.
 """
@@ -14,15 +16,16 @@ The mask is cut where interpolation mixed sky with something else, so it may be 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap
+from distill.depth import DepthMap, Kind
 from teachers import Card
 
-POLICIES = ("far", "invalid")
+POLICIES = ("far", "invalid", "zero")
 QUANTILE = 0.99
 FEW = 10
 
@@ -34,9 +37,18 @@ def quantile(values: Tensor, place: float) -> Tensor:
     return torch.lerp(ordered[int(at)], ordered[min(int(at) + 1, len(ordered) - 1)], at - int(at))
 
 
+def kind_under(kind: Kind, policy: str) -> Kind:
+    """The kind that a map of `kind` has under the policy."""
+    inverts = policy == "zero" and kind.quantity == "depth" and kind.unknown != "affine"
+    return Kind(f"{kind.unknown}_disparity") if inverts else kind
+
+
 def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
     """Maps (B,H,W) with the pixels of `sky` (B,H,W) bool treated by `policy`; see the module."""
-    if policy == "invalid":
+    depth = depth.convert(kind_under(depth.kind, policy))
+    if policy == "zero" and depth.kind.quantity == "disparity":
+        return DepthMap(torch.where(sky, 0.0, depth.values), depth.valid | sky, depth.kind)
+    if policy != "far":
         return DepthMap(depth.values, depth.valid & ~sky, depth.kind)
     place = QUANTILE if depth.kind.quantity == "depth" else 1 - QUANTILE
     values, valid = depth.values.clone(), depth.valid.clone()
@@ -70,7 +82,8 @@ class UnderSky:
     def __init__(self, teacher: Any, eye: Eye, policy: str) -> None:
         if policy not in POLICIES:
             raise ValueError(f"a sky policy must be one of {', '.join(POLICIES)}, not {policy!r}")
-        self.teacher, self.eye, self.policy, self.card = teacher, eye, policy, teacher.card
+        self.teacher, self.eye, self.policy = teacher, eye, policy
+        self.card = replace(teacher.card, kind=kind_under(teacher.card.kind, policy))
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:

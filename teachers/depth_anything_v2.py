@@ -2,13 +2,14 @@
 
 Reads the authors' own files (.pth, .safetensors) and transformers' `-hf` folders; the network is transformers'.
 
-Two surprises. The authors interpolate the position table by a scale factor with an offset of 0.1, transformers by size:
-outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is put back. And the metric
+Three surprises. The authors interpolate the position table by a scale factor with an offset of 0.1, transformers by
+size: outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is put back. The metric
 checkpoints have the relative ones' names and shapes: only `max_depth` tells them apart. (So have V1's, which read
-other blocks; they are refused by name.)
+other blocks; they are refused by name.) And Distill-Any-Depth's own code squashes every image to a square of 700,
+where Depth Anything keeps the aspect.
 
 Sources: DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py, dinov2.py and util/transform.py (resizing);
-Westlake-AGI-Lab/Distill-Any-Depth distillanydepth/modeling/archs/dam/dam.py (key names).
+Westlake-AGI-Lab/Distill-Any-Depth distillanydepth/modeling/archs/dam/dam.py (names), tools/testers/infer.py (resizing).
 """
 
 from __future__ import annotations
@@ -44,24 +45,29 @@ from teachers._dino import PATCH, normalize, position_table
 from teachers._resize import resize_cubic
 
 NATIVE = 518
+SQUARE = 700  # of Distill-Any-Depth
 
 
-def _card(weights: str, licence: str, *, kind: Kind = Kind.AFFINE_DISPARITY, note: str = "", source: str = "") -> Card:
+def _card(weights: str, licence: str, *, note: str = "") -> Card:
     return Card(
         name="depth_anything_v2",
         weights=weights,
-        kind=kind,
+        kind=Kind.AFFINE_DISPARITY,
         licence=licence,
         code_licence="Apache-2.0",
         commercial=licence == "Apache-2.0",
         multiple=PATCH,
         native_size=NATIVE,
-        source=source or "DepthAnything/Depth-Anything-V2",
+        source="DepthAnything/Depth-Anything-V2",
         note=note,
     )
 
 
-_DISTILL = "Westlake-AGI-Lab/Distill-Any-Depth"
+def _distilled(weights: str, native_size: int) -> Card:
+    card = _card(f"xingyang1/{weights}", "MIT", note=_FROM)
+    return replace(card, code_licence="MIT", native_size=native_size, source="Westlake-AGI-Lab/Distill-Any-Depth")
+
+
 # MIT is what its repository states; the weights come from CC-BY-NC ones, hence not commercial (its issues 32 and 40).
 _FROM = "MIT stated, but trained from Depth Anything V2-Large, which is CC-BY-NC-4.0"
 CARDS: tuple[Card, ...] = (
@@ -71,10 +77,10 @@ CARDS: tuple[Card, ...] = (
     _card("depth-anything/Depth-Anything-V2-Large-hf", "CC-BY-NC-4.0", note="transformers layout"),
     _card("depth-anything/Depth-Anything-V2-Base-hf", "CC-BY-NC-4.0", note="transformers layout"),
     _card("depth-anything/Depth-Anything-V2-Small-hf", "Apache-2.0", note="transformers layout"),
-    _card("xingyang1/Distill-Any-Depth/large/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
-    _card("xingyang1/Distill-Any-Depth/base/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
-    _card("xingyang1/Distill-Any-Depth/small/model.safetensors", "MIT", source=_DISTILL, note=_FROM),
-    _card("xingyang1/Distill-Any-Depth-Large-hf", "MIT", source=_DISTILL, note=_FROM),
+    _distilled("Distill-Any-Depth/large/model.safetensors", SQUARE),
+    _distilled("Distill-Any-Depth/base/model.safetensors", SQUARE),
+    _distilled("Distill-Any-Depth/small/model.safetensors", SQUARE),
+    _distilled("Distill-Any-Depth-Large-hf", NATIVE),
 )
 
 # (width, blocks) -> blocks whose tokens the decoder reads, counted from 1 as transformers does.
@@ -172,25 +178,37 @@ def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any
     )
 
 
-def native_shape(height: int, width: int, size: int) -> tuple[int, int]:
-    """The authors' lower-bound rule: both sides at least `size`, aspect kept, each a multiple of 14 (half to even)."""
+def native_shape(height: int, width: int, size: int, *, square: bool = False) -> tuple[int, int]:
+    """The authors' lower-bound rule: both sides at least `size`, aspect kept, each a multiple of 14 (half to even).
+
+    square: Distill-Any-Depth's rule, both sides `size` whatever the aspect, up to a multiple of 14.
+    """
     scale = max(size / height, size / width)
 
     def to_multiple(side: float) -> int:
         nearest = int(np.round(side / PATCH) * PATCH)
         return nearest if nearest >= size else int(np.ceil(side / PATCH) * PATCH)
 
-    return to_multiple(scale * height), to_multiple(scale * width)
+    return (to_multiple(size),) * 2 if square else (to_multiple(scale * height), to_multiple(scale * width))
 
 
 class Teacher:
-    """Depth Anything V2 on [0,1] images."""
+    """Depth Anything V2 on [0,1] images; square: under Distill-Any-Depth's resizing rule."""
 
-    def __init__(self, model: Any, card: Card, *, resize: str = "native", native_size: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        card: Card,
+        *,
+        resize: str = "native",
+        native_size: int | None = None,
+        square: bool = False,
+    ) -> None:
         check_resize(resize, native_size)
         self.model = model
         self.card = card
         self.resize = resize
+        self.square = square
         self.native_size = native_size or card.native_size or NATIVE
 
     @classmethod
@@ -208,7 +226,9 @@ class Teacher:
         """A teacher from the authors' file, a folder that holds it, an `-hf` folder, or a hub id of any of them.
 
         The size (S, B, L) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
-        outdoor). position_rule: "official", or "transformers" for the map that transformers' own pipeline gives.
+        outdoor). A file of Distill-Any-Depth, known by its path or its tensors' names, is used under that code's
+        resizing rule, a square of 700. position_rule: "official", or "transformers" for the map that transformers'
+        own pipeline gives.
         """
         check_resize(resize, native_size)
         if position_rule not in ("official", "transformers"):
@@ -217,11 +237,13 @@ class Teacher:
         if path.is_dir() and (path / "config.json").exists():
             find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
             model = _from_folder(path, max_depth)
-            file = path
+            file, square = path, False
         else:
             file = find_weights(path, ("*.safetensors", "*.pth"))
             _check_name(file, max_depth)
-            model = _from_state(rename(read_state(file), file), file, max_depth)
+            state = read_state(file)
+            square = _is_distilled(str(weights), state)
+            model = _from_state(rename(state, file), file, max_depth)
         if max_depth is not None:
             model.head.max_depth = max_depth
         if position_rule == "official":
@@ -229,8 +251,9 @@ class Teacher:
         model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
         metric = model.config.depth_estimation_type == "metric"
         kind = Kind.METRIC_DEPTH if metric else Kind.AFFINE_DISPARITY
-        card = replace(_published(weights), kind=kind, revision=revision_of(file), native_size=native_size or NATIVE)
-        return cls(model, card, resize=resize, native_size=native_size)
+        size = native_size or (SQUARE if square else NATIVE)
+        card = replace(_published(weights), kind=kind, revision=revision_of(file), native_size=size)
+        return cls(model, card, resize=resize, native_size=native_size, square=square)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> DepthMap:
@@ -238,7 +261,7 @@ class Teacher:
         images = check_images(images)
         height, width = images.shape[-2:]
         if self.resize == "native":
-            sized = resize_cubic(images, *native_shape(height, width, self.native_size))
+            sized = resize_cubic(images, *native_shape(height, width, self.native_size, square=self.square))
         else:
             sized = pad_to_multiple(images, PATCH)
         parameter = next(self.model.parameters())
@@ -249,6 +272,13 @@ class Teacher:
         elif values.shape[-2:] != (height, width):
             values = F.interpolate(values[:, None], (height, width), mode="bilinear", align_corners=True)[:, 0]
         return finite(values.to(images.device), self.card.kind)
+
+
+def _is_distilled(weights: str, state: dict[str, Tensor]) -> bool:
+    """Its ViT-L has names of its own; the small ones are told by their path alone."""
+    return "distill-any-depth" in weights.lower() or any(
+        key.removeprefix("module.").startswith("backbone.") for key in state
+    )
 
 
 def _check_name(file: Path, max_depth: float | None) -> None:

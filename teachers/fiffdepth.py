@@ -19,6 +19,7 @@ from teachers._latent import (
     MULTIPLE,
     NATIVE,
     Parts,
+    check_one_step,
     decode,
     default_size,
     encode,
@@ -64,8 +65,14 @@ class Teacher:
         dtype: torch.dtype = torch.float32,
         resize: str = "native",
         native_size: int | None = None,
+        steps: int = 1,
+        ensemble: int = 1,
     ) -> Teacher:
-        """A teacher from a diffusers folder without scheduler. native_size: the long side (0: as given, unpadded)."""
+        """A teacher from a diffusers folder without scheduler. native_size: the long side (0: as given, unpadded).
+
+        steps, ensemble: 1, it denoises nothing.
+        """
+        check_one_step("FiffDepth", steps, ensemble)
         folder = find_folder(weights)
         parts = load_parts(folder, device=device, dtype=dtype, what="FiffDepth", channels=4)
         size = default_size(native_size, parts)
@@ -73,8 +80,11 @@ class Teacher:
         return cls(parts, card, resize=resize, native_size=native_size)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) affine depth in [0,1]."""
+    def predict(self, images: Tensor, *, noise: Tensor | None = None) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine depth in [0,1].
+
+        noise: accepted for the diffusion teachers' common signature and without effect: it draws none.
+        """
         images = check_images(images)
         sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)
         latents = run_unet(self.parts, encode(self.parts, sized), 0)

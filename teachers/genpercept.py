@@ -39,6 +39,7 @@ from teachers._latent import (
     MULTIPLE,
     NATIVE,
     Parts,
+    check_one_step,
     decode,
     default_size,
     encode,
@@ -114,14 +115,17 @@ class Teacher:
         base: str = BASE,
         head: str | None = None,
         timestep: int = 1,
+        steps: int = 1,
+        ensemble: int = 1,
     ) -> Teacher:
         """A teacher from a whole diffusers folder, or from a folder that holds the trained UNet alone.
 
         mode: what the checkpoint was trained for, "depth" or "disparity"; None reads it off the name, and takes depth
         where that says nothing. base: Stable Diffusion 2.1, for the rest of a lone UNet. head: file or folder of a DPT
         head; found by itself in `dpt_head_identity/` beside the UNet. native_size: the long side (0: as given,
-        unpadded). timestep: 1 as published; others exist as ablations.
+        unpadded). timestep: 1 as published; others exist as ablations. steps, ensemble: 1, it denoises nothing.
         """
+        check_one_step("GenPercept", steps, ensemble)
         check_resize(resize, native_size, zero_is_given=True)
         if mode not in (None, "depth", "disparity"):
             raise ValueError(f'mode must be "depth" or "disparity", not {mode!r}')
@@ -150,8 +154,11 @@ class Teacher:
         return cls(parts, neck, card, resize=resize, native_size=native_size, timestep=timestep)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) affine depth or disparity in [0,1]; a constant DPT map is invalid."""
+    def predict(self, images: Tensor, *, noise: Tensor | None = None) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine depth or disparity in [0,1]; a constant DPT map is invalid.
+
+        noise: accepted for the diffusion teachers' common signature and without effect: it draws none.
+        """
         images = check_images(images)
         sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)
         latents = encode(self.parts, sized)

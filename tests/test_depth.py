@@ -49,6 +49,10 @@ def test_every_pair_of_kinds_is_either_lawful_or_refused_with_both_names(frm, to
         assert str(frm) in str(caught.value) and str(to) in str(caught.value)
 
 
+def test_kinds_are_members_by_the_names_that_files_use():
+    assert all(getattr(Kind, str(kind)) is kind for kind in Kind)
+
+
 def test_maps_of_two_kinds_do_not_join():
     with pytest.raises(KindError, match="affine_depth and scale_depth"):
         cat([some_map("affine_depth"), some_map("scale_depth")])

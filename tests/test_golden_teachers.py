@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from teachers import _dino, _ensemble, depth_anything_3, depth_anything_v2, fiffdepth, genpercept, marigold
+from teachers import _dino, _ensemble, _resize, depth_anything_3, depth_anything_v2, fiffdepth, genpercept, marigold
 from tests.conftest import golden_folder
 from tests.golden import weights_rule
 
@@ -79,6 +79,15 @@ def test_distill_any_depth(golden, tmp_path):
     for i, run in enumerate(facts["runs"]):
         values = teacher.predict(tensor(data, f"x{i}") * STD + MEAN).values
         close(values, tensor(data, f"depth{i}")[:, 0], run["tolerance"]["max_abs"])
+    for i, run in enumerate(facts["infer_runs"]):
+        side = run["processing_res"]
+        native = depth_anything_v2.Teacher.load(str(file), native_size=side)
+        image = photo(data[f"image{i}"], bgr=True)
+        prepared = _dino.normalize(_resize.resize_cubic(image, side, side))
+        close(prepared, tensor(data, f"prep{i}"), run["tolerance"]["prep_max_abs"])
+        raw = tensor(data, f"raw{i}")
+        expected = torch.nn.functional.interpolate(raw, image.shape[-2:], mode="bilinear", align_corners=True)[:, 0]
+        close(native.predict(image).values, expected, run["tolerance"]["max_abs"])
 
 
 # --- Depth Anything 3 -------------------------------------------------------------------------------------------------

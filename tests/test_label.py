@@ -387,9 +387,22 @@ def test_other_settings_or_images_are_refused(tars, tmp_path):
     run(tars, tmp_path / "out")
     with pytest.raises(ValueError, match="made with another crops, seed"):
         run(tars, tmp_path / "out", seed=1, crops=replace(CROPS, size=14))
-    make_tar(tmp_path / "sa_1.tar", count=4, first=7)
-    with pytest.raises(ValueError, match=r"sa_1-001.tar was labelled from other images than .*\(1 then, 2 now\)"):
+    make_tar(tmp_path / "sa_1.tar", count=2, first=7)
+    with pytest.raises(ValueError, match=r"sa_1-000.tar was labelled from other images than .*\(2 then, 2 now\)"):
         run(tars, tmp_path / "out")
+
+
+def test_a_tar_that_was_cut_and_is_whole_now_is_labelled_again(tars, tmp_path):
+    whole = (tmp_path / "sa_1.tar").read_bytes()
+    run(tars, tmp_path / "fresh")
+    for left in (b"no tar at all", whole[:2500]):
+        (tmp_path / "sa_1.tar").write_bytes(left)
+        run(tars, tmp_path / "out")
+        assert contents(tmp_path / "out") != contents(tmp_path / "fresh")
+    (tmp_path / "sa_1.tar").write_bytes(whole)
+    assert run(tars, tmp_path / "out").parts == 2  # of two images each; the other tar is left alone
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    verify(tmp_path / "out")
 
 
 def test_a_full_disk_loses_nothing_finished(tars, tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ ORDER = [
     "eval.ablation",
     "distill.strict",
     "distill.recipe",
+    "distill.lineage",
     "distill.study",
     "distill.build",
     "distill.preflight",

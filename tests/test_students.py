@@ -433,7 +433,7 @@ def test_unread_blocks_are_removed():
         ({"encoder_options": {"timm_options": {"wings": 2}}}, ValueError, "test_vit does not take these options"),
         ({"encoder": "dinov3_vits16", "encoder_options": {"pos_grid": 8}}, ValueError, "no position table"),
         ({"decoder": "dpt", "decoder_options": {"readout": "add"}}, ValueError, "readout must be"),
-        ({"decoder_options": {"in_channels": [64, 64]}}, ValueError, "one number or four"),
+        ({"decoder_options": {"in_channels": [64, 64]}}, ValueError, "a positive number or four of them"),
     ],
 )
 def test_bad_names_and_options(options, error, message):

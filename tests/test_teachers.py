@@ -391,6 +391,27 @@ def test_depth_anything_v2_rule(height, width, size, shape):
     assert depth_anything_v2.native_shape(height, width, size) == shape
 
 
+@pytest.mark.parametrize(("height", "width", "size", "side"), [(60, 80, 70, 70), (480, 640, 700, 700), (9, 90, 60, 70)])
+def test_distill_any_depth_squashes(height, width, size, side):
+    assert depth_anything_v2.native_shape(height, width, size, square=True) == (side, side)
+
+
+def test_distill_any_depth_is_known_by_its_path_or_its_names():
+    known = depth_anything_v2._is_distilled
+    assert known("xingyang1/Distill-Any-Depth/small/model.safetensors", {"pretrained.cls_token": torch.zeros(1)})
+    assert known("model.safetensors", {"module.backbone.cls_token": torch.zeros(1)})
+    assert not known("depth_anything_v2_vits.pth", {"pretrained.cls_token": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("name", ["genpercept", "fiffdepth"])
+def test_one_step_teachers_take_the_diffusion_teachers_options(made, name):
+    images = torch.rand(1, 3, 32, 40)
+    teacher = load(made, name, steps=1, ensemble=1)
+    assert torch.equal(teacher.predict(images, noise=torch.rand(1, 4, 4, 5)).values, teacher.predict(images).values)
+    with pytest.raises(ValueError, match="steps and ensemble must be 1"):
+        load(made, name, ensemble=5)
+
+
 def test_depth_anything_v2_metric(made, tmp_path):
     metric = load(made, "depth_anything_v2", max_depth=20.0)
     out = metric.predict(IMAGES)
@@ -493,6 +514,21 @@ class TestOneSkyPolicy:
         torch.testing.assert_close(own.predict(self.IMAGES).values, alone, atol=2e-5, rtol=2e-5)
         authors = load(made, "depth_anything_3", resize="none", sky="far").predict(self.IMAGES)
         torch.testing.assert_close(own.predict(self.IMAGES).values, authors.values)
+
+    @pytest.mark.parametrize("kind", ["scale_depth", "affine_disparity", "affine_depth"])
+    def test_zero_is_disparity_zero(self, made, kind):
+        eye = load(made, "depth_anything_3", resize="none", sky="invalid")
+        plain = analytic.Teacher.load(kind=kind)
+        ((_, teacher), _) = _sky.under_policy([("plain", plain), ("eye", eye)], "zero")
+        sky = ~eye.predict(self.IMAGES).valid
+        out, raw = teacher.predict(self.IMAGES), plain.predict(self.IMAGES)
+        assert out.kind == teacher.card.kind
+        if kind == "affine_depth":  # there is no "infinitely far" in it
+            assert out.kind == kind and torch.equal(out.valid, raw.valid & ~sky)
+            return
+        assert out.kind.quantity == "disparity" and out.valid.all() and (out.values[sky] == 0).all()
+        expected = 1 / raw.values if kind == "scale_depth" else raw.values
+        torch.testing.assert_close(out.values[~sky], expected[~sky])
 
     def test_a_map_of_nothing_but_sky_is_left_alone(self):
         depth = DepthMap(torch.rand(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.bool), Kind.SCALE_DEPTH)

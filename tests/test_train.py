@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -435,6 +436,17 @@ def test_dropout_is_drawn_from_the_step(tmp_path):
     torch.rand(7)
     run(tmp_path / "b", student=Forgetful())
     assert steps_of(tmp_path / "a") == steps_of(tmp_path / "b")
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    run(tmp_path, keep_last=3, holdout=0.0)
+    last = runstate.folder_of(tmp_path, 20)
+    weights = last / "training.safetensors"
+    weights.write_bytes(b"\xff" * 32 + weights.read_bytes()[32:])
+    with pytest.raises(ValueError, match=r"step-00000020/training.safetensors is damaged .*: delete .*step"):
+        run(tmp_path, keep_last=3, holdout=0.0)
+    shutil.rmtree(last)
+    assert run(tmp_path, keep_last=3, holdout=0.0)[0].step == 20
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):

@@ -18,11 +18,11 @@ Features = Sequence[tuple[Tensor, Tensor] | Tensor]
 NORMS = ("batch", "frozen", "group")
 
 
-def four_channels(in_channels: int | Sequence[int]) -> list[int]:
-    """The channels of the four feature maps, from one number or four."""
-    channels = [in_channels] * 4 if isinstance(in_channels, int) else list(in_channels)
-    if len(channels) != 4:
-        raise ValueError(f"in_channels must be one number or four, not {channels}")
+def four_channels(given: int | Sequence[int], what: str = "in_channels") -> list[int]:
+    """The channels of the four feature maps, or of four levels, from one number or four; what: their name in errors."""
+    channels = [given] * 4 if isinstance(given, int) else list(given)
+    if len(channels) != 4 or not all(isinstance(c, int) and c > 0 for c in channels):
+        raise ValueError(f"{what} must be a positive number or four of them, not {channels}")
     return channels
 
 
@@ -65,7 +65,9 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     if kind == "frozen":
         return FrozenBatchNorm(channels)
     if kind == "group":
-        return nn.GroupNorm(max(n for n in range(1, min(32, channels) + 1) if channels % n == 0), channels)
+        # At least eight channels a group where there are so many: a group of one is instance norm.
+        most = min(32, max(channels // 8, 1))
+        return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
 
 

@@ -39,7 +39,7 @@ class Decoder(nn.Module):
         patch_size: int = 14,
     ) -> None:
         super().__init__()
-        inputs, levels = four_channels(in_channels), four_channels(list(post_process_channels))
+        inputs, levels = four_channels(in_channels), four_channels(post_process_channels, "post_process_channels")
         self.options: dict[str, Any] = {
             "in_channels": inputs,
             "channels": channels,

@@ -40,7 +40,7 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         inputs = four_channels(in_channels)
-        levels = four_channels(inputs if post_process_channels is None else post_process_channels)
+        levels = four_channels(post_process_channels or inputs, "post_process_channels")
         if readout not in ("project", "ignore"):
             raise ValueError(f'readout must be "project" or "ignore", not {readout!r}')
         self.options: dict[str, Any] = {
