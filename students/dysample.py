@@ -34,8 +34,8 @@ class DySample(nn.Module):
         inputs, outputs = (channels, 2 * groups * scale**2) if style == "lp" else (channels // scale**2, 2 * groups)
         self.offset = nn.Conv2d(inputs, outputs, 1)
         nn.init.normal_(self.offset.weight, std=0.001)
-        if self.offset.bias is not None:
-            nn.init.zeros_(self.offset.bias)
+        assert self.offset.bias is not None
+        nn.init.zeros_(self.offset.bias)
         self.scope = nn.Conv2d(inputs, outputs, 1, bias=False) if scope else None
         if self.scope is not None:
             nn.init.zeros_(self.scope.weight)
@@ -45,6 +45,9 @@ class DySample(nn.Module):
         """Reads `x` (B,C,H,W) at the moved points; bilinear, the border repeated."""
         batch, channels, height, width = x.shape
         points = self.points(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling() and not points.sum().isfinite():
+            # On a CPU the gradient of grid_sample at NaN ends the process (torch 2.15); NaN values end it in a sentence.
+            return F.interpolate(x * torch.nan, scale_factor=self.scale)
         dtype = torch.promote_types(x.dtype, torch.float32)
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)
         read = F.grid_sample(grouped, points.to(dtype), mode="bilinear", padding_mode="border", align_corners=False)

@@ -130,6 +130,38 @@ def test_sdt_fast_is_a_twentieth_of_sdt():
     assert params(sdt_fast.Decoder(384)) < 0.51 * params(sdt.Decoder(384))
 
 
+def test_dysample_that_has_diverged_gives_nan_and_lives_through_the_gradient():
+    sampler, x = DySample(4, groups=1, scope=True), torch.rand(1, 4, 3, 5, requires_grad=True)
+    with torch.no_grad():
+        sampler.offset.weight.fill_(torch.nan)
+    out = sampler(x)
+    assert out.shape == (1, 4, 6, 10) and out.isnan().all()
+    out.sum().backward()
+    assert x.grad.isnan().all()
+
+
+def test_group_norm_is_of_several_channels():
+    assert [make_norm("group", c).num_groups for c in (4, 32, 37, 128, 256)] == [1, 4, 1, 16, 32]
+    assert torch.isfinite(sdt.Decoder(8, fusion_channels=32, norm="group").eval()([torch.rand(1, 8, 1, 1)] * 4)).all()
+
+
+def test_options_of_the_wrong_kind_are_named():
+    for options, message in [
+        ({"decoder_options": {"fusion_channels": "32"}}, "decoder_options.fusion_channels must be a whole number"),
+        ({"decoder_options": {"fusion_channels": -4}}, "decoder_options .*-4"),
+        ({"encoder_options": {"final_norm": "no"}}, "encoder_options.final_norm must be true or false"),
+        ({"encoder_options": {"mean": [0.5]}}, "encoder_options .*0.5"),
+        ({"encoder_options": {"indices": 3}}, "encoder_options .*3"),
+        ({"native_size": -3}, "native_size must be a positive number"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            students.build(encoder="test_vit", decoder="sdt", **options)
+
+
+def test_dav2_takes_the_encoders_patch():
+    assert tiny("dav2", depth=1).decoder.patch_size == 16
+
+
 def test_sdt_fast_takes_sdts_fusion_as_it_is():
     """Its names and layers, so that a trained SDT can start one."""
     torch.manual_seed(0)

@@ -45,7 +45,7 @@ class Linear(Decoder):
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__(channels)
-        self.weighted_fusion = LinearFusion(channels)
+        self.weighted_fusion: nn.Module = LinearFusion(channels)
 
 
 class Refined(Decoder):

@@ -106,14 +106,15 @@ def cost_of(name: str, size: int, channels: int, repeats: int) -> dict[str, floa
 
 def cost(args: argparse.Namespace) -> None:
     """Each decoder in a process of its own, that none finds memory which another left."""
-    rows = {}
+    path = args.out / f"cost_{args.size}_{args.channels}.json"
+    rows = json.loads(path.read_text()) if path.is_file() else {}
     for name in args.decoders:
         command = [sys.executable, "-m", "tests.speed.decoders", "one", "--decoders", name]
         command += ["--size", str(args.size), "--channels", str(args.channels), "--repeats", str(args.repeats)]
         rows[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         print(f"{name:22}" + "".join(f" {key} {value:10.2f}" for key, value in rows[name].items()), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / f"cost_{args.size}_{args.channels}.json").write_text(json.dumps(rows, indent=1))
+    path.write_text(json.dumps({name: rows[name] for name in CANDIDATES if name in rows}, indent=1))
 
 
 # --- what it gives ----------------------------------------------------------------------------------------------------
@@ -179,6 +180,8 @@ def table(args: argparse.Namespace) -> None:
     costs = json.loads((args.out / f"cost_{args.size}_{args.channels}.json").read_text())
     head = ["decoder", "params M", f"GFLOPs {args.size}", "CPU s", "peak MiB", "seeds", *SCORES.values()]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    if missing := found.keys() - costs.keys():
+        raise SystemExit(f"{', '.join(missing)}: no cost yet; `cost --decoders` them into the same folder")
     for name, c in costs.items():
         rows = list(found.get(name, {}).values())
         cells = [name, f"{c['params']:.2f}", f"{c['gflops']:.1f}", f"{c['seconds']:.2f}", f"{c['peak_mib']:.0f}"]
@@ -203,7 +206,7 @@ def against(found: Found, reference: str) -> None:
             continue
         cells = []
         for key in SCORES:
-            both = [(found[reference][seed].get(key), rows[seed].get(key)) for seed in seeds]
+            both: list[tuple[Any, Any]] = [(found[reference][seed].get(key), rows[seed].get(key)) for seed in seeds]
             if any(not base or value is None for base, value in both):
                 cells.append("-")
                 continue

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,10 @@ def decoder_counts(name: str, encoder: Encoder) -> tuple[float, tuple[float, ...
     return sum(p.numel() for p in decoder.parameters()) / 1e6, tuple(found)
 
 
+def device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+
+
 # --- measured ---------------------------------------------------------------------------------------------------------
 
 
@@ -141,28 +145,38 @@ def clock(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
 @torch.no_grad()
 def measure(name: str, size: int, decoders: list[str], repeats: int) -> dict[str, Any]:
     """{"encoder": [ms, MiB], decoder: [ms, MiB] ...} of one image; MiB above what the program alone takes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on = "cuda" if torch.cuda.is_available() else "cpu"
     base = memory.used()
-    encoder = Encoder(name).eval().to(device)
+    encoder = Encoder(name).eval().to(on)
     side = padded(size, encoder)
-    image = torch.rand(1, 3, side, side, device=device)
+    image = torch.rand(1, 3, side, side, device=on)
     ms, mib = clock(lambda: encoder.features(image), repeats)
     found: dict[str, Any] = {"encoder": [ms, mib - base]}
     maps = encoder.features(image)
     for each in decoders:
-        decoder = decoder_of(each, encoder).eval().to(device)
-        ms, mib = clock(lambda d=decoder: F.interpolate(d(maps), (side, side), mode="bilinear"), repeats)
+        decoder = decoder_of(each, encoder).eval().to(on)
+        ms, mib = clock(partial(_decode, decoder, maps, side), repeats)
         found[each] = [ms, mib - base]
         del decoder
     return found
 
 
+def _decode(decoder: Any, maps: Any, side: int) -> Tensor:
+    return F.interpolate(decoder(maps), (side, side), mode="bilinear")
+
+
 def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """From the file of what was measured before, else from a process of its own, and into that file."""
-    known = args.out.with_suffix(".jsonl")
+    """From the file of what was measured before on this machine, else from a process of its own, and into that file."""
+    known, what = (
+        args.out.with_suffix(".jsonl"),
+        {"name": name, "size": size, "on": device(), "torch": torch.__version__},
+    )
     for line in known.read_text().splitlines() if known.is_file() else []:
-        row: dict[str, Any] = json.loads(line)
-        if (row["name"], row["size"]) == (name, size) and row["found"].keys() >= {"encoder", *decoders}:
+        try:
+            row: dict[str, Any] = json.loads(line)
+        except ValueError:  # the last line of a killed run
+            continue
+        if what.items() <= row.items() and row["found"].keys() >= {"encoder", *decoders}:
             return dict(row["found"])
     command = [sys.executable, "-m", "tests.speed.efficiency", "--one", name, str(size), *decoders]
     done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
@@ -170,9 +184,8 @@ def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace
         reason = (done.stderr.strip().splitlines() or ["killed, for want of memory?"])[-1]
         raise SystemExit(f"{name} at {size}: could not be measured: {reason}")
     found: dict[str, Any] = json.loads(done.stdout)
-    known.parent.mkdir(parents=True, exist_ok=True)
     with known.open("a") as file:
-        file.write(json.dumps({"name": name, "size": size, "found": found}) + "\n")
+        file.write(json.dumps(what | {"found": found}) + "\n")
     return found
 
 
@@ -206,7 +219,7 @@ def _beside(ours: float, digits: int, theirs: float | None) -> str:
     return f"{ours:.{digits}f}" + (f" ({theirs})" if theirs is not None else "")
 
 
-def page(tables: dict[int, list[list[str]]], device: str) -> str:
+def page(tables: dict[int, list[list[str]]]) -> str:
     """One offline file; the tables scroll sideways on a phone."""
     style = (
         "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:1240px;padding:0 1rem}.wide{overflow-x:auto}"
@@ -229,22 +242,22 @@ def page(tables: dict[int, list[list[str]]], device: str) -> str:
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>What a student costs</title><style>{style}</style><h1>What a student costs</h1>"
-        f"<p>{escape(about(device))}</p>{''.join(parts)}\n"
+        f"<p>{escape(about())}</p>{''.join(parts)}\n"
     )
 
 
-def about(device: str) -> str:
+def about() -> str:
     return (
         "Millions of parameters; GFLOPs of one image; milliseconds of one float32 image and the highest memory of a "
-        f"pass, weights included, on {device}. AnyDepth's published numbers stand in brackets, its milliseconds are "
+        f"pass, weights included, on {device()}. AnyDepth's published numbers stand in brackets, its milliseconds are "
         "of an H100: its DPT FLOPs count transposed convolutions 4 to 16 times, its SDT parameters leave the detail "
         "enhancer out. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of an "
         "encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
     )
 
 
-def markdown(tables: dict[int, list[list[str]]], device: str) -> str:
-    lines = [about(device)]
+def markdown(tables: dict[int, list[list[str]]]) -> str:
+    lines = [about()]
     for size, rows in tables.items():
         lines += ["", f"{size} x {size}", "", "| " + " | ".join(HEAD) + " |", "|" + "---|" * len(HEAD)]
         lines += ["| " + " | ".join(row) + " |" for row in rows]
@@ -263,9 +276,9 @@ def main() -> None:
         name, size, *decoders = args.one
         print(json.dumps(measure(name, int(size), decoders, args.repeats)))
         return
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     tables = {size: table(at, args) for at, size in enumerate(SIZES)}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    text = (markdown if args.out.suffix == ".md" else page)(tables, device)
+    text = (markdown if args.out.suffix == ".md" else page)(tables)
     args.out.write_text(text, encoding="utf-8")
 
 

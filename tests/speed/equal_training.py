@@ -7,6 +7,7 @@ optimizer and schedule.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def names(path: Path | None) -> list[str] | None:
 
 def gather(args: argparse.Namespace, encoder: Encoder, train: bool) -> Data:
     """Images and their features; the training images also mirrored."""
-    path = args.out / f"features_{'train' if train else 'test'}.pt"
+    inputs = [args.encoder_weights, args.pairs, args.train_names, args.test_names, args.scenes, args.test_scenes]
+    digest = hashlib.sha256(repr([str(one) for one in inputs]).encode()).hexdigest()[:8]
+    path = args.out / f"features_{'train' if train else 'test'}_{digest}.pt"
     if path.is_file():
         return Data(**torch.load(path, weights_only=True))
     seeds = scenes.TRAIN_SEEDS[: args.scenes] if train else scenes.BENCHMARK_SEEDS[: args.test_scenes]
