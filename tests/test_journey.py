@@ -130,6 +130,8 @@ def test_the_student_learns_and_describes_itself(straight):
     assert student(torch.rand(1, 3, 50, 70)).shape == (1, 50, 70)
     card = checkpoint.read_card(straight / "train" / "student")
     assert "analytic" in json.dumps(card["teachers"])
+    assert card["lineage"]["teacher analytic"]["commercial"] and card["lineage"]["images"]["licence"] == "unknown"
+    assert card["commercial"] is False, "nobody has said what the images allow"
 
 
 def test_scores_and_report_are_written(straight):
