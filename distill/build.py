@@ -27,6 +27,7 @@ from distill.claim import gate
 from distill.faults import Faults
 from distill.label import TRUTH, CropSettings, OnlineDataset, labels_hash
 from distill.objective import Objective, Weights
+from distill.pairs import read_names
 from distill.plugins import find, option_faults
 from distill.recipe import Benchmark, Images, Loss, Recipe, as_table
 from distill.recipe import Student as StudentSpec
@@ -52,9 +53,16 @@ def process() -> tuple[int, int]:
 
 
 def device(recipe: Recipe) -> torch.device:
-    """The recipe's device; "auto" takes this process's CUDA card, then Apple's GPU, then the CPU."""
+    """The recipe's device; "auto" takes this process's CUDA card, then Apple's GPU, then the CPU.
+
+    Raises RecipeError for one that this machine has not.
+    """
     if recipe.run.device != "auto":
-        return torch.device(recipe.run.device)
+        asked = torch.device(recipe.run.device)
+        count = 1 if asked.type == "cpu" else torch.get_device_module(asked).device_count()
+        if (asked.index or 0) >= count:
+            raise RecipeError(f'run.device = "{asked}": torch finds {count} of {asked.type} here; take "auto" or "cpu"')
+        return asked
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -63,17 +71,13 @@ def device(recipe: Recipe) -> torch.device:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _names(path: str) -> list[str]:
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def _source(images: Images, first_scene: int) -> list[InputShard]:
     if images.tars:
         return sources.tars(images.tars)
     if images.photos:
         return sources.folders(images.photos)
     if images.pairs:
-        return sources.pairs(images.pairs, names=_names(images.names) if images.names else None)
+        return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
     if images.scenes:
         return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
     return sources.wheels()
@@ -88,7 +92,7 @@ def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
         left -= len(entries)
         if entries:
             kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
-    return kept
+    return kept or shards  # with no image at all, what was turned away says why
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -359,14 +363,10 @@ def make_objective(recipe: Recipe) -> Objective:
 
 def train_settings(recipe: Recipe) -> TrainSettings:
     """[train] as the trainer takes it; with two teachers the first is drawn `primary_ratio` of the time."""
-    table = dataclasses.asdict(recipe.train)
-    ratio, seed = table.pop("primary_ratio"), training_seed(recipe)
-    table.pop("seed")
-    names = [t.label for t in recipe.teachers]
+    names, ratio = [t.label for t in recipe.teachers], recipe.train.primary_ratio
     mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
-    if recipe.student.norm in ("sync", "frozen"):
-        table["batchnorm"] = recipe.student.norm
-    return TrainSettings(seed=seed, teachers=mix, cpu=device(recipe).type == "cpu", **table)
+    norm = {"batchnorm": recipe.student.norm} if recipe.student.norm in ("sync", "frozen") else {}
+    return recipe.train.settings(seed=training_seed(recipe), teachers=mix, cpu=device(recipe).type == "cpu", **norm)
 
 
 def training_seed(recipe: Recipe) -> int:

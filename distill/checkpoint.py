@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,14 @@ from torch import Tensor
 
 import students
 from distill.modelcard import model_card
-from distill.quantize import dequantize, quantize
+from distill.quantize import dequantize, fits, quantize
 from students import Student
 from students.encoder import file_sha256
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
 EXPORTS = ("model.onnx", "model.pt2")  # made from the weights (distill.exports): a new save takes the old ones away
+LEFT_BEHIND = (".new.model.pt2", ".model.onnx.new")  # by a writer of the exports that was killed
 EMBEDDED = "pocket"
 
 
@@ -40,16 +41,20 @@ def save(
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
     leave_out_frozen_encoder: bool = False,
+    check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write `student` to `folder`, replacing a student that is there; returns the folder.
+    """Write `student` to `folder`, replacing a student that is there; returns the folder. Dot-files there stay.
 
     card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
-    dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32.
+    dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
+    so does a tensor with a value that float16 cannot hold (above 65504).
     bits: 4 stores large matrices and kernels in four bits (distill.quantize); the outputs then change a little.
     leave_out_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
+    check: called with the folder aside, complete, before it takes its place; it may add files, and what it raises ends
+    the save.
 
     Raises ValueError where the encoder cannot be left out, FileExistsError where `folder` holds anything else than a
-    student, OSError where it cannot be written; what was there before is then still there.
+    student, OSError where it cannot be written; what was there before is then still there, and nothing else.
     """
     folder = Path(folder)
     _check_place(folder)
@@ -59,7 +64,7 @@ def save(
         raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
     encoder_file = _encoder_file(student, folder) if leave_out_frozen_encoder else None
     tensors = {
-        key: value.detach().to("cpu", dtype if _may_shrink(value) else value.dtype).contiguous()
+        key: value.detach().to("cpu", dtype if _may_shrink(value) and fits(value) else value.dtype).contiguous()
         for key, value in student.state_dict().items()
         if encoder_file is None or not key.startswith("encoder.")
     }
@@ -82,7 +87,7 @@ def save(
     files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
         files[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
-    _write(folder, files)
+    _write(folder, files, check)
     return folder
 
 
@@ -109,8 +114,8 @@ def load(
         student = students.build(**(spec | {"encoder_options": options}))
     except LookupError as error:
         raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{folder / DESCRIPTION}: {error}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder / DESCRIPTION}: {_first_line(error)}") from error
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
     own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
@@ -127,9 +132,15 @@ def load(
     return student.to(device).eval()
 
 
-def from_pretrained(name: str | Path, *, device: torch.device | str = "cpu", revision: str | None = None) -> Student:
-    """The student called `name` (see `fetch`), in float32 and evaluation mode."""
-    return load(fetch(name, revision=revision), device=device)
+def from_pretrained(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    encoder_weights: str | Path | None = None,
+) -> Student:
+    """The student called `name` (see `fetch`), in float32 and evaluation mode; encoder_weights: see `load`."""
+    return load(fetch(name, revision=revision), device=device, encoder_weights=encoder_weights)
 
 
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
@@ -156,8 +167,7 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     except errors.LocalEntryNotFoundError as error:
         raise OSError(f"{name}: no such folder here, and the hub cannot be reached (offline?)") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise OSError(f"{name}: no such folder here, and the hub says: {reason}") from error
+        raise OSError(f"{name}: no such folder here, and the hub says: {_first_line(error)}") from error
 
 
 def load_decoder(student: Student, folder: str | Path) -> None:
@@ -194,11 +204,50 @@ def describe(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a student's description: it has no version")
     if version > VERSION:
         raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
-    known = {"spec": dict, "weights": dict, "card": dict}
-    wrong = [key for key, kind in known.items() if not isinstance(found.get(key), kind)]
-    if wrong or "encoder_weights" not in found or "sha256" not in found["weights"]:
-        raise ValueError(f"{path}: not a student's description: {', '.join(wrong) or 'a hash'} is missing")
-    return found
+    if faults := _description_faults(found):
+        raise ValueError(f"{path}: not a student's description: {'; '.join(faults)}")
+    return dict(found)
+
+
+_KEYS = {
+    "spec": "a table",
+    "spec.encoder": "text",
+    "spec.encoder_options": "a table or null",
+    "spec.decoder": "text",
+    "spec.decoder_options": "a table or null",
+    "spec.native_size": "a number of pixels or null",
+    "native_size": "a number of pixels or null",
+    "weights": "a table",
+    "weights.sha256": "text",
+    "encoder_weights": "a table or null",
+    "encoder_weights.name": "text",
+    "encoder_weights.sha256": "text",
+    "output": "a table",
+    "output.kind": "text",
+    "output.larger_is": "text",
+    "card": "a table",
+}
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "a table": lambda value: isinstance(value, dict),
+    "a table or null": lambda value: value is None or isinstance(value, dict),
+    "text": lambda value: isinstance(value, str),
+    "a number of pixels or null": lambda value: value is None or (type(value) is int and value > 0),
+}
+
+
+def _description_faults(found: Mapping[str, Any]) -> list[str]:
+    """What is missing or of another type among the keys that readers rely on."""
+    faults = [] if "encoder_weights" in found else ["encoder_weights is missing"]
+    for key, kind in _KEYS.items():
+        table, _, name = key.rpartition(".")
+        inside = found.get(table) if table else found
+        if not isinstance(inside, Mapping):
+            continue  # the table's own line says so
+        if name not in inside and not kind.endswith("null"):
+            faults.append(f"{key} is missing")
+        elif not _FITS[kind](inside.get(name)):
+            faults.append(f"{key} must be {kind}, not {inside[name]!r}")
+    return faults
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
@@ -216,7 +265,7 @@ def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
     """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM:
+        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
             parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
             out |= {f"{key}:{part}": stored for part, stored in parts.items()}
         else:
@@ -236,6 +285,10 @@ def _restored(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
     return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _may_shrink(value: Tensor) -> bool:
@@ -298,12 +351,18 @@ def _check_place(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; a student needs a folder")
-    others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, DESCRIPTION, CARD, *EXPORTS))
+    known = {WEIGHTS, DESCRIPTION, CARD, *EXPORTS, *(p.name for p in _dot_files(folder))}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in known)
     if others:
         raise FileExistsError(f"{folder}: holds {others[0]}; a student is only saved to a folder of its own")
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
+def _dot_files(folder: Path) -> list[Path]:
+    """Hidden files such as .DS_Store; a hidden folder (.git) makes a place somebody else's."""
+    return [path for path in folder.iterdir() if path.name.startswith(".") and path.is_file()]
+
+
+def _write(folder: Path, files: Mapping[str, bytes], check: Callable[[Path], object] | None) -> None:
     """`files` as `folder`, at once: written aside, synced, and exchanged with what is there by two renames."""
     new, old = _aside(folder, "new"), _aside(folder, "old")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -318,8 +377,13 @@ def _write(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        if check is not None:
+            check(new)
+        for path in _dot_files(folder) if folder.exists() else []:
+            if path.name not in LEFT_BEHIND:
+                shutil.copy2(path, new)
         _sync(new)
-    except OSError:
+    except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if folder.exists():

@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _PNG = (
 )
 # JPEG-LS changes a code by at most this. 8 would break MAX_ERROR, for rounding to a code costs another half.
 _NEAR = 7
+
+REPAIR = "run `distill verify --repair` on its folder"
 
 Codes = NDArray[np.uint16]
 
@@ -228,7 +230,7 @@ def decode_map(
         reason = str(error)
     if reason or codes.dtype != np.uint16 or codes.ndim != 2:
         reason = reason or f"not a 16-bit map in {codec}"
-        raise OSError(f"{where} is damaged: {reason}; run `distill verify --repair` on its folder")
+        raise OSError(f"{where} is damaged: {reason}; {REPAIR}")
     low, high = float(span["low"]), float(span["high"])
     # A table, made in float64: low may be large against the range.
     table = np.nan_to_num(low + how.units * (high - low)).astype(np.float32)
@@ -258,6 +260,7 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
         before = sample.record.get("labels", {}).get(name, {})
         described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
+    record["jpg"] = {"crc32": zlib.crc32(picture.getvalue())}
     members.append((f"{sample.key}.json", dump_json(record)))
     return members
 
@@ -282,14 +285,22 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
             [[t, left, t + side, left + side] for t, left, side in record["patches"]], dtype=torch.float32
         )
         boxes = boxes.reshape(1, -1, 4) / crop["side"]
-        with Image.open(io.BytesIO(members["jpg"]), formats=("JPEG",)) as picture:
-            pixels = np.array(picture)
+        pixels = _decode_jpg(members["jpg"], record.get("jpg", {}), f"{where} jpg")
         labels = {name: _decode_labels(members, name, described[name], boxes, codec, where) for name in names}
         return Sample(record["key"], record["image"]["key"], torch.from_numpy(pixels).permute(2, 0, 1), labels, record)
-    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise OSError(f"{where} is damaged: {error} is missing or unreadable; run verify on the folder") from error
+    except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
+        raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
+
+
+def _decode_jpg(data: bytes, said: Mapping[str, int], where: str) -> NDArray[np.uint8]:
+    """The region (S,S,3); OSError names `where`. Older labels have no checksum of it."""
+    if said.get("crc32", crc := zlib.crc32(data)) != crc:
+        raise OSError(f"{where} is damaged: its checksum is wrong; {REPAIR}")
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
+            return np.array(picture)
     except (OSError, SyntaxError) as error:
-        raise OSError(str(error) if where in str(error) else f"{where} is damaged: {error}") from error
+        raise OSError(f"{where} is damaged: it does not decode; {REPAIR}") from error
 
 
 def _decode_labels(
@@ -305,6 +316,31 @@ def _decode_labels(
     local = [read(f"local{i}", span) for i, span in enumerate(said["local"])]
     patches = DepthMap(torch.stack([v for v, _ in local]), torch.stack([v for _, v in local]), kind) if local else None
     return Labels(DepthMap(values[None], valid[None], kind), patches, boxes if local else boxes[:, :0])
+
+
+def disagreements(sample: Sample) -> Iterator[str]:
+    """Where a sample that was read is not what its record says, a line each."""
+    crop, size = sample.record["crop"], sample.record["crop"]["size"]
+    if sample.image.shape != (3, size, size):
+        yield f"the image is {tuple(sample.image.shape)}, not 3 x {size} x {size}"
+    if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
+        yield "a patch lies outside the region"
+    for name, labels in sample.labels.items():
+        said = sample.record["labels"][name]
+        maps = [(labels.shared, 0, said["shared"], size)]
+        if labels.local is not None:
+            maps += [(labels.local, i, span, crop["patch_size"]) for i, span in enumerate(said["local"])]
+        if len(said["local"]) not in (0, len(sample.record["patches"])):
+            yield f"{name} has {len(said['local'])} local maps for {len(sample.record['patches'])} patches"
+        for depth, i, span, side in maps:
+            if depth.values.shape[1:] != (side, side):
+                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {side} x {side}"
+            if int(depth.valid[i].sum()) != span["valid"]:
+                yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
+            if not span["low"] <= span["high"]:
+                yield f"a map by {name} has the range {span['low']} to {span['high']}"
+        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and said["shared"]["low"] < 0:
+            yield f"{name} says {labels.shared.kind}, but has negative values"
 
 
 def check_version(record: Mapping[str, Any], where: str | Path) -> None:

@@ -107,7 +107,10 @@ def chosen_samples(recipe: Recipe) -> tuple[list[Sample], list[Rejected]]:
         key = f"{stem}/{entry.key}" if twice else entry.key
         samples.append(_sample(entry, key, f"{stem}/{entry.key}.npy", recipe.compare.side))
     if not samples:
-        raise RecipeError(f"none of the recipe's {len(every)} images can be read; check [[images]]")
+        first = f" (the first: {rejected[0].origin}: {rejected[0].reason})" if rejected else ""
+        raise RecipeError(
+            f"none of the recipe's {len(every) or len(rejected)} images can be used{first}; check [[images]]"
+        )
     return samples, rejected
 
 

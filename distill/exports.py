@@ -5,7 +5,8 @@ example's size. Surprises: rows and columns are picked by index, because a slice
 keep the comparison as a condition; timm divides DINOv3's rotary positions by a Python float of the grid's size, which
 a tracer keeps as a number of the example's, so that the graph would run on every size and be right on one.
 
-An image must be larger than two patches on both sides: torch.export keeps that as a condition.
+The program, not the ONNX file, refuses images of a patch or two (`smallest`): a tracer takes every side for at least
+two, and the grid's, or half of it, is a side. Larger images cannot stand in for them, for a ViT sees what was padded.
 
 What is written is read back, run on other sizes and batches than it was traced with, and compared with torch.
 """
@@ -15,6 +16,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import math
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill import checkpoint
 from students import Student
 
-ONNX, PROGRAM = "model.onnx", "model.pt2"
+ONNX, PROGRAM = checkpoint.EXPORTS
 OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
 TOLERANCE = 1e-4
 _TRACED = (2, 3, 75, 99)  # of no patch's multiple, so that nothing is simplified to "no padding"
@@ -94,16 +98,31 @@ def to_program(student: Student) -> torch.export.ExportedProgram:
     )
 
 
-def write_program(student: Student, path: str | Path, *, program: torch.export.ExportedProgram | None = None) -> float:
+def smallest(student: Student) -> int:
+    """The least height and width in pixels for which `write_program`'s file is meant: two patches and one pixel."""
+    return 2 * int(student.encoder.patch_size) + 1
+
+
+def write_program(
+    student: Student,
+    path: str | Path,
+    *,
+    program: torch.export.ExportedProgram | None = None,
+    named: str | Path | None = None,
+) -> float:
     """Write the student for `torch.export.load(path).module()` and check it; the largest difference (see `parity`).
 
-    program: of `to_program`, where it is there already.
+    program: of `to_program`, where it is there already. named: what an error calls the file, where `path` is not its
+    last place. Raises ValueError where the outputs differ; an older file at `path` then stays.
     """
     path = Path(path)
     new = path.with_name(f".new.{path.name}")  # torch.export wants the suffix .pt2
-    torch.export.save(program or to_program(student), new)
-    found = parity(student, torch.export.load(new).module(), new)
-    new.replace(path)
+    try:
+        torch.export.save(program or to_program(student), new)
+        found = parity(student, torch.export.load(new).module(), named or path)
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
     return found
 
 
@@ -113,12 +132,13 @@ def write_onnx(
     *,
     metadata: Mapping[str, Any] | None = None,
     program: torch.export.ExportedProgram | None = None,
+    named: str | Path | None = None,
 ) -> float:
     """Write the student as ONNX, in one file, and check it in onnxruntime; the largest difference (see `parity`).
 
     Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity" (batch,height,width). metadata:
-    plain values that go into the file. Raises ImportError where the extra `export` is not installed, ValueError where
-    the outputs differ; an older file at `path` then stays.
+    plain values that go into the file. program, named: as for `write_program`. Raises ImportError where the extra
+    `export` is not installed, ValueError where the outputs differ; an older file at `path` then stays.
     """
     onnx, path = _optional("onnx"), Path(path)
     new = path.with_name(f".{path.name}.new")
@@ -142,7 +162,7 @@ def write_onnx(
     onnx.helper.set_model_props(model, said)
     try:
         onnx.save(model, new)
-        found = parity(student, run_onnx(new), path)
+        found = parity(student, run_onnx(new, named=named or path), named or path)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
@@ -160,6 +180,23 @@ def metadata(description: Mapping[str, Any]) -> dict[str, Any]:
         "native_size": size,
         "images": "RGB in [0, 1]",
     }
+
+
+def write_graphs(student: Student, folder: Path, *, named: Path, onnx: bool, program: bool) -> list[str]:
+    """Write the graphs asked for into a student's folder; a line about each. named: the folder's name in them."""
+    lines: list[str] = []
+    if not onnx and not program:
+        return lines
+    traced = to_program(student)
+    if onnx:
+        said = metadata(checkpoint.describe(folder))
+        off = write_onnx(student, folder / ONNX, metadata=said, program=traced, named=named / ONNX)
+        size = (folder / ONNX).stat().st_size
+        lines.append(f"{named / ONNX}: {size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)")
+    if program:
+        off = write_program(student, folder / PROGRAM, program=traced, named=named / PROGRAM)
+        lines.append(f"{named / PROGRAM}: within {off:.1g} of torch's outputs (of their spread)")
+    return lines
 
 
 def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
@@ -183,8 +220,8 @@ def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
     return rows
 
 
-def run_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function from images to disparity, on onnxruntime's CPU provider."""
+def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
+    """An exported file as a function from images to disparity, on onnxruntime's CPU provider; named: in its errors."""
     runtime = _optional("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -199,7 +236,9 @@ def run_onnx(path: str | Path) -> Callable[[Tensor], Tensor]:
             return torch.from_numpy(session.run(["disparity"], {"images": images.numpy()})[0])
         except failures as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{path}: fails on images {tuple(images.shape)}; do not use it: {reason}") from error
+            raise ValueError(
+                f"{named or path}: fails on images {tuple(images.shape)}; do not use it: {reason}"
+            ) from error
 
     return run
 
@@ -208,7 +247,7 @@ def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | P
     """The largest |exported - torch| over several sizes and batches, in units of the output's spread (max - min).
 
     The sizes are a multiple of the patch, one pixel more, one less, wide, tall, and the smallest (two patches and one).
-    Raises ValueError naming `path` where it is above TOLERANCE.
+    Raises ValueError naming `path` where it is above TOLERANCE, or where an output is not finite.
     """
     own = copy.deepcopy(student).float().cpu().eval()
     patch = own.encoder.patch_size
@@ -226,11 +265,53 @@ def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | P
             expected, found = own(images), exported(images)
         if found.shape != expected.shape:
             raise ValueError(f"{path}: gives {tuple(found.shape)} for images {tuple(images.shape)}; do not use it")
+        for whose, values in (("torch's", expected), ("its", found)):
+            if not values.isfinite().all():
+                raise ValueError(f"{path}: {whose} outputs are not finite; do not use it")
         spread = (expected.amax() - expected.amin()).clamp(min=1e-12)
         worst = max(worst, float((found - expected).abs().max() / spread))
     if not worst <= TOLERANCE:
         raise ValueError(f"{path}: differs from torch by {worst:.2g} of the output's spread; do not use it")
     return worst
+
+
+def difference(before: Student, after: Student, path: str | Path) -> float:
+    """The mean |after - before| over a pair of fixed images, in units of before's standard deviation.
+
+    Raises ValueError naming `path`, where `after` lies, if an output of either is not finite.
+    """
+    images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, found = before(images), after(images)
+    if not expected.isfinite().all():
+        raise ValueError(f"{path}: not written, for the student's own outputs are not finite; its weights are spoilt")
+    if not found.isfinite().all():
+        raise ValueError(f"{path}: not written, for its outputs would not be finite")
+    return float((found - expected).abs().mean() / expected.std().clamp(min=1e-9))
+
+
+def read_card_file(path: Path) -> dict[str, Any]:
+    """The values of a TOML file for a student's card; ValueError naming the file, and the key that JSON cannot hold."""
+    try:
+        card = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    if faults := _not_plain(card, ""):
+        raise ValueError(f"{path}: {'; '.join(faults)}")
+    return card
+
+
+def _not_plain(value: Any, key: str) -> list[str]:
+    """What in a TOML value is neither text, nor true or false, nor a finite number."""
+    if isinstance(value, dict):
+        return [fault for name, v in value.items() for fault in _not_plain(v, f"{key}.{name}".removeprefix("."))]
+    if isinstance(value, list):
+        return [fault for i, v in enumerate(value) for fault in _not_plain(v, f"{key}[{i}]")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key} is {value}, which a card cannot hold"]
+    if isinstance(value, str | int | float):
+        return []
+    return [f'{key} is a date or a time; put it in quotes: "{value}"']
 
 
 def _optional(name: str) -> Any:

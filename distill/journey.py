@@ -9,8 +9,7 @@ A run's folder:
 from __future__ import annotations
 
 import subprocess
-import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from distill.recipe import Recipe, as_table, dumps
 from distill.strict import RecipeError
 from distill.train import TrainResult, train
 from eval import score as scoring
+from eval.benchmarks import Sample
 from eval.tables import as_text, grid
 from teachers import revision_of
 from teachers.checkpoint import Teacher as CheckpointTeacher
@@ -136,18 +136,41 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
 
 
 def run_export(
-    folder: Path, out: Path, *, bits: int = 32, card: Path | None = None, encoder_weights: str | None = None
+    folder: Path,
+    out: Path,
+    *,
+    bits: int = 32,
+    card: Path | None = None,
+    encoder_weights: str | None = None,
+    onnx: bool = False,
+    program: bool = False,
 ) -> Path:
-    """Writes the student in `folder` to `out` and reads it back: another precision, another card, the same outputs.
+    """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
     bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
     student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
-    Raises ValueError where the outputs differ by more than the precision explains.
+    onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
+    Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
     """
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
-    said = tomllib.loads(card.read_text(encoding="utf-8")) if card else checkpoint.read_card(folder)
+    said = exports.read_card_file(card) if card else checkpoint.read_card(folder)
     scores = exports.scores_of(folder, revision_of(folder))
     said = {"scores": scores} | said if scores else said
+    said.pop(exports.PROGRAM, None)  # of an earlier export, which a save takes away
+    if program:
+        least = exports.smallest(student)
+        said[exports.PROGRAM] = f"for images of at least {least} x {least} pixels"
+    lines: list[str] = []
+
+    def check(aside: Path) -> None:
+        again = checkpoint.load(aside, encoder_weights=encoder_weights)
+        off = exports.difference(student, again, out)
+        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
+            raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
+        size = (aside / checkpoint.WEIGHTS).stat().st_size
+        lines.append(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
+        lines.extend(exports.write_graphs(again, aside, named=out, onnx=onnx, program=program))
+
     checkpoint.save(
         student,
         out,
@@ -155,16 +178,10 @@ def run_export(
         dtype=torch.float32 if bits == 32 else torch.float16,
         bits=4 if bits == 4 else None,
         leave_out_frozen_encoder=encoder_weights is not None,
+        check=check,
     )
-    again = checkpoint.load(out, encoder_weights=encoder_weights)
-    images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before, after = student(images), again(images)
-    off = float((after - before).abs().mean() / before.std().clamp(min=1e-9))
-    if off > {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
-        raise ValueError(f"{out}: its outputs differ from {folder}'s by {off:.2g} of their spread; do not use it")
-    size = (out / "model.safetensors").stat().st_size
-    say(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
+    for line in lines:
+        say(line)
     return out
 
 
@@ -186,11 +203,14 @@ def models(recipe: Recipe) -> Iterator[list[tuple[str, Any]]]:
 
 
 def run_score(recipe: Recipe) -> list[scoring.Score]:
-    """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again."""
+    """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again.
+
+    Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
+    """
     keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
-    results = []
+    results, lost = [], []
     priors: dict[tuple[str, ...], Any] = {}
     with models(recipe) as found:
         for spec in recipe.benchmarks:
@@ -213,15 +233,33 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                     **build.prediction_settings(recipe, name),
                 }
                 with progress(f"predict {spec.label} {name}") as report:
-                    scoring.predict(teacher, samples, store, settings=settings, report=report)
+                    scoring.predict(teacher, samples, store, settings=settings, report=report, tell=note)
                 result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
                 scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.label}--{slug}.json")
                 results.append(result)
+                lost += _lost(result, samples, store)
     side_by_side = grid(results)
     table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
+    for line in lost:
+        note(line)
     return results
+
+
+def _lost(result: scoring.Score, samples: Sequence[Sample], store: Path) -> list[str]:
+    """Which images could not be scored, why, and what to do; nothing where all could."""
+    files = [
+        f"  {store / sample.prediction_path}: {image.problem}"
+        for sample, image in zip(samples, result.images, strict=True)
+        if image.failed
+    ]
+    if not files:
+        return []
+    count = f"{len(files)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
+    more = [f"  and {len(files) - 20} more"] if len(files) > 20 else []
+    way_out = "  mend the benchmark's files that are named, delete the maps that are, and score again"
+    return [f"{count}; no mean", *files[:20], *more, way_out]
 
 
 def run_report(recipe: Recipe) -> Path:

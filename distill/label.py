@@ -311,18 +311,24 @@ def _line(rejected: Rejected) -> dict[str, str]:
 def _is_done(out: Path, part: Part) -> bool:
     """Whether a part needs no work; raises ValueError where it was made from other images.
 
-    A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole.
+    A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole. So is
+    one whose images are all still in its tar, in their order: images that were lost in a damaged tar lie between them.
     """
     sidecar = (out / part.name).with_suffix(".json")
     if not sidecar.is_file():
         return False
     said, keys = read_json(sidecar), [entry.key for entry in part.entries]
     if said["images"] != keys or said["of"] != part.of:
-        if said["images"] == keys[: len(said["images"])] and said["of"] <= part.of:
+        grown = said["images"] == keys[: len(said["images"])]
+        if not grown and part.shard.is_tar:
+            now = iter([entry.key for entry in part.shard.scan().entries])
+            grown = all(key in now for key in said["images"])
+        if grown and said["of"] <= part.of:
             return False
+        why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
         raise ValueError(
             f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
-            f"({len(said['images'])} then, {len(part.entries)} now): label into another folder, or delete "
-            f"{part.shard.stem}-* there"
+            f"({len(said['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
+            f"{part.shard.stem}-[0-9][0-9][0-9].* there"
         )
     return said["tar"] is None or is_whole(out, said["tar"])

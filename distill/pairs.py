@@ -18,6 +18,8 @@ A depth map of another size than its photograph is brought to the photograph's b
 from __future__ import annotations
 
 import csv
+import io
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +98,11 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     path = path / "INDEX.tsv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = {"name", "rgb", "depth"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
-        rows = [
-            (reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for row in reader
-        ]
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    missing = {"name", "rgb", "depth"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
+    rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for row in reader]
     pairs, faults = {}, []
     for line, row in rows:
         try:
@@ -117,6 +116,23 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     return _choose(path, pairs, names)
+
+
+def read_names(path: Path | str) -> list[str]:
+    """The lines of a list of names, without the empty ones. Raises FileNotFoundError or ValueError naming the list."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such list; it is a text file with one name per line")
+    names = [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path}: empty; it should have one name per line")
+    return names
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
 
 
 def _choose(path: Path, pairs: dict[str, Pair], names: list[str] | None) -> list[Pair]:
@@ -145,13 +161,15 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     scale, baseline, offset = 1.0, 0.0, 0.0
     if stereo:
         baseline = float(stereo[1]) * float(stereo[2])
+        if not 0 < baseline < math.inf:
+            raise ValueError(f"scale_to_metres must have f*b finite and above 0, not {scale_text}")
         offset = float(stereo[4] or 0) * (-1.0 if stereo[3] == "-" else 1.0)
         kind = Kind.METRIC_DEPTH
     else:
-        number = re.fullmatch(_NUMBER, scale_text)
-        scale = float(number[0]) if number else 1.0
-        if scale <= 0:
-            raise ValueError(f"scale_to_metres must be positive, not {scale_text}")
+        number = _number(scale_text)
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"scale_to_metres must be finite and above 0, not {scale_text}; words mean unknown")
+        scale = 1.0 if number is None else number
         kind = _kind(row.get("kind") or "depth", known=number is not None)
     bounds, values = _invalid(row.get("invalid", ""))
     return Pair(
@@ -167,6 +185,13 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         trust=row.get("trust", ""),
         dataset=row.get("dataset", ""),
     )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _kind(text: str, *, known: bool) -> Kind:

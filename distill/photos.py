@@ -1,16 +1,24 @@
-"""One photograph: encoded bytes in, 8-bit RGB out, or a reason why not.
+"""One photograph: encoded bytes in, 8-bit RGB out, or a reason why not; and the key that it goes by.
 
-Every way in which a file of the world can be broken ends in one BadImage whose message is the reason.
+Every way in which a file of the world can be broken ends in one BadImage whose message is the reason. Keys are made
+safe for tar members here, once: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the
+first dot).
 
 Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import re
+import stat
 import struct
 import zlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -58,6 +66,50 @@ class Photo:
     origin: str
 
 
+def safe_key(name: str) -> str:
+    """`name` as a key for tar members: other characters become `_`, long names keep their end and a hash."""
+    key = re.sub(r"[^A-Za-z0-9_\-+=@]", "_", name).strip("_") or "image"
+    if len(key) <= 120:
+        return key
+    return with_hash(key[-100:].lstrip("_-"), name)
+
+
+def with_hash(key: str, name: str) -> str:
+    """`key` with a hash of the name that it stands for, which may hold lone surrogates (not UTF-8)."""
+    return f"{key}-{hashlib.blake2b(name.encode(errors='surrogatepass'), digest_size=5).hexdigest()}"
+
+
+def unique_keys(names: Sequence[str]) -> list[str]:
+    """A safe key per name; names that would share one get a hash of their own, whatever their order."""
+    keys = [safe_key(str(PurePosixPath(name).with_suffix(""))) for name in names]
+    seen = Counter(keys)
+    return [key if seen[key] == 1 else with_hash(key, name) for key, name in zip(keys, names, strict=True)]
+
+
+def not_a_file(path: Path) -> str:
+    """Why a path cannot be read as a file, or ""; to open a named pipe would be to wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"{'a link to nothing' if path.is_symlink() else 'cannot be read'}: {error.strerror}"
+    if stat.S_ISREG(mode):
+        return ""
+    return "a folder, not a file" if stat.S_ISDIR(mode) else "not a plain file (a named pipe, a socket or a device)"
+
+
+def load_file(path: Path, key: str, origin: str) -> Photo:
+    """The photo in a file; raises BadImage."""
+    if reason := not_a_file(path):
+        raise BadImage(reason)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadImage(f"{path.stat().st_size} bytes is more than {MAX_BYTES}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror}") from error
+    return Photo(key, decode(data), None, origin)
+
+
 def decode(data: bytes) -> Tensor:
     """(3,H,W) uint8 RGB from an encoded image; raises BadImage with the reason.
 
@@ -69,6 +121,10 @@ def decode(data: bytes) -> Tensor:
     head = data[:512].lstrip()
     if head[:1] in (b"<", b"{"):
         raise BadImage(f"not an image: it is text, beginning {head[:24].decode('latin-1')!r}")
+    # libjpeg takes zeros for flat blocks: an unfinished download would be a good photo with a grey foot.
+    zeros = len(data) - len(data.rstrip(b"\0"))
+    if data[:2] == b"\xff\xd8" and zeros >= 512 and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+        raise BadImage(f"truncated: it ends in {zeros} zero bytes, as an unfinished download does")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:

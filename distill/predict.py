@@ -1,7 +1,8 @@
 """Depth maps for people who only want depth maps: files, folders, globs and videos in, pictures and numbers out.
 
-Every file is written aside and renamed, so that what is there is whole, and a second call does only what is missing. A
-photo that cannot be read is one line in the outcome, and the rest is done. Surprise: a map of affine disparity has no
+Every file is written aside and renamed, so that what is there is whole, and a second call does only what is missing or
+made from a file that has changed since (distill.outputs). A photo that cannot be used is one line in the outcome, and
+the rest is done. Surprise: a map of affine disparity has no
 unit, so the 16-bit picture stretches each map to its own range and keeps that range in the file ("low" and "high" of
 its text: value = low + code / 65535 * (high - low)); a video keeps one slowly moving range, or it would flicker.
 """
@@ -12,28 +13,27 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from distill import checkpoint
+from distill import checkpoint, film
 from distill.depth import DepthMap
+from distill.outputs import FILMS, SETTINGS, VIDEOS, Job, Outputs, aside
 from distill.photos import BadImage, decode
 from distill.sources import SUFFIXES
 from eval.figures import NEARNESS, colourise
 from teachers.checkpoint import Teacher
 
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
-FORMATS = {"png": ".png", "npy": ".npy", "colour": "_colour.png", "side": "_side.jpg"}
-"""What can be written, and how each file ends: 16-bit picture, float32 values, colours, photo beside colours."""
-SETTINGS = "predict.json"
+PHOTOS = (*SUFFIXES, ".gif")
+"""Suffixes that a folder is searched for, beside VIDEOS; of a moving GIF the first picture is taken."""
 
-Report = Callable[[int, int], None]
+Report = Callable[..., None]
+"""report(done, total, frame=3, frames=12): inputs, and within a video its frames (frames 0: it does not say)."""
 
 
 class Estimator:
@@ -63,28 +63,21 @@ def load(
     """The student in a folder, "pocket", or OWNER/NAME on the hub (distill.checkpoint.fetch), ready to predict.
 
     device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
+    Raises ValueError for a device that cannot be used here.
     """
-    folder = checkpoint.fetch(student)
     on = _device() if device == "auto" else device
+    try:
+        torch.zeros(1, device=on).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    folder = checkpoint.fetch(student)
     return Estimator(Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights))
 
 
 def read(path: str | Path) -> Tensor:
     """(3,H,W) uint8 RGB of an image file, EXIF rotation applied; BadImage with the reason, OSError where it is not."""
     return decode(Path(path).read_bytes())
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One input and the stem of its outputs, relative to the output folder."""
-
-    path: Path
-    stem: str
-
-    @property
-    def is_video(self) -> bool:
-        """True for a file whose suffix is a video's."""
-        return self.path.suffix.lower() in VIDEOS
 
 
 @dataclass
@@ -97,107 +90,126 @@ class Outcome:
 
 
 def find(inputs: Sequence[str], *, out: Path) -> list[Job]:
-    """Photos and videos behind files, folders (searched to the bottom) and globs; what lies in `out` is left out.
+    """Photos and videos behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
 
-    Raises FileNotFoundError for an input that matches nothing.
+    Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
-    jobs: dict[Path, str] = {}
-    taken: set[str] = set()
+    outputs = Outputs(out)
+    found: dict[Path, str] = {}
     for given in inputs:
-        root = Path(given).expanduser()
-        named = [root] if root.exists() else _glob(root)
-        before = len(jobs)
-        matched = False
-        for path in named:
-            inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-            for file in inside:
-                usable = file.suffix.lower() in (*SUFFIXES, *VIDEOS) and not file.resolve().is_relative_to(
-                    out.resolve()
-                )
-                if not file.is_file() or (path.is_dir() and not usable):
-                    continue
-                matched = True
-                if file.resolve() not in jobs:
-                    stem = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
-                    stem = _free(stem, file, taken)
-                    jobs[file.resolve()] = stem
-        if not matched and len(jobs) == before:
-            raise FileNotFoundError(f"{given}: no photo or video there ({', '.join((*SUFFIXES, *VIDEOS))})")
-    return [Job(path, stem) for path, stem in jobs.items()]
+        if not given.strip():
+            raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
+        files = list(_files(Path(given).expanduser()))
+        photos = {file.resolve(): stem for file, stem in files if not outputs.holds(file)}
+        if not photos:
+            what = f" but what this command made in {out}" if files else ""
+            raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))})")
+        found |= {file: stem for file, stem in photos.items() if file not in found}
+    return [Job(path, outputs.stem(path, found[path])) for path in found]
+
+
+def _files(given: Path) -> Iterator[tuple[Path, str]]:
+    """Files behind one path or glob, each with the stem that it would like."""
+    for path in [given] if given.exists() else _glob(given):
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.suffix.lower() in (*PHOTOS, *VIDEOS) and file.is_file():
+                    yield file, file.relative_to(path).with_suffix("").as_posix()
+        elif path.is_file():
+            yield path, path.stem
 
 
 def _glob(pattern: Path) -> list[Path]:
-    rest = str(pattern.relative_to(pattern.anchor))
-    return sorted(Path(pattern.anchor or ".").glob(rest)) if rest != "." else []
-
-
-def _free(stem: str, file: Path, taken: set[str]) -> str:
-    """`stem`, or with the suffix or a number at its end where another input has it."""
-    name, count = stem, 1
-    if name in taken:
-        name = f"{stem}_{file.suffix.lstrip('.').lower()}"
-    while name in taken:
-        count += 1
-        name = f"{stem}_{count}"
-    taken.add(name)
-    return name
+    # What exists is meant as it is written: a folder may be called "b [1]".
+    base, parts = Path(pattern.anchor or "."), list(pattern.relative_to(pattern.anchor).parts)
+    while parts and (base / parts[0]).exists():
+        base /= parts.pop(0)
+    return sorted(base.glob("/".join(parts))) if parts else []
 
 
 def run(
     estimator: Estimator, jobs: Sequence[Job], *, out: Path, formats: Sequence[str] = ("png", "side"), report: Report
 ) -> Outcome:
-    """Predict every job that `out` does not hold yet. report(done, total) counts inputs.
+    """Predict every job whose maps `out` does not hold, made from the file as it is now.
 
-    Raises ValueError where `out` holds the predictions of another student or size.
+    Raises ValueError where `out` holds the predictions of another student or size, and what Outputs raises.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    outputs = Outputs(out)
+    outputs.prepare()
     _same_settings(estimator, out)
     outcome = Outcome()
     for done, job in enumerate(jobs):
         report(done, len(jobs))
         try:
-            new = _video(estimator, job, out, formats) if job.is_video else _photo(estimator, job, out, formats)
+            if job.is_video:
+                new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)))
+            else:
+                new = _photo(estimator, job, outputs, formats)
             outcome.written += new
             outcome.present += not new
-        except (BadImage, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            outcome.problems.append(f"{job.path}: {reason}")
+        except (BadImage, OSError, MemoryError, RuntimeError) as error:
+            if not (problem := _problem(job, error)):
+                raise
+            outcome.problems.append(problem)
     report(len(jobs), len(jobs))
     return outcome
+
+
+def _problem(job: Job, error: Exception) -> str:
+    """The line of an input that could not be used; "" for a fault that is not its own."""
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return f"{job.path}: not enough memory; --size N or a smaller image"
+    if isinstance(error, OSError):
+        of = f" (a map of {job.path})" if error.filename and Path(error.filename) != job.path else ""
+        return f"{error.filename or job.path}: {error.strerror or error}{of}"
+    if isinstance(error, BadImage):
+        return f"{job.path}: {error}"
+    # PyTorch has a class for CUDA's memory alone; the CPU's and Apple's end in a RuntimeError with these words.
+    words = ("out of memory", "not enough memory", "allocate memory")
+    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+        return f"{job.path}: not enough memory; --size N or a smaller image"
+    return ""
 
 
 def _same_settings(estimator: Estimator, out: Path) -> None:
     card, path = estimator.card, out / SETTINGS
     now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        differing = [key for key in ("revision", "size") if before.get(key) != now[key]]
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in ("revision", "size") if before[key] != now[key]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}: damaged, or not from distill predict; give another --out, or delete this file if the maps "
+                "beside it are of this student and size"
+            ) from error
         if differing:
             raise ValueError(
                 f"{out}: holds predictions with another {' and '.join(differing)} ({before.get('student')}); "
-                "give another --out, or delete it"
+                "give another --out"
             )
-    with _aside(path) as new:
+    with aside(path) as new:
         new.write_text(json.dumps(now | {"licence": card.licence}, indent=1) + "\n", encoding="utf-8")
 
 
-def _photo(estimator: Estimator, job: Job, out: Path, formats: Sequence[str]) -> bool:
+def _photo(estimator: Estimator, job: Job, outputs: Outputs, formats: Sequence[str]) -> bool:
     """Write one photo's outputs; False where all of them are there."""
-    missing = [name for name in formats if not (out / f"{job.stem}{FORMATS[name]}").is_file()]
+    made = outputs.now(job)
+    missing = outputs.missing(made, formats)
     if not missing:
         return False
     photo = read(job.path)
     values = estimator.predict(photo).values[0].numpy()
-    low, high = float(values.min()), float(values.max())
+    span = float(values.min()), float(values.max())
+    made = outputs.begin(made, missing)
     for name in missing:
-        path = out / f"{job.stem}{FORMATS[name]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, name, values, photo.permute(1, 2, 0).numpy(), (low, high), str(estimator.card.kind))
+        _write(outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind))
+    outputs.finish(made, missing)
     return True
 
 
 def _write(path: Path, name: str, values: np.ndarray, rgb: np.ndarray, span: tuple[float, float], kind: str) -> None:
-    with _aside(path) as new:
+    with aside(path) as new:
         if name == "npy":
             np.save(new, values)
         elif name == "png":
@@ -227,98 +239,42 @@ def _position(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
 
 
-# --- videos -----------------------------------------------------------------------------------------------------------
+def _video(estimator: Estimator, job: Job, outputs: Outputs, formats: Sequence[str], report: Report) -> bool:
+    """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where they are there.
 
-
-def _video(estimator: Estimator, job: Job, out: Path, formats: Sequence[str]) -> bool:
-    """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where it is done.
-
-    STEM.json is written last: it says that the video is complete.
+    STEM.json comes after them: it says that the video is complete. What can be decoded of a damaged one is kept.
     """
-    done = out / f"{job.stem}.json"
-    wanted = sorted(formats)
-    if done.is_file() and set(json.loads(done.read_text(encoding="utf-8"))["formats"]) >= set(wanted):
+    made = outputs.now(job)
+    missing = outputs.missing(made, formats)
+    if not missing:
         return False
-    frames = _frames(job.path)
     span: tuple[float, float] | None = None
-    count = 0
+    count, rate, total = 0, 0.0, 0
     with contextlib.ExitStack() as stack:
-        films = {name: stack.enter_context(_film(out, job, name)) for name in wanted if name in ("colour", "side")}
-        for rgb, rate in frames:
-            values = estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)).values[0].numpy()
-            own = float(values.min()), float(values.max())
-            shown = _shown(values)
-            span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
-            for name in (n for n in wanted if n in ("png", "npy")):
-                path = out / job.stem / f"{count:06d}{FORMATS[name]}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not path.is_file():
-                    _write(path, name, values, rgb, own, str(estimator.card.kind))
-            for name, film in films.items():
+        films: dict[str, Callable[[np.ndarray, float], None]] = {}
+        for rgb, rate, total in film.frames(job.path):
+            report(frame=count, frames=total)
+            if not count:
+                made = outputs.begin(made, missing)
+                films = {n: stack.enter_context(film.writer(outputs.path(made, n))) for n in missing if n in FILMS}
+            single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
+            if single or films:
+                values = estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)).values[0].numpy()
+                own = float(values.min()), float(values.max())
+                for name in single:
+                    _write(outputs.path(made, name, count), name, values, rgb, own, str(estimator.card.kind))
+                shown = _shown(values)
+                span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
                 picture = coloured(values, span)
-                film(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
+                for name, write in films.items():
+                    write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
             count += 1
-        if not count:
-            raise BadImage("no frame of this video can be decoded")
-    with _aside(done) as new:
-        new.write_text(json.dumps({"frames": count, "formats": wanted}) + "\n", encoding="utf-8")
+    film.check_whole(job.path, count, rate, total)
+    said = {"frames": count, "formats": sorted({*made.formats, *missing})}
+    with aside(outputs.folder / f"{made.stem}.json") as new:
+        new.write_text(json.dumps(said) + "\n", encoding="utf-8")
+    outputs.finish(made, missing, frames=count)
     return True
-
-
-def _frames(path: Path) -> Iterator[tuple[np.ndarray, float]]:
-    """(H,W,3) uint8 RGB frames of a video, each with the frames per second."""
-    reader = cv2.VideoCapture(str(path))
-    try:
-        if not reader.isOpened():
-            raise BadImage("OpenCV cannot open this video (a codec that it does not have, or not a video)")
-        rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-        while True:
-            there, frame = reader.read()
-            if not there:
-                return
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), rate
-    finally:
-        reader.release()
-
-
-@contextlib.contextmanager
-def _film(out: Path, job: Job, name: str) -> Iterator[Callable[[np.ndarray, float], None]]:
-    """A writer of frames to STEM_NAME.mp4, which appears when the block ends well."""
-    path = out / f"{job.stem}_{name}.mp4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer: Any = None
-
-    with _aside(path) as new:
-
-        def write(rgb: np.ndarray, rate: float) -> None:
-            nonlocal writer
-            # mp4v's chroma wants even sides; one row or column is repeated.
-            even = np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)), mode="edge")
-            if writer is None:
-                writer = cv2.VideoWriter(
-                    str(new), cv2.VideoWriter.fourcc(*"mp4v"), rate, (even.shape[1], even.shape[0])
-                )
-                if not writer.isOpened():
-                    raise OSError(f"{path}: OpenCV cannot write this video; ask for png or npy instead")
-            writer.write(cv2.cvtColor(even, cv2.COLOR_RGB2BGR))
-
-        try:
-            yield write
-        finally:
-            if writer is not None:
-                writer.release()
-
-
-@contextlib.contextmanager
-def _aside(path: Path) -> Iterator[Path]:
-    """A name to write to (same suffix) that becomes `path` when the block ends well and is removed otherwise."""
-    new = path.with_name(f".new.{path.name}")
-    try:
-        yield new
-        if new.is_file():
-            new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def _device() -> str:

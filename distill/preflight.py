@@ -38,19 +38,26 @@ _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
 
 @dataclass(frozen=True, slots=True)
 class _Images:
-    """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try."""
+    """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try.
+
+    bad: photos that were tried and are no use; rejected: names that were turned away. Both with the reason.
+    """
 
     count: int
     scanned: bool
     parts: int
     photos: list[Photo]
     bad: list[str]
+    rejected: list[str]
 
 
 def check_recipe(recipe: Recipe) -> list[Finding]:
     """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
     found: list[Finding] = []
-    device = build.device(recipe)
+    device = _try(found, "device", lambda: build.device(recipe))
+    if device is None:
+        recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
+        device = torch.device("cpu")
     images = _try(found, "images", lambda: _images(recipe))
     if images is not None:
         found += _about_images(recipe, images)
@@ -109,12 +116,17 @@ def _images(recipe: Recipe) -> _Images:
         parts=round(scale * sum(math.ceil(len(scan.entries) / per_part) for scan in scans)),
         photos=photos,
         bad=bad,
+        rejected=[f"{line.origin}: {line.reason}" for scan in scans for line in scan.rejected],
     )
 
 
 def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
     about = "" if images.scanned else "about "
-    yield Finding("ok" if images.count else "bad", f"{about}{images.count} images in {about}{images.parts} parts")
+    if not images.count:
+        why = images.rejected[0] if images.rejected else "the source is empty"
+        yield Finding("bad", f"no images: {why}", "mend the file, or name others in [[images]]")
+        return
+    yield Finding("ok", f"{about}{images.count} images in {about}{images.parts} parts")
     if images.bad:
         tried = len(images.bad) + len(images.photos)
         level: Level = "warn" if images.photos else "bad"
@@ -166,11 +178,11 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iter
 def _about_batches(recipe: Recipe) -> Iterator[Finding]:
     train = recipe.train
     fits = [n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0]
-    level: Level = "ok" if fits == list(PROCESSES) else "warn" if fits else "bad"
+    level: Level = "ok" if fits == list(PROCESSES) else "warn"
     yield Finding(
         level,
         f"train.batch_size = {train.batch_size}, accumulate = {train.accumulate}: trains on "
-        f"{', '.join(map(str, fits)) or 'no number'} of {', '.join(map(str, PROCESSES))} processes",
+        f"{', '.join(map(str, fits))} of {', '.join(map(str, PROCESSES))} processes",
         "" if level == "ok" else "make batch_size a multiple of processes x accumulate",
     )
 

@@ -15,11 +15,19 @@ GROUP = 128
 _CUTS = (1.0, 0.92, 0.85, 0.78)
 
 
+def fits(values: Tensor) -> bool:
+    """True where float16 holds every value: none is NaN, infinite or above 65504."""
+    return bool(values.detach().half().isfinite().all())
+
+
 def quantize(values: Tensor, *, bits: int = 4) -> dict[str, Tensor]:
     """`codes` (uint8, two to a byte for 4 bits), `low` and `step` (float16, one per group) of a tensor of any shape.
 
-    Groups run over the flattened tensor; the last one is filled up with its last value.
+    Groups run over the flattened tensor; the last one is filled up with its last value. Raises ValueError for values
+    that do not fit float16 (`fits`).
     """
+    if not fits(values):
+        raise ValueError("a value is NaN, infinite or above 65504, so low and step, float16, cannot store it")
     levels = 2**bits - 1
     flat = values.detach().float().flatten()
     filled = torch.cat([flat, flat[-1:].expand(-len(flat) % GROUP)]).reshape(-1, GROUP)

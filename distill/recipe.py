@@ -6,20 +6,27 @@ Options of plug-ins stay a table that is bound to the plug-in's signature when i
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
 
 from distill.plugins import name_fault
+from distill.schedule import TrainSettings, below
 from distill.strict import parse_into, plain, read_toml
 
 
 def _table() -> Any:
     return field(default_factory=dict)
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +39,14 @@ class Run:
     device: str = "auto"
 
     def __post_init__(self) -> None:
+        faults = []
+        if not self.name.strip() or {".", ".."} & set(self.name.split("/")):
+            faults.append(f"name = {self.name!r} cannot name a folder below runs/: take a word")
         if "://" in self.out:
-            raise ValueError(f"out = {self.out!r}: a run writes to a path, for it finishes files by renaming; mount it")
+            faults.append(f"out = {self.out!r}: a run writes to a path, for it finishes files by renaming; mount it")
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
+            faults.append(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {self.device!r}")
+        _refuse(faults)
 
     @property
     def folder(self) -> Path:
@@ -62,6 +75,7 @@ class Images:
     def __post_init__(self) -> None:
         if sum(map(bool, (self.tars, self.photos, self.pairs, self.scenes, self.wheels))) != 1:
             raise ValueError("needs exactly one of tars, photos, pairs, scenes, wheels")
+        _refuse(below(self, scenes=0, limit=0, size=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +92,10 @@ class Crops:
     small: Literal["refuse", "use"] = "refuse"
 
     def __post_init__(self) -> None:
-        if self.size < 14 or self.min_side < 1 or self.draws < 1 or self.num_patches < 1:
-            raise ValueError("size must be at least 14, and min_side, draws and num_patches at least 1")
+        faults = below(self, size=14, min_side=1, draws=1, num_patches=1, patch_size=0)
         if not 0.0 <= self.overlap < 0.9:
-            raise ValueError(f"overlap must be in [0, 0.9), not {self.overlap}")
+            faults.append(f"overlap must be in [0, 0.9), not {self.overlap}")
+        _refuse(faults)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,19 +156,19 @@ class Labels:
     bridge_residual: float = 0.3
 
     def __post_init__(self) -> None:
+        faults = below(self, samples_per_part=1, batch_size=1, threads=0)
         if "://" in self.root:
-            raise ValueError(
+            faults.append(
                 f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
                 "labels.mirror takes a URL"
             )
         if self.mirror and "://" not in self.mirror:
-            raise ValueError(
-                f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels"
-            )
+            faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
         if not 0.0 < self.bridge_residual <= 1.0:
-            raise ValueError(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
+            faults.append(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
         if self.bridge and self.store != "disparity":
-            raise ValueError(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
+            faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
+        _refuse(faults)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,6 +206,7 @@ class Student:
             raise ValueError('norm = "group" cannot be given to the trained student of start: leave one of them out')
         if self.decoder_weights and (self.start or self.decoder_start):
             raise ValueError("decoder_weights beside start or decoder_start: the decoder can begin from one place only")
+        _refuse(below(self, native_size=0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,8 +238,10 @@ class Loss:
             raise ValueError("faithful is HDN's released loss, which knows no trim_top and no label_only")
         if self.contexts != "dr" and not self.faithful:
             raise ValueError(f'contexts = "{self.contexts}" is a variant of HDN\'s released loss: set faithful = true')
+        faults = below(self, shared=0, local_global=0, feature=0, gradient=0, anchor=0, feature_margin=0)
         if not 0.0 <= self.trim_top < 1.0:
-            raise ValueError(f"trim_top must be in [0, 1), not {self.trim_top}")
+            faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
+        _refuse(faults)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,12 +289,18 @@ class Train:
     fused: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.accumulate < 1:
-            raise ValueError("steps, batch_size and accumulate must be at least 1")
-        if not 0.0 <= self.primary_ratio <= 1.0:
-            raise ValueError(f"primary_ratio must be in [0, 1], not {self.primary_ratio}")
-        if not 0.0 <= self.holdout < 1.0:
-            raise ValueError(f"holdout must be in [0, 1), not {self.holdout}")
+        ratio = 0.0 <= self.primary_ratio <= 1.0
+        faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {self.primary_ratio}"]
+        try:
+            self.settings()
+        except ValueError as error:
+            faults.append(str(error))
+        _refuse(faults)
+
+    def settings(self, **more: Any) -> TrainSettings:
+        """As the trainer takes them, with what other tables decide. Raises ValueError with every fault."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("primary_ratio", "seed")}
+        return TrainSettings(**(own | more))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,9 +321,12 @@ class Benchmark:
     limit: int = 0
 
     def __post_init__(self) -> None:
-        fault = name_fault("eval.benchmarks", self.name)
-        if fault:
-            raise ValueError(fault)
+        faults = below(self, limit=0)
+        if fault := name_fault("eval.benchmarks", self.name):
+            faults.append(fault)
+        if "/" in self.label or self.label in (".", ".."):
+            faults.append(f"alias = {self.alias!r} cannot name a folder of predictions: take a word without slashes")
+        _refuse(faults)
 
     @property
     def label(self) -> str:
@@ -317,6 +343,9 @@ class Score:
     plane_prior: bool = True
     pictures: int = 4
 
+    def __post_init__(self) -> None:
+        _refuse(below(self, pictures=0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compare:
@@ -330,8 +359,7 @@ class Compare:
     student: bool = True
 
     def __post_init__(self) -> None:
-        if self.limit < 0 or self.side < 32:
-            raise ValueError(f"limit must not be negative and side at least 32, not {self.limit} and {self.side}")
+        _refuse(below(self, limit=0, side=32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

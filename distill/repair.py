@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.claim import claim
+from distill.console import note
 from distill.journey import run_label
 from distill.recipe import Recipe, parse
 from distill.shards import MANIFEST, find_problems, read_manifest
@@ -36,10 +37,11 @@ def repair(
     relabel: Callable[[Recipe, Path], object] = run_label,
     report: Callable[..., None] | None = None,
 ) -> list[str]:
-    """Verify, set bad tars aside, label them again, verify what is new; returns the names of the tars that were bad.
+    """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
 
     A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
-    was good; the same command goes on. Raises ValueError where the folder is still not whole, and what labelling
+    was good; the same command goes on. A tar that is no part of these labels is somebody's: it stays as NAME.bad, which
+    readers pass over, and a line says so. Raises ValueError where the folder is still not whole, and what labelling
     raises: Busy where a run holds the folder, ValueError where images or teachers are not what they were.
     """
     folder = Path(folder)
@@ -62,9 +64,11 @@ def repair(
     left = find_problems(folder)
     if left:
         raise ValueError(f"{folder} is still not whole: {next(iter(left.values()))[0]}")
-    # A tar that is no part of these labels is somebody's: it stays, under the name that readers pass over.
     ours = {MANIFEST, *(shard["name"] for shard in read_manifest(folder)["shards"])}
     for path in folder.glob(f"*{BAD}"):
         if path.name.removesuffix(BAD).replace(".json", ".tar") in ours or path == old:
             path.unlink()
-    return [name or MANIFEST for name in problems]
+    made = [name or MANIFEST for name in problems]
+    for name in (name for name in made if name not in ours):
+        note(f"{folder / name} is no part of these labels: set aside as {name}{BAD}")
+    return [name for name in made if name in ours]

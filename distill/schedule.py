@@ -11,17 +11,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-
-from distill.depth import Kind
+# A recipe is judged by these settings, and reading one should not wait for torch.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 SCHEDULES = ("cosine", "linear", "poly", "constant")
 PRECISIONS = ("fp32", "bf16")
 STRATEGIES = ("select", "average")
 BATCHNORMS = ("batch", "sync", "frozen")
+KIND = "affine_disparity"
 # How a run may be told differently when it goes on, because its mathematics stays the same.
 CHANGEABLE = frozenset(
     "accumulate workers eval_batch_size save_every keep_last log_every trackers compile channels_last "
@@ -78,7 +79,7 @@ class TrainSettings:
     trackers: tuple[str, ...] = ("tensorboard",)
     teachers: Mapping[str, float] = field(default_factory=dict)
     strategy: str = "select"
-    kind: str = Kind.AFFINE_DISPARITY.value
+    kind: str = KIND
     freeze_encoder: bool = False
     batchnorm: str = "batch"
     ema: float = 0.0
@@ -102,24 +103,25 @@ class TrainSettings:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
+def below(table: object, **least: int) -> list[str]:
+    """A clause for every field of `table` that is less than its least value, or not finite."""
+    values = {name: getattr(table, name) for name in least}
+    return [
+        f"{name} must be {'finite and ' if isinstance(value, float) else ''}at least {least[name]}, not {value}"
+        for name, value in values.items()
+        if not least[name] <= value < math.inf
+    ]
+
+
 def _faults(s: TrainSettings) -> list[str]:
     """Every fault of the settings at once, one clause each."""
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
     at_least |= {"weight_decay": 0, "clip_norm": 0, "colour": 0, "freeze_steps": 0}
-    faults = [f"{k} must be at least {low}, not {getattr(s, k)}" for k, low in at_least.items() if getattr(s, k) < low]
-    choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "strategy": STRATEGIES, "batchnorm": BATCHNORMS}
-    choices["kind"] = tuple(kind.value for kind in Kind)
-    faults += [
-        f"{k} must be one of {', '.join(allowed)}, not {getattr(s, k)!r}"
-        for k, allowed in choices.items()
-        if getattr(s, k) not in allowed
-    ]
-    if s.lr <= 0 or (s.encoder_lr is not None and s.encoder_lr <= 0):
-        faults.append(f"lr and encoder_lr must be above 0, not {s.lr} and {s.encoder_lr}; use freeze_encoder = true")
+    faults = below(s, **at_least) + _unknown_words(s) + _bad_rates(s)
     if s.warmup_steps >= s.steps:
         faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
-    if s.batch_size % s.accumulate:
+    if s.accumulate > 0 and s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
     for name, value in (("holdout", s.holdout), ("ema", s.ema)):
         if not 0.0 <= value < 1.0:
@@ -137,6 +139,26 @@ def _faults(s: TrainSettings) -> list[str]:
     if bad or (s.teachers and not sum(s.teachers.values()) > 0):
         faults.append(f"teachers must have shares of at least 0 that do not sum to 0, not {dict(s.teachers)}")
     return faults
+
+
+def _unknown_words(s: TrainSettings) -> list[str]:
+    choices = {"schedule": SCHEDULES, "precision": PRECISIONS, "strategy": STRATEGIES, "batchnorm": BATCHNORMS}
+    if s.kind != KIND:
+        from distill.depth import Kind
+
+        choices["kind"] = tuple(kind.value for kind in Kind)
+    return [
+        f"{name} must be one of {', '.join(allowed)}, not {getattr(s, name)!r}"
+        for name, allowed in choices.items()
+        if getattr(s, name) not in allowed
+    ]
+
+
+def _bad_rates(s: TrainSettings) -> list[str]:
+    way_out = {"lr": "", "encoder_lr": "; to train the decoder alone set freeze_encoder = true"}
+    rates = {"lr": s.lr, "encoder_lr": s.lr if s.encoder_lr is None else s.encoder_lr}
+    bad = [name for name, rate in rates.items() if not 0 < rate < math.inf and getattr(s, name) is not None]
+    return [f"{name} must be finite and above 0, not {rates[name]}{way_out[name]}" for name in bad]
 
 
 def factor(step: int, settings: TrainSettings) -> float:
@@ -206,6 +228,8 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
 
 def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over every trainable parameter of the student, at peak rates until `set_rates`."""
+    import torch
+
     groups = parameter_groups(student, settings)
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True if settings.fused else None)
 

@@ -4,7 +4,7 @@
         K.jpg                       the region as the student sees it, quality 95, 4:4:4
         K.<teacher>.shared.jls      the teacher's map of it, in a codec of `distill.codec.CODECS` (png, npy.gz)
         K.<teacher>.local<i>.jls    its maps of the patches
-        K.json                      crop, patches, kinds, ranges, codec, seed
+        K.json                      crop, patches, kinds, ranges, checksums, codec, seed
     <stem>-<part>.json   what the tar holds and where, so that nothing has to be searched for
     manifest.json        the whole run: recipe, teachers, image list, checksums, quarantine, licences
 
@@ -19,6 +19,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ import numpy as np
 import webdataset
 from torch.utils.data import Dataset
 
-from distill.codec import VERSION, Sample, check_version, decode_sample
+from distill.codec import REPAIR, VERSION, Sample, check_version, decode_sample, disagreements
 from distill.codec import collate as collate
 from distill.sources import walk_tar
 
@@ -175,11 +176,28 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
         raise FileNotFoundError(f"{path} is missing: {reason}")
-    manifest = read_json(path)
-    for name in ("teachers", "shards", "images", "quarantine"):
-        if name not in manifest:
-            raise ValueError(f"{path} has no {name!r}: not a manifest of labels")
-    return manifest
+    return read_json(path)
+
+
+def _check_keys(path: Path, value: dict[str, Any]) -> None:
+    """Raise ValueError unless a manifest, or the json of a tar, has what is read of it; other tables are let by."""
+    needed: list[tuple[str, Any, str]] = []
+    tars: Any = []
+    if path.name == MANIFEST:
+        needed += [("it", value, "teachers shards images quarantine")]
+        needed += [("images", value.get("images"), "count sha256 keys")]
+        tars = value.get("shards", [])
+    elif re.search(r"-\d{3,}$", path.stem):
+        needed += [("it", value, "part of images tar samples quarantine kinds")]
+        tars = [value["tar"]] if value.get("tar") is not None else []
+    needed += [
+        ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
+    ]
+    for what, table, keys in needed:
+        missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
+        if missing:
+            way_out = "delete it and run distill label again"
+            raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -191,6 +209,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON table: not written by distill label")
     check_version(value, path)
+    _check_keys(path, value)
     return value
 
 
@@ -211,7 +230,8 @@ def read_shard(path: str | Path, *, teachers: Sequence[str] | None = None) -> It
         for members in stream:
             yield decode_sample(members, where=f"{path}:{members['__key__']}", teachers=teachers)
     except tarfile.TarError as error:
-        raise OSError(f"{path} is damaged ({error}); delete it and its .json, and run distill label again") from error
+        reason = str(error.args[0]).partition(" @ ")[0]  # webdataset adds its objects
+        raise OSError(f"{path} is damaged ({reason}); {REPAIR}") from error
 
 
 def shard_index(path: Path) -> list[tuple[str, int, int]]:
@@ -236,7 +256,7 @@ def _members(blob: bytes, where: str) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
             return {m.name.split(".", 1)[-1]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
     except tarfile.TarError as error:
-        raise OSError(f"{where} is damaged ({error}); run distill verify on its folder") from error
+        raise OSError(f"{where} is damaged ({error}); {REPAIR}") from error
 
 
 class LabelDataset(Dataset[Sample]):
@@ -312,7 +332,7 @@ class LabelDataset(Dataset[Sample]):
         # pread leaves the file's position alone, so that a forked worker may share the handle.
         blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
-            raise OSError(f"{where} is damaged: the tar ends too early; run distill verify on its folder")
+            raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
         return decode_sample(_members(blob, where), where=where, teachers=teachers)
 
     def _handle(self, name: str) -> IO[bytes]:
@@ -377,7 +397,7 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> lis
     seen: list[str] = []
     try:
         for sample in read_shard(path):
-            problems += [f"{path}:{sample.key}: {said}" for said in _verify_sample(sample)]
+            problems += [f"{path}:{sample.key}: {said}" for said in disagreements(sample)]
             if sample.image_key not in images:
                 problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
             seen.append(sample.key)
@@ -391,27 +411,3 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> lis
     if len(set(seen)) != len(seen):
         problems.append(f"{path}: a key occurs twice")
     return problems
-
-
-def _verify_sample(sample: Sample) -> Iterator[str]:
-    crop, size = sample.record["crop"], sample.record["crop"]["size"]
-    if sample.image.shape != (3, size, size):
-        yield f"the image is {tuple(sample.image.shape)}, not 3 x {size} x {size}"
-    if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
-        yield "a patch lies outside the region"
-    for name, labels in sample.labels.items():
-        said = sample.record["labels"][name]
-        maps = [(labels.shared, 0, said["shared"], size)]
-        if labels.local is not None:
-            maps += [(labels.local, i, span, crop["patch_size"]) for i, span in enumerate(said["local"])]
-        if len(said["local"]) not in (0, len(sample.record["patches"])):
-            yield f"{name} has {len(said['local'])} local maps for {len(sample.record['patches'])} patches"
-        for depth, i, span, side in maps:
-            if depth.values.shape[1:] != (side, side):
-                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {side} x {side}"
-            if int(depth.valid[i].sum()) != span["valid"]:
-                yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
-            if not span["low"] <= span["high"]:
-                yield f"a map by {name} has the range {span['low']} to {span['high']}"
-        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and said["shared"]["low"] < 0:
-            yield f"{name} says {labels.shared.kind}, but has negative values"

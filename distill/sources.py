@@ -2,8 +2,7 @@
 
 A source is a list of input shards. A shard is scanned (names only) into entries and rejected names, and each entry
 decodes one photo when asked, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
-disk: a tar's members are read where they lie, on this disk or at a URL (distill.places). Keys are made safe for tar
-members here, once: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the first dot).
+disk: a tar's members are read where they lie, on this disk or at a URL (distill.places).
 
 Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
 """
@@ -11,25 +10,25 @@ Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation appli
 from __future__ import annotations
 
 import glob
-import hashlib
 import importlib.util
 import io
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 import torch
 
 from distill import pairs as depth_pairs
-from distill import places
+from distill import photos, places
 from distill import scenes as procedural
 from distill.depth import DepthMap, Kind
-from distill.photos import DECODE_ERRORS, MAX_BYTES, BadImage, Photo, decode
+from distill.photos import DECODE_ERRORS, MAX_BYTES, BadImage, Photo, decode, safe_key
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -67,24 +66,7 @@ class InputShard:
     stem: str
     origin: str
     scan: Callable[[], Scan]
-
-
-def safe_key(name: str) -> str:
-    """`name` as a key for tar members: other characters become `_`, long names keep their end and a hash."""
-    key = re.sub(r"[^A-Za-z0-9_\-+=@]", "_", name).strip("_") or "image"
-    if len(key) <= 120:
-        return key
-    return f"{key[-100:].lstrip('_-')}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
-
-
-def _unique_keys(names: Sequence[str]) -> list[str]:
-    """A safe key per name; names that would share one get a hash of their own, whatever their order."""
-    keys = [safe_key(str(PurePosixPath(name).with_suffix(""))) for name in names]
-    seen = Counter(keys)
-    return [
-        key if seen[key] == 1 else f"{key}-{hashlib.blake2b(name.encode(), digest_size=5).hexdigest()}"
-        for key, name in zip(keys, names, strict=True)
-    ]
+    is_tar: bool = False
 
 
 def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
@@ -134,29 +116,49 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     urls = places.find_urls([str(p) for p in listed if places.is_url(p)], "tar")
     local = [p for p in listed if not places.is_url(p)]
     found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
-    return combine([InputShard(safe_key(PurePosixPath(str(p)).stem), str(p), partial(_scan_tar, p)) for p in found])
+    stems = [safe_key(PurePosixPath(str(p)).stem) for p in found]
+    return combine(
+        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, found, strict=True)]
+    )
 
 
 def _scan_tar(path: Path | str) -> Scan:
-    entries: list[Entry] = []
+    """Every image of a tar; OSError for an address that does not answer, a rejected line for a bad file."""
+    found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+    keys: set[str] = set()
     rejected: list[Rejected] = []
-    seen: set[str] = set()
     tar = PurePosixPath(str(path)).name
-    for member, problem in walk_tar(path):
-        origin = f"{tar}:{_printable(member.name.removeprefix('./'))}" if member else tar
-        if member is None or problem:
-            rejected.append(Rejected(origin, safe_key(Path(member.name).stem) if member else "", problem))
-            continue
-        if member.isdir() or PurePosixPath(member.name).suffix.lower() == ".json":
-            continue
-        key = safe_key(str(PurePosixPath(member.name.removeprefix("./")).with_suffix("")))
-        reason = _member_problem(member, duplicate=key in seen)
-        if reason:
-            rejected.append(Rejected(origin, key, reason))
-            continue
-        seen.add(key)
-        load = partial(_load_member, path, member.offset_data, member.size, key, origin)
-        entries.append(Entry(key, origin, load))
+    if isinstance(path, Path) and (reason := photos.not_a_file(path)):
+        return Scan((), (Rejected(tar, "", f"{path}: {reason}"),))
+    try:
+        for member, problem in walk_tar(path):
+            if member is None:
+                rejected.append(Rejected(tar, "", problem))
+                continue
+            pure = PurePosixPath(member.name)
+            if not problem and (member.isdir() or pure.suffix.lower() == ".json"):
+                continue
+            name, origin = str(pure), f"{tar}:{_printable(member.name.removeprefix('./'))}"
+            key = safe_key(str(pure.with_suffix("")) if pure.name else name)
+            if reason := problem or _member_problem(member):
+                rejected.append(Rejected(origin, key, reason))
+                continue
+            if name in found:
+                rejected.append(Rejected(origin, found[name][0], "duplicate key; the first good one is used"))
+            elif key in keys:
+                key = photos.with_hash(key, name)
+            keys.add(key)
+            found.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
+    except OSError as error:
+        if isinstance(path, str):
+            raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
+        rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
+    if not found and not rejected:
+        rejected.append(Rejected(tar, "", "the tar holds no images"))
+    entries = [
+        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin))
+        for key, origin, copies in found.values()
+    ]
     return Scan(tuple(entries), tuple(rejected))
 
 
@@ -165,13 +167,13 @@ def _printable(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def _member_problem(member: tarfile.TarInfo, *, duplicate: bool) -> str:
+def _member_problem(member: tarfile.TarInfo) -> str:
     parts = re.split(r"[/\\]", member.name)
     if ".." in parts:
         return "its path climbs out of the archive"
     if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name):
         return "its path is absolute"
-    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         return "not a plain file (a link or a device)"
     if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
         return "not an image file"
@@ -179,13 +181,14 @@ def _member_problem(member: tarfile.TarInfo, *, duplicate: bool) -> str:
         return "empty file"
     if member.size > MAX_BYTES:
         return f"{member.size} bytes is more than {MAX_BYTES}"
-    return "duplicate key; the first one is used" if duplicate else ""
+    return ""
 
 
 def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
-    """Every member of an uncompressed tar with "", and last, where the tar is damaged, what is wrong with its tail.
+    """Every member of an uncompressed tar with "", and where it is damaged what is wrong, in the order of the file.
 
-    The member in the last pair is the one that the damage cuts, or None.
+    The member beside a problem is the one that the end of the file cuts, or None. Behind a damaged header reading goes
+    on at the next whole one, which it searches byte by byte. Raises OSError where the file cannot be read.
     """
     with places.open_place(path) as file:
         size = file.seek(0, io.SEEK_END)
@@ -194,34 +197,87 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
             yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
             return
-        file.seek(0)
-        try:
-            with tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
-                while member := tar.next():
-                    end = member.offset_data + (0 if member.type in _NO_BODY else member.size)
-                    if end > size:
-                        yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
-                        return
-                    yield member, ""
-                offset = tar.offset
-        except (tarfile.TarError, ValueError, EOFError) as error:
-            yield None, f"the tar cannot be read on from here ({error}): download it again"
-            return
-        file.seek(offset)
-        tail = file.read(512)
-    # tarfile takes a broken header for the end of the archive and says nothing.
-    if tail.strip(b"\0"):
-        yield None, f"the tar is damaged at byte {offset}: what follows is lost"
-    elif len(tail) < 512:
-        yield None, f"the tar has no end mark: it may have been cut at byte {offset}"
+        at: int | None = 0
+        while at is not None:
+            end = yield from _whole_members(file, at, size)
+            if end is None:
+                return
+            at, zeros = _next_header(file, end)
+            if problem := _gap_problem(end, at, size, zeros=zeros):
+                yield None, problem
 
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
-_NO_BODY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+# What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
+_TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
+_END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB
 
 
-def _load_member(path: Path | str, offset: int, size: int, key: str, origin: str) -> Photo:
-    return Photo(key, decode(places.read_range(path, offset, size)), None, origin)
+def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfile.TarInfo, str], None, int | None]:
+    """The members from a header at `at` on; returns the byte where no header is, None where the last member is cut."""
+    file.seek(at)
+    with suppress(*_TAR_ERRORS), tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
+        while member := tar.next():
+            end = min(tar.offset, member.offset_data + member.size)
+            # A size that no file has: the header is as good as broken.
+            if member.size < 0 or tar.offset <= at or (end > size and member.size > MAX_BYTES):
+                break
+            if end > size:
+                yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                return None
+            yield member, ""
+            at = tar.offset
+    return at
+
+
+def _next_header(file: IO[bytes], at: int) -> tuple[int | None, bool]:
+    """Where a header begins behind the block at `at`, None if nowhere, and whether all bytes up to it are zero."""
+    file.seek(at)
+    start, zeros = at, True
+    while chunk := file.read(2**20):
+        for magic in re.finditer(rb"ustar", chunk):
+            here = magic.start() - 257
+            if here % 512 == 0 and start + here > at and _is_header(chunk[here : here + 512]):
+                return start + here, zeros and chunk[:here] == bytes(here)
+        zeros = zeros and chunk == bytes(len(chunk))
+        start += len(chunk)
+    return None, zeros
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
+    except tarfile.TarError:
+        return False
+
+
+def _gap_problem(at: int, found: int | None, size: int, *, zeros: bool) -> str:
+    """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
+    length = (size if found is None else found) - at
+    if found is None and length < 512:
+        return f"the tar has no end mark: it may have been cut at byte {size}"
+    if zeros and length <= _END_MARK and (found is None or length >= 1024):
+        return ""  # with a header behind it, this is one tar behind another
+    if found is not None:
+        return f"the tar is damaged at byte {at}: {length} bytes are lost, up to the next whole header"
+    if zeros:
+        return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"
+    return f"the tar is damaged at byte {at}: what follows is lost" if at else "not a tar: download it again"
+
+
+def _load_member(path: Path | str, copies: Sequence[tuple[int, int]], key: str, origin: str) -> Photo:
+    """The first of the copies (first byte, bytes) that can be decoded; raises the BadImage of the first."""
+
+    def read(offset: int, size: int) -> Photo:
+        return Photo(key, decode(places.read_range(path, offset, size)), None, origin)
+
+    try:
+        return read(*copies[0])
+    except BadImage:
+        for copy in copies[1:]:
+            with suppress(BadImage):
+                return read(*copy)
+        raise
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
@@ -233,10 +289,15 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     Raises FileNotFoundError where nothing matches.
     """
     files: dict[str, Path] = {}
+    rejected: list[Rejected] = []
     for path in _paths(patterns, "folder or photo"):
         if path.is_dir():
-            inside = (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and f.is_file())
-            files.update({f"{path.name}/{_printable(f.relative_to(path).as_posix())}": f for f in inside})
+            for file in (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.is_dir()):
+                name = f"{path.name}/{_printable(file.relative_to(path).as_posix())}"
+                if reason := photos.not_a_file(file):
+                    rejected.append(Rejected(name, safe_key(file.stem), reason))
+                else:
+                    files[name] = file
         else:
             files[_printable(f"{path.parent.name}/{path.name}")] = path
     if not files:
@@ -245,29 +306,23 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     first = {name.split("/", 1)[0] for name in names}
     # One folder's own name says nothing about its files; with several it tells equal names apart.
     shown = [name.split("/", 1)[1] if len(first) == 1 else name for name in names]
-    keys = _unique_keys(shown)
+    keys = photos.unique_keys(shown)
     entries = [
-        Entry(key, name, partial(_load_file, files[name], key, name)) for key, name in zip(keys, names, strict=True)
+        Entry(key, name, partial(photos.load_file, files[name], key, name))
+        for key, name in zip(keys, names, strict=True)
     ]
-    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard)
+    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected)
 
 
-def _load_file(path: Path, key: str, origin: str) -> Photo:
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadImage(f"{path.stat().st_size} bytes is more than {MAX_BYTES}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror}") from error
-    return Photo(key, decode(data), None, origin)
-
-
-def _virtual(stem: str, origin: str, entries: Sequence[Entry], per_shard: int) -> list[InputShard]:
-    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ..."""
+def _virtual(
+    stem: str, origin: str, entries: Sequence[Entry], per_shard: int, rejected: Sequence[Rejected] = ()
+) -> list[InputShard]:
+    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ...; the first reports what is rejected."""
     if per_shard < 1:
         raise ValueError(f"per_shard must be at least 1, not {per_shard}")
     runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
-    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run)) for i, run in enumerate(runs)]
+    said = [tuple(rejected), *[()] * len(runs)]
+    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run, said[i])) for i, run in enumerate(runs)]
 
 
 # --- images that come with their depth --------------------------------------------------------------------------------
@@ -280,7 +335,7 @@ def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: i
     """
     rows = depth_pairs.read_pairs(table, names=None if names is None else list(names))
     folder = Path(table) if Path(table).is_dir() else Path(table).parent
-    keys = _unique_keys([f"{row.name}.x" for row in rows])
+    keys = photos.unique_keys([f"{row.name}.x" for row in rows])
     entries = []
     for key, row in zip(keys, rows, strict=True):
         origin = f"{folder.name}:{row.name}"
@@ -348,7 +403,7 @@ def wheels() -> list[InputShard]:
 
 
 def _load_wheel(path: Path, disparity: Path | None, key: str, package: str) -> Photo:
-    photo = _load_file(path, key, f"{package}:{path.name}")
+    photo = photos.load_file(path, key, f"{package}:{path.name}")
     if disparity is None:
         return photo
     with np.load(disparity) as stored:

@@ -25,7 +25,7 @@ from eval.benchmarks import Sample, actual
 from eval.fit import Measured, NoTruth
 from eval.prior import Constant, PlanePrior, fit_plane
 from eval.protocol import Protocol, require_same
-from eval.scorefile import ImageScore, Means, Score, finite, read_scores, write_scores
+from eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
 from eval.stored import BadPrediction, predict, read_prediction, read_settings
 from eval.tasks import TASKS, Task, size_of
 
@@ -124,8 +124,11 @@ def score_predictions(
 ) -> Score:
     """What `distill score --predictions` does: score stored predictions of any model, and write `out` and its .csv.
 
-    benchmark: a file name in eval/benchmarks/. protocol: "marigold", "clean", or None for the benchmark's own.
+    benchmark: a file name in eval/benchmarks/. protocol: "marigold", "clean", or None for the benchmark's own. Raises,
+    before anything is scored, OSError or ValueError for an `out` that cannot be written.
     """
+    if out is not None:
+        require_writable(out)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions}: no such folder of predictions")
     module = find("eval.benchmarks", benchmark)

@@ -17,6 +17,7 @@ An image with a problem was either not scored (`failed`) or scored with a remark
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Mapping
@@ -86,10 +87,28 @@ class Score:
         return lines
 
 
+def require_writable(path: Path | str) -> None:
+    """Raise OSError or ValueError where a score and its .csv cannot be written to `path`; makes its folder."""
+    path = Path(path)
+    beside = path.with_suffix(".csv")
+    if beside == path:
+        raise ValueError(f"{path}: the scores are JSON, and their .csv goes beside them; name a FILE.json")
+    for one in (path, beside):
+        if one.is_dir():
+            raise OSError(f"{one} is a folder; name a file, such as {one / 'scores.json'}")
+        aside = one.with_name(f"{one.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside.touch()
+            aside.unlink()
+        except OSError as error:
+            raise OSError(f"{one}: cannot be written ({error.strerror or error}); name another file") from error
+
+
 def write_scores(result: Score, path: Path | str) -> None:
     """Write a score as JSON to `path` and its images as .csv beside it, each aside and renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(path)
     images = [
         {
             "key": image.key,
@@ -124,14 +143,13 @@ def write_scores(result: Score, path: Path | str) -> None:
     }
     _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
     names = [name for name in result.task.rows if name != result.task.group_mean]
+    table = io.StringIO(newline="")
     rows: list[list[Any]] = [["key", "group", *names, "scale", "shift", "failed", "problem"]]
     for image in result.images:
         values = [repr((image.metrics or {}).get(name, math.nan)) for name in names]
         rows.append([image.key, image.group, *values, image.scale, image.shift, image.failed, image.problem or ""])
-    aside = path.with_suffix(".csv.part")
-    with aside.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)
-    aside.replace(path.with_suffix(".csv"))
+    csv.writer(table).writerows(rows)
+    _replace(path.with_suffix(".csv"), table.getvalue())
 
 
 def read_scores(path: Path | str) -> Score:
@@ -165,5 +183,9 @@ def finite(values: Mapping[str, float]) -> Means:
 
 def _replace(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.part")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(text, encoding="utf-8", newline="")
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error.strerror or error}); the scores are lost") from error

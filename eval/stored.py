@@ -41,17 +41,27 @@ def predict(
     *,
     settings: Mapping[str, Any],
     report: Report | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> int:
     """Store the teacher's map of every sample, and return how many were predicted now.
 
     settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as JSON takes
     it; it is written to settings.json with the teacher's name and kind. Maps that are there already are kept, so that
     an interrupted run continues; if they were made with other settings, ValueError says which and what to do. Use one
-    folder per benchmark. Each map is written aside and renamed: a map that exists is complete.
+    folder per benchmark. Each map is written aside and renamed; one that was damaged since is predicted again, of which
+    `tell` hears.
     """
     store = Path(store)
     _claim(store, {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)})
-    todo = [sample for sample in samples if not (store / sample.prediction_path).exists()]
+    todo = []
+    for sample in samples:
+        path = store / sample.prediction_path
+        if path.exists() and (damage := _damage(path)):
+            if tell:
+                tell(f"{path}: {damage}; predicted again")
+            todo.append(sample)
+        elif not path.exists():
+            todo.append(sample)
     done = len(samples) - len(todo)
     if report:
         report(done, len(samples))
@@ -97,7 +107,7 @@ def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarra
     except FileNotFoundError:
         raise BadPrediction("missing") from None
     except (OSError, ValueError, EOFError) as error:
-        raise BadPrediction(f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})") from error
+        raise BadPrediction(_unreadable(error)) from error
     values = np.asarray(values) if isinstance(values, np.memmap) else values
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
         raise BadPrediction(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
@@ -108,6 +118,20 @@ def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarra
         )
     remarks = [] if values.dtype.itemsize >= 4 and values.dtype.kind == "f" else [f"stored as {values.dtype}"]
     return np.ascontiguousarray(squeezed, dtype=np.float32), remarks
+
+
+def _damage(path: Path) -> str:
+    """What is wrong with a map that `predict` stored, or nothing. Mapped: its numbers are not read."""
+    try:
+        values = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        return _unreadable(error)
+    whole = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype == np.float32
+    return "" if whole else "not a map of float32"
+
+
+def _unreadable(error: Exception) -> str:
+    return f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})"
 
 
 def _claim(store: Path, wanted: dict[str, Any]) -> None:

@@ -46,7 +46,7 @@ class DySample(nn.Module):
         batch, channels, height, width = x.shape
         points = self.points(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not points.sum().isfinite():
-            # On a CPU the gradient of grid_sample at NaN ends the process (torch 2.15); NaN values end it in a sentence.
+            # On a CPU the gradient of grid_sample at NaN ends the process (torch 2.15); NaN values end in a sentence.
             return F.interpolate(x * torch.nan, scale_factor=self.scale)
         dtype = torch.promote_types(x.dtype, torch.float32)
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)

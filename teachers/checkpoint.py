@@ -107,7 +107,11 @@ class Teacher:
 
 
 def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """The short side at `size`, aspect kept, each side the nearest multiple (at least one)."""
+    """The short side at `size`, aspect kept, each side the nearest multiple (at least one).
+
+    Ours: the long side is at most 8 times `size`. A strip beyond 8:1 is squashed, or one of 1x1000 pixels would take
+    all memory.
+    """
     scale = size / min(height, width)
-    rows, columns = (max(1, round(side * scale / multiple)) * multiple for side in (height, width))
+    rows, columns = (max(1, round(min(side * scale, 8 * size) / multiple)) * multiple for side in (height, width))
     return rows, columns

@@ -158,6 +158,7 @@ class TestFrozenEncoderLeftOut:
         moved = file.rename(tmp_path / "elsewhere.safetensors")
         again = checkpoint.load(folder, encoder_weights=moved)
         assert torch.equal(again(IMAGES), student(IMAGES)) and again.encoder.frozen
+        assert torch.equal(checkpoint.from_pretrained(folder, encoder_weights=moved)(IMAGES), student(IMAGES))
         checkpoint.save(again, tmp_path / "again", leave_out_frozen_encoder=True)
         assert torch.equal(checkpoint.load(tmp_path / "again", encoder_weights=moved)(IMAGES), student(IMAGES))
 
@@ -230,6 +231,32 @@ class TestWriting:
         assert torch.equal(checkpoint.load(tmp_path / "s")(IMAGES), second(IMAGES))
         assert [p.name for p in tmp_path.iterdir()] == ["s"]
 
+    def test_a_check_sees_the_whole_folder_and_may_stop_the_save(self, tmp_path):
+        student = tiny()
+        checkpoint.save(student, tmp_path / "s")
+
+        def refuse(aside):
+            assert checkpoint.load(aside).native_size == 64
+            (aside / "model.onnx").write_bytes(b"")
+            raise ValueError("differs")
+
+        for place in ("s", "elsewhere"):
+            with pytest.raises(ValueError, match="differs"):
+                checkpoint.save(tiny(), tmp_path / place, check=refuse)
+        assert [p.name for p in tmp_path.iterdir()] == ["s"] and not (tmp_path / "s" / "model.onnx").exists()
+        assert torch.equal(checkpoint.load(tmp_path / "s")(IMAGES), student(IMAGES))
+
+    def test_hidden_files_are_in_nobodys_way_and_stay(self, tmp_path):
+        checkpoint.save(tiny(), tmp_path / "s")
+        for name in (".DS_Store", ".model.onnx.new", ".new.model.pt2"):
+            (tmp_path / "s" / name).write_text(name)
+        checkpoint.save(tiny(), tmp_path / "s")
+        hidden = [p for p in (tmp_path / "s").iterdir() if p.name.startswith(".")]
+        assert [p.read_text() for p in hidden] == [".DS_Store"]  # and not what a killed export had left
+        (tmp_path / "s" / ".git").mkdir()
+        with pytest.raises(FileExistsError, match=r"holds \.git"):
+            checkpoint.save(tiny(), tmp_path / "s")
+
     def test_other_peoples_files_are_not_replaced(self, tmp_path):
         (tmp_path / "thesis.tex").write_text("years of work")
         with pytest.raises(FileExistsError, match=r"holds thesis\.tex"):
@@ -237,6 +264,17 @@ class TestWriting:
         with pytest.raises(FileExistsError, match="is a file"):
             checkpoint.save(tiny(), tmp_path / "thesis.tex")
         assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+    @pytest.mark.parametrize("bits", [None, 4])
+    def test_what_float16_cannot_hold_stays_float32(self, tmp_path, bits):
+        student = tiny()
+        name = "encoder.backbone.blocks.0.mlp.fc1.weight"
+        with torch.no_grad():
+            student.get_parameter(name)[0, 0] = 1e5
+        checkpoint.save(student, tmp_path / "s", dtype=torch.float16, bits=bits)
+        stored = load_file(tmp_path / "s" / "model.safetensors")
+        assert torch.equal(stored[name], student.get_parameter(name))
+        assert all(value.isfinite().all() for value in stored.values())
 
     def test_dtype(self, tmp_path):
         with pytest.raises(ValueError, match=r"float32 or float16, not torch\.bfloat16"):
@@ -268,7 +306,7 @@ class TestFaults:
         (folder / "student.json").write_text("[1]")
         self.fails(folder, ValueError, "no version")
         (folder / "student.json").write_text('{"version": 1}')
-        self.fails(folder, ValueError, "spec, weights, card is missing")
+        self.fails(folder, ValueError, "spec is missing; weights is missing; output is missing; card is")
 
     @pytest.mark.parametrize(
         ("change", "error", "message"),
@@ -278,6 +316,22 @@ class TestFaults:
             (lambda d: d["spec"].update(encoder="vit_smal"), LookupError, "no encoder 'vit_smal'"),
             (lambda d: d["spec"]["decoder_options"].update(wings=2), ValueError, "unknown key decoder_options.wings"),
             (lambda d: d["spec"].update(wings=2), ValueError, "wings"),
+            (lambda d: d["weights"].update(sha256=5), ValueError, "weights.sha256 must be text, not 5"),
+            (lambda d: d.update(encoder_weights="a"), ValueError, "encoder_weights must be a table or null, not 'a'"),
+            (lambda d: d.update(encoder_weights={"name": "a"}), ValueError, r"encoder_weights\.sha256 is missing"),
+            (lambda d: d.pop("encoder_weights"), ValueError, "encoder_weights is missing"),
+            (lambda d: d["spec"].update(encoder_options=[1]), ValueError, r"spec\.encoder_options must be a table"),
+            (lambda d: d["spec"].update(decoder=7), ValueError, r"spec\.decoder must be text, not 7"),
+            (
+                lambda d: d["spec"].update(native_size="abc"),
+                ValueError,
+                r"spec\.native_size must be a number of pixels",
+            ),
+            (lambda d: d["spec"].update(native_size=-3), ValueError, r"spec\.native_size must be .*, not -3"),
+            (lambda d: d.update(native_size=True), ValueError, "description: native_size must be .*, not True"),
+            (lambda d: d["spec"]["encoder_options"].update(mean=5), ValueError, "student.json: "),
+            (lambda d: d["spec"]["encoder_options"].update(mean=[1, 2]), ValueError, "student.json: "),
+            (lambda d: d["spec"]["decoder_options"].update(fusion_channels=-8), ValueError, "student.json: "),
             (lambda d: d["spec"]["encoder_options"].update(weights="/etc/passwd"), ValueError, "may not name"),
             (
                 lambda d: d["spec"]["encoder_options"].update(blocks=[0, 1], indices=[0, 0, 1, 1]),

@@ -456,6 +456,14 @@ def test_the_student_joins_once_it_is_trained(tmp_path):
     assert [e.name for e in comparison.entrants(without, chosen)] == ["analytic", "red", "blurry"]
 
 
+def test_no_image_at_all_says_why(tmp_path):
+    (tmp_path / "cut.tar").write_bytes(b"not a tar")
+    for limit in (0, 3):
+        images = f'images=[{{tars="{tmp_path}/cut.tar", limit={limit}}}]'
+        with pytest.raises(RecipeError, match=r"none of the recipe's 1 images can be used \(the first: cut.tar: "):
+            comparison.chosen_samples(recipes.load(written(tmp_path), [images]))
+
+
 def test_more_than_two_teachers_compare_but_do_not_label(tmp_path):
     recipe = recipes.load(written(tmp_path))
     for refuse in (build.labels_folder, build.labelled, build.identity):
@@ -464,5 +472,5 @@ def test_more_than_two_teachers_compare_but_do_not_label(tmp_path):
     online = recipes.load(written(tmp_path), ["labels.online=true"])
     with pytest.raises(RecipeError, match="at most two"):
         build.labelled(online)
-    with pytest.raises(RecipeError, match="limit must not be negative"):
+    with pytest.raises(RecipeError, match="limit must be at least 0, not -1"):
         recipes.load(written(tmp_path), ["compare.limit=-1"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import re
 
 import pytest
 import torch
@@ -24,6 +26,11 @@ def tiny(encoder, decoder, **options):
             elif parameter.ndim > 1:
                 parameter.mul_(3.0)
     return student.eval()
+
+
+def small():
+    """The cheapest student that there is."""
+    return tiny("test_vit", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])
 
 
 def dinov3_sdt():
@@ -55,21 +62,27 @@ def test_other_rotary_positions_are_refused():
         exports._Rotary(Other(), "rope_vit")
 
 
-def test_export_writes_onnx_beside_the_student_and_checks_it(tmp_path, capsys):
+def test_export_writes_onnx_beside_the_student_and_checks_it(tmp_path, capsys, monkeypatch):
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     student = tiny("dinov3_vits16", "sdt_fast", fusion_channels=8, widths=[8, 8, 8, 8])
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny", "licence": "Apache-2.0"})
-    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--onnx", "--program"]) == 0
+    traced = []  # tracing is most of this test's time: the program is looked at here, too
+    trace = exports.to_program
+    monkeypatch.setattr(exports, "to_program", lambda student: traced.append(trace(student)) or traced[0])
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--onnx"]) == 0
     path = tmp_path / "o" / "model.onnx"
     assert f"{path}" in capsys.readouterr().out
     images = torch.rand(3, 3, 97, 50, generator=torch.Generator().manual_seed(2))
-    found, expected = exports.run_onnx(path)(images), student(images)
+    found, expected = exports.run_onnx(path)(images), student(images).detach()
     assert expected.std() > 1e-2
     torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.std()), rtol=0)
-    program = torch.export.load(tmp_path / "o" / "model.pt2").module()
-    torch.testing.assert_close(program(images), expected, atol=1e-4 * float(expected.std()), rtol=0)
+    for size in [(2, 3, 1, 1), (1, 3, 16, 16), (1, 3, 20, 70)]:  # which the program refuses
+        few = torch.rand(size, generator=torch.Generator().manual_seed(2))
+        atol = 1e-4 * float(expected.std())
+        torch.testing.assert_close(exports.run_onnx(path)(few), student(few).detach(), atol=atol, rtol=0)
+    assert exports.parity(student, traced[0].module(), "x") <= exports.TOLERANCE
     model = onnx.load(path)
     said = {entry.key: entry.value for entry in model.metadata_props}
     assert said["licence"] == "Apache-2.0" and said["kind"] == "affine_disparity"
@@ -87,6 +100,93 @@ def test_a_graph_that_differs_is_refused():
         exports.parity(student, lambda images: student(images).detach() * 1.01, "x.onnx")
     with pytest.raises(ValueError, match="x.onnx: gives"):
         exports.parity(student, lambda images: student(images).detach()[:, 1:], "x.onnx")
+    with pytest.raises(ValueError, match="x.onnx: its outputs are not finite"):
+        exports.parity(student, lambda images: torch.full_like(images[:, 0], math.nan), "x.onnx")
+    spoil(student)
+    with pytest.raises(ValueError, match="x.onnx: torch's outputs are not finite"):
+        exports.parity(student, lambda images: student(images).detach(), "x.onnx")
+
+
+def spoil(student, value=math.nan):
+    with torch.no_grad():
+        next(p for p in student.decoder.parameters() if p.ndim > 1).view(-1)[0] = value
+
+
+def test_a_program_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "m.pt2").write_text("older")
+    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_text("new"))
+    monkeypatch.setattr(torch.export, "load", lambda path: torch.nn.Sequential())
+    monkeypatch.setattr(torch.nn.Module, "module", lambda self: lambda images: images[:, 0], raising=False)
+    with pytest.raises(ValueError, match=r"/m\.pt2: differs from torch"):
+        exports.write_program(small(), tmp_path / "m.pt2", program=object())
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.pt2", "older")]
+
+
+@pytest.mark.parametrize("bits", ["32", "16", "4"])
+def test_a_student_with_nan_is_not_shipped(tmp_path, capsys, bits):
+    student = small()
+    spoil(student)
+    checkpoint.save(student, tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--bits", bits]) == 2
+    said = capsys.readouterr().err
+    assert "the student's own outputs are not finite" in said.replace("\n", " ") and str(tmp_path / "o") in said
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_a_weight_beyond_float16_is_shipped_whole(tmp_path, bits):
+    student = small()
+    spoil(student, 1e5)
+    checkpoint.save(student, tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--bits", bits]) == 0
+    images = torch.rand(1, 3, 50, 40, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert checkpoint.load(tmp_path / "o")(images).isfinite().all()
+
+
+def test_an_export_that_differs_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    student = small()
+    checkpoint.save(student, tmp_path / "s", card={"name": "new"})
+    checkpoint.save(student, tmp_path / "o", card={"name": "old"})
+    monkeypatch.setattr(exports, "to_program", lambda student: object())
+
+    def differs(*given, named, **options):
+        raise ValueError(f"{named}: differs")
+
+    monkeypatch.setattr(exports, "write_program", differs)
+    for off, switches in ((0.0, ["--program"]), (1.0, []), (math.nan, [])):
+        monkeypatch.setattr(exports, "difference", lambda before, after, path, off=off: off)
+        for out in ("o", "fresh"):
+            assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / out), *switches]) == 2
+            assert "differ" in (said := capsys.readouterr().err) and ".new" not in said
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "s"]
+        assert checkpoint.read_card(tmp_path / "o") == {"name": "old"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("released = 2024-05-01\n[[a]]\nb = [1, 10:00:00]", 'released is a date or a time; .*"2024-05-01".*a[0].b[1]'),
+        ("loss = nan", "loss is nan, which a card cannot hold"),
+        ("name = ", "not TOML: Invalid value"),
+        (b"name = '\xff'", "not TOML: 'utf-8' codec"),
+    ],
+)
+def test_a_card_that_cannot_be_one_is_a_line_with_its_file(tmp_path, text, message):
+    path = tmp_path / "card.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape("card.toml: ") + message.replace("[", r"\[")) as caught:
+        exports.read_card_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_file_takes_the_cards_place(tmp_path):
+    checkpoint.save(small(), tmp_path / "s", card={"name": "old"})
+    (tmp_path / "card.toml").write_text('name = "new"\nscores = [{ benchmark = "b", abs_rel = 0.1 }]\n')
+    card = ["--card", str(tmp_path / "card.toml")]
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), *card]) == 0
+    card = checkpoint.read_card(tmp_path / "o")
+    assert card == {"name": "new", "scores": [{"benchmark": "b", "abs_rel": 0.1}]}
 
 
 def test_without_the_extra_the_line_names_it(tmp_path, monkeypatch):
@@ -103,7 +203,23 @@ def test_without_the_extra_the_line_names_it(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_program_traced_on_an_even_grid_takes_odd_ones():
+def test_a_program_traced_on_an_even_grid_takes_odd_ones(tmp_path, capsys, monkeypatch):
     """DPT's coarsest level is half the grid, rounded up: a branch on equal sizes would be kept as the tracer saw it."""
     student = tiny("dinov2_vits14", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])
-    assert exports.parity(student, exports.to_program(student).module(), "x") <= exports.TOLERANCE
+    checkpoint.save(student, tmp_path / "s")
+    read, load = [], torch.export.load  # reading takes seconds: what the check read is looked at here, too
+    monkeypatch.setattr(torch.export, "load", lambda path: read.append(load(path)) or read[0])
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--program"]) == 0  # which checks parity
+    path = tmp_path / "o" / "model.pt2"
+    assert f"{path}: within" in capsys.readouterr().out.replace("\n", "")
+    program = read[0].module()
+    for side in (exports.smallest(student), 97):
+        images = torch.rand(3, 3, side, 50, generator=torch.Generator().manual_seed(2))
+        expected = student(images).detach()
+        torch.testing.assert_close(program(images), expected, atol=1e-4 * float(expected.std()), rtol=0)
+    # What it refuses, the card says; an export without it has no such line.
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.rand(1, 3, exports.smallest(student) - 1, 50))
+    assert "| model.pt2 | for images of at least 29 x 29 pixels |" in (tmp_path / "o" / "README.md").read_text()
+    assert cli.main(["export", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
+    assert not path.exists() and checkpoint.read_card(tmp_path / "o") == {}

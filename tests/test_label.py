@@ -6,7 +6,9 @@ import errno
 import multiprocessing
 import os
 import random
+import re
 import signal
+import tarfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -403,6 +405,44 @@ def test_a_tar_that_was_cut_and_is_whole_now_is_labelled_again(tars, tmp_path):
     assert run(tars, tmp_path / "out").parts == 2  # of two images each; the other tar is left alone
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     verify(tmp_path / "out")
+
+
+def test_a_tar_with_a_hole_that_is_mended_is_labelled_again(tars, tmp_path):
+    path = tmp_path / "sa_0.tar"
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        at = tar.getmember("./sa_1.jpg").offset
+    run(tars, tmp_path / "fresh")
+    path.write_bytes(whole[:at] + bytes(1024) + whole[at + 1024 :])
+    run(tars, tmp_path / "out")
+    assert "sa_1" not in LabelDataset(tmp_path / "out").image_keys
+    lines = [line["reason"] for line in read_manifest(tmp_path / "out")["quarantine"]]
+    assert any(f"damaged at byte {at}" in line for line in lines)
+    path.write_bytes(whole)
+    assert run(tars, tmp_path / "out").parts == 4  # the images behind the hole are in later parts now
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_what_is_to_be_deleted_is_named_to_the_file(tars, tmp_path):
+    out = tmp_path / "out"
+    run(tars, out)
+    (out / "sa_1-x-000.tar").write_bytes(b"of another tar, sa_1-x.tar")
+    (tmp_path / "sa_1.tar").unlink()
+    (tmp_path / "sa_1.tar").mkdir()
+    with pytest.raises(ValueError, match=r"\(2 then, 0 now: .*sa_1.tar: a folder, not a file\)") as error:
+        run(tars, out)
+    pattern = re.search(r"delete (\S+) there", str(error.value))[1]
+    assert sorted(path.name for path in out.glob(pattern)) == [
+        f"sa_1-00{i}.{s}" for i in (0, 1) for s in ("json", "tar")
+    ]
+
+
+def test_one_tar_that_cannot_be_read_does_not_stop_the_others(tars, tmp_path):
+    (tmp_path / "sa_1.tar").unlink()
+    (tmp_path / "sa_1.tar").symlink_to(tmp_path / "absent.tar")
+    outcome = run(sources.tars(str(tmp_path / "sa_*.tar")), tmp_path / "out")
+    assert outcome.complete and outcome.samples == 12
+    assert any("a link to nothing" in line["reason"] for line in read_manifest(tmp_path / "out")["quarantine"])
 
 
 def test_a_full_disk_loses_nothing_finished(tars, tmp_path, monkeypatch):

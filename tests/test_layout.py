@@ -73,6 +73,8 @@ ORDER = [
     "eval.compare",
     "eval.figures",
     "eval.page",
+    "distill.outputs",
+    "distill.film",
     "distill.predict",
     "eval.disagreement",
     "eval.compare_page",

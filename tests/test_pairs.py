@@ -118,7 +118,7 @@ def test_all_faults_of_a_table_are_reported_at_once(tmp_path):
     ) as error:
         read_pairs(path)
     assert "line 6: the name '../z' would climb out" in str(error.value)
-    assert "line 7: scale_to_metres must be positive, not 0" in str(error.value)
+    assert "line 7: scale_to_metres must be finite and above 0, not 0; words mean unknown" in str(error.value)
     with pytest.raises(ValueError, match="no column depth"):
         read_pairs(table(tmp_path, head="name\trgb"))
     with pytest.raises(FileNotFoundError, match="no such table"):
@@ -127,6 +127,26 @@ def test_all_faults_of_a_table_are_reported_at_once(tmp_path):
         read_pairs(table(tmp_path, "x\tno.png\td.png\t1"))
     with pytest.raises(ValueError, match=r"has no q \(1 names unknown, 1 known\)"):
         read_pairs(table(tmp_path, good), names=["q", "x"])
+
+
+@pytest.mark.parametrize("scale", ["-0.001", "nan", "inf", "0.0", "1e999", "-inf", "0*3/disp"])
+def test_a_scale_that_is_a_number_must_be_positive_and_finite(tmp_path, scale):
+    with pytest.raises(ValueError, match=r"line 2: scale_to_metres must .*above 0, not " + scale.replace("*", r"\*")):
+        one(tmp_path, scale)
+    assert one(tmp_path, ".5").scale == 0.5
+
+
+def test_text_that_is_not_utf8_or_absent_names_its_file(tmp_path):
+    good = table(tmp_path, "x\ta.png\td.png\t1")
+    for data, reason in ((b"caf\xe9\n", "not UTF-8 .*save it as UTF-8"), (b"\n", "empty")):
+        (tmp_path / "names.txt").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"names\.txt: {reason}"):
+            benchmark.samples(good, tmp_path / "names.txt")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such list"):
+        benchmark.samples(good, tmp_path / "none.txt")
+    good.write_bytes(good.read_bytes() + b"caf\xe9\ta.png\td.png\t1\n")
+    with pytest.raises(ValueError, match=r"INDEX\.tsv: not UTF-8 \(byte \d+: .*save it as UTF-8"):
+        read_pairs(good)
 
 
 def test_broken_files_name_themselves(tmp_path):

@@ -82,14 +82,22 @@ def test_faults_do_not_hide_each_other(check, tmp_path):
         f'images=[{{tars="{tmp_path}/none.tar"}}]',
         'student.start="nowhere"',
         "train.batch_size=3",
-        "train.accumulate=2",
     )
     assert "images: " in said["bad"] and "none.tar: no such tar" in said["bad"]
     assert "student: " in said["bad"] and "nowhere" in said["bad"]
-    assert "trains on no number of 1, 2, 4, 8" in said["bad"]
+    assert "trains on 1 of 1, 2, 4, 8" in said["warn"]
     assert "teacher analytic" in said["ok"]
     said = check('teachers=[{name="checkpoint", weights="nowhere"}]')
     assert "teachers: weights 'nowhere': no such folder" in said["bad"] and "training" not in said["ok"]
+
+
+def test_no_images_say_why_and_a_missing_device_hides_nothing(check, tmp_path):
+    (tmp_path / "cut.tar").write_bytes(b"not a tar")
+    said = check(f'images=[{{tars="{tmp_path}/cut.tar"}}]')
+    assert "no images: cut.tar: " in said["bad"] and "-> mend the file, or name others in [[images]]" in said["bad"]
+    said = check("run.device=cuda:99")
+    assert 'device: run.device = "cuda:99": torch finds ' in said["bad"] and "7 images" in said["ok"]
+    assert "training 600 steps" in said["ok"]
 
 
 def test_sizes_disk_and_licence(check, monkeypatch):

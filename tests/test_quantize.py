@@ -29,6 +29,12 @@ def test_constants_and_zeros_are_kept():
         torch.testing.assert_close(dequantize(quantize(values), values.shape), values, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_is_refused(value):
+    with pytest.raises(ValueError, match="NaN, infinite or above 65504"):
+        quantize(torch.tensor([0.0, value]))
+
+
 def test_parts_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="are not a tensor of"):
         dequantize(quantize(torch.randn(3, GROUP)), torch.Size([2, GROUP]))

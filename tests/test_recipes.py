@@ -28,6 +28,7 @@ weights = "w.pth"
 decoder = "sdt"
 [train]
 steps = 10
+warmup_steps = 5
 lr = 3e-4
 """
 
@@ -91,6 +92,38 @@ BAD = {
         "images[0]: needs exactly one of tars, photos, pairs, scenes, wheels",
     ),
     "out of range": ("[loss]\ntrim_top = 1.0", "loss: trim_top must be in [0, 1), not 1.0"),
+    "device": (
+        '[run]\nname = "x"\ndevice = "gpu"',
+        "run: device must be auto, cpu, cuda, cuda:N, mps or xpu, not 'gpu'",
+    ),
+    "no name": ('[run]\nname = ""', "run: name = '' cannot name a folder below runs/: take a word"),
+    "climbing name": ('[run]\nname = "../../x"', "run: name = '../../x' cannot name a folder below runs/: take a word"),
+    "patch_size": ("[crops]\npatch_size = -5", "crops: patch_size must be at least 0, not -5"),
+    "labels.batch_size": ("[labels]\nbatch_size = 0", "labels: batch_size must be at least 1, not 0"),
+    "labels.threads": ("[labels]\nthreads = -2", "labels: threads must be at least 0, not -2"),
+    "images.limit": ('[[images]]\nphotos = "a"\nlimit = -3', "images[0]: limit must be at least 0, not -3"),
+    "scenes": ("[[images]]\nscenes = -3", "images[0]: scenes must be at least 0, not -3"),
+    "benchmarks.limit": (
+        '[[benchmarks]]\nname = "nyu"\nlimit = -2',
+        "benchmarks[0]: limit must be at least 0, not -2",
+    ),
+    "climbing alias": (
+        '[[benchmarks]]\nname = "nyu"\nalias = "../../x"',
+        "benchmarks[0]: alias = '../../x' cannot name a folder of predictions: take a word without slashes",
+    ),
+    "loss.shared": ("[loss]\nshared = -1", "loss: shared must be finite and at least 0, not -1.0"),
+    "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),
+    "native_size": ("[student]\nnative_size = -4", "student: native_size must be at least 0, not -4"),
+    "lr": ("[train]\nlr = -1", "train: lr must be finite and above 0, not -1.0"),
+    "lr inf": ("[train]\nlr = inf", "train: lr must be finite and above 0, not inf"),
+    "lr nan": ("[train]\nlr = nan", "train: lr must be finite and above 0, not nan"),
+    "ema": ("[train]\nema = 2", "train: ema must be a fraction, not 2.0"),
+    "clip_norm": ("[train]\nclip_norm = inf", "train: clip_norm must be finite and at least 0, not inf"),
+    "warmup": ("[train]\nsteps = 3", "train: warmup_steps (500) must be fewer than steps (3)"),
+    "accumulate": (
+        "[train]\nbatch_size = 3\naccumulate = 2",
+        "train: batch_size (3) must be a multiple of accumulate (2)",
+    ),
 }
 
 
@@ -111,6 +144,24 @@ def test_every_fault_is_reported_at_once(tmp_path):
         "train.steps must be an integer, not 'many'",
         "loss.normalization must be a string, not 3",
     ]
+
+
+def test_every_fault_of_every_table_is_reported_at_once(tmp_path):
+    text = '[run]\nname = ""\ndevice = "gpu"\n[crops]\nsize = 1\noverlap = nan\n[train]\nlr = nan\nprimary_ratio = 2\n'
+    run, crops, train = faults(tmp_path, text)
+    assert run.startswith("run: name = ''") and "; device must be auto" in run
+    assert crops == "crops: size must be at least 14, not 1; overlap must be in [0, 0.9), not nan"
+    assert train == "train: primary_ratio must be in [0, 1], not 2.0; lr must be finite and above 0, not nan"
+
+
+def test_a_device_that_is_not_here_is_a_line_when_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert build.device(recipes.load(write(tmp_path, GOOD), ["run.device=cuda:0"])) == torch.device("cuda", 0)
+    for name, count in {"cuda": 0, "cuda:1": 1, "mps": 0}.items():
+        loaded = recipes.load(write(tmp_path, GOOD), [f"run.device={name}"])
+        monkeypatch.setattr(torch.get_device_module(name), "device_count", lambda count=count: count)
+        with pytest.raises(strict.RecipeError, match=f'run.device = "{name}": torch finds {count} of .*; take "auto"'):
+            build.device(loaded)
 
 
 def test_a_teacher_named_twice_needs_an_alias(tmp_path):

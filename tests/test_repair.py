@@ -82,10 +82,13 @@ def test_an_interrupted_repair_loses_nothing_and_goes_on(labels):
     assert repair.repair(folder) and contents(folder) == before
 
 
-def test_somebody_elses_tar_is_set_aside_and_kept(labels):
+def test_somebody_elses_tar_is_set_aside_and_kept(labels, capsys):
     folder, before = labels
     (folder / "holiday.tar").write_bytes(b"mine")
-    assert repair.repair(folder) == ["holiday.tar"]
+    assert main(["verify", str(folder), "--repair"]) == 0
+    said = capsys.readouterr()
+    assert "made again" not in said.out
+    assert "holiday.tar is no part of these labels: set aside as holiday.tar.bad" in said.err
     assert contents(folder) == before | {"holiday.tar.bad": b"mine"}
 
 

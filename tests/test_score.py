@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -10,9 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from distill import journey
 from distill.align import fit_affine, fit_scale
 from distill.build import prediction_settings
+from distill.cli import main
 from distill.depth import DepthMap, Kind, KindError
 from distill.recipe import parse
 from eval.benchmarks import Sample, prediction_path
@@ -484,6 +488,71 @@ def test_predictions_are_stored_resumed_and_scored(tmp_path):
     with pytest.raises(ValueError, match="holds scale_depth, which cannot be scored as affine_disparity"):
         score(store, "affine_disparity", samples(), CLEAN)
     assert not list(store.rglob("*.part"))
+
+
+def test_a_damaged_map_is_predicted_again_and_told(tmp_path):
+    store, teacher, told = tmp_path / "p", Echo(), []
+    predict(teacher, samples(), store, settings={})
+    good = (store / "part/pred_01.npy").read_bytes()
+    (store / "part/pred_01.npy").write_bytes(good[: len(good) // 2])
+    (store / "part/pred_02.npy").write_bytes(b"")
+    np.save(store / "part/pred_03.npy", np.zeros((2, 3, 4)))
+    assert predict(teacher, samples(), store, settings={}, tell=told.append) == 3
+    assert [re.sub(r".*part/|: not a .*;", "", line) for line in told] == [
+        f"pred_0{i}.npy predicted again" for i in (1, 2, 3)
+    ]
+    assert (store / "part/pred_01.npy").read_bytes() == good
+    assert predict(teacher, samples(), store, settings={}) == 0
+
+
+def test_scoring_a_recipe_mends_maps_and_fails_where_truth_is_lost(tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def models(_):
+        yield [("bright", Echo())]
+
+    monkeypatch.setattr(journey, "models", models)
+    rows = ["name\trgb\tdepth\tscale_to_metres"]
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(30, 255, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        np.save(tmp_path / f"{i}.npy", truth(i).values[0].numpy())
+        rows.append(f"a{i}\t{i}.png\t{i}.npy\t1")
+    (tmp_path / "INDEX.tsv").write_text("\n".join(rows))
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'[run]\nname = "x"\nout = "{tmp_path}/run"\n[score]\nplane_prior = false\n'
+        f'[[benchmarks]]\nname = "pairs"\nroot = "{tmp_path}"\n'
+    )
+    assert main(["score", str(recipe)]) == 0
+    before = capsys.readouterr().out
+    stored = tmp_path / "run/predictions/bright/pairs/pred_a1.npy"
+    stored.write_bytes(stored.read_bytes()[:300])
+    assert main(["score", str(recipe)]) == 0
+    after = capsys.readouterr()
+    assert after.out == before and "pred_a1.npy: not a readable .npy" in after.err
+    (tmp_path / "0.npy").write_bytes(b"gone")
+    assert main(["score", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 images of pairs could not be scored for bright; no mean" in said
+    assert "pred_a0.npy: " in said and "0.npy: not a readable depth map" in said and "score again" in said
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_scoring(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("eval.score.score", lambda *_, **__: pytest.fail("scored"))
+    given = {"kind": "affine_depth", "benchmark": "scenes", "root": None}
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "b.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in {
+        "scores": r"scores is a folder; name a file, such as .*scores/scores\.json",
+        "b.json": r"b\.csv is a folder",
+        "file/y.json": r"file/y\.json: cannot be written \(.*\); name another file",
+        "a.csv": r"a\.csv: the scores are JSON",
+    }.items():
+        with pytest.raises((OSError, ValueError), match=message) as caught:
+            score_predictions(store, out=tmp_path / out, **given)
+        assert "Errno" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_stored_predictions_of_other_settings_are_not_mixed_with(tmp_path, store):

@@ -60,7 +60,8 @@ def write(folder, samples, *, name="sa_0-000.tar", sidecar=True, codec="jls"):
             writer.add(sample.key, encode_sample(sample, codec=codec))
         said = writer.close()
         if sidecar:
-            table = {"version": 1, "tar": said, "samples": writer.index}
+            table = {"version": 1, "tar": said, "samples": writer.index, "part": 0, "of": 1}
+            table |= {"images": [sample.image_key for sample in samples], "quarantine": [], "kinds": {}}
             (folder / name).with_suffix(".json").write_bytes(dump_json(table))
         writer.publish()
     keys = list(dict.fromkeys(s.image_key for s in samples))
@@ -416,6 +417,61 @@ def test_verify_finds_any_flipped_byte(folder):
         data[place] ^= 0x55
         tar.write_bytes(data)
         assert any("sa_0-000.tar" in line for line in verify(folder)), place
+
+
+def test_a_json_without_its_keys_is_named(folder):
+    sidecar, manifest = folder / "sa_0-000.json", folder / "manifest.json"
+    good, table = sidecar.read_bytes(), json.loads(manifest.read_text())
+    for bad, what in (({"version": 1}, "it has no part, of, images"), ({"tar": {}}, "a tar in it has no name, sha256")):
+        sidecar.write_bytes(dump_json({**(json.loads(good) if "tar" in bad else {}), **bad}))
+        with pytest.raises(ValueError, match=rf"sa_0-000.json is damaged: {what}.*delete it and run distill label"):
+            shards.shard_index(folder / "sa_0-000.tar")
+    for bad in ({"shards": [{}]}, {"shards": 3}, {"shards": [None]}, {"images": []}):
+        manifest.write_text(json.dumps(table | bad))
+        with pytest.raises(ValueError, match=r"manifest.json is damaged: (a tar in it|images) has no "):
+            LabelDataset(folder)
+
+
+def test_a_damaged_jpg_names_the_sample_and_the_way_out(folder):
+    tar = folder / "sa_0-000.tar"
+    good, (_, start, _) = tar.read_bytes(), shards.shard_index(tar)[1]
+    message = r"sa_0-000.tar:sa_1-1 jpg is damaged: its checksum is wrong; run `distill verify --repair`"
+    last = start + 512 + len(encode_sample(make_sample("sa_1", 1))[0][1]) - 4
+    for place, flip in ((start + 512, 0xFF), (last, 1)):  # no jpg any more; one that still decodes
+        data = bytearray(good)
+        data[place] ^= flip
+        tar.write_bytes(data)
+        for read in (lambda: LabelDataset(folder)[1], lambda: list(read_shard(tar))):
+            with pytest.raises(OSError, match=message):
+                read()
+        assert any("sa_1-1 jpg is damaged" in line for line in verify(folder))
+
+
+def test_labels_without_a_checksum_of_the_jpg_are_read(tmp_path):
+    def members(jpg=None):
+        for name, data in encode_sample(make_sample()):
+            said = {k: v for k, v in json.loads(data).items() if k != "jpg"} if name.endswith("json") else None
+            yield name, dump_json(said) if said else jpg if jpg and name.endswith("jpg") else data
+
+    for stem, jpg in (("old", None), ("bad", b"nonsense")):
+        with ShardWriter(tmp_path / f"{stem}.tar") as writer:
+            writer.add("sa_1-0", list(members(jpg)))
+            writer.close()
+            writer.publish()
+    assert next(read_shard(tmp_path / "old.tar")).key == "sa_1-0"
+    with pytest.raises(OSError, match="bad.tar:sa_1-0 jpg is damaged: it does not decode; run") as caught:
+        next(read_shard(tmp_path / "bad.tar"))
+    assert "BytesIO" not in str(caught.value)
+
+
+def test_a_cut_tar_is_told_without_objects(folder):
+    tar = folder / "sa_0-000.tar"
+    data = tar.read_bytes()
+    for length in (len(data) // 3, len(data) // 2, 700):
+        tar.write_bytes(data[:length])
+        with pytest.raises(OSError, match=r"sa_0-000.tar(:\S+)? is damaged.*; run `distill verify --repair`") as caught:
+            list(read_shard(tar))
+        assert "object" not in str(caught.value) and "<" not in str(caught.value)
 
 
 def test_verify_checks_what_the_maps_say(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import importlib.util
 import io
+import os
 import pickle
 import re
 import struct
@@ -36,6 +37,10 @@ def encoded(image=None, form="JPEG", **options) -> bytes:
     out = io.BytesIO()
     (picture() if image is None else image).save(out, form, **options)
     return out.getvalue()
+
+
+def noise(side) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def pack(path, members, *, cut=None):
@@ -152,12 +157,17 @@ def test_bombs_are_refused_before_they_are_decoded(side):
         (encoded(form="PNG")[:90], "cannot be decoded"),
         (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
         (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "integers from 70000"),
+        (encoded(noise(99), quality=95)[:6000] + bytes(6000), "truncated: it ends in 6000 zero bytes"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in any known format"),
     ],
 )
 def test_bad_bytes_have_a_reason(data, reason):
     with pytest.raises(BadImage, match=reason):
         decode(data)
+
+
+def test_zeros_behind_a_whole_jpeg_do_no_harm():
+    assert close(decode(encoded(quality=95) + bytes(5000)), picture(), 12)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -255,15 +265,188 @@ def test_a_tar_cut_anywhere_gives_its_complete_members_and_one_line(tmp_path):
     assert sources.tars(whole)[0].scan().rejected == ()
 
 
-def test_a_broken_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
-    path = pack(tmp_path / "a.tar", [(f"./sa_{i}.jpg", encoded()) for i in range(3)])
+def photo_tar(path, count=4):
+    """A tar of photos and, for each, where its header and its data begin."""
+    pack(path, [(f"./sa_{i}.jpg", encoded(picture(seed=i))) for i in range(count)])
     with tarfile.open(path) as tar:
-        second = tar.getmembers()[1].offset
-    data = bytearray(path.read_bytes())
-    data[second : second + 512] = b"\xaa" * 512
-    path.write_bytes(data)
+        return bytearray(path.read_bytes()), [(member.offset, member.offset_data) for member in tar]
+
+
+def scanned(path, data=None):
+    """The keys of a tar's images, every one of them readable, and the reasons for what is not there."""
+    if data is not None:
+        path.write_bytes(data)
     scan = sources.tars(path)[0].scan()
-    assert len(scan.entries) == 1 and f"damaged at byte {second}" in scan.rejected[0].reason
+    assert all(entry.load().key == entry.key for entry in scan.entries)
+    return [entry.key for entry in scan.entries], [one.reason for one in scan.rejected]
+
+
+def checksummed(header: bytearray) -> bytearray:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return header
+
+
+@pytest.mark.parametrize("damage", ["noise", "flip", "zeros", "negative", "huge", "endless name"])
+def test_behind_a_broken_header_the_next_images_are_found(tmp_path, damage):
+    data, places_ = photo_tar(tmp_path / "a.tar")
+    at, body = places_[1]
+    if damage == "noise":
+        data[at:body] = b"\xaa" * 512
+    elif damage == "flip":
+        data[at + 150] ^= 0xFF
+    elif damage == "zeros":
+        data[at : body + 512] = bytes(1024)
+    else:
+        size = {"negative": b"\xff" * 10 + b"\x80\0", "huge": b"\x80" + b"\0" * 3 + b"\1" * 8}.get(damage)
+        data[at + 124 : at + 136] = size or b"\x80" + b"\0" * 3 + b"\1" * 8
+        data[at + 156 : at + 157] = b"0" if size else b"L"
+        data[at:body] = checksummed(data[at:body])
+    keys, reasons = scanned(tmp_path / "a.tar", data)
+    assert keys == ["sa_0", "sa_2", "sa_3"]
+    lost = places_[2][0] - at
+    assert reasons == [f"the tar is damaged at byte {at}: {lost} bytes are lost, up to the next whole header"]
+
+
+def test_a_broken_last_header_is_not_taken_for_the_end(tmp_path):
+    data, places_ = photo_tar(tmp_path / "a.tar")
+    at, body = places_[-1]
+    for broken in (bytes(512), b"\xaa" * 512):
+        data[at:body] = broken
+        keys, reasons = scanned(tmp_path / "a.tar", data)
+        assert keys == ["sa_0", "sa_1", "sa_2"] and reasons == [
+            f"the tar is damaged at byte {at}: what follows is lost"
+        ]
+
+
+def test_zeros_to_the_end_are_an_unfinished_download(tmp_path):
+    data, places_ = photo_tar(tmp_path / "a.tar", count=20)
+    at = places_[2][0]
+    data[at:] = bytes(len(data) - at)
+    keys, reasons = scanned(tmp_path / "a.tar", data)
+    assert keys == ["sa_0", "sa_1"] and len(data) - at > 12000
+    assert reasons == [
+        f"the tar ends in {len(data) - at} zero bytes from byte {at} on: it may be an unfinished download"
+    ]
+
+
+def test_a_tar_behind_another_is_read(tmp_path):
+    first, _ = photo_tar(tmp_path / "a.tar", count=2)
+    second = pack(tmp_path / "b.tar", [("./sa_8.jpg", encoded()), ("./sa_9.jpg", encoded())]).read_bytes()
+    assert scanned(tmp_path / "a.tar", first + second) == (["sa_0", "sa_1", "sa_8", "sa_9"], [])
+
+
+def test_what_looks_like_a_header_is_none(tmp_path):
+    inner = pack(tmp_path / "inner.tar", [("./inside.jpg", encoded())]).read_bytes()
+    jpeg = encoded()
+    hidden = jpeg + bytes(-len(jpeg) % 512) + inner
+    pack(tmp_path / "a.tar", [("./sa_0.jpg", hidden), ("./sa_1.jpg", jpeg)])
+    assert scanned(tmp_path / "a.tar") == (["sa_0", "sa_1"], []), "an image's own bytes are not searched"
+    data, places_ = photo_tar(tmp_path / "a.tar")
+    at, body = places_[1]
+    fake = bytearray(data[at:body])
+    fake[:12] = b"./sa_9.jpg\0\0"  # its checksum is wrong
+    data[at : body + 512] = bytes(512) + fake
+    assert scanned(tmp_path / "a.tar", data)[0] == ["sa_0", "sa_2", "sa_3"]
+    data[at:body] = b"\xaa" * 512
+    data[body + 100 : body + 612] = checksummed(fake)  # not on a block
+    assert scanned(tmp_path / "a.tar", data)[0] == ["sa_0", "sa_2", "sa_3"]
+
+
+def test_no_damage_of_a_tar_raises(tmp_path):
+    rng = np.random.default_rng(7)
+    long = [(f"./{'d' * 90}/{'é' * 90}_{i}.jpg", encoded()) for i in range(3)]
+    whole = pack(tmp_path / "a.tar", [*long, *((f"sa_{i}.jpg", encoded()) for i in range(3))]).read_bytes()
+    for _ in range(80):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data) // 512, size=rng.integers(1, 4)):
+            start = 512 * int(place) + int(rng.integers(0, 500))
+            data[start : start + 9] = rng.bytes(9) if rng.random() < 0.5 else bytes(9)
+            block = data[512 * place : 512 * place + 512]
+            if block[257:262] == b"ustar" and rng.random() < 0.7:
+                data[512 * place : 512 * place + 512] = checksummed(block)
+        (tmp_path / "a.tar").write_bytes(data[: rng.integers(1, len(data) + 1)] if rng.random() < 0.3 else data)
+        for entry in sources.tars(tmp_path / "a.tar")[0].scan().entries:
+            try:
+                entry.load()
+            except BadImage:
+                pass
+
+
+def test_a_sound_tar_is_listed_from_its_headers_alone(tmp_path, monkeypatch):
+    path = pack(tmp_path / "a.tar", [(f"./sa_{i}.jpg", encoded(noise(400), quality=95)) for i in range(9)])
+    plain, read = places.open_place, []
+
+    class Counted(io.FileIO):
+        def read(self, size=-1):
+            read.append(len(data := super().read(size)))
+            return data
+
+    monkeypatch.setattr(places, "open_place", lambda place: Counted(place))
+    assert len(sources.tars(path)[0].scan().entries) == 9
+    assert sum(read) < 9 * 1024 + 12000 < plain(path).seek(0, io.SEEK_END) / 10
+
+
+def test_a_name_that_is_no_name_is_one_line(tmp_path):
+    data, places_ = photo_tar(tmp_path / "a.tar")
+    at, body = places_[1]
+    data[at : at + 100] = bytes(100)
+    data[at:body] = checksummed(data[at:body])
+    assert scanned(tmp_path / "a.tar", data) == (["sa_0", "sa_2", "sa_3"], ["not an image file"])
+
+
+def test_tars_that_cannot_be_opened_are_a_line_each(tmp_path):
+    photo_tar(tmp_path / "good.tar", count=1)
+    (tmp_path / "folder.tar").mkdir()
+    (tmp_path / "nowhere.tar").symlink_to(tmp_path / "absent")
+    (tmp_path / "loop.tar").symlink_to(tmp_path / "loop.tar")
+    os.mkfifo(tmp_path / "pipe.tar")
+    scans = {shard.stem: shard.scan() for shard in sources.tars(str(tmp_path / "*.tar"))}
+    assert [entry.key for entry in scans.pop("good").entries] == ["sa_0"]
+    said = {stem: scan.rejected[0].reason for stem, scan in scans.items() if not scan.entries}
+    assert said == {
+        "folder": f"{tmp_path / 'folder.tar'}: a folder, not a file",
+        "loop": f"{tmp_path / 'loop.tar'}: a link to nothing: Too many levels of symbolic links",
+        "nowhere": f"{tmp_path / 'nowhere.tar'}: a link to nothing: No such file or directory",
+        "pipe": f"{tmp_path / 'pipe.tar'}: not a plain file (a named pipe, a socket or a device)",
+    }
+
+
+def test_a_disk_that_fails_in_a_tar_costs_its_tail(tmp_path, monkeypatch):
+    photo_tar(tmp_path / "a.tar")
+    plain = sources._whole_members
+
+    def failing(*args):
+        yield next(plain(*args))
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(sources, "_whole_members", failing)
+    assert scanned(tmp_path / "a.tar") == (["sa_0"], [f"{tmp_path / 'a.tar'} cannot be read: Input/output error"])
+
+
+def test_tars_without_images_say_so(tmp_path):
+    none = ([], ["the tar holds no images"])
+    assert scanned(pack(tmp_path / "a.tar", [])) == none
+    assert scanned(pack(tmp_path / "a.tar", [("./sa_1.json", b"{}")])) == none
+
+
+def test_other_names_of_one_key_are_other_images(tmp_path):
+    names = ["./北京.jpg", "上海.jpg", "sa 1.jpg", "./sa_1.jpg", "a/b.jpg", "a_b.jpg", "a_b.png", "./sa 1.jpg"]
+    keys, reasons = scanned(pack(tmp_path / "a.tar", [(name, encoded()) for name in names]))
+    assert [re.sub("-[0-9a-f]{10}$", "-*", key) for key in keys] == [
+        *("image", "image-*", "sa_1", "sa_1-*", "a_b", "a_b-*", "a_b-*")
+    ]
+    assert len(set(keys)) == 7 and reasons == ["duplicate key; the first good one is used"]
+
+
+def test_the_first_good_copy_of_an_image_is_used(tmp_path):
+    broken, good = encoded(picture(99, 99))[:-400], encoded(picture(20, 30))
+    path = pack(tmp_path / "a.tar", [("./a.jpg", broken), ("a.jpg", b"<html>"), ("./a.jpg", good), ("b.jpg", good)])
+    assert scanned(path) == (["a", "b"], ["duplicate key; the first good one is used"] * 2)
+    assert sources.tars(path)[0].scan().entries[0].load().rgb.shape == (3, 20, 30)
+    pack(path, [("./a.jpg", broken), ("./a.jpg", b"<html>")])
+    with pytest.raises(BadImage, match="truncated"):
+        sources.tars(path)[0].scan().entries[0].load()
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not a tar</html>" * 99, b"\x1f\x8b\x08" + b"1" * 2000])
@@ -285,9 +468,7 @@ def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
 def fix_headers(data: bytes, changes: dict[bytes, bytes]) -> bytes:
     for old, new in changes.items():
         at = data.index(b"./" + old)
-        header = bytearray(data[at : at + 512].replace(old, new))
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
+        header = checksummed(bytearray(data[at : at + 512].replace(old, new)))
         data = data[:at] + bytes(header) + data[at + 512 :]
     return data
 
@@ -352,9 +533,27 @@ def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
         entry.load()
 
 
+def test_links_to_nothing_and_pipes_in_a_folder_are_named(tmp_path):
+    for name in ("a.jpg", "z.jpg"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "dead.jpg").symlink_to(tmp_path / "absent")
+    (tmp_path / "album.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    first, second = sources.folders(tmp_path, per_shard=1)
+    assert [entry.key for shard in (first, second) for entry in shard.scan().entries] == ["a", "z"]
+    assert [(Path(one.origin).name, one.reason) for one in first.scan().rejected] == [
+        ("dead.jpg", "a link to nothing: No such file or directory"),
+        ("pipe.png", "not a plain file (a named pipe, a socket or a device)"),
+    ]
+    assert second.scan().rejected == ()
+    with pytest.raises(BadImage, match="named pipe"):
+        sources.folders(str(tmp_path / "*.png"))[0].scan().entries[0].load()
+
+
 def test_keys_stay_short_and_distinct():
     first, second = sources.safe_key("x" * 300 + "/a" + "y" * 150), sources.safe_key("z" * 300 + "/a" + "y" * 150)
     assert first != second and max(len(first), len(second)) <= 120
+    assert len(sources.safe_key("\udcff" + "x" * 300)) <= 120, "a name that is not UTF-8"
     assert sources.safe_key("../..") and "." not in sources.safe_key("a.b.c")
 
 
@@ -488,8 +687,7 @@ def test_tars_in_another_file_system_are_those_on_disk(tmp_path):
 
 
 def test_a_tar_behind_http_is_read_by_ranges(tmp_path, served):
-    noise = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
-    members = [(f"./sa_{i}.jpg", encoded(Image.fromarray(noise), quality=95)) for i in range(12)]
+    members = [(f"./sa_{i}.jpg", encoded(noise(400), quality=95)) for i in range(12)]
     path = pack(tmp_path / "sa_0.tar", members)
     [shard] = sources.tars(f"{served}/sa_0.tar")
     Ranges.sent = 0

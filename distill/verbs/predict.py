@@ -4,7 +4,8 @@ distill predict photo.jpg                              beside each other: photo 
 distill predict photos/ 'more/**/*.png' film.mp4 --out maps --write png npy colour side
 distill predict photos/ --student runs/demo/train/student
 
-Stopped, or called again: what is there stays, and the rest is done. A photo that cannot be read is one line.
+Stopped, or called again: what is there stays, and the rest is done, with what has changed since; the folder notes which
+photo made which map (predict_sources.jsonl). A photo that cannot be used is one line. Of a GIF, the first picture.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
         from distill.journey import run_score
         from distill.recipe import load
 
-        run_score(load(args.recipe, args.set))
-        return 0
+        results = run_score(load(args.recipe, args.set))
+        return 1 if any(result.num_failed for result in results) else 0
     if not args.benchmark:
         raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
     from distill.console import note, progress, say, table

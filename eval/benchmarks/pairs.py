@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.pairs import Pair, read_pairs
+from distill.pairs import Pair, read_names, read_pairs
 from eval.benchmarks import Sample, prediction_path
 from eval.protocol import Protocol
 
@@ -27,18 +27,11 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     """The pairs of the table `root`, grouped by their dataset."""
     if root is None:
         raise ValueError("the benchmark pairs needs a root: a .tsv of pairs, or a folder with an INDEX.tsv")
-    names = None if list_file is None else _names(Path(list_file))
+    names = None if list_file is None else [line.split()[0] for line in read_names(list_file)]
     return [
         Sample(pair.name, prediction_path(f"{pair.name}.npy"), partial(_image, pair), pair.truth, pair.dataset)
         for pair in read_pairs(root, names=names)
     ]
-
-
-def _names(list_file: Path) -> list[str]:
-    names = [line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not names:
-        raise ValueError(f"{list_file}: empty; it should name one pair per line")
-    return names
 
 
 def _image(pair: Pair) -> Tensor:
