@@ -188,8 +188,8 @@ def table(args: argparse.Namespace) -> None:
         cells.append(str(len(rows)))
         for key in SCORES:
             values = [row[key] for row in rows if key in row]
-            spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.4f}{spread}" if values else "-")
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
         print("| " + " | ".join(cells) + " |")
     against(found, "sdt")
     if args.figure:
@@ -200,7 +200,7 @@ def against(found: Found, reference: str) -> None:
     """Relative differences to one decoder within each seed: their mean and the half width of its 90 % t interval."""
     print(f"\nAgainst {reference}, seed by seed (a seed's data and order are the same for all):\n")
     print("| decoder | seeds | " + " | ".join(SCORES.values()) + " |\n|" + "---|" * (len(SCORES) + 2))
-    for name, rows in found.items():
+    for name, rows in ((name, found[name]) for name in CANDIDATES if name in found):
         seeds = sorted(rows.keys() & found.get(reference, {}).keys())
         if name == reference or not seeds:
             continue
@@ -216,33 +216,43 @@ def against(found: Found, reference: str) -> None:
         print("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
 
 
-def draw(
-    args: argparse.Namespace, found: dict[str, dict[int, dict[str, Any]]], costs: dict[str, dict[str, float]]
-) -> None:
-    """Score against decoder FLOPs, one dot per decoder with a bar of one standard deviation over seeds."""
+FAMILIES = {  # name: (colour, what stands beside a dot, by decoder)
+    "sdt_fast": ("#c0392b", {"sdt_fast, no detail": "no detail", "sdt_fast": "", "sdt_fast, wide": "wide"}),
+    "sdt": ("#2c3e50", {"sdt 64": "64", "sdt 128": "128", "sdt": "256"}),
+    "dpt": ("#7f8c8d", {"dpt 64": "64", "dpt 128": "128", "dpt 256": "256", "dpt 512": "512"}),
+}
+
+
+def draw(args: argparse.Namespace, found: Found, costs: dict[str, dict[str, float]]) -> None:
+    """Score against decoder FLOPs: a line for each family of decoders, bars of one standard deviation over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [key for key in SCORES if any(key in row for rows in found.values() for row in rows.values())]
-    shown = [key for key in shown if not key.endswith("delta1")]
-    figure, axes = plt.subplots(1, len(shown), figsize=(4.6 * len(shown), 3.8), squeeze=False)
+    shown = [key for key in SCORES if not key.endswith("delta1")]
+    shown = [key for key in shown if any(key in row for rows in found.values() for row in rows.values())]
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.8 * len(shown), 4.0), squeeze=False)
     for axis, key in zip(axes[0], shown, strict=True):
-        for name, rows in found.items():
-            values = [row[key] for row in rows.values()]
-            bar = statistics.stdev(values) if len(values) > 1 else 0.0
-            colour = "#c0392b" if name.startswith("sdt_fast") else "#2c3e50" if name.startswith("sdt") else "#7f8c8d"
-            axis.errorbar(costs[name]["gflops"], statistics.mean(values), bar, fmt="o", color=colour, capsize=3)
-            axis.annotate(name, (costs[name]["gflops"], statistics.mean(values)), (6, 4), textcoords="offset points")
+        for family, (colour, labels) in FAMILIES.items():
+            names = [name for name in labels if name in found]
+            values = [[row[key] for row in found[name].values()] for name in names]
+            means = [statistics.mean(one) for one in values]
+            bars = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in values]
+            flops = [costs[name]["gflops"] for name in names]
+            axis.errorbar(flops, means, bars, fmt="o-", color=colour, capsize=3, alpha=0.85, label=family)
+            for name, x, y in zip(names, flops, means, strict=True):
+                place = {"xytext": (6, 5), "textcoords": "offset points", "fontsize": 8, "color": colour}
+                axis.annotate(labels[name], (x, y), **place)
         axis.set_xscale("log")
-        axis.margins(x=0.25)
+        axis.margins(x=0.12)
         axis.set_xlabel(f"decoder GFLOPs at {args.size} x {args.size}, log")
         axis.set_title(f"{SCORES[key]} ({'higher' if key == 'boundary_f1' else 'lower'} is better)", fontsize=10)
         axis.grid(alpha=0.25)
+    axes[0][0].legend(frameon=False, fontsize=9)
     figure.suptitle(f"{args.steps} steps of {args.batch_size} windows, frozen encoder; bars: one deviation over seeds")
     figure.tight_layout()
-    figure.savefig(args.figure, dpi=130)
+    figure.savefig(args.figure, dpi=110)
 
 
 def main() -> None:
