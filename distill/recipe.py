@@ -379,10 +379,10 @@ class Recipe:
     compare: Compare = field(default_factory=Compare)
 
     def __post_init__(self) -> None:
-        labels = [t.label for t in self.teachers]
-        twice = sorted({name for name in labels if labels.count(name) > 1})
-        if twice:
-            raise ValueError(f"teachers named twice: {', '.join(twice)}; give each an alias of its own")
+        for what, tables in (("teachers", self.teachers), ("benchmarks", self.benchmarks)):
+            labels = [table.label for table in tables]
+            if twice := sorted({name for name in labels if labels.count(name) > 1}):
+                raise ValueError(f"{what} named twice: {', '.join(twice)}; give each an alias of its own")
         if self.student.leave_out_frozen_encoder:
             if not self.train.freeze_encoder or self.student.weights in ("", "pretrained"):
                 raise ValueError(

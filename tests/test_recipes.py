@@ -169,6 +169,10 @@ def test_a_teacher_named_twice_needs_an_alias(tmp_path):
     assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
         "teachers named twice: midas; give each an alias of its own"
     ]
+    twice = '[[benchmarks]]\nname = "scenes"\n[[benchmarks]]\nname = "scenes"\n'
+    assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
+        "benchmarks named twice: scenes; give each an alias of its own"
+    ]
 
 
 def test_broken_toml_missing_file_and_bad_set(tmp_path):

@@ -166,24 +166,27 @@ def _decode(decoder: Any, maps: Any, side: int) -> Tensor:
 
 
 def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """From the file of what was measured before on this machine, else from a process of its own, and into that file."""
+    """From the file of what was measured before on this machine, the rest from a process of its own, and into it."""
     known, what = (
         args.out.with_suffix(".jsonl"),
         {"name": name, "size": size, "on": device(), "torch": torch.__version__},
     )
+    found: dict[str, Any] = {}
     for line in known.read_text().splitlines() if known.is_file() else []:
         try:
             row: dict[str, Any] = json.loads(line)
         except ValueError:  # the last line of a killed run
             continue
-        if what.items() <= row.items() and row["found"].keys() >= {"encoder", *decoders}:
-            return dict(row["found"])
-    command = [sys.executable, "-m", "tests.speed.efficiency", "--one", name, str(size), *decoders]
+        found |= row["found"] if what.items() <= row.items() else {}
+    missing = [decoder for decoder in decoders if decoder not in found]
+    if not missing and "encoder" in found:
+        return found
+    command = [sys.executable, "-m", "tests.speed.efficiency", "--one", name, str(size), *missing]
     done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["killed, for want of memory?"])[-1]
         raise SystemExit(f"{name} at {size}: could not be measured: {reason}")
-    found: dict[str, Any] = json.loads(done.stdout)
+    found |= json.loads(done.stdout)
     with known.open("a") as file:
         file.write(json.dumps(what | {"found": found}) + "\n")
     return found
@@ -204,7 +207,7 @@ def table(at: int, args: argparse.Namespace) -> list[list[str]]:
             said = PAPER_PARAMS.get((name, decoder), (None, None))
             row = [name, decoder, f"{params:.1f}", _beside(own, 2, said[0]), _beside(params + own, 1, said[1])]
             row += [f"{flops[at]:.0f}", _beside(cost[at], 1, PAPER_FLOPS.get((name, decoder), (None,) * 3)[at])]
-            if decoder in costs:
+            if decoder in costs and decoder in cheap:
                 (ms, mib), (own_ms, own_mib) = costs["encoder"], costs[decoder]
                 row += [f"{ms:.0f}", f"{own_ms:.0f}", f"{ms + own_ms:.0f}", f"{max(mib, own_mib):.0f}"]
             else:
