@@ -177,7 +177,7 @@ def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace
             row: dict[str, Any] = json.loads(line)
         except ValueError:  # the last line of a killed run
             continue
-        found |= row["found"] if what.items() <= row.items() else {}
+        found = (row["found"] if what.items() <= row.items() else {}) | found
     missing = [decoder for decoder in decoders if decoder not in found]
     if not missing and "encoder" in found:
         return found
@@ -186,7 +186,7 @@ def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["killed, for want of memory?"])[-1]
         raise SystemExit(f"{name} at {size}: could not be measured: {reason}")
-    found |= json.loads(done.stdout)
+    found = json.loads(done.stdout) | found
     with known.open("a") as file:
         file.write(json.dumps(what | {"found": found}) + "\n")
     return found
@@ -225,7 +225,7 @@ def _beside(ours: float, digits: int, theirs: float | None) -> str:
 def page(tables: dict[int, list[list[str]]]) -> str:
     """One offline file; the tables scroll sideways on a phone."""
     style = (
-        "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:1240px;padding:0 1rem}.wide{overflow-x:auto}"
+        "body{font:15px/1.5 system-ui;margin:2rem auto;max-width:1400px;padding:0 1rem}.wide{overflow-x:auto}"
         "table{border-collapse:collapse;white-space:nowrap;font-size:13px}"
         "td,th{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #8884}"
         "td:first-child,td:nth-child(2),th:first-child,th:nth-child(2){text-align:left}"
