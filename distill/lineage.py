@@ -1,8 +1,9 @@
 """Where a student's knowledge comes from and what that allows: images, teachers, and the weights it began with.
 
 "commercial" is True only where every one of them is known to allow it. Weights of a local file are unknown, whatever
-their name says. The licence of images is the recipe's own words (labels.licence): words such as "research" forbid, and
-so does saying nothing. No legal advice; the terms stand beside the answer. The rules are ours.
+their name says. The licence of images is the recipe's own words (labels.licence): they must name one that allows it
+(CC0, CC BY, Apache, MIT, BSD, public domain, one's own) and none that forbids it. No legal advice; the terms stand
+beside the answer. The rules are ours.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from distill.recipe import Recipe
 from students.encoder import licence_of
 
 _FREE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "dinov3-license")
-_FORBIDS = re.compile(r"unknown|research|non-?\s?commercial|by-nc|\bnc\b|academic", re.IGNORECASE)
+_ALLOWS = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+_FORBIDS = re.compile(r"research|academic|commercial|personal|\bnc\b", re.IGNORECASE)
 
 
 def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
@@ -37,7 +39,8 @@ def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
 
 def lineage(recipe: Recipe, teachers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
     """What a card says under "lineage", and "commercial"."""
-    images = {"licence": recipe.labels.licence, "commercial": not _FORBIDS.search(recipe.labels.licence or "unknown")}
+    terms = recipe.labels.licence
+    images = {"licence": terms, "commercial": bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)}
     kept = ("weights", "licence", "commercial")
     found: dict[str, Any] = {
         "images": images,
