@@ -71,6 +71,24 @@ def test_depth_anything_v2_position_rule_matters(dav2):
     assert off == pytest.approx(facts["runs"][0]["hf_max_abs_diff_same_size"], rel=0.05)
 
 
+@pytest.mark.parametrize("known_by", ["names", "path"])
+def test_distill_any_depth_is_used_under_its_own_resizing(dav2, tmp_path, known_by):
+    """The same network squashes the image to a square once it is known for Distill-Any-Depth's."""
+    facts, _, file = dav2
+    theirs = tmp_path / ("Distill-Any-Depth/small" if known_by == "path" else "x") / "model.safetensors"
+    theirs.parent.mkdir(parents=True)
+    named = {
+        key.replace("pretrained.", "backbone.") if known_by == "names" else key: v for key, v in synth(facts).items()
+    }
+    safetensors.torch.save_file(named, theirs)
+    assert depth_anything_v2.Teacher.load(str(theirs)).card.native_size == 700
+    image = torch.rand(1, 3, 60, 90, generator=torch.Generator().manual_seed(0))
+    plain = depth_anything_v2.Teacher.load(str(file), resize="none").predict(_resize.resize_cubic(image, 70, 70)).values
+    expected = torch.nn.functional.interpolate(plain[:, None], (60, 90), mode="bilinear", align_corners=True)[:, 0]
+    found = depth_anything_v2.Teacher.load(str(theirs), native_size=70).predict(image).values
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_distill_any_depth(golden, tmp_path):
     facts, data = golden("distill_any_depth_large")
     file = tmp_path / "model.safetensors"
