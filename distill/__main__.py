@@ -2,6 +2,6 @@
 
 import sys
 
-from distill.cli import main
+from distill.app.cli import main
 
 sys.exit(main())

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.align import apply_affine, fit_affine
-from distill.depth import DepthMap, Kind
+from distill.core.align import apply_affine, fit_affine
+from distill.core.depth import DepthMap, Kind
 
 JUMPS = (0.02, 0.04, 0.06, 0.08, 0.10)
 """Thresholds of an edge: what a map jumps by within `reach`, as a fraction of its own range."""
@@ -184,7 +184,7 @@ def edge_agreement(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
     """F1 of two maps' edges, half the reach of tolerance; the mean over JUMPS, weighted by them.
 
     A threshold at which neither map has an edge is left out; NaN where that holds for all of them. The weights are
-    Depth Pro's (eval.boundary).
+    Depth Pro's (distill.eval.boundary).
     """
     jumps = _jumps(first, valid), _jumps(second, valid)
     total, weights = torch.zeros(len(first)), torch.zeros(len(first))

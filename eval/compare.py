@@ -1,6 +1,6 @@
 """Several models over the same images: predictions kept on disk, then measured against one another and the truth.
 
-    FOLDER/NAME/            the maps of one model, as eval.stored keeps them, with settings.json
+    FOLDER/NAME/            the maps of one model, as distill.eval.stored keeps them, with settings.json
     FOLDER/NAME/model.json  its card and what predicting cost, so that nothing here needs the model again
 
 Predicting continues where it stopped, and never mixes maps of other settings. Measuring reads maps and images alone.
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from eval import agreement
-from eval.benchmarks import Sample
-from eval.fit import NoTruth, measure
-from eval.metrics import from_sums
-from eval.protocol import Protocol
-from eval.stored import BadPrediction, predict, read_prediction, read_settings
-from teachers import Teacher
+from distill.core.depth import DepthMap, Kind
+from distill.eval import agreement
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.fit import NoGroundTruthError, measure
+from distill.eval.metrics import from_sums
+from distill.eval.protocol import Protocol
+from distill.eval.stored import BadPredictionError, predict, read_prediction, read_settings
+from distill.teachers import Teacher
 
 CARD = "model.json"
 TRUTH = "truth"
@@ -52,7 +52,7 @@ class Entrant:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class ModelComparison:
     """Everything that was measured, as JSON takes it; the fields of compare.json.
 
     models: per model its name, card, cost and mean numbers. pairs: per two names (or a name and "truth") the mean
@@ -69,7 +69,7 @@ class Comparison:
 # --- predicting -------------------------------------------------------------------------------------------------------
 
 
-def gather(entrant: Entrant, samples: Sequence[Sample], folder: Path, *, report: Report | None = None) -> int:
+def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None) -> int:
     """Predict what is missing of one model, and return how many maps that were; loads the model only where it must.
 
     Raises ValueError where the folder holds maps of other settings or weights, and whatever the model raises.
@@ -203,7 +203,7 @@ def _write_json(path: Path, table: Any) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class ImageView:
     """One image with everybody's map of it, all as affine disparity; models that have none here are left out.
 
     raw: the maps as predicted. reference: the name of what the others are shown against.
@@ -216,8 +216,8 @@ class View:
     reference: str
 
 
-def look(sample: Sample, names: Sequence[str], folder: Path) -> View:
-    """Read one image, its truth and the stored maps; BadPrediction where a map cannot be read."""
+def look(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageView:
+    """Read one image, its truth and the stored maps; BadPredictionError where a map cannot be read."""
     image = sample.image()[None]
     truth = sample.truth()
     known = truth if truth.valid.any() else None
@@ -225,7 +225,7 @@ def look(sample: Sample, names: Sequence[str], folder: Path) -> View:
     for name in names:
         said = read_settings(folder / name)
         if said is None:
-            raise BadPrediction(f"{folder / name} has no predictions")
+            raise BadPredictionError(f"{folder / name} has no predictions")
         values, _ = read_prediction(folder / name / sample.prediction_path, tuple(image.shape[-2:]))  # type: ignore[arg-type]
         tensor = torch.from_numpy(values)[None]
         usable = torch.isfinite(tensor)
@@ -239,10 +239,10 @@ def look(sample: Sample, names: Sequence[str], folder: Path) -> View:
         if frame is None and raw[name].kind != Kind.AFFINE_DEPTH:
             frame, reference = maps[name], name
     ordered = {name: maps[name] for name in [*names, TRUTH] if name in maps}
-    return View(image, raw, ordered, known, reference or next(iter(raw), ""))
+    return ImageView(image, raw, ordered, known, reference or next(iter(raw), ""))
 
 
-def measure_image(view: View, *, seed: int = 0) -> dict[str, Any]:
+def measure_image(view: ImageView, *, seed: int = 0) -> dict[str, Any]:
     """The numbers of one image: {"models": {name: ...}, "pairs": {"a|b": ...}, "additions": {"p|a": ...}}."""
     image = agreement.image_edges(view.image)
     models: dict[str, Numbers] = {}
@@ -269,7 +269,7 @@ def measure_image(view: View, *, seed: int = 0) -> dict[str, Any]:
     return {"models": models, "pairs": pairs, "additions": _additions(view, pairs, image)}
 
 
-def _additions(view: View, pairs: Mapping[str, Numbers], image: Tensor) -> dict[str, Numbers]:
+def _additions(view: ImageView, pairs: Mapping[str, Numbers], image: Tensor) -> dict[str, Numbers]:
     truth = view.maps.get(TRUTH)
     errors = {}
     if truth is not None:
@@ -301,7 +301,7 @@ def _scores(depth: DepthMap, truth: DepthMap) -> Numbers:
             depth.kind,
             PROTOCOL.with_kind(depth.kind),
         )
-    except NoTruth:
+    except NoGroundTruthError:
         return {"abs_rel": None, "delta1": None}
     every = from_sums(result.sums[None])
     return {name: _number(every[name]) for name in ("abs_rel", "delta1")}
@@ -316,15 +316,17 @@ def _number(value: Tensor) -> float | None:
 
 
 def compare(
-    names: Sequence[str], samples: Sequence[Sample], folder: Path, *, report: Report | None = None
-) -> Comparison:
-    """Measure the stored maps of these models on these images; no model is needed. Raises BadPrediction, ValueError."""
+    names: Sequence[str], samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None
+) -> ModelComparison:
+    """Measure the stored maps of these models on these images; no model is needed. Raises BadPredictionError,
+    ValueError.
+    """
     images = []
     for done, sample in enumerate(samples, 1):
         try:
             view = look(sample, names, folder)
-        except BadPrediction as error:
-            raise BadPrediction(f"{sample.key}: {error}; compare again with the models at hand") from error
+        except BadPredictionError as error:
+            raise BadPredictionError(f"{sample.key}: {error}; compare again with the models at hand") from error
         numbers = measure_image(view, seed=done)
         between = [n["error"] for key, n in numbers["pairs"].items() if not key.endswith(f"|{TRUTH}")]
         usable = [value for value in between if value is not None]
@@ -338,7 +340,7 @@ def compare(
         )
         if report:
             report(done, len(samples))
-    return Comparison(
+    return ModelComparison(
         models=[_model(name, folder, images) for name in names],
         pairs=_means(images, "pairs"),
         additions=_means(images, "additions"),
@@ -349,7 +351,7 @@ def compare(
 def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     said = _read_card(folder / name)
     if said is None:
-        raise BadPrediction(f"{folder / name} has no {CARD}: delete the folder and compare again")
+        raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
     own = [image["models"][name] for image in images if name in image["models"]]
     numbers = {key: _mean([one.get(key) for one in own]) for key in dict.fromkeys(k for one in own for k in one)}
     settings = read_settings(folder / name) or {"settings": {}}
@@ -373,7 +375,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return fmean(there) if there else None
 
 
-def write_comparison(comparison: Comparison, path: Path, *, more: Mapping[str, Any]) -> None:
+def write_comparison(comparison: ModelComparison, path: Path, *, more: Mapping[str, Any]) -> None:
     """Everything measured, as JSON; `more` is what else should stand there (rejected images, the settings)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_json(path, {"version": 1, **asdict(comparison), **more})

@@ -16,12 +16,12 @@ from types import ModuleType
 
 import numpy as np
 
-from distill.findings import Finding
-from distill.plugins import find
-from eval.benchmarks import Sample
-from eval.benchmarks._files import Files, Layout, Rows, locate, read_list
-from eval.protocol import Protocol, list_hash
-from eval.tasks import size_of
+from distill.core.findings import Finding
+from distill.core.plugins import find
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, read_list
+from distill.eval.protocol import Protocol, list_hash
+from distill.eval.tasks import size_of
 
 _NAMED = 5
 _DECODED = 3
@@ -33,8 +33,8 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
 
     LookupError for an unknown name, ValueError or FileNotFoundError for no root or no list at all.
     """
-    module = find("eval.benchmarks", name)
-    layout: Layout | None = getattr(module, "LAYOUT", None)
+    module = find("distill.eval.benchmarks", name)
+    layout: FileLayout | None = getattr(module, "LAYOUT", None)
     if layout is None:
         samples = list(module.samples(root, list_file))
         return [_count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file), *_decoded(samples)]
@@ -72,7 +72,7 @@ def _root(files: Files) -> Finding:
     return Finding("ok", what)
 
 
-def _unfinished(root: Path, layout: Layout) -> list[Finding]:
+def _unfinished(root: Path, layout: FileLayout) -> list[Finding]:
     """A download that has begun and is not done."""
     parts = [path for path in (root / f"{layout.archive}.part", Path(f"{root}.part")) if path.is_file()]
     return [Finding("warn", f"{part}: {part.stat().st_size / 1e6:,.1f} MB so far", _GO_ON) for part in parts]
@@ -92,7 +92,7 @@ def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None
     return Finding("bad", what, "complete the download, or name the images to use with --list")
 
 
-def _parts(layout: Layout, rows: Rows) -> list[Finding]:
+def _parts(layout: FileLayout, rows: Rows) -> list[Finding]:
     """The parts of the benchmark that are reported by themselves."""
     found = []
     for part, (number, digest) in layout.parts.items():
@@ -111,7 +111,7 @@ def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total:
     return [Finding("bad", what, f"distill fetch {benchmark}, or unpack the archive again")]
 
 
-def _damaged(files: Files, layout: Layout, rows: Rows) -> Finding:
+def _damaged(files: Files, layout: FileLayout, rows: Rows) -> Finding:
     """Files that are empty or cut short, by their sizes and ends."""
     names = [name for row in rows for name in row]
     faults = [f"{name} ({fault})" for name in names if (fault := damage(files, name, layout.size(name)))]
@@ -165,7 +165,9 @@ def _npy_size(head: bytes) -> int | None:
         return None
 
 
-def _samples(module: ModuleType, root: Path, list_file: Path | str | None, keys: Sequence[str]) -> list[Sample]:
+def _samples(
+    module: ModuleType, root: Path, list_file: Path | str | None, keys: Sequence[str]
+) -> list[BenchmarkSample]:
     """The samples of images that are whole; none where the benchmark refuses an incomplete root."""
     try:
         return [sample for sample in module.samples(root, list_file) if sample.key in set(keys)]
@@ -173,7 +175,7 @@ def _samples(module: ModuleType, root: Path, list_file: Path | str | None, keys:
         return []
 
 
-def _decoded(samples: Sequence[Sample]) -> list[Finding]:
+def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
     """The first, the middle and the last image in full."""
     if not samples:
         return []

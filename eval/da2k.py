@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.depth import Kind
+from distill.core.depth import Kind
 
 SCENES = frozenset(
     {"indoor", "outdoor", "non_real", "transparent_reflective", "adverse_style", "aerial", "underwater", "object"}

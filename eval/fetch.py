@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.plugins import find
-from eval.benchmarks import Download
+from distill.core.plugins import find
+from distill.eval.benchmarks import Download
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
@@ -46,11 +46,11 @@ class Fetched:
     published: bool
 
 
-class Cut(OSError):
+class DownloadCutError(OSError):
     """The connection ended early; what has arrived is kept."""
 
 
-class Manual(ValueError):
+class ManualDownloadError(ValueError):
     """The host asks for a form, or has no file to fetch; the message says what to do."""
 
 
@@ -62,12 +62,12 @@ def fetch_benchmark(
     url: a mirror: the archive's own address, or one that ends in "/" and has the same places below it. sha256: what the
     archive must have. Raises LookupError for an unknown benchmark, Manual where a person has to act, OSError else.
     """
-    module = find("eval.benchmarks", name)
+    module = find("distill.eval.benchmarks", name)
     download: Download | None = getattr(module, "DOWNLOAD", None)
     if download is None:
-        raise Manual(f"the benchmark {name} needs no download: score it as it is")
+        raise ManualDownloadError(f"the benchmark {name} needs no download: score it as it is")
     if not (url or download.url):
-        raise Manual(f"{name}: {download.manual}")
+        raise ManualDownloadError(f"{name}: {download.manual}")
     address = url + download.archive if url.endswith("/") else url or download.url
     return fetch(address, Path(root) / download.archive, sha256=sha256 or download.sha256, report=report)
 
@@ -118,7 +118,7 @@ def _complete(url: str, part: Path, report: Report | None, patience: float) -> i
         try:
             _attempt(url, part, report)
             return resumed
-        except Cut:
+        except DownloadCutError:
             progressed = part.is_file() and part.stat().st_size > before
             failed = 0 if progressed else failed + 1
             if failed >= _ATTEMPTS:
@@ -142,7 +142,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             start, total = _place(url, answer, have)
             if start and known.get("total") not in (None, total):
                 _begin_again(part)
-                raise Cut(f"{url}: the host has another file now; beginning again")
+                raise DownloadCutError(f"{url}: the host has another file now; beginning again")
             if start and start != have:
                 raise OSError(f"{url}: the host sent bytes from {start}, asked for from {have}")
             if not start:
@@ -153,14 +153,16 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             return  # there was nothing missing
         if error.code == 416:
             _begin_again(part)
-            raise Cut(f"{url}: the host has another file now; beginning again") from error
+            raise DownloadCutError(f"{url}: the host has another file now; beginning again") from error
         if error.code in (408, 429, 500, 502, 503, 504):
-            raise Cut(f"{url}: the host answered {error.code} {error.reason}; try again later") from error
+            raise DownloadCutError(f"{url}: the host answered {error.code} {error.reason}; try again later") from error
         raise OSError(f"{url}: the host answered {error.code} {error.reason}; --url takes another address") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         kept = part.stat().st_size if part.is_file() else 0
         reason = getattr(error, "reason", None) or error or type(error).__name__
-        raise Cut(f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, the same command goes on from there") from error
+        raise DownloadCutError(
+            f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, the same command goes on from there"
+        ) from error
 
 
 def _place(url: str, answer: Any, have: int) -> tuple[int, int | None]:
@@ -199,7 +201,9 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                 raise
             raise OSError(f"{part}: the disk is full; make room, the same command goes on from there") from error
     if total is not None and done < total:
-        raise Cut(f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; the same command goes on from there")
+        raise DownloadCutError(
+            f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; the same command goes on from there"
+        )
 
 
 def _begin_again(part: Path) -> None:

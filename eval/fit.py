@@ -5,7 +5,7 @@ affine disparity is fitted in disparity and inverted, an affine depth is fitted 
 gets a scale, a metric one is used as it is; a protocol may ask for another fit. A truth with an unknown shift is
 scored in its own quantity, where predictions of the other quantity can be converted only if their own shift is known.
 
-Least squares by moments, in float64, over blocks: equal to distill.align.fit_affine, at a tenth of its time and with no
+Least squares by moments, in float64, over blocks: equal to core.align.fit_affine, at a tenth of its time and with no
 float64 copy of a 24-megapixel map. Maps are numpy here, whose `take` gathers valid pixels six times as fast as torch's
 masked selection.
 """
@@ -19,23 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind, KindError
-from eval.metrics import NUM_SUMS, block_sums
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap, Kind, KindError
+from distill.eval.metrics import NUM_SUMS, block_sums
+from distill.eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
 _FORGETS = ("metric", "scale", "affine")
-# How an alignment of eval.protocol begins, and what it fits.
+# How an alignment of distill.eval.protocol begins, and what it fits.
 _SAID = {"scale and shift": "affine", "scale by medians": "median", "scale": "scale"}
 
 
-class NoTruth(ValueError):
+class NoGroundTruthError(ValueError):
     """The truth has no valid pixel: nobody's prediction can be scored on this image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
+class AlignmentPlan:
     """How a prediction meets a truth.
 
     quantity: what the metrics compare, "depth" or "disparity". fit: the quantity in which the prediction is aligned.
@@ -52,7 +52,7 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class ImageErrors:
     """What one image contributes.
 
     sums: (NUM_SUMS,) float64, see eval.metrics.sums. floors: the same for each disparity floor, by its name, where
@@ -66,7 +66,7 @@ class Measured:
     notes: tuple[str, ...]
 
 
-def way(kind: Kind, truth: Kind, alignment: str = "") -> Way:
+def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     """How a prediction of `kind` meets a truth of kind `truth`; KindError where it cannot.
 
     alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
@@ -76,19 +76,19 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> Way:
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
     unknown = said if said == "median" else max(said, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
-        return Way("depth", kind.quantity, False, unknown, truth.unknown == "metric")
+        return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
         raise KindError(
             f"a prediction of kind {kind} cannot be scored against {truth}: both have an unknown shift, so neither can "
             f"be inverted. Score it where the truth is metric, or predict {truth.quantity}"
         )
-    return Way(truth.quantity, truth.quantity, kind.quantity != truth.quantity, unknown, False)
+    return AlignmentPlan(truth.quantity, truth.quantity, kind.quantity != truth.quantity, unknown, False)
 
 
-def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> Measured:
+def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Align a prediction (H,W) float32 to a truth (1,H,W) and sum up its errors.
 
-    Raises NoTruth, or ValueError where the prediction is not finite on a valid pixel; both in one line.
+    Raises NoGroundTruthError, or ValueError where the prediction is not finite on a valid pixel; both in one line.
     Source of the marigold mode: prs-eth/Marigold, script/depth/eval.py and src/util/alignment.py.
     """
     path = way(kind, truth.kind, protocol.alignment)
@@ -99,7 +99,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     if protocol.mask_range and path.metres:
         flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
-        raise NoTruth("the truth has no valid pixel")
+        raise NoGroundTruthError("the truth has no valid pixel")
     lowest, highest = float(flat_pred.min()), float(flat_pred.max())  # NaN if any is
     if not np.isfinite(lowest + highest):
         wrong = int((~np.isfinite(flat_pred)).sum())
@@ -116,10 +116,10 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    return Measured(sums, floors, scale, shift, tuple(notes))
+    return ImageErrors(sums, floors, scale, shift, tuple(notes))
 
 
-def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, Measured]:
+def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
     """A prediction (H,W) as depth (H,W), and how it was aligned: fitted where its shift is unknown, else as it is.
 
     The fit sees the valid truth inside the protocol's range; the map is clipped as the protocol says. Sums are empty.
@@ -130,7 +130,7 @@ def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Proto
         depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
         if not np.isfinite(depth[truth.valid[0].numpy()]).all():
             raise ValueError("NaN or infinity among the scored pixels")
-        return depth, Measured(torch.zeros(0), {}, 1.0, 0.0, ())
+        return depth, ImageErrors(torch.zeros(0), {}, 1.0, 0.0, ())
     measured = measure(pred, truth, kind, fitted)
     line = pred * np.float32(measured.scale) + np.float32(measured.shift)
     metres, inside = truth.values[0].numpy(), truth.valid[0].numpy()
@@ -152,7 +152,9 @@ def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[
     return pred[inside], truth[inside]
 
 
-def _notes(pred: np.ndarray, lowest: float, highest: float, kind: Kind, path: Way, protocol: Protocol) -> list[str]:
+def _notes(
+    pred: np.ndarray, lowest: float, highest: float, kind: Kind, path: AlignmentPlan, protocol: Protocol
+) -> list[str]:
     notes = ["constant prediction"] if lowest == highest and len(pred) > 1 else []
     if lowest <= 0 and path.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
@@ -190,7 +192,7 @@ def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[n
     return chosen[0], chosen[1]
 
 
-def _fit(pred: np.ndarray, truth: np.ndarray, *, path: Way, positive: bool) -> tuple[float, float]:
+def _fit(pred: np.ndarray, truth: np.ndarray, *, path: AlignmentPlan, positive: bool) -> tuple[float, float]:
     """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit."""
     invert = path.fit != path.quantity
     if path.unknown == "median":
@@ -240,7 +242,7 @@ def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) 
 
 
 def _total(
-    pred: np.ndarray, truth: np.ndarray, scale: float, shift: float, path: Way, protocol: Protocol
+    pred: np.ndarray, truth: np.ndarray, scale: float, shift: float, path: AlignmentPlan, protocol: Protocol
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sums of the aligned and clipped prediction, and those under each disparity floor and the plain range."""
     low, high = 1e-6, float("inf")

@@ -27,7 +27,7 @@ Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MetricRow:
     """A metric's place in a table: how to compute it on maps, which way is better, and how to print it."""
 
     function: Metric | None
@@ -149,17 +149,17 @@ def silog(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     return all_metrics(pred, target, valid)["silog"]
 
 
-METRICS: MappingProxyType[str, Row] = MappingProxyType(
+METRICS: MappingProxyType[str, MetricRow] = MappingProxyType(
     {
-        "abs_rel": Row(abs_rel, True, "{:.4f}"),
-        "sq_rel": Row(sq_rel, True, "{:.4f}"),
-        "rmse": Row(rmse, True, "{:.4f}"),
-        "rmse_log": Row(rmse_log, True, "{:.4f}"),
-        "log10": Row(log10, True, "{:.4f}"),
-        "delta1": Row(delta1, False, "{:.4f}"),
-        "delta2": Row(delta2, False, "{:.4f}"),
-        "delta3": Row(delta3, False, "{:.4f}"),
-        "i_rmse": Row(i_rmse, True, "{:.4f}"),
-        "silog": Row(silog, True, "{:.3f}"),
+        "abs_rel": MetricRow(abs_rel, True, "{:.4f}"),
+        "sq_rel": MetricRow(sq_rel, True, "{:.4f}"),
+        "rmse": MetricRow(rmse, True, "{:.4f}"),
+        "rmse_log": MetricRow(rmse_log, True, "{:.4f}"),
+        "log10": MetricRow(log10, True, "{:.4f}"),
+        "delta1": MetricRow(delta1, False, "{:.4f}"),
+        "delta2": MetricRow(delta2, False, "{:.4f}"),
+        "delta3": MetricRow(delta3, False, "{:.4f}"),
+        "i_rmse": MetricRow(i_rmse, True, "{:.4f}"),
+        "silog": MetricRow(silog, True, "{:.3f}"),
     }
 )

@@ -15,8 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.plugins import find, names
-from eval.scorefile import Score
+from distill.core.plugins import find, names
+from distill.eval.scorefile import Score
 
 _FILE = Path(__file__).with_name("papers.toml")
 _TABLE = ("paper", "number", "title", "metrics", "unit", "digits", "protocol", "row")
@@ -41,7 +41,7 @@ class PaperNumber:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class PaperVerdict:
     """A paper's number with ours, if there is one that answers for it; reason: why there is none."""
 
     number: PaperNumber
@@ -75,7 +75,7 @@ def paper_numbers() -> tuple[PaperNumber, ...]:
 
 def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[str, Any]) -> list[PaperNumber]:
     where = f"{table['paper']}, {table['number']}, {row['model']}"
-    known = names("eval.benchmarks")
+    known = names("distill.eval.benchmarks")
     found = []
     for benchmark, values in row.items():
         if benchmark in _ROW:
@@ -105,24 +105,24 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
     return found
 
 
-def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[Verdict]:
+def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[PaperVerdict]:
     """A verdict on every number of the papers; a number is answered by the first score that may."""
     return [_verdict(number, scored) for number in (paper_numbers() if numbers is None else numbers)]
 
 
-def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> Verdict:
+def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> PaperVerdict:
     if not number.weights:
-        return Verdict(number, "not run", reason="the row names no released weights")
+        return PaperVerdict(number, "not run", reason="the row names no released weights")
     same = [one for one in scored if one.score.benchmark == number.benchmark and _same_weights(one.weights, number)]
     if not same:
-        return Verdict(number, "not run", reason="no score of these weights on this benchmark")
+        return PaperVerdict(number, "not run", reason="no score of these weights on this benchmark")
     reasons = [_obstacle(one.score, number) for one in same]
     for one, obstacle in zip(same, reasons, strict=True):
         ours = one.score.metrics.get(number.metric)
         if not obstacle and ours is not None:
             inside = abs(ours - number.value) <= number.tolerance + 1e-9
-            return Verdict(number, "within" if inside else "outside", ours)
-    return Verdict(number, "not run", reason=reasons[0])
+            return PaperVerdict(number, "within" if inside else "outside", ours)
+    return PaperVerdict(number, "not run", reason=reasons[0])
 
 
 def _same_weights(weights: str, number: PaperNumber) -> bool:
@@ -132,7 +132,7 @@ def _same_weights(weights: str, number: PaperNumber) -> bool:
 
 def _obstacle(score: Score, number: PaperNumber) -> str:
     """Why this score cannot answer for the number, "" where it can."""
-    published = find("eval.benchmarks", number.benchmark).PROTOCOL
+    published = find("distill.eval.benchmarks", number.benchmark).PROTOCOL
     if number.protocol != "marigold":
         return f"the protocol of the paper's number is {number.protocol}"
     if score.protocol.mode != "marigold":

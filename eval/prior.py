@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from eval.benchmarks import Sample
-from teachers import Card, check_images
+from distill.core.depth import DepthMap, Kind
+from distill.eval.benchmarks import BenchmarkSample
+from distill.teachers import Card, check_images
 
 ROWS, COLUMNS = 24, 32
 
@@ -93,7 +93,7 @@ class Constant:
         return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
 
 
-def fit_plane(samples: Sequence[Sample]) -> PlanePrior:
+def fit_plane(samples: Sequence[BenchmarkSample]) -> PlanePrior:
     """The plane prior of the samples' truths.
 
     Each truth becomes disparity (an affine depth cannot: KindError), is standardised over its valid pixels, and

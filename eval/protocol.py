@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from distill.depth import Kind
+from distill.core.depth import Kind
 
 MODES = ("marigold", "clean")
 
@@ -43,7 +43,7 @@ TASKS = {
     "boundary_recall": "depth edges on a matte's edge: there is no depth to align to",
     "order": "which of two points is nearer: any increasing map of the prediction gives the same answer",
 }
-"""What is measured (eval.tasks)."""
+"""What is measured (distill.eval.tasks)."""
 
 _WORDS = {"affine": "scale and shift", "scale": "scale", "median": "scale by medians"}
 

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 import distill
-from distill.depth import Kind
-from distill.plugins import find
-from eval.benchmarks import Sample, actual
-from eval.fit import Measured, NoTruth
-from eval.prior import Constant, PlanePrior, fit_plane
-from eval.protocol import Protocol, require_same
-from eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
-from eval.stored import BadPrediction, predict, read_prediction, read_settings
-from eval.tasks import TASKS, Task, size_of
+from distill.core.depth import Kind
+from distill.core.plugins import find
+from distill.eval.benchmarks import BenchmarkSample, actual
+from distill.eval.fit import ImageErrors, NoGroundTruthError
+from distill.eval.prior import Constant, PlanePrior, fit_plane
+from distill.eval.protocol import Protocol, require_same
+from distill.eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
+from distill.eval.stored import BadPredictionError, predict, read_prediction, read_settings
+from distill.eval.tasks import TASKS, Task, size_of
 
 __all__ = [
     "Constant",
@@ -47,7 +47,7 @@ __all__ = [
 def score(
     store: Path | str,
     kind: Kind | str | None,
-    samples: Sequence[Sample],
+    samples: Sequence[BenchmarkSample],
     protocol: Protocol,
     *,
     mode: str | None = None,
@@ -80,7 +80,7 @@ def score(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / expected[0]}"
         )
 
-    def one(sample: Sample) -> tuple[ImageScore, Measured | None]:
+    def one(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
         return _score_image(sample, store, kind, protocol)
 
     results = []
@@ -131,7 +131,7 @@ def score_predictions(
         require_writable(out)
     if not Path(predictions).is_dir():
         raise FileNotFoundError(f"{predictions}: no such folder of predictions")
-    module = find("eval.benchmarks", benchmark)
+    module = find("distill.eval.benchmarks", benchmark)
     samples = list(module.samples(root, list_file))
     result = score(
         predictions,
@@ -207,16 +207,18 @@ def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | N
     return kind
 
 
-def _score_image(sample: Sample, store: Path, kind: Kind, protocol: Protocol) -> tuple[ImageScore, Measured | None]:
+def _score_image(
+    sample: BenchmarkSample, store: Path, kind: Kind, protocol: Protocol
+) -> tuple[ImageScore, ImageErrors | None]:
     """One image's row and sums; whatever is wrong with it ends in its row."""
     path = store / sample.prediction_path
     try:
         if not path.is_file():
-            raise BadPrediction(f"missing: no {sample.prediction_path}")
+            raise BadPredictionError(f"missing: no {sample.prediction_path}")
         truth = sample.mark() if sample.mark is not None else sample.truth()
         pred, remarks = read_prediction(path, size_of(truth))
         measured = TASKS[protocol.task].measure(pred, truth, kind, protocol)
-    except NoTruth as error:
+    except NoGroundTruthError as error:
         # The official mean becomes NaN with such an image; in the clean mode it does not count for anybody.
         return ImageScore(sample.key, sample.group, None, str(error), protocol.mode == "marigold"), None
     except (OSError, ValueError) as error:
@@ -226,7 +228,9 @@ def _score_image(sample: Sample, store: Path, kind: Kind, protocol: Protocol) ->
     return ImageScore(sample.key, sample.group, metrics, problem, scale=measured.scale, shift=measured.shift), measured
 
 
-def _summary(task: Task, results: Sequence[tuple[ImageScore, Measured | None]], allow_failed: bool) -> dict[str, Any]:
+def _summary(
+    task: Task, results: Sequence[tuple[ImageScore, ImageErrors | None]], allow_failed: bool
+) -> dict[str, Any]:
     """Means, pooled values, floors and groups of a Score; None instead of a mean over the images that happened to be
     there."""
     images = [image for image, _ in results]

@@ -3,7 +3,7 @@
 A score file is JSON, with a .csv of the images beside it:
 
     {"version": 1, "model": str, "benchmark": str, "kind": str, "created": ISO time, "software": str,
-     "protocol": {... every field of eval.protocol.Protocol, "id": str, "setting": str},
+     "protocol": {... every field of distill.eval.protocol.Protocol, "id": str, "setting": str},
      "num_images": n, "num_failed": m, "num_remarks": k, "num_extra": e, "partial": bool,
      "metrics": {name: mean over images or null},      of the task: ten for depth (eval.tasks); DA-2K's is over pairs
      "pooled": {name: over all pixels of all images},  not comparable with any paper
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.depth import Kind
-from eval.protocol import Protocol, from_dict
-from eval.tasks import TASKS, Task
+from distill.core.depth import Kind
+from distill.eval.protocol import Protocol, from_dict
+from distill.eval.tasks import TASKS, Task
 
 Means = dict[str, float | None]
 

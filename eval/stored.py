@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.depth import Kind
-from eval.benchmarks import Sample
-from teachers import Teacher
+from distill.core.depth import Kind
+from distill.eval.benchmarks import BenchmarkSample
+from distill.teachers import Teacher
 
 SETTINGS = "settings.json"
 MAPPED = 1 << 22
@@ -30,13 +30,13 @@ MAPPED = 1 << 22
 Report = Callable[..., None]
 
 
-class BadPrediction(ValueError):
+class BadPredictionError(ValueError):
     """A stored prediction that cannot be scored; the message is the reason, without the file's name."""
 
 
 def predict(
     teacher: Teacher,
-    samples: Sequence[Sample],
+    samples: Sequence[BenchmarkSample],
     store: Path | str,
     *,
     settings: Mapping[str, Any],
@@ -95,7 +95,7 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
 
 
 def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
-    """A stored map as (H,W) float32, and remarks on how it was stored; BadPrediction says why it is no such map.
+    """A stored map as (H,W) float32, and remarks on how it was stored; BadPredictionError says why it is no such map.
 
     size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any real dtype is read; below
     float32 the loss of precision is remarked on.
@@ -105,15 +105,15 @@ def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarra
         large = path.stat().st_size >= MAPPED
         values = np.load(path, allow_pickle=False, mmap_mode="c" if large else None)
     except FileNotFoundError:
-        raise BadPrediction("missing") from None
+        raise BadPredictionError("missing") from None
     except (OSError, ValueError, EOFError) as error:
-        raise BadPrediction(_unreadable(error)) from error
+        raise BadPredictionError(_unreadable(error)) from error
     values = np.asarray(values) if isinstance(values, np.memmap) else values
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise BadPrediction(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
+        raise BadPredictionError(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
     squeezed = values.reshape([side for side in values.shape if side != 1]) if values.ndim != 2 else values
     if squeezed.ndim != 2 or size not in (None, squeezed.shape):
-        raise BadPrediction(
+        raise BadPredictionError(
             f"has the shape {values.shape}, the truth {size or '(H, W)'}: resize to the image before storing"
         )
     remarks = [] if values.dtype.itemsize >= 4 and values.dtype.kind == "f" else [f"stored as {values.dtype}"]
@@ -165,7 +165,7 @@ def _write(path: Path, values: np.ndarray) -> None:
     aside.replace(path)
 
 
-def _images(samples: Sequence[Sample]) -> Iterator[tuple[Sample, Tensor]]:
+def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:
     """Each sample with its image; the next one is decoded while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(samples[0].image) if samples else None

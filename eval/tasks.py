@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from eval.boundary import boundary_f1, boundary_recall
-from eval.da2k import Points, num_right
-from eval.fit import Measured, NoTruth, aligned_depth, measure
-from eval.metrics import METRICS, Row, from_sums
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap, Kind
+from distill.eval.boundary import boundary_f1, boundary_recall
+from distill.eval.da2k import Points, num_right
+from distill.eval.fit import ImageErrors, NoGroundTruthError, aligned_depth, measure
+from distill.eval.metrics import METRICS, MetricRow, from_sums
+from distill.eval.protocol import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +32,9 @@ class Task:
     images. group_mean: the name under which the plain mean over the benchmark's parts stands beside it, or "".
     """
 
-    rows: Mapping[str, Row]
+    rows: Mapping[str, MetricRow]
     from_sums: Callable[[Tensor], dict[str, Tensor]]
-    measure: Callable[[np.ndarray, Any, Kind, Protocol], Measured]
+    measure: Callable[[np.ndarray, Any, Kind, Protocol], ImageErrors]
     over_all: bool = False
     group_mean: str = ""
 
@@ -52,27 +52,27 @@ def size_of(truth: Any) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def _measure_f1(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> Measured:
+def _measure_f1(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Boundary F1 of the prediction as depth; affine kinds are aligned to the truth first."""
     if not bool(truth.valid.any()):
-        raise NoTruth("the truth has no valid pixel")
+        raise NoGroundTruthError("the truth has no valid pixel")
     depth, aligned = aligned_depth(pred, truth, kind, protocol)
     value = boundary_f1(torch.from_numpy(depth)[None], truth.values, truth.valid)
-    return Measured(_one(value), {}, aligned.scale, aligned.shift, aligned.notes)
+    return ImageErrors(_one(value), {}, aligned.scale, aligned.shift, aligned.notes)
 
 
-def _measure_recall(pred: np.ndarray, alpha: Tensor, kind: Kind, protocol: Protocol) -> Measured:
+def _measure_recall(pred: np.ndarray, alpha: Tensor, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Boundary recall of the prediction as depth; an unknown shift is taken as none, for want of a depth to fit."""
     if not np.isfinite(pred).all():
         raise ValueError(f"NaN or infinity in {int((~np.isfinite(pred)).sum())} of the {pred.size} pixels")
     depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
-    return Measured(_one(boundary_recall(torch.from_numpy(depth)[None], alpha)), {}, 1.0, 0.0, ())
+    return ImageErrors(_one(boundary_recall(torch.from_numpy(depth)[None], alpha)), {}, 1.0, 0.0, ())
 
 
-def _measure_order(pred: np.ndarray, points: Points, kind: Kind, protocol: Protocol) -> Measured:
+def _measure_order(pred: np.ndarray, points: Points, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Right pairs of all pairs."""
     right = num_right(pred, points.pairs, kind)
-    return Measured(torch.tensor([len(points.pairs), right], dtype=torch.float64), {}, 1.0, 0.0, ())
+    return ImageErrors(torch.tensor([len(points.pairs), right], dtype=torch.float64), {}, 1.0, 0.0, ())
 
 
 def _one(value: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def _share(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
     return lambda totals: {name: (totals[:, 1] / totals[:, 0]).float()}
 
 
-def _rows(*names: str) -> dict[str, Row]:
+def _rows(*names: str) -> dict[str, MetricRow]:
     functions: dict[str, Callable[..., Tensor]] = {"boundary_f1": boundary_f1, "boundary_recall": boundary_recall}
-    return {name: Row(functions.get(name), False, "{:.4f}") for name in names}
+    return {name: MetricRow(functions.get(name), False, "{:.4f}") for name in names}
 
 
 TASKS: Mapping[str, Task] = {

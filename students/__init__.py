@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.plugins import find, option_faults
-from students.encoder import Encoder
+from distill.core.plugins import find, option_faults
+from distill.students.encoder import Encoder
 
 
 class Student(nn.Module):
@@ -74,7 +74,7 @@ def build(
     """
     if native_size is not None and (not isinstance(native_size, int) or native_size < 1):
         raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
-    plugin = find("students.decoders", decoder).Decoder
+    plugin = find("distill.students.decoders", decoder).Decoder
     part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
     own = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
     taken = inspect.signature(plugin).parameters

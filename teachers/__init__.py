@@ -28,16 +28,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.depth import DepthMap, Kind
+from distill.core.depth import DepthMap, Kind
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
-class WeightsMissing(FileNotFoundError):
+class WeightsMissingError(FileNotFoundError):
     """The weights are not here; the message says which and how to get them."""
 
 
-class WeightsMismatch(ValueError):
+class WeightsMismatchError(ValueError):
     """The weights are not this network's, or not readable; the message names the file and the first keys."""
 
 
@@ -132,7 +132,8 @@ def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
 def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     """The local file or folder that `weights` names: a path, or a hub id `org/name[/file or folder][@revision]`.
 
-    files: patterns of what is needed from a hub repository. Raises WeightsMissing in one line that says what to do.
+    files: patterns of what is needed from a hub repository. Raises WeightsMissingError in one line that says what to
+    do.
     """
     text = str(weights)
     path = Path(text).expanduser()
@@ -140,12 +141,12 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
         return path
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
     if match is None or (path.suffix in WEIGHT_SUFFIXES and not match[2]):
-        raise WeightsMissing(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
     inside = match[2].lstrip("/")
     wanted = [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
     folder = _download(match[1], match[3], wanted, text)
     if not (folder / inside).exists():
-        raise WeightsMissing(
+        raise WeightsMissingError(
             f"weights {text!r}: {match[1]} has no {inside}; see https://huggingface.co/{match[1]}/tree/main"
         )
     return folder / inside
@@ -158,17 +159,17 @@ def _download(repository: str, revision: str | None, files: list[str], text: str
     try:
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
     except errors.GatedRepoError as error:
-        raise WeightsMissing(
+        raise WeightsMissingError(
             f"weights {text!r} are gated: accept the licence at https://huggingface.co/{repository}, "
             "then `hf auth login`"
         ) from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise WeightsMissing(
+        raise WeightsMissingError(
             f"weights {text!r}: no such file or folder here, and no such repository or revision on the Hugging Face "
             "hub (or it is private: `hf auth login`)"
         ) from error
     except OSError as error:
-        raise WeightsMissing(
+        raise WeightsMissingError(
             f"weights {text!r}: no such file or folder here, and the Hugging Face hub cannot be reached; where it can, "
             f"`hf download {repository}`, then give that folder's path"
         ) from error
@@ -177,25 +178,29 @@ def _download(repository: str, revision: str | None, files: list[str], text: str
 def find_weights(path: Path, names: Iterable[str]) -> Path:
     """`path` itself if it is a file, else what the first of `names` (patterns) that matches finds in that folder.
 
-    Raises WeightsMissing if none does, WeightsMismatch where one finds several files or something that only stands
-    where weights should: a git-lfs pointer, a web page.
+    Raises WeightsMissingError if none does, WeightsMismatchError where one finds several files or something that only
+    stands where weights should: a git-lfs pointer, a web page.
     """
     names = list(names)
     found = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])
     if not found:
-        raise WeightsMissing(
+        raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
         )
     if len(found) > 1:
-        raise WeightsMismatch(
+        raise WeightsMismatchError(
             f"{path} holds {', '.join(file.name for file in found[:4])}: give the path of one of them"
         )
     with found[0].open("rb") as stream:
         start = stream.read(64).lstrip()
     if start.startswith(b"version https://git-lfs"):
-        raise WeightsMismatch(f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+        raise WeightsMismatchError(
+            f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+        )
     if start.startswith(b"<"):
-        raise WeightsMismatch(f"{found[0]} is a web page, not weights: download it again, logged in where it is gated")
+        raise WeightsMismatchError(
+            f"{found[0]} is a web page, not weights: download it again, logged in where it is gated"
+        )
     return found[0]
 
 
@@ -228,23 +233,23 @@ def revision_here(card: Card) -> str:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The table in a json file, empty where there is no such file; WeightsMismatch where it is no table."""
+    """The table in a json file, empty where there is no such file; WeightsMismatchError where it is no table."""
     if not path.is_file():
         return {}
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise WeightsMismatch(f"{path} is not readable JSON ({error}): download it again") from error
+        raise WeightsMismatchError(f"{path} is not readable JSON ({error}): download it again") from error
     if not isinstance(table, dict):
-        raise WeightsMismatch(f"{path} holds no JSON table: download it again")
+        raise WeightsMismatchError(f"{path} holds no JSON table: download it again")
     return table
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU; unwraps {"model": ...} and {"state_dict": ...}.
 
-    Torch files are read with weights_only=True: a file that needs more than tensors is refused. Raises WeightsMismatch
-    for what cannot be read.
+    Torch files are read with weights_only=True: a file that needs more than tensors is refused. Raises
+    WeightsMismatchError for what cannot be read.
     """
     try:
         if path.suffix == ".safetensors":
@@ -254,33 +259,35 @@ def read_state(path: Path) -> dict[str, Tensor]:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
             reason = "more than tensors in it, or not a torch file"
-        raise WeightsMismatch(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
+        raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
     for wrapper in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise WeightsMismatch(f"{path} holds no table of named tensors")
+        raise WeightsMismatchError(f"{path} holds no table of named tensors")
     return state
 
 
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
-    """Raises WeightsMismatch that names the first keys, unless both are empty."""
+    """Raises WeightsMismatchError that names the first keys, unless both are empty."""
     faults = []
     for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             faults.append(f"{label} {', '.join(keys[:3])}{more}")
     if faults:
-        raise WeightsMismatch(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
+        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, what: str) -> None:
-    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatch names what does not."""
+    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatchError names what does
+    not.
+    """
     wanted = module.state_dict()
     check_claimed(wanted.keys() - state.keys(), state.keys() - wanted.keys(), where, what=what)
     for key, tensor in wanted.items():
         if tensor.shape != state[key].shape:
-            raise WeightsMismatch(
+            raise WeightsMismatchError(
                 f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
             )
     module.load_state_dict(dict(state), assign=True)
@@ -292,8 +299,8 @@ def load_checked(
 ) -> Any:
     """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
 
-    Both report what did not match and go on with random weights; here that is WeightsMismatch. optional: parts of names
-    that may be missing or superfluous. Silences the progress bars and reports while building.
+    Both report what did not match and go on with random weights; here that is WeightsMismatchError. optional: parts of
+    names that may be missing or superfluous. Silences the progress bars and reports while building.
     """
     libraries = [sys.modules[name].utils.logging for name in ("transformers", "diffusers") if name in sys.modules]
     before = [library.get_verbosity() for library in libraries]
@@ -305,7 +312,7 @@ def load_checked(
         model, info = build()
     except (RuntimeError, ValueError, safetensors.SafetensorError, OSError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise WeightsMismatch(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
+        raise WeightsMismatchError(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
     finally:
         for library, verbosity, had_bar in zip(libraries, before, bars, strict=True):
             library.set_verbosity(verbosity)
@@ -318,5 +325,5 @@ def load_checked(
     check_claimed(missing, unexpected, where, what=what)
     if info["mismatched_keys"]:
         key = sorted(map(str, info["mismatched_keys"]))[0]
-        raise WeightsMismatch(f"{where} is not a {what} checkpoint: another shape at {key}")
+        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: another shape at {key}")
     return model

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from teachers._dino import PATCH, position_table
+from distill.teachers._dino import PATCH, position_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class NetworkLayout:
     """The sizes of a network.
 
     taps: blocks whose tokens the head reads, from 0. main_from: first block of the main series' scheme (None: mono).
@@ -108,7 +108,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """One transformer block."""
 
-    def __init__(self, layout: Layout, *, normalized: bool) -> None:
+    def __init__(self, layout: NetworkLayout, *, normalized: bool) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(layout.width, eps=1e-6)
         self.attn = Attention(layout.width, layout.heads, normalized=normalized)
@@ -138,7 +138,7 @@ class PatchEmbed(nn.Module):
 class Transformer(nn.Module):
     """The backbone; returns what the head reads."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
         self.layout = layout
         main_from = layout.main_from
@@ -214,7 +214,7 @@ def rotate(vectors: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 class Backbone(nn.Module):
     """The transformer under the name that the released files give it."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
         self.pretrained = Transformer(layout)
 
@@ -257,7 +257,7 @@ class Fusion(nn.Module):
 class Scratch(nn.Module):
     """The head's convolutions, under the released names."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
         features = layout.features
         for i, channels in enumerate(layout.channels, start=1):
@@ -276,7 +276,7 @@ def _output(channels: int, outputs: int) -> nn.Sequential:
 class Head(nn.Module):
     """DPT: tokens of four blocks -> depth and sky logits at the input's size."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
         self.main = layout.main_from is not None
         width = layout.width * (2 if self.main else 1)
@@ -337,7 +337,7 @@ def uv_embedding(maps: Tensor, height: int, width: int) -> Tensor:
 class Network(nn.Module):
     """Backbone and head. The head always computes in float32, as the authors' does."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
         self.backbone = Backbone(layout)
         self.head = Head(layout)

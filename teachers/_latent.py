@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import (
-    WeightsMismatch,
-    WeightsMissing,
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
+    WeightsMismatchError,
+    WeightsMissingError,
     find_weights,
     finite,
     load_checked,
@@ -72,10 +72,10 @@ class Parts:
 
 
 def find_folder(weights: str, *, files: Sequence[str] = FILES, part: str = "unet") -> Path:
-    """The folder of parts that `weights` names; WeightsMissing where it is no such folder."""
+    """The folder of parts that `weights` names; WeightsMissingError where it is no such folder."""
     folder = resolve(weights, files=files)
     if not (folder / part / "config.json").is_file():
-        raise WeightsMissing(f"{folder} is not a diffusers folder: it has no {part}/config.json")
+        raise WeightsMissingError(f"{folder} is not a diffusers folder: it has no {part}/config.json")
     return folder
 
 
@@ -91,7 +91,9 @@ def load_parts(
 
     unet = unet if unet is not None else load_unet(folder / "unet", what=what, dtype=dtype)
     if unet.config.in_channels != channels:
-        raise WeightsMismatch(f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}")
+        raise WeightsMismatchError(
+            f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}"
+        )
     vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
     # One image of a batch after the other: a third of the memory at the same speed (tests/speed/teachers.py).
     vae.enable_slicing()
@@ -125,7 +127,7 @@ def load_unet(
 
 def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> Any:
     if not (folder / "config.json").is_file():
-        raise WeightsMissing(f"{folder} has no config.json: complete the folder")
+        raise WeightsMissingError(f"{folder} has no config.json: complete the folder")
     file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.fp16.safetensors", f"{_UNET}.bin"))
     variant = "fp16" if file.name.endswith(".fp16.safetensors") else None
     return load_checked(
@@ -149,7 +151,7 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
 
     file = find_weights(folder / "text_encoder", ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"))
     if not (folder / "tokenizer").is_dir():
-        raise WeightsMissing(f"{folder} has no tokenizer/: complete the folder")
+        raise WeightsMissingError(f"{folder} has no tokenizer/: complete the folder")
     encoder = CLIPTextModel(CLIPTextConfig.from_pretrained(folder / "text_encoder"))
     prefixed = all(key.startswith("text_model.") for key in encoder.state_dict())
     plain = {key.removeprefix("text_model."): tensor.float() for key, tensor in read_state(file).items()}

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import Card
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import Card
 
 POLICIES = ("far", "invalid", "zero")
 QUANTILE = 0.99
@@ -60,7 +60,7 @@ def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
     return DepthMap(values, valid, depth.kind)
 
 
-class Eye:
+class SkyMask:
     """The teacher that knows sky, loaded with sky="invalid"; the last batch's answer is kept for the other teachers."""
 
     def __init__(self, teacher: Any) -> None:
@@ -74,12 +74,12 @@ class Eye:
         return self.last[1]
 
 
-class UnderSky:
+class SkyPolicyTeacher:
     """A teacher whose maps follow the policy."""
 
     card: Card
 
-    def __init__(self, teacher: Any, eye: Eye, policy: str) -> None:
+    def __init__(self, teacher: Any, eye: SkyMask, policy: str) -> None:
         if policy not in POLICIES:
             raise ValueError(f"a sky policy must be one of {', '.join(POLICIES)}, not {policy!r}")
         self.teacher, self.eye, self.policy = teacher, eye, policy
@@ -109,5 +109,5 @@ def under_policy(loaded: Sequence[tuple[str, Any]], policy: str) -> list[tuple[s
             f'labels.sky = "{policy}" needs a teacher that knows sky, as DA3MONO-LARGE does; none of {names} does: add '
             'one, or leave it at "own"'
         )
-    eye = Eye(eyes[0])
-    return [(name, UnderSky(t, eye, policy) if hasattr(t, "predict") else t) for name, t in loaded]
+    eye = SkyMask(eyes[0])
+    return [(name, SkyPolicyTeacher(t, eye, policy) if hasattr(t, "predict") else t) for name, t in loaded]

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import Card, WeightsMissing, check_images, finite
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import Card, WeightsMissingError, check_images, finite
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -58,7 +58,7 @@ class Teacher:
         be.
         """
         if weights != "none":
-            raise WeightsMissing(f'the analytic teacher has no weights: give "none", not {weights!r}')
+            raise WeightsMissingError(f'the analytic teacher has no weights: give "none", not {weights!r}')
         formula = f"rgb={','.join(f'{factor:g}' for factor in rgb)} offset={offset:g}"
         card = replace(CARDS[0], kind=Kind(kind), revision=formula)
         return cls(card, rgb=rgb, offset=offset, dtype=dtype)

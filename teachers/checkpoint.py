@@ -1,4 +1,4 @@
-"""A student of ours as a teacher: any folder that `distill.checkpoint` wrote, or "pocket", the one that ships with us.
+"""A student of ours as a teacher: any folder that `students.checkpoint` wrote, or "pocket", the one that ships with us.
 
 Resizing ("ours"): the short side becomes the size that the student was trained at, aspect kept, each side the nearest
 multiple of its patch; bilinear with antialias. The map comes back to the image's size bilinearly.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import distill
-from distill import crops
-from distill.depth import DepthMap, Kind
-from teachers import Card, WeightsMissing, check_images, check_resize, finite, revision_of
+from distill.core import crops
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import Card, WeightsMissingError, check_images, check_resize, finite, revision_of
 
 if TYPE_CHECKING:
-    from students import Student
+    from distill.students import Student
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -66,12 +66,12 @@ class Teacher:
         encoder_weights: the frozen encoder's, for a folder that holds the decoder alone. native_size: overrides the
         training size in student.json.
         """
-        from distill import checkpoint  # brings timm: seconds that `distill list` must not cost
+        from distill.students import checkpoint  # brings timm: seconds that `distill list` must not cost
 
         check_resize(resize, native_size)
         folder = pocket() if weights == "pocket" else Path(weights).expanduser()
         if not folder.exists():
-            raise WeightsMissing(
+            raise WeightsMissingError(
                 f'weights {weights!r}: no such folder; give one that `distill train` wrote, or "pocket"'
             )
         student = checkpoint.load(folder, device=device, encoder_weights=encoder_weights)

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill import crops
-from distill.depth import DepthMap, Kind
-from teachers import (
+from distill.core import crops
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
     Card,
-    WeightsMismatch,
+    WeightsMismatchError,
     card_for,
     check_claimed,
     check_images,
@@ -40,9 +40,9 @@ from teachers import (
     resolve,
     revision_of,
 )
-from teachers._da3_network import Layout, Network
-from teachers._dino import PATCH, normalize
-from teachers._sky import FEW, QUANTILE, quantile
+from distill.teachers._da3_network import Network, NetworkLayout
+from distill.teachers._dino import PATCH, normalize
+from distill.teachers._sky import FEW, QUANTILE, quantile
 
 NATIVE = 504
 SKY = 0.3  # the sky map's threshold; 0.3 itself is sky
@@ -219,10 +219,10 @@ class Teacher:
         return DepthMap(out.values, out.valid & valid, out.kind).to(images.device)
 
 
-def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> Layout:
+def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> NetworkLayout:
     """Sizes from the tensors; which blocks the head reads from config.json, or from what is published."""
     if any(key.startswith(("da3.", "da3_metric.")) for key in state):
-        raise WeightsMismatch(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
+        raise WeightsMismatchError(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
     first = "backbone.pretrained.blocks.0"
     swiglu = f"{first}.mlp.w3.weight" in state
     defining = ["backbone.pretrained.pos_embed", "head.scratch.output_conv1.weight"]
@@ -238,9 +238,11 @@ def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> La
     taps = tuple(net.get("out_layers", ())) or _TAPS.get((main_from is not None, blocks))
     starts = {net.get(key) for key in ("alt_start", "qknorm_start", "rope_start")} - {None, -1}
     if taps is None or len(taps) != 4 or max(taps) >= blocks or starts - {main_from}:
-        raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json")
+        raise WeightsMismatchError(
+            f"{where}: {blocks} blocks of width {width} do not fit a published layout or config.json"
+        )
     size = state[f"backbone.pretrained.blocks.{main_from}.attn.q_norm.weight"].shape[0] if normalized else 64
-    return Layout(
+    return NetworkLayout(
         width=width,
         blocks=blocks,
         heads=max(1, width // size),

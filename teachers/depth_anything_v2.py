@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import (
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
     Card,
-    WeightsMismatch,
+    WeightsMismatchError,
     card_for,
     check_claimed,
     check_images,
@@ -41,8 +41,8 @@ from teachers import (
     resolve,
     revision_of,
 )
-from teachers._dino import PATCH, normalize, position_table
-from teachers._resize import resize_cubic
+from distill.teachers._dino import PATCH, normalize, position_table
+from distill.teachers._resize import resize_cubic
 
 NATIVE = 518
 SQUARE = 700  # of Distill-Any-Depth
@@ -123,7 +123,8 @@ _RULES = [
 
 
 def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
-    """The authors' tensors under the names of transformers' hub files; raises WeightsMismatch for a key no rule knows.
+    """The authors' tensors under the names of transformers' hub files; raises WeightsMismatchError for a key no rule
+    knows.
 
     Distill-Any-Depth's ViT-L chunks its blocks (`backbone.blocks.0.7.` is block 7); a `module.` in front is dropped.
     """
@@ -154,7 +155,7 @@ def _config(state: dict[str, Tensor], where: str | Path, *, metric: bool) -> Any
     blocks = len({key.split(".")[3] for key in state if key.startswith("backbone.encoder.layer.")})
     width = table.shape[-1]
     if (width, blocks) not in _TAPS:
-        raise WeightsMismatch(f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B or L)")
+        raise WeightsMismatchError(f"{where}: {blocks} blocks of width {width} are no Depth Anything V2 (S, B or L)")
     backbone = Dinov2Config(
         hidden_size=width,
         num_hidden_layers=blocks,
@@ -286,7 +287,9 @@ def _check_name(file: Path, max_depth: float | None) -> None:
     if "metric" in file.name and max_depth is None:
         raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
     if re.match(r"depth_anything_(metric_depth|vit[sbl]14)", file.name):
-        raise WeightsMismatch(f"{file} is Depth Anything V1 by its name, which reads other blocks: use a V2 checkpoint")
+        raise WeightsMismatchError(
+            f"{file} is Depth Anything V1 by its name, which reads other blocks: use a V2 checkpoint"
+        )
 
 
 def _published(weights: str) -> Card:
@@ -324,7 +327,7 @@ def _from_folder(folder: Path, max_depth: float | None) -> Any:
 
     described = read_config(folder / "config.json").get("model_type")
     if described != "depth_anything":
-        raise WeightsMismatch(f"{folder / 'config.json'} describes a {described} model, not depth_anything")
+        raise WeightsMismatchError(f"{folder / 'config.json'} describes a {described} model, not depth_anything")
     config = DepthAnythingConfig.from_pretrained(folder)
     if max_depth is not None:
         config.depth_estimation_type = "metric"

@@ -13,9 +13,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import Card, card_for, check_images, check_resize, revision_of
-from teachers._latent import (
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import Card, card_for, check_images, check_resize, revision_of
+from distill.teachers._latent import (
     MULTIPLE,
     NATIVE,
     Parts,

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import (
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
     Card,
-    WeightsMismatch,
-    WeightsMissing,
+    WeightsMismatchError,
+    WeightsMissingError,
     card_for,
     check_images,
     check_resize,
@@ -33,8 +33,8 @@ from teachers import (
     resolve,
     revision_of,
 )
-from teachers._dpt_head import DptHead, sized_like
-from teachers._latent import (
+from distill.teachers._dpt_head import DptHead, sized_like
+from distill.teachers._latent import (
     FILES,
     MULTIPLE,
     NATIVE,
@@ -195,7 +195,7 @@ def _head_file(folder: Path, head: str | None) -> Path | None:
     if "dpt_head" not in folder.name:
         return None
     if not (folder.parent / HEAD).is_dir():
-        raise WeightsMissing(f"{folder} is a UNet for a DPT head: give head=, or put {HEAD}/ beside it")
+        raise WeightsMissingError(f"{folder} is a UNet for a DPT head: give head=, or put {HEAD}/ beside it")
     return find_weights(folder.parent / HEAD, names)
 
 
@@ -204,6 +204,6 @@ def _load_head(file: Path) -> DptHead:
     try:
         head = sized_like(state)
     except KeyError as error:
-        raise WeightsMismatch(f"{file} is not a GenPercept DPT head: it has no {error.args[0]}") from error
+        raise WeightsMismatchError(f"{file} is not a GenPercept DPT head: it has no {error.args[0]}") from error
     load_strictly(head, state, file, what="GenPercept DPT head")
     return head.eval()

@@ -21,20 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.crops import generator
-from distill.depth import DepthMap, Kind
-from teachers import (
+from distill.core.crops import generator
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
     Card,
-    WeightsMismatch,
-    WeightsMissing,
+    WeightsMismatchError,
+    WeightsMissingError,
     card_for,
     check_images,
     check_resize,
     read_config,
     revision_of,
 )
-from teachers._ensemble import ensemble as combine
-from teachers._latent import (
+from distill.teachers._ensemble import ensemble as combine
+from distill.teachers._latent import (
     MULTIPLE,
     NATIVE,
     Parts,
@@ -191,8 +191,8 @@ def load_scheduler(folder: Path) -> Any:
 
     file = folder / "scheduler_config.json"
     if not file.is_file():
-        raise WeightsMissing(f"{folder} has no scheduler_config.json: complete the folder, or it is no Marigold")
+        raise WeightsMissingError(f"{folder} has no scheduler_config.json: complete the folder, or it is no Marigold")
     name = read_config(file).get("_class_name")
     if name not in ("DDIMScheduler", "LCMScheduler"):
-        raise WeightsMismatch(f"{file}: Marigold is sampled with DDIMScheduler or LCMScheduler, not {name}")
+        raise WeightsMismatchError(f"{file}: Marigold is sampled with DDIMScheduler or LCMScheduler, not {name}")
     return getattr(diffusers, name).from_pretrained(folder)

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from teachers import (
+from distill.core.depth import DepthMap, Kind
+from distill.teachers import (
     Card,
-    WeightsMismatch,
-    WeightsMissing,
+    WeightsMismatchError,
+    WeightsMissingError,
     card_for,
     check_images,
     check_resize,
@@ -31,7 +31,7 @@ from teachers import (
     resolve,
     revision_of,
 )
-from teachers._resize import resize_cubic
+from distill.teachers._resize import resize_cubic
 
 MULTIPLE = 32  # patches of 16, and a decoder level at half of them
 
@@ -92,7 +92,7 @@ class Teacher:
         check_resize(resize, native_size)
         path = resolve(weights, files=("config.json", "model.safetensors"))
         if not (path / "config.json").is_file():
-            raise WeightsMissing(f"{path} is not a transformers folder: it has no config.json")
+            raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")
         find_weights(path, ("*.safetensors", "*.bin"))
         model = _from_folder(path)
         size = native_size or _trained_at(model)
@@ -133,7 +133,7 @@ def _from_folder(folder: Path) -> Any:
     described = read_config(folder / "config.json")
     backbone = (described.get("backbone_config") or {}).get("model_type")
     if (described.get("model_type"), backbone) != ("dpt", "beit"):
-        raise WeightsMismatch(
+        raise WeightsMismatchError(
             f"{folder / 'config.json'} describes a {described.get('model_type')} model on {backbone}: MiDaS v3.1 here "
             "is dpt on beit"
         )

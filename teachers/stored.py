@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind, cat
-from distill.shards import MANIFEST, LabelDataset
-from teachers import Card, WeightsMissing, check_images, finite, read_config
+from distill.core.depth import DepthMap, Kind, cat
+from distill.shards.shards import MANIFEST, LabelDataset
+from distill.teachers import Card, WeightsMissingError, check_images, finite, read_config
 
 CARDS: tuple[Card, ...] = (
     Card(
@@ -37,7 +37,7 @@ CARDS: tuple[Card, ...] = (
 SETTINGS = "settings.json"
 
 
-class MissingMap(LookupError):
+class MissingMapError(LookupError):
     """There is no stored map for a key; the message says where it was looked for."""
 
 
@@ -64,7 +64,7 @@ class Teacher:
         """
         folder = Path(weights).expanduser()
         if not folder.is_dir():
-            raise WeightsMissing(f"{folder}: no such folder of stored predictions or labels")
+            raise WeightsMissingError(f"{folder}: no such folder of stored predictions or labels")
         if (folder / MANIFEST).is_file():
             if kind is not None:
                 raise ValueError(f"{folder} holds labels, which carry their own kind: leave kind out")
@@ -75,7 +75,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """The stored maps of `keys`, one per image; MissingMap for an unknown key, ValueError for another size."""
+        """The stored maps of `keys`, one per image; MissingMapError for an unknown key, ValueError for another size."""
         images = check_images(images)
         if keys is None or len(keys) != len(images):
             raise ValueError(f"stored maps are looked up: give keys=, one for each of the {len(images)} images")
@@ -101,7 +101,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         places = [folder / path for path in _places(key)]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
-            raise MissingMap(f"no stored map for {key}: looked for {' and '.join(map(str, places))}")
+            raise MissingMapError(f"no stored map for {key}: looked for {' and '.join(map(str, places))}")
         try:
             array = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
@@ -117,7 +117,7 @@ def _places(key: str) -> list[PurePosixPath]:
     """Where the map of `key` may lie. A key that climbs out of the folder finds nothing."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise MissingMap(f"{key!r} is no key of a stored map: it must be a path inside the folder")
+        raise MissingMapError(f"{key!r} is no key of a stored map: it must be a path inside the folder")
     marigold = path.with_name(f"pred_{path.stem.removeprefix('rgb_')}.npy")
     return list(dict.fromkeys([path.with_name(f"{path.stem}.npy"), path.with_name(f"{path.name}.npy"), marigold]))
 
@@ -133,14 +133,14 @@ def _from_shards(folder: Path, teacher: str | None) -> Teacher:
     def find(key: str) -> DepthMap:
         sample, _, part = key.partition(".")
         if sample not in rows:
-            raise MissingMap(f"{folder} has no labels for {sample}")
+            raise MissingMapError(f"{folder} has no labels for {sample}")
         labels = dataset[rows[sample]].labels[name]
         if part in ("", "shared"):
             return labels.shared
         number = part.removeprefix("local")
         count = 0 if labels.local is None else len(labels.local)
         if labels.local is None or not number.isdigit() or int(number) >= count:
-            raise MissingMap(f"{folder} has no map {part!r} of {sample}; it has shared and {count} local ones")
+            raise MissingMapError(f"{folder} has no map {part!r} of {sample}; it has shared and {count} local ones")
         return labels.local[int(number) : int(number) + 1]
 
     said = dataset.manifest["teachers"][name]

@@ -11,18 +11,18 @@ import inspect
 import pytest
 import torch
 
-from distill.depth import DepthMap, Kind
-from distill.plugins import find, name_fault, names, option_faults
-from eval.protocol import Protocol
-from students import Student
-from students.encoder import Encoder
-from teachers import Card
+from distill.core.depth import DepthMap, Kind
+from distill.core.plugins import find, name_fault, names, option_faults
+from distill.eval.protocol import Protocol
+from distill.students import Student
+from distill.students.encoder import Encoder
+from distill.teachers import Card
 
 FOLDERS = {
-    "teachers": {"depth_anything_v2", "checkpoint", "stored"},
-    "students.decoders": {"sdt", "dpt"},
-    "distill.normalize": {"global", "hybrid", "local", "none"},
-    "eval.benchmarks": {"scenes", "pairs", "nyu", "kitti", "eth3d", "scannet", "diode"},
+    "distill.teachers": {"depth_anything_v2", "checkpoint", "stored"},
+    "distill.students.decoders": {"sdt", "dpt"},
+    "distill.losses.normalize": {"global", "hybrid", "local", "none"},
+    "distill.eval.benchmarks": {"scenes", "pairs", "nyu", "kitti", "eth3d", "scannet", "diode"},
 }
 TINY = {"encoder": "vit_tiny_patch16_224", "blocks": [0, 1]}
 
@@ -43,9 +43,9 @@ def test_an_unknown_name_is_answered_with_the_known_ones(folder):
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("teachers"))
+@pytest.mark.parametrize("name", names("distill.teachers"))
 def test_a_teacher_has_cards_and_the_two_verbs(name):
-    plugin = find("teachers", name)
+    plugin = find("distill.teachers", name)
     assert plugin.CARDS and all(isinstance(card, Card) and card.name == name for card in plugin.CARDS)
     for card in plugin.CARDS:
         assert card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
@@ -59,16 +59,16 @@ def test_a_teacher_has_cards_and_the_two_verbs(name):
     assert option_faults(plugin.Teacher.load, {"reszie": 1}, "options")[0].startswith("unknown key options.reszie")
 
 
-@pytest.mark.parametrize("name", [n for n in names("teachers") if n not in ("analytic", "checkpoint")])
+@pytest.mark.parametrize("name", [n for n in names("distill.teachers") if n not in ("analytic", "checkpoint")])
 def test_missing_weights_end_in_one_line_that_names_them(name, tmp_path):
     with pytest.raises((OSError, ValueError, LookupError)) as caught:
-        find("teachers", name).Teacher.load(str(tmp_path / "nowhere" / "w.pth"))
+        find("distill.teachers", name).Teacher.load(str(tmp_path / "nowhere" / "w.pth"))
     said = str(caught.value)
     assert "nowhere" in said and "\n" not in said and len(said) < 500
 
 
 def test_the_embedded_teacher_keeps_size_kind_and_batch():
-    teacher = find("teachers", "checkpoint").Teacher.load("pocket")
+    teacher = find("distill.teachers", "checkpoint").Teacher.load("pocket")
     images = torch.rand(3, 3, 61, 90)
     whole = teacher.predict(images)
     assert isinstance(whole, DepthMap) and whole.kind == teacher.card.kind == "affine_disparity"
@@ -85,9 +85,9 @@ def encoder() -> Encoder:
     return Encoder(TINY["encoder"], blocks=TINY["blocks"])
 
 
-@pytest.mark.parametrize("name", names("students.decoders"))
+@pytest.mark.parametrize("name", names("distill.students.decoders"))
 def test_a_decoder_gives_any_image_size_a_map_and_every_parameter_a_gradient(name, encoder):
-    decoder = find("students.decoders", name).Decoder(in_channels=[encoder.channels] * 4, **small(name))
+    decoder = find("distill.students.decoders", name).Decoder(in_channels=[encoder.channels] * 4, **small(name))
     student = Student(encoder, decoder)
     for size in [(32, 48), (33, 50)]:
         assert student(torch.rand(2, 3, *size)).shape == (2, *size)
@@ -98,16 +98,16 @@ def test_a_decoder_gives_any_image_size_a_map_and_every_parameter_a_gradient(nam
 
 def small(name: str) -> dict[str, object]:
     narrow = {"fusion_channels": 32, "channels": 16, "post_process_channels": [8, 8, 8, 8]}
-    known = inspect.signature(find("students.decoders", name).Decoder).parameters
+    known = inspect.signature(find("distill.students.decoders", name).Decoder).parameters
     return {key: value for key, value in narrow.items() if key in known}
 
 
 # --- normalizations ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("distill.normalize"))
+@pytest.mark.parametrize("name", names("distill.losses.normalize"))
 def test_a_normalization_compares_per_image_and_says_what_it_ignores(name):
-    plugin = find("distill.normalize", name)
+    plugin = find("distill.losses.normalize", name)
     g = torch.Generator().manual_seed(0)
     pred, target = torch.rand(2, 16, 16, generator=g), torch.rand(2, 16, 16, generator=g)
     valid = torch.rand(2, 16, 16, generator=g) > 0.2
@@ -121,9 +121,9 @@ def test_a_normalization_compares_per_image_and_says_what_it_ignores(name):
 # --- benchmarks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", names("eval.benchmarks"))
+@pytest.mark.parametrize("name", names("distill.eval.benchmarks"))
 def test_a_benchmark_has_a_protocol_of_its_name_and_names_a_missing_root(name, tmp_path):
-    plugin = find("eval.benchmarks", name)
+    plugin = find("distill.eval.benchmarks", name)
     assert isinstance(plugin.PROTOCOL, Protocol) and plugin.PROTOCOL.benchmark == name
     assert list(inspect.signature(plugin.samples).parameters)[:2] == ["root", "list_file"]
     if plugin.PROTOCOL.num_images and name in ("scenes", "motorcycle"):

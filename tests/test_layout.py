@@ -9,227 +9,144 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# Files are read in this order and import only what has been read before. A trailing dot stands for a folder.
-ORDER = [
-    "distill.plugins",
-    "distill.findings",
-    "distill.depth",
-    "distill.align",
-    "distill.crops",
-    "distill.scenes.",
-    "distill.labels",
-    "distill.bridge",
-    "distill.faults",
-    "distill.pairs",
-    "distill.photos",
-    "distill.places",
-    "distill.sources",
-    "distill.codec",
-    "distill.shards",
-    "distill.mirror",
-    "distill.normalize.",
+# The journey of the data. A folder imports only itself and what stands above it; inside a folder no circle.
+FOLDERS = [
+    "distill.core",
+    "distill.students",
+    "distill.data",
     "distill.losses",
-    "distill.objective",
-    "students.encoder",
-    "students.dysample",
-    "students.decoders.",
-    "students",
-    "distill.quantize",
-    "distill.modelcard",
-    "distill.checkpoint",
-    "distill.exports",
-    "teachers.",
-    "distill.annotate",
-    "distill.claim",
-    "distill.ledger",
-    "distill.label",
-    "distill.augment",
-    "distill.order",
-    "distill.schedule",
-    "distill.trainlog",
-    "distill.diagnose",
-    "distill.runstate",
-    "distill.feed",
-    "distill.step",
-    "distill.train",
-    "eval",
-    "eval.metrics",
-    "eval.boundary",
-    "eval.verdict",
-    "eval.agreement",
-    "eval.protocol",
-    "eval.da2k",
-    "eval.benchmarks.",
-    "eval.fit",
-    "eval.tasks",
-    "eval.prior",
-    "eval.completeness",
-    "eval.fetch",
-    "eval.stored",
-    "eval.scorefile",
-    "eval.papers",
-    "eval.tables",
-    "eval.score",
-    "eval.compare",
-    "eval.figures",
-    "eval.page",
-    "distill.outputs",
-    "distill.film",
-    "distill.predict",
-    "eval.disagreement",
-    "eval.compare_page",
-    "eval.gallery",
-    "eval.scoreboard",
-    "eval.report",
-    "eval.ablation",
-    "distill.strict",
-    "distill.recipe",
-    "distill.lineage",
-    "distill.study",
-    "distill.build",
-    "distill.preflight",
-    "distill.contact",
-    "distill.console",
-    "distill.journey",
-    "distill.repair",
-    "distill.comparison",
-    "distill.ablate",
-    "distill.verbs.",
-    "distill.cli",
-    "distill.__main__",
+    "distill.shards",
+    "distill.training",
+    "distill.teachers",
+    "distill.labelling",
+    "distill.eval",
+    "distill.eval.reports",
+    "distill.inference",
+    "distill.app",
 ]
 OWNERS = {
-    "timm": ["students.encoder"],
-    "accelerate": ["distill.train"],
-    "rich": ["distill.console"],
-    "webdataset": ["distill.shards"],
-    "imagecodecs": ["distill.codec"],
-    "fsspec": ["distill.places"],
-    "transformers": ["teachers."],
-    "diffusers": ["teachers."],
-    "tensorboard": ["distill.train"],
-    "tomli_w": ["distill.recipe"],
-    "argparse": ["distill.cli", "distill.verbs."],
+    "timm": ["distill.students.encoder"],
+    "accelerate": ["distill.training.train"],
+    "rich": ["distill.app.console"],
+    "webdataset": ["distill.shards.shards"],
+    "imagecodecs": ["distill.shards.codec"],
+    "fsspec": ["distill.data.storage"],
+    "transformers": ["distill.teachers."],
+    "diffusers": ["distill.teachers."],
+    "tensorboard": ["distill.training.train"],
+    "tomli_w": ["distill.app.recipe"],
+    "argparse": ["distill.app.cli", "distill.app.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.
 MATHS = [
-    "distill.depth",
-    "distill.align",
-    "distill.crops",
-    "distill.scenes.",
-    "distill.labels",
-    "distill.bridge",
-    "distill.faults",
-    "distill.normalize.",
-    "distill.losses",
-    "distill.objective",
-    "distill.quantize",
-    "eval.metrics",
-    "eval.verdict",
-    "eval.agreement",
-    "eval.boundary",
+    "distill.core.depth",
+    "distill.core.align",
+    "distill.core.crops",
+    "distill.core.labels",
+    "distill.data.scenes.",
+    "distill.data.corruptions",
+    "distill.losses.",
+    "distill.labelling.bridge",
+    "distill.students.quantize",
+    "distill.eval.metrics",
+    "distill.eval.verdict",
+    "distill.eval.agreement",
+    "distill.eval.boundary",
 ]
 IMPURE = {"pathlib", "os", "json", "tomllib", "shutil", "subprocess", "accelerate", "PIL", "cv2", "safetensors", "rich"}
 
 
-def modules() -> list[tuple[str, Path]]:
-    found = []
-    for package in ("distill", "students", "teachers", "eval"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-            found.append((name.removesuffix(".__init__"), path))
+def modules() -> dict[str, Path]:
+    """Every module of the package by name; Path.rglob does not follow the links, so the top folders are walked too."""
+    found = {}
+    for top in ("distill", "students", "teachers", "eval"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+            found[name if top == "distill" else f"distill.{name}"] = path
     return found
 
 
-def place(module: str) -> int | None:
-    """The position of a module in ORDER; the longest matching entry wins."""
-    best, length = None, -1
-    for i, entry in enumerate(ORDER):
-        folder = entry.rstrip(".")
-        if module == folder or (entry.endswith(".") and module.startswith(entry)):
-            if len(entry) > length:
-                best, length = i, len(entry)
-    return best
+ALL = modules()
+PAIRS = pytest.mark.parametrize(("module", "path"), list(ALL.items()), ids=list(ALL))
 
 
-def imported(path: Path) -> list[str]:
-    """Every absolute module name imported anywhere in the file, inside functions too."""
+def folder(module: str) -> int:
+    """The position of a module's folder; the longest entry wins."""
+    places = [(len(f), i) for i, f in enumerate(FOLDERS) if module == f or module.startswith(f + ".")]
+    assert places, f"{module} is in no folder of FOLDERS"
+    return max(places)[1]
+
+
+def owned(module: str, entries: list[str]) -> bool:
+    """Whether a module is named, or lies in a folder that is named with a dot at its end."""
+    return any(module == e or (e.endswith(".") and (module + ".").startswith(e)) for e in entries)
+
+
+def imported(path: Path, *, at_top: bool = False) -> list[str]:
+    """Every absolute module name imported anywhere in the file, inside functions too (at_top: outside them alone)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in tree.body if at_top else ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import on line {node.lineno}"
-            names += [
-                f"{node.module}.{a.name}" if is_module(f"{node.module}.{a.name}") else str(node.module)
-                for a in node.names
-            ]
+            full = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [name if name in ALL else str(node.module) for name in full]
     return names
 
 
-def is_module(name: str) -> bool:
-    path = ROOT.joinpath(*name.split("."))
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-
-
-ALL = modules()
-IDS = [name for name, _ in ALL]
-
-
 def test_there_is_something_to_check():
-    assert len(ALL) > 20 and {"distill.depth", "eval.score", "students"} <= set(IDS)
+    assert len(ALL) > 20 and {"distill.core.depth", "distill.eval.score", "distill.students"} <= set(ALL)
 
 
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
-def test_imports_only_what_has_been_read_before(module, path):
-    if module == "distill":
+@PAIRS
+def test_a_folder_imports_only_what_stands_above_it(module, path):
+    if module in ("distill", "distill.__main__"):
         return
-    here = place(module)
-    assert here is not None, f"{module} has no place in the reading order: add it to ORDER"
     for name in imported(path):
-        if name.split(".")[0] not in ("distill", "students", "teachers", "eval") or name == "distill":
-            continue
-        there = place(name)
-        assert there is not None, f"{module} imports {name}, which has no place in the reading order"
-        same_folder = there == here and (ORDER[here].endswith(".") or name == module)
-        assert there < here or same_folder, f"{module} imports {name}, which is read later"
+        if name.startswith("distill.") and name in ALL:
+            assert folder(name) <= folder(module), f"{module} imports {name}, which is read later"
 
 
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
+def test_no_circle():
+    later = {m: {n for n in imported(path) if n in ALL and n != m} for m, path in ALL.items()}
+    while free := {m for m, names in later.items() if not names}:
+        later = {m: names - free for m, names in later.items() if m not in free}
+    assert not later, f"these import each other in a circle, or what does: {', '.join(later)}"
+
+
+def test_only_distill_is_importable():
+    outside = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in [*ALL.values(), *(ROOT / "tests").rglob("*.py")]
+        for name in imported(path)
+        if name.split(".")[0] in ("students", "teachers", "eval", "recipes")
+    ]
+    assert not outside
+
+
+@PAIRS
 def test_one_owner_per_dependency(module, path):
     for name in imported(path):
         owners = OWNERS.get(name.split(".")[0])
-        if owners:
-            allowed = any(module == o or (o.endswith(".") and module.startswith(o)) for o in owners)
-            assert allowed, f"{module} imports {name}; only {owners} may"
+        assert not owners or owned(module, owners), f"{module} imports {name}; only {owners} may"
 
 
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
+@PAIRS
 def test_maths_is_pure(module, path):
-    if not any(module == m or (m.endswith(".") and (module + ".").startswith(m)) for m in MATHS):
-        return
-    for name in imported(path):
-        assert name.split(".")[0] not in IMPURE, f"{module} is maths and imports {name}"
+    if owned(module, MATHS):
+        assert not {name.split(".")[0] for name in imported(path)} & IMPURE, f"{module} is maths"
 
 
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
-def test_eval_is_never_imported_whole(module, path):
-    assert "eval" not in imported(path), f"{module} binds the name eval: use `from eval.metrics import ...`"
-
-
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
+@PAIRS
 def test_teachers_import_heavy_libraries_only_when_loading(module, path):
-    if not module.startswith("teachers."):
-        return
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            heavy = name.split(".")[0] in ("transformers", "diffusers", "scipy")
-            assert not heavy, f"{module} imports {name} at the top: import it inside load"
+    if module.startswith("distill.teachers."):
+        heavy = {name.split(".")[0] for name in imported(path, at_top=True)} & {"transformers", "diffusers", "scipy"}
+        assert not heavy, f"{module} imports {heavy} at the top: import it inside load"
 
 
-@pytest.mark.parametrize(("module", "path"), ALL, ids=IDS)
+@PAIRS
 def test_sizes_and_docstrings(module, path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)
@@ -243,4 +160,4 @@ def test_sizes_and_docstrings(module, path):
 
 def test_no_drawers_for_everything():
     forbidden = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
-    assert not [str(path) for _, path in ALL if path.name in forbidden]
+    assert not [str(path) for path in ALL.values() if path.name in forbidden]

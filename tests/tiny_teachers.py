@@ -11,10 +11,10 @@ import numpy as np
 import safetensors.torch
 import torch
 
-import students
-from distill import checkpoint as checkpoints
-from teachers import _dpt_head
-from teachers._da3_network import Layout, Network
+from distill import students
+from distill.students import checkpoint as checkpoints
+from distill.teachers import _dpt_head
+from distill.teachers._da3_network import Network, NetworkLayout
 
 SIZE = (37, 53)  # of the images that the contract is tested with: a multiple of nothing
 KEYS = ("scene/a.png", "scene/b.png")
@@ -72,7 +72,7 @@ def depth_anything_v2(folder):
 
 
 def da3(folder, *, main=False, name="da3mono-large"):
-    layout = Layout(
+    layout = NetworkLayout(
         width=64, blocks=4, heads=2 if main else 1, hidden=128, swiglu=False, positions=26, taps=(0, 1, 2, 3),
         main_from=2 if main else None, features=16, channels=(8, 8, 16, 16), sky=not main,
     )  # fmt: skip
@@ -198,7 +198,7 @@ def depth_anything_v2_small(folder):
 
 def depth_anything_3_small(folder):
     """The mono network with a ViT-S."""
-    layout = Layout(
+    layout = NetworkLayout(
         width=384, blocks=12, heads=6, hidden=1536, swiglu=False, positions=1370, taps=(2, 5, 8, 11),
         main_from=None, features=64, channels=(48, 96, 192, 384), sky=True,
     )  # fmt: skip

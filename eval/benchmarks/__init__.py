@@ -21,17 +21,17 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.depth import DepthMap
-from eval.protocol import Protocol, list_hash
+from distill.core.depth import DepthMap
+from distill.eval.protocol import Protocol, list_hash
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class BenchmarkSample:
     """One image of a benchmark.
 
     key: its name in the published list (the rgb's relative path), unique in the benchmark.
-    mark: () -> what is scored where that is no depth (see eval.tasks): a matte (1,H,W) float32 in [0,1], or
-    eval.da2k.Points; `truth` then raises ValueError.
+    mark: () -> what is scored where that is no depth (see distill.eval.tasks): a matte (1,H,W) float32 in [0,1], or
+    distill.eval.da2k.Points; `truth` then raises ValueError.
     prediction_path: where its stored prediction lies below the predictions' folder.
     image: () -> (3,H,W) float32 in [0,1], RGB, cropped as the benchmark prescribes. Decodes at every call.
     truth: () -> the ground truth, (1,H,W), usually metric_depth, valid where it may be scored. Decodes at every call.
@@ -71,6 +71,6 @@ def prediction_path(rgb: str) -> str:
     return str(path.with_name(f"pred_{path.stem.removeprefix('rgb_')}.npy"))
 
 
-def actual(protocol: Protocol, samples: Sequence[Sample]) -> Protocol:
+def actual(protocol: Protocol, samples: Sequence[BenchmarkSample]) -> Protocol:
     """The protocol with the number and the hash of the images that are there, instead of the published ones."""
     return replace(protocol, num_images=len(samples), list_sha256=list_hash(sample.key for sample in samples))

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from distill.depth import DepthMap
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Layout, Row, published
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, prediction_path
+from distill.eval.benchmarks._files import FileLayout, Files, ListRow, published
+from distill.eval.protocol import Protocol
 
 
 def edge_protocol(benchmark: str, *, farthest: float, mask: str, resize: str = "") -> Protocol:
@@ -33,13 +33,15 @@ def edge_samples(
     list_file: Path | str | None,
     *,
     protocol: Protocol,
-    layout: Layout,
-    truth: Callable[[Files, Row], DepthMap],
+    layout: FileLayout,
+    truth: Callable[[Files, ListRow], DepthMap],
     group: Callable[[str], str] = lambda _: "",
-) -> list[Sample]:
+) -> list[BenchmarkSample]:
     """A sample for every row of the layout; truth: (files, row) -> its depth."""
     files, rows = published(root, list_file, protocol=protocol, layout=layout)
     return [
-        Sample(row[0], prediction_path(row[0]), partial(files.rgb, row[0]), partial(truth, files, row), group(row[0]))
+        BenchmarkSample(
+            row[0], prediction_path(row[0]), partial(files.rgb, row[0]), partial(truth, files, row), group(row[0])
+        )
         for row in rows
     ]

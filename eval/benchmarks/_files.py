@@ -27,20 +27,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from eval.protocol import Protocol, list_hash
+from distill.core.depth import DepthMap, Kind
+from distill.eval.protocol import Protocol, list_hash
 
 _PACKED: dict[bytes, Callable[..., IO[Any]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 MARIGOLD_HOST = "https://share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset/"
 """Where Marigold's authors host the archives. They publish no checksums."""
 
-Row = tuple[str, ...]
-Rows = list[Row]
+ListRow = tuple[str, ...]
+Rows = list[ListRow]
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class FileLayout:
     """How a published benchmark lies on disk.
 
     archive: the published archive, relative to the folder of all of them. columns: of the published list that name
@@ -51,7 +51,7 @@ class Layout:
 
     archive: str
     columns: int
-    row: Callable[[str], Row | None]
+    row: Callable[[str], ListRow | None]
     strip: str = ""
     size: Callable[[str], int | None] = lambda _: None
     parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def published(
     list_file: Path | str | None,
     *,
     protocol: Protocol,
-    layout: Layout,
+    layout: FileLayout,
 ) -> tuple[Files, Rows]:
     """The files of a published benchmark, and its rows (rgb first) in order.
 
@@ -197,7 +197,7 @@ def as_truth(metres: np.ndarray, valid: np.ndarray) -> DepthMap:
     return DepthMap(torch.from_numpy(metres)[None], torch.from_numpy(valid)[None], Kind.METRIC_DEPTH)
 
 
-def locate(root: Path | str | None, benchmark: str, layout: Layout) -> Path:
+def locate(root: Path | str | None, benchmark: str, layout: FileLayout) -> Path:
     """The archive or folder that `root` means; ValueError where there is no root, FileNotFoundError where nothing."""
     archive = layout.archive
     if root is None:
@@ -228,7 +228,7 @@ def _prove(root: Path, protocol: Protocol, keys: Sequence[str]) -> None:
     )
 
 
-def read_list(path: Path | str, layout: Layout) -> Rows:
+def read_list(path: Path | str, layout: FileLayout) -> Rows:
     """The rows of a list in the published columns, of which those that name files count; all faults at once.
 
     A layout of one column takes a list of images, whose other files follow from the layout.

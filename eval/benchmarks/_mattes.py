@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.benchmarks import Sample, prediction_path
-from eval.benchmarks._files import Files, Layout, published
-from eval.protocol import Protocol
+from distill.eval.benchmarks import BenchmarkSample, prediction_path
+from distill.eval.benchmarks._files import FileLayout, Files, published
+from distill.eval.protocol import Protocol
 
 
 def matte_protocol(benchmark: str) -> Protocol:
@@ -34,13 +34,13 @@ def matte_samples(
     list_file: Path | str | None,
     *,
     protocol: Protocol,
-    layout: Layout,
+    layout: FileLayout,
     group: Callable[[str], str] = lambda _: "",
-) -> list[Sample]:
+) -> list[BenchmarkSample]:
     """A sample for every (photograph, matte) of the layout."""
     files, rows = published(root, list_file, protocol=protocol, layout=layout)
     return [
-        Sample(
+        BenchmarkSample(
             rgb,
             prediction_path(rgb),
             partial(files.rgb, rgb),

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eval.benchmarks import Download, Sample
-from eval.benchmarks._files import Layout, Row
-from eval.benchmarks._mattes import matte_protocol, matte_samples
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._files import FileLayout, ListRow
+from distill.eval.benchmarks._mattes import matte_protocol, matte_samples
 
 PROTOCOL = matte_protocol("am2k")
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """validation/original/NAME.jpg with validation/mask/NAME.png."""
     folder, _, name = rgb.rpartition("/")
     stem = name.removesuffix(".jpg")
     return (rgb, f"validation/mask/{stem}.png") if folder == "validation/original" and stem != name else None
 
 
-LAYOUT = Layout("AM-2k.tar", columns=1, row=_row, strip="AM-2k/")
+LAYOUT = FileLayout("AM-2k.tar", columns=1, row=_row, strip="AM-2k/")
 DOWNLOAD = Download(
     archive=LAYOUT.archive, manual="ask its authors as the README of github.com/JizhiziLi/GFM says, and unpack it"
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The validation photographs, by name."""
     return matte_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT)

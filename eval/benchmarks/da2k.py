@@ -1,4 +1,4 @@
-"""DA-2K: which of two points is nearer, in photographs of eight kinds of scene (eval.da2k has the rule).
+"""DA-2K: which of two points is nearer, in photographs of eight kinds of scene (distill.eval.da2k has the rule).
 
 Root: the folder that holds annotations.json, as published, or that file. Images lie where it says; where they are
 not there, stored predictions can still be scored, and only their size goes unchecked. list_file: images to use, one per
@@ -14,10 +14,10 @@ from typing import NoReturn
 from PIL import Image
 from torch import Tensor
 
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import Files
-from eval.da2k import PointPair, Points, read_annotations, scene
-from eval.protocol import Protocol
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import Files
+from distill.eval.da2k import PointPair, Points, read_annotations, scene
+from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
     benchmark="da2k",
@@ -31,7 +31,7 @@ DOWNLOAD = Download(
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The annotated images, in the order of the file."""
     if root is None:
         raise ValueError("the benchmark da2k needs a root: the folder that holds annotations.json")
@@ -40,7 +40,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     folder = Path(folder) if Path(folder).is_dir() else Path(folder).parent
     names = list(annotations) if list_file is None else _names(Path(list_file), annotations)
     return [
-        Sample(
+        BenchmarkSample(
             name,
             prediction_path(name),
             partial(_image, folder, name),

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published
+from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
     benchmark="diode",
@@ -32,13 +32,13 @@ PROTOCOL = Protocol(
 )
 
 
-def _row(name: str) -> Row | None:
+def _row(name: str) -> ListRow | None:
     """X.png with its X_depth.npy and X_depth_mask.npy."""
     stem = name.removesuffix(".png")
     return (name, f"{stem}_depth.npy", f"{stem}_depth_mask.npy") if stem != name else None
 
 
-LAYOUT = Layout(
+LAYOUT = FileLayout(
     "diode/diode_val.tar",
     columns=3,
     row=_row,
@@ -50,11 +50,11 @@ LAYOUT = Layout(
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every X.png with its X_depth.npy and X_depth_mask.npy."""
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
-        Sample(
+        BenchmarkSample(
             rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth, mask), rgb.split("/")[0]
         )
         for rgb, depth, mask in rows

@@ -11,10 +11,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.protocol import Protocol
 
 HEIGHT, WIDTH = 4032, 6048
 
@@ -32,7 +32,7 @@ PROTOCOL = Protocol(
 )
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """rgb/SCENE/images/... belongs to depth/SCENE_dslr_depth/SCENE/ground_truth_depth/..."""
     parts = rgb.split("/")
     if len(parts) != 5 or parts[0] != "rgb":
@@ -45,15 +45,16 @@ def _size(name: str) -> int | None:
     return 4 * HEIGHT * WIDTH if name.startswith("depth/") else None
 
 
-LAYOUT = Layout("eth3d/eth3d.tar", columns=2, row=_row, size=_size)
+LAYOUT = FileLayout("eth3d/eth3d.tar", columns=2, row=_row, size=_size)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every rgb with a depth partner."""
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
-        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
+        for rgb, depth in rows
     ]
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample
-from eval.benchmarks._edges import edge_protocol, edge_samples
-from eval.benchmarks._files import Files, Layout, Row, as_truth
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth
 
 PROTOCOL = edge_protocol("ibims", farthest=50.0, mask="positive depth outside of both masks")
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """rgb/NAME.png with its depth and masks."""
     folder, _, name = rgb.partition("/")
     if folder != "rgb" or not name.endswith(".png") or "/" in name:
@@ -26,18 +26,18 @@ def _row(rgb: str) -> Row | None:
     return rgb, f"depth/{name}", f"mask_invalid/{name}", f"mask_transp/{name}"
 
 
-LAYOUT = Layout("ibims1_core_raw.tar", columns=1, row=_row)
+LAYOUT = FileLayout("ibims1_core_raw.tar", columns=1, row=_row)
 DOWNLOAD = Download(
     archive=LAYOUT.archive, manual="take ibims1_core_raw from the page of iBims-1 at mediaTUM, and unpack it"
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The photographs, by name."""
     return edge_samples(root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth)
 
 
-def _truth(files: Files, row: Row) -> DepthMap:
+def _truth(files: Files, row: ListRow) -> DepthMap:
     metres = (files.png(row[1]) * (50.0 / 65535.0)).astype(np.float32)
     masks = [files.png(name) > 0 for name in row[2:]]
     if any(mask.shape != metres.shape for mask in masks):

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.protocol import Protocol
 
 HEIGHT, WIDTH = 352, 1216
 
@@ -36,7 +36,7 @@ PROTOCOL = Protocol(
 )
 
 
-def _row(depth: str) -> Row | None:
+def _row(depth: str) -> ListRow | None:
     """DRIVE/proj_depth/groundtruth/CAMERA/N.png belongs to DATE/DRIVE/CAMERA/data/N.png, DRIVE starting with DATE."""
     parts = depth.split("/")
     if len(parts) != 5 or parts[1:3] != ["proj_depth", "groundtruth"]:
@@ -45,15 +45,15 @@ def _row(depth: str) -> Row | None:
     return f"{drive[:10]}/{drive}/{camera}/data/{file}", depth
 
 
-LAYOUT = Layout("kitti/kitti_eigen_split_test.tar", columns=2, row=_row)
+LAYOUT = FileLayout("kitti/kitti_eigen_split_test.tar", columns=2, row=_row)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images with ground truth, by the published list or by rule: every ground-truth png with its rgb."""
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
-        Sample(rgb, prediction_path(rgb), partial(_image, files, rgb), partial(_truth, files, depth))
+        BenchmarkSample(rgb, prediction_path(rgb), partial(_image, files, rgb), partial(_truth, files, depth))
         for rgb, depth in rows
     ]
 

@@ -11,22 +11,22 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.depth import DepthMap
-from distill.sources import Entry, Photo, wheels
-from eval.benchmarks import Sample, prediction_path
-from eval.protocol import Protocol, list_hash
+from distill.core.depth import DepthMap
+from distill.data.sources import Entry, Photo, wheels
+from distill.eval.benchmarks import BenchmarkSample, prediction_path
+from distill.eval.protocol import Protocol, list_hash
 
 _KEY = "motorcycle_left.png"
 
 PROTOCOL = Protocol(benchmark="motorcycle", num_images=1, list_sha256=list_hash([_KEY]), mask="finite stereo disparity")
 
 
-def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The one image. Raises FileNotFoundError where scikit-image is not installed."""
     if list_file is not None:
         raise ValueError(f"{list_file}: the motorcycle benchmark is one image and takes no list")
     entry = next(entry for shard in wheels() for entry in shard.scan().entries if entry.key == "motorcycle_left")
-    return [Sample(_KEY, prediction_path(_KEY), partial(_image, entry), partial(_truth, entry))]
+    return [BenchmarkSample(_KEY, prediction_path(_KEY), partial(_image, entry), partial(_truth, entry))]
 
 
 @lru_cache(maxsize=1)

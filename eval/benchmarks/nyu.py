@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import MARIGOLD_HOST, Files, Layout, Row, as_truth, published, ranged
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
     benchmark="nyu",
@@ -30,21 +30,22 @@ PROTOCOL = Protocol(
 )
 
 
-def _row(name: str) -> Row | None:
+def _row(name: str) -> ListRow | None:
     """test/SCENE/rgb_N.png with its depth_N.png."""
     chosen = name.startswith("test/") and "/rgb_" in name
     return (name, name.replace("/rgb_", "/depth_")) if chosen else None
 
 
-LAYOUT = Layout("nyuv2/nyu_labeled_extracted.tar", columns=2, row=_row)
+LAYOUT = FileLayout("nyuv2/nyu_labeled_extracted.tar", columns=2, row=_row)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The test images, by the published list or by rule: every test/*/rgb_N.png with its depth_N.png."""
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
-        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
+        for rgb, depth in rows
     ]
 
 

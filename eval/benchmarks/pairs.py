@@ -1,7 +1,7 @@
-"""Your own photographs with ground truth: a table of pairs as `distill.pairs` reads it.
+"""Your own photographs with ground truth: a table of pairs as `distill.data.pairs` reads it.
 
 root: the .tsv or a folder with an INDEX.tsv. list_file: names to use, one per line. There is no published list, and
-the truths may be of several kinds; those without a metric scale are scored in their own space (see eval.score).
+the truths may be of several kinds; those without a metric scale are scored in their own space (see distill.eval.score).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.pairs import Pair, read_names, read_pairs
-from eval.benchmarks import Sample, prediction_path
-from eval.protocol import Protocol
+from distill.data.pairs import Pair, read_names, read_pairs
+from distill.eval.benchmarks import BenchmarkSample, prediction_path
+from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
     benchmark="pairs",
@@ -23,13 +23,13 @@ PROTOCOL = Protocol(
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The pairs of the table `root`, grouped by their dataset."""
     if root is None:
         raise ValueError("the benchmark pairs needs a root: a .tsv of pairs, or a folder with an INDEX.tsv")
     names = None if list_file is None else [line.split()[0] for line in read_names(list_file)]
     return [
-        Sample(pair.name, prediction_path(f"{pair.name}.npy"), partial(_image, pair), pair.truth, pair.dataset)
+        BenchmarkSample(pair.name, prediction_path(f"{pair.name}.npy"), partial(_image, pair), pair.truth, pair.dataset)
         for pair in read_pairs(root, names=names)
     ]
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample, prediction_path
-from eval.benchmarks._files import Files, Layout, Row, as_truth, published, ranged
-from eval.protocol import Protocol
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
+from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
     benchmark="scannet",
@@ -28,14 +28,14 @@ PROTOCOL = Protocol(
 )
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """SCENE/color/N.jpg with its SCENE/depth/N.png."""
     if "/color/" not in rgb or not rgb.endswith(".jpg"):
         return None
     return rgb, rgb.replace("/color/", "/depth/").removesuffix(".jpg") + ".png"
 
 
-LAYOUT = Layout("scannet/scannet_val_sampled_800_1.tar", columns=2, row=_row)
+LAYOUT = FileLayout("scannet/scannet_val_sampled_800_1.tar", columns=2, row=_row)
 DOWNLOAD = Download(
     archive=LAYOUT.archive,
     manual="ScanNet is given to those who signed its terms of use: ask for access at http://www.scan-net.org, then "
@@ -44,11 +44,12 @@ DOWNLOAD = Download(
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The images, by the published list or by rule: every SCENE/color/N.jpg with its SCENE/depth/N.png."""
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
-        Sample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth)) for rgb, depth in rows
+        BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
+        for rgb, depth in rows
     ]
 
 

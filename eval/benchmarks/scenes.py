@@ -1,6 +1,6 @@
 """Ray-cast rooms, streets and country with exact depth: the benchmark that needs no download.
 
-It makes its own images from seeds that training never draws (`distill.scenes.BENCHMARK_SEEDS`), so `root` is ignored.
+It makes its own images from seeds that training never draws (`data.scenes.BENCHMARK_SEEDS`), so `root` is ignored.
 Every fourth view is wide instead of square. Groups: indoors, outdoors. Scored to 80 metres, as KITTI is: a hill at 300
 metres would otherwise weigh in AbsRel as much as the road.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from distill.depth import DepthMap, Kind
-from distill.scenes import BENCHMARK_SEEDS, OUTDOORS, TRAIN_SEEDS, View, kind_of, render
-from eval.benchmarks import Sample, prediction_path
-from eval.protocol import Protocol, list_hash
+from distill.core.depth import DepthMap, Kind
+from distill.data.scenes import BENCHMARK_SEEDS, OUTDOORS, TRAIN_SEEDS, View, kind_of, render
+from distill.eval.benchmarks import BenchmarkSample, prediction_path
+from distill.eval.protocol import Protocol, list_hash
 
 
 def _key(seed: int) -> str:
@@ -34,19 +34,19 @@ PROTOCOL = Protocol(
 )
 
 
-def _sample(seed: int) -> Sample:
+def _sample(seed: int) -> BenchmarkSample:
     key = _key(seed)
     group = "outdoors" if key.startswith(OUTDOORS) else "indoors"
-    return Sample(key, prediction_path(key), partial(_image, seed), partial(_truth, seed), group)
+    return BenchmarkSample(key, prediction_path(key), partial(_image, seed), partial(_truth, seed), group)
 
 
-def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The views, by seed. list_file: keys to use ("room_003.png"), one per line."""
     keys = list(_KEYS) if list_file is None else _chosen(Path(list_file))
     return [_sample(_KEYS[key]) for key in keys]
 
 
-def training_samples(count: int) -> list[Sample]:
+def training_samples(count: int) -> list[BenchmarkSample]:
     """The first views of the training range: what a baseline for the benchmark may be fitted on."""
     return [_sample(seed) for seed in TRAIN_SEEDS[:count]]
 

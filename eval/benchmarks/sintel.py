@@ -12,17 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample
-from eval.benchmarks._edges import edge_protocol, edge_samples
-from eval.benchmarks._files import Files, Layout, Row, as_truth
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth
 
 _TAG = np.float32(202021.25)
 
 PROTOCOL = edge_protocol("sintel", farthest=100.0, mask="finite positive depth")
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """training/final/SCENE/frame_N.png with training/depth/SCENE/frame_N.dpt."""
     parts = rgb.split("/")
     if len(parts) != 4 or parts[:2] != ["training", "final"] or not rgb.endswith(".png"):
@@ -30,20 +30,20 @@ def _row(rgb: str) -> Row | None:
     return rgb, f"training/depth/{parts[2]}/{parts[3].removesuffix('.png')}.dpt"
 
 
-LAYOUT = Layout("MPI-Sintel.tar", columns=1, row=_row)
+LAYOUT = FileLayout("MPI-Sintel.tar", columns=1, row=_row)
 DOWNLOAD = Download(
     archive=LAYOUT.archive, manual="take the images and the depth from http://sintel.is.tue.mpg.de, unpacked into one"
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The frames, by scene and number."""
     return edge_samples(
         root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=lambda rgb: rgb.split("/")[2]
     )
 
 
-def _truth(files: Files, row: Row) -> DepthMap:
+def _truth(files: Files, row: ListRow) -> DepthMap:
     data = files.read(row[1])
     width, height = (int(n) for n in np.frombuffer(data[4:12], "<i4")) if len(data) > 12 else (0, 0)
     if len(data) != 12 + 4 * width * height or np.frombuffer(data[:4], "<f4")[0] != _TAG:

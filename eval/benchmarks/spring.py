@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from distill.depth import DepthMap
-from eval.benchmarks import Download, Sample
-from eval.benchmarks._edges import edge_protocol, edge_samples
-from eval.benchmarks._files import Files, Layout, Row, as_truth
+from distill.core.depth import DepthMap
+from distill.eval.benchmarks import BenchmarkSample, Download
+from distill.eval.benchmarks._edges import edge_protocol, edge_samples
+from distill.eval.benchmarks._files import FileLayout, Files, ListRow, as_truth
 
 BASELINE = 0.065
 _SKY = 1e6
@@ -31,7 +31,7 @@ PROTOCOL = edge_protocol(
 )
 
 
-def _row(rgb: str) -> Row | None:
+def _row(rgb: str) -> ListRow | None:
     """train/SEQ/frame_left/frame_left_N.png with its disparity and its sequence's intrinsics."""
     parts = rgb.split("/")
     if len(parts) != 4 or parts[0] != "train" or parts[2] != "frame_left" or not rgb.endswith(".png"):
@@ -41,21 +41,21 @@ def _row(rgb: str) -> Row | None:
     return rgb, f"{folder}/disp1_left/disp1_left_{number}.dsp5", f"{folder}/cam_data/intrinsics.txt"
 
 
-LAYOUT = Layout("spring.tar", columns=1, row=_row, strip="spring/")
+LAYOUT = FileLayout("spring.tar", columns=1, row=_row, strip="spring/")
 DOWNLOAD = Download(
     archive=LAYOUT.archive,
     manual="take train_frame_left, train_disp1_left and train_cam_data from spring-benchmark.org",
 )
 
 
-def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[Sample]:
+def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The left frames, by sequence and number."""
     return edge_samples(
         root, list_file, protocol=PROTOCOL, layout=LAYOUT, truth=_truth, group=lambda rgb: rgb.split("/")[1]
     )
 
 
-def _truth(files: Files, row: Row) -> DepthMap:
+def _truth(files: Files, row: ListRow) -> DepthMap:
     disparity = _disparity(files, row[1])[::2, ::2]
     number = int(row[0].removesuffix(".png").rpartition("_")[2])
     try:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.decoders import Features, four_channels, load_released, split
+from distill.students.decoders import Features, four_channels, load_released, split
 
 _UNUSED = "scratch.refinenet4.resConfUnit1."
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.decoders import Features, four_channels, load_released, make_norm, split
+from distill.students.decoders import Features, four_channels, load_released, make_norm, split
 
 
 class Decoder(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from students.decoders import Features, four_channels, load_released, make_norm, split
-from students.dysample import DySample
+from distill.students.decoders import Features, four_channels, load_released, make_norm, split
+from distill.students.dysample import DySample
 
 
 class Decoder(nn.Module):

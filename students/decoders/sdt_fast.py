@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.decoders import Features, four_channels, load_released, make_norm, split
-from students.decoders.sdt import WeightedFusion
-from students.dysample import DySample
+from distill.students.decoders import Features, four_channels, load_released, make_norm, split
+from distill.students.decoders.sdt import WeightedFusion
+from distill.students.dysample import DySample
 
 
 class Decoder(nn.Module):

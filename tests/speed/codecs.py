@@ -6,7 +6,7 @@
 
 The teacher is a student folder at 560 pixels, "pocket" by default. Prints for every codec bits per pixel (mean and
 largest), MB/s of float32 map encoded and decoded and milliseconds per map (processor time, the fastest of three runs),
-and the largest error against the promise of 1/8192 of the map's range. The codecs of distill.codec come first, through
+and the largest error against the promise of 1/8192 of the map's range. The codecs of shards.codec come first, through
 the functions that write shards; then what else was tried, on the same maps and held to the same promise where the codec
 can be told.
 """
@@ -23,11 +23,11 @@ import imagecodecs
 import numpy as np
 import torch
 
-from distill import sources
-from distill.annotate import CropSettings, prepare
-from distill.codec import CODECS, DEFAULT_CODEC, MAX_ERROR, decode_map, encode_map
-from distill.photos import BadImage
-from teachers.checkpoint import Teacher
+from distill.data import sources
+from distill.data.photos import BadImageError
+from distill.labelling.annotate import CropSettings, prepare
+from distill.shards.codec import CODECS, DEFAULT_CODEC, MAX_ERROR, decode_map, encode_map
+from distill.teachers.checkpoint import Teacher
 
 STEPS = 4096  # quantized to so many steps, a map is off by 1/8192 of its range
 
@@ -120,7 +120,7 @@ def maps(folder: str | None, count: int, weights: str, encoder_weights: str | No
     for entry in entries[:: max(1, len(entries) // count)][:count]:
         try:
             found.append(teacher.predict(prepare(entry.load(), crops=crops).region[None].float() / 255).values[0])
-        except BadImage as error:
+        except BadImageError as error:
             print(f"left out {entry.origin}: {error}")
     return found
 

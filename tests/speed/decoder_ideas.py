@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from students.decoders import Features, make_norm, split
-from students.decoders.sdt import WeightedFusion
-from students.decoders.sdt_fast import Decoder, Doubling
+from distill.students.decoders import Features, make_norm, split
+from distill.students.decoders.sdt import WeightedFusion
+from distill.students.decoders.sdt_fast import Decoder, Doubling
 
 FUSED = 256  # the width at the token grid, as SDT's
 

@@ -32,11 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill import checkpoint
-from distill.plugins import find
-from eval.verdict import interval
-from students.encoder import Encoder
-from teachers.checkpoint import pocket
+from distill.core.plugins import find
+from distill.eval.verdict import interval
+from distill.students import checkpoint
+from distill.students.encoder import Encoder
+from distill.teachers.checkpoint import pocket
 from tests.speed import decoder_ideas, memory
 from tests.speed.equal_training import fit, gather, held_out, judge
 
@@ -61,7 +61,7 @@ CANDIDATES: dict[str, tuple[str | type[nn.Module], dict[str, Any]]] = {
 
 def make(name: str, channels: int) -> nn.Module:
     plugin, options = CANDIDATES[name]
-    made = find("students.decoders", plugin).Decoder if isinstance(plugin, str) else plugin
+    made = find("distill.students.decoders", plugin).Decoder if isinstance(plugin, str) else plugin
     decoder: nn.Module = made([channels] * 4, **options)
     return decoder
 
@@ -270,7 +270,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=200)
     parser.add_argument("--test-scenes", type=int, default=24)
     parser.add_argument("--encoder-weights", type=Path, help="DINOv2 ViT-S/14; the pocket's encoder without it")
-    parser.add_argument("--pairs", type=Path, help="real photographs with depth: a table as distill.pairs reads it")
+    parser.add_argument(
+        "--pairs", type=Path, help="real photographs with depth: a table as distill.data.pairs reads it"
+    )
     parser.add_argument("--train-names", type=Path)
     parser.add_argument("--test-names", type=Path)
     parser.add_argument(

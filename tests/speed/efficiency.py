@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.plugins import find
-from students.encoder import Encoder
+from distill.core.plugins import find
+from distill.students.encoder import Encoder
 from tests.speed import memory
 
 ENCODERS = (
@@ -78,7 +78,7 @@ SLOW = 5.0  # seconds: a pass that takes longer is not repeated
 def decoder_of(name: str, encoder: Encoder) -> Any:
     plugin, options = DECODERS[name]
     more = {"patch_size": encoder.patch_size} if plugin == "dav2" else {}
-    return find("students.decoders", plugin).Decoder([encoder.channels] * 4, **options, **more)
+    return find("distill.students.decoders", plugin).Decoder([encoder.channels] * 4, **options, **more)
 
 
 def padded(size: int, encoder: Encoder) -> int:

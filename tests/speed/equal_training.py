@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill import scenes
-from distill.align import apply_affine, fit_affine
-from distill.depth import DepthMap, Kind
-from distill.labels import Labels
-from distill.objective import Objective, Weights
-from distill.pairs import Pair, read_pairs
-from eval.boundary import boundary_f1
-from eval.metrics import all_metrics
-from students.encoder import Encoder
+from distill.core.align import apply_affine, fit_affine
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels
+from distill.data import scenes
+from distill.data.pairs import Pair, read_pairs
+from distill.eval.boundary import boundary_f1
+from distill.eval.metrics import all_metrics
+from distill.losses.objective import Objective, Weights
+from distill.students.encoder import Encoder
 
 SIDE, GRID, PATCH, WINDOW = 168, 12, 14, 8
 FAR = 80.0  # metres: the sky of a scene

@@ -29,17 +29,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill import sources
-from distill.annotate import Job, prepare
-from distill.codec import DEFAULT_CODEC, encode_sample
-from distill.crops import generator, resize
-from distill.depth import DepthMap, Kind
-from distill.label import CropSettings, label, label_photo
-from distill.shards import LabelDataset, collate, verify
-from distill.sources import Entry, InputShard, Scan
-from teachers import Card
-from teachers import Teacher as TeacherLike
-from teachers.checkpoint import Teacher
+from distill.core.crops import generator, resize
+from distill.core.depth import DepthMap, Kind
+from distill.data import sources
+from distill.data.sources import Entry, InputShard, Scan
+from distill.labelling.annotate import CropJob, prepare
+from distill.labelling.run import CropSettings, label, label_photo
+from distill.shards.codec import DEFAULT_CODEC, encode_sample
+from distill.shards.shards import LabelDataset, collate, verify
+from distill.teachers import Card
+from distill.teachers import Teacher as TeacherLike
+from distill.teachers.checkpoint import Teacher
 
 BATCH = 8
 
@@ -123,7 +123,7 @@ def compare(teacher: TeacherLike, entries: list[Entry], crops: CropSettings, thr
     maps = 0
     with tempfile.TemporaryDirectory() as temporary:
         for number, block in enumerate(blocks):
-            jobs: list[Job] = [prepare(entry.load(), crops=crops) for entry in block]
+            jobs: list[CropJob] = [prepare(entry.load(), crops=crops) for entry in block]
             ready = [crop.float() / 255 for job in jobs for crop in (job.region, *job.patches)]
             maps += len(ready) if number else 0
             folder = Path(temporary) / str(number)

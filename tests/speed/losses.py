@@ -28,7 +28,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distill.losses import distillation_loss
+from distill.losses.losses import distillation_loss
 
 LEVELS = (4, 2, 1)
 

@@ -1,4 +1,4 @@
-"""Views per minute that distill.scenes renders. Run: python tests/speed/scenes.py [COUNT]"""
+"""Views per minute that distill.data.scenes renders. Run: python tests/speed/scenes.py [COUNT]"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from distill import scenes
+from distill.data import scenes
 
 count = int(sys.argv[1]) if len(sys.argv) > 1 else 60
 started = time.perf_counter()

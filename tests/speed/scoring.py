@@ -26,12 +26,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from distill.depth import DepthMap, Kind
-from eval.benchmarks import eth3d
-from eval.fit import measure
-from eval.metrics import METRICS, from_sums
-from eval.protocol import Protocol
-from eval.score import score
+from distill.core.depth import DepthMap, Kind
+from distill.eval.benchmarks import eth3d
+from distill.eval.fit import measure
+from distill.eval.metrics import METRICS, from_sums
+from distill.eval.protocol import Protocol
+from distill.eval.score import score
 
 PROTOCOL = Protocol(
     benchmark="speed",
@@ -153,7 +153,7 @@ def plain_files(folder: Path) -> list[float]:
 
 
 def own_files(folder: Path) -> list[float]:
-    """The same by eval.score."""
+    """The same by distill.eval.score."""
     protocol = replace(eth3d.PROTOCOL, min_depth=PROTOCOL.min_depth, max_depth=PROTOCOL.max_depth, mask_range=True)
     got = score(folder / "pred", "affine_depth", eth3d.samples(folder, folder / "list.txt"), protocol, workers=2)
     return [image.metrics["abs_rel"] for image in got.images if image.metrics]

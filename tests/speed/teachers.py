@@ -26,7 +26,7 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from distill.plugins import find  # noqa: E402
+from distill.core.plugins import find  # noqa: E402
 from tests import tiny_teachers as tiny  # noqa: E402
 
 # Sides: what the authors feed on an accelerator, about half of it on a CPU.
@@ -65,7 +65,7 @@ def load(name: str, variant: str, folder: Path, device: str) -> Any:
     asked = variant.split("+")
     dtype = next((getattr(torch, a) for a in asked if a in ("bfloat16", "float16")), torch.float32)
     weights, options = json.loads((folder / "written.json").read_text())
-    teacher = find("teachers", name).Teacher.load(weights, device=device, dtype=dtype, **options)
+    teacher = find("distill.teachers", name).Teacher.load(weights, device=device, dtype=dtype, **options)
     for owner, attribute, network in modules(teacher):
         if "channels_last" in asked:
             network.to(memory_format=torch.channels_last)

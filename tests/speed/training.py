@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 
-import students
-from distill import sources
-from distill.codec import CODECS
-from distill.depth import DepthMap, Kind
-from distill.label import CropSettings, label
-from distill.labels import Batch, Labels
-from distill.objective import Objective
-from distill.shards import LabelDataset
-from distill.train import TrainSettings, train
+from distill import students
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Batch, Labels
+from distill.data import sources
+from distill.labelling.run import CropSettings, label
+from distill.losses.objective import Objective
+from distill.shards.codec import CODECS
+from distill.shards.shards import LabelDataset
+from distill.training.train import TrainSettings, train
 from tests.speed.labelling import Formula, make_tar
 
 BLOCK = 5  # steps that run before the other loop has its turn

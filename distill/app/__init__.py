@@ -1,0 +1,1 @@
+"""The application: recipes, what they build, and the commands."""

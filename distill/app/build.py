@@ -1,0 +1,415 @@
+"""From names to objects: the only file that reads a recipe and makes what it names.
+
+Everything a recipe asks for is judged here before any work begins, so that a misspelt option of the last teacher does
+not surface after a night of labelling.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill import students
+from distill.app.recipe import Benchmark, Images, Loss, Recipe, as_table
+from distill.app.recipe import Student as StudentSpec
+from distill.app.recipe import Teacher as TeacherSpec
+from distill.app.strict import RecipeError
+from distill.core.plugins import find, option_faults
+from distill.data import sources
+from distill.data.corruptions import Corruptions
+from distill.data.pairs import read_names
+from distill.data.scenes import TRAIN_SEEDS
+from distill.data.sources import InputShard, Scan
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.protocol import Protocol
+from distill.labelling.bridge import Bridged
+from distill.labelling.lock import mutex
+from distill.labelling.run import TRUTH, CropSettings, OnlineDataset, labels_hash
+from distill.losses.objective import Objective, Weights
+from distill.shards import mirror
+from distill.shards.shards import LabelDataset
+from distill.students import Student, checkpoint
+from distill.students.encoder import read_state
+from distill.teachers import Card
+from distill.teachers._sky import POLICIES, under_policy
+from distill.training.schedule import TrainSettings
+
+Teachers = list[tuple[str, Any]]
+
+
+def process() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun and `accelerate launch` say it."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def device(recipe: Recipe) -> torch.device:
+    """The recipe's device; "auto" takes this process's CUDA card, then Apple's GPU, then the CPU.
+
+    Raises RecipeError for one that this machine has not.
+    """
+    if recipe.run.device != "auto":
+        asked = torch.device(recipe.run.device)
+        count = 1 if asked.type == "cpu" else torch.get_device_module(asked).device_count()
+        if (asked.index or 0) >= count:
+            raise RecipeError(f'run.device = "{asked}": torch finds {count} of {asked.type} here; take "auto" or "cpu"')
+        return asked
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _source(images: Images, first_scene: int) -> list[InputShard]:
+    if images.tars:
+        return sources.tars(images.tars)
+    if images.photos:
+        return sources.folders(images.photos)
+    if images.pairs:
+        return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
+    if images.scenes:
+        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
+    return sources.wheels()
+
+
+def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
+    """The shards of the first `limit` images."""
+    kept, left = [], limit
+    for shard in shards:
+        scan = shard.scan()
+        entries = scan.entries[:left]
+        left -= len(entries)
+        if entries:
+            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
+    return kept or shards  # with no image at all, what was turned away says why
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Fixed:
+    scan: Scan
+
+    def __call__(self) -> Scan:
+        return self.scan
+
+
+def input_shards(recipe: Recipe) -> list[InputShard]:
+    """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
+    if not recipe.images:
+        raise RecipeError("the recipe names no images: add an [[images]] table (tars, photos, pairs, scenes or wheels)")
+    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
+    for images in recipe.images:
+        shards = _source(images, scene)
+        scene += images.scenes
+        found.append(_limited(shards, images.limit) if images.limit else shards)
+    return sources.combine(*found)
+
+
+def crop_settings(recipe: Recipe) -> CropSettings:
+    """[crops] as the labeller takes it."""
+    c = recipe.crops
+    return CropSettings(
+        size=c.size,
+        min_side=c.min_side,
+        patches=c.patches,
+        num_patches=c.num_patches,
+        patch_size=c.patch_size or None,
+        overlap=c.overlap,
+        small=c.small,
+    )
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def check_teachers(recipe: Recipe) -> None:
+    """Raises RecipeError with every option that no teacher takes."""
+    if not recipe.teachers:
+        raise RecipeError("the recipe names no teachers: add a [[teachers]] table")
+    faults = []
+    for i, spec in enumerate(recipe.teachers):
+        load = Corruptions if spec.name == TRUTH else find("distill.teachers", spec.name).Teacher.load
+        faults += option_faults(load, spec.options, f"teachers[{i}].options")
+        if recipe.labels.sky != "own" and "sky" in spec.options:
+            faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def check_two(recipe: Recipe) -> None:
+    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number."""
+    if len(recipe.teachers) > 2:
+        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(recipe.teachers)}")
+
+
+def load_teacher(spec: TeacherSpec, *, on: torch.device, sky: str = "own") -> Any:
+    """One [[teachers]] table as a loaded teacher, whatever its kind and licence. sky: labels.sky, or its own rule."""
+    plugin = find("distill.teachers", spec.name)
+    weights = spec.weights or plugin.CARDS[0].weights
+    options = dict(spec.options)
+    if sky != "own" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
+        options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
+    return plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
+
+
+def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "own") -> Teachers:
+    """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Corruptions. Refuses kinds and licences.
+
+    sky: labels.sky where they make labels; a score asks them as they are.
+    """
+    check_teachers(recipe)
+    loaded: Teachers = []
+    for spec in recipe.teachers:
+        if spec.name == TRUTH:
+            loaded.append((spec.label, Corruptions(**spec.options) if spec.options else TRUTH))
+            continue
+        teacher = load_teacher(spec, on=on, sky=sky)
+        card: Card = teacher.card
+        if recipe.labels.commercial_only and not card.commercial:
+            raise RecipeError(
+                f"labels.commercial_only = true refuses {spec.label}: the weights {card.weights} are under "
+                f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
+            )
+        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
+            teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
+        loaded.append((spec.label, teacher))
+    if sky not in POLICIES:
+        return loaded
+    # A bridge is fitted to maps that follow the policy already.
+    plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
+    return [
+        (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
+        for (_, old), (name, new) in zip(loaded, plain, strict=True)
+    ]
+
+
+def _bridged(recipe: Recipe, spec: TeacherSpec, teacher: Any, *, primary: str) -> Bridged:
+    """An assistant of affine depth, taken by way of the primary; raises RecipeError where the recipe has no bridge."""
+    trouble = (
+        f"teacher {spec.label} predicts {teacher.card.kind}, which cannot become the disparity that the student learns "
+        "(its shift is unknown): use its disparity checkpoint, leave it out, or "
+    )
+    if not recipe.labels.bridge:
+        raise RecipeError(
+            f'{trouble}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
+        )
+    if not primary:
+        raise RecipeError(f'{trouble}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
+    return Bridged(teacher, primary, recipe.labels.bridge_residual)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def labels_folder(recipe: Recipe) -> Path:
+    """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else."""
+    check_two(recipe)
+    table = as_table(recipe)
+    seed: dict[str, Any] = {
+        "seed": recipe.run.seed,
+        "store": recipe.labels.store,
+        "part": recipe.labels.samples_per_part,
+    }
+    seed["codec"] = recipe.labels.codec
+    if recipe.labels.sky != "own":
+        seed["sky"] = recipe.labels.sky
+    if recipe.labels.bridge:  # labels without one keep the address that they had before there was one
+        seed |= {"bridge": recipe.labels.bridge, "bridge_residual": recipe.labels.bridge_residual}
+    address = labels_hash(table["images"], {**table["crops"], **seed}, table["teachers"])
+    return Path(recipe.labels.root or recipe.run.folder / "labels") / address
+
+
+def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
+    """The labels to learn from: the finished folder, or teachers asked on the fly."""
+    check_two(recipe)
+    if recipe.labels.online:
+        return OnlineDataset(
+            input_shards(recipe),
+            load_teachers(recipe, on=device(recipe), sky=recipe.labels.sky),
+            crops=crop_settings(recipe),
+            draws=recipe.crops.draws,
+            seed=recipe.run.seed,
+            store="disparity" if recipe.labels.store == "disparity" else "as_is",
+        )
+    folder = labels_folder(recipe)
+    if recipe.labels.mirror and not (folder / "manifest.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
+            mirror.fetch(recipe.labels.mirror, folder)
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
+    dataset = LabelDataset(folder)
+    for name, card in dataset.manifest["teachers"].items():
+        if recipe.labels.commercial_only and not card.get("commercial", True):
+            raise RecipeError(
+                f"labels.commercial_only = true refuses the labels in {folder}: {name} made them with "
+                f"{card['weights']}, under {card['licence']}, which does not allow commercial use"
+            )
+    return dataset
+
+
+# --- student ----------------------------------------------------------------------------------------------------------
+
+
+def make_student(recipe: Recipe) -> Student:
+    """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
+    spec = recipe.student
+    if spec.start:
+        student = checkpoint.load(checkpoint.fetch(spec.start), encoder_weights=spec.weights or None)
+        _check_start(recipe, student)
+        student.encoder.freeze(recipe.train.freeze_encoder)
+        student.native_size = spec.native_size or student.native_size or recipe.crops.size
+        return student
+    options = dict(spec.encoder_options)
+    begun = checkpoint.load(checkpoint.fetch(spec.encoder_start)).encoder if spec.encoder_start else None
+    if begun is not None:
+        if options or spec.weights or begun.name != spec.encoder:
+            raise RecipeError(
+                f"student.encoder_start takes the encoder of {spec.encoder_start}, {begun.name}, as it is: say "
+                f'encoder = "{begun.name}", and neither weights nor encoder_options'
+            )
+        options = dict(begun.options) | {"frozen": False}
+    if spec.weights:
+        options["weights"] = spec.weights
+    if recipe.train.freeze_encoder:
+        options["frozen"] = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(training_seed(recipe))
+        student = students.build(
+            encoder=spec.encoder,
+            decoder=spec.decoder,
+            encoder_options=options,
+            decoder_options=_decoder_options(recipe),
+            native_size=spec.native_size or recipe.crops.size,
+        )
+    if begun is not None:
+        student.encoder.load_state_dict(begun.state_dict())
+    if spec.decoder_start:
+        checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_start))
+    if spec.decoder_weights:
+        student.decoder.load_released(read_state(Path(spec.decoder_weights)))
+    return student
+
+
+def _check_start(recipe: Recipe, student: Student) -> None:
+    """Raises RecipeError where [student] describes another network than the one it starts from."""
+    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSpec())
+    for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
+        if given[key] not in (plain[key], own[key]):
+            raise RecipeError(f"student.{key}: {given['start']} is a student already, with {own[key]}; leave it out")
+
+
+def _decoder_options(recipe: Recipe) -> dict[str, Any]:
+    takes = inspect.signature(find("distill.students.decoders", recipe.student.decoder).Decoder).parameters
+    if recipe.student.norm and "norm" not in takes:
+        raise RecipeError(f"student.norm: the decoder {recipe.student.decoder} has no norms; leave it out")
+    norm = "batch" if recipe.student.norm == "sync" else recipe.student.norm
+    return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
+
+
+def batch_norm_note(recipe: Recipe, student: Student) -> str:
+    """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
+    kind, batch = train_settings(recipe).batchnorm, recipe.train.batch_size
+    seen = batch // (recipe.train.accumulate * (1 if kind == "sync" else process()[1]))
+    learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
+    if not learns or kind == "frozen" or (seen == batch and seen >= 4):
+        return ""
+    why = "the result depends on processes and accumulate" if seen < batch else "its statistics are mostly noise"
+    others = "" if kind == "sync" else ', "sync" joins the processes'
+    return (
+        f"BatchNorm sees {seen} of a step's {batch} images at a time, so {why}: "
+        f'student.norm = "group" or "frozen" has no such statistics{others}'
+    )
+
+
+def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
+    """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
+    pretrained = bool(recipe.student.weights or recipe.student.start or recipe.student.encoder_start)
+    if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
+        return None
+    return copy.deepcopy(student.encoder).eval().requires_grad_(False)
+
+
+def make_objective(recipe: Recipe) -> Objective:
+    """[loss] as the trainer takes it."""
+    loss = recipe.loss
+    return Objective(
+        normalization=loss.normalization,
+        weights=Weights(
+            shared=loss.shared,
+            local_global=loss.local_global,
+            feature=loss.feature,
+            gradient=loss.gradient,
+            anchor=loss.anchor,
+        ),
+        trim_top=loss.trim_top,
+        label_only=loss.label_only,
+        feature_margin=loss.feature_margin,
+        faithful=loss.faithful,
+        contexts=loss.contexts,
+        patch_resolution=loss.patch_resolution,
+    )
+
+
+def train_settings(recipe: Recipe) -> TrainSettings:
+    """[train] as the trainer takes it; with two teachers the first is drawn `primary_ratio` of the time."""
+    names, ratio = [t.label for t in recipe.teachers], recipe.train.primary_ratio
+    mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
+    norm = {"batchnorm": recipe.student.norm} if recipe.student.norm in ("sync", "frozen") else {}
+    return recipe.train.settings(seed=training_seed(recipe), teachers=mix, cpu=device(recipe).type == "cpu", **norm)
+
+
+def training_seed(recipe: Recipe) -> int:
+    """What a student's random weights, order and teacher choices are drawn from; labels know run.seed alone."""
+    return recipe.run.seed if recipe.train.seed < 0 else recipe.train.seed
+
+
+def identity(recipe: Recipe) -> str:
+    """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
+    table, later = as_table(recipe), Loss()
+    # Keys that came after the first runs count only where they are used, so that those runs can be continued.
+    unused = [key for key in ("faithful", "contexts", "patch_resolution") if table["loss"][key] == getattr(later, key)]
+    loss = {key: value for key, value in table["loss"].items() if key not in unused}
+    what = [labels_folder(recipe).name, table["student"], loss]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+def benchmark(spec: Benchmark) -> tuple[Protocol, list[BenchmarkSample]]:
+    """A benchmark's protocol in the recipe's mode, and its samples."""
+    module = find("distill.eval.benchmarks", spec.name)
+    found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
+    protocol: Protocol = module.PROTOCOL
+    return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+
+
+def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
+    """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
+    spec = next((t for t in recipe.teachers if t.label == model), None)
+    said: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
+    return {key: value for key, value in said.items() if value not in ({}, "float32")}
+
+
+def prior_samples(spec: Benchmark) -> list[BenchmarkSample]:
+    """What the image-plane prior of this benchmark is fitted on: its `prior` list, or 64 scenes of no benchmark."""
+    if spec.prior:
+        return list(find("distill.eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
+    return list(find("distill.eval.benchmarks", "scenes").training_samples(64))
+
+
+def saver(recipe: Recipe) -> Callable[..., object]:
+    """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
+    return functools.partial(checkpoint.save, leave_out_frozen_encoder=recipe.student.leave_out_frozen_encoder)

@@ -1,0 +1,282 @@
+"""The verbs of a recipe: label, train, score, report. Each takes a recipe, does its part of the journey, and can be
+stopped at any moment and called again.
+
+A run's folder:
+
+    recipe.toml  labels/HASH/  train/  predictions/MODEL/BENCHMARK/  scores/BENCHMARK--MODEL.json  report.html
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import distill
+from distill.app import build
+from distill.app.console import dashboard, note, progress, say, table
+from distill.app.lineage import lineage, teachers_of
+from distill.app.recipe import Recipe, as_table, dumps
+from distill.app.strict import RecipeError
+from distill.eval import score as scoring
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.reports.tables import as_text, grid
+from distill.labelling.run import TRUTH, LabelOutcome, label
+from distill.shards import mirror, shards
+from distill.students import checkpoint, export
+from distill.teachers import revision_of
+from distill.teachers.checkpoint import Teacher as CheckpointTeacher
+from distill.training.train import TrainResult, train
+
+
+def keep_recipe(recipe: Recipe) -> None:
+    """Writes the resolved recipe into the run's folder; only the first process does."""
+    if build.process()[0] == 0:
+        recipe.run.folder.mkdir(parents=True, exist_ok=True)
+        shards.write_atomic(recipe.run.folder / "recipe.toml", dumps(recipe).encode())
+
+
+def commit() -> str:
+    """The version, with the commit where the code runs from a clone."""
+    root = Path(distill.__file__).parent.parent
+    if not (root / ".git").exists():
+        return distill.__version__
+    found = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return f"{distill.__version__}+{found.stdout.strip() or 'unknown'}"
+
+
+def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began."""
+    if folder is None:
+        keep_recipe(recipe)
+        folder = build.labels_folder(recipe)
+    rank, world = build.process()
+    found = build.input_shards(recipe)
+    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    with progress("label") as report:
+        outcome = label(
+            found,
+            teachers,
+            out=folder,
+            crops=build.crop_settings(recipe),
+            draws=recipe.crops.draws,
+            seed=recipe.run.seed,
+            store="disparity" if recipe.labels.store == "disparity" else "as_is",
+            codec=recipe.labels.codec,
+            sky=None if recipe.labels.sky == "own" else recipe.labels.sky,
+            rank=rank,
+            world=world,
+            batch_size=recipe.labels.batch_size,
+            samples_per_part=recipe.labels.samples_per_part,
+            threads=recipe.labels.threads,
+            recipe=as_table(recipe),
+            images_licence=recipe.labels.licence,
+            report=report,
+        )
+    if outcome.complete:
+        manifest = shards.read_manifest(folder)
+        lost = len(manifest["quarantine"])
+        count = sum(shard["samples"] for shard in manifest["shards"])
+        say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
+        for line in manifest["quarantine"][:20]:
+            note(f"  quarantined {line['origin']}: {line['reason']}")
+        if not count:
+            raise ValueError(f"{folder}: nothing was labelled, for no image was usable; mend what is quarantined above")
+        if recipe.labels.mirror:
+            with progress("send to the mirror") as report:
+                sent = mirror.publish(folder, recipe.labels.mirror, report=report)
+            say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {sent} files sent")
+    return outcome
+
+
+def run_train(recipe: Recipe) -> TrainResult:
+    """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
+    keep_recipe(recipe)
+    dataset = build.labelled(recipe)
+    student = build.make_student(recipe)
+    if warning := build.batch_norm_note(recipe, student):
+        note(warning)
+    with dashboard("train") as report:
+        result = train(
+            student,
+            dataset,
+            build.make_objective(recipe),
+            out=recipe.run.folder / "train",
+            settings=build.train_settings(recipe),
+            reference=build.feature_reference(recipe, student),
+            card=student_card(recipe, dataset),
+            identity=build.identity(recipe),
+            save=build.saver(recipe),
+            report=report,
+        )
+    chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
+    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {result.images_per_s:.1f} images/s")
+    return result
+
+
+def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
+    """What a student says of itself: where its knowledge comes from and under which licences."""
+    teachers = teachers_of(dataset)
+    origins, commercial = lineage(recipe, teachers)
+    return {
+        "name": recipe.run.name,
+        "made_by": f"distill train, {commit()}",
+        "recipe": as_table(recipe),
+        "kind": "affine_disparity, larger is nearer",
+        "teachers": teachers,
+        "licence": "what its teachers and images allow; see lineage",
+        "commercial": commercial,
+        "lineage": origins,
+        "images": {"count": len(set(dataset.image_keys)), "licence": recipe.labels.licence},
+    }
+
+
+def run_export(
+    folder: Path,
+    out: Path,
+    *,
+    bits: int = 32,
+    card: Path | None = None,
+    encoder_weights: str | None = None,
+    onnx: bool = False,
+    program: bool = False,
+) -> Path:
+    """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
+
+    bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
+    student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
+    onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
+    Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
+    """
+    student = checkpoint.load(folder, encoder_weights=encoder_weights)
+    said = export.read_card_file(card) if card else checkpoint.read_card(folder)
+    scores = export.scores_of(folder, revision_of(folder))
+    said = {"scores": scores} | said if scores else said
+    said.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
+    if program:
+        least = export.smallest(student)
+        said[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
+    lines: list[str] = []
+
+    def check(aside: Path) -> None:
+        again = checkpoint.load(aside, encoder_weights=encoder_weights)
+        off = export.difference(student, again, out)
+        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
+            raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
+        size = (aside / checkpoint.WEIGHTS).stat().st_size
+        lines.append(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
+        lines.extend(export.write_graphs(again, aside, named=out, onnx=onnx, program=program))
+
+    checkpoint.save(
+        student,
+        out,
+        card=said,
+        dtype=torch.float32 if bits == 32 else torch.float16,
+        bits=4 if bits == 4 else None,
+        leave_out_frozen_encoder=encoder_weights is not None,
+        check=check,
+    )
+    for line in lines:
+        say(line)
+    return out
+
+
+@contextmanager
+def models(recipe: Recipe) -> Iterator[list[tuple[str, Any]]]:
+    """(name, teacher) of everything the recipe scores: its student and its teachers."""
+    found: list[tuple[str, Any]] = []
+    on = build.device(recipe)
+    folder = recipe.run.folder / "train" / "student"
+    if recipe.score.student:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: there is no student yet; run `distill train` with this recipe first")
+        found.append(
+            ("student", CheckpointTeacher.load(str(folder), device=on, encoder_weights=recipe.student.weights or None))
+        )
+    if recipe.score.teachers and recipe.teachers:
+        found += [(name, teacher) for name, teacher in build.load_teachers(recipe, on=on) if teacher != TRUTH]
+    yield found
+
+
+def run_score(recipe: Recipe) -> list[scoring.Score]:
+    """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again.
+
+    Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
+    """
+    keep_recipe(recipe)
+    if not recipe.benchmarks:
+        raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    results, lost = [], []
+    priors: dict[tuple[str, ...], Any] = {}
+    with models(recipe) as found:
+        for spec in recipe.benchmarks:
+            protocol, samples = build.benchmark(spec)
+            scored = list(found)
+            if recipe.score.plane_prior:
+                fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
+                if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
+                    prior = build.prior_samples(spec)
+                    priors[fitted_on] = scoring.fit_plane(prior) if prior else None
+                if priors[fitted_on] is not None:
+                    scored.append(("plane prior", priors[fitted_on]))
+            for name, teacher in scored:
+                slug = name.replace(" ", "_")
+                store = recipe.run.folder / "predictions" / slug / spec.label
+                settings = {
+                    "weights": teacher.card.weights,
+                    "revision": teacher.card.revision,
+                    "benchmark": spec.label,
+                    **build.prediction_settings(recipe, name),
+                }
+                with progress(f"predict {spec.label} {name}") as report:
+                    scoring.predict(teacher, samples, store, settings=settings, report=report, tell=note)
+                result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
+                scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.label}--{slug}.json")
+                results.append(result)
+                lost += _lost(result, samples, store)
+    side_by_side = grid(results)
+    table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
+    for line in side_by_side.notes:
+        note(f"  {line}")
+    for line in lost:
+        note(line)
+    return results
+
+
+def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
+    """Which images could not be scored, why, and what to do; nothing where all could."""
+    files = [
+        f"  {store / sample.prediction_path}: {image.problem}"
+        for sample, image in zip(samples, result.images, strict=True)
+        if image.failed
+    ]
+    if not files:
+        return []
+    count = f"{len(files)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
+    more = [f"  and {len(files) - 20} more"] if len(files) > 20 else []
+    way_out = "  mend the benchmark's files that are named, delete the maps that are, and score again"
+    return [f"{count}; no mean", *files[:20], *more, way_out]
+
+
+def run_report(recipe: Recipe) -> Path:
+    """Writes RUN/report.html from what the run's folder holds."""
+    from distill.eval.reports.report import write_report
+
+    path = write_report(recipe.run.folder)
+    say(f"report: {path.resolve()}")
+    return path
+
+
+def run_demo(recipe: Recipe) -> Path:
+    """The whole loop: label, train, score, report."""
+    note(f"the whole loop of {recipe.run.name}: label, train, score, report (into {recipe.run.folder}/)")
+    run_label(recipe)
+    run_train(recipe)
+    run_score(recipe)
+    return run_report(recipe)

@@ -1,0 +1,174 @@
+"""What a person sees: lines, tables and progress on the terminal. The only file that draws.
+
+Results go to standard output, everything else (progress, notes, errors) to standard error, so that output can be piped.
+Only the first process of several speaks.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+_quiet = os.environ.get("RANK", "0") != "0"
+# A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
+_out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+_err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
+
+
+class ProgressReport(Protocol):
+    """How long work tells where it is: `report(done, total, images_per_s=12.5)`."""
+
+    def __call__(self, done: int, total: int, **numbers: float) -> None:
+        """Called as often as the work likes; drawing is limited to a few times a second."""
+        ...
+
+
+def say(text: str) -> None:
+    """One line of result."""
+    _out.print(escape(text), highlight=False)
+
+
+def note(text: str) -> None:
+    """One line about what is being done."""
+    _err.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+
+def fail(text: str) -> None:
+    """What went wrong, a line per fault."""
+    for line in text.splitlines() or ["failed"]:
+        _err.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False)
+
+
+def table(
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    best: Sequence[set[str]] = (),
+    text: bool = False,
+) -> None:
+    """A table on standard output; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
+    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for i, column in enumerate(columns):
+        drawn.add_column(column, justify="left" if i == 0 or text else "right", overflow="fold")
+    for i, row in enumerate(rows):
+        marked = best[i] if i < len(best) else set()
+        cells = [
+            escape(c) if name not in marked else f"[bold]{escape(c)}[/bold]"
+            for name, c in zip(columns, row, strict=True)
+        ]
+        drawn.add_row(*cells)
+    _out.print(drawn)
+
+
+def _words(numbers: dict[str, float]) -> str:
+    return "  ".join(_word(name, value) for name, value in numbers.items())
+
+
+def _word(name: str, value: float) -> str:
+    """One number for people; "bytes" in its name makes it a size, a trailing "_s" a time."""
+    label = name.replace("_", " ").replace(" per ", "/").removesuffix(" bytes").removeprefix("bytes")
+    if "bytes" in name:
+        power = next((p for p in range(4) if abs(value) < 1000 ** (p + 1)), 4)
+        scaled, unit = value / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
+        return f"{scaled:.3g} {unit}{label}" if label.startswith("/") else f"{label} {scaled:.3g} {unit}"
+    if name.endswith("_s") and not name.endswith("per_s"):
+        return f"{label.removesuffix(' s')} {int(value // 3600)}:{int(value % 3600 // 60):02d}:{int(value % 60):02d}"
+    return f"{label} {value:,.0f}" if abs(value) >= 1000 else f"{label} {value:.4g}"
+
+
+def _bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[numbers]}[/dim]"),
+        console=_err,
+        refresh_per_second=4,
+        disable=not _err.is_terminal,
+    )
+
+
+@contextmanager
+def progress(what: str) -> Iterator[ProgressReport]:
+    """A progress bar with time remaining and the work's numbers; off a terminal, one plain line at the end."""
+    bar = _bar()
+    last: tuple[int, int, dict[str, float]] | None = None
+    with bar:
+        task = bar.add_task(what, total=None, numbers="")
+
+        def report(done: int, total: int, **numbers: float) -> None:
+            nonlocal last
+            last = (done, total, numbers)
+            bar.update(task, completed=done, total=total, numbers=_words(numbers))
+
+        yield report
+    if last is not None and not _err.is_terminal:
+        note(f"{what}: {last[0]}/{last[1]}  {_words(last[2])}")
+
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+_REMEMBERED = 48  # points of the loss curve
+
+
+def _curve(values: Sequence[float]) -> str:
+    """A line of blocks from the lowest to the highest value."""
+    low, high = min(values), max(values)
+    return "".join(_SPARKS[round((v - low) / (high - low or 1.0) * (len(_SPARKS) - 1))] for v in values)
+
+
+def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
+    """What a training run looks like at this step: a line each for loss, its parts, scale, rate and speed."""
+    drawn = Table.grid(padding=(0, 2))
+
+    def pick(*names: str) -> str:
+        return _words({name: numbers[name] for name in names if name in numbers})
+
+    parts = {name.removeprefix("parts/"): value for name, value in numbers.items() if name.startswith("parts/")}
+    wait = f"data wait {100 * numbers['data_wait']:.1f} %" if "data_wait" in numbers else ""
+    for head, text in (
+        ("loss", f"{pick('loss', 'heldout').removeprefix('loss ')}  {_curve(losses) if losses else ''}"),
+        ("parts", _words(parts)),
+        ("scale", pick("output_median", "output_deviation", "grad_norm")),
+        ("rate", pick("lr", "encoder_lr")),
+        ("speed", "  ".join(filter(None, (pick("images_per_s"), wait, pick("memory_bytes"))))),
+    ):
+        if text.strip():
+            drawn.add_row(f"[dim]{head}[/dim]", escape(text))
+    return drawn
+
+
+@contextmanager
+def dashboard(what: str) -> Iterator[ProgressReport]:
+    """`progress` for a training run: a live panel with the parts of the loss, the output's scale, rates and speed."""
+    if not _err.is_terminal:
+        with progress(what) as plain:
+            yield lambda done, total, **numbers: plain(
+                done, total, **{name: value for name, value in numbers.items() if not name.startswith("parts/")}
+            )
+        return
+    bar, losses = _bar(), deque[float](maxlen=_REMEMBERED)
+    task = bar.add_task(what, total=None, numbers="")
+    with Live(Panel(bar, expand=False), console=_err, refresh_per_second=4) as live:
+
+        def report(done: int, total: int, **numbers: float) -> None:
+            bar.update(task, completed=done, total=total)
+            if math.isfinite(loss := numbers.get("loss", math.nan)):
+                losses.append(loss)
+            live.update(Panel(Group(bar, _training(numbers, losses)), expand=False))
+
+        yield report

@@ -1,0 +1,231 @@
+"""The contact sheet of a labels folder: regions beside their labels, histograms, quarantine, where teachers disagree.
+
+One page to look at before a day of training. Samples are an even choice over the whole folder, the same every time;
+with two teachers those on which they disagree most are shown too, and the disagreement is measured after the best
+scale and shift (distill.eval.agreement.alignment_error), since neither is known.
+
+Shapes: H, W of a map.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from distill.core.depth import DepthMap
+from distill.eval.agreement import alignment_error, to_disparity
+from distill.eval.reports.figures import NEARNESS, colourise, legend, own_range, shrink, tile
+from distill.eval.reports.page import details, missing, page, pairs, table
+from distill.shards.codec import Sample
+from distill.shards.shards import MANIFEST, LabelDataset, read_manifest, write_atomic
+
+WORST = 6  # samples shown for their teachers' disagreement
+_BINS = 20
+_PATCHES = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in the order of the patches
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What is kept of one sample."""
+
+    key: str
+    side: float
+    valid: dict[str, float]
+    shape: dict[str, np.ndarray]  # a map's histogram between its lowest and highest value
+    apart: dict[tuple[str, str], float]
+
+
+def write_contact(
+    folder: str | Path,
+    out: Path | None = None,
+    *,
+    shown: int = 12,
+    measured: int = 200,
+    report: Callable[..., None] | None = None,
+) -> Path:
+    """Writes FOLDER/contact.html, or `out`: `shown` samples as pictures, at most `measured` in the histograms.
+
+    Raises what `LabelDataset` raises for a folder that is not finished or damaged.
+    """
+    folder = Path(folder)
+    dataset, manifest = LabelDataset(folder), read_manifest(folder)
+    chosen = _evenly(len(dataset), measured)
+    seen: list[_Seen] = []
+    for done, index in enumerate(chosen):
+        seen.append(_look(dataset[index]))
+        if report:
+            report(done + 1, len(chosen))
+    places = dict(zip((one.key for one in seen), chosen, strict=True))
+    sections = [("samples", "Samples", _samples([dataset[i] for i in _evenly(len(dataset), shown)]))]
+    if len(dataset.teachers) > 1:
+        sections.append(("disagreement", "Where teachers disagree", _disagreement(dataset, seen, places)))
+    sections.append(("histograms", "Histograms", _histograms(seen)))
+    sections.append(("quarantine", "Quarantine", _quarantine(manifest["quarantine"])))
+    sections.append(("teachers", "Teachers", _teachers(manifest["teachers"])))
+    where = out or folder / "contact.html"
+    html = page(f"Labels {folder.name}", _facts(folder, manifest, seen, len(dataset)), sections, what="Contact sheet")
+    where.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(where, html.encode())
+    return where
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
+
+
+def _look(sample: Sample) -> _Seen:
+    maps = {name: labels.shared for name, labels in sample.labels.items()}
+    shape = {}
+    for name, one in maps.items():
+        values = one.values[one.valid].numpy()
+        shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), _BINS, (0.0, 1.0))[0] / max(
+            1, values.size
+        )
+    apart = {pair: _apart(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
+    valid = {name: float(one.valid.float().mean()) for name, one in maps.items()}
+    return _Seen(sample.key, float(sample.record["crop"]["side"]), valid, shape, apart)
+
+
+def _apart(first: DepthMap, second: DepthMap) -> float:
+    one, two = to_disparity(first), to_disparity(second)
+    return float(alignment_error(one.values, two.values, one.valid & two.valid)[0])
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _strip(sample: Sample, note: str = "") -> str:
+    """A region with its patches outlined, then each teacher's map of it, near is bright."""
+    region = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
+    size, side = region.shape[0], sample.record["crop"]["side"]
+    for i, (top, left, length) in enumerate(sample.record["patches"]):
+        a, b = (
+            (round(v * size / side) for v in (left, top)),
+            (round((v + length) * size / side) - 1 for v in (left, top)),
+        )
+        cv2.rectangle(region, tuple(a), tuple(b), _PATCHES[i % len(_PATCHES)], max(1, size // 180))
+    tiles = [tile(sample.key, shrink(region), note=f"{side} px", photo=True)]
+    for name, labels in sample.labels.items():
+        values, valid = labels.shared.values[0].numpy(), labels.shared.valid[0].numpy()
+        nearer = values if labels.shared.kind.quantity == "disparity" else -values
+        picture = colourise(own_range(nearer, valid), valid, NEARNESS)
+        tiles.append(tile(name, shrink(picture), note=f"{100 * valid.mean():.0f} % valid"))
+    head = f"{escape(sample.record['image']['origin'])} <small>{escape(note)}</small>"
+    return f'<h4>{head}</h4><div class="strip">{"".join(tiles)}</div>'
+
+
+def _samples(samples: Sequence[Sample]) -> str:
+    key = legend("each map in its own range", NEARNESS, [(0.0, "far"), (1.0, "near")], missing="invalid")
+    return key + "".join(map(_strip, samples))
+
+
+def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[str, int]) -> str:
+    rows, pictures = [], []
+    for pair in combinations(dataset.teachers, 2):
+        known = sorted((one for one in seen if np.isfinite(one.apart[pair])), key=lambda one: -one.apart[pair])
+        if not known:
+            continue
+        values = np.array([one.apart[pair] for one in known])
+        rows.append([escape(" and ".join(pair)), *(f"{np.quantile(values, q):.3f}" for q in (0.5, 0.9, 1.0))])
+        pictures += [_strip(dataset[places[one.key]], f"apart by {one.apart[pair]:.3f}") for one in known[:WORST]]
+    lead = (
+        '<p class="key">What is left between two teachers’ maps of a region after the best scale and shift, as a '
+        "fraction of the map’s spread: 0 is the same map, 1 has nothing in common.</p>"
+    )
+    head = ["teachers", "median", "9 in 10 below", "most"]
+    return lead + table(head, rows, kind="scores") + "<h3>The most disagreement</h3>" + "".join(pictures)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
+    """A histogram as a figure; heights are fractions."""
+    width, tall, most = 400 / len(heights), 150.0, max(max(heights), 1e-9)
+    bars = "".join(
+        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / most:.1f}" width="{width - 2:.1f}" '
+        f'height="{tall * h / most:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
+        for i, h in enumerate(heights)
+    )
+    texts = (
+        f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
+    )
+    more = f"<p>{escape(note)}</p>" if note else ""
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
+        f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
+        f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
+    )
+
+
+def _counts(values: Sequence[float], low: float, high: float) -> list[float]:
+    counts = np.histogram(values, _BINS, (low, high if high > low else low + 1.0))[0]
+    return [float(c) for c in counts / max(1, len(values))]
+
+
+def _histograms(seen: Sequence[_Seen]) -> str:
+    if not seen:
+        return missing("no samples")
+    sides = [one.side for one in seen]
+    charts = [
+        _bars(
+            "Side of the region", _counts(sides, min(sides), max(sides)), (f"{min(sides):.0f}", f"{max(sides):.0f} px")
+        )
+    ]
+    for number, name in enumerate(seen[0].valid):
+        colour = number % 5 + 1
+        mean = np.mean([one.shape[name] for one in seen], axis=0)
+        note = "2nd to 98th percentile of each map, the mean of all"
+        charts.append(_bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
+        valid = [one.valid[name] for one in seen]
+        charts.append(_bars(f"Valid pixels of {name}", _counts(valid, 0.0, 1.0), ("none", "all"), colour=colour))
+    for pair in seen[0].apart:
+        apart = [one.apart[pair] for one in seen if np.isfinite(one.apart[pair])]
+        charts.append(_bars(f"{pair[0]} and {pair[1]} apart", _counts(apart, 0.0, 1.0), ("0", "1"), colour=5))
+    return f'<p class="key">Over {len(seen)} samples.</p><div class="charts">{"".join(charts)}</div>'
+
+
+def _quarantine(lines: Sequence[Mapping[str, str]]) -> str:
+    if not lines:
+        return missing("nothing was turned away")
+    reasons = Counter(line["reason"].split(":")[0] for line in lines)
+    short = table(
+        ["reason", "images"], [[escape(reason), str(n)] for reason, n in reasons.most_common()], kind="scores"
+    )
+    rows = [[escape(line["origin"]), escape(line["reason"])] for line in lines[:500]]
+    return short + details(f"all {len(lines)}", table(["image", "reason"], rows, kind="reasons"))
+
+
+def _teachers(cards: Mapping[str, Mapping[str, Any]]) -> str:
+    wanted = ("weights", "revision", "kind", "stored", "licence")
+
+    def word(value: Any) -> str:
+        return escape(", ".join(value) if isinstance(value, list) else str(value))
+
+    rows = [[escape(name), *(word(card.get(field, "")) for field in wanted)] for name, card in cards.items()]
+    return table(["teacher", *wanted], rows)
+
+
+def _facts(folder: Path, manifest: Mapping[str, Any], seen: Sequence[_Seen], samples: int) -> str:
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    settings = manifest.get("settings", {})
+    return pairs(
+        [
+            ("samples", f"{samples} of {manifest['images']['count']} images"),
+            ("tars", f"{len(manifest['shards'])}, {size / 1e6:.1f} MB"),
+            ("per sample", f"{size / max(1, samples) / 1e3:.0f} kB"),
+            ("teachers", ", ".join(manifest["teachers"])),
+            ("quarantined", str(len(manifest["quarantine"]))),
+            ("codec", str(settings.get("codec", "png16"))),
+            ("images' licence", str(manifest.get("licence", {}).get("images", ""))),
+            ("from", f"{folder.name}/{MANIFEST}"),
+        ]
+    )

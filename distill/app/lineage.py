@@ -1,0 +1,70 @@
+"""Where a student's knowledge comes from and what that allows: images, teachers, and the weights it began with.
+
+"commercial" is True only where every one of them is known to allow it. Weights of a local file are unknown, whatever
+their name says. The licence of images is the recipe's own words (labels.licence): they must name one that allows it
+(CC0, CC BY, Apache, MIT, BSD, public domain, one's own) and none that forbids it. No legal advice; the terms stand
+beside the answer. The rules are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.app.recipe import Recipe
+from distill.students import checkpoint
+from distill.students.encoder import licence_of
+
+_FREE = ("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "dinov3-license")
+_ALLOWS = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+_FORBIDS = re.compile(r"research|academic|commercial|personal|\bnc\b", re.IGNORECASE)
+
+
+def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
+    """By name: weights, licence and whether it allows commercial use, of labels in shards or made online."""
+    manifest = getattr(dataset, "manifest", None)
+    if manifest is not None:
+        cards = manifest["teachers"]
+    else:
+        said = {name: getattr(teacher, "card", None) for name, teacher in dataset.networks}
+        cards = {
+            name: {key: getattr(card, key) for key in ("weights", "revision", "licence", "commercial")}
+            for name, card in said.items()
+            if card is not None
+        }
+    return {name: dict(card) for name, card in cards.items()}
+
+
+def lineage(recipe: Recipe, teachers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """What a card says under "lineage", and "commercial"."""
+    terms = recipe.labels.licence
+    images = {"licence": terms, "commercial": bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)}
+    kept = ("weights", "licence", "commercial")
+    found: dict[str, Any] = {
+        "images": images,
+        **{f"teacher {name}": {key: card[key] for key in kept if key in card} for name, card in teachers.items()},
+        **_beginnings(recipe),
+    }
+    # The truth of procedural scenes has a card without a licence: it forbids nothing.
+    return found, all(said.get("commercial", True) is True for said in found.values())
+
+
+def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """What the student's own weights began as; nothing for random ones."""
+    spec = recipe.student
+    found: dict[str, dict[str, Any]] = {}
+    for what, start in (("start", spec.start), ("encoder", spec.encoder_start), ("decoder", spec.decoder_start)):
+        if start:
+            card = checkpoint.read_card(checkpoint.fetch(start))
+            licence = card.get("licence", "unknown")
+            found[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
+    if spec.weights == "pretrained":
+        licence = licence_of(spec.encoder)
+        found["encoder"] = {"weights": f"timm's {spec.encoder}", "licence": licence, "commercial": licence in _FREE}
+    elif spec.weights:
+        found["encoder"] = {"weights": Path(spec.weights).name, "licence": "unknown", "commercial": False}
+    if spec.decoder_weights:
+        found["decoder"] = {"weights": Path(spec.decoder_weights).name, "licence": "unknown", "commercial": False}
+    return found

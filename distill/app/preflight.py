@@ -1,0 +1,287 @@
+"""Before a night of labelling or a day of training: what `distill doctor RECIPE` looks at, from names to a short probe.
+
+Nothing is written. Teachers and student are loaded, one photo is labelled and one step is taken, and the rates are
+carried to the whole run: an estimate from one photo, good to a factor, not to a tenth. A fault in one place does not
+hide those in others.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from distill.app import build
+from distill.app.recipe import Recipe
+from distill.core.findings import Finding
+from distill.data.sources import BadImageError, InputShard, Photo
+from distill.labelling.annotate import TRUTH, label_photo
+from distill.shards.codec import Sample, collate, encode_sample
+from distill.students import Student
+
+T = TypeVar("T")
+Level = Literal["ok", "warn", "bad"]
+PROCESSES = (1, 2, 4, 8)
+# Of the input tars so many are scanned; the others are taken to be like them.
+SCANNED = 3
+TRIED = 20  # photos, until one can be labelled
+SPARE = 1.15  # of the disk: what the probe's photo does not say about the others
+_FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try.
+
+    bad: photos that were tried and are no use; rejected: names that were turned away. Both with the reason.
+    """
+
+    count: int
+    scanned: bool
+    parts: int
+    photos: list[Photo]
+    bad: list[str]
+    rejected: list[str]
+
+
+def check_recipe(recipe: Recipe) -> list[Finding]:
+    """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
+    found: list[Finding] = []
+    device = _try(found, "device", lambda: build.device(recipe))
+    if device is None:
+        recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
+        device = torch.device("cpu")
+    images = _try(found, "images", lambda: _images(recipe))
+    if images is not None:
+        found += _about_images(recipe, images)
+    teachers: Any = None
+    if recipe.teachers:
+        teachers = _try(found, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        found += _about_teachers(recipe, teachers or [])
+    student = _try(found, "student", lambda: build.make_student(recipe))
+    found += _about_sizes(recipe, teachers or [], student)
+    found += _about_batches(recipe)
+    sample = None
+    if images and images.photos and teachers:
+        probe = _try(found, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
+        if probe is not None:
+            sample, seconds = probe
+            found += _about_labelling(recipe, images, sample, seconds, device)
+    if student is not None and sample is not None:
+        step = _try(found, "probe of a training step", lambda: _step(recipe, student, sample, device))
+        if step is not None:
+            found += _about_training(recipe, student, step, device)
+    return sorted(found, key=lambda one: ("ok", "warn", "bad").index(one.level))
+
+
+def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
+    """The work's result; a fault becomes a finding."""
+    try:
+        return work()
+    except _FAULTS as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        found.append(Finding("bad", f"{what}: {line}", "mend this first; what depends on it was not looked at"))
+        return None
+
+
+# --- images and teachers ----------------------------------------------------------------------------------------------
+
+
+def _images(recipe: Recipe) -> _Images:
+    shards: list[InputShard] = build.input_shards(recipe)
+    per_part = max(1, recipe.labels.samples_per_part // recipe.crops.draws)
+    scans = [shard.scan() for shard in shards[:SCANNED]]
+    scale = len(shards) / max(1, len(scans))
+    photos: list[Photo] = []
+    bad: list[str] = []
+    for entry in [entry for scan in scans for entry in scan.entries][:TRIED]:
+        try:
+            photo = entry.load()
+            build.crop_settings(recipe).plan(photo, seed=recipe.run.seed, draw=0)
+            photos.append(photo)
+        except BadImageError as error:
+            bad.append(f"{entry.origin}: {error}")
+        if len(photos) == 2:
+            break
+    return _Images(
+        count=round(scale * sum(len(scan.entries) for scan in scans)),
+        scanned=len(scans) == len(shards),
+        parts=round(scale * sum(math.ceil(len(scan.entries) / per_part) for scan in scans)),
+        photos=photos,
+        bad=bad,
+        rejected=[f"{line.origin}: {line.reason}" for scan in scans for line in scan.rejected],
+    )
+
+
+def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
+    about = "" if images.scanned else "about "
+    if not images.count:
+        why = images.rejected[0] if images.rejected else "the source is empty"
+        yield Finding("bad", f"no images: {why}", "mend the file, or name others in [[images]]")
+        return
+    yield Finding("ok", f"{about}{images.count} images in {about}{images.parts} parts")
+    if images.bad:
+        tried = len(images.bad) + len(images.photos)
+        level: Level = "warn" if images.photos else "bad"
+        line = f"{len(images.bad)} of the first {tried} images are no use"
+        remedy = "a few are normal and go to quarantine; if all are too small, lower crops.min_side or crops.size"
+        yield Finding(level, f"{line}: {images.bad[0]}", remedy)
+    idle = [n for n in PROCESSES if images.parts < n]
+    if idle:
+        wanted = max(1, images.count * recipe.crops.draws // (4 * PROCESSES[-1]))
+        yield Finding(
+            "warn",
+            f"{images.parts} parts keep no more than {images.parts} processes busy",
+            f"with {idle[0]} processes or more set labels.samples_per_part = {wanted}",
+        )
+    if recipe.labels.licence == "unknown":
+        yield Finding("warn", "labels.licence is unknown", "say it: it goes into the manifest and the student's card")
+
+
+def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
+    for name, teacher in teachers:
+        card = getattr(teacher, "card", None)
+        if teacher == TRUTH or card is None:
+            yield Finding("ok", f"teacher {name}: the images' own ground truth")
+            continue
+        yield Finding("ok", f"teacher {name}: weights {card.weights} ({card.revision}), predicts {card.kind}")
+        level: Level = "ok" if card.commercial else "warn"
+        remedy = "" if card.commercial else "students of it may not be sold; labels.commercial_only refuses it"
+        yield Finding(level, f"teacher {name}: licence {card.licence}", remedy)
+
+
+def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iterator[Finding]:
+    size, patch = recipe.crops.size, recipe.crops.patch_size or recipe.crops.size
+    wanted = {f"teacher {name}": getattr(getattr(t, "card", None), "multiple", 1) for name, t in teachers}
+    for who, multiple in wanted.items():
+        for key, side in (("crops.size", size), ("crops.patch_size", patch)):
+            if side % multiple:
+                yield Finding(
+                    "warn",
+                    f"{key} = {side} is no multiple of {multiple}, which {who} works in",
+                    f"take {side // multiple * multiple or multiple}, or let it resize",
+                )
+    step = getattr(getattr(student, "encoder", None), "patch_size", 1)
+    if size % step:
+        yield Finding("warn", f"crops.size = {size} is no multiple of the student's patch of {step}", "it will pad")
+    if recipe.crops.min_side < size:
+        yield Finding("warn", f"crops.min_side = {recipe.crops.min_side} < size = {size}: small regions are enlarged")
+
+
+def _about_batches(recipe: Recipe) -> Iterator[Finding]:
+    train = recipe.train
+    fits = [n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0]
+    level: Level = "ok" if fits == list(PROCESSES) else "warn"
+    yield Finding(
+        level,
+        f"train.batch_size = {train.batch_size}, accumulate = {train.accumulate}: trains on "
+        f"{', '.join(map(str, fits))} of {', '.join(map(str, PROCESSES))} processes",
+        "" if level == "ok" else "make batch_size a multiple of processes x accumulate",
+    )
+
+
+# --- probes -----------------------------------------------------------------------------------------------------------
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _label_one(recipe: Recipe, images: _Images, teachers: Any) -> tuple[Sample, float]:
+    """The last of one or two photos as a sample, and the seconds that it took; the first one warms up."""
+    device, store = build.device(recipe), "disparity" if recipe.labels.store == "disparity" else "as_is"
+    sample, seconds = None, math.nan
+    for photo in (images.photos * 2)[:2]:
+        before = time.perf_counter()
+        sample = label_photo(
+            photo,
+            teachers,
+            crops=build.crop_settings(recipe),
+            seed=recipe.run.seed,
+            batch_size=recipe.labels.batch_size,
+            store=store,
+        )
+        _wait(device)
+        seconds = time.perf_counter() - before
+    assert sample is not None
+    return sample, seconds
+
+
+def _about_labelling(
+    recipe: Recipe, images: _Images, sample: Sample, seconds: float, device: torch.device
+) -> Iterator[Finding]:
+    total = images.count * recipe.crops.draws
+    each = sum(len(data) for _, data in encode_sample(sample, codec=recipe.labels.codec))
+    maps = sum(1 + (0 if one.local is None else len(one.local)) for one in sample.labels.values())
+    if recipe.labels.online:
+        yield Finding("ok", f"labels are made during training: {seconds:.2f} s per sample on one {device.type}")
+        return
+    yield Finding(
+        "ok",
+        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: "
+        f"{_times(total * seconds, device, min(images.parts, PROCESSES[-1]))}",
+    )
+    yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
+
+
+def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device) -> float:
+    """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
+    plain = replace(recipe, loss=replace(recipe.loss, feature=0.0))  # a fraction of the time, with a second encoder
+    settings, objective = build.train_settings(recipe), build.make_objective(plain)
+    micro = max(1, settings.batch_size // settings.accumulate)
+    tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher
+    batch = collate([sample] * tried)
+    student.to(device).train()
+    images, labels = batch.images.to(device), next(iter(batch.labels.values())).to(device)
+    if labels.shared.kind.quantity != "disparity":
+        raise ValueError(f"labels of kind {labels.shared.kind} are not what the student predicts: set store or bridge")
+    seconds = math.nan
+    for _ in range(2):
+        before = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            pred = student(images)
+        objective(pred.float(), labels)[0].mean().backward()
+        _wait(device)
+        seconds = time.perf_counter() - before
+    student.zero_grad(set_to_none=True)
+    return seconds * settings.batch_size / tried
+
+
+def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
+    train = recipe.train
+    most = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
+    yield Finding(
+        "ok",
+        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: "
+        f"{_times(train.steps * seconds, device, most)}",
+    )
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in student.parameters())
+    need = (train.keep_last + 2) * 4.0 * (2 * whole + 2 * trained)  # a student twice, and Adam's two moments
+    yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
+
+
+def _times(seconds: float, device: torch.device, most: int) -> str:
+    """Hours of the device, and when 1, 2, 4 and 8 processes with one each would be done if they began now."""
+    ends = []
+    for processes in (n for n in PROCESSES if n <= max(1, most)):
+        took = timedelta(seconds=round(seconds / processes))
+        ends.append(f"{processes}: {took} ({(datetime.now() + took):%a %H:%M})")
+    return f"{seconds / 3600:.2f} {device.type.upper()}-hours; with processes {', '.join(ends)}"
+
+
+def _disk(what: str, folder: Path, need: float, why: str) -> Finding:
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    line = f"{what}: {need / 1e9:.2f} GB needed ({why}), {free / 1e9:.0f} GB free at {place}"
+    if need > free:
+        return Finding("bad", line, "free some, or put labels.root or run.out on another disk")
+    return Finding("warn" if need > 0.8 * free else "ok", line, "it will be tight" if need > 0.8 * free else "")

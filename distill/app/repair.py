@@ -1,0 +1,74 @@
+"""Mending a labels folder: what is bad is set aside and labelled again, from the recipe in the folder's manifest.
+
+The unit is a tar with its json, the smallest thing whose bytes can be made again exactly: which crops shared a batch
+is part of what a network answers, to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distill.app.commands import run_label
+from distill.app.console import note
+from distill.app.recipe import Recipe, parse
+from distill.labelling.lock import run_lock
+from distill.shards.shards import MANIFEST, find_problems, read_manifest
+
+BAD = ".bad"
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that a labels folder was made with; ValueError where its manifest has none."""
+    table: dict[str, Any] = read_manifest(folder).get("recipe") or {}
+    if not table:
+        raise ValueError(
+            f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
+            "tars with their .json and make the same call again"
+        )
+    return parse(table, where=f"{folder / MANIFEST}: recipe")
+
+
+def repair(
+    folder: str | Path,
+    *,
+    relabel: Callable[[Recipe, Path], object] = run_label,
+    report: Callable[..., None] | None = None,
+) -> list[str]:
+    """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
+
+    A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
+    was good; the same command goes on. A tar that is no part of these labels is somebody's: it stays as NAME.bad, which
+    readers pass over, and a line says so. Raises ValueError where the folder is still not whole, and what labelling
+    raises: RunLockedError where a run holds the folder, ValueError where images or teachers are not what they were.
+    """
+    folder = Path(folder)
+    old = folder / f"{MANIFEST}{BAD}"
+    if old.is_file() and not (folder / MANIFEST).is_file():
+        old.replace(folder / MANIFEST)  # an earlier repair was interrupted
+    problems = find_problems(folder, report=report)
+    aside = list(folder.glob(f"*{BAD}"))
+    if not problems and not aside:
+        return []
+    recipe = recipe_of(folder)
+    with run_lock(folder, rank=0, world=1):
+        for name in filter(None, problems):
+            for path in (folder / name, (folder / name).with_suffix(".json")):
+                with contextlib.suppress(FileNotFoundError):
+                    path.replace(path.with_name(path.name + BAD))
+        if "" in problems:
+            (folder / MANIFEST).replace(old)
+    relabel(recipe, folder)
+    left = find_problems(folder)
+    if left:
+        raise ValueError(f"{folder} is still not whole: {next(iter(left.values()))[0]}")
+    ours = {MANIFEST, *(shard["name"] for shard in read_manifest(folder)["shards"])}
+    for path in folder.glob(f"*{BAD}"):
+        if path.name.removesuffix(BAD).replace(".json", ".tar") in ours or path == old:
+            path.unlink()
+    made = [name or MANIFEST for name in problems]
+    for name in (name for name in made if name not in ours):
+        note(f"{folder / name} is no part of these labels: set aside as {name}{BAD}")
+    return [name for name in made if name in ours]

@@ -1,0 +1,215 @@
+"""An ablation as a file: a base recipe, the axes that vary, the paper's numbers, and the orderings it claims.
+
+    name, title, source
+    [full] and [bench]   base recipe, seeds, columns (benchmark, group, metric, name), set: overrides for every row
+    [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
+    [[rows]]             or rows one by one
+    [[paper]]            row, values: the paper's, one per column of `full`
+    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second, tolerance
+
+A cell is a row with a seed. Its address is a hash of all that makes it what it is, so that tables share cells.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.app.recipe import Recipe, as_table, parse
+from distill.app.strict import parse_into, read_toml, set_key
+from distill.eval.metrics import METRICS
+from distill.eval.verdict import CLAIMS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """One number of a table: a metric of a benchmark, of all its images or of one of its groups."""
+
+    benchmark: str
+    metric: str = "abs_rel"
+    group: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ValueError(f"no metric {self.metric!r}; there are {', '.join(METRICS)}")
+        if not METRICS[self.metric].lower_is_better:
+            raise ValueError(f"{self.metric} grows as a model gets better, and orderings are of errors: take abs_rel")
+
+    @property
+    def title(self) -> str:
+        """What stands above it."""
+        return self.name or f"{self.group or self.benchmark} {self.metric}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Version:
+    """The study on one scale. base: a recipe beside the study. set: keys for every row. seeds: of `seed_key`."""
+
+    base: str
+    seeds: tuple[int, ...] = (0, 1, 2)
+    seed_key: str = "train.seed"
+    columns: tuple[Column, ...] = ()
+    set: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """A value of an axis, or a row: its name and the keys it sets, in either version or in one alone."""
+
+    name: str
+    set: dict[str, Any] = field(default_factory=dict)
+    full: dict[str, Any] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Axis:
+    """Something that varies: a `key` with `values`, or `choices` that set several keys."""
+
+    name: str
+    key: str = ""
+    values: tuple[Any, ...] = ()
+    choices: tuple[Choice, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.key and self.values) == bool(self.choices):
+            raise ValueError("an axis needs a key with values, or choices")
+
+    def all(self) -> tuple[Choice, ...]:
+        """The choices; a value is its own name."""
+        return self.choices or tuple(Choice(name=str(v), set={self.key: v}) for v in self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """What the paper has in a row, one value per column of `full`."""
+
+    row: str
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ordering:
+    """A claim: in words, and as distill.eval.verdict.judge takes it. source: where it is claimed."""
+
+    claim: str
+    kind: str
+    first: tuple[str, ...]
+    second: tuple[str, ...]
+    tolerance: float = 0.0
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in CLAIMS:
+            raise ValueError(f"kind must be one of {', '.join(CLAIMS)}, not {self.kind!r}")
+        if self.kind == "gap_grows" and len(self.first) != len(self.second):
+            raise ValueError("gap_grows compares rows in step: first and second must be of one length")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One ablation; see the module."""
+
+    name: str
+    title: str
+    full: Version
+    bench: Version
+    source: str = ""
+    axes: tuple[Axis, ...] = ()
+    rows: tuple[Choice, ...] = ()
+    paper: tuple[Published, ...] = ()
+    orderings: tuple[Ordering, ...] = ()
+
+    def __post_init__(self) -> None:
+        if bool(self.axes) == bool(self.rows):
+            raise ValueError("a study needs axes or rows")
+        names = [row.name for row in self.all_rows()]
+        said = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
+        unknown = sorted({row for row in said if row not in names})
+        if unknown or len(set(names)) < len(names):
+            raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(names)}")
+
+    def all_rows(self) -> tuple[Choice, ...]:
+        """The rows in order."""
+        if self.rows:
+            return self.rows
+        rows = []
+        for choices in itertools.product(*(axis.all() for axis in self.axes)):
+            name = "/".join(choice.name for choice in choices)
+            rows.append(
+                Choice(
+                    name=name,
+                    set=_merged(c.set for c in choices),
+                    full=_merged(c.full for c in choices),
+                    bench=_merged(c.bench for c in choices),
+                )
+            )
+        return tuple(rows)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyCell:
+    """One training of a study: a row with a seed, its recipe, and the folder that is its address."""
+
+    row: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+
+def read_study(path: Path | str) -> Study:
+    """The study in the file `path`. Raises RecipeError with one line per fault."""
+    return parse_into(Study, read_toml(Path(path)), where=str(path))
+
+
+def cells(
+    study: Study, path: Path, version: Literal["full", "bench"], out: Path, overrides: Sequence[str]
+) -> list[StudyCell]:
+    """Every cell, seeds innermost; `overrides` ("train.steps=10") come last. Raises RecipeError."""
+    chosen = study.full if version == "full" else study.bench
+    base = read_toml(path.parent / chosen.base)
+    made = []
+    for row in study.all_rows():
+        for seed in chosen.seeds:
+            table = copy.deepcopy(base)
+            own = row.full if version == "full" else row.bench
+            for key, value in {**chosen.set, **row.set, **own, chosen.seed_key: seed}.items():
+                set_value(table, key, value)
+            for assignment in overrides:
+                set_key(table, assignment)
+            table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}
+            table.setdefault("labels", {})["root"] = str(out / "labels")
+            address = _address(parse(table, where=f"{path}, row {row.name}"))
+            table["run"]["out"] = str(out / "cells" / address)
+            made.append(StudyCell(row.name, seed, parse(table), out / "cells" / address))
+    return made
+
+
+def _merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {key: value for table in tables for key, value in table.items()}
+
+
+def set_value(table: dict[str, Any], path: str, value: Any) -> None:
+    """Writes the value of one `a.b.0.c` into a nested table."""
+    *parents, last = path.split(".")
+    here: Any = table
+    for part in parents:
+        here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+    if isinstance(here, list):
+        here[int(last)] = value
+    else:
+        here[last] = value
+
+
+def _address(recipe: Recipe) -> str:
+    table = as_table(recipe)
+    table["run"] = {key: value for key, value in table["run"].items() if key not in ("name", "out")}
+    table["labels"].pop("root")
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

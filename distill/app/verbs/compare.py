@@ -1,0 +1,23 @@
+"""run a recipe's teachers and student over the same images, and write a page of where they agree and disagree
+
+Predictions are kept in RUN/compare, so that the page can be written again without any model. [compare] in the recipe
+says on how many images (limit) and how large (side); it may name more than two teachers.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from distill.app.verbs._recipe import take_recipe
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    take_recipe(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.app.comparison import run_compare
+    from distill.app.recipe import load
+
+    run_compare(load(args.recipe, args.set))
+    return 0

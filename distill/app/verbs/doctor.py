@@ -1,0 +1,43 @@
+"""look before or after a run: a recipe, a training run or its log, a benchmark's data
+
+distill doctor recipes/demo.toml                 before a run: weights, disk, speed, time, licences, kinds
+distill doctor runs/demo                         after one: drift, collapse, dead contexts, learning rate, data wait
+distill doctor --benchmark nyu --root DIR        is the benchmark's data complete?
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distill.app.verbs._recipe import take_overrides
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", metavar="RECIPE|RUN|LOG", nargs="?", help="a recipe, a run's folder or its log")
+    take_overrides(parser)
+    parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
+    parser.add_argument("--root", metavar="DIR", help="its data: a folder or the published tar")
+    parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.app.console import table
+
+    if bool(args.target) == bool(args.benchmark):
+        raise ValueError("doctor takes a recipe, a run's folder or its log; or --benchmark NAME with --root DIR")
+    if args.benchmark:
+        from distill.eval.completeness import check_benchmark
+
+        title, found = args.benchmark, check_benchmark(args.benchmark, args.root, args.list)
+    elif args.target.endswith(".toml"):
+        from distill.app.preflight import check_recipe
+        from distill.app.recipe import load
+
+        title, found = args.target, check_recipe(load(args.target, args.set))
+    else:
+        from distill.training.diagnose import check_run
+
+        title, found = args.target, check_run(Path(args.target))
+    table(f"doctor: {title}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in found], text=True)
+    return 1 if any(f.level == "bad" for f in found) else 0

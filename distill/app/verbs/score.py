@@ -1,0 +1,67 @@
+"""score a recipe's models, or stored predictions of any model"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distill.app.verbs._recipe import take_recipe
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    take_recipe(parser, optional=True)
+    parser.add_argument("--predictions", metavar="DIR", help="stored predictions (.npy float32, Marigold's naming)")
+    parser.add_argument("--kind", metavar="KIND", help="what they are: affine_disparity, scale_depth, ...")
+    parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
+    parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
+    parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
+    parser.add_argument("--protocol", choices=["marigold", "clean"], help="default: the benchmark's own")
+    parser.add_argument(
+        "--alignment",
+        choices=["auto", "affine", "scale", "median"],
+        default="auto",
+        help="auto: what the kind leaves unknown, by least squares; median: a scale by the medians alone",
+    )
+    parser.add_argument("--model", metavar="NAME", help="the name in tables; the folder's by default")
+    parser.add_argument("--allow-failed", action="store_true", help="a mean over the images that could be scored")
+    parser.add_argument("--out", metavar="FILE.json", help="where to write the scores; a .csv goes beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    if bool(args.recipe) == bool(args.predictions):
+        raise ValueError("score takes a recipe, or --predictions with --kind, --benchmark, --root and --out")
+    if args.recipe:
+        from distill.app.commands import run_score
+        from distill.app.recipe import load
+
+        results = run_score(load(args.recipe, args.set))
+        return 1 if any(result.num_failed for result in results) else 0
+    if not args.benchmark:
+        raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
+    from distill.app.console import note, progress, say, table
+    from distill.eval.score import score_predictions
+
+    with progress(f"score {args.benchmark}") as report:
+        result = score_predictions(
+            args.predictions,
+            kind=args.kind,
+            benchmark=args.benchmark,
+            root=args.root,
+            list_file=args.list,
+            protocol=args.protocol,
+            alignment=args.alignment,
+            out=args.out,
+            model=args.model or Path(args.predictions).name,
+            allow_failed=args.allow_failed,
+            report=report,
+        )
+    means = result.metrics.items()
+    rows = result.task.rows
+    lines = [[name, "-" if value is None else rows[name].format.format(value)] for name, value in means]
+    table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], lines)
+    for line in result.problems():
+        note(f"  {line}")
+    failed = sum(image.failed for image in result.images)
+    if failed:
+        say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
+    return 1 if failed and not args.allow_failed else 0

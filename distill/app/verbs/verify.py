@@ -1,0 +1,30 @@
+"""read a labels folder again: checksums, counts, ranges, keys; --repair labels again what is bad"""
+
+from __future__ import annotations
+
+import argparse
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="LABELS", help="a labels folder")
+    parser.add_argument("--repair", action="store_true", help="label bad tars again, from the recipe in the manifest")
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.app.console import fail, progress, say
+    from distill.shards.shards import verify as verify_labels
+
+    if args.repair:
+        from distill.app.repair import repair
+
+        with progress("verify") as tell:
+            mended = repair(args.folder, report=tell)
+        say(f"{args.folder}: whole" + (f"; made again: {', '.join(mended)}" if mended else ""))
+        return 0
+    with progress("verify") as tell:
+        problems = verify_labels(args.folder, report=tell)
+    if problems:
+        fail("\n".join(problems))
+        return 1
+    say(f"{args.folder}: whole")
+    return 0

@@ -1,0 +1,207 @@
+"""Which pixels: a plan of square regions and local patches, deterministic and invertible.
+
+A region is a square of the image, resized to `size`: the shared context that teacher and student both see. Patches
+are squares of the same region at native resolution: the local context that only the teacher sees.
+
+The plan is a pure function of (seed, image key, draw), so it is the same on any number of processes and in any order.
+Sources: Distill-Any-Depth, Sec. 3.2 and 4 (region side uniform in [644, short side], 560 x 560 crops and patches). The
+number and placing of the patches are ours: `grid` covers the region with at least 1/8 overlap; `random` draws N.
+
+Coordinates are half-pixel: pixel i covers [i, i + 1) and its centre is i + 0.5. Shapes: B batch, N patches, H, W.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ImageTooSmallError(ValueError):
+    """The image is smaller than the smallest region; the message gives both sizes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Square:
+    """A square of pixels: rows [top, top + side), columns [left, left + side)."""
+
+    top: int
+    left: int
+    side: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One region of one image, and the patches inside it.
+
+    region: in image pixels. patches: in native pixels relative to the region's corner.
+    size: what the region is resized to. patch_size: what every patch is resized to (a no-op for full patches).
+    """
+
+    region: Square
+    patches: tuple[Square, ...]
+    size: int
+    patch_size: int
+
+    def boxes(self) -> Tensor:
+        """(N,4) float32: top, left, bottom, right of each patch as fractions of the region."""
+        rows = [[p.top, p.left, p.top + p.side, p.left + p.side] for p in self.patches]
+        return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4) / self.region.side
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """A random generator that depends on `parts` alone: not on order, process or Python's hash seed."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
+
+
+def _grid(side: int, patch: int, overlap: float) -> list[tuple[int, int]]:
+    if side <= patch:
+        return [(0, 0)]
+    count = math.ceil((side - patch) / (patch * (1.0 - overlap))) + 1
+    starts = [round(i * (side - patch) / (count - 1)) for i in range(count)]
+    return [(top, left) for top in starts for left in starts]
+
+
+def plan(
+    height: int,
+    width: int,
+    *,
+    key: str,
+    seed: int = 0,
+    draw: int = 0,
+    size: int = 560,
+    min_side: int = 644,
+    patches: str = "grid",
+    num_patches: int = 4,
+    patch_size: int | None = None,
+    overlap: float = 0.125,
+    small: str = "refuse",
+) -> Plan:
+    """The region and patches of image `key` at its `draw`-th visit.
+
+    height, width: the image's, in pixels. size, min_side: as in the paper (560, 644).
+    patches: "grid" (covers the region, neighbours share at least `overlap`), "random" (`num_patches`) or "none".
+    small: what to do with an image whose short side is below `min_side`: "refuse" raises ImageTooSmallError, "use"
+    takes the largest square there is.
+    """
+    short = min(height, width)
+    if short < min_side and small == "refuse":
+        raise ImageTooSmallError(f"{width}x{height} is smaller than the smallest crop, {min_side}x{min_side}")
+    rng = generator("crop", seed, key, draw)
+    side = int(rng.integers(min(min_side, short), short + 1))
+    region = Square(int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1)), side)
+    patch_size = patch_size or size
+    patch = min(patch_size, side)
+    if patches == "none":
+        corners: list[tuple[int, int]] = []
+    elif patches == "grid":
+        corners = _grid(side, patch, overlap)
+    elif patches == "random":
+        drawn = rng.integers(0, side - patch + 1, size=(num_patches, 2))
+        corners = [(int(top), int(left)) for top, left in drawn]
+    else:
+        raise ValueError(f"patches must be grid, random or none, not {patches!r}")
+    return Plan(region, tuple(Square(t, left, patch) for t, left in corners), size, patch_size)
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """(..., C, H, W) uint8 or float resized to height x width: bilinear, antialiased when shrinking, half-pixel."""
+    if images.shape[-2:] == (height, width):
+        return images
+    flat = images.reshape(-1, *images.shape[-3:])
+    out = F.interpolate(flat, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+    return out.reshape(*images.shape[:-2], height, width)
+
+
+def cut_region(image: Tensor, plan: Plan) -> Tensor:
+    """The region of `image` (C,H,W) as (C,size,size)."""
+    r = plan.region
+    return resize(image[:, r.top : r.top + r.side, r.left : r.left + r.side], plan.size, plan.size)
+
+
+def cut_patches(image: Tensor, plan: Plan) -> Tensor:
+    """The patches of `image` (C,H,W) as (N,C,patch_size,patch_size), at native resolution unless the image is small."""
+    r, size = plan.region, plan.patch_size
+    parts = [
+        image[:, r.top + p.top : r.top + p.top + p.side, r.left + p.left : r.left + p.left + p.side]
+        for p in plan.patches
+    ]
+    if not parts:
+        return image.new_zeros(0, image.shape[0], size, size)
+    return torch.stack([resize(part, size, size) for part in parts])
+
+
+def place_region(values: Tensor, plan: Plan, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `cut_region`: (C,size,size) back in an image of height x width.
+
+    Returns the (C,H,W) values, zero outside the region, and an (H,W) bool that is True inside it.
+    """
+    r = plan.region
+    out = values.new_zeros(values.shape[0], height, width)
+    inside = torch.zeros(height, width, dtype=torch.bool, device=values.device)
+    out[:, r.top : r.top + r.side, r.left : r.left + r.side] = resize(values, r.side, r.side)
+    inside[r.top : r.top + r.side, r.left : r.left + r.side] = True
+    return out, inside
+
+
+def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Each box of each map at size x size, bilinear, differentiable.
+
+    maps: (B,H,W). boxes: (B,N,4) fractions (top, left, bottom, right). Returns values (B,N,size,size) and a bool of
+    the same shape that is False where a pixel's centre lies outside the outermost pixel centres of the map: there
+    interpolation would be extrapolation, and a linear ramp would no longer be exact.
+    """
+    batch, height, width = maps.shape
+    num = boxes.shape[1]
+    centres = (torch.arange(size, device=maps.device, dtype=maps.dtype) + 0.5) / size
+    top, left, bottom, right = (boxes[..., i, None].to(maps) for i in range(4))
+    rows = top + (bottom - top) * centres
+    columns = left + (right - left) * centres
+    grid = torch.stack(
+        [
+            (2 * columns - 1)[:, :, None, :].expand(batch, num, size, size),
+            (2 * rows - 1)[:, :, :, None].expand(batch, num, size, size),
+        ],
+        dim=-1,
+    )
+    values = F.grid_sample(
+        maps[:, None], grid.reshape(batch, num * size, size, 2), padding_mode="border", align_corners=False
+    ).reshape(batch, num, size, size)
+    tolerance = 1e-4
+    row_inside = (rows * height >= 0.5 - tolerance) & (rows * height <= height - 0.5 + tolerance)
+    column_inside = (columns * width >= 0.5 - tolerance) & (columns * width <= width - 0.5 + tolerance)
+    return values, row_inside[..., :, None] & column_inside[..., None, :]
+
+
+def student_blocks(boxes: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
+    """The student's own pixels that cover each patch, as boxes that `sample_boxes` reads without interpolation.
+
+    boxes: (B,N,4) fractions of the region, whose student map is size x size. Returns the same n x n pixels twice, as
+    fractions of the region and as fractions of the patch, (B,N,4) each, and n, which is that of the largest patch.
+    Pixels of a block may lie outside a smaller patch, or outside the centres of its outermost pixels; sampled from
+    the patch they come out as not inside.
+    """
+    sides = (boxes[..., 2:] - boxes[..., :2]).double()
+    number = min(size, math.ceil(float(sides.amax()) * size - 1e-4)) if boxes.numel() else 0
+    first = torch.ceil(boxes[..., :2].double() * size - 0.5 - 1e-4).clamp(0, size - number)
+    blocks = torch.cat([first, first + number], -1) / size
+    within = (blocks - boxes[..., :2].repeat(1, 1, 2)) / sides.clamp(min=1e-9).repeat(1, 1, 2)
+    return blocks.to(boxes), within.to(boxes), number
+
+
+def coverage(plans: Sequence[Plan]) -> list[float]:
+    """The fraction of each plan's region that its patches cover: 1.0 for a grid."""
+    fractions = []
+    for p in plans:
+        seen = np.zeros((p.region.side, p.region.side), dtype=bool)
+        for patch in p.patches:
+            seen[patch.top : patch.top + patch.side, patch.left : patch.left + patch.side] = True
+        fractions.append(float(seen.mean()))
+    return fractions

@@ -1,0 +1,1 @@
+"""Where images come from: photographs, pairs with ground truth, tars, procedural scenes."""

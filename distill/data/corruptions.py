@@ -1,0 +1,99 @@
+"""Teachers whose faults are known: ground truth, spoilt in the ways that real teachers fail.
+
+For experiments that must know what the right answer is. A map is turned into disparity and spoilt in this order:
+far noise, warp, blur, range. Everything is drawn from the crop's key, so that a rerun gives the same labels.
+
+    blur       pixels of the network's own map: a patch seen at native resolution keeps more detail than the region
+    far_noise  the farther half of the map is noisy: standard deviation of the log disparity, full at the farthest pixel
+    warp       large-scale errors of layout, smooth over a third of the map: standard deviation of the log disparity
+    own_range  each map is brought to its own 2 to 98 % range, as teachers of affine disparity do; regions and patches
+               then disagree by a scale and a shift, and the kind becomes affine_disparity
+    drift      beyond that, a random scale (log-normal) and shift per map, as a fraction of its range
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.core.crops import generator
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels
+
+FIELD = 3
+"""Grid cells across a map of the smooth random field that `warp` draws."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Corruptions:
+    """How wrong, and in what way; the fields are explained in the module. All 0: the truth as disparity."""
+
+    blur: float = 0.0
+    far_noise: float = 0.0
+    warp: float = 0.0
+    own_range: bool = False
+    drift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.blur, self.far_noise, self.warp, self.drift) < 0:
+            raise ValueError("blur, far_noise, warp and drift must not be negative")
+        if self.drift and not self.own_range:
+            raise ValueError("drift is a fraction of a map's own range: it needs own_range = true")
+
+    def apply(self, truth: DepthMap, key: str) -> DepthMap:
+        """One map (1,H,W) of known depth or disparity, spoilt. key: what the random numbers are drawn from."""
+        disparity = truth.convert(Kind(f"{truth.kind.unknown}_disparity"))
+        values, valid = disparity.values, disparity.valid
+        if not valid.any():
+            return DepthMap(values, valid, Kind.AFFINE_DISPARITY if self.own_range else disparity.kind)
+        random = generator("faults", key)
+        height, width = values.shape[-2:]
+        pixels = torch.from_numpy(random.standard_normal((1, height, width))).float()
+        cells = torch.from_numpy(random.standard_normal((1, 1, FIELD + 1, FIELD + 1))).float()
+        scale, shift = random.standard_normal(2)
+        if self.far_noise:
+            values = values * torch.exp(self.far_noise * _farness(values, valid) * pixels)
+        if self.warp:
+            field = F.interpolate(cells, size=(height, width), mode="bicubic", align_corners=True)[0]
+            values = values * torch.exp(self.warp * field)
+        if self.blur:
+            values = _blurred(values, valid, self.blur)
+        if not self.own_range:
+            return DepthMap(torch.where(valid, values, 0.0), valid, disparity.kind)
+        low, high = torch.quantile(values[valid], torch.tensor([0.02, 0.98])).tolist()
+        values = (values - low) / max(high - low, 1e-6)
+        values = math.exp(self.drift * scale) * (values + self.drift * shift)
+        return DepthMap(torch.where(valid, values, 0.0), valid, Kind.AFFINE_DISPARITY)
+
+    def labels(self, truth: Labels, key: str) -> Labels:
+        """A region's truth (B = 1) as this teacher would label it; each patch is a map of its own."""
+        shared = self.apply(truth.shared, f"{key}.shared")
+        if truth.local is None:
+            return Labels(shared, None, truth.boxes)
+        maps = [self.apply(truth.local[i : i + 1], f"{key}.local{i}") for i in range(len(truth.local.values))]
+        values, valid = torch.cat([m.values for m in maps]), torch.cat([m.valid for m in maps])
+        return Labels(shared, DepthMap(values, valid, maps[0].kind), truth.boxes)
+
+
+def _farness(values: Tensor, valid: Tensor) -> Tensor:
+    """0 for the nearer half of the valid pixels, rising to 1 at the farthest, by rank."""
+    ranks = torch.zeros_like(values)
+    order = values[valid].argsort(descending=True)
+    ranks[valid] = torch.empty(len(order)).index_copy(0, order, torch.linspace(0, 1, len(order)))
+    return (2 * ranks - 1).clamp(min=0)
+
+
+def _blurred(values: Tensor, valid: Tensor, sigma: float) -> Tensor:
+    """A Gaussian blur that looks at valid pixels only."""
+    radius = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1).float()
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    both = torch.stack([torch.where(valid, values, 0.0), valid.float()], 1)  # (B,2,H,W)
+    weight = kernel.expand(2, 1, -1)
+    both = F.conv2d(both, weight[..., None, :], padding=(0, radius), groups=2)
+    both = F.conv2d(both, weight[..., :, None], padding=(radius, 0), groups=2)
+    return both[:, 0] / both[:, 1].clamp(min=1e-12)

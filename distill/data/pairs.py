@@ -1,0 +1,237 @@
+"""Photographs with a measured depth or disparity, described by a tab-separated table.
+
+Columns that are read (others are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres,
+invalid, trust, dataset. Paths are relative to the table. `depth` is a .npy or a one-channel image of 8 or 16 bits.
+
+- kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
+- scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
+  `Z[m]=f*b/disp` or `Z[m]=f*b/(disp+offset)` with its numbers filled in, which makes metric depth of disparity; or
+  any other text: the scale is unknown. Then depth becomes scale_depth, and disparity affine_disparity, since
+  a disparity of unknown calibration also has an unknown offset.
+- invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
+  (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid.
+  Values that are not finite or not positive are always invalid.
+
+A depth map of another size than its photograph is brought to the photograph's by nearest neighbour.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from distill.core.depth import DepthMap, Kind
+
+_CEILING = 65000.0
+_NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+_STEREO = re.compile(
+    rf"(?:Z\[m\]\s*=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*\(?\s*disp\w*\s*(?:([+-])\s*({_NUMBER}))?\s*\)?$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One photograph and its ground truth; nothing is decoded until asked for.
+
+    scale: what one stored unit is, in metres (or, for disparity, pixels). baseline: focal length x baseline in
+    pixel metres where the truth is stereo disparity that becomes depth, else 0. offset: added to that disparity.
+    invalid_values, invalid_from: stored values that mean nothing, and the bound from which on they do.
+    """
+
+    name: str
+    rgb_path: Path
+    depth_path: Path
+    kind: Kind
+    scale: float = 1.0
+    baseline: float = 0.0
+    offset: float = 0.0
+    invalid_values: tuple[float, ...] = ()
+    invalid_from: float = float("inf")
+    trust: str = ""
+    dataset: str = ""
+
+    def rgb(self) -> Tensor:
+        """(3,H,W) uint8, RGB. Not rotated by EXIF, since the truth would not be."""
+        try:
+            with Image.open(self.rgb_path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except OSError as error:
+            raise OSError(
+                f"{self.rgb_path}: not a readable image ({error}); fix the file or take its row out"
+            ) from error
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def truth(self) -> DepthMap:
+        """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric."""
+        raw = _read_map(self.depth_path).astype(np.float64)
+        usable = np.isfinite(raw) & (raw > 0) & (raw < self.invalid_from)
+        for value in self.invalid_values:
+            usable &= raw != value
+        if self.baseline:
+            usable &= raw + self.offset > 0
+            values = self.baseline / np.where(usable, raw + self.offset, 1.0)
+        else:
+            values = raw * self.scale
+        values = np.where(usable, values, 0.0).astype(np.float32)
+        with Image.open(self.rgb_path) as image:
+            size = (image.height, image.width)
+        return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(usable), size), self.kind)
+
+
+def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pair]:
+    """The pairs of a table, in its order, or those with the given names in theirs.
+
+    table: the .tsv, or a folder with an INDEX.tsv. All faults of a table are reported at once (ValueError); a file
+    that is named but missing is one (FileNotFoundError if nothing else is wrong).
+    """
+    path = Path(table)
+    path = path / "INDEX.tsv" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
+    missing = {"name", "rgb", "depth"} - set(reader.fieldnames or ())
+    if missing:
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
+    rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for row in reader]
+    pairs, faults = {}, []
+    for line, row in rows:
+        try:
+            pair = _pair(row, path.parent)
+        except ValueError as error:
+            faults.append(f"line {line}: {error}")
+            continue
+        if pair.name in pairs:
+            faults.append(f"line {line}: the name {pair.name!r} was used before")
+        pairs[pair.name] = pair
+    if faults:
+        raise ValueError(f"{path}: " + "; ".join(faults))
+    return _choose(path, pairs, names)
+
+
+def read_names(path: Path | str) -> list[str]:
+    """The lines of a list of names, without the empty ones. Raises FileNotFoundError or ValueError naming the list."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such list; it is a text file with one name per line")
+    names = [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]
+    if not names:
+        raise ValueError(f"{path}: empty; it should have one name per line")
+    return names
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
+
+
+def _choose(path: Path, pairs: dict[str, Pair], names: list[str] | None) -> list[Pair]:
+    """The pairs with these names, after a look that their files exist."""
+    unknown = [name for name in names or [] if name not in pairs]
+    if unknown:
+        raise ValueError(f"{path} has no {', '.join(unknown[:5])} ({len(unknown)} names unknown, {len(pairs)} known)")
+    chosen = list(pairs.values()) if names is None else [pairs[name] for name in names]
+    absent = [str(p) for pair in chosen for p in (pair.rgb_path, pair.depth_path) if not p.is_file()]
+    if absent:
+        raise FileNotFoundError(
+            f"{path}: {len(absent)} of {2 * len(chosen)} files are missing: {', '.join(absent[:3])}"
+        )
+    return chosen
+
+
+def _pair(row: dict[str, str], folder: Path) -> Pair:
+    """One row as a Pair; ValueError says what is wrong with it."""
+    empty = [column for column in ("name", "rgb", "depth") if not row.get(column)]
+    if empty:
+        raise ValueError(f"{', '.join(empty)} is empty")
+    if row["name"].startswith("/") or ".." in row["name"].split("/"):
+        raise ValueError(f"the name {row['name']!r} would climb out of the folder that predictions are stored in")
+    scale_text = row.get("scale_to_metres", "")
+    stereo = _STEREO.match(scale_text)
+    scale, baseline, offset = 1.0, 0.0, 0.0
+    if stereo:
+        baseline = float(stereo[1]) * float(stereo[2])
+        if not 0 < baseline < math.inf:
+            raise ValueError(f"scale_to_metres must have f*b finite and above 0, not {scale_text}")
+        offset = float(stereo[4] or 0) * (-1.0 if stereo[3] == "-" else 1.0)
+        kind = Kind.METRIC_DEPTH
+    else:
+        number = _number(scale_text)
+        if number is not None and not 0 < number < math.inf:
+            raise ValueError(f"scale_to_metres must be finite and above 0, not {scale_text}; words mean unknown")
+        scale = 1.0 if number is None else number
+        kind = _kind(row.get("kind") or "depth", known=number is not None)
+    bounds, values = _invalid(row.get("invalid", ""))
+    return Pair(
+        name=row["name"],
+        rgb_path=folder / row["rgb"],
+        depth_path=folder / row["depth"],
+        kind=kind,
+        scale=scale,
+        baseline=baseline,
+        offset=offset,
+        invalid_values=values,
+        invalid_from=bounds,
+        trust=row.get("trust", ""),
+        dataset=row.get("dataset", ""),
+    )
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _kind(text: str, *, known: bool) -> Kind:
+    if text == "depth":
+        return Kind.METRIC_DEPTH if known else Kind.SCALE_DEPTH
+    if text == "disparity":
+        return Kind.SCALE_DISPARITY if known else Kind.AFFINE_DISPARITY
+    try:
+        return Kind(text)
+    except ValueError:
+        raise ValueError(f"kind must be depth, disparity or one of {', '.join(Kind)}, not {text!r}") from None
+
+
+def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
+    """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
+    bounds = [float(number) for number in re.findall(rf">=?\s*({_NUMBER})", text)]
+    values = [float(number) for number in re.findall(rf"(?<![\w.-])({_NUMBER})", re.sub(rf">=?\s*{_NUMBER}", "", text))]
+    if max(values, default=0.0) >= _CEILING:
+        bounds.append(_CEILING)
+    return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _CEILING}))
+
+
+def _read_map(path: Path) -> np.ndarray:
+    """The stored numbers, (H,W), as they are."""
+    try:
+        if path.suffix == ".npy":
+            values = np.squeeze(np.load(path, allow_pickle=False))
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image)
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: not a readable depth map ({error}); fix the file or take its row out") from error
+    if values.ndim != 2:
+        raise ValueError(f"{path}: a depth map has one channel, this has the shape {values.shape}")
+    return values
+
+
+def _nearest(plane: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H,W) brought to (1,*size) by nearest neighbour."""
+    if plane.shape == size:
+        return plane[None]
+    resized = F.interpolate(plane.float()[None, None], size=size, mode="nearest-exact")[0]
+    return resized > 0.5 if plane.dtype == torch.bool else resized

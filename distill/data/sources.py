@@ -1,0 +1,414 @@
+"""Where images come from: tars, folders, depth pairs, rendered scenes and the photographs that ship in wheels.
+
+A source is a list of input shards. A shard is scanned (names only) into entries and rejected names, and each entry
+decodes one photo when asked, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
+disk: a tar's members are read where they lie, on this disk or at a URL (distill.data.storage).
+
+Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import io
+import re
+import tarfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+import numpy as np
+import torch
+
+from distill.core.depth import DepthMap, Kind
+from distill.data import pairs as depth_pairs
+from distill.data import photos, storage
+from distill.data import scenes as procedural
+from distill.data.photos import DECODE_ERRORS, MAX_BYTES, BadImageError, Photo, decode, safe_key
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A photo that has not been read yet; `load` returns it or raises BadImageError."""
+
+    key: str
+    origin: str
+    load: Callable[[], Photo]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A name that is not an image to use, and why."""
+
+    origin: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a shard holds, in a fixed order, and what was turned away without being read."""
+
+    entries: tuple[Entry, ...]
+    rejected: tuple[Rejected, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InputShard:
+    """A unit of work: one tar, or a run of files. Output shards are named after `stem`."""
+
+    stem: str
+    origin: str
+    scan: Callable[[], Scan]
+    is_tar: bool = False
+
+
+def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
+    """Several sources as one; raises ValueError where two shards would write output of one name."""
+    shards = [shard for source in sources for shard in source]
+    seen: dict[str, str] = {}
+    for shard in shards:
+        if shard.stem in seen:
+            raise ValueError(
+                f"{seen[shard.stem]} and {shard.origin} would both write {shard.stem}-000.tar: rename one of them"
+            )
+        seen[shard.stem] = shard.origin
+    return shards
+
+
+# --- tars -------------------------------------------------------------------------------------------------------------
+
+
+def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
+    """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
+    listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
+    found: dict[Path, None] = {}
+    missing: list[str] = []
+    for name in (str(Path(name).expanduser()) for pattern in listed for name in storage.expand(str(pattern))):
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
+        if not matches:
+            missing.append(name)
+        found.update(dict.fromkeys(map(Path, matches)))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{more}: no such {what}; check the path or pattern in [images]")
+    if not found:
+        raise FileNotFoundError(f"[images] names no {what}")
+    return list(found)
+
+
+def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
+    """One input shard per tar of images, packed as SA-1B packs them (`./sa_1.jpg`, `./sa_1.json`; json is ignored).
+
+    patterns: paths, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, for a run that goes on
+    where it was killed begins in the middle of a tar. Raises FileNotFoundError for a tar that is named but absent,
+    ValueError for two tars of one name.
+    """
+    listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
+    if pipes := [p for p in listed if str(p).startswith("pipe:")]:
+        raise ValueError(f"{pipes[0]}: a pipe has no middle to go on from; give the tar's path or URL")
+    urls = storage.find_urls([str(p) for p in listed if storage.is_url(p)], "tar")
+    local = [p for p in listed if not storage.is_url(p)]
+    found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
+    stems = [safe_key(PurePosixPath(str(p)).stem) for p in found]
+    return combine(
+        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, found, strict=True)]
+    )
+
+
+def _scan_tar(path: Path | str) -> Scan:
+    """Every image of a tar; OSError for an address that does not answer, a rejected line for a bad file."""
+    found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+    keys: set[str] = set()
+    rejected: list[Rejected] = []
+    tar = PurePosixPath(str(path)).name
+    if isinstance(path, Path) and (reason := photos.not_a_file(path)):
+        return Scan((), (Rejected(tar, "", f"{path}: {reason}"),))
+    try:
+        for member, problem in walk_tar(path):
+            if member is None:
+                rejected.append(Rejected(tar, "", problem))
+                continue
+            pure = PurePosixPath(member.name)
+            if not problem and (member.isdir() or pure.suffix.lower() == ".json"):
+                continue
+            name, origin = str(pure), f"{tar}:{_printable(member.name.removeprefix('./'))}"
+            key = safe_key(str(pure.with_suffix("")) if pure.name else name)
+            if reason := problem or _member_problem(member):
+                rejected.append(Rejected(origin, key, reason))
+                continue
+            if name in found:
+                rejected.append(Rejected(origin, found[name][0], "duplicate key; the first good one is used"))
+            elif key in keys:
+                key = photos.with_hash(key, name)
+            keys.add(key)
+            found.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
+    except OSError as error:
+        if isinstance(path, str):
+            raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
+        rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
+    if not found and not rejected:
+        rejected.append(Rejected(tar, "", "the tar holds no images"))
+    entries = [
+        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin))
+        for key, origin, copies in found.values()
+    ]
+    return Scan(tuple(entries), tuple(rejected))
+
+
+def _printable(name: str) -> str:
+    # A name that is not UTF-8 arrives as lone surrogates, which no file and no console takes.
+    return name.encode(errors="replace").decode()
+
+
+def _member_problem(member: tarfile.TarInfo) -> str:
+    parts = re.split(r"[/\\]", member.name)
+    if ".." in parts:
+        return "its path climbs out of the archive"
+    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name):
+        return "its path is absolute"
+    if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+        return "not a plain file (a link or a device)"
+    if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
+        return "not an image file"
+    if member.size == 0:
+        return "empty file"
+    if member.size > MAX_BYTES:
+        return f"{member.size} bytes is more than {MAX_BYTES}"
+    return ""
+
+
+def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
+    """Every member of an uncompressed tar with "", and where it is damaged what is wrong, in the order of the file.
+
+    The member beside a problem is the one that the end of the file cuts, or None. Behind a damaged header reading goes
+    on at the next whole one, which it searches byte by byte. Raises OSError where the file cannot be read.
+    """
+    with storage.open_place(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        start = file.read(6)
+        if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
+            yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
+            return
+        at: int | None = 0
+        while at is not None:
+            end = yield from _whole_members(file, at, size)
+            if end is None:
+                return
+            at, zeros = _next_header(file, end)
+            if problem := _gap_problem(end, at, size, zeros=zeros):
+                yield None, problem
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+# What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
+_TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
+_END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB
+
+
+def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfile.TarInfo, str], None, int | None]:
+    """The members from a header at `at` on; returns the byte where no header is, None where the last member is cut."""
+    file.seek(at)
+    with suppress(*_TAR_ERRORS), tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
+        while member := tar.next():
+            end = min(tar.offset, member.offset_data + member.size)
+            # A size that no file has: the header is as good as broken.
+            if member.size < 0 or tar.offset <= at or (end > size and member.size > MAX_BYTES):
+                break
+            if end > size:
+                yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                return None
+            yield member, ""
+            at = tar.offset
+    return at
+
+
+def _next_header(file: IO[bytes], at: int) -> tuple[int | None, bool]:
+    """Where a header begins behind the block at `at`, None if nowhere, and whether all bytes up to it are zero."""
+    file.seek(at)
+    start, zeros = at, True
+    while chunk := file.read(2**20):
+        for magic in re.finditer(rb"ustar", chunk):
+            here = magic.start() - 257
+            if here % 512 == 0 and start + here > at and _is_header(chunk[here : here + 512]):
+                return start + here, zeros and chunk[:here] == bytes(here)
+        zeros = zeros and chunk == bytes(len(chunk))
+        start += len(chunk)
+    return None, zeros
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
+    except tarfile.TarError:
+        return False
+
+
+def _gap_problem(at: int, found: int | None, size: int, *, zeros: bool) -> str:
+    """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
+    length = (size if found is None else found) - at
+    if found is None and length < 512:
+        return f"the tar has no end mark: it may have been cut at byte {size}"
+    if zeros and length <= _END_MARK and (found is None or length >= 1024):
+        return ""  # with a header behind it, this is one tar behind another
+    if found is not None:
+        return f"the tar is damaged at byte {at}: {length} bytes are lost, up to the next whole header"
+    if zeros:
+        return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"
+    return f"the tar is damaged at byte {at}: what follows is lost" if at else "not a tar: download it again"
+
+
+def _load_member(path: Path | str, copies: Sequence[tuple[int, int]], key: str, origin: str) -> Photo:
+    """The first of the copies (first byte, bytes) that can be decoded; raises the BadImageError of the first."""
+
+    def read(offset: int, size: int) -> Photo:
+        return Photo(key, decode(storage.read_range(path, offset, size)), None, origin)
+
+    try:
+        return read(*copies[0])
+    except BadImageError:
+        for copy in copies[1:]:
+            with suppress(BadImageError):
+                return read(*copy)
+        raise
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 1000) -> list[InputShard]:
+    """Photos in folders (searched to the bottom) or named by globs, `per_shard` to an input shard, in sorted order.
+
+    Raises FileNotFoundError where nothing matches.
+    """
+    files: dict[str, Path] = {}
+    rejected: list[Rejected] = []
+    for path in _paths(patterns, "folder or photo"):
+        if path.is_dir():
+            for file in (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.is_dir()):
+                name = f"{path.name}/{_printable(file.relative_to(path).as_posix())}"
+                if reason := photos.not_a_file(file):
+                    rejected.append(Rejected(name, safe_key(file.stem), reason))
+                else:
+                    files[name] = file
+        else:
+            files[_printable(f"{path.parent.name}/{path.name}")] = path
+    if not files:
+        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)})")
+    names = sorted(files)
+    first = {name.split("/", 1)[0] for name in names}
+    # One folder's own name says nothing about its files; with several it tells equal names apart.
+    shown = [name.split("/", 1)[1] if len(first) == 1 else name for name in names]
+    keys = photos.unique_keys(shown)
+    entries = [
+        Entry(key, name, partial(photos.load_file, files[name], key, name))
+        for key, name in zip(keys, names, strict=True)
+    ]
+    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected)
+
+
+def _virtual(
+    stem: str, origin: str, entries: Sequence[Entry], per_shard: int, rejected: Sequence[Rejected] = ()
+) -> list[InputShard]:
+    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ...; the first reports what is rejected."""
+    if per_shard < 1:
+        raise ValueError(f"per_shard must be at least 1, not {per_shard}")
+    runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
+    said = [tuple(rejected), *[()] * len(runs)]
+    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run, said[i])) for i, run in enumerate(runs)]
+
+
+# --- images that come with their depth --------------------------------------------------------------------------------
+
+
+def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: int = 100) -> list[InputShard]:
+    """Photos with measured depth from a table (see distill.data.pairs), in its order; `names` keeps some, for a split.
+
+    Raises what distill.data.pairs.read_pairs raises: a missing table or file, a faulty row, an unknown name.
+    """
+    rows = depth_pairs.read_pairs(table, names=None if names is None else list(names))
+    folder = Path(table) if Path(table).is_dir() else Path(table).parent
+    keys = photos.unique_keys([f"{row.name}.x" for row in rows])
+    entries = []
+    for key, row in zip(keys, rows, strict=True):
+        origin = f"{folder.name}:{row.name}"
+        entries.append(Entry(key, origin, partial(_load_pair, row, key, origin)))
+    return _virtual(safe_key(folder.name), str(table), entries, per_shard)
+
+
+def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
+    try:
+        return Photo(key, row.rgb(), row.truth(), origin)
+    except DECODE_ERRORS as error:
+        raise BadImageError(str(error)) from error
+
+
+def scenes(
+    count: int, *, size: tuple[int, int] = (480, 640), kind: str | None = None, seed: int = 0, per_shard: int = 100
+) -> list[InputShard]:
+    """`count` rendered views with exact depth, seeds `seed` to `seed + count - 1`; kind as data.scenes.render's."""
+    if count < 1:
+        raise ValueError(f"the number of scenes must be at least 1, not {count}")
+    entries = []
+    for number in range(seed, seed + count):
+        key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
+        entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
+    stem = f"scenes_{kind}_{seed}" if kind else f"scenes_{seed}"
+    return _virtual(stem, stem, entries, per_shard)
+
+
+def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:
+    view = procedural.render(number, size=size, kind=kind)
+    rgb = (view.image.clamp(0, 1) * 255).round().to(torch.uint8)
+    truth = DepthMap(view.depth[None].float(), view.valid[None], Kind.METRIC_DEPTH)
+    return Photo(key, rgb, truth, f"scenes:{number}")
+
+
+# Package, folder, files. The left view of the motorcycle comes with its disparity.
+_WHEELS = (
+    ("skimage", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
+    ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
+)
+# The camera as scikit-image documents it (Middlebury 2014 `Motorcycle`): depth = f b / (disparity + offset), metres.
+_FOCAL, _BASELINE, _OFFSET = 994.978, 0.193001, 31.086
+
+
+def wheels() -> list[InputShard]:
+    """The photographs inside the scikit-image and scikit-learn wheels, read from the installed files, as one shard.
+
+    `motorcycle_left` has metric depth from its stereo disparity. Raises FileNotFoundError if the wheels are not
+    installed.
+    """
+    entries = []
+    for package, folder, files in _WHEELS:
+        spec = importlib.util.find_spec(package)
+        place = Path(next(iter(spec.submodule_search_locations or ())), folder) if spec else None
+        for name in files:
+            if place is None or not (place / name).is_file():
+                raise FileNotFoundError(
+                    f"{package}/{folder}/{name} is not installed: the demo photographs come with "
+                    'pip install "depth-distill[demo]"'
+                )
+            key = safe_key(Path(name).stem)
+            disparity = place / "motorcycle_disp.npz" if name == "motorcycle_left.png" else None
+            entries.append(Entry(key, f"{package}:{name}", partial(_load_wheel, place / name, disparity, key, package)))
+    return [InputShard("wheels", "the photographs in scikit-image and scikit-learn", partial(Scan, tuple(entries)))]
+
+
+def _load_wheel(path: Path, disparity: Path | None, key: str, package: str) -> Photo:
+    photo = photos.load_file(path, key, f"{package}:{path.name}")
+    if disparity is None:
+        return photo
+    with np.load(disparity) as stored:
+        values = torch.from_numpy(stored["arr_0"].astype(np.float32))
+    valid = torch.isfinite(values) & (values + _OFFSET > 0)
+    depth = _FOCAL * _BASELINE / torch.where(valid, values + _OFFSET, 1.0)
+    truth = DepthMap(torch.where(valid, depth, 0.0)[None], valid[None], Kind.METRIC_DEPTH)
+    return Photo(photo.key, photo.rgb, truth, photo.origin)

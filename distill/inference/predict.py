@@ -1,0 +1,291 @@
+"""Depth maps for people who only want depth maps: files, folders, globs and videos in, pictures and numbers out.
+
+Every file is written aside and renamed, so that what is there is whole, and a second call does only what is missing or
+made from a file that has changed since (inference.outputs). A photo that cannot be used is one line in the outcome, and
+the rest is done. Surprise: a map of affine disparity has no
+unit, so the 16-bit picture stretches each map to its own range and keeps that range in the file ("low" and "high" of
+its text: value = low + code / 65535 * (high - low)); a video keeps one slowly moving range, or it would flicker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+from torch import Tensor
+
+from distill.core.depth import DepthMap
+from distill.data.photos import BadImageError, decode
+from distill.data.sources import SUFFIXES
+from distill.eval.reports.figures import NEARNESS, colourise
+from distill.inference import video
+from distill.inference.outputs import FILMS, SETTINGS, VIDEOS, Outputs, PredictionJob, aside
+from distill.students import checkpoint
+from distill.teachers.checkpoint import Teacher
+
+PHOTOS = (*SUFFIXES, ".gif")
+"""Suffixes that a folder is searched for, beside VIDEOS; of a moving GIF the first picture is taken."""
+
+Report = Callable[..., None]
+"""report(done, total, frame=3, frames=12): inputs, and within a video its frames (frames 0: it does not say)."""
+
+
+class Estimator:
+    """A student that takes photos as they are.
+
+    `predict` gives a DepthMap (B,H,W) of affine disparity, larger is nearer, at the size of the images.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self.card = teacher.card
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> DepthMap:
+        """images: (3,H,W) or (B,3,H,W), uint8, or float in [0,1]; RGB."""
+        batch = images[None] if images.ndim == 3 else images
+        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch)
+
+
+def load(
+    student: str | Path = "pocket",
+    *,
+    device: str = "auto",
+    size: int | None = None,
+    encoder_weights: str | None = None,
+) -> Estimator:
+    """The student in a folder, "pocket", or OWNER/NAME on the hub (students.checkpoint.fetch), ready to predict.
+
+    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
+    Raises ValueError for a device that cannot be used here.
+    """
+    on = _device() if device == "auto" else device
+    try:
+        torch.zeros(1, device=on).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    folder = checkpoint.fetch(student)
+    return Estimator(Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights))
+
+
+def read(path: str | Path) -> Tensor:
+    """(3,H,W) uint8 RGB of an image file, EXIF rotation applied; BadImageError with the reason, OSError where it is
+    not.
+    """
+    return decode(Path(path).read_bytes())
+
+
+@dataclass
+class PredictOutcome:
+    """What a call did: inputs written now, found from before, and "path: reason" of those that could not be used."""
+
+    written: int = 0
+    present: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
+    """Photos and videos behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
+
+    Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
+    """
+    outputs = Outputs(out)
+    found: dict[Path, str] = {}
+    for given in inputs:
+        if not given.strip():
+            raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
+        files = list(_files(Path(given).expanduser()))
+        photos = {file.resolve(): stem for file, stem in files if not outputs.holds(file)}
+        if not photos:
+            what = f" but what this command made in {out}" if files else ""
+            raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))})")
+        found |= {file: stem for file, stem in photos.items() if file not in found}
+    return [PredictionJob(path, outputs.stem(path, found[path])) for path in found]
+
+
+def _files(given: Path) -> Iterator[tuple[Path, str]]:
+    """Files behind one path or glob, each with the stem that it would like."""
+    for path in [given] if given.exists() else _glob(given):
+        if path.is_dir():
+            for file in sorted(path.rglob("*")):
+                if file.suffix.lower() in (*PHOTOS, *VIDEOS) and file.is_file():
+                    yield file, file.relative_to(path).with_suffix("").as_posix()
+        elif path.is_file():
+            yield path, path.stem
+
+
+def _glob(pattern: Path) -> list[Path]:
+    # What exists is meant as it is written: a folder may be called "b [1]".
+    base, parts = Path(pattern.anchor or "."), list(pattern.relative_to(pattern.anchor).parts)
+    while parts and (base / parts[0]).exists():
+        base /= parts.pop(0)
+    return sorted(base.glob("/".join(parts))) if parts else []
+
+
+def run(
+    estimator: Estimator,
+    jobs: Sequence[PredictionJob],
+    *,
+    out: Path,
+    formats: Sequence[str] = ("png", "side"),
+    report: Report,
+) -> PredictOutcome:
+    """Predict every job whose maps `out` does not hold, made from the file as it is now.
+
+    Raises ValueError where `out` holds the predictions of another student or size, and what Outputs raises.
+    """
+    outputs = Outputs(out)
+    outputs.prepare()
+    _same_settings(estimator, out)
+    outcome = PredictOutcome()
+    for done, job in enumerate(jobs):
+        report(done, len(jobs))
+        try:
+            if job.is_video:
+                new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)))
+            else:
+                new = _photo(estimator, job, outputs, formats)
+            outcome.written += new
+            outcome.present += not new
+        except (BadImageError, OSError, MemoryError, RuntimeError) as error:
+            if not (problem := _problem(job, error)):
+                raise
+            outcome.problems.append(problem)
+    report(len(jobs), len(jobs))
+    return outcome
+
+
+def _problem(job: PredictionJob, error: Exception) -> str:
+    """The line of an input that could not be used; "" for a fault that is not its own."""
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return f"{job.path}: not enough memory; --size N or a smaller image"
+    if isinstance(error, OSError):
+        of = f" (a map of {job.path})" if error.filename and Path(error.filename) != job.path else ""
+        return f"{error.filename or job.path}: {error.strerror or error}{of}"
+    if isinstance(error, BadImageError):
+        return f"{job.path}: {error}"
+    # PyTorch has a class for CUDA's memory alone; the CPU's and Apple's end in a RuntimeError with these words.
+    words = ("out of memory", "not enough memory", "allocate memory")
+    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+        return f"{job.path}: not enough memory; --size N or a smaller image"
+    return ""
+
+
+def _same_settings(estimator: Estimator, out: Path) -> None:
+    card, path = estimator.card, out / SETTINGS
+    now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in ("revision", "size") if before[key] != now[key]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"{path}: damaged, or not from distill predict; give another --out, or delete this file if the maps "
+                "beside it are of this student and size"
+            ) from error
+        if differing:
+            raise ValueError(
+                f"{out}: holds predictions with another {' and '.join(differing)} ({before.get('student')}); "
+                "give another --out"
+            )
+    with aside(path) as new:
+        new.write_text(json.dumps(now | {"licence": card.licence}, indent=1) + "\n", encoding="utf-8")
+
+
+def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str]) -> bool:
+    """Write one photo's outputs; False where all of them are there."""
+    made = outputs.now(job)
+    missing = outputs.missing(made, formats)
+    if not missing:
+        return False
+    photo = read(job.path)
+    values = estimator.predict(photo).values[0].numpy()
+    span = float(values.min()), float(values.max())
+    made = outputs.begin(made, missing)
+    for name in missing:
+        _write(outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind))
+    outputs.finish(made, missing)
+    return True
+
+
+def _write(path: Path, name: str, values: np.ndarray, rgb: np.ndarray, span: tuple[float, float], kind: str) -> None:
+    with aside(path) as new:
+        if name == "npy":
+            np.save(new, values)
+        elif name == "png":
+            said = PngImagePlugin.PngInfo()
+            for key, value in {"kind": kind, "low": repr(span[0]), "high": repr(span[1])}.items():
+                said.add_text(key, value)
+            Image.fromarray((_position(values, span) * 65535).round().astype(np.uint16)).save(new, pnginfo=said)
+        elif name == "colour":
+            Image.fromarray(coloured(values, _shown(values))).save(new)
+        else:
+            Image.fromarray(np.concatenate([rgb, coloured(values, _shown(values))], axis=1)).save(new, quality=92)
+
+
+def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+    """(H,W,3) uint8: near is bright."""
+    return colourise(_position(values, span), np.isfinite(values), NEARNESS)
+
+
+def _shown(values: np.ndarray) -> tuple[float, float]:
+    """The range that colours show: a few extreme pixels must not darken the rest."""
+    low, high = np.percentile(values, [1, 99])
+    return float(low), float(high)
+
+
+def _position(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
+    low, high = span
+    return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+
+
+def _video(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], report: Report) -> bool:
+    """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where they are there.
+
+    STEM.json comes after them: it says that the video is complete. What can be decoded of a damaged one is kept.
+    """
+    made = outputs.now(job)
+    missing = outputs.missing(made, formats)
+    if not missing:
+        return False
+    span: tuple[float, float] | None = None
+    count, rate, total = 0, 0.0, 0
+    with contextlib.ExitStack() as stack:
+        films: dict[str, Callable[[np.ndarray, float], None]] = {}
+        for rgb, rate, total in video.frames(job.path):
+            report(frame=count, frames=total)
+            if not count:
+                made = outputs.begin(made, missing)
+                films = {n: stack.enter_context(video.writer(outputs.path(made, n))) for n in missing if n in FILMS}
+            single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
+            if single or films:
+                values = estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)).values[0].numpy()
+                own = float(values.min()), float(values.max())
+                for name in single:
+                    _write(outputs.path(made, name, count), name, values, rgb, own, str(estimator.card.kind))
+                shown = _shown(values)
+                span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
+                picture = coloured(values, span)
+                for name, write in films.items():
+                    write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
+            count += 1
+    video.check_whole(job.path, count, rate, total)
+    said = {"frames": count, "formats": sorted({*made.formats, *missing})}
+    with aside(outputs.folder / f"{made.stem}.json") as new:
+        new.write_text(json.dumps(said) + "\n", encoding="utf-8")
+    outputs.finish(made, missing, frames=count)
+    return True
+
+
+def _device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

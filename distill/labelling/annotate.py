@@ -1,0 +1,395 @@
+"""From photos to labelled samples: cut the regions, ask the teachers, keep what can be trusted.
+
+The same steps serve labelling to shards (`annotate`, batched across images) and training with the teachers at hand
+(`OnlineDataset`). A batch of one image's crops never decides about another image: where a teacher fails on a batch,
+its crops are asked again one by one, and only the image that fails alone is lost.
+
+Shapes: B batch, N patches of a region, S region size, P patch size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cut_region, plan
+from distill.core.depth import DepthMap, Kind, cat
+from distill.core.labels import Labels
+from distill.data.corruptions import Corruptions
+from distill.data.sources import BadImageError, InputShard, Photo, Rejected
+from distill.labelling.bridge import Bridged
+from distill.shards.codec import Sample
+from distill.teachers import Teacher
+
+TRUTH: Literal["truth"] = "truth"
+Teachers: TypeAlias = Sequence[tuple[str, Teacher | Literal["truth"] | Corruptions]]
+
+# A teacher that fails on so many samples in a row is broken, not the images.
+FAILURES_IN_A_ROW = 20
+# What a network raises for one odd input. Anything else (a TypeError, say) is a fault in the program and must stop it.
+_TEACHER_ERRORS = (RuntimeError, ValueError, ArithmeticError, LookupError)
+
+
+class TeacherFailedError(ValueError):
+    """A teacher fails on everything, or breaks its contract; the message names it and its last error."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropSettings:
+    """The settings of `distill.core.crops.plan`, which documents them."""
+
+    size: int = 560
+    min_side: int = 644
+    patches: str = "grid"
+    num_patches: int = 4
+    patch_size: int | None = None
+    overlap: float = 0.125
+    small: str = "refuse"
+
+    def plan(self, photo: Photo, *, seed: int, draw: int) -> Plan:
+        """The plan of one photo's draw; raises BadImageError where it is too small."""
+        try:
+            return plan(*photo.rgb.shape[1:], key=photo.key, seed=seed, draw=draw, **asdict(self))
+        except ImageTooSmallError as error:
+            raise BadImageError(str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class CropJob:
+    """One region that waits for its labels.
+
+    region: (3,S,S) uint8. patches: (N,3,P,P) uint8. truth: its ground truth, if the photo has one. record: the sample's
+    json, without labels.
+    """
+
+    key: str
+    image_key: str
+    origin: str
+    region: Tensor
+    patches: Tensor
+    boxes: Tensor
+    truth: Labels | None
+    record: dict[str, Any]
+
+
+def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, sky: str | None = None) -> CropJob:
+    """Cut one draw's region and patches out of a photo; raises BadImageError where it is smaller than the smallest
+    region.
+
+    The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
+    """
+    chosen = crops.plan(photo, seed=seed, draw=draw)
+    region = chosen.region
+    boxes = chosen.boxes()[None]
+    truth = None
+    if photo.truth is not None:
+        shared = _cut_truth(photo.truth, region, chosen.size)
+        squares = [Square(region.top + p.top, region.left + p.left, p.side) for p in chosen.patches]
+        local = [_cut_truth(photo.truth, square, chosen.patch_size) for square in squares]
+        truth = Labels(shared, cat(local) if local else None, boxes)
+    height, width = photo.rgb.shape[1:]
+    record = {
+        "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
+        "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw},
+        "patches": [[p.top, p.left, p.side] for p in chosen.patches],
+        "seed": seed,
+        "sky": sky,
+    }
+    return CropJob(
+        key=f"{photo.key}-{draw}",
+        image_key=photo.key,
+        origin=photo.origin,
+        region=cut_region(photo.rgb, chosen),
+        patches=cut_patches(photo.rgb, chosen),
+        boxes=boxes,
+        truth=truth,
+        record=record,
+    )
+
+
+def _cut_truth(truth: DepthMap, square: Square, size: int) -> DepthMap:
+    rows = slice(square.top, square.top + square.side)
+    columns = slice(square.left, square.left + square.side)
+    values, valid = truth.values[:, rows, columns], truth.valid[:, rows, columns]
+    if square.side != size:
+        values = F.interpolate(values[None], size=(size, size), mode="nearest-exact")[0]
+        valid = F.interpolate(valid[None].float(), size=(size, size), mode="nearest-exact")[0] > 0.5
+    return DepthMap(values, valid, truth.kind)
+
+
+def stored(depth: DepthMap, store: str) -> DepthMap:
+    """What is stored of a teacher's map: with "disparity", depth without an unknown shift becomes disparity exactly.
+
+    With "as_is" the kind stays. affine_depth stays either way: its 1/d means nothing. Non-finite values are invalid.
+    """
+    depth = DepthMap(depth.values, depth.valid & torch.isfinite(depth.values), depth.kind)
+    return depth.convert(stored_kind(depth.kind, store))
+
+
+def stored_kind(kind: Kind, store: str) -> Kind:
+    """The kind that a map of `kind` has when stored; raises ValueError for an unknown `store`."""
+    if store not in ("disparity", "as_is"):
+        raise ValueError(f'store must be "disparity" or "as_is", not {store!r}')
+    lawful = store == "disparity" and kind.quantity == "depth" and kind.unknown != "affine"
+    return Kind(f"{kind.unknown}_disparity") if lawful else kind
+
+
+# --- asking teachers --------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A job and the answers it has so far: maps by teacher, the region's first, then its patches'."""
+
+    job: CropJob | Rejected
+    maps: dict[str, list[DepthMap | None]] = field(default_factory=dict)
+    missing: int = 0
+    problem: str = ""
+
+
+def annotate(
+    jobs: Iterable[CropJob | Rejected], teachers: Teachers, *, batch_size: int = 8, store: str = "disparity"
+) -> Iterator[Sample | Rejected]:
+    """Jobs as labelled samples, in their order; a job that a teacher cannot label becomes Rejected with the reason.
+
+    Crops of several images share a batch, and which ones do depends on `jobs` alone, so that a rerun gives the same
+    bits. store: see `stored`. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples in a row, or
+    on every one of four or more.
+    """
+    queue = BatchQueue(teachers, batch_size, store)
+    for job in jobs:
+        queue.add(job)
+        queue.run(at_least=batch_size)
+        yield from queue.drain()
+    queue.run(at_least=1)
+    yield from queue.drain()
+    queue.check_all_failed()
+
+
+class BatchQueue:
+    """Where jobs wait for their batches to fill, and leave in the order they came."""
+
+    def __init__(self, teachers: Teachers, batch_size: int, store: str) -> None:
+        self.teachers, self.batch_size, self.store = teachers, batch_size, store
+        self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str | Corruptions)]
+        self.order: deque[_Waiting] = deque()
+        self.queues: dict[int, list[tuple[_Waiting, int]]] = {}  # crops by size: a batch has one
+        self.asked = self.failed = self.in_a_row = 0
+        self.last = ""
+
+    def add(self, job: CropJob | Rejected) -> None:
+        """Queue a job's crops behind those of its size."""
+        waiting = _Waiting(job)
+        self.order.append(waiting)
+        if isinstance(job, Rejected) or not self.networks:
+            return
+        waiting.missing = 1 + len(job.patches)
+        waiting.maps = {name: [None] * waiting.missing for name, _ in self.networks}
+        for slot in range(waiting.missing):
+            size = (job.region if slot == 0 else job.patches).shape[-1]
+            self.queues.setdefault(size, []).append((waiting, slot))
+
+    def run(self, *, at_least: int) -> None:
+        """Ask every teacher for each batch of which at least so many crops wait."""
+        for queue in self.queues.values():
+            while len(queue) >= at_least:
+                crops, queue[: self.batch_size] = queue[: self.batch_size], []
+                for name, teacher in self.networks:
+                    _ask(name, teacher, crops)
+                for waiting, _ in crops:
+                    waiting.missing -= 1
+
+    def drain(self) -> Iterator[Sample | Rejected]:
+        """The finished jobs at the head of the line, in order."""
+        while self.order and self.order[0].missing == 0:
+            waiting = self.order.popleft()
+            if isinstance(waiting.job, Rejected):
+                yield waiting.job
+                continue
+            self._count(waiting.problem)
+            yield _finish(waiting.job, waiting, self.teachers, self.store)
+
+    def _count(self, problem: str) -> None:
+        self.asked += 1
+        self.failed += bool(problem)
+        self.in_a_row = self.in_a_row + 1 if problem else 0
+        self.last = problem or self.last
+        if self.in_a_row >= FAILURES_IN_A_ROW:
+            raise TeacherFailedError(f"{self.in_a_row} samples in a row failed, so it is not the images: {problem}")
+
+    def check_all_failed(self) -> None:
+        """Raises TeacherFailedError where four or more jobs all failed."""
+        if self.failed == self.asked >= 4:
+            raise TeacherFailedError(f"all {self.asked} samples failed, so it is not the images: {self.last}")
+
+
+def _images(crops: Sequence[tuple[_Waiting, int]]) -> Tensor:
+    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 255.0
+
+
+def _crop(job: CropJob | Rejected, slot: int) -> Tensor:
+    assert isinstance(job, CropJob)
+    return job.region if slot == 0 else job.patches[slot - 1]
+
+
+def _predict(name: str, teacher: Teacher, crops: Sequence[tuple[_Waiting, int]]) -> DepthMap:
+    """One call of a teacher, on the CPU and checked; noise, where it draws any, belongs to the crop."""
+    images = _images(crops)
+    keys = [f"{w.job.key}.{'shared' if slot == 0 else f'local{slot - 1}'}" for w, slot in crops]
+    with torch.no_grad():
+        if getattr(teacher.card, "seeded", False):
+            depth = teacher.predict(images, keys=keys)  # type: ignore[call-arg]
+        else:
+            depth = teacher.predict(images)
+    if tuple(depth.values.shape) != (len(images), *images.shape[-2:]):
+        raise TeacherFailedError(f"{name} gave maps {tuple(depth.values.shape)} for images {tuple(images.shape)}")
+    return depth.to("cpu")
+
+
+def _ask(name: str, teacher: Teacher, crops: Sequence[tuple[_Waiting, int]]) -> None:
+    """Write a teacher's maps of these crops, or its failure, where the crops wait."""
+    try:
+        depth = _predict(name, teacher, crops)
+    except TeacherFailedError:
+        raise
+    except _TEACHER_ERRORS as error:
+        if len(crops) > 1:
+            for crop in crops:
+                _ask(name, teacher, [crop])
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
+        waiting, slot = crops[0]
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
+        return
+    for i, (waiting, slot) in enumerate(crops):
+        one = depth[i : i + 1]
+        waiting.maps[name][slot] = one
+        nan = int((torch.isnan(one.values) & one.valid).sum())
+        if nan:
+            waiting.problem = waiting.problem or f"{name} returned NaN on {nan} pixels of {_context(slot)}"
+
+
+def _context(slot: int) -> str:
+    return "the region" if slot == 0 else f"patch {slot - 1}"
+
+
+def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, store: str) -> Sample | Rejected:
+    """The job with its labels, or why there are none."""
+    if waiting.problem:
+        return Rejected(job.origin, job.key, waiting.problem)
+    labels: dict[str, Labels] = {}
+    predicted: dict[str, dict[str, Any]] = {}
+    for name, teacher in teachers:
+        if isinstance(teacher, str | Corruptions):
+            if job.truth is None:
+                return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
+            said = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
+            shared, local = said.shared, said.local
+        else:
+            maps = [one for one in waiting.maps[name] if one is not None]
+            shared, local = maps[0], cat(maps[1:]) if len(maps) > 1 else None
+        predicted[name] = {"predicted": str(shared.kind), **_card(teacher)}
+        shared, local = stored(shared, store), None if local is None else stored(local, store)
+        if not shared.valid.any():
+            return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
+        if isinstance(teacher, Bridged):
+            shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, labels[teacher.primary])
+        labels[name] = Labels(shared, local, job.boxes if local is not None else job.boxes[:, :0])
+    return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted})
+
+
+def _card(teacher: Any) -> dict[str, Any]:
+    """What a sample says of its teacher; the whole card stands in the manifest."""
+    card = getattr(teacher, "card", None)
+    return {"card": {key: getattr(card, key) for key in ("weights", "revision", "licence")}} if card else {}
+
+
+def label_photo(
+    photo: Photo,
+    teachers: Teachers,
+    *,
+    crops: CropSettings,
+    draw: int = 0,
+    seed: int = 0,
+    batch_size: int = 8,
+    store: str = "disparity",
+    sky: str | None = None,
+) -> Sample:
+    """One photo's sample, as `annotate` makes it, not yet quantized. Raises BadImageError with the reason there is
+    none.
+    """
+    job = prepare(photo, crops=crops, seed=seed, draw=draw, sky=sky)
+    result = next(annotate([job], teachers, batch_size=batch_size, store=store))
+    if isinstance(result, Rejected):
+        raise BadImageError(result.reason)
+    return result
+
+
+class OnlineDataset(Dataset[Sample]):
+    """Samples labelled when asked for, for training with the teachers at hand; read like a LabelDataset.
+
+    shards: the sources. keys: image or sample keys to keep. An image that cannot be labelled is replaced by the next
+    that can, and noted in `quarantine`. Keep DataLoader workers at 0 where a teacher is on a GPU.
+    Raises ValueError where there is no image at all, or none that can be labelled.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[InputShard],
+        teachers: Teachers,
+        *,
+        crops: CropSettings,
+        draws: int = 1,
+        seed: int = 0,
+        batch_size: int = 8,
+        store: str = "disparity",
+        keys: Collection[str] | None = None,
+    ) -> None:
+        self.networks, self.crops, self.seed, self.store, self.batch_size = teachers, crops, seed, store, batch_size
+        self.teachers = [name for name, _ in teachers]
+        scans = [shard.scan() for shard in shards]
+        self.quarantine = [rejected for scan in scans for rejected in scan.rejected]
+        every = [(entry, draw) for scan in scans for entry in scan.entries for draw in range(draws)]
+        wanted = None if keys is None else frozenset(keys)
+        self.entries = [
+            (e, draw) for e, draw in every if wanted is None or e.key in wanted or f"{e.key}-{draw}" in wanted
+        ]
+        if not self.entries:
+            raise ValueError(f"no image to label among {len(every)} of {len(shards)} shards; check [images]")
+        self.keys = [f"{entry.key}-{draw}" for entry, draw in self.entries]
+        self.image_keys = [entry.key for entry, _ in self.entries]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self.entries) <= index < len(self.entries):
+            raise IndexError(f"sample {index} of {len(self.entries)}")
+        reason = ""
+        for step in range(len(self.entries)):
+            entry, draw = self.entries[(index + step) % len(self.entries)]
+            try:
+                return label_photo(
+                    entry.load(),
+                    self.networks,
+                    crops=self.crops,
+                    draw=draw,
+                    seed=self.seed,
+                    batch_size=self.batch_size,
+                    store=self.store,
+                )
+            except BadImageError as error:
+                reason = str(error)
+                said = Rejected(entry.origin, f"{entry.key}-{draw}", reason)
+                if said not in self.quarantine:
+                    self.quarantine.append(said)
+        raise ValueError(f"none of {len(self.entries)} images can be labelled; the last: {reason}")

@@ -1,0 +1,155 @@
+"""What a labels folder says about itself: its settings while it grows, its manifest once it is whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distill.core.depth import Kind
+from distill.data.corruptions import Corruptions
+from distill.data.sources import InputShard
+from distill.labelling.annotate import TRUTH, CropSettings, Teachers, stored_kind
+from distill.labelling.bridge import Bridged
+from distill.shards.codec import CODECS, VERSION, dump_json
+from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
+
+SETTINGS = "settings.json"
+
+
+def _card(teacher: Any, store: str) -> dict[str, Any]:
+    """What is written about a teacher; `stored` is the kind of its labels."""
+    if isinstance(teacher, str):
+        return {"name": TRUTH, "licence": "that of the images"}
+    if isinstance(teacher, Corruptions):
+        return {"name": TRUTH, "licence": "that of the images", "faults": asdict(teacher)}
+    kind = Kind(teacher.card.kind)
+    if isinstance(teacher, Bridged):
+        bridge = {"primary": teacher.primary, "most": teacher.most}
+        return {**asdict(teacher.card), "kind": str(kind), "stored": str(Kind.AFFINE_DISPARITY), "bridge": bridge}
+    return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
+
+
+def settings_of(
+    teachers: Teachers,
+    crops: CropSettings,
+    *,
+    draws: int,
+    seed: int,
+    store: str,
+    sky: str | None,
+    part: int,
+    codec: str,
+) -> dict[str, Any]:
+    """What every label of a folder shares; raises ValueError for teachers that cannot be written down."""
+    names = [name for name, _ in teachers]
+    for name, teacher in teachers:
+        if not re.fullmatch(r"[a-z0-9_\-]+", name):
+            raise ValueError(f"the teacher name {name!r} becomes part of file names: use a-z, 0-9, _ and - alone")
+        if isinstance(teacher, str) and teacher != TRUTH:
+            raise ValueError(f'teacher {name} must be a loaded teacher or "{TRUTH}", not {teacher!r}')
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"teachers need a name each, not {', '.join(names) or 'none at all'}")
+    if codec not in CODECS:
+        raise ValueError(f"labels.codec must be one of {', '.join(CODECS)}, not {codec!r}")
+    if draws < 1 or part < 1:
+        raise ValueError(f"draws and samples_per_part must be at least 1, not {draws} and {part}")
+    return {
+        "version": VERSION,
+        "crops": asdict(crops),
+        "draws": draws,
+        "seed": seed,
+        "store": store,
+        "sky": sky,
+        "codec": codec,
+        "samples_per_part": part,
+        "teachers": [{"as": name, **_card(teacher, store)} for name, teacher in teachers],
+    }
+
+
+def keep_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Write the folder's settings, or raise ValueError where it was begun with others."""
+    path = out / SETTINGS
+    if not path.is_file():
+        write_atomic(path, dump_json(settings))
+        return
+    before = read_json(path)
+    changed = [name for name in settings if settings[name] != before.get(name)]
+    if changed:
+        raise ValueError(
+            f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
+            "delete this one"
+        )
+
+
+def finish(
+    out: Path,
+    shards: Sequence[InputShard],
+    settings: dict[str, Any],
+    recipe: Mapping[str, Any],
+    licence: str,
+    *,
+    fresh: bool,
+) -> bool:
+    """Write the manifest if every part of every shard is there; whether it is."""
+    sidecars: list[dict[str, Any]] = []
+    for shard in shards:
+        number, of = 0, 1
+        while number < of:
+            path = out / f"{shard.stem}-{number:03d}.json"
+            if not path.is_file():
+                return False
+            said = read_json(path)
+            if said["tar"] is not None and not is_whole(out, said["tar"]):
+                return False
+            sidecars.append(said)
+            number, of = number + 1, said["of"]
+    if not fresh and (out / MANIFEST).is_file():
+        before = read_manifest(out)["shards"]
+        if before == [said["tar"] for said in sidecars if said["tar"]]:
+            return True
+    write_manifest(out, _manifest(sidecars, settings, recipe, licence))
+    return True
+
+
+def _manifest(
+    sidecars: Sequence[dict[str, Any]], settings: dict[str, Any], recipe: Mapping[str, Any], licence: str
+) -> dict[str, Any]:
+    """All parts as one table: the same whoever writes it."""
+    quarantine = [line for said in sidecars for line in said["quarantine"]]
+    images: dict[str, str] = {}
+    for said in sidecars:
+        for key in dict.fromkeys(sample[0].rsplit("-", 1)[0] for sample in said["samples"]):
+            if key in images:
+                reason = f"duplicate key: {images[key]} has it too, and readers use that one"
+                quarantine.append({"origin": said["tar"]["name"], "key": key, "reason": reason})
+            images.setdefault(key, said["tar"]["name"])
+    cards = {card["as"]: dict(card) for card in settings["teachers"]}
+    for name, card in cards.items():
+        card["stored"] = sorted({kind for said in sidecars for kind in said["kinds"].get(name, [])})
+        if "bridge" in card:
+            counts = [said.get("bridge_dropped", {}).get(name, {}) for said in sidecars]
+            dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
+            card["bridge"] = {**card["bridge"], "dropped": dropped}
+    tars = [said["tar"] for said in sidecars if said["tar"]]
+    return {
+        "recipe": dict(recipe),
+        "settings": settings,
+        "teachers": cards,
+        "images": {"count": len(images), "sha256": hash_keys(list(images)), "keys": list(images)},
+        "shards": tars,
+        "samples": sum(tar["samples"] for tar in tars),
+        "quarantine": quarantine,
+        "licence": {
+            "images": licence,
+            "teachers": {name: {k: c[k] for k in ("licence", "commercial") if k in c} for name, c in cards.items()},
+        },
+    }
+
+
+def is_whole(out: Path, tar: Mapping[str, Any]) -> bool:
+    """Whether the tar that a part's json describes is there, to the last byte."""
+    path = out / tar["name"]
+    return path.is_file() and path.stat().st_size == tar["bytes"]

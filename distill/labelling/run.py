@@ -1,0 +1,343 @@
+"""The labelling run: input shards in, label shards out, in parts that are either complete or absent.
+
+Every input shard is cut into parts by the order of its entries, whatever is wrong with the images, and each part is
+one output tar. A part depends on nothing but its entries and the settings, so any number of processes, killed and
+started again at any moment, write the same files with the same bytes. Beside each tar lies a json (written first)
+with what the tar holds and which images were quarantined; the last process to finish merges them into the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
+from distill.labelling.annotate import (
+    TRUTH,
+    CropJob,
+    CropSettings,
+    OnlineDataset,
+    Teachers,
+    annotate,
+    label_photo,
+    prepare,
+)
+from distill.labelling.lock import RunLockedError, mutex, run_lock
+from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
+from distill.shards.codec import DEFAULT_CODEC, VERSION, Sample, dump_json, encode_sample
+from distill.shards.shards import ShardWriter, read_json, write_atomic
+
+__all__ = [
+    "TRUTH",
+    "RunLockedError",
+    "CropSettings",
+    "OnlineDataset",
+    "LabelOutcome",
+    "label",
+    "label_photo",
+    "labels_hash",
+]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelOutcome:
+    """What one process of a run did.
+
+    complete: every part of every shard is there (of all processes) and the manifest is written. parts, skipped: written
+    now, and found done. samples, images, quarantined, bytes: of the parts written now.
+    """
+
+    complete: bool
+    parts: int
+    skipped: int
+    images: int
+    samples: int
+    quarantined: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of entries that becomes one tar; the first part of a shard also reports what the scan turned away."""
+
+    shard: InputShard
+    number: int
+    of: int
+    entries: tuple[Entry, ...]
+    rejected: tuple[Rejected, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.shard.stem}-{self.number:03d}.tar"
+
+
+def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
+    """The address of labels: 16 hex digits that depend on what images, crops and teachers are asked for, alone.
+
+    Each is a dataclass, table or list of plain values; order of keys does not matter.
+    """
+
+    def plain(value: Any) -> Any:
+        return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
+
+    text = json.dumps([images, crops, teachers], sort_keys=True, default=plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
+    """The parts of a shard: at least one, which then writes no tar but says why."""
+    scan = shard.scan()
+    runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
+    return [Part(shard, i, len(runs), run, scan.rejected if i == 0 else ()) for i, run in enumerate(runs)]
+
+
+def label(
+    shards: Sequence[InputShard],
+    teachers: Teachers,
+    *,
+    out: str | Path,
+    crops: CropSettings,
+    draws: int = 1,
+    seed: int = 0,
+    store: str = "disparity",
+    sky: str | None = None,
+    codec: str = DEFAULT_CODEC,
+    rank: int = 0,
+    world: int = 1,
+    batch_size: int = 8,
+    samples_per_part: int = 1000,
+    threads: int = 4,
+    recipe: Mapping[str, Any] | None = None,
+    images_licence: str = "unknown",
+    report: Callable[..., None] | None = None,
+) -> LabelOutcome:
+    """Label images into `out`; called again, it does what is missing.
+
+    teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. draws: regions per image.
+    store: "disparity" turns depth whose shift is known into disparity, exactly; "as_is" keeps it. codec: how maps are
+    stored, see `shards.codec.CODECS`. rank, world: this process and how many there are. samples_per_part: at most so
+    many in a tar. threads: decode and encode beside the teachers. recipe: written to the manifest. report: called after
+    every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this
+    process.
+
+    Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
+    other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
+    """
+    out = Path(out)
+    settings = settings_of(
+        teachers, crops, draws=draws, seed=seed, store=store, sky=sky, part=samples_per_part, codec=codec
+    )
+    combine(shards)
+    if not shards:
+        raise ValueError("there are no images to label; check [images]")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+    with run_lock(out, rank=rank, world=world):
+        with mutex(out):
+            keep_settings(out, settings)
+        mine = _share(shards, max(1, samples_per_part // draws), rank, world)
+        todo = [part for part in mine if not _is_done(out, part)]
+        tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
+        for part in todo:
+            work = _Work(teachers, crops, draws, seed, store, sky, codec, batch_size, threads)
+            _label_part(out, part, work, tally)
+        with mutex(out):
+            complete = finish(out, shards, settings, recipe=recipe or {}, licence=images_licence, fresh=bool(todo))
+    return LabelOutcome(
+        complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
+    )
+
+
+def _share(shards: Sequence[InputShard], images_per_part: int, rank: int, world: int) -> list[Part]:
+    """The parts of process `rank`: whole shards where there are plenty, so that it need not look into the others."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
+    if len(shards) >= 4 * world:
+        return [part for shard in shards[rank::world] for part in parts_of(shard, images_per_part)]
+    return [part for shard in shards for part in parts_of(shard, images_per_part)][rank::world]
+
+
+# --- one part ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What every part is labelled with."""
+
+    teachers: Teachers
+    crops: CropSettings
+    draws: int
+    seed: int
+    store: str
+    sky: str | None
+    codec: str
+    batch_size: int
+    threads: int
+
+    def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
+        """An entry's regions, or why there are none."""
+        try:
+            photo = entry.load()
+            return [
+                prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.sky) for draw in range(self.draws)
+            ]
+        except BadImageError as error:
+            return [Rejected(entry.origin, entry.key, str(error))]
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Counts of this process, and what they say about the rest."""
+
+    total: int
+    before: int
+    report: Callable[..., None] | None
+    images: int = 0
+    samples: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def tell(self) -> None:
+        if self.report is None or self.images == 0:
+            return
+        rate = self.images / max(time.monotonic() - self.started, 1e-9)
+        per_image = self.bytes / self.images
+        self.report(
+            self.before + self.images,
+            self.total,
+            images_per_s=rate,
+            bytes_per_image=per_image,
+            quarantined=float(self.quarantined),
+            eta_s=(self.total - self.before - self.images) / rate,
+            disk_bytes=per_image * self.total,
+        )
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
+    """`work` of every item, in order, with at most `ahead` items begun before they are asked for."""
+    begun: deque[Future[R]] = deque()
+    for item in items:
+        begun.append(pool.submit(work, item))
+        if len(begun) > ahead:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+_Encoded = tuple[Sample | Rejected, list[tuple[str, bytes]]]
+
+
+def _encode(codec: str, result: Sample | Rejected) -> _Encoded:
+    return result, [] if isinstance(result, Rejected) else encode_sample(result, codec=codec)
+
+
+def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, int]:
+    """Writes a sample; gives its bytes."""
+    result, members = encoded
+    if members:
+        writer.add(result.key, members)
+    return result, sum(len(data) for _, data in members)
+
+
+def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
+    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
+
+    This thread does nothing but ask the teachers: others decode and cut ahead of it, encode behind it, and write.
+    """
+    quarantine = list(part.rejected)
+    tally.quarantined += len(quarantine)
+    kinds: dict[str, set[str]] = {}
+    dropped: dict[str, dict[str, int]] = {}
+    threads = max(1, work.threads)
+    with (
+        ShardWriter(out / part.name) as writer,
+        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(1) as clerk,
+    ):
+        try:
+            prepared = _ahead(pool, work.jobs, part.entries, 2 * threads)
+            jobs = (job for several in prepared for job in several)
+            results = annotate(jobs, work.teachers, batch_size=work.batch_size, store=work.store)
+            last = ""
+            encoded = _ahead(pool, partial(_encode, work.codec), results, 2 * threads)
+            for result, size in _ahead(clerk, partial(_store, writer), encoded, 2 * threads):
+                if isinstance(result, Rejected):
+                    quarantine.append(result)
+                    tally.quarantined += 1
+                else:
+                    tally.samples += 1
+                    tally.bytes += size
+                    for name, labels in result.labels.items():
+                        kinds.setdefault(name, set()).add(str(labels.shared.kind))
+                        if fit := result.record["labels"][name].get("bridge"):
+                            count = dropped.setdefault(name, {"regions": 0, "patches": 0})
+                            count["regions"] += fit["shared"]["dropped"]
+                            count["patches"] += sum(patch["dropped"] for patch in fit["local"])
+                origin = result.origin if isinstance(result, Rejected) else result.record["image"]["origin"]
+                tally.images, last = tally.images + (origin != last), origin
+                tally.tell()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            clerk.shutdown(cancel_futures=True)
+            raise
+        said = writer.close()
+        sidecar = {
+            "version": VERSION,
+            "part": part.number,
+            "of": part.of,
+            "images": [entry.key for entry in part.entries],
+            "tar": said if writer.index else None,
+            "samples": writer.index,
+            "quarantine": [_line(one) for one in quarantine],
+            "kinds": {name: sorted(values) for name, values in kinds.items()},
+            **({"bridge_dropped": dropped} if dropped else {}),
+        }
+        write_atomic((out / part.name).with_suffix(".json"), dump_json(sidecar))
+        if writer.index:
+            writer.publish()
+
+
+def _line(rejected: Rejected) -> dict[str, str]:
+    # An address in memory would differ from run to run.
+    return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
+
+
+def _is_done(out: Path, part: Part) -> bool:
+    """Whether a part needs no work; raises ValueError where it was made from other images.
+
+    A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole. So is
+    one whose images are all still in its tar, in their order: images that were lost in a damaged tar lie between them.
+    """
+    sidecar = (out / part.name).with_suffix(".json")
+    if not sidecar.is_file():
+        return False
+    said, keys = read_json(sidecar), [entry.key for entry in part.entries]
+    if said["images"] != keys or said["of"] != part.of:
+        grown = said["images"] == keys[: len(said["images"])]
+        if not grown and part.shard.is_tar:
+            now = iter([entry.key for entry in part.shard.scan().entries])
+            grown = all(key in now for key in said["images"])
+        if grown and said["of"] <= part.of:
+            return False
+        why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
+        raise ValueError(
+            f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
+            f"({len(said['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
+            f"{part.shard.stem}-[0-9][0-9][0-9].* there"
+        )
+    return said["tar"] is None or is_whole(out, said["tar"])

@@ -1,0 +1,169 @@
+"""Losses: one value per image, shape (B,), in float32 or better. Only the objective averages.
+
+A pixel outside `valid` never counts, whatever its value (NaN included); an image without usable pixels gives 0.
+Shapes: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.core.plugins import find
+from distill.losses.normalize import Comparison
+from distill.losses.normalize._hdn import hdn
+
+
+def compare(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    normalization: str,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
+    faithful: bool = False,
+    contexts: str = "dr",
+) -> Comparison:
+    """`distillation_loss` together with how many contexts carried information and how many did not."""
+    plugin = find("distill.losses.normalize", normalization)
+    if not faithful or not plugin.LEVELS:
+        if contexts != "dr":
+            raise ValueError(f"contexts = {contexts!r} needs faithful and a normalization with contexts")
+        return plugin.compare(pred, target, valid, trim_top=trim_top, label_only=label_only, weight=weight)
+    if trim_top or label_only or weight is not None:
+        raise ValueError("faithful is HDN's released loss, which knows no trim_top, label_only or weights")
+    # One context is that code's SSIMAE, which does keep the maximum.
+    loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
+    number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
+    live = torch.full_like(valid[:, 0, 0], number, dtype=torch.long)
+    return Comparison(loss, live, torch.zeros_like(live))
+
+
+def distillation_loss(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    normalization: str,
+    *,
+    trim_top: float = 0.0,
+    label_only: bool = False,
+    weight: Tensor | None = None,
+    faithful: bool = False,
+    contexts: str = "dr",
+) -> Tensor:
+    """L_Dis of Distill-Any-Depth, Sec. 3.1: mean |N(pred) - N(target)| over the pixels that count, (B,).
+
+    pred, target, valid: (B,H,W). normalization: "global", "hybrid", "local" or "none" (any file in
+    distill/losses/normalize).
+    trim_top: the fraction of pixels with the largest loss that is dropped (Depth Anything V2: 0.1).
+    label_only: the student is brought to the label's scale by the label's statistics, not by its own.
+    weight: (B,H,W), how much each pixel counts in the mean; None: all alike.
+    faithful: HDN's released code to the letter, oddities included (`hdn_loss`): "hybrid" is its level 3, "local" the
+    finest contexts of it, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without `faithful`
+    contexts are equal parts of the label's range.
+    """
+    return compare(
+        pred,
+        target,
+        valid,
+        normalization,
+        trim_top=trim_top,
+        label_only=label_only,
+        weight=weight,
+        faithful=faithful,
+        contexts=contexts,
+    ).loss
+
+
+def hdn_loss(
+    pred: Tensor, target: Tensor, valid: Tensor, *, contexts: str = "dr", level: int = 3, finest_only: bool = False
+) -> Tensor:
+    """Hierarchical depth normalization exactly as released (icoz69/HDN, demo.py), (B,): its MEAN is that code's value.
+
+    pred, target, valid: (B,H,W). contexts: "dr" (equal parts of the label's range), "dp" (of its pixels, by
+    percentile) or "ds" (squares of the image). level: the range is cut into 1, 2, ... 2**(level - 1) parts, the image
+    into as many rows and columns. finest_only: the finest cut alone; level = 0 is the code's SSIMAE.
+    The oddities that it keeps are listed in distill/losses/normalize/_hdn.py; the batch is one mean, so images are not
+    independent of each other. A batch without valid pixels gives 0, there NaN.
+    """
+    levels = tuple(2**k for k in range(level))
+    return hdn(pred, target, valid, levels[-1:] if finest_only else levels, contexts=contexts)
+
+
+def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and mean absolute deviation from it over valid pixels, (B,) each; (0, 0) where nothing is valid."""
+    # Row by row: torch's quickselect over a whole tensor is ten times faster than along a dimension.
+    filled = torch.where(valid, values, torch.nan).flatten(1)
+    median = torch.nan_to_num(torch.stack([row.nanmedian() for row in filled.unbind()]))
+    spread = torch.where(valid, (values - median[:, None, None]).abs(), 0.0).sum((-2, -1))
+    return median, spread / valid.sum((-2, -1)).clamp(min=1)
+
+
+def _clean(values: Tensor, usable: Tensor) -> Tensor:
+    """Zero where not usable; half precision is raised to float32."""
+    filled = torch.where(usable, values, 0.0)
+    return filled if filled.dtype == torch.float64 else filled.float()
+
+
+def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """N_glo(pred) - N_glo(target), zero outside the returned mask, which is empty for a flat label."""
+    usable = valid & torch.isfinite(target)
+    clean_pred, clean_target = _clean(pred, usable), _clean(target, usable)
+    pred_median, pred_scale = median_and_mean_abs_dev(clean_pred, usable)
+    label_median, label_scale = median_and_mean_abs_dev(clean_target, usable)
+    informative = label_scale > 1e-6 * clean_target.abs().amax((-2, -1))
+    usable = usable & informative[:, None, None]
+    normal = (clean_pred - pred_median[:, None, None]) / pred_scale.clamp(min=1e-6)[:, None, None]
+    label = (clean_target - label_median[:, None, None]) / torch.where(informative, label_scale, 1.0)[:, None, None]
+    return torch.where(usable, normal - label, 0.0), usable
+
+
+def gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True) -> Tensor:
+    """Multi-scale gradient matching (MiDaS, Eq. 11) on the globally normalized difference, (B,).
+
+    At each of `scales` scales the difference is subsampled by 2, 4, ...; |d/dx| + |d/dy| between valid neighbours is
+    summed and divided by the scale's number of valid pixels; the scales are added. normalize=False takes the raw
+    difference, for a student trained without normalization.
+    """
+    if normalize:
+        difference, usable = _globally_normalized_difference(pred, target, valid)
+    else:
+        usable = valid & torch.isfinite(target)
+        difference = _clean(pred, usable) - _clean(target, usable)
+    total = difference.new_zeros(len(difference))
+    for scale in range(scales):
+        step = 2**scale
+        d, v = difference[:, ::step, ::step], usable[:, ::step, ::step]
+        across = torch.where(v[:, :, 1:] & v[:, :, :-1], (d[:, :, 1:] - d[:, :, :-1]).abs(), 0.0).sum((-2, -1))
+        down = torch.where(v[:, 1:] & v[:, :-1], (d[:, 1:] - d[:, :-1]).abs(), 0.0).sum((-2, -1))
+        total = total + (across + down) / v.sum((-2, -1)).clamp(min=1)
+    return total
+
+
+def feature_loss(features: Tensor, reference: Tensor, *, margin: float = 0.85) -> Tensor:
+    """1 - cosine between student and reference features (B,C,h,w), over tokens below `margin`
+    (Depth Anything, Sec. 3.4).
+
+    A token already above the margin is left alone: the student keeps what the frozen encoder does not know.
+    """
+    cosine = F.cosine_similarity(features.float(), reference.detach().float(), dim=1)
+    below = cosine < margin
+    return torch.where(below, 1.0 - cosine, 0.0).sum((-2, -1)) / below.sum((-2, -1)).clamp(min=1)
+
+
+def anchor_loss(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Squared log ratio of the prediction's and the label's mean deviation, (B,). Ours.
+
+    A loss that ignores scale has a gradient orthogonal to the prediction, so every step can only lengthen the output.
+    This small term holds its magnitude near the label's. Flat labels give 0.
+    """
+    usable = valid & torch.isfinite(target)
+    clean_target = _clean(target, usable)
+    _, spread = median_and_mean_abs_dev(_clean(pred, usable), usable)
+    _, label = median_and_mean_abs_dev(clean_target, usable)
+    informative = label > 1e-6 * clean_target.abs().amax((-2, -1))
+    ratio = spread.clamp(min=1e-6).log() - torch.where(informative, label, 1.0).log()
+    return torch.where(informative, ratio.square(), 0.0)

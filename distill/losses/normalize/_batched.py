@@ -1,0 +1,126 @@
+"""The loss in contexts of a whole batch at once and its gradient: the way of an accelerator.
+
+The same numbers as `_per_image`, from sorts, running counts and masked sums over (B,N) tensors: nothing here waits for
+the device, and no shape depends on values. Shapes: B images, N pixels of each, F finest parts, C contexts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
+
+
+def _per_part(values: Tensor, part: Tensor, finest: int) -> Tensor:
+    """Sums of (B,N) values over each part: (B,F). Masked sums, not atomics: the same bits every time."""
+    return torch.stack([torch.where(part == k, values, 0).sum(1) for k in range(finest)], 1)
+
+
+def _medians(values: Tensor, part: Tensor, counts: Tensor, level: int, finest: int) -> Tensor:
+    """The lower medians (B,level) of a level's contexts."""
+    ordered, index = torch.where(part < finest, values, torch.inf).sort(dim=1, stable=True)
+    context = part.gather(1, index) // (finest // level)
+    rank = (counts - 1).clamp(min=0) // 2 + 1
+    places = [
+        torch.searchsorted((context == k).cumsum(1, dtype=torch.int32), rank[:, k, None].int()) for k in range(level)
+    ]
+    return ordered.gather(1, torch.cat(places, 1).clamp(max=values.shape[1] - 1))
+
+
+def _spread(per_context: Tensor, part: Tensor, level: int, finest: int) -> Tensor:
+    """(B,level) numbers at each pixel of their context, (B,N); invalid pixels get the last context's."""
+    return per_context.gather(1, (part // (finest // level)).clamp(max=level - 1))
+
+
+def _trimmed(pixel: Tensor, live: Tensor, trim_top: float) -> Tensor:
+    counted = live.sum(1)
+    kept = (counted * (1.0 - trim_top)).round().long().clamp(min=1)
+    ranked = torch.where(live, pixel, torch.inf).sort(1).values
+    return live & (pixel <= ranked.gather(1, (kept - 1)[:, None]))
+
+
+class _Level:
+    """One level's contexts of a batch: residuals at each pixel, and what their gradient needs."""
+
+    def __init__(
+        self, pred: Tensor, target: Tensor, part: Tensor, flat: Tensor, level: int, finest: int, label_only: bool
+    ) -> None:
+        def mean(values: Tensor) -> Tensor:
+            return self._sum(values) / self.counts.clamp(min=1)
+
+        self.part, self.level, self.finest, self.label_only = part, level, finest, label_only
+        self.counts = self._sum(torch.ones_like(pred)).round().long()
+        median = _medians(target, part, self.counts, level, finest)
+        label = target - self.at(median)
+        deviation = mean(label.abs())
+        self.live = (self.counts >= MIN_PIXELS) & (deviation > flat[:, None])
+        deviation = torch.where(self.live, deviation, 1.0)
+        if label_only:
+            self.centred, self.scale = pred - self.at(median), deviation
+        else:
+            self.centred = pred - self.at(_medians(pred, part, self.counts, level, finest))
+            self.scale = mean(self.centred.abs()).clamp(min=FLOOR)
+        inside = self.at(self.live) & (part < finest)
+        self.residual = torch.where(inside, self.centred / self.at(self.scale) - label / self.at(deviation), 0.0)
+        self.inside = inside
+
+    def _sum(self, values: Tensor) -> Tensor:
+        fine = _per_part(values, self.part, self.finest)
+        return fine.reshape(len(values), self.level, -1).sum(2)
+
+    def at(self, per_context: Tensor) -> Tensor:
+        return _spread(per_context, self.part, self.level, self.finest)
+
+    def gradient(self, weight: Tensor) -> Tensor:
+        """See `_per_image._add_gradient`."""
+        e = torch.where(self.inside, weight * self.residual.sign(), 0.0)
+        out = e / self.at(self.scale)
+        if self.label_only:
+            return out
+        above = torch.where(self.inside, self.centred.sign(), 0.0)
+        pull = self._sum(e * self.centred) / (self.scale.square() * self.counts.clamp(min=1))
+        pull = torch.where(self.scale <= FLOOR, 0.0, pull)
+        out = out - self.at(pull) * above
+        at_it = torch.where(self.live, pull * self._sum(above) - self._sum(e) / self.scale, 0.0)
+        # Of several pixels that are the median, one has its gradient: the first.
+        context, median = self.part // (self.finest // self.level), self.centred == 0
+        first = [(median & (context == k)).to(torch.uint8).argmax(1) for k in range(self.level)]
+        return out.scatter_add(1, torch.stack(first, 1), at_it)
+
+
+def batch_loss(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    *,
+    levels: tuple[int, ...],
+    trim_top: float,
+    label_only: bool,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Losses (B,), gradient (B,N) and numbers of live contexts (B,); everything given is (B,N)."""
+    finest = max(levels)
+    low = torch.where(valid, target, torch.inf).amin(1)
+    high = torch.where(valid, target, -torch.inf).amax(1)
+    flat = FLAT * torch.maximum(low.abs(), high.abs())
+    shaped = high - low > flat
+    usable = valid & shaped[:, None]
+    pred, target = torch.where(usable, pred, 0.0), torch.where(usable, target, 0.0)
+    low, high = torch.where(shaped, low, 0.0), torch.where(shaped, high, 1.0)
+    part = ((target - low[:, None]) * (finest / (high - low))[:, None]).clamp(0, finest - 1).long()
+    part = torch.where(usable, part, finest)
+    found = [_Level(pred, target, part, flat, level, finest, label_only) for level in levels]
+    shares = torch.stack([one.inside for one in found]).sum(0)
+    per_pixel = torch.where(shares > 0, 1.0 / shares.clamp(min=1), 0.0).to(pred.dtype)
+    pixel = torch.stack([one.residual.abs() for one in found]).sum(0) * per_pixel
+    counts = (shares > 0).to(pred.dtype) if weight is None else torch.where(shares > 0, weight, 0.0)
+    if trim_top > 0.0:
+        counts = counts * _trimmed(pixel, shares > 0, trim_top)
+    total = counts.sum(1, keepdim=True)
+    counts = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), 0.0)
+    gradient = None
+    if want_gradient:
+        gradient = torch.stack([one.gradient(counts * per_pixel) for one in found]).sum(0)
+    return (pixel * counts).sum(1), gradient, torch.cat([one.live for one in found], 1).sum(1)

@@ -1,0 +1,109 @@
+"""Normalization within contexts of the label's depth range: what `global`, `hybrid` and `local` share.
+
+The label's range is cut into S equal parts for each S in `levels`; the pixels whose label lies in one part are a
+context. In each context u, student and label are both centred on their median and divided by their mean
+absolute deviation over the context's pixels; a pixel's loss is the mean of |N_u(student) - N_u(label)| over the
+contexts it is in (Distill-Any-Depth, Sec. 3.1, equations for N_glo and L_Dis; contexts as in HDN, depth-range variant).
+
+Loss and gradient are computed together in the forward pass, in closed form: on the CPU image by image, in as many
+threads as torch may use (`_per_image`); elsewhere for the whole batch without waiting for the device (`_batched`).
+
+Choices where the paper is silent (ours): the maximum belongs to the last part; a context with fewer than MIN_PIXELS
+pixels, or whose label is constant, is dead: it is left out and counted; the lower median, as torch.median has it.
+`_hdn` has the choices of HDN's released code.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from distill.losses.normalize import Comparison
+from distill.losses.normalize._batched import batch_loss
+from distill.losses.normalize._per_image import Workspace, image_loss
+
+# Below this many values a thread costs more than it saves.
+_WORTH_THREADS = 1 << 16
+
+
+def _image_by_image(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    *,
+    levels: tuple[int, ...],
+    trim_top: float,
+    label_only: bool,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`batch_loss` by way of `image_loss`."""
+    gradient = torch.zeros_like(pred) if want_gradient else None
+    p, t, v = pred.numpy(), target.numpy(), valid.numpy()
+    w, g = (None if x is None else x.numpy() for x in (weight, gradient))
+
+    threads = min(len(pred), torch.get_num_threads()) if pred.numel() >= _WORTH_THREADS else 1
+
+    def one(b: int, space: Workspace) -> tuple[float, int]:
+        rows = p[b], t[b], v[b], None if w is None else w[b], None if g is None else g[b]
+        return image_loss(*rows, levels=levels, trim_top=trim_top, label_only=label_only, workspace=space)
+
+    def several(images: range) -> list[tuple[float, int]]:
+        space = Workspace(pred.shape[1], p.dtype)
+        return [one(b, space) for b in images]
+
+    found: list[tuple[float, int]] = [(0.0, 0)] * len(pred)
+    turns = [range(i, len(pred), threads) for i in range(threads)]
+    if threads > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            done = list(pool.map(several, turns))
+    else:
+        done = [several(turns[0])]
+    for turn, results in zip(turns, done, strict=True):
+        found[turn.start :: threads] = results
+    losses, live = torch.tensor([f[0] for f in found], dtype=pred.dtype), torch.tensor([f[1] for f in found])
+    return losses, gradient, live.long()
+
+
+class _ContextLoss(torch.autograd.Function):
+    """Per-image loss whose gradient is computed in the forward pass; differentiable once, in `pred`."""
+
+    @staticmethod
+    def forward(ctx, pred, target, valid, weight, levels, trim_top, label_only):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        flat = [None if x is None else x.detach().flatten(1).contiguous() for x in (pred, target, valid, weight)]
+        way = _image_by_image if pred.device.type == "cpu" else batch_loss
+        wanted = ctx.needs_input_grad[0]
+        losses, gradient, live = way(
+            *flat, levels=levels, trim_top=trim_top, label_only=label_only, want_gradient=wanted
+        )
+        if gradient is not None:
+            ctx.save_for_backward(gradient.reshape(pred.shape))
+        ctx.mark_non_differentiable(live)
+        return losses, live
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, _live):  # type: ignore[no-untyped-def]  # noqa: ANN001
+        (gradient,) = ctx.saved_tensors
+        return upstream[:, None, None] * gradient, None, None, None, None, None, None
+
+
+def compare_in_contexts(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    levels: tuple[int, ...],
+    *,
+    trim_top: float,
+    label_only: bool,
+    weight: Tensor | None = None,
+) -> Comparison:
+    """The comparison for the given `levels`, each a divisor of the largest. Half precision is raised to float32."""
+    work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
+    target = target.detach().to(work)
+    usable = valid & torch.isfinite(target)
+    weight = None if weight is None else weight.detach().to(work)
+    loss, live = _ContextLoss.apply(pred.to(work), target, usable, weight, levels, trim_top, label_only)
+    return Comparison(loss, live, sum(levels) - live)

@@ -1,0 +1,413 @@
+"""The label shard format: tars of regions and their depth labels, readable by plain webdataset.
+
+    <stem>-<part>.tar    per sample key K, in this order:
+        K.jpg                       the region as the student sees it, quality 95, 4:4:4
+        K.<teacher>.shared.jls      the teacher's map of it, in a codec of `distill.shards.codec.CODECS` (png, npy.gz)
+        K.<teacher>.local<i>.jls    its maps of the patches
+        K.json                      crop, patches, kinds, ranges, checksums, codec, seed
+    <stem>-<part>.json   what the tar holds and where, so that nothing has to be searched for
+    manifest.json        the whole run: recipe, teachers, image list, checksums, quarantine, licences
+
+A tar is written aside, synced and renamed: where it exists, it is complete. Equal content gives equal bytes.
+
+Shapes: S region size, N patches per region, P patch size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+import webdataset
+from torch.utils.data import Dataset
+
+from distill.data.sources import walk_tar
+from distill.shards.codec import REPAIR, VERSION, Sample, check_version, decode_sample, disagreements
+from distill.shards.codec import collate as collate
+
+MANIFEST = "manifest.json"
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write aside, sync, rename: `path` is the old file or the new one, never half of it. Raises OSError."""
+    try:
+        with _aside(path).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _aside(path).replace(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        _aside(path).unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> OSError:
+    return OSError(
+        error.errno,
+        f"cannot write {path}: {error.strerror or error}. What was finished is kept; mend this and run the same "
+        "command again",
+    )
+
+
+class _Hashing:
+    """A file that knows the checksum and the number of what was written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.sha256, self.size = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.size
+
+
+class ShardWriter:
+    """Writes one tar: aside until `close`, which makes it durable but leaves it aside; `publish` renames it.
+
+    In between, the caller writes down what the tar holds, so that a tar that can be seen has always been described.
+    As a context manager it removes an unpublished file, unless the process is killed: then the next run overwrites it.
+    Every method raises OSError naming the tar where the disk refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.index: list[tuple[str, int, int]] = []
+        try:
+            self._file = _aside(path).open("wb")
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        self._out = _Hashing(self._file)
+        self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._file.close()
+        except OSError as failed:
+            if error is None:
+                raise _cannot_write(self.path, failed) from failed
+        finally:
+            _aside(self.path).unlink(missing_ok=True)
+
+    def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
+        """Append a sample: `codec.encode_sample`'s members."""
+        start = self._tar.offset
+        try:
+            for name, data in members:
+                # TarInfo's own defaults: time 0, owner 0, mode 0644. Nothing of this machine gets in.
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                self._tar.addfile(info, io.BytesIO(data))
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        self._tar.members = []
+        self.index.append((key, start, self._tar.offset - start))
+
+    def close(self) -> dict[str, Any]:
+        """Finish and sync the file; returns {"name", "sha256", "bytes", "samples"}."""
+        try:
+            self._tar.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+        return {
+            "name": self.path.name,
+            "sha256": self._out.sha256.hexdigest(),
+            "bytes": self._out.size,
+            "samples": len(self.index),
+        }
+
+    def publish(self) -> None:
+        """Rename the finished file into place."""
+        try:
+            _aside(self.path).replace(self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise _cannot_write(self.path, error) from error
+
+
+# --- the manifest -----------------------------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `folder`/manifest.json, at once or not at all."""
+    text = json.dumps({**manifest, "version": VERSION}, sort_keys=True, indent=1, allow_nan=False)
+    write_atomic(folder / MANIFEST, text.encode() + b"\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a labels folder.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not ours, not whole, or too new.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
+        raise FileNotFoundError(f"{path} is missing: {reason}")
+    return read_json(path)
+
+
+def _check_keys(path: Path, value: dict[str, Any]) -> None:
+    """Raise ValueError unless a manifest, or the json of a tar, has what is read of it; other tables are let by."""
+    needed: list[tuple[str, Any, str]] = []
+    tars: Any = []
+    if path.name == MANIFEST:
+        needed += [("it", value, "teachers shards images quarantine")]
+        needed += [("images", value.get("images"), "count sha256 keys")]
+        tars = value.get("shards", [])
+    elif re.search(r"-\d{3,}$", path.stem):
+        needed += [("it", value, "part of images tar samples quarantine kinds")]
+        tars = [value["tar"]] if value.get("tar") is not None else []
+    needed += [
+        ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
+    ]
+    for what, table, keys in needed:
+        missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
+        if missing:
+            way_out = "delete it and run distill label again"
+            raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A json table of ours; raises ValueError naming the file where it is damaged, foreign or too new."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run distill label again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON table: not written by distill label")
+    check_version(value, path)
+    _check_keys(path, value)
+    return value
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_shard(path: str | Path, *, teachers: Sequence[str] | None = None) -> Iterator[Sample]:
+    """Stream the samples of one tar in order, through webdataset.
+
+    Raises OSError for a damaged or absent tar, ValueError for a newer version, LookupError for an absent teacher.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such shard")
+    # A list, since a plain string would have its braces expanded; "file:", since a colon would look like a protocol.
+    stream = webdataset.WebDataset([f"file:{path}"], shardshuffle=False, empty_check=False)
+    try:
+        for members in stream:
+            yield decode_sample(members, where=f"{path}:{members['__key__']}", teachers=teachers)
+    except tarfile.TarError as error:
+        reason = str(error.args[0]).partition(" @ ")[0]  # webdataset adds its objects
+        raise OSError(f"{path} is damaged ({reason}); {REPAIR}") from error
+
+
+def shard_index(path: Path) -> list[tuple[str, int, int]]:
+    """(sample key, first byte, number of bytes) of every sample in a tar, from its .json or else by walking it."""
+    sidecar = path.with_suffix(".json")
+    if sidecar.is_file():
+        said = read_json(sidecar)
+        if said.get("tar") and said["tar"]["bytes"] == path.stat().st_size:
+            return [(str(key), int(start), int(size)) for key, start, size in said["samples"]]
+    found: dict[str, list[int]] = {}
+    for member, problem in walk_tar(path):
+        if member is None or problem:
+            raise OSError(f"{path}: {problem}; delete it and its .json, and run distill label again")
+        end = member.offset_data + (member.size + 511) // 512 * 512
+        found.setdefault(member.name.split(".", 1)[0], [member.offset, end])[1] = end
+    return [(key, start, end - start) for key, (start, end) in found.items()]
+
+
+def _members(blob: bytes, where: str) -> dict[str, bytes]:
+    """The members of one sample, by what follows the key, from its bytes in the tar."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
+            return {m.name.split(".", 1)[-1]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+    except tarfile.TarError as error:
+        raise OSError(f"{where} is damaged ({error}); {REPAIR}") from error
+
+
+class LabelDataset(Dataset[Sample]):
+    """Every sample of a finished labels folder, at random access, in the order of tars and members.
+
+    folder: as `labelling.run` wrote it. teachers: the ones to decode (None: all). keys: image or sample keys to keep
+    (None: all). `keys` and `image_keys` have an item per sample; `duplicates` counts samples left out because an
+    earlier tar has their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
+    Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
+    """
+
+    _MAX_OPEN = 64
+
+    def __init__(
+        self, folder: str | Path, *, teachers: Sequence[str] | None = None, keys: Collection[str] | None = None
+    ) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        known = list(self.manifest["teachers"])
+        self.teachers = known if teachers is None else list(teachers)
+        for name in self.teachers:
+            if name not in known:
+                raise LookupError(f"{self.folder} has no labels by {name}; it has {', '.join(known)}")
+        self.tars: list[str] = []
+        self.keys: list[str] = []
+        self.duplicates = 0
+        wanted = None if keys is None else frozenset(keys)
+        seen: set[str] = set()
+        places: list[tuple[int, int, int]] = []
+        for shard in self.manifest["shards"]:
+            path = self._checked(shard)
+            for key, start, size in shard_index(path):
+                if key in seen:
+                    self.duplicates += 1
+                elif wanted is None or key in wanted or key.rsplit("-", 1)[0] in wanted:
+                    self.keys.append(key)
+                    places.append((len(self.tars), start, size))
+                seen.add(key)
+            self.tars.append(shard["name"])
+        if not self.keys:
+            raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
+        self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
+        self._places = np.array(places, dtype=np.int64)
+        self._open: dict[str, IO[bytes]] = {}
+
+    def _checked(self, shard: Mapping[str, Any]) -> Path:
+        path = self.folder / shard["name"]
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing, but {MANIFEST} lists it: copy it back or run distill label again"
+            )
+        if path.stat().st_size != shard["bytes"]:
+            raise OSError(
+                f"{path} is damaged: {path.stat().st_size} bytes, not the {shard['bytes']} that {MANIFEST} says; "
+                "delete it and run distill label again"
+            )
+        return path
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.by(index, self.teachers)
+
+    def by(self, index: int, teachers: Sequence[str]) -> Sample:
+        """Sample `index` with the labels of these teachers alone: the others' maps are not decoded."""
+        tar, start, size = self._places[index]
+        name = self.tars[tar]
+        where = f"{self.folder / name}:{self.keys[index]}"
+        # pread leaves the file's position alone, so that a forked worker may share the handle.
+        blob = os.pread(self._handle(name).fileno(), int(size), int(start))
+        if len(blob) != size:
+            raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
+        return decode_sample(_members(blob, where), where=where, teachers=teachers)
+
+    def _handle(self, name: str) -> IO[bytes]:
+        file = self._open.get(name)
+        if file is None:
+            if len(self._open) >= self._MAX_OPEN:
+                # Dropped, not closed: another thread may be reading from it.
+                self._open.pop(next(iter(self._open)), None)
+            file = self._open[name] = (self.folder / name).open("rb", buffering=0)
+        return file
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+def verify(folder: str | Path, *, report: Callable[..., None] | None = None) -> list[str]:
+    """Read a labels folder to the last pixel; returns its problems, one line each, naming the file. Empty is good.
+
+    Raises what `read_manifest` raises where there is nothing to compare with.
+    """
+    return [line for lines in find_problems(folder, report=report).values() for line in lines]
+
+
+def find_problems(folder: str | Path, *, report: Callable[..., None] | None = None) -> dict[str, list[str]]:
+    """What `verify` says, by the name of the tar; "" has what is wrong with the manifest itself."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    found: dict[str, list[str]] = {}
+    listed = {shard["name"] for shard in manifest["shards"]}
+    for path in sorted(folder.glob("*.tar")):
+        if path.name not in listed:
+            found[path.name] = [f"{path} is not in {MANIFEST}"]
+    images = manifest["images"]
+    if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
+        found[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
+    keys = set(images["keys"])
+    for done, shard in enumerate(manifest["shards"]):
+        if problems := _verify_shard(folder / shard["name"], shard, keys):
+            found[shard["name"]] = problems
+        if report:
+            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, found.values()))))
+    return found
+
+
+def hash_keys(keys: Sequence[str]) -> str:
+    """The sha256 of an image list, one key to a line."""
+    return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> list[str]:
+    if not path.is_file():
+        return [f"{path} is missing"]
+    problems = []
+    if file_sha256(path) != shard["sha256"]:
+        problems.append(f"{path}: its checksum is not the one in {MANIFEST}")
+    seen: list[str] = []
+    try:
+        for sample in read_shard(path):
+            problems += [f"{path}:{sample.key}: {said}" for said in disagreements(sample)]
+            if sample.image_key not in images:
+                problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
+            seen.append(sample.key)
+        if seen != [key for key, _, _ in shard_index(path)]:
+            problems.append(f"{path}: its .json does not list the samples it holds")
+    except (OSError, ValueError) as error:
+        problems.append(str(error))
+        return problems
+    if len(seen) != shard["samples"]:
+        problems.append(f"{path}: {len(seen)} samples, not the {shard['samples']} in {MANIFEST}")
+    if len(set(seen)) != len(seen):
+        problems.append(f"{path}: a key occurs twice")
+    return problems

@@ -1,0 +1,1 @@
+"""How it is learnt: the loop, its step, order and batches, what it leaves behind."""

@@ -1,0 +1,123 @@
+"""Changes to a batch that teach the student more than the photo does: flips, crops, colours.
+
+Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch, and alike on any
+number of processes and after a resume. Geometry moves image, shared map, patches and boxes together; colour changes the
+image alone, for the teacher saw the true ones (Depth Anything, Sec. 3.3). A random crop keeps the square's shape; a
+patch that reaches beyond it keeps its place (its box may leave [0,1]) and is valid where the student still sees it.
+
+Shapes: B regions, N patches per region, S region size, P patch size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.core.crops import generator, resize
+from distill.core.depth import DepthMap
+from distill.core.labels import Batch, Labels
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: bool, colour: float, crop: float) -> Batch:
+    """The batch as the student is to see it at these places of the stream, (B,) of them.
+
+    hflip: every second image is mirrored, by lot. colour: brightness, contrast and saturation are each multiplied by
+    1 + colour * U(-1, 1); 0 = off. crop: smallest area fraction of a random square of the region; 1 = off.
+    """
+    if not (hflip or colour or crop < 1.0):
+        return batch
+    draws = [generator("augment", seed, position) for position in positions]
+    images, labels = batch.images.clone(), dict(batch.labels)
+    if crop < 1.0:
+        squares = [_draw_square(draw, images.shape[-1], crop) for draw in draws]
+        for b, square in enumerate(squares):
+            images[b] = resize(_cut(images[b], square), *images.shape[-2:])
+        labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
+    if hflip:
+        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws])
+        images = _mirror(images, mirrored)
+        labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
+    if colour:
+        for b, draw in enumerate(draws):
+            images[b] = _jitter(images[b], 1.0 + colour * (2.0 * draw.random(3) - 1.0))
+    return Batch(batch.keys, images, labels)
+
+
+def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:
+    """Top, left and side of a square of a size x size region whose area fraction is uniform in [smallest, 1]."""
+    side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * draw.random())))
+    top, left = (int(draw.random() * (size - side + 1)) for _ in range(2))
+    return top, left, side
+
+
+def _cut(maps: Tensor, square: tuple[int, int, int]) -> Tensor:
+    top, left, side = square
+    return maps[..., top : top + side, left : left + side]
+
+
+def _crop_map(values: Tensor, valid: Tensor, square: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """(S,S) values and valid, cropped and brought back to S x S; valid where only valid pixels were mixed."""
+    size = values.shape[-1]
+    pair = torch.stack([torch.where(valid, values, 0.0), valid.float()])
+    mixed, weight = resize(_cut(pair, square)[None], size, size)[0]
+    usable = weight > 0.999
+    return torch.where(usable, mixed / weight.clamp(min=0.5), 0.0), usable
+
+
+def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: int) -> Labels:
+    shared = labels.shared
+    cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
+    values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))
+    corners = torch.tensor([[top, left, top, left] for top, left, _ in squares], dtype=labels.boxes.dtype)
+    sides = torch.tensor([side for *_, side in squares], dtype=labels.boxes.dtype)
+    boxes = (labels.boxes * size - corners[:, None]) / sides[:, None, None]
+    local = labels.local
+    if local is not None:
+        local = DepthMap(local.values, local.valid & _seen(boxes, local.values.shape[-1]), local.kind)
+    return Labels(DepthMap(values, valid, shared.kind), local, boxes)
+
+
+def _seen(boxes: Tensor, patch: int) -> Tensor:
+    """(B*N,P,P) bool: which pixels of each patch have their centre inside the region."""
+    flat = boxes.reshape(-1, 4)
+    centres = (torch.arange(patch, dtype=boxes.dtype) + 0.5) / patch
+    top, left, bottom, right = (flat[:, i, None] for i in range(4))
+    rows = top + (bottom - top) * centres
+    columns = left + (right - left) * centres
+    rows_in, columns_in = (rows >= 0) & (rows <= 1), (columns >= 0) & (columns <= 1)
+    return rows_in[:, :, None] & columns_in[:, None, :]
+
+
+def _mirror(maps: Tensor, mirrored: Tensor) -> Tensor:
+    """Rows of `maps` (R,...,W) whose `mirrored` (R,) is True, reversed along W."""
+    return torch.where(mirrored.reshape(-1, *[1] * (maps.ndim - 1)), maps.flip(-1), maps)
+
+
+def _mirror_labels(labels: Labels, mirrored: Tensor) -> Labels:
+    shared, local, boxes = labels.shared, labels.local, labels.boxes
+    other_side = torch.stack([boxes[..., 0], 1 - boxes[..., 3], boxes[..., 2], 1 - boxes[..., 1]], dim=-1)
+    if local is not None:
+        each = mirrored.repeat_interleave(len(local) // len(mirrored))
+        local = DepthMap(_mirror(local.values, each), _mirror(local.valid, each), local.kind)
+    return Labels(
+        DepthMap(_mirror(shared.values, mirrored), _mirror(shared.valid, mirrored), shared.kind),
+        local,
+        torch.where(mirrored[:, None, None], other_side, boxes),
+    )
+
+
+def _jitter(image: Tensor, strengths: np.ndarray) -> Tensor:
+    """(3,H,W) with brightness, contrast (about the mean grey) and saturation multiplied, clamped to [0,1]."""
+    brightness, contrast, saturation = (float(s) for s in strengths)
+    weights = image.new_tensor(LUMA)[:, None, None]
+    image = image * brightness
+    mean = (image * weights).sum(0).mean()
+    image = mean + (image - mean) * contrast
+    grey = (image * weights).sum(0)
+    return (grey + (image - grey) * saturation).clamp(0.0, 1.0)

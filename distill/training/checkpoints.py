@@ -1,0 +1,216 @@
+"""What a training run keeps on disk to go on from: checkpoints that are whole or not there at all.
+
+    <out>/checkpoints/step-00000500/
+        student/               a student folder as students.checkpoint writes it, of averaged weights if there are any
+        training.safetensors   student/<name>, optimizer/<parameter>/<name>, ema/<name>
+        state.json             step, settings, data, best step so far, alarm, and the size of every other file
+
+A checkpoint is written aside under a name that starts with a dot, brought to the disk and renamed. One whose files are
+missing or of another size than state.json says does not count. The best checkpoint by held-out loss is never pruned.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole checkpoint: its folder and its state.json."""
+
+    folder: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return int(self.state["step"])
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest held-out loss so far, if any was evaluated."""
+        best = self.state["best"]
+        return None if best is None else int(best["step"])
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Holds `out` for this process; ValueError where another run holds it. A killed process holds nothing."""
+    out.mkdir(parents=True, exist_ok=True)
+    # A record lock: unlike flock's it is not inherited by data workers, who can outlive a killed parent by seconds.
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{out}: another training run writes here; wait for it or choose another folder") from None
+        yield
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return out / "checkpoints" / f"step-{step:08d}"
+
+
+def find(out: Path) -> list[Checkpoint]:
+    """The whole checkpoints of a run, oldest first."""
+    folders = sorted((out / "checkpoints").glob("step-*"))
+    return [saved for folder in folders if (saved := _whole(folder)) is not None]
+
+
+def _whole(folder: Path) -> Checkpoint | None:
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        return None
+    sizes = {name: (folder / name).stat().st_size for name in state["files"] if (folder / name).is_file()}
+    return Checkpoint(folder, state) if sizes == state["files"] else None
+
+
+def clean(out: Path) -> None:
+    """Removes what a killed run left half-written, and checkpoints that are not whole."""
+    whole = {saved.folder for saved in find(out)}
+    for folder in (out / "checkpoints").glob("*"):
+        if folder not in whole:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def save(
+    out: Path,
+    *,
+    state: Mapping[str, Any],
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: AveragedModel | None,
+    save_student: Callable[[Path], object],
+    keep_last: int,
+) -> None:
+    """Writes the checkpoint of state["step"] and prunes older ones; OSError that names the step to go on from."""
+    final = folder_of(out, state["step"])
+    aside = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        save_file(_tensors(student, optimizer, ema), aside / "training.safetensors")
+        save_student(aside / "student")
+        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
+        text = json.dumps({"version": VERSION, **state, "files": files}, indent=1)
+        (aside / "state.json").write_text(text + "\n", encoding="utf-8")
+        publish(aside, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        last = max((saved.step for saved in find(out)), default=0)
+        raise OSError(f"{final}: cannot be written ({error}); started again, it goes on from step {last}") from None
+    _prune(out, keep_last, state["best"])
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Brings a folder to the disk and gives it its final name, replacing what was there."""
+    for path in [*aside.rglob("*"), aside]:
+        _sync(path)
+    if final.exists():
+        old = final.with_name(f".{final.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+        aside.rename(final)
+        shutil.rmtree(old)
+    else:
+        aside.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _prune(out: Path, keep_last: int, best: Mapping[str, Any] | None) -> None:
+    there = find(out)
+    keep = {saved.folder for saved in there[-keep_last:]}
+    if best is not None:
+        keep.add(folder_of(out, best["step"]))
+    for saved in there:
+        if saved.folder not in keep:
+            shutil.rmtree(saved.folder)
+
+
+def _names(student: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Parameter names in the order in which the optimizer numbers them."""
+    by_id = {id(p): name for name, p in student.named_parameters()}
+    return [by_id[id(p)] for group in optimizer.param_groups for p in group["params"]]
+
+
+def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None) -> dict[str, Tensor]:
+    tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
+    names = _names(student, optimizer)
+    for number, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{names[number]}/{key}": value for key, value in entries.items()}
+    if ema is not None:
+        tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
+    # Copies: safetensors refuses tensors that are strided (channels_last) or share memory (tied weights).
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+
+
+def _read(saved: Checkpoint) -> dict[str, Tensor]:
+    path = saved.folder / "training.safetensors"
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete {saved.folder}, and training goes on from the checkpoint before it"
+        ) from None
+
+
+def restore(
+    saved: Checkpoint, *, student: nn.Module, optimizer: torch.optim.Optimizer, ema: AveragedModel | None
+) -> None:
+    """Puts a checkpoint's weights and optimizer state into these objects, strictly."""
+    tensors = _read(saved)
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    try:
+        student.load_state_dict(under("student/"))
+        if ema is not None:
+            ema.load_state_dict(under("ema/"))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{saved.folder} holds another student ({str(error).splitlines()[-1].strip()}); build the same one, or "
+            f"choose another output folder"
+        ) from None
+    numbers = {name: number for number, name in enumerate(_names(student, optimizer))}
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name, value in under("optimizer/").items():
+        parameter, _, key = name.rpartition("/")
+        if parameter not in numbers:
+            raise ValueError(f"{saved.folder} trained {parameter}, which is not trainable now; give the same settings")
+        entries.setdefault(numbers[parameter], {})[key] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def load_weights(saved: Checkpoint, student: nn.Module, *, averaged: bool) -> None:
+    """The checkpoint's weights alone, the averaged ones where asked for."""
+    prefix = "ema/module." if averaged else "student/"
+    tensors = _read(saved)
+    student.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})

@@ -1,0 +1,177 @@
+"""What a training run's log says about its health: a name for each failure, its numbers, and the remedy.
+
+The failures are those that people who re-implement Distill-Any-Depth report: the output's scale runs away, the output
+collapses to a constant, contexts without information, a learning rate that is too high or too low, a GPU that waits for
+data. Thresholds are ours.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.core.findings import Finding
+from distill.training import trainlog
+
+FEWEST = 10
+"""Steps that a verdict needs."""
+DRIFT, COLLAPSE = 3.0, 0.02
+"""The output's deviation over its labels': more, or less, than so many times is a failure."""
+CONTEXTS = {"hybrid": 7, "local": 4, "global": 1, "none": 1}
+
+Line = dict[str, Any]
+
+
+def find_log(path: Path) -> Path:
+    """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names what was looked for."""
+    tried = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
+    found = [one for one in tried if one.is_file()]
+    if not found:
+        raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, tried))}")
+    return found[0]
+
+
+def check_run(path: Path) -> list[Finding]:
+    """Everything looked at, the worst first. path: see `find_log`. Raises ValueError for what is no log."""
+    log = find_log(path)
+    try:
+        lines = trainlog.read(log)
+        about = log.with_name("run.json")
+        run: Line = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{log}: not a training log ({error}); give the log.jsonl of a run") from error
+    steps = [line for line in lines if "loss" in line]
+    if not steps:
+        raise ValueError(f"{log}: no step was logged; the run stopped before its first step")
+    settings: Line = run.get("settings", {})
+    found = [*_stopped(steps, log), *_idle(lines)]
+    finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
+    if len(finite) < FEWEST:
+        found.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
+    else:
+        warmup = min(int(settings.get("warmup_steps", 0)), len(finite) // 2)
+        found += [
+            _scale(finite, warmup),
+            _contexts(finite, run),
+            _rate(finite, warmup, settings),
+            _gradient(finite, settings),
+            _waiting(finite, settings),
+            *_held_out(lines),
+        ]
+    order = ("bad", "warn", "ok")
+    return sorted(found, key=lambda finding: order.index(finding.level))
+
+
+def _mean(lines: Sequence[Line], name: str) -> float:
+    return statistics.fmean(line[name] for line in lines if line.get(name) is not None)
+
+
+def _ends(lines: Sequence[Line], warmup: int) -> tuple[Sequence[Line], Sequence[Line]]:
+    """The first fifth after the warm-up, and the last fifth."""
+    after = lines[warmup:]
+    size = max(3, len(after) // 5)
+    return after[:size], after[-size:]
+
+
+def _stopped(steps: Sequence[Line], log: Path) -> list[Finding]:
+    bad = [line["step"] for line in steps if line["loss"] is None or line["grad_norm"] is None]
+    if not bad:
+        return []
+    dumped = sorted(log.parent.glob(f"bad_batch_{bad[-1]}*"))
+    where = f"; the batch is in {dumped[0]}" if dumped else ""
+    remedy = "look at that batch's labels; if they are sound, lower lr or clip_norm"
+    return [Finding("bad", f"not finite: the loss or the gradient of step {bad[-1]}{where}", remedy)]
+
+
+def _idle(lines: Sequence[Line]) -> list[Finding]:
+    idle = [name for line in lines for name in line.get("without_gradient", [])]
+    if not idle:
+        return []
+    what = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
+    return [Finding("warn", what, "harmless for a mask token; otherwise the decoder skips a part")]
+
+
+def _scale(steps: Sequence[Line], warmup: int) -> Finding:
+    """Drift and collapse, of the output's deviation relative to its labels'."""
+    first, last = [
+        _mean(part, "output_deviation") / max(_mean(part, "label_deviation"), 1e-12) for part in _ends(steps, warmup)
+    ]
+    numbers = f"the output's deviation went from {first:.3g} to {last:.3g} times the labels'"
+    if last > DRIFT and last > 1.5 * first:
+        remedy = (
+            "set loss.anchor = 0.05, or loss.label_only = true; an invariant loss alone can only lengthen the output"
+        )
+        return Finding("bad" if last > 3 * DRIFT else "warn", f"drift: {numbers}", remedy)
+    if last < COLLAPSE:
+        remedy = "lower lr, warm up longer, and look at the labels with `distill inspect`"
+        return Finding("bad", f"collapse to a constant: {numbers}", remedy)
+    return Finding("ok", f"scale: {numbers}")
+
+
+def _contexts(steps: Sequence[Line], run: Line) -> Finding:
+    dead = [line["parts"]["dead_contexts"] for line in steps if "dead_contexts" in line.get("parts", {})]
+    if not dead:
+        return Finding("ok", "contexts: not logged")
+    loss = run.get("card", {}).get("recipe", {}).get("loss", {})
+    total = CONTEXTS.get(loss.get("normalization", ""), 7)
+    mean = statistics.fmean(dead)
+    what = f"{mean:.2f} of {total} contexts carry no information (too few pixels, or a constant label)"
+    if mean > 0.5 * total:
+        remedy = "labels are flat or mostly invalid: `distill inspect`; or normalize globally"
+        return Finding("bad", f"dead contexts: {what}", remedy)
+    return Finding("ok", f"contexts: {what}")
+
+
+def _rate(steps: Sequence[Line], warmup: int, settings: Line) -> Finding:
+    """Whether the loss fell after the warm-up: up is a rate too high, flat one too low."""
+    first, last = (_mean(part, "loss") for part in _ends(steps, warmup))
+    change = (last - first) / max(abs(first), 1e-12)
+    lr = settings.get("lr")
+    said = f"the loss went from {first:.4g} to {last:.4g} ({change:+.0%}) after the warm-up" + (
+        f", lr {lr:g}" if lr else ""
+    )
+    if change > 0.1:
+        return Finding("bad", f"learning rate too high: {said}", "divide lr by 3 to 10, or warm up longer")
+    if abs(change) < 0.01 and len(steps) >= 5 * FEWEST:
+        remedy = "raise lr, or unfreeze more; a run that began where it ends has nothing to learn"
+        return Finding("warn", f"learning rate too low, or converged: {said}", remedy)
+    return Finding("ok", f"learning rate: {said}")
+
+
+def _gradient(steps: Sequence[Line], settings: Line) -> Finding:
+    limit = float(settings.get("clip_norm") or 0.0)
+    norms = [line["grad_norm"] for line in steps]
+    middle, largest = statistics.median(norms), max(norms)
+    what = f"gradient norm: median {middle:.3g}, largest {largest:.3g}" + (f", clipped at {limit:g}" if limit else "")
+    if limit and middle > 10 * limit:
+        return Finding(
+            "warn", f"every step is clipped: {what}", "lower lr, or raise clip_norm: the loss is far steeper"
+        )
+    return Finding("ok", what)
+
+
+def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
+    timed = [line for line in steps[1:] if "data_wait" in line and "seconds" in line]
+    if not timed:
+        return Finding("ok", "data wait: not logged")
+    wait = sum(line["data_wait"] * line["seconds"] for line in timed) / sum(line["seconds"] for line in timed)
+    what = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
+    if wait > 0.05:
+        remedy = "raise train.workers; keep the labels on a local disk; store them as jls (labels.codec)"
+        return Finding("bad" if wait > 0.3 else "warn", f"data wait: {what}", remedy)
+    return Finding("ok", f"data wait: {what}")
+
+
+def _held_out(lines: Sequence[Line]) -> list[Finding]:
+    held = [(line["step"], line["heldout"]) for line in lines if line.get("heldout") is not None]
+    if len(held) < 3:
+        return []
+    step, best = min(held, key=lambda pair: pair[1])
+    last = held[-1][1]
+    what = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
+    if last > 1.1 * best:
+        return [Finding("warn", f"overfitting: {what}", "more images or draws, or patience to stop early")]
+    return [Finding("ok", what)]

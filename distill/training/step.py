@@ -1,0 +1,285 @@
+"""One optimizer step: from the micro-batches of a global batch to changed weights and a line of the log.
+
+Losses are per image and are averaged here alone, over the global batch. The student runs under autocast, the objective
+never does. A loss or gradient that is not finite stops the run before anything is applied.
+Shapes: B images of a micro-batch, H, W.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from distill.core.crops import generator
+from distill.core.labels import Labels
+from distill.training.batches import MicroBatch
+from distill.training.schedule import TrainSettings, set_rates
+from distill.training.trainlog import ScaleAlarm, StepLog, dump_batch, map_statistics
+
+STATISTICS = ("loss", "output_median", "output_deviation", "label_median", "label_deviation", "labelled")
+
+
+class TrainingStoppedError(ValueError):
+    """A loss or gradient was not finite; the message names the step and where the batch was written."""
+
+
+class ObjectiveLike(Protocol):
+    """losses.objective.Objective, or anything with its signature: the total (B,) and its named parts, each (B,)."""
+
+    def __call__(
+        self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None, /
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """pred: (B,H,W) float32; features of the student and of the reference encoder, where there is one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """The processes of a run as a step sees them.
+
+    add: sums a tensor over all; gather: joins their lists; wait: for all. without_exchange: a backward pass under it
+    keeps its gradient to itself. track: hands numbers to the trackers.
+    """
+
+    index: int
+    count: int
+    device: torch.device
+    add: Callable[[Tensor], Tensor]
+    gather: Callable[[list[Any]], list[Any]]
+    wait: Callable[[], None]
+    without_exchange: Callable[[nn.Module], AbstractContextManager[Any]]
+    track: Callable[[Mapping[str, float], int], None]
+
+    @property
+    def main(self) -> bool:
+        """True in the one process that writes."""
+        return self.index == 0
+
+
+@dataclass(slots=True, kw_only=True)
+class TrainingRun:
+    """One process's view of a run. `model` is what is called in training, `student` the bare network inside it."""
+
+    processes: Processes
+    settings: TrainSettings
+    out: Path
+    student: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: AveragedModel | None
+    reference: nn.Module | None
+    objective: ObjectiveLike
+    alarm: ScaleAlarm
+    save_student: Callable[..., object]
+    card: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    log: StepLog | None = None
+    step: int = 0
+    loss: float = math.nan
+    best: dict[str, Any] | None = None
+    evaluations_since_best: int = 0
+    names: tuple[str, ...] = ()
+    seconds: float = 0.0
+    waited: float = 0.0
+    steps_here: int = 0
+
+    @property
+    def kept(self) -> nn.Module:
+        """The weights that are evaluated and kept."""
+        return self.student if self.ema is None else self.ema.module
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Everything that is trained."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def make_ready(student: nn.Module, settings: TrainSettings, *, device: torch.device, processes: int) -> None:
+    """Freezes, converts and moves the student as the settings say; ValueError where it cannot be done."""
+    if settings.freeze_encoder:
+        encoder = student.encoder
+        assert isinstance(encoder, nn.Module)
+        encoder.requires_grad_(False)
+        if callable(freeze := getattr(encoder, "freeze", None)):
+            freeze()  # an Encoder records that it is frozen, so that its folder may leave it out
+    if settings.gradient_checkpointing:
+        able = [m for m in student.modules() if callable(getattr(m, "set_grad_checkpointing", None))]
+        if not able:
+            raise ValueError("gradient_checkpointing: no part of this student can recompute itself; switch it off")
+        able[0].set_grad_checkpointing(True)  # type: ignore[operator]
+    student.to(device)
+    if settings.channels_last:
+        student.to(memory_format=torch.channels_last)
+    if settings.batchnorm == "sync" and processes > 1:
+        if device.type != "cuda":
+            raise ValueError('batchnorm = "sync" needs CUDA; take "frozen", or a student without BatchNorm')
+        nn.SyncBatchNorm.convert_sync_batchnorm(student)
+
+
+def averaged(student: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the student that follows it by an exponential moving average; buffers are copied."""
+
+    def follow(averages: Any, current: Any, count: Any) -> None:
+        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        torch._foreach_lerp_(averages, current, 1.0 - now)
+
+    return AveragedModel(student, multi_avg_fn=follow)
+
+
+def set_mode(run: TrainingRun) -> None:
+    """Training mode, except for what is frozen; called again where that changes."""
+    run.student.train()
+    early = run.step < run.settings.freeze_steps
+    if run.settings.freeze_steps:
+        for group in run.optimizer.param_groups:
+            if group["name"].startswith("encoder"):
+                for p in group["params"]:
+                    p.requires_grad_(not early)
+    if run.settings.freeze_encoder or early:
+        encoder = run.student.encoder
+        assert isinstance(encoder, nn.Module)
+        encoder.eval()
+    if run.settings.batchnorm == "frozen":
+        for module in run.student.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
+    """One optimizer step on the next `accumulate` micro-batches: its line of the log.
+
+    Raises TrainingStoppedError, before anything is applied, where the loss or the gradient is not finite.
+    """
+    s, processes = run.settings, run.processes
+    start, waited = time.perf_counter(), 0.0
+    rates = set_rates(run.optimizer, run.step, s)
+    run.optimizer.zero_grad(set_to_none=True)
+    seen: list[tuple[MicroBatch, Tensor]] = []
+    sums: dict[str, Tensor] = {}
+    for part in range(s.accumulate):
+        before = time.perf_counter()
+        micro = next(micros)
+        waited += time.perf_counter() - before
+        micro = micro.to(processes.device)
+        # After the data: reading draws from the same generator.
+        _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)
+        last = part == s.accumulate - 1
+        with contextlib.nullcontext() if last else processes.without_exchange(run.model):
+            losses, found = _learn(run, micro)
+        seen.append((micro, losses))
+        for name, value in found.items():
+            sums[name] = sums[name] + value if name in sums else value
+    parameters = run.parameters
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    line = _line(run, _reduce(run, sums, norm), teacher=seen[0][0].teacher, rates=rates)
+    if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+        _stop(run, line, seen)
+    if s.clip_norm:
+        nn.utils.clip_grads_with_norm_(parameters, s.clip_norm, norm)
+    run.optimizer.step()
+    if run.ema is not None:
+        run.ema.update_parameters(run.student)
+    if run.step == 0 and run.log:
+        idle = [name for name, p in run.student.named_parameters() if p.requires_grad and p.grad is None]
+        if idle:
+            run.log.write({"step": 1, "without_gradient": idle})
+    if processes.device.type == "cuda":
+        line["memory"] = torch.cuda.max_memory_allocated(processes.device) / 2**30
+    seconds = time.perf_counter() - start
+    run.seconds, run.waited, run.steps_here = run.seconds + seconds, run.waited + waited, run.steps_here + 1
+    return line | {"images_per_s": s.batch_size / seconds, "data_wait": waited / seconds, "seconds": seconds}
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seeds dropout. torch.manual_seed would queue a call, with its stack, for every backend that is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
+def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The objective's total (B,) and parts (B,) on a micro-batch, and the prediction (B,H,W); all float32."""
+    images = micro.batch.images
+    if run.settings.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    features = wanted = None
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
+        if run.reference is None:
+            pred = module(images)
+        else:
+            pred, features = module(images, with_features=True)
+            features = features.float()
+            with torch.no_grad():
+                wanted = run.reference(images)[-1][0].float()
+    pred = pred.float()
+    losses, parts = run.objective(pred, micro.labels, features, wanted)
+    if losses.shape != images.shape[:1]:
+        raise ValueError(f"the objective must return one loss per image, ({len(images)},), not {tuple(losses.shape)}")
+    return losses, parts, pred
+
+
+def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds a micro-batch's gradient; returns its losses (B,) and the sums over its images of all that is logged."""
+    losses, parts, pred = measure(run, run.model, micro)
+    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
+    (losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
+    losses = losses.detach()
+    output, label = map_statistics(pred), map_statistics(micro.labels.shared.values, micro.labels.shared.valid)
+    statistics = [losses.double().sum(), output[0], output[1], *label]
+    found = dict(zip(STATISTICS, statistics, strict=True))
+    return losses, found | {f"parts/{name}": value.detach().double().sum() for name, value in parts.items()}
+
+
+def _reduce(run: TrainingRun, sums: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+    """The sums over all processes, and the gradient's norm, which they share: the one wait for the device in a step."""
+    zero = torch.zeros((), dtype=torch.float64, device=norm.device)
+    while True:
+        fresh = [name for name in sums if name not in run.names]
+        vector = torch.stack([zero + len(fresh), *(sums.get(name, zero) for name in run.names)])
+        total = torch.cat([run.processes.add(vector), norm.detach().double().reshape(1)]).tolist()
+        if total[0] == 0:
+            return dict(zip(run.names, total[1:-1], strict=True)) | {"grad_norm": total[-1]}
+        # A name that some process has not met yet (in the first step: all). All agree on the list and go again.
+        run.names = tuple(sorted({*run.names, *run.processes.gather(fresh)}))
+
+
+def _line(run: TrainingRun, sums: Mapping[str, float], *, teacher: str, rates: Mapping[str, float]) -> dict[str, Any]:
+    images, labelled = run.settings.batch_size, max(1.0, sums["labelled"])
+    return {
+        "step": run.step + 1,
+        "loss": sums["loss"] / images,
+        "lr": rates["decoder"],
+        "encoder_lr": rates["encoder"],
+        "parts": {n.removeprefix("parts/"): v / images for n, v in sums.items() if n.startswith("parts/")},
+        "teacher": teacher,
+        "output_median": sums["output_median"] / images,
+        "output_deviation": sums["output_deviation"] / images,
+        "label_median": sums["label_median"] / labelled,
+        "label_deviation": sums["label_deviation"] / labelled,
+        "grad_norm": sums["grad_norm"],
+    }
+
+
+def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatch, Tensor]]) -> NoReturn:
+    folder = run.out / f"bad_batch_{line['step']}"
+    batches, losses = [micro.batch for micro, _ in seen], [loss for _, loss in seen]
+    dump_batch(folder, f"process-{run.processes.index}", batches=batches, losses=losses, facts=line)
+    if run.log:
+        run.log.write(line)
+    keys = [key for batch in batches for key in batch.keys]
+    bad = [key for key, finite in zip(keys, torch.cat(losses).isfinite().tolist(), strict=True) if not finite]
+    named = f" (not finite: {', '.join(bad[:3])})" if bad else ""
+    raise TrainingStoppedError(
+        f"step {line['step']}: the loss is {line['loss']}, the gradient's norm {line['grad_norm']}; nothing of it was "
+        f"applied. The batch is in {folder}{named}: look at its labels, lower lr, or leave its images out"
+    )

@@ -1,0 +1,386 @@
+"""The training loop, and the only place that knows accelerate.
+
+One step learns from one global batch, whatever number of processes and micro-batches share it: losses are per image and
+are averaged here, over the global batch, so 1 x 8 = 2 x 4 = 1 x 4 accumulated twice. Order, teacher, rate, augmentation
+and dropout seed are pure functions of (seed, step), so a resumed run is the run that was never killed: bit for bit on
+a CPU with as many threads. Batch statistics and dropout alone know how a batch was cut: see `batchnorm`.
+
+Of accelerate this uses processes, devices, gradient exchange and trackers. It prepares neither loader (ours is already
+cut by process) nor scheduler (it would step once per process); autocast covers the student alone, never the loss.
+
+<out>/ holds log.jsonl (training.trainlog), checkpoints/ (training.checkpoints), run.json, tensorboard/ and, in the end,
+student/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch import nn
+
+from distill.shards import shards
+from distill.students import checkpoint
+from distill.training import checkpoints
+from distill.training.batches import Collate, Labelled, MicroBatch, heldout_batches, training_batches
+from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out
+from distill.training.schedule import CHANGEABLE, TrainSettings, make_optimizer
+from distill.training.step import (
+    ObjectiveLike,
+    Processes,
+    TrainingRun,
+    TrainingStoppedError,
+    averaged,
+    make_ready,
+    measure,
+    set_mode,
+    take_step,
+)
+from distill.training.trainlog import ScaleAlarm, StepLog
+
+__all__ = ["TrainResult", "TrainSettings", "TrainingStoppedError", "train"]
+
+REPORTED = ("loss", "lr", "grad_norm", "output_median", "output_deviation", "images_per_s", "data_wait")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """How a run ended. folder: the student of `selected_step`: the best by held-out loss, or the last.
+
+    loss: of the last step; heldout: the lowest held-out loss, None without held-out samples. images_per_s and data_wait
+    (the fraction of the time spent waiting for data) are means over the steps done by this call, 0 if there was none.
+    """
+
+    step: int
+    selected_step: int
+    loss: float
+    heldout: float | None
+    folder: Path
+    log: Path
+    images_per_s: float
+    data_wait: float
+
+
+def train(
+    student: nn.Module,
+    dataset: Labelled,
+    objective: ObjectiveLike,
+    *,
+    out: Path,
+    settings: TrainSettings,
+    collate: Collate = shards.collate,
+    heldout: Labelled | None = None,
+    reference: nn.Module | None = None,
+    card: Mapping[str, Any] | None = None,
+    identity: str = "",
+    save: Callable[..., object] = checkpoint.save,
+    report: Callable[..., None] | None = None,
+) -> TrainResult:
+    """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
+
+    student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
+    up holding the weights in out/student.
+    heldout: labels that choose the checkpoint; None: `settings.holdout` of the dataset's images.
+    reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
+    features), and the objective also gets reference(images)[-1][0].
+    card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
+    the run what it is (recipe, labels): a resume with another one is refused.
+    save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), by the main
+    process only.
+
+    Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
+    finite, OSError where something cannot be read or written; what was saved until then stays.
+    """
+    out = Path(out)
+    if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
+        raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+    accelerator = _accelerator(settings, out)
+    if heldout is None:
+        kept, held = hold_out(dataset.image_keys, settings.holdout)
+    else:
+        kept, held = list(range(len(dataset))), list(range(len(heldout)))
+    batches = MicroBatchPositions(
+        order=Order(tuple(kept), settings.seed),
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        steps=settings.steps,
+    )
+    with checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext():
+        run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
+        run.save_student, run.card = save, dict(card or {})
+        run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
+        try:
+            _resume(run)
+            _open_trackers(run, accelerator)
+            micros = training_batches(dataset, batches.after(run.step), collate=collate, settings=settings)
+            _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
+            return _finish(run)
+        finally:
+            if run.log:
+                run.log.close()
+            # Not accelerator.end_training(): it ends the process group too, and an ablation's next run needs it.
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The samples that choose the checkpoint."""
+
+    dataset: Labelled
+    indices: Sequence[int]
+    collate: Collate
+
+
+# --- before the first step --------------------------------------------------------------------------------------------
+
+
+def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    if missing := [name for name in settings.trackers if name not in installed]:
+        raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
+    accelerator = Accelerator(
+        cpu=settings.cpu,
+        # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(settings.trackers) or None,
+        project_dir=out / "tensorboard",
+        # A pre-trained encoder may hold a parameter that no output depends on; without this such a student would hang.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
+            f"parallelism, so launch with --multi_gpu or --cpu"
+        )
+    return accelerator
+
+
+def _processes(accelerator: Accelerator) -> Processes:
+    return Processes(
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        device=accelerator.device,
+        add=lambda tensor: accelerator.reduce(tensor, "sum"),
+        gather=gather_object,
+        wait=accelerator.wait_for_everyone,
+        without_exchange=accelerator.no_sync,
+        track=lambda values, step: accelerator.log(dict(values), step=step),
+    )
+
+
+def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
+    """Everything on its device and wrapped, at its starting weights."""
+    processes = _processes(accelerator)
+    for part in (given["objective"], given["reference"]):
+        if isinstance(part, nn.Module):
+            part.to(processes.device)
+    if given["reference"] is not None:
+        given["reference"].eval().requires_grad_(False)
+    make_ready(student, settings, device=processes.device, processes=processes.count)
+    # Before the first copy is made of it: wrapping gives every process the main one's starting weights.
+    model = accelerator.prepare_model(torch.compile(student) if settings.compile else student)
+    return TrainingRun(
+        processes=processes,
+        settings=settings,
+        student=student,
+        model=model,
+        optimizer=make_optimizer(student, settings),
+        save_student=checkpoint.save,
+        ema=averaged(student, settings.ema) if settings.ema else None,
+        alarm=ScaleAlarm(settings.alarm_growth),
+        **given,
+    )
+
+
+def _resume(run: TrainingRun) -> None:
+    """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
+    if run.processes.main:
+        checkpoints.clean(run.out)
+    run.processes.wait()
+    saved = next(reversed(checkpoints.find(run.out)), None)
+    steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
+    if len(steps) > 1:
+        raise ValueError(f"{run.out} is not the same folder for all processes, which see steps {steps}: share it")
+    if saved is not None:
+        _check_same(run, saved)
+        checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
+        state = saved.state
+        run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
+        run.evaluations_since_best = state["evaluations_since_best"]
+        run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
+    if run.processes.main:
+        run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
+        facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
+        facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
+        text = json.dumps(facts | {"settings": run.settings.as_dict(), "card": run.card}, indent=1)
+        (run.out / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
+    if run.settings.trackers:
+        # The curves after the checkpoint are drawn anew.
+        accelerator.init_trackers(run.out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
+
+
+def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
+    """ValueError where the checkpoint belongs to another run."""
+    # A setting that an older checkpoint does not know had its default then.
+    defaults = TrainSettings(steps=max(1, run.settings.warmup_steps + 1), batch_size=1).as_dict()
+    now, then = run.settings.as_dict(), defaults | saved.state["settings"]
+    changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
+    differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
+    if run.facts["data"] != saved.state["data"]:
+        differences.append(f"other training data ({run.facts['samples']} samples, not {saved.state['samples']})")
+    if run.facts["identity"] != saved.state["identity"]:
+        differences.append("another recipe")
+    if differences:
+        raise ValueError(
+            f"{run.out} holds a run of step {saved.step} that this one cannot continue: {'; '.join(differences)}. "
+            f"Give it back its settings, or choose another output folder"
+        )
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: Callable[..., None] | None) -> None:
+    s = run.settings
+    set_mode(run)
+    while run.step < s.steps and not _out_of_patience(run):
+        if run.step == s.freeze_steps:
+            set_mode(run)
+        line = take_step(run, micros)
+        run.step, run.loss = line["step"], line["loss"]
+        last = run.step == s.steps
+        if run.step % s.log_every == 0 or last:
+            _write(run, line)
+        alarm = run.alarm.watch(
+            run.step,
+            line["output_deviation"],
+            label_deviation=line["label_deviation"],
+            warmup_end=max(1, s.warmup_steps),
+        )
+        if alarm and run.log:
+            run.log.write({"step": run.step, "alarm": alarm})
+        better = False
+        if held.indices and (last or (s.eval_every and run.step % s.eval_every == 0)):
+            better = _evaluate(run, held)
+            set_mode(run)
+        if better or last or _out_of_patience(run) or (s.save_every and run.step % s.save_every == 0):
+            _save(run)
+        if report and run.processes.main:
+            best = {} if run.best is None else {"heldout": run.best["heldout"]}
+            parts = {f"parts/{name}": value for name, value in line["parts"].items()}
+            memory = {"memory_bytes": line["memory"] * 2**30} if "memory" in line else {}
+            report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best, **parts, **memory)
+
+
+def _out_of_patience(run: TrainingRun) -> bool:
+    return 0 < run.settings.patience <= run.evaluations_since_best
+
+
+def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
+    if run.log:
+        run.log.write(line)
+    if run.settings.trackers:
+        flat = {name: value for name, value in line.items() if isinstance(value, float)}
+        flat |= {f"parts/{name}": value for name, value in line.get("parts", {}).items()}
+        run.processes.track(flat, line["step"])
+
+
+# --- held-out labels and checkpoints ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _evaluate(run: TrainingRun, held: _Held) -> bool:
+    """Logs the held-out loss of the kept weights, a mean over images; True where it is the lowest so far."""
+    processes = run.processes
+    batches = heldout_batches(
+        held.dataset,
+        held.indices,
+        collate=held.collate,
+        settings=run.settings,
+        process=processes.index,
+        processes=processes.count,
+    )
+    run.kept.eval()
+    total = torch.zeros((), dtype=torch.float64, device=processes.device)
+    for batch in batches:
+        for weight, micro in batch:
+            total += weight * measure(run, run.kept, micro.to(processes.device))[0].double().sum()
+    loss = float(processes.add(total)) / len(held.indices)
+    better = math.isfinite(loss) and (run.best is None or loss < run.best["heldout"])
+    if better:
+        run.best = {"step": run.step, "heldout": loss}
+    run.evaluations_since_best = 0 if better else run.evaluations_since_best + 1
+    _write(run, {"step": run.step, "heldout": loss, "samples": len(held.indices)})
+    return better
+
+
+def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
+    heldout = run.best["heldout"] if run.best is not None and run.best["step"] == step else None
+    facts = {"chosen": chosen, "step": step, "heldout_loss": heldout, "averaged": run.ema is not None}
+    facts |= {"samples": run.facts["samples"], "settings": run.settings.as_dict()}
+    return {**run.card, "training": facts}
+
+
+def _save(run: TrainingRun) -> None:
+    if not run.processes.main:
+        return
+    assert run.log is not None
+    run.log.sync()
+    card = _card(run, "a checkpoint on the way", run.step)
+    checkpoints.save(
+        run.out,
+        state={
+            "step": run.step,
+            "loss": run.loss,
+            "best": run.best,
+            "evaluations_since_best": run.evaluations_since_best,
+            "alarm": run.alarm.state(),
+            **run.facts,
+            "settings": run.settings.as_dict(),
+        },
+        student=run.student,
+        optimizer=run.optimizer,
+        ema=run.ema,
+        save_student=lambda folder: run.save_student(run.kept, folder, card=card),
+        keep_last=run.settings.keep_last,
+    )
+
+
+def _finish(run: TrainingRun) -> TrainResult:
+    """Writes out/student from the chosen checkpoint, on disk already, and leaves its weights in the student."""
+    run.processes.wait()
+    step = run.step if run.best is None else int(run.best["step"])
+    chosen = "the last step" if run.best is None else "lowest loss on held-out labels"
+    saved = next(found for found in checkpoints.find(run.out) if found.step == step)
+    checkpoints.load_weights(saved, run.student, averaged=run.ema is not None)
+    run.student.eval()
+    folder = run.out / "student"
+    if run.processes.main:
+        run.save_student(run.student, folder, card=_card(run, chosen, step))
+    run.processes.wait()
+    return TrainResult(
+        step=run.step,
+        selected_step=step,
+        loss=run.loss,
+        heldout=None if run.best is None else run.best["heldout"],
+        folder=folder,
+        log=run.out / "log.jsonl",
+        images_per_s=run.steps_here * run.settings.batch_size / run.seconds if run.seconds else 0.0,
+        data_wait=run.waited / run.seconds if run.seconds else 0.0,
+    )

@@ -1,0 +1,1 @@
+"""What scores look like: pages, tables and figures."""

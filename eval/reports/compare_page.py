@@ -1,0 +1,286 @@
+"""The page of a comparison: one offline HTML file that says who agrees with whom, who adds what, and shows where not.
+
+It is written from measured numbers (distill.eval.compare.Comparison) and stored maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from distill.eval import agreement
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.compare import PROTOCOL, TRUTH, ModelComparison
+from distill.eval.reports.disagreement import gallery
+from distill.eval.reports.page import details, name, page, pairs, table
+
+WORTH = 0.05
+"""An addition below this is called none."""
+REPLACES = 0.85
+"""An assistant that is better in so many of the regions would replace the primary."""
+_SOME = 3  # images with truth from which a mean is worth a sentence
+
+MEASURES = {
+    "error": ("Error", "↓", "what is left after the best scale and shift, as a fraction of the map’s spread: 0 is an "
+              "affine copy, 1 is nothing in common"),
+    "order": ("Order", "↑", "of random pairs of points, how often both say the same one is nearer: 1 always, 0.5 by "
+              "chance"),
+    "edges": ("Edges", "↑", "F1 of the two maps’ edges: where they jump within a hundredth of the image’s longer side, "
+              "by five thresholds"),
+    "sky": ("Sky", "↓", "the share of the image that one of them puts at its far end, or declares invalid, and the "
+            "other does not"),
+}  # fmt: skip
+
+
+# --- sentences --------------------------------------------------------------------------------------------------------
+
+
+def sentences(comparison: ModelComparison) -> list[str]:
+    """In plain words: who agrees, and which assistant adds information to which primary, by which measure."""
+    names = [model["name"] for model in comparison.models]
+    if len(names) < 2:
+        return [f"{names[0]} is alone: a comparison needs two models." if names else "There is nothing to compare."]
+    said = [_agreement_sentence(comparison)] if comparison.pairs else []
+    return [line for line in [*said, *(_addition_sentence(comparison, primary) for primary in names)] if line]
+
+
+def _agreement_sentence(comparison: ModelComparison) -> str:
+    own = [row for row in comparison.pairs if row["b"] != TRUTH and row["error"] is not None]
+    if not own:
+        return ""
+    far = max(own, key=lambda row: row["error"])
+    near = min(own, key=lambda row: row["error"])
+    text = f"{far['a']} and {far['b']} are the furthest apart (error {far['error']:.2f}, order {_show(far['order'])})"
+    if len(own) == 1:
+        return f"{far['a']} and {far['b']}: error {far['error']:.2f}, order {_show(far['order'])}."
+    return f"{near['a']} and {near['b']} agree best (error {near['error']:.2f}); {text}."
+
+
+def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
+    rows = [row for row in comparison.additions if row["a"] == primary]
+    known = [row for row in rows if row.get("mixing") is not None and row["images"].get("mixing", 0) >= _SOME]
+    if known:
+        return _known_sentence(primary, known)
+    seen = [row for row in rows if row.get("complement") is not None]
+    if not seen:
+        return ""
+    best = max(seen, key=lambda row: row["complement"])
+    if best["complement"] < WORTH:
+        return f"Nothing here shows {primary} an edge of the picture that it lacks, and agrees with it otherwise."
+    error = 1 - best["complement"] / max(best["news"], 1e-9)
+    return (
+        f"To {primary}, {best['b']} adds most, as far as edges tell (there is no truth): {best['news']:.0%} of "
+        f"the edges that it shares with the picture are missing or blurred in {primary}, at an error of {error:.2f}."
+    )
+
+
+def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the truth says about a primary's assistants."""
+    best = max(rows, key=lambda row: row["mixing"])
+    ahead = max(rows, key=lambda row: row["share"])
+    better = (
+        f" {ahead['b']} is simply better than {primary}, in {ahead['share']:.0%} of the regions: it would replace it, "
+        "not assist it."
+        if ahead["share"] >= REPLACES
+        else ""
+    )
+    if best["mixing"] < WORTH:
+        return (
+            f"To {primary}, nothing here adds much: choosing between the two by region wins under {WORTH:.0%}.{better}"
+        )
+    return (
+        f"To {primary}, {best['b']} adds most: the better of the two in each region has {best['mixing']:.0%} less "
+        f"error than the better one alone, and {best['gain']:.0%} less than {primary} ({best['b']} is better in "
+        f"{best['share']:.0%} of the regions; {best['images']['mixing']} images with truth).{better}"
+    )
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _show(value: float | None, form: str = "{:.2f}") -> str:
+    return "–" if value is None else form.format(value)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+
+
+def _millions(value: float | None) -> str:
+    return "–" if not value else f"{value / 1e6:.1f} M" if value < 1e9 else f"{value / 1e9:.2f} B"
+
+
+def models_table(comparison: ModelComparison) -> str:
+    """Who was compared, how good and how dear."""
+    with_truth = any(image["truth"] for image in comparison.images)
+    head = ["model", *(["AbsRel ↓", "δ1 ↑"] if with_truth else []), "sharpness ↑", "edges on image ↑"]
+    head += ["images/s", "parameters", "memory"]
+    rows = []
+    for model in comparison.models:
+        cost, numbers = model["cost"], model["numbers"]
+        truth = [_show(numbers.get("abs_rel"), "{:.3f}"), _show(numbers.get("delta1"), "{:.3f}")]
+        rows.append(
+            [
+                f"{name(model['name'])}<br><small>{escape(model['card']['kind'])}</small>",
+                *(truth if with_truth else []),
+                _show(numbers.get("sharpness"), "{:.3f}"),
+                _show(numbers.get("on_image"), "{:.0%}"),
+                _show(cost["images_per_s"], "{:.3g}"),
+                _millions(cost["parameters"]),
+                _bytes(cost["memory_bytes"]),
+            ]
+        )
+    return table([escape(cell) for cell in head], rows, kind="scores")
+
+
+def cards_table(comparison: ModelComparison) -> str:
+    """What the models' cards say, the licence of the weights first."""
+    rows = []
+    for model in comparison.models:
+        card = model["card"]
+        options = [f"{k}={v}" for k, v in sorted(model["settings"].items()) if k in ("dtype", "options") and v]
+        rows.append(
+            [
+                name(model["name"]),
+                "yes" if card["commercial"] else '<span class="bad">no</span>',
+                escape(card["licence"]),
+                escape(card["code_licence"]),
+                f"{name(card['weights'])}<br><small>revision {escape(card['revision'])}</small>",
+                f"{'nearer' if card['kind'].endswith('disparity') else 'farther'}",
+                f"{card['native_size'] or 'as given'}, × {card['multiple']}",
+                name(", ".join(options)),
+            ]
+        )
+    head = ["model", "commercial", "licence of the weights", "of the code", "weights", "larger is", "native size"]
+    return table([escape(cell) for cell in [*head, "settings"]], rows, kind="reasons")
+
+
+def matrices(comparison: ModelComparison) -> str:
+    """One table for each measure, models by models and against the truth; the colour says how bad."""
+    names = [model["name"] for model in comparison.models]
+    columns = [*names[1:], TRUTH] if any(row["b"] == TRUTH for row in comparison.pairs) else names[1:]
+    found = {(row["a"], row["b"]): row for row in comparison.pairs}
+    parts = []
+    for key, (title, arrow, what) in MEASURES.items():
+        worst = {"error": 1.0, "sky": 0.5, "order": 0.5, "edges": 0.0}[key]
+        best = 0.0 if arrow == "↓" else 1.0
+        rows = []
+        shown = [b for b in columns if any(found.get((a, b), {}).get(key) is not None for a in names)]
+        for a in names:
+            cells = [_heat(found.get((a, b), {}).get(key), best, worst) for b in shown]
+            if any(cells):
+                rows.append([name(a), *cells])
+        grid = table(["", *(name(b) for b in shown)], rows, kind="scores")
+        parts.append(f'<div class="chart"><b>{title}&nbsp;{arrow}</b><p>{escape(what)}</p>{grid}</div>')
+    two = "grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))"
+    return f'<div class="charts" style="{two}">{"".join(parts)}</div>'
+
+
+def _heat(value: float | None, best: float, worst: float) -> str:
+    if value is None:
+        return ""
+    share = min(1.0, max(0.0, (value - best) / (worst - best)))
+    colour = f"background:color-mix(in srgb,var(--s2) {round(55 * share)}%,transparent)"
+    return f'<span style="{colour};padding:2px 6px;border-radius:4px">{value:.2f}</span>'
+
+
+def additions_table(comparison: ModelComparison) -> str:
+    """Every (primary, assistant), the best assistant of a primary marked."""
+    rows = []
+    with_truth = any(row.get("gain") is not None for row in comparison.additions)
+    order = "mixing" if with_truth else "complement"
+    for model in comparison.models:
+        own = [row for row in comparison.additions if row["a"] == model["name"]]
+        own.sort(key=lambda row: -1.0 if row.get(order) is None else float(row[order]), reverse=True)
+        for i, row in enumerate(own):
+            cells = [_show(row.get(key), "{:.0%}") for key in (("mixing", "gain", "share") if with_truth else ())]
+            cells += [_show(row.get("news"), "{:.0%}"), _show(row.get("complement"))]
+            if i == 0 and row.get(order) is not None and row[order] >= WORTH:
+                cells[0 if with_truth else 1] = f'<span class="best">{cells[0 if with_truth else 1]}</span>'
+            rows.append([name(row["a"]), f'<span class="text">{name(row["b"])}</span>', *cells])
+    head = [
+        "primary",
+        "assistant",
+        *(["mixing ↑", "gain ↑", "better in"] if with_truth else []),
+        "new edges",
+        "complement ↑",
+    ]
+    note = (
+        "<b>Gain</b>: how much less error the primary would have if the better of the two were known in each of "
+        f"{agreement.CELLS} × {agreement.CELLS} regions, both aligned once to the whole truth. <b>Mixing</b>: the same "
+        "against the better of the two alone, 0 where one is better everywhere; it says whether they belong together. "
+        "Both are upper bounds of what a rule of choosing can win, and two equally good models with independent errors "
+        "mix well too. <b>Better in</b>: the assistant, of the regions. "
+        if with_truth
+        else ""
+    )
+    note += (
+        "<b>New edges</b>: of the assistant’s edges on the picture’s, those that the primary lacks or has less than "
+        "half as steep, as a share of its own or the primary’s, whichever are more. <b>Complement</b>: (1 − error) × "
+        "new edges, high where both see one scene and the assistant sees more of its detail; it needs no truth."
+    )
+    return table([escape(cell) for cell in head], rows, kind="scores") + f'<p class="key">{note}</p>'
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def write_page(
+    comparison: ModelComparison,
+    samples: Sequence[BenchmarkSample],
+    folder: Path,
+    out: Path,
+    *,
+    title: str,
+    facts: Sequence[tuple[str, str]] = (),
+    remarks: Sequence[str] = (),
+    again: str = "",
+) -> Path:
+    """Write the page to `out` and return its path. folder: the stored maps. remarks: lines about what was left out."""
+    count = sum(image["truth"] for image in comparison.images)
+    said = "".join(f"<li>{escape(line)}</li>" for line in sentences(comparison))
+    devices = list(dict.fromkeys(model["cost"]["device"] for model in comparison.models))
+    about = [
+        ("models", ", ".join(model["name"] for model in comparison.models)),
+        ("images", f"{len(comparison.images)}, {count} with truth"),
+        ("predicted on", "; ".join(devices)),
+        *facts,
+    ]
+    sections = [
+        ("short", "In short", f"<ul>{said}</ul>"),
+        ("models", "Models", models_table(comparison) + _models_key(comparison)),
+        ("agreement", "Agreement", matrices(comparison)),
+        ("additions", "Who adds what to whom", additions_table(comparison)),
+        ("pictures", "Where they disagree", gallery(comparison, samples, folder)),
+        ("made", "Weights, licences, settings", _made(comparison, remarks, again)),
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.part")
+    aside.write_text(page(title, pairs(about), sections, what="Comparison of depth models"), encoding="utf-8")
+    aside.replace(out)
+    return out
+
+
+def _models_key(comparison: ModelComparison) -> str:
+    some = "AbsRel and δ1 by the clean protocol, to 80 metres, each model aligned in its own quantity. "
+    return (
+        f'<p class="key">{some if any(i["truth"] for i in comparison.images) else ""}Sharpness: how steep a map’s '
+        "steps are; a smeared step is less steep. Noise is steep too: then few of its edges lie on the "
+        "image’s. Images/s: one at a time, without the first, as large as they are compared here. Memory: what "
+        "loading and predicting added to the process, or the accelerator’s peak.</p>"
+    )
+
+
+def _made(comparison: ModelComparison, remarks: Sequence[str], again: str) -> str:
+    lines = "".join(f"<li>{escape(line)}</li>" for line in remarks)
+    protocol = [(key, str(value)) for key, value in PROTOCOL.as_dict().items()]
+    return (
+        cards_table(comparison)
+        + details(f"Remarks ({len(remarks)})", f'<ul class="lines">{lines}</ul>' if lines else "")
+        + details("The protocol of AbsRel and δ1", f'<dl class="plain">{pairs(protocol)}</dl>')
+        + (f"<pre>{escape(again)}</pre>" if again else "")
+    )

@@ -1,0 +1,144 @@
+"""Predictions seen beside their truth: image, truth, every model, and where each of them is wrong.
+
+Maps of one image share the colours of its truth, so that they can be compared by eye; predictions are aligned by the
+scale and shift of their score. The images are not chosen by hand: the worst, the best, and equal steps between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.core.depth import DepthMap, Kind
+from distill.core.plugins import find
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.fit import way
+from distill.eval.reports import figures
+from distill.eval.reports.page import missing
+from distill.eval.score import ImageScore, Score
+from distill.eval.stored import read_prediction
+
+PICTURES = 4
+"""Images shown of each benchmark."""
+ERROR_END = 0.3
+"""Relative error at the dark end of the error maps' scale; the legend's ticks are its thirds."""
+_MODELS = 4
+
+UNREADABLE = (OSError, ValueError, LookupError)
+"""What a missing or damaged input raises; it ends as a line in the report."""
+
+_TITLES = {"abs_rel": "AbsRel", "boundary_f1": "boundary F1"}
+
+Recipe = Mapping[str, Any]
+
+
+def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
+    """Pictures of every benchmark that the recipe names and the run has predictions of; says what it lacks."""
+    if not scores:
+        return missing("No pictures: they show stored predictions, and nothing has been scored.")
+    parts = []
+    for spec in recipe.get("benchmarks", []):
+        label = spec.get("alias") or spec.get("name", "")
+        own = [
+            s
+            for s in scores
+            if s.benchmark == spec.get("name") and (run_dir / "predictions" / _slug(s) / label).is_dir()
+        ]
+        if not own:
+            parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
+            continue
+        try:
+            parts.append(_benchmark_pictures(run_dir, spec, label, own[:_MODELS]))
+        except UNREADABLE as error:
+            parts.append(missing(f"No pictures of {label}: {error}"))
+    if not parts:
+        return missing("No pictures: the recipe names no benchmarks.")
+    ticks = [(0.0, "0"), (1 / 3, "10 %"), (2 / 3, "20 %"), (1.0, "30 % or more")]
+    intro = (
+        '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
+        "of that image’s truth; below it, how far it is off relative to the truth.</p>"
+    )
+    return intro + figures.legend("error", figures.ERROR, ticks, missing="no truth") + "".join(parts)
+
+
+def _slug(score: Score) -> str:
+    return score.model.replace(" ", "_")
+
+
+def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequence[Score]) -> str:
+    samples = {
+        s.key: s
+        for s in find("distill.eval.benchmarks", spec["name"]).samples(
+            spec.get("root") or None, spec.get("list") or None
+        )
+    }
+    judge = next((s for s in scores if s.model == "student"), scores[0])
+    main = judge.task.main
+    measured = [(image.metrics[main], image.key) for image in judge.images if image.metrics is not None]
+    best_first = sorted(measured, reverse=not judge.task.rows[main].lower_is_better)
+    ranked = [key for _, key in best_first if key in samples]
+    if not ranked:
+        return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
+    places = np.unique(np.linspace(len(ranked) - 1, 0, min(PICTURES, len(ranked))).round().astype(int))[::-1]
+    order = f"images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first"
+    parts = [f"<h3>{escape(label)} <small>{order}</small></h3>"]
+    for place in places:
+        key, rank = ranked[place], len(ranked) - int(place)
+        name = {1: "the worst of", len(ranked): "the best of"}.get(rank, f"number {rank} of")
+        parts.append(f"<h4>{escape(key)} <small>{name} {len(ranked)}</small></h4>")
+        parts.append(_strip(run_dir, label, samples[key], scores))
+    return "".join(parts)
+
+
+def _strip(run_dir: Path, label: str, sample: BenchmarkSample, scores: Sequence[Score]) -> str:
+    """Image and truth, then each model's prediction over its error, all on one scale."""
+    photo = (sample.image().clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    truth = sample.truth()
+    if truth.kind.unknown == "affine":
+        raise ValueError(f"{sample.key}: its truth has no depth to show, only {truth.kind}")
+    truth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
+    depth, valid = truth.values[0].numpy(), truth.valid[0].numpy()
+    span = figures.depth_span(depth, valid)
+    everywhere = np.ones_like(valid)
+    shown = [
+        figures.tile("image", figures.shrink(photo), photo=True)
+        + figures.tile(
+            "truth", figures.shrink(figures.colourise(figures.nearness(depth, span), valid, figures.NEARNESS))
+        )
+    ]
+    for score in scores:
+        image = next(i for i in score.images if i.key == sample.key)
+        pred = aligned(run_dir / "predictions" / _slug(score) / label / sample.prediction_path, image, score, truth)
+        if pred is None or image.metrics is None:
+            shown.append(f'<p class="missing">{escape(score.model)}: {escape(image.problem or "not scored")}</p>')
+            continue
+        error = np.abs(pred - depth) / np.maximum(depth, 1e-9) / ERROR_END
+        picture = figures.colourise(figures.nearness(pred, span), everywhere, figures.NEARNESS)
+        main = score.task.main
+        note = f"{_TITLES.get(main, main)} {image.metrics[main]:.3f}"
+        shown.append(
+            figures.tile(score.model, figures.shrink(picture))
+            + figures.tile("its error", figures.shrink(figures.colourise(error, valid, figures.ERROR)), note=note)
+        )
+    columns = "".join(f"<div>{column}</div>" for column in shown)
+    return f'<div class="strip">{columns}</div>{figures.depth_legend(span)}'
+
+
+def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:
+    """A stored prediction as depth, by the scale and shift of its score; None where it was not scored."""
+    if image.metrics is None or image.scale is None or image.shift is None:
+        return None
+    height, width = truth.values.shape[-2:]
+    pred = read_prediction(path, (height, width))[0] * np.float32(image.scale) + np.float32(image.shift)
+    how = way(score.kind, truth.kind, score.protocol.alignment)
+    if how.fit == "disparity":
+        pred = 1.0 / np.maximum(pred, 1e-6)
+    low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth
+    if score.protocol.clip == "truth" and how.unknown == "affine":
+        own = truth.values[truth.valid & (truth.values > low) & (truth.values < high)]
+        low, high = max(low, float(own.min())), min(high, float(own.max()))
+    return np.clip(pred, low, high)

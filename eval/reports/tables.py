@@ -1,0 +1,119 @@
+"""Scores as one table of models and benchmarks: for the terminal, for Markdown, for LaTeX.
+
+A column is a metric on one benchmark under one setting, so that all numbers of a column compare; a benchmark that was
+scored in two ways has two sets of columns. Models whose kinds differ are aligned differently, as in every paper: the
+second column says how. Best and second best of a column are marked by the metric's direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distill.eval.metrics import MetricRow
+from distill.eval.scorefile import Score
+
+DEFAULT = ("abs_rel", "delta1")
+
+
+@dataclass(frozen=True, slots=True)
+class TableCell:
+    """A number as text, "-" where there is none. rank: 1 for the best of its column, 2 for the second best, else 0."""
+
+    text: str
+    rank: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """A table: head, rows of the same length, and a line for every set of columns on how it was made."""
+
+    head: list[str]
+    rows: list[list[TableCell]]
+    notes: list[str]
+
+
+def ranks(values: Sequence[float | None], lower_is_better: bool) -> list[int]:
+    """1 for the best, 2 for the second best, 0 for all others; equal values share a rank, one alone has none."""
+    known = sorted({v for v in values if v is not None}, reverse=not lower_is_better)
+    if sum(v is not None for v in values) < 2:
+        return [0] * len(values)
+    return [0 if v is None or known.index(v) > 1 else known.index(v) + 1 for v in values]
+
+
+def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
+    """All scores side by side. metrics: those to show, of benchmarks that have none of them their first."""
+    sets = list(dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores))
+    models = list(dict.fromkeys((s.model, _unusual(s)) for s in scores))
+    found = {((s.model, _unusual(s)), (s.benchmark, s.protocol.setting)): s for s in scores}
+    head, columns, notes = ["model", "aligned"], [], []
+    for benchmark, setting in sets:
+        first = next(s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting))
+        title = benchmark if sum(name == benchmark for name, _ in sets) == 1 else f"{benchmark} ({first.protocol.mode})"
+        wanted = [name for name in metrics if name in first.task.rows] or [first.task.main]
+        for metric in wanted:
+            row = first.task.rows[metric]
+            head.append(f"{title} {metric} {'↓' if row.lower_is_better else '↑'}")
+            columns.append(_column([found.get((model, (benchmark, setting))) for model in models], metric, row))
+        notes.append(
+            f"{title}: {first.protocol.mode} protocol, {first.num_images} images, {first.protocol.pooling}, "
+            f"setting {setting}"
+        )
+    rows = []
+    for i, (model, unusual) in enumerate(models):
+        own = [s for s in scores if (s.model, _unusual(s)) == (model, unusual)]
+        said = ", ".join(dict.fromkeys(s.protocol.alignment for s in own if s.protocol.alignment != "none")) or "none"
+        rows.append([TableCell(model), TableCell(said), *(column[i] for column in columns)])
+    return Grid(head, rows, notes)
+
+
+def _unusual(score: Score) -> str:
+    """The alignment where it is not the one of the kind."""
+    usual = score.protocol.with_kind(score.kind).alignment
+    return "" if score.protocol.alignment == usual else score.protocol.alignment
+
+
+def _column(scores: Sequence[Score | None], metric: str, row: MetricRow) -> list[TableCell]:
+    values = [None if s is None else s.metrics.get(metric) for s in scores]
+    cells = []
+    for score, value, rank in zip(scores, values, ranks(values, row.lower_is_better), strict=True):
+        text = "-" if value is None else row.format.format(value)
+        if score is not None and value is not None and score.num_failed:
+            text += f" (without {score.num_failed})"
+        cells.append(TableCell(text, rank))
+    return cells
+
+
+def as_text(table: Grid) -> tuple[list[str], list[list[str]]]:
+    """Head and rows for a terminal: * stands behind the best, + behind the second best."""
+    return table.head, [[cell.text + ("", "*", "+")[cell.rank] for cell in row] for row in table.rows]
+
+
+def as_markdown(table: Grid) -> str:
+    """A pipe table: best bold, second best underlined."""
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    marked = [[("{}", "**{}**", "<u>{}</u>")[cell.rank].format(cell.text) for cell in row] for row in table.rows]
+    rule = ["---", "---", *("---:" for _ in table.head[2:])]
+    notes = "\n".join(f"- {note}" for note in table.notes)
+    return "\n".join([line(table.head), line(rule), *map(line, marked)]) + f"\n\n{notes}\n"
+
+
+def as_latex(table: Grid) -> str:
+    """A tabular that needs the package booktabs: best bold, second best underlined."""
+    marks = ("{}", "\\textbf{{{}}}", "\\underline{{{}}}")
+    head = " & ".join(_tex(cell) for cell in table.head)
+    rows = [" & ".join(marks[cell.rank].format(_tex(cell.text)) for cell in row) + r" \\" for row in table.rows]
+    notes = [f"% {note}" for note in table.notes]
+    columns = "ll" + "r" * (len(table.head) - 2)
+    body = [f"\\begin{{tabular}}{{{columns}}}", r"\toprule", rf"{head} \\", r"\midrule", *rows, r"\bottomrule"]
+    return "\n".join([*notes, *body, r"\end{tabular}"]) + "\n"
+
+
+_TEX = {c: f"\\{c}" for c in "_&%#{}$"} | {"\\": r"\textbackslash{}", "↓": r"$\downarrow$", "↑": r"$\uparrow$"}
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(c, c) for c in text)

@@ -1,0 +1,406 @@
+"""A student as a folder that describes itself: model.safetensors, student.json, and a README.md for people.
+
+No pickles. The folder is written aside, synced and renamed, so that a killed process leaves the old student or the new
+one and never half of one. A frozen encoder may be left out; then the folder names the file that it needs by its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+import distill
+from distill import students
+from distill.students import Student
+from distill.students.encoder import file_sha256
+from distill.students.modelcard import model_card
+from distill.students.quantize import dequantize, fits, quantize
+
+VERSION = 1
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
+EXPORTS = (
+    "model.onnx",
+    "model.pt2",
+)  # made from the weights (distill.students.export): a new save takes the old ones away
+LEFT_BEHIND = (".new.model.pt2", ".model.onnx.new")  # by a writer of the exports that was killed
+EMBEDDED = "pocket"
+
+
+def save(
+    student: Student,
+    folder: str | Path,
+    *,
+    card: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    bits: int | None = None,
+    leave_out_frozen_encoder: bool = False,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write `student` to `folder`, replacing a student that is there; returns the folder. Dot-files there stay.
+
+    card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
+    dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
+    so does a tensor with a value that float16 cannot hold (above 65504).
+    bits: 4 stores large matrices and kernels in four bits (students.quantize); the outputs then change a little.
+    leave_out_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
+    check: called with the folder aside, complete, before it takes its place; it may add files, and what it raises ends
+    the save.
+
+    Raises ValueError where the encoder cannot be left out, FileExistsError where `folder` holds anything else than a
+    student, OSError where it cannot be written; what was there before is then still there, and nothing else.
+    """
+    folder = Path(folder)
+    _check_place(folder)
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype}")
+    if bits not in (None, 4):
+        raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
+    encoder_file = _encoder_file(student, folder) if leave_out_frozen_encoder else None
+    tensors = {
+        key: value.detach().to("cpu", dtype if _may_shrink(value) and fits(value) else value.dtype).contiguous()
+        for key, value in student.state_dict().items()
+        if encoder_file is None or not key.startswith("encoder.")
+    }
+    if bits == 4:
+        tensors = _quantized(tensors, {key: value.shape for key, value in student.state_dict().items()})
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    description = {
+        "version": VERSION,
+        "spec": student.spec,
+        "native_size": student.native_size,
+        "weights": {
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "dtype": "int4" if bits else str(dtype).removeprefix("torch."),
+        },
+        "encoder_weights": encoder_file,
+        "images": _images(student),
+        "output": {"kind": "affine_disparity", "larger_is": "nearer"},
+        "card": dict(card or {}),
+    }
+    files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
+    if card:
+        files[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
+    _write(folder, files, check)
+    return folder
+
+
+def load(
+    folder: str | Path, *, device: torch.device | str = "cpu", encoder_weights: str | Path | None = None
+) -> Student:
+    """The student in `folder`, in float32 and evaluation mode: the outputs of the one that was saved.
+
+    encoder_weights: the encoder's own file, for a folder that leaves the encoder out.
+    Raises OSError for a missing folder or file, ValueError or LookupError for one that does not fit, naming the file.
+    """
+    folder = Path(folder)
+    description = describe(folder)
+    weights_path, needed = folder / WEIGHTS, description["encoder_weights"]
+    spec = dict(description["spec"])
+    options = dict(spec.get("encoder_options") or {})
+    if "weights" in options:
+        raise ValueError(f"{folder / DESCRIPTION}: a student's description may not name an encoder file to open")
+    if needed is not None:
+        options["weights"] = _needed_file(folder, needed, encoder_weights)
+    elif encoder_weights is not None:
+        raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
+    try:
+        student = students.build(**(spec | {"encoder_options": options}))
+    except LookupError as error:
+        raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder / DESCRIPTION}: {_first_line(error)}") from error
+
+    state = _read_weights(weights_path, description["weights"]["sha256"])
+    own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
+    state = _restored(state, own, weights_path)
+    faults = {
+        "lacks": [key for key in own if key not in state],
+        "has unclaimed": [key for key in state if key not in own],
+        "has another shape for": [key for key in own if key in state and own[key].shape != state[key].shape],
+    }
+    for what, keys in faults.items():
+        if keys:
+            raise ValueError(f"{weights_path}: {what} {', '.join(keys[:3])} ({len(keys)} in all)")
+    student.load_state_dict(state, strict=False)
+    return student.to(device).eval()
+
+
+def from_pretrained(
+    name: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    encoder_weights: str | Path | None = None,
+) -> Student:
+    """The student called `name` (see `fetch`), in float32 and evaluation mode; encoder_weights: see `load`."""
+    return load(fetch(name, revision=revision), device=device, encoder_weights=encoder_weights)
+
+
+def fetch(name: str | Path, *, revision: str | None = None) -> Path:
+    """The folder of a student: "pocket" (the one that ships with us), a local folder, or OWNER/NAME on the hub.
+
+    A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
+    Raises FileNotFoundError or OSError in one line where there is none, or no network.
+    """
+    if name == EMBEDDED:
+        return Path(distill.__file__).parent / "assets" / EMBEDDED
+    folder = Path(name).expanduser()
+    if folder.exists() or isinstance(name, Path):
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise FileNotFoundError(
+            f'{name}: no such folder; give a student\'s folder, "{EMBEDDED}", or OWNER/NAME on the hub'
+        )
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    files = [WEIGHTS, DESCRIPTION, CARD]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(f"{name}: no such folder here, and the hub cannot be reached (offline?)") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise OSError(f"{name}: no such folder here, and the hub says: {_first_line(error)}") from error
+
+
+def load_decoder(student: Student, folder: str | Path) -> None:
+    """Fill the decoder of `student` with that of the student in `folder`, strictly; ValueError names a misfit."""
+    folder = Path(folder)
+    description = describe(folder)
+    state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
+    own = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+    state = {key: value for key, value in state.items() if key.startswith("decoder.")}
+    own = {k.removeprefix("decoder."): v for k, v in _restored(state, own, folder / WEIGHTS).items()}
+    try:
+        student.decoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{folder}: its decoder is not the one asked for: {str(error).splitlines()[-1]}") from error
+
+
+def describe(folder: str | Path) -> dict[str, Any]:
+    """What student.json says, weights untouched. OSError or ValueError naming the file."""
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        aside = _aside(folder, "old")
+        hint = f"; a save was interrupted, {aside} is the student before it: rename it back" if aside.is_dir() else ""
+        raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
+    for name in (DESCRIPTION, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    version = found.get("version") if isinstance(found, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path}: not a student's description: it has no version")
+    if version > VERSION:
+        raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
+    if faults := _description_faults(found):
+        raise ValueError(f"{path}: not a student's description: {'; '.join(faults)}")
+    return dict(found)
+
+
+_KEYS = {
+    "spec": "a table",
+    "spec.encoder": "text",
+    "spec.encoder_options": "a table or null",
+    "spec.decoder": "text",
+    "spec.decoder_options": "a table or null",
+    "spec.native_size": "a number of pixels or null",
+    "native_size": "a number of pixels or null",
+    "weights": "a table",
+    "weights.sha256": "text",
+    "encoder_weights": "a table or null",
+    "encoder_weights.name": "text",
+    "encoder_weights.sha256": "text",
+    "output": "a table",
+    "output.kind": "text",
+    "output.larger_is": "text",
+    "card": "a table",
+}
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "a table": lambda value: isinstance(value, dict),
+    "a table or null": lambda value: value is None or isinstance(value, dict),
+    "text": lambda value: isinstance(value, str),
+    "a number of pixels or null": lambda value: value is None or (type(value) is int and value > 0),
+}
+
+
+def _description_faults(found: Mapping[str, Any]) -> list[str]:
+    """What is missing or of another type among the keys that readers rely on."""
+    faults = [] if "encoder_weights" in found else ["encoder_weights is missing"]
+    for key, kind in _KEYS.items():
+        table, _, name = key.rpartition(".")
+        inside = found.get(table) if table else found
+        if not isinstance(inside, Mapping):
+            continue  # the table's own line says so
+        if name not in inside and not kind.endswith("null"):
+            faults.append(f"{key} is missing")
+        elif not _FITS[kind](inside.get(name)):
+            faults.append(f"{key} must be {kind}, not {inside[name]!r}")
+    return faults
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card that `save` was given, or an empty one."""
+    return dict(describe(folder)["card"])
+
+
+# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
+_QUANTIZED_FROM = 4096
+_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
+_PARTS = ("codes", "low", "step")
+
+
+def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
+            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
+            out |= {f"{key}:{part}": stored for part, stored in parts.items()}
+        else:
+            out[key] = value
+    return out
+
+
+def _restored(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse of `_quantized` for the tensors that the network knows."""
+    out = {key: value for key, value in state.items() if ":" not in key}
+    for key in {key.rpartition(":")[0] for key in state if ":" in key}:
+        parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
+        if key not in own or len(parts) != len(_PARTS):
+            raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
+        try:
+            out[key] = dequantize(parts, own[key].shape)
+        except ValueError as error:
+            raise ValueError(f"{path}: {key}: {error}") from error
+    return out
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _may_shrink(value: Tensor) -> bool:
+    return value.is_floating_point() and value.ndim >= 2
+
+
+def _images(student: Student) -> dict[str, Any]:
+    """How an image becomes the network's input; for readers that are not this package."""
+    encoder = student.encoder
+    return {
+        "order": "RGB in [0, 1], then (x - mean) / std",
+        "resize": "short side to native_size, aspect kept, each side the nearest multiple; bilinear, antialiased",
+        "multiple": encoder.patch_size,
+        "padding": "zeros after normalisation up to the multiple, the smaller half left and top; cut off the output",
+    }
+
+
+def _encoder_file(student: Student, folder: Path) -> dict[str, str]:
+    encoder = student.encoder
+    if not encoder.frozen:
+        raise ValueError(f"{folder}: the encoder is not frozen, so it cannot be left out; save it too")
+    if encoder.weights_sha256 is None or encoder.weights_name is None:
+        raise ValueError(f"{folder}: the encoder did not come from a local weights file, so it cannot be left out")
+    if not encoder.is_as_read():
+        raise ValueError(f"{folder}: the encoder is not what {encoder.weights_name} holds any more; save it too")
+    return {"name": encoder.weights_name, "sha256": encoder.weights_sha256}
+
+
+def _needed_file(folder: Path, needed: Mapping[str, str], given: str | Path | None) -> Path:
+    want = f"{needed['name']} (sha256 {needed['sha256'][:12]}...)"
+    if given is None:
+        raise ValueError(f"{folder}: its frozen encoder was left out; give encoder_weights=, the file {want}")
+    path = Path(given)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {folder} needs the encoder weights {want}")
+    if (found := file_sha256(path)) != needed["sha256"]:
+        raise ValueError(f"{path}: sha256 {found[:12]}... is not the encoder that {folder} was trained on: {want}")
+    return path
+
+
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    content = path.read_bytes()
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise ValueError(
+            f"{path}: sha256 {found[:12]}... is not {sha256[:12]}..., which {DESCRIPTION} names; "
+            "the file is damaged or from another student"
+        )
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a safetensors file: {error}") from error
+
+
+def _aside(folder: Path, what: str) -> Path:
+    return folder.parent / f".{folder.name}.{what}"
+
+
+def _check_place(folder: Path) -> None:
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder}: is a file; a student needs a folder")
+    known = {WEIGHTS, DESCRIPTION, CARD, *EXPORTS, *(p.name for p in _dot_files(folder))}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in known)
+    if others:
+        raise FileExistsError(f"{folder}: holds {others[0]}; a student is only saved to a folder of its own")
+
+
+def _dot_files(folder: Path) -> list[Path]:
+    """Hidden files such as .DS_Store; a hidden folder (.git) makes a place somebody else's."""
+    return [path for path in folder.iterdir() if path.name.startswith(".") and path.is_file()]
+
+
+def _write(folder: Path, files: Mapping[str, bytes], check: Callable[[Path], object] | None) -> None:
+    """`files` as `folder`, at once: written aside, synced, and exchanged with what is there by two renames."""
+    new, old = _aside(folder, "new"), _aside(folder, "old")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)  # an earlier save was killed between its two renames
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir()
+        for name, content in files.items():
+            with (new / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if check is not None:
+            check(new)
+        for path in _dot_files(folder) if folder.exists() else []:
+            if path.name not in LEFT_BEHIND:
+                shutil.copy2(path, new)
+        _sync(new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

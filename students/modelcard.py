@@ -1,0 +1,81 @@
+"""A student's README.md: what it is, how to use it, where its knowledge comes from, under which licence, how it scores.
+
+Written from the card's plain values alone, for people and for model hubs (the block at the top is theirs).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# What goes under a heading of its own; every other value is a row of the first table.
+_SECTIONS = {
+    "Lineage": ("teachers", "lineage", "images", "made_from"),
+    "Scores": ("scores",),
+    "Training recipe": ("recipe",),
+}
+
+
+def model_card(name: str, card: Mapping[str, Any], *, native_size: int | None = None) -> str:
+    """Markdown of `card`; name: the folder's, for a card without one."""
+    title = str(card.get("name", name))
+    commercial = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
+    lines = [
+        "---",
+        "library_name: depth-distill",
+        "pipeline_tag: depth-estimation",
+        f"license: {commercial}",
+        "---",
+        "",
+    ]
+    lines += [f"# {title}", ""]
+    held = {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
+    lines += _rows({key: value for key, value in card.items() if key not in held})
+    size = f" Made for images whose short side is {native_size} pixels." if native_size else ""
+    lines += [
+        *("", "## Use", "", "```python", "from distill.inference.predict import load, read"),
+        *("", 'depth = load("THIS FOLDER").predict(read("photo.jpg"))  # depth.values: larger is nearer', "```", ""),
+        f"It predicts affine disparity: scale and shift are unknown, larger is nearer.{size}",
+    ]
+    for heading, keys in _SECTIONS.items():
+        found = {key: card[key] for key in keys if key in held and card.get(key)}
+        if found:
+            lines += ["", f"## {heading}", ""]
+            for key, value in found.items():
+                lines += _section(key, value)
+    return "\n".join([*lines, ""])
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, Mapping | list | tuple)
+
+
+def _rows(table: Mapping[str, Any]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in table.items())]
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _section(key: str, value: Any) -> list[str]:
+    if key == "recipe":
+        return ["```json", json.dumps(value, indent=1, ensure_ascii=False), "```"]
+    if isinstance(value, Mapping):
+        return [f"**{key}**", "", *_rows(value), ""]
+    if value and all(isinstance(row, Mapping) for row in value):
+        return [*_table(value), ""]
+    return [f"**{key}**", "", *(f"- {_cell(item)}" for item in value), ""]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows of equal meaning as one table; a key that some lack stays empty there."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    shown = [[_cell(row[key]) if key in row else "" for key in columns] for row in rows]
+    return [
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(cells) + " |" for cells in shown),
+    ]

@@ -1,0 +1,55 @@
+"""What a person sees of a run: everything that matters, on a terminal; one line, in a pipe."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from distill.app import console
+
+NUMBERS = {
+    "loss": 0.5,
+    "heldout": 0.4,
+    "lr": 1e-3,
+    "grad_norm": 1.5,
+    "output_median": 2.0,
+    "output_deviation": 0.25,
+    "images_per_s": 12.5,
+    "data_wait": 0.031,
+    "memory_bytes": 3.2e9,
+    "parts/shared": 0.3,
+    "parts/gradient": 0.2,
+}
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    def on(terminal: bool) -> io.StringIO:
+        out = io.StringIO()
+        monkeypatch.setattr(console, "_err", Console(file=out, force_terminal=terminal, width=110))
+        return out
+
+    return on
+
+
+def test_a_training_run_on_a_terminal_shows_its_parts_scale_rate_and_speed(shown):
+    out = shown(True)
+    with console.dashboard("train") as report:
+        for step in range(1, 6):
+            report(step, 10, **(NUMBERS | {"loss": 1.0 / step}))
+    said = out.getvalue()
+    for words in (
+        *("train", "5/10", "0.2", "heldout 0.4", "shared 0.3", "gradient 0.2", "output median 2"),
+        *("output deviation 0.25", "lr 0.001", "images/s 12.5", "data wait 3.1 %", "memory 3.2 GB", "█▄▂▁▁"),
+    ):
+        assert words in said, words
+
+
+def test_in_a_pipe_it_is_one_line_without_the_parts(shown):
+    out = shown(False)
+    with console.dashboard("train") as report:
+        report(1, 10, **NUMBERS)
+        report(10, 10, **NUMBERS)
+    assert out.getvalue().count("train") == 1 and "10/10" in out.getvalue() and "shared" not in out.getvalue()

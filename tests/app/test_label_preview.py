@@ -1,0 +1,57 @@
+"""The contact sheet: every part of a labels folder that a person should see, and numbers that are right."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from distill.app.cli import main
+from distill.app.label_preview import write_contact
+from distill.core.depth import DepthMap, Kind
+from distill.labelling.run import label
+from tests.labelling.test_label import CROPS, Formula, tars
+
+__all__ = ["tars"]
+
+
+class Double(Formula):
+    """Another scale and shift of the same answer, but noise on the photo whose blue is 160 (see test_label.Sick)."""
+
+    def predict(self, images):
+        depth = super().predict(images)
+        sick = ((images[:, 2].mean((1, 2)) * 255).round() - 160).abs() < 5
+        noise = torch.rand(depth.values.shape, generator=torch.Generator().manual_seed(0))
+        values = torch.where(sick[:, None, None], noise, 7 + 3 / depth.values)
+        return DepthMap(values, depth.valid, Kind.AFFINE_DISPARITY)
+
+
+@pytest.fixture
+def folder(tars, tmp_path):
+    teachers = [("one", Formula()), ("two", Double(kind=Kind.AFFINE_DISPARITY))]
+    assert label(tars, teachers, out=tmp_path / "labels", crops=CROPS).complete
+    return tmp_path / "labels"
+
+
+def test_the_page_shows_pictures_quarantine_and_the_photo_on_which_teachers_disagree(folder, tmp_path):
+    before = {path.name for path in folder.iterdir()}
+    html = write_contact(folder, tmp_path / "deep" / "page.html", shown=3).read_text()
+    assert {path.name for path in folder.iterdir()} == before
+    for section in ("samples", "disagreement", "histograms", "quarantine", "teachers"):
+        assert f'id="{section}"' in html
+    samples = html[html.index('id="samples"') : html.index('id="disagreement"')]
+    assert samples.count("<figure") == 3 * 3 and "sa_0.tar:sa_0.jpg" in samples
+    worst = html[html.index("The most disagreement") : html.index('id="histograms"')]
+    first, second = re.findall(r"apart by ([0-9.]+)", worst)[:2]
+    assert "sa_3.jpg" in worst[: worst.index("apart by")] and float(first) > 0.5, "noise has nothing in common"
+    assert re.findall(r"sa_[0-9]+.jpg", worst)[:2] == ["sa_3.jpg", "sa_8.jpg"] and float(second) > 0.5
+    assert [float(v) for v in re.findall(r"apart by ([0-9.]+)", worst)][2] < 0.01, "scale and shift are no disagreement"
+    assert "not an image file" in html and "not an image: it is text" in html
+    assert "http" not in html.replace("http://www.w3.org", ""), "it is read offline"
+
+
+def test_the_verb_writes_it_into_the_folder(folder, capsys):
+    assert main(["inspect", str(folder), "--shown", "1"]) == 0
+    assert (folder / "contact.html").exists() and "contact.html" in capsys.readouterr().out
+    assert main(["inspect", str(folder / "nowhere")]) == 2

@@ -1,0 +1,108 @@
+"""`distill doctor RECIPE`: one line per thing, faults beside each other, estimates that follow from a probe."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from distill.app import preflight
+from distill.app.cli import main
+from distill.app.preflight import check_recipe
+from distill.app.recipe import load
+from tests.labelling.test_label import make_tar
+
+RECIPE = """
+[run]
+name = "check"
+out = "{folder}/run"
+device = "cpu"
+[[images]]
+tars = "{folder}/sa_0.tar"
+[crops]
+size = 32
+min_side = 28
+patches = "none"
+[[teachers]]
+name = "analytic"
+[labels]
+licence = "mine"
+[student]
+encoder = "test_vit"
+decoder = "sdt"
+encoder_options = {{ timm_options = {{ depth = 3, embed_dim = 32 }}, blocks = [0, 2], pos_grid = 4 }}
+decoder_options = {{ fusion_channels = 16 }}
+[loss]
+feature = 0.0
+[train]
+batch_size = 4
+steps = 600
+"""
+
+
+@pytest.fixture
+def check(tmp_path):
+    make_tar(tmp_path / "sa_0.tar", bad=(0,))
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
+
+    def run(*overrides):
+        found = check_recipe(load(tmp_path / "recipe.toml", overrides))
+        assert [f.level for f in found] == sorted((f.level for f in found), key=("ok", "warn", "bad").index)
+        return {
+            level: "\n".join(f"{f.what} -> {f.remedy}" for f in found if f.level == level)
+            for level in ("ok", "warn", "bad")
+        }
+
+    return run
+
+
+def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
+    said = check()
+    assert said["bad"] == ""
+    for line in (
+        "7 images in 1 parts",
+        "teacher analytic: weights",
+        "labelling 7 samples of 1 maps at",
+        "labels: 0.00 GB needed",
+        "training 600 steps of 4 at",
+        "CPU-hours; with processes 1: 0:",
+        "checkpoints: 0.",
+    ):
+        assert line in said["ok"], line
+    assert "1 of the first 3 images are no use: sa_0.tar:sa_0.jpg: not an image" in said["warn"]
+    assert "1 parts keep no more than 1 processes busy" in said["warn"]
+    assert "min_side = 28 < size = 32" in said["warn"]
+    assert "accumulate = 1: trains on 1, 2, 4 of 1, 2, 4, 8" in said["warn"]
+    assert not (tmp_path / "run").exists(), "nothing is written"
+    assert main(["doctor", str(tmp_path / "recipe.toml")]) == 0
+
+
+def test_faults_do_not_hide_each_other(check, tmp_path):
+    said = check(
+        f'images=[{{tars="{tmp_path}/none.tar"}}]',
+        'student.start="nowhere"',
+        "train.batch_size=3",
+    )
+    assert "images: " in said["bad"] and "none.tar: no such tar" in said["bad"]
+    assert "student: " in said["bad"] and "nowhere" in said["bad"]
+    assert "trains on 1 of 1, 2, 4, 8" in said["warn"]
+    assert "teacher analytic" in said["ok"]
+    said = check('teachers=[{name="checkpoint", weights="nowhere"}]')
+    assert "teachers: weights 'nowhere': no such folder" in said["bad"] and "training" not in said["ok"]
+
+
+def test_no_images_say_why_and_a_missing_device_hides_nothing(check, tmp_path):
+    (tmp_path / "cut.tar").write_bytes(b"not a tar")
+    said = check(f'images=[{{tars="{tmp_path}/cut.tar"}}]')
+    assert "no images: cut.tar: " in said["bad"] and "-> mend the file, or name others in [[images]]" in said["bad"]
+    said = check("run.device=cuda:99")
+    assert 'device: run.device = "cuda:99": torch finds ' in said["bad"] and "7 images" in said["ok"]
+    assert "training 600 steps" in said["ok"]
+
+
+def test_sizes_disk_and_licence(check, monkeypatch):
+    said = check("crops.size=30", 'labels.licence="unknown"')
+    assert "crops.size = 30 is no multiple of the student's patch of 16" in said["warn"]
+    assert "labels.licence is unknown" in said["warn"]
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    assert "free some, or put labels.root or run.out on another disk" in check()["bad"]

@@ -1,0 +1,264 @@
+"""Every recipe in the tree loads and names real plug-ins; bad ones give exactly the messages a person needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distill import students
+from distill.app import build, strict
+from distill.app import recipe as recipes
+from distill.students.decoders import FrozenBatchNorm
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card") and p not in STUDIES)
+GOOD = """
+[run]
+name = "try"
+[[images]]
+photos = "pictures"
+[[teachers]]
+name = "depth_anything_v2"
+weights = "w.pth"
+[student]
+decoder = "sdt"
+[train]
+steps = 10
+warmup_steps = 5
+lr = 3e-4
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "r.toml"
+    path.write_text(text)
+    return path
+
+
+def faults(tmp_path: Path, text: str, *overrides: str) -> list[str]:
+    path = write(tmp_path, text)
+    with pytest.raises(strict.RecipeError) as caught:
+        recipes.load(path, overrides)
+    return [line.removeprefix(f"{path}: ") for line in str(caught.value).splitlines()]
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 3
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_recipe_in_the_tree_loads_and_survives_a_round_trip(path, tmp_path):
+    loaded = recipes.load(path)
+    assert recipes.load(write(tmp_path, recipes.dumps(loaded))) == loaded
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# "), f"{path} should open with what it is and its command"
+
+
+def test_numbers_defaults_and_overrides(tmp_path):
+    path = write(tmp_path, GOOD)
+    loaded = recipes.load(path, ["train.steps=100", "run.name=other", "teachers.0.dtype=bfloat16", "loss.anchor=1"])
+    assert (loaded.train.steps, loaded.run.name, loaded.teachers[0].dtype) == (100, "other", "bfloat16")
+    assert loaded.loss.anchor == 1.0 and isinstance(loaded.loss.anchor, float)
+    assert loaded.train.lr == 3e-4 and loaded.train.batch_size == 8
+    assert loaded.run.folder == Path("runs/other")
+    assert (loaded.loss.shared, loaded.loss.local_global, loaded.loss.feature, loaded.loss.gradient) == (1, 0.5, 1, 2)
+
+
+BAD = {
+    "unknown key": ("[train]\nstep = 3", "unknown key train.step; did you mean train.steps?"),
+    "unknown key far from all": ("[train]\nzzz = 3", "unknown key train.zzz"),
+    "unknown table": ("[trian]\nsteps = 3", "unknown key trian; did you mean train?"),
+    "text for a number": ('[train]\nlr = "3e-4"', "train.lr must be a number, not '3e-4'"),
+    "number for text": ("[student]\nencoder = 3", "student.encoder must be a string, not 3"),
+    "float for integer": ("[train]\nsteps = 1.5", "train.steps must be an integer, not 1.5"),
+    "true is not a number": ("[train]\nsteps = true", "train.steps must be an integer, not True"),
+    "not a choice": (
+        '[train]\nprecision = "fp16"',
+        "train.precision must be 'fp32' or 'bf16', not 'fp16'",
+    ),
+    "table for array": ('[teachers]\nname = "midas"', "teachers must be an array, not a table"),
+    "unknown decoder": ('[student]\ndecoder = "std"', "student: no students/decoders/std.py; did you mean sdt?"),
+    "unknown normalization": (
+        '[loss]\nnormalization = "globl"',
+        "loss: no distill/losses/normalize/globl.py; did you mean global?; "
+        "distill/losses/normalize/ has: global, hybrid, local, none",
+    ),
+    "two sources in one": (
+        '[[images]]\nphotos = "a"\nscenes = 3',
+        "images[0]: needs exactly one of tars, photos, pairs, scenes, wheels",
+    ),
+    "out of range": ("[loss]\ntrim_top = 1.0", "loss: trim_top must be in [0, 1), not 1.0"),
+    "device": (
+        '[run]\nname = "x"\ndevice = "gpu"',
+        "run: device must be auto, cpu, cuda, cuda:N, mps or xpu, not 'gpu'",
+    ),
+    "no name": ('[run]\nname = ""', "run: name = '' cannot name a folder below runs/: take a word"),
+    "climbing name": ('[run]\nname = "../../x"', "run: name = '../../x' cannot name a folder below runs/: take a word"),
+    "patch_size": ("[crops]\npatch_size = -5", "crops: patch_size must be at least 0, not -5"),
+    "labels.batch_size": ("[labels]\nbatch_size = 0", "labels: batch_size must be at least 1, not 0"),
+    "labels.threads": ("[labels]\nthreads = -2", "labels: threads must be at least 0, not -2"),
+    "images.limit": ('[[images]]\nphotos = "a"\nlimit = -3', "images[0]: limit must be at least 0, not -3"),
+    "scenes": ("[[images]]\nscenes = -3", "images[0]: scenes must be at least 0, not -3"),
+    "benchmarks.limit": (
+        '[[benchmarks]]\nname = "nyu"\nlimit = -2',
+        "benchmarks[0]: limit must be at least 0, not -2",
+    ),
+    "climbing alias": (
+        '[[benchmarks]]\nname = "nyu"\nalias = "../../x"',
+        "benchmarks[0]: alias = '../../x' cannot name a folder of predictions: take a word without slashes",
+    ),
+    "loss.shared": ("[loss]\nshared = -1", "loss: shared must be finite and at least 0, not -1.0"),
+    "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),
+    "native_size": ("[student]\nnative_size = -4", "student: native_size must be at least 0, not -4"),
+    "lr": ("[train]\nlr = -1", "train: lr must be finite and above 0, not -1.0"),
+    "lr inf": ("[train]\nlr = inf", "train: lr must be finite and above 0, not inf"),
+    "lr nan": ("[train]\nlr = nan", "train: lr must be finite and above 0, not nan"),
+    "ema": ("[train]\nema = 2", "train: ema must be a fraction, not 2.0"),
+    "clip_norm": ("[train]\nclip_norm = inf", "train: clip_norm must be finite and at least 0, not inf"),
+    "warmup": ("[train]\nsteps = 3", "train: warmup_steps (500) must be fewer than steps (3)"),
+    "accumulate": (
+        "[train]\nbatch_size = 3\naccumulate = 2",
+        "train: batch_size (3) must be a multiple of accumulate (2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_bad_recipe_gives_exactly_the_expected_message(case, tmp_path):
+    text, message = BAD[case]
+    found = faults(tmp_path, f'[run]\nname = "x"\n{text}\n'.replace('[run]\nname = "x"\n[run]', "[run]"))
+    assert len(found) == 1
+    assert found[0] == message or (message.endswith("?") and found[0].startswith(message))
+
+
+def test_every_fault_is_reported_at_once(tmp_path):
+    found = faults(tmp_path, '[run]\nnam = "x"\n[train]\nlr = "fast"\nsteps = "many"\n[loss]\nnormalization = 3\n')
+    assert found == [
+        "unknown key run.nam; did you mean run.name?",
+        "run.name is missing",
+        "train.lr must be a number, not 'fast'",
+        "train.steps must be an integer, not 'many'",
+        "loss.normalization must be a string, not 3",
+    ]
+
+
+def test_every_fault_of_every_table_is_reported_at_once(tmp_path):
+    text = '[run]\nname = ""\ndevice = "gpu"\n[crops]\nsize = 1\noverlap = nan\n[train]\nlr = nan\nprimary_ratio = 2\n'
+    run, crops, train = faults(tmp_path, text)
+    assert run.startswith("run: name = ''") and "; device must be auto" in run
+    assert crops == "crops: size must be at least 14, not 1; overlap must be in [0, 0.9), not nan"
+    assert train == "train: primary_ratio must be in [0, 1], not 2.0; lr must be finite and above 0, not nan"
+
+
+def test_a_device_that_is_not_here_is_a_line_when_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert build.device(recipes.load(write(tmp_path, GOOD), ["run.device=cuda:0"])) == torch.device("cuda", 0)
+    for name, count in {"cuda": 0, "cuda:1": 1, "mps": 0}.items():
+        loaded = recipes.load(write(tmp_path, GOOD), [f"run.device={name}"])
+        monkeypatch.setattr(torch.get_device_module(name), "device_count", lambda count=count: count)
+        with pytest.raises(strict.RecipeError, match=f'run.device = "{name}": torch finds {count} of .*; take "auto"'):
+            build.device(loaded)
+
+
+def test_a_teacher_named_twice_needs_an_alias(tmp_path):
+    twice = '[[teachers]]\nname = "midas"\n[[teachers]]\nname = "midas"\n'
+    assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
+        "teachers named twice: midas; give each an alias of its own"
+    ]
+    twice = '[[benchmarks]]\nname = "scenes"\n[[benchmarks]]\nname = "scenes"\n'
+    assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [
+        "benchmarks named twice: scenes; give each an alias of its own"
+    ]
+
+
+def test_broken_toml_missing_file_and_bad_set(tmp_path):
+    assert faults(tmp_path, "[run\n")[0].startswith("not valid TOML: ")
+    with pytest.raises(strict.RecipeError, match="no such recipe.*r.toml"):
+        recipes.load(tmp_path / "q.toml")
+    path = write(tmp_path, GOOD)
+    for bad, message in {
+        "train.steps": "write it as KEY=VALUE",
+        "teachers.7.weights=a": "teachers has 1 entries, numbered from 0",
+        "train.steps.more=1": "is not a table|train.steps",
+        "train.stps=3": "unknown key train.stps; did you mean train.steps",
+    }.items():
+        with pytest.raises(strict.RecipeError, match=message):
+            recipes.load(path, [bad])
+
+
+STUDENTS = sorted((ROOT / "recipes" / "students").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDENTS, ids=lambda p: p.stem)
+def test_the_students_of_the_papers_tables_can_be_built(path):
+    """On the meta device: shapes and options are judged, no weight is needed."""
+    spec = recipes.load(path, ["student.weights="]).student
+    with torch.device("meta"):
+        student = students.build(
+            encoder=spec.encoder,
+            decoder=spec.decoder,
+            encoder_options=spec.encoder_options,
+            decoder_options=spec.decoder_options,
+        )
+        assert student.decoder(student.encoder.features(torch.rand(1, 3, 112, 112))).shape[0] == 1
+
+
+def test_norm_by_recipe_reaches_decoder_and_trainer(tmp_path, monkeypatch):
+    tiny = '[run]\nname = "x"\n[student]\nencoder = "test_vit"\n[student.decoder_options]\nfusion_channels = 8\n'
+    path = write(tmp_path, tiny)
+    for norm, found in {"group": nn.GroupNorm, "frozen": FrozenBatchNorm, "sync": nn.BatchNorm2d}.items():
+        loaded = recipes.load(path, [f"student.norm={norm}"])
+        assert isinstance(build.make_student(loaded).decoder.detail_enhancer.norm, found)
+        assert build.train_settings(loaded).batchnorm == ("batch" if norm == "group" else norm)
+    plain = recipes.load(path)
+    assert build.train_settings(plain).batchnorm == "batch" and not build.batch_norm_note(
+        plain, build.make_student(plain)
+    )
+    cut = recipes.load(path, ["train.accumulate=4"])
+    assert "BatchNorm sees 2 of a step's 8 images" in build.batch_norm_note(cut, build.make_student(cut))
+    grouped = recipes.load(path, ["train.accumulate=4", "student.norm=group"])
+    assert not build.batch_norm_note(grouped, build.make_student(grouped))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "BatchNorm sees 1 of" in build.batch_norm_note(plain, build.make_student(plain))
+    synced = recipes.load(path, ["student.norm=sync"])
+    assert not build.batch_norm_note(synced, build.make_student(synced))
+
+
+def test_norm_in_two_places_is_a_fault(tmp_path):
+    text = '[run]\nname = "x"\n[student]\nnorm = "group"\ndecoder_options = { norm = "batch" }\n'
+    assert faults(tmp_path, text) == ["student: norm and decoder_options.norm both say it: keep norm"]
+
+
+def test_a_student_begins_from_a_whole_checkpoint(tmp_path):
+    """Encoder and head of one released file; with `weights` alone only the encoder (paper, Appendix C.1)."""
+    options = {"channels": 8, "post_process_channels": [8, 8, 8, 8]}
+    torch.manual_seed(5)  # not the seed of the recipe
+    shape = {"depth": 2, "embed_dim": 32, "num_heads": 1, "img_size": 28}
+    released = students.build(
+        encoder="dinov2_vits14", decoder="dav2", encoder_options={"timm_options": shape}, decoder_options=options
+    )
+    state = {f"pretrained.{key}": value for key, value in released.encoder.backbone.state_dict().items()}
+    state |= {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
+    state |= {f"depth_head.{key}": value for key, value in released.decoder.state_dict().items()}
+    torch.save(state, tmp_path / "dav2.pth")
+    text = (
+        f'[run]\nname = "x"\n[student]\nencoder = "dinov2_vits14"\ndecoder = "dav2"\nweights = "{tmp_path}/dav2.pth"\n'
+        "[student.encoder_options.timm_options]\ndepth = 2\nembed_dim = 32\nnum_heads = 1\nimg_size = 28\n"
+        "[student.decoder_options]\nchannels = 8\npost_process_channels = [8, 8, 8, 8]\n"
+    )
+    path, image = write(tmp_path, text), torch.rand(1, 3, 28, 42)
+    whole = build.make_student(recipes.load(path, [f"student.decoder_weights={tmp_path}/dav2.pth"])).eval()
+    torch.testing.assert_close(whole(image), released.eval()(image))
+    half = build.make_student(recipes.load(path)).eval()
+    assert torch.equal(half.encoder(image)[3][0], released.encoder(image)[3][0])
+    assert not torch.equal(half(image), released(image))
+
+
+@pytest.mark.parametrize("override", ['run.out="s3://bucket/run"', 'labels.root="memory://labels"'])
+def test_outputs_go_to_paths(override):
+    with pytest.raises(strict.RecipeError, match="local path|mount it"):
+        recipes.load(ROOT / "recipes" / "demo.toml", [override])

@@ -1,0 +1,105 @@
+"""`distill verify --repair`: only what is bad is labelled again, and the folder ends up as if it had never been bad."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from distill.app import build, repair
+from distill.app.cli import main
+from distill.app.recipe import load
+from distill.shards.shards import verify
+from tests.labelling.test_label import contents, make_tar
+
+RECIPE = """
+[run]
+name = "mend"
+out = "{out}"
+device = "cpu"
+[[images]]
+tars = "{tars}"
+[crops]
+size = 16
+min_side = 20
+patch_size = 12
+[[teachers]]
+name = "analytic"
+[labels]
+samples_per_part = 3
+"""
+
+
+@pytest.fixture
+def labels(tmp_path):
+    """A finished folder of five tars, and what it held."""
+    for i in range(2):
+        make_tar(tmp_path / f"sa_{i}.tar", first=10 * i)
+    path = tmp_path / "recipe.toml"
+    path.write_text(RECIPE.format(out=tmp_path / "run", tars=tmp_path / "sa_{0..1}.tar"))
+    assert main(["label", str(path)]) == 0
+    folder = build.labels_folder(load(path))
+    return folder, contents(folder)
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def test_only_what_is_bad_is_made_again(labels, capsys):
+    folder, before = labels
+    tars = sorted(folder.glob("*.tar"))
+    assert len(tars) == 6
+    flip(tars[1], 3000)
+    tars[3].unlink()
+    (folder / tars[4].name).with_suffix(".json").write_text("{")
+    times = {path.name: path.stat().st_mtime_ns for path in (tars[0], tars[2], tars[5])}
+    assert main(["verify", str(folder)]) == 1
+    assert main(["verify", str(folder), "--repair"]) == 0
+    said = capsys.readouterr().out
+    assert all(path.name in said for path in (tars[1], tars[3], tars[4])) and tars[0].name not in said
+    assert contents(folder) == before and verify(folder) == []
+    assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
+    assert repair.repair(folder, relabel=lambda *_: pytest.fail("nothing is bad")) == []
+
+
+def test_an_interrupted_repair_loses_nothing_and_goes_on(labels):
+    folder, before = labels
+    tar = sorted(folder.glob("*.tar"))[0]
+    flip(tar, 2000)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["images"]["count"] = 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair.repair(folder, relabel=killed)
+    assert (folder / f"{tar.name}.bad").exists()
+    assert repair.repair(folder) and contents(folder) == before
+
+
+def test_somebody_elses_tar_is_set_aside_and_kept(labels, capsys):
+    folder, before = labels
+    (folder / "holiday.tar").write_bytes(b"mine")
+    assert main(["verify", str(folder), "--repair"]) == 0
+    said = capsys.readouterr()
+    assert "made again" not in said.out
+    assert "holiday.tar is no part of these labels: set aside as holiday.tar.bad" in said.err
+    assert contents(folder) == before | {"holiday.tar.bad": b"mine"}
+
+
+def test_labels_without_a_recipe_or_with_other_images_say_so(labels, tmp_path):
+    folder, _ = labels
+    tar = sorted(folder.glob("*.tar"))[0]
+    flip(tar, 2000)
+    make_tar(tmp_path / "sa_1.tar", count=9, first=20)
+    with pytest.raises(ValueError, match="labelled from other images"):
+        repair.repair(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "recipe": {}}))
+    with pytest.raises(ValueError, match="manifest.json has no recipe"):
+        repair.repair(folder)

@@ -1,0 +1,189 @@
+"""Plans are deterministic, cover what they promise, and invert; resampling is exact on linear ramps."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.core import crops
+
+
+def ramp(height: int, width: int) -> torch.Tensor:
+    """(1,H,W), linear in half-pixel coordinates."""
+    rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    return (0.3 * rows[:, None] / height + 0.7 * columns[None] / width)[None]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(30, 300), st.integers(30, 300), st.integers(0, 50), st.sampled_from(["grid", "random", "none"]))
+def test_regions_and_patches_lie_inside(height, width, draw, patches):
+    plan = crops.plan(
+        height, width, key="sa_1", draw=draw, size=28, min_side=40, patches=patches, patch_size=32, small="use"
+    )
+    r = plan.region
+    assert 0 <= r.top and r.top + r.side <= height and 0 <= r.left and r.left + r.side <= width
+    assert min(40, height, width) <= r.side <= min(height, width)
+    for p in plan.patches:
+        assert 0 <= p.top and p.top + p.side <= r.side and 0 <= p.left and p.left + p.side <= r.side
+    if patches == "grid":
+        assert crops.coverage([plan]) == [1.0]
+    assert plan.boxes().shape == (len(plan.patches), 4)
+
+
+@pytest.mark.parametrize("side", [560, 644, 700, 1100, 1500])
+def test_grid_patches_cover_the_region_and_overlap_by_an_eighth(side):
+    corners = crops._grid(side, 560, 0.125)
+    starts = sorted({top for top, _ in corners})
+    assert starts[0] == 0 and starts[-1] == side - 560
+    assert all(560 - (b - a) >= 560 // 8 for a, b in zip(starts, starts[1:], strict=False))
+    assert len(starts) >= (2 if side >= 644 else 1)
+
+
+def test_plans_do_not_depend_on_order_or_process():
+    def plans(keys):
+        return {k: crops.plan(900, 1200, key=k, seed=3, patches="random", num_patches=2) for k in keys}
+
+    keys = [f"sa_{i}" for i in range(20)]
+    assert plans(keys) == plans(reversed(keys))
+    call = "crops.plan(900, 1200, key='sa_7', seed=3, patches='random', num_patches=2)"
+    code = f"from distill.core import crops; print({call})"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == str(plans(["sa_7"])["sa_7"])
+    assert len({p.region for p in plans(keys).values()}) > 15
+    draws = {crops.plan(900, 1200, key="sa_7", seed=3, draw=d).region for d in range(8)}
+    assert len(draws) == 8
+
+
+def test_sides_are_uniform_between_the_smallest_and_the_whole():
+    sides = torch.tensor([crops.plan(1500, 2250, key=str(i)).region.side for i in range(2000)]).float()
+    assert sides.min() < 660 and sides.max() > 1485
+    assert abs(sides.mean() - (644 + 1500) / 2) < 15
+
+
+def test_small_images_are_refused_by_name_or_used_whole():
+    with pytest.raises(crops.ImageTooSmallError, match="400x300 is smaller than the smallest crop, 644x644"):
+        crops.plan(300, 400, key="a")
+    plan = crops.plan(300, 400, key="a", small="use")
+    assert plan.region.side == 300
+    assert all(p.side == 300 for p in plan.patches) and plan.patch_size == 560
+
+
+@pytest.mark.parametrize("size", [56, 97, 140])
+def test_cut_and_place_are_inverse(size):
+    image = ramp(200, 260)
+    plan = crops.plan(200, 260, key="k", size=size, min_side=100, patches="none")
+    cut = crops.cut_region(image, plan)
+    assert cut.shape == (1, size, size)
+    placed, inside = crops.place_region(cut, plan, 200, 260)
+    assert inside.sum() == plan.region.side**2 and (placed[0][~inside] == 0).all()
+    # Antialiasing bends a ramp in the outermost two cut pixels.
+    r, border = plan.region, 3 * plan.region.side // size + 1
+    inner = (slice(r.top + border, r.top + r.side - border), slice(r.left + border, r.left + r.side - border))
+    # A tent filter sampled at a fractional step is a fraction of a native pixel off: the ramp rises .0027 a pixel.
+    torch.testing.assert_close(placed[0][inner], image[0][inner], atol=0.2 * 0.7 / 260, rtol=0)
+
+
+def test_a_ramp_seen_through_a_patch_equals_the_ramp_of_the_region():
+    """The geometry of local-global: student on the whole region, teacher on native patches, zero difference."""
+    image = ramp(300, 280)
+    plan = crops.plan(300, 280, key="k", size=84, min_side=200, patches="random", num_patches=5, patch_size=96)
+    region, patches = crops.cut_region(image, plan), crops.cut_patches(image, plan)
+    seen, inside = crops.sample_boxes(region, plan.boxes()[None], 96)
+    # Antialiased shrinking bends a ramp in the outermost pixel; two region pixels in from the border it is exact.
+    rows = plan.boxes()[:, 0, None] + (plan.boxes()[:, 2] - plan.boxes()[:, 0])[:, None] * (torch.arange(96) + 0.5) / 96
+    columns = (
+        plan.boxes()[:, 1, None] + (plan.boxes()[:, 3] - plan.boxes()[:, 1])[:, None] * (torch.arange(96) + 0.5) / 96
+    )
+    away = 3 / 84
+    deep = ((rows > away) & (rows < 1 - away))[:, :, None] & ((columns > away) & (columns < 1 - away))[:, None, :]
+    assert inside[0][deep].all() and deep.float().mean() > 0.8
+    assert (seen[0] - patches[:, 0])[deep].abs().max() < 0.1 * 0.7 / 280
+    # Exact where nothing was filtered: the ramp evaluated at the region's pixel centres.
+    r, grid = plan.region, (torch.arange(84) + 0.5) / 84 * plan.region.side
+    exact = 0.3 * (r.top + grid)[:, None] / 300 + 0.7 * (r.left + grid)[None] / 280
+    seen, inside = crops.sample_boxes(exact[None], plan.boxes()[None], 96)
+    assert (seen[0] - patches[:, 0])[inside[0]].abs().max() < 1e-5
+
+
+def test_sampling_matches_a_brute_force_bilinear_resampler():
+    torch.manual_seed(1)
+    maps, boxes = torch.rand(1, 6, 9), torch.tensor([[[0.2, 0.1, 0.9, 0.7]]])
+    values, inside = crops.sample_boxes(maps, boxes, 5)
+    for i in range(5):
+        for j in range(5):
+            y = (0.2 + 0.7 * (i + 0.5) / 5) * 6 - 0.5
+            x = (0.1 + 0.6 * (j + 0.5) / 5) * 9 - 0.5
+            assert inside[0, 0, i, j] == (0 <= y <= 5 and 0 <= x <= 8)
+            if not inside[0, 0, i, j]:
+                continue
+            y0, x0 = min(int(y), 4), min(int(x), 7)
+            fy, fx = y - y0, x - x0
+            m = maps[0]
+            top = m[y0, x0] * (1 - fx) + m[y0, x0 + 1] * fx
+            bottom = m[y0 + 1, x0] * (1 - fx) + m[y0 + 1, x0 + 1] * fx
+            assert abs(values[0, 0, i, j] - (top * (1 - fy) + bottom * fy)) < 1e-5
+
+
+def test_sampling_the_whole_box_at_the_same_size_is_the_identity():
+    maps = torch.rand(2, 7, 7)
+    values, inside = crops.sample_boxes(maps, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 1, 4), 7)
+    torch.testing.assert_close(values[:, 0], maps)
+    assert inside.all()
+
+
+def brute_force(image, size):
+    """Resampling by its definition: at each output centre, a tent of input pixels as wide as the shrinking."""
+    out = image
+    for axis in (0, 1):
+        length = image.shape[axis]
+        scale = length / size
+        width = max(1.0, scale)
+        weights = torch.zeros(size, length, dtype=image.dtype)
+        for i in range(size):
+            centre = (i + 0.5) * scale
+            for j in range(length):
+                weights[i, j] = max(0.0, 1.0 - abs(j + 0.5 - centre) / width)
+            # Enlarging repeats the border; shrinking leaves out what lies beyond it.
+            weights[i] /= weights[i].sum()
+        out = torch.tensordot(weights, out, dims=([1], [axis])).movedim(0, axis)
+    return out
+
+
+@pytest.mark.parametrize("size", [5, 9, 17, 30])
+def test_resizing_matches_a_brute_force_resampler(size):
+    torch.manual_seed(2)
+    image = torch.rand(17, 17, dtype=torch.float64)
+    torch.testing.assert_close(crops.resize(image[None], size, size)[0], brute_force(image, size), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [31, 64, 560])
+def test_blocks_hold_every_student_pixel_of_a_patch(size):
+    torch.manual_seed(3)
+    corner, side = torch.rand(3, 4, 2) * 0.5, 0.2 + 0.3 * torch.rand(3, 4, 1)
+    boxes = torch.cat([corner, corner + side], -1)
+    boxes[0, 0] = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    blocks, within, number = crops.student_blocks(boxes, size)
+    assert number == size
+    blocks, within, number = crops.student_blocks(boxes[1:], size)
+    assert number < size
+    pixels = blocks * size
+    torch.testing.assert_close(pixels, pixels.round(), atol=1e-3, rtol=0)
+    for b, n in ((b, n) for b in range(2) for n in range(4)):
+        for axis in (0, 1):
+            low, high = boxes[1 + b, n, axis].item() * size, boxes[1 + b, n, axis + 2].item() * size
+            centres = [i for i in range(size) if low <= i + 0.5 <= high]
+            first = round(pixels[b, n, axis].item())
+            assert first <= centres[0] and centres[-1] < first + number
+            # The same pixel, named by the patch: a fraction of the patch, linear in the region's.
+            start = (first - low) / (high - low)
+            assert within[b, n, axis].item() == pytest.approx(start, abs=1e-3)
+
+
+def test_no_boxes_give_no_blocks():
+    blocks, within, number = crops.student_blocks(torch.zeros(2, 0, 4), 64)
+    assert blocks.shape == within.shape == (2, 0, 4) and number == 0

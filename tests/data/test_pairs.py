@@ -1,0 +1,185 @@
+"""Photographs with measured depth from a table: units, formulas, invalid values, sizes, and tables with faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.core.depth import Kind
+from distill.data.pairs import read_pairs
+from distill.eval.benchmarks import pairs as benchmark
+from distill.eval.score import score
+
+HEAD = "name\trgb\tdepth\tscale_to_metres\tinvalid\tkind\tdataset\tnotes"
+STORED = np.array([[0, 1000, 2000, 65535], [500, 65100, 3000, 42]], np.uint16)
+
+
+def table(folder: Path, *rows: str, head: str = HEAD, stored: np.ndarray = STORED) -> Path:
+    Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3)).save(folder / "a.png")
+    Image.fromarray(stored).save(folder / "d.png")
+    np.save(folder / "d.npy", stored.astype(np.float32))
+    path = folder / "INDEX.tsv"
+    path.write_text("\n".join([head, *rows]) + "\n")
+    return path
+
+
+def one(folder: Path, scale: str, invalid: str = "", kind: str = "depth", depth: str = "d.png"):
+    (pair,) = read_pairs(table(folder, f"x\ta.png\t{depth}\t{scale}\t{invalid}\t{kind}\tset\t"))
+    return pair
+
+
+@pytest.mark.parametrize("depth", ["d.png", "d.npy"])
+def test_depth_is_metres_where_it_is_not_invalid(tmp_path, depth):
+    truth = one(tmp_path, "0.001", "0", depth=depth).truth()
+    assert truth.kind == Kind.METRIC_DEPTH and truth.values.shape == (1, 2, 4)
+    assert truth.valid[0].tolist() == [[False, True, True, True], [True, True, True, True]]
+    assert truth.values[0, 0, 1:3].tolist() == [1.0, 2.0] and truth.values[0, 0, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("invalid", "valid"),
+    [
+        ("none", [1, 2, 3, 4, 5, 6, 7]),
+        ("0 and 65535", [1, 2, 4, 6, 7]),
+        (">=65000 (sky)", [1, 2, 4, 6, 7]),
+        (">=2500", [1, 2, 4, 7]),
+        ("42", [1, 2, 3, 4, 5, 6]),
+        ("inf (non-finite)", [1, 2, 3, 4, 5, 6, 7]),
+        ("-1", [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_invalid_values_are_read_from_words(tmp_path, invalid, valid):
+    assert one(tmp_path, "1", invalid).truth().valid.flatten().nonzero().flatten().tolist() == valid
+
+
+def test_values_that_are_not_finite_or_not_positive_are_invalid(tmp_path):
+    odd = np.array([[np.nan, np.inf, -np.inf, -1], [0, 1, 2, 3]], np.float32)
+    table(tmp_path, "x\ta.png\td.npy\t1\t\tdepth\t\t", stored=np.zeros((2, 4), np.uint16))
+    np.save(tmp_path / "d.npy", odd)
+    truth = read_pairs(tmp_path)[0].truth()
+    assert truth.valid.flatten().tolist() == [False] * 5 + [True] * 3 and truth.values.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("formula", "metres"),
+    [
+        ("Z[m]=700*0.2/disp", 140 / 1000),
+        ("700*0.2/(disp+400)", 140 / 1400),
+        ("Z[m] = 700 * 2e-1 / ( disp - 400 )", 140 / 600),
+        ("7.0*20/(disp+doffs 400)", None),
+    ],
+)
+def test_a_stereo_formula_makes_metric_depth_of_disparity(tmp_path, formula, metres):
+    pair = one(tmp_path, formula, "0", "disparity")
+    truth = pair.truth()
+    if metres is None:
+        assert pair.kind == Kind.AFFINE_DISPARITY
+        return
+    assert truth.kind == Kind.METRIC_DEPTH and float(truth.values[0, 0, 1]) == pytest.approx(metres)
+    assert not truth.valid[0, 0, 0]
+    if "-" in formula:
+        assert not truth.valid[0, 1, 3], "42 pixels minus 400 is no disparity"
+
+
+@pytest.mark.parametrize(
+    ("scale", "kind", "expected"),
+    [
+        ("unknown (relative)", "depth", "scale_depth"),
+        ("disparity px = value/4; no metric calibration", "disparity", "affine_disparity"),
+        ("0.25", "disparity", "scale_disparity"),
+        ("", "", "scale_depth"),
+        ("1", "affine_depth", "affine_depth"),
+    ],
+)
+def test_what_is_not_known_of_the_scale_becomes_the_kind(tmp_path, scale, kind, expected):
+    assert one(tmp_path, scale, kind=kind).truth().kind == expected
+
+
+def test_a_map_of_another_size_takes_the_photographs_by_nearest_neighbour(tmp_path):
+    pair = one(tmp_path, "1", "0")
+    Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.png")
+    truth = pair.truth()
+    assert pair.rgb().shape == (3, 4, 8) and truth.values.shape == (1, 4, 8)
+    assert torch.equal(
+        truth.values[0], torch.from_numpy(STORED.astype(np.float32)).repeat_interleave(2, 0).repeat_interleave(2, 1)
+    )
+    assert truth.valid.sum() == 28
+
+
+def test_all_faults_of_a_table_are_reported_at_once(tmp_path):
+    good, unknown = "x\ta.png\td.png\t1\t\tdepth\t\t", "y\ta.png\td.png\t1\t\theight\t\t"
+    path = table(tmp_path, good, unknown, "\ta.png\td.png\t1", good, "../z\ta.png\td.png\t1", "w\ta.png\td.png\t0")
+    with pytest.raises(
+        ValueError, match=r"INDEX\.tsv: line 3: kind must be.*'height'; line 4: name is empty; line 5: .*'x' was"
+    ) as error:
+        read_pairs(path)
+    assert "line 6: the name '../z' would climb out" in str(error.value)
+    assert "line 7: scale_to_metres must be finite and above 0, not 0; words mean unknown" in str(error.value)
+    with pytest.raises(ValueError, match="no column depth"):
+        read_pairs(table(tmp_path, head="name\trgb"))
+    with pytest.raises(FileNotFoundError, match="no such table"):
+        read_pairs(tmp_path / "none.tsv")
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 files are missing: .*no\.png"):
+        read_pairs(table(tmp_path, "x\tno.png\td.png\t1"))
+    with pytest.raises(ValueError, match=r"has no q \(1 names unknown, 1 known\)"):
+        read_pairs(table(tmp_path, good), names=["q", "x"])
+
+
+@pytest.mark.parametrize("scale", ["-0.001", "nan", "inf", "0.0", "1e999", "-inf", "0*3/disp"])
+def test_a_scale_that_is_a_number_must_be_positive_and_finite(tmp_path, scale):
+    with pytest.raises(ValueError, match=r"line 2: scale_to_metres must .*above 0, not " + scale.replace("*", r"\*")):
+        one(tmp_path, scale)
+    assert one(tmp_path, ".5").scale == 0.5
+
+
+def test_text_that_is_not_utf8_or_absent_names_its_file(tmp_path):
+    good = table(tmp_path, "x\ta.png\td.png\t1")
+    for data, reason in ((b"caf\xe9\n", "not UTF-8 .*save it as UTF-8"), (b"\n", "empty")):
+        (tmp_path / "names.txt").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"names\.txt: {reason}"):
+            benchmark.samples(good, tmp_path / "names.txt")
+    with pytest.raises(FileNotFoundError, match=r"none\.txt: no such list"):
+        benchmark.samples(good, tmp_path / "none.txt")
+    good.write_bytes(good.read_bytes() + b"caf\xe9\ta.png\td.png\t1\n")
+    with pytest.raises(ValueError, match=r"INDEX\.tsv: not UTF-8 \(byte \d+: .*save it as UTF-8"):
+        read_pairs(good)
+
+
+def test_broken_files_name_themselves(tmp_path):
+    pair = one(tmp_path, "1")
+    (tmp_path / "d.png").write_bytes((tmp_path / "d.png").read_bytes()[:60])
+    with pytest.raises(OSError, match=r"d\.png: not a readable depth map"):
+        pair.truth()
+    (tmp_path / "a.png").write_bytes(b"<html>")
+    with pytest.raises(OSError, match=r"a\.png: not a readable image"):
+        pair.rgb()
+    table(tmp_path, "x\ta.png\td.npy\t1")
+    np.save(tmp_path / "d.npy", np.zeros((2, 4, 3)))
+    with pytest.raises(ValueError, match=r"d\.npy: a depth map has one channel, this has the shape \(2, 4, 3\)"):
+        read_pairs(tmp_path)[0].truth()
+
+
+def test_pairs_are_a_benchmark(tmp_path):
+    rows = ["b.1\ta.png\td.npy\t0.001\t0 and 65535\tdepth\tone\t", "sub/c\ta.png\td.png\tunknown\t0\tdisparity\ttwo\t"]
+    root = table(tmp_path, *rows)
+    some = benchmark.samples(root)
+    assert [(s.key, s.prediction_path, s.group) for s in some] == [
+        ("b.1", "pred_b.1.npy", "one"),
+        ("sub/c", "sub/pred_c.npy", "two"),
+    ]
+    assert some[0].image().dtype == torch.float32 and float(some[0].image().max()) == pytest.approx(23 / 255)
+    (tmp_path / "names.txt").write_text("sub/c\n\n")
+    assert [s.key for s in benchmark.samples(tmp_path, tmp_path / "names.txt")] == ["sub/c"]
+    store = tmp_path / "store"
+    (store / "sub").mkdir(parents=True)
+    for sample in some:
+        disparity = sample.truth().convert(f"{sample.truth().kind.unknown}_disparity")
+        np.save(store / sample.prediction_path, 3 * disparity.values[0].numpy() + 1)
+    got = score(store, "affine_disparity", some, benchmark.PROTOCOL)
+    assert got.num_failed == 0 and got.metrics["abs_rel"] < 1e-4
+    with pytest.raises(ValueError, match="pairs needs a root"):
+        benchmark.samples(None)

@@ -1,0 +1,476 @@
+"""Comparing teachers: the measures on maps with known answers, the stores, the page."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill.app import build, comparison
+from distill.app import recipe as recipes
+from distill.app.cli import main
+from distill.app.strict import RecipeError
+from distill.core.depth import DepthMap, Kind
+from distill.data.corruptions import Corruptions
+from distill.eval import agreement
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.compare import CARD, Entrant, compare, gather, write_comparison
+from distill.eval.reports.compare_page import sentences, write_page
+from distill.eval.stored import BadPredictionError
+from distill.teachers import analytic
+from tests import tiny_teachers
+
+RNG = torch.Generator().manual_seed(0)
+SIZE = (64, 80)
+
+
+def steps(height=64, width=80):
+    """Blocks of constant disparity: every edge is a jump, the values are irregular."""
+    small = torch.rand(1, 8, 10, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(small[None], (height, width), mode="nearest")[0] + 0.5
+
+
+def smooth():
+    rows, columns = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 80), indexing="ij")
+    return (1.0 + rows + 0.3 * columns)[None]
+
+
+def noise():
+    return torch.rand(1, *SIZE, generator=torch.Generator().manual_seed(5))
+
+
+def blurred(maps, width=9):
+    kernel = torch.ones(1, 1, width, width) / width**2
+    return F.conv2d(F.pad(maps[:, None], [width // 2] * 4, mode="replicate"), kernel)[:, 0]
+
+
+ALL = torch.ones(1, *SIZE, dtype=torch.bool)
+
+
+def affine_disparity(values, valid=ALL):
+    return DepthMap(values, valid, Kind.AFFINE_DISPARITY)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [steps, smooth])
+@pytest.mark.parametrize(("scale", "shift"), [(1.0, 0.0), (40.0, -3.0), (0.1, 50.0)])
+def test_an_affine_copy_agrees_perfectly(make, scale, shift):
+    a = make()
+    b = a * scale + shift
+    assert agreement.alignment_error(a, b, ALL).item() < 5e-3
+    assert agreement.ordinal_agreement(a, b, ALL).item() > 0.999
+    if make is steps:
+        assert agreement.edge_agreement(a, b, ALL).item() > 0.999
+    assert agreement.sky_disagreement(affine_disparity(a), affine_disparity(b)).item() < 1e-3
+    assert agreement.residual(b, a, ALL).abs().max() < 2e-2
+
+
+def test_error_is_what_least_squares_leaves_and_symmetric():
+    a, b = steps(), steps() + 0.3 * noise()
+    design = torch.stack([a.flatten(), torch.ones(a.numel())], 1).double()
+    solved = torch.linalg.lstsq(design, b.flatten()[:, None].double()).solution
+    left = (design @ solved)[:, 0] - b.flatten().double()
+    expected = left.square().mean().sqrt() / b.double().std(correction=0)
+    assert agreement.alignment_error(a, b, ALL).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert agreement.alignment_error(b, a, ALL).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert agreement.residual(a, b, ALL).square().mean().sqrt().item() == pytest.approx(expected.item(), rel=1e-4)
+    assert agreement.alignment_error(a, -b, ALL).item() == 1.0, "a negative scale is no alignment"
+
+
+def test_constant_and_empty_maps():
+    flat = torch.full((1, *SIZE), 3.0)
+    assert agreement.alignment_error(flat, flat + 1, ALL).item() == 0
+    assert agreement.alignment_error(flat, steps(), ALL).item() == 1
+    assert agreement.alignment_error(steps(), steps(), ~ALL).isnan().all()
+    assert agreement.ordinal_agreement(steps(), steps(), ~ALL).isnan().all()
+    assert agreement.edge_agreement(flat, flat, ALL).isnan().all()
+    assert agreement.sharpness(flat, ALL).item() == 0
+
+
+def test_random_orders_agree_half_the_time():
+    a, b = noise(), torch.rand(1, *SIZE, generator=torch.Generator().manual_seed(9))
+    assert agreement.ordinal_agreement(a, b, ALL, pairs=20_000).item() == pytest.approx(0.5, abs=0.02)
+    assert agreement.ordinal_agreement(a, -a, ALL).item() == 0
+    assert agreement.ordinal_agreement(a, torch.ones_like(a), ALL).item() == pytest.approx(0.5, abs=1e-6)
+
+
+def test_a_blurred_copy_loses_edges_and_little_else():
+    a = steps()
+    b = blurred(a)
+    assert agreement.edge_agreement(a, b, ALL).item() < 0.5
+    assert agreement.sharpness(b, ALL).item() < 0.5 * agreement.sharpness(a, ALL).item()
+    assert agreement.ordinal_agreement(a, b, ALL).item() > 0.8
+    step = (torch.arange(80) >= 40).float().expand(1, 64, 80)
+    assert agreement.sharpness(step, ALL).item() == pytest.approx(1.0)
+    assert agreement.sharpness(blurred(step, 5), ALL).item() == pytest.approx(0.2, rel=1e-3)
+    assert agreement.alignment_error(a, b, ALL).item() < 0.7
+    moved = a.roll(1, -1)
+    assert agreement.edge_agreement(a, moved, ALL).item() > 0.9, "one pixel is tolerated"
+    assert agreement.edge_agreement(a, a.roll(3, -1), ALL).item() < 0.8
+
+
+def test_invalid_pixels_are_not_looked_at():
+    a = steps()
+    valid = ALL.clone()
+    valid[:, :, :20] = False
+    spoilt = torch.where(valid, a, torch.nan)
+    assert agreement.alignment_error(a, spoilt, valid).item() < 1e-3
+    assert agreement.ordinal_agreement(a, spoilt, valid).item() == 1
+    assert agreement.edge_agreement(a, spoilt, valid).item() == 1
+    assert torch.isfinite(agreement.sharpness(spoilt, valid)).all()
+
+
+def test_sky():
+    a = steps()
+    a[:, :32] = 0.0
+    b = a.clone()
+    b[:, :16] = 1.0
+    disagreement = agreement.sky_disagreement(affine_disparity(a), affine_disparity(b)).item()
+    assert disagreement == pytest.approx(0.25, abs=0.01)
+    cut = ALL.clone()
+    cut[:, :32] = False
+    a2 = torch.where(cut, a, 7.0)
+    assert agreement.sky_disagreement(affine_disparity(a), affine_disparity(a2, cut)).item() < 0.05, "invalid is sky"
+
+
+def test_kinds_meet_in_disparity():
+    disparity = steps()
+    reference = affine_disparity(disparity)
+    scale_depth = DepthMap(5.0 / disparity, ALL, Kind.SCALE_DEPTH)
+    turned = agreement.to_disparity(scale_depth)
+    assert turned.kind == Kind.AFFINE_DISPARITY
+    assert agreement.alignment_error(turned.values, disparity, ALL).item() < 2e-3
+    hidden = DepthMap(0.2 + 0.3 / disparity, ALL, Kind.AFFINE_DEPTH)  # the shift is lost
+    fitted = agreement.to_disparity(hidden, reference)
+    assert agreement.alignment_error(fitted.values, disparity, ALL).item() < 0.05
+    negated = agreement.to_disparity(hidden)
+    assert agreement.ordinal_agreement(negated.values, disparity, ALL).item() > 0.99
+    assert agreement.alignment_error(negated.values, disparity, ALL).item() > 0.05
+
+
+def test_gain_of_an_oracle():
+    """Each of two maps is right in one half: choosing well takes the whole error away, and a copy takes nothing."""
+    truth = smooth()
+    left, right = truth.clone(), truth.clone()
+    # Wrong by a pattern that no scale or shift takes up, in one half each.
+    pattern = 0.05 * torch.cos(torch.arange(80) * 3.14159265).expand(1, 64, 80)
+    left[..., :40] += pattern[..., :40]
+    right[..., 40:] += pattern[..., 40:]
+    errors = [agreement.region_errors(m, truth, ALL) for m in (left, right)]
+    gain, mixing, share = agreement.oracle_gain(*errors)
+    assert gain.item() > 0.8 and mixing.item() > 0.8 and share.item() == pytest.approx(0.5, abs=0.05)
+    assert [value.item() for value in agreement.oracle_gain(errors[0], errors[0])] == [0, 0, 0]
+    gain, mixing, share = agreement.oracle_gain(errors[0] + 1, errors[0])
+    assert gain.item() > 0.5 and mixing.item() == 0 and share.item() == 1, "what is better everywhere replaces"
+    assert agreement.oracle_gain(errors[0], errors[0] + 1)[0].item() == 0
+    empty = agreement.region_errors(left, truth, ~ALL)
+    assert empty.isnan().all() and agreement.oracle_gain(empty, empty)[0].isnan().all()
+
+
+def test_regions_are_means():
+    truth = smooth()
+    errors = agreement.region_errors(noise(), truth, ALL, cells=4)
+    left = agreement.residual(noise(), truth, ALL).abs()
+    assert errors.shape == (1, 16)
+    assert errors[0, 5].item() == pytest.approx(left[0, 16:32, 20:40].mean().item(), rel=1e-4)
+
+
+def test_new_edges():
+    sharp = steps()
+    photo = sharp.expand(3, -1, -1)[None] - 0.5
+    image = agreement.image_edges(photo)
+    assert agreement.edges_on_image(sharp, ALL, image).item() > 0.9
+    assert agreement.edges_on_image(noise(), ALL, image).item() < 0.6
+    soft = blurred(sharp, 21)
+    found = agreement.new_edges(soft, sharp, ALL, image)
+    assert found.item() > 0.3, "the sharp map shows edges of the picture that the blurred one lacks"
+    assert agreement.new_edges(sharp, soft, ALL, image).nan_to_num(0).item() < 0.05
+    assert agreement.new_edges(sharp, sharp, ALL, image).item() == 0
+    spot = torch.zeros_like(sharp)
+    spot[:, 30, 40:] = 1.0  # one edge of its own beside a primary that has them all
+    assert agreement.new_edges(sharp, spot, ALL, torch.ones_like(image)).item() < 0.2
+    error = agreement.alignment_error(soft, sharp, ALL)
+    assert agreement.complement(error, found).item() == pytest.approx((1 - error.item()) * found.item())
+
+
+# --- stores, page -----------------------------------------------------------------------------------------------------
+
+
+def scene(seed):
+    """An image whose disparity is known: steps, and a smooth part."""
+    rng = torch.Generator().manual_seed(seed)
+    blocks = F.interpolate(torch.rand(1, 1, 6, 8, generator=rng), (48, 64), mode="nearest")[0]
+    disparity = 0.2 + blocks + torch.linspace(0, 0.5, 48)[:, None]
+    image = (disparity / 2).clamp(0, 1).expand(3, -1, -1)
+    return image, DepthMap(1 / disparity, torch.ones(1, 48, 64, dtype=torch.bool), Kind.METRIC_DEPTH)
+
+
+def samples(count=4, truths=4):
+    found = []
+    for i in range(count):
+        image, truth = scene(i)
+        if i >= truths:
+            truth = DepthMap(truth.values, torch.zeros_like(truth.valid), truth.kind)
+        found.append(BenchmarkSample(f"s{i}", f"a/s{i}.npy", lambda image=image: image, lambda truth=truth: truth))
+    return found
+
+
+class FromTruth:
+    """A model that knows the truth, spoilt by a function of (disparity, key)."""
+
+    def __init__(self, spoil, calls=None):
+        self.card = replace(analytic.CARDS[0], name="analytic", seeded=True, revision="7")
+        self.spoil, self.calls = spoil, [] if calls is None else calls
+
+    def predict(self, images, *, keys=None):
+        self.calls.append(keys[0])
+        disparity = 1 / scene(int(keys[0][1:]))[1].values
+        return DepthMap(self.spoil(disparity), torch.ones_like(disparity, dtype=torch.bool), self.card.kind)
+
+
+def entrant(name, spoil, calls=None, **settings):
+    return Entrant(name, lambda: FromTruth(spoil, calls), {"side": 64, **settings})
+
+
+def left_wrong(disparity):
+    wrong = disparity.clone()
+    wrong[..., :32] += 0.2 * torch.cos(torch.arange(32) * 0.7)
+    return 3 * wrong - 1
+
+
+def right_wrong(disparity):
+    wrong = disparity.clone()
+    wrong[..., 32:] += 0.2 * torch.cos(torch.arange(32) * 0.7)
+    return 0.1 * wrong
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Two models that are wrong in one half each, and one that is blurred."""
+    made = [entrant("left", left_wrong), entrant("right", right_wrong), entrant("soft", lambda d: blurred(d, 7))]
+    for one in made:
+        assert gather(one, samples(), tmp_path) == 4
+    return tmp_path
+
+
+def test_predictions_are_kept_and_never_mixed(tmp_path):
+    calls = []
+    first = entrant("m", left_wrong, calls)
+    assert gather(first, samples(2), tmp_path) == 2 and calls == ["s0", "s1"]
+    said = json.loads((tmp_path / "m" / CARD).read_text())
+    assert said["card"]["licence"] and said["cost"]["images"] == 1 and said["cost"]["images_per_s"] > 0
+    assert gather(first, samples(4), tmp_path) == 2 and calls == ["s0", "s1", "s2", "s3"]
+    (tmp_path / "m" / "a" / "s2.npy").unlink()
+    assert gather(first, samples(4), tmp_path) == 1 and calls[-1] == "s2"
+    assert json.loads((tmp_path / "m" / CARD).read_text())["cost"]["images"] == 1, "the fuller measurement stays"
+
+    def gone():
+        raise AssertionError("the model is not needed")
+
+    assert gather(Entrant("m", gone, {"side": 64}), samples(4), tmp_path) == 0
+    with pytest.raises(ValueError, match="predictions of other settings .side 64, now 32."):
+        gather(Entrant("m", first.load, {"side": 32}), samples(4), tmp_path)
+    (tmp_path / "m" / "a" / "s2.npy").unlink()
+
+    def other():
+        model = FromTruth(left_wrong)
+        model.card = replace(model.card, revision="8")
+        return model
+
+    with pytest.raises(ValueError, match="other weights .revision 7, now 8.; delete"):
+        gather(Entrant("m", other, {"side": 64}), samples(4), tmp_path)
+
+
+def test_a_model_that_fails_keeps_what_it_did(tmp_path):
+    def spoil(disparity):
+        if len(calls) > 2:
+            raise RuntimeError("out of something")
+        return disparity
+
+    calls: list[str] = []
+    with pytest.raises(RuntimeError):
+        gather(entrant("m", spoil, calls), samples(), tmp_path)
+    assert sorted(p.name for p in (tmp_path / "m" / "a").iterdir()) == ["s0.npy", "s1.npy"]
+    assert gather(entrant("m", left_wrong), samples(), tmp_path) == 2
+
+
+def test_numbers_of_known_models(three):
+    result = compare(["left", "right", "soft"], samples(), three)
+    pairs = {(row["a"], row["b"]): row for row in result.pairs}
+    assert set(pairs) == {(a, b) for a, b in [("left", "right"), ("left", "soft"), ("right", "soft")]} | {
+        (a, "truth") for a in ("left", "right", "soft")
+    }
+    assert all(0 <= row["error"] <= 1 and row["images"]["error"] == 4 for row in result.pairs)
+    assert pairs["soft", "truth"]["edges"] < 0.7 < pairs["right", "truth"]["edges"]
+    assert pairs["left", "truth"]["sky"] is None, "a truth without a value may be a hole"
+    numbers = {model["name"]: model["numbers"] for model in result.models}
+    assert numbers["soft"]["sharpness"] < numbers["left"]["sharpness"]
+    assert 0 < numbers["left"]["abs_rel"] < 0.3 and numbers["left"]["valid"] == 1
+    added = {(row["a"], row["b"]): row for row in result.additions}
+    assert added["left", "right"]["mixing"] > 0.3 and 0.3 < added["left", "right"]["share"] < 0.7
+    assert added["soft", "left"]["news"] > added["left", "soft"]["news"]
+    assert [image["key"] for image in result.images] == ["s0", "s1", "s2", "s3"]
+    text = " ".join(sentences(result))
+    assert "To left, right adds most" in text and "4 images with truth" in text
+
+
+def test_without_truth_edges_speak(three):
+    result = compare(["left", "soft"], samples(4, truths=0), three)
+    assert {row["b"] for row in result.pairs} == {"soft"}
+    assert all("abs_rel" not in model["numbers"] for model in result.models)
+    text = " ".join(sentences(result))
+    assert "To soft, left adds most, as far as edges tell" in text and "with truth" not in text
+    alone = compare(["left"], samples(2, truths=0), three)
+    assert sentences(alone) == ["left is alone: a comparison needs two models."]
+
+
+def test_kinds_that_do_not_convert_are_compared(three):
+    def load():
+        model = FromTruth(lambda d: (1 / d - 0.5) * 0.3)
+        model.card = replace(model.card, kind=Kind.AFFINE_DEPTH)
+        return model
+
+    gather(Entrant("far", load, {"side": 64}), samples(), three)
+    result = compare(["far", "left"], samples(), three)
+    pairs = {(row["a"], row["b"]): row for row in result.pairs}
+    assert pairs["far", "truth"]["error"] < 0.1 and pairs["far", "truth"]["order"] > 0.99
+    without = compare(["far", "left"], samples(4, truths=0), three)
+    assert without.pairs[0]["error"] < 0.7 and without.pairs[0]["order"] > 0.8
+
+
+def test_the_page_is_one_file(three, tmp_path):
+    result = compare(["left", "right", "soft"], samples(), three)
+    write_comparison(result, tmp_path / "c.json", more={"side": 64})
+    assert json.loads((tmp_path / "c.json").read_text())["side"] == 64
+    out = write_page(result, samples(), three, tmp_path / "c.html", title="a <b>", remarks=["left out x: cut"])
+    html = out.read_text()
+    for word in ("a &lt;b&gt;", "To left, right adds most", "Who adds what", "left out x: cut", "commercial", "AbsRel"):
+        assert word in html, word
+    assert "http://" not in html and "https://" not in html and "<script" not in html
+    assert html.count('class="tile"') == 4 * 2 * (1 + 1 + 3 + 1)  # image, truth, models, disagreement; whole and zoom
+
+
+def test_damaged_or_missing_maps_are_named(three):
+    (three / "soft" / "a" / "s1.npy").write_bytes(b"no map")
+    with pytest.raises(BadPredictionError, match="s1: not a readable .npy .*compare again"):
+        compare(["left", "soft"], samples(), three)
+    (three / "soft" / CARD).write_text("{}")
+    with pytest.raises(ValueError, match="model.json is not readable"):
+        gather(entrant("soft", left_wrong), samples(5), three)
+
+
+RECIPE = """
+[run]
+name = "c"
+out = "{out}"
+device = "cpu"
+[[images]]
+pairs = "{pairs}"
+[[images]]
+photos = "{photos}"
+[[teachers]]
+name = "analytic"
+[[teachers]]
+name = "analytic"
+alias = "red"
+options = {{ rgb = [1.0, 0.0, 0.0] }}
+[[teachers]]
+name = "truth"
+[[teachers]]
+name = "truth"
+alias = "blurry"
+options = {{ blur = 2.0, own_range = true }}
+[compare]
+limit = {limit}
+side = 48
+"""
+
+
+def written(tmp_path, **changes):
+    from PIL import Image
+
+    photos = tmp_path / "photos"
+    if not photos.exists():
+        photos.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(2):
+            Image.fromarray(rng.integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(photos / f"p{i}.png")
+        (photos / "p9.png").write_bytes(b"broken")
+        rows = ["name\trgb\tdepth\tscale_to_metres\tinvalid"]
+        for i in range(5):
+            image, truth = scene(i)
+            Image.fromarray((image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)).save(tmp_path / f"s{i}.png")
+            np.save(tmp_path / f"s{i}.npy", truth.values[0].numpy())
+            rows.append(f"s{i}\ts{i}.png\ts{i}.npy\t1\tnone")
+        (tmp_path / "pairs.tsv").write_text("\n".join(rows) + "\n")
+    path = tmp_path / "c.toml"
+    path.write_text(
+        RECIPE.format(
+            **{"out": tmp_path / "run", "photos": photos, "pairs": tmp_path / "pairs.tsv", "limit": 0, **changes}
+        )
+    )
+    return path
+
+
+def test_the_verb(tmp_path, capsys, monkeypatch):
+    path = written(tmp_path)
+    assert main(["compare", str(path)]) == 0
+    said = capsys.readouterr()
+    assert "compare.html" in said.out and "left out" in said.err and "red" in said.out
+    table = json.loads((tmp_path / "run" / "compare" / "compare.json").read_text())
+    assert [model["name"] for model in table["models"]] == ["analytic", "red", "blurry"]
+    assert len(table["images"]) == 7 and sum(image["truth"] for image in table["images"]) == 5
+    assert "photos/p9.png" in table["left_out"][0] or "p9" in table["left_out"][0]
+    assert {m["name"]: m["images"] for m in table["models"]} == {"analytic": 7, "red": 7, "blurry": 5}
+    # Again from what is stored: no model is loaded.
+    monkeypatch.setattr(build, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(Corruptions, "apply", lambda *a, **k: pytest.fail("a model was asked"))
+    (tmp_path / "run" / "compare.html").unlink()
+    assert main(["compare", str(path)]) == 0 and (tmp_path / "run" / "compare.html").is_file()
+    assert main(["compare", str(written(tmp_path, limit=3))]) == 0, "fewer images need no model either"
+    assert len(json.loads((tmp_path / "run" / "compare" / "compare.json").read_text())["images"]) == 2, (
+        "and a broken one"
+    )
+
+
+def test_the_student_joins_once_it_is_trained(tmp_path):
+    path = written(tmp_path)
+    folder, _ = tiny_teachers.checkpoint(tmp_path)
+    (tmp_path / "run" / "train").mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "run" / "train" / "student")
+    recipe = recipes.load(path, ["compare.limit=2"])
+    chosen, rejected = comparison.chosen_samples(recipe)
+    *_, student = comparison.entrants(recipe, chosen)
+    assert student.name.startswith("student-") and len(rejected) == 1
+    assert gather(student, chosen, tmp_path / "run" / "compare") == len(chosen)
+    said = json.loads((tmp_path / "run" / "compare" / student.name / CARD).read_text())
+    assert said["cost"]["parameters"] > 1000 and said["card"]["licence"] == "Apache-2.0"
+    without = recipes.load(path, ["compare.student=false"])
+    assert [e.name for e in comparison.entrants(without, chosen)] == ["analytic", "red", "blurry"]
+
+
+def test_no_image_at_all_says_why(tmp_path):
+    (tmp_path / "cut.tar").write_bytes(b"not a tar")
+    for limit in (0, 3):
+        images = f'images=[{{tars="{tmp_path}/cut.tar", limit={limit}}}]'
+        with pytest.raises(RecipeError, match=r"none of the recipe's 1 images can be used \(the first: cut.tar: "):
+            comparison.chosen_samples(recipes.load(written(tmp_path), [images]))
+
+
+def test_more_than_two_teachers_compare_but_do_not_label(tmp_path):
+    recipe = recipes.load(written(tmp_path))
+    for refuse in (build.labels_folder, build.labelled, build.identity):
+        with pytest.raises(RecipeError, match="at most two teachers, a primary and an assistant, not 4"):
+            refuse(recipe)
+    online = recipes.load(written(tmp_path), ["labels.online=true"])
+    with pytest.raises(RecipeError, match="at most two"):
+        build.labelled(online)
+    with pytest.raises(RecipeError, match="limit must be at least 0, not -1"):
+        recipes.load(written(tmp_path), ["compare.limit=-1"])

@@ -1,0 +1,196 @@
+"""Papers' numbers beside ours, and scores as tables."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from distill.app.cli import main
+from distill.core.depth import Kind
+from distill.core.plugins import find
+from distill.eval.papers import PaperNumber, Scored, paper_numbers, verdicts
+from distill.eval.reports.scoreboard import paper_table
+from distill.eval.reports.tables import as_latex, as_markdown, as_text, grid, ranks
+from distill.eval.scorefile import ImageScore, Score, write_scores
+from distill.eval.tasks import TASKS
+
+LARGE = "depth-anything/Depth-Anything-V2-Large"
+
+
+def a_score(benchmark: str = "nyu", abs_rel: float = 0.045, delta1: float = 0.979, **changes) -> Score:
+    kind = changes.pop("kind", Kind.AFFINE_DISPARITY)
+    mode, alignment = changes.pop("mode", None), changes.pop("alignment", "auto")
+    protocol = changes.pop("protocol", find("distill.eval.benchmarks", benchmark).PROTOCOL)
+    metrics = dict.fromkeys(TASKS[protocol.task].rows, 0.5)
+    metrics |= {"abs_rel": abs_rel, "delta1": delta1} if protocol.task == "depth" else {}
+    values = {
+        "model": "dav2",
+        "benchmark": benchmark,
+        "protocol": (protocol.in_mode(mode) if mode else protocol).with_kind(kind, alignment),
+        "kind": kind,
+        "images": (ImageScore("a", "", metrics),),
+        "metrics": metrics,
+        "pooled": metrics,
+        "floors": {},
+        "groups": {},
+    }
+    return Score(**(values | changes))
+
+
+def of(found, benchmark: str, metric: str = "abs_rel", paper: str = "Distill Any Depth", where: str = "Table 5"):
+    wanted = (paper, where, "Depth Anything V2-L", benchmark, metric)
+    return next(
+        v
+        for v in found
+        if (v.number.paper, v.number.where, v.number.model, v.number.benchmark, v.number.metric) == wanted
+    )
+
+
+def test_the_numbers_are_the_papers():
+    numbers = paper_numbers()
+    assert len(numbers) > 400 and len({n.paper for n in numbers}) == 4
+
+    def value(paper: str, where: str, model: str, benchmark: str, metric: str = "abs_rel") -> float:
+        (found,) = [
+            n.value
+            for n in numbers
+            if (n.paper, n.where, n.model, n.benchmark, n.metric) == (paper, where, model, benchmark, metric)
+        ]
+        return found
+
+    ours = "Distill-Any-Depth, Depth Anything V2-L"
+    assert value("Distill Any Depth", "Table 5", ours, "eth3d") == 0.054
+    assert value("Distill Any Depth", "Table 5", ours, "diode", "delta1") == 0.753
+    assert value("Distill Any Depth", "Table 1", "local-global, none", "eth3d") == 0.273
+    assert value("Distill Any Depth", "Table 4", "both, averaged", "diode") == 0.371
+    assert value("FiffDepth", "Table 1", "GenPercept (depth)", "kitti") == pytest.approx(0.13)
+    assert value("FiffDepth", "Table 1", "FiffDepth", "eth3d", "delta1") == pytest.approx(0.972)
+    assert value("FiffDepth", "Table 1", "GeoWizard", "da2k", "accuracy") == pytest.approx(0.881)
+    assert value("FiffDepth", "Table 2", "Depth Pro", "p3m10k", "boundary_recall") == 0.168
+    assert all(0 < n.value < 1 and 0 < n.tolerance < 0.05 for n in numbers)
+
+
+@pytest.mark.parametrize(
+    ("abs_rel", "status"), [(0.045, "within"), (0.0477, "within"), (0.0478, "outside"), (0.0422, "outside")]
+)
+def test_ours_is_within_or_outside(abs_rel, status):
+    found = verdicts([Scored(a_score(abs_rel=abs_rel), LARGE)])
+    assert of(found, "nyu").status == status and of(found, "nyu").ours == abs_rel
+    assert of(found, "nyu", paper="FiffDepth", where="Table 1").status == status
+    assert of(found, "kitti").status == "not run" and "no score of these weights" in of(found, "kitti").reason
+    assert sum(v.status != "not run" for v in found) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "reason"),
+    [
+        ({"mode": "clean"}, LARGE, "scored by the clean protocol"),
+        ({"alignment": "median"}, LARGE, "aligned otherwise: scale by medians in disparity"),
+        ({"images": (ImageScore("a", "", None, "x", True),)}, LARGE, "1 images failed"),
+        ({}, "depth-anything/Depth-Anything-V2-Small", "no score of these weights"),
+        ({}, "", "no score of these weights"),
+        ({}, "weights/my_depth_anything_v2_vitl.pth", "no score of these weights"),
+    ],
+)
+def test_what_depends_on_something_else_is_not_run(changes, weights, reason):
+    got = of(verdicts([Scored(a_score(**changes), weights)]), "nyu")
+    assert got.status == "not run" and got.ours is None and reason in got.reason
+
+
+def test_other_images_and_unreleased_weights_are_not_run():
+    nyu = find("distill.eval.benchmarks", "nyu").PROTOCOL
+    fewer = a_score(protocol=replace(nyu, num_images=2, list_sha256="0"))
+    got = of(verdicts([Scored(fewer, "x/depth_anything_v2_vitl.pth")]), "nyu")
+    assert got.status == "not run" and "2 other images than the published list" in got.reason
+    both = [Scored(fewer, LARGE), Scored(a_score(), "x/depth_anything_v2_vitl.pth")]
+    assert of(verdicts(both), "nyu").status == "within", "the score that may answer does"
+    unreleased = [v for v in verdicts(both) if v.number.model == "FiffDepth"]
+    assert {v.reason for v in unreleased} == {"the row names no released weights"}
+    da2k = of(verdicts([Scored(a_score("da2k"), LARGE)]), "da2k", "accuracy", "FiffDepth", "Table 1")
+    assert da2k.status == "not run" and "unpublished" in da2k.reason
+
+
+def test_the_report_shows_paper_beside_ours(tmp_path):
+    html = paper_table(verdicts([Scored(a_score(), LARGE)]))
+    assert f"{len(paper_numbers())} numbers of the papers: 4 within, 0 outside" in html
+    text = re.sub(r"<[^>]+>", " ", html)
+    assert re.search(r"Table 5\s+Depth Anything V2-L\s+nyu\s+abs_rel\s+0\.0450 ± 0\.002[78]\s+0\.0450\s+within", text)
+    assert "outside" in paper_table(verdicts([Scored(a_score(abs_rel=0.9), LARGE)]))
+    assert "None of these models" in paper_table(verdicts([]))
+    number = PaperNumber(
+        paper="<b>",
+        where="",
+        model="<i>",
+        benchmark="nyu",
+        metric="abs_rel",
+        value=1.0,
+        tolerance=0.1,
+        weights=(),
+        protocol="",
+    )
+    assert "<i>" not in paper_table(verdicts([], [number]))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_best_and_second_best_follow_the_metrics_direction():
+    assert ranks([0.3, 0.1, None, 0.2, 0.1], True) == [0, 1, 0, 2, 1]
+    assert ranks([0.3, 0.1, None, 0.2, 0.1], False) == [1, 0, 0, 2, 0]
+    assert ranks([0.3, None], True) == [0, 0]
+
+
+def scores() -> list[Score]:
+    return [
+        a_score(abs_rel=0.05, delta1=0.9),
+        a_score(abs_rel=0.07, delta1=0.95, model="a_model & co", kind=Kind.SCALE_DEPTH),
+        a_score(abs_rel=0.06, delta1=0.8, model="third"),
+        a_score("da2k", model="third"),
+        a_score(mode="clean", abs_rel=0.04, model="third"),
+        a_score(abs_rel=0.9, delta1=0.1, model="third", alignment="median"),
+    ]
+
+
+def test_a_table_of_models_and_benchmarks():
+    table = grid(scores())
+    assert table.head == [
+        "model", "aligned", "nyu (marigold) abs_rel ↓", "nyu (marigold) delta1 ↑", "da2k accuracy ↑",
+        "nyu (clean) abs_rel ↓", "nyu (clean) delta1 ↑",
+    ]  # fmt: skip
+    assert [row[0].text for row in table.rows] == ["dav2", "a_model & co", "third", "third"]
+    assert table.rows[2][1].text == "scale and shift in disparity" and "medians" in table.rows[3][1].text
+    assert [row[2].rank for row in table.rows] == [1, 0, 2, 0] and [row[3].rank for row in table.rows] == [2, 1, 0, 0]
+    assert table.rows[0][4].text == "-" and table.rows[2][4].text == "0.5000" and len(table.notes) == 3
+    head, rows = as_text(table)
+    assert head == table.head and rows[0][2] == "0.0500*" and rows[2][2] == "0.0600+"
+
+
+def test_markdown_and_latex_are_marked_and_escaped():
+    markdown = as_markdown(grid(scores())).splitlines()
+    assert len({line.count("|") for line in markdown[:6]}) == 1 and "**0.0500**" in markdown[2]
+    assert "<u>0.0600</u>" in markdown[4] and markdown[1].endswith("---: |")
+    latex = as_latex(grid(scores()))
+    assert r"\textbf{0.0500}" in latex and r"\underline{0.0600}" in latex and r"a\_model \& co" in latex
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert len(body) == 5 and {len(re.findall(r"(?<!\\)&", line)) for line in body} == {6}
+    assert r"abs\_rel $\downarrow$" in latex and latex.count(r"\begin{tabular}{llrrrrr}") == 1
+    lost = a_score(images=(ImageScore("a", "", None, "x", True), ImageScore("b", "", None)))
+    assert grid([lost]).rows[0][2].text == "0.0450 (without 1)"
+
+
+@pytest.mark.parametrize(("form", "said"), [("md", "| model |"), ("latex", r"\toprule"), ("text", "* best")])
+def test_the_verb_prints_a_runs_scores(tmp_path, capsys, form, said):
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path), "--format", "pdf"])
+    assert main(["report", str(tmp_path), "--format", form]) == 2 and "no scores" in capsys.readouterr().err
+    for i, score in enumerate(scores()):
+        write_scores(score, tmp_path / f"scores/{i}.json")
+    assert main(["report", str(tmp_path), "--format", form]) == 0
+    out = capsys.readouterr().out
+    assert said in out and "0.0500" in out
+    (tmp_path / "scores/bad.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--format", form, "--metrics", "rmse"]) == 1
+    again = capsys.readouterr()
+    assert "rmse" in again.out and "bad.json: not a score file" in again.err

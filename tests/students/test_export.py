@@ -1,0 +1,226 @@
+"""A student as ONNX and as an exported program: the same outputs on sizes and batches that were not traced."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+
+import pytest
+import torch
+
+from distill import students
+from distill.app import cli
+from distill.students import checkpoint, export
+
+
+def tiny(encoder, decoder, **options):
+    torch.manual_seed(0)
+    shape = {"depth": 1, "embed_dim": 32, "num_heads": 1}
+    student = students.build(
+        encoder=encoder, decoder=decoder, encoder_options={"timm_options": shape}, decoder_options=options
+    )
+    for name, parameter in student.named_parameters():
+        with torch.no_grad():  # layer scales start at almost nothing: positions would not show
+            if name.endswith(("gamma_1", "gamma_2", "ls1.gamma", "ls2.gamma")):
+                parameter.fill_(1.0)
+            elif parameter.ndim > 1:
+                parameter.mul_(3.0)
+    return student.eval()
+
+
+def small():
+    """The cheapest student that there is."""
+    return tiny("test_vit", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])
+
+
+def dinov3_sdt():
+    return tiny("dinov3_vits16", "sdt", fusion_channels=8)
+
+
+def test_the_graph_is_the_student_on_any_size():
+    for student in (dinov3_sdt(), tiny("dinov2_vits14", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])):
+        graph = export.Graph(student)
+        for size in [(1, 3, 48, 32), (2, 3, 61, 47), (1, 3, 9, 50)]:
+            images = torch.rand(size, generator=torch.Generator().manual_seed(1))
+            torch.testing.assert_close(graph(images), student(images), atol=1e-5, rtol=1e-5)
+        assert student.encoder.backbone is not graph.encoder.backbone
+
+
+def test_rotary_positions_follow_the_size():
+    """A tracer that kept the example's grid would be right on the example alone."""
+    rope = dinov3_sdt().encoder.backbone.rope
+    for shape in [(5, 7), (3, 11), (1, 4)]:
+        found = export._Rotary(rope, "x").get_embed(shape)
+        torch.testing.assert_close(found, rope.get_embed(shape=list(shape)), atol=1e-6, rtol=0)
+
+
+def test_other_rotary_positions_are_refused():
+    class Other(torch.nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="rope_vit: its rotary positions .Other. cannot be exported"):
+        export._Rotary(Other(), "rope_vit")
+
+
+def test_export_writes_onnx_beside_the_student_and_checks_it(tmp_path, capsys, monkeypatch):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student = tiny("dinov3_vits16", "sdt_fast", fusion_channels=8, widths=[8, 8, 8, 8])
+    checkpoint.save(student, tmp_path / "s", card={"name": "tiny", "licence": "Apache-2.0"})
+    traced = []  # tracing is most of this test's time: the program is looked at here, too
+    trace = export.to_program
+    monkeypatch.setattr(export, "to_program", lambda student: traced.append(trace(student)) or traced[0])
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--onnx"]) == 0
+    path = tmp_path / "o" / "model.onnx"
+    assert f"{path}" in capsys.readouterr().out
+    images = torch.rand(3, 3, 97, 50, generator=torch.Generator().manual_seed(2))
+    found, expected = export.run_onnx(path)(images), student(images).detach()
+    assert expected.std() > 1e-2
+    torch.testing.assert_close(found, expected, atol=1e-4 * float(expected.std()), rtol=0)
+    for size in [(2, 3, 1, 1), (1, 3, 16, 16), (1, 3, 20, 70)]:  # which the program refuses
+        few = torch.rand(size, generator=torch.Generator().manual_seed(2))
+        atol = 1e-4 * float(expected.std())
+        torch.testing.assert_close(export.run_onnx(path)(few), student(few).detach(), atol=atol, rtol=0)
+    assert export.parity(student, traced[0].module(), "x") <= export.TOLERANCE
+    model = onnx.load(path)
+    said = {entry.key: entry.value for entry in model.metadata_props}
+    assert said["licence"] == "Apache-2.0" and said["kind"] == "affine_disparity"
+    names = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
+    assert names == [["batch", 3, "height", "width"]]
+    # A later save must not leave a graph of other weights behind.
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o")]) == 0
+    assert not path.exists()
+
+
+def test_a_graph_that_differs_is_refused():
+    student = dinov3_sdt()
+    assert export.parity(student, lambda images: student(images).detach(), "x.onnx") == 0.0
+    with pytest.raises(ValueError, match="x.onnx: differs from torch by .* do not use it"):
+        export.parity(student, lambda images: student(images).detach() * 1.01, "x.onnx")
+    with pytest.raises(ValueError, match="x.onnx: gives"):
+        export.parity(student, lambda images: student(images).detach()[:, 1:], "x.onnx")
+    with pytest.raises(ValueError, match="x.onnx: its outputs are not finite"):
+        export.parity(student, lambda images: torch.full_like(images[:, 0], math.nan), "x.onnx")
+    spoil(student)
+    with pytest.raises(ValueError, match="x.onnx: torch's outputs are not finite"):
+        export.parity(student, lambda images: student(images).detach(), "x.onnx")
+
+
+def spoil(student, value=math.nan):
+    with torch.no_grad():
+        next(p for p in student.decoder.parameters() if p.ndim > 1).view(-1)[0] = value
+
+
+def test_a_program_that_differs_leaves_nothing_behind(tmp_path, monkeypatch):
+    (tmp_path / "m.pt2").write_text("older")
+    monkeypatch.setattr(torch.export, "save", lambda program, path: path.write_text("new"))
+    monkeypatch.setattr(torch.export, "load", lambda path: torch.nn.Sequential())
+    monkeypatch.setattr(torch.nn.Module, "module", lambda self: lambda images: images[:, 0], raising=False)
+    with pytest.raises(ValueError, match=r"/m\.pt2: differs from torch"):
+        export.write_program(small(), tmp_path / "m.pt2", program=object())
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("m.pt2", "older")]
+
+
+@pytest.mark.parametrize("bits", ["32", "16", "4"])
+def test_a_student_with_nan_is_not_shipped(tmp_path, capsys, bits):
+    student = small()
+    spoil(student)
+    checkpoint.save(student, tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--bits", bits]) == 2
+    said = capsys.readouterr().err
+    assert "the student's own outputs are not finite" in said.replace("\n", " ") and str(tmp_path / "o") in said
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize("bits", ["16", "4"])
+def test_a_weight_beyond_float16_is_shipped_whole(tmp_path, bits):
+    student = small()
+    spoil(student, 1e5)
+    checkpoint.save(student, tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--bits", bits]) == 0
+    images = torch.rand(1, 3, 50, 40, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert checkpoint.load(tmp_path / "o")(images).isfinite().all()
+
+
+def test_an_export_that_differs_leaves_what_was_there(tmp_path, monkeypatch, capsys):
+    student = small()
+    checkpoint.save(student, tmp_path / "s", card={"name": "new"})
+    checkpoint.save(student, tmp_path / "o", card={"name": "old"})
+    monkeypatch.setattr(export, "to_program", lambda student: object())
+
+    def differs(*given, named, **options):
+        raise ValueError(f"{named}: differs")
+
+    monkeypatch.setattr(export, "write_program", differs)
+    for off, switches in ((0.0, ["--program"]), (1.0, []), (math.nan, [])):
+        monkeypatch.setattr(export, "difference", lambda before, after, path, off=off: off)
+        for out in ("o", "fresh"):
+            assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / out), *switches]) == 2
+            assert "differ" in (said := capsys.readouterr().err) and ".new" not in said
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "s"]
+        assert checkpoint.read_card(tmp_path / "o") == {"name": "old"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("released = 2024-05-01\n[[a]]\nb = [1, 10:00:00]", 'released is a date or a time; .*"2024-05-01".*a[0].b[1]'),
+        ("loss = nan", "loss is nan, which a card cannot hold"),
+        ("name = ", "not TOML: Invalid value"),
+        (b"name = '\xff'", "not TOML: 'utf-8' codec"),
+    ],
+)
+def test_a_card_that_cannot_be_one_is_a_line_with_its_file(tmp_path, text, message):
+    path = tmp_path / "card.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=re.escape("card.toml: ") + message.replace("[", r"\[")) as caught:
+        export.read_card_file(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_card_file_takes_the_cards_place(tmp_path):
+    checkpoint.save(small(), tmp_path / "s", card={"name": "old"})
+    (tmp_path / "card.toml").write_text('name = "new"\nscores = [{ benchmark = "b", abs_rel = 0.1 }]\n')
+    card = ["--card", str(tmp_path / "card.toml")]
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), *card]) == 0
+    card = checkpoint.read_card(tmp_path / "o")
+    assert card == {"name": "new", "scores": [{"benchmark": "b", "abs_rel": 0.1}]}
+
+
+def test_without_the_extra_the_line_names_it(tmp_path, monkeypatch):
+    found = importlib.import_module
+
+    def missing(name):
+        if name == "onnx":
+            raise ModuleNotFoundError(name=name)
+        return found(name)
+
+    monkeypatch.setattr(importlib, "import_module", missing)
+    with pytest.raises(ImportError, match=r"onnx is not installed; pip install 'depth-distill\[export\]'"):
+        export.write_onnx(dinov3_sdt(), tmp_path / "m.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_program_traced_on_an_even_grid_takes_odd_ones(tmp_path, capsys, monkeypatch):
+    """DPT's coarsest level is half the grid, rounded up: a branch on equal sizes would be kept as the tracer saw it."""
+    student = tiny("dinov2_vits14", "dpt", channels=8, post_process_channels=[8, 8, 8, 8])
+    checkpoint.save(student, tmp_path / "s")
+    read, load = [], torch.export.load  # reading takes seconds: what the check read is looked at here, too
+    monkeypatch.setattr(torch.export, "load", lambda path: read.append(load(path)) or read[0])
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--program"]) == 0  # which checks parity
+    path = tmp_path / "o" / "model.pt2"
+    assert f"{path}: within" in capsys.readouterr().out.replace("\n", "")
+    program = read[0].module()
+    for side in (export.smallest(student), 97):
+        images = torch.rand(3, 3, side, 50, generator=torch.Generator().manual_seed(2))
+        expected = student(images).detach()
+        torch.testing.assert_close(program(images), expected, atol=1e-4 * float(expected.std()), rtol=0)
+    # What it refuses, the card says; an export without it has no such line.
+    with pytest.raises(AssertionError, match="Guard failed"):
+        program(torch.rand(1, 3, export.smallest(student) - 1, 50))
+    assert "| model.pt2 | for images of at least 29 x 29 pixels |" in (tmp_path / "o" / "README.md").read_text()
+    assert cli.main(["export", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
+    assert not path.exists() and checkpoint.read_card(tmp_path / "o") == {}

@@ -1,0 +1,60 @@
+"""Four bits: small error, exact shapes, and a student that survives them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill import students
+from distill.students import checkpoint
+from distill.students.quantize import GROUP, dequantize, quantize
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(1,), (7, 19), (64, 128), (3, 5, 3, 3), (GROUP * 2,)])
+def test_every_shape_comes_back_within_half_a_step(shape, bits):
+    values = torch.randn(shape) * 3 + 1
+    parts = quantize(values, bits=bits)
+    back = dequantize(parts, values.shape)
+    assert back.shape == values.shape and back.dtype == torch.float32
+    # The chosen range may cut the extremes by a fifth; what is inside is half a step off at most.
+    error = (back - values).abs()
+    assert error.square().mean() < (0.35 * parts["step"].float().max()) ** 2 + 1e-5
+    assert parts["codes"].numel() * 8 // bits == -(-values.numel() // GROUP) * GROUP
+
+
+def test_constants_and_zeros_are_kept():
+    for constant in (0.0, 0.5, -2.0):
+        values = torch.full((2, GROUP), constant)
+        torch.testing.assert_close(dequantize(quantize(values), values.shape), values, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
+def test_what_float16_cannot_hold_is_refused(value):
+    with pytest.raises(ValueError, match="NaN, infinite or above 65504"):
+        quantize(torch.tensor([0.0, value]))
+
+
+def test_parts_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="are not a tensor of"):
+        dequantize(quantize(torch.randn(3, GROUP)), torch.Size([2, GROUP]))
+
+
+def test_a_student_in_four_bits_is_small_and_close(tmp_path):
+    student = students.build(
+        encoder="vit_tiny_patch16_224",
+        decoder="dpt",
+        encoder_options={"blocks": [0, 1]},
+        decoder_options={"channels": 32, "post_process_channels": [16, 16, 16, 16], "readout": "ignore"},
+    ).eval()
+    whole = checkpoint.save(student, tmp_path / "whole")
+    small = checkpoint.save(student, tmp_path / "small", dtype=torch.float16, bits=4)
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (whole, small)]
+    assert sizes[1] < 0.25 * sizes[0]
+    images = torch.rand(1, 3, 64, 80)
+    with torch.no_grad():
+        one, other = student(images), checkpoint.load(small)(images)
+        torch.testing.assert_close(checkpoint.load(whole)(images), one)
+    assert (one - other).abs().mean() < 0.6 * one.std()
+    with pytest.raises(ValueError, match="4 bits or not at all"):
+        checkpoint.save(student, tmp_path / "odd", bits=3)
