@@ -57,9 +57,9 @@ def to_disparity(depth: DepthMap, reference: DepthMap | None = None) -> DepthMap
     best, chosen = torch.full((len(unit),), -2.0), torch.zeros_like(unit)
     for offset in torch.logspace(-2, 1.5, _OFFSETS).tolist():
         turned_values = 1.0 / (unit.clamp(min=0.0) + offset)
-        found = correlation(turned_values, reference.values, both).cpu()
-        better = found > best
-        best = torch.where(better, found, best)
+        parts = correlation(turned_values, reference.values, both).cpu()
+        better = parts > best
+        best = torch.where(better, parts, best)
         chosen = torch.where(better.to(unit.device)[:, None, None], turned_values, chosen)
     return DepthMap(chosen, valid, Kind.AFFINE_DISPARITY)
 
@@ -126,12 +126,12 @@ def ordinal_agreement(first: Tensor, second: Tensor, valid: Tensor, *, pairs: in
     A pair counts where either map puts 3 % of its range between the points; a pair that one of the maps holds for equal
     is half an agreement.
     """
-    found = []
+    parts = []
     spreads = [(high - low).clamp(min=1e-12) for low, high in (_range(m, valid) for m in (first, second))]
     for i, usable in enumerate(valid):
         index = usable.flatten().nonzero().flatten()
         if len(index) < 2:
-            found.append(first.new_tensor(torch.nan))
+            parts.append(first.new_tensor(torch.nan))
             continue
         rng = torch.Generator().manual_seed(seed)
         chosen = index[torch.randint(len(index), (2, pairs), generator=rng).to(index.device)]
@@ -141,8 +141,8 @@ def ordinal_agreement(first: Tensor, second: Tensor, valid: Tensor, *, pairs: in
             steps.append(near - far)
         counts = torch.maximum(steps[0].abs(), steps[1].abs()) > _MARGIN
         same = 0.5 + 0.5 * steps[0].sign() * steps[1].sign()
-        found.append(same[counts].mean() if counts.any() else first.new_tensor(torch.nan))
-    return torch.stack(found)
+        parts.append(same[counts].mean() if counts.any() else first.new_tensor(torch.nan))
+    return torch.stack(parts)
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------
@@ -217,8 +217,10 @@ def image_edges(images: Tensor, *, jump: float = 0.05) -> Tensor:
 
 def edges_on_image(values: Tensor, valid: Tensor, image: Tensor) -> Tensor:
     """The share of a map's edges that lie on the image's (see `image_edges`); NaN where the map has none."""
-    own = edges(values, valid)
-    return torch.where(own.any(-1).any(-1), (own & image).sum((-2, -1)) / own.sum((-2, -1)).clamp(min=1), torch.nan)
+    own_edges = edges(values, valid)
+    return torch.where(
+        own_edges.any(-1).any(-1), (own_edges & image).sum((-2, -1)) / own_edges.sum((-2, -1)).clamp(min=1), torch.nan
+    )
 
 
 # --- the far end ------------------------------------------------------------------------------------------------------
@@ -272,8 +274,8 @@ def oracle_gain(primary: Tensor, assistant: Tensor) -> tuple[Tensor, Tensor, Ten
     there = usable.any(1)
     lesser = torch.minimum(base, other)
     gain, mixing = (torch.where(of > 0, 1 - best / of.clamp(min=1e-12), 0.0) for of in (base, lesser))
-    found = [torch.where(there, value, torch.nan) for value in (gain, mixing, share)]
-    return found[0], found[1], found[2]
+    parts = [torch.where(there, value, torch.nan) for value in (gain, mixing, share)]
+    return parts[0], parts[1], parts[2]
 
 
 def new_edges(primary: Tensor, assistant: Tensor, valid: Tensor, image: Tensor) -> Tensor:

@@ -76,9 +76,9 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
     """
     store = folder / entrant.name
     settings = json.loads(json.dumps(dict(entrant.settings)))
-    said = read_settings(store)
+    info = read_settings(store)
     whole = all((store / sample.prediction_path).is_file() for sample in samples)
-    if whole and said is not None and said["settings"] == settings and (store / CARD).is_file():
+    if whole and info is not None and info["settings"] == settings and (store / CARD).is_file():
         return 0
     cost = Cost()
     teacher = cost.watch(entrant.load)
@@ -223,14 +223,14 @@ def look(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageVi
     known = truth if truth.valid.any() else None
     raw = {}
     for name in names:
-        said = read_settings(folder / name)
-        if said is None:
+        info = read_settings(folder / name)
+        if info is None:
             raise BadPredictionError(f"{folder / name} has no predictions")
         values, _ = read_prediction(folder / name / sample.prediction_path, tuple(image.shape[-2:]))  # type: ignore[arg-type]
         tensor = torch.from_numpy(values)[None]
         usable = torch.isfinite(tensor)
         if usable.any():
-            raw[name] = DepthMap(torch.where(usable, tensor, 0.0), usable, Kind(said["kind"]))
+            raw[name] = DepthMap(torch.where(usable, tensor, 0.0), usable, Kind(info["kind"]))
     frame = agreement.to_disparity(known) if known is not None and known.kind != Kind.AFFINE_DEPTH else None
     reference = TRUTH if frame is not None else ""
     maps = {TRUTH: frame} if frame is not None else {}
@@ -349,13 +349,13 @@ def compare(
 
 
 def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    said = _read_card(folder / name)
-    if said is None:
+    info = _read_card(folder / name)
+    if info is None:
         raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
     own = [image["models"][name] for image in images if name in image["models"]]
     numbers = {key: _mean([one.get(key) for one in own]) for key in dict.fromkeys(k for one in own for k in one)}
     settings = read_settings(folder / name) or {"settings": {}}
-    return {"name": name, **said, "settings": settings["settings"], "images": len(own), "numbers": numbers}
+    return {"name": name, **info, "settings": settings["settings"], "images": len(own), "numbers": numbers}
 
 
 def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:

@@ -71,10 +71,10 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
 
     alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
     """
-    said = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
-    if said == "median" and truth.unknown == "affine":
+    wanted = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
+    if wanted == "median" and truth.unknown == "affine":
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
-    unknown = said if said == "median" else max(said, truth.unknown, key=_FORGETS.index)
+    unknown = wanted if wanted == "median" else max(wanted, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
@@ -163,16 +163,16 @@ def _notes(
     return notes
 
 
-def _fewer_columns(pred: np.ndarray, truth: np.ndarray, valid: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _fewer_columns(pred: np.ndarray, truth: np.ndarray, valid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The valid pixels of every n-th column: Marigold's `--alignment_max_res`.
 
     Its nn.Upsample gets a 3-D tensor and so decimates the width alone, by the ratio of `most` to the LONGER side; all
     rows stay. Column i of the result is column floor(i * longer / most), in float32 as torch computes it.
     """
     longer = max(pred.shape)
-    if longer <= most:
+    if longer <= limit:
         return _gather(valid, pred, truth)
-    factor = most / longer
+    factor = limit / longer
     index = np.floor(np.arange(int(pred.shape[1] * factor)) * np.float32(1.0 / factor)).astype(np.int64)
     index = np.minimum(index, pred.shape[1] - 1)
     return _gather(np.take(valid, index, axis=1), np.take(pred, index, axis=1), np.take(truth, index, axis=1))
@@ -264,11 +264,11 @@ def _total(
     }
     totals = {clip: torch.zeros(NUM_SUMS, dtype=torch.float64) for clip in clips.values()}
     least = max(max(floor, 1.0 / above) for floor, _, above in totals)
-    most = min(1.0 / below for _, below, _ in totals)
+    limit = min(1.0 / below for _, below, _ in totals)
     for p, t in _blocks(pred, truth):
         line = _line(p, scale, shift)
         smallest, largest = torch.aminmax(line)
-        if float(smallest) >= least and float(largest) <= most:  # no clip reaches this block: all agree
+        if float(smallest) >= least and float(largest) <= limit:  # no clip reaches this block: all agree
             shared = block_sums(line.reciprocal_(), t)
             for total in totals.values():
                 total += shared

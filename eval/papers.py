@@ -62,21 +62,21 @@ class Scored:
 def paper_numbers() -> tuple[PaperNumber, ...]:
     """Every number of eval/papers.toml, in its order; ValueError names a row that does not add up."""
     content = tomllib.loads(_FILE.read_text(encoding="utf-8"))
-    found = []
+    results = []
     for table in content["table"]:
         where = f"{table['paper']}, {table['number']}"
         unknown = set(table) - set(_TABLE)
         if unknown:
             raise ValueError(f"{_FILE.name}: {where} has no {', '.join(sorted(unknown))}")
         for row in table["row"]:
-            found += _row_numbers(table, row, content["tolerance"])
-    return tuple(found)
+            results += _row_numbers(table, row, content["tolerance"])
+    return tuple(results)
 
 
 def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[str, Any]) -> list[PaperNumber]:
     where = f"{table['paper']}, {table['number']}, {row['model']}"
     known = names("distill.eval.benchmarks")
-    found = []
+    results = []
     for benchmark, values in row.items():
         if benchmark in _ROW:
             continue
@@ -88,7 +88,7 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
             value = float(printed) * table["unit"]
             allowed = tolerances[metric]
             room = allowed.get("relative", 0.0) * value + allowed.get("absolute", 0.0)
-            found.append(
+            results.append(
                 PaperNumber(
                     paper=table["paper"],
                     where=table["number"],
@@ -102,7 +102,7 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
                     note=row.get("note", ""),
                 )
             )
-    return found
+    return results
 
 
 def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[PaperVerdict]:

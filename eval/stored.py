@@ -137,11 +137,11 @@ def _unreadable(error: Exception) -> str:
 def _claim(store: Path, wanted: dict[str, Any]) -> None:
     """Make the folder ours for these settings, or raise ValueError where it is not."""
     wanted = json.loads(json.dumps(wanted))
-    found = read_settings(store)
-    if found == wanted:
+    settings_there = read_settings(store)
+    if settings_there == wanted:
         return
-    if found is not None:
-        a, b = ({**table, **table["settings"]} for table in (found, wanted))
+    if settings_there is not None:
+        a, b = ({**table, **table["settings"]} for table in (settings_there, wanted))
         names = sorted(key for key in a.keys() | b.keys() if key != "settings" and a.get(key) != b.get(key))
         differ = ", ".join(f"{key} {a.get(key)!r}, now {b.get(key)!r}" for key in names)
         raise ValueError(

@@ -76,9 +76,9 @@ def build(
         raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
     plugin = find("distill.students.decoders", decoder).Decoder
     part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
-    own = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
+    decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
     taken = inspect.signature(plugin).parameters
-    options = {key: value for key, value in own.items() if key in taken} | dict(decoder_options or {})
+    options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
     return Student(part, _made(plugin, "decoder_options", options), native_size=native_size)
 
 

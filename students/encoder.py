@@ -131,10 +131,10 @@ class Encoder(nn.Module):
 
     def digest(self) -> str:
         """SHA-256 of all weights."""
-        found = hashlib.sha256()
+        result = hashlib.sha256()
         for key, value in sorted(self.state_dict().items()):
-            found.update(key.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return found.hexdigest()
+            result.update(key.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return result.hexdigest()
 
     def is_as_read(self) -> bool:
         """True where the weights came from a local file and are still what they were then."""
@@ -173,7 +173,7 @@ class Encoder(nn.Module):
     def features(self, normal: Tensor) -> list[Feature]:
         """As `forward`, of images already normalised whose sides are multiples of the patch."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = self.backbone.forward_intermediates(
+            result = self.backbone.forward_intermediates(
                 normal,
                 indices=sorted(set(self.indices)),
                 # timm fails where there are none to return.
@@ -181,7 +181,7 @@ class Encoder(nn.Module):
                 norm=self.final_norm,
                 intermediates_only=True,
             )
-        pairs = dict(zip(sorted(set(self.indices)), found, strict=True))
+        pairs = dict(zip(sorted(set(self.indices)), result, strict=True))
         return [self._with_cls(pairs[i]) for i in self.indices]
 
     def _with_cls(self, pair: Feature | Tensor) -> Feature:
@@ -203,8 +203,8 @@ def default_indices(depth: int) -> list[int]:
 
 def licence_of(name: str) -> str:
     """The licence that timm states for its pretrained weights of this name or alias, in lower case, or "unknown"."""
-    found = timm.get_pretrained_cfg(ALIASES.get(name, name), allow_unregistered=True)
-    return (found and found.license) or "unknown"
+    result = timm.get_pretrained_cfg(ALIASES.get(name, name), allow_unregistered=True)
+    return (result and result.license) or "unknown"
 
 
 def _checked_blocks(name: str, depth: int, blocks: Sequence[int] | None) -> list[int]:

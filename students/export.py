@@ -42,11 +42,11 @@ class Graph(nn.Module):
 
     def __init__(self, student: Student) -> None:
         super().__init__()
-        own = copy.deepcopy(student).float().cpu().eval().requires_grad_(False)
-        rope = getattr(own.encoder.backbone, "rope", None)
+        frozen_copy = copy.deepcopy(student).float().cpu().eval().requires_grad_(False)
+        rope = getattr(frozen_copy.encoder.backbone, "rope", None)
         if rope is not None:
-            own.encoder.backbone.rope = _Rotary(rope, own.encoder.name)
-        self.encoder, self.decoder = own.encoder, own.decoder
+            frozen_copy.encoder.backbone.rope = _Rotary(rope, frozen_copy.encoder.name)
+        self.encoder, self.decoder = frozen_copy.encoder, frozen_copy.decoder
 
     def forward(self, images: Tensor) -> Tensor:
         """(B,H,W)."""
@@ -118,11 +118,11 @@ def write_program(
     new = path.with_name(f".new.{path.name}")  # torch.export wants the suffix .pt2
     try:
         torch.export.save(program or to_program(student), new)
-        found = parity(student, torch.export.load(new).module(), named or path)
+        actual = parity(student, torch.export.load(new).module(), named or path)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    return found
+    return actual
 
 
 def write_onnx(
@@ -157,23 +157,25 @@ def write_onnx(
         for i, name in (names or {0: "batch", 1: "height", 2: "width"}).items():
             value.type.tensor_type.shape.dim[i].dim_param = name
     del model.graph.value_info[:]  # shapes of inner values, in the tracer's names
-    said = {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in (metadata or {}).items()}
-    onnx.helper.set_model_props(model, said)
+    card_text = {
+        key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in (metadata or {}).items()
+    }
+    onnx.helper.set_model_props(model, card_text)
     try:
         onnx.save(model, new)
-        found = parity(student, run_onnx(new, named=named or path), named or path)
+        actual = parity(student, run_onnx(new, named=named or path), named or path)
         new.replace(path)
     finally:
         new.unlink(missing_ok=True)
-    return found
+    return actual
 
 
 def metadata(description: Mapping[str, Any]) -> dict[str, Any]:
     """What a graph should say of itself, from a student's description (distill.students.checkpoint.describe)."""
     card = description["card"]
-    said = {key: card[key] for key in ("name", "licence", "commercial", "lineage") if key in card}
+    card_text = {key: card[key] for key in ("name", "licence", "commercial", "lineage") if key in card}
     output, size = description["output"], description.get("native_size")
-    return said | {
+    return card_text | {
         "kind": output["kind"],
         "larger_is": output["larger_is"],
         "native_size": size,
@@ -188,8 +190,8 @@ def write_graphs(student: Student, folder: Path, *, named: Path, onnx: bool, pro
         return lines
     traced = to_program(student)
     if onnx:
-        said = metadata(checkpoint.describe(folder))
-        off = write_onnx(student, folder / ONNX, metadata=said, program=traced, named=named / ONNX)
+        card_text = metadata(checkpoint.describe(folder))
+        off = write_onnx(student, folder / ONNX, metadata=card_text, program=traced, named=named / ONNX)
         size = (folder / ONNX).stat().st_size
         lines.append(f"{named / ONNX}: {size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)")
     if program:
@@ -205,16 +207,16 @@ def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
     """
     run, rows = folder.parent.parent, []
     for path in sorted((run / "scores").glob("*--student.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        actual = json.loads(path.read_text(encoding="utf-8"))
         predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
         by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
         if by.get("revision") != revision:
             continue
-        metrics = {key: found["metrics"][key] for key in ("abs_rel", "delta1") if key in found["metrics"]}
-        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or found["metrics"]).items()}
-        protocol = found["protocol"]
+        metrics = {key: actual["metrics"][key] for key in ("abs_rel", "delta1") if key in actual["metrics"]}
+        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or actual["metrics"]).items()}
+        protocol = actual["protocol"]
         rows.append(
-            {"benchmark": found["benchmark"], **shown, "images": str(found["num_images"]), "protocol": protocol["id"]}
+            {"benchmark": actual["benchmark"], **shown, "images": str(actual["num_images"]), "protocol": protocol["id"]}
         )
     return rows
 
@@ -248,8 +250,8 @@ def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | P
     The sizes are a multiple of the patch, one pixel more, one less, wide, tall, and the smallest (two patches and one).
     Raises ValueError naming `path` where it is above TOLERANCE, or where an output is not finite.
     """
-    own = copy.deepcopy(student).float().cpu().eval()
-    patch = own.encoder.patch_size
+    frozen_copy = copy.deepcopy(student).float().cpu().eval()
+    patch = frozen_copy.encoder.patch_size
     sizes = [
         (1, 5 * patch, 5 * patch),
         (2, 4 * patch + 1, 7 * patch - 1),
@@ -261,14 +263,14 @@ def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | P
     for batch, height, width in sizes:
         images = F.interpolate(torch.rand(batch, 3, 8, 8, generator=draw), (height, width), mode="bicubic").clamp(0, 1)
         with torch.no_grad():
-            expected, found = own(images), exported(images)
-        if found.shape != expected.shape:
-            raise ValueError(f"{path}: gives {tuple(found.shape)} for images {tuple(images.shape)}; do not use it")
-        for whose, values in (("torch's", expected), ("its", found)):
+            expected, actual = frozen_copy(images), exported(images)
+        if actual.shape != expected.shape:
+            raise ValueError(f"{path}: gives {tuple(actual.shape)} for images {tuple(images.shape)}; do not use it")
+        for whose, values in (("torch's", expected), ("its", actual)):
             if not values.isfinite().all():
                 raise ValueError(f"{path}: {whose} outputs are not finite; do not use it")
         spread = (expected.amax() - expected.amin()).clamp(min=1e-12)
-        worst = max(worst, float((found - expected).abs().max() / spread))
+        worst = max(worst, float((actual - expected).abs().max() / spread))
     if not worst <= TOLERANCE:
         raise ValueError(f"{path}: differs from torch by {worst:.2g} of the output's spread; do not use it")
     return worst
@@ -281,12 +283,12 @@ def difference(before: Student, after: Student, path: str | Path) -> float:
     """
     images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, found = before(images), after(images)
+        expected, actual = before(images), after(images)
     if not expected.isfinite().all():
         raise ValueError(f"{path}: not written, for the student's own outputs are not finite; its weights are spoilt")
-    if not found.isfinite().all():
+    if not actual.isfinite().all():
         raise ValueError(f"{path}: not written, for its outputs would not be finite")
-    return float((found - expected).abs().mean() / expected.std().clamp(min=1e-9))
+    return float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9))
 
 
 def read_card_file(path: Path) -> dict[str, Any]:

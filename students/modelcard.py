@@ -39,10 +39,10 @@ def model_card(name: str, card: Mapping[str, Any], *, native_size: int | None = 
         f"It predicts affine disparity: scale and shift are unknown, larger is nearer.{size}",
     ]
     for heading, keys in _SECTIONS.items():
-        found = {key: card[key] for key in keys if key in held and card.get(key)}
-        if found:
+        present = {key: card[key] for key in keys if key in held and card.get(key)}
+        if present:
             lines += ["", f"## {heading}", ""]
-            for key, value in found.items():
+            for key, value in present.items():
                 lines += _section(key, value)
     return "\n".join([*lines, ""])
 

@@ -53,9 +53,9 @@ def ensemble(members: Tensor, *, max_iter: int = 50, tol: float = 1e-6, max_size
         height, width = small.shape[-2:]
         scale = min(max_size / width, max_size / height)
         small = F.interpolate(small[None], (int(height * scale), int(width * scale)), mode="nearest-exact")[0]
-    found = minimize(
+    solution = minimize(
         cost, first_parameters(small), args=(small,), method="BFGS", tol=tol, options={"maxiter": max_iter}
     )
-    middle = aligned(members, found.x).median(dim=0).values
+    middle = aligned(members, solution.x).median(dim=0).values
     low, high = middle.min(), middle.max()
     return (middle - low) / (high - low).clamp(min=1e-6)

@@ -79,12 +79,12 @@ class Teacher:
         images = check_images(images)
         if keys is None or len(keys) != len(images):
             raise ValueError(f"stored maps are looked up: give keys=, one for each of the {len(images)} images")
-        found = [self.find(key) for key in keys]
-        for key, depth in zip(keys, found, strict=True):
+        matches = [self.find(key) for key in keys]
+        for key, depth in zip(keys, matches, strict=True):
             if depth.values.shape[-2:] != images.shape[-2:]:
                 have, want = tuple(depth.values.shape[-2:]), tuple(images.shape[-2:])
                 raise ValueError(f"the stored map of {key} is {have}, the image {want}: they must be of one size")
-        return cat(found).to(images.device)
+        return cat(matches).to(images.device)
 
 
 def _from_maps(folder: Path, kind: str | None) -> Teacher:
@@ -143,15 +143,15 @@ def _from_shards(folder: Path, teacher: str | None) -> Teacher:
             raise MissingMapError(f"{folder} has no map {part!r} of {sample}; it has shared and {count} local ones")
         return labels.local[int(number) : int(number) + 1]
 
-    said = dataset.manifest["teachers"][name]
+    card_info = dataset.manifest["teachers"][name]
     card = replace(
         CARDS[0],
         weights=str(folder),
         kind=dataset[0].labels[name].shared.kind,
-        licence=str(said.get("licence", CARDS[0].licence)),
-        code_licence=str(said.get("code_licence", CARDS[0].code_licence)),
-        commercial=said.get("commercial") is True,
-        revision=str(said.get("revision", "unknown")),
+        licence=str(card_info.get("licence", CARDS[0].licence)),
+        code_licence=str(card_info.get("code_licence", CARDS[0].code_licence)),
+        commercial=card_info.get("commercial") is True,
+        revision=str(card_info.get("revision", "unknown")),
         note=f"labels by {name}",
     )
     return Teacher(find, card)

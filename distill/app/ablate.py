@@ -111,11 +111,11 @@ def _with_workers(
         try:
             for i in range(processes):
                 log = files.enter_context((out / f"worker-{i}.log").open("wb"))
-                own = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+                done_cells = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
                 if gpus:
-                    own["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+                    done_cells["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
                 running.append(
-                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **own})
+                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **done_cells})
                 )
             while any(one.poll() is None for one in running):
                 report(sum(is_done(cell) for cell in every), len(every))
@@ -167,8 +167,10 @@ def _run(cell: StudyCell) -> None:
     # The numbers, the log and the predictions stay; the weights of sixty students would fill a disk.
     shutil.rmtree(cell.folder / "train" / "checkpoints", ignore_errors=True)
     shutil.rmtree(cell.folder / "train" / "student", ignore_errors=True)
-    said = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}
-    shards.write_atomic(cell.folder / "cell.json", (json.dumps(said | {"made_by": commands.commit()}) + "\n").encode())
+    result_record = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}
+    shards.write_atomic(
+        cell.folder / "cell.json", (json.dumps(result_record | {"made_by": commands.commit()}) + "\n").encode()
+    )
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
@@ -191,10 +193,10 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
     published = {p.row: p.values for p in study.paper}
     rows = []
     for row in study.all_rows():
-        own = [cell for cell in every if cell.row == row.name and is_done(cell)]
-        values = {cell.seed: [_value(cell, column) for column in columns] for cell in own}
-        failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in own]
-        curves = {cell.seed: _curves(cell) for cell in own}
+        done_cells = [cell for cell in every if cell.row == row.name and is_done(cell)]
+        values = {cell.seed: [_value(cell, column) for column in columns] for cell in done_cells}
+        failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in done_cells]
+        curves = {cell.seed: _curves(cell) for cell in done_cells}
         rows.append(
             AblationRow(
                 row.name,
@@ -202,7 +204,7 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
                 published.get(row.name, ()),
                 [f for f in failures if f],
                 curves,
-                [c.folder for c in own],
+                [c.folder for c in done_cells],
             )
         )
     whole = {row.name: {seed: v for seed, v in row.means().items() if v is not None} for row in rows}
@@ -229,13 +231,13 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
 def _curves(cell: StudyCell) -> dict[str, list[tuple[int, float]]]:
     """Loss and the output's deviation, relative to the labels', by step."""
     steps = [line for line in trainlog.read(cell.folder / "train" / "log.jsonl") if "loss" in line]
-    found: dict[str, list[tuple[int, float]]] = {"loss": [], "scale": []}
+    series: dict[str, list[tuple[int, float]]] = {"loss": [], "scale": []}
     for line in steps:
         if line["loss"] is not None:
-            found["loss"].append((line["step"], line["loss"]))
+            series["loss"].append((line["step"], line["loss"]))
         if line["output_deviation"] is not None and line["label_deviation"]:
-            found["scale"].append((line["step"], line["output_deviation"] / line["label_deviation"]))
-    return found
+            series["scale"].append((line["step"], line["output_deviation"] / line["label_deviation"]))
+    return series
 
 
 def _show(result: Table) -> None:

@@ -399,8 +399,8 @@ def benchmark(spec: Benchmark) -> tuple[Protocol, list[BenchmarkSample]]:
 def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
     """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
     spec = next((t for t in recipe.teachers if t.label == model), None)
-    said: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
-    return {key: value for key, value in said.items() if value not in ({}, "float32")}
+    settings_used: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
+    return {key: value for key, value in settings_used.items() if value not in ({}, "float32")}
 
 
 def prior_samples(spec: Benchmark) -> list[BenchmarkSample]:

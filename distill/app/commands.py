@@ -155,13 +155,13 @@ def run_export(
     Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
     """
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
-    said = export.read_card_file(card) if card else checkpoint.read_card(folder)
+    metadata = export.read_card_file(card) if card else checkpoint.read_card(folder)
     scores = export.scores_of(folder, revision_of(folder))
-    said = {"scores": scores} | said if scores else said
-    said.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
+    metadata = {"scores": scores} | metadata if scores else metadata
+    metadata.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
     if program:
         least = export.smallest(student)
-        said[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
+        metadata[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
     lines: list[str] = []
 
     def check(aside: Path) -> None:
@@ -176,7 +176,7 @@ def run_export(
     checkpoint.save(
         student,
         out,
-        card=said,
+        card=metadata,
         dtype=torch.float32 if bits == 32 else torch.float16,
         bits=4 if bits == 4 else None,
         leave_out_frozen_encoder=encoder_weights is not None,

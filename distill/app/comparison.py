@@ -155,13 +155,13 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     on = build.device(recipe)
     sources = [{k: v for k, v in asdict(table).items() if v and k != "limit"} for table in recipe.images]
     shared = {"side": recipe.compare.side, "images": sources, "seed": recipe.run.seed}
-    found = []
+    sources_found = []
     for spec in recipe.teachers:
         if spec.name == TRUTH and not spec.options:
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(build.load_teacher, spec, on=on)
-        found.append(Entrant(spec.label, load, {**table, **shared}))
+        sources_found.append(Entrant(spec.label, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
         revision = revision_of(folder)
@@ -169,10 +169,10 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
             CheckpointTeacher.load, str(folder), device=on, encoder_weights=recipe.student.weights or None
         )
         name = f"student-{revision.rpartition(':')[2][:6]}"
-        found.append(Entrant(name, load_student, {"revision": revision, **shared}))
-    if not found:
+        sources_found.append(Entrant(name, load_student, {"revision": revision, **shared}))
+    if not sources_found:
         raise RecipeError("there is nothing to compare: add [[teachers]], or train the student first")
-    return found
+    return sources_found
 
 
 class _Spoilt:

@@ -77,8 +77,8 @@ def write_contact(
     return where
 
 
-def _evenly(count: int, most: int) -> list[int]:
-    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()}) if count else []
+def _evenly(count: int, highest: int) -> list[int]:
+    return sorted({int(i) for i in np.linspace(0, count - 1, min(count, highest)).round()}) if count else []
 
 
 def _look(sample: Sample) -> _Seen:
@@ -149,10 +149,10 @@ def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[
 
 def _bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
     """A histogram as a figure; heights are fractions."""
-    width, tall, most = 400 / len(heights), 150.0, max(max(heights), 1e-9)
+    width, tall, highest = 400 / len(heights), 150.0, max(max(heights), 1e-9)
     bars = "".join(
-        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / most:.1f}" width="{width - 2:.1f}" '
-        f'height="{tall * h / most:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
+        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / highest:.1f}" width="{width - 2:.1f}" '
+        f'height="{tall * h / highest:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
         for i, h in enumerate(heights)
     )
     texts = (

@@ -28,10 +28,10 @@ def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
     if manifest is not None:
         cards = manifest["teachers"]
     else:
-        said = {name: getattr(teacher, "card", None) for name, teacher in dataset.networks}
+        cards_by_name = {name: getattr(teacher, "card", None) for name, teacher in dataset.networks}
         cards = {
             name: {key: getattr(card, key) for key in ("weights", "revision", "licence", "commercial")}
-            for name, card in said.items()
+            for name, card in cards_by_name.items()
             if card is not None
         }
     return {name: dict(card) for name, card in cards.items()}
@@ -42,29 +42,29 @@ def lineage(recipe: Recipe, teachers: Mapping[str, Mapping[str, Any]]) -> tuple[
     terms = recipe.labels.licence
     images = {"licence": terms, "commercial": bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)}
     kept = ("weights", "licence", "commercial")
-    found: dict[str, Any] = {
+    origins: dict[str, Any] = {
         "images": images,
         **{f"teacher {name}": {key: card[key] for key in kept if key in card} for name, card in teachers.items()},
         **_beginnings(recipe),
     }
     # The truth of procedural scenes has a card without a licence: it forbids nothing.
-    return found, all(said.get("commercial", True) is True for said in found.values())
+    return origins, all(cards_by_name.get("commercial", True) is True for cards_by_name in origins.values())
 
 
 def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the student's own weights began as; nothing for random ones."""
     spec = recipe.student
-    found: dict[str, dict[str, Any]] = {}
+    origins: dict[str, dict[str, Any]] = {}
     for what, start in (("start", spec.start), ("encoder", spec.encoder_start), ("decoder", spec.decoder_start)):
         if start:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")
-            found[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
+            origins[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
     if spec.weights == "pretrained":
         licence = licence_of(spec.encoder)
-        found["encoder"] = {"weights": f"timm's {spec.encoder}", "licence": licence, "commercial": licence in _FREE}
+        origins["encoder"] = {"weights": f"timm's {spec.encoder}", "licence": licence, "commercial": licence in _FREE}
     elif spec.weights:
-        found["encoder"] = {"weights": Path(spec.weights).name, "licence": "unknown", "commercial": False}
+        origins["encoder"] = {"weights": Path(spec.weights).name, "licence": "unknown", "commercial": False}
     if spec.decoder_weights:
-        found["decoder"] = {"weights": Path(spec.decoder_weights).name, "licence": "unknown", "commercial": False}
-    return found
+        origins["decoder"] = {"weights": Path(spec.decoder_weights).name, "licence": "unknown", "commercial": False}
+    return origins

@@ -257,11 +257,11 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
 
 def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
     train = recipe.train
-    most = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
+    max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield Finding(
         "ok",
         f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: "
-        f"{_times(train.steps * seconds, device, most)}",
+        f"{_times(train.steps * seconds, device, max_processes)}",
     )
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in student.parameters())
@@ -269,10 +269,10 @@ def _about_training(recipe: Recipe, student: Student, seconds: float, device: to
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
 
 
-def _times(seconds: float, device: torch.device, most: int) -> str:
+def _times(seconds: float, device: torch.device, max_processes: int) -> str:
     """Hours of the device, and when 1, 2, 4 and 8 processes with one each would be done if they began now."""
     ends = []
-    for processes in (n for n in PROCESSES if n <= max(1, most)):
+    for processes in (n for n in PROCESSES if n <= max(1, max_processes)):
         took = timedelta(seconds=round(seconds / processes))
         ends.append(f"{processes}: {took} ({(datetime.now() + took):%a %H:%M})")
     return f"{seconds / 3600:.2f} {device.type.upper()}-hours; with processes {', '.join(ends)}"

@@ -300,8 +300,8 @@ class Train:
 
     def settings(self, **more: Any) -> TrainSettings:
         """As the trainer takes them, with what other tables decide. Raises ValueError with every fault."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("primary_ratio", "seed")}
-        return TrainSettings(**(own | more))
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("primary_ratio", "seed")}
+        return TrainSettings(**(values | more))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -131,8 +131,8 @@ class Study:
         if bool(self.axes) == bool(self.rows):
             raise ValueError("a study needs axes or rows")
         names = [row.name for row in self.all_rows()]
-        said = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
-        unknown = sorted({row for row in said if row not in names})
+        named = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
+        unknown = sorted({row for row in named if row not in names})
         if unknown or len(set(names)) < len(names):
             raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(names)}")
 

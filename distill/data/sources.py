@@ -88,19 +88,19 @@ def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
 def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
     """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    found: dict[Path, None] = {}
+    paths_found: dict[Path, None] = {}
     missing: list[str] = []
     for name in (str(Path(name).expanduser()) for pattern in listed for name in storage.expand(str(pattern))):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
         if not matches:
             missing.append(name)
-        found.update(dict.fromkeys(map(Path, matches)))
+        paths_found.update(dict.fromkeys(map(Path, matches)))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{missing[0]}{more}: no such {what}; check the path or pattern in [images]")
-    if not found:
+    if not paths_found:
         raise FileNotFoundError(f"[images] names no {what}")
-    return list(found)
+    return list(paths_found)
 
 
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
@@ -115,16 +115,16 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
         raise ValueError(f"{pipes[0]}: a pipe has no middle to go on from; give the tar's path or URL")
     urls = storage.find_urls([str(p) for p in listed if storage.is_url(p)], "tar")
     local = [p for p in listed if not storage.is_url(p)]
-    found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
-    stems = [safe_key(PurePosixPath(str(p)).stem) for p in found]
+    paths_found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
+    stems = [safe_key(PurePosixPath(str(p)).stem) for p in paths_found]
     return combine(
-        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, found, strict=True)]
+        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, paths_found, strict=True)]
     )
 
 
 def _scan_tar(path: Path | str) -> Scan:
     """Every image of a tar; OSError for an address that does not answer, a rejected line for a bad file."""
-    found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+    paths_found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
     keys: set[str] = set()
     rejected: list[Rejected] = []
     tar = PurePosixPath(str(path)).name
@@ -143,21 +143,21 @@ def _scan_tar(path: Path | str) -> Scan:
             if reason := problem or _member_problem(member):
                 rejected.append(Rejected(origin, key, reason))
                 continue
-            if name in found:
-                rejected.append(Rejected(origin, found[name][0], "duplicate key; the first good one is used"))
+            if name in paths_found:
+                rejected.append(Rejected(origin, paths_found[name][0], "duplicate key; the first good one is used"))
             elif key in keys:
                 key = photos.with_hash(key, name)
             keys.add(key)
-            found.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
+            paths_found.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
     except OSError as error:
         if isinstance(path, str):
             raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
-    if not found and not rejected:
+    if not paths_found and not rejected:
         rejected.append(Rejected(tar, "", "the tar holds no images"))
     entries = [
         Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin))
-        for key, origin, copies in found.values()
+        for key, origin, copies in paths_found.values()
     ]
     return Scan(tuple(entries), tuple(rejected))
 
@@ -251,14 +251,14 @@ def _is_header(block: bytes) -> bool:
         return False
 
 
-def _gap_problem(at: int, found: int | None, size: int, *, zeros: bool) -> str:
+def _gap_problem(at: int, paths_found: int | None, size: int, *, zeros: bool) -> str:
     """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
-    length = (size if found is None else found) - at
-    if found is None and length < 512:
+    length = (size if paths_found is None else paths_found) - at
+    if paths_found is None and length < 512:
         return f"the tar has no end mark: it may have been cut at byte {size}"
-    if zeros and length <= _END_MARK and (found is None or length >= 1024):
+    if zeros and length <= _END_MARK and (paths_found is None or length >= 1024):
         return ""  # with a header behind it, this is one tar behind another
-    if found is not None:
+    if paths_found is not None:
         return f"the tar is damaged at byte {at}: {length} bytes are lost, up to the next whole header"
     if zeros:
         return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"
@@ -321,8 +321,8 @@ def _virtual(
     if per_shard < 1:
         raise ValueError(f"per_shard must be at least 1, not {per_shard}")
     runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
-    said = [tuple(rejected), *[()] * len(runs)]
-    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run, said[i])) for i, run in enumerate(runs)]
+    rejections = [tuple(rejected), *[()] * len(runs)]
+    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run, rejections[i])) for i, run in enumerate(runs)]
 
 
 # --- images that come with their depth --------------------------------------------------------------------------------

@@ -16,16 +16,18 @@ _BLOCK = 2**16
 
 def expand(pattern: str) -> list[str]:
     """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too."""
-    found = re.search(r"\{([^{}]*)\}", pattern)
-    if not found:
+    matches = re.search(r"\{([^{}]*)\}", pattern)
+    if not matches:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", matches[1])
     if span:
         first, last = int(span[1]), int(span[2])
         options = [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
     else:
-        options = found[1].split(",")
-    return [name for option in options for name in expand(pattern[: found.start()] + option + pattern[found.end() :])]
+        options = matches[1].split(",")
+    return [
+        name for option in options for name in expand(pattern[: matches.start()] + option + pattern[matches.end() :])
+    ]
 
 
 def is_url(name: str | Path) -> bool:
@@ -40,15 +42,15 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ValueError(f'{url}: a URL needs pip install "depth-distill[urls]"') from error
     try:
-        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
-        return found
+        matches: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return matches
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {error}") from error
 
 
 def find_urls(patterns: Iterable[str], what: str) -> list[str]:
     """Every address that the patterns (braces, `*`) name, each once; FileNotFoundError for one with nothing there."""
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     for url in (name for pattern in patterns for name in expand(pattern)):
         system, inside = file_system(url)
         try:
@@ -57,8 +59,8 @@ def find_urls(patterns: Iterable[str], what: str) -> list[str]:
             raise OSError(error.errno, f"{url} cannot be reached: {error}") from error
         if not names:
             raise FileNotFoundError(f"{url}: no such {what}; check the address in [images]")
-        found.update((str(system.unstrip_protocol(name)), None) for name in names)
-    return list(found)
+        matches.update((str(system.unstrip_protocol(name)), None) for name in names)
+    return list(matches)
 
 
 def open_place(place: Path | str) -> IO[bytes]:

@@ -221,8 +221,8 @@ def _union(*formats: Iterable[str]) -> tuple[str, ...]:
 
 def _parse(line: str) -> OutputRecord | None:
     try:
-        said = json.loads(line)
-        return OutputRecord(**{**said, "formats": _union(said["formats"]), "begun": _union(said["begun"])})
+        fields = json.loads(line)
+        return OutputRecord(**{**fields, "formats": _union(fields["formats"]), "begun": _union(fields["begun"])})
     except (ValueError, LookupError, TypeError):
         return None
 

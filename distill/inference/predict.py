@@ -221,10 +221,10 @@ def _write(path: Path, name: str, values: np.ndarray, rgb: np.ndarray, span: tup
         if name == "npy":
             np.save(new, values)
         elif name == "png":
-            said = PngImagePlugin.PngInfo()
+            png_text = PngImagePlugin.PngInfo()
             for key, value in {"kind": kind, "low": repr(span[0]), "high": repr(span[1])}.items():
-                said.add_text(key, value)
-            Image.fromarray((_position(values, span) * 65535).round().astype(np.uint16)).save(new, pnginfo=said)
+                png_text.add_text(key, value)
+            Image.fromarray((_position(values, span) * 65535).round().astype(np.uint16)).save(new, pnginfo=png_text)
         elif name == "colour":
             Image.fromarray(coloured(values, _shown(values))).save(new)
         else:
@@ -278,9 +278,9 @@ def _video(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
                     write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
             count += 1
     video.check_whole(job.path, count, rate, total)
-    said = {"frames": count, "formats": sorted({*made.formats, *missing})}
+    png_text = {"frames": count, "formats": sorted({*made.formats, *missing})}
     with aside(outputs.folder / f"{made.stem}.json") as new:
-        new.write_text(json.dumps(said) + "\n", encoding="utf-8")
+        new.write_text(json.dumps(png_text) + "\n", encoding="utf-8")
     outputs.finish(made, missing, frames=count)
     return True
 

@@ -127,7 +127,7 @@ def _huber(residual: Tensor, width: Tensor) -> Tensor:
     return torch.where(size <= k, 0.5 * size.square(), k * (size - 0.5 * k)).sum(1)
 
 
-def bridge_map(depth: DepthMap, primary: DepthMap, *, most: float) -> tuple[DepthMap, list[dict[str, Any]]]:
+def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tuple[DepthMap, list[dict[str, Any]]]:
     """Affine depth as affine disparity, each map of the batch by its own fit to `primary`, and what each fit was.
 
     most: the largest residual that is kept; a map beyond it is nowhere valid. Each record has a, b, residual and
@@ -140,7 +140,7 @@ def bridge_map(depth: DepthMap, primary: DepthMap, *, most: float) -> tuple[Dept
     both = depth.valid & primary.valid
     known = depth.valid & torch.isfinite(depth.values)
     a, b, residual = fit_reciprocal(depth.values, primary.values, both)
-    kept = residual <= most
+    kept = residual <= max_residual
     y = a[:, None, None] * torch.where(known, depth.values, 0.0).double() + b[:, None, None]
     # Pixels that the primary does not know may lie beyond the fitted range.
     valid = known & kept[:, None, None] & (y > 0)
@@ -161,7 +161,7 @@ class Bridged:
 
     teacher: Any
     primary: str
-    most: float
+    max_residual: float
 
     @property
     def card(self) -> Any:
@@ -170,16 +170,16 @@ class Bridged:
 
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
         """What the assistant says: affine depth."""
-        found: DepthMap = self.teacher.predict(images) if keys is None else self.teacher.predict(images, keys=keys)
-        return found
+        prediction: DepthMap = self.teacher.predict(images) if keys is None else self.teacher.predict(images, keys=keys)
+        return prediction
 
     def bridge(
         self, shared: DepthMap, local: DepthMap | None, primary: Labels
     ) -> tuple[DepthMap, DepthMap | None, dict[str, Any]]:
         """A region's maps as disparity, and the record for its json: the region and every patch have their own fit."""
-        disparity, fits = bridge_map(shared, primary.shared, most=self.most)
+        disparity, fits = bridge_map(shared, primary.shared, max_residual=self.max_residual)
         record: dict[str, Any] = {"primary": self.primary, "shared": fits[0], "local": []}
         if local is None or primary.local is None:
             return disparity, None, record
-        patches, record["local"] = bridge_map(local, primary.local, most=self.most)
+        patches, record["local"] = bridge_map(local, primary.local, max_residual=self.max_residual)
         return disparity, patches, record

@@ -30,10 +30,10 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
 
     Raises RunLockedError where a live process has the same rank, or belongs to a run of another size.
     """
-    own = folder / f".claim-{rank}-of-{world}"
-    file = _lock(own, wait=False)
+    lock_file = folder / f".claim-{rank}-of-{world}"
+    file = _lock(lock_file, wait=False)
     if file is None:
-        raise RunLockedError(_said(own))
+        raise RunLockedError(_said(lock_file))
     try:
         for other in sorted(folder.glob(".claim-*-of-*")):
             if re.fullmatch(rf"\.claim-\d+-of-{world}", other.name):
@@ -49,7 +49,7 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
             file.flush()
         yield
     finally:
-        own.unlink(missing_ok=True)
+        lock_file.unlink(missing_ok=True)
         file.close()
 
 

@@ -27,7 +27,7 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
         return {"name": TRUTH, "licence": "that of the images", "faults": asdict(teacher)}
     kind = Kind(teacher.card.kind)
     if isinstance(teacher, Bridged):
-        bridge = {"primary": teacher.primary, "most": teacher.most}
+        bridge = {"primary": teacher.primary, "most": teacher.max_residual}
         return {**asdict(teacher.card), "kind": str(kind), "stored": str(Kind.AFFINE_DISPARITY), "bridge": bridge}
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 
@@ -101,14 +101,14 @@ def finish(
             path = out / f"{shard.stem}-{number:03d}.json"
             if not path.is_file():
                 return False
-            said = read_json(path)
-            if said["tar"] is not None and not is_whole(out, said["tar"]):
+            entry = read_json(path)
+            if entry["tar"] is not None and not is_whole(out, entry["tar"]):
                 return False
-            sidecars.append(said)
-            number, of = number + 1, said["of"]
+            sidecars.append(entry)
+            number, of = number + 1, entry["of"]
     if not fresh and (out / MANIFEST).is_file():
         before = read_manifest(out)["shards"]
-        if before == [said["tar"] for said in sidecars if said["tar"]]:
+        if before == [entry["tar"] for entry in sidecars if entry["tar"]]:
             return True
     write_manifest(out, _manifest(sidecars, settings, recipe, licence))
     return True
@@ -118,22 +118,22 @@ def _manifest(
     sidecars: Sequence[dict[str, Any]], settings: dict[str, Any], recipe: Mapping[str, Any], licence: str
 ) -> dict[str, Any]:
     """All parts as one table: the same whoever writes it."""
-    quarantine = [line for said in sidecars for line in said["quarantine"]]
+    quarantine = [line for entry in sidecars for line in entry["quarantine"]]
     images: dict[str, str] = {}
-    for said in sidecars:
-        for key in dict.fromkeys(sample[0].rsplit("-", 1)[0] for sample in said["samples"]):
+    for entry in sidecars:
+        for key in dict.fromkeys(sample[0].rsplit("-", 1)[0] for sample in entry["samples"]):
             if key in images:
                 reason = f"duplicate key: {images[key]} has it too, and readers use that one"
-                quarantine.append({"origin": said["tar"]["name"], "key": key, "reason": reason})
-            images.setdefault(key, said["tar"]["name"])
+                quarantine.append({"origin": entry["tar"]["name"], "key": key, "reason": reason})
+            images.setdefault(key, entry["tar"]["name"])
     cards = {card["as"]: dict(card) for card in settings["teachers"]}
     for name, card in cards.items():
-        card["stored"] = sorted({kind for said in sidecars for kind in said["kinds"].get(name, [])})
+        card["stored"] = sorted({kind for entry in sidecars for kind in entry["kinds"].get(name, [])})
         if "bridge" in card:
-            counts = [said.get("bridge_dropped", {}).get(name, {}) for said in sidecars]
+            counts = [entry.get("bridge_dropped", {}).get(name, {}) for entry in sidecars]
             dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
             card["bridge"] = {**card["bridge"], "dropped": dropped}
-    tars = [said["tar"] for said in sidecars if said["tar"]]
+    tars = [entry["tar"] for entry in sidecars if entry["tar"]]
     return {
         "recipe": dict(recipe),
         "settings": settings,

@@ -295,13 +295,13 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
             pool.shutdown(cancel_futures=True)
             clerk.shutdown(cancel_futures=True)
             raise
-        said = writer.close()
+        sidecar_data = writer.close()
         sidecar = {
             "version": VERSION,
             "part": part.number,
             "of": part.of,
             "images": [entry.key for entry in part.entries],
-            "tar": said if writer.index else None,
+            "tar": sidecar_data if writer.index else None,
             "samples": writer.index,
             "quarantine": [_line(one) for one in quarantine],
             "kinds": {name: sorted(values) for name, values in kinds.items()},
@@ -326,18 +326,18 @@ def _is_done(out: Path, part: Part) -> bool:
     sidecar = (out / part.name).with_suffix(".json")
     if not sidecar.is_file():
         return False
-    said, keys = read_json(sidecar), [entry.key for entry in part.entries]
-    if said["images"] != keys or said["of"] != part.of:
-        grown = said["images"] == keys[: len(said["images"])]
+    sidecar_data, keys = read_json(sidecar), [entry.key for entry in part.entries]
+    if sidecar_data["images"] != keys or sidecar_data["of"] != part.of:
+        grown = sidecar_data["images"] == keys[: len(sidecar_data["images"])]
         if not grown and part.shard.is_tar:
             now = iter([entry.key for entry in part.shard.scan().entries])
-            grown = all(key in now for key in said["images"])
-        if grown and said["of"] <= part.of:
+            grown = all(key in now for key in sidecar_data["images"])
+        if grown and sidecar_data["of"] <= part.of:
             return False
         why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
         raise ValueError(
             f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
-            f"({len(said['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
+            f"({len(sidecar_data['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
             f"{part.shard.stem}-[0-9][0-9][0-9].* there"
         )
-    return said["tar"] is None or is_whole(out, said["tar"])
+    return sidecar_data["tar"] is None or is_whole(out, sidecar_data["tar"])

@@ -180,8 +180,8 @@ def _stack(labels: Sequence[Labels]) -> Labels:
         cat([one.shared for one in labels])  # raises, naming the kinds
     shared = cat([one.shared.convert(kind) for one in labels])
     counts = [0 if one.local is None else len(one.local) for one in labels]
-    most = max(counts)
-    if most == 0:
+    max_patches = max(counts)
+    if max_patches == 0:
         return Labels(shared, None, torch.zeros(len(labels), 0, 4))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     patch = next(one.local.values.shape[1:] for one in labels if one.local is not None and len(one.local))
@@ -189,11 +189,11 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     for one, count in zip(labels, counts, strict=True):
         if one.local is not None and count:
             maps.append(one.local.convert(kind))
-        if count < most:
-            empty = torch.zeros(most - count, *patch)
+        if count < max_patches:
+            empty = torch.zeros(max_patches - count, *patch)
             maps.append(DepthMap(empty, torch.zeros_like(empty, dtype=torch.bool), kind))
         spare = one.boxes[0, :1] if count else whole
-        boxes.append(torch.cat([one.boxes[0], spare.expand(most - count, 4)]))
+        boxes.append(torch.cat([one.boxes[0], spare.expand(max_patches - count, 4)]))
     return Labels(shared, cat(maps), torch.stack(boxes))
 
 
@@ -292,9 +292,9 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
 
 
-def _decode_jpg(data: bytes, said: Mapping[str, int], where: str) -> NDArray[np.uint8]:
+def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.uint8]:
     """The region (S,S,3); OSError names `where`. Older labels have no checksum of it."""
-    if said.get("crc32", crc := zlib.crc32(data)) != crc:
+    if info.get("crc32", crc := zlib.crc32(data)) != crc:
         raise OSError(f"{where} is damaged: its checksum is wrong; {REPAIR}")
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
@@ -304,16 +304,16 @@ def _decode_jpg(data: bytes, said: Mapping[str, int], where: str) -> NDArray[np.
 
 
 def _decode_labels(
-    members: Mapping[str, bytes], name: str, said: dict[str, Any], boxes: Tensor, codec: str, where: str
+    members: Mapping[str, bytes], name: str, info: dict[str, Any], boxes: Tensor, codec: str, where: str
 ) -> Labels:
-    kind, suffix = Kind(said["kind"]), CODECS[codec].suffix
+    kind, suffix = Kind(info["kind"]), CODECS[codec].suffix
 
     def read(context: str, span: Mapping[str, float | int]) -> tuple[Tensor, Tensor]:
         data = members[f"{name}.{context}.{suffix}"]
         return decode_map(data, span, codec=codec, where=f"{where} {name}.{context}")
 
-    values, valid = read("shared", said["shared"])
-    local = [read(f"local{i}", span) for i, span in enumerate(said["local"])]
+    values, valid = read("shared", info["shared"])
+    local = [read(f"local{i}", span) for i, span in enumerate(info["local"])]
     patches = DepthMap(torch.stack([v for v, _ in local]), torch.stack([v for _, v in local]), kind) if local else None
     return Labels(DepthMap(values[None], valid[None], kind), patches, boxes if local else boxes[:, :0])
 
@@ -326,12 +326,12 @@ def disagreements(sample: Sample) -> Iterator[str]:
     if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
         yield "a patch lies outside the region"
     for name, labels in sample.labels.items():
-        said = sample.record["labels"][name]
-        maps = [(labels.shared, 0, said["shared"], size)]
+        info = sample.record["labels"][name]
+        maps = [(labels.shared, 0, info["shared"], size)]
         if labels.local is not None:
-            maps += [(labels.local, i, span, crop["patch_size"]) for i, span in enumerate(said["local"])]
-        if len(said["local"]) not in (0, len(sample.record["patches"])):
-            yield f"{name} has {len(said['local'])} local maps for {len(sample.record['patches'])} patches"
+            maps += [(labels.local, i, span, crop["patch_size"]) for i, span in enumerate(info["local"])]
+        if len(info["local"]) not in (0, len(sample.record["patches"])):
+            yield f"{name} has {len(info['local'])} local maps for {len(sample.record['patches'])} patches"
         for depth, i, span, side in maps:
             if depth.values.shape[1:] != (side, side):
                 yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {side} x {side}"
@@ -339,7 +339,7 @@ def disagreements(sample: Sample) -> Iterator[str]:
                 yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
             if not span["low"] <= span["high"]:
                 yield f"a map by {name} has the range {span['low']} to {span['high']}"
-        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and said["shared"]["low"] < 0:
+        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and info["shared"]["low"] < 0:
             yield f"{name} says {labels.shared.kind}, but has negative values"
 
 

@@ -28,8 +28,8 @@ def _files(manifest: dict[str, Any], names: Iterable[str], where: str) -> list[t
     outside = [name for name in tars if PurePosixPath(name).name != name or "\\" in name]
     if outside:
         raise ValueError(f"{where}: its manifest names {outside[0]!r}, which would climb out of the folder")
-    said = sorted(name for name in names if name.endswith(".json") and name != MANIFEST and name[0] != ".")
-    return [*tars.items(), *((name, "") for name in said)]
+    sidecars = sorted(name for name in names if name.endswith(".json") and name != MANIFEST and name[0] != ".")
+    return [*tars.items(), *((name, "") for name in sidecars)]
 
 
 def publish(folder: Path, url: str, *, report: Report | None = None) -> int:

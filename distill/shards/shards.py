@@ -238,9 +238,9 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
     """(sample key, first byte, number of bytes) of every sample in a tar, from its .json or else by walking it."""
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
-        said = read_json(sidecar)
-        if said.get("tar") and said["tar"]["bytes"] == path.stat().st_size:
-            return [(str(key), int(start), int(size)) for key, start, size in said["samples"]]
+        metadata = read_json(sidecar)
+        if metadata.get("tar") and metadata["tar"]["bytes"] == path.stat().st_size:
+            return [(str(key), int(start), int(size)) for key, start, size in metadata["samples"]]
     found: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
         if member is None or problem:
@@ -397,7 +397,7 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> lis
     seen: list[str] = []
     try:
         for sample in read_shard(path):
-            problems += [f"{path}:{sample.key}: {said}" for said in disagreements(sample)]
+            problems += [f"{path}:{sample.key}: {metadata}" for metadata in disagreements(sample)]
             if sample.image_key not in images:
                 problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
             seen.append(sample.key)

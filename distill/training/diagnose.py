@@ -130,15 +130,15 @@ def _rate(steps: Sequence[Line], warmup: int, settings: Line) -> Finding:
     first, last = (_mean(part, "loss") for part in _ends(steps, warmup))
     change = (last - first) / max(abs(first), 1e-12)
     lr = settings.get("lr")
-    said = f"the loss went from {first:.4g} to {last:.4g} ({change:+.0%}) after the warm-up" + (
+    trend = f"the loss went from {first:.4g} to {last:.4g} ({change:+.0%}) after the warm-up" + (
         f", lr {lr:g}" if lr else ""
     )
     if change > 0.1:
-        return Finding("bad", f"learning rate too high: {said}", "divide lr by 3 to 10, or warm up longer")
+        return Finding("bad", f"learning rate too high: {trend}", "divide lr by 3 to 10, or warm up longer")
     if abs(change) < 0.01 and len(steps) >= 5 * FEWEST:
         remedy = "raise lr, or unfreeze more; a run that began where it ends has nothing to learn"
-        return Finding("warn", f"learning rate too low, or converged: {said}", remedy)
-    return Finding("ok", f"learning rate: {said}")
+        return Finding("warn", f"learning rate too low, or converged: {trend}", remedy)
+    return Finding("ok", f"learning rate: {trend}")
 
 
 def _gradient(steps: Sequence[Line], settings: Line) -> Finding:

@@ -181,10 +181,10 @@ _BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope")
 
 def _depths(encoder: nn.Module) -> dict[int, int]:
     """How many blocks each parameter (by id) lies below the deepest; what follows the blocks lies 0 below it."""
-    blocks = {id(p): int(found[1]) for name, p in encoder.named_parameters() if (found := _BLOCK.search(name))}
-    most = max(blocks.values(), default=0)
-    below = {id(p): most + 1 if _BEFORE_BLOCKS.search(name) else 0 for name, p in encoder.named_parameters()}
-    return below | {key: most - block for key, block in blocks.items()}
+    blocks = {id(p): int(match[1]) for name, p in encoder.named_parameters() if (match := _BLOCK.search(name))}
+    deepest = max(blocks.values(), default=0)
+    below = {id(p): deepest + 1 if _BEFORE_BLOCKS.search(name) else 0 for name, p in encoder.named_parameters()}
+    return below | {key: deepest - block for key, block in blocks.items()}
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:

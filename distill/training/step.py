@@ -175,9 +175,9 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
         _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)
         last = part == s.accumulate - 1
         with contextlib.nullcontext() if last else processes.without_exchange(run.model):
-            losses, found = _learn(run, micro)
+            losses, measured = _learn(run, micro)
         seen.append((micro, losses))
-        for name, value in found.items():
+        for name, value in measured.items():
             sums[name] = sums[name] + value if name in sums else value
     parameters = run.parameters
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -236,8 +236,8 @@ def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tenso
     losses = losses.detach()
     output, label = map_statistics(pred), map_statistics(micro.labels.shared.values, micro.labels.shared.valid)
     statistics = [losses.double().sum(), output[0], output[1], *label]
-    found = dict(zip(STATISTICS, statistics, strict=True))
-    return losses, found | {f"parts/{name}": value.detach().double().sum() for name, value in parts.items()}
+    measured = dict(zip(STATISTICS, statistics, strict=True))
+    return losses, measured | {f"parts/{name}": value.detach().double().sum() for name, value in parts.items()}
 
 
 def _reduce(run: TrainingRun, sums: dict[str, Tensor], norm: Tensor) -> dict[str, float]:

@@ -367,7 +367,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     run.processes.wait()
     step = run.step if run.best is None else int(run.best["step"])
     chosen = "the last step" if run.best is None else "lowest loss on held-out labels"
-    saved = next(found for found in checkpoints.find(run.out) if found.step == step)
+    saved = next(candidate for candidate in checkpoints.find(run.out) if candidate.step == step)
     checkpoints.load_weights(saved, run.student, averaged=run.ema is not None)
     run.student.eval()
     folder = run.out / "student"

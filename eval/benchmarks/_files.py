@@ -85,8 +85,8 @@ class Files:
         """Every file's path relative to the root."""
         if self._tar is not None:
             return set(self._members)
-        found = (Path(folder) / name for folder, _, names in os.walk(self.root, followlinks=True) for name in names)
-        return {path.relative_to(self.root).as_posix() for path in found}
+        paths = (Path(folder) / name for folder, _, names in os.walk(self.root, followlinks=True) for name in names)
+        return {path.relative_to(self.root).as_posix() for path in paths}
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""

@@ -60,5 +60,5 @@ def _alpha(files: Files, name: str) -> Tensor:
     """(1,H,W) float32 in [0,1]. Some mattes are stored with three equal channels, or with 16 bits."""
     values = files.pixels(name)
     values = values[..., 0] if values.ndim == 3 else values
-    most = 65535.0 if values.dtype.itemsize > 1 else 1.0 if values.dtype == bool else 255.0
-    return torch.from_numpy(values.astype(np.float32) / np.float32(most))[None]
+    white = 65535.0 if values.dtype.itemsize > 1 else 1.0 if values.dtype == bool else 255.0
+    return torch.from_numpy(values.astype(np.float32) / np.float32(white))[None]

@@ -172,7 +172,7 @@ def write_page(table: Table, path: Path) -> None:
         ("table", "Table", page.table([escape(h) for h in head], rows, kind="scores") + key + _dots(table) + stopped)
     ]
     if table.verdicts:
-        said = [
+        sentences_of_row = [
             [
                 escape(claim),
                 f'<b class="{"bad" if ours.word.startswith("not rep") else ""}">{ours.word}</b>',
@@ -187,7 +187,7 @@ def write_page(table: Table, path: Path) -> None:
             '<p class="key">The margin by which the claim holds, relative, over paired seeds; negative where it fails. '
             "The paper’s own table has one run per row: a margin, without an interval.</p>"
         )
-        sections.append(("orderings", "Orderings", page.table(heads, said) + note))
+        sections.append(("orderings", "Orderings", page.table(heads, sentences_of_row) + note))
     sections.append(("curves", "Curves", _curves(table)))
     sections.append(("pictures", "Pictures", _pictures(table)))
     seeds = sorted({seed for row in table.rows for seed in row.values})

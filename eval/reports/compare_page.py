@@ -42,18 +42,18 @@ def sentences(comparison: ModelComparison) -> list[str]:
     names = [model["name"] for model in comparison.models]
     if len(names) < 2:
         return [f"{names[0]} is alone: a comparison needs two models." if names else "There is nothing to compare."]
-    said = [_agreement_sentence(comparison)] if comparison.pairs else []
-    return [line for line in [*said, *(_addition_sentence(comparison, primary) for primary in names)] if line]
+    statements = [_agreement_sentence(comparison)] if comparison.pairs else []
+    return [line for line in [*statements, *(_addition_sentence(comparison, primary) for primary in names)] if line]
 
 
 def _agreement_sentence(comparison: ModelComparison) -> str:
-    own = [row for row in comparison.pairs if row["b"] != TRUTH and row["error"] is not None]
-    if not own:
+    selected = [row for row in comparison.pairs if row["b"] != TRUTH and row["error"] is not None]
+    if not selected:
         return ""
-    far = max(own, key=lambda row: row["error"])
-    near = min(own, key=lambda row: row["error"])
+    far = max(selected, key=lambda row: row["error"])
+    near = min(selected, key=lambda row: row["error"])
     text = f"{far['a']} and {far['b']} are the furthest apart (error {far['error']:.2f}, order {_show(far['order'])})"
-    if len(own) == 1:
+    if len(selected) == 1:
         return f"{far['a']} and {far['b']}: error {far['error']:.2f}, order {_show(far['order'])}."
     return f"{near['a']} and {near['b']} agree best (error {near['error']:.2f}); {text}."
 
@@ -163,15 +163,15 @@ def matrices(comparison: ModelComparison) -> str:
     """One table for each measure, models by models and against the truth; the colour says how bad."""
     names = [model["name"] for model in comparison.models]
     columns = [*names[1:], TRUTH] if any(row["b"] == TRUTH for row in comparison.pairs) else names[1:]
-    found = {(row["a"], row["b"]): row for row in comparison.pairs}
+    by_pair = {(row["a"], row["b"]): row for row in comparison.pairs}
     parts = []
     for key, (title, arrow, what) in MEASURES.items():
         worst = {"error": 1.0, "sky": 0.5, "order": 0.5, "edges": 0.0}[key]
         best = 0.0 if arrow == "↓" else 1.0
         rows = []
-        shown = [b for b in columns if any(found.get((a, b), {}).get(key) is not None for a in names)]
+        shown = [b for b in columns if any(by_pair.get((a, b), {}).get(key) is not None for a in names)]
         for a in names:
-            cells = [_heat(found.get((a, b), {}).get(key), best, worst) for b in shown]
+            cells = [_heat(by_pair.get((a, b), {}).get(key), best, worst) for b in shown]
             if any(cells):
                 rows.append([name(a), *cells])
         grid = table(["", *(name(b) for b in shown)], rows, kind="scores")
@@ -194,9 +194,9 @@ def additions_table(comparison: ModelComparison) -> str:
     with_truth = any(row.get("gain") is not None for row in comparison.additions)
     order = "mixing" if with_truth else "complement"
     for model in comparison.models:
-        own = [row for row in comparison.additions if row["a"] == model["name"]]
-        own.sort(key=lambda row: -1.0 if row.get(order) is None else float(row[order]), reverse=True)
-        for i, row in enumerate(own):
+        selected = [row for row in comparison.additions if row["a"] == model["name"]]
+        selected.sort(key=lambda row: -1.0 if row.get(order) is None else float(row[order]), reverse=True)
+        for i, row in enumerate(selected):
             cells = [_show(row.get(key), "{:.0%}") for key in (("mixing", "gain", "share") if with_truth else ())]
             cells += [_show(row.get("news"), "{:.0%}"), _show(row.get("complement"))]
             if i == 0 and row.get(order) is not None and row[order] >= WORTH:
@@ -242,7 +242,7 @@ def write_page(
 ) -> Path:
     """Write the page to `out` and return its path. folder: the stored maps. remarks: lines about what was left out."""
     count = sum(image["truth"] for image in comparison.images)
-    said = "".join(f"<li>{escape(line)}</li>" for line in sentences(comparison))
+    statements = "".join(f"<li>{escape(line)}</li>" for line in sentences(comparison))
     devices = list(dict.fromkeys(model["cost"]["device"] for model in comparison.models))
     about = [
         ("models", ", ".join(model["name"] for model in comparison.models)),
@@ -251,7 +251,7 @@ def write_page(
         *facts,
     ]
     sections = [
-        ("short", "In short", f"<ul>{said}</ul>"),
+        ("short", "In short", f"<ul>{statements}</ul>"),
         ("models", "Models", models_table(comparison) + _models_key(comparison)),
         ("agreement", "Agreement", matrices(comparison)),
         ("additions", "Who adds what to whom", additions_table(comparison)),

@@ -101,12 +101,12 @@ def _column(
 def _aligned(view: ImageView) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every map on the scale of the reference, with where it is valid."""
     frame = view.maps[view.reference]
-    found = {}
+    maps_found = {}
     for key, depth in view.maps.items():
         scale, shift = fit_affine(depth.values, frame.values, depth.valid & frame.valid)
         values = depth.values if key == view.reference else apply_affine(depth.values, scale, shift)
-        found[key] = values[0].numpy(), depth.valid[0].numpy()
-    return found
+        maps_found[key] = values[0].numpy(), depth.valid[0].numpy()
+    return maps_found
 
 
 def _spread(aligned: Mapping[str, tuple[np.ndarray, np.ndarray]], view: ImageView) -> np.ndarray:

@@ -43,16 +43,16 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
     parts = []
     for spec in recipe.get("benchmarks", []):
         label = spec.get("alias") or spec.get("name", "")
-        own = [
+        selected = [
             s
             for s in scores
             if s.benchmark == spec.get("name") and (run_dir / "predictions" / _slug(s) / label).is_dir()
         ]
-        if not own:
+        if not selected:
             parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
             continue
         try:
-            parts.append(_benchmark_pictures(run_dir, spec, label, own[:_MODELS]))
+            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS]))
         except UNREADABLE as error:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
@@ -139,6 +139,6 @@ def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.
         pred = 1.0 / np.maximum(pred, 1e-6)
     low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth
     if score.protocol.clip == "truth" and how.unknown == "affine":
-        own = truth.values[truth.valid & (truth.values > low) & (truth.values < high)]
-        low, high = max(low, float(own.min())), min(high, float(own.max()))
+        selected = truth.values[truth.valid & (truth.values > low) & (truth.values < high)]
+        low, high = max(low, float(selected.min())), min(high, float(selected.max()))
     return np.clip(pred, low, high)

@@ -79,26 +79,26 @@ def _recipe(run_dir: Path) -> tuple[Recipe, str, str]:
 
 def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
     """The score files of a run in the order of a table, and a line for each that cannot be read."""
-    found, faults = [], []
+    rows_found, faults = [], []
     for path in sorted((run_dir / "scores").glob("*.json")):
         try:
-            found.append(read_scores(path))
+            rows_found.append(read_scores(path))
         except UNREADABLE as error:
             faults.append(str(error))
     # The student first, what knows nothing of the image last.
     place = {"student": 0, "plane prior": 2}
-    return sorted(found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
+    return sorted(rows_found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
 
 
 def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
     """Each score with the weights that its stored predictions say they are of."""
-    found = []
+    rows_found = []
     for score in scores:
         stores = (run_dir / "predictions" / score.model.replace(" ", "_")).glob("*")
-        said = [_weights(store) for store in sorted(stores)]
-        known = {weights for weights in said if weights}
-        found.append(Scored(score, known.pop() if len(known) == 1 else ""))
-    return found
+        weights_of_stores = [_weights(store) for store in sorted(stores)]
+        known = {weights for weights in weights_of_stores if weights}
+        rows_found.append(Scored(score, known.pop() if len(known) == 1 else ""))
+    return rows_found
 
 
 def _weights(store: Path) -> str:
@@ -118,22 +118,22 @@ def _log(run_dir: Path) -> list[dict[str, Any]]:
 
 def _label_folders(run_dir: Path, recipe: Recipe) -> list[Path]:
     """Folders of finished labels: below the run, or those of the same images, crops and teachers in labels.root."""
-    found = [
+    rows_found = [
         path.parent for place in ("labels*", "labels*/*") for path in sorted(run_dir.glob(f"{place}/manifest.json"))
     ]
     root = recipe.get("labels", {}).get("root", "")
     for path in sorted(Path(root).glob("*/manifest.json")) if root else []:
         made_by = _manifest(path.parent)[0].get("recipe", {})
         if all(made_by.get(part) == recipe.get(part) for part in ("images", "crops", "teachers")):
-            found.append(path.parent)
-    return found
+            rows_found.append(path.parent)
+    return rows_found
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """A labels folder's manifest, and what is wrong with it."""
     try:
-        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return (found, "") if isinstance(found, dict) else ({}, f"{folder / 'manifest.json'} holds no table.")
+        rows_found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return (rows_found, "") if isinstance(rows_found, dict) else ({}, f"{folder / 'manifest.json'} holds no table.")
     except UNREADABLE as error:
         return {}, f"{folder / 'manifest.json'} cannot be read: {error}."
 
@@ -224,10 +224,10 @@ def _line(
     raw: bool = False,
 ) -> figures.Series:
     """A number of the log as a smoothed line; steps that lack it are left out."""
-    found = [
+    rows_found = [
         (step, line.get("parts", {}).get(name) if part else line.get(name)) for step, line in zip(x, steps, strict=True)
     ]
-    known = [(step, float(value)) for step, value in found if value is not None]
+    known = [(step, float(value)) for step, value in rows_found if value is not None]
     values = [value for _, value in known]
     title = name if part else {"lr": "decoder", "encoder_lr": "encoder"}.get(name, name.split("_")[0])
     colour = min(colour, 6)

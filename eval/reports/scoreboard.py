@@ -91,20 +91,20 @@ def _floor_table(scores: Sequence[Score]) -> str:
     return table(["model · floor", *_metric_heads(scores[0].task.rows)], rows) if rows else ""
 
 
-def paper_table(found: Sequence[PaperVerdict]) -> str:
+def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
     """What papers print, beside ours; numbers that nothing here answers for are folded away."""
     heads = ["paper", "model", "benchmark", "metric", "paper’s", "ours", "", "why not"]
-    run = [v for v in found if v.status != "not run"]
-    rest = [v for v in found if v.status == "not run"]
+    run = [v for v in verdicts if v.status != "not run"]
+    rest = [v for v in verdicts if v.status == "not run"]
     told = (
         table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
         if run
         else missing("None of these models was scored by Marigold’s protocol on a whole published list.")
     )
-    counts = ", ".join(f"{sum(v.status == s for v in found)} {s}" for s in ("within", "outside", "not run"))
+    counts = ", ".join(f"{sum(v.status == s for v in verdicts)} {s}" for s in ("within", "outside", "not run"))
     intro = (
-        f'<p class="key">{len(found)} numbers of the papers: {counts}. Ours answers for a paper’s only with the same '
-        "released weights, Marigold’s protocol, the whole published list and no image lost; the tolerance is ours, "
+        f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours answers for a paper’s only with '
+        "the same released weights, Marigold’s protocol, the whole published list and no image lost; the tolerance is ours, "
         "written beside the numbers in eval/papers.toml.</p>"
     )
     folded = details(

@@ -45,7 +45,7 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
     """All scores side by side. metrics: those to show, of benchmarks that have none of them their first."""
     sets = list(dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores))
     models = list(dict.fromkeys((s.model, _unusual(s)) for s in scores))
-    found = {((s.model, _unusual(s)), (s.benchmark, s.protocol.setting)): s for s in scores}
+    by_row = {((s.model, _unusual(s)), (s.benchmark, s.protocol.setting)): s for s in scores}
     head, columns, notes = ["model", "aligned"], [], []
     for benchmark, setting in sets:
         first = next(s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting))
@@ -54,16 +54,18 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
         for metric in wanted:
             row = first.task.rows[metric]
             head.append(f"{title} {metric} {'↓' if row.lower_is_better else '↑'}")
-            columns.append(_column([found.get((model, (benchmark, setting))) for model in models], metric, row))
+            columns.append(_column([by_row.get((model, (benchmark, setting))) for model in models], metric, row))
         notes.append(
             f"{title}: {first.protocol.mode} protocol, {first.num_images} images, {first.protocol.pooling}, "
             f"setting {setting}"
         )
     rows = []
     for i, (model, unusual) in enumerate(models):
-        own = [s for s in scores if (s.model, _unusual(s)) == (model, unusual)]
-        said = ", ".join(dict.fromkeys(s.protocol.alignment for s in own if s.protocol.alignment != "none")) or "none"
-        rows.append([TableCell(model), TableCell(said), *(column[i] for column in columns)])
+        of_model = [s for s in scores if (s.model, _unusual(s)) == (model, unusual)]
+        alignments = (
+            ", ".join(dict.fromkeys(s.protocol.alignment for s in of_model if s.protocol.alignment != "none")) or "none"
+        )
+        rows.append([TableCell(model), TableCell(alignments), *(column[i] for column in columns)])
     return Grid(head, rows, notes)
 
 

@@ -66,8 +66,8 @@ def make_norm(kind: str, channels: int) -> nn.Module:
         return FrozenBatchNorm(channels)
     if kind == "group":
         # At least eight channels a group where there are so many: a group of one is instance norm.
-        most = min(32, max(channels // 8, 1))
-        return nn.GroupNorm(max(n for n in range(1, most + 1) if channels % n == 0), channels)
+        max_groups = min(32, max(channels // 8, 1))
+        return nn.GroupNorm(max(n for n in range(1, max_groups + 1) if channels % n == 0), channels)
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
 
 

@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_dropped(scenes, wrong):
     }[wrong]
     primary = DepthMap(disparity, valid, Kind.AFFINE_DISPARITY)
     most = recipe.Labels().bridge_residual
-    got, fits = bridge_map(DepthMap(said, valid, Kind.AFFINE_DEPTH), primary, most=most)
+    got, fits = bridge_map(DepthMap(said, valid, Kind.AFFINE_DEPTH), primary, max_residual=most)
     assert not got.valid.any() and all(fit["dropped"] and fit["residual"] > most for fit in fits)
     assert got.values.isfinite().all()
     json.dumps(fits, allow_nan=False)
@@ -88,14 +88,14 @@ def test_the_label_is_positive_finite_and_blind_to_what_is_invalid(scenes):
     hole[:, 10:20, 30:50] = True
     primary = DepthMap(torch.where(hole, torch.nan, 1 / depth), valid & ~hole, Kind.SCALE_DISPARITY)
     own = DepthMap(torch.where(~valid, torch.nan, said), valid, Kind.AFFINE_DEPTH)
-    got, fits = bridge_map(own, primary, most=0.3)
+    got, fits = bridge_map(own, primary, max_residual=0.3)
     assert got.kind is Kind.AFFINE_DISPARITY and not any(fit["dropped"] for fit in fits)
     # Where the primary knows nothing the assistant still does, by the same fit.
     assert torch.equal(got.valid, valid)
     torch.testing.assert_close(got.values[valid], (1 / depth)[valid], rtol=1e-3, atol=1e-4)
     assert (got.values[valid] > 0).all() and got.values.isfinite().all()
     with pytest.raises(KindError, match="affine_depth is bridged to the primary teacher's disparity"):
-        bridge_map(own, replace(primary, kind=Kind.SCALE_DEPTH), most=0.3)
+        bridge_map(own, replace(primary, kind=Kind.SCALE_DEPTH), max_residual=0.3)
 
 
 # --- in labels --------------------------------------------------------------------------------------------------------

@@ -29,15 +29,15 @@ def run(args: argparse.Namespace) -> int:
     if args.benchmark:
         from distill.eval.completeness import check_benchmark
 
-        title, found = args.benchmark, check_benchmark(args.benchmark, args.root, args.list)
+        title, findings = args.benchmark, check_benchmark(args.benchmark, args.root, args.list)
     elif args.target.endswith(".toml"):
         from distill.app.preflight import check_recipe
         from distill.app.recipe import load
 
-        title, found = args.target, check_recipe(load(args.target, args.set))
+        title, findings = args.target, check_recipe(load(args.target, args.set))
     else:
         from distill.training.diagnose import check_run
 
-        title, found = args.target, check_run(Path(args.target))
-    table(f"doctor: {title}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in found], text=True)
-    return 1 if any(f.level == "bad" for f in found) else 0
+        title, findings = args.target, check_run(Path(args.target))
+    table(f"doctor: {title}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
+    return 1 if any(f.level == "bad" for f in findings) else 0

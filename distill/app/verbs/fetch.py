@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"{got.path}: {got.num_bytes / 1e6:,.1f} MB, {got.resumed / 1e6:,.1f} of them from an earlier call")
         known = "as it should be" if got.published else f"no published one is known; recorded in {got.path.name}.sha256"
         note(f"sha256 {got.sha256}: {known}")
-        found = check_benchmark(name, got.path)
-        table(f"doctor: {name}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in found])
-        bad |= any(f.level == "bad" for f in found)
+        findings = check_benchmark(name, got.path)
+        table(f"doctor: {name}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings])
+        bad |= any(f.level == "bad" for f in findings)
     return 1 if bad else 0

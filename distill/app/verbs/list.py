@@ -53,28 +53,28 @@ def _teachers() -> None:
     for (name, kind, size, code), group in groupby(
         cards, key=lambda c: (c.name, c.kind, c.native_size, c.code_licence)
     ):
-        own = list(group)
-        licences = {c.licence for c in own}
-        sides = f"native size {size}, sides multiples of {own[0].multiple}" if size else "any size"
+        members = list(group)
+        licences = {c.licence for c in members}
+        sides = f"native size {size}, sides multiples of {members[0].multiple}" if size else "any size"
         if licences == {code}:
             stated = f"licence of weights and code: {code}"
         else:
-            weights = f"licence of the weights: {own[0].licence}; " if len(licences) == 1 else ""
+            weights = f"licence of the weights: {members[0].licence}; " if len(licences) == 1 else ""
             stated = f"{weights}licence of the code: {code}"
         title = f"{name}: {kind}, larger is {kind.larger_is}; {sides}\n{stated}"
         rows = []
-        for card in own:
+        for card in members:
             revision = revision_of(pocket()) if card.weights == "pocket" else revision_here(card)
             rows.append(
                 [card.weights, "yes" if card.commercial else "no", revision.removeprefix("sha256:")[:10] or "-"]
             )
         head = ["weights", "commercial use", "revision"]
         if len(licences) > 1:
-            rows = [[*row, card.licence] for row, card in zip(rows, own, strict=True)]
+            rows = [[*row, card.licence] for row, card in zip(rows, members, strict=True)]
             head.append("licence")
         table(title, head, rows, text=True)
-        for text in dict.fromkeys(card.note for card in own if card.note):
-            first, *others = [c.weights.partition("/")[2] or c.weights for c in own if c.note == text]
+        for text in dict.fromkeys(card.note for card in members if card.note):
+            first, *others = [c.weights.partition("/")[2] or c.weights for c in members if c.note == text]
             note(f"  {first}{f' and {len(others)} more' if others else ''}: {text}")
     note("revision: of the weights on this machine; every label's manifest carries the one that made it")
 

@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
         fail(fault)
     if not scores:
         raise FileNotFoundError(f"{run / 'scores'}: no scores; run distill score with this run's recipe")
-    found = grid(scores, args.metrics.split(","))
+    table_of_scores = grid(scores, args.metrics.split(","))
     if args.format == "text":
-        table(f"scores of {run} (* best, + second best)", *as_text(found))
-        for line in found.notes:
+        table(f"scores of {run} (* best, + second best)", *as_text(table_of_scores))
+        for line in table_of_scores.notes:
             note(line)
     else:
-        say({"md": as_markdown, "latex": as_latex}[args.format](found).rstrip())
+        say({"md": as_markdown, "latex": as_latex}[args.format](table_of_scores).rstrip())
     return 1 if faults else 0

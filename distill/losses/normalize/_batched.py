@@ -111,10 +111,10 @@ def batch_loss(
     low, high = torch.where(shaped, low, 0.0), torch.where(shaped, high, 1.0)
     part = ((target - low[:, None]) * (finest / (high - low))[:, None]).clamp(0, finest - 1).long()
     part = torch.where(usable, part, finest)
-    found = [_Level(pred, target, part, flat, level, finest, label_only) for level in levels]
-    shares = torch.stack([one.inside for one in found]).sum(0)
+    levels_done = [_Level(pred, target, part, flat, level, finest, label_only) for level in levels]
+    shares = torch.stack([one.inside for one in levels_done]).sum(0)
     per_pixel = torch.where(shares > 0, 1.0 / shares.clamp(min=1), 0.0).to(pred.dtype)
-    pixel = torch.stack([one.residual.abs() for one in found]).sum(0) * per_pixel
+    pixel = torch.stack([one.residual.abs() for one in levels_done]).sum(0) * per_pixel
     counts = (shares > 0).to(pred.dtype) if weight is None else torch.where(shares > 0, weight, 0.0)
     if trim_top > 0.0:
         counts = counts * _trimmed(pixel, shares > 0, trim_top)
@@ -122,5 +122,5 @@ def batch_loss(
     counts = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), 0.0)
     gradient = None
     if want_gradient:
-        gradient = torch.stack([one.gradient(counts * per_pixel) for one in found]).sum(0)
-    return (pixel * counts).sum(1), gradient, torch.cat([one.live for one in found], 1).sum(1)
+        gradient = torch.stack([one.gradient(counts * per_pixel) for one in levels_done]).sum(0)
+    return (pixel * counts).sum(1), gradient, torch.cat([one.live for one in levels_done], 1).sum(1)
