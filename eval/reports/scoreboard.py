@@ -104,7 +104,8 @@ def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
     counts = ", ".join(f"{sum(v.status == s for v in verdicts)} {s}" for s in ("within", "outside", "not run"))
     intro = (
         f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours answers for a paper’s only with '
-        "the same released weights, Marigold’s protocol, the whole published list and no image lost; the tolerance is ours, "
+        "the same released weights, Marigold’s protocol, the whole published list and no image lost; the tolerance is "
+        "ours, "
         "written beside the numbers in eval/papers.toml.</p>"
     )
     folded = details(
