@@ -1,6 +1,6 @@
 """What every plug-in must keep, by walking the four folders: adding a file adds its tests.
 
-The depth of each contract stands with its room (test_students, test_teachers, test_losses, test_score); here are the
+The depth of each contract stands with its room (test_decoders, test_teachers, test_losses, test_score); here are the
 promises that the rest of the house relies on.
 """
 

@@ -158,6 +158,11 @@ def test_sizes_and_docstrings(module, path):
             assert lines <= 65, f"{path}:{node.lineno} {node.name} has {lines} lines"
 
 
+def test_tests_are_short_too():
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py")}
+    assert not {path: count for path, count in lines.items() if count > 420}
+
+
 def test_no_drawers_for_everything():
     forbidden = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
     assert not [str(path) for path in ALL.values() if path.name in forbidden]

@@ -11,13 +11,11 @@ from distill.app.cli import main
 from distill.app.label_preview import write_contact
 from distill.core.depth import DepthMap, Kind
 from distill.labelling.run import label
-from tests.labelling.test_label import CROPS, Formula, tars
-
-__all__ = ["tars"]
+from tests.labelling.formula import CROPS, Formula, two_tars
 
 
 class Double(Formula):
-    """Another scale and shift of the same answer, but noise on the photo whose blue is 160 (see test_label.Sick)."""
+    """Another scale and shift of the same answer, but noise on the photo whose blue is 160 (see test_annotate.Sick)."""
 
     def predict(self, images):
         depth = super().predict(images)
@@ -28,9 +26,9 @@ class Double(Formula):
 
 
 @pytest.fixture
-def folder(tars, tmp_path):
+def folder(tmp_path):
     teachers = [("one", Formula()), ("two", Double(kind=Kind.AFFINE_DISPARITY))]
-    assert label(tars, teachers, out=tmp_path / "labels", crops=CROPS).complete
+    assert label(two_tars(tmp_path), teachers, out=tmp_path / "labels", crops=CROPS).complete
     return tmp_path / "labels"
 
 

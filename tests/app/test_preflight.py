@@ -10,7 +10,7 @@ from distill.app import preflight
 from distill.app.cli import main
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load
-from tests.labelling.test_label import make_tar
+from tests.labelling.formula import make_tar
 
 RECIPE = """
 [run]

@@ -10,7 +10,7 @@ from distill.app import build, repair
 from distill.app.cli import main
 from distill.app.recipe import load
 from distill.shards.shards import verify
-from tests.labelling.test_label import contents, make_tar
+from tests.labelling.formula import contents, make_tar
 
 RECIPE = """
 [run]

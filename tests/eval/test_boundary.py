@@ -26,7 +26,7 @@ from distill.eval.da2k import read_annotations
 from distill.eval.reports.report import write_report
 from distill.eval.score import Score, read_scores, score_predictions
 from tests.conftest import golden_folder
-from tests.eval.test_score import Echo
+from tests.eval.known_maps import Echo
 
 
 def test_boundary_scores_are_the_published_ones(golden):

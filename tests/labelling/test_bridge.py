@@ -276,7 +276,7 @@ def test_an_average_weighs_pixels_by_the_teachers_agreement():
 
 def test_an_average_trains_with_its_weights_and_whatever_the_cut(tmp_path):
     """Augmentation comes before the averaging, so that maps and weights turn together; cutting changes nothing."""
-    from tests.training.test_train import Toys, run
+    from tests.training.toys import Toys, run
 
     seen = []
 

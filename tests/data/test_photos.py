@@ -1,0 +1,137 @@
+"""Bytes become a photo or a reason; nothing else gets out."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from distill.data.photos import MAX_PIXELS, BadImageError, decode
+from tests.data.pictures import close, encoded, noise, picture
+
+
+def test_plain_image_is_uint8_rgb_chw():
+    rgb = decode(encoded(form="PNG"))
+    assert rgb.dtype == torch.uint8 and rgb.shape == (3, 24, 36)
+    assert close(rgb, picture(), 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_once(orientation, form):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(form=form, exif=exif, **({"quality": 95} if form in ("JPEG", "WEBP") else {}))
+    want = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert decode(data).shape[1:] == ((24, 36) if orientation < 5 else (36, 24))
+    assert close(decode(data), want, 0)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_broken_exif_does_not_cost_the_image():
+    assert close(decode(encoded(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01garbage", quality=95)), picture(), 12)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    ramp = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+    for form in ("PNG", "TIFF"):
+        rgb = decode(encoded(Image.fromarray(ramp), form))
+        assert rgb.amin() == 0 and rgb.amax() == 255
+        assert (rgb[0].double() - torch.from_numpy(ramp / 257.0)).abs().max() <= 0.5
+
+
+def test_alpha_is_composited_over_white():
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[..., 0], rgba[:2, :, 3] = 200, 255
+    rgb = decode(encoded(Image.fromarray(rgba), "PNG"))
+    assert rgb[:, 0, 0].tolist() == [200, 0, 0] and rgb[:, 3, 3].tolist() == [255, 255, 255]
+
+
+def test_palette_with_transparency_is_composited():
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([9, 9, 9, 0, 0, 200] + [0] * 762)
+    image.putpixel((0, 0), 1)
+    rgb = decode(encoded(image, "PNG", transparency=0))
+    assert rgb[:, 0, 0].tolist() == [0, 0, 200] and rgb[:, 3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "RGBA", "YCbCr"])
+def test_modes_become_rgb(mode):
+    image = picture().convert(mode)
+    form = "TIFF" if mode in ("CMYK", "YCbCr") else "PNG"
+    assert close(decode(encoded(image, form)), image.convert("RGB"), 3)
+
+
+def test_cmyk_jpeg_has_the_right_polarity():
+    rgb = decode(encoded(Image.new("RGB", (16, 16), (250, 10, 10)).convert("CMYK"), quality=95)).float().mean((1, 2))
+    assert rgb[0] > 200 and rgb[1] < 60 and rgb[2] < 60
+
+
+def test_multi_picture_jpeg_of_a_phone_is_read():
+    data = encoded(form="MPO", save_all=True, append_images=[picture(seed=1)], quality=95)
+    assert close(decode(data), picture(), 12)
+
+
+def png_claiming(width, height) -> bytes:
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9500, 60000])
+def test_bombs_are_refused_before_they_are_decoded(side):
+    assert side * side > MAX_PIXELS
+    with pytest.raises(BadImageError, match="bomb"):
+        decode(png_claiming(side, side))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html>404 Not Found</html>", "it is text, beginning '<html>"),
+        (b'{"error": 1}', "it is text"),
+        (b"\0" * 4000, "not an image"),
+        (encoded(picture(200, 200))[:-400], "truncated"),
+        (encoded(form="PNG")[:90], "cannot be decoded"),
+        (encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "floating-point"),
+        (encoded(Image.fromarray(np.full((4, 4), 70000, np.int32)), "TIFF"), "integers from 70000"),
+        (encoded(noise(99), quality=95)[:6000] + bytes(6000), "truncated: it ends in 6000 zero bytes"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in any known format"),
+    ],
+)
+def test_bad_bytes_have_a_reason(data, reason):
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)
+
+
+def test_zeros_behind_a_whole_jpeg_do_no_harm():
+    assert close(decode(encoded(quality=95) + bytes(5000)), picture(), 12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
+def test_no_damage_raises_anything_but_bad_image(form):
+    rng = np.random.default_rng(5)
+    whole = encoded(form=form)
+    read = 0
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), size=rng.integers(1, 12)):
+            data[place] = rng.integers(0, 256)
+        data = bytes(data[: rng.integers(1, len(data) + 1)]) if rng.random() < 0.5 else bytes(data)
+        try:
+            read += decode(data).shape[0] == 3
+        except BadImageError as error:
+            assert "\n" not in str(error)
+    assert read < 60

@@ -1,0 +1,156 @@
+"""Alignment: what a kind leaves unknown is fitted, and nothing more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distill.core.align import fit_affine, fit_scale
+from distill.core.depth import DepthMap, Kind, KindError
+from distill.eval.fit import measure, way
+from distill.eval.metrics import all_metrics, from_sums
+from distill.eval.protocol import ProtocolError
+from distill.eval.score import read_scores, score, table, write_scores
+from tests.eval.known_maps import CLEAN, DEPTHS, DISPARITIES, MARIGOLD, SIZE, as_kind, noisy, numbers, samples, truth
+
+
+@pytest.mark.parametrize("protocol", [CLEAN, MARIGOLD], ids=["clean", "marigold"])
+@pytest.mark.parametrize("kind", DEPTHS + DISPARITIES)
+def test_the_truth_itself_scores_perfectly_as_every_kind(kind, protocol):
+    got = numbers(as_kind(truth(), kind), truth(), kind, protocol)
+    assert got["abs_rel"] < 1e-5 and got["delta1"] == 1.0 and got["silog"] < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "warp"), [("affine_depth", (7.0, 3.0)), ("affine_disparity", (0.2, 0.1)), ("scale_depth", (4.0, 0))]
+)
+def test_a_score_does_not_know_what_its_kind_leaves_unknown(kind, warp):
+    pred = as_kind(truth(), kind) * (1 + 0.2 * np.random.default_rng(0).random(SIZE, dtype=np.float32))
+    one, other = numbers(pred, truth(), kind), numbers(warp[0] * pred + np.float32(warp[1]), truth(), kind)
+    assert one["abs_rel"] > 0.01
+    assert other == pytest.approx(one, rel=1e-4)
+
+
+def test_metric_and_scale_predictions_are_not_given_more_than_they_lack():
+    twice = 2 * as_kind(truth(), "metric_depth")
+    assert numbers(twice, truth(), "metric_depth")["abs_rel"] == pytest.approx(1.0, abs=1e-5)
+    assert numbers(twice, truth(), "scale_depth")["abs_rel"] < 1e-5
+    shifted = as_kind(truth(), "metric_depth") + 5
+    assert numbers(shifted, truth(), "scale_depth")["abs_rel"] > 0.1
+    assert numbers(shifted, truth(), "affine_depth")["abs_rel"] < 1e-5
+
+
+def test_the_fit_is_the_one_of_the_losses():
+    pred = torch.randn(1, 300, 300) * 0.02 + 5.0
+    target = DepthMap(2 * pred + torch.rand_like(pred), torch.rand_like(pred) < 0.5, Kind.METRIC_DEPTH)
+    got = measure(pred[0].numpy(), target, Kind.AFFINE_DEPTH, CLEAN)
+    scale, shift = fit_affine(pred, target.values, target.valid)
+    assert (got.scale, got.shift) == pytest.approx((float(scale), float(shift)), rel=1e-6)
+    got = measure(pred[0].numpy(), target, Kind.SCALE_DEPTH, CLEAN)
+    assert got.scale == pytest.approx(float(fit_scale(pred, target.values, target.valid)), rel=1e-6) and got.shift == 0
+
+
+def test_disparity_is_fitted_in_disparity_and_inverted():
+    target = truth()
+    pred = 0.5 / target.values + 0.3 + 0.05 * torch.rand_like(target.values)
+    scale, shift = fit_affine(pred, 1 / target.values, target.valid)
+    depth = (1 / (pred * scale + shift).clamp(min=1e-3)).clamp(0.1, 80.0)
+    expected = all_metrics(depth, target.values, target.valid)
+    got = numbers(pred[0].numpy(), target, "affine_disparity", MARIGOLD)
+    assert got == pytest.approx({name: float(value) for name, value in expected.items()}, rel=1e-4)
+
+
+def test_marigold_fits_disparity_only_where_it_is_positive_and_clean_everywhere():
+    pred = as_kind(truth(), "affine_disparity") - 2.0
+    pred[:10] = -abs(pred[:10])
+    got = {p.mode: measure(pred, truth(), Kind.AFFINE_DISPARITY, p).scale for p in (CLEAN, MARIGOLD)}
+    assert got["marigold"] != pytest.approx(got["clean"], rel=1e-3)
+
+
+def test_both_floors_are_reported_and_the_protocol_chooses():
+    target = truth()
+    pred = as_kind(target, "metric_disparity")
+    pred[:, ::7] = 0.0  # far away: only a floor keeps it finite
+    marigold = measure(pred, target, Kind.METRIC_DISPARITY, MARIGOLD)
+    clean = measure(pred, target, Kind.METRIC_DISPARITY, CLEAN)
+    assert set(marigold.floors) == set(clean.floors) == {"0.001", "1/max truth"}
+    assert torch.equal(marigold.sums, marigold.floors["0.001"]) and torch.equal(clean.sums, clean.floors["1/max truth"])
+    low, high = (float(from_sums(marigold.floors[f][None])["abs_rel"]) for f in ("1/max truth", "0.001"))
+    assert low < high
+    assert measure(as_kind(target, "affine_depth"), target, Kind.AFFINE_DEPTH, MARIGOLD).floors == {}
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("against", Kind)
+def test_every_pair_of_kinds_has_one_way_or_a_refusal(kind, against):
+    if against.unknown == "affine" and kind.unknown == "affine" and kind.quantity != against.quantity:
+        with pytest.raises(KindError, match=f"{kind}.*{against}.*metric"):
+            way(kind, against)
+        return
+    path = way(kind, against)
+    assert path.quantity == ("depth" if against.unknown != "affine" else against.quantity)
+    order = ["metric", "scale", "affine"]
+    assert path.unknown == max(kind.unknown, against.unknown, key=order.index)
+
+
+def test_a_truth_of_unknown_offset_is_scored_in_its_own_space():
+    metric = truth()
+    own = DepthMap(5 / metric.values + 40, metric.valid, Kind.AFFINE_DISPARITY)
+    for kind in ("affine_disparity", "scale_disparity", "metric_depth", "scale_depth"):
+        assert numbers(as_kind(metric, kind), own, kind)["abs_rel"] < 1e-5, kind
+    relative = DepthMap(metric.values * 1000, metric.valid, Kind.SCALE_DEPTH)
+    for kind in DEPTHS + DISPARITIES:
+        assert numbers(as_kind(metric, kind), relative, kind)["abs_rel"] < 1e-4, kind
+
+
+def test_clean_holds_an_aligned_map_inside_the_truths_own_range():
+    target = truth()
+    pred = as_kind(target, "affine_depth")
+    pred[0, :5] = pred.min() - 1.0  # as near as a camera's lens, once aligned
+    assert (
+        numbers(pred, target, "affine_depth", MARIGOLD)["i_rmse"] > 5 * numbers(pred, target, "affine_depth")["i_rmse"]
+    )
+
+
+@pytest.mark.parametrize("kind", DEPTHS + DISPARITIES)
+def test_medians_give_a_scale_and_nothing_else(kind):
+    target = truth()
+    median = CLEAN.with_kind(kind, "median")
+    assert median.alignment == f"scale by medians in {Kind(kind).quantity}"
+    pred = as_kind(target, kind)
+    pred[::3] *= 3.0  # a third is far off: least squares would follow it
+    got = measure(pred, target, Kind(kind), median)
+    values = target.values[0][target.valid[0]].numpy()
+    values = values if kind in DEPTHS else 1 / values
+    assert got.scale == pytest.approx(np.median(values) / np.median(pred[target.valid[0].numpy()]), rel=1e-5)
+    assert got.shift == 0
+    if Kind(kind).unknown != "affine":
+        assert measure(2 * pred, target, Kind(kind), median).sums[1] == pytest.approx(float(got.sums[1]), rel=1e-5)
+        exact = measure(7 * as_kind(target, kind), target, Kind(kind), median)
+        assert float(from_sums(exact.sums[None])["abs_rel"]) < 1e-4
+
+
+def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path):
+    ids = {}
+    for choice in ("auto", "affine", "scale", "median"):
+        got = score(store, "affine_depth", samples(), CLEAN, alignment=choice, model=choice)
+        ids[choice] = got
+        write_scores(got, tmp_path / f"{choice}.json")
+        assert read_scores(tmp_path / f"{choice}.json") == got
+    assert ids["auto"].protocol == ids["affine"].protocol and len({s.protocol.id for s in ids.values()}) == 3
+    assert ids["scale"].images[0].shift == 0.0 and ids["affine"].images[0].shift != 0.0
+    with pytest.raises(ProtocolError, match="'scale and shift in depth' against 'scale by medians in depth'"):
+        table([ids["auto"], ids["median"]])
+    with pytest.raises(ValueError, match="alignment must be one of auto, affine, scale, median, not 'lstsq'"):
+        score(store, "affine_depth", samples(), CLEAN, alignment="lstsq")
+    metric = score(store, "metric_depth", samples(), CLEAN, alignment="affine")
+    assert metric.metrics == ids["auto"].metrics and metric.protocol == ids["auto"].protocol
+    with pytest.raises(KindError, match="medians give a scale"):
+        way(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
+
+
+def test_a_median_that_is_not_positive_is_remarked_on(store):
+    np.save(store / "part/pred_01.npy", -noisy(1))
+    got = score(store, "scale_depth", samples(), CLEAN, alignment="median")
+    assert got.images[1].scale == 0.0 and "scored pixels are not positive" in got.images[1].problem

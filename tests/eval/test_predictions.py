@@ -1,0 +1,186 @@
+"""Predicting into a store: resumed, never mixed, mended where damaged. And the baselines."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.app import commands
+from distill.app.build import prediction_settings
+from distill.app.cli import main
+from distill.app.recipe import parse
+from distill.core.depth import DepthMap, Kind, KindError
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.prior import Constant, PlanePrior, fit_plane
+from distill.eval.score import predict, score, score_predictions
+from tests.eval.known_maps import CLEAN, SIZE, Echo, samples, truth
+
+
+def test_predictions_are_stored_resumed_and_scored(tmp_path):
+    store, teacher, seen = tmp_path / "p", Echo(), []
+    assert predict(teacher, samples()[:3], store, settings={"size": 5}, report=lambda d, t: seen.append((d, t))) == 3
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)] and teacher.seen == [None] * 3
+    assert predict(teacher, samples(), store, settings={"size": 5}) == 2 and len(teacher.seen) == 5
+    stored = np.load(store / "part/pred_04.npy")
+    assert stored.dtype == np.float32 and stored.shape == SIZE
+    invalid = (truth(4).values[0] / 21 <= 0.06).numpy()
+    assert invalid.any() and np.array_equal(np.isnan(stored), invalid)
+    got = score(store, None, samples(), CLEAN, allow_failed=True)
+    assert got.model == "echo" and got.kind == Kind.SCALE_DEPTH
+    with pytest.raises(ValueError, match="holds scale_depth, which cannot be scored as affine_disparity"):
+        score(store, "affine_disparity", samples(), CLEAN)
+    assert not list(store.rglob("*.part"))
+
+
+def test_a_damaged_map_is_predicted_again_and_told(tmp_path):
+    store, teacher, told = tmp_path / "p", Echo(), []
+    predict(teacher, samples(), store, settings={})
+    good = (store / "part/pred_01.npy").read_bytes()
+    (store / "part/pred_01.npy").write_bytes(good[: len(good) // 2])
+    (store / "part/pred_02.npy").write_bytes(b"")
+    np.save(store / "part/pred_03.npy", np.zeros((2, 3, 4)))
+    assert predict(teacher, samples(), store, settings={}, tell=told.append) == 3
+    assert [re.sub(r".*part/|: not a .*;", "", line) for line in told] == [
+        f"pred_0{i}.npy predicted again" for i in (1, 2, 3)
+    ]
+    assert (store / "part/pred_01.npy").read_bytes() == good
+    assert predict(teacher, samples(), store, settings={}) == 0
+
+
+def test_scoring_a_recipe_mends_maps_and_fails_where_truth_is_lost(tmp_path, monkeypatch, capsys):
+    @contextlib.contextmanager
+    def models(_):
+        yield [("bright", Echo())]
+
+    monkeypatch.setattr(commands, "models", models)
+    rows = ["name\trgb\tdepth\tscale_to_metres"]
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(30, 255, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        np.save(tmp_path / f"{i}.npy", truth(i).values[0].numpy())
+        rows.append(f"a{i}\t{i}.png\t{i}.npy\t1")
+    (tmp_path / "INDEX.tsv").write_text("\n".join(rows))
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f'[run]\nname = "x"\nout = "{tmp_path}/run"\n[score]\nplane_prior = false\n'
+        f'[[benchmarks]]\nname = "pairs"\nroot = "{tmp_path}"\n'
+    )
+    assert main(["score", str(recipe)]) == 0
+    before = capsys.readouterr().out
+    stored = tmp_path / "run/predictions/bright/pairs/pred_a1.npy"
+    stored.write_bytes(stored.read_bytes()[:300])
+    assert main(["score", str(recipe)]) == 0
+    after = capsys.readouterr()
+    assert after.out == before and "pred_a1.npy: not a readable .npy" in after.err
+    (tmp_path / "0.npy").write_bytes(b"gone")
+    assert main(["score", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 images of pairs could not be scored for bright; no mean" in said
+    assert "pred_a0.npy: " in said and "0.npy: not a readable depth map" in said and "score again" in said
+
+
+def test_an_out_that_cannot_be_written_is_refused_before_scoring(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.eval.score.score", lambda *_, **__: pytest.fail("scored"))
+    given = {"kind": "affine_depth", "benchmark": "scenes", "root": None}
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "b.csv").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in {
+        "scores": r"scores is a folder; name a file, such as .*scores/scores\.json",
+        "b.json": r"b\.csv is a folder",
+        "file/y.json": r"file/y\.json: cannot be written \(.*\); name another file",
+        "a.csv": r"a\.csv: the scores are JSON",
+    }.items():
+        with pytest.raises((OSError, ValueError), match=message) as caught:
+            score_predictions(store, out=tmp_path / out, **given)
+        assert "Errno" not in str(caught.value)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_stored_predictions_of_other_settings_are_not_mixed_with(tmp_path, store):
+    predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5, "steps": 1})
+    with pytest.raises(
+        ValueError, match=r"p holds predictions of other settings \(size 5, now 6\); use another folder"
+    ):
+        predict(Echo(), samples(), tmp_path / "p", settings={"size": 6, "steps": 1})
+    with pytest.raises(ValueError, match="kind 'scale_depth', now 'affine_depth'"):
+        predict(Echo(Kind.AFFINE_DEPTH), samples(), tmp_path / "p", settings={"size": 5, "steps": 1})
+    with pytest.raises(ValueError, match="made by somebody else"):
+        predict(Echo(), samples(), store, settings={})
+    assert len(list((tmp_path / "p").rglob("*.npy"))) == 1
+
+
+def test_a_teachers_options_are_settings_of_its_predictions(tmp_path):
+    recipe = parse(
+        {
+            "run": {"name": "x"},
+            "teachers": [
+                {"name": "marigold", "alias": "four", "options": {"steps": 4}, "dtype": "bfloat16"},
+                {"name": "genpercept"},
+            ],
+        }
+    )
+    four = prediction_settings(recipe, "four")
+    assert four == {"options": {"steps": 4}, "dtype": "bfloat16"}
+    assert prediction_settings(recipe, "genpercept") == prediction_settings(recipe, "student") == {}
+    predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", **four})
+    with pytest.raises(ValueError, match="other settings .*steps"):
+        predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", "options": {"steps": 10}})
+
+
+def test_a_seeded_teacher_is_told_the_image(tmp_path):
+    teacher = Echo(seeded=True)
+    predict(teacher, samples()[:2], tmp_path / "p", settings={})
+    assert teacher.seen == [["part/rgb_00.png"], ["part/rgb_01.png"]]
+
+
+# --- baselines --------------------------------------------------------------------------------------------------------
+
+
+def ground(seed: int) -> BenchmarkSample:
+    """A road: disparity falls from the bottom row to the horizon, the same way in every image, in units of its own."""
+    rows = torch.linspace(0.02, 1.0, 48)[:, None].expand(48, 64)
+    values = (1 + seed) / rows
+    return BenchmarkSample(
+        str(seed),
+        f"pred_{seed}.npy",
+        lambda: torch.zeros(3, 48, 64),
+        lambda: DepthMap(values[None], values[None] < 30 * (1 + seed), Kind.METRIC_DEPTH),
+    )
+
+
+def test_the_plane_prior_is_what_images_have_in_common(tmp_path):
+    corridor = DepthMap(
+        1e-3 / torch.linspace(0.02, 1.0, 64).expand(1, 48, 64), torch.ones(1, 48, 64) > 0, Kind.METRIC_DEPTH
+    )
+    # One image of another shape whose disparities are a thousand times as large: standardised, it is one of five.
+    prior = fit_plane([*(ground(i) for i in range(4)), replace(ground(0), truth=lambda: corridor)])
+    prior.save(tmp_path / "prior.json")
+    again = PlanePrior.load(tmp_path / "prior.json")
+    assert again.num_images == 5 and torch.allclose(again.grid, prior.grid, atol=1e-5)
+    results = {}
+    for teacher in (prior, Constant()):
+        predict(teacher, [ground(9)], tmp_path / teacher.card.name, settings={})
+        results[teacher.card.name] = score(tmp_path / teacher.card.name, None, [ground(9)], CLEAN).metrics["delta1"]
+    assert results["plane_prior"] > 0.8 > 0.5 > results["constant"]
+    assert prior.predict(torch.zeros(2, 3, 30, 50)).values.shape == (2, 30, 50)
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"bad\.json: not a stored plane prior"):
+        PlanePrior.load(tmp_path / "bad.json")
+    with pytest.raises(KindError):
+        fit_plane([replace(ground(0), truth=lambda: truth(kind="affine_depth"))])
+
+
+def test_the_command_lines_function_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder of predictions"):
+        score_predictions(tmp_path / "none", kind="affine_depth", benchmark="nyu", root=tmp_path)
+    with pytest.raises(LookupError, match="nyu"):
+        score_predictions(tmp_path, kind="affine_depth", benchmark="nyu2", root=tmp_path)
+    with pytest.raises(ValueError, match="nyu needs a root"):
+        score_predictions(tmp_path, kind="affine_depth", benchmark="nyu", root=None)

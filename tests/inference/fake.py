@@ -1,0 +1,58 @@
+"""An estimator whose answer is known, and inputs for it."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from distill.core.depth import DepthMap, Kind
+from distill.inference import predict
+
+
+class Fake:
+    """Disparity = the red channel, counted."""
+
+    class card:  # noqa: N801
+        weights, revision, native_size, kind, licence = "fake", "r1", 64, Kind.AFFINE_DISPARITY, "CC0"
+
+    def __init__(self):
+        self.calls = 0
+
+    def predict(self, images):
+        self.calls += 1
+        values = images[:, 0] if images.ndim == 4 else images[:1]
+        values = values.float()
+        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
+
+
+def silent(done, total, **numbers):
+    pass
+
+
+def call(estimator, *inputs, out, formats=("npy",), report=silent):
+    """What the verb does, with a student of the test's."""
+    jobs = predict.find([str(given) for given in inputs], out=out)
+    done = predict.run(estimator, jobs, out=out, formats=list(formats), report=report)
+    return done.written, done.present, done.problems
+
+
+def grey(path, value, size=(8, 6)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+
+
+def names(folder):
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def shoot(path, frames, size=(40, 30), codec="mp4v"):
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 10, size)
+    for i in range(frames):
+        writer.write(np.full((size[1], size[0], 3), 20 * i, np.uint8) + np.arange(size[0], dtype=np.uint8)[:, None])
+    writer.release()
+
+
+def value(path):
+    return float(np.load(path).mean())

@@ -1,0 +1,121 @@
+"""What one input cannot do is one line, and the others go on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distill.app import cli
+from distill.inference import predict
+from distill.teachers.checkpoint import native_shape
+from tests.inference.fake import Fake, call, grey
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA: no more"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 12 bytes"),
+    ],
+)
+def test_a_photo_too_large_for_the_memory_is_one_line(tmp_path, error):
+    class Small(Fake):
+        def predict(self, images):
+            if images.shape[-1] > 8:
+                raise error
+            return super().predict(images)
+
+    grey(tmp_path / "in" / "a.png", 10, size=(9, 6))
+    grey(tmp_path / "in" / "b.png", 10)
+    written, _, problems = call(Small(), tmp_path / "in", out=tmp_path / "o")
+    assert written == 1
+    assert problems == [f"{tmp_path / 'in' / 'a.png'}: not enough memory; --size N or a smaller image"]
+
+
+def test_a_fault_of_the_student_is_not_blamed_on_a_photo(tmp_path):
+    class Broken(Fake):
+        def predict(self, images):
+            raise RuntimeError("shape '[2]' is invalid for input of size 3")
+
+    grey(tmp_path / "a.png", 10)
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        call(Broken(), tmp_path / "a.png", out=tmp_path / "o")
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    out = tmp_path / "o"
+    grey(tmp_path / "in" / "a.png", 10)
+    grey(tmp_path / "in" / "sub" / "b.png", 10)
+    out.mkdir()
+    (out / "sub").write_text("in the way")
+    written, _, problems = call(Fake(), tmp_path / "in", out=out)
+    assert written == 1 and len(problems) == 1
+    assert problems[0].startswith(f"{out / 'sub'}: File exists (a map of ")
+
+
+def test_a_full_disk_names_the_map(tmp_path, monkeypatch):
+    def full(path, values):
+        raise OSError("100 requested and 0 written")  # what NumPy says
+
+    grey(tmp_path / "a.png", 10)
+    monkeypatch.setattr(np, "save", full)
+    problems = call(Fake(), tmp_path / "a.png", out=tmp_path / "o")[2]
+    assert problems == [f"{tmp_path / 'o' / 'a.npy'}: 100 requested and 0 written (a map of {tmp_path / 'a.png'})"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"revision": '])
+def test_a_damaged_settings_file_is_named(tmp_path, text):
+    grey(tmp_path / "a.png", 10)
+    call(Fake(), tmp_path / "a.png", out=tmp_path / "o")
+    (tmp_path / "o" / "predict.json").write_text(text)
+    with pytest.raises(ValueError, match=r"o.predict.json: damaged, .*; give another --out, or delete this file"):
+        call(Fake(), tmp_path / "a.png", out=tmp_path / "o")
+
+
+def test_an_out_that_is_a_file_or_below_one_is_named(tmp_path):
+    grey(tmp_path / "a.png", 10)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="^[^[].*file: is a file, and the maps need a folder; give another"):
+        call(Fake(), tmp_path / "a.png", out=tmp_path / "file")
+    with pytest.raises(OSError, match=r"^[^[].*file.below: cannot be written .*; give another --out"):
+        call(Fake(), tmp_path / "a.png", out=tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_an_empty_name_is_not_the_working_directory(tmp_path, given):
+    with pytest.raises(ValueError, match="names no photo; give files, folders or globs"):
+        predict.find([given], out=tmp_path)
+
+
+def test_a_folder_with_brackets_and_gifs_are_found(tmp_path):
+    for name in ("b [1]/x.jpg", "b [1]/y.gif", "b 1/z.jpg"):
+        grey(tmp_path / name, 10)
+    found = predict.find([str(tmp_path / "b [1]" / "*.jpg")], out=tmp_path / "o")
+    assert [job.path.name for job in found] == ["x.jpg"]
+    assert [job.path.name for job in predict.find([str(tmp_path / "b [1]")], out=tmp_path / "o")] == ["x.jpg", "y.gif"]
+    assert call(Fake(), tmp_path / "b [1]", out=tmp_path / "o") == (2, 0, [])
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there_is_one_line(photos, tmp_path, capsys, device):
+    code = cli.main(["predict", str(photos / "a.png"), "--out", str(tmp_path / "o"), "--device", device])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and f"device '{device}' cannot be used here: " in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shape"),
+    [
+        (480, 640, (224, 294)),
+        (160, 640, (224, 896)),
+        (640, 160, (896, 224)),
+        (100, 800, (224, 1792)),
+        (1, 1000, (224, 1792)),
+        (80, 1, (1792, 224)),
+    ],
+)
+def test_a_strip_is_squashed_and_a_photo_is_not(height, width, shape):
+    assert native_shape(height, width, 224, 14) == shape

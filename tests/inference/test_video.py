@@ -1,0 +1,71 @@
+"""Videos become frames and films, whole or as far as they can be read."""
+
+from __future__ import annotations
+
+import json
+
+from distill.inference import predict, video
+from tests.inference.fake import Fake, call, names, shoot, silent
+
+
+def test_a_video_becomes_frames_and_films(tmp_path):
+    out, estimator = tmp_path / "out", Fake()
+    shoot(tmp_path / "v.mp4", 3)
+    (tmp_path / "bad.mp4").write_bytes(b"not a video")
+    jobs = predict.find([str(tmp_path / "*.mp4")], out=out)
+    done = predict.run(estimator, jobs, out=out, formats=["png", "npy", "side"], report=silent)
+    assert done.written == 1 and [line.split(": ")[0] for line in done.problems] == [str(tmp_path / "bad.mp4")]
+    frames = [f"v/{i:06d}.{suffix}" for i in range(3) for suffix in ("npy", "png")]
+    assert names(out) == ["predict.json", "predict_sources.jsonl", "v.json", *frames, "v_side.mp4"]
+    shapes = [rgb.shape for rgb, *_ in video.frames(out / "v_side.mp4")]
+    assert shapes == [(30, 80, 3)] * 3
+    assert predict.run(estimator, jobs, out=out, formats=["png", "npy", "side"], report=silent).present == 1
+    assert estimator.calls == 3
+
+
+# --- videos -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_video_keeps_its_frames_and_is_not_complete(tmp_path):
+    out, path = tmp_path / "o", tmp_path / "v.avi"
+    shoot(path, 12, size=(320, 240), codec="MJPG")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    count = len(list(video.frames(path)))
+    assert 0 < count < 12
+    for _ in range(2):
+        done = call(Fake(), path, out=out, formats=["npy", "colour"])
+        assert done == (0, 0, [f"{path}: stops at frame {count} of 12"])
+        assert len(list((out / "v").glob("*.npy"))) == count and not (out / "v.json").exists()
+        assert len(list(video.frames(out / "v_colour.mp4"))) == count
+    path.write_bytes(whole)
+    assert call(Fake(), path, out=out, formats=["npy"]) == (1, 0, [])
+    assert len(list((out / "v").glob("*.npy"))) == 12 and not (out / "v_colour.mp4").exists()
+
+
+def test_a_shorter_video_leaves_no_frame_of_the_longer_one(tmp_path):
+    out, video = tmp_path / "o", tmp_path / "v.mp4"
+    shoot(video, 4)
+    call(Fake(), video, out=out)
+    shoot(video, 2)
+    assert call(Fake(), video, out=out) == (1, 0, [])
+    assert names(out / "v") == ["000000.npy", "000001.npy"] and json.loads((out / "v.json").read_text())["frames"] == 2
+
+
+def test_formats_of_a_video_add_up(tmp_path):
+    out, estimator = tmp_path / "o", Fake()
+    shoot(tmp_path / "v.mp4", 3)
+    for formats, calls in ((["npy"], 3), (["colour"], 6), (["npy"], 6), (["colour", "npy"], 6)):
+        call(estimator, tmp_path / "v.mp4", out=out, formats=formats)
+        assert estimator.calls == calls
+    assert json.loads((out / "v.json").read_text()) == {"frames": 3, "formats": ["colour", "npy"]}
+    (out / "v" / "000001.npy").unlink()
+    assert call(estimator, tmp_path / "v.mp4", out=out) == (1, 0, []) and estimator.calls == 7
+
+
+def test_a_video_tells_every_frame(tmp_path):
+    shoot(tmp_path / "v.mp4", 3)
+    told = []
+    call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o", report=lambda *at, **numbers: told.append((at, numbers)))
+    frames = [((0, 1), {"frame": i, "frames": 3}) for i in range(3)]
+    assert told == [((0, 1), {}), *frames, ((1, 1), {})]

@@ -1,0 +1,73 @@
+"""A teacher whose answer is known, tars to label, and a run of both."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill.core.depth import DepthMap, Kind
+from distill.data import sources
+from distill.labelling.run import CropSettings, label
+from distill.teachers import Card
+from tests.data.pictures import encoded, pack, picture
+
+CROPS = CropSettings(size=16, min_side=20, patch_size=12)
+
+
+@dataclass
+class Formula:
+    """A teacher whose answer is known: depth = 1 + red + green, invalid where blue is above 0.9."""
+
+    kind: Kind = Kind.SCALE_DEPTH
+    wait: float = 0.0
+    seeded: bool = False
+    sizes: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.card = Card(
+            name="formula",
+            weights="none",
+            kind=self.kind,
+            licence="MIT",
+            code_licence="MIT",
+            commercial=True,
+            seeded=self.seeded,
+        )
+
+    def predict(self, images):
+        self.sizes.append(len(images))
+        time.sleep(self.wait)
+        return DepthMap(1 + images[:, 0] + images[:, 1], images[:, 2] < 0.9, self.kind)
+
+
+def make_tar(path: Path, count=7, first=0, *, bad=()) -> Path:
+    members = [("./readme.txt", b"1")] if bad else []
+    for i in range(first, first + count):
+        data = b"<html>" if i in bad else encoded(picture(30 + i % 3, 40, seed=i), quality=95)
+        members += [(f"./sa_{i}.jpg", data), (f"./sa_{i}.json", b"{}")]
+    return pack(path, members)
+
+
+def two_tars(folder: Path):
+    """sa_0.tar of seven photos, one of them bad, beside a text file; sa_1.tar of three."""
+    make_tar(folder / "sa_0.tar", bad=(2,))
+    make_tar(folder / "sa_1.tar", count=3, first=7)
+    return sources.tars(str(folder / "sa_{0..1}.tar"))
+
+
+def run(sources_, out, teacher=None, **options):
+    options = {"crops": CROPS, "draws": 2, "samples_per_part": 4, **options}
+    return label(sources_, [("formula", teacher or Formula())], out=out, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@dataclass
+class Broken(Formula):
+    error: Exception = field(default_factory=lambda: RuntimeError("no kernel image"))
+
+    def predict(self, images):
+        raise self.error

@@ -1,0 +1,202 @@
+"""The encoder: its weights, padding, blocks and freezing."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from distill import students
+from distill.students.decoders import sdt
+from distill.students.encoder import Encoder, default_indices
+from tests.students.tiny import DINOV3, randomised, tiny
+
+
+def test_padding_is_the_mean_colour_and_is_cut_off():
+    student = randomised(tiny("dpt")).eval()
+    images = torch.rand(1, 3, 33, 47)
+    left, right, top, bottom = student.encoder.padding(33, 47)
+    assert (left, right, top, bottom) == (0, 1, 7, 8)
+    padded = student.encoder.mean.expand(1, 3, 48, 48).clone()
+    padded[:, :, top : top + 33, left : left + 47] = images
+    with torch.no_grad():
+        torch.testing.assert_close(student(images), student(padded)[:, top : top + 33, left : left + 47])
+
+
+def test_images_are_normalised_as_imagenet():
+    encoder, images = Encoder("test_vit").eval(), torch.rand(1, 3, 32, 32)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = encoder.features((images - mean[:, None, None]) / std[:, None, None])
+    torch.testing.assert_close(encoder(images)[3], expected[3])
+
+
+def test_depths_and_indices():
+    assert {d: default_indices(d) for d in (1, 2, 3, 12, 24, 40)} == {
+        1: [0, 0, 0, 0],
+        2: [0, 0, 1, 1],
+        3: [0, 1, 2, 2],
+        12: [2, 5, 8, 11],
+        24: [4, 11, 17, 23],
+        40: [9, 19, 29, 39],
+    }
+    with pytest.raises(ValueError, match=r"four rising numbers in 0\.\.5"):
+        Encoder("test_vit", indices=[0, 1, 2, 6])
+    with pytest.raises(ValueError, match=r"has 0\.\.5, not \[0, 6\]"):
+        Encoder("test_vit", blocks=[0, 6])
+
+
+class TestEncoderWeights:
+    def write(self, path, encoder, rename=lambda key: key, dtype=torch.float32):
+        state = {rename(k): v.clone().to(dtype) for k, v in encoder.backbone.state_dict().items()}
+        save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+        return path
+
+    @pytest.fixture
+    def whole(self):
+        return randomised(Encoder("test_vit", final_norm=True)).eval()
+
+    @pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+    @pytest.mark.parametrize("prefix", ["", "module.", "pretrained."])
+    def test_the_same_features(self, tmp_path, whole, suffix, prefix):
+        path = self.write(tmp_path / f"w.{suffix}", whole, lambda key: prefix + key)
+        images = torch.rand(1, 3, 32, 48)
+        for got, expected in zip(
+            Encoder("test_vit", weights=path, final_norm=True)(images), whole(images), strict=True
+        ):
+            assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+
+    def test_float16(self, tmp_path, whole):
+        path = self.write(tmp_path / "w.safetensors", whole, dtype=torch.float16)
+        got = Encoder("test_vit", weights=path).backbone.state_dict()
+        assert all(torch.equal(v, whole.backbone.state_dict()[k].half().float()) for k, v in got.items())
+
+    def test_chosen_blocks_take_their_own_weights(self, tmp_path, whole):
+        path = self.write(tmp_path / "w.safetensors", whole)
+        some = Encoder("test_vit", weights=path, blocks=[0, 2, 5])
+        assert len(some.backbone.blocks) == 3 and some.indices == [0, 1, 2, 2]
+        for got, index in zip(some.backbone.blocks, (0, 2, 5), strict=True):
+            expected = whole.backbone.blocks[index].state_dict()
+            assert all(torch.equal(value, expected[key]) for key, value in got.state_dict().items())
+        images = torch.rand(1, 3, 32, 48)
+        first, start = Encoder("test_vit", weights=path, blocks=[0, 1, 2]), Encoder("test_vit", weights=path)
+        assert torch.equal(first(images)[1][0], start(images)[0][0])  # both after block 1
+
+    def test_a_smaller_position_table(self, tmp_path, whole):
+        path = self.write(tmp_path / "w.safetensors", whole)
+        small = Encoder("test_vit", weights=path, pos_grid=(2, 3))
+        assert small.backbone.pos_embed.shape == (1, 1 + 6, 64) and whole.backbone.pos_embed.shape[1] == 101
+        images = torch.rand(1, 3, 32, 48)
+        torch.testing.assert_close(small(images)[3], Encoder("test_vit", weights=path)(images)[3])
+
+    def test_every_parameter_is_claimed(self, tmp_path, whole):
+        state = {k: v.clone() for k, v in whole.backbone.state_dict().items()}
+        for changed, message in (
+            (state | {"blocks.6.norm1.bias": torch.zeros(64)}, r"w\.pth: .* has unclaimed blocks\.6\.norm1\.bias"),
+            ({k: v for k, v in state.items() if k != "norm.bias"}, "lacks norm.bias"),
+            (state | {"cls_token": torch.zeros(1, 1, 65)}, "another shape for cls_token"),
+        ):
+            torch.save(changed, tmp_path / "w.pth")
+            with pytest.raises(ValueError, match=message):
+                Encoder("test_vit", weights=tmp_path / "w.pth")
+
+    def test_files_that_are_none(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="none.pth: no such weights file"):
+            Encoder("test_vit", weights=tmp_path / "none.pth")
+        for name in ("w.pth", "w.safetensors"):
+            (tmp_path / name).write_bytes(b"not weights at all")
+            with pytest.raises(ValueError, match=f"{name}: not a readable"):
+                Encoder("test_vit", weights=tmp_path / name)
+        torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
+        with pytest.raises(ValueError, match="code.pth: not a readable"):
+            Encoder("test_vit", weights=tmp_path / "code.pth")
+
+    def test_dinov2_with_registers(self, tmp_path):
+        encoder = randomised(Encoder("vit_small_patch14_reg4_dinov2", timm_options=DINOV3, pos_grid=3))
+        state = {k: v.clone() for k, v in encoder.backbone.state_dict().items()} | {"norm.weight": torch.ones(24)}
+        cls_position = torch.rand(1, 1, 24)
+        state["register_tokens"] = state.pop("reg_token")
+        state["cls_token"] = state["cls_token"] - cls_position
+        state["pos_embed"] = torch.cat([cls_position, state["pos_embed"]], dim=1)
+        torch.save(state | {"norm.bias": torch.zeros(24), "mask_token": torch.zeros(1, 24)}, tmp_path / "w.pth")
+        got = Encoder("dinov2_vits14_reg", timm_options=DINOV3, pos_grid=3, weights=tmp_path / "w.pth")
+        for key, value in encoder.backbone.state_dict().items():
+            torch.testing.assert_close(got.backbone.state_dict()[key], value)
+
+    def dinov3_file(self, encoder, names):
+        """`encoder`'s weights in facebookresearch's or transformers' names."""
+        width, state = encoder.channels, {}
+        for key, value in encoder.backbone.state_dict().items():
+            state[re.sub(r"\.gamma_(\d)$", r".ls\1.gamma", key).replace("reg_token", "storage_tokens")] = value.clone()
+        for i in range(len(encoder.backbone.blocks)):
+            at = f"blocks.{i}.attn"
+            query, content = state.pop(f"{at}.q_bias"), state.pop(f"{at}.v_bias")
+            state[f"{at}.qkv.bias"] = torch.cat([query, torch.rand(width), content])
+            state[f"{at}.qkv.bias_mask"] = torch.ones(3 * width)
+        state |= {
+            "norm.weight": torch.ones(width),
+            "norm.bias": torch.zeros(width),
+            "rope_embed.periods": torch.ones(16),
+        }
+        if names == "facebook":
+            return state
+        out = {}
+        for key, value in state.items():
+            for ours, theirs in (
+                ("blocks.", "layer."),
+                ("storage_tokens", "embeddings.register_tokens"),
+                ("cls_token", "embeddings.cls_token"),
+                ("patch_embed.proj", "embeddings.patch_embeddings"),
+                ("mlp.fc1", "mlp.up_proj"),
+                ("mlp.fc2", "mlp.down_proj"),
+                ("attn.proj", "attention.o_proj"),
+            ):
+                key = key.replace(ours, theirs)
+            key = re.sub(r"ls(\d)\.gamma", r"layer_scale\1.lambda1", key)
+            if ".attn.qkv." in key and "mask" not in key:
+                for part, values in zip("qkv", value.chunk(3), strict=True):
+                    if part != "k" or not key.endswith("bias"):
+                        out[key.replace("attn.qkv", f"attention.{part}_proj")] = values.clone()
+            elif not key.endswith(("periods", "bias_mask")):
+                out[key] = value
+        return out
+
+    @pytest.mark.parametrize("names", ["facebook", "transformers"])
+    def test_dinov3_names(self, tmp_path, names):
+        encoder = randomised(Encoder("dinov3_vits16", timm_options=DINOV3))
+        state = self.dinov3_file(encoder, names)
+        save_file(state, tmp_path / "w.safetensors")
+        got = Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
+        assert all(torch.equal(v, got.backbone.state_dict()[k]) for k, v in encoder.backbone.state_dict().items())
+        with pytest.raises(ValueError, match="add _qkvb to its name"):
+            Encoder("vit_small_patch16_dinov3", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
+        del state[next(key for key in state if re.search(r"1\.att.*(qkv|q_proj)\.weight", key))]
+        save_file(state, tmp_path / "w.safetensors")
+        with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv\.weight"):
+            Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
+
+    def test_a_download_without_network_is_one_line(self):
+        with pytest.raises(OSError, match="could not fetch weights for test_vit .*weights=") as caught:
+            Encoder("test_vit", weights="pretrained")
+        assert "\n" not in str(caught.value)
+
+
+def test_frozen():
+    encoder = Encoder("test_vit", frozen=True, timm_options={"drop_path_rate": 0.5})
+    student = students.Student(encoder, sdt.Decoder(64, 16)).train()
+    assert student.training and not encoder.training and not encoder.backbone.blocks[0].training
+    student(torch.rand(1, 3, 32, 32)).mean().backward()
+    assert all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+    assert not encoder(torch.rand(1, 3, 32, 32, requires_grad=True))[3][0].requires_grad
+    encoder.freeze(False)
+    student.train()(torch.rand(1, 3, 32, 32)).mean().backward()
+    assert encoder.training and all(p.grad is not None for p in encoder.parameters())
+    assert student.spec["encoder_options"]["frozen"] is False
+
+
+def test_unread_blocks_are_removed():
+    encoder = Encoder("test_vit", indices=[0, 0, 1, 3])
+    assert len(encoder.backbone.blocks) == 4
+    pairs = encoder(torch.rand(1, 3, 32, 32))
+    assert torch.equal(pairs[0][0], pairs[1][0]) and not torch.equal(pairs[1][0], pairs[2][0])

@@ -1,0 +1,34 @@
+"""How tests load and ask the tiny teachers of tests/tiny_teachers.py."""
+
+from __future__ import annotations
+
+import torch
+
+from distill.core.plugins import find, names
+from tests.tiny_teachers import KEYS, SIZE
+
+NAMES = names("distill.teachers")
+RESIZING = [name for name in NAMES if name not in ("analytic", "stored")]
+IMAGES = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
+_LOADED: dict[str, object] = {}
+
+
+def load(made, name, **options):
+    """A tiny teacher; the same options give the same object, since no test may change one."""
+    asked = f"{name} {sorted(options.items(), key=str)}"
+    if asked not in _LOADED:
+        weights, usual = made(name)
+        if options.get("resize") == "none":
+            usual = {key: value for key, value in usual.items() if key != "native_size"}
+        _LOADED[asked] = find("distill.teachers", name).Teacher.load(weights, **(usual | options))
+    return _LOADED[asked]
+
+
+def predict(teacher, images, keys=KEYS):
+    return teacher.predict(images, keys=list(keys)) if teacher.card.seeded else teacher.predict(images)
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text

@@ -1,0 +1,33 @@
+"""Tiny checkpoints, written once."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests import tiny_teachers as tiny
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """`made(name)` -> (weights, options) of a tiny checkpoint, written once."""
+    written: dict[str, tuple] = {}
+
+    def make(name):
+        if name not in written:
+            written[name] = getattr(tiny, name)(tmp_path_factory.mktemp(name))
+        return written[name]
+
+    return make
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """`copy(name)` -> a folder of a tiny checkpoint that may be spoilt."""
+
+    def make(name):
+        shutil.copytree(made(name)[0], tmp_path / name)
+        return tmp_path / name
+
+    return make

@@ -1,0 +1,195 @@
+"""Marigold, GenPercept and FiffDepth, one by one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from distill import teachers
+from distill.core.depth import Kind
+from distill.teachers import (
+    fiffdepth,
+    genpercept,
+    marigold,
+)
+from tests.teachers.asking import IMAGES, load
+from tests.tiny_teachers import KEYS, SIZE
+
+
+@pytest.mark.parametrize("name", ["genpercept", "fiffdepth"])
+def test_one_step_teachers_take_the_diffusion_teachers_options(made, name):
+    images = torch.rand(1, 3, 32, 40)
+    teacher = load(made, name, steps=1, ensemble=1)
+    assert torch.equal(teacher.predict(images, noise=torch.rand(1, 4, 4, 5)).values, teacher.predict(images).values)
+    with pytest.raises(ValueError, match="steps and ensemble must be 1"):
+        load(made, name, ensemble=5)
+
+
+class TestMarigold:
+    def test_noise_belongs_to_the_key(self, made):
+        teacher = load(made, "marigold")
+        a = teacher.predict(IMAGES[[0, 0]], keys=["a", "b"]).values
+        b = teacher.predict(IMAGES[[0, 0]], keys=["b", "a"]).values
+        torch.testing.assert_close(a, b.flip(0), atol=2e-5, rtol=2e-5)
+        assert (a[0] - a[1]).abs().max() > 1e-3
+        plain = teacher.predict(IMAGES[[0, 0]]).values
+        torch.testing.assert_close(plain[0], plain[1], atol=2e-5, rtol=2e-5)  # one seed for every image
+        other = load(made, "marigold", seed=1).predict(IMAGES[[0]], keys=["a"]).values
+        assert (a[0] - other[0]).abs().max() > 1e-3
+
+    def test_given_noise(self, made):
+        teacher = load(made, "marigold", resize="none", ensemble=2, steps=1)
+        noise = torch.randn(4, 4, 10, 14)  # 37 x 53 padded to 40 x 56, four pixels to a latent
+        out = teacher.predict(IMAGES, noise=noise).values
+        swapped = teacher.predict(IMAGES.flip(0), noise=noise[[2, 3, 0, 1]]).values
+        assert torch.equal(out, swapped.flip(0)), "an image's members lie next to one another, and see it alone"
+        with pytest.raises(ValueError, match=r"noise must be .* \(4, 4, 10, 14\)"):
+            teacher.predict(IMAGES, noise=noise[:2])
+        with pytest.raises(ValueError, match="1 keys for 2 images"):
+            teacher.predict(IMAGES, keys=["a"])
+
+    def test_ensemble_is_independent_of_the_batch(self, made):
+        teacher = load(made, "marigold", ensemble=3, steps=1)
+        both = teacher.predict(IMAGES, keys=KEYS).values
+        for i, key in enumerate(KEYS):
+            torch.testing.assert_close(teacher.predict(IMAGES[[i]], keys=[key]).values[0], both[i], atol=1e-3, rtol=0)
+        assert both.min() >= 0 and both.max() <= 1
+
+    def test_steps(self, made):
+        assert load(made, "marigold").steps == 2
+        one, four = (load(made, "marigold", steps=n).predict(IMAGES).values for n in (1, 4))
+        assert (one - four).abs().max() > 1e-3
+        for bad in ({"steps": 0}, {"ensemble": 0}):
+            with pytest.raises(ValueError, match="at least 1"):
+                load(made, "marigold", **bad)
+
+    def test_consistency_scheduler(self, made, copy):
+        import diffusers
+
+        folder = copy("marigold")
+        config = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler").config
+        diffusers.LCMScheduler.from_config(config, timestep_spacing="leading").save_pretrained(folder / "scheduler")
+        teacher = marigold.Teacher.load(str(folder), steps=3)
+        out = teacher.predict(IMAGES, keys=KEYS)
+        again = teacher.predict(IMAGES.flip(0), keys=KEYS[::-1]).values.flip(0)
+        torch.testing.assert_close(again, out.values, atol=2e-5, rtol=2e-5)  # noise between steps is the image's own
+        two = marigold.Teacher.load(str(folder), steps=2, ensemble=2, resize="none")
+        noise = torch.randn(2, 4, 10, 14)
+        one, other = (two.predict(IMAGES[:1], noise=noise, keys=[key]).values for key in KEYS)
+        assert (one - other).abs().max() > 1e-3, "given noise is the first noise only"
+        with pytest.raises(ValueError, match="steps must be 1 to 4"):
+            marigold.Teacher.load(str(folder), steps=5)
+
+    def test_refuses_another_scheduler_or_family(self, copy, made):
+        folder = copy("marigold")
+        table = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(table | {"_class_name": "PNDM"}))
+        with pytest.raises(teachers.WeightsMismatchError, match="not PNDM"):
+            marigold.Teacher.load(str(folder))
+        with pytest.raises(teachers.WeightsMismatchError, match="takes 8 channels, FiffDepth takes 4"):
+            fiffdepth.Teacher.load(made("marigold")[0])
+
+    def test_long_side_rule(self):
+        """The authors' floats: 1226 wide at 768 gives 767, and the values are rounded to 8 bits again."""
+        from distill.teachers._latent import resize_long_side
+
+        sized = resize_long_side(torch.rand(1, 3, 370, 1226), 768)
+        assert sized.shape[-2:] == (231, 767)
+        torch.testing.assert_close(sized * 255, (sized * 255).round())
+
+
+class TestOldLayouts:
+    """Published files differ from what today's libraries write; the maps must not."""
+
+    def rewrite(self, file, change):
+        state = {new: value for key, value in safetensors.torch.load_file(file).items() for new in [change(key)]}
+        safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+        return state
+
+    def test_text_encoder_prefix_and_position_ids(self, copy, made):
+        expected = load(made, "fiffdepth").predict(IMAGES).values
+        folder = copy("fiffdepth")
+        file = folder / "text_encoder" / "model.safetensors"
+        for prefix in ("text_model.", ""):
+            state = self.rewrite(file, lambda key, p=prefix: p + key.removeprefix("text_model."))
+            state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]
+            safetensors.torch.save_file(state, file)
+            assert torch.equal(fiffdepth.Teacher.load(str(folder)).predict(IMAGES).values, expected)
+            self.rewrite(file, lambda key: key)
+
+    def test_vae_attention_names(self, copy, made):
+        expected = load(made, "fiffdepth").predict(IMAGES).values
+        folder = copy("fiffdepth")
+        old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+        def rename(key):
+            for new, name in old.items():
+                key = key.replace(new, name)
+            return key
+
+        state = self.rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", rename)
+        assert any(".query." in key for key in state)
+        assert torch.equal(fiffdepth.Teacher.load(str(folder)).predict(IMAGES).values, expected)
+
+
+class TestGenPercept:
+    def test_mode_is_the_kind(self, made, tmp_path):
+        maps = {mode: load(made, "genpercept", mode=mode).predict(IMAGES) for mode in ("depth", "disparity")}
+        assert maps["depth"].kind == Kind.AFFINE_DEPTH and maps["disparity"].kind == Kind.AFFINE_DISPARITY
+        assert torch.equal(maps["depth"].values, maps["disparity"].values)
+        shutil.copytree(made("genpercept")[0], tmp_path / "genpercept-disparity")
+        assert genpercept.Teacher.load(str(tmp_path / "genpercept-disparity")).card.kind == Kind.AFFINE_DISPARITY
+        with pytest.raises(ValueError, match='mode must be "depth" or "disparity"'):
+            load(made, "genpercept", mode="normal")
+
+    def test_sign(self, made, tmp_path):
+        """GenPercept's latent is minus the UNet's output, FiffDepth's is plus it, at t = 0."""
+        folder = Path(made("genpercept")[0])
+        same = fiffdepth.Teacher.load(str(folder), native_size=48)
+        other = genpercept.Teacher.load(str(folder), native_size=48, timestep=0)
+        for part in (same.parts.vae.decoder.conv_out, other.parts.vae.decoder.conv_out):
+            part.bias.data.zero_()
+        assert (same.predict(IMAGES).values - other.predict(IMAGES).values).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("own_config", [True, False])
+    def test_lone_unet(self, made, tmp_path, own_config):
+        whole = made("genpercept")[0]
+        lone = tmp_path / "unet_disparity_v2"
+        shutil.copytree(Path(whole) / "unet", lone)
+        if not own_config:
+            (lone / "config.json").unlink()
+        teacher = genpercept.Teacher.load(str(lone), base=whole, native_size=48)
+        assert teacher.card.kind == Kind.AFFINE_DISPARITY
+        assert torch.equal(teacher.predict(IMAGES).values, load(made, "genpercept").predict(IMAGES).values)
+        with pytest.raises(OSError, match="stable-diffusion-2-1"):
+            genpercept.Teacher.load(str(lone))
+
+    def test_head(self, made, tmp_path):
+        teacher = genpercept.Teacher.load(made("genpercept_head")[0], native_size=48)
+        out = teacher.predict(IMAGES)
+        assert out.values.shape == (2, *SIZE) and teacher.head is not None
+        one = teacher.predict(IMAGES[1:])
+        torch.testing.assert_close(one.values, out.values[1:], atol=2e-5, rtol=2e-5)  # min and max are per image
+        lone = tmp_path / "unet_disparity_dpt_head_v2"
+        shutil.copytree(Path(made("genpercept_head")[0]) / "unet", lone)
+        with pytest.raises(OSError, match="give head="):
+            genpercept.Teacher.load(str(lone), base=made("genpercept_head")[0])
+        head = Path(made("genpercept_head")[0]) / "dpt_head_identity"
+        again = genpercept.Teacher.load(str(lone), base=made("genpercept_head")[0], head=str(head), native_size=48)
+        assert torch.equal(again.predict(IMAGES).values, out.values)
+
+    def test_headless_unet(self, copy):
+        """Released UNets for the head may lack the last convolution, which it does not use."""
+        folder = copy("genpercept_head")
+        expected = genpercept.Teacher.load(str(folder), native_size=48).predict(IMAGES).values
+        file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        state = safetensors.torch.load_file(file)
+        kept = {key: value for key, value in state.items() if not key.startswith(("conv_out", "conv_norm_out"))}
+        assert len(kept) == len(state) - 4
+        safetensors.torch.save_file(kept, file)
+        assert torch.equal(genpercept.Teacher.load(str(folder), native_size=48).predict(IMAGES).values, expected)

@@ -1,0 +1,147 @@
+"""Depth Anything V2 and 3, MiDaS and the analytic teacher, one by one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+from distill import teachers
+from distill.core.depth import Kind
+from distill.teachers import (
+    analytic,
+    depth_anything_3,
+    depth_anything_v2,
+    midas,
+)
+from tests import tiny_teachers as tiny
+from tests.teachers.asking import IMAGES, load, one_line
+
+
+def test_analytic_is_its_formula():
+    teacher = analytic.Teacher.load("none", rgb=[1.0, -2.0, 0.5], offset=3.0, kind="scale_depth")
+    out = teacher.predict(IMAGES)
+    expected = 3 + IMAGES[:, 0] - 2 * IMAGES[:, 1] + 0.5 * IMAGES[:, 2]
+    torch.testing.assert_close(out.values, expected)
+    assert out.kind == Kind.SCALE_DEPTH and teacher.card.revision == "rgb=1,-2,0.5 offset=3"
+    with pytest.raises(OSError, match="no weights"):
+        analytic.Teacher.load("model.pth")
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "shape"),
+    [(480, 640, 518, (518, 686)), (375, 1242, 518, (518, 1722)), (1000, 700, 518, (742, 518)), (60, 80, 98, (98, 126))],
+)
+def test_depth_anything_v2_rule(height, width, size, shape):
+    assert depth_anything_v2.native_shape(height, width, size) == shape
+
+
+@pytest.mark.parametrize(("height", "width", "size", "side"), [(60, 80, 70, 70), (480, 640, 700, 700), (9, 90, 60, 70)])
+def test_distill_any_depth_squashes(height, width, size, side):
+    assert depth_anything_v2.native_shape(height, width, size, square=True) == (side, side)
+
+
+def test_distill_any_depth_is_known_by_its_path_or_its_names():
+    known = depth_anything_v2._is_distilled
+    assert known("xingyang1/Distill-Any-Depth/small/model.safetensors", {"pretrained.cls_token": torch.zeros(1)})
+    assert known("model.safetensors", {"module.backbone.cls_token": torch.zeros(1)})
+    assert not known("depth_anything_v2_vits.pth", {"pretrained.cls_token": torch.zeros(1)})
+
+
+def test_depth_anything_v2_metric(made, tmp_path):
+    metric = load(made, "depth_anything_v2", max_depth=20.0)
+    out = metric.predict(IMAGES)
+    assert out.kind == Kind.METRIC_DEPTH and 0 < out.values.min() and out.values.max() < 20
+    (tmp_path / "depth_anything_v2_metric_hypersim_vits.pth").touch()
+    with pytest.raises(ValueError, match="give max_depth"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_v2_metric_hypersim_vits.pth"))
+    (tmp_path / "depth_anything_vits14.pth").touch()
+    with pytest.raises(ValueError, match="Depth Anything V1"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_vits14.pth"))
+
+
+def test_depth_anything_v2_refuses_other_networks(made, copy, tmp_path):
+    for name in ("depth_anything_3", "midas"):
+        with pytest.raises(ValueError, match="not depth_anything") as error:
+            depth_anything_v2.Teacher.load(str(copy(name)))
+        one_line(error)
+    safetensors.torch.save_file({"pretrained.cls_token": torch.zeros(1, 1, 384)}, tmp_path / "a.safetensors")
+    with pytest.raises(teachers.WeightsMismatchError, match="is missing backbone.embeddings.position_embeddings"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "a.safetensors"))
+
+
+def test_position_table_uses_the_offset():
+    table = torch.randn(1, 26, 4, generator=torch.Generator().manual_seed(0))
+    from distill.teachers._dino import position_table
+
+    assert position_table(table, 5, 5) is table
+    ours = position_table(table, 7, 4)
+    grid = table[:, 1:].reshape(1, 5, 5, 4).permute(0, 3, 1, 2)
+    plain = torch.nn.functional.interpolate(grid, size=(7, 4), mode="bicubic").flatten(2).transpose(1, 2)
+    assert ours.shape == (1, 29, 4) and 1e-3 < (ours[:, 1:] - plain).abs().max() < 1
+
+
+def test_depth_anything_3_main_series(tmp_path):
+    weights, options = tiny.da3(tmp_path, main=True)
+    state = safetensors.torch.load_file(f"{weights}/model.safetensors")
+    extra = {"cam_dec.fc_t.weight": (3, 4), "cam_enc.trunk.0.norm1.bias": (4,)}
+    extra |= {"head.scratch.refinenet1_aux.out_conv.bias": (4,), "head.scratch.output_conv2_aux.0.2.weight": (4,)}
+    state |= {f"model.{key}": torch.zeros(shape) for key, shape in extra.items()}
+    safetensors.torch.save_file(state, f"{weights}/model.safetensors")
+    teacher = depth_anything_3.Teacher.load(weights, **options)
+    out = teacher.predict(IMAGES)
+    assert out.kind == Kind.SCALE_DEPTH and (out.values > 0).all()
+    moved = teacher.predict(IMAGES.flip(-1)).values.flip(-1)
+    assert (moved - out.values).abs().max() > 1e-3, "positions matter"
+
+
+def test_depth_anything_3_metric(tmp_path):
+    weights, options = tiny.da3(tmp_path, name="da3metric-large")
+    plain = depth_anything_3.Teacher.load(weights, **options)
+    assert plain.card.kind == Kind.METRIC_DEPTH and "focal" in plain.card.note
+    images = torch.rand(1, 3, 112, 112)
+    focal = depth_anything_3.Teacher.load(weights, native_size=56, focal=600.0)
+    torch.testing.assert_close(focal.predict(images).values, plain.predict(images).values)  # 600 px at 112 is 300 at 56
+    (tmp_path / "mono").mkdir()
+    mono, _ = tiny.da3(tmp_path / "mono")
+    with pytest.raises(ValueError, match="focal is for the metric checkpoint"):
+        depth_anything_3.Teacher.load(mono, focal=500.0)
+
+
+def test_depth_anything_3_refuses_what_it_cannot_read(copy):
+    folder = copy("depth_anything_3")
+    table = json.loads((folder / "config.json").read_text())
+    table["config"]["net"]["qknorm_start"] = 2
+    (folder / "config.json").write_text(json.dumps(table))
+    with pytest.raises(teachers.WeightsMismatchError, match="do not fit"):
+        depth_anything_3.Teacher.load(str(folder))
+    safetensors.torch.save_file({"model.da3.a": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(teachers.WeightsMismatchError, match="nested"):
+        depth_anything_3.Teacher.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shapes"),
+    [
+        (480, 640, ((378, 504), (378, 504))),
+        (1500, 2250, ((336, 504), (336, 504))),
+        (504, 301, ((504, 301), (504, 308))),  # 301 is 21.5 patches: ties go up
+        (2, 3000, ((1, 504), (14, 504))),
+    ],
+)
+def test_depth_anything_3_rule(height, width, shapes):
+    assert depth_anything_3.native_shapes(height, width, 504) == shapes
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "shape"), [(480, 640, (512, 672)), (375, 1242, (512, 1696)), (1500, 2250, (512, 768))]
+)
+def test_midas_rule(height, width, shape):
+    assert midas.native_shape(height, width, 512) == shape
+
+
+def test_midas_refuses_other_backbones(made):
+    with pytest.raises(teachers.WeightsMismatchError, match="dpt on beit"):
+        midas.Teacher.load(made("depth_anything_v2")[0])

@@ -1,0 +1,188 @@
+"""Weights of teachers: every parameter is claimed, and what is wrong is one line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from distill import teachers
+from distill.core.plugins import find
+from distill.teachers import (
+    analytic,
+    depth_anything_v2,
+    marigold,
+)
+from tests.teachers.asking import RESIZING, one_line
+
+
+def test_a_revision_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    card = marigold.CARDS[0]
+    assert teachers.revision_here(card) == ""
+    commit = "c" * 40
+    folder = tmp_path / "models--prs-eth--marigold-depth-v1-1"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    assert teachers.revision_here(card) == "", "named, but not here"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    assert teachers.revision_here(card) == commit
+    assert teachers.revision_here(analytic.CARDS[0]) == "1"
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RESIZING)
+@pytest.mark.parametrize("weights", ["no_such_folder", "nobody/no-such-model", "some/where/model.safetensors"])
+def test_missing_weights_are_one_line(name, weights):
+    with pytest.raises(OSError, match=re.escape(weights)) as error:
+        find("distill.teachers", name).Teacher.load(weights)
+    one_line(error)
+
+
+def weights_files(folder):
+    return sorted(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*RESIZING, "genpercept_head"])
+@pytest.mark.parametrize("fault", ["missing", "extra", "shape", "short"])
+def test_every_parameter_is_claimed(made, copy, name, fault):
+    """Silently random weights are the worst failure: each file in turn loses, gains or misshapes one tensor."""
+    plugin = find("distill.teachers", name.removesuffix("_head"))
+    for file in weights_files(copy(name)):
+        intact = file.read_bytes()
+        state = safetensors.torch.load_file(file)
+        key = sorted(state)[len(state) // 2]
+        if fault == "missing":
+            del state[key]
+        elif fault == "extra":
+            state["left_over.weight"], key = torch.zeros(2, 2), "left_over.weight"
+        elif fault == "shape":
+            state[key] = torch.zeros(5, 3)
+        if fault == "short":
+            file.write_bytes(intact[: len(intact) // 2])
+        else:
+            safetensors.torch.save_file(state, file, metadata={"format": "pt"})
+        with pytest.raises((ValueError, OSError)) as error:
+            plugin.Teacher.load(str(tiny_root(file, name)))
+        text = one_line(error)
+        assert file.name in text or file.parent.name in text
+        if fault in ("missing", "extra") and name not in ("checkpoint", "midas"):  # transformers renames BEiT's
+            assert key.removeprefix("model.").removeprefix("text_model.") in text
+        file.write_bytes(intact)
+
+
+def tiny_root(file, name):
+    parts = {"unet", "vae", "text_encoder", "dpt_head_identity"}
+    return file.parent.parent if file.parent.name in parts else file.parent
+
+
+@pytest.mark.parametrize("name", RESIZING)
+def test_what_only_stands_where_weights_should(made, copy, name):
+    """A clone without git-lfs, and the page of a login: both are small files under the right name."""
+    if name == "checkpoint":
+        return  # its folder names the digest of its file
+    plugin = find("distill.teachers", name)
+    for file in weights_files(copy(name)):
+        intact = file.read_bytes()
+        for content, words in (
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n", "git lfs pull"),
+            (b"<!doctype html><html>Access to this model is restricted</html>", "is a web page"),
+        ):
+            file.write_bytes(content)
+            with pytest.raises(teachers.WeightsMismatchError, match=words) as error:
+                plugin.Teacher.load(str(tiny_root(file, name)))
+            assert file.name in one_line(error)
+        file.write_bytes(intact)
+
+
+def test_half_a_torch_file_and_several_files(tmp_path):
+    file = tmp_path / "depth_anything_v2_vits.pth"
+    torch.save({"pretrained.cls_token": torch.zeros(1, 1, 384), "x": torch.zeros(1000)}, file)
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"no weights at all"):
+        file.write_bytes(content)
+        with pytest.raises(teachers.WeightsMismatchError, match="vits.pth cannot be read as weights") as error:
+            depth_anything_v2.Teacher.load(str(tmp_path))
+        assert "weights_only" not in one_line(error)
+    (tmp_path / "depth_anything_v2_vitl.pth").touch()
+    with pytest.raises(
+        teachers.WeightsMismatchError, match="holds .*vitl.pth, .*vits.pth: give the path of one"
+    ) as error:
+        depth_anything_v2.Teacher.load(str(tmp_path))
+    one_line(error)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path(tmp_path / "sprung").touch, ())
+
+    torch.save({"pretrained.cls_token": Trap()}, tmp_path / "model.pth")
+    with pytest.raises(teachers.WeightsMismatchError, match="model.pth") as error:
+        depth_anything_v2.Teacher.load(str(tmp_path / "model.pth"))
+    one_line(error)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_gated_weights_say_what_to_do(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refuse(*args, **kwargs):
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(
+        teachers.WeightsMissingError, match="org/model.*gated: accept the licence.*hf auth login"
+    ) as error:
+        marigold.Teacher.load("org/model")
+    one_line(error)
+
+
+def test_a_hub_id_may_name_a_file_and_a_revision(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = []
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "model.safetensors").touch()
+
+    def download(repository, *, revision, allow_patterns):
+        asked.append((repository, revision, allow_patterns[0]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found = teachers.resolve("org/name/large/model.safetensors@abc", files=("*.json",))
+    assert found == tmp_path / "large" / "model.safetensors"
+    assert asked == [("org/name", "abc", "large/model.safetensors")]
+    with pytest.raises(teachers.WeightsMissingError, match="org/name has no small/model.safetensors"):
+        teachers.resolve("org/name/small/model.safetensors", files=())
+
+
+def test_cards_are_recognised_by_name():
+    cards = depth_anything_v2.CARDS
+    small = "depth-anything/Depth-Anything-V2-Small"
+    assert teachers.card_for(cards, small).commercial
+    assert teachers.card_for(cards, f"/weights/{small.partition('/')[2]}/a.pth").licence == "Apache-2.0"
+    assert teachers.card_for(cards, f"/hub/models--{small.replace('/', '--')}/snapshots/x").licence == "Apache-2.0"
+    assert teachers.card_for(cards, f"{small}@abc").weights == f"{small}@abc"
+    unknown = teachers.card_for(cards, "/weights/model.safetensors")
+    assert unknown.licence == "unknown" and not unknown.commercial
+
+
+def test_revisions(tmp_path):
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.pth").write_bytes(b"1")
+    assert teachers.revision_of(snapshot) == teachers.revision_of(snapshot / "a.pth") == "a" * 40
+    file = tmp_path / "a.pth"
+    file.write_bytes(b"1")
+    first = teachers.revision_of(file)
+    file.write_bytes(b"2")
+    assert first.startswith("sha256:") and teachers.revision_of(file) != first

@@ -1,0 +1,122 @@
+"""What a run keeps: the best and the last weights, a log, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from distill.training import checkpoints
+from distill.training.trainlog import StepLog, read
+from tests.training.toys import l1, losses_of, newest, run, save, steps_of
+
+
+def test_the_best_and_the_last_checkpoints_are_kept(tmp_path):
+    def worse_later(pred, labels, features=None, teacher_features=None):
+        if not pred.requires_grad:
+            calls.append(pred)
+        penalty = 0.0 if pred.requires_grad or len(calls) <= 6 else 1.0 * len(calls)
+        loss, parts = l1(pred, labels)
+        return loss + penalty, parts
+
+    calls: list = []
+    result, student = run(tmp_path, objective=worse_later, eval_every=2, save_every=2, keep_last=2, steps=16)
+    steps = [saved.step for saved in checkpoints.find(tmp_path)]
+    assert result.selected_step not in (14, 16) and steps == [result.selected_step, 14, 16]
+    card = json.loads((tmp_path / "student/student.json").read_text())["card"]["training"]
+    assert card["chosen"] == "lowest loss on held-out labels" and card["step"] == result.selected_step
+    chosen = load_file(checkpoints.folder_of(tmp_path, result.selected_step) / "training.safetensors")
+    written = load_file(tmp_path / "student/model.safetensors")
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, written[name]) and torch.equal(value, chosen[f"student/{name}"])
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
+    def rising(pred, labels, features=None, teacher_features=None):
+        loss, parts = l1(pred, labels)
+        if not pred.requires_grad:
+            calls.append(1)
+            loss = loss + len(calls)
+        return loss, parts
+
+    calls: list = []
+    result, _ = run(tmp_path, objective=rising, eval_every=2, patience=2)
+    assert result.step == 6 and result.selected_step == 2
+    assert run(tmp_path, objective=rising, eval_every=2, patience=2)[0].step == 6
+
+
+def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
+    run(tmp_path / "a", ema=0.9, holdout=0.0)
+    card = json.loads((tmp_path / "a/student/student.json").read_text())["card"]["training"]
+    assert card["averaged"] and card["chosen"] == "the last step"
+    tensors, written = newest(tmp_path / "a"), load_file(tmp_path / "a/student/model.safetensors")
+    assert torch.equal(written["decoder.weight"], tensors["ema/module.decoder.weight"])
+    assert not torch.equal(written["decoder.weight"], tensors["student/decoder.weight"])
+
+    def stop(done, total, **numbers):
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", ema=0.9, holdout=0.0, report=stop)
+    run(tmp_path / "b", ema=0.9, holdout=0.0)
+    assert all(torch.equal(newest(tmp_path / "b")[name], value) for name, value in tensors.items())
+
+
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+    run(tmp_path, keep_last=3, holdout=0.0)
+    last = checkpoints.folder_of(tmp_path, 20)
+    weights = last / "training.safetensors"
+    weights.write_bytes(b"\xff" * 32 + weights.read_bytes()[32:])
+    with pytest.raises(ValueError, match=r"step-00000020/training.safetensors is damaged .*: delete .*step"):
+        run(tmp_path, keep_last=3, holdout=0.0)
+    shutil.rmtree(last)
+    assert run(tmp_path, keep_last=3, holdout=0.0)[0].step == 20
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    run(tmp_path, keep_last=3, holdout=0.0)
+    last = checkpoints.folder_of(tmp_path, 20)
+    weights = last / "training.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (tmp_path / "checkpoints/.step-00000030.tmp").mkdir()
+    assert [saved.step for saved in checkpoints.find(tmp_path)] == [10]
+    result, _ = run(tmp_path, keep_last=3, holdout=0.0)
+    assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
+    assert not (tmp_path / "checkpoints/.step-00000030.tmp").exists()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
+    def full(student, folder, *, card):
+        if card["training"]["step"] == 10:
+            raise OSError(28, "No space left on device")
+        save(student, folder, card=card)
+
+    with pytest.raises(OSError, match=r"step-00000010: cannot be written \(.*No space left.*from step 5"):
+        run(tmp_path, keep=full)
+    assert [saved.step for saved in checkpoints.find(tmp_path)] == [5]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000005"]
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step":1}\n{"step":2}\n{"step":2,"heldout":1.0}\n{"step":3}\n{"step":4,"lo')
+    log = StepLog(path, last_step=2)
+    log.write({"step": 3, "loss": math.inf, "parts": {"a": math.nan, "b": 1.0}})
+    log.close()
+    assert read(path)[2:] == [{"step": 2, "heldout": 1.0}, {"step": 3, "loss": None, "parts": {"a": None, "b": 1.0}}]
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, steps=4, eval_every=2, trackers=("tensorboard",))
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    assert [e.step for e in events.Scalars("heldout")] == [2, 4]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses_of(tmp_path))
+    assert "parts/shared" in events.Tags()["scalars"]

@@ -1,0 +1,172 @@
+"""Training stops before damage, refuses what cannot work, and says which part is to blame."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from distill.core.depth import DepthMap, Kind, KindError
+from distill.core.labels import Batch, Labels
+from distill.training import checkpoints
+from distill.training.schedule import make_optimizer
+from distill.training.train import TrainingStoppedError, train
+from distill.training.trainlog import ScaleAlarm, map_statistics
+from tests.training.toys import Toy, Toys, collate, l1, newest, run, save, settings, steps_of
+
+
+def test_a_number_that_is_not_finite_stops_before_it_is_applied(tmp_path):
+    dataset = Toys(poisoned=3)
+    with pytest.raises(TrainingStoppedError, match=r"step (\d+): the loss is .*bad_batch_\1 \(not finite: image1-3\)"):
+        run(tmp_path, dataset=dataset, holdout=0.0, save_every=1, teachers={"primary": 1.0})
+    stopped = steps_of(tmp_path)[-1]["step"]
+    assert checkpoints.find(tmp_path)[-1].step == stopped - 1 or stopped == 1
+    assert all(value.isfinite().all() for value in newest(tmp_path).values()) if stopped > 1 else True
+    folder = tmp_path / f"bad_batch_{stopped}"
+    said = json.loads((folder / "process-0.json").read_text())
+    bad = [i for i, image in enumerate(said["images"]) if image["loss"] is None]
+    assert [said["images"][i]["key"] for i in bad] == ["image1-3"] and said["teacher"] == "primary"
+    tensors = load_file(folder / "process-0.safetensors")
+    assert not tensors["0/primary/shared/values"][bad[0]].isfinite().all() and len(tensors["0/images"]) == 8
+
+
+def test_the_scale_alarm_warns_once():
+    grows, falls, steady, learns = (ScaleAlarm(growth=10.0) for _ in range(4))
+    scale = {"label_deviation": 1.0, "warmup_end": 20}
+    said = {"grows": [], "falls": [], "steady": []}
+    for step in range(1, 200):
+        said["grows"].append(grows.watch(step, 1.05**step, **scale))
+        said["falls"].append(falls.watch(step, 0.9**step, **scale))
+        said["steady"].append(steady.watch(step, 1.0 + 0.5 * (step % 2), **scale))
+        assert learns.watch(step, min(1.0, 1e-4 * step), label_deviation=1.0, warmup_end=1) is None
+    assert [sum(map(bool, warnings)) for warnings in said.values()] == [1, 1, 0]
+    assert "runs away" in next(filter(None, said["grows"])) and "collapsed" in next(filter(None, said["falls"]))
+    assert not any(said["grows"][:30])
+
+
+def test_a_runaway_output_is_in_the_log_once(tmp_path):
+    def lengthen(pred, labels, features=None, teacher_features=None):
+        loss = -pred.std((1, 2))
+        return loss, {"shared": loss}
+
+    run(tmp_path, objective=lengthen, steps=60, lr=0.3, encoder_lr=0.3, clip_norm=0, schedule="constant")
+    alarms = [line for line in steps_of(tmp_path) if "alarm" in line]
+    assert len(alarms) == 1 and 3 < alarms[0]["step"] < 60
+
+
+def test_statistics_ignore_what_is_invalid():
+    values = torch.tensor([[[0.0, 1.0], [2.0, math.nan]], [[math.nan] * 2] * 2])
+    assert map_statistics(values, values.isfinite()).tolist() == pytest.approx([1.0, 2 / 3, 1.0])
+
+
+def test_the_loss_is_computed_in_float32_outside_autocast(tmp_path):
+    seen = []
+
+    def watched(pred, labels, features=None, teacher_features=None):
+        seen.append((pred.dtype, torch.is_autocast_enabled("cpu"), (pred[0] @ pred[0]).dtype))
+        return l1(pred, labels)
+
+    run(tmp_path, objective=watched, precision="bf16", steps=2, warmup_steps=0)
+    assert set(seen) == {(torch.float32, False, torch.float32)}
+
+
+def test_a_parameter_nobody_would_train_is_refused():
+    student = Toy()
+    student.scale = nn.Parameter(torch.ones(1))
+    with pytest.raises(ValueError, match="would leave out scale"):
+        make_optimizer(student, settings())
+    student.scale.requires_grad_(False)
+    groups = {group["name"]: group for group in make_optimizer(student, settings()).param_groups}
+    assert groups["encoder"]["lr"] == 5e-3 and groups["decoder"]["lr"] == 1e-2
+    assert groups["decoder_no_decay"]["weight_decay"] == 0 and groups["decoder"]["weight_decay"] > 0
+
+
+def test_a_frozen_encoder_stays(tmp_path):
+    student = Toy(batchnorm=True)
+    before = {name: value.clone() for name, value in student.encoder.state_dict().items()}
+    run(tmp_path, student=student, freeze_encoder=True, steps=4)
+    assert all(torch.equal(before[name], value) for name, value in student.encoder.state_dict().items())
+
+
+def test_a_parameter_without_gradient_is_named(tmp_path):
+    student = Toy()
+    student.decoder.idle = nn.Parameter(torch.ones(1))
+    run(tmp_path, student=student, steps=4)
+    assert steps_of(tmp_path)[0] == {"step": 1, "without_gradient": ["decoder.idle"]}
+
+
+def test_another_run_is_not_continued(tmp_path):
+    run(tmp_path, steps=4)
+    with pytest.raises(ValueError, match=r"lr = 0.5, not 0.01; other training data \(16 samples, not 20\)"):
+        run(tmp_path, steps=4, lr=0.5, dataset=Toys(18), holdout=0.2)
+    run(tmp_path, steps=4, accumulate=2, workers=1, keep_last=5)
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path):
+    with checkpoints.locked(tmp_path):
+        child = os.fork()
+        if child == 0:
+            try:
+                with checkpoints.locked(tmp_path):
+                    os._exit(0)
+            except ValueError:
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dataset": Toys(6)}, r"^4 training samples are fewer than one batch of 8"),
+        ({"accumulate": 3}, r"batch_size \(8\) must be a multiple of accumulate \(3\)"),
+        ({"teachers": {}}, "the labels come from primary, assistant: say how often"),
+        ({"teachers": {"primary": 1, "dav2": 1}}, r"image\d+-\d+ has no labels by dav2; the labels hold: primary"),
+        ({"trackers": ("mlflaw",)}, "tracker mlflaw is not installed"),
+        ({"gradient_checkpointing": True}, "no part of this student can recompute itself"),
+    ],
+)
+def test_refusals(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        run(tmp_path, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_report_every_fault_at_once():
+    with pytest.raises(ValueError) as caught:
+        settings(steps=0, schedule="cosin", holdout=1.5, teachers={"a": -1})
+    assert [word in str(caught.value) for word in ("steps", "schedule", "holdout", "teachers", "warmup")] == [True] * 5
+
+
+def test_a_sample_that_cannot_be_read_says_so_in_one_line(tmp_path):
+    class Broken(Toys):
+        def __getitem__(self, index):
+            raise OSError("labels-000.tar:image3-7 is damaged")
+
+    for workers in (0, 1):
+        with pytest.raises(OSError, match=r"^labels-000.tar:image3-7 is damaged$"):
+            run(tmp_path, dataset=Broken(), workers=workers)
+
+
+def test_affine_depth_is_refused_and_metric_depth_converted(tmp_path):
+    class Depths(Toys):
+        kind = Kind.AFFINE_DEPTH
+
+    def as_depth(kind):
+        def collate_depth(samples):
+            batch = collate(samples)
+            shared = batch.labels["primary"].shared
+            depth = DepthMap(1 / (shared.values + 0.1), shared.valid, kind)
+            return Batch(batch.keys, batch.images, {"primary": Labels(depth, None, torch.zeros(len(batch), 0, 4))})
+
+        return collate_depth
+
+    given = {"settings": settings(steps=4, teachers={}), "save": save}
+    with pytest.raises(KindError, match="affine_depth cannot become affine_disparity"):
+        train(Toy(), Toys(), l1, out=tmp_path / "a", collate=as_depth(Kind.AFFINE_DEPTH), **given)
+    train(Toy(), Toys(), l1, out=tmp_path / "b", collate=as_depth(Kind.METRIC_DEPTH), **given)
+    assert steps_of(tmp_path / "b")[0]["label_median"] == pytest.approx(1.6, abs=0.2)

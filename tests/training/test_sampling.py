@@ -1,0 +1,103 @@
+"""Which samples a step sees, whose labels, and how fast each part learns: pure functions of seed and step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from distill import students
+from distill.core.depth import DepthMap
+from distill.core.labels import Labels
+from distill.training.sampling import MicroBatchPositions, Order, average_labels, choose_teacher, hold_out
+from distill.training.schedule import factor, make_optimizer, set_rates
+from tests.training.toys import KIND, settings
+
+
+def test_an_epoch_holds_every_sample_once():
+    order = Order(tuple(range(5, 24)), seed=3)
+    stream = [place.index for step in range(19) for place in order.batch(step, 8)]
+    epochs = [stream[i : i + 19] for i in range(0, len(stream), 19)]
+    assert all(sorted(epoch) == list(range(5, 24)) for epoch in epochs) and epochs[0] != epochs[1]
+    assert [p.index for p in Order(tuple(range(5, 24)), seed=4).batch(0, 8)] != stream[:8]
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2)])
+def test_processes_and_parts_only_cut_the_global_batch(processes, accumulate):
+    order = Order(tuple(range(20)), seed=0)
+    cut = {"batch_size": 8, "accumulate": accumulate, "processes": processes, "steps": 5}
+    parts = [list(MicroBatchPositions(order=order, process=p, **cut)) for p in range(processes)]
+    for step in range(5):
+        seen = [place for mine in parts for part in mine[step * accumulate : (step + 1) * accumulate] for place in part]
+        assert sorted(seen, key=lambda p: p.position) == order.batch(step, 8)
+
+
+def test_held_out_images_follow_from_their_keys_alone():
+    keys = [f"sa_{i // 3}" for i in range(600)]
+    kept, held = hold_out(keys, 0.1)
+    assert sorted(kept + held) == list(range(600)) and len(held) % 3 == 0
+    assert not {keys[i] for i in kept} & {keys[i] for i in held}
+    shuffled = list(reversed(keys))
+    assert {shuffled[i] for i in hold_out(shuffled, 0.1)[1]} == {keys[i] for i in held}
+    assert set(held) < set(hold_out(keys, 0.2)[1])
+    assert abs(len(hold_out([str(i) for i in range(20_000)], 0.1)[1]) - 2000) < 200
+    assert len(hold_out(["a", "b", "c"], 1e-9)[1]) == 1 and hold_out(["a", "b"], 0.0)[1] == []
+
+
+def test_teachers_are_chosen_by_share_from_seed_and_step():
+    shares = {"primary": 0.7, "assistant": 0.3}
+    drawn = [choose_teacher(shares, seed=1, step=step) for step in range(2000)]
+    assert drawn == [choose_teacher(shares, seed=1, step=step) for step in range(2000)]
+    assert abs(drawn.count("primary") / 2000 - 0.7) < 0.04
+    assert choose_teacher({"a": 0.0, "b": 1.0}, seed=0, step=0) == "b"
+
+
+def test_rates_count_optimizer_steps():
+    at = {name: settings(steps=103, schedule=name) for name in ("cosine", "linear", "poly", "constant")}
+    assert [factor(t, at["cosine"]) for t in range(3)] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert [factor(53, s) for s in at.values()] == pytest.approx([0.5, 0.5, 0.5**0.9, 1.0])
+    assert 0 < factor(102, at["cosine"]) < 1e-3
+
+
+def test_averaged_teachers_are_normalized_first():
+    ramp = torch.arange(16.0).reshape(1, 4, 4)
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    valid[0, 0, 0] = False
+    ramp[0, 0, 0] = math.nan
+    boxes = torch.zeros(1, 0, 4)
+    labels = {"a": Labels(DepthMap(ramp, valid, KIND), None, boxes)}
+    labels["b"] = Labels(DepthMap(1000 * ramp + 7, torch.ones_like(valid), KIND), None, boxes)
+    mean = average_labels(labels, {"a": 0.5, "b": 0.5}).shared
+    assert torch.equal(mean.valid, valid) and mean.values.isfinite().all()
+    part = mean.values[valid]
+    torch.testing.assert_close(part.median(), torch.tensor(0.0))
+    torch.testing.assert_close(part.abs().mean(), torch.tensor(1.0))
+
+
+# --- which part learns how fast ---------------------------------------------------------------------------------------
+
+
+def test_blocks_before_the_last_learn_more_slowly():
+    student = students.build(
+        encoder="test_vit",
+        decoder="sdt",
+        encoder_options={"timm_options": {"depth": 3, "embed_dim": 32}},
+        decoder_options={"fusion_channels": 16},
+    )
+    given = settings(layer_decay=0.5, encoder_lr=1e-3, lr=1e-2, warmup_steps=0, schedule="constant")
+    optimizer = make_optimizer(student, given)
+    assert set_rates(optimizer, 5, given) == {"encoder": 1e-3, "decoder": 1e-2}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: rates[id(p)] for name, p in student.named_parameters() if p.requires_grad}
+    assert len(names) == len(rates), "every parameter once"
+    for name, rate in names.items():
+        if not name.startswith("encoder."):
+            assert rate == 1e-2
+        elif ".blocks." in name:
+            block = int(name.split(".blocks.")[1].split(".")[0])
+            assert rate == pytest.approx(1e-3 * 0.5 ** (2 - block)), name
+        elif "embed" in name or "token" in name:
+            assert rate == pytest.approx(1e-3 * 0.5**3), name
+        else:
+            assert rate == 1e-3, name
