@@ -1,93 +1,22 @@
-"""Students: an encoder and a decoder that together map an image to affine disparity of the same size."""
+"""Students: an encoder and a decoder that together map an image to affine disparity of the same size.
+
+`Student` and `build` live in distill.students.student; they are found here too.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+if TYPE_CHECKING:
+    from distill.students.student import Student, build
 
-from distill.core.plugins import find, option_faults
-from distill.students.encoder import Encoder
+__all__ = ["Student", "build"]
 
 
-class Student(nn.Module):
-    """Encoder + decoder: images (B,3,H,W) in [0,1], any size, to raw affine disparity (B,H,W), larger is nearer.
+def __getattr__(name: str) -> Any:
+    # Late, for the settings of a student are read (distill.students.settings) where nobody wants to wait for torch.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distill.students import student
 
-    native_size: the side of the squares it was trained on, in pixels; None where nobody has said.
-    """
-
-    def __init__(self, encoder: Encoder, decoder: Any, *, native_size: int | None = None) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.decoder = decoder
-        self.native_size = native_size
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """Plain values from which `build(**spec)` makes the same student (with other weights)."""
-        return {
-            "encoder": self.encoder.name,
-            "encoder_options": dict(self.encoder.options),
-            "decoder": type(self.decoder).__module__.rpartition(".")[2],
-            "decoder_options": dict(self.decoder.options),
-            "native_size": self.native_size,
-        }
-
-    def forward(self, images: Tensor, with_features: bool = False) -> Any:
-        """(B,H,W) float32 of images (B,3,H,W); with_features: also the encoder's last patch map (B,C,h,w).
-
-        The image is padded to the encoder's patch; what the padding gave is cut off again. Ask for features through
-        this call and not beside it where a wrapper (DistributedDataParallel) must see the forward pass.
-        """
-        height, width = images.shape[-2:]
-        features = self.encoder(images)
-        raw = self.decoder(features)
-        left, right, top, bottom = self.encoder.padding(height, width)
-        padded = (top + height + bottom, left + width + right)
-        raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
-        if raw.shape[-2:] != padded:
-            raw = F.interpolate(raw, size=padded, mode="bilinear", align_corners=False)
-        disparity = raw[:, 0, top : top + height, left : left + width]
-        return (disparity, features[-1][0]) if with_features else disparity
-
-    def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Disparity (B,H,W) and the encoder's last patch map (B,C,h,w) of images (B,3,H,W) in [0,1]."""
-        return self(images, with_features=True)
-
-
-def build(
-    *,
-    encoder: str,
-    decoder: str,
-    encoder_options: Mapping[str, Any] | None = None,
-    decoder_options: Mapping[str, Any] | None = None,
-    native_size: int | None = None,
-) -> Student:
-    """A student from plain names and options; `in_channels` and `patch_size` are the encoder's unless given.
-
-    Raises LookupError for an unknown encoder or decoder, ValueError for an option that the part does not take.
-    """
-    if native_size is not None and (not isinstance(native_size, int) or native_size < 1):
-        raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
-    plugin = find("distill.students.decoders", decoder).Decoder
-    part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
-    decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
-    taken = inspect.signature(plugin).parameters
-    options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
-    return Student(part, _made(plugin, "decoder_options", options), native_size=native_size)
-
-
-def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:
-    faults = [f"{what} may not hold the name"] if "name" in options else []
-    faults += option_faults(plugin, options, what)
-    if faults:
-        raise ValueError("; ".join(faults))
-    try:
-        return plugin(**options)
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:  # PyTorch's words for a negative or a missing number
-        raise ValueError(f"{what} {options}: {str(error).splitlines()[0]}") from error
+    return getattr(student, name)

@@ -44,7 +44,7 @@ def save(
     card: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
-    leave_out_frozen_encoder: bool = False,
+    exclude_frozen_encoder: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write `student` to `folder`, replacing a student that is there; returns the folder. Dot-files there stay.
@@ -53,7 +53,7 @@ def save(
     dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
     so does a tensor with a value that float16 cannot hold (above 65504).
     bits: 4 stores large matrices and kernels in four bits (students.quantize); the outputs then change a little.
-    leave_out_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
+    exclude_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
     check: called with the folder aside, complete, before it takes its place; it may add files, and what it raises ends
     the save.
 
@@ -66,7 +66,7 @@ def save(
         raise ValueError(f"{folder}: students are saved as float32 or float16, not {dtype}")
     if bits not in (None, 4):
         raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
-    encoder_file = _encoder_file(student, folder) if leave_out_frozen_encoder else None
+    encoder_file = _encoder_file(student, folder) if exclude_frozen_encoder else None
     tensors = {
         key: value.detach().to("cpu", dtype if _may_shrink(value) and fits(value) else value.dtype).contiguous()
         for key, value in student.state_dict().items()

@@ -20,15 +20,15 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
-import safetensors.torch
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from distill.core.depth import DepthMap, Kind
+# The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from distill.core.depth import DepthMap, Kind
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -103,14 +103,18 @@ def check_resize(resize: str, native_size: int | None, *, zero_is_given: bool = 
 
 def finite(values: Tensor, kind: Kind) -> DepthMap:
     """A map of (B,H,W) values, valid wherever they are finite."""
+    from distill.core.depth import DepthMap
+
     values = values.float()
-    return DepthMap(values, torch.isfinite(values), kind)
+    return DepthMap(values, values.isfinite(), kind)
 
 
 def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
     """(B,C,H,W) with its last rows and columns repeated until both sides are multiples; cut the output to [:H, :W]."""
+    from torch.nn import functional
+
     below, right = -images.shape[-2] % multiple, -images.shape[-1] % multiple
-    return F.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
+    return functional.pad(images, (0, right, 0, below), mode="replicate") if below or right else images
 
 
 def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
@@ -251,6 +255,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Torch files are read with weights_only=True: a file that needs more than tensors is refused. Raises
     WeightsMismatchError for what cannot be read.
     """
+    import safetensors.torch
+    import torch
+
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -263,7 +270,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict", "model_state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise WeightsMismatchError(f"{path} holds no table of named tensors")
     return state
 

@@ -223,7 +223,7 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
         paper_columns=[column.title for column in study.full.columns],
         rows=rows,
         verdicts=verdicts,
-        benchmarks=[(b.label, b.name, b.root, b.list) for recipe in recipes for b in recipe.benchmarks],
+        benchmarks=[(b.alias_or_name, b.name, b.root, b.list) for recipe in recipes for b in recipe.benchmarks],
         made_by=commands.commit(),
     )
 

@@ -21,29 +21,31 @@ import torch
 from torch import nn
 
 from distill import students
-from distill.app.recipe import Benchmark, Images, Loss, Recipe, as_table
-from distill.app.recipe import Student as StudentSpec
-from distill.app.recipe import Teacher as TeacherSpec
+from distill.app.recipe import Recipe, as_table
 from distill.app.strict import RecipeError
 from distill.core.plugins import find, option_faults
 from distill.data import sources
 from distill.data.corruptions import Corruptions
 from distill.data.pairs import read_names
 from distill.data.scenes import TRAIN_SEEDS
+from distill.data.settings import SOURCES, ImageSettings
 from distill.data.sources import InputShard, Scan
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
+from distill.eval.settings import BenchmarkSettings
 from distill.labelling.bridge import Bridged
 from distill.labelling.lock import mutex
-from distill.labelling.run import TRUTH, CropSettings, OnlineDataset, labels_hash
-from distill.losses.objective import Objective, Weights
+from distill.labelling.run import TRUTH, OnlineDataset, labels_hash
+from distill.losses.objective import Objective
 from distill.shards import mirror
 from distill.shards.shards import LabelDataset
 from distill.students import Student, checkpoint
 from distill.students.encoder import read_state
+from distill.students.settings import StudentSettings
 from distill.teachers import Card
+from distill.teachers._settings import TeacherSettings
 from distill.teachers._sky import POLICIES, under_policy
-from distill.training.schedule import TrainSettings
+from distill.training.settings import TrainSettings
 
 Teachers = list[tuple[str, Any]]
 
@@ -72,7 +74,7 @@ def device(recipe: Recipe) -> torch.device:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def _source(images: Images, first_scene: int) -> list[InputShard]:
+def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
     if images.tars:
         return sources.tars(images.tars)
     if images.photos:
@@ -81,7 +83,7 @@ def _source(images: Images, first_scene: int) -> list[InputShard]:
         return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
     if images.scenes:
         return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
-    return sources.wheels()
+    return sources.bundled_photos()
 
 
 def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
@@ -107,27 +109,13 @@ class _Fixed:
 def input_shards(recipe: Recipe) -> list[InputShard]:
     """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
     if not recipe.images:
-        raise RecipeError("the recipe names no images: add an [[images]] table (tars, photos, pairs, scenes or wheels)")
+        raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
     found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
     for images in recipe.images:
         shards = _source(images, scene)
         scene += images.scenes
         found.append(_limited(shards, images.limit) if images.limit else shards)
     return sources.combine(*found)
-
-
-def crop_settings(recipe: Recipe) -> CropSettings:
-    """[crops] as the labeller takes it."""
-    c = recipe.crops
-    return CropSettings(
-        size=c.size,
-        min_side=c.min_side,
-        patches=c.patches,
-        num_patches=c.num_patches,
-        patch_size=c.patch_size or None,
-        overlap=c.overlap,
-        small=c.small,
-    )
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -141,7 +129,7 @@ def check_teachers(recipe: Recipe) -> None:
     for i, spec in enumerate(recipe.teachers):
         load = Corruptions if spec.name == TRUTH else find("distill.teachers", spec.name).Teacher.load
         faults += option_faults(load, spec.options, f"teachers[{i}].options")
-        if recipe.labels.sky != "own" and "sky" in spec.options:
+        if recipe.labels.sky != "teacher" and "sky" in spec.options:
             faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
     if faults:
         raise RecipeError("\n".join(faults))
@@ -153,17 +141,17 @@ def check_two(recipe: Recipe) -> None:
         raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(recipe.teachers)}")
 
 
-def load_teacher(spec: TeacherSpec, *, on: torch.device, sky: str = "own") -> Any:
+def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher") -> Any:
     """One [[teachers]] table as a loaded teacher, whatever its kind and licence. sky: labels.sky, or its own rule."""
     plugin = find("distill.teachers", spec.name)
     weights = spec.weights or plugin.CARDS[0].weights
     options = dict(spec.options)
-    if sky != "own" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
+    if sky != "teacher" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
         options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
     return plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
 
 
-def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "own") -> Teachers:
+def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
     """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Corruptions. Refuses kinds and licences.
 
     sky: labels.sky where they make labels; a score asks them as they are.
@@ -172,18 +160,18 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "own") -> Teac
     loaded: Teachers = []
     for spec in recipe.teachers:
         if spec.name == TRUTH:
-            loaded.append((spec.label, Corruptions(**spec.options) if spec.options else TRUTH))
+            loaded.append((spec.alias_or_name, Corruptions(**spec.options) if spec.options else TRUTH))
             continue
         teacher = load_teacher(spec, on=on, sky=sky)
         card: Card = teacher.card
         if recipe.labels.commercial_only and not card.commercial:
             raise RecipeError(
-                f"labels.commercial_only = true refuses {spec.label}: the weights {card.weights} are under "
+                f"labels.commercial_only = true refuses {spec.alias_or_name}: the weights {card.weights} are under "
                 f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
             )
         if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
             teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
-        loaded.append((spec.label, teacher))
+        loaded.append((spec.alias_or_name, teacher))
     if sky not in POLICIES:
         return loaded
     # A bridge is fitted to maps that follow the policy already.
@@ -194,11 +182,11 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "own") -> Teac
     ]
 
 
-def _bridged(recipe: Recipe, spec: TeacherSpec, teacher: Any, *, primary: str) -> Bridged:
+def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: str) -> Bridged:
     """An assistant of affine depth, taken by way of the primary; raises RecipeError where the recipe has no bridge."""
     trouble = (
-        f"teacher {spec.label} predicts {teacher.card.kind}, which cannot become the disparity that the student learns "
-        "(its shift is unknown): use its disparity checkpoint, leave it out, or "
+        f"teacher {spec.alias_or_name} predicts {teacher.card.kind}, which cannot become the disparity that the "
+        "student learns (its shift is unknown): use its disparity checkpoint, leave it out, or "
     )
     if not recipe.labels.bridge:
         raise RecipeError(
@@ -216,17 +204,8 @@ def labels_folder(recipe: Recipe) -> Path:
     """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else."""
     check_two(recipe)
     table = as_table(recipe)
-    seed: dict[str, Any] = {
-        "seed": recipe.run.seed,
-        "store": recipe.labels.store,
-        "part": recipe.labels.samples_per_part,
-    }
-    seed["codec"] = recipe.labels.codec
-    if recipe.labels.sky != "own":
-        seed["sky"] = recipe.labels.sky
-    if recipe.labels.bridge:  # labels without one keep the address that they had before there was one
-        seed |= {"bridge": recipe.labels.bridge, "bridge_residual": recipe.labels.bridge_residual}
-    address = labels_hash(table["images"], {**table["crops"], **seed}, table["teachers"])
+    more = {"seed": recipe.run.seed, **recipe.labels.content}
+    address = labels_hash(table["images"], {**table["crops"], **more}, table["teachers"])
     return Path(recipe.labels.root or recipe.run.folder / "labels") / address
 
 
@@ -237,10 +216,9 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
         return OnlineDataset(
             input_shards(recipe),
             load_teachers(recipe, on=device(recipe), sky=recipe.labels.sky),
-            crops=crop_settings(recipe),
-            draws=recipe.crops.draws,
+            crops=recipe.crops,
+            labels=recipe.labels,
             seed=recipe.run.seed,
-            store="disparity" if recipe.labels.store == "disparity" else "as_is",
         )
     folder = labels_folder(recipe)
     if recipe.labels.mirror and not (folder / "manifest.json").is_file():
@@ -265,18 +243,18 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
 def make_student(recipe: Recipe) -> Student:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
     spec = recipe.student
-    if spec.start:
-        student = checkpoint.load(checkpoint.fetch(spec.start), encoder_weights=spec.weights or None)
+    if spec.init_from:
+        student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=spec.weights or None)
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
         return student
     options = dict(spec.encoder_options)
-    begun = checkpoint.load(checkpoint.fetch(spec.encoder_start)).encoder if spec.encoder_start else None
+    begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if begun is not None:
         if options or spec.weights or begun.name != spec.encoder:
             raise RecipeError(
-                f"student.encoder_start takes the encoder of {spec.encoder_start}, {begun.name}, as it is: say "
+                f"student.encoder_init_from takes the encoder of {spec.encoder_init_from}, {begun.name}, as it is: say "
                 f'encoder = "{begun.name}", and neither weights nor encoder_options'
             )
         options = dict(begun.options) | {"frozen": False}
@@ -295,8 +273,8 @@ def make_student(recipe: Recipe) -> Student:
         )
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
-    if spec.decoder_start:
-        checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_start))
+    if spec.decoder_init_from:
+        checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_init_from))
     if spec.decoder_weights:
         student.decoder.load_released(read_state(Path(spec.decoder_weights)))
     return student
@@ -304,10 +282,12 @@ def make_student(recipe: Recipe) -> Student:
 
 def _check_start(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where [student] describes another network than the one it starts from."""
-    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSpec())
+    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
         if given[key] not in (plain[key], own[key]):
-            raise RecipeError(f"student.{key}: {given['start']} is a student already, with {own[key]}; leave it out")
+            raise RecipeError(
+                f"student.{key}: {given['init_from']} is a student already, with {own[key]}; leave it out"
+            )
 
 
 def _decoder_options(recipe: Recipe) -> dict[str, Any]:
@@ -335,7 +315,7 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
 
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
-    pretrained = bool(recipe.student.weights or recipe.student.start or recipe.student.encoder_start)
+    pretrained = bool(recipe.student.weights or recipe.student.init_from or recipe.student.encoder_init_from)
     if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
         return None
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)
@@ -343,31 +323,20 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
 
 def make_objective(recipe: Recipe) -> Objective:
     """[loss] as the trainer takes it."""
-    loss = recipe.loss
-    return Objective(
-        normalization=loss.normalization,
-        weights=Weights(
-            shared=loss.shared,
-            local_global=loss.local_global,
-            feature=loss.feature,
-            gradient=loss.gradient,
-            anchor=loss.anchor,
-        ),
-        trim_top=loss.trim_top,
-        label_only=loss.label_only,
-        feature_margin=loss.feature_margin,
-        faithful=loss.faithful,
-        contexts=loss.contexts,
-        patch_resolution=loss.patch_resolution,
-    )
+    return Objective(recipe.loss)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """[train] as the trainer takes it; with two teachers the first is drawn `primary_ratio` of the time."""
-    names, ratio = [t.label for t in recipe.teachers], recipe.train.primary_ratio
-    mix = {names[0]: ratio, names[1]: 1.0 - ratio} if len(names) == 2 else {}
-    norm = {"batchnorm": recipe.student.norm} if recipe.student.norm in ("sync", "frozen") else {}
-    return recipe.train.settings(seed=training_seed(recipe), teachers=mix, cpu=device(recipe).type == "cpu", **norm)
+    """[train] with what other tables decide; of two teachers the first is learnt from `primary_ratio` of the time."""
+    train, names = recipe.train, [t.alias_or_name for t in recipe.teachers]
+    pair = {names[0]: train.primary_ratio, names[1]: 1.0 - train.primary_ratio} if len(names) == 2 else {}
+    norm = recipe.student.norm
+    return dataclasses.replace(
+        train,
+        seed=training_seed(recipe),
+        teacher_shares=train.teacher_shares or pair,
+        batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
+    )
 
 
 def training_seed(recipe: Recipe) -> int:
@@ -377,18 +346,14 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    table, later = as_table(recipe), Loss()
-    # Keys that came after the first runs count only where they are used, so that those runs can be continued.
-    unused = [key for key in ("faithful", "contexts", "patch_resolution") if table["loss"][key] == getattr(later, key)]
-    loss = {key: value for key, value in table["loss"].items() if key not in unused}
-    what = [labels_folder(recipe).name, table["student"], loss]
+    what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
 
 
-def benchmark(spec: Benchmark) -> tuple[Protocol, list[BenchmarkSample]]:
+def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]:
     """A benchmark's protocol in the recipe's mode, and its samples."""
     module = find("distill.eval.benchmarks", spec.name)
     found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
@@ -398,12 +363,12 @@ def benchmark(spec: Benchmark) -> tuple[Protocol, list[BenchmarkSample]]:
 
 def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
     """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
-    spec = next((t for t in recipe.teachers if t.label == model), None)
+    spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
     settings_used: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
     return {key: value for key, value in settings_used.items() if value not in ({}, "float32")}
 
 
-def prior_samples(spec: Benchmark) -> list[BenchmarkSample]:
+def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
     """What the image-plane prior of this benchmark is fitted on: its `prior` list, or 64 scenes of no benchmark."""
     if spec.prior:
         return list(find("distill.eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
@@ -412,4 +377,4 @@ def prior_samples(spec: Benchmark) -> list[BenchmarkSample]:
 
 def saver(recipe: Recipe) -> Callable[..., object]:
     """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
-    return functools.partial(checkpoint.save, leave_out_frozen_encoder=recipe.student.leave_out_frozen_encoder)
+    return functools.partial(checkpoint.save, exclude_frozen_encoder=recipe.student.exclude_frozen_encoder)

@@ -31,7 +31,7 @@ ORDER = [
 
 EPILOG = """examples:
   distill demo                                     the whole loop on the embedded default
-  distill label recipes/demo.toml --set crops.draws=2
+  distill label recipes/demo.toml --set crops.crops_per_image=2
   accelerate launch --num_processes 8 -m distill label recipes/sa1b_dav2_genpercept.toml
   distill score --predictions preds/ --kind affine_disparity --benchmark nyu --root data/nyu.tar --out nyu.json
 """

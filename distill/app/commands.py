@@ -38,6 +38,8 @@ def keep_recipe(recipe: Recipe) -> None:
     if build.process()[0] == 0:
         recipe.run.folder.mkdir(parents=True, exist_ok=True)
         shards.write_atomic(recipe.run.folder / "recipe.toml", dumps(recipe).encode())
+        for name in recipe.unjudged:
+            note(f"[{name}] has faults, which do not matter here; `distill show` says which")
 
 
 def commit() -> str:
@@ -64,19 +66,12 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
             found,
             teachers,
             out=folder,
-            crops=build.crop_settings(recipe),
-            draws=recipe.crops.draws,
+            crops=recipe.crops,
+            labels=recipe.labels,
             seed=recipe.run.seed,
-            store="disparity" if recipe.labels.store == "disparity" else "as_is",
-            codec=recipe.labels.codec,
-            sky=None if recipe.labels.sky == "own" else recipe.labels.sky,
             rank=rank,
             world=world,
-            batch_size=recipe.labels.batch_size,
-            samples_per_part=recipe.labels.samples_per_part,
-            threads=recipe.labels.threads,
             recipe=as_table(recipe),
-            images_licence=recipe.labels.licence,
             report=report,
         )
     if outcome.complete:
@@ -114,6 +109,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             identity=build.identity(recipe),
             save=build.saver(recipe),
             report=report,
+            cpu=build.device(recipe).type == "cpu",
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {result.images_per_s:.1f} images/s")
@@ -179,7 +175,7 @@ def run_export(
         card=metadata,
         dtype=torch.float32 if bits == 32 else torch.float16,
         bits=4 if bits == 4 else None,
-        leave_out_frozen_encoder=encoder_weights is not None,
+        exclude_frozen_encoder=encoder_weights is not None,
         check=check,
     )
     for line in lines:
@@ -227,17 +223,17 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                     scored.append(("plane prior", priors[fitted_on]))
             for name, teacher in scored:
                 slug = name.replace(" ", "_")
-                store = recipe.run.folder / "predictions" / slug / spec.label
+                store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
                 settings = {
                     "weights": teacher.card.weights,
                     "revision": teacher.card.revision,
-                    "benchmark": spec.label,
+                    "benchmark": spec.alias_or_name,
                     **build.prediction_settings(recipe, name),
                 }
-                with progress(f"predict {spec.label} {name}") as report:
+                with progress(f"predict {spec.alias_or_name} {name}") as report:
                     scoring.predict(teacher, samples, store, settings=settings, report=report, tell=note)
                 result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
-                scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.label}--{slug}.json")
+                scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
                 results.append(result)
                 lost += _lost(result, samples, store)
     side_by_side = grid(results)

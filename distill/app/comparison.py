@@ -25,7 +25,6 @@ from distill.app import build
 from distill.app.commands import keep_recipe
 from distill.app.console import note, progress, say, table
 from distill.app.recipe import Recipe
-from distill.app.recipe import Teacher as TeacherSpec
 from distill.app.strict import RecipeError
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
@@ -36,6 +35,7 @@ from distill.eval.compare import Entrant, ModelComparison, compare, gather, writ
 from distill.eval.reports.compare_page import sentences, write_page
 from distill.labelling.run import TRUTH
 from distill.teachers import Card, revision_of
+from distill.teachers._settings import TeacherSettings
 from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 
 
@@ -161,7 +161,7 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(build.load_teacher, spec, on=on)
-        sources_found.append(Entrant(spec.label, load, {**table, **shared}))
+        sources_found.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
         revision = revision_of(folder)
@@ -178,10 +178,10 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
 class _Spoilt:
     """The truth spoilt in known ways (distill.data.corruptions) as a model; it has no map of an image without truth."""
 
-    def __init__(self, spec: TeacherSpec, samples: Sequence[BenchmarkSample]) -> None:
+    def __init__(self, spec: TeacherSettings, samples: Sequence[BenchmarkSample]) -> None:
         self.faults = Corruptions(**spec.options)
         self.truths = {sample.key: sample.truth for sample in samples}
-        self.label = spec.label
+        self.label = spec.alias_or_name
         self.card = Card(
             name="truth",
             weights="the images' own truth",

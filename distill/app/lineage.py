@@ -55,7 +55,11 @@ def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """What the student's own weights began as; nothing for random ones."""
     spec = recipe.student
     origins: dict[str, dict[str, Any]] = {}
-    for what, start in (("start", spec.start), ("encoder", spec.encoder_start), ("decoder", spec.decoder_start)):
+    for what, start in (
+        ("start", spec.init_from),
+        ("encoder", spec.encoder_init_from),
+        ("decoder", spec.decoder_init_from),
+    ):
         if start:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")

@@ -22,7 +22,7 @@ from distill.app import build
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
-from distill.labelling.annotate import TRUTH, label_photo
+from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
 
@@ -96,7 +96,7 @@ def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
 
 def _images(recipe: Recipe) -> _Images:
     shards: list[InputShard] = build.input_shards(recipe)
-    per_part = max(1, recipe.labels.samples_per_part // recipe.crops.draws)
+    per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
     scale = len(shards) / max(1, len(scans))
     photos: list[Photo] = []
@@ -104,7 +104,7 @@ def _images(recipe: Recipe) -> _Images:
     for entry in [entry for scan in scans for entry in scan.entries][:TRIED]:
         try:
             photo = entry.load()
-            build.crop_settings(recipe).plan(photo, seed=recipe.run.seed, draw=0)
+            plan_photo(photo, recipe.crops, seed=recipe.run.seed)
             photos.append(photo)
         except BadImageError as error:
             bad.append(f"{entry.origin}: {error}")
@@ -135,7 +135,7 @@ def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
         yield Finding(level, f"{line}: {images.bad[0]}", remedy)
     idle = [n for n in PROCESSES if images.parts < n]
     if idle:
-        wanted = max(1, images.count * recipe.crops.draws // (4 * PROCESSES[-1]))
+        wanted = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
         yield Finding(
             "warn",
             f"{images.parts} parts keep no more than {images.parts} processes busy",
@@ -197,18 +197,11 @@ def _wait(device: torch.device) -> None:
 
 def _label_one(recipe: Recipe, images: _Images, teachers: Any) -> tuple[Sample, float]:
     """The last of one or two photos as a sample, and the seconds that it took; the first one warms up."""
-    device, store = build.device(recipe), "disparity" if recipe.labels.store == "disparity" else "as_is"
+    device = build.device(recipe)
     sample, seconds = None, math.nan
     for photo in (images.photos * 2)[:2]:
         before = time.perf_counter()
-        sample = label_photo(
-            photo,
-            teachers,
-            crops=build.crop_settings(recipe),
-            seed=recipe.run.seed,
-            batch_size=recipe.labels.batch_size,
-            store=store,
-        )
+        sample = label_photo(photo, teachers, crops=recipe.crops, labels=recipe.labels, seed=recipe.run.seed)
         _wait(device)
         seconds = time.perf_counter() - before
     assert sample is not None
@@ -218,7 +211,7 @@ def _label_one(recipe: Recipe, images: _Images, teachers: Any) -> tuple[Sample, 
 def _about_labelling(
     recipe: Recipe, images: _Images, sample: Sample, seconds: float, device: torch.device
 ) -> Iterator[Finding]:
-    total = images.count * recipe.crops.draws
+    total = images.count * recipe.crops.crops_per_image
     each = sum(len(data) for _, data in encode_sample(sample, codec=recipe.labels.codec))
     maps = sum(1 + (0 if one.local is None else len(one.local)) for one in sample.labels.values())
     if recipe.labels.online:

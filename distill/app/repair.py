@@ -13,7 +13,8 @@ from typing import Any
 
 from distill.app.commands import run_label
 from distill.app.console import note
-from distill.app.recipe import Recipe, parse
+from distill.app.recipe import USES, Recipe, parse
+from distill.app.renamed import in_words_of_today
 from distill.labelling.lock import run_lock
 from distill.shards.shards import MANIFEST, find_problems, read_manifest
 
@@ -28,7 +29,7 @@ def recipe_of(folder: Path) -> Recipe:
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
             "tars with their .json and make the same call again"
         )
-    return parse(table, where=f"{folder / MANIFEST}: recipe")
+    return parse(in_words_of_today(table), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
 
 
 def repair(

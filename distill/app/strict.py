@@ -6,6 +6,7 @@ It knows no recipe: give it a dataclass. `set_key` writes one `a.b.0.c=value` in
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 import types
 import typing
@@ -38,49 +39,76 @@ def _expected(hint: Any) -> str:
     return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a table")
 
 
-def _read_value(hint: Any, value: Any, path: str, faults: list[str]) -> Any:
-    if hint is Any:
-        return value
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _read_table(typing.cast(type, hint), value, path, faults)
-    if origin is tuple and isinstance(value, list):
-        inner = typing.get_args(hint)[0]
-        return tuple(_read_value(inner, item, f"{path}[{i}]", faults) for i, item in enumerate(value))
-    if origin is Literal and value in typing.get_args(hint) and isinstance(value, str):
-        return value
-    if origin is dict and isinstance(value, Mapping):
-        return dict(value)
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (str, int, bool) and type(value) is hint:
-        return value
-    faults.append(f"{path} must be {_expected(hint)}, not {_kind(value)}")
-    return None
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Reading:
+    """What a reading knows besides the table, and the faults that it has met."""
+
+    renamed: Mapping[str, str]
+    renamed_values: Mapping[tuple[str, str], str]
+    faults: list[str]
+
+    def value(self, hint: Any, value: Any, path: str) -> Any:
+        """`value` as a `hint`, or None and a fault."""
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        if hint is Any:
+            return value
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            return self.table(typing.cast(type, hint), value, path)
+        if origin is tuple and isinstance(value, list):
+            each = inner[:1] * len(value) if inner[1:] == (...,) else inner
+            if len(each) != len(value):
+                self.faults.append(f"{path} must have {len(each)} entries, not {len(value)}")
+                return None
+            return tuple(
+                self.value(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(zip(each, value, strict=True))
+            )
+        if origin is Literal and value in inner and isinstance(value, str):
+            return value
+        if origin is dict and isinstance(value, Mapping):
+            return {key: self.value(inner[1], item, f"{path}.{key}") for key, item in value.items()}
+        if hint is float and type(value) in (int, float):
+            return float(value)
+        if hint in (str, int, bool) and type(value) is hint:
+            return value
+        today = self.renamed_values.get((_without_numbers(path), value)) if isinstance(value, str) else None
+        self.faults.append(
+            f"{path} = {value!r} is renamed to {today!r}"
+            if today
+            else f"{path} must be {_expected(hint)}, not {_kind(value)}"
+        )
+        return None
+
+    def table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
+        """`table` as a `cls`, or None and its faults."""
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
+        prefix = f"{path}." if path else ""
+        before = len(self.faults)
+        values = {}
+        for key, value in table.items():
+            if key in known:
+                values[key] = self.value(hints[key], value, f"{prefix}{key}")
+            elif today := self.renamed.get(_without_numbers(prefix + key)):
+                self.faults.append(f"{prefix}{key} is renamed to {prefix}{today.rpartition('.')[2]}")
+            else:
+                near = did_you_mean(key, list(known))
+                self.faults.append(
+                    f"unknown key {prefix}{key}{near.replace('mean ', 'mean ' + prefix) if near else ''}"
+                )
+        for name, f in known.items():
+            if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                self.faults.append(f"{prefix}{name} is missing")
+        if len(self.faults) > before:
+            return None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            self.faults.append(f"{path}: {error}" if path else str(error))
+            return None
 
 
-def _read_table(cls: type, table: Mapping[str, Any], path: str, faults: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    prefix = f"{path}." if path else ""
-    before = len(faults)
-    values = {}
-    for key, value in table.items():
-        if key not in fields:
-            near = did_you_mean(key, list(fields))
-            faults.append(f"unknown key {prefix}{key}{near.replace('mean ', 'mean ' + prefix) if near else ''}")
-        else:
-            values[key] = _read_value(hints[key], value, f"{prefix}{key}", faults)
-    for name, f in fields.items():
-        if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            faults.append(f"{prefix}{name} is missing")
-    if len(faults) > before:
-        return None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        faults.append(f"{path}: {error}" if path else str(error))
-        return None
+def _without_numbers(path: str) -> str:
+    return re.sub(r"\[\d+\]", "", path)
 
 
 def set_key(table: dict[str, Any], assignment: str) -> None:
@@ -109,12 +137,23 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
         raise RecipeError(f"--set {path}: {'.'.join(parents)} is not a table")
 
 
-def parse_into(cls: type[T], table: Mapping[str, Any], *, where: str) -> T:
-    """A `cls` from a nested table. Raises RecipeError with one line per fault, each beginning with `where`."""
-    faults: list[str] = []
-    value = _read_table(cls, table, "", faults)
-    if faults:
-        raise RecipeError("\n".join(f"{where}: {fault}" for fault in faults))
+def parse_into(
+    cls: type[T],
+    table: Mapping[str, Any],
+    *,
+    where: str,
+    renamed: Mapping[str, str] | None = None,
+    renamed_values: Mapping[tuple[str, str], str] | None = None,
+) -> T:
+    """A `cls` from a nested table. Raises RecipeError with one line per fault, each beginning with `where`.
+
+    A field with the metadata {"key": False} is no key. renamed: old key: new key, by their paths without numbers
+    ("images.wheels"), for the fault's line; renamed_values: (path, old value): new value, likewise.
+    """
+    reading = _Reading(renamed or {}, renamed_values or {}, [])
+    value = reading.table(cls, table, "")
+    if reading.faults:
+        raise RecipeError("\n".join(f"{where}: {fault}" for fault in reading.faults))
     return typing.cast(T, value)
 
 
@@ -135,7 +174,8 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 def plain(value: Any) -> Any:
     """Dataclasses and tuples as plain tables and lists: what is written and hashed."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        keys = [f.name for f in dataclasses.fields(value) if f.metadata.get("key", True)]
+        return {key: plain(getattr(value, key)) for key in keys}
     if isinstance(value, tuple):
         return [plain(item) for item in value]
     return dict(value) if isinstance(value, types.MappingProxyType) else value

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.core.crop_settings import CropSettings
+
 
 class ImageTooSmallError(ValueError):
     """The image is smaller than the smallest region; the message gives both sizes."""
@@ -69,46 +71,26 @@ def _grid(side: int, patch: int, overlap: float) -> list[tuple[int, int]]:
     return [(top, left) for top in starts for left in starts]
 
 
-def plan(
-    height: int,
-    width: int,
-    *,
-    key: str,
-    seed: int = 0,
-    draw: int = 0,
-    size: int = 560,
-    min_side: int = 644,
-    patches: str = "grid",
-    num_patches: int = 4,
-    patch_size: int | None = None,
-    overlap: float = 0.125,
-    small: str = "refuse",
-) -> Plan:
+def plan(height: int, width: int, settings: CropSettings, *, key: str, seed: int = 0, draw: int = 0) -> Plan:
     """The region and patches of image `key` at its `draw`-th visit.
 
-    height, width: the image's, in pixels. size, min_side: as in the paper (560, 644).
-    patches: "grid" (covers the region, neighbours share at least `overlap`), "random" (`num_patches`) or "none".
-    small: what to do with an image whose short side is below `min_side`: "refuse" raises ImageTooSmallError, "use"
-    takes the largest square there is.
+    height, width: the image's, in pixels. Raises ImageTooSmallError for an image that settings.on_small refuses.
     """
-    short = min(height, width)
-    if short < min_side and small == "refuse":
-        raise ImageTooSmallError(f"{width}x{height} is smaller than the smallest crop, {min_side}x{min_side}")
+    c, short = settings, min(height, width)
+    if short < c.min_side and c.on_small == "refuse":
+        raise ImageTooSmallError(f"{width}x{height} is smaller than the smallest crop, {c.min_side}x{c.min_side}")
     rng = generator("crop", seed, key, draw)
-    side = int(rng.integers(min(min_side, short), short + 1))
+    side = int(rng.integers(min(c.min_side, short), short + 1))
     region = Square(int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1)), side)
-    patch_size = patch_size or size
+    patch_size = c.patch_size or c.size
     patch = min(patch_size, side)
-    if patches == "none":
-        corners: list[tuple[int, int]] = []
-    elif patches == "grid":
-        corners = _grid(side, patch, overlap)
-    elif patches == "random":
-        drawn = rng.integers(0, side - patch + 1, size=(num_patches, 2))
+    corners: list[tuple[int, int]] = []
+    if c.patches == "grid":
+        corners = _grid(side, patch, c.overlap)
+    elif c.patches == "random":
+        drawn = rng.integers(0, side - patch + 1, size=(c.num_patches, 2))
         corners = [(int(top), int(left)) for top, left in drawn]
-    else:
-        raise ValueError(f"patches must be grid, random or none, not {patches!r}")
-    return Plan(region, tuple(Square(t, left, patch) for t, left in corners), size, patch_size)
+    return Plan(region, tuple(Square(t, left, patch) for t, left in corners), c.size, patch_size)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:

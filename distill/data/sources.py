@@ -380,7 +380,7 @@ _WHEELS = (
 _FOCAL, _BASELINE, _OFFSET = 994.978, 0.193001, 31.086
 
 
-def wheels() -> list[InputShard]:
+def bundled_photos() -> list[InputShard]:
     """The photographs inside the scikit-image and scikit-learn wheels, read from the installed files, as one shard.
 
     `motorcycle_left` has metric depth from its stereo disparity. Raises FileNotFoundError if the wheels are not

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.core.crop_settings import CropSettings
 from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cut_region, plan
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Labels
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
 from distill.labelling.bridge import Bridged
+from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import Sample
 from distill.teachers import Teacher
 
@@ -41,24 +43,13 @@ class TeacherFailedError(ValueError):
     """A teacher fails on everything, or breaks its contract; the message names it and its last error."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CropSettings:
-    """The settings of `distill.core.crops.plan`, which documents them."""
-
-    size: int = 560
-    min_side: int = 644
-    patches: str = "grid"
-    num_patches: int = 4
-    patch_size: int | None = None
-    overlap: float = 0.125
-    small: str = "refuse"
-
-    def plan(self, photo: Photo, *, seed: int, draw: int) -> Plan:
-        """The plan of one photo's draw; raises BadImageError where it is too small."""
-        try:
-            return plan(*photo.rgb.shape[1:], key=photo.key, seed=seed, draw=draw, **asdict(self))
-        except ImageTooSmallError as error:
-            raise BadImageError(str(error)) from error
+def plan_photo(photo: Photo, crops: CropSettings, *, seed: int = 0, draw: int = 0) -> Plan:
+    """The plan of one photo's draw; raises BadImageError where it is too small."""
+    try:
+        height, width = photo.rgb.shape[1:]
+        return plan(height, width, crops, key=photo.key, seed=seed, draw=draw)
+    except ImageTooSmallError as error:
+        raise BadImageError(str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,13 +70,13 @@ class CropJob:
     record: dict[str, Any]
 
 
-def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, sky: str | None = None) -> CropJob:
+def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, sky: str = DEFAULTS.sky) -> CropJob:
     """Cut one draw's region and patches out of a photo; raises BadImageError where it is smaller than the smallest
-    region.
+    region. sky: labels.sky, for the record.
 
     The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
     """
-    chosen = crops.plan(photo, seed=seed, draw=draw)
+    chosen = plan_photo(photo, crops, seed=seed, draw=draw)
     region = chosen.region
     boxes = chosen.boxes()[None]
     truth = None
@@ -100,7 +91,7 @@ def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, 
         "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
-        "sky": sky,
+        "sky": None if sky == "teacher" else sky,
     }
     return CropJob(
         key=f"{photo.key}-{draw}",
@@ -155,18 +146,18 @@ class _Waiting:
 
 
 def annotate(
-    jobs: Iterable[CropJob | Rejected], teachers: Teachers, *, batch_size: int = 8, store: str = "disparity"
+    jobs: Iterable[CropJob | Rejected], teachers: Teachers, *, labels: LabelSettings = DEFAULTS
 ) -> Iterator[Sample | Rejected]:
     """Jobs as labelled samples, in their order; a job that a teacher cannot label becomes Rejected with the reason.
 
     Crops of several images share a batch, and which ones do depends on `jobs` alone, so that a rerun gives the same
-    bits. store: see `stored`. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples in a row, or
+    bits. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples in a row, or
     on every one of four or more.
     """
-    queue = BatchQueue(teachers, batch_size, store)
+    queue = BatchQueue(teachers, labels)
     for job in jobs:
         queue.add(job)
-        queue.run(at_least=batch_size)
+        queue.run(at_least=labels.batch_size)
         yield from queue.drain()
     queue.run(at_least=1)
     yield from queue.drain()
@@ -176,8 +167,8 @@ def annotate(
 class BatchQueue:
     """Where jobs wait for their batches to fill, and leave in the order they came."""
 
-    def __init__(self, teachers: Teachers, batch_size: int, store: str) -> None:
-        self.teachers, self.batch_size, self.store = teachers, batch_size, store
+    def __init__(self, teachers: Teachers, labels: LabelSettings) -> None:
+        self.teachers, self.labels = teachers, labels
         self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str | Corruptions)]
         self.order: deque[_Waiting] = deque()
         self.queues: dict[int, list[tuple[_Waiting, int]]] = {}  # crops by size: a batch has one
@@ -200,7 +191,8 @@ class BatchQueue:
         """Ask every teacher for each batch of which at least so many crops wait."""
         for queue in self.queues.values():
             while len(queue) >= at_least:
-                crops, queue[: self.batch_size] = queue[: self.batch_size], []
+                size = self.labels.batch_size
+                crops, queue[:size] = queue[:size], []
                 for name, teacher in self.networks:
                     _ask(name, teacher, crops)
                 for waiting, _ in crops:
@@ -214,7 +206,7 @@ class BatchQueue:
                 yield waiting.job
                 continue
             self._count(waiting.problem)
-            yield _finish(waiting.job, waiting, self.teachers, self.store)
+            yield _finish(waiting.job, waiting, self.teachers, self.labels.store)
 
     def _count(self, problem: str) -> None:
         self.asked += 1
@@ -318,17 +310,15 @@ def label_photo(
     teachers: Teachers,
     *,
     crops: CropSettings,
-    draw: int = 0,
+    labels: LabelSettings = DEFAULTS,
     seed: int = 0,
-    batch_size: int = 8,
-    store: str = "disparity",
-    sky: str | None = None,
+    draw: int = 0,
 ) -> Sample:
     """One photo's sample, as `annotate` makes it, not yet quantized. Raises BadImageError with the reason there is
     none.
     """
-    job = prepare(photo, crops=crops, seed=seed, draw=draw, sky=sky)
-    result = next(annotate([job], teachers, batch_size=batch_size, store=store))
+    job = prepare(photo, crops=crops, seed=seed, draw=draw, sky=labels.sky)
+    result = next(annotate([job], teachers, labels=labels))
     if isinstance(result, Rejected):
         raise BadImageError(result.reason)
     return result
@@ -348,17 +338,15 @@ class OnlineDataset(Dataset[Sample]):
         teachers: Teachers,
         *,
         crops: CropSettings,
-        draws: int = 1,
+        labels: LabelSettings = DEFAULTS,
         seed: int = 0,
-        batch_size: int = 8,
-        store: str = "disparity",
         keys: Collection[str] | None = None,
     ) -> None:
-        self.networks, self.crops, self.seed, self.store, self.batch_size = teachers, crops, seed, store, batch_size
+        self.networks, self.crops, self.labels, self.seed = teachers, crops, labels, seed
         self.teachers = [name for name, _ in teachers]
         scans = [shard.scan() for shard in shards]
         self.quarantine = [rejected for scan in scans for rejected in scan.rejected]
-        every = [(entry, draw) for scan in scans for entry in scan.entries for draw in range(draws)]
+        every = [(entry, draw) for scan in scans for entry in scan.entries for draw in range(crops.crops_per_image)]
         wanted = None if keys is None else frozenset(keys)
         self.entries = [
             (e, draw) for e, draw in every if wanted is None or e.key in wanted or f"{e.key}-{draw}" in wanted
@@ -379,13 +367,7 @@ class OnlineDataset(Dataset[Sample]):
             entry, draw = self.entries[(index + step) % len(self.entries)]
             try:
                 return label_photo(
-                    entry.load(),
-                    self.networks,
-                    crops=self.crops,
-                    draw=draw,
-                    seed=self.seed,
-                    batch_size=self.batch_size,
-                    store=self.store,
+                    entry.load(), self.networks, crops=self.crops, labels=self.labels, seed=self.seed, draw=draw
                 )
             except BadImageError as error:
                 reason = str(error)

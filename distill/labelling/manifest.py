@@ -8,12 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distill.core.crop_settings import CropSettings
 from distill.core.depth import Kind
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
-from distill.labelling.annotate import TRUTH, CropSettings, Teachers, stored_kind
+from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
-from distill.shards.codec import CODECS, VERSION, dump_json
+from distill.labelling.settings import LabelSettings
+from distill.shards.codec import VERSION, dump_json
 from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
 
 SETTINGS = "settings.json"
@@ -32,17 +34,7 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 
 
-def settings_of(
-    teachers: Teachers,
-    crops: CropSettings,
-    *,
-    draws: int,
-    seed: int,
-    store: str,
-    sky: str | None,
-    part: int,
-    codec: str,
-) -> dict[str, Any]:
+def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, *, seed: int) -> dict[str, Any]:
     """What every label of a folder shares; raises ValueError for teachers that cannot be written down."""
     names = [name for name, _ in teachers]
     for name, teacher in teachers:
@@ -52,20 +44,12 @@ def settings_of(
             raise ValueError(f'teacher {name} must be a loaded teacher or "{TRUTH}", not {teacher!r}')
     if not names or len(set(names)) != len(names):
         raise ValueError(f"teachers need a name each, not {', '.join(names) or 'none at all'}")
-    if codec not in CODECS:
-        raise ValueError(f"labels.codec must be one of {', '.join(CODECS)}, not {codec!r}")
-    if draws < 1 or part < 1:
-        raise ValueError(f"draws and samples_per_part must be at least 1, not {draws} and {part}")
     return {
         "version": VERSION,
         "crops": asdict(crops),
-        "draws": draws,
         "seed": seed,
-        "store": store,
-        "sky": sky,
-        "codec": codec,
-        "samples_per_part": part,
-        "teachers": [{"as": name, **_card(teacher, store)} for name, teacher in teachers],
+        **{name: getattr(labels, name) for name in ("store", "sky", "codec", "samples_per_part")},
+        "teachers": [{"as": name, **_card(teacher, labels.store)} for name, teacher in teachers],
     }
 
 
@@ -75,13 +59,22 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         write_atomic(path, dump_json(settings))
         return
-    before = read_json(path)
+    before = _in_words_of_today(read_json(path))
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         raise ValueError(
             f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
             "delete this one"
         )
+
+
+def _in_words_of_today(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a folder that was begun before the keys of recipes got their present names."""
+    if "draws" not in settings:
+        return settings
+    crops = dict(settings["crops"])
+    crops |= {"on_small": crops.pop("small"), "patch_size": crops["patch_size"] or 0}
+    return {**settings, "crops": {**crops, "crops_per_image": settings["draws"]}, "sky": settings["sky"] or "teacher"}
 
 
 def finish(

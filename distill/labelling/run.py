@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill.core.crop_settings import CropSettings
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
     TRUTH,
     CropJob,
-    CropSettings,
     OnlineDataset,
     Teachers,
     annotate,
@@ -33,13 +33,15 @@ from distill.labelling.annotate import (
 )
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
-from distill.shards.codec import DEFAULT_CODEC, VERSION, Sample, dump_json, encode_sample
+from distill.labelling.settings import DEFAULTS, LabelSettings
+from distill.shards.codec import VERSION, Sample, dump_json, encode_sample
 from distill.shards.shards import ShardWriter, read_json, write_atomic
 
 __all__ = [
     "TRUTH",
     "RunLockedError",
     "CropSettings",
+    "LabelSettings",
     "OnlineDataset",
     "LabelOutcome",
     "label",
@@ -109,36 +111,25 @@ def label(
     *,
     out: str | Path,
     crops: CropSettings,
-    draws: int = 1,
+    labels: LabelSettings = DEFAULTS,
     seed: int = 0,
-    store: str = "disparity",
-    sky: str | None = None,
-    codec: str = DEFAULT_CODEC,
     rank: int = 0,
     world: int = 1,
-    batch_size: int = 8,
-    samples_per_part: int = 1000,
-    threads: int = 4,
     recipe: Mapping[str, Any] | None = None,
-    images_licence: str = "unknown",
     report: Callable[..., None] | None = None,
 ) -> LabelOutcome:
     """Label images into `out`; called again, it does what is missing.
 
-    teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. draws: regions per image.
-    store: "disparity" turns depth whose shift is known into disparity, exactly; "as_is" keeps it. codec: how maps are
-    stored, see `shards.codec.CODECS`. rank, world: this process and how many there are. samples_per_part: at most so
-    many in a tar. threads: decode and encode beside the teachers. recipe: written to the manifest. report: called after
-    every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this
-    process.
+    teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
+    making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
+    how many there are. recipe: written to the manifest. report: called after every image with done, total and numbers
+    (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
     """
     out = Path(out)
-    settings = settings_of(
-        teachers, crops, draws=draws, seed=seed, store=store, sky=sky, part=samples_per_part, codec=codec
-    )
+    settings = settings_of(teachers, crops, labels, seed=seed)
     combine(shards)
     if not shards:
         raise ValueError("there are no images to label; check [images]")
@@ -149,14 +140,13 @@ def label(
     with run_lock(out, rank=rank, world=world):
         with mutex(out):
             keep_settings(out, settings)
-        mine = _share(shards, max(1, samples_per_part // draws), rank, world)
+        mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
         todo = [part for part in mine if not _is_done(out, part)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         for part in todo:
-            work = _Work(teachers, crops, draws, seed, store, sky, codec, batch_size, threads)
-            _label_part(out, part, work, tally)
+            _label_part(out, part, _Work(teachers, crops, labels, seed), tally)
         with mutex(out):
-            complete = finish(out, shards, settings, recipe=recipe or {}, licence=images_licence, fresh=bool(todo))
+            complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
@@ -180,20 +170,16 @@ class _Work:
 
     teachers: Teachers
     crops: CropSettings
-    draws: int
+    labels: LabelSettings
     seed: int
-    store: str
-    sky: str | None
-    codec: str
-    batch_size: int
-    threads: int
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
         try:
             photo = entry.load()
             return [
-                prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.sky) for draw in range(self.draws)
+                prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.labels.sky)
+                for draw in range(self.crops.crops_per_image)
             ]
         except BadImageError as error:
             return [Rejected(entry.origin, entry.key, str(error))]
@@ -263,7 +249,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
     tally.quarantined += len(quarantine)
     kinds: dict[str, set[str]] = {}
     dropped: dict[str, dict[str, int]] = {}
-    threads = max(1, work.threads)
+    threads = max(1, work.labels.threads)
     with (
         ShardWriter(out / part.name) as writer,
         ThreadPoolExecutor(threads) as pool,
@@ -272,9 +258,9 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
         try:
             prepared = _ahead(pool, work.jobs, part.entries, 2 * threads)
             jobs = (job for several in prepared for job in several)
-            results = annotate(jobs, work.teachers, batch_size=work.batch_size, store=work.store)
+            results = annotate(jobs, work.teachers, labels=work.labels)
             last = ""
-            encoded = _ahead(pool, partial(_encode, work.codec), results, 2 * threads)
+            encoded = _ahead(pool, partial(_encode, work.labels.codec), results, 2 * threads)
             for result, size in _ahead(clerk, partial(_store, writer), encoded, 2 * threads):
                 if isinstance(result, Rejected):
                     quarantine.append(result)

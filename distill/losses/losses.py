@@ -24,17 +24,17 @@ def compare(
     trim_top: float = 0.0,
     label_only: bool = False,
     weight: Tensor | None = None,
-    faithful: bool = False,
+    reference_hdn: bool = False,
     contexts: str = "dr",
 ) -> Comparison:
     """`distillation_loss` together with how many contexts carried information and how many did not."""
     plugin = find("distill.losses.normalize", normalization)
-    if not faithful or not plugin.LEVELS:
+    if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
-            raise ValueError(f"contexts = {contexts!r} needs faithful and a normalization with contexts")
+            raise ValueError(f"contexts = {contexts!r} needs reference_hdn and a normalization with contexts")
         return plugin.compare(pred, target, valid, trim_top=trim_top, label_only=label_only, weight=weight)
     if trim_top or label_only or weight is not None:
-        raise ValueError("faithful is HDN's released loss, which knows no trim_top, label_only or weights")
+        raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")
     # One context is that code's SSIMAE, which does keep the maximum.
     loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
     number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
@@ -51,7 +51,7 @@ def distillation_loss(
     trim_top: float = 0.0,
     label_only: bool = False,
     weight: Tensor | None = None,
-    faithful: bool = False,
+    reference_hdn: bool = False,
     contexts: str = "dr",
 ) -> Tensor:
     """L_Dis of Distill-Any-Depth, Sec. 3.1: mean |N(pred) - N(target)| over the pixels that count, (B,).
@@ -61,9 +61,9 @@ def distillation_loss(
     trim_top: the fraction of pixels with the largest loss that is dropped (Depth Anything V2: 0.1).
     label_only: the student is brought to the label's scale by the label's statistics, not by its own.
     weight: (B,H,W), how much each pixel counts in the mean; None: all alike.
-    faithful: HDN's released code to the letter, oddities included (`hdn_loss`): "hybrid" is its level 3, "local" the
-    finest contexts of it, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without `faithful`
-    contexts are equal parts of the label's range.
+    reference_hdn: HDN's released code to the letter, oddities included (`hdn_loss`): "hybrid" is its level 3, "local"
+    the finest contexts of it, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without it contexts
+    are equal parts of the label's range.
     """
     return compare(
         pred,
@@ -73,7 +73,7 @@ def distillation_loss(
         trim_top=trim_top,
         label_only=label_only,
         weight=weight,
-        faithful=faithful,
+        reference_hdn=reference_hdn,
         contexts=contexts,
     ).loss
 

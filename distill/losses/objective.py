@@ -7,7 +7,6 @@ accumulated equals 4 processes x 2.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,38 +16,18 @@ from distill.core.depth import KindError
 from distill.core.labels import Labels
 from distill.losses.losses import anchor_loss, compare, feature_loss, gradient_loss
 from distill.losses.normalize import Comparison
+from distill.losses.settings import LossSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weights:
-    """How much each part counts; the paper's values. `anchor` is ours and off by default."""
-
-    shared: float = 1.0
-    local_global: float = 0.5
-    feature: float = 1.0
-    gradient: float = 2.0
-    anchor: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Objective:
-    """What a student is asked for.
+    """What a student is asked for; a recipe's [loss] says it.
 
-    normalization: a file of distill/losses/normalize. trim_top, label_only, faithful, contexts: see
-    losses.distillation_loss; faithful takes its mean over a micro-batch. feature_margin: see losses.feature_loss.
-    patch_resolution: where a patch's label meets the student's map: "patch" samples the student at the patch's pixels
-    (finer: the label keeps all its detail), "student" samples the label at the student's own pixels (nothing is
-    asked of the student between its pixels). Both are bilinear between pixel centres. The paper does not say; ours.
+    A patch's label meets the student's map at the patch's pixels or at the student's (settings.patch_resolution); both
+    are bilinear between pixel centres.
     """
 
-    normalization: str = "hybrid"
-    weights: Weights = field(default_factory=Weights)
-    trim_top: float = 0.0
-    label_only: bool = False
-    feature_margin: float = 0.85
-    faithful: bool = False
-    contexts: str = "dr"
-    patch_resolution: Literal["patch", "student"] = "patch"
+    settings: LossSettings = field(default_factory=LossSettings)
 
     def __call__(
         self, pred: Tensor, labels: Labels, features: Tensor | None = None, teacher_features: Tensor | None = None
@@ -71,7 +50,7 @@ class Objective:
     def _sum(
         self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        w, shared = self.weights, labels.shared
+        w, shared = self.settings, labels.shared
         comparison = self._compare(pred, shared.values, shared.valid, labels.shared_weight)
         parts = {"shared": comparison.loss}
         total = w.shared * comparison.loss
@@ -79,11 +58,11 @@ class Objective:
             parts["local_global"] = self._local_global(pred, labels)
             total = total + w.local_global * parts["local_global"]
         if w.gradient:
-            normalize = self.normalization != "none"
+            normalize = w.normalization != "none"
             parts["gradient"] = gradient_loss(pred, shared.values, shared.valid, normalize=normalize)
             total = total + w.gradient * parts["gradient"]
         if w.feature and features is not None and teacher_features is not None:
-            parts["feature"] = feature_loss(features, teacher_features, margin=self.feature_margin)
+            parts["feature"] = feature_loss(features, teacher_features, margin=w.feature_margin)
             total = total + w.feature * parts["feature"]
         if w.anchor:
             parts["anchor"] = anchor_loss(pred, shared.values, shared.valid)
@@ -92,23 +71,24 @@ class Objective:
         return total, parts
 
     def _compare(self, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:
+        s = self.settings
         return compare(
             pred,
             target,
             valid,
-            self.normalization,
-            trim_top=self.trim_top,
-            label_only=self.label_only,
+            s.normalization,
+            trim_top=s.trim_top,
+            label_only=s.label_only,
             weight=weight,
-            faithful=self.faithful,
-            contexts=self.contexts,
+            reference_hdn=s.reference_hdn,
+            contexts=s.contexts,
         )
 
     def _local_global(self, pred: Tensor, labels: Labels) -> Tensor:
         """Each patch's label against the student's map on the overlap; mean over patches."""
         assert labels.local is not None
         batch, num = labels.boxes.shape[:2]
-        if self.patch_resolution == "student":
+        if self.settings.patch_resolution == "student":
             seen, values, valid, weight = _at_student_pixels(pred, labels)
         else:
             values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight

@@ -24,18 +24,27 @@ from distill.core.labels import Batch, Labels
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: bool, colour: float, crop: float) -> Batch:
+def augment(
+    batch: Batch,
+    positions: Sequence[int],
+    *,
+    seed: int,
+    hflip: bool,
+    color_jitter: float,
+    random_resized_crop: float,
+) -> Batch:
     """The batch as the student is to see it at these places of the stream, (B,) of them.
 
-    hflip: every second image is mirrored, by lot. colour: brightness, contrast and saturation are each multiplied by
-    1 + colour * U(-1, 1); 0 = off. crop: smallest area fraction of a random square of the region; 1 = off.
+    hflip: every second image is mirrored, by lot. color_jitter: brightness, contrast and saturation are each multiplied
+    by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square of the
+    region; 1 = off.
     """
-    if not (hflip or colour or crop < 1.0):
+    if not (hflip or color_jitter or random_resized_crop < 1.0):
         return batch
     draws = [generator("augment", seed, position) for position in positions]
     images, labels = batch.images.clone(), dict(batch.labels)
-    if crop < 1.0:
-        squares = [_draw_square(draw, images.shape[-1], crop) for draw in draws]
+    if random_resized_crop < 1.0:
+        squares = [_draw_square(draw, images.shape[-1], random_resized_crop) for draw in draws]
         for b, square in enumerate(squares):
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
@@ -43,9 +52,9 @@ def augment(batch: Batch, positions: Sequence[int], *, seed: int, hflip: bool, c
         mirrored = torch.tensor([draw.random() < 0.5 for draw in draws])
         images = _mirror(images, mirrored)
         labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
-    if colour:
+    if color_jitter:
         for b, draw in enumerate(draws):
-            images[b] = _jitter(images[b], 1.0 + colour * (2.0 * draw.random(3) - 1.0))
+            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
 
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core.labels import Batch, Labels
 from distill.training.augment import augment
 from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels
-from distill.training.schedule import TrainSettings
+from distill.training.settings import TrainSettings
 
 PREFETCH = 4  # micro-batches per worker that lie ready
 
@@ -58,14 +58,14 @@ class MicroBatch:
 
 def shares(batch: Batch, settings: TrainSettings) -> dict[str, float]:
     """How often each teacher is learnt from; ValueError where the labels do not say or a teacher's are missing."""
-    if not settings.teachers:
+    if not settings.teacher_shares:
         if len(batch.labels) != 1:
             raise ValueError(
                 f"the labels come from {', '.join(batch.labels)}: say how often each is learnt from, e.g. "
-                f"teachers = {{{', '.join(f'{name} = {1 / len(batch.labels):.2g}' for name in batch.labels)}}}"
+                f"teacher_shares = {{{', '.join(f'{name} = {1 / len(batch.labels):.2g}' for name in batch.labels)}}}"
             )
         return dict.fromkeys(batch.labels, 1.0)
-    used = {name: share for name, share in settings.teachers.items() if share > 0}
+    used = {name: share for name, share in settings.teacher_shares.items() if share > 0}
     if missing := [name for name in used if name not in batch.labels]:
         raise ValueError(
             f"{batch.keys[0]} has no labels by {', '.join(missing)}; the labels hold: {', '.join(batch.labels)}"
@@ -94,14 +94,21 @@ class _Training:
         s = self.settings
         try:
             batch = self.collate(list(samples))
-            among = s.teachers if self.alone else shares(batch, s)
+            among = s.teacher_shares if self.alone else shares(batch, s)
             step = places[0].position // s.batch_size
             teacher = "average" if s.strategy == "average" else choose_teacher(among, seed=s.seed, step=step)
             averaged = teacher == "average"
             if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
                 batch = labels_to_learn(batch, s, teacher=teacher, among=among)
             positions = [place.position for place in places]
-            batch = augment(batch, positions, seed=s.seed, hflip=s.hflip, colour=s.colour, crop=s.crop)
+            batch = augment(
+                batch,
+                positions,
+                seed=s.seed,
+                hflip=s.hflip,
+                color_jitter=s.color_jitter,
+                random_resized_crop=s.random_resized_crop,
+            )
             return MicroBatch(
                 labels_to_learn(batch, s, teacher=teacher, among=among) if averaged else batch,
                 teacher,
@@ -148,7 +155,7 @@ class _Placed(Dataset[Any]):
         try:
             if s is None:
                 return place, self.dataset[place.index]
-            teacher = choose_teacher(s.teachers, seed=s.seed, step=place.position // s.batch_size)
+            teacher = choose_teacher(s.teacher_shares, seed=s.seed, step=place.position // s.batch_size)
             return place, self.dataset.by(place.index, [teacher])  # type: ignore[attr-defined]
         except (ValueError, LookupError, OSError) as error:
             return error
@@ -191,10 +198,10 @@ def _alone(dataset: Labelled, settings: TrainSettings) -> bool:
 
     Raises LookupError where a teacher's labels are missing, for the step that needs them may be a day away.
     """
-    if settings.strategy != "select" or not settings.teachers or not hasattr(dataset, "by"):
+    if settings.strategy != "select" or not settings.teacher_shares or not hasattr(dataset, "by"):
         return False
     known: Sequence[str] = dataset.teachers  # type: ignore[attr-defined]
-    if missing := [name for name, share in settings.teachers.items() if share > 0 and name not in known]:
+    if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in known]:
         raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(known)}")
     return True
 

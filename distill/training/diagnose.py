@@ -173,5 +173,7 @@ def _held_out(lines: Sequence[Line]) -> list[Finding]:
     last = held[-1][1]
     what = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
     if last > 1.1 * best:
-        return [Finding("warn", f"overfitting: {what}", "more images or draws, or patience to stop early")]
+        return [
+            Finding("warn", f"overfitting: {what}", "more images or crops.crops_per_image, or patience to stop early")
+        ]
     return [Finding("ok", what)]

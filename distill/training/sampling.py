@@ -97,7 +97,7 @@ class MicroBatchPositions:
         if len(self.order.indices) < self.batch_size:
             raise ValueError(
                 f"{len(self.order.indices)} training samples are fewer than one batch of {self.batch_size}: "
-                f"label more images, or lower batch_size or holdout"
+                f"label more images, or lower batch_size or val_fraction"
             )
 
     def after(self, step: int) -> MicroBatchPositions:

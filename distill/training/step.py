@@ -23,7 +23,8 @@ from torch.optim.swa_utils import AveragedModel
 from distill.core.crops import generator
 from distill.core.labels import Labels
 from distill.training.batches import MicroBatch
-from distill.training.schedule import TrainSettings, set_rates
+from distill.training.schedule import set_rates
+from distill.training.settings import TrainSettings
 from distill.training.trainlog import ScaleAlarm, StepLog, dump_batch, map_statistics
 
 STATISTICS = ("loss", "output_median", "output_deviation", "label_median", "label_deviation", "labelled")

@@ -33,7 +33,8 @@ from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, heldout_batches, training_batches
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out
-from distill.training.schedule import CHANGEABLE, TrainSettings, make_optimizer
+from distill.training.schedule import make_optimizer
+from distill.training.settings import CHANGEABLE, TrainSettings
 from distill.training.step import (
     ObjectiveLike,
     Processes,
@@ -84,18 +85,19 @@ def train(
     identity: str = "",
     save: Callable[..., object] = checkpoint.save,
     report: Callable[..., None] | None = None,
+    cpu: bool = False,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
-    heldout: labels that choose the checkpoint; None: `settings.holdout` of the dataset's images.
+    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
     features), and the objective also gets reference(images)[-1][0].
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), by the main
-    process only.
+    process only. cpu: stay on the CPU where there is a GPU.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -103,9 +105,9 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
-    accelerator = _accelerator(settings, out)
+    accelerator = _accelerator(settings, out, cpu=cpu)
     if heldout is None:
-        kept, held = hold_out(dataset.image_keys, settings.holdout)
+        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
     else:
         kept, held = list(range(len(dataset))), list(range(len(heldout)))
     batches = MicroBatchPositions(
@@ -146,12 +148,12 @@ class _Held:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _accelerator(settings: TrainSettings, out: Path) -> Accelerator:
+def _accelerator(settings: TrainSettings, out: Path, *, cpu: bool) -> Accelerator:
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     if missing := [name for name in settings.trackers if name not in installed]:
         raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
     accelerator = Accelerator(
-        cpu=settings.cpu,
+        cpu=cpu,
         # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
         mixed_precision="no",
         gradient_accumulation_steps=1,
@@ -238,8 +240,7 @@ def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
 def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
     """ValueError where the checkpoint belongs to another run."""
     # A setting that an older checkpoint does not know had its default then.
-    defaults = TrainSettings(steps=max(1, run.settings.warmup_steps + 1), batch_size=1).as_dict()
-    now, then = run.settings.as_dict(), defaults | saved.state["settings"]
+    now, then = run.settings.as_dict(), TrainSettings().as_dict() | saved.state["settings"]
     changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
     differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
     if run.facts["data"] != saved.state["data"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from distill.core.depth import DepthMap
-from distill.data.sources import Entry, Photo, wheels
+from distill.data.sources import Entry, Photo, bundled_photos
 from distill.eval.benchmarks import BenchmarkSample, prediction_path
 from distill.eval.protocol import Protocol, list_hash
 
@@ -25,7 +25,9 @@ def samples(root: Path | str | None = None, list_file: Path | str | None = None)
     """The one image. Raises FileNotFoundError where scikit-image is not installed."""
     if list_file is not None:
         raise ValueError(f"{list_file}: the motorcycle benchmark is one image and takes no list")
-    entry = next(entry for shard in wheels() for entry in shard.scan().entries if entry.key == "motorcycle_left")
+    entry = next(
+        entry for shard in bundled_photos() for entry in shard.scan().entries if entry.key == "motorcycle_left"
+    )
     return [BenchmarkSample(_KEY, prediction_path(_KEY), partial(_image, entry), partial(_truth, entry))]
 
 

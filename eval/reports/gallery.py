@@ -23,7 +23,7 @@ from distill.eval.score import ImageScore, Score
 from distill.eval.stored import read_prediction
 
 PICTURES = 4
-"""Images shown of each benchmark."""
+"""Images shown of each benchmark, where the recipe's score.pictures does not say."""
 ERROR_END = 0.3
 """Relative error at the dark end of the error maps' scale; the legend's ticks are its thirds."""
 _MODELS = 4
@@ -40,7 +40,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
     """Pictures of every benchmark that the recipe names and the run has predictions of; says what it lacks."""
     if not scores:
         return missing("No pictures: they show stored predictions, and nothing has been scored.")
-    parts = []
+    parts, most = [], int(recipe.get("score", {}).get("pictures", PICTURES))
     for spec in recipe.get("benchmarks", []):
         label = spec.get("alias") or spec.get("name", "")
         selected = [
@@ -52,7 +52,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
             continue
         try:
-            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS]))
+            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=most))
         except UNREADABLE as error:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
@@ -69,7 +69,7 @@ def _slug(score: Score) -> str:
     return score.model.replace(" ", "_")
 
 
-def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequence[Score]) -> str:
+def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequence[Score], *, pictures: int) -> str:
     samples = {
         s.key: s
         for s in find("distill.eval.benchmarks", spec["name"]).samples(
@@ -83,7 +83,7 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
     ranked = [key for _, key in best_first if key in samples]
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
-    places = np.unique(np.linspace(len(ranked) - 1, 0, min(PICTURES, len(ranked))).round().astype(int))[::-1]
+    places = np.unique(np.linspace(len(ranked) - 1, 0, min(pictures, len(ranked))).round().astype(int))[::-1]
     order = f"images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first"
     parts = [f"<h3>{escape(label)} <small>{order}</small></h3>"]
     for place in places:

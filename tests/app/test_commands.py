@@ -37,7 +37,7 @@ tars = "{tars}"
 [crops]
 size = 64
 min_side = 64
-draws = 3
+crops_per_image = 3
 patches = "random"
 num_patches = 2
 [[teachers]]
@@ -57,7 +57,7 @@ batch_size = 4
 lr = 2e-3
 encoder_lr = 1e-3
 warmup_steps = 3
-holdout = 0.2
+val_fraction = 0.2
 eval_every = 10
 save_every = 10
 workers = 0
@@ -194,7 +194,10 @@ def test_killed_half_way_and_resumed_is_the_same_to_the_byte(world, straight):
 MISTAKES = {
     "no such recipe": (["label", "nowhere.toml"], "nowhere.toml: no such recipe"),
     "misspelt override": (["show", "{recipe}", "--set", "train.stps=3"], "did you mean train.steps?"),
-    "train before label": (["train", "{recipe}", "--set", "crops.draws=9"], "run `distill label` with this recipe"),
+    "train before label": (
+        ["train", "{recipe}", "--set", "crops.crops_per_image=9"],
+        "run `distill label` with this recipe",
+    ),
     "no such tar": (["label", "{recipe}", "--set", 'images.0.tars="gone.tar"'], "gone.tar: no such tar"),
     "teacher option": (
         ["label", "{recipe}", "--set", "teachers.0.options.offst=1"],

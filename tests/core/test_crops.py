@@ -11,6 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.core import crops
+from distill.core.crop_settings import CropSettings
+
+
+def planned(height: int, width: int, *, key: str, seed: int = 0, draw: int = 0, **given) -> crops.Plan:
+    return crops.plan(height, width, CropSettings(**given), key=key, seed=seed, draw=draw)
 
 
 def ramp(height: int, width: int) -> torch.Tensor:
@@ -22,8 +27,8 @@ def ramp(height: int, width: int) -> torch.Tensor:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(30, 300), st.integers(30, 300), st.integers(0, 50), st.sampled_from(["grid", "random", "none"]))
 def test_regions_and_patches_lie_inside(height, width, draw, patches):
-    plan = crops.plan(
-        height, width, key="sa_1", draw=draw, size=28, min_side=40, patches=patches, patch_size=32, small="use"
+    plan = planned(
+        height, width, key="sa_1", draw=draw, size=28, min_side=40, patches=patches, patch_size=32, on_small="use"
     )
     r = plan.region
     assert 0 <= r.top and r.top + r.side <= height and 0 <= r.left and r.left + r.side <= width
@@ -46,29 +51,29 @@ def test_grid_patches_cover_the_region_and_overlap_by_an_eighth(side):
 
 def test_plans_do_not_depend_on_order_or_process():
     def plans(keys):
-        return {k: crops.plan(900, 1200, key=k, seed=3, patches="random", num_patches=2) for k in keys}
+        return {k: planned(900, 1200, key=k, seed=3, patches="random", num_patches=2) for k in keys}
 
     keys = [f"sa_{i}" for i in range(20)]
     assert plans(keys) == plans(reversed(keys))
-    call = "crops.plan(900, 1200, key='sa_7', seed=3, patches='random', num_patches=2)"
-    code = f"from distill.core import crops; print({call})"
+    call = "crops.plan(900, 1200, CropSettings(patches='random', num_patches=2), key='sa_7', seed=3)"
+    code = f"from distill.core import crops; from distill.core.crop_settings import CropSettings; print({call})"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert other.stdout.strip() == str(plans(["sa_7"])["sa_7"])
     assert len({p.region for p in plans(keys).values()}) > 15
-    draws = {crops.plan(900, 1200, key="sa_7", seed=3, draw=d).region for d in range(8)}
+    draws = {planned(900, 1200, key="sa_7", seed=3, draw=d).region for d in range(8)}
     assert len(draws) == 8
 
 
 def test_sides_are_uniform_between_the_smallest_and_the_whole():
-    sides = torch.tensor([crops.plan(1500, 2250, key=str(i)).region.side for i in range(2000)]).float()
+    sides = torch.tensor([planned(1500, 2250, key=str(i)).region.side for i in range(2000)]).float()
     assert sides.min() < 660 and sides.max() > 1485
     assert abs(sides.mean() - (644 + 1500) / 2) < 15
 
 
 def test_small_images_are_refused_by_name_or_used_whole():
     with pytest.raises(crops.ImageTooSmallError, match="400x300 is smaller than the smallest crop, 644x644"):
-        crops.plan(300, 400, key="a")
-    plan = crops.plan(300, 400, key="a", small="use")
+        planned(300, 400, key="a")
+    plan = planned(300, 400, key="a", on_small="use")
     assert plan.region.side == 300
     assert all(p.side == 300 for p in plan.patches) and plan.patch_size == 560
 
@@ -76,7 +81,7 @@ def test_small_images_are_refused_by_name_or_used_whole():
 @pytest.mark.parametrize("size", [56, 97, 140])
 def test_cut_and_place_are_inverse(size):
     image = ramp(200, 260)
-    plan = crops.plan(200, 260, key="k", size=size, min_side=100, patches="none")
+    plan = planned(200, 260, key="k", size=size, min_side=100, patches="none")
     cut = crops.cut_region(image, plan)
     assert cut.shape == (1, size, size)
     placed, inside = crops.place_region(cut, plan, 200, 260)
@@ -91,7 +96,7 @@ def test_cut_and_place_are_inverse(size):
 def test_a_ramp_seen_through_a_patch_equals_the_ramp_of_the_region():
     """The geometry of local-global: student on the whole region, teacher on native patches, zero difference."""
     image = ramp(300, 280)
-    plan = crops.plan(300, 280, key="k", size=84, min_side=200, patches="random", num_patches=5, patch_size=96)
+    plan = planned(300, 280, key="k", size=84, min_side=200, patches="random", num_patches=5, patch_size=96)
     region, patches = crops.cut_region(image, plan), crops.cut_patches(image, plan)
     seen, inside = crops.sample_boxes(region, plan.boxes()[None], 96)
     # Antialiased shrinking bends a ramp in the outermost pixel; two region pixels in from the border it is exact.

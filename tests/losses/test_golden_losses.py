@@ -64,7 +64,7 @@ def test_the_option_is_the_released_loss(golden, case):
             ("dr3_finest", "local", "dr"),
             ("ssimae", "global", "dr"),
         ):
-            got = distillation_loss(pred, target, valid, normalization, faithful=True, contexts=contexts)
+            got = distillation_loss(pred, target, valid, normalization, reference_hdn=True, contexts=contexts)
             assert torch.equal(got, ours(name, pred, target, valid)), (normalization, contexts)
             assert got.shape == (len(pred),)
 
@@ -119,12 +119,12 @@ def test_gradcheck_and_half_precision_and_nothing_valid(contexts):
 def test_what_the_released_loss_cannot_do_is_refused():
     pred, target, valid = maps()
     with pytest.raises(ValueError, match="no trim_top, label_only or weights"):
-        compare(pred, target, valid, "hybrid", faithful=True, trim_top=0.1)
+        compare(pred, target, valid, "hybrid", reference_hdn=True, trim_top=0.1)
     with pytest.raises(ValueError, match="square maps, not 12 x 8"):
         hdn_loss(pred[..., :8], target[..., :8], valid[..., :8], contexts="ds")
     with pytest.raises(ValueError, match="contexts must be"):
         hdn_loss(pred, target, valid, contexts="range")
-    with pytest.raises(ValueError, match="needs faithful"):
+    with pytest.raises(ValueError, match="needs reference_hdn"):
         compare(pred, target, valid, "hybrid", contexts="dp")
 
 
@@ -133,19 +133,23 @@ def test_the_recipe_reaches_it_and_a_run_without_it_keeps_its_identity():
         table = {"run": {"name": "x"}, "images": [{"scenes": 2}], "teachers": [{"name": "analytic"}], "loss": loss}
         return recipe.parse(table)
 
-    objective = build.make_objective(given(faithful=True, contexts="dp", patch_resolution="student"))
-    assert (objective.faithful, objective.contexts, objective.patch_resolution) == (True, "dp", "student")
+    objective = build.make_objective(given(reference_hdn=True, contexts="dp", patch_resolution="student"))
+    assert (objective.settings.reference_hdn, objective.settings.contexts, objective.settings.patch_resolution) == (
+        True,
+        "dp",
+        "student",
+    )
     pred, target, valid = maps()
     labels = Labels(DepthMap(target, valid, Kind.AFFINE_DISPARITY), None, torch.zeros(2, 0, 4))
     part = objective(pred, labels)[1]["shared"]
     torch.testing.assert_close(part, hdn_loss(pred, target.float(), valid, contexts="dp"), rtol=1e-5, atol=1e-6)
-    names = {build.identity(given(**loss)) for loss in ({}, {"faithful": False}, {"patch_resolution": "patch"})}
+    names = {build.identity(given(**loss)) for loss in ({}, {"reference_hdn": False}, {"patch_resolution": "patch"})}
     assert len(names) == 1
-    others = {build.identity(given(**loss)) for loss in ({"faithful": True}, {"patch_resolution": "student"})}
+    others = {build.identity(given(**loss)) for loss in ({"reference_hdn": True}, {"patch_resolution": "student"})}
     assert len(others | names) == 3
     for loss, message in (
-        ({"faithful": True, "trim_top": 0.1}, "knows no trim_top"),
-        ({"contexts": "ds"}, "set faithful = true"),
+        ({"reference_hdn": True, "trim_top": 0.1}, "knows no trim_top"),
+        ({"contexts": "ds"}, "set reference_hdn = true"),
         ({"patch_resolution": "region"}, "patch_resolution must be"),
     ):
         with pytest.raises(RecipeError, match=message):

@@ -109,14 +109,14 @@ def ways() -> dict[str, Way]:
 
 def maps(folder: str | None, count: int, weights: str, encoder_weights: str | None) -> list[torch.Tensor]:
     if folder is None:
-        shards = sources.wheels()
+        shards = sources.bundled_photos()
     elif tars := sorted(Path(folder).glob("*.tar")):
         shards = sources.tars(tars)
     else:
         shards = sources.folders(folder)
     entries = [entry for shard in shards for entry in shard.scan().entries]
     teacher = Teacher.load(weights, native_size=560, encoder_weights=encoder_weights)
-    crops, found = CropSettings(min_side=560, small="use", patches="none"), []
+    crops, found = CropSettings(min_side=560, on_small="use", patches="none"), []
     for entry in entries[:: max(1, len(entries) // count)][:count]:
         try:
             found.append(teacher.predict(prepare(entry.load(), crops=crops).region[None].float() / 255).values[0])

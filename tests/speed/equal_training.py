@@ -24,7 +24,8 @@ from distill.data import scenes
 from distill.data.pairs import Pair, read_pairs
 from distill.eval.boundary import boundary_f1
 from distill.eval.metrics import all_metrics
-from distill.losses.objective import Objective, Weights
+from distill.losses.objective import Objective
+from distill.losses.settings import LossSettings
 from distill.students.encoder import Encoder
 
 SIDE, GRID, PATCH, WINDOW = 168, 12, 14, 8
@@ -129,7 +130,7 @@ def fit(decoder: nn.Module, data: Data, args: argparse.Namespace, seed: int, hal
     Where the time is up before the last step, what is there goes to the file `half`, and the next call goes on.
     """
     draw = torch.Generator().manual_seed(1000 + seed)
-    objective = Objective(weights=Weights(local_global=0.0, feature=0.0, anchor=0.05))
+    objective = Objective(LossSettings(local_global=0.0, feature=0.0, anchor=0.05))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, weight_decay=0.01)
     losses: list[float] = []
     if half.is_file():

@@ -34,7 +34,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.data.sources import Entry, InputShard, Scan
 from distill.labelling.annotate import CropJob, prepare
-from distill.labelling.run import CropSettings, label, label_photo
+from distill.labelling.run import CropSettings, LabelSettings, label, label_photo
 from distill.shards.codec import DEFAULT_CODEC, encode_sample
 from distill.shards.shards import LabelDataset, collate, verify
 from distill.teachers import Card
@@ -191,7 +191,9 @@ def feeding(shards: list[InputShard], settings: CropSettings) -> None:
         for threads in (1, 2, 4):
             out = Path(temporary) / f"out{threads}"
             start = time.perf_counter()
-            outcome = label(shards, [("formula", Formula())], out=out, crops=settings, threads=threads)
+            outcome = label(
+                shards, [("formula", Formula())], out=out, crops=settings, labels=LabelSettings(threads=threads)
+            )
             rate = outcome.images / (time.perf_counter() - start)
             print(f"label, no teacher, {threads} threads {rate:13.2f} images/s")
         dataset = LabelDataset(out)

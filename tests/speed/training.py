@@ -27,7 +27,7 @@ from distill import students
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels
 from distill.data import sources
-from distill.labelling.run import CropSettings, label
+from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.losses.objective import Objective
 from distill.shards.codec import CODECS
 from distill.shards.shards import LabelDataset
@@ -162,8 +162,14 @@ def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> N
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         found = sources.tars(make_tar(folder / "sa_0.tar", 8))
-        crops = CropSettings(size=size, min_side=size, patches="random", num_patches=2)
-        label(found, [("one", Formula()), ("two", Formula())], out=folder / "labels", crops=crops, draws=4, codec=codec)
+        crops = CropSettings(size=size, min_side=size, patches="random", num_patches=2, crops_per_image=4)
+        label(
+            found,
+            [("one", Formula()), ("two", Formula())],
+            out=folder / "labels",
+            crops=crops,
+            labels=LabelSettings(codec=codec),
+        )
         dataset = LabelDataset(folder / "labels")
         start = time.process_time()
         for i in range(16):
@@ -208,10 +214,14 @@ def main() -> None:
         steps=BLOCK * (given.repeats + 1) + 1,  # the last step saves, and falls in no block
         batch_size=given.batch_size,
         workers=given.workers,
-        holdout=0.0,
+        val_fraction=0.0,
         eval_every=0,
         save_every=0,
         trackers=tuple(given.trackers),
+        hflip=False,
+        warmup_steps=0,
+        encoder_lr=5e-5,
+        seed=0,
     )
     print(f"{device}, {torch.get_num_threads()} threads, batches of {given.batch_size}, {data.images.shape[-1]} pixels")
     if given.shards:

@@ -150,7 +150,7 @@ class TestFrozenEncoderLeftOut:
         }
         save_file(state, tmp_path / "vit.safetensors")
         student = tiny(weights=tmp_path / "vit.safetensors", frozen=True, blocks=[0, 1])
-        checkpoint.save(student, tmp_path / "s", leave_out_frozen_encoder=True)
+        checkpoint.save(student, tmp_path / "s", exclude_frozen_encoder=True)
         return tmp_path / "vit.safetensors", student, tmp_path / "s"
 
     def test_round_trip_with_its_file(self, tmp_path, parts):
@@ -160,7 +160,7 @@ class TestFrozenEncoderLeftOut:
         again = checkpoint.load(folder, encoder_weights=moved)
         assert torch.equal(again(IMAGES), student(IMAGES)) and again.encoder.frozen
         assert torch.equal(checkpoint.from_pretrained(folder, encoder_weights=moved)(IMAGES), student(IMAGES))
-        checkpoint.save(again, tmp_path / "again", leave_out_frozen_encoder=True)
+        checkpoint.save(again, tmp_path / "again", exclude_frozen_encoder=True)
         assert torch.equal(checkpoint.load(tmp_path / "again", encoder_weights=moved)(IMAGES), student(IMAGES))
 
     def test_without_its_file(self, tmp_path, parts):
@@ -175,20 +175,20 @@ class TestFrozenEncoderLeftOut:
 
     def test_only_a_frozen_encoder_from_a_file(self, tmp_path):
         with pytest.raises(ValueError, match="is not frozen"):
-            checkpoint.save(tiny(), tmp_path / "s", leave_out_frozen_encoder=True)
+            checkpoint.save(tiny(), tmp_path / "s", exclude_frozen_encoder=True)
         with pytest.raises(ValueError, match="did not come from a local weights file"):
-            checkpoint.save(tiny(frozen=True), tmp_path / "s", leave_out_frozen_encoder=True)
+            checkpoint.save(tiny(frozen=True), tmp_path / "s", exclude_frozen_encoder=True)
         assert not (tmp_path / "s").exists()
 
     def test_trained_and_then_frozen(self, tmp_path, parts):
         file, _, _ = parts
         student = tiny(weights=file)
         student.encoder.freeze()
-        checkpoint.save(student, tmp_path / "untouched", leave_out_frozen_encoder=True)
+        checkpoint.save(student, tmp_path / "untouched", exclude_frozen_encoder=True)
         with torch.no_grad():
             student.encoder.backbone.cls_token += 1e-3
         with pytest.raises(ValueError, match=r"is not what vit\.safetensors holds any more"):
-            checkpoint.save(student, tmp_path / "trained", leave_out_frozen_encoder=True)
+            checkpoint.save(student, tmp_path / "trained", exclude_frozen_encoder=True)
 
     def test_a_file_that_nobody_needs(self, tmp_path, parts):
         file, student, _ = parts

@@ -19,5 +19,5 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.comparison import run_compare
     from distill.app.recipe import load
 
-    run_compare(load(args.recipe, args.set))
+    run_compare(load(args.recipe, args.set, command="compare"))
     return 0

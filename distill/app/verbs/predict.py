@@ -1,7 +1,7 @@
 """depth maps of photos and videos: 16-bit PNG, npy, colours, side by side
 
 distill predict photo.jpg                              beside each other: photo and depth, into depth/
-distill predict photos/ 'more/**/*.png' film.mp4 --out maps --write png npy colour side
+distill predict photos/ 'more/**/*.png' film.mp4 --out maps --formats png npy colour side
 distill predict photos/ --student runs/demo/train/student
 
 Stopped, or called again: what is there stays, and the rest is done, with what has changed since; the folder notes which
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--student", default="pocket", metavar="NAME", help="a student's folder, pocket, or OWNER/NAME on the hub"
     )
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
-    parser.add_argument("--write", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"])
+    parser.add_argument("--formats", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"])
     parser.add_argument("--size", type=int, metavar="N", help="short side to work at, in place of the student's own")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     estimator = predict.load(args.student, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{args.student}: {estimator.card.kind}, larger is nearer; {estimator.card.licence}")
     with progress("predict") as report:
-        outcome = predict.run(estimator, jobs, out=args.out, formats=args.write, report=report)
+        outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report)
     if outcome.problems:
         fail("\n".join(outcome.problems))
     before = f", {outcome.present} were there" if outcome.present else ""

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.recipe import load
 
     folder = Path(args.recipe)
-    run = folder if folder.is_dir() else load(args.recipe, args.set).run.folder
+    run = folder if folder.is_dir() else load(args.recipe, args.set, command="report").run.folder
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run; give a run's folder or its recipe")
     if args.format == "html":

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.commands import run_score
         from distill.app.recipe import load
 
-        results = run_score(load(args.recipe, args.set))
+        results = run_score(load(args.recipe, args.set, command="score"))
         return 1 if any(result.num_failed for result in results) else 0
     if not args.benchmark:
         raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")

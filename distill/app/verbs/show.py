@@ -1,4 +1,9 @@
-"""print a recipe resolved, defaults included"""
+"""print a recipe resolved, defaults included; with --explain, what its keys mean
+
+distill show recipes/demo.toml --explain                each key below its meaning, unit, and where its default is from
+distill show recipes/demo.toml --explain crops.size     one key, or one table, with its value in this recipe
+distill show --explain crops                            without a recipe
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,21 @@ from distill.app.verbs._recipe import take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    take_recipe(parser)
+    take_recipe(parser, optional=True)
+    parser.add_argument("--explain", nargs="?", const="", metavar="KEY", help="what the keys mean, or what KEY means")
 
 
 def run(args: argparse.Namespace) -> int:
+    from distill.app.explain import explain_key, explained
     from distill.app.recipe import dumps, load
 
-    sys.stdout.write(dumps(load(args.recipe, args.set)))
+    if not (args.recipe or args.explain):
+        raise ValueError("show takes a recipe, or --explain KEY with a key such as crops.size")
+    recipe = load(args.recipe, args.set) if args.recipe else None
+    if args.explain:
+        text = explain_key(args.explain, recipe)
+    else:
+        assert recipe is not None
+        text = dumps(recipe) if args.explain is None else explained(recipe)
+    sys.stdout.write(text)
     return 0

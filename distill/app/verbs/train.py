@@ -15,5 +15,5 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.commands import run_train
     from distill.app.recipe import load
 
-    run_train(load(args.recipe, args.set))
+    run_train(load(args.recipe, args.set, command="train"))
     return 0

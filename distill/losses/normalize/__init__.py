@@ -3,7 +3,8 @@
 A plug-in is a file with
 
     INVARIANT   True where the loss ignores any positive scale and any shift of the prediction
-    LEVELS      in how many parts the label's range is cut, or () for none; what `faithful` hands to HDN's arithmetic
+    LEVELS      in how many parts the label's range is cut, or () for none; what reference_hdn hands to HDN's
+                arithmetic
     compare(pred, target, valid, *, trim_top=0.0, label_only=False, weight=None) -> Comparison
 
 pred, target: (B,H,W) floating. valid: (B,H,W) bool; a pixel outside it never counts, whatever its value. weight:

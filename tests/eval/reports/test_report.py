@@ -22,7 +22,7 @@ from distill.eval.reports.gallery import aligned
 from distill.eval.reports.report import write_report
 from distill.eval.reports.tables import ranks
 from distill.eval.score import score, write_scores
-from distill.labelling.run import label
+from distill.labelling.run import LabelSettings, label
 from distill.teachers.analytic import Teacher
 
 VOID = {"meta", "img", "br", "wbr", "path"}
@@ -117,7 +117,7 @@ def run(tmp_path_factory):
         [("analytic", Teacher.load())],
         out=folder / "run" / "labels" / "abc123",
         crops=crops(),
-        images_licence="CC0 <mine>",
+        labels=LabelSettings(licence="CC0 <mine>"),
     )
     (folder / "run" / "train").mkdir()
     lines = [json.dumps(line) for line in log_lines()]

@@ -1,0 +1,183 @@
+"""What each key of a recipe means, read from the settings classes: the string below each field.
+
+`distill show RECIPE --explain` prints a recipe with the meaning above each key, `--explain KEY` one key or one table;
+`python -m distill.app.explain` prints the reference page, docs/reference/recipe.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal
+
+import tomli_w
+
+from distill.app.recipe import USES, Recipe
+from distill.app.strict import RecipeError, plain
+from distill.core.plugins import did_you_mean
+
+WIDTH = 118
+_PAGE = """# The keys of a recipe
+
+Every table of a recipe is the settings class of the part that it is for; this page is made from those classes by
+`python -m distill.app.explain`. `distill show RECIPE --explain` prints a recipe with the same text above each key.
+Tables in double brackets may stand in a recipe several times, one for each source, teacher or benchmark. "Paper" is
+Distill-Any-Depth; "Inferred" is what it does not say and related work does; "Ours" is a choice of this project.
+"""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a recipe. type, default: as TOML would have them; default is empty where there is none."""
+
+    name: str
+    meaning: str
+    type: str
+    default: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    """One table of a recipe. header: as it stands in a recipe, "[crops]" or "[[images]]"."""
+
+    name: str
+    header: str
+    meaning: str
+    keys: tuple[Key, ...]
+
+
+@cache
+def meanings(cls: type) -> dict[str, str]:
+    """The meaning of every field of a settings class: the string below it, as one line; empty where there is none."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    found = {}
+    for node, below in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
+            found[node.target.id] = " ".join(str(text).split())
+    return found
+
+
+@cache
+def parts() -> tuple[Part, ...]:
+    """Every table of a recipe, in a recipe's order."""
+    hints, found = typing.get_type_hints(Recipe), []
+    for f in dataclasses.fields(Recipe):
+        if not f.metadata.get("key", True):
+            continue
+        several = typing.get_origin(hints[f.name]) is tuple
+        cls = typing.get_args(hints[f.name])[0] if several else hints[f.name]
+        header = f"[[{f.name}]]" if several else f"[{f.name}]"
+        found.append(Part(f.name, header, " ".join((cls.__doc__ or "").split()), tuple(_keys(cls))))
+    return tuple(found)
+
+
+def _keys(cls: type) -> Iterator[Key]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        text = "" if default is dataclasses.MISSING else _toml(default)
+        yield Key(f.name, meanings(cls)[f.name], _type(hints[f.name]), text)
+
+
+def _toml(value: Any) -> str:
+    if value == {}:
+        return "{}"
+    text = tomli_w.dumps({"k": plain(value)}).partition("=")[2]
+    return re.sub(r",?\s*\n\s*\]", "]", re.sub(r"\[\n\s+", "[", text)).replace("\n    ", " ").strip()
+
+
+def _type(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(f'"{choice}"' for choice in inner)
+    if origin is tuple:
+        return f"array of {_type(inner[0])}s" if inner[1:] == (...,) else f"array of {len(inner)} {_type(inner[0])}s"
+    names = {str: "string", int: "integer", float: "number", bool: "true or false"}
+    return names.get(hint, "table")
+
+
+# --- a recipe, explained ----------------------------------------------------------------------------------------------
+
+
+def explained(recipe: Recipe) -> str:
+    """The resolved recipe as TOML, each key below a comment with its meaning; it reads back to an equal recipe."""
+    lines: list[str] = []
+    for part in parts():
+        settings = getattr(recipe, part.name)
+        for one in settings if isinstance(settings, tuple) else (settings,):
+            lines += [*_comment(part.meaning), part.header]
+            for line in tomli_w.dumps({part.name: plain(one)}).splitlines()[1:]:
+                named = re.match(rf"(?:\[{part.name}\.)?([\w-]+)(?: = |[.\]])", line)
+                lines += [text for k in part.keys if named and k.name == named[1] for text in _comment(k.meaning)]
+                lines.append(line)
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ", break_long_words=False)
+
+
+def explain_key(key: str, recipe: Recipe | None = None) -> str:
+    """What `key` ("crops.size") means, its type, its default, its value in `recipe`; or every key of a table ("crops").
+
+    Raises RecipeError with a "did you mean" for a key that no recipe has.
+    """
+    name, _, rest = key.partition(".")
+    known = {part.name: part for part in parts()}
+    if name not in known:
+        raise RecipeError(
+            f"no table {name!r} in a recipe{did_you_mean(name, list(known))}; there are {', '.join(known)}"
+        )
+    part = known[name]
+    rest = re.sub(r"^\d+\.", "", rest)
+    keys = [k for k in part.keys if not rest or k.name == rest.partition(".")[0]]
+    if not keys:
+        near = did_you_mean(rest, [k.name for k in part.keys])
+        raise RecipeError(f"no key {key}{near.replace('mean ', f'mean {name}.') if near else ''}")
+    lines = [] if rest else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
+    for k in keys:
+        lines += [f"{name}.{k.name}: {k.type}" + (f", default {k.default}" if k.default else ", needed")]
+        lines += textwrap.wrap(k.meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
+        lines += [f"    here: {value}" for value in _values(recipe, name, k.name)]
+    return "\n".join(lines) + "\n"
+
+
+def _values(recipe: Recipe | None, table: str, key: str) -> list[str]:
+    if recipe is None:
+        return []
+    settings = getattr(recipe, table)
+    if isinstance(settings, tuple):
+        return [f"{table}.{i}.{key} = {_toml(getattr(one, key))}" for i, one in enumerate(settings)]
+    return [f"{table}.{key} = {_toml(getattr(settings, key))}"]
+
+
+# --- the reference page -----------------------------------------------------------------------------------------------
+
+
+def reference() -> str:
+    """docs/reference/recipe.md."""
+    text = [_PAGE]
+    for part in parts():
+        users = [verb for verb, tables in USES.items() if part.name in tables]
+        used = f" Used by {', '.join(f'`distill {verb}`' for verb in users)}." if users else ""
+        text.append(f"## `{part.header}`\n\n{part.meaning}{used}\n")
+        text.append("| key | type | default | meaning |\n|---|---|---|---|")
+        for k in part.keys:
+            cells = (f"`{k.name}`", k.type, f"`{k.default}`" if k.default else "needed", k.meaning)
+            text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

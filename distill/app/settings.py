@@ -1,0 +1,53 @@
+"""[run] and [compare]: what the run is called and where it writes; what `distill compare` looks at."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.core.settings import below, refuse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """What the run is called, where it writes, and the one seed that everything is drawn from."""
+
+    name: str
+    """The run's name."""
+    out: str = ""
+    """The run's folder, a path; runs/NAME by default."""
+    seed: int = 0
+    """What everything is drawn from: scenes, crops, order, weights."""
+    device: str = "auto"
+    """"auto" (CUDA, then Apple's GPU, then the CPU), cpu, cuda, cuda:N, mps or xpu."""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.name.strip() or {".", ".."} & set(self.name.split("/")):
+            faults.append(f"name = {self.name!r} cannot name a folder below runs/: take a word")
+        if "://" in self.out:
+            faults.append(f"out = {self.out!r}: a run writes to a path, for it finishes files by renaming; mount it")
+        if not re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", self.device):
+            faults.append(f"device must be auto, cpu, cuda, cuda:N, mps or xpu, not {self.device!r}")
+        refuse(faults)
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder; "runs/NAME" by default."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareSettings:
+    """What `distill compare` looks at."""
+
+    limit: int = 200
+    """Images, taken evenly from all sources; 0 takes all."""
+    side: int = 640
+    """Larger images are shrunk until their longer side has so many pixels."""
+    student: bool = True
+    """The run's student takes part too, once it is trained."""
+
+    def __post_init__(self) -> None:
+        refuse(below(self, limit=0, side=32))

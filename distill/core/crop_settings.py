@@ -1,0 +1,39 @@
+"""[crops]: which regions and patches are cut out of an image; distill.core.crops cuts them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distill.core.settings import below, refuse, unknown_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CropSettings:
+    """Regions (the shared context, seen by teacher and student) and patches of them (seen by the teacher alone)."""
+
+    size: int = 560
+    """Side in pixels that every region is resized to. Paper: 560."""
+    min_side: int = 644
+    """Smallest side of a region in the image's pixels; it is drawn uniformly from here to the short side. Paper:
+    644."""
+    crops_per_image: int = 1
+    """Regions drawn from each image, each a sample of its own. Ours."""
+    patches: Literal["grid", "random", "none"] = "grid"
+    """Local patches of a region: "grid" covers it with overlap, "random" draws `num_patches`, "none" makes none.
+    Ours."""
+    num_patches: int = 4
+    """How many patches are drawn with patches = "random". Ours."""
+    patch_size: int = 0
+    """Side of a patch in the image's pixels; 0 is `size`. Paper: 560, as the regions."""
+    overlap: float = 0.125
+    """The least share of a patch that it has in common with its neighbour in a grid, in [0, 0.9). Ours."""
+    on_small: Literal["refuse", "use"] = "refuse"
+    """An image whose short side is below `min_side`: "refuse" quarantines it, "use" takes its largest square.
+    Ours."""
+
+    def __post_init__(self) -> None:
+        faults = below(self, size=14, min_side=1, crops_per_image=1, num_patches=1, patch_size=0) + unknown_words(self)
+        if not 0.0 <= self.overlap < 0.9:
+            faults.append(f"overlap must be in [0, 0.9), not {self.overlap}")
+        refuse(faults)

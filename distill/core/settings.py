@@ -1,0 +1,44 @@
+"""What settings classes share: a recipe's table is the settings class of the part that it is for.
+
+Such a class is a frozen dataclass whose fields each carry their meaning as a string below them (`distill show
+--explain` prints it), it judges itself when it is made, and its file imports no torch: a recipe is read in an instant.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Literal
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """Raises ValueError with every fault, where there is one."""
+    if faults:
+        raise ValueError("; ".join(faults))
+
+
+def below(table: object, **least: float) -> list[str]:
+    """A clause for every field of `table` that is less than its least value, or not finite."""
+    values = {name: getattr(table, name) for name in least}
+    return [
+        f"{name} must be {'finite and ' if isinstance(value, float) else ''}at least {least[name]}, not {value}"
+        for name, value in values.items()
+        if not least[name] <= value < math.inf
+    ]
+
+
+def unknown_words(table: object) -> list[str]:
+    """A clause for every field whose type is a Literal that does not hold its value."""
+    hints = typing.get_type_hints(type(table))
+    choices = {f.name: typing.get_args(hints[f.name]) for f in fields(table) if _is_literal(hints[f.name])}  # type: ignore[arg-type]
+    return [
+        f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(table, name)!r}"
+        for name, allowed in choices.items()
+        if getattr(table, name) not in allowed
+    ]
+
+
+def _is_literal(hint: object) -> bool:
+    return typing.get_origin(hint) is Literal

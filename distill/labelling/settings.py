@@ -1,0 +1,70 @@
+"""[labels]: how labels are made and stored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distill.core.settings import below, refuse, unknown_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelSettings:
+    """How teachers are asked, and how and where their labels are kept."""
+
+    root: str = ""
+    """The folder of label folders, a local path; RUN/labels by default."""
+    samples_per_part: int = 1000
+    """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
+    batch_size: int = 8
+    """Crops that a teacher sees at once, also where labels are made during training."""
+    threads: int = 4
+    """Threads that decode, cut and encode beside the teachers."""
+    licence: str = "unknown"
+    """The licence of the images in words; it goes into the manifest and the student's card."""
+    store: Literal["disparity", "as_is"] = "disparity"
+    """The kind of stored maps: "disparity" turns depth without an unknown shift into disparity, exactly; "as_is"
+    keeps it."""
+    codec: Literal["jls", "png16", "float16"] = "jls"
+    """How maps become bytes; each is off by at most 1/8192 of a map's range (distill.shards.codec)."""
+    mirror: str = ""
+    """A URL (fsspec) where finished labels are sent, and from where training fetches those that it does not find
+    here."""
+    online: bool = False
+    """Label during training instead of before it."""
+    commercial_only: bool = False
+    """Refuse teachers whose weights' licence forbids commercial use."""
+    sky: Literal["teacher", "keep", "far", "invalid", "zero"] = "teacher"
+    """What the sky is: "teacher" leaves it to each teacher's own rule; the others hold for all of them: "keep" what
+    the networks predict, "far", "invalid" or "zero" (disparity) where the teacher that knows sky sees it
+    (distill.teachers._sky)."""
+    bridge: Literal["", "primary"] = ""
+    """"primary" takes an assistant of affine depth, by fitting 1 / (a d + b) to the first teacher's disparity on
+    every crop (distill.labelling.bridge)."""
+    bridge_residual: float = 0.3
+    """A bridged label whose residual is larger, as a share of the disparity's spread, is dropped and counted; in (0,
+    1]."""
+
+    def __post_init__(self) -> None:
+        faults = below(self, samples_per_part=1, batch_size=1, threads=0) + unknown_words(self)
+        if "://" in self.root:
+            faults.append(
+                f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
+                "labels.mirror takes a URL"
+            )
+        if self.mirror and "://" not in self.mirror:
+            faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
+        if not 0.0 < self.bridge_residual <= 1.0:
+            faults.append(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
+        if self.bridge and self.store != "disparity":
+            faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
+        refuse(faults)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is in a labels folder, beside images, crops and teachers."""
+        names = ("store", "codec", "samples_per_part", "sky", *(("bridge", "bridge_residual") if self.bridge else ()))
+        return {name: getattr(self, name) for name in names}
+
+
+DEFAULTS = LabelSettings()

@@ -1,0 +1,154 @@
+"""[train]: how a student is trained; distill.training.train does it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from distill.core.settings import below, refuse, unknown_words
+
+# How a run may be told differently when it resumes, because its mathematics stays the same.
+CHANGEABLE = frozenset(
+    "accumulate workers eval_batch_size save_every keep_last log_every trackers compile channels_last "
+    "gradient_checkpointing fused".split()
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """The loop: how much, how fast and in what order a student learns, what is kept, and how it is computed."""
+
+    steps: int = 20_000
+    """Optimizer steps. Paper: 20,000."""
+    batch_size: int = 8
+    """Images per optimizer step over all processes and micro-batches; a multiple of processes x accumulate. Paper:
+    8."""
+    accumulate: int = 1
+    """Micro-batches per process that make one step."""
+    lr: float = 5e-5
+    """The decoder's peak learning rate (AdamW). Paper: 5e-5."""
+    encoder_lr: float = 5e-6
+    """The encoder's peak learning rate. Inferred: a tenth of the decoder's, Depth Anything V2's practice."""
+    weight_decay: float = 0.01
+    """Of matrices and kernels, not of vectors (norms, biases). Ours."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of its two moments, in [0, 1). PyTorch's default."""
+    warmup_steps: int = 500
+    """The rates rise linearly over so many steps, from lr / warmup_steps. Ours."""
+    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
+    """How the rates fall after the warm-up; "poly" with the power 0.9. Ours."""
+    clip_norm: float = 1.0
+    """The gradient's norm is held below this; 0 = off. Ours."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """The student's number format under autocast; the loss is computed in float32."""
+    freeze_encoder: bool = False
+    """The decoder learns alone."""
+    primary_ratio: float = 0.7
+    """How often the first of two teachers is learnt from, in [0, 1]. Paper: 0.7."""
+    teacher_shares: dict[str, float] = field(default_factory=dict)
+    """How often each teacher is learnt from, by name: { dav2 = 0.7, genpercept = 0.3 }; by default primary_ratio
+    decides."""
+    strategy: Literal["select", "average"] = "select"
+    """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
+    normalized maps. Paper: select (Table 4)."""
+    kind: Literal[
+        "affine_disparity", "scale_disparity", "metric_disparity", "affine_depth", "scale_depth", "metric_depth"
+    ] = "affine_disparity"
+    """What the student predicts; labels are converted to it. Paper: affine_disparity."""
+    val_fraction: float = 0.02
+    """The share of *images* (not samples) kept for choosing the checkpoint, in [0, 1), by a hash of the image key
+    alone, so that runs of every seed keep the same ones. Ours."""
+    eval_every: int = 500
+    """Steps between evaluations on the held-out images; 0 = at the end alone."""
+    eval_batch_size: int = 8
+    """Held-out images that a process sees at once."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 = at the end alone."""
+    keep_last: int = 2
+    """So many of the newest checkpoints are kept, beside the best one."""
+    workers: int = 2
+    """Processes that read, choose and augment samples; 0 = the training process itself."""
+    hflip: bool = True
+    """Mirror every second image, by lot. Ours."""
+    color_jitter: float = 0.0
+    """Strength of brightness, contrast and saturation jitter on the student's image; 0 = off. Ours."""
+    random_resized_crop: float = 1.0
+    """The smallest area, as a share of the region, of a random square that is cut from it; in (0, 1], 1 = off.
+    Ours."""
+    seed: int = -1
+    """What weights, order and teacher choices are drawn from; run.seed where negative. With one of its own, several
+    trainings share their labels."""
+    layer_decay: float = 1.0
+    """The encoder's deepest block learns at encoder_lr, each block before it at so many times the next one's rate,
+    what comes before the blocks slowest; in (0, 1], 1 = all alike."""
+    freeze_steps: int = 0
+    """The encoder begins to learn after so many steps."""
+    batchnorm: Literal["batch", "sync", "frozen"] = "batch"
+    """What BatchNorm takes its statistics of: "batch" each process's micro-batch (results depend on processes and
+    accumulate), "sync" the micro-batches of all processes (CUDA), "frozen" the stored ones (results depend on
+    neither)."""
+    ema: float = 0.0
+    """Decay of averaged weights, which are then the ones evaluated and kept, in [0, 1); 0 = off. Warms up as
+    (1+t)/(10+t)."""
+    patience: int = 0
+    """Stop after so many evaluations without improvement; 0 = never."""
+    alarm_growth: float = 10.0
+    """The log warns when the output's deviation has grown so many times since the warm-up; above 1. Ours."""
+    log_every: int = 1
+    """Steps between lines of log.jsonl."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Experiment trackers that accelerate knows and that are installed, e.g. ["tensorboard", "wandb"]."""
+    compile: bool = False
+    """torch.compile the student (tests/speed/training.py has the effect of this and the next three)."""
+    channels_last: bool = False
+    """Lay the student's maps out channels last."""
+    gradient_checkpointing: bool = False
+    """Compute the encoder's activations again in the backward pass instead of keeping them: slower, in less
+    memory."""
+    fused: bool = False
+    """AdamW as one kernel."""
+
+    def __post_init__(self) -> None:
+        refuse(_faults(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON would give them back: lists for tuples."""
+        plain = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+def _faults(s: TrainSettings) -> list[str]:
+    """Every fault of the settings at once, one clause each."""
+    ratio = 0.0 <= s.primary_ratio <= 1.0
+    faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {s.primary_ratio}"]
+    at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
+    at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "color_jitter": 0, "freeze_steps": 0}
+    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
+    if s.warmup_steps >= s.steps:
+        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    if s.accumulate > 0 and s.batch_size % s.accumulate:
+        faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
+    for name, value in (("val_fraction", s.val_fraction), ("ema", s.ema)):
+        if not 0.0 <= value < 1.0:
+            faults.append(f"{name} must be a fraction, not {value}")
+    for name, value in (("random_resized_crop", s.random_resized_crop), ("layer_decay", s.layer_decay)):
+        if not 0.0 < value <= 1.0:
+            faults.append(f"{name} must lie in (0, 1], not {value}")
+    if s.freeze_encoder and s.freeze_steps:
+        faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
+    if not 1.0 < s.alarm_growth < math.inf:
+        faults.append(f"alarm_growth must be finite and above 1, not {s.alarm_growth}")
+    if len(s.betas) != 2 or not all(0.0 <= b < 1.0 for b in s.betas):
+        faults.append(f"betas must be two numbers in [0, 1), not {s.betas}")
+    shares = s.teacher_shares.values()
+    if shares and not (all(0.0 <= share < math.inf for share in shares) and sum(shares) > 0):
+        faults.append(f"teacher_shares must be at least 0 and not all 0, not {dict(s.teacher_shares)}")
+    return faults
+
+
+def _bad_rates(s: TrainSettings) -> list[str]:
+    way_out = {"lr": "", "encoder_lr": "; to train the decoder alone set freeze_encoder = true"}
+    bad = [name for name in way_out if not 0 < getattr(s, name) < math.inf]
+    return [f"{name} must be finite and above 0, not {getattr(s, name)}{way_out[name]}" for name in bad]

@@ -1,0 +1,64 @@
+"""[[benchmarks]] and [score]: on what models are scored, and which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from distill.core.plugins import name_fault
+from distill.core.settings import below, refuse, unknown_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchmarkSettings:
+    """A file of eval/benchmarks with its data."""
+
+    name: str
+    """A file of eval/benchmarks (`distill list benchmarks`)."""
+    root: str = ""
+    """The benchmark's data: a folder or the published tar; nothing for those that ship with the project."""
+    list: str = ""
+    """A file with the samples to use, in the published list's columns; the published list by default."""
+    prior: str = ""
+    """A list of other samples of the same root, on which the image-plane prior is fitted; rendered scenes by
+    default."""
+    alias: str = ""
+    """The name in tables and folders; `name` by default. Two benchmarks of one name need it."""
+    protocol: Literal["marigold", "clean"] = "clean"
+    """"marigold" is what Marigold's evaluation computes, oddities included; "clean" mends them
+    (distill.eval.protocol)."""
+    alignment: Literal["auto", "affine", "scale", "median"] = "auto"
+    """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
+    (distill.eval.protocol)."""
+    limit: int = 0
+    """Score the first so many images; 0 scores all."""
+
+    def __post_init__(self) -> None:
+        faults = below(self, limit=0) + unknown_words(self)
+        if fault := name_fault("distill.eval.benchmarks", self.name):
+            faults.append(fault)
+        if "/" in self.alias_or_name or self.alias_or_name in (".", ".."):
+            faults.append(f"alias = {self.alias!r} cannot name a folder of predictions: take a word without slashes")
+        refuse(faults)
+
+    @property
+    def alias_or_name(self) -> str:
+        """The name in tables and folders."""
+        return self.alias or self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreSettings:
+    """Which models `distill score` scores."""
+
+    teachers: bool = True
+    """The recipe's teachers."""
+    student: bool = True
+    """The run's student."""
+    plane_prior: bool = True
+    """The image-plane prior: the best map that does not look at the image."""
+    pictures: int = 4
+    """Pictures per benchmark in the report."""
+
+    def __post_init__(self) -> None:
+        refuse(below(self, pictures=0))

@@ -1,0 +1,57 @@
+"""[student]: the network that learns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distill.core.plugins import name_fault
+from distill.core.settings import below, refuse, unknown_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudentSettings:
+    """The student: an encoder and a decoder, and the weights that they begin with."""
+
+    encoder: str = "vit_small_patch16_dinov3"
+    """A timm name, or an alias (students/encoder.py)."""
+    weights: str = ""
+    """The encoder's weights: "" draws them at random, "pretrained" takes timm's, else a local file."""
+    decoder: str = "sdt"
+    """A file of students/decoders (`distill list decoders`)."""
+    encoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the encoder (students.encoder.Encoder)."""
+    decoder_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the decoder's class."""
+    init_from: str = ""
+    """A student to start from, whole: its folder, a hub id, or "pocket" (the embedded one)."""
+    decoder_init_from: str = ""
+    """A student whose decoder to start from: a folder, a hub id or "pocket"."""
+    encoder_init_from: str = ""
+    """A student whose whole encoder to start from: a folder, a hub id or "pocket"."""
+    decoder_weights: str = ""
+    """A released file with the decoder's own weights (Depth Anything V2's, AnyDepth's)."""
+    norm: Literal["", "batch", "sync", "frozen", "group"] = ""
+    """The norm of the decoder's maps: "" is the decoder's own (batch); "sync" takes the batches of all processes
+    together (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut."""
+    native_size: int = 0
+    """The short side in pixels that the student is used at; 0 is crops.size."""
+    exclude_frozen_encoder: bool = False
+    """Write students without their frozen encoder, whose file (`weights`) whoever loads them must have."""
+
+    def __post_init__(self) -> None:
+        refuse(unknown_words(self))
+        fault = name_fault("distill.students.decoders", self.decoder)
+        if fault:
+            raise ValueError(fault)
+        if self.norm and "norm" in self.decoder_options:
+            raise ValueError("norm and decoder_options.norm both say it: keep norm")
+        if self.norm == "group" and self.init_from:
+            raise ValueError(
+                'norm = "group" cannot be given to the trained student of init_from: leave one of them out'
+            )
+        if self.decoder_weights and (self.init_from or self.decoder_init_from):
+            raise ValueError(
+                "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
+            )
+        refuse(below(self, native_size=0))

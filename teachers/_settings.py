@@ -1,0 +1,38 @@
+"""[[teachers]]: who teaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distill.core.plugins import name_fault
+from distill.core.settings import refuse, unknown_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSettings:
+    """One teacher: a file of teachers/ with its weights and options, or the images' own ground truth."""
+
+    name: str
+    """A file of teachers/ (`distill list teachers`), or "truth": the source's own ground truth."""
+    weights: str = ""
+    """A hub id, a file or a folder; the first of the teacher's cards by default."""
+    alias: str = ""
+    """The name in labels, logs and tables; `name` by default. Two teachers of one name need it."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The number format that the network computes in."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the teacher's `load`; of "truth": how it is corrupted (distill.data.corruptions)."""
+
+    def __post_init__(self) -> None:
+        refuse(unknown_words(self))
+        fault = "" if self.name == "truth" else name_fault("distill.teachers", self.name)
+        if fault:
+            raise ValueError(fault)
+        if "." in self.alias_or_name or "/" in self.alias_or_name:
+            raise ValueError(f"{self.alias_or_name!r} cannot name a label: set alias to a word without dots or slashes")
+
+    @property
+    def alias_or_name(self) -> str:
+        """The name under which the labels are stored."""
+        return self.alias or self.name
