@@ -8,13 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.core.depth import Kind
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
 from distill.labelling.annotate import TRUTH, CropSettings, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.shards.codec import CODECS, VERSION, dump_json
-from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
+from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_manifest
 
 SETTINGS = "settings.json"
 
@@ -73,7 +74,7 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the folder's settings, or raise ValueError where it was begun with others."""
     path = out / SETTINGS
     if not path.is_file():
-        write_atomic(path, dump_json(settings))
+        files.write_bytes(path, dump_json(settings))
         return
     before = read_json(path)
     changed = [name for name in settings if settings[name] != before.get(name)]
