@@ -20,13 +20,14 @@ from torch import Tensor
 
 import distill
 from distill.core.depth import Kind
+from distill.data.maps import stored_stems
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
 from distill.eval.prior import Constant, PlanePrior, fit_plane
 from distill.eval.protocol import Protocol, require_same
 from distill.eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
-from distill.eval.stored import BadPredictionError, predict, read_prediction, read_settings
+from distill.eval.stored import BadPredictionError, find_prediction, predict, read_prediction, read_settings
 from distill.eval.tasks import TASKS, Task, size_of
 
 __all__ = [
@@ -74,14 +75,17 @@ def score(
     double = [path for path, count in Counter(expected).items() if count > 1]
     if double or not samples:
         raise ValueError(f"two images would be stored as {double[0]}" if double else f"{protocol.benchmark}: no images")
-    present = {path.relative_to(store).as_posix() for path in store.rglob("*.npy")}
-    if present.isdisjoint(expected):
+    there = {path for path in store.rglob("*") if path.suffix.lower() == ".npy"}
+    places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
+    if not places:
+        stems = ", ".join(f"{stem}.npy" for stem in stored_stems(samples[0].photo or samples[0].key))
         raise FileNotFoundError(
-            f"{store} holds none of the {len(samples)} predictions; the first should be {store / expected[0]}"
+            f"{store} holds none of the {len(samples)} predictions; the first should be {store / expected[0]} (or "
+            f"another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
         )
 
     def one(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
-        return _score_image(sample, store, kind, protocol)
+        return _score_image(sample, places.get(sample.key, store / sample.prediction_path), kind, protocol)
 
     results = []
     threads = torch.get_num_threads()
@@ -101,7 +105,7 @@ def score(
         kind=kind,
         images=tuple(image for image, _ in results),
         **_summary(TASKS[protocol.task], results, allow_failed),
-        num_extra=len(present.difference(expected)),
+        num_extra=len(there.difference(places.values())),
         software=f"distill {distill.__version__}",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -208,15 +212,14 @@ def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | N
 
 
 def _score_image(
-    sample: BenchmarkSample, store: Path, kind: Kind, protocol: Protocol
+    sample: BenchmarkSample, path: Path, kind: Kind, protocol: Protocol
 ) -> tuple[ImageScore, ImageErrors | None]:
     """One image's row and sums; whatever is wrong with it ends in its row."""
-    path = store / sample.prediction_path
     try:
         if not path.is_file():
             raise BadPredictionError(f"missing: no {sample.prediction_path}")
         truth = sample.mark() if sample.mark is not None else sample.truth()
-        pred, remarks = read_prediction(path, size_of(truth))
+        pred, remarks = read_prediction(path, size_of(truth), kind)
         measured = TASKS[protocol.task].measure(pred, truth, kind, protocol)
     except NoGroundTruthError as error:
         # The official mean becomes NaN with such an image; in the clean mode it does not count for anybody.

@@ -20,13 +20,11 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.data.maps import find_map, read_map
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
 
 SETTINGS = "settings.json"
-MAPPED = 1 << 22
-"""Bytes from which a stored map is mapped instead of read."""
-
 Report = Callable[..., None]
 
 
@@ -95,30 +93,40 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
         raise ValueError(f"{path}: not settings of stored predictions ({error}); predict into a new folder") from error
 
 
-def read_prediction(path: Path, size: tuple[int, int] | None) -> tuple[np.ndarray, list[str]]:
+def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
+    """Where a sample's map lies: under Marigold's name or `distill predict`'s, in any format that is read.
+
+    `Sample.prediction_path` where there is none. The rule of names is distill.data.maps.stored_stems.
+    """
+    named = store / sample.prediction_path
+    if named.is_file():
+        return named
+    keys = [sample.key, sample.photo, sample.prediction_path.removesuffix(".npy")]
+    return find_map(store, filter(None, keys)) or named
+
+
+def read_prediction(path: Path, size: tuple[int, int] | None, kind: Kind | None = None) -> tuple[np.ndarray, list[str]]:
     """A stored map as (H,W) float32, and remarks on how it was stored; BadPredictionError says why it is no such map.
 
-    size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any real dtype is read; below
-    float32 the loss of precision is remarked on.
+    size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any format of distill.data.maps and
+    any real dtype is read; below float32 the loss of precision is remarked on. kind: of the map; a metric one may not
+    be integers, whose unit nobody knows.
     """
     try:
-        # A large map is mapped copy-on-write: fresh memory for it costs more time than reading it.
-        large = path.stat().st_size >= MAPPED
-        values = np.load(path, allow_pickle=False, mmap_mode="c" if large else None)
+        values = read_map(path)
     except FileNotFoundError:
         raise BadPredictionError("missing") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise BadPredictionError(_unreadable(error)) from error
-    values = np.asarray(values) if isinstance(values, np.memmap) else values
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise BadPredictionError(f"holds {getattr(values, 'dtype', 'an archive')}, not real numbers")
-    squeezed = values.reshape([side for side in values.shape if side != 1]) if values.ndim != 2 else values
-    if squeezed.ndim != 2 or size not in (None, squeezed.shape):
+    except OSError as error:
+        raise BadPredictionError(str(error)) from error
+    if size not in (None, values.shape):
+        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: resize to the image before storing")
+    whole = values.dtype.kind != "f"
+    if whole and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
         raise BadPredictionError(
-            f"has the shape {values.shape}, the truth {size or '(H, W)'}: resize to the image before storing"
+            f"integers ({values.dtype}) of no known unit: store metres as .npy, or score another kind"
         )
-    remarks = [] if values.dtype.itemsize >= 4 and values.dtype.kind == "f" else [f"stored as {values.dtype}"]
-    return np.ascontiguousarray(squeezed, dtype=np.float32), remarks
+    remarks = [] if values.dtype.itemsize >= 4 and not whole else [f"stored as {values.dtype}"]
+    return np.ascontiguousarray(values, dtype=np.float32), remarks
 
 
 def _damage(path: Path) -> str:

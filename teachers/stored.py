@@ -3,8 +3,8 @@
 It looks maps up by key and computes nothing, so that whatever scores, compares or learns from a teacher does the same
 with what somebody predicted before, with any model.
 
-Keys: for .npy maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as
-Marigold's evaluation names it); for shards the sample's key, with ".shared" or ".local<i>" for one of its maps.
+Keys: for maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as
+Marigold's evaluation names it; distill.data.maps has the rule and the formats); for shards the sample's key, with ".shared" or ".local<i>" for one of its maps.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, cat
+from distill.data.maps import find_map, read_map, stored_stems
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.teachers import Card, WeightsMissingError, check_images, finite, read_config
 
@@ -98,28 +99,27 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
     meant = Kind(kind or declared or "")
 
     def find(key: str) -> DepthMap:
-        places = [folder / path for path in _places(key)]
-        path = next((place for place in places if place.is_file()), None)
+        path = find_map(folder, [_inside(key)])
         if path is None:
-            raise MissingMapError(f"no stored map for {key}: looked for {' and '.join(map(str, places))}")
+            names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
+            raise MissingMapError(
+                f"no stored map for {key} in {folder}: looked for {names} (and .npz, .png, .tif, ...)"
+            )
         try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} is not a readable .npy map: predict it again") from error
-        if array.size == 0 or array.squeeze().ndim != 2:
-            raise ValueError(f"{path} holds an array of shape {array.shape}, not a map (H,W)")
-        return finite(torch.from_numpy(array.squeeze().astype(np.float32))[None], meant)
+            array = read_map(path)
+        except OSError as error:
+            raise ValueError(f"{path} is not a readable map ({error}): predict it again") from error
+        return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], meant)
 
     return Teacher(find, replace(CARDS[0], weights=str(folder), kind=meant, note=str(table.get("model", ""))))
 
 
-def _places(key: str) -> list[PurePosixPath]:
-    """Where the map of `key` may lie. A key that climbs out of the folder finds nothing."""
+def _inside(key: str) -> str:
+    """The key; one that climbs out of the folder finds nothing."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise MissingMapError(f"{key!r} is no key of a stored map: it must be a path inside the folder")
-    marigold = path.with_name(f"pred_{path.stem.removeprefix('rgb_')}.npy")
-    return list(dict.fromkeys([path.with_name(f"{path.stem}.npy"), path.with_name(f"{path.name}.npy"), marigold]))
+    return key
 
 
 def _from_shards(folder: Path, teacher: str | None) -> Teacher:

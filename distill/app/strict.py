@@ -163,7 +163,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         near = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise RecipeError(f"{path}: no such recipe" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
     for assignment in overrides:

@@ -1,18 +1,21 @@
 """Photographs with a measured depth or disparity, described by a tab-separated table.
 
 Columns that are read (others are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres,
-invalid, trust, dataset. Paths are relative to the table. `depth` is a .npy or a one-channel image of 8 or 16 bits.
+invalid, trust, dataset. Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads, shown
+upright; `depth` any map that distill.data.maps reads.
 
 - kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
-  `Z[m]=f*b/disp` or `Z[m]=f*b/(disp+offset)` with its numbers filled in, which makes metric depth of disparity; or
-  any other text: the scale is unknown. Then depth becomes scale_depth, and disparity affine_disparity, since
+  `Z[m]=f*b/disp` or `Z[m]=f*b/(disp+offset)` with its numbers filled in, which makes metric depth of disparity; a
+  unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown. What looks like a number and is none ("0,001")
+  is an error. Then depth becomes scale_depth, and disparity affine_disparity, since
   a disparity of unknown calibration also has an unknown offset.
 - invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
   (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid.
   Values that are not finite or not positive are always invalid.
 
-A depth map of another size than its photograph is brought to the photograph's by nearest neighbour.
+A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect, it
+is an error, unless it lies as the photograph does without its EXIF rotation: then it is turned with it.
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.data import maps
+from distill.data.photos import BadImageError, decode, turn, upright
 
 _CEILING = 65000.0
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
@@ -45,6 +49,7 @@ class Pair:
 
     scale: what one stored unit is, in metres (or, for disparity, pixels). baseline: focal length x baseline in
     pixel metres where the truth is stereo disparity that becomes depth, else 0. offset: added to that disparity.
+    photo: the rgb as the table names it.
     invalid_values, invalid_from: stored values that mean nothing, and the bound from which on they do.
     """
 
@@ -59,21 +64,23 @@ class Pair:
     invalid_from: float = float("inf")
     trust: str = ""
     dataset: str = ""
+    photo: str = ""
 
     def rgb(self) -> Tensor:
-        """(3,H,W) uint8, RGB. Not rotated by EXIF, since the truth would not be."""
+        """(3,H,W) uint8, sRGB, upright."""
         try:
-            with Image.open(self.rgb_path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except OSError as error:
+            return decode(self.rgb_path.read_bytes())
+        except (OSError, BadImageError) as error:
             raise OSError(
                 f"{self.rgb_path}: not a readable image ({error}); fix the file or take its row out"
             ) from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def truth(self) -> DepthMap:
-        """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric."""
-        raw = _read_map(self.depth_path).astype(np.float64)
+        """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric.
+
+        ValueError where its aspect is another than the photograph's.
+        """
+        raw, size = self._upright(_read_map(self.depth_path).astype(np.float64))
         usable = np.isfinite(raw) & (raw > 0) & (raw < self.invalid_from)
         for value in self.invalid_values:
             usable &= raw != value
@@ -83,9 +90,31 @@ class Pair:
         else:
             values = raw * self.scale
         values = np.where(usable, values, 0.0).astype(np.float32)
-        with Image.open(self.rgb_path) as image:
-            size = (image.height, image.width)
         return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(usable), size), self.kind)
+
+    def _upright(self, raw: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+        """The map as the photograph is shown, and the photograph's (H,W)."""
+        try:
+            height, width, orientation = upright(self.rgb_path.read_bytes())
+        except (OSError, BadImageError) as error:
+            raise OSError(
+                f"{self.rgb_path}: not a readable image ({error}); fix the file or take its row out"
+            ) from error
+        if _fits(raw.shape, (height, width)):
+            return raw, (height, width)
+        if orientation >= 5 and _fits(raw.shape, (width, height)):
+            return np.ascontiguousarray(turn(raw, orientation)), (height, width)
+        raise ValueError(
+            f"{self.depth_path}: {raw.shape[1]} x {raw.shape[0]} has another aspect than its photograph, {width} x "
+            f"{height}: they do not show the same; crop or turn one of them"
+        )
+
+
+def _fits(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether a map of this shape is the photograph's at another size: within 3 %, or a pixel and a half a side."""
+    (rows, columns), (height, width) = shape, size
+    down, across = rows / height, columns / width
+    return abs(down / across - 1) <= max(0.03, 1.5 / min(rows, columns))
 
 
 def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pair]:
@@ -130,7 +159,9 @@ def read_names(path: Path | str) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        data = path.read_bytes()
+        # Excel's "Unicode text" is UTF-16, and its UTF-8 begins with a mark.
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
 
@@ -184,14 +215,29 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         invalid_from=bounds,
         trust=row.get("trust", ""),
         dataset=row.get("dataset", ""),
+        photo=row["rgb"],
     )
 
 
+_UNITS = {"m": 1.0, "metre": 1.0, "metres": 1.0, "meter": 1.0, "meters": 1.0, "cm": 0.01, "mm": 0.001}
+
+
 def _number(text: str) -> float | None:
+    """Metres per unit; None for words and for nothing. ValueError for what looks like a number and is none."""
+    plain = text.strip().lower()
+    if plain in _UNITS:
+        return _UNITS[plain]
+    parts = re.fullmatch(rf"({_NUMBER})\s*(?:/\s*({_NUMBER}))?\s*([a-z]*)", plain)
+    if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
+        return float(parts[1]) / float(parts[2] or 1) * _UNITS.get(parts[3], 1.0)
     try:
-        return float(text)
+        return float(plain)
     except ValueError:
-        return None
+        pass
+    if "disp" not in plain and re.match(r"[-+.,\d\u2212]", plain):
+        hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
+        raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
+    return None
 
 
 def _kind(text: str, *, known: bool) -> Kind:
@@ -217,16 +263,9 @@ def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
 def _read_map(path: Path) -> np.ndarray:
     """The stored numbers, (H,W), as they are."""
     try:
-        if path.suffix == ".npy":
-            values = np.squeeze(np.load(path, allow_pickle=False))
-        else:
-            with Image.open(path) as image:
-                values = np.asarray(image)
-    except (OSError, ValueError) as error:
+        return maps.read_map(path)
+    except OSError as error:
         raise OSError(f"{path}: not a readable depth map ({error}); fix the file or take its row out") from error
-    if values.ndim != 2:
-        raise ValueError(f"{path}: a depth map has one channel, this has the shape {values.shape}")
-    return values
 
 
 def _nearest(plane: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""One photograph: encoded bytes in, 8-bit RGB out, or a reason why not; and the key that it goes by.
+"""One photograph: encoded bytes in, 8-bit sRGB out, or a reason why not; and the key that it goes by.
 
 Every way in which a file of the world can be broken ends in one BadImageError whose message is the reason. Keys are
 made safe for tar members here, once: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the
@@ -9,16 +9,19 @@ Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation appli
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
 import re
 import stat
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +29,14 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap
+from distill.data import colour, damage, filetypes
 
 # Parsers that a photo may reach. Pillow knows forty more; among them is one that starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_PIXELS = 89_478_485  # where Pillow itself begins to warn of a decompression bomb
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
+MAX_PIXELS = 2**28  # 200-megapixel phones, and stitched panoramas
+LIMIT = "DISTILL_MAX_PIXELS"
+_SUSPECT = 89_478_485  # where Pillow itself begins to warn of a decompression bomb
+_PAGES = 16
 MAX_BYTES = 512 * 2**20
 # What Pillow raises on broken files, found by flipping and cutting bytes; it promises no common base class.
 DECODE_ERRORS = (
@@ -37,15 +44,6 @@ DECODE_ERRORS = (
     *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class BadImageError(ValueError):
@@ -110,59 +108,171 @@ def load_file(path: Path, key: str, origin: str) -> Photo:
     return Photo(key, decode(data), None, origin)
 
 
-def decode(data: bytes) -> Tensor:
-    """(3,H,W) uint8 RGB from an encoded image; raises BadImageError with the reason.
+def max_pixels() -> int:
+    """The most pixels that a photo may have: MAX_PIXELS, or what the environment's DISTILL_MAX_PIXELS says."""
+    text = os.environ.get(LIMIT, "")
+    if not text:
+        return MAX_PIXELS
+    if not text.isdecimal() or not int(text):
+        raise ValueError(f"{LIMIT} must be a number of pixels such as {MAX_PIXELS}, not {text!r}")
+    return int(text)
 
-    EXIF rotation is applied. 16-bit grey is scaled by 1/257; palette, grey and CMYK become RGB; transparent pixels are
-    composited over white, as viewers show them (dropping alpha would bring up whatever colour hides there).
+
+def decode(data: bytes) -> Tensor:
+    """(3,H,W) uint8 sRGB from an encoded image; raises BadImageError with the reason.
+
+    EXIF rotation and an embedded colour profile are applied. Grey of up to 16 bits is scaled to 8; palette, grey and
+    CMYK become RGB; transparent pixels are composited over white, as viewers show them (dropping alpha would bring up
+    whatever colour hides there). Of a file with several pictures it is the first whole one, not a thumbnail. Memory: 4
+    bytes a pixel of the decoder's and 3 of the result's, twice where it is turned.
     """
-    if not data:
-        raise BadImageError("empty file")
-    head = data[:512].lstrip()
-    if head[:1] in (b"<", b"{"):
-        raise BadImageError(f"not an image: it is text, beginning {head[:24].decode('latin-1')!r}")
-    # libjpeg takes zeros for flat blocks: an unfinished download would be a good photo with a grey foot.
-    zeros = len(data) - len(data.rstrip(b"\0"))
-    if data[:2] == b"\xff\xd8" and zeros >= 512 and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-        raise BadImageError(f"truncated: it ends in {zeros} zero bytes, as an unfinished download does")
+    with _opened(data) as (image, profile, deep):
+        image.load()
+        try:
+            array = colour.srgb(image, **deep, icc=profile)
+        except colour.UnusablePixelsError as error:
+            raise BadImageError(str(error)) from error
+        turned = turn(array, _orientation(image))
+    return torch.from_numpy(np.ascontiguousarray(turned)).permute(2, 0, 1)
+
+
+def upright(data: bytes) -> tuple[int, int, int]:
+    """(H, W, EXIF orientation 1 to 8) of the photo that `decode` gives, from the header where that says it."""
+    with _opened(data) as (image, _, _):
+        if image.format == "TIFF":
+            before = int(image.tag_v2.get(_ORIENTATION, 1))  # type: ignore[attr-defined]
+            image.load()  # Pillow turns it then
+            return image.height, image.width, before if 1 <= before <= 8 else 1
+        orientation = _orientation(image)
+        sides = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
+        return *sides, orientation
+
+
+@contextlib.contextmanager
+def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, Any]]]:
+    """The picture of a file before its pixels are decoded, a profile that Pillow would not read, and how deep it is.
+
+    Whatever Pillow raises inside becomes a BadImageError.
+    """
+    kind = _kind(data)
+    data, profile = damage.without_bulk(data) if kind == "PNG" else (data, None)
+    limit = max_pixels()
+    if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit:
+        Image.MAX_IMAGE_PIXELS = limit  # its own warning would come on the terminal before our word
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadImageError(
-                    f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels: a decompression bomb?"
-                )
-            image.load()
-            rgb = _rgb8(image)
-            turn = _TURNS.get(_orientation(image))
-            array = np.array(rgb.transpose(turn) if turn is not None else rgb)
+        with _heic(data) if kind == "HEIC" else Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            deep = _page(image, data) if image.format == "TIFF" else {}
+            _check_size(image, len(data), limit)
+            if (kind == "BMP" and damage.bmp_is_cut(data)) or (
+                image.format == "PPM" and damage.ppm_is_cut(data, image.width, image.height)
+            ):
+                raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
+            yield image, profile, deep
     except BadImageError:
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError(f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
-        raise BadImageError("not an image in any known format") from error
+        what = f"it begins as {kind}" if kind in _READ else kind or "not an image in any known format"
+        raise BadImageError(f"cannot be decoded: {what}" if kind else what) from error
     except DECODE_ERRORS as error:
         raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+_ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
+_READ = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
+
+
+def _kind(data: bytes) -> str:
+    """What the bytes are; BadImageError where that is known to be no photo, or an unfinished one."""
+    if not data:
+        raise BadImageError("empty file")
+    head = data[:512].lstrip()
+    if head[:1] in (b"<", b"{"):
+        raise BadImageError(f"not an image: it is text, beginning {head[:24].decode('latin-1')!r}")
+    kind = filetypes.sniff(data)
+    if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
+        raise BadImageError(filetypes.RAW)
+    if kind and kind not in _READ:
+        raise BadImageError(f"not a photo that is read here: it is {kind}")
+    if reason := damage.unfinished(data, kind):
+        raise BadImageError(reason)
+    return kind
+
+
+def _heic(data: bytes) -> Image.Image:
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise BadImageError(
+            'a HEIC photo (an iPhone\'s): pip install "depth-distill[heif]", or convert it to JPEG'
+        ) from error
+    file = pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=True)
+    width, height = file.size
+    if width * height > max_pixels():
+        raise BadImageError(_too_large(width, height))
+    image: Image.Image = file.to_pillow()
+    return image
+
+
+def _check_size(image: Image.Image, size: int, limit: int) -> None:
+    """Refuse more pixels than the limit, and so many that come of next to no bytes, before any is decoded."""
+    pixels = image.width * image.height
+    if pixels > limit:
+        raise BadImageError(_too_large(image.width, image.height))
+    # A photograph of this size is megabytes; JPEG and its kin cannot pack a plain one tighter than 1:200.
+    if pixels > _SUSPECT and pixels > 400 * size and LIMIT not in os.environ:
+        raise BadImageError(
+            f"{image.width}x{image.height} pixels in {size} bytes: a decompression bomb? {LIMIT}={pixels} reads it"
+        )
+
+
+def _too_large(width: int, height: int) -> str:
+    pixels = width * height
+    memory = f"{7 * pixels / 1e9:.1f} GB of memory"
+    return f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {LIMIT}={pixels} reads it, in {memory}"
+
+
+def _page(image: Any, data: bytes) -> dict[str, Any]:
+    """Go to a TIFF's first whole picture, and say what Pillow does not about its numbers; BadImageError for a raw."""
+    pages = []
+    with contextlib.suppress(EOFError):
+        for number in range(_PAGES):
+            image.seek(number)
+            tags = image.tag_v2
+            if 50706 in tags or tags.get(262) in (32803, 34892):  # DNGVersion, colour filter array, linear raw
+                raise BadImageError(filetypes.RAW)
+            whole = not int(tags.get(254, 0)) & 5 and tags.get(255) != 2  # reduced, or a mask of another
+            pages.append((whole, image.width, image.height, 254 in tags))
+    chosen = next((i for i, page in enumerate(pages) if page[0]), None)
+    if chosen is None:
+        raise BadImageError("its only picture is a thumbnail, as in a camera raw: save it as JPEG, PNG or TIFF")
+    _, width, height, flagged = pages[chosen]
+    for i, (whole, w, h, _) in enumerate(pages):  # thumbnails that do not say so
+        if whole and not flagged and w * h >= 4 * width * height and abs(w / h * height / width - 1) < 0.03:
+            chosen, width, height = i, w, h
+    image.seek(chosen)
+    tags = image.tag_v2
+    if damage.tiff_is_cut(data, tags):
+        raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
+    depth = tags.get(258, 16)
+    bits = int(depth[0] if isinstance(depth, tuple) else depth)
+    return {"white_is_zero": tags.get(262) == 0, "bits": bits if 8 < bits <= 16 else 16}
 
 
 def _orientation(image: Image.Image) -> int:
     # Broken EXIF is common in good photographs. After load(): Pillow turns TIFFs itself and then drops the tag.
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        found = int(image.getexif().get(_ORIENTATION, 1))
     except DECODE_ERRORS:
         return 1
+    return found if 1 <= found <= 8 else 1
 
 
-def _rgb8(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise BadImageError(f"integers from {values.min()} to {values.max()}: not an 8 or 16-bit image")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise BadImageError("floating-point pixels: not a photograph")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or (image.mode == "P" and "transparency" in image.info):
-        over = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
+def turn(array: np.ndarray, orientation: int) -> np.ndarray:
+    """(H,W,...) as it is stored -> as a viewer shows it under EXIF's orientation 1 to 8; a view."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    down = -1 if orientation in (3, 4, 7, 8) else 1
+    across = -1 if orientation in (2, 3, 6, 7) else 1
+    return array[::down, ::across]

@@ -36,6 +36,7 @@ class BenchmarkSample:
     image: () -> (3,H,W) float32 in [0,1], RGB, cropped as the benchmark prescribes. Decodes at every call.
     truth: () -> the ground truth, (1,H,W), usually metric_depth, valid where it may be scored. Decodes at every call.
     group: a part of the benchmark that is also reported by itself ("indoors"), or "".
+    photo: the image's path below the root where the key is another name, or "".
     """
 
     key: str
@@ -44,6 +45,7 @@ class BenchmarkSample:
     truth: Callable[[], DepthMap]
     group: str = ""
     mark: Callable[[], Any] | None = None
+    photo: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,6 +28,8 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.data import maps
+from distill.data.photos import BadImageError, decode
 from distill.eval.protocol import Protocol, list_hash
 
 _PACKED: dict[bytes, Callable[..., IO[Any]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
@@ -133,30 +135,34 @@ class Files:
             return size, head, file.read(length)
 
     def rgb(self, name: str) -> Tensor:
-        """An image as (3,H,W) float32 in [0,1], RGB."""
-        return torch.from_numpy(self.pixels(name, "RGB")).permute(2, 0, 1).contiguous() / 255.0
+        """An image as (3,H,W) float32 in [0,1], sRGB, upright."""
+        try:
+            return decode(self.read(name)).float() / 255.0
+        except BadImageError as error:
+            raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 
     def png(self, name: str) -> np.ndarray:
-        """A one-channel image of 8 or 16 bits as it is stored, (H,W)."""
-        values = self.pixels(name, None)
-        if values.ndim != 2:
-            raise OSError(f"{self.root}: {name} has {values.shape[-1]} channels, a depth map has one")
-        return values
+        """A map of one channel as it is stored, (H,W)."""
+        try:
+            return maps.decode_map(self.read(name))
+        except maps.BadMapError as error:
+            raise OSError(f"{self.root}: {name} is not a readable image of a map: {error}") from error
 
     def pixels(self, name: str, mode: str | None = None) -> np.ndarray:
         """An image as it is stored, or in a mode of Pillow: it refuses a truncated file where OpenCV may fill it up."""
         try:
             with Image.open(io.BytesIO(self.read(name))) as image:
+                mode = mode or ("RGB" if image.mode == "P" else None)  # a palette's indices are no brightness
                 return np.array(image.convert(mode) if mode else image)
         except (OSError, SyntaxError, ValueError) as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 
     def npy(self, name: str) -> np.ndarray:
-        """A .npy array, without its axes of length 1."""
+        """A .npy map, (H,W)."""
         try:
-            return np.squeeze(np.load(io.BytesIO(self.read(name)), allow_pickle=False))
-        except (ValueError, EOFError) as error:
-            raise OSError(f"{self.root}: {name} is not a readable .npy ({error})") from error
+            return maps.decode_map(self.read(name))
+        except maps.BadMapError as error:
+            raise OSError(f"{self.root}: {name} is not a readable map: {error}") from error
 
 
 def published(
@@ -240,7 +246,7 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
         raise FileNotFoundError(f"{path}: no such list")
     rows, faults = [], []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         row = tuple(line.split())[:columns]
         if row and columns == 1:  # a name may hold spaces
             row = layout.row(line.strip().removeprefix(layout.strip)) or ()

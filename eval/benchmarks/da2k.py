@@ -55,7 +55,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such list")
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     unknown = [name for name in names if name not in annotations]
     if unknown or not names:
         raise ValueError(f"{path}: " + (f"{unknown[0]} is not in annotations.json" if unknown else "the list is empty"))

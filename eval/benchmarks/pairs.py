@@ -29,7 +29,14 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
         raise ValueError("the benchmark pairs needs a root: a .tsv of pairs, or a folder with an INDEX.tsv")
     names = None if list_file is None else [line.split()[0] for line in read_names(list_file)]
     return [
-        BenchmarkSample(pair.name, prediction_path(f"{pair.name}.npy"), partial(_image, pair), pair.truth, pair.dataset)
+        BenchmarkSample(
+            pair.name,
+            prediction_path(f"{pair.name}.npy"),
+            partial(_image, pair),
+            pair.truth,
+            pair.dataset,
+            photo=pair.photo,
+        )
         for pair in read_pairs(root, names=names)
     ]
 

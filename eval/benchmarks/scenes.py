@@ -52,7 +52,7 @@ def training_samples(count: int) -> list[BenchmarkSample]:
 
 
 def _chosen(list_file: Path) -> list[str]:
-    keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     unknown = [key for key in keys if key not in _KEYS]
     if unknown or not keys:
         what = f"{unknown[0]!r} is no view of this benchmark" if unknown else "the list is empty"

@@ -1,0 +1,204 @@
+"""What the bytes of a photo give away that its decoder does not: unfinished downloads, thumbnails, oversized text.
+
+Decoders take zeros for flat blocks or black rows, so a file whose second half never arrived is a good photo with a black
+foot. Compressed pictures do not end in zeros; in uncompressed ones a black foot must begin with a row, as a letterbox
+does. The rest of a damaged file's faults the decoders find themselves.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+ZEROS = 16
+"""Zero bytes at the end of compressed pixels that no encoder writes: arithmetic coders flush a few."""
+_TEXT = 1 << 18  # bytes of text beyond which a PNG's chunk is left out: Pillow refuses the picture at 1 MiB
+_PROFILE = 1 << 24
+
+
+def trailing_zeros(data: bytes) -> int:
+    """How many zero bytes end the data."""
+    end = len(data)
+    step = 1 << 16
+    while end > 0:
+        chunk = data[max(0, end - step) : end]
+        rest = chunk.rstrip(b"\0")
+        if rest:
+            return len(data) - (end - len(chunk) + len(rest))
+        end -= len(chunk)
+    return len(data)
+
+
+def unfinished(data: bytes, kind: str) -> str:
+    """Why a compressed photo (`kind` as distill.data.filetypes.sniff says) is not all there, or ""."""
+    zeros = trailing_zeros(data)
+    if zeros < (4 if kind == "PNG" else ZEROS):
+        return ""
+    found = {
+        "JPEG": lambda: data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"),
+        "WebP": lambda: _webp_is_cut(data),
+        "PNG": lambda: b"IEND" not in data[-zeros - 12 :],
+        "GIF": lambda: data[-zeros - 1 : -zeros] != b";",
+        "AVIF": lambda: _boxes_are_cut(data, zeros),
+        "HEIC": lambda: _boxes_are_cut(data, zeros),
+    }.get(kind)
+    if found is None or not found():
+        return ""
+    return f"truncated: it ends in {zeros} zero bytes, as an unfinished download does"
+
+
+def _webp_is_cut(data: bytes) -> bool:
+    """Whether a chunk of pixels ends in zeros, or a chunk has no name."""
+    at, size = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while at + 8 <= size:
+        name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name == b"\0\0\0\0":
+            return True
+        body = data[at + 8 : min(at + 8 + length, len(data))]
+        if name in (b"VP8 ", b"VP8L", b"ALPH", b"ANMF") and trailing_zeros(body) >= min(ZEROS, max(1, len(body))):
+            return True
+        at += 8 + length + length % 2
+    return False
+
+
+def _boxes_are_cut(data: bytes, zeros: int) -> bool:
+    """Whether the zeros reach into a box that holds pixels (mdat), or stand where a box should begin."""
+    at, end = 0, len(data) - zeros
+    while at + 8 <= len(data):
+        size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        if size == 1:
+            size = int.from_bytes(data[at + 8 : at + 16], "big")
+        stop = len(data) if size == 0 and name != b"\0\0\0\0" else at + size
+        if name == b"mdat":
+            return end <= stop - min(ZEROS, size)
+        if name == b"\0\0\0\0" or size < 8:
+            return True
+        at = stop
+    return False
+
+
+def stops_mid_row(stored: bytes | memoryview, row: int, pixel: int) -> bool:
+    """Whether uncompressed pixels end in zeros that begin in the middle of a row: of the row's bytes, `pixel` each.
+
+    A black foot of less than a twentieth that lies below black pixels passes: so end photographs of the night.
+    """
+    rows = len(stored) // row if row > 0 else 0
+    if rows < 1:
+        return False
+    whole = np.frombuffer(stored, np.uint8, rows * row).reshape(rows, row)
+    filled = np.flatnonzero(whole.any(1))
+    if not len(filled):
+        return False
+    at = int(filled[-1])
+    last = int(np.flatnonzero(whole[at])[-1]) + 1
+    rest = row - last
+    if rest < max(1, pixel) or rest + (rows - 1 - at) * row < 4 * ZEROS:
+        return False
+    below_black = at > 0 and float((whole[at - 1, last:] == 0).mean()) >= 0.75
+    return not below_black or (rows - 1 - at) >= rows / 20
+
+
+def bmp_is_cut(data: bytes) -> bool:
+    """`stops_mid_row` of an uncompressed BMP."""
+    plain = len(data) >= 54 and data[14] >= 40 and int.from_bytes(data[30:34], "little") in (0, 3)
+    if not plain or trailing_zeros(data) < ZEROS:
+        return False
+    start, width = int.from_bytes(data[10:14], "little"), int.from_bytes(data[18:22], "little", signed=True)
+    bits = int.from_bytes(data[28:30], "little")
+    row = (abs(width) * bits + 31) // 32 * 4
+    return stops_mid_row(memoryview(data)[start:], row, bits // 8 + row - abs(width) * bits // 8)
+
+
+def ppm_is_cut(data: bytes, width: int, height: int) -> bool:
+    """`stops_mid_row` of a binary PPM or PGM, whose header has no fixed length."""
+    bits = {b"P5": 8, b"P6": 24}.get(data[:2])
+    if bits is None or trailing_zeros(data) < ZEROS:
+        return False
+    fields = data[:512].split(None, 4)
+    deep = 2 if len(fields) > 3 and fields[3].isdigit() and int(fields[3]) > 255 else 1
+    pixel = bits * deep // 8
+    size = width * height * pixel
+    return len(data) >= size and stops_mid_row(memoryview(data)[len(data) - size :], width * pixel, pixel)
+
+
+def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
+    """Whether the zeros at the end of a TIFF take the place of a page's strips or tiles."""
+    zeros = trailing_zeros(data)
+    offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
+    places = [place for place in zip(offsets, sizes, strict=False) if sum(place) > len(data) - zeros]
+    if zeros < ZEROS or not places:
+        return False
+    if tags.get(259, 1) != 1:
+        return any(start + size - (len(data) - zeros) >= min(ZEROS, max(1, size)) for start, size in places)
+    tiled = 324 in tags
+    width = int(tags.get(322 if tiled else 256, 0))
+    samples = int(tags.get(277, 1)) if int(tags.get(284, 1)) == 1 else 1
+    bits = samples * int(_numbers(tags.get(258, 1))[0])
+    row = (width * bits + 7) // 8
+    if tiled:
+        return any(stops_mid_row(memoryview(data)[start : start + size], row, bits // 8) for start, size in places)
+    joined = b"".join(data[start : start + size] for start, size in zip(offsets, sizes, strict=False))
+    return stops_mid_row(joined, row, bits // 8)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
+    """(a PNG without its oversized text and profile, that profile): Pillow refuses the pixels for what is beside them.
+
+    Anything else, and a PNG without such chunks, comes back as it is.
+    """
+    cut: list[tuple[int, int]] = []
+    profile: bytes | None = None
+    text = 0
+    for at, name, body in _chunks(data):
+        if name in (b"tEXt", b"zTXt", b"iTXt"):
+            size = max(len(body), _inflated(name, body))
+            text += size
+            if size > _TEXT or text > 16 * _TEXT:
+                cut.append((at, at + 12 + len(body)))
+        elif name == b"iCCP":
+            start = body.find(b"\0") + 2
+            plain = _inflate(body[start:], _PROFILE)
+            if len(plain) > _TEXT:
+                profile = plain if len(plain) <= _PROFILE else b""
+                cut.append((at, at + 12 + len(body)))
+    if not cut:
+        return data, None
+    edges = [0, *(edge for piece in cut for edge in piece), len(data)]
+    return b"".join(data[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)), profile
+
+
+def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """Offset, name and body of a PNG's ancillary chunks (IDAT's body is empty: it is not copied)."""
+    at = 8
+    while at + 12 <= len(data) and data[:4] == b"\x89PNG":
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        if at + 12 + length > len(data):
+            return
+        yield at, name, b"" if name == b"IDAT" else data[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _inflated(name: bytes, body: bytes) -> int:
+    """The bytes that a text chunk becomes, counted up to a little over what is allowed."""
+    key = body.find(b"\0") + 1
+    if name == b"zTXt":
+        return len(_inflate(body[key + 1 :], _TEXT))
+    if name == b"iTXt" and body[key : key + 1] == b"\1":
+        rest = body[key + 2 :].split(b"\0", 2)
+        return len(_inflate(rest[2], _TEXT)) if len(rest) == 3 else 0
+    return 0
+
+
+def _inflate(packed: bytes, most: int) -> bytes:
+    try:
+        return zlib.decompressobj().decompress(packed, most + 1)
+    except zlib.error:
+        return b""

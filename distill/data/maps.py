@@ -1,0 +1,222 @@
+"""Stored maps: the numbers of one depth or disparity map, whatever it was written as, and the names that it goes by.
+
+One reader for ground truth, benchmarks and predictions. The format is told by the first bytes, not by the suffix. Read
+are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5 and MATLAB's mat. Pictures of maps are
+not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
+`distill predict` carries its range and is given back as values.
+
+Shapes: H height, W width of the map as stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import struct
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from distill.data import filetypes
+from distill.data.photos import DECODE_ERRORS
+
+READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
+SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".mat", ".png")
+"""Where several files would do, the first of these is the map."""
+MAPPED = 1 << 22
+"""Bytes from which a .npy is mapped instead of read: fresh memory for it costs more time than reading it."""
+_NAMES = ("depth", "disparity", "disp", "depth_map", "depthmap", "pred", "prediction", "arr_0", "dataset")
+_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, RecursionError)
+
+
+class BadMapError(OSError):
+    """A file that is no map; the message is the reason, without the file's name."""
+
+
+def read_map(path: Path) -> np.ndarray:
+    """(H,W) numbers of a file as they are stored, of any real dtype; BadMapError says why it is no map.
+
+    Raises FileNotFoundError where there is none. Axes of length 1 are dropped.
+    """
+    if path.stat().st_size >= MAPPED:
+        with path.open("rb") as file:
+            if file.read(6) == b"\x93NUMPY":
+                try:
+                    return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
+                except _ERRORS as error:
+                    raise BadMapError(_said("npy", error)) from error
+    return decode_map(path.read_bytes())
+
+
+def decode_map(data: bytes) -> np.ndarray:
+    """`read_map` of a file's bytes."""
+    for magic, kind, reader in _READERS:
+        if data.startswith(magic):
+            try:
+                return _plane(reader(data))
+            except BadMapError:
+                raise
+            except _ERRORS as error:
+                raise BadMapError(_said(kind, error)) from error
+    what = filetypes.sniff(data)
+    raise BadMapError(f"{'it is ' + what if what else 'of no known format' if data else 'empty'}; read are {READ}")
+
+
+def _said(kind: str, error: BaseException) -> str:
+    return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
+
+
+def _plane(values: Any) -> np.ndarray:
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiub":
+        raise BadMapError(f"holds {getattr(values, 'dtype', type(values).__name__)}, not real numbers")
+    plane = values if values.ndim == 2 else values.reshape([side for side in values.shape if side != 1])
+    if plane.ndim != 2 or not plane.size:
+        raise BadMapError(f"has the shape {values.shape}: a depth map has one channel, (H, W)")
+    return plane
+
+
+def _npz(data: bytes) -> np.ndarray:
+    with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+        sizes = {info.filename: info.file_size for info in archive.zip.infolist()}
+        if sum(sizes.values()) > 1 << 32:
+            raise BadMapError(f"unpacks to {sum(sizes.values())} bytes: not one map")
+        return _chosen({name: archive[name] for name in archive.files})
+
+
+def _chosen(arrays: Mapping[str, Any]) -> np.ndarray:
+    """The one map of several arrays: the only one of two axes, or the one that is called as a map is."""
+    planes = {
+        name: array
+        for name, array in arrays.items()
+        if isinstance(array, np.ndarray) and array.dtype.kind in "fiu" and sum(side != 1 for side in array.shape) == 2
+    }
+    named = [name for wanted in _NAMES for name in planes if name.rpartition("/")[2].lower() == wanted]
+    if len(planes) != 1 and not named:
+        listed = ", ".join(f"{name} {getattr(array, 'shape', '')}" for name, array in list(arrays.items())[:5])
+        raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one that is called depth or disparity")
+    return planes[named[0] if named else next(iter(planes))]
+
+
+def _picture(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=("PNG", "PPM")) as image:
+        image.load()
+        if image.mode == "P":
+            palette = np.array(image.convert("RGB"))
+            if (palette[..., 0] != palette[..., 1]).any() or (palette[..., 0] != palette[..., 2]).any():
+                raise BadMapError("a palette of colours: a picture of a map, not a map; store its numbers")
+            return palette[..., 0]
+        values = np.array(image)
+        if values.ndim != 2:
+            raise BadMapError(f"has {values.shape[-1]} channels: a picture, not a map; a depth map has one channel")
+        if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
+            low, high = float(image.info["low"]), float(image.info["high"])
+            return (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
+        return values
+
+
+def _tiff(data: bytes) -> np.ndarray:
+    import imagecodecs  # Pillow knows no float16 or float64
+
+    with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
+        if image.mode == "P":
+            raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
+    return np.asarray(imagecodecs.tiff_decode(data))
+
+
+def _dpt(data: bytes) -> np.ndarray:
+    """Sintel's: the number 202021.25, width, height, then float32, all little-endian."""
+    width, height = struct.unpack("<ii", data[4:12])
+    if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
+        raise BadMapError(f"not a whole .dpt: {len(data)} bytes for {width} x {height} float32")
+    return np.frombuffer(data, "<f4", offset=12).reshape(height, width)
+
+
+def _exr(data: bytes) -> np.ndarray:
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise BadMapError('an EXR: pip install "depth-distill[maps]", or store .npy') from error
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # it opens names alone
+        file.write(data)
+        file.flush()
+        channels = {name: c.pixels for name, c in OpenEXR.File(file.name, separate_channels=True).channels().items()}
+    named = [name for name in channels if name.rpartition(".")[2].lower() in ("z", "y", "v", "d", *_NAMES)]
+    same = len({array.tobytes() for name, array in channels.items() if name in "RGB"}) == 1
+    if len(channels) != 1 and len(named) != 1 and not same:
+        raise BadMapError(f"has the channels {', '.join(channels)}: a picture, not a map; a depth map has one channel")
+    return np.asarray(channels[named[0] if len(named) == 1 else next(iter(channels)) if len(channels) == 1 else "R"])
+
+
+def _hdf5(data: bytes) -> np.ndarray:
+    try:
+        import h5py
+    except ImportError as error:
+        raise BadMapError('HDF5 (or a new .mat): pip install "depth-distill[maps]", or store .npy') from error
+    arrays: dict[str, np.ndarray] = {}
+
+    def collect(name: str, item: Any) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and item.size < 1 << 30:
+            # MATLAB writes columns first.
+            arrays[name] = item[()].T if "MATLAB_class" in item.attrs else item[()]
+
+    with h5py.File(io.BytesIO(data), "r") as file:
+        file.visititems(collect)
+    return _chosen({name: np.asarray(array) for name, array in arrays.items()})
+
+
+def _mat(data: bytes) -> np.ndarray:
+    if data[124:126] in (b"\0\2",) or b"MATLAB 7.3" in data[:32]:
+        return _hdf5(data)
+    try:
+        import scipy.io
+    except ImportError as error:
+        raise BadMapError('a .mat: pip install "depth-distill[teachers]", or store .npy') from error
+    table = scipy.io.loadmat(io.BytesIO(data), chars_as_strings=False)
+    return _chosen({name: array for name, array in table.items() if not name.startswith("__")})
+
+
+_READERS = (
+    (b"\x93NUMPY", "npy", lambda data: np.load(io.BytesIO(data), allow_pickle=False)),
+    (b"PK\3\4", "npz", _npz),
+    (b"\x89PNG", "png", _picture),
+    (b"Pf", "pfm", _picture),
+    (b"PF", "pfm", _picture),
+    (b"P5", "pgm", _picture),
+    (b"II*\0", "tif", _tiff),
+    (b"MM\0*", "tif", _tiff),
+    (b"II+\0", "tif", _tiff),
+    (b"PIEH", "dpt", _dpt),
+    (b"v/1\x01", "exr", _exr),
+    (b"\x89HDF\r\n\x1a\n", "h5", _hdf5),
+    (b"MATLAB", "mat", _mat),
+)
+
+
+def stored_stems(key: str) -> list[str]:
+    """The names, without suffix, under which the map of an image may be stored, the most particular first.
+
+    key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
+    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do).
+    """
+    path = PurePosixPath(key)
+    stem = path.stem if len(path.suffix) > 1 else path.name
+    plain = stem.removeprefix("rgb_")
+    names = [path.name, f"{stem}_{path.suffix[1:].lower()}" if len(path.suffix) > 1 else stem, stem]
+    names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}"]
+    return list(dict.fromkeys(str(path.with_name(name)) for name in names))
+
+
+def find_map(folder: Path, keys: Iterable[str]) -> Path | None:
+    """The stored map of an image that goes by one of `keys`, in any format that is read; None where there is none."""
+    for stem in dict.fromkeys(stem for key in keys for stem in stored_stems(key)):
+        for suffix in SUFFIXES:
+            for spelled in (suffix, suffix.upper()):
+                if (path := folder / f"{stem}{spelled}").is_file():
+                    return path
+    return None
