@@ -20,8 +20,8 @@ from torch import Tensor
 
 import distill
 from distill.core.depth import Kind
-from distill.data.maps import stored_stems
 from distill.core.plugins import find
+from distill.data.maps import stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
 from distill.eval.prior import Constant, PlanePrior, fit_plane
