@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.core import files
 from distill.core.depth import DepthMap, Kind
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
@@ -92,7 +93,7 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
         done = predict(cost.timed(teacher), samples, store, settings=settings, report=report)
     finally:
         if store.is_dir() and (cost.images or not before):
-            _write_json(store / CARD, {"card": asdict(teacher.card), "cost": cost.summary(before)})
+            files.write_json(store / CARD, {"card": asdict(teacher.card), "cost": cost.summary(before)}, sort_keys=True)
     return done
 
 
@@ -191,12 +192,6 @@ def _read_card(store: Path) -> dict[str, Any] | None:
         return {"card": dict(table["card"]), "cost": dict(table["cost"])}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not readable ({error}): delete {store} and compare again") from error
-
-
-def _write_json(path: Path, table: Any) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(json.dumps(table, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    aside.replace(path)
 
 
 # --- one image --------------------------------------------------------------------------------------------------------
@@ -377,5 +372,4 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def write_comparison(comparison: ModelComparison, path: Path, *, more: Mapping[str, Any]) -> None:
     """Everything measured, as JSON; `more` is what else should stand there (rejected images, the settings)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(path, {"version": 1, **asdict(comparison), **more})
+    files.write_json(path, {"version": 1, **asdict(comparison), **more}, sort_keys=True)

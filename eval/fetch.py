@@ -12,7 +12,6 @@ reads it), so that two people can compare what they have.
 from __future__ import annotations
 
 import errno
-import hashlib
 import http.client
 import json
 import os
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.core.plugins import find
 from distill.eval.benchmarks import Download
 
@@ -85,7 +85,7 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
     recorded = record.read_text(encoding="utf-8").split()[0] if record.is_file() else ""
     expected, published = (sha256 or recorded).lower(), bool(sha256)
     if path.is_file():
-        digest = _digest(path).hexdigest()
+        digest = files.file_sha256(path)
         if expected and digest != expected:
             raise OSError(
                 f"{path} is there, and its sha256 is {digest}, not {expected}: move it away to fetch it again"
@@ -95,14 +95,14 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     resumed = _complete(url, part, report, patience)
-    digest = _digest(part).hexdigest()
+    digest = files.file_sha256(part)
     if expected and digest != expected:
         wrong = path.with_name(f"{path.name}.wrong")
         part.replace(wrong)
         _note(part).unlink(missing_ok=True)
         raise OSError(f"{url}: sha256 {digest}, not {expected}; kept as {wrong} to look at, the next call begins again")
     size = part.stat().st_size
-    part.replace(path)
+    files.publish(part, path)
     _note(part).unlink(missing_ok=True)
     _record(record, digest, path.name)
     return Fetched(path=path, num_bytes=size, sha256=digest, resumed=resumed, published=published)
@@ -227,13 +227,8 @@ def _write_note(part: Path, url: str, answer: Any, total: int | None) -> None:
     """Which file on the host the bytes of `part` belong to. A weak ETag may not guard a range (RFC 9110, 13.1.5)."""
     tag = answer.headers.get("ETag", "")
     version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
-    _note(part).write_text(json.dumps({"url": url, "total": total, "version": version}) + "\n", encoding="utf-8")
-
-
-def _digest(path: Path) -> Any:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256")
+    files.write_json(_note(part), {"url": url, "total": total, "version": version}, indent=None)
 
 
 def _record(record: Path, digest: str, name: str) -> None:
-    record.write_text(f"{digest}  {name}\n", encoding="utf-8")
+    files.write_text(record, f"{digest}  {name}\n")

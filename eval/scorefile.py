@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.core.depth import Kind
 from distill.eval.protocol import Protocol, from_dict
 from distill.eval.tasks import TASKS, Task
@@ -96,11 +97,10 @@ def require_writable(path: Path | str) -> None:
     for one in (path, beside):
         if one.is_dir():
             raise OSError(f"{one} is a folder; name a file, such as {one / 'scores.json'}")
-        aside = one.with_name(f"{one.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside.touch()
-            aside.unlink()
+            files.aside(one).touch()
+            files.aside(one).unlink()
         except OSError as error:
             raise OSError(f"{one}: cannot be written ({error.strerror or error}); name another file") from error
 
@@ -141,7 +141,7 @@ def write_scores(result: Score, path: Path | str) -> None:
         "groups": result.groups,
         "images": images,
     }
-    _replace(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    files.write_json(path, content)
     names = [name for name in result.task.rows if name != result.task.group_mean]
     table = io.StringIO(newline="")
     rows: list[list[Any]] = [["key", "group", *names, "scale", "shift", "failed", "problem"]]
@@ -149,7 +149,7 @@ def write_scores(result: Score, path: Path | str) -> None:
         values = [repr((image.metrics or {}).get(name, math.nan)) for name in names]
         rows.append([image.key, image.group, *values, image.scale, image.shift, image.failed, image.problem or ""])
     csv.writer(table).writerows(rows)
-    _replace(path.with_suffix(".csv"), table.getvalue())
+    files.write_text(path.with_suffix(".csv"), table.getvalue())
 
 
 def read_scores(path: Path | str) -> Score:
@@ -179,13 +179,3 @@ def read_scores(path: Path | str) -> Score:
 def finite(values: Mapping[str, float]) -> Means:
     """JSON has no NaN and no infinity."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8", newline="")
-        aside.replace(path)
-    except OSError as error:
-        aside.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error.strerror or error}); the scores are lost") from error

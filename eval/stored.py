@@ -9,7 +9,6 @@ overwritten nor mixed with.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.core import files
 from distill.core.depth import Kind
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
@@ -75,7 +75,8 @@ def predict(
                 f"says {teacher.card.kind}, and the image is {tuple(image.shape[-2:])}"
             )
         values = torch.where(depth.valid, depth.values, torch.nan)[0].cpu().numpy().astype(np.float32)
-        _write(store / sample.prediction_path, values)
+        with files.writing(store / sample.prediction_path) as new, new.open("wb") as file:
+            np.save(file, values)
         done += 1
         if report:
             report(done, len(samples))
@@ -149,20 +150,7 @@ def _claim(store: Path, wanted: dict[str, Any]) -> None:
         )
     if store.exists() and next(store.rglob("*.npy"), None) is not None:
         raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
-    store.mkdir(parents=True, exist_ok=True)
-    aside = store / f"{SETTINGS}.part"
-    aside.write_text(json.dumps(wanted, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    aside.replace(store / SETTINGS)
-
-
-def _write(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    with aside.open("wb") as file:
-        np.save(file, values)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    files.write_json(store / SETTINGS, wanted, sort_keys=True, allow_nan=True)
 
 
 def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -22,8 +21,9 @@ from torch import Tensor
 
 import distill
 from distill import students
+from distill.core import files
+from distill.core.files import file_sha256
 from distill.students import Student
-from distill.students.encoder import file_sha256
 from distill.students.modelcard import model_card
 from distill.students.quantize import dequantize, fits, quantize
 
@@ -33,7 +33,6 @@ EXPORTS = (
     "model.onnx",
     "model.pt2",
 )  # made from the weights (distill.students.export): a new save takes the old ones away
-LEFT_BEHIND = (".new.model.pt2", ".model.onnx.new")  # by a writer of the exports that was killed
 EMBEDDED = "pocket"
 
 
@@ -88,10 +87,10 @@ def save(
         "output": {"kind": "affine_disparity", "larger_is": "nearer"},
         "card": dict(card or {}),
     }
-    files = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
+    contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
-        files[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
-    _write(folder, files, check)
+        contents[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
+    _write(folder, contents, check)
     return folder
 
 
@@ -165,9 +164,9 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     import huggingface_hub
     from huggingface_hub import errors
 
-    files = [WEIGHTS, DESCRIPTION, CARD]
+    wanted = [WEIGHTS, DESCRIPTION, CARD]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
     except errors.LocalEntryNotFoundError as error:
         raise OSError(f"{name}: no such folder here, and the hub cannot be reached (offline?)") from error
     except (errors.HfHubHTTPError, OSError) as error:
@@ -193,8 +192,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not folder.is_dir():
-        aside = _aside(folder, "old")
-        hint = f"; a save was interrupted, {aside} is the student before it: rename it back" if aside.is_dir() else ""
+        old = files.replaced(folder)
+        hint = f"; a save was interrupted, {old} is the student before it: rename it back" if old.is_dir() else ""
         raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
@@ -346,10 +345,6 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a safetensors file: {error}") from error
 
 
-def _aside(folder: Path, what: str) -> Path:
-    return folder.parent / f".{folder.name}.{what}"
-
-
 def _check_place(folder: Path) -> None:
     if not folder.exists():
         return
@@ -366,41 +361,14 @@ def _dot_files(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".") and path.is_file()]
 
 
-def _write(folder: Path, files: Mapping[str, bytes], check: Callable[[Path], object] | None) -> None:
-    """`files` as `folder`, at once: written aside, synced, and exchanged with what is there by two renames."""
-    new, old = _aside(folder, "new"), _aside(folder, "old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    if old.is_dir() and not folder.exists():
-        old.rename(folder)  # an earlier save was killed between its two renames
-    shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        new.mkdir()
-        for name, content in files.items():
-            with (new / name).open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+def _write(folder: Path, contents: Mapping[str, bytes], check: Callable[[Path], object] | None) -> None:
+    """`contents` as `folder`, at once; the dot-files that were there go with it."""
+    left = {path.name for name in EXPORTS for path in files.leftovers(folder / name)}
+    with files.writing_folder(folder) as new:
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
         if check is not None:
             check(new)
         for path in _dot_files(folder) if folder.exists() else []:
-            if path.name not in LEFT_BEHIND:
+            if path.name not in left:
                 shutil.copy2(path, new)
-        _sync(new)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make a folder's entries durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,6 +28,8 @@ from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core.files import file_sha256
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -263,12 +265,6 @@ def _download(name: str) -> dict[str, Tensor]:
             'Download them yourself and give their path as weights="file.safetensors"'
         ) from error
     return model.state_dict()
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core import files
 from distill.students import Student, checkpoint
 
 ONNX, PROGRAM = checkpoint.EXPORTS
@@ -115,14 +116,12 @@ def write_program(
     last place. Raises ValueError where the outputs differ; an older file at `path` then stays.
     """
     path = Path(path)
-    new = path.with_name(f".new.{path.name}")  # torch.export wants the suffix .pt2
-    try:
-        torch.export.save(program or to_program(student), new)
-        actual = parity(student, torch.export.load(new).module(), named or path)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    return actual
+    with files.writing(path) as new:
+        # Open files: torch.export takes the name of no file but a .pt2, and would write it into the archive.
+        with new.open("wb") as file:
+            torch.export.save(program or to_program(student), file)
+        with new.open("rb") as file:
+            return parity(student, torch.export.load(file).module(), named or path)
 
 
 def write_onnx(
@@ -140,7 +139,6 @@ def write_onnx(
     `export` is not installed, ValueError where the outputs differ; an older file at `path` then stays.
     """
     onnx, path = _optional("onnx"), Path(path)
-    new = path.with_name(f".{path.name}.new")
     _optional("onnxscript")
     made = torch.onnx.export(
         program or to_program(student),
@@ -161,13 +159,9 @@ def write_onnx(
         key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in (metadata or {}).items()
     }
     onnx.helper.set_model_props(model, card_text)
-    try:
+    with files.writing(path) as new:
         onnx.save(model, new)
-        actual = parity(student, run_onnx(new, named=named or path), named or path)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
-    return actual
+        return parity(student, run_onnx(new, named=named or path), named or path)
 
 
 def metadata(description: Mapping[str, Any]) -> dict[str, Any]:

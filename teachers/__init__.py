@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
 
+from distill.core.files import file_sha256
+
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -216,8 +218,7 @@ def revision_of(path: Path) -> str:
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
     digest = hashlib.sha256()
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(file)))
     return f"sha256:{digest.hexdigest()[:16]}"
 
 

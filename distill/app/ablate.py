@@ -26,11 +26,11 @@ import torch
 from distill.app import build, commands
 from distill.app.console import note, progress, say, table
 from distill.app.study import Column, Study, StudyCell, Version, cells, read_study
+from distill.core import files
 from distill.eval.reports.ablation import AblationRow, Table, markdown, write_page
 from distill.eval.score import read_scores
 from distill.eval.verdict import judge
 from distill.labelling.lock import RunLockedError, run_lock
-from distill.shards import shards
 from distill.training import trainlog
 from distill.training.step import TrainingStoppedError
 
@@ -65,9 +65,8 @@ def run_study(
         return None
     result = collect(study, version, every)
     folder = out / f"{study.name}-{version}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shards.write_atomic(folder / "study.json", (json.dumps(result.as_dict(), indent=1) + "\n").encode())
-    shards.write_atomic(folder / "table.md", markdown(result).encode())
+    files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
+    files.write_text(folder / "table.md", markdown(result))
     write_page(result, folder / "index.html")
     _show(result)
     say(f"study: {(folder / 'index.html').resolve()}")
@@ -107,10 +106,10 @@ def _with_workers(
     gpus = torch.cuda.device_count()
     running: list[subprocess.Popen[bytes]] = []
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as files, progress(f"ablate {path.stem}") as report:
+    with contextlib.ExitStack() as logs, progress(f"ablate {path.stem}") as report:
         try:
             for i in range(processes):
-                log = files.enter_context((out / f"worker-{i}.log").open("wb"))
+                log = logs.enter_context((out / f"worker-{i}.log").open("wb"))
                 done_cells = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
                 if gpus:
                     done_cells["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
@@ -168,9 +167,7 @@ def _run(cell: StudyCell) -> None:
     shutil.rmtree(cell.folder / "train" / "checkpoints", ignore_errors=True)
     shutil.rmtree(cell.folder / "train" / "student", ignore_errors=True)
     result_record = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}
-    shards.write_atomic(
-        cell.folder / "cell.json", (json.dumps(result_record | {"made_by": commands.commit()}) + "\n").encode()
-    )
+    files.write_json(cell.folder / "cell.json", result_record | {"made_by": commands.commit()}, indent=None)
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from distill.app.console import dashboard, note, progress, say, table
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.strict import RecipeError
+from distill.core import files
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
@@ -36,8 +37,7 @@ from distill.training.train import TrainResult, train
 def keep_recipe(recipe: Recipe) -> None:
     """Writes the resolved recipe into the run's folder; only the first process does."""
     if build.process()[0] == 0:
-        recipe.run.folder.mkdir(parents=True, exist_ok=True)
-        shards.write_atomic(recipe.run.folder / "recipe.toml", dumps(recipe).encode())
+        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe))
         for name in recipe.unjudged:
             note(f"[{name}] has faults, which do not matter here; `distill show` says which")
 

@@ -20,12 +20,13 @@ from typing import Any
 import cv2
 import numpy as np
 
+from distill.core import files
 from distill.core.depth import DepthMap
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.eval.reports.figures import NEARNESS, colourise, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
-from distill.shards.shards import MANIFEST, LabelDataset, read_manifest, write_atomic
+from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
 WORST = 6  # samples shown for their teachers' disagreement
 _BINS = 20
@@ -72,8 +73,7 @@ def write_contact(
     sections.append(("teachers", "Teachers", _teachers(manifest["teachers"])))
     where = out or folder / "contact.html"
     html = page(f"Labels {folder.name}", _facts(folder, manifest, seen, len(dataset)), sections, what="Contact sheet")
-    where.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(where, html.encode())
+    files.write_text(where, html)
     return where
 
 

@@ -8,12 +8,13 @@ overwritten, deleted or left out of the inputs.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from distill.core import files
 
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 FORMATS = {"png": ".png", "npy": ".npy", "colour": "_colour.png", "side": "_side.jpg"}
@@ -116,7 +117,7 @@ class Outputs:
         file, folder = file.resolve(), self.folder.resolve()
         if not file.is_relative_to(folder):
             return False
-        inside = file.relative_to(folder).with_name(file.name.removeprefix(".new."))
+        inside = file.relative_to(folder).with_name(files.meant(file.name))
         frames = inside.with_name(f"*{inside.suffix}") if inside.stem.isdecimal() else inside
         return bool(self._own & {inside.as_posix(), frames.as_posix()})
 
@@ -193,7 +194,7 @@ class Outputs:
 
     def _note(self, made: OutputRecord) -> OutputRecord:
         path = self.folder / SOURCES
-        with _blame(path), path.open("a", encoding="utf-8") as file:
+        with files.naming(path), path.open("a", encoding="utf-8") as file:
             # A line cut by a kill or a full disk is ended first, or it would take this one with it.
             before, self._cut = "\n" if self._cut else "", True
             file.write(f"{before}{json.dumps(asdict(made))}\n")
@@ -225,29 +226,3 @@ def _parse(line: str) -> OutputRecord | None:
         return OutputRecord(**{**fields, "formats": _union(fields["formats"]), "begun": _union(fields["begun"])})
     except (ValueError, LookupError, TypeError):
         return None
-
-
-@contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name to write to (same suffix) that becomes `path` when the block ends well and is removed otherwise."""
-    new = path.with_name(f".new.{path.name}")
-    try:
-        with _blame(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield new
-            if new.is_file():
-                new.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _blame(path: Path) -> Iterator[None]:
-    # A full disk names no file, and a person does not know the name aside.
-    try:
-        yield
-    except OSError as error:
-        ours = error.filename is None or Path(error.filename).name == f".new.{path.name}"
-        named = path if ours else error.filename
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(named)) from error

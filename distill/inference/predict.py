@@ -21,12 +21,13 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
+from distill.core import files
 from distill.core.depth import DepthMap
 from distill.data.photos import BadImageError, decode
 from distill.data.sources import SUFFIXES
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import video
-from distill.inference.outputs import FILMS, SETTINGS, VIDEOS, Outputs, PredictionJob, aside
+from distill.inference.outputs import FILMS, SETTINGS, VIDEOS, Outputs, PredictionJob
 from distill.students import checkpoint
 from distill.teachers.checkpoint import Teacher
 
@@ -196,8 +197,7 @@ def _same_settings(estimator: Estimator, out: Path) -> None:
                 f"{out}: holds predictions with another {' and '.join(differing)} ({before.get('student')}); "
                 "give another --out"
             )
-    with aside(path) as new:
-        new.write_text(json.dumps(now | {"licence": card.licence}, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path, now | {"licence": card.licence})
 
 
 def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str]) -> bool:
@@ -216,19 +216,31 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     return True
 
 
-def _write(path: Path, name: str, values: np.ndarray, rgb: np.ndarray, span: tuple[float, float], kind: str) -> None:
-    with aside(path) as new:
+def _write(
+    path: Path,
+    name: str,
+    values: np.ndarray,
+    rgb: np.ndarray,
+    span: tuple[float, float],
+    kind: str,
+    *,
+    durable: bool = True,
+) -> None:
+    with files.writing(path, durable=durable) as new, new.open("wb") as file:
         if name == "npy":
-            np.save(new, values)
+            np.save(file, values)
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
             for key, value in {"kind": kind, "low": repr(span[0]), "high": repr(span[1])}.items():
                 png_text.add_text(key, value)
-            Image.fromarray((_position(values, span) * 65535).round().astype(np.uint16)).save(new, pnginfo=png_text)
+            codes = (_position(values, span) * 65535).round().astype(np.uint16)
+            Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
         elif name == "colour":
-            Image.fromarray(coloured(values, _shown(values))).save(new)
+            Image.fromarray(coloured(values, _shown(values))).save(file, "PNG")
         else:
-            Image.fromarray(np.concatenate([rgb, coloured(values, _shown(values))], axis=1)).save(new, quality=92)
+            Image.fromarray(np.concatenate([rgb, coloured(values, _shown(values))], axis=1)).save(
+                file, "JPEG", quality=92
+            )
 
 
 def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
@@ -270,7 +282,8 @@ def _video(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
                 values = estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)).values[0].numpy()
                 own = float(values.min()), float(values.max())
                 for name in single:
-                    _write(outputs.path(made, name, count), name, values, rgb, own, str(estimator.card.kind))
+                    frame = outputs.path(made, name, count)
+                    _write(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
                 shown = _shown(values)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
                 picture = coloured(values, span)
@@ -278,9 +291,10 @@ def _video(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
                     write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
             count += 1
     video.check_whole(job.path, count, rate, total)
-    png_text = {"frames": count, "formats": sorted({*made.formats, *missing})}
-    with aside(outputs.folder / f"{made.stem}.json") as new:
-        new.write_text(json.dumps(png_text) + "\n", encoding="utf-8")
+    if any(name not in FILMS for name in missing):  # at once: a wait for the disk at every frame doubles the time
+        files.sync_tree(outputs.folder / made.stem)
+    about = {"frames": count, "formats": sorted({*made.formats, *missing})}
+    files.write_json(outputs.folder / f"{made.stem}.json", about, indent=None)
     outputs.finish(made, missing, frames=count)
     return True
 

@@ -14,8 +14,8 @@ from typing import Any
 import cv2
 import numpy as np
 
+from distill.core import files
 from distill.data.photos import BadImageError
-from distill.inference.outputs import aside
 
 
 def frames(path: Path) -> Iterator[tuple[np.ndarray, float, int]]:
@@ -53,7 +53,7 @@ def writer(path: Path) -> Iterator[Callable[[np.ndarray, float], None]]:
     """write((H,W,3) frame, frames per second) to an mp4, which appears when the block ends well."""
     film: Any = None
 
-    with aside(path) as new:
+    with files.writing(path, suffix=path.suffix) as new:  # OpenCV knows a format by its suffix alone
 
         def write(rgb: np.ndarray, rate: float) -> None:
             nonlocal film

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.depth import Kind
 from distill.data.corruptions import Corruptions
@@ -16,7 +17,7 @@ from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
-from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_atomic, write_manifest
+from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_manifest
 
 SETTINGS = "settings.json"
 
@@ -57,7 +58,7 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the folder's settings, or raise ValueError where it was begun with others."""
     path = out / SETTINGS
     if not path.is_file():
-        write_atomic(path, dump_json(settings))
+        files.write_bytes(path, dump_json(settings))
         return
     before = _in_words_of_today(read_json(path))
     changed = [name for name in settings if settings[name] != before.get(name)]

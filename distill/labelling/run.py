@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
@@ -35,7 +36,7 @@ from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import VERSION, Sample, dump_json, encode_sample
-from distill.shards.shards import ShardWriter, read_json, write_atomic
+from distill.shards.shards import ShardWriter, read_json
 
 __all__ = [
     "TRUTH",
@@ -293,7 +294,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
             "kinds": {name: sorted(values) for name, values in kinds.items()},
             **({"bridge_dropped": dropped} if dropped else {}),
         }
-        write_atomic((out / part.name).with_suffix(".json"), dump_json(sidecar))
+        files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sidecar))
         if writer.index:
             writer.publish()
 

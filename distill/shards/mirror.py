@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from distill.core.files import file_sha256
+from distill.core.files import publish as rename
 from distill.data.storage import file_system
-from distill.shards.shards import MANIFEST, file_sha256, read_manifest
+from distill.shards.shards import MANIFEST, read_manifest
 
 Report = Callable[..., None]
 
@@ -99,10 +101,10 @@ def fetch(url: str, folder: Path, *, report: Report | None = None) -> None:
                     raise OSError(
                         f"{name} is damaged there, its checksum is not the manifest's: delete it, publish again"
                     )
-                (aside / name).replace(folder / name)
+                rename(aside / name, folder / name)
             if report:
                 report(done + 1, len(files))
     except OSError as error:
         raise OSError(error.errno, f"{source} cannot be read: {error}") from error
-    (aside / MANIFEST).replace(folder / MANIFEST)
+    rename(aside / MANIFEST, folder / MANIFEST)
     shutil.rmtree(aside)

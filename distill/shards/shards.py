@@ -30,6 +30,8 @@ import numpy as np
 import webdataset
 from torch.utils.data import Dataset
 
+from distill.core import files
+from distill.core.files import file_sha256
 from distill.data.sources import walk_tar
 from distill.shards.codec import REPAIR, VERSION, Sample, check_version, decode_sample, disagreements
 from distill.shards.codec import collate as collate
@@ -38,41 +40,6 @@ MANIFEST = "manifest.json"
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _aside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write aside, sync, rename: `path` is the old file or the new one, never half of it. Raises OSError."""
-    try:
-        with _aside(path).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _aside(path).replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        _aside(path).unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
-
-
-def _cannot_write(path: Path, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"cannot write {path}: {error.strerror or error}. What was finished is kept; mend this and run the same "
-        "command again",
-    )
 
 
 class _Hashing:
@@ -101,10 +68,8 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.index: list[tuple[str, int, int]] = []
-        try:
-            self._file = _aside(path).open("wb")
-        except OSError as error:
-            raise _cannot_write(path, error) from error
+        with files.naming(path):
+            self._file = files.aside(path).open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
 
@@ -116,32 +81,28 @@ class ShardWriter:
             self._file.close()
         except OSError as failed:
             if error is None:
-                raise _cannot_write(self.path, failed) from failed
+                raise files.write_error(self.path, failed) from failed
         finally:
-            _aside(self.path).unlink(missing_ok=True)
+            files.aside(self.path).unlink(missing_ok=True)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample: `codec.encode_sample`'s members."""
         start = self._tar.offset
-        try:
+        with files.naming(self.path):
             for name, data in members:
                 # TarInfo's own defaults: time 0, owner 0, mode 0644. Nothing of this machine gets in.
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 self._tar.addfile(info, io.BytesIO(data))
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
         self._tar.members = []
         self.index.append((key, start, self._tar.offset - start))
 
     def close(self) -> dict[str, Any]:
         """Finish and sync the file; returns {"name", "sha256", "bytes", "samples"}."""
-        try:
+        with files.naming(self.path):
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
         return {
             "name": self.path.name,
             "sha256": self._out.sha256.hexdigest(),
@@ -151,11 +112,8 @@ class ShardWriter:
 
     def publish(self) -> None:
         """Rename the finished file into place."""
-        try:
-            _aside(self.path).replace(self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise _cannot_write(self.path, error) from error
+        with files.naming(self.path):
+            files.publish(files.aside(self.path), self.path)
 
 
 # --- the manifest -----------------------------------------------------------------------------------------------------
@@ -163,8 +121,7 @@ class ShardWriter:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `folder`/manifest.json, at once or not at all."""
-    text = json.dumps({**manifest, "version": VERSION}, sort_keys=True, indent=1, allow_nan=False)
-    write_atomic(folder / MANIFEST, text.encode() + b"\n")
+    files.write_json(folder / MANIFEST, {**manifest, "version": VERSION}, sort_keys=True)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -380,12 +337,6 @@ def find_problems(folder: str | Path, *, report: Callable[..., None] | None = No
 def hash_keys(keys: Sequence[str]) -> str:
     """The sha256 of an image list, one key to a line."""
     return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> list[str]:

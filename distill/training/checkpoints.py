@@ -5,15 +5,14 @@
         training.safetensors   student/<name>, optimizer/<parameter>/<name>, ema/<name>
         state.json             step, settings, data, best step so far, alarm, and the size of every other file
 
-A checkpoint is written aside under a name that starts with a dot, brought to the disk and renamed. One whose files are
+A checkpoint is written aside, brought to the disk and renamed (core.files). One whose files are
 missing or of another size than state.json says does not count. The best checkpoint by held-out loss is never pruned.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+
+from distill.core import files
 
 VERSION = 1
 
@@ -53,13 +54,13 @@ class Checkpoint:
 def locked(out: Path) -> Iterator[None]:
     """Holds `out` for this process; ValueError where another run holds it. A killed process holds nothing."""
     out.mkdir(parents=True, exist_ok=True)
-    # A record lock: unlike flock's it is not inherited by data workers, who can outlive a killed parent by seconds.
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{out}: another training run writes here; wait for it or choose another folder") from None
+    lock = files.take_lock(out / ".lock")
+    if lock is None:
+        raise ValueError(f"{out}: another training run writes here; wait for it or choose another folder")
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def folder_of(out: Path, step: int) -> Path:
@@ -85,9 +86,12 @@ def _whole(folder: Path) -> Checkpoint | None:
 
 
 def clean(out: Path) -> None:
-    """Removes what a killed run left half-written, and checkpoints that are not whole."""
+    """Removes what a killed run left half-written, and checkpoints that are not whole; nothing that is not ours."""
+    ours = {match[0] for path in (out / "checkpoints").glob("*") if (match := re.search(r"step-\d{8}", path.name))}
+    for name in ours:
+        files.clean(out / "checkpoints" / name)
     whole = {saved.folder for saved in find(out)}
-    for folder in (out / "checkpoints").glob("*"):
+    for folder in (out / "checkpoints" / name for name in ours):
         if folder not in whole:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -104,44 +108,18 @@ def save(
 ) -> None:
     """Writes the checkpoint of state["step"] and prunes older ones; OSError that names the step to go on from."""
     final = folder_of(out, state["step"])
-    aside = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
-        save_file(_tensors(student, optimizer, ema), aside / "training.safetensors")
-        save_student(aside / "student")
-        files = {str(p.relative_to(aside)): p.stat().st_size for p in sorted(aside.rglob("*")) if p.is_file()}
-        text = json.dumps({"version": VERSION, **state, "files": files}, indent=1)
-        (aside / "state.json").write_text(text + "\n", encoding="utf-8")
-        publish(aside, final)
+        with files.writing_folder(final) as new:
+            save_file(_tensors(student, optimizer, ema), new / "training.safetensors")
+            save_student(new / "student")
+            sizes = {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
+            text = json.dumps({"version": VERSION, **state, "files": sizes}, indent=1)
+            (new / "state.json").write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
         last = max((saved.step for saved in find(out)), default=0)
-        raise OSError(f"{final}: cannot be written ({error}); started again, it goes on from step {last}") from None
+        named, reason = (error.filename, error.strerror) if isinstance(error, files.WriteError) else (final, error)
+        raise OSError(f"{named}: cannot be written ({reason}); started again, it goes on from step {last}") from None
     _prune(out, keep_last, state["best"])
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Brings a folder to the disk and gives it its final name, replacing what was there."""
-    for path in [*aside.rglob("*"), aside]:
-        _sync(path)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        aside.rename(final)
-        shutil.rmtree(old)
-    else:
-        aside.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _prune(out: Path, keep_last: int, best: Mapping[str, Any] | None) -> None:

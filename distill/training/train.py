@@ -15,7 +15,6 @@ student/.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import nn
 
+from distill.core import files
 from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
@@ -227,8 +227,8 @@ def _resume(run: TrainingRun) -> None:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
-        text = json.dumps(facts | {"settings": run.settings.as_dict(), "card": run.card}, indent=1)
-        (run.out / "run.json").write_text(text + "\n", encoding="utf-8")
+        facts |= {"settings": run.settings.as_dict(), "card": run.card}
+        files.write_json(run.out / "run.json", facts, allow_nan=True)
 
 
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:

@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.core import files
 from distill.core.depth import DepthMap
 from distill.core.labels import Batch
 from distill.losses.losses import median_and_mean_abs_dev
@@ -54,12 +55,8 @@ class StepLog:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
         kept = [line for line in _lines(path) if line["step"] <= last_step]
-        aside = path.with_name(f".{path.name}.tmp")
-        with aside.open("w", encoding="utf-8") as file:
+        with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
             file.writelines(_encode(line) for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -166,6 +163,7 @@ def dump_batch(
                     tensors[f"{i}/{teacher}/{context}/valid"] = depth_map.valid
         images += [{"key": k, "loss": v} for k, v in zip(batch.keys, loss.tolist(), strict=True)]
     # Copies: safetensors refuses tensors that are strided or share memory.
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, folder / f"{name}.safetensors")
-    text = json.dumps(_finite({**facts, "images": [_finite(image) for image in images]}), indent=1)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    with files.writing(folder / f"{name}.safetensors") as new:
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, new)
+    table = _finite({**facts, "images": [_finite(image) for image in images]})
+    files.write_json(folder / f"{name}.json", table, allow_nan=True)

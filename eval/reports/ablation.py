@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.core import files
 from distill.core.depth import Kind
 from distill.core.plugins import find
 from distill.eval.reports import figures, page
@@ -192,7 +193,7 @@ def write_page(table: Table, path: Path) -> None:
     sections.append(("pictures", "Pictures", _pictures(table)))
     seeds = sorted({seed for row in table.rows for seed in row.values})
     facts = page.pairs([("source", table.source), ("seeds", ", ".join(map(str, seeds))), ("made by", table.made_by)])
-    path.write_text(page.page(table.title, facts, sections), encoding="utf-8")
+    files.write_text(path, page.page(table.title, facts, sections))
 
 
 def _marked(cell: str) -> str:

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import PROTOCOL, TRUTH, ModelComparison
@@ -258,10 +259,7 @@ def write_page(
         ("pictures", "Where they disagree", gallery(comparison, samples, folder)),
         ("made", "Weights, licences, settings", _made(comparison, remarks, again)),
     ]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.part")
-    aside.write_text(page(title, pairs(about), sections, what="Comparison of depth models"), encoding="utf-8")
-    aside.replace(out)
+    files.write_text(out, page(title, pairs(about), sections, what="Comparison of depth models"))
     return out
 
 

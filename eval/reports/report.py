@@ -16,6 +16,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from distill.core import files
 from distill.eval.papers import Scored, verdicts
 from distill.eval.reports import figures
 from distill.eval.reports.gallery import UNREADABLE, Recipe, gallery
@@ -54,11 +55,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         ("again", "How to repeat it", _repeat_section(run_dir, recipe, scores)),
     ]
     facts = _facts(recipe, scores, log, folders)
-    html = page(name, facts, sections)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(html, encoding="utf-8")
-    aside.replace(path)
+    files.write_text(path, page(name, facts, sections))
     return path
 
 

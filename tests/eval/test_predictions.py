@@ -35,7 +35,7 @@ def test_predictions_are_stored_resumed_and_scored(tmp_path):
     assert got.model == "echo" and got.kind == Kind.SCALE_DEPTH
     with pytest.raises(ValueError, match="holds scale_depth, which cannot be scored as affine_disparity"):
         score(store, "affine_disparity", samples(), CLEAN)
-    assert not list(store.rglob("*.part"))
+    assert not list(store.rglob("*.partial"))
 
 
 def test_a_damaged_map_is_predicted_again_and_told(tmp_path):
@@ -100,7 +100,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_scoring(store, tmp_path
         with pytest.raises((OSError, ValueError), match=message) as caught:
             score_predictions(store, out=tmp_path / out, **given)
         assert "Errno" not in str(caught.value)
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_stored_predictions_of_other_settings_are_not_mixed_with(tmp_path, store):

@@ -55,7 +55,7 @@ def test_a_bad_photo_is_one_line_and_a_second_call_does_the_rest(photos, tmp_pat
     (photos / "text.png").write_bytes((photos / "a.png").read_bytes())
     again = predict.run(estimator, jobs, out=out, report=silent)
     assert (again.written, again.present, len(again.problems)) == (2, 2, 1) and estimator.calls == 5
-    assert not [name for name in names(out) if ".new." in name]
+    assert not [name for name in names(out) if ".partial" in name]
 
 
 def test_another_student_does_not_mix_into_the_same_folder(photos, tmp_path):

@@ -205,7 +205,7 @@ class TestWriting:
         def full(handle):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint.os, "fsync", full)
+        monkeypatch.setattr(files.os, "fsync", full)
         with pytest.raises(OSError, match="No space"):
             checkpoint.save(tiny(), tmp_path / "s")
         monkeypatch.undo()
@@ -218,7 +218,7 @@ class TestWriting:
         real = Path.rename
 
         def killed(self, target):
-            if self.name == ".s.new":
+            if self.name == ".s.partial":
                 raise KeyboardInterrupt
             return real(self, target)
 
@@ -249,7 +249,7 @@ class TestWriting:
 
     def test_hidden_files_are_in_nobodys_way_and_stay(self, tmp_path):
         checkpoint.save(tiny(), tmp_path / "s")
-        for name in (".DS_Store", ".model.onnx.new", ".new.model.pt2"):
+        for name in (".DS_Store", ".model.onnx.new", ".new.model.pt2", ".model.onnx.partial"):
             (tmp_path / "s" / name).write_text(name)
         checkpoint.save(tiny(), tmp_path / "s")
         hidden = [p for p in (tmp_path / "s").iterdir() if p.name.startswith(".")]

@@ -159,7 +159,7 @@ def test_an_export_that_differs_leaves_what_was_there(tmp_path, monkeypatch, cap
         monkeypatch.setattr(export, "difference", lambda before, after, path, off=off: off)
         for out in ("o", "fresh"):
             assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / out), *switches]) == 2
-            assert "differ" in (said := capsys.readouterr().err) and ".new" not in said
+            assert "differ" in (said := capsys.readouterr().err) and ".partial" not in said
         assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "s"]
         assert checkpoint.read_card(tmp_path / "o") == {"name": "old"}
 

@@ -83,11 +83,13 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     last = checkpoints.folder_of(tmp_path, 20)
     weights = last / "training.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    (tmp_path / "checkpoints/.step-00000030.tmp").mkdir()
+    for name in (".step-00000030.tmp", ".step-00000030.partial", "photos of mine"):
+        (tmp_path / "checkpoints" / name).mkdir()
     assert [saved.step for saved in checkpoints.find(tmp_path)] == [10]
     result, _ = run(tmp_path, keep_last=3, holdout=0.0)
     assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
-    assert not (tmp_path / "checkpoints/.step-00000030.tmp").exists()
+    there = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert there == ["photos of mine", "step-00000010", "step-00000020"]
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):

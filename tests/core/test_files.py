@@ -1,0 +1,152 @@
+"""Writing aside, locks and checksums: what is there is whole, whoever is killed, and errors name the target."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distill.core import files
+
+HOLD = """
+import os, pathlib, sys, time
+from distill.core import files
+lock = files.take_lock(pathlib.Path(sys.argv[1]))
+lock.write("me")
+if os.fork() == 0:
+    time.sleep(6)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(20)
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path):
+    path = tmp_path / "below" / "a.json"
+    files.write_json(path, {"b": 1, "a": [2]}, sort_keys=True)
+    assert path.read_bytes() == b'{\n "a": [\n  2\n ],\n "b": 1\n}\n'
+    with pytest.raises(RuntimeError), files.writing(path) as new:
+        new.write_text("half")
+        assert path.read_text().startswith("{")
+        raise RuntimeError
+    assert names(path.parent) == ["a.json"] and path.read_text().startswith("{")
+    with files.writing(path):
+        pass  # nothing written: nothing replaced
+    assert path.read_text().startswith("{")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.write_json(path, float("nan"))
+
+
+def test_every_write_reaches_the_disk_with_its_folder(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    files.write_text(tmp_path / "a", "b")
+    assert synced == [".a.partial", tmp_path.name]
+    synced.clear()
+    with files.writing_folder(tmp_path / "f") as new:
+        (new / "x").write_text("")
+    assert synced == ["x", ".f.partial", tmp_path.name]
+    synced.clear()
+    with files.writing(tmp_path / "c", durable=False) as new:
+        new.write_text("")
+    assert synced == [] and (tmp_path / "c").is_file()
+
+
+@pytest.mark.parametrize("at", ["open", "fsync", "replace"])
+def test_a_disk_that_refuses_is_told_of_the_file_that_was_meant(tmp_path, monkeypatch, at):
+    path = tmp_path / "recipe.toml"
+    path.write_text("old")
+
+    def refuse(first, *rest, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(first) if at == "open" else None)
+
+    with monkeypatch.context() as patch:
+        if at == "fsync":
+            patch.setattr(files.os, "fsync", refuse)
+        else:
+            patch.setattr(Path, at, refuse)
+        with pytest.raises(files.WriteError) as caught:
+            files.write_text(path, "new")
+    error = caught.value
+    assert str(error).startswith(f"cannot write {path}: Read-only file system. What was finished is kept")
+    assert (error.errno, error.filename, error.strerror) == (errno.EROFS, str(path), "Read-only file system")
+    assert names(tmp_path) == ["recipe.toml"] and path.read_text() == "old"
+
+
+def test_the_folder_above_and_the_file_within_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(files.WriteError, match=r"cannot write .*/file: (File exists|Not a directory)"):
+        files.write_text(tmp_path / "file" / "x", "")
+    with pytest.raises(files.WriteError) as caught, files.writing_folder(tmp_path / "step") as new:
+        files.write_text(new / "student" / "card", "")
+        raise files.write_error(new / "student", OSError(errno.ENOSPC, "full"))
+    assert caught.value.filename == str(tmp_path / "step" / "student") and names(tmp_path) == ["file"]
+    with pytest.raises(FileNotFoundError, match="elsewhere"), files.writing(tmp_path / "a"):
+        (tmp_path / "elsewhere").read_text()  # somebody else's trouble
+    with pytest.raises(OSError, match="^a sentence of its own$"), files.writing_folder(tmp_path / "a"):
+        raise OSError("a sentence of its own")
+
+
+def test_a_folder_takes_the_place_of_another_and_what_a_kill_left_goes(tmp_path):
+    for left in (".s.tmp", ".s.new", ".s.partial"):
+        (tmp_path / left).mkdir()
+    (tmp_path / ".s.old").mkdir()
+    (tmp_path / ".s.old" / "before").write_text("")
+    files.clean(tmp_path / "s")
+    assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["before"]  # there was no other
+    with files.writing_folder(tmp_path / "s") as new:
+        (new / "after").write_text("")
+    assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["after"]
+    with pytest.raises(RuntimeError), files.writing_folder(tmp_path / "s") as new:
+        raise RuntimeError
+    assert names(tmp_path) == ["s"] and names(tmp_path / "s") == ["after"]
+
+
+def test_the_name_that_was_meant():
+    path = Path("a/b.mp4")
+    left = [new.name for new in files.leftovers(path)]
+    assert files.meant(left[0]) == files.meant(".b.mp4.partial.mp4") == files.meant(".new.b.mp4") == "b.mp4"
+    assert files.meant("b.mp4") == "b.mp4" and files.meant(".hidden") == ".hidden"
+
+
+def test_a_lock_is_held_once_and_goes_with_its_process(tmp_path):
+    path = tmp_path / ".lock"
+    lock = files.take_lock(path)
+    assert lock is not None and files.take_lock(path) is None
+    lock.release()
+    assert names(tmp_path) == []
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    held = subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, env=environment)
+    try:
+        assert held.stdout is not None and held.stdout.readline() == b"held\n"
+        assert files.take_lock(path) is None and path.read_text() == "me"
+    finally:
+        held.send_signal(signal.SIGKILL)
+        held.wait()
+    # Its child lives on, as a data worker does for seconds, and holds nothing.
+    deadline = time.monotonic() + 4
+    while (lock := files.take_lock(path)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lock is not None
+    lock.release()
+
+
+def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", none)
+    first, second = files.take_lock(tmp_path / "l"), files.take_lock(tmp_path / "l")
+    assert first is not None and second is not None
+    first.release()
+    second.release()
