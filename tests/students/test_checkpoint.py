@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill import students
-from distill.core import plugins
+from distill.core import files, plugins
 from distill.students import checkpoint
 
 DECODERS = plugins.names("distill.students.decoders")
