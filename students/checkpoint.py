@@ -21,7 +21,7 @@ from torch import Tensor
 
 import distill
 from distill import students
-from distill.core import files
+from distill.core import files, hub
 from distill.core.files import file_sha256
 from distill.students import Student
 from distill.students.modelcard import model_card
@@ -161,16 +161,10 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         raise FileNotFoundError(
             f'{name}: no such folder; give a student\'s folder, "{EMBEDDED}", or OWNER/NAME on the hub'
         )
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    wanted = [WEIGHTS, DESCRIPTION, CARD]
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=wanted))
-    except errors.LocalEntryNotFoundError as error:
-        raise OSError(f"{name}: no such folder here, and the hub cannot be reached (offline?)") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise OSError(f"{name}: no such folder here, and the hub says: {_first_line(error)}") from error
+        return hub.download(name, files=[WEIGHTS, DESCRIPTION, CARD], revision=revision)
+    except hub.HubError as error:
+        raise OSError(f"{name}: no such folder here, and {error}") from error
 
 
 def load_decoder(student: Student, folder: str | Path) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
 
+from distill.core import hub
 from distill.core.files import file_sha256
 
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
@@ -150,35 +151,15 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
         raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
     inside = match[2].lstrip("/")
     wanted = [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
-    folder = _download(match[1], match[3], wanted, text)
+    try:
+        folder = hub.download(match[1], files=wanted, revision=match[3])
+    except hub.HubError as error:
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
     if not (folder / inside).exists():
         raise WeightsMissingError(
             f"weights {text!r}: {match[1]} has no {inside}; see https://huggingface.co/{match[1]}/tree/main"
         )
     return folder / inside
-
-
-def _download(repository: str, revision: str | None, files: list[str], text: str) -> Path:
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=files))
-    except errors.GatedRepoError as error:
-        raise WeightsMissingError(
-            f"weights {text!r} are gated: accept the licence at https://huggingface.co/{repository}, "
-            "then `hf auth login`"
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
-        raise WeightsMissingError(
-            f"weights {text!r}: no such file or folder here, and no such repository or revision on the Hugging Face "
-            "hub (or it is private: `hf auth login`)"
-        ) from error
-    except OSError as error:
-        raise WeightsMissingError(
-            f"weights {text!r}: no such file or folder here, and the Hugging Face hub cannot be reached; where it can, "
-            f"`hf download {repository}`, then give that folder's path"
-        ) from error
 
 
 def find_weights(path: Path, names: Iterable[str]) -> Path:
@@ -226,15 +207,8 @@ def revision_here(card: Card) -> str:
     """The revision of a card's weights on this machine, read from the hub's cache; empty where they are not here."""
     if card.revision != "unknown":
         return card.revision
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    organisation, _, rest = card.weights.partition("/")
-    folder = Path(HF_HUB_CACHE) / f"models--{organisation}--{rest.partition('/')[0]}"
-    named = folder / "refs" / "main"
-    if not named.is_file():
-        return ""
-    commit = named.read_text(encoding="utf-8").strip()
-    return commit if (folder / "snapshots" / commit).is_dir() else ""
+    owner, _, rest = card.weights.partition("/")
+    return hub.cached_commit(f"{owner}/{rest.partition('/')[0]}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -35,6 +35,8 @@ OWNERS = {
     "diffusers": ["distill.teachers."],
     "tensorboard": ["distill.training.train"],
     "tomli_w": ["distill.app.recipe"],
+    "huggingface_hub": ["distill.core.hub"],
+    "fcntl": ["distill.core.files"],
     "argparse": ["distill.app.cli", "distill.app.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.

@@ -1,0 +1,46 @@
+"""The one way to the Hugging Face hub: a repository's files, by huggingface_hub and from its cache where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class HubError(OSError):
+    """A repository that cannot be had; the message is a clause that says why and what to do."""
+
+
+def download(repository: str, *, files: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a snapshot of OWNER/NAME with what matches `files`; revision: a branch, tag or commit.
+
+    Raises HubError for a repository that is gated, private, absent or out of reach.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+    except errors.GatedRepoError as error:
+        address = f"https://huggingface.co/{repository}"
+        raise HubError(f"{repository} is gated: accept the licence at {address}, then `hf auth login`") from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        raise HubError(
+            "no such repository or revision on the Hugging Face hub (or it is private: `hf auth login`)"
+        ) from error
+    except OSError as error:
+        raise HubError(
+            f"the Hugging Face hub cannot be reached (offline?); where it can, `hf download {repository}`, then give "
+            "that folder's path"
+        ) from error
+
+
+def cached_commit(repository: str) -> str:
+    """The commit of OWNER/NAME's main branch in this machine's cache; empty where its files are not here."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    named = folder / "refs" / "main"
+    if not named.is_file():
+        return ""
+    commit = named.read_text(encoding="utf-8").strip()
+    return commit if (folder / "snapshots" / commit).is_dir() else ""
