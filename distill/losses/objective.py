@@ -80,7 +80,9 @@ class Objective:
             total = total + w.local_global * parts["local_global"]
         if w.gradient:
             normalize = self.normalization != "none"
-            parts["gradient"] = gradient_loss(pred, shared.values, shared.valid, normalize=normalize)
+            parts["gradient"] = gradient_loss(
+                pred, shared.values, shared.valid, normalize=normalize, whole=comparison.whole
+            )
             total = total + w.gradient * parts["gradient"]
         if w.feature and features is not None and teacher_features is not None:
             parts["feature"] = feature_loss(features, teacher_features, margin=self.feature_margin)

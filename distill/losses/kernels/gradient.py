@@ -1,4 +1,4 @@
-"""The multi-scale gradient loss and its gradient: the numbers of `losses.gradient_loss`, in three launches and one back.
+"""The multi-scale gradient loss and its gradient: `losses.gradient_loss` in three launches and one back.
 
 After the statistics of the whole image (select.py), unless the loss in contexts has found them already:
 
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.loss_kernels.keys import Cut, fold_least, fold_sum
-from distill.loss_kernels.select import BLOCK, CHUNK, HOW, ROWS, Found, find
+from distill.losses.kernels.keys import Cut, fold_least, fold_sum
+from distill.losses.kernels.select import BLOCK, CHUNK, HOW, ROWS, Found, find
 
 WHOLE = Cut((1,))
 ABSENT = float(torch.finfo(torch.float32).max)
@@ -48,14 +48,14 @@ def _differences(
     pred, target, valid, statistics, differences, numbers, firsts, stride, height, width, blocks,
     SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr,
     BLOCK: tl.constexpr
-):
+):  # fmt: skip
     """ABSENT stands where a pixel does not count. NaN cannot: a prediction that is not a number must be heard of."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at, start = block * BLOCK + tl.arange(0, BLOCK), image * height * width
     there = at < height * width
     median, unit, label_median, label_unit, shaped = _scales_of(
         statistics + image * ROWS * stride, stride, FLOOR, NORMALIZE
-    )
+    )  # fmt: skip
     values = tl.load(pred + start + at, mask=there, other=0.0)
     label = tl.load(target + start + at, mask=there, other=0.0)
     counts = (tl.load(valid + start + at, mask=there, other=0) != 0) & (tl.abs(label) < float("inf"))
@@ -83,7 +83,7 @@ def _edges(
     pred, statistics, differences, numbers, pushes, sums, stride, height, width, blocks,
     SCALES: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr
-):
+):  # fmt: skip
     """pushes: the gradient in the difference, ABSENT where that is."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at, start = block * BLOCK + tl.arange(0, BLOCK), image * height * width
@@ -118,7 +118,7 @@ def _edges(
 def _close(
     statistics, sums, firsts, losses, pulls, medians, stride, blocks,
     FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
+):  # fmt: skip
     """An image's loss, by how much its deviation pulls at each pixel, and the first pixel that is its median."""
     image = tl.program_id(0).to(tl.int64)
     sums, row = sums + image * 2 * blocks, statistics + image * ROWS * stride
@@ -134,7 +134,7 @@ def _close(
 def _slopes(
     pred, statistics, pushes, pulls, medians, upstream, slopes, stride, pixels,
     FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
-):
+):  # fmt: skip
     """The gradient of the sum of upstream times loss."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at, start = block * BLOCK + tl.arange(0, BLOCK), image * pixels
@@ -153,7 +153,7 @@ class _GradientLoss(torch.autograd.Function):
     """Per-image loss; differentiable once, in `pred`."""
 
     @staticmethod
-    def forward(ctx, pred, target, valid, statistics, scales, floor, normalize):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, pred, target, valid, statistics, scales, floor, normalize):
         images, height, width = pred.shape
         blocks, stride = triton.cdiv(height * width, BLOCK), statistics.shape[-1]
         differences, pushes = torch.empty_like(pred), torch.empty_like(pred)
@@ -164,26 +164,27 @@ class _GradientLoss(torch.autograd.Function):
         how = {"NORMALIZE": normalize, "ROWS": ROWS}
         visit, size = {"ABSENT": ABSENT, "BLOCK": BLOCK, **how}, (stride, height, width, blocks)
         _differences[(blocks, images)](
-            pred, target, valid, statistics, differences, numbers, firsts, *size, SCALES=scales, FLOOR=floor, **visit, **HOW
-        )
+            pred, target, valid, statistics, differences, numbers, firsts, *size,
+            SCALES=scales, FLOOR=floor, **visit, **HOW,
+        )  # fmt: skip
         _edges[(blocks, images)](
             pred, statistics, differences, numbers, pushes, sums, *size, SCALES=scales, CHUNK=CHUNK, **visit, **HOW
-        )
+        )  # fmt: skip
         _close[(images,)](
             statistics, sums, firsts, losses, pulls, medians, stride, blocks, FLOOR=floor, CHUNK=CHUNK, **how, **HOW
-        )
+        )  # fmt: skip
         ctx.save_for_backward(pred, statistics, pushes, pulls, medians)
         ctx.how, ctx.blocks = {"FLOOR": floor, **visit, **HOW}, blocks
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, upstream):
         pred, statistics, *rest = ctx.saved_tensors
         slopes, pixels = torch.empty_like(pred), pred.shape[1] * pred.shape[2]
         _slopes[(ctx.blocks, len(pred))](
             pred, statistics, *rest, upstream.contiguous(), slopes, statistics.shape[-1], pixels, **ctx.how
-        )
+        )  # fmt: skip
         return slopes, None, None, None, None, None, None
 
 

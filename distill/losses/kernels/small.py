@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.loss_kernels.keys import key_value, order_key
+from distill.losses.kernels.keys import key_value, order_key
 
 LARGEST = 8192
 
@@ -15,7 +15,7 @@ LARGEST = 8192
 def _small(
     values, valid, medians, deviations, width, pixels, image_step, row_step, column_step, valid_image_step,
     valid_row_step, valid_column_step, BLOCK: tl.constexpr
-):
+):  # fmt: skip
     """The median's key is found bit by bit: the largest that has no more than its rank below it."""
     image = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -38,7 +38,7 @@ def _small(
 
 
 def small_mean_deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Median and mean deviation, (B,) each. values: (B,H,W) float32, valid: (B,H,W) uint8, of any strides; no gradient."""
+    """Median and mean deviation, (B,) each, no gradient. values: (B,H,W) float32, valid: (B,H,W) uint8, any strides."""
     images, height, width = values.shape
     medians, deviations = values.new_empty(images), values.new_empty(images)
     _small[(images,)](

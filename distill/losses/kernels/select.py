@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.loss_kernels.keys import (
+from distill.losses.kernels.keys import (
     BINS,
     HEADER,
     LAST_BINS,
@@ -61,7 +61,7 @@ ROWS = 11
 def _range(
     pred, target, valid, ranges, histograms, pixels, blocks,
     MAPS: tl.constexpr, CHECK: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
-):
+):  # fmt: skip
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = block * BLOCK + tl.arange(0, BLOCK)
     there = at < pixels
@@ -108,7 +108,7 @@ def _first(
     pred, target, valid, ranges, headers, histograms, pixels, blocks, flat,
     MAPS: tl.constexpr, CHECK: tl.constexpr, GATE: tl.constexpr, FINEST: tl.constexpr, SIZE: tl.constexpr,
     LOWS: tl.constexpr, BINS: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
+):  # fmt: skip
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     ranges += image * (MAPS * 2) * blocks
     header, histogram = headers + image * HEADER, histograms + image * SIZE
@@ -124,7 +124,7 @@ def _first(
     at = block * BLOCK + tl.arange(0, BLOCK)
     label, inside, part = label_of(
         target + image * pixels, valid + image * pixels, at, pixels, limit, low, per_unit, FINEST, CHECK
-    )
+    )  # fmt: skip
     if block == 0:
         tl.store(header, limit)
         tl.store(header + 1, low.to(tl.int32, bitcast=True))
@@ -161,9 +161,9 @@ def _parts_of(context, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.co
 def _pick(
     headers, histograms, states,
     STAGE: tl.constexpr, KEEP: tl.constexpr, MAPS: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr,
-    NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, LOWS: tl.constexpr,
-    BINS: tl.constexpr, HEADER: tl.constexpr
-):
+    NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    LOWS: tl.constexpr, BINS: tl.constexpr, HEADER: tl.constexpr
+):  # fmt: skip
     """State of a context: the digits found so far, its rank among the pixels that share them, and number of pixels.
 
     KEEP: 0 for the lower median, else the rank is that of the last of this share of the pixels.
@@ -208,10 +208,10 @@ def _nearest(number):
 def _count_next(
     keys, known, shift, inside, part, state, histogram,
     BINS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):
+):  # fmt: skip
     """Adds to the histograms of a level's contexts the digit of `keys` at `shift`, where the digits from `known` up
     are those found so far.
-    """  # fmt: skip
+    """
     mine = inside & (keys != 0) & ((keys >> known).to(tl.int32) == spread(state, part, LEVEL, FIRST, FINEST))
     digit = (keys >> shift).to(tl.int32) & ((1 << (known - shift)) - 1)
     context = FIRST + part // (FINEST // LEVEL)
@@ -223,8 +223,8 @@ def _count_next(
 def _sum_outside(
     values, keys, least, known, inside, part, state, sums, blocks,
     LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):
-    """A block's sum of |value - m| of each context of a level, over the pixels outside its bin; m is its least value."""
+):  # fmt: skip
+    """A block's sum of |value - m| of each context of a level, outside its bin, whose least value is m."""
     found = spread(state, part, LEVEL, FIRST, FINEST)
     distance = tl.abs(values - raised(least, found << known))
     distance = tl.where(inside & ((keys >> known).to(tl.int32) != found), distance, 0.0)
@@ -237,9 +237,9 @@ def _sum_outside(
 def _next(
     pred, target, valid, headers, histograms, states, sums, pixels, blocks,
     STAGE: tl.constexpr, MAPS: tl.constexpr, CHECK: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr,
-    NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, BINS: tl.constexpr,
-    LAST_BINS: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr
-):
+    NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    BINS: tl.constexpr, LAST_BINS: tl.constexpr, HEADER: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """The second digit (STAGE 2), or the third with the sums outside its bin (STAGE 3)."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     header = headers + image * HEADER
@@ -247,7 +247,7 @@ def _next(
     at = block * BLOCK + tl.arange(0, BLOCK)
     label, inside, part = label_of(
         target + image * pixels, valid + image * pixels, at, pixels, limit, low, per_unit, FINEST, CHECK
-    )
+    )  # fmt: skip
     for m in tl.static_range(MAPS):
         values = label
         if m == 1:
@@ -262,25 +262,25 @@ def _next(
                 _count_next(
                     keys, first, second, inside, part, state, histogram + m * CONTEXTS * BINS,
                     BINS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-                )
+                )  # fmt: skip
             else:
                 _count_next(
                     keys, second, 0, inside, part, state,
                     histogram + MAPS * CONTEXTS * BINS + m * CONTEXTS * LAST_BINS,
                     LAST_BINS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-                )
+                )  # fmt: skip
                 _sum_outside(
                     values, keys, least, second, inside, part, state,
                     sums + (image * MAPS + m) * CONTEXTS * blocks + block, blocks,
                     (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-                )
+                )  # fmt: skip
 
 
 @triton.jit
 def _moment(
     header, histogram, state, sums, blocks, lowest,
     CONTEXTS: tl.constexpr, LAST_BINS: tl.constexpr, CHUNK: tl.constexpr
-):
+):  # fmt: skip
     """Median, mean deviation from it, number of pixels, and by how much more of them lie above than below."""
     least, shift = tl.load(header), tl.load(header + 2)
     found, rank, count = tl.load(state), tl.load(state + CONTEXTS), tl.load(state + 2 * CONTEXTS)
@@ -305,9 +305,9 @@ def _moment(
 def _moments(
     headers, histograms, states, sums, statistics, blocks, min_pixels,
     MAPS: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr,
-    CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, LOWS: tl.constexpr, BINS: tl.constexpr,
-    LAST_BINS: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
+    CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, LOWS: tl.constexpr,
+    BINS: tl.constexpr, LAST_BINS: tl.constexpr, HEADER: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     """The rows of a context's statistics that ROWS names, but the last three."""
     context, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     header, histogram = headers + image * HEADER, histograms + image * SIZE
@@ -322,7 +322,7 @@ def _moments(
             states + (image * MAPS + m) * 3 * CONTEXTS + context,
             sums + ((image * MAPS + m) * CONTEXTS + context) * blocks,
             blocks, lowest, CONTEXTS, LAST_BINS, CHUNK
-        )
+        )  # fmt: skip
         tl.store(row + 2 * m * CONTEXTS, median)
         tl.store(row + (2 * m + 1) * CONTEXTS, deviation)
         if m == 0:
@@ -390,3 +390,9 @@ def find(
         MAPS=maps, SIZE=size, LOWS=lows, LAST_BINS=LAST_BINS, ROWS=ROWS, CHUNK=CHUNK, **digits, **cut.constants, **HOW,
     )  # fmt: skip
     return Found(statistics, headers, blocks)
+
+
+def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Median and mean deviation, (B,) each, no gradient. values: (B,N) float32, valid: (B,N) uint8, contiguous."""
+    statistics = find(values, None, valid, Cut((1,)), label=False).statistics[:, :, 0]
+    return statistics[:, LABEL_MEDIAN], statistics[:, LABEL_DEVIATION]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-# Words of an image's header: its pixels, or 0 where it does not count; its label's least value, parts per unit, and flatness threshold (bits of
-# float32); then for label and prediction each the least key and the shifts of the first and of the second digit.
+# Words of an image's header: its pixels, or 0 where it does not count; its label's least value, parts per unit, and
+# flatness threshold (bits of float32); then for label and prediction each the least key and the shifts of the first and
+# of the second digit.
 HEADER = 16
 # Radix digits of 12, 12 and 8 bits.
 BINS = 4096
@@ -97,8 +98,8 @@ def header_of(header):
 def label_of(target, valid, at, pixels, limit, low, per_unit, FINEST: tl.constexpr, CHECK: tl.constexpr):
     """Label, whether it counts, and the finest part of its range that it lies in, at pixels `at` of an image.
 
-    target, valid: where the image's lie. pixels: of an image. limit, low, per_unit: see `header_of`. CHECK: a label that is not finite does
-    not count.
+    target, valid: where the image's lie. pixels: of an image. limit, low, per_unit: see `header_of`. CHECK: a label
+    that is not finite does not count.
     """
     there = at < pixels
     values = tl.load(target + at, mask=there, other=0.0)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.loss_kernels.keys import HEADER, Cut, fold_least, fold_sum, header_of, label_of, spread
-from distill.loss_kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, Found, find
+from distill.losses.kernels.keys import HEADER, Cut, fold_least, fold_sum, header_of, label_of, spread
+from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, Found, find
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _level(
     pred, label, inside, part, row,
     LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr,
     LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):
+):  # fmt: skip
     """At the pixels: whether the context of this level is live, the prediction centred, its scale, and the residual."""
     live = inside & (spread(row + 4 * CONTEXTS, part, LEVEL, FIRST, FINEST) > 0.0)
     label_median = spread(row, part, LEVEL, FIRST, FINEST)
@@ -52,7 +52,7 @@ def _counted(
     inside, part, row, weight, pixel_loss, threshold, at, pixels,
     WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr,
     CONTEXTS: tl.constexpr, FINEST: tl.constexpr
-):
+):  # fmt: skip
     """At the pixels: whether they are in a live context, how much they count, and that over how many they are in."""
     live = tl.zeros(part.shape, tl.float32)
     for i in tl.static_range(NUMBER):
@@ -72,7 +72,7 @@ def _counted(
 def _sum_slopes(
     e, centred, live, part, at, sums, firsts, blocks,
     CONTEXTS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):
+):  # fmt: skip
     """A block's sums of e and of e times the centred prediction, and its first pixel at the median, of each context."""
     pulled = tl.where(live, e * centred, 0.0)
     median = tl.where(live & (centred == 0.0), at, 0x7FFFFFFF)
@@ -87,9 +87,9 @@ def _sum_slopes(
 def _residual(
     pred, target, valid, weight, pixel_loss, alive, threshold, headers, statistics, sums, firsts, pixels, blocks,
     WEIGHTED: tl.constexpr, TRIM: tl.constexpr, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, LEVELS: tl.constexpr,
-    FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, HEADER: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """TRIM: 0 for no trimming, 1 to write each pixel's loss and whether it has one, 2 to trim and to sum."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     limit, low, per_unit = header_of(headers + image * HEADER)
@@ -100,20 +100,20 @@ def _residual(
     some, weights, share = _counted(
         inside, part, row, weight + start, pixel_loss + start, threshold + image * ROWS, at, pixels,
         WEIGHTED, TRIM == 2, LEVELS, FIRSTS, NUMBER, CONTEXTS, FINEST
-    )
+    )  # fmt: skip
     own, own_firsts = sums + image * (2 * CONTEXTS + 2) * blocks + block, firsts + image * CONTEXTS * blocks + block
     loss = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(NUMBER):
         live, centred, _, residual = _level(
             values, label, inside, part, row, LABEL_ONLY, FLOOR, CONTEXTS,
             (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-        )
+        )  # fmt: skip
         loss += tl.abs(residual)
         if TRIM != 1:
             _sum_slopes(
                 weights * share * _sign(residual), centred, live, part, at, own, own_firsts, blocks,
                 CONTEXTS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-            )
+            )  # fmt: skip
     loss *= share
     if TRIM == 1:
         tl.store(pixel_loss + start + at, tl.where(some, loss, 0.0), mask=at < pixels)
@@ -127,7 +127,7 @@ def _residual(
 def _close(
     statistics, sums, firsts, losses, lives, medians, blocks,
     LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
-):
+):  # fmt: skip
     """An image's loss and number of live contexts; of a context the last three rows and its first median pixel."""
     context, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row = statistics + image * ROWS * CONTEXTS + context
@@ -150,12 +150,13 @@ def _close(
     tl.store(row + 8 * CONTEXTS, pull)
     tl.store(row + 9 * CONTEXTS, at_median)
     tl.store(row + 10 * CONTEXTS, tl.where(some & live, tl.div_rn(1.0, scale * total), 0.0))
-    tl.store(medians + image * CONTEXTS + context, fold_least(firsts + (image * CONTEXTS + context) * blocks, blocks, CHUNK))
+    first = fold_least(firsts + (image * CONTEXTS + context) * blocks, blocks, CHUNK)
+    tl.store(medians + image * CONTEXTS + context, first)
     if context == 0:
         loss = fold_sum(own + 2 * CONTEXTS * blocks, blocks, CHUNK)
         tl.store(losses + image, tl.where(some, tl.div_rn(loss, total), 0.0))
-        number = 0.0
-        for c in tl.static_range(CONTEXTS):
+        number = tl.load(row + 4 * CONTEXTS)
+        for c in tl.static_range(1, CONTEXTS):
             number += tl.load(row + 4 * CONTEXTS + c)
         tl.store(lives + image, number.to(tl.int64))
 
@@ -164,9 +165,9 @@ def _close(
 def _slope(
     pred, target, valid, weight, pixel_loss, threshold, headers, statistics, medians, upstream, slopes, pixels,
     WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, LEVELS: tl.constexpr,
-    FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, HEADER: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr,
+    HEADER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     """The gradient of the sum of upstream times loss. For the formula see `normalize._per_image._add_gradient`."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     limit, low, per_unit = header_of(headers + image * HEADER)
@@ -177,13 +178,13 @@ def _slope(
     some, weights, share = _counted(
         inside, part, row, weight + start, pixel_loss + start, threshold + image * ROWS, at, pixels,
         WEIGHTED, TRIMMED, LEVELS, FIRSTS, NUMBER, CONTEXTS, FINEST
-    )
+    )  # fmt: skip
     slope = tl.zeros([BLOCK], tl.float32)
     for i in tl.static_range(NUMBER):
         slope += _level_slope(
             values, label, weights * share, inside, part, at, row, medians + image * CONTEXTS, LABEL_ONLY, FLOOR,
             CONTEXTS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-        )
+        )  # fmt: skip
     slope = tl.where(some, slope * tl.load(upstream + image), 0.0)
     tl.store(slopes + start + at, slope, mask=at < pixels)
 
@@ -192,10 +193,10 @@ def _slope(
 def _level_slope(
     values, label, weights, inside, part, at, row, medians, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr,
     CONTEXTS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):
+):  # fmt: skip
     live, centred, _, residual = _level(
         values, label, inside, part, row, LABEL_ONLY, FLOOR, CONTEXTS, LEVEL, FIRST, FINEST
-    )
+    )  # fmt: skip
     slope = weights * _sign(residual) * spread(row + 10 * CONTEXTS, part, LEVEL, FIRST, FINEST)
     if not LABEL_ONLY:
         slope -= spread(row + 8 * CONTEXTS, part, LEVEL, FIRST, FINEST) * _sign(centred)
@@ -208,7 +209,7 @@ class _ContextLoss(torch.autograd.Function):
     """Per-image loss of `statistics`; differentiable once, in `pred`."""
 
     @staticmethod
-    def forward(ctx, pred, target, valid, weight, found, cut, how, trim_top):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def forward(ctx, pred, target, valid, weight, found, cut, how, trim_top):
         (images, pixels), blocks, contexts = pred.shape, found.blocks, cut.contexts
         given = (pred, target, valid, target if weight is None else weight)
         sums = pred.new_empty(images, 2 * contexts + 2, blocks)
@@ -234,12 +235,12 @@ class _ContextLoss(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _live):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    def backward(ctx, upstream, _live):
         pred, *rest = ctx.saved_tensors
         slopes = torch.empty_like(pred)
         _slope[(ctx.blocks, len(pred))](
             pred, *rest, upstream.contiguous(), slopes, pred.shape[1], TRIMMED=ctx.trimmed, **ctx.how, **CROWDED
-        )
+        )  # fmt: skip
         return slopes, None, None, None, None, None, None, None
 
 
