@@ -6,11 +6,14 @@ Shapes: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.plugins import find
+from distill.losses import fused
 from distill.losses.normalize import Comparison
 from distill.losses.normalize._hdn import hdn
 
@@ -95,6 +98,11 @@ def hdn_loss(
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean absolute deviation from it over valid pixels, (B,) each; (0, 0) where nothing is valid."""
+    quick = fused.median_and_mean_abs_dev(values, valid, _median_and_mean_abs_dev)
+    return _median_and_mean_abs_dev(values, valid) if quick is None else quick
+
+
+def _median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     # Row by row: torch's quickselect over a whole tensor is ten times faster than along a dimension.
     filled = torch.where(valid, values, torch.nan).flatten(1)
     median = torch.nan_to_num(torch.stack([row.nanmedian() for row in filled.unbind()]))
@@ -112,8 +120,8 @@ def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor)
     """N_glo(pred) - N_glo(target), zero outside the returned mask, which is empty for a flat label."""
     usable = valid & torch.isfinite(target)
     clean_pred, clean_target = _clean(pred, usable), _clean(target, usable)
-    pred_median, pred_scale = median_and_mean_abs_dev(clean_pred, usable)
-    label_median, label_scale = median_and_mean_abs_dev(clean_target, usable)
+    pred_median, pred_scale = _median_and_mean_abs_dev(clean_pred, usable)
+    label_median, label_scale = _median_and_mean_abs_dev(clean_target, usable)
     informative = label_scale > 1e-6 * clean_target.abs().amax((-2, -1))
     usable = usable & informative[:, None, None]
     normal = (clean_pred - pred_median[:, None, None]) / pred_scale.clamp(min=1e-6)[:, None, None]
@@ -121,13 +129,23 @@ def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor)
     return torch.where(usable, normal - label, 0.0), usable
 
 
-def gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True) -> Tensor:
+def gradient_loss(
+    pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True, whole: Any = None
+) -> Tensor:
     """Multi-scale gradient matching (MiDaS, Eq. 11) on the globally normalized difference, (B,).
 
     At each of `scales` scales the difference is subsampled by 2, 4, ...; |d/dx| + |d/dy| between valid neighbours is
     summed and divided by the scale's number of valid pixels; the scales are added. normalize=False takes the raw
-    difference, for a student trained without normalization.
+    difference, for a student trained without normalization. whole: `Comparison.whole` of these very maps, which saves
+    finding their statistics again, or None.
     """
+    work = pred if pred.dtype == torch.float64 else pred.float()
+    how = (scales, normalize)
+    quick = fused.gradient_loss(work, target, valid, *how, whole=whole, reference=_gradient_loss)
+    return _gradient_loss(pred, target, valid, *how) if quick is None else quick
+
+
+def _gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool) -> Tensor:
     if normalize:
         difference, usable = _globally_normalized_difference(pred, target, valid)
     else:

@@ -59,7 +59,9 @@ class Objective:
             total = total + w.local_global * parts["local_global"]
         if w.gradient:
             normalize = w.normalization != "none"
-            parts["gradient"] = gradient_loss(pred, shared.values, shared.valid, normalize=normalize)
+            parts["gradient"] = gradient_loss(
+                pred, shared.values, shared.valid, normalize=normalize, whole=comparison.whole
+            )
             total = total + w.gradient * parts["gradient"]
         if w.feature and features is not None and teacher_features is not None:
             parts["feature"] = feature_loss(features, teacher_features, margin=w.feature_margin)

@@ -14,14 +14,18 @@ gradient flows to `pred` only: a label is a constant.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 
 class Comparison(NamedTuple):
-    """loss: (B,) the mean over the pixels that count. live, dead: (B,) contexts with and without information."""
+    """loss: (B,) the mean over the pixels that count. live, dead: (B,) contexts with and without information.
+
+    whole: statistics of the whole image that were found on the way, for `gradient_loss` of the same maps; or None.
+    """
 
     loss: Tensor
     live: Tensor
     dead: Tensor
+    whole: Any = None

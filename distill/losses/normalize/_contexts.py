@@ -6,7 +6,8 @@ absolute deviation over the context's pixels; a pixel's loss is the mean of |N_u
 contexts it is in (Distill-Any-Depth, Sec. 3.1, equations for N_glo and L_Dis; contexts as in HDN, depth-range variant).
 
 Loss and gradient are computed together in the forward pass, in closed form: on the CPU image by image, in as many
-threads as torch may use (`_per_image`); elsewhere for the whole batch without waiting for the device (`_batched`).
+threads as torch may use (`_per_image`); on CUDA by kernels (`distill.losses.fused`); elsewhere, and where those cannot
+run, for the whole batch without waiting for the device (`_batched`).
 
 Choices where the paper is silent (ours): the maximum belongs to the last part; a context with fewer than MIN_PIXELS
 pixels, or whose label is constant, is dead: it is left out and counted; the lower median, as torch.median has it.
@@ -20,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from distill.losses import fused
 from distill.losses.normalize import Comparison
 from distill.losses.normalize._batched import batch_loss
 from distill.losses.normalize._per_image import Workspace, image_loss
@@ -102,8 +104,13 @@ def compare_in_contexts(
 ) -> Comparison:
     """The comparison for the given `levels`, each a divisor of the largest. Half precision is raised to float32."""
     work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
+    pred = pred.to(work)
+    quick = fused.context_loss(pred, target, valid, weight, levels, trim_top=trim_top, label_only=label_only)
+    if quick is not None:
+        loss, live, whole = quick
+        return Comparison(loss, live, sum(levels) - live, whole)
     target = target.detach().to(work)
     usable = valid & torch.isfinite(target)
     weight = None if weight is None else weight.detach().to(work)
-    loss, live = _ContextLoss.apply(pred.to(work), target, usable, weight, levels, trim_top, label_only)
+    loss, live = _ContextLoss.apply(pred, target, usable, weight, levels, trim_top, label_only)
     return Comparison(loss, live, sum(levels) - live)

@@ -1,0 +1,206 @@
+"""The losses by the kernels, where they can be: float32 on CUDA. Everything here returns None where torch has to do it.
+
+Before the kernels' first use in a process they are tried on a small example against the torch code. Whatever is wrong
+there (no Triton, no C compiler for its launchers, a card that it does not know, other numbers) is one warning, and
+torch does the work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.losses.normalize._batched import batch_loss
+from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
+
+Pairs = Iterator[tuple[Tensor, Tensor]]
+
+# True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
+loud = False
+_tried: dict[tuple[Hashable, torch.device], bool] = {}
+
+
+class KernelError(RuntimeError):
+    """The kernels gave other numbers than the torch code."""
+
+
+def wanted(values: Tensor) -> bool:
+    """Whether there are kernels for such a tensor at all."""
+    return values.is_cuda and values.dtype == torch.float32
+
+
+def context_loss(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    levels: tuple[int, ...],
+    *,
+    trim_top: float,
+    label_only: bool,
+) -> tuple[Tensor, Tensor, Any] | None:
+    """`normalize._contexts`: losses (B,), live contexts (B,), and the statistics of the whole image or None.
+
+    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The third is what `gradient_loss` takes as `whole`.
+    """
+    if not (wanted(pred) and pred.numel()):
+        return None
+    how = {"levels": levels, "trim_top": trim_top, "label_only": label_only}
+    name = ("contexts", levels, trim_top, label_only, weight is None)
+    if not _trusted(name, pred.device, lambda device: _try_contexts(device, weight is not None, how)):
+        return None
+    losses, live, found = _contexts(pred, target, valid, weight, **how)
+    return losses, live, found if levels[0] == 1 and not label_only else None
+
+
+def gradient_loss(
+    pred: Tensor,
+    target: Tensor,
+    valid: Tensor,
+    scales: int,
+    normalize: bool,
+    *,
+    whole: Any,
+    reference: Callable[..., Tensor],
+) -> Tensor | None:
+    """`losses.gradient_loss`, (B,). reference: the torch code of it, with the arguments up to `normalize`."""
+    if not (wanted(pred) and pred.numel()):
+        return None
+    how = (scales, normalize)
+    if not _trusted(("gradient", *how), pred.device, lambda device: _try_gradient(device, how, reference)):
+        return None
+    return _gradient(pred, target, valid, *how, whole)
+
+
+def median_and_mean_abs_dev(
+    values: Tensor, valid: Tensor, reference: Callable[..., tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor] | None:
+    """`losses.median_and_mean_abs_dev`, (B,) each. reference: the torch code of it."""
+    if not (wanted(values) and values.numel()):
+        return None
+    if not _trusted("deviation", values.device, lambda device: _try_deviation(device, reference)):
+        return None
+    return _deviation(values, valid)
+
+
+def _trusted(name: Hashable, device: torch.device, trial: Callable[[torch.device], Pairs]) -> bool:
+    """Whether the kernels of this name do their work on the device.
+
+    trial: runs them on an example; gives pairs of what they say and what the torch code says.
+    """
+    key = (name, device)
+    if key not in _tried:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return False  # a trial waits for the device, and a graph cannot
+        works = _works(trial, device)
+        _tried[key] = works
+    return _tried[key]
+
+
+def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool:
+    try:
+        for ours, reference in trial(device):
+            far = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
+            if not far < 1e-3:
+                raise KernelError(f"they are off by {far:.2g}")
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the torch code is there
+        if loud:
+            raise
+        if all(_tried.values()):
+            reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+            warnings.warn(f"the fused loss kernels fail here ({reason}): torch does their work, slower", stacklevel=5)
+        return False
+    return True
+
+
+def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prediction, label, valid and weight, (2,16,24), from a generator of their own: training's goes on unmoved."""
+    draw = torch.Generator().manual_seed(0)
+    pred, target, chance, weight = torch.rand((4, 2, 16, 24), generator=draw)
+    target[1] = (target[1] * 12).floor()
+    return pred.to(device), target.to(device), (chance > 0.2).to(device), weight.to(device)
+
+
+def _differentiated(pred: Tensor, call: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        pred = pred.detach().requires_grad_()
+        losses = call(pred)
+        return losses.detach(), torch.autograd.grad(losses.sum(), pred)[0]
+
+
+def _try_contexts(device: torch.device, weighted: bool, how: dict[str, Any]) -> Pairs:
+    pred, target, valid, drawn = _example(device)
+    weight = drawn if weighted else None
+    ours = _differentiated(pred, lambda x: _contexts(x, target, valid, weight, **how)[0])
+    rows = (pred.flatten(1), target.flatten(1), valid.flatten(1), None if weight is None else weight.flatten(1))
+    losses, gradient, _ = batch_loss(*rows, **how, want_gradient=True)
+    assert gradient is not None
+    yield from zip(ours, (losses, gradient.reshape(pred.shape)), strict=True)
+
+
+def _try_gradient(device: torch.device, how: tuple[int, bool], reference: Callable[..., Tensor]) -> Pairs:
+    pred, target, valid, _ = _example(device)
+    ours = _differentiated(pred, lambda x: _gradient(x, target, valid, *how, None))
+    yield from zip(ours, _differentiated(pred, lambda x: reference(x, target, valid, *how)), strict=True)
+
+
+def _try_deviation(device: torch.device, reference: Callable[..., tuple[Tensor, Tensor]]) -> Pairs:
+    from distill.losses.kernels.small import LARGEST
+
+    pred, _, valid, _ = _example(device)
+    times = -(-(LARGEST + 1) // pred[0].numel())
+    for values, counted in ((pred, valid), (pred.repeat(1, times, 1), valid.repeat(1, times, 1))):
+        yield from zip(_deviation(values, counted), reference(values, counted), strict=True)
+
+
+def _bytes(valid: Tensor) -> Tensor:
+    return valid.contiguous().view(torch.uint8)
+
+
+def _contexts(
+    pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, **how: Any
+) -> tuple[Tensor, Tensor, Any]:
+    from distill.losses.kernels import contexts
+
+    with torch.cuda.device_of(pred):
+        label = target.detach().float().flatten(1).contiguous()
+        weights = None if weight is None else weight.detach().float().flatten(1).contiguous()
+        rows = (pred.flatten(1).contiguous(), label, _bytes(valid.flatten(1)), weights)
+        return contexts.context_loss(*rows, **how, flat=FLAT, floor=FLOOR, min_pixels=MIN_PIXELS)
+
+
+def _gradient(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool, whole: Any) -> Tensor:
+    from distill.losses.kernels import gradient
+
+    with torch.cuda.device_of(pred):
+        label = target.detach().float().contiguous()
+        return gradient.gradient_loss(
+            pred.contiguous(), label, _bytes(valid),
+            scales=scales, normalize=normalize, flat=FLAT, floor=FLOOR, found=whole,
+        )  # fmt: skip
+
+
+def _deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    from distill.losses.kernels import select, small
+
+    with torch.no_grad(), torch.cuda.device_of(values):
+        if values[0].numel() <= small.LARGEST:
+            median, deviation = small.small_mean_deviation(values.detach(), valid.view(torch.uint8))
+        else:
+            median, deviation = select.median_and_mean_abs_dev(
+                values.detach().flatten(1).contiguous(), _bytes(valid.flatten(1))
+            )
+    if not (values.requires_grad and torch.is_grad_enabled()):
+        return median, deviation
+    # Of several pixels that are the median one has its gradient: the first.
+    rows, counted = values.flatten(1), valid.flatten(1)
+    first = (counted & (rows == median[:, None])).to(torch.uint8).argmax(1, keepdim=True)
+    median = torch.where(counted.any(1), rows.gather(1, first)[:, 0], 0.0)
+    spread = torch.where(counted, (rows - median[:, None]).abs(), 0.0).sum(1)
+    return median, spread / counted.sum(1).clamp(min=1)

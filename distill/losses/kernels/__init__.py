@@ -1,0 +1,11 @@
+"""Triton kernels for the losses on CUDA: the numbers of the torch code, which stays the reference, in a few launches.
+
+    keys      floats in the order of integers; the contexts of a pixel
+    select    medians and mean deviations of all contexts of both maps
+    small     the same of small maps, one launch
+    contexts  the loss in contexts
+    gradient  the multi-scale gradient loss
+
+All is float32, never waits on the host, can be captured in a CUDA graph, and gives the same bits every time. Only
+`distill.losses.fused` calls them: it decides when, and imports Triton no sooner.
+"""
