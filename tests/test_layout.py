@@ -34,7 +34,7 @@ OWNERS = {
     "transformers": ["distill.teachers."],
     "diffusers": ["distill.teachers."],
     "tensorboard": ["distill.training.train"],
-    "tomli_w": ["distill.app.recipe"],
+    "tomli_w": ["distill.app.recipe", "distill.app.explain"],
     "argparse": ["distill.app.cli", "distill.app.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.

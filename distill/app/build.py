@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from distill import students
-from distill.app.recipe import Recipe, as_table
+from distill.app.recipe import USES, Recipe, as_table, parse
+from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
 from distill.core.plugins import find, option_faults
 from distill.data import sources
@@ -38,7 +39,7 @@ from distill.labelling.lock import mutex
 from distill.labelling.run import TRUTH, OnlineDataset, labels_hash
 from distill.losses.objective import Objective
 from distill.shards import mirror
-from distill.shards.shards import LabelDataset
+from distill.shards.shards import MANIFEST, LabelDataset
 from distill.students import Student, checkpoint
 from distill.students.encoder import read_state
 from distill.students.settings import StudentSettings
@@ -201,12 +202,34 @@ def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: st
 
 
 def labels_folder(recipe: Recipe) -> Path:
-    """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else."""
+    """Where the recipe's labels are: the folder's name is a hash of images, crops and teachers, and of nothing else.
+
+    Where labels.root is itself a finished labels folder, that is it, whatever its name.
+    """
     check_two(recipe)
+    root = Path(recipe.labels.root or recipe.run.folder / "labels")
+    if (root / MANIFEST).is_file():
+        return root
     table = as_table(recipe)
     more = {"seed": recipe.run.seed, **recipe.labels.content}
     address = labels_hash(table["images"], {**table["crops"], **more}, table["teachers"])
-    return Path(recipe.labels.root or recipe.run.folder / "labels") / address
+    return root / address
+
+
+def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> None:
+    """Raises RecipeError where the labels in `folder` were made with other settings than the recipe's."""
+    if not made_with:
+        return  # by a caller of `label`, who answers for them
+    other = parse(in_words_of_today(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
+    pairs = [(name, getattr(recipe, name), getattr(other, name)) for name in ("images", "crops", "teachers")]
+    pairs += [("run.seed", recipe.run.seed, other.run.seed)]
+    then = other.labels.content
+    pairs += [(f"labels.{name}", value, then.get(name)) for name, value in recipe.labels.content.items()]
+    if changed := [name for name, now, before in pairs if now != before]:
+        raise RecipeError(
+            f"{folder} was labelled with another {', '.join(changed)} than this recipe's (its manifest.json has the "
+            "recipe that made it): give the recipe those settings, or point labels.root elsewhere"
+        )
 
 
 def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
@@ -221,13 +244,14 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
-    if recipe.labels.mirror and not (folder / "manifest.json").is_file():
+    if recipe.labels.mirror and not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
             mirror.fetch(recipe.labels.mirror, folder)
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder)
+    _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
     for name, card in dataset.manifest["teachers"].items():
         if recipe.labels.commercial_only and not card.get("commercial", True):
             raise RecipeError(

@@ -13,7 +13,7 @@ class LabelSettings:
     """How teachers are asked, and how and where their labels are kept."""
 
     root: str = ""
-    """The folder of label folders, a local path; RUN/labels by default."""
+    """The folder of label folders, a local path; RUN/labels by default. Or a finished labels folder, to learn from."""
     samples_per_part: int = 1000
     """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
     batch_size: int = 8

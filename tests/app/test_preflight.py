@@ -80,7 +80,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
 def test_faults_do_not_hide_each_other(check, tmp_path):
     said = check(
         f'images=[{{tars="{tmp_path}/none.tar"}}]',
-        'student.start="nowhere"',
+        'student.init_from="nowhere"',
         "train.batch_size=3",
     )
     assert "images: " in said["bad"] and "none.tar: no such tar" in said["bad"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,12 @@ from torch import nn
 from distill import students
 from distill.app import build, strict
 from distill.app import recipe as recipes
+from distill.core.depth import Kind
+from distill.core.plugins import find
+from distill.labelling.settings import LabelSettings
+from distill.shards.codec import CODECS
 from distill.students.decoders import FrozenBatchNorm
+from distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
@@ -120,6 +127,18 @@ BAD = {
     "ema": ("[train]\nema = 2", "train: ema must be a fraction, not 2.0"),
     "clip_norm": ("[train]\nclip_norm = inf", "train: clip_norm must be finite and at least 0, not inf"),
     "warmup": ("[train]\nsteps = 3", "train: warmup_steps (500) must be fewer than steps (3)"),
+    "betas": ("[train]\nbetas = [0.9]", "train.betas must have 2 entries, not 1"),
+    "betas' range": ("[train]\nbetas = [0.9, 1]", "train: betas must be two numbers in [0, 1), not (0.9, 1.0)"),
+    "alarm_growth": ("[train]\nalarm_growth = 1", "train: alarm_growth must be finite and above 1, not 1.0"),
+    "random_resized_crop": (
+        "[train]\nrandom_resized_crop = 0",
+        "train: random_resized_crop must lie in (0, 1], not 0.0",
+    ),
+    "share": ("[train.teacher_shares]\na = 'b'", "train.teacher_shares.a must be a number, not 'b'"),
+    "shares": (
+        "[train.teacher_shares]\na = -1",
+        "train: teacher_shares must be at least 0 and not all 0, not {'a': -1.0}",
+    ),
     "accumulate": (
         "[train]\nbatch_size = 3\naccumulate = 2",
         "train: batch_size (3) must be a multiple of accumulate (2)",
@@ -152,6 +171,39 @@ def test_every_fault_of_every_table_is_reported_at_once(tmp_path):
     assert run.startswith("run: name = ''") and "; device must be auto" in run
     assert crops == "crops: size must be at least 14, not 1; overlap must be in [0, 0.9), not nan"
     assert train == "train: primary_ratio must be in [0, 1], not 2.0; lr must be finite and above 0, not nan"
+
+
+def test_every_setting_of_training_is_a_key_and_reaches_the_trainer(tmp_path):
+    overrides = ["betas=[0.8, 0.99]", "random_resized_crop=0.5", "eval_batch_size=2", "alarm_growth=3"]
+    overrides += ["kind=scale_disparity", "val_fraction=0.1", "color_jitter=0.2"]
+    reached = build.train_settings(recipes.load(write(tmp_path, GOOD), [f"train.{text}" for text in overrides]))
+    assert (reached.betas, reached.random_resized_crop, reached.eval_batch_size) == ((0.8, 0.99), 0.5, 2)
+    assert (reached.alarm_growth, reached.kind) == (3.0, "scale_disparity")
+    assert (reached.val_fraction, reached.color_jitter, reached.seed) == (0.1, 0.2, 0)
+    assert set(typing.get_args(typing.get_type_hints(TrainSettings)["kind"])) == {kind.value for kind in Kind}
+    assert set(typing.get_args(typing.get_type_hints(LabelSettings)["codec"])) == set(CODECS)
+
+
+def test_who_is_learnt_from_and_how_often(tmp_path):
+    path = write(tmp_path, GOOD + '[[teachers]]\nname = "midas"\n'.replace("[[", "\n[["))
+    shares = [build.train_settings(recipes.load(path, more)).teacher_shares for more in ([], ["train.primary_ratio=1"])]
+    assert shares == [{"depth_anything_v2": 0.7, "midas": pytest.approx(0.3)}, {"depth_anything_v2": 1.0, "midas": 0.0}]
+    told = recipes.load(path, ["train.teacher_shares={midas = 1}"])
+    assert build.train_settings(told).teacher_shares == {"midas": 1.0}
+
+
+def test_teachers_at_hand_see_the_batches_that_the_recipe_says(tmp_path, monkeypatch):
+    text = '[run]\nname = "x"\n[[images]]\nscenes = 1\nsize = 64\n[crops]\nsize = 28\nmin_side = 40\npatch_size = 14\n'
+    loaded = recipes.load(write(tmp_path, text + '[[teachers]]\nname = "analytic"\n'), ["labels.online=true"])
+    sizes: list[int] = []
+    predict = find("distill.teachers", "analytic").Teacher.predict
+    seen = lambda self, images: (sizes.append(len(images)), predict(self, images))[1]  # noqa: E731
+    monkeypatch.setattr(find("distill.teachers", "analytic").Teacher, "predict", seen)
+    for wanted in (8, 2):
+        sizes.clear()
+        labels = dataclasses.replace(loaded.labels, batch_size=wanted)
+        build.labelled(dataclasses.replace(loaded, labels=labels))[0]
+        assert max(sizes) == wanted
 
 
 def test_a_device_that_is_not_here_is_a_line_when_it_is_used(tmp_path, monkeypatch):

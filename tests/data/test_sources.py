@@ -123,7 +123,7 @@ def test_scenes_are_exact_and_named_by_seed(monkeypatch):
 def test_wheels_have_seven_photos_and_one_truth():
     if not all(importlib.util.find_spec(name) for name in ("skimage", "sklearn")):
         pytest.skip("the demo extra is not installed")
-    photos = {e.key: e.load() for e in sources.wheels()[0].scan().entries}
+    photos = {e.key: e.load() for e in sources.bundled_photos()[0].scan().entries}
     assert sorted(photos) == ["astronaut", "chelsea", "china", "coffee", "flower", "motorcycle_left", "rocket"]
     truth = photos["motorcycle_left"].truth
     depth = truth.values[truth.valid]
@@ -135,7 +135,7 @@ def test_wheels_have_seven_photos_and_one_truth():
 def test_absent_wheels_say_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r'pip install "depth-distill\[demo\]"'):
-        sources.wheels()
+        sources.bundled_photos()
 
 
 def test_everything_goes_to_worker_processes(tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
-from distill.labelling.run import CropSettings, label
+from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.teachers import Card
 from tests.data.pictures import encoded, pack, picture
 
@@ -57,8 +57,10 @@ def two_tars(folder: Path):
 
 
 def run(sources_, out, teacher=None, **options):
-    options = {"crops": CROPS, "draws": 2, "samples_per_part": 4, **options}
-    return label(sources_, [("formula", teacher or Formula())], out=out, **options)
+    crops = replace(options.pop("crops", CROPS), crops_per_image=options.pop("crops_per_image", 2))
+    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4} | given))
+    return label(sources_, [("formula", teacher or Formula())], out=out, crops=crops, labels=labels, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

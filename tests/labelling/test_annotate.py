@@ -85,7 +85,7 @@ def test_noise_belongs_to_the_crop(tars, tmp_path):
     teacher = Formula(seeded=True)
     plain = teacher.predict
     teacher.predict = lambda images, keys: (asked.extend(keys), plain(images))[1]
-    run(tars[1:], tmp_path / "out", teacher, draws=1)
+    run(tars[1:], tmp_path / "out", teacher, crops_per_image=1)
     assert {"sa_7-0.shared", "sa_7-0.local0", "sa_9-0.shared"} < set(asked) and len(set(asked)) == len(asked)
 
 
@@ -101,7 +101,7 @@ def test_teacher_names_that_spoil_file_names_are_refused(tars, tmp_path, name):
 def test_online_samples_are_the_stored_ones_before_quantization(tars, tmp_path):
     run(tars, tmp_path / "out")
     stored = LabelDataset(tmp_path / "out")
-    online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS, draws=2)
+    online = OnlineDataset(tars, [("formula", Formula())], crops=replace(CROPS, crops_per_image=2))
     keys = [key for key in online.keys if not key.startswith("sa_2-")]
     assert keys == stored.keys and online.image_keys[0] == "sa_0" and online.teachers == ["formula"]
     for i in range(0, len(keys), 4):

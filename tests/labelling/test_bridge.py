@@ -20,7 +20,7 @@ from distill.core.labels import Labels
 from distill.data import sources
 from distill.data.sources import Photo
 from distill.labelling.bridge import Bridged, bridge_map, fit_reciprocal
-from distill.labelling.run import TRUTH, CropSettings, OnlineDataset, label, label_photo
+from distill.labelling.run import TRUTH, CropSettings, LabelSettings, OnlineDataset, label, label_photo
 from distill.shards.shards import LabelDataset, collate, read_manifest
 from distill.teachers import Card
 from distill.training.sampling import average_labels, choose_teacher, learnt_labels
@@ -75,7 +75,7 @@ def test_what_does_not_fit_is_dropped(scenes, wrong):
         "few": (said, disparity, valid & (torch.arange(valid[0].numel()).reshape(valid[0].shape) < 9)),
     }[wrong]
     primary = DepthMap(disparity, valid, Kind.AFFINE_DISPARITY)
-    most = recipe.Labels().bridge_residual
+    most = LabelSettings().bridge_residual
     got, fits = bridge_map(DepthMap(said, valid, Kind.AFFINE_DEPTH), primary, max_residual=most)
     assert not got.valid.any() and all(fit["dropped"] and fit["residual"] > most for fit in fits)
     assert got.values.isfinite().all()
@@ -143,7 +143,7 @@ def images(tmp_path):
 
 def test_regions_and_patches_have_their_own_fit_and_it_is_written_down(images, tmp_path):
     tmp_path = tmp_path / "out"
-    label(images, pair(), out=tmp_path, crops=CROPS, draws=2)
+    label(images, pair(), out=tmp_path, crops=replace(CROPS, crops_per_image=2))
     dataset = LabelDataset(tmp_path)
     for sample in (dataset[i] for i in range(len(dataset))):
         bridge = sample.record["labels"]["assistant"]["bridge"]
@@ -164,8 +164,7 @@ def test_regions_and_patches_have_their_own_fit_and_it_is_written_down(images, t
             images,
             [pair()[0], ("assistant", Bridged(Assistant(), "primary", 0.2))],
             out=tmp_path,
-            crops=CROPS,
-            draws=2,
+            crops=replace(CROPS, crops_per_image=2),
         )
 
 
@@ -240,7 +239,7 @@ def test_labels_have_another_address_with_a_bridge_and_only_then():
     ("labels", "message"),
     [
         ({"bridge": "assistant"}, "labels.bridge must be"),
-        ({"bridge": "primary", "store": "own"}, 'needs store = "disparity"'),
+        ({"bridge": "primary", "store": "as_is"}, 'needs store = "disparity"'),
         ({"bridge": "primary", "bridge_residual": 0.0}, r"bridge_residual must be in \(0, 1\]"),
     ],
 )

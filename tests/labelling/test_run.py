@@ -12,7 +12,8 @@ from distill.core import crops
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.data.sources import Photo
-from distill.labelling.run import TRUTH, label, label_photo, labels_hash
+from distill.labelling.annotate import plan_photo
+from distill.labelling.run import TRUTH, LabelSettings, label, label_photo, labels_hash
 from distill.shards.codec import MAX_ERROR
 from distill.shards.shards import LabelDataset, read_manifest, verify
 from tests.data.pictures import encoded, pack, picture
@@ -28,7 +29,7 @@ def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):
     assert len(dataset) == 18
     for sample in (dataset[i] for i in range(0, 18, 5)):
         photo = photos[sample.image_key].load()
-        plan = CROPS.plan(photo, seed=0, draw=int(sample.key[-1]))
+        plan = plan_photo(photo, CROPS, draw=int(sample.key[-1]))
         labels = sample.labels["formula"]
         assert labels.shared.kind == Kind.SCALE_DISPARITY and torch.equal(labels.boxes[0], plan.boxes())
         for got, cut in (
@@ -42,7 +43,7 @@ def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):
 
 
 def test_manifest_tells_everything(tars, tmp_path):
-    run(tars, tmp_path / "out", recipe={"crops": {"size": 16}}, images_licence="SA-1B research", sky="far")
+    run(tars, tmp_path / "out", recipe={"crops": {"size": 16}}, licence="SA-1B research", sky="far")
     manifest = read_manifest(tmp_path / "out")
     assert manifest["teachers"]["formula"]["licence"] == "MIT" and manifest["recipe"] == {"crops": {"size": 16}}
     assert manifest["teachers"]["formula"]["stored"] == ["scale_disparity"]
@@ -71,7 +72,9 @@ def test_manifest_tells_everything(tars, tmp_path):
 )
 def test_kinds_are_stored_as_lawful(kind, store, stored):
     rgb = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
-    sample = label_photo(Photo("a", rgb, None, "a"), [("t", Formula(kind))], crops=CROPS, store=store)
+    sample = label_photo(
+        Photo("a", rgb, None, "a"), [("t", Formula(kind))], crops=CROPS, labels=LabelSettings(store=store)
+    )
     assert sample.labels["t"].shared.kind == sample.labels["t"].local.kind == stored
 
 
@@ -80,7 +83,7 @@ def test_infinite_depth_is_no_value():
     teacher.predict = lambda images: DepthMap(1 / (images[:, 0] > 0.3), images[:, 0] >= 0, Kind.SCALE_DEPTH)
     photo = Photo("a", torch.from_numpy(np.array(picture())).permute(2, 0, 1), None, "a")
     for store in ("as_is", "disparity"):
-        shared = label_photo(photo, [("t", teacher)], crops=CROPS, store=store).labels["t"].shared
+        shared = label_photo(photo, [("t", teacher)], crops=CROPS, labels=LabelSettings(store=store)).labels["t"].shared
         assert torch.isfinite(shared.values[shared.valid]).all() and 0 < shared.valid.sum() < shared.valid.numel()
 
 
@@ -92,7 +95,7 @@ def test_truth_is_cut_to_the_pixel_and_nothing_invalid_leaks():
     for size in (16, 31, 50):
         settings = replace(CROPS, size=size, patch_size=10)
         labels = label_photo(photo, [(TRUTH, TRUTH)], crops=settings).labels[TRUTH]
-        plan = settings.plan(photo, seed=0, draw=0)
+        plan = plan_photo(photo, settings)
         assert labels.shared.kind == Kind.METRIC_DISPARITY and torch.isfinite(labels.shared.values).all()
         got = 1 / labels.shared.values[0]
         centres = ((torch.arange(size) + 0.5) * plan.region.side / size).floor().long()
@@ -119,7 +122,7 @@ def test_images_without_truth_are_quarantined_for_it(tmp_path):
 def test_a_key_of_two_tars_is_kept_once_by_readers(tmp_path):
     make_tar(tmp_path / "sa_0.tar", count=2)
     make_tar(tmp_path / "sa_1.tar", count=2, first=1)
-    run(sources.tars(str(tmp_path / "*.tar")), tmp_path / "out", draws=1)
+    run(sources.tars(str(tmp_path / "*.tar")), tmp_path / "out", crops_per_image=1)
     assert LabelDataset(tmp_path / "out").image_keys == ["sa_0", "sa_1", "sa_2"]
     [line] = read_manifest(tmp_path / "out")["quarantine"]
     assert line["key"] == "sa_1" and "sa_0-000.tar has it too" in line["reason"]
@@ -131,7 +134,7 @@ def test_images_smaller_than_the_crop_are_quarantined_or_used(tmp_path):
     run(tar, tmp_path / "out")
     [line] = read_manifest(tmp_path / "out")["quarantine"]
     assert line["key"] == "a" and "smaller than the smallest crop" in line["reason"]
-    run(tar, tmp_path / "small", crops=replace(CROPS, small="use"))
+    run(tar, tmp_path / "small", crops=replace(CROPS, on_small="use"))
     assert len(LabelDataset(tmp_path / "small")) == 4
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distill.core.crop_settings import CropSettings
 from distill.core.crops import cut_patches, cut_region, plan, sample_boxes, student_blocks
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
-from distill.losses.objective import Objective, Weights
+from distill.losses.objective import Objective
+from distill.losses.settings import LossSettings
 from tests.losses.test_losses import INVARIANT
 
 
@@ -16,7 +18,8 @@ def ramp_labels(kind: str = "affine_disparity", *, draw: int = 0, size: int = 14
     """A linear ramp over an image, its region as the student's output, and an analytic teacher's labels of it."""
     rows, columns = torch.arange(300) + 0.5, torch.arange(280) + 0.5
     image = (0.2 * rows[:, None] + 0.6 * columns[None])[None] / 300
-    p = plan(300, 280, key="k", draw=draw, size=size, min_side=200, patches=how, num_patches=3, patch_size=patch)
+    settings = CropSettings(size=size, min_side=200, patches=how, num_patches=3, patch_size=patch)
+    p = plan(300, 280, settings, key="k", draw=draw)
     r = p.region
     grid = (torch.arange(size) + 0.5) / size * r.side
     region = ((r.top + grid)[:, None] * 0.2 + (r.left + grid)[None] * 0.6) / 300
@@ -31,7 +34,7 @@ def ramp_labels(kind: str = "affine_disparity", *, draw: int = 0, size: int = 14
 @pytest.mark.parametrize(("size", "patch", "how"), [(140, 112, "grid"), (97, 96, "random"), (224, 64, "random")])
 def test_a_ramp_has_no_loss_at_any_crop_and_patch(size, patch, how, where):
     """Every region and patch of many draws, wherever labels and student meet; half a pixel off and it would have."""
-    objective = Objective(weights=Weights(feature=0.0), patch_resolution=where)
+    objective = Objective(LossSettings(feature=0.0, patch_resolution=where))
     for draw in range(6):
         pred, labels = ramp_labels(draw=draw, size=size, patch=patch, how=how)
         total, parts = objective(3 * pred - 1, labels)
@@ -39,7 +42,7 @@ def test_a_ramp_has_no_loss_at_any_crop_and_patch(size, patch, how, where):
         shift = 0.5 / size
         moved = Labels(labels.shared, labels.local, labels.boxes + torch.tensor([shift, -shift, shift, -shift]))
         # Patches of a ramp that lie elsewhere differ by a shift alone, which every normalization forgives.
-        raw = Objective(normalization="none", weights=Weights(feature=0.0, gradient=0.0), patch_resolution=where)
+        raw = Objective(LossSettings(normalization="none", feature=0.0, gradient=0.0, patch_resolution=where))
         exact = DepthMap((labels.local.values - 1) / 4, labels.local.valid, labels.local.kind)
         right = raw(pred, Labels(labels.shared, exact, labels.boxes))[1]["local_global"]
         wrong = raw(pred, Labels(labels.shared, exact, moved.boxes))[1]["local_global"]
@@ -50,7 +53,7 @@ def test_a_ramp_has_no_loss_at_any_crop_and_patch(size, patch, how, where):
 def test_patches_are_compared_where_both_are_known(where):
     """Invalid label pixels, patches without labels, and what lies beyond the outermost centres never count."""
     pred, labels = ramp_labels()
-    objective = Objective(normalization="none", weights=Weights(feature=0.0, gradient=0.0), patch_resolution=where)
+    objective = Objective(LossSettings(normalization="none", feature=0.0, gradient=0.0, patch_resolution=where))
     exact = (labels.local.values - 1) / 4
     hole = torch.zeros_like(labels.local.valid)
     hole[:, 30:60, 50:80] = True
@@ -82,7 +85,7 @@ def test_the_students_own_pixels_are_not_interpolated():
 @pytest.mark.parametrize("name", INVARIANT)
 def test_a_perfect_student_of_an_analytic_teacher_has_no_loss_anywhere(name):
     pred, labels = ramp_labels()
-    objective = Objective(normalization=name, weights=Weights(feature=0.0, anchor=0.0))
+    objective = Objective(LossSettings(normalization=name, feature=0.0, anchor=0.0))
     total, parts = objective(pred * 2 - 5, labels)
     assert set(parts) == {"shared", "local_global", "gradient", "dead_contexts"}
     assert total.shape == (1,) and total.item() < 1e-4
@@ -94,11 +97,11 @@ def test_the_objective_is_the_weighted_sum_of_its_named_parts():
     pred, labels = ramp_labels()
     pred = pred + 0.05 * torch.rand_like(pred)
     features, reference = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
-    weights = Weights(shared=0.7, local_global=0.3, feature=1.1, gradient=1.9, anchor=0.2)
-    total, parts = Objective(weights=weights)(pred, labels, features, reference)
+    weights = LossSettings(shared=0.7, local_global=0.3, feature=1.1, gradient=1.9, anchor=0.2)
+    total, parts = Objective(weights)(pred, labels, features, reference)
     expected = sum(getattr(weights, name) * value for name, value in parts.items() if name != "dead_contexts")
     torch.testing.assert_close(total, expected)
-    assert Weights() == Weights(shared=1.0, local_global=0.5, feature=1.0, gradient=2.0, anchor=0.0)
+    assert LossSettings() == LossSettings(shared=1.0, local_global=0.5, feature=1.0, gradient=2.0, anchor=0.0)
 
 
 def test_labels_that_are_not_disparity_are_refused():

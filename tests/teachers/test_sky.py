@@ -134,7 +134,7 @@ class TestOneSkyPolicy:
         assert not depth_anything_3.Teacher.load(weights, **options).sees_sky
         assert _sky.under_policy([("t", "truth"), ("eye", load(made, "depth_anything_3"))], "far")[0] == ("t", "truth")
 
-    @pytest.mark.parametrize("policy", ["own", "keep", "far", "invalid"])
+    @pytest.mark.parametrize("policy", ["teacher", "keep", "far", "invalid"])
     def test_labels_carry_it(self, made, tmp_path, policy):
         weights, options = made("depth_anything_3")
         rows = [f"{key} = {value}" for key, value in options.items()]
@@ -143,10 +143,10 @@ class TestOneSkyPolicy:
         assert main(["label", str(tmp_path / "r.toml"), "--set", f"labels.sky={policy}"]) == 0
         (folder,) = (tmp_path / "labels").iterdir()
         manifest = json.loads((folder / "manifest.json").read_text())
-        assert manifest["settings"]["sky"] == (None if policy == "own" else policy)
+        assert manifest["settings"]["sky"] == policy
         assert manifest["recipe"]["labels"]["sky"] == policy
         sample = LabelDataset(folder)[0]
-        assert sample.record["sky"] == manifest["settings"]["sky"]
+        assert sample.record["sky"] == (None if policy == "teacher" else policy)
         plain, eye = (sample.labels[name].shared.valid for name in ("plain", "depth_anything_3"))
         if policy == "invalid":
             assert torch.equal(plain, eye) and not eye.all()
@@ -174,8 +174,8 @@ class TestOneSkyPolicy:
         def address(*more):
             return build.labels_folder(recipes.load(tmp_path / "r.toml", more)).name
 
-        found = {policy: address(f"labels.sky={policy}") for policy in ("own", "keep", "far", "invalid")}
-        assert found["own"] == address() and len(set(found.values())) == 4
+        found = {policy: address(f"labels.sky={policy}") for policy in ("teacher", "keep", "far", "invalid")}
+        assert found["teacher"] == address() and len(set(found.values())) == 4
         told = recipes.load(tmp_path / "r.toml", ["labels.sky=far", "teachers.1.options.sky=keep"])
         with pytest.raises(ValueError, match=r"teachers\[1\].options.sky: labels.sky decides"):
             build.check_teachers(told)
@@ -187,7 +187,7 @@ name = "sky"
 out = "{out}"
 device = "cpu"
 [[images]]
-wheels = true
+bundled_photos = true
 limit = 1
 [crops]
 size = 112

@@ -14,7 +14,9 @@ from distill.training.augment import augment
 from tests.training.toys import KIND, Toys, assert_same_run, collate, run
 
 
-@pytest.mark.parametrize("given", [{"hflip": True}, {"crop": 0.3}, {"hflip": True, "crop": 0.3}])
+@pytest.mark.parametrize(
+    "given", [{"hflip": True}, {"random_resized_crop": 0.3}, {"hflip": True, "random_resized_crop": 0.3}]
+)
 def test_geometry_moves_image_maps_and_patches_together(given):
     size, count = 64, 6
     ys, xs = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
@@ -25,7 +27,9 @@ def test_geometry_moves_image_maps_and_patches_together(given):
     local = DepthMap(patches.reshape(-1, 32, 32), torch.ones(count * 2, 32, 32, dtype=torch.bool), KIND)
     labels = Labels(DepthMap(maps, torch.ones_like(maps, dtype=torch.bool), KIND), local, boxes)
     batch = Batch(tuple("abcdef"), maps[:, None].expand(-1, 3, -1, -1), {"t": labels})
-    out = augment(batch, range(count), seed=0, **({"hflip": False, "colour": 0.0, "crop": 1.0} | given))
+    out = augment(
+        batch, range(count), seed=0, **({"hflip": False, "color_jitter": 0.0, "random_resized_crop": 1.0} | given)
+    )
     moved = out.labels["t"]
     assert not torch.equal(moved.shared.values, maps)
     assert torch.equal(batch.images, maps[:, None].expand(-1, 3, -1, -1))  # the input is left alone
@@ -42,13 +46,13 @@ def test_a_crop_does_not_spread_what_is_invalid():
     values[:, 4:6, 4:6] = math.nan
     labels = Labels(DepthMap(values, values.isfinite(), KIND), None, torch.zeros(1, 0, 4))
     batch = Batch(("a",), torch.zeros(1, 3, 16, 16), {"t": labels})
-    shared = augment(batch, [0], seed=0, hflip=False, colour=0.0, crop=0.5).labels["t"].shared
+    shared = augment(batch, [0], seed=0, hflip=False, color_jitter=0.0, random_resized_crop=0.5).labels["t"].shared
     assert not shared.valid.all() and torch.equal(shared.values[shared.valid], torch.ones(int(shared.valid.sum())))
 
 
 def test_colour_changes_the_image_alone_and_by_place_in_the_stream():
     batch = collate([Toys()[0], Toys()[0]])
-    draws = {"seed": 0, "hflip": False, "colour": 0.4, "crop": 1.0}
+    draws = {"seed": 0, "hflip": False, "color_jitter": 0.4, "random_resized_crop": 1.0}
     out = augment(batch, [5, 6], **draws)
     assert torch.equal(out.labels["primary"].shared.values, batch.labels["primary"].shared.values)
     assert not torch.equal(out.images[0], out.images[1]) and 0 <= out.images.min() and out.images.max() <= 1
@@ -56,7 +60,7 @@ def test_colour_changes_the_image_alone_and_by_place_in_the_stream():
 
 
 def test_augmented_training_is_cut_like_any_other(tmp_path):
-    changes = {"hflip": True, "colour": 0.3, "crop": 0.5, "steps": 6}
+    changes = {"hflip": True, "color_jitter": 0.3, "random_resized_crop": 0.5, "steps": 6}
     run(tmp_path / "whole", **changes)
     run(tmp_path / "parts", accumulate=2, workers=1, **changes)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")

@@ -50,7 +50,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
 
 
 def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
-    run(tmp_path / "a", ema=0.9, holdout=0.0)
+    run(tmp_path / "a", ema=0.9, val_fraction=0.0)
     card = json.loads((tmp_path / "a/student/student.json").read_text())["card"]["training"]
     assert card["averaged"] and card["chosen"] == "the last step"
     tensors, written = newest(tmp_path / "a"), load_file(tmp_path / "a/student/model.safetensors")
@@ -62,30 +62,30 @@ def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "b", ema=0.9, holdout=0.0, report=stop)
-    run(tmp_path / "b", ema=0.9, holdout=0.0)
+        run(tmp_path / "b", ema=0.9, val_fraction=0.0, report=stop)
+    run(tmp_path / "b", ema=0.9, val_fraction=0.0)
     assert all(torch.equal(newest(tmp_path / "b")[name], value) for name, value in tensors.items())
 
 
 def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
-    run(tmp_path, keep_last=3, holdout=0.0)
+    run(tmp_path, keep_last=3, val_fraction=0.0)
     last = checkpoints.folder_of(tmp_path, 20)
     weights = last / "training.safetensors"
     weights.write_bytes(b"\xff" * 32 + weights.read_bytes()[32:])
     with pytest.raises(ValueError, match=r"step-00000020/training.safetensors is damaged .*: delete .*step"):
-        run(tmp_path, keep_last=3, holdout=0.0)
+        run(tmp_path, keep_last=3, val_fraction=0.0)
     shutil.rmtree(last)
-    assert run(tmp_path, keep_last=3, holdout=0.0)[0].step == 20
+    assert run(tmp_path, keep_last=3, val_fraction=0.0)[0].step == 20
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):
-    run(tmp_path, keep_last=3, holdout=0.0)
+    run(tmp_path, keep_last=3, val_fraction=0.0)
     last = checkpoints.folder_of(tmp_path, 20)
     weights = last / "training.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     (tmp_path / "checkpoints/.step-00000030.tmp").mkdir()
     assert [saved.step for saved in checkpoints.find(tmp_path)] == [10]
-    result, _ = run(tmp_path, keep_last=3, holdout=0.0)
+    result, _ = run(tmp_path, keep_last=3, val_fraction=0.0)
     assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
     assert not (tmp_path / "checkpoints/.step-00000030.tmp").exists()
 

@@ -38,7 +38,14 @@ class Photos(Toys):
 
 def real_run(out: Path, *, student=None, report=None, **given):
     student = student or real_student()
-    usual = {"steps": 4, "warmup_steps": 0, "eval_every": 2, "save_every": 2, "teachers": {}, "batch_size": 4}
+    usual = {
+        "steps": 4,
+        "warmup_steps": 0,
+        "eval_every": 2,
+        "save_every": 2,
+        "teacher_shares": {},
+        "batch_size": 4,
+    }
     return train(
         student,
         Photos(8),
@@ -49,6 +56,7 @@ def real_run(out: Path, *, student=None, report=None, **given):
         reference=copy.deepcopy(student.encoder),
         card={"name": "small"},
         report=report,
+        cpu=True,
     )
 
 

@@ -23,7 +23,7 @@ from tests.training.toys import Toy, Toys, collate, l1, newest, run, save, setti
 def test_a_number_that_is_not_finite_stops_before_it_is_applied(tmp_path):
     dataset = Toys(poisoned=3)
     with pytest.raises(TrainingStoppedError, match=r"step (\d+): the loss is .*bad_batch_\1 \(not finite: image1-3\)"):
-        run(tmp_path, dataset=dataset, holdout=0.0, save_every=1, teachers={"primary": 1.0})
+        run(tmp_path, dataset=dataset, val_fraction=0.0, save_every=1, teacher_shares={"primary": 1.0})
     stopped = steps_of(tmp_path)[-1]["step"]
     assert checkpoints.find(tmp_path)[-1].step == stopped - 1 or stopped == 1
     assert all(value.isfinite().all() for value in newest(tmp_path).values()) if stopped > 1 else True
@@ -103,7 +103,7 @@ def test_a_parameter_without_gradient_is_named(tmp_path):
 def test_another_run_is_not_continued(tmp_path):
     run(tmp_path, steps=4)
     with pytest.raises(ValueError, match=r"lr = 0.5, not 0.01; other training data \(16 samples, not 20\)"):
-        run(tmp_path, steps=4, lr=0.5, dataset=Toys(18), holdout=0.2)
+        run(tmp_path, steps=4, lr=0.5, dataset=Toys(18), val_fraction=0.2)
     run(tmp_path, steps=4, accumulate=2, workers=1, keep_last=5)
 
 
@@ -124,8 +124,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     [
         ({"dataset": Toys(6)}, r"^4 training samples are fewer than one batch of 8"),
         ({"accumulate": 3}, r"batch_size \(8\) must be a multiple of accumulate \(3\)"),
-        ({"teachers": {}}, "the labels come from primary, assistant: say how often"),
-        ({"teachers": {"primary": 1, "dav2": 1}}, r"image\d+-\d+ has no labels by dav2; the labels hold: primary"),
+        ({"teacher_shares": {}}, "the labels come from primary, assistant: say how often"),
+        (
+            {"teacher_shares": {"primary": 1, "dav2": 1}},
+            r"image\d+-\d+ has no labels by dav2; the labels hold: primary",
+        ),
         ({"trackers": ("mlflaw",)}, "tracker mlflaw is not installed"),
         ({"gradient_checkpointing": True}, "no part of this student can recompute itself"),
     ],
@@ -138,8 +141,10 @@ def test_refusals(tmp_path, given, message):
 
 def test_settings_report_every_fault_at_once():
     with pytest.raises(ValueError) as caught:
-        settings(steps=0, schedule="cosin", holdout=1.5, teachers={"a": -1})
-    assert [word in str(caught.value) for word in ("steps", "schedule", "holdout", "teachers", "warmup")] == [True] * 5
+        settings(steps=0, schedule="cosin", val_fraction=1.5, teacher_shares={"a": -1})
+    assert [
+        word in str(caught.value) for word in ("steps", "schedule", "val_fraction", "teacher_shares", "warmup")
+    ] == [True] * 5
 
 
 def test_a_sample_that_cannot_be_read_says_so_in_one_line(tmp_path):
@@ -165,7 +170,7 @@ def test_affine_depth_is_refused_and_metric_depth_converted(tmp_path):
 
         return collate_depth
 
-    given = {"settings": settings(steps=4, teachers={}), "save": save}
+    given = {"settings": settings(steps=4, teacher_shares={}), "save": save}
     with pytest.raises(KindError, match="affine_depth cannot become affine_disparity"):
         train(Toy(), Toys(), l1, out=tmp_path / "a", collate=as_depth(Kind.AFFINE_DEPTH), **given)
     train(Toy(), Toys(), l1, out=tmp_path / "b", collate=as_depth(Kind.METRIC_DEPTH), **given)

@@ -132,7 +132,7 @@ def test_dropout_is_drawn_from_the_step(tmp_path):
 
 def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path):
     first = {k: v.clone() for k, v in Toy().encoder.state_dict().items()}
-    run(tmp_path / "early", steps=8, freeze_steps=8, warmup_steps=2, holdout=0.0)
+    run(tmp_path / "early", steps=8, freeze_steps=8, warmup_steps=2, val_fraction=0.0)
     waited = newest(tmp_path / "early")
     assert all(torch.equal(waited[f"student/encoder.{k}"], v) for k, v in first.items())
     assert not any(name.startswith("optimizer/encoder") for name in waited)
@@ -180,4 +180,4 @@ def test_only_the_labels_that_a_step_learns_from_are_decoded(straight, tmp_path)
     used = [line["teacher"] for line in steps_of(straight) if "teacher" in line]
     assert dataset.asked == [name for name in used for _ in range(8)] and set(used) == {"primary", "assistant"}
     with pytest.raises(LookupError, match="no labels by third; the labels hold: primary, assistant"):
-        run(tmp_path / "third", dataset=Choosing(), teachers={"primary": 0.99, "third": 0.01})
+        run(tmp_path / "third", dataset=Choosing(), teacher_shares={"primary": 0.99, "third": 0.01})

@@ -12,7 +12,7 @@ from torch import nn
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels
 from distill.training import checkpoints
-from distill.training.schedule import TrainSettings
+from distill.training.settings import TrainSettings
 from distill.training.train import train
 from distill.training.trainlog import WALL_CLOCK, read
 
@@ -90,12 +90,13 @@ def settings(**given) -> TrainSettings:
         "encoder_lr": 5e-3,
         "warmup_steps": 3,
         "workers": 0,
-        "holdout": 0.2,
+        "val_fraction": 0.2,
         "eval_every": 5,
         "save_every": 10,
         "trackers": (),
-        "teachers": {"primary": 0.7, "assistant": 0.3},
-        "cpu": True,
+        "teacher_shares": {"primary": 0.7, "assistant": 0.3},
+        "seed": 0,
+        "hflip": False,
     }
     return TrainSettings(**(usual | given))
 
@@ -112,6 +113,7 @@ def run(out: Path, *, student=None, dataset=None, objective=l1, report=None, hel
         heldout=heldout,
         save=keep,
         report=report,
+        cpu=True,
     )
     return result, student
 
