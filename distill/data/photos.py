@@ -20,9 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from distill.core.depth import DepthMap
@@ -37,6 +39,7 @@ DECODE_ERRORS = (
     *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
+_COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_BYTES = 259, 262, 273, 279  # of a TIFF
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -131,6 +134,8 @@ def decode(data: bytes) -> Tensor:
                 raise BadImageError(
                     f"{image.width}x{image.height} is more than {MAX_PIXELS} pixels: a decompression bomb?"
                 )
+            if isinstance(image, TiffImageFile) and _misread(image):
+                return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
             image.load()
             rgb = _rgb8(image)
             turn = _TURNS.get(_orientation(image))
@@ -144,6 +149,29 @@ def decode(data: bytes) -> Tensor:
     except DECODE_ERRORS as error:
         raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
     return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def _misread(image: TiffImageFile) -> bool:
+    """Whether its pixels are uncompressed YCbCr.
+
+    Pillow before 13 takes its three bytes a pixel for four, and every version halved chroma for whole: noise, where
+    other bytes follow in the file, and else "truncated".
+    """
+    return image.tag_v2.get(_PHOTOMETRIC) == 6 and image.tag_v2.get(_COMPRESSION, 1) == 1
+
+
+def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
+    """(H,W,3) uint8 RGB of a TIFF, turned as it says."""
+    strips = zip(image.tag_v2.get(_STRIPS, ()), image.tag_v2.get(_STRIP_BYTES, ()), strict=False)
+    if any(start + count > len(data) for start, count in strips):
+        raise BadImageError("truncated: its pixels go on behind its end")
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise BadImageError(f"cannot be decoded: {error.err}") from error
+    if bgr is None:
+        raise BadImageError("cannot be decoded: its YCbCr pixels are damaged")
+    return np.ascontiguousarray(bgr[:, :, ::-1])
 
 
 def _orientation(image: Image.Image) -> int:
