@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from distill.core.depth import DepthMap
@@ -44,6 +46,7 @@ DECODE_ERRORS = (
     *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
+_COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_BYTES = 259, 262, 273, 279  # of a TIFF
 
 
 class BadImageError(ValueError):
@@ -127,6 +130,8 @@ def decode(data: bytes) -> Tensor:
     bytes a pixel of the decoder's and 3 of the result's, twice where it is turned.
     """
     with _opened(data) as (image, profile, deep):
+        if isinstance(image, TiffImageFile) and _misread(image):
+            return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
         image.load()
         try:
             array = colour.srgb(image, **deep, icc=profile)
@@ -230,7 +235,8 @@ def _check_size(image: Image.Image, size: int, limit: int) -> None:
 def _too_large(width: int, height: int) -> str:
     pixels = width * height
     memory = f"{7 * pixels / 1e9:.1f} GB of memory"
-    return f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {LIMIT}={pixels} reads it, in {memory}"
+    remedy = f"{LIMIT}={pixels} reads it, in {memory}"
+    return f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {remedy}"
 
 
 def _page(image: Any, data: bytes) -> dict[str, Any]:
@@ -258,6 +264,29 @@ def _page(image: Any, data: bytes) -> dict[str, Any]:
     depth = tags.get(258, 16)
     bits = int(depth[0] if isinstance(depth, tuple) else depth)
     return {"white_is_zero": tags.get(262) == 0, "bits": bits if 8 < bits <= 16 else 16}
+
+
+def _misread(image: TiffImageFile) -> bool:
+    """Whether its pixels are uncompressed YCbCr.
+
+    Pillow before 13 takes its three bytes a pixel for four, and every version halved chroma for whole: noise, where
+    other bytes follow in the file, and else "truncated".
+    """
+    return image.tag_v2.get(_PHOTOMETRIC) == 6 and image.tag_v2.get(_COMPRESSION, 1) == 1
+
+
+def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
+    """(H,W,3) uint8 RGB of a TIFF, turned as it says."""
+    strips = zip(image.tag_v2.get(_STRIPS, ()), image.tag_v2.get(_STRIP_BYTES, ()), strict=False)
+    if any(start + count > len(data) for start, count in strips):
+        raise BadImageError("truncated: its pixels go on behind its end")
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise BadImageError(f"cannot be decoded: {error.err}") from error
+    if bgr is None:
+        raise BadImageError("cannot be decoded: its YCbCr pixels are damaged")
+    return np.ascontiguousarray(bgr[:, :, ::-1])
 
 
 def _orientation(image: Image.Image) -> int:

@@ -67,6 +67,44 @@ def test_modes_become_rgb(mode):
     assert close(decode(encoded(image, form)), image.convert("RGB"), 3)
 
 
+def halved_chroma(image: Image.Image) -> bytes:
+    """An uncompressed TIFF of a picture with even sides: 2 x 2 of luma, then one blue and one red difference."""
+    ycbcr = np.asarray(image.convert("YCbCr"))
+    height, width = ycbcr.shape[:2]
+    luma = ycbcr[..., 0].reshape(height // 2, 2, width // 2, 2).transpose(0, 2, 1, 3).reshape(height // 2, -1, 4)
+    pixels = np.concatenate([luma, ycbcr[::2, ::2, 1:]], -1).tobytes()
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 6, 277: 3, 278: height, 279: len(pixels), 284: 1}
+    tags |= {273: 8 + 2 + 12 * 12 + 4 + 6, 530: 2 | 2 << 16, 531: 1}
+    counts = {258: 3, 530: 2}
+    rows = [
+        struct.pack("<HHII", tag, 3 if tag in (258, 259, 262, 277, 284, 530, 531) else 4, counts.get(tag, 1), value)
+        for tag, value in sorted((tags | {258: 8 + 2 + 12 * 12 + 4}).items())
+    ]
+    header = b"II*\0" + struct.pack("<IH", 8, len(rows)) + b"".join(rows) + bytes(4)
+    return header + struct.pack("<3H", 8, 8, 8) + pixels
+
+
+@pytest.mark.parametrize("behind", [0, 9000])
+def test_uncompressed_ycbcr_is_no_noise_in_any_version_of_pillow(behind):
+    image = picture().convert("YCbCr")
+    for orientation in (1, 3, 6):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encoded(image, "TIFF", exif=exif)
+        turn = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_270}.get(orientation)
+        assert close(decode(data + bytes(behind)), image.transpose(turn) if turn else image, 3)
+    data = halved_chroma(picture())
+    assert close(decode(data + bytes(behind)), picture(), 10)
+    with pytest.raises(BadImageError, match="truncated: its pixels go on behind its end"):
+        decode(data[:-1])
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"])
+def test_compressed_ycbcr_is_read(compression):
+    image = picture().convert("YCbCr")
+    assert close(decode(encoded(image, "TIFF", compression=compression)), image, 10)
+
+
 def test_cmyk_jpeg_has_the_right_polarity():
     rgb = decode(encoded(Image.new("RGB", (16, 16), (250, 10, 10)).convert("CMYK"), quality=95)).float().mean((1, 2))
     assert rgb[0] > 200 and rgb[1] < 60 and rgb[2] < 60
@@ -120,10 +158,10 @@ def test_zeros_behind_a_whole_jpeg_do_no_harm():
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF", "YCbCr", "GIF", "BMP", "PPM"])
 def test_no_damage_raises_anything_but_bad_image(form):
     rng = np.random.default_rng(5)
-    whole = encoded(form=form)
+    whole = encoded(picture().convert("YCbCr"), "TIFF") if form == "YCbCr" else encoded(form=form)
     read = 0
     for _ in range(60):
         data = bytearray(whole)
