@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from threadpoolctl import threadpool_limits
+
 from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
@@ -241,6 +244,12 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
     return result, sum(len(data) for _, data in members)
 
 
+def _one_thread() -> None:
+    """Worker threads compute on one core each: their many small operations, each on every core, would fight."""
+    torch.get_num_threads()  # torch sets a new thread's number at its first use, over what was said before
+    threadpool_limits(1, user_api="openmp")
+
+
 def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
     """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
 
@@ -253,7 +262,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
     threads = max(1, work.labels.threads)
     with (
         ShardWriter(out / part.name) as writer,
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(threads, initializer=_one_thread) as pool,
         ThreadPoolExecutor(1) as clerk,
     ):
         try:

@@ -52,13 +52,15 @@ class Codec:
     """How the numbers of a map become bytes, by way of 16-bit codes.
 
     suffix: of the tar member. bound: the largest error, as a fraction of the map's range. units: (65536,) float64, what
-    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units and bool
-    usable to codes. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
+    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units, which it
+    may overwrite, and bool usable to codes. first: the code of the lowest value where codes are linear in the value up
+    to 65535, else 0. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
     """
 
     suffix: str
     bound: float
     units: NDArray[np.float64]
+    first: int
     code: Callable[[NDArray[np.float64], NDArray[np.bool_]], Codes]
     write: Callable[[Codes], bytes]
     read: Callable[[bytes], NDArray[Any]]
@@ -75,7 +77,11 @@ def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..
     units = np.where(codes > near, np.clip((codes - first) / steps, 0.0, 1.0), np.nan)
 
     def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
-        return np.where(usable, np.rint(unit * steps) + first, 0.0).astype(np.uint16)
+        unit *= steps
+        np.rint(unit, out=unit)
+        unit += first
+        unit *= usable
+        return unit.astype(np.uint16)
 
     return units, code, (near + 0.5) / steps
 
@@ -94,7 +100,7 @@ def _png16() -> Codec:
             raise ValueError("not a PNG")
         return codes
 
-    return Codec(suffix="png", bound=bound, units=units, code=code, write=write, read=read)
+    return Codec(suffix="png", bound=bound, units=units, first=1, code=code, write=write, read=read)
 
 
 def _jls() -> Codec:
@@ -109,7 +115,7 @@ def _jls() -> Codec:
         except (imagecodecs.JpeglsError, MemoryError) as error:
             raise ValueError(f"not JPEG-LS ({error})") from error
 
-    return Codec(suffix="jls", bound=bound, units=units, code=code, write=write, read=read)
+    return Codec(suffix="jls", bound=bound, units=units, first=2 * _NEAR + 2, code=code, write=write, read=read)
 
 
 def _float16() -> Codec:
@@ -131,7 +137,7 @@ def _float16() -> Codec:
         except (OSError, EOFError, zlib.error, TypeError) as error:
             raise ValueError(f"not a compressed npy ({error})") from error
 
-    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, code=code, write=write, read=read)
+    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, first=0, code=code, write=write, read=read)
 
 
 CODECS = {"jls": _jls(), "png16": _png16(), "float16": _float16()}
@@ -206,10 +212,15 @@ def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> 
     array = values.detach().cpu().double().numpy()
     usable = valid.cpu().numpy() & np.isfinite(array)
     count = int(usable.sum())
-    low, high = (float(array[usable].min()), float(array[usable].max())) if count else (0.0, 0.0)
+    whole = count == array.size
+    known = array if whole else array[usable]
+    low, high = (float(known.min()), float(known.max())) if count else (0.0, 0.0)
     scale = 1.0 / (high - low) if high > low else 0.0
+    # One buffer, written over: fresh memory costs more than the arithmetic, and many threads ask for it at once.
+    unit = array - low if whole else np.subtract(array, low, out=np.zeros_like(array), where=usable)
+    unit *= scale
+    np.clip(unit, 0.0, 1.0, out=unit)
     how = CODECS[codec]
-    unit = np.clip((np.where(usable, array, low) - low) * scale, 0.0, 1.0)
     return how.write(how.code(unit, usable)), {"low": low, "high": high, "valid": count}
 
 
