@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from distill.core.codes import CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Batch, Labels
 
@@ -148,7 +149,8 @@ class Sample:
     """One region with every teacher's labels of it.
 
     key: `<image key>-<draw>`. image: (3,S,S) uint8. labels: by teacher, with a batch of one: shared (1,S,S), local
-    (N,P,P) or None, boxes (1,N,4). record: the sample's json (crop, patches, origin, seed, ...).
+    (N,P,P) or None, boxes (1,N,4). record: the sample's json (crop, patches, origin, seed, ...). coded: labels whose
+    maps are codes still, on their way to or from a device; a teacher is in one of the two.
     """
 
     key: str
@@ -156,6 +158,13 @@ class Sample:
     image: Tensor
     labels: dict[str, Labels]
     record: dict[str, Any] = field(default_factory=dict)
+    coded: dict[str, CodedLabels] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> dict[str, Labels | CodedLabels]:
+        """All labels, in the order of the teachers."""
+        both: dict[str, Labels | CodedLabels] = {**self.labels, **self.coded}
+        return {name: both[name] for name in self.record.get("labels", both) if name in both}
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -257,17 +266,19 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
     described = {}
     suffix = CODECS[codec].suffix
 
-    def add(name: str, values: Tensor, valid: Tensor) -> dict[str, float | int]:
-        data, span = encode_map(values, valid, codec=codec)
+    def add(name: str, maps: DepthMap | CodedMaps, i: int) -> dict[str, float | int]:
+        if isinstance(maps, CodedMaps):
+            data = CODECS[codec].write(maps.codes[i].numpy())
+            span = {"low": float(maps.low[i]), "high": float(maps.high[i]), "valid": int(maps.count[i])}
+        else:
+            data, span = encode_map(maps.values[i], maps.valid[i], codec=codec)
         members.append((f"{sample.key}.{name}.{suffix}", data))
         return {**span, "crc32": zlib.crc32(data)}
 
-    for name, labels in sample.labels.items():
-        shared = add(f"{name}.shared", labels.shared.values[0], labels.shared.valid[0])
-        local = []
-        for i in range(0 if labels.local is None else len(labels.local)):
-            assert labels.local is not None
-            local.append(add(f"{name}.local{i}", labels.local.values[i], labels.local.valid[i]))
+    for name, labels in sample.answers.items():
+        shared = add(f"{name}.shared", labels.shared, 0)
+        patches = labels.local
+        local = [] if patches is None else [add(f"{name}.local{i}", patches, i) for i in range(len(patches))]
         before = sample.record.get("labels", {}).get(name, {})
         described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
