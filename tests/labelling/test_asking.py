@@ -11,7 +11,8 @@ from distill.data import sources
 from distill.labelling import annotate as module
 from distill.labelling.asking import DeviceAsking, HostAsking, TeacherFailedError
 from distill.shards.codec import CODECS
-from tests.labelling.test_label import Formula, Sick, contents, make_tar, run
+from tests.labelling.formula import Formula, contents, make_tar, run
+from tests.labelling.test_annotate import Sick
 
 CPU = torch.device("cpu")
 
