@@ -1,8 +1,8 @@
 """Decoded pixels as 8-bit sRGB: modes, bit depths, transparency and embedded profiles, in bands of bounded memory.
 
 A photo's numbers mean colours only under its profile: a phone's Display P3 read as sRGB is off by 3 levels of 255,
-ProPhoto by 12. What is embedded and whole is converted (littleCMS, which Pillow carries); a profile that is broken or of
-another colour space than the pixels is left aside, as viewers do. A profile that says what sRGB says is measured,
+ProPhoto by 12. What is embedded and whole is converted (littleCMS, which Pillow carries); a profile that is broken or
+of another colour space than the pixels is left aside, as viewers do. A profile that says what sRGB says is measured,
 not believed by its name, and costs nothing.
 
 Shapes: H height, W width of the pixels as they are stored.
@@ -132,7 +132,9 @@ SAME = ImageCms.ImageCmsTransform.__new__(ImageCms.ImageCmsTransform)
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile to sRGB; SAME where it is sRGB's own, None where the profile is broken or of another mode."""
+    """The way from a profile to sRGB; SAME where it is sRGB's own, None where the profile is broken or of another
+    mode.
+    """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()

@@ -1,8 +1,8 @@
 """Stored maps: the numbers of one depth or disparity map, whatever it was written as, and the names that it goes by.
 
 One reader for ground truth, benchmarks and predictions. The format is told by the first bytes, not by the suffix. Read
-are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5 and MATLAB's mat. Pictures of maps are
-not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
+are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5 and MATLAB's mat. Pictures of maps
+are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
 `distill predict` carries its range and is given back as values.
 
 Shapes: H height, W width of the map as stored.

@@ -14,8 +14,8 @@ upright; `depth` any map that distill.data.maps reads.
   (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid.
   Values that are not finite or not positive are always invalid.
 
-A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect, it
-is an error, unless it lies as the photograph does without its EXIF rotation: then it is turned with it.
+A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect,
+it is an error, unless it lies as the photograph does without its EXIF rotation: then it is turned with it.
 """
 
 from __future__ import annotations

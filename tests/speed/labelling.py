@@ -271,9 +271,8 @@ def main() -> None:
         if given.no_teacher:
             feeding(entries, given)
             return
-        print(
-            f"{given.teacher}, {given.dtype}, compile {given.compile}, batches of {given.batch}, {given.threads} threads"
-        )
+        asked = f"{given.teacher}, {given.dtype}, compile {given.compile}"
+        print(f"{asked}, batches of {given.batch}, {given.threads} threads")
         compare(load(given, device), entries, given, device)
 
 
