@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.core.resample import read_points
+
 
 class DySample(nn.Module):
     """(B,C,H,W) -> (B,C,scale*H,scale*W).
@@ -50,7 +52,7 @@ class DySample(nn.Module):
             return F.interpolate(x * torch.nan, scale_factor=self.scale)
         dtype = torch.promote_types(x.dtype, torch.float32)
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)
-        read = F.grid_sample(grouped, points.to(dtype), mode="bilinear", padding_mode="border", align_corners=False)
+        read = read_points(grouped, points.to(dtype))
         return read.view(batch, channels, self.scale * height, self.scale * width).to(x.dtype)
 
     def offsets(self, x: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distill.core.plugins import find, option_faults
+from distill.core.resample import resize_bilinear
 from distill.students.encoder import Encoder
 
 
@@ -51,7 +51,7 @@ class Student(nn.Module):
         padded = (top + height + bottom, left + width + right)
         raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
         if raw.shape[-2:] != padded:
-            raw = F.interpolate(raw, size=padded, mode="bilinear", align_corners=False)
+            raw = resize_bilinear(raw, (padded[0], padded[1]), align_corners=False)
         disparity = raw[:, 0, top : top + height, left : left + width]
         return (disparity, features[-1][0]) if with_features else disparity
 

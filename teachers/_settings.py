@@ -21,6 +21,9 @@ class TeacherSettings:
     """The name in labels, logs and tables; `name` by default. Two teachers of one name need it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The number format that the network computes in."""
+    compile: bool = False
+    """Compile its networks (torch.compile) for the one size of crops: faster on a GPU after a minute's start; the
+    manifest says how far its maps are from eager float32 ones."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the teacher's `load`; of "truth": how it is corrupted (distill.data.corruptions)."""
 

@@ -44,6 +44,7 @@ from distill.students import Student, checkpoint
 from distill.students.encoder import read_state
 from distill.students.settings import StudentSettings
 from distill.teachers import Card
+from distill.teachers._compile import compile_networks
 from distill.teachers._settings import TeacherSettings
 from distill.teachers._sky import POLICIES, under_policy
 from distill.training.settings import TrainSettings
@@ -149,7 +150,10 @@ def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher
     options = dict(spec.options)
     if sky != "teacher" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
         options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
-    return plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
+    teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
+    if spec.compile:
+        compile_networks(teacher)
+    return teacher
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:

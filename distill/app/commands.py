@@ -71,6 +71,7 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
             seed=recipe.run.seed,
             rank=rank,
             world=world,
+            device=build.device(recipe),
             recipe=as_table(recipe),
             report=report,
         )

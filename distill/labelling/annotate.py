@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -19,28 +20,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distill.core.codes import CodedLabels, CodedMaps, join
 from distill.core.crop_settings import CropSettings
 from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cut_region, plan
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Labels
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
+from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.shards.codec import Sample
+from distill.shards.codec import CODECS, Sample
 from distill.teachers import Teacher
 
 TRUTH: Literal["truth"] = "truth"
+CPU = torch.device("cpu")
 Teachers: TypeAlias = Sequence[tuple[str, Teacher | Literal["truth"] | Corruptions]]
 
 # A teacher that fails on so many samples in a row is broken, not the images.
 FAILURES_IN_A_ROW = 20
 # What a network raises for one odd input. Anything else (a TypeError, say) is a fault in the program and must stop it.
 _TEACHER_ERRORS = (RuntimeError, ValueError, ArithmeticError, LookupError)
-
-
-class TeacherFailedError(ValueError):
-    """A teacher fails on everything, or breaks its contract; the message names it and its last error."""
 
 
 def plan_photo(photo: Photo, crops: CropSettings, *, seed: int = 0, draw: int = 0) -> Plan:
@@ -137,24 +137,34 @@ def stored_kind(kind: Kind, store: str) -> Kind:
 
 @dataclass(slots=True)
 class _Waiting:
-    """A job and the answers it has so far: maps by teacher, the region's first, then its patches'."""
+    """A job and the answers it has so far: maps and their predicted kind by teacher, the region's first, then its
+    patches'.
+    """
 
     job: CropJob | Rejected
-    maps: dict[str, list[DepthMap | None]] = field(default_factory=dict)
+    maps: dict[str, list[DepthMap | CodedMaps | None]] = field(default_factory=dict)
+    predicted: dict[str, Kind] = field(default_factory=dict)
     missing: int = 0
     problem: str = ""
 
 
+_Crops: TypeAlias = list[tuple[_Waiting, int]]
+
+
 def annotate(
-    jobs: Iterable[CropJob | Rejected], teachers: Teachers, *, labels: LabelSettings = DEFAULTS
+    jobs: Iterable[CropJob | Rejected],
+    teachers: Teachers,
+    *,
+    labels: LabelSettings = DEFAULTS,
+    device: torch.device = CPU,
 ) -> Iterator[Sample | Rejected]:
     """Jobs as labelled samples, in their order; a job that a teacher cannot label becomes Rejected with the reason.
 
     Crops of several images share a batch, and which ones do depends on `jobs` alone, so that a rerun gives the same
-    bits. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples in a row, or
-    on every one of four or more.
+    bits. device: where the teachers are. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples
+    in a row, or on every one of four or more.
     """
-    queue = BatchQueue(teachers, labels)
+    queue = BatchQueue(teachers, labels, asking(teachers, labels, device))
     for job in jobs:
         queue.add(job)
         queue.run(at_least=labels.batch_size)
@@ -164,11 +174,23 @@ def annotate(
     queue.check_all_failed()
 
 
+def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
+    """How batches reach the teachers. A bridge reads its primary's values, so there they come back as they are."""
+    store = partial(stored, store=labels.store)
+    if device.type != "cuda":
+        return HostAsking(store)
+    codec = CODECS[labels.codec]
+    coded = codec.first > 0 and not any(isinstance(teacher, Bridged) for _, teacher in teachers)
+    coding = (codec.first, torch.from_numpy(codec.units)) if coded else None
+    return DeviceAsking(device, store, coding=coding, pad_to=labels.batch_size)
+
+
 class BatchQueue:
     """Where jobs wait for their batches to fill, and leave in the order they came."""
 
-    def __init__(self, teachers: Teachers, labels: LabelSettings) -> None:
-        self.teachers, self.labels = teachers, labels
+    def __init__(self, teachers: Teachers, labels: LabelSettings, ask: HostAsking | DeviceAsking) -> None:
+        self.teachers, self.labels, self.ask = teachers, labels, ask
+        self.pending: deque[tuple[_Crops, dict[str, Pending | None]]] = deque()
         self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str | Corruptions)]
         self.order: deque[_Waiting] = deque()
         self.queues: dict[int, list[tuple[_Waiting, int]]] = {}  # crops by size: a batch has one
@@ -193,10 +215,49 @@ class BatchQueue:
             while len(queue) >= at_least:
                 size = self.labels.batch_size
                 crops, queue[:size] = queue[:size], []
-                for name, teacher in self.networks:
-                    _ask(name, teacher, crops)
-                for waiting, _ in crops:
-                    waiting.missing -= 1
+                self.pending.append((crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks}))
+                self._take(self.ask.in_flight)
+        if at_least == 1:
+            self._take(0)
+
+    def _ask(self, name: str, teacher: Teacher, crops: _Crops) -> Pending | None:
+        """The answer to come; None where it has been written already, crop by crop, for the batch failed."""
+        keys = [f"{w.job.key}.{'shared' if slot == 0 else f'local{slot - 1}'}" for w, slot in crops]
+        try:
+            return self.ask(name, teacher, [_crop(w.job, slot) for w, slot in crops], keys)
+        except TeacherFailedError:
+            raise
+        except _TEACHER_ERRORS as error:
+            if len(crops) > 1:
+                for crop in crops:
+                    self._write(name, [crop], self._ask(name, teacher, [crop]))
+                return None
+            if isinstance(error, torch.OutOfMemoryError):
+                raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
+            waiting, slot = crops[0]
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
+            return None
+
+    def _take(self, left: int) -> None:
+        """Take the answers of all but the last `left` batches."""
+        while len(self.pending) > left:
+            crops, answers = self.pending.popleft()
+            for name, answer in answers.items():
+                self._write(name, crops, answer)
+            for waiting, _ in crops:
+                waiting.missing -= 1
+
+    @staticmethod
+    def _write(name: str, crops: _Crops, pending: Pending | None) -> None:
+        """Write a teacher's maps of these crops where the crops wait."""
+        if pending is None:
+            return
+        answer = pending()
+        for (waiting, slot), one, nan in zip(crops, answer.maps, answer.nan, strict=True):
+            waiting.maps[name][slot], waiting.predicted[name] = one, answer.predicted
+            if nan:
+                waiting.problem = waiting.problem or f"{name} returned NaN on {nan} pixels of {_context(slot)}"
 
     def drain(self) -> Iterator[Sample | Rejected]:
         """The finished jobs at the head of the line, in order."""
@@ -206,7 +267,7 @@ class BatchQueue:
                 yield waiting.job
                 continue
             self._count(waiting.problem)
-            yield _finish(waiting.job, waiting, self.teachers, self.labels.store)
+            yield _finish(waiting.job, waiting, self.teachers, self.labels)
 
     def _count(self, problem: str) -> None:
         self.asked += 1
@@ -222,81 +283,54 @@ class BatchQueue:
             raise TeacherFailedError(f"all {self.asked} samples failed, so it is not the images: {self.last}")
 
 
-def _images(crops: Sequence[tuple[_Waiting, int]]) -> Tensor:
-    return torch.stack([_crop(waiting.job, slot) for waiting, slot in crops]).float() / 255.0
-
-
 def _crop(job: CropJob | Rejected, slot: int) -> Tensor:
     assert isinstance(job, CropJob)
     return job.region if slot == 0 else job.patches[slot - 1]
-
-
-def _predict(name: str, teacher: Teacher, crops: Sequence[tuple[_Waiting, int]]) -> DepthMap:
-    """One call of a teacher, on the CPU and checked; noise, where it draws any, belongs to the crop."""
-    images = _images(crops)
-    keys = [f"{w.job.key}.{'shared' if slot == 0 else f'local{slot - 1}'}" for w, slot in crops]
-    with torch.no_grad():
-        if getattr(teacher.card, "seeded", False):
-            depth = teacher.predict(images, keys=keys)  # type: ignore[call-arg]
-        else:
-            depth = teacher.predict(images)
-    if tuple(depth.values.shape) != (len(images), *images.shape[-2:]):
-        raise TeacherFailedError(f"{name} gave maps {tuple(depth.values.shape)} for images {tuple(images.shape)}")
-    return depth.to("cpu")
-
-
-def _ask(name: str, teacher: Teacher, crops: Sequence[tuple[_Waiting, int]]) -> None:
-    """Write a teacher's maps of these crops, or its failure, where the crops wait."""
-    try:
-        depth = _predict(name, teacher, crops)
-    except TeacherFailedError:
-        raise
-    except _TEACHER_ERRORS as error:
-        if len(crops) > 1:
-            for crop in crops:
-                _ask(name, teacher, [crop])
-            return
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
-        waiting, slot = crops[0]
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
-        return
-    for i, (waiting, slot) in enumerate(crops):
-        one = depth[i : i + 1]
-        waiting.maps[name][slot] = one
-        nan = int((torch.isnan(one.values) & one.valid).sum())
-        if nan:
-            waiting.problem = waiting.problem or f"{name} returned NaN on {nan} pixels of {_context(slot)}"
 
 
 def _context(slot: int) -> str:
     return "the region" if slot == 0 else f"patch {slot - 1}"
 
 
-def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, store: str) -> Sample | Rejected:
+def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: LabelSettings) -> Sample | Rejected:
     """The job with its labels, or why there are none."""
     if waiting.problem:
         return Rejected(job.origin, job.key, waiting.problem)
     labels: dict[str, Labels] = {}
+    coded: dict[str, CodedLabels] = {}
     predicted: dict[str, dict[str, Any]] = {}
     for name, teacher in teachers:
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
             said = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
-            shared, local = said.shared, said.local
+            kind = said.shared.kind
+            shared = stored(said.shared, settings.store)
+            local = None if said.local is None else stored(said.local, settings.store)
         else:
-            maps = [one for one in waiting.maps[name] if one is not None]
-            shared, local = maps[0], cat(maps[1:]) if len(maps) > 1 else None
-        predicted[name] = {"predicted": str(shared.kind), **_card(teacher)}
-        shared, local = stored(shared, store), None if local is None else stored(local, store)
-        if not shared.valid.any():
+            kind = waiting.predicted[name]
+            shared, local = _joined(waiting.maps[name])
+        predicted[name] = {"predicted": str(kind), **_card(teacher)}
+        if not (shared.count if isinstance(shared, CodedMaps) else shared.valid).any():
             return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
+        boxes = job.boxes if local is not None else job.boxes[:, :0]
+        if isinstance(shared, CodedMaps):
+            coded[name] = CodedLabels(shared, local, boxes)
+            continue
         if isinstance(teacher, Bridged):
-            shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, labels[teacher.primary])
-        labels[name] = Labels(shared, local, job.boxes if local is not None else job.boxes[:, :0])
-    return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted})
+            primary = labels[teacher.primary]
+            shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, primary)
+            boxes = job.boxes if local is not None else job.boxes[:, :0]
+        labels[name] = Labels(shared, local, boxes)
+    return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
+
+
+def _joined(maps: Sequence[Any]) -> tuple[Any, Any]:
+    """The region's map and its patches', whose codes or values share a tensor; None where there are no patches."""
+    shared, *local = maps
+    if not local:
+        return shared, None
+    return shared, join(local) if isinstance(shared, CodedMaps) else cat(local)
 
 
 def _card(teacher: Any) -> dict[str, Any]:

@@ -20,10 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from threadpoolctl import threadpool_limits
+
 from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
+    CPU,
     TRUTH,
     CropJob,
     OnlineDataset,
@@ -116,6 +120,7 @@ def label(
     seed: int = 0,
     rank: int = 0,
     world: int = 1,
+    device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
     report: Callable[..., None] | None = None,
 ) -> LabelOutcome:
@@ -123,8 +128,8 @@ def label(
 
     teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
     making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
-    how many there are. recipe: written to the manifest. report: called after every image with done, total and numbers
-    (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
+    how many there are. device: where the teachers are. recipe: written to the manifest. report: called after every
+    image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
@@ -145,7 +150,7 @@ def label(
         todo = [part for part in mine if not _is_done(out, part)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         for part in todo:
-            _label_part(out, part, _Work(teachers, crops, labels, seed), tally)
+            _label_part(out, part, _Work(teachers, crops, labels, seed, device), tally)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
     return LabelOutcome(
@@ -173,6 +178,7 @@ class _Work:
     crops: CropSettings
     labels: LabelSettings
     seed: int
+    device: torch.device
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
@@ -241,6 +247,12 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
     return result, sum(len(data) for _, data in members)
 
 
+def _one_thread() -> None:
+    """Worker threads compute on one core each: their many small operations, each on every core, would fight."""
+    torch.get_num_threads()  # torch sets a new thread's number at its first use, over what was said before
+    threadpool_limits(1, user_api="openmp")
+
+
 def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
     """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
 
@@ -253,13 +265,13 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
     threads = max(1, work.labels.threads)
     with (
         ShardWriter(out / part.name) as writer,
-        ThreadPoolExecutor(threads) as pool,
+        ThreadPoolExecutor(threads, initializer=_one_thread) as pool,
         ThreadPoolExecutor(1) as clerk,
     ):
         try:
             prepared = _ahead(pool, work.jobs, part.entries, 2 * threads)
             jobs = (job for several in prepared for job in several)
-            results = annotate(jobs, work.teachers, labels=work.labels)
+            results = annotate(jobs, work.teachers, labels=work.labels, device=work.device)
             last = ""
             encoded = _ahead(pool, partial(_encode, work.labels.codec), results, 2 * threads)
             for result, size in _ahead(clerk, partial(_store, writer), encoded, 2 * threads):
@@ -269,7 +281,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
                 else:
                     tally.samples += 1
                     tally.bytes += size
-                    for name, labels in result.labels.items():
+                    for name, labels in result.answers.items():
                         kinds.setdefault(name, set()).add(str(labels.shared.kind))
                         if fit := result.record["labels"][name].get("bridge"):
                             count = dropped.setdefault(name, {"regions": 0, "patches": 0})

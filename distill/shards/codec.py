@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from distill.core.codes import CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Batch, Labels
 
@@ -52,13 +53,15 @@ class Codec:
     """How the numbers of a map become bytes, by way of 16-bit codes.
 
     suffix: of the tar member. bound: the largest error, as a fraction of the map's range. units: (65536,) float64, what
-    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units and bool
-    usable to codes. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
+    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units, which it
+    may overwrite, and bool usable to codes. first: the code of the lowest value where codes are linear in the value up
+    to 65535, else 0. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
     """
 
     suffix: str
     bound: float
     units: NDArray[np.float64]
+    first: int
     code: Callable[[NDArray[np.float64], NDArray[np.bool_]], Codes]
     write: Callable[[Codes], bytes]
     read: Callable[[bytes], NDArray[Any]]
@@ -75,7 +78,11 @@ def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..
     units = np.where(codes > near, np.clip((codes - first) / steps, 0.0, 1.0), np.nan)
 
     def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
-        return np.where(usable, np.rint(unit * steps) + first, 0.0).astype(np.uint16)
+        unit *= steps
+        np.rint(unit, out=unit)
+        unit += first
+        unit *= usable
+        return unit.astype(np.uint16)
 
     return units, code, (near + 0.5) / steps
 
@@ -94,7 +101,7 @@ def _png16() -> Codec:
             raise ValueError("not a PNG")
         return codes
 
-    return Codec(suffix="png", bound=bound, units=units, code=code, write=write, read=read)
+    return Codec(suffix="png", bound=bound, units=units, first=1, code=code, write=write, read=read)
 
 
 def _jls() -> Codec:
@@ -109,7 +116,7 @@ def _jls() -> Codec:
         except (imagecodecs.JpeglsError, MemoryError) as error:
             raise ValueError(f"not JPEG-LS ({error})") from error
 
-    return Codec(suffix="jls", bound=bound, units=units, code=code, write=write, read=read)
+    return Codec(suffix="jls", bound=bound, units=units, first=2 * _NEAR + 2, code=code, write=write, read=read)
 
 
 def _float16() -> Codec:
@@ -131,7 +138,7 @@ def _float16() -> Codec:
         except (OSError, EOFError, zlib.error, TypeError) as error:
             raise ValueError(f"not a compressed npy ({error})") from error
 
-    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, code=code, write=write, read=read)
+    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, first=0, code=code, write=write, read=read)
 
 
 CODECS = {"jls": _jls(), "png16": _png16(), "float16": _float16()}
@@ -142,7 +149,8 @@ class Sample:
     """One region with every teacher's labels of it.
 
     key: `<image key>-<draw>`. image: (3,S,S) uint8. labels: by teacher, with a batch of one: shared (1,S,S), local
-    (N,P,P) or None, boxes (1,N,4). record: the sample's json (crop, patches, origin, seed, ...).
+    (N,P,P) or None, boxes (1,N,4). record: the sample's json (crop, patches, origin, seed, ...). coded: labels whose
+    maps are codes still, on their way to or from a device; a teacher is in one of the two.
     """
 
     key: str
@@ -150,6 +158,13 @@ class Sample:
     image: Tensor
     labels: dict[str, Labels]
     record: dict[str, Any] = field(default_factory=dict)
+    coded: dict[str, CodedLabels] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> dict[str, Labels | CodedLabels]:
+        """All labels, in the order of the teachers."""
+        both: dict[str, Labels | CodedLabels] = {**self.labels, **self.coded}
+        return {name: both[name] for name in self.record.get("labels", both) if name in both}
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -206,10 +221,15 @@ def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> 
     array = values.detach().cpu().double().numpy()
     usable = valid.cpu().numpy() & np.isfinite(array)
     count = int(usable.sum())
-    low, high = (float(array[usable].min()), float(array[usable].max())) if count else (0.0, 0.0)
+    whole = count == array.size
+    known = array if whole else array[usable]
+    low, high = (float(known.min()), float(known.max())) if count else (0.0, 0.0)
     scale = 1.0 / (high - low) if high > low else 0.0
+    # One buffer, written over: fresh memory costs more than the arithmetic, and many threads ask for it at once.
+    unit = array - low if whole else np.subtract(array, low, out=np.zeros_like(array), where=usable)
+    unit *= scale
+    np.clip(unit, 0.0, 1.0, out=unit)
     how = CODECS[codec]
-    unit = np.clip((np.where(usable, array, low) - low) * scale, 0.0, 1.0)
     return how.write(how.code(unit, usable)), {"low": low, "high": high, "valid": count}
 
 
@@ -246,17 +266,19 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
     described = {}
     suffix = CODECS[codec].suffix
 
-    def add(name: str, values: Tensor, valid: Tensor) -> dict[str, float | int]:
-        data, span = encode_map(values, valid, codec=codec)
+    def add(name: str, maps: DepthMap | CodedMaps, i: int) -> dict[str, float | int]:
+        if isinstance(maps, CodedMaps):
+            data = CODECS[codec].write(maps.codes[i].numpy())
+            span = {"low": float(maps.low[i]), "high": float(maps.high[i]), "valid": int(maps.count[i])}
+        else:
+            data, span = encode_map(maps.values[i], maps.valid[i], codec=codec)
         members.append((f"{sample.key}.{name}.{suffix}", data))
         return {**span, "crc32": zlib.crc32(data)}
 
-    for name, labels in sample.labels.items():
-        shared = add(f"{name}.shared", labels.shared.values[0], labels.shared.valid[0])
-        local = []
-        for i in range(0 if labels.local is None else len(labels.local)):
-            assert labels.local is not None
-            local.append(add(f"{name}.local{i}", labels.local.values[i], labels.local.valid[i]))
+    for name, labels in sample.answers.items():
+        shared = add(f"{name}.shared", labels.shared, 0)
+        patches = labels.local
+        local = [] if patches is None else [add(f"{name}.local{i}", patches, i) for i in range(len(patches))]
         before = sample.record.get("labels", {}).get(name, {})
         described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released, split
 
 _UNUSED = "scratch.refinenet4.resConfUnit1."
@@ -120,4 +120,4 @@ class ResidualUnit(nn.Module):
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    return F.interpolate(x, size=(size[0], size[1]), mode="bilinear", align_corners=True)
+    return resize_bilinear(x, (size[0], size[1]), align_corners=True)

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released, make_norm, split
 
 
@@ -134,7 +134,7 @@ class Fusion(nn.Module):
         """(B,C,h,w) and a level of any size -> (B,C,2h,2w)."""
         if self.res_conv_unit1 is not None and level is not None:
             # At an equal size it changes nothing; asked for only at others, a tracer would keep the answer it saw.
-            level = F.interpolate(level, size=x.shape[-2:], mode="bilinear", align_corners=False)
+            level = resize_bilinear(level, (x.shape[-2], x.shape[-1]), align_corners=False)
             x = x + self.res_conv_unit1(level)
         return self.project(_double(self.res_conv_unit2(x)))
 
@@ -172,4 +172,4 @@ class DepthHead(nn.Module):
 
 
 def _double(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    return resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)

@@ -1,67 +1,51 @@
-"""How fast labels are made: end to end against the bare teacher, against the plain way, and stage by stage.
+"""How fast labels are made: end to end against the bare teacher, and all but the teacher by stage and by threads.
 
-    python -m tests.speed.labelling [TAR ...]                    # the embedded teacher at 560, on the CPU or CUDA
-    python -m tests.speed.labelling --weights FOLDER --encoder-weights FILE
-    python -m tests.speed.labelling --no-teacher [TAR ...]       # everything but the teacher: what feeds a fast one
+    python -m tests.speed.labelling [TAR ...]                               # the embedded teacher at 560
+    python -m tests.speed.labelling --teacher dav2-large --compile [TAR ...] # on a card: ViT-L, random weights, bf16
+    python -m tests.speed.labelling --no-teacher [TAR ...]                  # what can feed a fast teacher
 
 Without tars it makes one of noisy photographs of SA-1B's size. The bare teacher predicts the same crops in the same
-batches, ready in memory; the plain way loads a photo, predicts crop by crop and saves every map before it takes the
-next. The three take turns, photo block by photo block, so that whatever else the machine does falls on all; the first
-block warms up. Processor time is compared too: where the teacher runs on the CPU, it is what a busy machine cannot
-spoil, and its excess over the bare teacher's is all that is not the teacher.
+batches, ready in the device's memory, and keeps nothing. End to end is `label`, from tars to shards on the disk. Photos
+are repeated until there are enough; the first run of each warms up and compiles.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
-import statistics
+import os
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.core.codes import CodedMaps
+from distill.core.crop_settings import CropSettings
 from distill.core.crops import generator, resize
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.data.sources import Entry, InputShard, Scan
-from distill.labelling.annotate import CropJob, prepare
-from distill.labelling.run import CropSettings, LabelSettings, label, label_photo
-from distill.shards.codec import DEFAULT_CODEC, encode_sample
-from distill.shards.shards import LabelDataset, collate, verify
+from distill.labelling import annotate
+from distill.labelling.annotate import prepare
+from distill.labelling.asking import Answer
+from distill.labelling.run import label
+from distill.labelling.settings import LabelSettings
+from distill.shards.codec import CODECS, DEFAULT_CODEC, encode_map, encode_sample
 from distill.teachers import Card
 from distill.teachers import Teacher as TeacherLike
+from distill.teachers._compile import compile_networks
 from distill.teachers.checkpoint import Teacher
 
-BATCH = 8
-
-
-@dataclass
-class Formula:
-    """Depth by a formula of the pixels."""
-
-    card: Card = field(
-        default_factory=lambda: Card(
-            name="formula",
-            weights="",
-            kind=Kind.SCALE_DEPTH,
-            licence="",
-            code_licence="",
-            commercial=True,
-        )
-    )
-
-    def predict(self, images: Tensor) -> DepthMap:
-        values = 1 + images.mean(1)
-        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), self.card.kind)
+CPU = torch.device("cpu")
 
 
 def make_tar(path: Path, count: int = 12) -> Path:
@@ -83,152 +67,213 @@ def make_tar(path: Path, count: int = 12) -> Path:
     return path
 
 
-# --- end to end, bare, plain ------------------------------------------------------------------------------------------
+def repeated(entries: Sequence[Entry], count: int, name: str) -> list[InputShard]:
+    """One shard of `count` entries, the given ones over and over under keys of their own."""
+    several = [dataclasses.replace(entries[i % len(entries)], key=f"{name}-{i}") for i in range(count)]
+    return [InputShard(name, "memory", partial(Scan, tuple(several)))]
 
 
-def wait() -> None:
+# --- teachers ---------------------------------------------------------------------------------------------------------
+
+
+def random_dav2_large(size: int) -> Any:
+    """Depth Anything V2 Large at full size with random weights, asked at the size that it is given."""
+    from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
+
+    from distill.teachers import depth_anything_v2 as dav2
+
+    backbone = Dinov2Config(
+        hidden_size=1024,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=518,
+        patch_size=14,
+        out_indices=[5, 12, 18, 24],
+        reshape_hidden_states=False,
+        apply_layernorm=True,
+    )
+    config = DepthAnythingConfig(
+        backbone_config=backbone,
+        reassemble_hidden_size=1024,
+        patch_size=14,
+        neck_hidden_sizes=[256, 512, 1024, 1024],
+        fusion_hidden_size=256,
+        head_hidden_size=32,
+    )
+    model = DepthAnythingForDepthEstimation(config).eval().requires_grad_(False)
+    dav2._use_official_positions(model)
+    card = dataclasses.replace(dav2.CARDS[0], weights="random", native_size=size)
+    return dav2.Teacher(model, card, resize="none")
+
+
+def load(given: argparse.Namespace, device: torch.device) -> Any:
+    if given.teacher == "dav2-large":
+        teacher = random_dav2_large(given.size)
+        teacher.model.to(device=device, dtype=getattr(torch, given.dtype))
+    else:
+        teacher = Teacher.load(given.teacher, device=device, native_size=given.size)
+    if given.compile:
+        compile_networks(teacher)
+    return teacher
+
+
+# --- end to end, bare -------------------------------------------------------------------------------------------------
+
+
+def clock() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def clock() -> tuple[float, float]:
-    wait()
-    return time.perf_counter(), time.process_time()
+def bare(teacher: TeacherLike, crops: Tensor, batch: int, maps: int) -> float:
+    """Maps a second of crops (N,3,S,S) that are on the device already, nothing taken back."""
+    with torch.no_grad():
+        for _ in range(3):
+            teacher.predict(crops[:batch])
+        start = clock()
+        for i in range(0, maps, batch):
+            teacher.predict(crops[i % (len(crops) - batch + 1) :][:batch])
+        return maps / (clock() - start)
 
 
-def bare(teacher: TeacherLike, crops: list[Tensor]) -> None:
-    for start in range(0, len(crops), BATCH):
-        teacher.predict(torch.stack(crops[start : start + BATCH]))
-
-
-def plain(teacher: TeacherLike, entries: list[Entry], crops: CropSettings, folder: Path) -> None:
-    """What a script would do: every step waits for the one before it."""
-    for entry in entries:
-        job = prepare(entry.load(), crops=crops)
-        Image.fromarray(job.region.permute(1, 2, 0).numpy()).save(folder / f"{job.key}.jpg", quality=95)
-        for i, crop in enumerate([job.region, *job.patches]):
-            values = teacher.predict(crop[None].float() / 255).values[0].cpu().numpy()
-            codes = (values - values.min()) / max(float(values.max() - values.min()), 1e-9) * 65535
-            cv2.imwrite(str(folder / f"{job.key}.{i}.png"), codes.astype(np.uint16))
-
-
-def block_of(entries: list[Entry], number: int) -> list[InputShard]:
-    return [InputShard(f"block_{number}", "memory", partial(Scan, tuple(entries)))]
-
-
-def compare(teacher: TeacherLike, entries: list[Entry], crops: CropSettings, threads: int, per_block: int) -> None:
-    """Prints the three rates and their ratios, medians over blocks of `per_block` photos."""
-    ways: dict[str, list[tuple[float, float]]] = {"bare": [], "end to end": [], "plain": []}
-    blocks = [entries[i : i + per_block] for i in range(0, len(entries) - per_block + 1, per_block)]
-    maps = 0
+def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, device: torch.device) -> None:
+    """Prints the bare and the end-to-end rate, in turns, and their ratio."""
+    crops = CropSettings(size=given.size)
+    jobs = [prepare(e.load(), crops=crops, seed=0, draw=0) for e in entries[:8]]
+    ready = torch.cat([torch.cat([job.region[None], job.patches]) for job in jobs])
+    ready = ready[: max(given.batch, 32)].to(device).float() / 255
+    each = np.mean([1 + len(job.patches) for job in jobs])
+    labels = LabelSettings(batch_size=given.batch, threads=given.threads, samples_per_part=10_000)
+    ratios = []
     with tempfile.TemporaryDirectory() as temporary:
-        for number, block in enumerate(blocks):
-            jobs: list[CropJob] = [prepare(entry.load(), crops=crops) for entry in block]
-            ready = [crop.float() / 255 for job in jobs for crop in (job.region, *job.patches)]
-            maps += len(ready) if number else 0
-            folder = Path(temporary) / str(number)
-            folder.mkdir()
-            work = {
-                "bare": partial(bare, teacher, ready),
-                "end to end": partial(
-                    label,
-                    block_of(block, number),
-                    [("teacher", teacher)],
-                    out=folder / "labels",
-                    crops=crops,
-                    threads=threads,
-                    batch_size=BATCH,
-                ),
-                "plain": partial(plain, teacher, block, crops, folder),
-            }
-            for name, run in work.items():
-                before = clock()
-                run()
-                after = clock()
-                if number:  # the first block warms up
-                    ways[name].append((after[0] - before[0], after[1] - before[1]))
-    print(f"{maps} maps of {len(blocks) - 1} blocks of {per_block} photos, {DEFAULT_CODEC}, {threads} threads")
-    for name, times in ways.items():
-        wall, cpu = (sum(column) / len(times) / per_block for column in zip(*times, strict=True))
-        ratio = statistics.median(theirs[0] / ours[0] for theirs, ours in zip(ways["bare"], times, strict=True))
-        ratio_cpu = statistics.median(theirs[1] / ours[1] for theirs, ours in zip(ways["bare"], times, strict=True))
-        print(
-            f"{name:12}{1 / wall:8.3f} images/s  {100 * ratio:6.1f} % of the bare teacher's; "
-            f"{cpu:6.2f} s of processor per image, of which the teacher's is {100 * ratio_cpu:5.1f} %"
-        )
+        for turn in range(given.turns + 1):
+            count = given.photos if turn else max(8, given.photos // 8)
+            shards = repeated(entries, count, f"turn{turn}")
+            alone = bare(teacher, ready, given.batch, given.batch * max(2, int(each * count) // given.batch))
+            start = clock()
+            outcome = label(
+                shards,
+                [("teacher", teacher)],
+                out=Path(temporary) / str(turn),
+                crops=crops,
+                labels=labels,
+                device=device,
+            )
+            seconds = clock() - start
+            made = each * outcome.images
+            print(
+                f"{'warm-up' if not turn else f'turn {turn}'}: bare {alone:8.1f} maps/s; end to end "
+                f"{made / seconds:8.1f} maps/s, {outcome.images / seconds:6.2f} photos/s: "
+                f"{100 * made / seconds / alone:5.1f} %"
+            )
+            if turn:
+                ratios.append(made / seconds / alone)
+    print(f"median of {len(ratios)}: {100 * float(np.median(ratios)):.1f} % of the bare teacher")
 
 
 # --- by stage ---------------------------------------------------------------------------------------------------------
 
 
-def timed(name: str, work, items) -> list:
+def timed(name: str, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
     start, cpu = time.perf_counter(), time.process_time()
     results = [work(item) for item in items]
     spent, cpu = time.perf_counter() - start, time.process_time() - cpu
-    print(f"{name:34}{1e3 * spent / len(results):9.1f} ms each, {1e3 * cpu / len(results):8.1f} of processor")
+    print(f"{name:40}{1e3 * spent / len(results):9.1f} ms each, {1e3 * cpu / len(results):8.1f} of processor")
     return results
 
 
-def stages(teacher: TeacherLike, entries: list[Entry], settings: CropSettings) -> None:
-    """Every stage alone, on one thread, per photo."""
-    photos = [p for p in timed("read and decode", lambda e: e.load(), entries) if min(p.rgb.shape[1:]) >= 644]
-    jobs = timed("cut region and patches", lambda p: prepare(p, crops=settings), photos)
-    print(f"{'patches per region':34}{np.mean([len(j.patches) for j in jobs]):9.1f}")
-    crops = [[crop.float() / 255 for crop in (job.region, *job.patches)] for job in jobs]
-    timed("the teacher", lambda several: bare(teacher, several), crops)
-    samples = [label_photo(p, [("teacher", teacher)], crops=settings) for p in photos]
-    members = timed(f"encode ({DEFAULT_CODEC})", encode_sample, samples)
-    timed("encode (png16)", partial(encode_sample, codec="png16"), samples)
-    size = np.mean([sum(len(d) for n, d in m if not n.endswith(("jpg", "json"))) for m in members])
-    whole = np.mean([sum(len(d) for _, d in m) for m in members])
-    pixels = np.mean([settings.size**2 * (1 + len(j.patches)) for j in jobs])
-    print(f"{'size':34}{whole / 1e6:9.2f} MB per image, maps {8 * size / pixels:.2f} bits per pixel")
+class FreeAsking:
+    """Codes that are there already: a map of the pocket's, cut to every crop's size."""
+
+    in_flight = 0
+
+    def __init__(self, codes: Tensor) -> None:
+        self.codes, self.units = codes, torch.from_numpy(CODECS[DEFAULT_CODEC].units)
+
+    def __call__(self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str]) -> Any:
+        one, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        count = torch.tensor([self.codes.numel()])
+        maps = [CodedMaps(self.codes[None], low, one, count, self.units, Kind.AFFINE_DISPARITY) for _ in crops]
+        return lambda: Answer(maps, Kind.AFFINE_DISPARITY, [0] * len(maps))
 
 
-def feeding(shards: list[InputShard], settings: CropSettings) -> None:
-    """Labelling with a teacher that costs nothing: what the rest can feed; then reading the labels back."""
+@dataclasses.dataclass
+class Nobody:
+    """A teacher that is never asked."""
+
+    card: Card = dataclasses.field(
+        default_factory=lambda: Card(
+            name="nobody", weights="", kind=Kind.AFFINE_DISPARITY, licence="", code_licence="", commercial=True
+        )
+    )
+
+    def predict(self, images: Tensor) -> DepthMap:
+        raise AssertionError
+
+
+def a_map(entry: Entry, crops: CropSettings) -> DepthMap:
+    teacher = Teacher.load("pocket", native_size=168)
+    region = prepare(entry.load(), crops=crops, seed=0, draw=0).region
+    return teacher.predict(region[None].float() / 255)
+
+
+def feeding(entries: list[Entry], given: argparse.Namespace) -> None:
+    """Processor time by stage, then photos a second by threads, with codes that cost nothing."""
+    crops = CropSettings(size=given.size)
+    torch.set_num_threads(1)
+    depth = a_map(entries[0], crops)
+    codes = torch.from_numpy(CODECS[DEFAULT_CODEC].read(encode_map(depth.values[0], depth.valid[0])[0]).copy())
+    free = FreeAsking(codes)
+    photos = timed("read and decode, a photo", lambda e: e.load(), entries)
+    jobs = timed("cut region and patches, a photo", lambda p: prepare(p, crops=crops, seed=0, draw=0), photos)
+    print(f"{'maps a photo':40}{np.mean([1 + len(job.patches) for job in jobs]):9.1f}")
+    annotate.asking = lambda *_: free  # type: ignore[assignment,misc]
+    samples = list(annotate.annotate(jobs, [("free", Nobody())]))
+    timed("encode codes and jpg, a photo", encode_sample, samples)
+    timed("encode one map from values", lambda _: encode_map(depth.values[0], depth.valid[0]), range(4))
+    cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
-        for threads in (1, 2, 4):
-            out = Path(temporary) / f"out{threads}"
-            start = time.perf_counter()
+        for threads in [n for n in (1, 2, 4, 8, 12, 16, 32) if n <= max(2, cores)]:
+            shards = repeated(entries, max(16, given.photos // 16 * threads), f"threads{threads}")
+            start, cpu = time.perf_counter(), time.process_time()
+            labels = LabelSettings(threads=threads, samples_per_part=10_000)
             outcome = label(
-                shards, [("formula", Formula())], out=out, crops=settings, labels=LabelSettings(threads=threads)
+                shards, [("free", Nobody())], out=Path(temporary) / str(threads), crops=crops, labels=labels
             )
-            rate = outcome.images / (time.perf_counter() - start)
-            print(f"label, no teacher, {threads} threads {rate:13.2f} images/s")
-        dataset = LabelDataset(out)
-        read = timed("read a sample", dataset.__getitem__, range(min(len(dataset), 24)))
-        timed("collate 8", collate, [read[:8]])
-        start = time.perf_counter()
-        problems = verify(out)
-        rate = len(dataset) / (time.perf_counter() - start)
-        print(f"verify {rate:35.2f} samples/s, {len(problems)} problems")
+            spent, cpu = time.perf_counter() - start, time.process_time() - cpu
+            print(
+                f"label, no teacher, {threads:2} threads: {outcome.images / spent:8.1f} photos/s, "
+                f"{1e3 * cpu / outcome.images:6.1f} ms of processor a photo"
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tars", nargs="*")
-    parser.add_argument("--weights", default="pocket")
-    parser.add_argument("--encoder-weights")
+    parser.add_argument("--teacher", default="pocket", help='"dav2-large" (random weights), or a student\'s folder')
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-teacher", action="store_true")
+    parser.add_argument("--size", type=int, default=560)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--photos", type=int, default=12)
-    parser.add_argument("--per-block", type=int, default=3)
-    parser.add_argument("--patches", type=int, default=2, help="random patches per region; 0: the grid of the recipe")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
-    settings = CropSettings(num_patches=given.patches, patches="random") if given.patches else CropSettings()
     with tempfile.TemporaryDirectory() as temporary:
-        tars = given.tars or [make_tar(Path(temporary) / "sa_0.tar", given.photos)]
-        shards = sources.tars(tars)
-        entries = [entry for shard in shards for entry in shard.scan().entries][: given.photos]
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        print(f"{device}, {torch.get_num_threads()} torch threads, batches of {BATCH}")
+        tars = given.tars or [make_tar(Path(temporary) / "sa_0.tar")]
+        entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
+        entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:24]
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        print(f"{name}, {os.cpu_count()} cores, {len(entries)} photos repeated, crops of {given.size}, {DEFAULT_CODEC}")
         if given.no_teacher:
-            feeding(block_of(entries, 0), settings)
+            feeding(entries, given)
             return
-        teacher = Teacher.load(given.weights, device=device, native_size=560, encoder_weights=given.encoder_weights)
-        compare(teacher, entries, settings, given.threads, given.per_block)
-        stages(teacher, entries[: given.per_block], settings)
+        asked = f"{given.teacher}, {given.dtype}, compile {given.compile}"
+        print(f"{asked}, batches of {given.batch}, {given.threads} threads")
+        compare(load(given, device), entries, given, device)
 
 
 if __name__ == "__main__":

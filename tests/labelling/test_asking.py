@@ -1,0 +1,83 @@
+"""Labels that went to a device and came back as codes have the bytes of those that never left the host."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.core.codes import CodedMaps
+from distill.core.depth import DepthMap, Kind
+from distill.data import sources
+from distill.labelling import annotate as module
+from distill.labelling.asking import DeviceAsking, HostAsking, TeacherFailedError
+from distill.shards.codec import CODECS
+from tests.labelling.formula import Formula, contents, make_tar, run
+from tests.labelling.test_annotate import Sick
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def by_device(monkeypatch):
+    """Every run asks as on a GPU, batches filled up and maps coded there; the list holds what was asked."""
+    asked = []
+
+    def asking(teachers, labels, device):
+        codec = CODECS[labels.codec]
+        coding = (codec.first, torch.from_numpy(codec.units)) if codec.first else None
+        store = module.partial(module.stored, store=labels.store)
+        asked.append(DeviceAsking(CPU, store, coding=coding, pad_to=labels.batch_size))
+        return asked[-1]
+
+    def use():
+        monkeypatch.setattr(module, "asking", asking)
+        return asked
+
+    return use
+
+
+@pytest.mark.parametrize("codec", list(CODECS))
+@pytest.mark.parametrize("store", ["disparity", "as_is"])
+def test_the_bytes_are_the_same(tmp_path, by_device, codec, store):
+    tars = sources.tars(str(make_tar(tmp_path / "sa_0.tar", 5)))
+    run(tars, tmp_path / "host", codec=codec, store=store)
+    asked = by_device()
+    run(tars, tmp_path / "device", codec=codec, store=store)
+    assert asked and contents(tmp_path / "host") == contents(tmp_path / "device")
+
+
+def test_a_teacher_that_fails_on_one_image_costs_that_image_alone(tmp_path, by_device):
+    tars = sources.tars(str(make_tar(tmp_path / "sa_0.tar", 5)))
+    for how in ("nan", "raise"):
+        run(tars, tmp_path / f"host-{how}", Sick(how=how))
+    by_device()
+    for how in ("nan", "raise"):
+        run(tars, tmp_path / f"device-{how}", Sick(how=how))
+        assert contents(tmp_path / f"host-{how}") == contents(tmp_path / f"device-{how}")
+
+
+def test_answers_are_taken_late_and_filled_batches_cut(tmp_path):
+    sizes = []
+
+    class Counting(Formula):
+        def predict(self, images):
+            sizes.append(len(images))
+            return super().predict(images)
+
+    ask = DeviceAsking(CPU, lambda depth: depth, coding=(16, torch.from_numpy(CODECS["jls"].units)), pad_to=4)
+    crops = [torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(3)]
+    answer = ask("formula", Counting(), crops, ["a", "b", "c"])()
+    assert sizes == [4] and len(answer.maps) == len(answer.nan) == 3
+    assert all(isinstance(one, CodedMaps) for one in answer.maps)
+    direct = HostAsking(lambda depth: depth)("formula", Formula(), crops, ["a", "b", "c"])()
+    for coded, whole in zip(answer.maps, direct.maps, strict=True):
+        assert torch.allclose(coded.decode().values, whole.values, atol=1e-4)
+
+
+def test_maps_of_another_size_stop_the_run():
+    class Cropping(Formula):
+        def predict(self, images):
+            return DepthMap(images[:, 0, 1:], torch.ones_like(images[:, 0, 1:]) > 0, Kind.SCALE_DEPTH)
+
+    with pytest.raises(TeacherFailedError, match="gave maps"):
+        DeviceAsking(CPU, lambda depth: depth, coding=None)("x", Cropping(), [torch.zeros(3, 8, 8).byte()], ["a"])
