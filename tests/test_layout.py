@@ -29,7 +29,7 @@ OWNERS = {
     "accelerate": ["distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],
-    "imagecodecs": ["distill.shards.codec"],
+    "imagecodecs": ["distill.shards.codec", "distill.data.maps"],
     "fsspec": ["distill.data.storage"],
     "transformers": ["distill.teachers."],
     "diffusers": ["distill.teachers."],
