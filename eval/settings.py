@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distill.core.plugins import name_fault
+from distill.core.plugins import name_fault, short_name
 from distill.core.settings import below, refuse, unknown_words
 
 
@@ -14,7 +14,7 @@ class BenchmarkSettings:
     """A file of eval/benchmarks with its data."""
 
     name: str
-    """A file of eval/benchmarks (`distill list benchmarks`)."""
+    """One of `distill list benchmarks`, or a Python file of yours ("./mine.py")."""
     root: str = ""
     """The benchmark's data: a folder or the published tar; nothing for those that ship with the project."""
     list: str = ""
@@ -44,7 +44,7 @@ class BenchmarkSettings:
     @property
     def alias_or_name(self) -> str:
         """The name in tables and folders."""
-        return self.alias or self.name
+        return self.alias or short_name(self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

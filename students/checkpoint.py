@@ -23,6 +23,7 @@ import distill
 from distill import students
 from distill.core import files, hub
 from distill.core.files import file_sha256
+from distill.core.plugins import allowed, is_path, origins
 from distill.students import Student
 from distill.students.modelcard import model_card
 from distill.students.quantize import dequantize, fits, quantize
@@ -76,7 +77,7 @@ def save(
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
         "version": VERSION,
-        "spec": student.spec,
+        **_spec(student),
         "native_size": student.native_size,
         "weights": {
             "sha256": hashlib.sha256(weights).hexdigest(),
@@ -94,12 +95,22 @@ def save(
     return folder
 
 
+def _spec(student: Student) -> dict[str, Any]:
+    """What builds the student again. A decoder's file goes by its name and hash: where it lies is this machine's."""
+    spec, decoder = student.spec, student.spec["decoder"]
+    if not (found := origins(decoder)):
+        return {"spec": spec}
+    name = Path(decoder).name if is_path(decoder) else decoder
+    return {"spec": {**spec, "decoder": name}, "plugins": {name: found[decoder]}}
+
+
 def load(
     folder: str | Path, *, device: torch.device | str = "cpu", encoder_weights: str | Path | None = None
 ) -> Student:
     """The student in `folder`, in float32 and evaluation mode: the outputs of the one that was saved.
 
-    encoder_weights: the encoder's own file, for a folder that leaves the encoder out.
+    encoder_weights: the encoder's own file, for a folder that leaves the encoder out. A decoder that is a user's file
+    is not run unless core.plugins.allow, or a recipe, has named one of that file name.
     Raises OSError for a missing folder or file, ValueError or LookupError for one that does not fit, naming the file.
     """
     folder = Path(folder)
@@ -114,7 +125,8 @@ def load(
     elif encoder_weights is not None:
         raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
     try:
-        student = students.build(**(spec | {"encoder_options": options}))
+        decoder = allowed(spec["decoder"]) if is_path(spec["decoder"]) else spec["decoder"]
+        student = students.build(**(spec | {"encoder_options": options, "decoder": decoder}))
     except LookupError as error:
         raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -18,7 +18,7 @@ class StudentSettings:
     weights: str = ""
     """The encoder's weights: "" draws them at random, "pretrained" takes timm's, else a local file."""
     decoder: str = "sdt"
-    """A file of students/decoders (`distill list decoders`)."""
+    """One of `distill list decoders`, or a Python file of yours ("./mine.py")."""
     encoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the encoder (students.encoder.Encoder)."""
     decoder_options: dict[str, Any] = field(default_factory=dict)

@@ -18,14 +18,18 @@ from distill.students.encoder import Encoder
 class Student(nn.Module):
     """Encoder + decoder: images (B,3,H,W) in [0,1], any size, to raw affine disparity (B,H,W), larger is nearer.
 
-    native_size: the side of the squares it was trained on, in pixels; None where nobody has said.
+    native_size: the side of the squares it was trained on, in pixels; None where nobody has said. decoder_name: what
+    `find` knows the decoder by; its module's name by default.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Any, *, native_size: int | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: Any, *, native_size: int | None = None, decoder_name: str = ""
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.native_size = native_size
+        self.decoder_name = decoder_name or type(decoder).__module__.rpartition(".")[2]
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -33,7 +37,7 @@ class Student(nn.Module):
         return {
             "encoder": self.encoder.name,
             "encoder_options": dict(self.encoder.options),
-            "decoder": type(self.decoder).__module__.rpartition(".")[2],
+            "decoder": self.decoder_name,
             "decoder_options": dict(self.decoder.options),
             "native_size": self.native_size,
         }
@@ -79,7 +83,8 @@ def build(
     decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
     taken = inspect.signature(plugin).parameters
     options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
-    return Student(part, _made(plugin, "decoder_options", options), native_size=native_size)
+    made = _made(plugin, "decoder_options", options)
+    return Student(part, made, native_size=native_size, decoder_name=decoder)
 
 
 def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:

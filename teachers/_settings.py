@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distill.core.plugins import name_fault
+from distill.core.plugins import name_fault, short_name
 from distill.core.settings import refuse, unknown_words
 
 
@@ -14,7 +14,7 @@ class TeacherSettings:
     """One teacher: a file of teachers/ with its weights and options, or the images' own ground truth."""
 
     name: str
-    """A file of teachers/ (`distill list teachers`), or "truth": the source's own ground truth."""
+    """One of `distill list teachers`, a Python file of yours ("./mine.py"), or "truth": the source's own ground truth."""
     weights: str = ""
     """A hub id, a file or a folder; the first of the teacher's cards by default."""
     alias: str = ""
@@ -38,4 +38,4 @@ class TeacherSettings:
     @property
     def alias_or_name(self) -> str:
         """The name under which the labels are stored."""
-        return self.alias or self.name
+        return self.alias or short_name(self.name)

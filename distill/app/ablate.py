@@ -25,6 +25,7 @@ import torch
 
 from distill.app import build, commands
 from distill.app.console import note, progress, say, table
+from distill.app.shipped import locate
 from distill.app.study import Column, Study, StudyCell, Version, cells, read_study
 from distill.core import files
 from distill.eval.reports.ablation import AblationRow, Table, markdown, write_page
@@ -47,11 +48,12 @@ def run_study(
     overrides: Sequence[str] = (),
     worker: bool = False,
 ) -> Table | None:
-    """Runs what is missing of the study in the file `path` and writes its tables; None in a worker.
+    """Runs what is missing of the study `path` (a file, or a shipped one's name), writes its tables; None in a worker.
 
     processes: how many cells at once; on GPUs each process gets one of them. overrides: for every cell, as --set.
     Raises ValueError or OSError for a recipe or data that cannot be used; a training that diverges is a result.
     """
+    path = locate(path, "study")
     study = read_study(path)
     every = cells(study, path, version, out, overrides)
     for cell in {build.labels_folder(cell.recipe): cell for cell in every}.values():

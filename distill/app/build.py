@@ -24,7 +24,7 @@ from distill import students
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
-from distill.core.plugins import find, option_faults
+from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.data import sources
 from distill.data.corruptions import Corruptions
 from distill.data.pairs import read_names
@@ -311,6 +311,8 @@ def make_student(recipe: Recipe) -> Student:
 def _check_start(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where [student] describes another network than the one it starts from."""
     given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
+    for table in (given, own):
+        table["decoder"] = short_name(table["decoder"])
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
         if given[key] not in (plain[key], own[key]):
             raise RecipeError(
@@ -375,6 +377,7 @@ def training_seed(recipe: Recipe) -> int:
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
     what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
+    what += [files for files in [file_hashes(what)] if files]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -393,6 +396,7 @@ def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
     """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
     spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
     settings_used: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
+    settings_used["files"] = file_hashes([spec.name if spec else recipe.student.decoder])
     return {key: value for key, value in settings_used.items() if value not in ({}, "float32")}
 
 

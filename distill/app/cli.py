@@ -6,6 +6,7 @@ The verbs are the files of distill/verbs; their heavy imports happen when they r
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -31,8 +32,8 @@ ORDER = [
 
 EPILOG = """examples:
   distill demo                                     the whole loop on the embedded default
-  distill label recipes/demo.toml --set crops.crops_per_image=2
-  accelerate launch --num_processes 8 -m distill label recipes/sa1b_dav2_genpercept.toml
+  distill label demo --set crops.crops_per_image=2  a recipe that ships (`distill list recipes`), or a file of yours
+  accelerate launch --num_processes 8 -m distill label sa1b_dav2_genpercept
   distill score --predictions preds/ --kind affine_disparity --benchmark nyu --root data/nyu.tar --out nyu.json
 """
 
@@ -74,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from distill.app.console import fail
 
-        missing = isinstance(error, ImportError) and getattr(error, "name", None)
-        way_out = f"; install it: pip install 'depth-distill[teachers]' has {missing}" if missing else ""
+        way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
         fail((str(error.args[0]) if isinstance(error, KeyError) else str(error)) + way_out)
         return 2
     except KeyboardInterrupt:
@@ -83,3 +83,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         note("stopped; the same command goes on from here")
         return 130
+
+
+def _way_out(module: str) -> str:
+    """How to get a module that one of the package's extras brings; nothing for all others."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}.get(top := module.partition(".")[0], top)
+    try:
+        lines = [line.replace('"', "'") for line in requires("depth-distill") or []]
+    except PackageNotFoundError:
+        return ""
+    wanted = [line for line in lines if re.match(rf"{re.escape(package)}\b", line) and "extra == '" in line]
+    extra = wanted[0].rpartition("extra == '")[2].rstrip("'") if wanted else ""
+    return f"; it comes with pip install 'depth-distill[{extra}]'" if extra else ""

@@ -28,6 +28,7 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
+from distill.core.plugins import file_hashes
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, Entry, Rejected
 from distill.eval.benchmarks import BenchmarkSample
@@ -160,6 +161,7 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
         if spec.name == TRUTH and not spec.options:
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
+        table |= {"files": files} if (files := file_hashes(spec.name)) else {}
         load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(build.load_teacher, spec, on=on)
         sources_found.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"

@@ -17,6 +17,7 @@ import tomli_w
 
 from distill.app.renamed import RENAMED, RENAMED_VALUES
 from distill.app.settings import CompareSettings, RunSettings
+from distill.app.shipped import locate
 from distill.app.strict import RecipeError, parse_into, plain, read_toml
 from distill.core.crop_settings import CropSettings
 from distill.data.settings import ImageSettings
@@ -107,11 +108,12 @@ def _is_sound(key: str, value: Any) -> bool:
 
 
 def load(path: Path | str, overrides: Sequence[str] = (), *, command: str = "") -> Recipe:
-    """The recipe in the file `path` with `overrides` ("train.steps=100") applied. Raises RecipeError.
+    """The recipe `path`, a file or a shipped one's name, with `overrides` ("train.steps=100"). Raises RecipeError.
 
     command: the verb it is read for, which is spared the faults of tables that it does not use.
     """
-    return parse(read_toml(Path(path), overrides), where=str(path), uses=USES.get(command))
+    file = locate(path)
+    return parse(read_toml(file, overrides), where=str(file), uses=USES.get(command))
 
 
 def as_table(settings: Any) -> dict[str, Any]:

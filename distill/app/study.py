@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from distill.app.recipe import Recipe, as_table, parse
 from distill.app.strict import parse_into, read_toml, set_key
+from distill.core.plugins import file_hashes
 from distill.eval.metrics import METRICS
 from distill.eval.verdict import CLAIMS
 
@@ -212,4 +213,5 @@ def _address(recipe: Recipe) -> str:
     table = as_table(recipe)
     table["run"] = {key: value for key, value in table["run"].items() if key not in ("name", "out")}
     table["labels"].pop("root")
+    table |= {"files": files} if (files := file_hashes(table)) else {}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,51 +1,253 @@
-"""The folder is the registry: a plug-in is one file, its name is its file name (`global` lies in global_.py, for a
-module cannot be called like a keyword).
+"""Plug-ins by name: a file of the folder, an entry point of an installed package, or a Python file by its path.
 
-Files whose name starts with an underscore are parts of their neighbours, not plug-ins. Listing reads the folder and
-imports nothing. A plug-in whose own dependency is missing raises that ModuleNotFoundError, never "unknown plug-in".
+The folder is the registry: a plug-in is one file, its name is its file name (`global` lies in global_.py, for a module
+cannot be called like a keyword); files that begin with an underscore are parts of their neighbours. From outside come
+
+    [project.entry-points."distill.teachers"]     a package's: NAME = "package.module"; the groups are KINDS
+    my_depth = "my_package.my_depth"
+    name = "./my_depth.py"                        a file, where a name is asked for; "/" or ".py" tells it from a name
+
+A path is taken from the working directory, as every path of a recipe. A name means one thing: where two plug-ins have
+it, asking for it is an error that names both. Listing imports nothing.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 import keyword
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+from distill.core.by_path import module_name
+from distill.core.files import file_sha256
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
+KINDS = {
+    "teachers": "distill.teachers",
+    "decoders": "distill.students.decoders",
+    "normalizations": "distill.losses.normalize",
+    "benchmarks": "distill.eval.benchmarks",
+}
+"""What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
+
+SIGNS = {"teachers": "Teacher", "decoders": "Decoder", "normalizations": "compare", "benchmarks": "PROTOCOL"}
+"""What a module of each kind is known by."""
 
 _ROOT = Path(__file__).parents[2]
 
 
+class PluginError(ImportError):
+    """A plug-in from outside that cannot be imported: one line that names it, and where in it."""
+
+
 def names(package: str) -> list[str]:
     """The plug-ins of `package` ("distill.teachers", "distill.students.decoders", ...), sorted; imports nothing."""
-    folder = _ROOT.joinpath(*package.split("."))
-    return sorted(path.stem.removesuffix("_") for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    return sorted({*_own(package), *_installed(package)})
 
 
 def find(package: str, name: str) -> ModuleType:
-    """The module of plug-in `name`; LookupError that lists what exists, with a "did you mean"."""
+    """The module of plug-in `name`, which may be the path of a file.
+
+    Raises LookupError that lists what exists, with a "did you mean"; PluginError for one from outside that cannot be
+    imported. One of ours whose own dependency is missing raises that ModuleNotFoundError.
+    """
     fault = name_fault(package, name)
     if fault:
         raise LookupError(fault)
-    return importlib.import_module(f"{package}.{name}{'_' * keyword.iskeyword(name)}")
+    if _is_own(package, name):
+        return importlib.import_module(_module(package, name))
+    if is_path(name):
+        module = import_file(name)
+    else:
+        entry = _installed(package)[name][0]
+        module = _outside(f"{name} of {_distribution(entry)}", entry.load)
+    kind = _kind(package)
+    if not hasattr(module, SIGNS[kind]):
+        raise LookupError(f"{name} has no {SIGNS[kind]}, so it is none of the {kind}")
+    return module
+
+
+def import_file(name: str) -> ModuleType:
+    """The module of a Python file, imported once. Raises LookupError where there is none, PluginError as `find`."""
+    if fault := _file_fault(name):
+        raise LookupError(fault)
+    return _outside(name, lambda: importlib.import_module(module_name(Path(name))))
 
 
 def name_fault(package: str, name: str) -> str:
-    """What is wrong with `name` as a plug-in of `package`, or an empty string."""
-    known = names(package)
-    if name in known:
-        return ""
-    folder = re.sub(r"^distill/(?=teachers|students|eval)", "", package.replace(".", "/"))
-    return f"no {folder}/{name}.py{did_you_mean(name, known)}; {folder}/ has: {', '.join(known)}"
+    """What is wrong with `name` as a plug-in of `package`, or an empty string. A file is then allowed: see `allow`."""
+    if is_path(name):
+        return _file_fault(name)
+    places = where_from(package, name)
+    if not places:
+        folder, known = _folder(package), names(package)
+        return f"no {folder}/{name}.py{did_you_mean(name, known)}; {folder}/ has: {', '.join(known)}"
+    if len(places) > 1:
+        return f"{name} is {' and '.join(places)}: rename or uninstall one, or give a file's path in place of the name"
+    return ""
+
+
+def where_from(package: str, name: str) -> list[str]:
+    """Where a plug-in of this name comes from, in words; one place, or none, or those that contend for the name."""
+    if is_path(name):
+        return [name]
+    ours = [_module(package, name)] if _is_own(package, name) else []
+    return ours + [f"{entry.value} of {_distribution(entry)}" for entry in _installed(package).get(name, ())]
+
+
+def is_path(name: str) -> bool:
+    """Whether a plug-in's name is the path of a file."""
+    return name.endswith(".py") or "/" in name or os.sep in name
+
+
+def short_name(name: str) -> str:
+    """The plug-in's own name: of a file that without folder and ending."""
+    return Path(name).stem if is_path(name) else name
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """ "; did you mean NAME?", or nothing where no known name is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _is_own(package: str, name: str) -> bool:
+    file = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
+    return name.isidentifier() and not name.startswith("_") and not name.endswith("_") and file.is_file()
+
+
+def _own(package: str) -> list[str]:
+    folder = _ROOT.joinpath(*package.split("."))
+    return sorted(path.stem.removesuffix("_") for path in folder.glob("*.py") if not path.stem.startswith("_"))
+
+
+def _module(package: str, name: str) -> str:
+    return f"{package}.{name}{'_' * keyword.iskeyword(name)}"
+
+
+def _folder(package: str) -> str:
+    return re.sub(r"^distill/(?=teachers|students|eval)", "", package.replace(".", "/"))
+
+
+# --- from outside -----------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _installed(package: str) -> Mapping[str, Sequence[EntryPoint]]:
+    """The entry points of a kind by name; more than one where packages contend for it. Packages are read once."""
+    from importlib.metadata import entry_points  # help need not wait for it
+
+    kind = _kind(package)
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=f"distill.{kind}") if kind else ():
+        there = found.setdefault(entry.name, [])
+        if not is_path(entry.name) and entry.value not in [other.value for other in there]:
+            there.append(entry)
+    return {name: sorted(there, key=lambda entry: entry.value) for name, there in found.items() if there}
+
+
+def _kind(package: str) -> str:
+    return next((kind for kind, folder in KINDS.items() if folder == package), "")
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed package"
+
+
+_ALLOWED: dict[str, Path] = {}
+
+
+def allow(file: str | Path) -> None:
+    """Let students' folders that name a decoder of this file name have it. Raises LookupError where there is no file.
+
+    What a folder names is data of whoever made it and runs nothing by itself; what a recipe names is allowed.
+    """
+    if fault := _file_fault(str(file)):
+        raise LookupError(fault)
+
+
+def allowed(name: str) -> str:
+    """The path of the allowed file that is called like the file `name`, wherever either lies; LookupError if none."""
+    if Path(name).name not in _ALLOWED:
+        raise LookupError(
+            f"{Path(name).name} is a Python file from outside, and a student's folder runs none unasked: name it in "
+            "the recipe, by --decoder FILE, or in distill.core.plugins.allow(FILE)"
+        )
+    return str(_ALLOWED[Path(name).name])
+
+
+def _file_fault(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.suffix != ".py":
+        return f"{name} is a path, and no Python file (.py)"
+    if not path.is_file():
+        start = "" if path.is_absolute() else f"; paths are taken from the working directory, {Path.cwd()}"
+        return f"{name}: no such file{start}"
+    _ALLOWED[path.name] = path.resolve()
+    return ""
+
+
+def _outside(what: str, load: Callable[[], ModuleType]) -> ModuleType:
+    """The module that `load` imports; whatever it raises becomes a PluginError that says which of its lines."""
+    try:
+        return load()
+    except Exception as error:  # noqa: BLE001 - a stranger's file may raise anything
+        raise PluginError(f"{what}{_line(error)}: {type(error).__name__}: {_reason(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    """The last line outside of Python's own import machinery."""
+    steps = [step for step in traceback.extract_tb(error.__traceback__) if not step.filename.startswith("<frozen")]
+    where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (steps[-1].filename, steps[-1].lineno)
+    here = {str(Path(__file__)), importlib.__file__}
+    return "" if where[0] is None or str(where[0]) in here else f", {Path(where[0]).name} line {where[1]}"
+
+
+def _reason(error: Exception) -> str:
+    text = (error.msg if isinstance(error, SyntaxError) else str(error)).partition("\n")[0]
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        steps = [Path(step.filename).parent for step in traceback.extract_tb(error.__traceback__)]
+        beside = [folder for folder in steps if (folder / f"{error.name.partition('.')[0]}.py").is_file()]
+        if beside:
+            text += f"; it lies in {beside[-1]}: put that on PYTHONPATH, or make a package with an entry point of both"
+    return text
+
+
+def file_hashes(value: object) -> dict[str, str]:
+    """The sha256 of every Python file that a table of plain values names: {"./my_depth.py": "sha256:..."}."""
+    files = {text: Path(text).expanduser() for text in _texts(value) if text.endswith(".py")}
+    return {text: f"sha256:{file_sha256(path)}" for text, path in sorted(files.items()) if path.is_file()}
+
+
+def origins(value: object) -> dict[str, str]:
+    """What a table of plain values names from outside: files with their sha256, packages with their versions."""
+    installed = {name: entry for folder in KINDS.values() for name, (entry, *_) in _installed(folder).items()}
+    packages = {text: _distribution(installed[text]) for text in sorted(set(_texts(value)) & set(installed))}
+    return file_hashes(value) | packages
+
+
+def _texts(value: object) -> Iterator[str]:
+    if is_dataclass(value) and not isinstance(value, type):
+        yield from _texts(asdict(value))
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def option_faults(function: Callable[..., object], options: Mapping[str, object], where: str) -> list[str]:

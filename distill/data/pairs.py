@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import distill
 from distill.core.depth import DepthMap, Kind
 from distill.data import maps
 from distill.data.photos import BadImageError, decode, turn, upright
@@ -148,10 +149,15 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
 
 
 def read_names(path: Path | str) -> list[str]:
-    """The lines of a list of names, without the empty ones. Raises FileNotFoundError or ValueError naming the list."""
-    if not Path(path).is_file():
+    """The lines of a list of names, without the empty ones; "recipes/..." is also a list that ships with the package.
+
+    Raises FileNotFoundError or ValueError naming the list.
+    """
+    shipped = Path(path).parts[:1] == ("recipes",) and not Path(path).is_file()
+    file = Path(distill.__file__).parent / path if shipped else Path(path)
+    if not file.is_file():
         raise FileNotFoundError(f"{path}: no such list; it is a text file with one name per line")
-    names = [line.strip() for line in _text(Path(path)).splitlines() if line.strip()]
+    names = [line.strip() for line in _text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: empty; it should have one name per line")
     return names

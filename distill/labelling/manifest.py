@@ -11,6 +11,7 @@ from typing import Any
 from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.depth import Kind
+from distill.core.plugins import origins
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
 from distill.labelling.annotate import TRUTH, Teachers, stored_kind
@@ -130,6 +131,7 @@ def _manifest(
     tars = [entry["tar"] for entry in sidecars if entry["tar"]]
     return {
         "recipe": dict(recipe),
+        **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
         "settings": settings,
         "teachers": cards,
         "images": {"count": len(images), "sha256": hash_keys(list(images)), "keys": list(images)},

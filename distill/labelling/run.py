@@ -25,6 +25,7 @@ from threadpoolctl import threadpool_limits
 
 from distill.core import files
 from distill.core.crop_settings import CropSettings
+from distill.core.plugins import file_hashes
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
     CPU,
@@ -93,13 +94,16 @@ class Part:
 def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
     """The address of labels: 16 hex digits that depend on what images, crops and teachers are asked for, alone.
 
-    Each is a dataclass, table or list of plain values; order of keys does not matter.
+    Each is a dataclass, table or list of plain values; order of keys does not matter. A teacher that is a user's file
+    counts with the file's bytes.
     """
 
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    text = json.dumps([images, crops, teachers], sort_keys=True, default=plain)
+    what = [images, crops, teachers]
+    what += [found for found in [file_hashes(teachers)] if found]
+    text = json.dumps(what, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,8 @@ class LossSettings:
     """The objective: the weights of its parts, and how maps are brought to each other."""
 
     normalization: str = "hybrid"
-    """How prediction and label are normalized: a file of distill/losses/normalize. Paper: hybrid."""
+    """How prediction and label are normalized: one of `distill list normalizations`, or a Python file of yours
+    ("./mine.py"). Paper: hybrid."""
     shared: float = 1.0
     """Weight of the region's label against the student's map. Paper: 1."""
     local_global: float = 0.5

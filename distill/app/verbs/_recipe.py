@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+RECIPE = "a recipe: a TOML file, or a name of `distill list`"
 
-def take_recipe(parser: argparse.ArgumentParser, *, optional: bool = False, what: str = "a recipe (TOML)") -> None:
+
+def take_recipe(parser: argparse.ArgumentParser, *, optional: bool = False, what: str = RECIPE) -> None:
     """Adds RECIPE and --set."""
     parser.add_argument("recipe", metavar="RECIPE", nargs="?" if optional else None, help=what)
     take_overrides(parser)

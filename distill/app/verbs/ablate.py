@@ -13,7 +13,7 @@ from distill.app.verbs._recipe import take_overrides
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="a study (TOML), as in recipes/ablations")
+    parser.add_argument("study", metavar="STUDY", help="a study: a TOML file, or a name of `distill list studies`")
     parser.add_argument("--version", choices=["bench", "full"], default="bench", help="its scale (default: bench)")
     parser.add_argument(
         "--out", metavar="DIR", default="runs/ablations", help="shared by studies: equal cells run once"

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from distill.app.verbs._recipe import take_recipe
-
-RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app.commands import run_demo
     from distill.app.recipe import load
+    from distill.app.shipped import FOLDER
 
-    run_demo(load(args.recipe or RECIPES / "demo.toml", args.set))
+    run_demo(load(args.recipe or FOLDER / "demo.toml", args.set))
     return 0

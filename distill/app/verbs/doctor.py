@@ -1,6 +1,6 @@
 """look before or after a run: a recipe, a training run or its log, a benchmark's data
 
-distill doctor recipes/demo.toml                 before a run: weights, disk, speed, time, licences, kinds
+distill doctor demo                              before a run: weights, disk, speed, time, licences, kinds
 distill doctor runs/demo                         after one: drift, collapse, dead contexts, learning rate, data wait
 distill doctor --benchmark nyu --root DIR        is the benchmark's data complete?
 """
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         from distill.eval.completeness import check_benchmark
 
         title, findings = args.benchmark, check_benchmark(args.benchmark, args.root, args.list)
-    elif args.target.endswith(".toml"):
+    elif _is_recipe(args.target):
         from distill.app.preflight import check_recipe
         from distill.app.recipe import load
 
@@ -41,3 +41,10 @@ def run(args: argparse.Namespace) -> int:
         title, findings = args.target, check_run(Path(args.target))
     table(f"doctor: {title}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
     return 1 if any(f.level == "bad" for f in findings) else 0
+
+
+def _is_recipe(target: str) -> bool:
+    """A TOML file, or the name of a shipped recipe where there is nothing else of that name."""
+    from distill.app.shipped import shipped
+
+    return target.endswith(".toml") or (not Path(target).exists() and target in shipped())

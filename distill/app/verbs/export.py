@@ -21,14 +21,18 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
     parser.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
+    parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, where it is a file of your own")
     parser.add_argument("--onnx", action="store_true", help="also as model.onnx, checked in onnxruntime")
     parser.add_argument("--program", action="store_true", help="also as model.pt2, a torch.export program")
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.commands import run_export
+    from distill.core.plugins import allow
     from distill.students import checkpoint
 
+    if args.decoder:
+        allow(args.decoder)
     run_export(
         checkpoint.fetch(args.student),
         Path(args.out),

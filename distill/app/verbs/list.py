@@ -1,41 +1,36 @@
-"""list teachers (with kinds and licences), decoders, normalizations, benchmarks, recipes"""
+"""what there is and where it comes from: teachers (with kinds and licences), decoders, ..., recipes, studies
+
+distill list teachers     kinds, sizes, licences, commercial use, revisions on this machine
+distill list recipes      names that `distill show`, `label`, `train` and `score` take from anywhere
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+from distill.core.plugins import KINDS
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    kinds = ["teachers", "decoders", "normalizations", "benchmarks", "recipes"]
-    parser.add_argument("what", nargs="?", choices=kinds, help="one kind")
+    parser.add_argument("what", nargs="?", choices=[*KINDS, "recipes", "studies"], help="one kind")
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import table
-    from distill.core.plugins import names
+    from distill.app.shipped import shipped
+    from distill.core.plugins import names, where_from
 
-    folders = {
-        "teachers": "distill.teachers",
-        "decoders": "distill.students.decoders",
-        "normalizations": "distill.losses.normalize",
-        "benchmarks": "distill.eval.benchmarks",
-    }
-    for what in [args.what] if args.what else [*folders, "recipes"]:
-        if what == "recipes":
-            root = RECIPES
-            rows = [
-                [str(p.relative_to(root.parent)), _headline(p)]
-                for p in sorted(root.rglob("*.toml"))
-                if not p.stem.endswith("_card")
-            ]
-            table("recipes", ["recipe", "what it is"], rows)
+    for what in [args.what] if args.what else [*KINDS, "recipes", "studies"]:
+        if what in ("recipes", "studies"):
+            files = shipped("recipe" if what == "recipes" else "study")
+            table(what, ["name", "what it is"], [[name, _headline(file)] for name, file in files.items()], text=True)
         elif what == "teachers" and args.what:
             _teachers()
         else:
-            table(what, ["name"], [[name] for name in names(folders[what])])
+            rows = [[name, " and ".join(where_from(KINDS[what], name))] for name in names(KINDS[what])]
+            table(what, ["name", "from"], rows, text=True)
     return 0
 
 
@@ -44,11 +39,11 @@ def _teachers() -> None:
     from itertools import groupby
 
     from distill.app.console import note, table
-    from distill.core.plugins import find, names
+    from distill.core.plugins import names
     from distill.teachers import revision_here, revision_of
     from distill.teachers.checkpoint import pocket
 
-    cards = [card for name in names("distill.teachers") for card in find("distill.teachers", name).CARDS]
+    cards = [card for name in names("distill.teachers") for card in _cards(name)]
     cards.sort(key=lambda c: (c.name, c.kind, c.native_size or 0, c.code_licence))
     for (name, kind, size, code), group in groupby(
         cards, key=lambda c: (c.name, c.kind, c.native_size, c.code_licence)
@@ -77,6 +72,22 @@ def _teachers() -> None:
             first, *others = [c.weights.partition("/")[2] or c.weights for c in members if c.note == text]
             note(f"  {first}{f' and {len(others)} more' if others else ''}: {text}")
     note("revision: of the weights on this machine; every label's manifest carries the one that made it")
+
+
+def _cards(name: str) -> list[Any]:
+    """A teacher's cards; one from outside that cannot be had is a line, not the end of the list."""
+    from distill.app.console import fail, note
+    from distill.core.plugins import PluginError, find, where_from
+
+    places = where_from("distill.teachers", name)
+    try:
+        cards = list(find("distill.teachers", name).CARDS)
+    except (LookupError, PluginError, AttributeError) as error:
+        fail(f"{' and '.join(places)}: {error}")
+        return []
+    if not places[0].startswith("distill."):
+        note(f"{name}: {places[0]}")
+    return cards
 
 
 def _headline(path: Path) -> str:

@@ -24,12 +24,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, metavar="N", help="short side to work at, in place of the student's own")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
+    parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, where it is a file of your own")
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import fail, note, progress, say
+    from distill.core.plugins import allow
     from distill.inference import predict
 
+    if args.decoder:
+        allow(args.decoder)
     jobs = predict.find(args.images, out=args.out)
     estimator = predict.load(args.student, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{args.student}: {estimator.card.kind}, larger is nearer; {estimator.card.licence}")

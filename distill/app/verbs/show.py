@@ -1,8 +1,8 @@
 """print a recipe resolved, defaults included; with --explain, what its keys mean
 
-distill show recipes/demo.toml --explain                each key below its meaning, unit, and where its default is from
-distill show recipes/demo.toml --explain crops.size     one key, or one table, with its value in this recipe
-distill show --explain crops                            without a recipe
+distill show demo --explain                each key below its meaning, unit, and where its default is from
+distill show demo --explain crops.size     one key, or one table, with its value in this recipe
+distill show --explain crops               without a recipe
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ def compare(
 ) -> Comparison:
     """See distill.losses.normalize: the loss (B,). `label_only` changes nothing here; no valid pixels give 0."""
     del label_only
+    target = target.detach()
     usable = valid & torch.isfinite(target)
     work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
     difference = (torch.where(usable, pred, 0.0).to(work) - torch.where(usable, target, 0.0).to(work)).abs()
