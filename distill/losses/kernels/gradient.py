@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distill.losses.kernels.keys import Cut, fold_least, fold_sum
-from distill.losses.kernels.select import BLOCK, CHUNK, HOW, ROWS, Found, find
+from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, Found, find
 
 WHOLE = Cut((1,))
 ABSENT = float(torch.finfo(torch.float32).max)
@@ -168,7 +168,7 @@ class _GradientLoss(torch.autograd.Function):
             SCALES=scales, FLOOR=floor, **visit, **HOW,
         )  # fmt: skip
         _edges[(blocks, images)](
-            pred, statistics, differences, numbers, pushes, sums, *size, SCALES=scales, CHUNK=CHUNK, **visit, **HOW
+            pred, statistics, differences, numbers, pushes, sums, *size, SCALES=scales, CHUNK=CHUNK, **visit, **CROWDED
         )  # fmt: skip
         _close[(images,)](
             statistics, sums, firsts, losses, pulls, medians, stride, blocks, FLOOR=floor, CHUNK=CHUNK, **how, **HOW

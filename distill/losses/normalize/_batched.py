@@ -1,7 +1,7 @@
 """The loss in contexts of a whole batch at once and its gradient: the way of an accelerator.
 
-The same numbers as `_per_image`, from sorts, running counts and masked sums over (B,N) tensors: nothing here waits for
-the device, and no shape depends on values. Shapes: B images, N pixels of each, F finest parts, C contexts.
+The same numbers as `_per_image`, from sorts and masked sums over (B,N) tensors: nothing here waits for the device, and
+no shape depends on values. Shapes: B images, N pixels of each, F finest parts, C contexts.
 """
 
 from __future__ import annotations
@@ -17,15 +17,29 @@ def _per_part(values: Tensor, part: Tensor, finest: int) -> Tensor:
     return torch.stack([torch.where(part == k, values, 0).sum(1) for k in range(finest)], 1)
 
 
-def _medians(values: Tensor, part: Tensor, counts: Tensor, level: int, finest: int) -> Tensor:
-    """The lower medians (B,level) of a level's contexts."""
-    ordered, index = torch.where(part < finest, values, torch.inf).sort(dim=1, stable=True)
-    context = part.gather(1, index) // (finest // level)
-    rank = (counts - 1).clamp(min=0) // 2 + 1
-    places = [
-        torch.searchsorted((context == k).cumsum(1, dtype=torch.int32), rank[:, k, None].int()) for k in range(level)
-    ]
-    return ordered.gather(1, torch.cat(places, 1).clamp(max=values.shape[1] - 1))
+def _places(counts: Tensor, pixels: int) -> Tensor:
+    """Where the lower median of each context (B,level) lies when pixels are ordered by context and then by value."""
+    before = counts.cumsum(1) - counts
+    return (before + (counts - 1).clamp(min=0) // 2).clamp(max=pixels - 1)
+
+
+def _label_medians(target: Tensor, part: Tensor, counts: list[Tensor], finest: int) -> list[Tensor]:
+    """The lower medians (B,level) of each level's contexts. Parts rise with the label, so that one order serves all."""
+    ordered = torch.where(part < finest, target, torch.inf).sort(dim=1).values
+    return [ordered.gather(1, _places(each, target.shape[1])) for each in counts]
+
+
+def _medians(pred: Tensor, part: Tensor, counts: list[Tensor], finest: int) -> list[Tensor]:
+    """The same of the prediction: ordered by value once, then for each level by context, which is a short key."""
+    ordered, index = torch.where(part < finest, pred, torch.inf).sort(dim=1, stable=True)
+    context = part.to(torch.uint8 if finest < 256 else torch.int16).gather(1, index)
+    found = []
+    for each in counts:
+        places = _places(each, pred.shape[1])
+        if each.shape[1] > 1:
+            places = (context // (finest // each.shape[1])).sort(dim=1, stable=True).indices.gather(1, places)
+        found.append(ordered.gather(1, places))
+    return found
 
 
 def _spread(per_context: Tensor, part: Tensor, level: int, finest: int) -> Tensor:
@@ -44,22 +58,31 @@ class _Level:
     """One level's contexts of a batch: residuals at each pixel, and what their gradient needs."""
 
     def __init__(
-        self, pred: Tensor, target: Tensor, part: Tensor, flat: Tensor, level: int, finest: int, label_only: bool
+        self,
+        pred: Tensor,
+        target: Tensor,
+        part: Tensor,
+        flat: Tensor,
+        finest: int,
+        counts: Tensor,
+        label_median: Tensor,
+        median: Tensor | None,
     ) -> None:
+        """counts, and the medians of label and prediction: (B,level). median: None for the label's statistics alone."""
+
         def mean(values: Tensor) -> Tensor:
             return self._sum(values) / self.counts.clamp(min=1)
 
-        self.part, self.level, self.finest, self.label_only = part, level, finest, label_only
-        self.counts = self._sum(torch.ones_like(pred)).round().long()
-        median = _medians(target, part, self.counts, level, finest)
-        label = target - self.at(median)
+        self.part, self.level, self.finest, self.label_only = part, counts.shape[1], finest, median is None
+        self.counts = counts
+        label = target - self.at(label_median)
         deviation = mean(label.abs())
         self.live = (self.counts >= MIN_PIXELS) & (deviation > flat[:, None])
         deviation = torch.where(self.live, deviation, 1.0)
-        if label_only:
-            self.centred, self.scale = pred - self.at(median), deviation
+        if median is None:
+            self.centred, self.scale = pred - self.at(label_median), deviation
         else:
-            self.centred = pred - self.at(_medians(pred, part, self.counts, level, finest))
+            self.centred = pred - self.at(median)
             self.scale = mean(self.centred.abs()).clamp(min=FLOOR)
         inside = self.at(self.live) & (part < finest)
         self.residual = torch.where(inside, self.centred / self.at(self.scale) - label / self.at(deviation), 0.0)
@@ -111,7 +134,13 @@ def batch_loss(
     low, high = torch.where(shaped, low, 0.0), torch.where(shaped, high, 1.0)
     part = ((target - low[:, None]) * (finest / (high - low))[:, None]).clamp(0, finest - 1).long()
     part = torch.where(usable, part, finest)
-    levels_done = [_Level(pred, target, part, flat, level, finest, label_only) for level in levels]
+    fine = torch.stack([(part == k).sum(1) for k in range(finest)], 1)
+    counts_of = [fine.reshape(len(fine), level, -1).sum(2) for level in levels]
+    label_medians = _label_medians(target, part, counts_of, finest)
+    medians = [None] * len(levels) if label_only else _medians(pred, part, counts_of, finest)
+    levels_done = [
+        _Level(pred, target, part, flat, finest, *each) for each in zip(counts_of, label_medians, medians, strict=True)
+    ]
     shares = torch.stack([one.inside for one in levels_done]).sum(0)
     per_pixel = torch.where(shares > 0, 1.0 / shares.clamp(min=1), 0.0).to(pred.dtype)
     pixel = torch.stack([one.residual.abs() for one in levels_done]).sum(0) * per_pixel
