@@ -68,10 +68,14 @@ def run(sides: Sequence[Side], phase: str) -> list[str]:
     """Both checkouts beside each other; what went wrong beyond single items."""
     processes = [start(side, phase) for side in sides]
     faults = []
-    for side, process in zip(sides, processes, strict=True):
-        if process.wait():
-            last = (side.folder / f"{phase}.log").read_text(errors="replace").strip().splitlines()[-1:]
-            faults.append(f"{side.name}, {phase}: ended with {process.returncode}: {' '.join(last)}")
+    try:
+        for side, process in zip(sides, processes, strict=True):
+            if process.wait():
+                last = (side.folder / f"{phase}.log").read_text(errors="replace").strip().splitlines()[-1:]
+                faults.append(f"{side.name}, {phase}: ended with {process.returncode}: {' '.join(last)}")
+    finally:
+        for process in processes:
+            process.terminate()
     return faults
 
 
