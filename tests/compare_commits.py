@@ -143,9 +143,18 @@ def rows(old: Side, new: Side) -> Iterator[tuple[str, str, str, str]]:
             yield name, short(one), short(other), difference(one, other)
 
 
+def commit(checkout: Path) -> str:
+    """The folder of a checkout and its commit, with "dirty" where files differ from it."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{checkout} {said or '(no commit)'}"
+
+
 def report(old: Side, new: Side, faults: Sequence[str]) -> bool:
     """Prints the table; True where everything is equal."""
     found = list(rows(old, new))
+    for name, side in (("BASELINE", old), ("THIS", new)):
+        print(f"{name:8} {commit(side.checkout)}")
     width = max((len(name) for name, *_ in found), default=4)
     print(f"{'item':{width}}  {'BASELINE':12}  {'THIS':12}")
     for name, one, other, differs in found:
