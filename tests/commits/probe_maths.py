@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -144,6 +145,13 @@ def _other_losses(record: Record) -> None:
 # --- crops, kinds, codecs ---------------------------------------------------------------------------------------------
 
 
+def _plan(plan: Callable[..., Any], height: int, width: int, given: dict[str, Any], **drawn: Any) -> Any:
+    """A plan, whether its settings are keywords or a class."""
+    if "settings" not in inspect.signature(plan).parameters:
+        return call(plan, height, width, **given, **drawn)
+    return plan(height, width, call(one("crop settings", "CropSettings"), **given), **drawn)
+
+
 def _crops(record: Record) -> None:
     crops = part("crops")
     plans, sampled = [], {}
@@ -152,8 +160,8 @@ def _crops(record: Record) -> None:
         height, width = 700 + 37 * (number % 9), 650 + 53 * (number % 13)
         patches = ("grid", "random", "none")[number % 3]
         given = {"size": (560, 140, 224)[number % 3], "min_side": 644, "patches": patches, "num_patches": 3}
-        given |= {"overlap": 0.125 + 0.1 * (number % 2), "patch_size": (None, 200)[number % 2], "small": "use"}
-        made = call(crops.plan, height, width, key=f"sa_{number}", seed=number % 4, draw=number % 5, **given)
+        given |= {"overlap": 0.125 + 0.1 * (number % 2), "patch_size": (0, 200)[number % 2], "small": "use"}
+        made = _plan(crops.plan, height, width, given, key=f"sa_{number}", seed=number % 4, draw=number % 5)
         plans.append(dataclasses.asdict(made))
         if number < 12:
             sampled[f"region{number}"] = crops.cut_region(image[:, :height, :width], made)

@@ -26,21 +26,25 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "crops.draws": ("crops.crops_per_image",),
     "crops.small": ("crops.on_small",),
     "student.start": ("student.init_from",),
-    "student.encoder_start": ("student.encoder_init_from", "student.init_encoder_from", "student.init_encoder"),
-    "student.decoder_start": ("student.decoder_init_from", "student.init_decoder_from", "student.init_decoder"),
+    "student.encoder_start": ("student.encoder_init_from",),
+    "student.decoder_start": ("student.decoder_init_from",),
     "student.leave_out_frozen_encoder": ("student.exclude_frozen_encoder",),
     "loss.faithful": ("loss.reference_hdn",),
     "train.holdout": ("train.val_fraction",),
     "train.colour": ("train.color_jitter",),
 }
 # Words that a key takes, where they change too.
-RENAMED_VALUES: dict[tuple[str, Any], tuple[Any, ...]] = {("labels.store", "own"): ("as_is", "native")}
+RENAMED_VALUES: dict[tuple[str, Any], tuple[Any, ...]] = {
+    ("labels.store", "own"): ("as_is",),
+    ("labels.sky", "own"): ("teacher",),
+}
 # Switches of the command line, and the words behind them.
 RENAMED_SWITCHES: dict[str, tuple[str, ...]] = {"--write": ("--formats",), "colour": ("color",)}
 # Keywords of functions that the probe calls by name.
 RENAMED_KEYWORDS: dict[str, tuple[str, ...]] = {
     "faithful": ("reference_hdn",),
     "colour": ("color", "color_jitter"),
+    "crop": ("random_resized_crop",),
     "holdout": ("val_fraction",),
     "small": ("on_small",),
 }
@@ -58,6 +62,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "batched": ("distill.losses.normalize._batched", "distill.normalize._batched"),
     "codec": ("distill.shards.codec", "distill.codec"),
     "crops": ("distill.core.crops", "distill.crops"),
+    "crop settings": ("distill.core.crop_settings", "distill.core.crops"),
     "depth": ("distill.core.depth", "distill.depth"),
     "labels": ("distill.core.labels", "distill.labels"),
     "losses": ("distill.losses.losses", "distill.losses", "distill.losses.terms"),
