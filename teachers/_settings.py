@@ -14,7 +14,8 @@ class TeacherSettings:
     """One teacher: a file of teachers/ with its weights and options, or the images' own ground truth."""
 
     name: str
-    """One of `distill list teachers`, a Python file of yours ("./mine.py"), or "truth": the source's own ground truth."""
+    """One of `distill list teachers`, a Python file of yours ("./mine.py"), or "truth", the source's own ground
+    truth."""
     weights: str = ""
     """A hub id, a file or a folder; the first of the teacher's cards by default."""
     alias: str = ""
