@@ -292,8 +292,3 @@ def new_edges(primary: Tensor, assistant: Tensor, valid: Tensor, image: Tensor) 
     news = (confirmed & (nearby < 0.5 * steep)).sum((-2, -1))
     count = torch.maximum(confirmed.sum((-2, -1)), ((known > DETAIL) & image).sum((-2, -1)))
     return torch.where(count > 0, news / count.clamp(min=1), torch.nan)
-
-
-def complement(error: Tensor, news: Tensor) -> Tensor:
-    """(1 - alignment error) x new edges: high where two maps see one scene and the second sees more of its detail."""
-    return (1 - error) * news

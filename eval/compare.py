@@ -27,6 +27,7 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import DepthMap, Kind
+from distill.core.progress import Report
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.fit import NoGroundTruthError, measure
@@ -39,7 +40,6 @@ CARD = "model.json"
 TRUTH = "truth"
 PROTOCOL = Protocol(benchmark="compare", min_depth=1e-3, max_depth=80.0, mask="valid truth where the model has a value")
 
-Report = Callable[..., None]
 Numbers = dict[str, float | None]
 
 

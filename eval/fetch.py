@@ -19,19 +19,17 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill.core import files
 from distill.core.plugins import find
+from distill.core.progress import Report
 from distill.eval.benchmarks import Download
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
-
-Report = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

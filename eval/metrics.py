@@ -1,8 +1,13 @@
 """The ten metrics of zero-shot depth, one value per image.
 
-Each is `(pred, target, valid) -> (B,)` float32 on (B,H,W) maps of positive numbers of one quantity (metres, where both
-are depth), aligned and clipped already; an image with no valid pixel gives NaN. Definitions: prs-eth/Marigold,
-src/util/metric.py; natural logarithms, deltas strictly below 1.25, 1.25^2, 1.25^3, silog times 100.
+Of (B,H,W) maps of positive numbers of one quantity (metres, where both are depth), aligned and clipped already; an
+image with no valid pixel gives NaN. Definitions (prs-eth/Marigold, src/util/metric.py) of prediction p and truth t:
+
+    abs_rel    mean |p - t| / t                 sq_rel     mean (p - t)^2 / t, in metres
+    rmse       root of the mean (p - t)^2       rmse_log   root of the mean (ln p - ln t)^2
+    log10      mean |log10 p - log10 t|         silog      100 x the standard deviation of ln p - ln t
+    delta1     share of max(p/t, t/p) < 1.25    delta2, delta3   < 1.25^2, < 1.25^3
+    i_rmse     root of the mean (1/p - 1/t)^2, in 1/metres; explodes where a depth was clipped to nearly 0
 
 All ten are read off eleven sums over pixels, so one pass serves them all (`sums`, then `from_sums`), and sums of
 several images add up to the pixel-pooled values of their union. The pass works on blocks that stay in the cache, which
@@ -12,7 +17,6 @@ is where its speed comes from; block sums are float32, totals float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -23,14 +27,11 @@ NUM_SUMS = 11
 _BLOCK = 65536
 _THRESHOLDS = [[1.25], [1.25**2], [1.25**3]]
 
-Metric = Callable[[Tensor, Tensor, Tensor], Tensor]
-
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A metric's place in a table: how to compute it on maps, which way is better, and how to print it."""
+    """A metric's place in a table: which way is better, and how to print it."""
 
-    function: Metric | None
     lower_is_better: bool
     format: str
 
@@ -99,67 +100,17 @@ def all_metrics(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor
     return from_sums(sums(pred, target, valid))
 
 
-def abs_rel(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean of |pred - target| / target."""
-    return all_metrics(pred, target, valid)["abs_rel"]
-
-
-def sq_rel(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean of (pred - target)^2 / target, in metres."""
-    return all_metrics(pred, target, valid)["sq_rel"]
-
-
-def rmse(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Root of the mean squared difference, in metres."""
-    return all_metrics(pred, target, valid)["rmse"]
-
-
-def rmse_log(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Root of the mean squared difference of natural logarithms."""
-    return all_metrics(pred, target, valid)["rmse_log"]
-
-
-def log10(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Mean absolute difference of decimal logarithms."""
-    return all_metrics(pred, target, valid)["log10"]
-
-
-def delta1(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Share of pixels with max(pred / target, target / pred) < 1.25."""
-    return all_metrics(pred, target, valid)["delta1"]
-
-
-def delta2(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Share of pixels with max(pred / target, target / pred) < 1.25^2."""
-    return all_metrics(pred, target, valid)["delta2"]
-
-
-def delta3(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Share of pixels with max(pred / target, target / pred) < 1.25^3."""
-    return all_metrics(pred, target, valid)["delta3"]
-
-
-def i_rmse(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Root of the mean squared difference of inverses, in 1/metres; explodes where a depth was clipped to nearly 0."""
-    return all_metrics(pred, target, valid)["i_rmse"]
-
-
-def silog(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """100 x the standard deviation of the difference of natural logarithms."""
-    return all_metrics(pred, target, valid)["silog"]
-
-
 METRICS: MappingProxyType[str, MetricRow] = MappingProxyType(
     {
-        "abs_rel": MetricRow(abs_rel, True, "{:.4f}"),
-        "sq_rel": MetricRow(sq_rel, True, "{:.4f}"),
-        "rmse": MetricRow(rmse, True, "{:.4f}"),
-        "rmse_log": MetricRow(rmse_log, True, "{:.4f}"),
-        "log10": MetricRow(log10, True, "{:.4f}"),
-        "delta1": MetricRow(delta1, False, "{:.4f}"),
-        "delta2": MetricRow(delta2, False, "{:.4f}"),
-        "delta3": MetricRow(delta3, False, "{:.4f}"),
-        "i_rmse": MetricRow(i_rmse, True, "{:.4f}"),
-        "silog": MetricRow(silog, True, "{:.3f}"),
+        "abs_rel": MetricRow(True, "{:.4f}"),
+        "sq_rel": MetricRow(True, "{:.4f}"),
+        "rmse": MetricRow(True, "{:.4f}"),
+        "rmse_log": MetricRow(True, "{:.4f}"),
+        "log10": MetricRow(True, "{:.4f}"),
+        "delta1": MetricRow(False, "{:.4f}"),
+        "delta2": MetricRow(False, "{:.4f}"),
+        "delta3": MetricRow(False, "{:.4f}"),
+        "i_rmse": MetricRow(True, "{:.4f}"),
+        "silog": MetricRow(True, "{:.3f}"),
     }
 )

@@ -1,17 +1,15 @@
-"""Baselines that never look at the image: what a score is worth must be read against them.
+"""A baseline that never looks at the image: what a score is worth must be read against it.
 
 `PlanePrior` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon): the
-mean of the training truths' disparities, each standardised, on a coarse grid. `Constant` is the same everywhere. Both
-behave as teachers: affine disparity, aligned at scoring as any other prediction. A model that does not beat
-the plane prior has learnt where a camera is held, not what it sees.
+mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
+disparity, aligned at scoring as any other prediction. A model that does not beat it has learnt where a camera is held,
+not what it sees.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +22,6 @@ from distill.teachers import Card, check_images
 ROWS, COLUMNS = 24, 32
 
 
-def _card(name: str, weights: str, note: str) -> Card:
-    return Card(
-        name=name,
-        weights=weights,
-        kind=Kind.AFFINE_DISPARITY,
-        licence="none: a table of numbers",
-        code_licence="Apache-2.0",
-        commercial=True,
-        note=note,
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class PlanePrior:
     """A fixed disparity map over the image plane, (ROWS, COLUMNS), stretched to any image."""
@@ -46,50 +32,21 @@ class PlanePrior:
     @property
     def card(self) -> Card:
         """As a teacher's."""
-        return _card("plane_prior", "", f"image-plane prior of {self.num_images} training truths; ignores the image")
+        return Card(
+            name="plane_prior",
+            weights="",
+            kind=Kind.AFFINE_DISPARITY,
+            licence="none: a table of numbers",
+            code_licence="Apache-2.0",
+            commercial=True,
+            note=f"image-plane prior of {self.num_images} training truths; ignores the image",
+        )
 
     def predict(self, images: Tensor) -> DepthMap:
         """The same affine disparity for every image (B,3,H,W), bilinearly stretched to (B,H,W)."""
         images = check_images(images)
         plane = F.interpolate(self.grid[None, None].to(images), images.shape[-2:], mode="bilinear", align_corners=False)
         values = plane[:, 0].expand(len(images), -1, -1).contiguous()
-        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
-
-    def save(self, path: Path | str) -> None:
-        """Write a small JSON."""
-        table = {
-            "plane_prior": 1,
-            "num_images": self.num_images,
-            "grid": [[round(v, 5) for v in r] for r in self.grid.tolist()],
-        }
-        Path(path).write_text(json.dumps(table) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path | str) -> PlanePrior:
-        """The inverse of `save`; ValueError for anything else."""
-        try:
-            table = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(
-                torch.tensor(table["grid"], dtype=torch.float32).reshape(ROWS, COLUMNS), int(table["num_images"])
-            )
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{path}: not a stored plane prior ({error}); fit one with fit_plane and save it"
-            ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """One everywhere: after alignment, the best constant disparity of each image."""
-
-    @property
-    def card(self) -> Card:
-        """As a teacher's."""
-        return _card("constant", "", "the same disparity everywhere; ignores the image")
-
-    def predict(self, images: Tensor) -> DepthMap:
-        """(B,H,W) ones for images (B,3,H,W)."""
-        values = torch.ones_like(check_images(images)[:, 0])
         return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
 
 

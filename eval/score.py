@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,19 +21,18 @@ from torch import Tensor
 import distill
 from distill.core.depth import Kind
 from distill.core.plugins import find
+from distill.core.progress import Report
 from distill.data.maps import stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
-from distill.eval.prior import Constant, PlanePrior, fit_plane
+from distill.eval.prior import fit_plane
 from distill.eval.protocol import Protocol, require_same
 from distill.eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
 from distill.eval.stored import BadPredictionError, find_prediction, predict, read_prediction, read_settings
 from distill.eval.tasks import TASKS, Task, size_of
 
 __all__ = [
-    "Constant",
     "ImageScore",
-    "PlanePrior",
     "Score",
     "fit_plane",
     "predict",
@@ -56,7 +55,7 @@ def score(
     model: str = "",
     allow_failed: bool = False,
     workers: int | None = None,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
 ) -> Score:
     """Score the predictions in `store`, laid out by `Sample.prediction_path`.
 
@@ -124,7 +123,7 @@ def score_predictions(
     model: str = "",
     allow_failed: bool = False,
     workers: int | None = None,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
 ) -> Score:
     """What `distill score --predictions` does: score stored predictions of any model, and write `out` and its .csv.
 

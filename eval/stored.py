@@ -20,12 +20,12 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import Kind
+from distill.core.progress import Report
 from distill.data.maps import find_map, read_map
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
 
 SETTINGS = "settings.json"
-Report = Callable[..., None]
 
 
 class BadPredictionError(ValueError):

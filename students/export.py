@@ -16,8 +16,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import math
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -194,27 +192,6 @@ def write_graphs(student: Student, folder: Path, *, named: Path, onnx: bool, pro
     return lines
 
 
-def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
-    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run.
-
-    revision: teachers.revision_of(folder); scores of other weights, of a student trained again since, are left out.
-    """
-    run, rows = folder.parent.parent, []
-    for path in sorted((run / "scores").glob("*--student.json")):
-        actual = json.loads(path.read_text(encoding="utf-8"))
-        predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
-        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
-        if by.get("revision") != revision:
-            continue
-        metrics = {key: actual["metrics"][key] for key in ("abs_rel", "delta1") if key in actual["metrics"]}
-        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or actual["metrics"]).items()}
-        protocol = actual["protocol"]
-        rows.append(
-            {"benchmark": actual["benchmark"], **shown, "images": str(actual["num_images"]), "protocol": protocol["id"]}
-        )
-    return rows
-
-
 def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
     """An exported file as a function from images to disparity, on onnxruntime's CPU provider; named: in its errors."""
     runtime = _optional("onnxruntime")
@@ -283,30 +260,6 @@ def difference(before: Student, after: Student, path: str | Path) -> float:
     if not actual.isfinite().all():
         raise ValueError(f"{path}: not written, for its outputs would not be finite")
     return float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9))
-
-
-def read_card_file(path: Path) -> dict[str, Any]:
-    """The values of a TOML file for a student's card; ValueError naming the file, and the key that JSON cannot hold."""
-    try:
-        card = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not TOML: {error}") from error
-    if faults := _not_plain(card, ""):
-        raise ValueError(f"{path}: {'; '.join(faults)}")
-    return card
-
-
-def _not_plain(value: Any, key: str) -> list[str]:
-    """What in a TOML value is neither text, nor true or false, nor a finite number."""
-    if isinstance(value, dict):
-        return [fault for name, v in value.items() for fault in _not_plain(v, f"{key}.{name}".removeprefix("."))]
-    if isinstance(value, list):
-        return [fault for i, v in enumerate(value) for fault in _not_plain(v, f"{key}[{i}]")]
-    if isinstance(value, float) and not math.isfinite(value):
-        return [f"{key} is {value}, which a card cannot hold"]
-    if isinstance(value, str | int | float):
-        return []
-    return [f'{key} is a date or a time; put it in quotes: "{value}"']
 
 
 def _optional(name: str) -> Any:

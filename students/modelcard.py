@@ -1,12 +1,16 @@
 """A student's README.md: what it is, how to use it, where its knowledge comes from, under which licence, how it scores.
 
-Written from the card's plain values alone, for people and for model hubs (the block at the top is theirs).
+Written from the card's plain values alone, for people and for model hubs (the block at the top is theirs). A card can
+also be given as a TOML file.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 # What goes under a heading of its own; every other value is a row of the first table.
@@ -79,3 +83,27 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "|" + "---|" * len(columns),
         *("| " + " | ".join(cells) + " |" for cells in shown),
     ]
+
+
+def read_card_file(path: Path) -> dict[str, Any]:
+    """The values of a TOML file for a student's card; ValueError naming the file, and the key that JSON cannot hold."""
+    try:
+        card = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    if faults := _not_plain(card, ""):
+        raise ValueError(f"{path}: {'; '.join(faults)}")
+    return card
+
+
+def _not_plain(value: Any, key: str) -> list[str]:
+    """What in a TOML value is neither text, nor true or false, nor a finite number."""
+    if isinstance(value, dict):
+        return [fault for name, v in value.items() for fault in _not_plain(v, f"{key}.{name}".removeprefix("."))]
+    if isinstance(value, list):
+        return [fault for i, v in enumerate(value) for fault in _not_plain(v, f"{key}[{i}]")]
+    if isinstance(value, float) and not math.isfinite(value):
+        return [f"{key} is {value}, which a card cannot hold"]
+    if isinstance(value, str | int | float):
+        return []
+    return [f'{key} is a date or a time; put it in quotes: "{value}"']

@@ -59,10 +59,6 @@ class Student(nn.Module):
         disparity = raw[:, 0, top : top + height, left : left + width]
         return (disparity, features[-1][0]) if with_features else disparity
 
-    def forward_with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Disparity (B,H,W) and the encoder's last patch map (B,C,h,w) of images (B,3,H,W) in [0,1]."""
-        return self(images, with_features=True)
-
 
 def build(
     *,

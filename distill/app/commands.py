@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import distill
 from distill.app import build
 from distill.app.console import dashboard, note, progress, say, table
@@ -28,8 +26,6 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
 from distill.labelling.run import TRUTH, LabelOutcome, label
 from distill.shards import mirror, shards
-from distill.students import checkpoint, export
-from distill.teachers import revision_of
 from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 from distill.training.train import TrainResult, train
 
@@ -47,10 +43,13 @@ def commit() -> str:
     root = Path(distill.__file__).parent.parent
     if not (root / ".git").exists():
         return distill.__version__
-    found = subprocess.run(
-        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    return f"{distill.__version__}+{found.stdout.strip() or 'unknown'}"
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    except OSError:  # no git on this machine
+        found = ""
+    return f"{distill.__version__}+{found or 'unknown'}"
 
 
 def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
@@ -132,56 +131,6 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
         "lineage": origins,
         "images": {"count": len(set(dataset.image_keys)), "licence": recipe.labels.licence},
     }
-
-
-def run_export(
-    folder: Path,
-    out: Path,
-    *,
-    bits: int = 32,
-    card: Path | None = None,
-    encoder_weights: str | None = None,
-    onnx: bool = False,
-    program: bool = False,
-) -> Path:
-    """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
-
-    bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
-    student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
-    onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
-    Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
-    """
-    student = checkpoint.load(folder, encoder_weights=encoder_weights)
-    metadata = export.read_card_file(card) if card else checkpoint.read_card(folder)
-    scores = export.scores_of(folder, revision_of(folder))
-    metadata = {"scores": scores} | metadata if scores else metadata
-    metadata.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
-    if program:
-        least = export.smallest(student)
-        metadata[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
-    lines: list[str] = []
-
-    def check(aside: Path) -> None:
-        again = checkpoint.load(aside, encoder_weights=encoder_weights)
-        off = export.difference(student, again, out)
-        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
-            raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
-        size = (aside / checkpoint.WEIGHTS).stat().st_size
-        lines.append(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
-        lines.extend(export.write_graphs(again, aside, named=out, onnx=onnx, program=program))
-
-    checkpoint.save(
-        student,
-        out,
-        card=metadata,
-        dtype=torch.float32 if bits == 32 else torch.float16,
-        bits=4 if bits == 4 else None,
-        exclude_frozen_encoder=encoder_weights is not None,
-        check=check,
-    )
-    for line in lines:
-        say(line)
-    return out
 
 
 @contextmanager

@@ -12,7 +12,6 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -21,18 +20,12 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distill.core.progress import Report
+
 _quiet = os.environ.get("RANK", "0") != "0"
 # A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
-
-
-class ProgressReport(Protocol):
-    """How long work tells where it is: `report(done, total, images_per_s=12.5)`."""
-
-    def __call__(self, done: int, total: int, **numbers: float) -> None:
-        """Called as often as the work likes; drawing is limited to a few times a second."""
-        ...
 
 
 def say(text: str) -> None:
@@ -104,7 +97,7 @@ def _bar() -> Progress:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[ProgressReport]:
+def progress(what: str) -> Iterator[Report]:
     """A progress bar with time remaining and the work's numbers; off a terminal, one plain line at the end."""
     bar = _bar()
     last: tuple[int, int, dict[str, float]] | None = None
@@ -153,7 +146,7 @@ def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
 
 
 @contextmanager
-def dashboard(what: str) -> Iterator[ProgressReport]:
+def dashboard(what: str) -> Iterator[Report]:
     """`progress` for a training run: a live panel with the parts of the loss, the output's scale, rates and speed."""
     if not _err.is_terminal:
         with progress(what) as plain:

@@ -10,7 +10,7 @@ Shapes: H, W of a map.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import combinations
@@ -22,6 +22,7 @@ import numpy as np
 
 from distill.core import files
 from distill.core.depth import DepthMap
+from distill.core.progress import Report
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.eval.reports.figures import NEARNESS, colourise, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
@@ -50,7 +51,7 @@ def write_contact(
     *,
     shown: int = 12,
     measured: int = 200,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Writes FOLDER/contact.html, or `out`: `shown` samples as pictures, at most `measured` in the histograms.
 

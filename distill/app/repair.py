@@ -15,6 +15,7 @@ from distill.app.commands import run_label
 from distill.app.console import note
 from distill.app.recipe import USES, Recipe, parse
 from distill.app.renamed import in_words_of_today
+from distill.core.progress import Report
 from distill.labelling.lock import run_lock
 from distill.shards.shards import MANIFEST, find_problems, read_manifest
 
@@ -36,7 +37,7 @@ def repair(
     folder: str | Path,
     *,
     relabel: Callable[[Recipe, Path], object] = run_label,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
 ) -> list[str]:
     """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
 

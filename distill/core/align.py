@@ -37,14 +37,6 @@ def fit_affine(pred: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Ten
     return scale.float(), shift.float()
 
 
-def fit_scale(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """The (B,) float32 scale of least squared error; 0 where `pred` is zero on all valid pixels."""
-    pred64, target64 = pred.double(), target.double()
-    power = torch.where(valid, pred64.square(), 0.0).sum((-2, -1))
-    product = torch.where(valid, pred64 * target64, 0.0).sum((-2, -1))
-    return torch.where(power > 0, product / torch.where(power > 0, power, 1.0), 0.0).float()
-
-
 def apply_affine(pred: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * pred + shift per image: (B,H,W) from (B,H,W), (B,), (B,)."""
     return pred * scale[:, None, None] + shift[:, None, None]

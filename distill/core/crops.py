@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,19 +121,6 @@ def cut_patches(image: Tensor, plan: Plan) -> Tensor:
     return torch.stack([resize(part, size, size).movedim(0, -1) for part in parts]).movedim(-1, 1)
 
 
-def place_region(values: Tensor, plan: Plan, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `cut_region`: (C,size,size) back in an image of height x width.
-
-    Returns the (C,H,W) values, zero outside the region, and an (H,W) bool that is True inside it.
-    """
-    r = plan.region
-    out = values.new_zeros(values.shape[0], height, width)
-    inside = torch.zeros(height, width, dtype=torch.bool, device=values.device)
-    out[:, r.top : r.top + r.side, r.left : r.left + r.side] = resize(values, r.side, r.side)
-    inside[r.top : r.top + r.side, r.left : r.left + r.side] = True
-    return out, inside
-
-
 def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Each box of each map at size x size, bilinear, differentiable.
 
@@ -168,14 +154,3 @@ def student_blocks(boxes: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
     blocks = torch.cat([first, first + number], -1) / size
     within = (blocks - boxes[..., :2].repeat(1, 1, 2)) / sides.clamp(min=1e-9).repeat(1, 1, 2)
     return blocks.to(boxes), within.to(boxes), number
-
-
-def coverage(plans: Sequence[Plan]) -> list[float]:
-    """The fraction of each plan's region that its patches cover: 1.0 for a grid."""
-    fractions = []
-    for p in plans:
-        seen = np.zeros((p.region.side, p.region.side), dtype=bool)
-        for patch in p.patches:
-            seen[patch.top : patch.top + patch.side, patch.left : patch.left + patch.side] = True
-        fractions.append(float(seen.mean()))
-    return fractions

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import DepthMap
+from distill.core.progress import Report
 from distill.data.photos import BadImageError, decode
 from distill.data.sources import SUFFIXES
 from distill.eval.reports.figures import NEARNESS, colourise
@@ -33,9 +34,6 @@ from distill.teachers.checkpoint import Teacher
 
 PHOTOS = (*SUFFIXES, ".gif")
 """Suffixes that a folder is searched for, beside VIDEOS; of a moving GIF the first picture is taken."""
-
-Report = Callable[..., None]
-"""report(done, total, frame=3, frames=12): inputs, and within a video its frames (frames 0: it does not say)."""
 
 
 class Estimator:
@@ -141,6 +139,7 @@ def run(
 ) -> PredictOutcome:
     """Predict every job whose maps `out` does not hold, made from the file as it is now.
 
+    report: (done, total) inputs, and within a video frame and frames (0: it does not say).
     Raises ValueError where `out` holds the predictions of another student or size, and what Outputs raises.
     """
     outputs = Outputs(out)
@@ -259,7 +258,9 @@ def _position(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
     return np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
 
 
-def _video(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], report: Report) -> bool:
+def _video(
+    estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], report: Callable[..., None]
+) -> bool:
     """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where they are there.
 
     STEM.json comes after them: it says that the video is complete. What can be decoded of a damaged one is kept.

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
+from distill.core.progress import Report
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
     CPU,
@@ -126,7 +127,7 @@ def label(
     world: int = 1,
     device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
 ) -> LabelOutcome:
     """Label images into `out`; called again, it does what is missing.
 
@@ -202,7 +203,7 @@ class _Tally:
 
     total: int
     before: int
-    report: Callable[..., None] | None
+    report: Report | None
     images: int = 0
     samples: int = 0
     quarantined: int = 0

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from distill.core.files import file_sha256
 from distill.core.files import publish as rename
+from distill.core.progress import Report
 from distill.data.storage import file_system
 from distill.shards.shards import MANIFEST, read_manifest
-
-Report = Callable[..., None]
 
 
 def _files(manifest: dict[str, Any], names: Iterable[str], where: str) -> list[tuple[str, str]]:

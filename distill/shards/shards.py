@@ -21,7 +21,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -32,7 +32,8 @@ from torch.utils.data import Dataset
 
 from distill.core import files
 from distill.core.files import file_sha256
-from distill.data.sources import walk_tar
+from distill.core.progress import Report
+from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, VERSION, Sample, check_version, decode_sample, disagreements
 from distill.shards.codec import collate as collate
 
@@ -305,7 +306,7 @@ class LabelDataset(Dataset[Sample]):
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
-def verify(folder: str | Path, *, report: Callable[..., None] | None = None) -> list[str]:
+def verify(folder: str | Path, *, report: Report | None = None) -> list[str]:
     """Read a labels folder to the last pixel; returns its problems, one line each, naming the file. Empty is good.
 
     Raises what `read_manifest` raises where there is nothing to compare with.
@@ -313,7 +314,7 @@ def verify(folder: str | Path, *, report: Callable[..., None] | None = None) -> 
     return [line for lines in find_problems(folder, report=report).values() for line in lines]
 
 
-def find_problems(folder: str | Path, *, report: Callable[..., None] | None = None) -> dict[str, list[str]]:
+def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[str, list[str]]:
     """What `verify` says, by the name of the tar; "" has what is wrong with the manifest itself."""
     folder = Path(folder)
     manifest = read_manifest(folder)

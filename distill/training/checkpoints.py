@@ -43,12 +43,6 @@ class Checkpoint:
         """Optimizer steps done."""
         return int(self.state["step"])
 
-    @property
-    def best_step(self) -> int | None:
-        """The step with the lowest held-out loss so far, if any was evaluated."""
-        best = self.state["best"]
-        return None if best is None else int(best["step"])
-
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:

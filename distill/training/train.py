@@ -28,6 +28,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gat
 from torch import nn
 
 from distill.core import files
+from distill.core.progress import Report
 from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
@@ -84,7 +85,7 @@ def train(
     card: Mapping[str, Any] | None = None,
     identity: str = "",
     save: Callable[..., object] = checkpoint.save,
-    report: Callable[..., None] | None = None,
+    report: Report | None = None,
     cpu: bool = False,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
@@ -257,7 +258,7 @@ def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: Callable[..., None] | None) -> None:
+def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: Report | None) -> None:
     s = run.settings
     set_mode(run)
     while run.step < s.steps and not _out_of_patience(run):

@@ -22,6 +22,8 @@ import pytest
 import torch
 from PIL import Image
 
+import distill
+from distill.app import commands
 from distill.app.cli import main
 from distill.shards import shards
 from distill.students import checkpoint
@@ -230,3 +232,11 @@ def test_help_is_instant_and_needs_no_heavy_import():
     assert done.returncode == 0, done.stderr
     for verb in ("demo", "label", "train", "score", "report", "verify", "show", "list"):
         assert f"\n    {verb}" in done.stdout
+
+
+def test_the_commit_needs_no_git_on_the_machine(monkeypatch):
+    def none(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(commands.subprocess, "run", none)
+    assert commands.commit().startswith(distill.__version__)

@@ -10,7 +10,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from distill.data import sources, storage
+from distill.data import sources, storage, tars
 from distill.data.photos import BadImageError
 from tests.data.pictures import close, encoded, noise, pack, picture
 
@@ -238,13 +238,13 @@ def test_tars_that_cannot_be_opened_are_a_line_each(tmp_path):
 
 def test_a_disk_that_fails_in_a_tar_costs_its_tail(tmp_path, monkeypatch):
     photo_tar(tmp_path / "a.tar")
-    plain = sources._whole_members
+    plain = tars._whole_members
 
     def failing(*args):
         yield next(plain(*args))
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(sources, "_whole_members", failing)
+    monkeypatch.setattr(tars, "_whole_members", failing)
     assert scanned(tmp_path / "a.tar") == (["sa_0"], [f"{tmp_path / 'a.tar'} cannot be read: Input/output error"])
 
 

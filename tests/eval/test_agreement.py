@@ -180,5 +180,3 @@ def test_new_edges():
     spot = torch.zeros_like(sharp)
     spot[:, 30, 40:] = 1.0  # one edge of its own beside a primary that has them all
     assert agreement.new_edges(sharp, spot, ALL, torch.ones_like(image)).item() < 0.2
-    error = agreement.alignment_error(soft, sharp, ALL)
-    assert agreement.complement(error, found).item() == pytest.approx((1 - error.item()) * found.item())

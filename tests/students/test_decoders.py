@@ -28,7 +28,7 @@ class TestEveryDecoder:
     @pytest.mark.parametrize("size", [(1, 1), (16, 14), (33, 47), (70, 23)])
     def test_output_has_the_images_size(self, decoder, patch, size):
         with torch.no_grad():
-            out, features = tiny(decoder, patch=patch).eval().forward_with_features(torch.rand(2, 3, *size))
+            out, features = tiny(decoder, patch=patch).eval()(torch.rand(2, 3, *size), with_features=True)
         assert out.shape == (2, *size) and out.dtype == torch.float32 and out.isfinite().all()
         assert features.shape == (2, 32, -(-size[0] // patch), -(-size[1] // patch))
 

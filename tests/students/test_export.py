@@ -11,7 +11,7 @@ import torch
 
 from distill import students
 from distill.app import cli
-from distill.students import checkpoint, export
+from distill.students import checkpoint, export, modelcard
 
 
 def tiny(encoder, decoder, **options):
@@ -177,7 +177,7 @@ def test_a_card_that_cannot_be_one_is_a_line_with_its_file(tmp_path, text, messa
     path = tmp_path / "card.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=re.escape("card.toml: ") + message.replace("[", r"\[")) as caught:
-        export.read_card_file(path)
+        modelcard.read_card_file(path)
     assert "\n" not in str(caught.value)
 
 

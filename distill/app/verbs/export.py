@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from distill.app.commands import run_export
+    from distill.app.export import run_export
     from distill.core.plugins import allow
     from distill.students import checkpoint
 

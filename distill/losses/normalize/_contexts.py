@@ -17,6 +17,7 @@ pixels, or whose label is constant, is dead: it is left out and counted; the low
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -114,3 +115,34 @@ def compare_in_contexts(
     weight = None if weight is None else weight.detach().to(work)
     loss, live = _ContextLoss.apply(pred, target, usable, weight, levels, trim_top, label_only)
     return Comparison(loss, live, sum(levels) - live)
+
+
+class _Compare(Protocol):
+    def __call__(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        *,
+        trim_top: float = 0.0,
+        label_only: bool = False,
+        weight: Tensor | None = None,
+    ) -> Comparison: ...
+
+
+def comparison(levels: tuple[int, ...]) -> _Compare:
+    """The `compare` of a plug-in (see distill.losses.normalize) that is nothing but its levels."""
+
+    def compare(
+        pred: Tensor,
+        target: Tensor,
+        valid: Tensor,
+        *,
+        trim_top: float = 0.0,
+        label_only: bool = False,
+        weight: Tensor | None = None,
+    ) -> Comparison:
+        """See distill.losses.normalize: the loss (B,) and the contexts that carried it."""
+        return compare_in_contexts(pred, target, valid, levels, trim_top=trim_top, label_only=label_only, weight=weight)
+
+    return compare

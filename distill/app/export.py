@@ -1,0 +1,84 @@
+"""The verb export: a student in another precision, with another card, as a graph; checked before it takes its place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from distill.app.console import say
+from distill.students import checkpoint, export
+from distill.students.modelcard import read_card_file
+from distill.teachers import revision_of
+
+
+def run_export(
+    folder: Path,
+    out: Path,
+    *,
+    bits: int = 32,
+    card: Path | None = None,
+    encoder_weights: str | None = None,
+    onnx: bool = False,
+    program: bool = False,
+) -> Path:
+    """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
+
+    bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
+    student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
+    onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
+    Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
+    """
+    student = checkpoint.load(folder, encoder_weights=encoder_weights)
+    metadata = read_card_file(card) if card else checkpoint.read_card(folder)
+    scores = scores_of(folder, revision_of(folder))
+    metadata = {"scores": scores} | metadata if scores else metadata
+    metadata.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
+    if program:
+        least = export.smallest(student)
+        metadata[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
+    lines: list[str] = []
+
+    def check(aside: Path) -> None:
+        again = checkpoint.load(aside, encoder_weights=encoder_weights)
+        off = export.difference(student, again, out)
+        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
+            raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
+        size = (aside / checkpoint.WEIGHTS).stat().st_size
+        lines.append(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
+        lines.extend(export.write_graphs(again, aside, named=out, onnx=onnx, program=program))
+
+    checkpoint.save(
+        student,
+        out,
+        card=metadata,
+        dtype=torch.float32 if bits == 32 else torch.float16,
+        bits=4 if bits == 4 else None,
+        exclude_frozen_encoder=encoder_weights is not None,
+        check=check,
+    )
+    for line in lines:
+        say(line)
+    return out
+
+
+def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
+    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run.
+
+    revision: teachers.revision_of(folder); scores of other weights, of a student trained again since, are left out.
+    """
+    run, rows = folder.parent.parent, []
+    for path in sorted((run / "scores").glob("*--student.json")):
+        actual = json.loads(path.read_text(encoding="utf-8"))
+        predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
+        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
+        if by.get("revision") != revision:
+            continue
+        metrics = {key: actual["metrics"][key] for key in ("abs_rel", "delta1") if key in actual["metrics"]}
+        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or actual["metrics"]).items()}
+        protocol = actual["protocol"]
+        rows.append(
+            {"benchmark": actual["benchmark"], **shown, "images": str(actual["num_images"]), "protocol": protocol["id"]}
+        )
+    return rows

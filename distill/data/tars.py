@@ -1,0 +1,95 @@
+"""The members of an uncompressed tar where they lie, on this disk or at a URL, read on behind what is damaged."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from distill.data import storage
+from distill.data.photos import MAX_BYTES
+
+
+def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
+    """Every member of an uncompressed tar with "", and where it is damaged what is wrong, in the order of the file.
+
+    The member beside a problem is the one that the end of the file cuts, or None. Behind a damaged header reading goes
+    on at the next whole one, which it searches byte by byte. Raises OSError where the file cannot be read.
+    """
+    with storage.open_place(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        start = file.read(6)
+        if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
+            yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
+            return
+        at: int | None = 0
+        while at is not None:
+            end = yield from _whole_members(file, at, size)
+            if end is None:
+                return
+            at, zeros = _next_header(file, end)
+            if problem := _gap_problem(end, at, size, zeros=zeros):
+                yield None, problem
+
+
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+# What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
+_TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
+_END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB
+
+
+def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfile.TarInfo, str], None, int | None]:
+    """The members from a header at `at` on; returns the byte where no header is, None where the last member is cut."""
+    file.seek(at)
+    with suppress(*_TAR_ERRORS), tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
+        while member := tar.next():
+            end = min(tar.offset, member.offset_data + member.size)
+            # A size that no file has: the header is as good as broken.
+            if member.size < 0 or tar.offset <= at or (end > size and member.size > MAX_BYTES):
+                break
+            if end > size:
+                yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                return None
+            yield member, ""
+            at = tar.offset
+    return at
+
+
+def _next_header(file: IO[bytes], at: int) -> tuple[int | None, bool]:
+    """Where a header begins behind the block at `at`, None if nowhere, and whether all bytes up to it are zero."""
+    file.seek(at)
+    start, zeros = at, True
+    while chunk := file.read(2**20):
+        for magic in re.finditer(rb"ustar", chunk):
+            here = magic.start() - 257
+            if here % 512 == 0 and start + here > at and _is_header(chunk[here : here + 512]):
+                return start + here, zeros and chunk[:here] == bytes(here)
+        zeros = zeros and chunk == bytes(len(chunk))
+        start += len(chunk)
+    return None, zeros
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size >= 0
+    except tarfile.TarError:
+        return False
+
+
+def _gap_problem(at: int, paths_found: int | None, size: int, *, zeros: bool) -> str:
+    """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
+    length = (size if paths_found is None else paths_found) - at
+    if paths_found is None and length < 512:
+        return f"the tar has no end mark: it may have been cut at byte {size}"
+    if zeros and length <= _END_MARK and (paths_found is None or length >= 1024):
+        return ""  # with a header behind it, this is one tar behind another
+    if paths_found is not None:
+        return f"the tar is damaged at byte {at}: {length} bytes are lost, up to the next whole header"
+    if zeros:
+        return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"
+    return f"the tar is damaged at byte {at}: what follows is lost" if at else "not a tar: download it again"
