@@ -248,7 +248,8 @@ def compares_per_image(subject: Subject) -> None:
     pred, target, valid = _maps()
     found = subject.module.compare(pred, target, valid)
     _require(isinstance(found, Comparison), f"it gave {type(found).__name__}")
-    _require(all(part.shape == (2,) for part in found), f"shapes {[tuple(part.shape) for part in found]}")
+    shapes = [tuple(part.shape) for part in (found.loss, found.live, found.dead)]
+    _require(shapes == [(2,)] * 3, f"shapes {shapes}")
     equal = subject.module.compare(target, target, valid).loss
     _require(torch.allclose(equal, torch.zeros(2), atol=1e-6), f"equal maps gave {equal.tolist()}")
 
