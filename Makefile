@@ -1,6 +1,7 @@
 # Everything from a machine with only Python 3.11+ and make.
 #   make demo    the whole loop on the embedded default: label, train, score, report
 #   make test    the test suite
+#   make test-gpu the tests that need a CUDA card, which `make test` does not use
 #   make check   what a change must pass: format, lint, types, tests
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format speed clean
+.PHONY: demo test test-gpu check format speed clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
@@ -25,6 +26,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
+
+test-gpu: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cuda
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no network, few threads, golden data."""
+"""Fixtures for all tests: no network, few threads, no card but where a test asks for one, golden data."""
 
 from __future__ import annotations
 
@@ -15,6 +15,28 @@ import torch
 
 # Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one.
 torch.set_num_threads(1)
+
+CARD = "cuda"  # the marker of a test that needs one, and the only selection in which a card can be seen
+
+
+def pytest_configure(config):
+    if config.option.markexpr != CARD:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every other test means the CPU, whatever its machine has
+
+
+def pytest_collection_modifyitems(items):
+    needing = [item for item in items if item.get_closest_marker(CARD)]
+    if needing and not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card: make test-gpu"))
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """The card of a test that is marked cuda, with float32 as exact as a CPU's: convolutions take TF32 else."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device("cuda")
+
 
 HERE = Path(__file__).parent / "golden"
 

@@ -109,7 +109,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             identity=build.identity(recipe),
             save=build.saver(recipe),
             report=report,
-            cpu=build.device(recipe).type == "cpu",
+            device=build.device(recipe),
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {result.images_per_s:.1f} images/s")

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import nn
@@ -86,7 +87,7 @@ def train(
     identity: str = "",
     save: Callable[..., object] = checkpoint.save,
     report: Report | None = None,
-    cpu: bool = False,
+    device: torch.device | str | None = None,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
 
@@ -98,7 +99,7 @@ def train(
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), by the main
-    process only. cpu: stay on the CPU where there is a GPU.
+    process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU that there is.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -106,7 +107,7 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
-    accelerator = _accelerator(settings, out, cpu=cpu)
+    accelerator = _accelerator(settings, out, device=device)
     if heldout is None:
         kept, held = hold_out(dataset.image_keys, settings.val_fraction)
     else:
@@ -149,12 +150,15 @@ class _Held:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _accelerator(settings: TrainSettings, out: Path, *, cpu: bool) -> Accelerator:
+def _accelerator(settings: TrainSettings, out: Path, *, device: torch.device | str | None) -> Accelerator:
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     if missing := [name for name in settings.trackers if name not in installed]:
         raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
+    asked = None if device is None else torch.device(device)
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
+        AcceleratorState._reset_state(reset_partial_state=True)  # else the device of this process's first run stays
     accelerator = Accelerator(
-        cpu=cpu,
+        cpu=asked is not None and asked.type == "cpu",
         # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
         mixed_precision="no",
         gradient_accumulation_steps=1,
@@ -168,7 +172,15 @@ def _accelerator(settings: TrainSettings, out: Path, *, cpu: bool) -> Accelerato
             f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
             f"parallelism, so launch with --multi_gpu or --cpu"
         )
+    if asked is not None and asked.index is not None and accelerator.distributed_type == DistributedType.NO:
+        _take(asked)
     return accelerator
+
+
+def _take(device: torch.device) -> None:
+    """Makes a numbered card the current one: accelerate takes that, and it is the first, whatever was asked for."""
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).set_device(device)
 
 
 def _processes(accelerator: Accelerator) -> Processes:

@@ -36,7 +36,7 @@ class Photos(Toys):
         return f"{self.image_keys[index]}-{index}", image, {"primary": image.mean(0)}
 
 
-def real_run(out: Path, *, student=None, report=None, **given):
+def real_run(out: Path, *, student=None, report=None, device="cpu", **given):
     student = student or real_student()
     usual = {
         "steps": 4,
@@ -56,7 +56,7 @@ def real_run(out: Path, *, student=None, report=None, **given):
         reference=copy.deepcopy(student.encoder),
         card={"name": "small"},
         report=report,
-        cpu=True,
+        device=device,
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from distill.training import checkpoints
 from tests.training.toys import Forgetful, Toy, Toys, assert_same_run, losses_of, newest, run, steps_of
@@ -19,9 +18,6 @@ from tests.training.toys import Forgetful, Toy, Toys, assert_same_run, losses_of
 def process(out: Path, environment: dict[str, str], die_at: int | None) -> None:
     """One process of a run; die_at ends it by SIGKILL in that step."""
     os.environ.update(environment)
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    PartialState._reset_state()
 
     def report(done, total, **numbers):
         if done == die_at:
@@ -40,14 +36,14 @@ def elsewhere(tmp_path_factory):
         port = str(free.getsockname()[1])
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
     ranks = [{**world, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"} for r in ("0", "1")]
-    # Forked, for importing everything anew takes far longer than the runs.
+    # Forked, for importing everything anew takes far longer than the runs; this process has no card (see conftest).
     fork = multiprocessing.get_context("fork")
     started = [fork.Process(target=process, args=(root / "two", rank, None)) for rank in ranks]
     started.append(fork.Process(target=process, args=(root / "killed", {}, 13)))
     for one in started:
         one.start()
     for one in started:
-        one.join(timeout=60)
+        one.join(timeout=120)
     assert [one.exitcode for one in started] == [0, 0, -signal.SIGKILL]
     return root
 

@@ -101,7 +101,18 @@ def settings(**given) -> TrainSettings:
     return TrainSettings(**(usual | given))
 
 
-def run(out: Path, *, student=None, dataset=None, objective=l1, report=None, heldout=None, keep=save, **given):
+def run(
+    out: Path,
+    *,
+    student=None,
+    dataset=None,
+    objective=l1,
+    report=None,
+    heldout=None,
+    keep=save,
+    device="cpu",
+    **given,
+):
     student = student or Toy()
     result = train(
         student,
@@ -113,7 +124,7 @@ def run(out: Path, *, student=None, dataset=None, objective=l1, report=None, hel
         heldout=heldout,
         save=keep,
         report=report,
-        cpu=True,
+        device=device,
     )
     return result, student
 
