@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -154,8 +155,10 @@ def label(
         mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
         todo = [part for part in mine if not _is_done(out, part)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
-        for part in todo:
-            _label_part(out, part, _Work(teachers, crops, labels, seed, device), tally)
+        work = _Work(teachers, crops, labels, seed, device)
+        with _crew(max(1, labels.threads)) as crew:
+            for part in todo:
+                _label_part(out, part, work, tally, crew)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
     return LabelOutcome(
@@ -258,62 +261,117 @@ def _one_thread() -> None:
     threadpool_limits(1, user_api="openmp")
 
 
-def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
+@dataclass(slots=True)
+class _Crew:
+    """The threads beside the one that asks: workers decode, cut and encode, a clerk writes, a closer finishes parts.
+
+    A part is synced to the disk while the next is being labelled.
+    """
+
+    threads: int
+    workers: ThreadPoolExecutor
+    clerk: ThreadPoolExecutor
+    closer: ThreadPoolExecutor
+    closing: Future[None] | None = None
+
+    def close(self, part: _OpenPart) -> None:
+        """Have a part finished, after the one before it; raises what that one raised."""
+        self.wait()
+        self.closing = self.closer.submit(part.finish)
+
+    def wait(self) -> None:
+        """Until no part is being finished."""
+        closing, self.closing = self.closing, None
+        if closing is not None:
+            closing.result()
+
+
+@contextmanager
+def _crew(threads: int) -> Iterator[_Crew]:
+    with (
+        ThreadPoolExecutor(threads, initializer=_one_thread) as workers,
+        ThreadPoolExecutor(1) as clerk,
+        ThreadPoolExecutor(1) as closer,
+    ):
+        crew = _Crew(threads, workers, clerk, closer)
+        try:
+            yield crew
+            crew.wait()
+        except BaseException:
+            for pool in (workers, clerk, closer):
+                pool.shutdown(cancel_futures=True)
+            raise
+
+
+@dataclass(slots=True)
+class _OpenPart:
+    """A part that is being written: its tar aside, and what its json will say."""
+
+    out: Path
+    part: Part
+    writer: ShardWriter
+    quarantine: list[Rejected]
+    kinds: dict[str, set[str]] = field(default_factory=dict)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def note(self, result: Sample) -> None:
+        """Take down what the json says of a sample."""
+        for name, labels in result.answers.items():
+            self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
+            if fit := result.record["labels"][name].get("bridge"):
+                count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
+                count["regions"] += fit["shared"]["dropped"]
+                count["patches"] += sum(patch["dropped"] for patch in fit["local"])
+
+    def finish(self) -> None:
+        """The tar to the disk, its json, and then its name."""
+        with self.writer as writer:
+            closed = writer.close()
+            sidecar = {
+                "version": VERSION,
+                "part": self.part.number,
+                "of": self.part.of,
+                "images": [entry.key for entry in self.part.entries],
+                "tar": closed if writer.index else None,
+                "samples": writer.index,
+                "quarantine": [_line(one) for one in self.quarantine],
+                "kinds": {name: sorted(values) for name, values in self.kinds.items()},
+                **({"bridge_dropped": self.dropped} if self.dropped else {}),
+            }
+            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sidecar))
+            if writer.index:
+                writer.publish()
+
+
+def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, crew: _Crew) -> None:
     """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
 
-    This thread does nothing but ask the teachers: others decode and cut ahead of it, encode behind it, and write.
+    This thread does nothing but ask the teachers: see `_Crew`.
     """
-    quarantine = list(part.rejected)
-    tally.quarantined += len(quarantine)
-    kinds: dict[str, set[str]] = {}
-    dropped: dict[str, dict[str, int]] = {}
-    threads = max(1, work.labels.threads)
-    with (
-        ShardWriter(out / part.name) as writer,
-        ThreadPoolExecutor(threads, initializer=_one_thread) as pool,
-        ThreadPoolExecutor(1) as clerk,
-    ):
-        try:
-            prepared = _ahead(pool, work.jobs, part.entries, 2 * threads)
-            jobs = (job for several in prepared for job in several)
-            results = annotate(jobs, work.teachers, labels=work.labels, device=work.device)
-            last = ""
-            encoded = _ahead(pool, partial(_encode, work.labels.codec), results, 2 * threads)
-            for result, size in _ahead(clerk, partial(_store, writer), encoded, 2 * threads):
-                if isinstance(result, Rejected):
-                    quarantine.append(result)
-                    tally.quarantined += 1
-                else:
-                    tally.samples += 1
-                    tally.bytes += size
-                    for name, labels in result.answers.items():
-                        kinds.setdefault(name, set()).add(str(labels.shared.kind))
-                        if fit := result.record["labels"][name].get("bridge"):
-                            count = dropped.setdefault(name, {"regions": 0, "patches": 0})
-                            count["regions"] += fit["shared"]["dropped"]
-                            count["patches"] += sum(patch["dropped"] for patch in fit["local"])
-                origin = result.origin if isinstance(result, Rejected) else result.record["image"]["origin"]
-                tally.images, last = tally.images + (origin != last), origin
-                tally.tell()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            clerk.shutdown(cancel_futures=True)
+    writer = ShardWriter(out / part.name)
+    try:
+        opened = _OpenPart(out, part, writer, list(part.rejected))
+        tally.quarantined += len(part.rejected)
+        prepared = _ahead(crew.workers, work.jobs, part.entries, 2 * crew.threads)
+        jobs = (job for several in prepared for job in several)
+        results = annotate(jobs, work.teachers, labels=work.labels, device=work.device)
+        last = ""
+        encoded = _ahead(crew.workers, partial(_encode, work.labels.codec), results, 2 * crew.threads)
+        for result, size in _ahead(crew.clerk, partial(_store, writer), encoded, 2 * crew.threads):
+            if isinstance(result, Rejected):
+                opened.quarantine.append(result)
+                tally.quarantined += 1
+            else:
+                tally.samples += 1
+                tally.bytes += size
+                opened.note(result)
+            origin = result.origin if isinstance(result, Rejected) else result.record["image"]["origin"]
+            tally.images, last = tally.images + (origin != last), origin
+            tally.tell()
+    except BaseException:
+        with writer:
             raise
-        sidecar_data = writer.close()
-        sidecar = {
-            "version": VERSION,
-            "part": part.number,
-            "of": part.of,
-            "images": [entry.key for entry in part.entries],
-            "tar": sidecar_data if writer.index else None,
-            "samples": writer.index,
-            "quarantine": [_line(one) for one in quarantine],
-            "kinds": {name: sorted(values) for name, values in kinds.items()},
-            **({"bridge_dropped": dropped} if dropped else {}),
-        }
-        files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sidecar))
-        if writer.index:
-            writer.publish()
+    crew.close(opened)
 
 
 def _line(rejected: Rejected) -> dict[str, str]:
