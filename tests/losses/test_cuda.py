@@ -7,12 +7,18 @@ import torch
 
 from distill.core.depth import DepthMap
 from distill.core.labels import Labels
+from distill.losses import fused
 from distill.losses.losses import anchor_loss, compare, distillation_loss, gradient_loss
 from distill.losses.objective import Objective
 from tests.losses.test_losses import NORMALIZATIONS, degenerate, example, large
 from tests.losses.test_objective import ramp_labels
 
 pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(autouse=True)
+def _kernels_that_fail_are_heard_of(monkeypatch):
+    monkeypatch.setattr(fused, "loud", True)
 
 
 def both(loss, pred, *given, device):

@@ -1,0 +1,191 @@
+"""The kernels of the losses on a CPU, by Triton's interpreter, against the torch code: run by test_kernels.py.
+
+The interpreter has to be chosen before Triton is imported, hence a process of its own: TRITON_INTERPRET=1, then
+`python -m tests.losses.interpreted_kernels`. Each check prints its name when it has passed.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from distill.losses import fused
+from distill.losses.kernels import contexts, gradient, select, small
+from distill.losses.losses import _gradient_loss, _median_and_mean_abs_dev, compare, gradient_loss
+from distill.losses.normalize._batched import batch_loss
+from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
+
+CHOICES = {"flat": FLAT, "floor": FLOOR, "min_pixels": MIN_PIXELS}
+
+
+def example(images: int, height: int = 12, width: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    draw = torch.Generator().manual_seed(images)
+    pred, target, chance = torch.rand((3, images, height, width), generator=draw)
+    return pred, target, chance > 0.25
+
+
+def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, levels: tuple[int, ...], **how) -> None:
+    """Losses, live contexts and gradients of `contexts` and of the torch code; upstream gradients differ by image."""
+    how = {"trim_top": 0.0, "label_only": False} | how
+    rows = [None if x is None else x.flatten(1) for x in (pred, target, valid & target.isfinite(), weight)]
+    x = rows[0].clone().requires_grad_()
+    losses, live, _ = contexts.context_loss(
+        x, rows[1], valid.flatten(1).view(torch.uint8), rows[3], levels, **how, **CHOICES
+    )
+    upstream = torch.linspace(-1.0, 2.0, len(pred))
+    ours = torch.autograd.grad((losses * upstream).sum(), x)[0]
+    expected, slopes, alive = batch_loss(*rows, levels=levels, **how, want_gradient=True)
+    assert live.dtype == alive.dtype and live.tolist() == alive.tolist()
+    torch.testing.assert_close(losses.detach(), expected, rtol=2e-6, atol=1e-7)
+    for mine, theirs, factor in zip(ours, slopes, upstream, strict=True):
+        torch.testing.assert_close(mine, theirs * factor, rtol=2e-5, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
+
+
+def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
+    """What test_losses.py calls degenerate, an image each."""
+    pred, target, valid = example(12)
+    target[0] = 5.0
+    target[1] = 0.0
+    valid[2] = False
+    valid[3] = False
+    valid[3, 3, 4] = True
+    pred[4] = 2.0
+    target[5, :6] = 0.0
+    target[6] = (target[6] * 4).floor()
+    pred[7], target[7] = (pred[7] * 3).floor() - 1.0, target[7] * -1.0
+    target[8] = 0.2 * target[8]
+    target[8, 0, 0], valid[8, 0, 0] = 1.0, True
+    pred[9], target[9] = pred[9] * 1e6, target[9] * 1e-6
+    target[10, 3, :4], valid[10, 3, :4] = torch.tensor([torch.inf, torch.nan, 0.3, -torch.inf]), True
+    # One pixel in each quarter of the range: only the whole has enough.
+    valid[11] = False
+    valid[11, 5, 2:6], target[11, 5, 2:6] = True, torch.tensor([0.0, 0.3, 0.6, 1.0])
+    valid[11, 6, 2], target[11, 6, 2] = True, 0.31
+    pred[~valid] = torch.nan
+    return pred, target, valid
+
+
+def check_hybrid_in_several_blocks() -> None:
+    agree(*example(1, 20, 25), None, (1, 2, 4))
+
+
+def check_edge_cases() -> None:
+    pred, target, valid = edge_cases()
+    agree(pred, target, valid, None, (1, 2))
+
+
+def check_options() -> None:
+    pred, target, valid = example(2)
+    weight = torch.rand_like(pred)
+    weight[1, :6] = 0.0
+    agree(pred, target, valid, weight, (2,), trim_top=0.1)
+    agree(pred, target, valid, weight, (1, 2), label_only=True)
+    agree(pred, target, valid, None, (1,), trim_top=0.25, label_only=True)
+    agree(pred, target, valid, torch.zeros_like(weight), (1,))
+
+
+def check_statistics() -> None:
+    """All of them exactly: medians to the bit, whatever the digits; deviations to rounding."""
+    pred, target, valid = edge_cases()
+    keep = [5, 6, 7, 9]
+    pred, target, valid = (x[keep].flatten(1).contiguous() for x in (pred, target, valid))
+    pred[0] = torch.where(valid[0], 10.0 ** (60 * torch.rand_like(pred[0]) - 30) * pred[0].sub(0.5).sign(), pred[0])
+    rows = select.find(target, pred, valid.view(torch.uint8), select.Cut((1,))).statistics[:, :, 0]
+    for b, row in enumerate(rows):
+        for first, values in ((select.LABEL_MEDIAN, target[b][valid[b]]), (select.MEDIAN, pred[b][valid[b]])):
+            median = values.median()
+            assert row[first] == median
+            torch.testing.assert_close(row[first + 1], (values - median).abs().mean(), rtol=2e-6, atol=0)
+        above, below = (values > median).sum(), (values < median).sum()
+        assert row[select.COUNT] == len(values) and row[select.BALANCE] == above - below
+
+
+def check_gradient_loss() -> None:
+    pred, target, valid = edge_cases()
+    keep = [0, 2, 5, 7, 10]
+    pred, target, valid = pred[keep], target[keep], valid[keep]
+    upstream = torch.linspace(-1.0, 2.0, len(pred))
+    for normalize in (True, False):
+        slopes = []
+        for way in (fused._gradient, _gradient_loss):
+            x = pred.clone().requires_grad_()
+            losses = way(x, target, valid, 4, normalize, *(None,) * (way is fused._gradient))
+            slopes.append((losses.detach(), torch.autograd.grad((losses * upstream).sum(), x)[0]))
+        torch.testing.assert_close(slopes[0][0], slopes[1][0])
+        # Of several pixels that are the median one has its gradient, in torch's nanmedian all of them have a share.
+        tied = keep.index(7) if normalize else None
+        for b, (mine, theirs) in enumerate(zip(slopes[0][1], slopes[1][1], strict=True)):
+            if b == tied:
+                mine, theirs = mine[theirs == 0], theirs[theirs == 0]
+            torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
+
+
+def check_statistics_of_the_log() -> None:
+    pred, _, valid = example(3, 20, 24)
+    valid[1] = False
+    pred[2] = (pred[2] * 3).floor() - 1.0
+    thin, counted = pred[:, ::3, ::2], valid[:, ::3, ::2]
+    expected = _median_and_mean_abs_dev(thin, counted)
+    for largest in (small.LARGEST, 0):
+        small.LARGEST = largest
+        torch.testing.assert_close(fused._deviation(thin, counted), expected)
+    x, y = pred.clone().requires_grad_(), pred.double().requires_grad_()
+    spreads = [fused._deviation(x, valid)[1].sum(), _median_and_mean_abs_dev(y, valid)[1].sum()]
+    ours, theirs = (torch.autograd.grad(s, z)[0] for s, z in zip(spreads, (x, y), strict=True))
+    torch.testing.assert_close(ours[:2], theirs[:2].float())
+
+
+def check_the_losses_take_them() -> None:
+    """By their public names, half precision and shared statistics included; a bad prediction is heard of."""
+    pred, target, valid = example(2)
+    expected = compare(pred, target, valid, "global"), gradient_loss(pred, target, valid)
+    fused.wanted, fused.loud = lambda values: values.dtype == torch.float32, True
+    seen = compare(pred, target, valid, "global")
+    assert seen.whole is not None and expected[0].whole is None
+    torch.testing.assert_close(seen[:3], expected[0][:3])
+    torch.testing.assert_close(gradient_loss(pred, target, valid, whole=seen.whole), expected[1])
+    assert ("contexts", (1,), 0.0, False, True) in {name for name, _ in fused._tried}
+    assert compare(pred.double(), target, valid, "global").whole is None
+    pred[0, valid[0]] = torch.nan
+    broken = compare(pred, target, valid, "global")
+    assert broken.loss.isnan().tolist() == [True, False]
+    assert gradient_loss(pred, target, valid).isnan().tolist() == [True, False]
+
+
+def mend_the_interpreter() -> None:
+    """It replaces Triton's functions anew at every call of a device function, where once is enough; and that of Triton
+    3.6 wants a number of an array of one, which numpy 2.4 no longer gives.
+    """
+    replaced, patch = set(), interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor, scope):
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    def call(self, *args, **kwargs):
+        names = self.fn.__globals__
+        if "core" in names and id(names) not in replaced:
+            replaced.add(id(names))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    interpreter._patch_lang_tensor = patch_tensor
+
+
+def main() -> None:
+    mend_the_interpreter()
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers that the kernels mask away
+    for module in (select, contexts, gradient):
+        module.BLOCK = 256
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check()
+            print(name.removeprefix("check_"), flush=True)  # noqa: T201  what the test reads
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The Triton kernels: on a CPU by Triton's interpreter, on a card against the CPU's numbers, and who does the work."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from distill.core.plugins import find
+from distill.losses import fused
+from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
+from tests.losses.test_losses import LEVELS, example
+
+
+def test_the_interpreted_kernels_give_the_numbers_of_the_torch_code():
+    pytest.importorskip("triton")
+    here = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.losses.interpreted_kernels"]
+    done = subprocess.run(command, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert len(done.stdout.split()) == 7
+
+
+def test_where_the_kernels_cannot_run_torch_does_their_work_after_one_warning(monkeypatch):
+    """Here they cannot: there is no card, or no Triton."""
+    pred, target, valid = example(1, dtype=torch.float32)
+    expected = compare(pred, target, valid, "hybrid"), gradient_loss(pred, target, valid)
+    statistics = median_and_mean_abs_dev(pred, valid)
+    monkeypatch.setattr(fused, "wanted", lambda values: values.device.type == "cpu")
+    monkeypatch.setattr(fused, "_tried", {})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            ours = compare(pred, target, valid, "hybrid"), gradient_loss(pred, target, valid)
+            assert all(torch.equal(a, b) for a, b in zip(median_and_mean_abs_dev(pred, valid), statistics, strict=True))
+    assert torch.equal(ours[0].loss, expected[0].loss) and torch.equal(ours[1], expected[1])
+    told = [str(w.message) for w in said if "fused loss kernels" in str(w.message)]
+    assert len(told) == 1 and "torch does their work" in told[0] and "\n" not in told[0]
+    monkeypatch.setattr(fused, "loud", True)
+    monkeypatch.setattr(fused, "_tried", {})
+    with pytest.raises((ImportError, RuntimeError, ValueError)):
+        compare(pred, target, valid, "hybrid")
+
+
+def test_kernels_with_other_numbers_are_not_trusted(monkeypatch):
+    monkeypatch.setattr(fused, "_tried", {})
+    here = torch.device("cpu")
+    right = torch.tensor([1.0, 2.0])
+    assert fused._trusted("right", here, lambda _: iter([(right * (1 + 1e-6), right)]))
+    with pytest.warns(UserWarning, match="off by"):
+        assert not fused._trusted("wrong", here, lambda _: iter([(right * 1.01, right)]))
+    assert not fused._trusted("none", here, lambda _: iter([(right * torch.nan, right)]))
+
+
+def maps(seed):
+    """Two smooth labels with edges and sky, and predictions without ties: which of several medians is meant is free."""
+    draw = torch.Generator().manual_seed(seed)
+    target = torch.nn.functional.interpolate(torch.rand(2, 1, 9, 9, generator=draw), size=(192, 200), mode="bicubic")
+    target = target[:, 0].clamp(min=0.1)
+    target[0, :60], target[1, :, 150:] = 0.0, target[1, :, 150:] + 1.0
+    pred = target + 0.2 * torch.rand(target.shape, generator=draw)
+    return pred, target, torch.rand(target.shape, generator=draw) > 0.1
+
+
+def differentiated(call, pred):
+    x = pred.clone().requires_grad_()
+    losses = call(x)
+    return losses.detach().cpu(), torch.autograd.grad(losses.sum(), x)[0].cpu()
+
+
+@pytest.fixture
+def loud(monkeypatch):
+    monkeypatch.setattr(fused, "loud", True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("options", [{}, {"trim_top": 0.1}, {"label_only": True}, {"weight": True}], ids=str)
+@pytest.mark.parametrize("name", list(LEVELS))
+def test_the_card_gives_the_numbers_of_the_cpu_twice_the_same(name, options, loud):
+    here = maps(3)
+    options = dict(options)
+    if options.pop("weight", False):
+        options["weight"] = torch.rand(here[0].shape, generator=torch.Generator().manual_seed(0))
+    plugin = find("distill.losses.normalize", name)
+    on_cpu = differentiated(lambda x: plugin.compare(x, *here[1:], **options).loss, here[0])
+    there = [x.cuda() for x in here]
+    options = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    runs = [differentiated(lambda x: plugin.compare(x, *there[1:], **options).loss, there[0]) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    for mine, theirs in zip(runs[0], on_cpu, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+    assert fused._tried and all(fused._tried.values())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_gradient_loss_on_the_card(normalize, loud):
+    here = maps(4)
+    on_cpu = differentiated(lambda x: gradient_loss(x, *here[1:], normalize=normalize), here[0])
+    there = [x.cuda() for x in here]
+    whole = compare(*there, "hybrid").whole
+    for given in (None, whole):
+        ways = [
+            differentiated(lambda x: gradient_loss(x, *there[1:], normalize=normalize, whole=given), there[0])  # noqa: B023
+            for _ in range(2)
+        ]
+        assert all(torch.equal(a, b) for a, b in zip(*ways, strict=True))
+        for mine, theirs in zip(ways[0], on_cpu, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.cuda
+def test_statistics_on_the_card_and_both_losses_in_a_graph(loud):
+    pred, target, valid = (x.cuda() for x in maps(5))
+    for step in (1, 4):
+        thin, counted = pred[:, ::step, ::step], valid[:, ::step, ::step]
+        on_cpu = median_and_mean_abs_dev(thin.cpu(), counted.cpu())
+        torch.testing.assert_close([x.cpu() for x in median_and_mean_abs_dev(thin, counted)], list(on_cpu))
+
+    def both():
+        seen = compare(pred, target, valid, "hybrid")
+        loss = seen.loss + gradient_loss(pred, target, valid, whole=seen.whole)
+        return loss, torch.autograd.grad(loss.sum(), pred)[0]
+
+    pred.requires_grad_()
+    expected = both()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        both()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
