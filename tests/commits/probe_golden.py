@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from probe_inputs import weights_of
 from probe_maths import with_gradient
-from probe_names import part
+from probe_names import one, part
 from probe_record import Record
 from torch import Tensor
-
-from distill import losses
 
 
 def golden(record: Record, folder: Path) -> None:
@@ -33,7 +31,7 @@ def _case(golden: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _hdn(record: Record, golden: Path) -> None:
-    found: dict[str, Tensor] = {}
+    hdn_loss, found = one("losses", "hdn_loss"), {}
     facts, data = _case(golden, "hdn_losses_small")
     for run in facts["runs"]:
         i = run["index"]
@@ -44,7 +42,7 @@ def _hdn(record: Record, golden: Path) -> None:
             else:
                 contexts, level, finest = re.fullmatch(r"(d[rps])(\d)(_finest)?", name).groups()  # type: ignore[union-attr]
                 more = {"contexts": contexts, "level": int(level), "finest_only": bool(finest)}
-            value, gradient = with_gradient(pred, lambda x, t=target, v=valid, m=more: losses.hdn_loss(x, t, v, **m))
+            value, gradient = with_gradient(pred, lambda x, t=target, v=valid, m=more: hdn_loss(x, t, v, **m))
             found |= {f"{i} {name}.loss": value, f"{i} {name}.gradient": gradient}
     record.arrays("golden/hdn", found)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,8 +14,6 @@ import torch
 from probe_names import call, one, part
 from probe_record import Record
 from torch import Tensor
-
-from distill import losses
 
 NORMALIZATIONS = ("global", "hybrid", "local", "none")
 # Options of L_Dis, and the normalizations that take them (all but "none" where not said).
@@ -33,6 +32,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def maths(record: Record) -> None:
     """Everything that needs no file."""
     sections: dict[str, Callable[..., None]] = {
+        "names": _names,
         "losses": _losses,
         "batched losses": _batched,
         "other losses": _other_losses,
@@ -62,7 +62,7 @@ def _maps(height: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[
     pred[3], target[3] = (pred[3] * 8).round() / 8, (target[3] * 4).round() / 4
     valid[4] = False
     valid[5] = False
-    valid[5, 3:5, :3] = True
+    valid[5, 3, :5] = True  # as few as a context may have
     return pred.to(dtype), target.to(dtype), valid, weight.to(dtype)
 
 
@@ -74,8 +74,15 @@ def with_gradient(pred: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tenso
     return value, torch.zeros_like(x) if gradient is None else gradient
 
 
+def _names(record: Record) -> None:
+    """The names that others rely on, whatever the layout."""
+    losses = importlib.import_module("distill.losses")
+    record.json("names", [callable(getattr(losses, n)) for n in ("distillation_loss", "gradient_loss", "hdn_loss")])
+
+
 def _losses(record: Record) -> None:
 
+    loss = one("losses", "distillation_loss")
     plain = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
     for size in ((37, 53), (96, 96), (120, 100)):
         for option, (given, normalizations) in OPTIONS.items():
@@ -88,7 +95,7 @@ def _losses(record: Record) -> None:
                 for name in normalizations:
                     value, gradient = with_gradient(
                         pred,
-                        lambda x, t=target, v=valid, n=name, m=more: call(losses.distillation_loss, x, t, v, n, **m),
+                        lambda x, t=target, v=valid, n=name, m=more: call(loss, x, t, v, n, **m),
                     )
                     found |= {f"{name}.{word}.loss": value, f"{name}.{word}.gradient": gradient}
             record.arrays(f"losses/{option} {size[0]}x{size[1]}", found)
@@ -112,7 +119,8 @@ def _batched(record: Record) -> None:
 
 
 def _other_losses(record: Record) -> None:
-    anchor_loss, feature_loss = one("losses", "anchor_loss"), one("losses", "feature_loss")
+    names = ("gradient_loss", "anchor_loss", "hdn_loss", "feature_loss")
+    gradient_loss, anchor_loss, hdn_loss, feature_loss = (one("losses", name) for name in names)
     found: dict[str, Tensor] = {}
     for size in ((37, 53), (96, 96)):
         pred, target, valid, _ = _maps(*size)
@@ -125,14 +133,14 @@ def _other_losses(record: Record) -> None:
                 more = {"scales": scales, "normalize": normalize}
                 take(
                     f"gradient {size} {more}",
-                    lambda x, t=target, v=valid, m=more: losses.gradient_loss(x, t, v, **m),
+                    lambda x, t=target, v=valid, m=more: gradient_loss(x, t, v, **m),
                 )
         take(f"anchor {size}", lambda x, t=target, v=valid: anchor_loss(x, t, v))
         for contexts in ("dr", "dp", "ds") if size[0] == size[1] else ("dr", "dp"):
             for level in (0, 1, 2, 3, 4):
                 for finest in (False, True) if level else (False,):
                     more = {"contexts": contexts, "level": level, "finest_only": finest}
-                    take(f"hdn {size} {more}", lambda x, t=target, v=valid, m=more: losses.hdn_loss(x, t, v, **m))
+                    take(f"hdn {size} {more}", lambda x, t=target, v=valid, m=more: hdn_loss(x, t, v, **m))
     draw = torch.Generator().manual_seed(1)
     features, reference = torch.randn(2, 3, 16, 5, 7, generator=draw)
     reference = features + 0.5 * reference

@@ -25,7 +25,7 @@ def _labels(images: list[dict[str, Any]], teachers: list[dict[str, Any]], **tabl
 
 LABELS: dict[str, Recipe] = {
     "pocket jls": _labels(
-        [{"wheels": True, "limit": 5}, {"scenes": 5, "size": 72}],
+        [{"wheels": True, "limit": 3}, {"tars": "inputs/tars/sa_000000.tar", "limit": 3}, {"scenes": 5, "size": 72}],
         [SMALL_POCKET, ANALYTIC],
         crops={"num_patches": 1},
         labels={"codec": "jls", "samples_per_part": 10, "threads": 2, "licence": "CC0"},
@@ -47,8 +47,10 @@ LABELS: dict[str, Recipe] = {
     "truth of every kind": _labels(
         [{"pairs": "inputs/pairs"}], [{"name": "truth"}], labels={"codec": "png16", "store": "own"}
     ),
+    # Nothing is trained on these: how a photo is decoded is seen here alone.
+    "bundled photos": _labels([{"wheels": True}], [ANALYTIC], crops={"patches": "none", "size": 112, "draws": 1}),
     "bridge": _labels(
-        [{"wheels": True, "limit": 4}, {"tars": "inputs/tars/sa_000000.tar", "limit": 5}],
+        [{"wheels": True, "limit": 3}, {"tars": "inputs/tars/sa_000000.tar", "limit": 5}],
         [ANALYTIC, _depth("affine_depth", "painted")],
         labels={"codec": "png16", "bridge": "primary", "bridge_residual": 0.9},
     ),
