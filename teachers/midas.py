@@ -92,9 +92,10 @@ class Teacher:
         check_resize(resize, native_size)
         path = resolve(weights, files=("config.json", "model*.safetensors", "*.index.json"))
         if path.is_file() and path.suffix in (".pt", ".pth"):
+            same = CARDS[2 if "base" in path.name else 1 if "384" in path.name else 0].weights
             raise WeightsMismatchError(
                 f"{path} is in the authors' own format, which is not read: take the same weights as a transformers "
-                f"folder, {CARDS[2 if 'base' in path.name else 1 if '384' in path.name else 0].weights} on the Hugging Face hub"
+                f"folder, {same} on the Hugging Face hub"
             )
         if not (path / "config.json").is_file():
             raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")

@@ -103,9 +103,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         path = find_map(folder, [_inside(key)])
         if path is None:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
-            raise MissingMapError(
-                f"no stored map for {key} in {folder}: looked for {names} (and .npz, .png, .tif, ...)"
-            )
+            raise MissingMapError(f"no stored map for {key}: looked for {names} (or .npz, .png, ...) in {folder}")
         try:
             array = read_map(path)
         except OSError as error:
