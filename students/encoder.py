@@ -301,6 +301,9 @@ def _download(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+# What lies beside the encoder in a whole depth model, and is not ours to claim.
+_WHOLE_MODELS = ("depth_head.", "head.", "neck.", "decoder.", "0.decoder.", "model.head.", "model.cam_", "cam_", "gs_")
+
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
 # zero by construction), the 7B model's norm for local crops, classifiers.
 _UNUSED = re.compile(
@@ -310,7 +313,8 @@ _UNUSED = re.compile(
 
 def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
-    state = below_prefix(state, ("embeddings.cls_token", "patch_embed.proj.weight"), source)
+    anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
+    state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS)
     state = {key: value for key, value in _facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     wanted = backbone.state_dict()
     state = _timm_keys(state, wanted, source)

@@ -96,7 +96,7 @@ def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
         entries = scan.entries[:left]
         left -= len(entries)
         if entries:
-            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
+            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
     return kept or shards  # with no image at all, what was turned away says why
 
 

@@ -283,14 +283,21 @@ def unchunked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+# Parts of trainers that are no part of the network: heads of self-supervision, losses, copies.
+_BESIDE = re.compile(
+    r"(\w+\.)*(dino_head|ibot_head|koleo\w*|\w*loss\w*|\w*criterion\w*|\w*metrics?|lpips|discriminator|queue\w*)\."
+    r"|(student|teacher|gram_teacher|model|ema\w*|\w*_ema|swa\w*|averaged?\w*)\."
+)
+
+
 def below_prefix(
-    state: Mapping[str, Tensor], anchors: Sequence[str], where: str | Path = "weights"
+    state: Mapping[str, Tensor], anchors: Sequence[str], where: str | Path = "weights", *, beside: Sequence[str] = ()
 ) -> dict[str, Tensor]:
     """The tensors behind the prefix that stands before an anchor, without it; `state` as it is where none is found.
 
-    anchors: names that the network must have; the first that is found decides. What lies beside the prefix belongs to
-    other parts of a trainer (heads, losses, a copy that is averaged). Of several prefixes one is taken as `read_state`
-    takes tables.
+    anchors: names that the network must have; the first that is found decides. Of several prefixes one is taken as
+    `read_state` takes tables. What lies beside it stays, for the caller to refuse, unless it is known for another part
+    of a trainer or begins with one of `beside`.
     """
     for anchor in anchors:
         prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
@@ -301,5 +308,10 @@ def below_prefix(
             raise WeightsMismatchError(f"{where} holds {', '.join(prefixes)}: give one as weights_key")
         if others:
             _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
-        return {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
+        left = tuple(beside) + tuple(others)
+        return {
+            key[len(first) :] if key.startswith(first) else key: tensor
+            for key, tensor in state.items()
+            if key.startswith(first) or not (_BESIDE.match(key) or key.startswith(left))
+        }
     return dict(state)

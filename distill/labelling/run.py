@@ -86,6 +86,7 @@ class Part:
     of: int
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...]
+    passed: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -112,7 +113,8 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
     """The parts of a shard: at least one, which then writes no tar but says why."""
     scan = shard.scan()
     runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
-    return [Part(shard, i, len(runs), run, scan.rejected if i == 0 else ()) for i, run in enumerate(runs)]
+    first = (scan.rejected, scan.passed)
+    return [Part(shard, i, len(runs), run, *(first if i == 0 else ((), ()))) for i, run in enumerate(runs)]
 
 
 def label(
@@ -310,6 +312,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally) -> None:
             "quarantine": [_line(one) for one in quarantine],
             "kinds": {name: sorted(values) for name, values in kinds.items()},
             **({"bridge_dropped": dropped} if dropped else {}),
+            **({"passed": dict(part.passed)} if part.passed else {}),
         }
         files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sidecar))
         if writer.index:
