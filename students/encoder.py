@@ -12,8 +12,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import json
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,14 +21,13 @@ from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models import is_model_in_modules
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.files import file_sha256
+from distill.core.weights import below_prefix, read_state
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -66,6 +65,8 @@ class Encoder(nn.Module):
     final_norm: apply the ViT's last norm to all four (DINOv3's own hub heads do; AnyDepth's default does not).
     pos_grid: side, or (rows, columns), of the learned position table; a smaller one saves megabytes.
     frozen: no gradients, evaluation mode whatever `train()` says, forward under no_grad.
+    mean, std: of the images that the weights were trained on; None takes those of the weights (`statistics`).
+    weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
     timm_options: further arguments of the timm model, e.g. {"depth": 3, "embed_dim": 96}.
 
     Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a missing
@@ -85,9 +86,10 @@ class Encoder(nn.Module):
         final_norm: bool = False,
         pos_grid: int | Sequence[int] | None = None,
         frozen: bool = False,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         timm_options: Mapping[str, Any] | None = None,
+        weights_key: str | None = None,
     ) -> None:
         super().__init__()
         grid = (pos_grid, pos_grid) if isinstance(pos_grid, int) else tuple(pos_grid or ()) or None
@@ -97,7 +99,7 @@ class Encoder(nn.Module):
         if weights == "pretrained":
             _load(backbone, _download(_timm_name(name)), f"timm's {_timm_name(name)}")
         elif weights is not None:
-            _load(backbone, read_state(Path(weights)), str(weights))
+            _load(backbone, read_state(Path(weights), weights_key=weights_key), str(weights))
             self.weights_sha256 = file_sha256(Path(weights))
             self.weights_name = Path(weights).name
 
@@ -110,6 +112,8 @@ class Encoder(nn.Module):
         self.indices, self.final_norm = read, final_norm
         self.channels: int = backbone.embed_dim
         self.patch_size: int = backbone.patch_embed.patch_size[0]
+        own = statistics(name, None if weights in (None, "pretrained") else Path(weights))
+        mean, std = mean if mean is not None else own[0], std if std is not None else own[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.name = name
@@ -203,6 +207,36 @@ def default_indices(depth: int) -> list[int]:
     return [4, 11, 17, 23] if depth == 24 else [math.ceil((k + 1) * depth / 4) - 1 for k in range(4)]
 
 
+def statistics(name: str, weights: Path | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the images that a ViT's weights were trained on.
+
+    From preprocessor_config.json beside a weights file, from the file's name where that says SAT-493M, or from timm's
+    configuration of this name or alias; ImageNet's where nobody says.
+    """
+    config = {} if weights is None else _preprocessor(weights)
+    if config:
+        return tuple(config["image_mean"]), tuple(config["image_std"])
+    stated = timm.get_pretrained_cfg(_timm_name(name), allow_unregistered=True)
+    if weights is not None and "sat493m" in str(weights).lower().replace("-", "").replace("_", ""):
+        stated = timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m", allow_unregistered=True) or stated
+    if stated is None or not stated.mean or not stated.std:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return tuple(stated.mean), tuple(stated.std)
+
+
+def _preprocessor(weights: Path) -> dict[str, Any]:
+    """What transformers says about the images of the weights in a folder, where it says both."""
+    path = weights.parent / "preprocessor_config.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not readable JSON ({error}): download it again") from error
+    both = isinstance(table, dict) and all(
+        isinstance(table.get(key), list) and len(table[key]) == 3 for key in ("image_mean", "image_std")
+    )
+    return table if both else {}
+
+
 def licence_of(name: str) -> str:
     """The licence that timm states for its pretrained weights of this name or alias, in lower case, or "unknown"."""
     result = timm.get_pretrained_cfg(ALIASES.get(name, name), allow_unregistered=True)
@@ -267,27 +301,8 @@ def _download(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or .pth file by name; ValueError naming the file where it is neither."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such weights file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: not a readable .safetensors or .pth of plain tensors: {reason}") from error
-    for wrapper in ("model", "state_dict", "teacher"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: does not hold named tensors")
-    return state
-
-
-# Whole depth models whose encoder may be taken: where it lies in them, and what beside it is not ours to claim.
-_WHOLE_MODELS = {"pretrained.": "depth_head.", "0.encoder.backbone.": "0.decoder.", "encoder.backbone.": "decoder."}
+# What lies beside the encoder in a whole depth model, and is not ours to claim.
+_WHOLE_MODELS = ("depth_head.", "head.", "neck.", "decoder.", "0.decoder.", "model.head.", "model.cam_", "cam_", "gs_")
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
 # zero by construction), the 7B model's norm for local crops, classifiers.
@@ -298,10 +313,8 @@ _UNUSED = re.compile(
 
 def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    for inside, beside in _WHOLE_MODELS.items():
-        if any(key.startswith(inside) for key in state):
-            state = {key.removeprefix(inside): value for key, value in state.items() if not key.startswith(beside)}
+    anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
+    state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS)
     state = {key: value for key, value in _facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     wanted = backbone.state_dict()
     state = _timm_keys(state, wanted, source)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +25,14 @@ import safetensors
 
 from distill.core import hub
 from distill.core.files import file_sha256
+from distill.core.weights import (
+    INDEX,
+    WeightsMismatchError,
+    WeightsMissingError,
+    below_prefix,
+    find_weights,
+    read_state,
+)
 
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -33,15 +40,29 @@ if TYPE_CHECKING:
 
     from distill.core.depth import DepthMap, Kind
 
+__all__ = [
+    "Card",
+    "Teacher",
+    "WeightsMismatchError",
+    "WeightsMissingError",
+    "below_prefix",
+    "card_for",
+    "check_claimed",
+    "check_images",
+    "check_resize",
+    "find_weights",
+    "finite",
+    "load_checked",
+    "load_strictly",
+    "pad_to_multiple",
+    "read_config",
+    "read_state",
+    "resolve",
+    "revision_here",
+    "revision_of",
+]
+
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-
-
-class WeightsMissingError(FileNotFoundError):
-    """The weights are not here; the message says which and how to get them."""
-
-
-class WeightsMismatchError(ValueError):
-    """The weights are not this network's, or not readable; the message names the file and the first keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,40 +183,12 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     return folder / inside
 
 
-def find_weights(path: Path, names: Iterable[str]) -> Path:
-    """`path` itself if it is a file, else what the first of `names` (patterns) that matches finds in that folder.
-
-    Raises WeightsMissingError if none does, WeightsMismatchError where one finds several files or something that only
-    stands where weights should: a git-lfs pointer, a web page.
-    """
-    names = list(names)
-    found = [path] if path.is_file() else next(filter(None, (sorted(path.glob(name)) for name in names)), [])
-    if not found:
-        raise WeightsMissingError(
-            f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
-        )
-    if len(found) > 1:
-        raise WeightsMismatchError(
-            f"{path} holds {', '.join(file.name for file in found[:4])}: give the path of one of them"
-        )
-    with found[0].open("rb") as stream:
-        start = stream.read(64).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsMismatchError(
-            f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
-        )
-    if start.startswith(b"<"):
-        raise WeightsMismatchError(
-            f"{found[0]} is a web page, not weights: download it again, logged in where it is gated"
-        )
-    return found[0]
-
-
 def revision_of(path: Path) -> str:
     """The hub's commit where `path` is a snapshot of it, else "sha256:" and the start of the weights' digest."""
     parts = path.absolute().parts
     if "snapshots" in parts[:-1] and re.fullmatch("[0-9a-f]{40}", commit := parts[parts.index("snapshots") + 1]):
         return commit
+    path = path.parent if path.name.endswith(INDEX) else path
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
     digest = hashlib.sha256()
     for file in files:
@@ -222,32 +215,6 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise WeightsMismatchError(f"{path} holds no JSON table: download it again")
     return table
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU; unwraps {"model": ...} and {"state_dict": ...}.
-
-    Torch files are read with weights_only=True: a file that needs more than tensors is refused. Raises
-    WeightsMismatchError for what cannot be read.
-    """
-    import safetensors.torch
-    import torch
-
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
-            reason = "more than tensors in it, or not a torch file"
-        raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
-    for wrapper in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise WeightsMismatchError(f"{path} holds no table of named tensors")
-    return state
 
 
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:

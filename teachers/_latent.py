@@ -49,6 +49,8 @@ FILES = (
     "tokenizer/*",
     "text_encoder/config.json",
     "text_encoder/model.safetensors",
+    "*/*.safetensors.index.json",
+    "*/*-of-*.safetensors",
     "unet/config.json",
     f"unet/{_UNET}.safetensors",
     "vae/config.json",
@@ -129,12 +131,12 @@ def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional:
     if not (folder / "config.json").is_file():
         raise WeightsMissingError(f"{folder} has no config.json: complete the folder")
     file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.fp16.safetensors", f"{_UNET}.bin"))
-    variant = "fp16" if file.name.endswith(".fp16.safetensors") else None
+    variant = "fp16" if ".fp16." in file.name else None
     return load_checked(
         lambda: part.from_pretrained(
             folder,
             variant=variant,
-            use_safetensors=file.suffix == ".safetensors",
+            use_safetensors=".safetensors" in file.name,
             output_loading_info=True,
             torch_dtype=dtype,
             low_cpu_mem_usage=not optional,  # what may be missing must then exist all the same

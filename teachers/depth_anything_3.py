@@ -27,6 +27,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
     Card,
     WeightsMismatchError,
+    below_prefix,
     card_for,
     check_claimed,
     check_images,
@@ -171,17 +172,22 @@ class Teacher:
         native_size: int | None = None,
         sky: str = "far",
         focal: float | None = None,
+        weights_key: str | None = None,
     ) -> Teacher:
         """A teacher from the authors' folder (model.safetensors, config.json), a bare weights file, or a hub id.
 
         dtype: the backbone's; the head is float32, as theirs. sky: "far" is the authors' (99 % quantile of the rest),
         "keep" leaves what the network says, "invalid" marks it; checkpoints without a sky head ignore it. focal: of
         the metric checkpoint's images, in pixels at their own size; without it metres hold for 300 px at the network's.
+        weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
         """
-        path = resolve(weights, files=("config.json", "model.safetensors"))
-        file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth"))
+        path = resolve(weights, files=("config.json", "model*.safetensors", "*.index.json"))
+        file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
         config = read_config(file.parent / "config.json")
-        state = {key.removeprefix("model."): tensor for key, tensor in read_state(file).items()}
+        state = read_state(file, weights_key=weights_key)
+        if not any("da3_metric." in key for key in state):  # two networks in one, which _layout refuses
+            state = below_prefix(state, ("backbone.pretrained.pos_embed",), file)
+        state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
         state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
         network = Network(_layout(state, config, file))
         load_strictly(network, state, file, what="Depth Anything 3")

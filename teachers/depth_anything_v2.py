@@ -28,6 +28,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
     Card,
     WeightsMismatchError,
+    below_prefix,
     card_for,
     check_claimed,
     check_images,
@@ -223,26 +224,28 @@ class Teacher:
         native_size: int | None = None,
         max_depth: float | None = None,
         position_rule: str = "official",
+        weights_key: str | None = None,
     ) -> Teacher:
         """A teacher from the authors' file, a folder that holds it, an `-hf` folder, or a hub id of any of them.
 
         The size (S, B, L) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
         outdoor). A file of Distill-Any-Depth, known by its path or its tensors' names, is used under that code's
         resizing rule, a square of 700. position_rule: "official", or "transformers" for the map that transformers'
-        own pipeline gives.
+        own pipeline gives. weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
         """
         check_resize(resize, native_size)
         if position_rule not in ("official", "transformers"):
             raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
-        path = resolve(weights, files=("*.pth", "*.safetensors", "config.json"))
+        path = resolve(weights, files=("*.pth", "*.safetensors", "config.json", "*.index.json"))
         if path.is_dir() and (path / "config.json").exists():
             find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
             model = _from_folder(path, max_depth)
             file, square = path, False
         else:
-            file = find_weights(path, ("*.safetensors", "*.pth"))
+            file = find_weights(path, ("*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
             _check_name(file, max_depth)
-            state = read_state(file)
+            state = read_state(file, weights_key=weights_key)
+            state = below_prefix(state, ("pretrained.cls_token", "backbone.cls_token"), file)
             square = _is_distilled(str(weights), state)
             model = _from_state(rename(state, file), file, max_depth)
         if max_depth is not None:

@@ -90,7 +90,13 @@ class Teacher:
         native_size: overrides the size that the backbone was trained at.
         """
         check_resize(resize, native_size)
-        path = resolve(weights, files=("config.json", "model.safetensors"))
+        path = resolve(weights, files=("config.json", "model*.safetensors", "*.index.json"))
+        if path.is_file() and path.suffix in (".pt", ".pth"):
+            same = CARDS[2 if "base" in path.name else 1 if "384" in path.name else 0].weights
+            raise WeightsMismatchError(
+                f"{path} is in the authors' own format, which is not read: take the same weights as a transformers "
+                f"folder, {same} on the Hugging Face hub"
+            )
         if not (path / "config.json").is_file():
             raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")
         find_weights(path, ("*.safetensors", "*.bin"))

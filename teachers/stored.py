@@ -3,9 +3,9 @@
 It looks maps up by key and computes nothing, so that whatever scores, compares or learns from a teacher does the same
 with what somebody predicted before, with any model.
 
-Keys: for maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as
-Marigold's evaluation names it; distill.data.maps has the rule and the formats); for shards the sample's key, with
-".shared" or ".local<i>" for one of its maps.
+Keys: for maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as Marigold's
+evaluation names it; distill.data.maps has the rule and the formats); for shards the sample's key, with ".shared" or
+".local<i>" for one of its maps.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         path = find_map(folder, [_inside(key)])
         if path is None:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
-            raise MissingMapError(
-                f"no stored map for {key} in {folder}: looked for {names} (and .npz, .png, .tif, ...)"
-            )
+            raise MissingMapError(f"no stored map for {key}: looked for {names} (or .npz, .png, ...) in {folder}")
         try:
             array = read_map(path)
         except OSError as error:

@@ -25,6 +25,7 @@ from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
 from distill.core.plugins import file_hashes, find, option_faults, short_name
+from distill.core.weights import read_state
 from distill.data import sources
 from distill.data.corruptions import Corruptions
 from distill.data.pairs import read_names
@@ -41,7 +42,6 @@ from distill.losses.objective import Objective
 from distill.shards import mirror
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.students import Student, checkpoint
-from distill.students.encoder import read_state
 from distill.students.settings import StudentSettings
 from distill.teachers import Card
 from distill.teachers._compile import compile_networks
@@ -96,7 +96,7 @@ def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
         entries = scan.entries[:left]
         left -= len(entries)
         if entries:
-            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
+            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
     return kept or shards  # with no image at all, what was turned away says why
 
 

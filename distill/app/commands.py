@@ -21,6 +21,7 @@ from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.strict import RecipeError
 from distill.core import files
+from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
@@ -81,6 +82,8 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
         say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
+        if manifest.get("passed"):
+            note(f"  not ours: {counted(manifest['passed'])}")
         if not count:
             raise ValueError(f"{folder}: nothing was labelled, for no image was usable; mend what is quarantined above")
         if recipe.labels.mirror:

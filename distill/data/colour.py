@@ -132,9 +132,7 @@ SAME = ImageCms.ImageCmsTransform.__new__(ImageCms.ImageCmsTransform)
 
 @lru_cache(maxsize=32)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile to sRGB; SAME where it is sRGB's own, None where the profile is broken or of another
-    mode.
-    """
+    """The way from a profile to sRGB; SAME where it is sRGB's own, None for a broken one or another mode."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()

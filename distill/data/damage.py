@@ -1,7 +1,6 @@
 """What the bytes of a photo give away that its decoder does not: unfinished downloads, thumbnails, oversized text.
 
-Decoders take zeros for flat blocks or black rows, so a file whose second half never arrived is a good photo with a
-black
+Decoders take zeros for flat blocks or black rows: a file whose second half never arrived is a good photo with a black
 foot. Compressed pictures do not end in zeros; in uncompressed ones a black foot must begin with a row, as a letterbox
 does. The rest of a damaged file's faults the decoders find themselves.
 """

@@ -41,9 +41,7 @@ RAW = "a camera raw: develop it and save it as JPEG, PNG or TIFF; its TIFF readi
 
 
 def refusal(name: str) -> str:
-    """Why a picture is not read that its suffix says is one of a kind that nothing here reads; "" for any other
-    name.
-    """
+    """Why a picture is not read whose suffix is of a kind that nothing here reads; "" for any other name."""
     suffix = PurePosixPath(name).suffix.lower()
     if suffix in RAWS:
         return RAW
@@ -84,9 +82,7 @@ def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
 
 
 def sniff(data: bytes) -> str:
-    """What the first bytes say: "JPEG", "PNG", "HEIC", "AVIF", "camera raw", "a film", ..., "" where they say
-    nothing.
-    """
+    """What the first bytes say: "JPEG", "HEIC", "camera raw", "a film (MP4)", ..., "" where they say nothing."""
     head = bytes(data[:64])
     if head[4:8] == b"ftyp":
         return _brand(head)

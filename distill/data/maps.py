@@ -51,11 +51,11 @@ def read_map(path: Path) -> np.ndarray:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
                 except _ERRORS as error:
                     raise BadMapError(_said("npy", error)) from error
-    return decode_map(path.read_bytes())
+    return decode_map(path.read_bytes(), path.name)
 
 
-def decode_map(data: bytes) -> np.ndarray:
-    """`read_map` of a file's bytes."""
+def decode_map(data: bytes, name: str = "") -> np.ndarray:
+    """`read_map` of a file's bytes; name: of the file, for what is said of one of no known format."""
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
@@ -64,8 +64,8 @@ def decode_map(data: bytes) -> np.ndarray:
                 raise
             except _ERRORS as error:
                 raise BadMapError(_said(kind, error)) from error
-    what = filetypes.sniff(data)
-    raise BadMapError(f"{'it is ' + what if what else 'of no known format' if data else 'empty'}; read are {READ}")
+    what = filetypes.sniff(data) or ("of no known format" if data else "empty")
+    raise BadMapError(f"not a readable {PurePosixPath(name).suffix or 'map'} ({what}); read are {READ}")
 
 
 def _said(kind: str, error: BaseException) -> str:

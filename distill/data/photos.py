@@ -234,9 +234,10 @@ def _check_size(image: Image.Image, size: int, limit: int) -> None:
 
 def _too_large(width: int, height: int) -> str:
     pixels = width * height
-    memory = f"{7 * pixels / 1e9:.1f} GB of memory"
-    remedy = f"{LIMIT}={pixels} reads it, in {memory}"
-    return f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {remedy}"
+    return (
+        f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {LIMIT}={pixels} reads it, in "
+        f"{7 * pixels / 1e9:.1f} GB of memory"
+    )
 
 
 def _page(image: Any, data: bytes) -> dict[str, Any]:

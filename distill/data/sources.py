@@ -13,7 +13,8 @@ import glob
 import importlib.util
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,13 +24,13 @@ import numpy as np
 import torch
 
 from distill.core.depth import DepthMap, Kind
+from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
-from distill.data import photos, storage
 from distill.data import scenes as procedural
 from distill.data.photos import DECODE_ERRORS, MAX_BYTES, BadImageError, Photo, decode, safe_key
 from distill.data.tars import walk_tar
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = filetypes.PHOTOS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a shard holds, in a fixed order, and what was turned away without being read."""
+    """What a shard holds, in a fixed order, and what was turned away without being read.
+
+    passed: how many other files there are that are not ours (captions, films, a system's own), by suffix, sorted:
+    entries + rejected + passed = found.
+    """
 
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...] = ()
+    passed: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +132,7 @@ def _scan_tar(path: Path | str) -> Scan:
     paths_found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
     keys: set[str] = set()
     rejected: list[Rejected] = []
+    passed: Counter[str] = Counter()
     tar = PurePosixPath(str(path)).name
     if isinstance(path, Path) and (reason := photos.not_a_file(path)):
         return Scan((), (Rejected(tar, "", f"{path}: {reason}"),))
@@ -135,7 +142,11 @@ def _scan_tar(path: Path | str) -> Scan:
                 rejected.append(Rejected(tar, "", problem))
                 continue
             pure = PurePosixPath(member.name)
-            if not problem and (member.isdir() or pure.suffix.lower() == ".json"):
+            if not problem and member.isdir():
+                continue
+            ours = filetypes.is_photo(member.name) or filetypes.refusal(member.name) or not pure.name
+            if not problem and not ours:
+                passed[filetypes.sort_of(member.name)] += 1
                 continue
             name, origin = str(pure), f"{tar}:{_printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
@@ -153,12 +164,13 @@ def _scan_tar(path: Path | str) -> Scan:
             raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not paths_found and not rejected:
-        rejected.append(Rejected(tar, "", "the tar holds no images"))
+        there = f", but {filetypes.counted(passed)}" if passed else ""
+        rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
     entries = [
         Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin))
         for key, origin, copies in paths_found.values()
     ]
-    return Scan(tuple(entries), tuple(rejected))
+    return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
 
 
 def _printable(name: str) -> str:
@@ -174,8 +186,10 @@ def _member_problem(member: tarfile.TarInfo) -> str:
         return "its path is absolute"
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         return "not a plain file (a link or a device)"
-    if PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
-        return "not an image file"
+    if reason := filetypes.refusal(member.name):
+        return reason
+    if not PurePosixPath(member.name).name:
+        return "its header has no name"
     if member.size == 0:
         return "empty file"
     if member.size > MAX_BYTES:
@@ -208,18 +222,24 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     """
     files: dict[str, Path] = {}
     rejected: list[Rejected] = []
+    passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
-        if path.is_dir():
-            for file in (f for f in sorted(path.rglob("*")) if f.suffix.lower() in SUFFIXES and not f.is_dir()):
-                name = f"{path.name}/{_printable(file.relative_to(path).as_posix())}"
-                if reason := photos.not_a_file(file):
-                    rejected.append(Rejected(name, safe_key(file.stem), reason))
-                else:
-                    files[name] = file
-        else:
+        if not path.is_dir():
             files[_printable(f"{path.parent.name}/{path.name}")] = path
+            continue
+        for file in (f for f in sorted(path.rglob("*")) if not f.is_dir()):
+            inside = file.relative_to(path).as_posix()
+            name, refused = f"{path.name}/{_printable(inside)}", filetypes.refusal(inside)
+            if not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused):
+                passed[filetypes.sort_of(inside)] += 1
+            elif reason := refused or photos.not_a_file(file):
+                rejected.append(Rejected(name, safe_key(file.stem), reason))
+            else:
+                files[name] = file
     if not files:
-        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)})")
+        there = f"; there are {filetypes.counted(passed)}" if passed else ""
+        there += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
+        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){there}")
     names = sorted(files)
     first = {name.split("/", 1)[0] for name in names}
     # One folder's own name says nothing about its files; with several it tells equal names apart.
@@ -229,18 +249,24 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         Entry(key, name, partial(photos.load_file, files[name], key, name))
         for key, name in zip(keys, names, strict=True)
     ]
-    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected)
+    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
 
 
 def _virtual(
-    stem: str, origin: str, entries: Sequence[Entry], per_shard: int, rejected: Sequence[Rejected] = ()
+    stem: str,
+    origin: str,
+    entries: Sequence[Entry],
+    per_shard: int,
+    rejected: Sequence[Rejected] = (),
+    passed: Mapping[str, int] | None = None,
 ) -> list[InputShard]:
-    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ...; the first reports what is rejected."""
+    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ...; the first reports what is not there."""
     if per_shard < 1:
         raise ValueError(f"per_shard must be at least 1, not {per_shard}")
     runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
-    rejections = [tuple(rejected), *[()] * len(runs)]
-    return [InputShard(f"{stem}_{i:06d}", origin, partial(Scan, run, rejections[i])) for i, run in enumerate(runs)]
+    first = (tuple(rejected), tuple(sorted((passed or {}).items())))
+    scans = [partial(Scan, run, *(first if i == 0 else ())) for i, run in enumerate(runs)]
+    return [InputShard(f"{stem}_{i:06d}", origin, scan) for i, scan in enumerate(scans)]
 
 
 # --- images that come with their depth --------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from distill.core import files
+from distill.data import filetypes
 
-VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
 FORMATS = {"png": ".png", "npy": ".npy", "colour": "_colour.png", "side": "_side.jpg"}
 """What can be written, and how each file ends: 16-bit picture, float32 values, colours, photo beside colours."""
 FILMS = {"colour": "_colour.mp4", "side": "_side.mp4"}
@@ -40,7 +40,7 @@ class PredictionJob:
 
 def is_video(path: str | Path) -> bool:
     """True for a file whose suffix is a video's."""
-    return Path(path).suffix.lower() in VIDEOS
+    return Path(path).suffix.lower() in filetypes.FILMS
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,16 +25,16 @@ from torch import Tensor
 from distill.core import files
 from distill.core.depth import DepthMap
 from distill.core.progress import Report
+from distill.data import filetypes
 from distill.data.photos import BadImageError, decode
-from distill.data.sources import SUFFIXES
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import video
-from distill.inference.outputs import FILMS, SETTINGS, VIDEOS, Outputs, PredictionJob
+from distill.inference.outputs import FILMS, SETTINGS, Outputs, PredictionJob
 from distill.students import checkpoint
 from distill.teachers.checkpoint import Teacher
 
-PHOTOS = (*SUFFIXES, ".gif")
-"""Suffixes that a folder is searched for, beside VIDEOS; of a moving GIF the first picture is taken."""
+PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
+"""Suffixes that a folder is searched for; of a moving picture the first is taken."""
 
 
 class Estimator:
@@ -91,32 +92,64 @@ class PredictOutcome:
     problems: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What was found: read + refused + not ours = found.
+
+    jobs: photos and videos to predict. refused: "path: reason" of pictures of a kind that is not read. passed: how many
+    other files there are, by suffix. Nothing that was made in the output folder is among them.
+    """
+
+    jobs: list[PredictionJob]
+    refused: list[str]
+    passed: Counter[str]
+
+
 def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
-    """Photos and videos behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
+    """The photos and videos of `survey`."""
+    return survey(inputs, out=out).jobs
+
+
+def survey(inputs: Sequence[str], *, out: Path) -> Survey:
+    """What lies behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
 
     Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
     outputs = Outputs(out)
     found: dict[Path, str] = {}
+    refused: dict[str, None] = {}
+    passed: dict[Path, str] = {}
     for given in inputs:
         if not given.strip():
             raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
-        files = list(_files(Path(given).expanduser()))
-        photos = {file.resolve(): stem for file, stem in files if not outputs.holds(file)}
+        files = [(file, stem) for file, stem in _files(Path(given).expanduser())]
+        mine = [(file, stem) for file, stem in files if not outputs.holds(file)]
+        photos = {file.resolve(): stem for file, stem in mine if stem}
+        others = [file for file, stem in mine if not stem]
+        refused |= {f"{file}: {reason}": None for file in others if (reason := filetypes.refusal(file.name))}
+        passed |= {f.resolve(): filetypes.sort_of(f.name) for f in others if not filetypes.refusal(f.name)}
         if not photos:
-            what = f" but what this command made in {out}" if files else ""
-            raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))})")
+            what = f" but what this command made in {out}" if any(stem for _, stem in files) else ""
+            rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
+            rest += "".join(f"; {line}" for line in list(refused)[:2])
+            raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
         found |= {file: stem for file, stem in photos.items() if file not in found}
-    return [PredictionJob(path, outputs.stem(path, found[path])) for path in found]
+    return Survey(
+        [PredictionJob(path, outputs.stem(path, found[path])) for path in found],
+        list(refused),
+        Counter(sort for path, sort in passed.items() if path not in found),
+    )
 
 
 def _files(given: Path) -> Iterator[tuple[Path, str]]:
-    """Files behind one path or glob, each with the stem that it would like."""
+    """Files behind one path or glob, each with the stem that it would like, "" for one that is no photo or video."""
     for path in [given] if given.exists() else _glob(given):
         if path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in (*PHOTOS, *VIDEOS) and file.is_file():
-                    yield file, file.relative_to(path).with_suffix("").as_posix()
+                if file.is_file():
+                    name = file.relative_to(path)
+                    ours = filetypes.is_photo(name.as_posix()) or filetypes.is_film(name.as_posix())
+                    yield file, name.with_suffix("").as_posix() if ours else ""
         elif path.is_file():
             yield path, path.stem
 
@@ -206,13 +239,22 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     if not missing:
         return False
     photo = read(job.path)
-    values = estimator.predict(photo).values[0].numpy()
+    values = _whole(estimator.predict(photo))
     span = float(values.min()), float(values.max())
     made = outputs.begin(made, missing)
     for name in missing:
         _write(outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind))
     outputs.finish(made, missing)
     return True
+
+
+def _whole(depth: DepthMap) -> np.ndarray:
+    """The map's values (H,W); BadImageError where some are not finite, as of a student whose training diverged."""
+    values: np.ndarray = depth.values[0].numpy()
+    if not np.isfinite(values).all():
+        share = 100 * float(np.isfinite(values).mean())
+        raise BadImageError(f"the student's map is not finite ({share:.0f} % of it is): its training has diverged")
+    return values
 
 
 def _write(
@@ -270,17 +312,18 @@ def _video(
     if not missing:
         return False
     span: tuple[float, float] | None = None
-    count, rate, total = 0, 0.0, 0
+    count = 0
+    film = video.Film(job.path)
     with contextlib.ExitStack() as stack:
         films: dict[str, Callable[[np.ndarray, float], None]] = {}
-        for rgb, rate, total in video.frames(job.path):
-            report(frame=count, frames=total)
+        for rgb in film:
+            report(frame=count, frames=film.total)
             if not count:
                 made = outputs.begin(made, missing)
                 films = {n: stack.enter_context(video.writer(outputs.path(made, n))) for n in missing if n in FILMS}
             single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
             if single or films:
-                values = estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)).values[0].numpy()
+                values = _whole(estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)))
                 own = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)
@@ -289,9 +332,10 @@ def _video(
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
                 picture = coloured(values, span)
                 for name, write in films.items():
-                    write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), rate)
+                    write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), film.rate)
             count += 1
-    video.check_whole(job.path, count, rate, total)
+    if film.problem:
+        raise BadImageError(film.problem)
     if any(name not in FILMS for name in missing):  # at once: a wait for the disk at every frame doubles the time
         files.sync_tree(outputs.folder / made.stem)
     about = {"frames": count, "formats": sorted({*made.formats, *missing})}

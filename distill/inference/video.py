@@ -1,4 +1,7 @@
-"""Videos, a frame at a time: read with their rate and the length that they claim, written as one mp4.
+"""Videos, a frame at a time: read with their rate and the length that is to be expected, written as one mp4.
+
+PyAV reads: it shows what players show (OpenCV counts the frames that an edit list hides), has decoders of its own
+(AV1), names codecs, and keeps the library's own lines off the terminal.
 
 Shapes: (H,W,3) uint8 RGB frames.
 """
@@ -11,41 +14,127 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import av
+import av.logging
 import cv2
 import numpy as np
+from av.stream import Disposition
 
 from distill.core import files
 from distill.data.photos import BadImageError
 
+av.logging.set_level(av.logging.PANIC)
+
+
+class Film:
+    """The frames that a player would show of a film: edit lists and rotation applied, in their order.
+
+    rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
+    problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
+    Raises BadImageError for what cannot be opened or has no picture that is decoded here, naming its codec.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.problem = ""
+        try:
+            self._container = av.open(str(path), metadata_errors="ignore")
+        except (av.error.FFmpegError, OSError, ValueError) as error:
+            raise BadImageError(f"not a film that can be opened ({_short(error)})") from error
+        streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
+        codec = getattr(streams[0], "codec_context", None) if streams else None
+        if codec is None:
+            what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no film in it"
+            self._container.close()
+            raise BadImageError(what)
+        self._stream, self._codec = streams[0], codec.name
+        rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
+        self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
+        self.total = max(0, self._stream.frames)
+        self._edited = "mov" in self._container.format.name
+        self._cut, self._counted = _is_cut(path), self.total > 0
+        if self._edited and self._stream.duration and self._stream.time_base:
+            # The number of frames in the header counts those that an edit list hides.
+            self._end = float((self._stream.start_time or 0) + self._stream.duration) * float(self._stream.time_base)
+            shown = round(float(self._stream.duration * self._stream.time_base) * self.rate)
+            self.total = min(self.total, shown) if self.total and shown else self.total
+        else:
+            self._end = 0.0
+            if self._container.duration and not self.total:
+                self.total = round(self._container.duration / av.time_base * self.rate)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        count, lost, last = 0, 0, 0.0
+        try:
+            for packet in self._packets():
+                try:
+                    decoded = packet.decode()
+                except (av.error.FFmpegError, ValueError) as error:
+                    if isinstance(error, LookupError):
+                        self.problem = f"its codec {self._codec} has no decoder here: convert it to H.264"
+                        return
+                    lost += count > 0  # a cut film may begin with pictures that lean on earlier ones
+                    continue
+                for frame in decoded:
+                    last = max(last, float(frame.time or 0.0) + 1 / self.rate)
+                    count += 1
+                    yield _upright(frame)
+        finally:
+            self._container.close()
+        self.problem = self._judge(count, lost, last)
+
+    def _packets(self) -> Iterator[Any]:
+        try:
+            yield from self._container.demux(self._stream)
+        except av.error.FFmpegError:
+            return  # the file ends in the middle of one
+
+    def _judge(self, count: int, lost: int, last: float) -> str:
+        if not count:
+            return f"no frame of this film can be decoded (its codec is {self._codec})"
+        if lost:
+            return f"{lost} of its frames are damaged; {count} could be decoded"
+        if self._edited:  # the header's count is of what is stored, its end of what is shown
+            whole = not self._end or last >= self._end - 2 / self.rate
+        else:  # Matroska's end is the longest track's, and sound may last a little longer
+            whole = not self._cut and (self._counted or count >= self.total - self.rate)
+        return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a film is shorter than its header says that the file is: AVI and Windows Media."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    size = path.stat().st_size
+    if head[:4] == b"RIFF":
+        return int.from_bytes(head[4:8], "little") + 8 > size
+    at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))  # the object of the file's properties
+    return at >= 0 and int.from_bytes(head[at + 40 : at + 48], "little") > size
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """(H,W,3) uint8 RGB as it is to be shown."""
+    rgb: np.ndarray = frame.to_ndarray(format="rgb24")
+    turns = round((frame.rotation or 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+
+
+def _codec(path: Path) -> str:
+    with av.open(str(path), metadata_errors="ignore") as container:
+        return str(getattr(container.streams.video[0], "name", None) or "of an unknown name")
+
+
+def _short(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error).splitlines()[0][:120]
+
 
 def frames(path: Path) -> Iterator[tuple[np.ndarray, float, int]]:
-    """(H,W,3) frames, each with the frames per second and the number that the file claims (0: it does not say).
+    """(H,W,3) frames, each with the frames per second and the number to be expected (0: the file does not say).
 
-    Raises BadImageError for a video that cannot be opened.
+    Raises BadImageError as `Film` does.
     """
-    reader = cv2.VideoCapture(str(path))
-    try:
-        if not reader.isOpened():
-            raise BadImageError("OpenCV cannot open this video (a codec that it does not have, or not a video)")
-        rate = reader.get(cv2.CAP_PROP_FPS) or 25.0
-        total = max(0, int(reader.get(cv2.CAP_PROP_FRAME_COUNT)))
-        while True:
-            there, frame = reader.read()
-            if not there:
-                return
-            yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB), rate, total
-    finally:
-        reader.release()
-
-
-def check_whole(path: Path, count: int, rate: float, total: int) -> None:
-    """Raises BadImageError where `count` decoded frames are fewer than the file claims; the rest of it is damaged."""
-    if not count:
-        raise BadImageError("no frame of this video can be decoded")
-    # Matroska stores no count: OpenCV derives it from the longest track's time, and sound may last a little longer.
-    slack = rate if path.suffix.lower() in (".mkv", ".webm") else 0.0
-    if count < total - slack:
-        raise BadImageError(f"stops at frame {count} of {total}")
+    film = Film(path)
+    for rgb in film:
+        yield rgb, film.rate, film.total
 
 
 @contextlib.contextmanager

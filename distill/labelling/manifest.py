@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -129,6 +130,7 @@ def _manifest(
             dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
             card["bridge"] = {**card["bridge"], "dropped": dropped}
     tars = [entry["tar"] for entry in sidecars if entry["tar"]]
+    passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
         "recipe": dict(recipe),
         **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
@@ -138,6 +140,7 @@ def _manifest(
         "shards": tars,
         "samples": sum(tar["samples"] for tar in tars),
         "quarantine": quarantine,
+        **({"passed": dict(sorted(passed.items()))} if passed else {}),
         "licence": {
             "images": licence,
             "teachers": {name: {k: c[k] for k in ("licence", "commercial") if k in c} for name, c in cards.items()},

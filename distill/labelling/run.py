@@ -87,6 +87,7 @@ class Part:
     of: int
     entries: tuple[Entry, ...]
     rejected: tuple[Rejected, ...]
+    passed: tuple[tuple[str, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -113,7 +114,8 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
     """The parts of a shard: at least one, which then writes no tar but says why."""
     scan = shard.scan()
     runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
-    return [Part(shard, i, len(runs), run, scan.rejected if i == 0 else ()) for i, run in enumerate(runs)]
+    first = (scan.rejected, scan.passed)
+    return [Part(shard, i, len(runs), run, *(first if i == 0 else ((), ()))) for i, run in enumerate(runs)]
 
 
 def label(
@@ -337,6 +339,7 @@ class _OpenPart:
                 "quarantine": [_line(one) for one in self.quarantine],
                 "kinds": {name: sorted(values) for name, values in self.kinds.items()},
                 **({"bridge_dropped": self.dropped} if self.dropped else {}),
+                **({"passed": dict(self.part.passed)} if self.part.passed else {}),
             }
             files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sidecar))
             if writer.index:

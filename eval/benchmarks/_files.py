@@ -137,16 +137,16 @@ class Files:
     def rgb(self, name: str) -> Tensor:
         """An image as (3,H,W) float32 in [0,1], sRGB, upright."""
         try:
-            return decode(self.read(name)).float() / 255.0
+            return decode(self.read(name)).contiguous().float() / 255.0
         except BadImageError as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
 
     def png(self, name: str) -> np.ndarray:
         """A map of one channel as it is stored, (H,W)."""
         try:
-            return maps.decode_map(self.read(name))
+            return maps.decode_map(self.read(name), name)
         except maps.BadMapError as error:
-            raise OSError(f"{self.root}: {name} is not a readable image of a map: {error}") from error
+            raise OSError(f"{self.root}: {name}: {error}") from error
 
     def pixels(self, name: str, mode: str | None = None) -> np.ndarray:
         """An image as it is stored, or in a mode of Pillow: it refuses a truncated file where OpenCV may fill it up."""
@@ -160,9 +160,9 @@ class Files:
     def npy(self, name: str) -> np.ndarray:
         """A .npy map, (H,W)."""
         try:
-            return maps.decode_map(self.read(name))
+            return maps.decode_map(self.read(name), name)
         except maps.BadMapError as error:
-            raise OSError(f"{self.root}: {name} is not a readable map: {error}") from error
+            raise OSError(f"{self.root}: {name}: {error}") from error
 
 
 def published(

@@ -45,7 +45,7 @@ def test_the_page_shows_pictures_quarantine_and_the_photo_on_which_teachers_disa
     assert "sa_3.jpg" in worst[: worst.index("apart by")] and float(first) > 0.5, "noise has nothing in common"
     assert re.findall(r"sa_[0-9]+.jpg", worst)[:2] == ["sa_3.jpg", "sa_8.jpg"] and float(second) > 0.5
     assert [float(v) for v in re.findall(r"apart by ([0-9.]+)", worst)][2] < 0.01, "scale and shift are no disagreement"
-    assert "not an image file" in html and "not an image: it is text" in html
+    assert "not an image: it is text" in html
     assert "http" not in html.replace("http://www.w3.org", ""), "it is read offline"
 
 

@@ -159,7 +159,7 @@ def test_broken_files_name_themselves(tmp_path):
         pair.rgb()
     table(tmp_path, "x\ta.png\td.npy\t1")
     np.save(tmp_path / "d.npy", np.zeros((2, 4, 3)))
-    with pytest.raises(OSError, match=r"d\.npy: a depth map has one channel, this has the shape \(2, 4, 3\)"):
+    with pytest.raises(OSError, match=r"d\.npy: .*has the shape \(2, 4, 3\)"):
         read_pairs(tmp_path)[0].truth()
 
 

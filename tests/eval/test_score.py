@@ -89,7 +89,7 @@ def broken(path, what: str) -> None:
         np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     elif what == "zip":
         with path.open("wb") as file:
-            np.savez(file, pred=pred)
+            np.savez(file, one=pred, two=pred)
     elif what == "nan":
         pred[10, :] = np.nan
         np.save(path, pred)
@@ -109,7 +109,7 @@ FAILURES = {
     "empty": "not a readable .npy",
     "cut": "not a readable .npy",
     "pickle": "not a readable .npy",
-    "zip": "an archive",
+    "zip": "one map is needed",
     "nan": "NaN or infinity in .* scored pixels",
     "infinite": "NaN or infinity",
     "size": r"shape \(39, 56\), the truth \(40, 56\): resize",

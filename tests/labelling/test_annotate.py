@@ -54,7 +54,7 @@ def test_a_teacher_that_fails_on_one_image_costs_that_image_alone(tars, tmp_path
     well, sick = LabelDataset(tmp_path / "well"), LabelDataset(tmp_path / "sick")
     lost = {"sa_3", "sa_8"}
     assert set(sick.image_keys) == set(well.image_keys) - lost
-    lines = [line for line in read_manifest(tmp_path / "sick")["quarantine"] if line["key"] not in ("sa_2", "readme")]
+    lines = [line for line in read_manifest(tmp_path / "sick")["quarantine"] if line["key"] != "sa_2"]
     assert [line["key"] for line in lines] == ["sa_3-0", "sa_3-1", "sa_8-0", "sa_8-1"]
     assert all(reason in line["reason"] and "\n" not in line["reason"] for line in lines)
     for i, key in enumerate(sick.keys):
@@ -113,7 +113,7 @@ def test_online_samples_are_the_stored_ones_before_quantization(tars, tmp_path):
 
 def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
-    assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["readme", "sa_2-0"]
+    assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
     assert [sample.key for sample in online].count("sa_3-0") == 2, "iteration ends"
     with pytest.raises(ValueError, match="none of 10 images can be labelled; the last: no ground truth"):
         OnlineDataset(tars, [(TRUTH, TRUTH)], crops=CROPS)[0]

@@ -30,18 +30,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import fail, note, progress, say
     from distill.core.plugins import allow
+    from distill.data import filetypes
     from distill.inference import predict
 
     if args.decoder:
         allow(args.decoder)
-    jobs = predict.find(args.images, out=args.out)
+    found = predict.survey(args.images, out=args.out)
+    jobs = found.jobs
     estimator = predict.load(args.student, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{args.student}: {estimator.card.kind}, larger is nearer; {estimator.card.licence}")
     with progress("predict") as report:
         outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report)
+    outcome.problems[:0] = found.refused
     if outcome.problems:
         fail("\n".join(outcome.problems))
+    if found.passed:
+        note(f"not ours: {filetypes.counted(found.passed)}")
     before = f", {outcome.present} were there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
-    say(f"{args.out}: {outcome.written} of {len(jobs)} predicted{before}{failed}")
+    say(f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}")
     return 1 if outcome.problems else 0

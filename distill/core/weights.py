@@ -1,0 +1,317 @@
+"""Weight files: one reader for teachers, students and encoders, of what trainers write around the tensors.
+
+A file is told by its first bytes. Torch files are read with weights_only=True; plain records beside the tensors
+(argparse.Namespace, numpy scalars, configurations) are read as empty stand-ins, so that nothing of theirs is ever
+imported or run, and whatever else is pickled is refused by name. Of several tables of tensors (raw and averaged
+weights, teacher and student) one is taken, by a fixed rule that is said aloud, or by `weights_key`.
+
+The worst failure is silent: names that do not match and weights that stay random. So prefixes are only taken off where
+a name that the network must have (an anchor) stands behind them; the caller then checks every name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import pickletools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+
+# What a teacher is called is read where nobody wants to wait for torch.
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = ".index.json"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_log = logging.getLogger(__name__)
+_READ_ERRORS = (
+    *(safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError),
+    *(AttributeError, TypeError, MemoryError),
+)
+
+
+class WeightsMissingError(FileNotFoundError):
+    """The weights are not here; the message says which and how to get them."""
+
+
+class WeightsMismatchError(ValueError):
+    """The weights are not this network's, or not readable; the message names the file and the first keys."""
+
+
+def find_weights(path: Path, names: Iterable[str]) -> Path:
+    """`path` itself if it is a file, else what the first of `names` (patterns) that matches finds in that folder.
+
+    Weights in several shards are found as their index (NAME.index.json). Raises WeightsMissingError if nothing is found
+    or a shard is missing, WeightsMismatchError where there are several files or something that only stands where
+    weights should: a git-lfs pointer, a web page.
+    """
+    names = list(names)
+    found = [path] if path.is_file() else next(filter(None, (_matching(path, name) for name in names)), [])
+    if not found:
+        raise WeightsMissingError(
+            f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
+        )
+    if len(found) > 1:
+        if all(_SHARD.search(file.name) for file in found):
+            raise WeightsMissingError(f"{path} holds weights in shards without their index ({INDEX}): download it too")
+        raise WeightsMismatchError(
+            f"{path} holds {', '.join(file.name for file in found[:4])}: give the path of one of them"
+        )
+    if found[0].name.endswith(".json"):
+        shards(found[0])
+        return found[0]
+    with found[0].open("rb") as stream:
+        start = stream.read(64).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        raise WeightsMismatchError(
+            f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+        )
+    if start.startswith(b"<"):
+        raise WeightsMismatchError(
+            f"{found[0]} is a web page, not weights: download it again, logged in where it is gated"
+        )
+    return found[0]
+
+
+def _matching(folder: Path, name: str) -> list[Path]:
+    """The files of a pattern; where they are shards, their index alone."""
+    files = sorted(folder.glob(name))
+    if files and not all(_SHARD.search(file.name) for file in files):
+        return [file for file in files if not _SHARD.search(file.name)]
+    variant = name.replace(".fp16.safetensors", f".safetensors{INDEX[:-5]}.fp16.json")
+    return sorted(folder.glob(f"{name}{INDEX}")) or (sorted(folder.glob(variant)) if variant != name else []) or files
+
+
+def shards(index: Path) -> dict[str, Path]:
+    """Tensor name -> the file that holds it, of an index; WeightsMissingError where one of the files is not there."""
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = {str(name): index.parent / str(file) for name, file in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsMismatchError(f"{index} is not an index of weights ({error!r}): download it again") from error
+    outside = [str(place) for place in places.values() if place.parent != index.parent]
+    if outside:
+        raise WeightsMismatchError(f"{index} names files of other folders ({outside[0]})")
+    if absent := sorted({place.name for place in places.values() if not place.is_file()}):
+        raise WeightsMissingError(f"{index.parent} lacks {', '.join(absent[:3])}, which {index.name} names")
+    return places
+
+
+def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, or of an index of shards, on the CPU.
+
+    Wrappers are taken off: {"model": ...}, {"state_dict": ...}, {"teacher": ...}, {"ema": {"module": ...}}, and the
+    segments that DDP, FSDP and torch.compile put into names. Of several tables the raw one is taken before an averaged
+    one and a teacher before a student, which is logged; weights_key ("model_ema", or "model_ema." of a flat table)
+    takes another. Raises FileNotFoundError, WeightsMissingError, or WeightsMismatchError for what cannot be read.
+    """
+    if not path.is_file():
+        raise WeightsMissingError(f"{path}: no such weights file")
+    index = path.with_name(_SHARD.sub(".", path.name) + INDEX)
+    if path.name.endswith(".json") or (_SHARD.search(path.name) and index.is_file()):
+        index = path if path.name.endswith(".json") else index
+        places = shards(index)
+        state = {key: tensor for file in sorted(set(places.values())) for key, tensor in _read(file).items()}
+        if lost := sorted(places.keys() - state.keys()):
+            raise WeightsMismatchError(f"{index} names {lost[0]}, which no shard holds: download them again")
+        return _plain_names(state, path)
+    tables = dict(_tables(_read(path)))
+    if not tables:
+        raise WeightsMismatchError(f"{path} holds no table of named tensors")
+    return _plain_names(_choose(tables, path, weights_key), path)
+
+
+def _read(path: Path) -> Any:
+    import safetensors.torch
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+        if path.suffix == ".safetensors" or (head[8:9] == b"{" and head[:2] != b"PK"):
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([(_Inert, name) for name in _records(path)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+    ) as error:
+        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            what = f"a pickled {wanted[1]}" if wanted else "more than tensors in it"
+            reason = f"{what}, or not a torch file; save its state_dict() alone"
+        raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
+
+
+class _Inert(dict[str, Any]):
+    """Stands for a record beside the tensors: it takes whatever it is made from and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        """As any class that is pickled by its arguments."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget the state."""
+
+
+# Classes of plain records that trainers save beside weights. Their names alone are used.
+_RECORDS = re.compile(
+    r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.\w+|datetime\.\w+|collections\.(defaultdict|deque)|enum\.\w+"
+    r"|numpy\.(_?core\.)?multiarray\.(scalar|_reconstruct)|numpy\._core\.multiarray\.\w+|numpy\.(dtypes\.)?\w+"
+    r"|(omegaconf|yacs|easydict|addict|ml_collections|box)(\.\w+)*|(mmcv|mmengine)\.(utils\.)?config(\.\w+)*"
+    r"|(pytorch_lightning|lightning|lightning_fabric)(\.\w+)*|typing\.\w+|(__builtin__|builtins)\.(set|frozenset|complex|slice|range|bytearray|object)"
+    r"|torch\.torch_version\.TorchVersion|transformers\.(training_args|trainer_utils|trainer_pt_utils)\.\w+"
+    r"|copy_?reg\._reconstructor"
+)
+
+
+def _records(path: Path) -> list[str]:
+    """The names of records that a torch file wants, as far as they are known to be harmless."""
+    import torch
+
+    try:
+        wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # of the time before zip files
+        wanted = set()
+        with path.open("rb") as file:
+            for _ in range(4):  # a magic number, a version, the system, the object
+                wanted |= {
+                    str(text).replace(" ", ".") for code, text, _ in pickletools.genops(file) if code.name == "GLOBAL"
+                }
+    return [name for name in wanted if _RECORDS.fullmatch(name)]
+
+
+_ASIDE = re.compile(
+    r"optim|sched|scaler|rng|random|callback|loop|hyper|hparam|arg|config|cfg|amp|grad|loss|metric|buffer"
+)
+_RAW = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "net",
+    "network",
+    "weights",
+    "params",
+    "generator",
+    "teacher",
+)
+_AVERAGED = re.compile(r"(^|[._])(ema|ema\w*|\w*_ema|swa\w*|averag\w*|shadow\w*)($|[._])")
+
+
+def _tables(found: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every table of named tensors in nested mappings, by its dotted place; optimizers' are passed over."""
+    from torch import Tensor
+
+    if not isinstance(found, Mapping) or name.count(".") > 3:
+        return
+    inner = [
+        table
+        for key, value in found.items()
+        if isinstance(key, str) and isinstance(value, Mapping) and not _ASIDE.search(key.lower())
+        for table in _tables(value, f"{name}.{key}".lstrip("."))
+    ]
+    own = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if own and len(own) >= max((len(table) for _, table in inner), default=0):
+        yield name, own
+    else:
+        yield from inner
+
+
+def _rank(name: str) -> tuple[bool, int, int]:
+    """What is taken first: raw before averaged, then by the usual names, then the shortest."""
+    parts = name.strip(".").split(".")
+    place = next((i for i, raw in enumerate(_RAW) if raw in parts), len(_RAW) + ("student" in parts))
+    return bool(_AVERAGED.search(name)), 0 if not name else place, len(name)
+
+
+def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None) -> dict[str, Tensor]:
+    if key is not None:
+        wanted = key.strip(".")
+        exact = [n for n in tables if n == wanted] or [n for n in tables if f".{n}.".find(f".{wanted}.") >= 0]
+        if len(exact) == 1:
+            return tables[exact[0]]
+        flat = {k[len(wanted) + 1 :]: v for t in tables.values() for k, v in t.items() if k.startswith(f"{wanted}.")}
+        if flat:
+            return flat
+        raise WeightsMismatchError(f"{path} has no weights_key {key!r}; it holds {', '.join(tables) or 'one table'}")
+    first, *others = sorted(tables, key=_rank)
+    if others and _rank(first)[:2] == _rank(others[0])[:2]:
+        raise WeightsMismatchError(f"{path} holds {', '.join(tables)}: give one as weights_key")
+    if others:
+        _log.warning('%s: took "%s"; weights_key takes another of: %s', path, first, ", ".join(others))
+    return tables[first]
+
+
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    plain: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        if name in plain:
+            raise WeightsMismatchError(f"{path} holds {name} twice, once inside a wrapper: save one network alone")
+        plain[name] = tensor
+    return unchunked(plain)
+
+
+def unchunked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names without DINOv2's chunks of blocks: blocks.0.7.x is blocks.7.x; chunks that count anew are joined."""
+    found = {key: m for key in state if (m := re.match(r"(.*?\bblocks\.)(\d+)\.(\d+)(\..*)", key))}
+    if not found:
+        return dict(state)
+    pairs = sorted({(int(m[2]), int(m[3])) for m in found.values()})
+    anew = len({inner for _, inner in pairs}) < len(pairs)
+    number = {pair: i if anew else pair[1] for i, pair in enumerate(pairs)}
+    return {
+        f"{m[1]}{number[int(m[2]), int(m[3])]}{m[4]}" if (m := found.get(key)) else key: tensor
+        for key, tensor in state.items()
+    }
+
+
+# Parts of trainers that are no part of the network: heads of self-supervision, losses, copies.
+_BESIDE = re.compile(
+    r"(\w+\.)*(dino_head|ibot_head|koleo\w*|\w*loss\w*|\w*criterion\w*|\w*metrics?|lpips|discriminator|queue\w*)\."
+    r"|(student|teacher|gram_teacher|model|ema\w*|\w*_ema|swa\w*|averaged?\w*)\."
+)
+
+
+def below_prefix(
+    state: Mapping[str, Tensor], anchors: Sequence[str], where: str | Path = "weights", *, beside: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors behind the prefix that stands before an anchor, without it; `state` as it is where none is found.
+
+    anchors: names that the network must have; the first that is found decides. Of several prefixes one is taken as
+    `read_state` takes tables. What lies beside it stays, for the caller to refuse, unless it is known for another part
+    of a trainer or begins with one of `beside`.
+    """
+    for anchor in anchors:
+        prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
+        if not prefixes:
+            continue
+        first, *others = sorted(prefixes, key=_rank)
+        if others and _rank(first)[:2] == _rank(others[0])[:2]:
+            raise WeightsMismatchError(f"{where} holds {', '.join(prefixes)}: give one as weights_key")
+        if others:
+            _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
+        left = tuple(beside) + tuple(others)
+        return {
+            key[len(first) :] if key.startswith(first) else key: tensor
+            for key, tensor in state.items()
+            if key.startswith(first) or not (_BESIDE.match(key) or key.startswith(left))
+        }
+    return dict(state)
