@@ -22,7 +22,7 @@ from tests.labelling.formula import CROPS, Formula, contents, make_tar, run
 
 def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):
     outcome = run(tars, tmp_path / "out")
-    assert outcome.complete and (outcome.images, outcome.samples, outcome.quarantined) == (10, 18, 2)
+    assert outcome.complete and (outcome.images, outcome.samples, outcome.quarantined) == (10, 18, 1)
     assert verify(tmp_path / "out") == []
     dataset = LabelDataset(tmp_path / "out")
     photos = {e.key: e for shard in tars for e in shard.scan().entries}
