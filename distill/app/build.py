@@ -346,7 +346,8 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
     pretrained = bool(recipe.student.weights or recipe.student.init_from or recipe.student.encoder_init_from)
-    if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
+    asked = "feature" in recipe.loss.weights | recipe.loss.against_truth().weights
+    if not asked or recipe.train.freeze_encoder or not pretrained:
         return None
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)
 

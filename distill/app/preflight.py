@@ -227,7 +227,7 @@ def _about_labelling(
 
 def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device) -> float:
     """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
-    plain = replace(recipe, loss=replace(recipe.loss, feature=0.0))  # a fraction of the time, with a second encoder
+    plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
     settings, objective = build.train_settings(recipe), build.make_objective(plain)
     micro = max(1, settings.batch_size // settings.accumulate)
     tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher

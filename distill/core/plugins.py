@@ -85,6 +85,12 @@ def import_file(name: str) -> ModuleType:
     return _outside(name, lambda: importlib.import_module(module_name(Path(name))))
 
 
+def source(package: str, name: str) -> str:
+    """The text of plug-in `name`, for what can be read without importing it."""
+    folder = _ROOT.joinpath(*package.split("."))
+    return (folder / f"{name}{'_' * keyword.iskeyword(name)}.py").read_text(encoding="utf-8")
+
+
 def name_fault(package: str, name: str) -> str:
     """What is wrong with `name` as a plug-in of `package`, or an empty string. A file is then allowed: see `allow`."""
     if is_path(name):
