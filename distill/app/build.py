@@ -113,11 +113,21 @@ def input_shards(recipe: Recipe) -> list[InputShard]:
     if not recipe.images:
         raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
     found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
-    for images in recipe.images:
+    for number, images in enumerate(recipe.images):
         shards = _source(images, scene)
         scene += images.scenes
-        found.append(_limited(shards, images.limit) if images.limit else shards)
+        kept = _limited(shards, images.limit) if images.limit else shards
+        teachers = _teachers_on(recipe, images)
+        found.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
     return sources.combine(*found)
+
+
+def _teachers_on(recipe: Recipe, images: ImageSettings) -> tuple[str, ...]:
+    """Who teaches on a source; nobody named is everybody. A source that cannot have ground truth is spared it."""
+    others = tuple(spec.alias_or_name for spec in recipe.teachers if spec.name != TRUTH)
+    if images.teachers or images.may_have_truth or not others or len(others) == len(recipe.teachers):
+        return images.teachers
+    return others
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -138,9 +148,13 @@ def check_teachers(recipe: Recipe) -> None:
 
 
 def check_two(recipe: Recipe) -> None:
-    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number."""
-    if len(recipe.teachers) > 2:
-        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(recipe.teachers)}")
+    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
+
+    Ground truth is nobody's opinion, and does not count.
+    """
+    networks = [spec for spec in recipe.teachers if spec.name != TRUTH]
+    if len(networks) > 2:
+        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(networks)}")
 
 
 def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher") -> Any:
@@ -216,7 +230,8 @@ def labels_folder(recipe: Recipe) -> Path:
         return root
     table = as_table(recipe)
     more = {"seed": recipe.run.seed, **recipe.labels.content}
-    address = labels_hash(table["images"], {**table["crops"], **more}, table["teachers"])
+    images = [one.content for one in recipe.images]
+    address = labels_hash(images, {**recipe.crops.content, **more}, table["teachers"])
     return root / address
 
 
@@ -225,8 +240,12 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
     if not made_with:
         return  # by a caller of `label`, who answers for them
     other = parse(in_words_of_today(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
-    pairs = [(name, getattr(recipe, name), getattr(other, name)) for name in ("images", "crops", "teachers")]
-    pairs += [("run.seed", recipe.run.seed, other.run.seed)]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("images", [one.content for one in recipe.images], [one.content for one in other.images]),
+        ("crops", recipe.crops.content, other.crops.content),
+        ("teachers", recipe.teachers, other.teachers),
+        ("run.seed", recipe.run.seed, other.run.seed),
+    ]
     then = other.labels.content
     pairs += [(f"labels.{name}", value, then.get(name)) for name, value in recipe.labels.content.items()]
     if changed := [name for name, now, before in pairs if now != before]:
@@ -358,14 +377,19 @@ def make_objective(recipe: Recipe) -> Objective:
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """[train] with what other tables decide; of two teachers the first is learnt from `primary_ratio` of the time."""
+    """[train] with what other tables decide; of several teachers the first is learnt from `primary_ratio` of
+    the time, where it teaches, and the others share the rest.
+    """
     train, names = recipe.train, [t.alias_or_name for t in recipe.teachers]
-    pair = {names[0]: train.primary_ratio, names[1]: 1.0 - train.primary_ratio} if len(names) == 2 else {}
+    first = train.primary_ratio
+    shares = {name: first if i == 0 else (1.0 - first) / (len(names) - 1) for i, name in enumerate(names)}
+    weights = tuple(images.weight for images in recipe.images)
     norm = recipe.student.norm
     return dataclasses.replace(
         train,
         seed=training_seed(recipe),
-        teacher_shares=train.teacher_shares or pair,
+        teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
+        source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
     )
 
@@ -379,6 +403,7 @@ def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
     what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
     what += [files for files in [file_hashes(what)] if files]
+    what += ["redraw"] if recipe.crops.redraw else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -20,6 +20,7 @@ from distill.app.settings import CompareSettings, RunSettings
 from distill.app.shipped import locate
 from distill.app.strict import RecipeError, parse_into, plain, read_toml
 from distill.core.crop_settings import CropSettings
+from distill.core.plugins import did_you_mean
 from distill.data.settings import ImageSettings
 from distill.eval.settings import BenchmarkSettings, ScoreSettings
 from distill.labelling.settings import LabelSettings
@@ -67,6 +68,15 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         named = [table.alias_or_name for table in tables]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             found.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
+    known = [teacher.alias_or_name for teacher in recipe.teachers]
+    for i, images in enumerate(recipe.images):
+        for name in (name for name in images.teachers if name not in known):
+            near = did_you_mean(name, known)
+            line = f"images[{i}].teachers: no teacher {name}{near}; [[teachers]] has {', '.join(known)}"
+            found.append((("images", "teachers"), line))
+    if recipe.crops.redraw and not recipe.labels.online:
+        line = "crops.redraw needs labels.online = true: labels on disk have their crops"
+        found.append((("crops", "labels"), line))
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (

@@ -280,10 +280,24 @@ class LabelDataset(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.by(index, self.teachers)
+        return self.get(index, self.teachers_of(index))
 
-    def by(self, index: int, teachers: Sequence[str]) -> Sample:
-        """Sample `index` with the labels of these teachers alone: the others' maps are not decoded."""
+    @property
+    def sources(self) -> list[int]:
+        """Of each sample, the number of the [[images]] table that its image came from."""
+        by_tar = [int(shard.get("source", 0)) for shard in self.manifest["shards"]]
+        return [by_tar[tar] for tar in self._places[:, 0]]
+
+    def teachers_of(self, index: int) -> list[str]:
+        """Whose labels sample `index` has, of those to decode."""
+        shard = self.manifest["shards"][self._places[index][0]]
+        return [name for name in self.teachers if name in shard.get("teachers", self.teachers)]
+
+    def get(self, index: int, teachers: Sequence[str], *, visit: int | None = None) -> Sample:
+        """Sample `index` with the labels of these teachers alone: the others' maps are not decoded.
+
+        visit: of no account, for what is stored is the same at every visit.
+        """
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"

@@ -34,7 +34,7 @@ from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, heldout_batches, training_batches
-from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out
+from distill.training.sampling import MicroBatchPositions, fingerprint, hold_out, make_order
 from distill.training.schedule import make_optimizer
 from distill.training.settings import CHANGEABLE, TrainSettings
 from distill.training.step import (
@@ -113,7 +113,13 @@ def train(
     else:
         kept, held = list(range(len(dataset))), list(range(len(heldout)))
     batches = MicroBatchPositions(
-        order=Order(tuple(kept), settings.seed),
+        order=make_order(
+            kept,
+            dataset.sources,
+            seed=settings.seed,
+            weights=settings.source_weights,
+            temperature=settings.source_temperature,
+        ),
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         process=accelerator.process_index,
