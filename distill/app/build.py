@@ -21,16 +21,12 @@ import torch
 from torch import nn
 
 from distill import students
+from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
 from distill.core.plugins import file_hashes, find, option_faults, short_name
-from distill.data import sources
 from distill.data.corruptions import Corruptions
-from distill.data.pairs import read_names
-from distill.data.scenes import TRAIN_SEEDS
-from distill.data.settings import SOURCES, ImageSettings
-from distill.data.sources import InputShard, Scan
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
@@ -71,63 +67,6 @@ def device(recipe: Recipe) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
-    if images.tars:
-        return sources.tars(images.tars)
-    if images.photos:
-        return sources.folders(images.photos)
-    if images.pairs:
-        return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
-    if images.scenes:
-        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
-    return sources.bundled_photos()
-
-
-def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
-    """The shards of the first `limit` images."""
-    kept, left = [], limit
-    for shard in shards:
-        scan = shard.scan()
-        entries = scan.entries[:left]
-        left -= len(entries)
-        if entries:
-            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected))))
-    return kept or shards  # with no image at all, what was turned away says why
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Fixed:
-    scan: Scan
-
-    def __call__(self) -> Scan:
-        return self.scan
-
-
-def input_shards(recipe: Recipe) -> list[InputShard]:
-    """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
-    if not recipe.images:
-        raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
-    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
-    for number, images in enumerate(recipe.images):
-        shards = _source(images, scene)
-        scene += images.scenes
-        kept = _limited(shards, images.limit) if images.limit else shards
-        teachers = _teachers_on(recipe, images)
-        found.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
-    return sources.combine(*found)
-
-
-def _teachers_on(recipe: Recipe, images: ImageSettings) -> tuple[str, ...]:
-    """Who teaches on a source; nobody named is everybody. A source that cannot have ground truth is spared it."""
-    others = tuple(spec.alias_or_name for spec in recipe.teachers if spec.name != TRUTH)
-    if images.teachers or images.may_have_truth or not others or len(others) == len(recipe.teachers):
-        return images.teachers
-    return others
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -274,6 +213,12 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder)
+    said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    if said and len(recipe.images) > 1 and not any("source" in tar for tar in dataset.manifest["shards"]):
+        raise RecipeError(
+            f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
+            "train.source_temperature need: run `distill label` again, which then writes it down and labels nothing anew"
+        )
     _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
     for name, card in dataset.manifest["teachers"].items():
         if recipe.labels.commercial_only and not card.get("commercial", True):

@@ -17,6 +17,7 @@ from typing import Any
 import distill
 from distill.app import build
 from distill.app.console import dashboard, note, progress, say, table
+from distill.app.inputs import input_shards
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.strict import RecipeError
@@ -58,7 +59,7 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
         keep_recipe(recipe)
         folder = build.labels_folder(recipe)
     rank, world = build.process()
-    found = build.input_shards(recipe)
+    found = input_shards(recipe)
     teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
     with progress("label") as report:
         outcome = label(

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from distill.app import build
+from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
@@ -95,7 +96,7 @@ def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
 
 
 def _images(recipe: Recipe) -> _Images:
-    shards: list[InputShard] = build.input_shards(recipe)
+    shards: list[InputShard] = input_shards(recipe)
     per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
     scale = len(shards) / max(1, len(scans))

@@ -91,11 +91,13 @@ class Objective:
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, weight in s.weights.items():
-            if FACTS[name].needs <= has:
-                parts[name] = find(TERMS, name).term(given, **s.options(name))
-                total = weight * parts[name] if total is None else total + weight * parts[name]
+            value = find(TERMS, name).term(given, **s.options(name)) if FACTS[name].needs <= has else None
+            if value is not None:
+                parts[name] = value
+                total = weight * value if total is None else total + weight * value
         if total is None:
-            asked = ", ".join(f"{name} needs {' and '.join(sorted(FACTS[name].needs - has))}" for name in s.weights)
+            lacking = {name: " and ".join(sorted(FACTS[name].needs - has)) for name in s.weights}
+            asked = ", ".join(f"{name} needs {what or 'other labels'}" for name, what in lacking.items())
             raise ValueError(
                 f"labels by {labels.supervision.teacher} ({labels.supervision.kind}) teach nothing: "
                 f"{asked or 'every weight of [loss] is 0'}"

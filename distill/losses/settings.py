@@ -20,9 +20,10 @@ TERMS = "distill.losses.terms"
 
 @dataclass(frozen=True, slots=True)
 class TermFacts:
-    """What a term's file says of itself: its docstring's first line, WEIGHT, NEEDS and its options' defaults."""
+    """What a term's file says of itself: WEIGHT, NEEDS, its options' defaults, and the meanings of those keys."""
 
     meaning: str
+    meanings: Mapping[str, str]
     weight: float
     needs: frozenset[str]
     options: Mapping[str, Any]
@@ -40,8 +41,11 @@ def term_facts(name: str) -> TermFacts:
         term = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "term")
         options = zip(term.args.kwonlyargs, term.args.kw_defaults, strict=True)
         needs = {node.value for node in ast.walk(told["NEEDS"]) if isinstance(node, ast.Constant)}
+        lines = (ast.get_docstring(tree) or "").splitlines() or [""]
+        pairs = (line.partition(": ") for line in lines[1:])
         return TermFacts(
-            (ast.get_docstring(tree) or name).splitlines()[0],
+            lines[0],
+            {option: meaning for option, _, meaning in pairs if meaning},
             float(ast.literal_eval(told["WEIGHT"])),
             frozenset(map(str, needs)),
             {one.arg: ast.literal_eval(default) for one, default in options if default is not None},
@@ -151,15 +155,14 @@ def _options() -> dict[str, Any]:
 
 
 def _term_fields() -> list[tuple[str, type, Field[Any]]]:
-    """A field for the weight and for every option of each term; metadata "doc" is its meaning."""
+    """A field for the weight and for every option of each term; its metadata has the meaning."""
     made: list[tuple[str, type, Field[Any]]] = []
     for name, fact in FACTS.items():
-        doc = f"Weight of {fact.meaning}; {fact.weight:g} by default, 0 = off."
-        weight: Any = field(default=fact.weight, metadata={"doc": doc})
+        weight: Any = field(default=fact.weight, metadata={"meaning": fact.meaning})
         made.append((name, float, weight))
         for option, default in fact.options.items():
-            doc = f"Option of {name}: {fact.meaning}."
-            made.append((f"{name}_{option}", type(default), field(default=default, metadata={"doc": doc})))
+            one: Any = field(default=default, metadata={"meaning": fact.meanings.get(option, "")})
+            made.append((f"{name}_{option}", type(default), one))
     return made
 
 

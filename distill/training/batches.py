@@ -12,18 +12,17 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distill.core.depth import Kind
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.training.augment import augment
-from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels
+from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels, meet_labels
 from distill.training.settings import TrainSettings
 
 PREFETCH = 4  # micro-batches per worker that lie ready
@@ -146,7 +145,7 @@ class _Item:
     sample: Any
 
 
-def _alike(items: Sequence[_Item], kind: str) -> list[list[int]]:
+def _alike(items: Sequence[_Item]) -> list[list[int]]:
     """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
@@ -154,8 +153,7 @@ def _alike(items: Sequence[_Item], kind: str) -> list[list[int]]:
         key.append(item.teacher)
         if isinstance(item.sample, Sample):
             for name, labels in item.sample.labels.items():
-                said, stored = labels.supervision, labels.shared.kind
-                key.append((name, said.truth, said.dense, stored if not stored.can_become(Kind(kind)) else kind))
+                key.append((name, labels.supervision.truth, labels.supervision.dense, labels.shared.kind))
         groups.setdefault(tuple(key), []).append(row)
     return list(groups.values())
 
@@ -172,7 +170,7 @@ class _Training:
         if len(read) < len(items):
             return next(item for item in items if isinstance(item, Exception))
         try:
-            groups = _alike(read, self.settings.kind)
+            groups = _alike(read)
             batches = [self._batch([read[row] for row in rows]) for rows in groups]
             if len(groups) == 1:
                 [(teacher, batch)] = batches
@@ -221,7 +219,7 @@ class _HeldOut:
         s = self.settings
         made = []
         try:
-            for rows in _alike(read, s.kind):
+            for rows in _alike(read):
                 batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
                 weights = {AVERAGE: 1.0} if s.strategy == "average" else among
                 for name, weight in weights.items():
@@ -246,13 +244,19 @@ class _Placed(Dataset[Any]):
         s = self.settings
         try:
             among = shares_among(self.dataset.teachers_of(place.index), s)
-            if not self.learning:
-                return _Item(place, among, "", self.dataset.get(place.index, list(among)))
-            teacher, asked = AVERAGE, list(among)
-            if s.strategy == "select":
-                teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
-                asked = [teacher]
-            return _Item(place, among, teacher, self.dataset.get(place.index, asked, visit=place.position))
+            teacher, asked = "", list(among)
+            if self.learning:
+                teacher = AVERAGE
+                if s.strategy == "select":
+                    teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
+                    asked = [teacher]
+            sample = self.dataset.get(place.index, asked, visit=place.position if self.learning else None)
+            if isinstance(
+                sample, Sample
+            ):  # before they are joined: measured depth and rendered disparity are one truth
+                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
+                sample = replace(sample, labels=met)
+            return _Item(place, among, teacher, sample)
         except (ValueError, LookupError, OSError) as error:
             return error
 

@@ -93,7 +93,8 @@ def train(
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
-    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images.
+    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
+    source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
     features), and the objective also gets reference(images)[-1][0].
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
@@ -112,6 +113,8 @@ def train(
         kept, held = hold_out(dataset.image_keys, settings.val_fraction)
     else:
         kept, held = list(range(len(dataset))), list(range(len(heldout)))
+    idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
+    held = [index for index in held if (heldout or dataset).sources[index] not in idle]
     batches = MicroBatchPositions(
         order=make_order(
             kept,

@@ -4,17 +4,17 @@ A plug-in is a file with
 
     WEIGHT   how much it counts where a recipe does not say; 0.0: not at all
     NEEDS    what it cannot do without: a set of "patches", "features", "dense" and "metric"
-    term(given, *, option=default, ...) -> Tensor
+    term(given, *, option=default, ...) -> Tensor | None
 
-`term` returns one value per image, (B,), in float32 or better, outside autocast; only the trainer averages. Each of its
-options is a key of [loss] too, after the term's name: `margin` of feature.py is `feature_margin`. A pixel outside
-`valid` never counts, whatever its value; an image without usable pixels gives 0. The first line of a file's docstring
-is what the key means.
+`term` returns one value per image, (B,), in float32 or better, outside autocast; only the trainer averages. A pixel
+outside `valid` never counts, whatever its value; an image without usable pixels gives 0. A term whose needs are not
+met, and one that returns None, says nothing about those images: the others go on.
 
     "patches"    labels of patches                  "dense"   labels that know most pixels (core.labels.Supervision)
     "features"   features of student and encoder    "metric"  prediction and labels in metres
 
-A term whose needs are not met says nothing about those images: the others go on.
+Each option is a key of [loss] too, after the term's name: `margin` of feature.py is `feature_margin`. The first line of
+a file's docstring is the meaning of its weight, a line "option: meaning." that of an option.
 """
 
 from __future__ import annotations

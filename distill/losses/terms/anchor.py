@@ -1,4 +1,4 @@
-"""anchor of the output's magnitude: its mean deviation stays near the label's (ours)"""
+"""Weight of a term that holds the output's magnitude near the label's; 0 = off. Ours."""
 
 from __future__ import annotations
 

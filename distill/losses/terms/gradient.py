@@ -1,4 +1,7 @@
-"""gradient matching at four scales, on the normalized difference (MiDaS, Eq. 11)"""
+"""Weight of gradient matching at four scales (MiDaS, Eq. 11), L_grad. Paper: 2.
+
+on_sparse: Also where ground truth knows few pixels: its neighbours lie along a scanner's lines. Ours.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,12 @@ from distill.losses.losses import gradient_loss
 from distill.losses.terms import Given
 
 WEIGHT = 2.0
-# Neighbours that sparse truth knows lie along the scanner's lines, and say nothing across them.
-NEEDS = frozenset({"dense"})
+NEEDS = frozenset[str]()
 
 
-def term(given: Given) -> Tensor:
-    """L_grad (B,); on the raw difference for a student trained without normalization."""
+def term(given: Given, *, on_sparse: bool = True) -> Tensor | None:
+    """L_grad (B,), on the normalized difference, or the raw one for a student trained without normalization."""
+    if not on_sparse and not given.labels.supervision.dense:
+        return None
     shared = given.labels.shared
     return gradient_loss(given.pred, shared.values, shared.valid, normalize=given.normalization != "none")

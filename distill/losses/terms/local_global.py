@@ -1,4 +1,4 @@
-"""local-global: the student's map of the region against the labels of its patches (Distill-Any-Depth, Sec. 3.2)"""
+"""Weight of the patches' labels against the student's map of the region, L_lg. Paper: 0.5."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shared context: the student's map against the label of the whole region (Distill-Any-Depth, Sec. 3.2)"""
+"""Weight of the region's label against the student's map, L_sc. Paper: 1."""
 
 from __future__ import annotations
 
