@@ -217,7 +217,7 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     if said and len(recipe.images) > 1 and not any("source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
-            "train.source_temperature need: run `distill label` again, which then writes it down and labels nothing anew"
+            "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
         )
     _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
     for name, card in dataset.manifest["teachers"].items():

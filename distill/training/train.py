@@ -114,7 +114,8 @@ def train(
     else:
         kept, held = list(range(len(dataset))), list(range(len(heldout)))
     idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
-    held = [index for index in held if (heldout or dataset).sources[index] not in idle]
+    sources = (dataset if heldout is None else heldout).sources
+    held = [index for index in held if sources[index] not in idle]
     batches = MicroBatchPositions(
         order=make_order(
             kept,
