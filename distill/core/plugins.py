@@ -37,11 +37,18 @@ KINDS = {
     "teachers": "distill.teachers",
     "decoders": "distill.students.decoders",
     "normalizations": "distill.losses.normalize",
+    "terms": "distill.losses.terms",
     "benchmarks": "distill.eval.benchmarks",
 }
 """What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
 
-SIGNS = {"teachers": "Teacher", "decoders": "Decoder", "normalizations": "compare", "benchmarks": "PROTOCOL"}
+SIGNS = {
+    "teachers": "Teacher",
+    "decoders": "Decoder",
+    "normalizations": "compare",
+    "terms": "term",
+    "benchmarks": "PROTOCOL",
+}
 """What a module of each kind is known by."""
 
 _ROOT = Path(__file__).parents[2]
@@ -86,9 +93,22 @@ def import_file(name: str) -> ModuleType:
 
 
 def source(package: str, name: str) -> str:
-    """The text of plug-in `name`, for what can be read without importing it."""
-    folder = _ROOT.joinpath(*package.split("."))
-    return (folder / f"{name}{'_' * keyword.iskeyword(name)}.py").read_text(encoding="utf-8")
+    """The text of plug-in `name`, for what can be read without importing it. Raises LookupError where there is none."""
+    if fault := name_fault(package, name):
+        raise LookupError(fault)
+    if is_path(name):
+        path: str | None = name
+    elif _is_own(package, name):
+        path = str(_ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py"))
+    else:
+        from importlib.util import find_spec
+
+        entry = _installed(package)[name][0]
+        spec = find_spec(entry.module)
+        path = spec.origin if spec else None
+        if path is None:
+            raise LookupError(f"{name} of {_distribution(entry)}: {entry.module} has no file")
+    return Path(path).expanduser().read_text(encoding="utf-8")
 
 
 def name_fault(package: str, name: str) -> str:

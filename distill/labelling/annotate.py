@@ -251,7 +251,9 @@ class BatchQueue:
             while len(queue) >= at_least:
                 size = self.labels.batch_size
                 crops, queue[:size] = queue[:size], []
-                self.pending.append((crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks if name in asked}))
+                self.pending.append(
+                    (crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks if name in asked})
+                )
                 self._take(self.ask.in_flight)
         if at_least == 1:
             self._take(0)

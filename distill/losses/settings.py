@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from distill.core.plugins import did_you_mean, name_fault, names, source
+from distill.core.plugins import did_you_mean, name_fault, names, source, where_from
 from distill.core.settings import refuse, unknown_words
 
 TERMS = "distill.losses.terms"
@@ -30,7 +30,7 @@ class TermFacts:
 
 
 def term_facts(name: str) -> TermFacts:
-    """The facts of distill/losses/terms/NAME.py, which is not imported; ValueError where it breaks its contract."""
+    """The facts of a term, by its name or path; it is not imported. Raises ValueError where it breaks its contract."""
     try:
         tree = ast.parse(source(TERMS, name))
         told = {
@@ -52,12 +52,24 @@ def term_facts(name: str) -> TermFacts:
         )
     except (StopIteration, KeyError, ValueError, SyntaxError) as error:
         raise ValueError(
-            f"distill/losses/terms/{name}.py needs WEIGHT (a number), NEEDS and term(given, *, option=default) "
+            f"the term {name} needs WEIGHT (a number), NEEDS and term(given, *, option=default) "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
-FACTS = {name: term_facts(name) for name in names(TERMS)}
+def _every_term() -> dict[str, TermFacts]:
+    """The facts of every term. One from outside that breaks its contract is no key; its contracts say why."""
+    found: dict[str, TermFacts] = {}
+    for name in names(TERMS):
+        try:
+            found[name] = term_facts(name)
+        except (ValueError, LookupError, ImportError, OSError):
+            if where_from(TERMS, name)[0].startswith(TERMS):
+                raise
+    return found
+
+
+FACTS = _every_term()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,12 +169,16 @@ def _options() -> dict[str, Any]:
 def _term_fields() -> list[tuple[str, type, Field[Any]]]:
     """A field for the weight and for every option of each term; its metadata has the meaning."""
     made: list[tuple[str, type, Field[Any]]] = []
+    taken = {f.name for f in fields(_LossSettings)}
     for name, fact in FACTS.items():
         weight: Any = field(default=fact.weight, metadata={"meaning": fact.meaning})
         made.append((name, float, weight))
         for option, default in fact.options.items():
             one: Any = field(default=default, metadata={"meaning": fact.meanings.get(option, "")})
             made.append((f"{name}_{option}", type(default), one))
+    keys = [key for key, *_ in made]
+    if twice := sorted({key for key in keys if key in taken or keys.count(key) > 1}):
+        raise ValueError(f"distill/losses/terms: {', '.join(twice)} would be two keys of [loss]: rename the term")
     return made
 
 

@@ -37,6 +37,7 @@ class Given:
     pred: (B,S,S), of the labels' own kind. features, reference: (B,C,h,w), the student's and the frozen encoder's, or
     None. compare: L_Dis between maps (B,H,W) with the recipe's normalization and options: pred, target, valid and each
     pixel's weight or None. counts: what is logged beside the loss and has no weight, each (B,); a term may add to it.
+    regions: the comparison of pred with the labels' shared map, once a term has made it.
     """
 
     pred: Tensor
@@ -47,6 +48,7 @@ class Given:
     patch_resolution: str
     compare: Callable[[Tensor, Tensor, Tensor, Tensor | None], Comparison]
     counts: dict[str, Tensor] = field(default_factory=dict)
+    regions: list[Comparison] = field(default_factory=list)
 
     @property
     def has(self) -> frozenset[str]:

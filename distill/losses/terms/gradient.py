@@ -18,5 +18,6 @@ def term(given: Given, *, on_sparse: bool = True) -> Tensor | None:
     """L_grad (B,), on the normalized difference, or the raw one for a student trained without normalization."""
     if not on_sparse and not given.labels.supervision.dense:
         return None
-    shared = given.labels.shared
-    return gradient_loss(given.pred, shared.values, shared.valid, normalize=given.normalization != "none")
+    shared, normalize = given.labels.shared, given.normalization != "none"
+    whole = given.regions[0].whole if given.regions else None
+    return gradient_loss(given.pred, shared.values, shared.valid, normalize=normalize, whole=whole)

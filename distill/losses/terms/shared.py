@@ -14,5 +14,6 @@ def term(given: Given) -> Tensor:
     """L_sc (B,): the normalized difference over the region. Counts "dead_contexts"."""
     shared = given.labels.shared
     comparison = given.compare(given.pred, shared.values, shared.valid, given.labels.shared_weight)
+    given.regions.append(comparison)
     given.counts["dead_contexts"] = comparison.dead.to(given.pred.dtype)
     return comparison.loss
