@@ -240,7 +240,8 @@ def make_student(recipe: Recipe) -> Student:
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
-        return student
+        student.max_depth = spec.max_depth or student.max_depth
+        return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
     begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if begun is not None:
@@ -262,6 +263,7 @@ def make_student(recipe: Recipe) -> Student:
             encoder_options=options,
             decoder_options=_decoder_options(recipe),
             native_size=spec.native_size or recipe.crops.size,
+            max_depth=spec.max_depth or None,
         )
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
@@ -269,6 +271,14 @@ def make_student(recipe: Recipe) -> Student:
         checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_init_from))
     if spec.decoder_weights:
         student.decoder.load_released(read_state(Path(spec.decoder_weights)))
+    return _of_kind(student, recipe)
+
+
+def _of_kind(student: Student, recipe: Recipe) -> Student:
+    """The student; raises RecipeError where it predicts another kind than it is to be trained for."""
+    if student.kind != recipe.train.kind:
+        way_out = "set student.max_depth, in metres" if recipe.train.kind == "metric_depth" else "see student.max_depth"
+        raise RecipeError(f'train.kind = "{recipe.train.kind}", and the student predicts {student.kind}: {way_out}')
     return student
 
 
@@ -316,9 +326,9 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)
 
 
-def make_objective(recipe: Recipe) -> Objective:
-    """[loss] as the trainer takes it."""
-    return Objective(recipe.loss)
+def make_objective(recipe: Recipe, student: Student) -> Objective:
+    """[loss] as the trainer takes it, for a student of the recipe's kind."""
+    return Objective(recipe.loss, student.kind, student.max_depth)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:

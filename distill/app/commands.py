@@ -22,6 +22,7 @@ from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.strict import RecipeError
 from distill.core import files
+from distill.core.depth import Kind
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
@@ -102,7 +103,7 @@ def run_train(recipe: Recipe) -> TrainResult:
         result = train(
             student,
             dataset,
-            build.make_objective(recipe),
+            build.make_objective(recipe, student),
             out=recipe.run.folder / "train",
             settings=build.train_settings(recipe),
             reference=build.feature_reference(recipe, student),
@@ -125,7 +126,7 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
         "name": recipe.run.name,
         "made_by": f"distill train, {commit()}",
         "recipe": as_table(recipe),
-        "kind": "affine_disparity, larger is nearer",
+        "kind": f"{recipe.train.kind}, larger is {Kind(recipe.train.kind).larger_is}",
         "teachers": teachers,
         "licence": "what its teachers and images allow; see lineage",
         "commercial": commercial,

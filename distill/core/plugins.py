@@ -97,18 +97,18 @@ def source(package: str, name: str) -> str:
     if fault := name_fault(package, name):
         raise LookupError(fault)
     if is_path(name):
-        path: str | None = name
+        path = Path(name).expanduser()
     elif _is_own(package, name):
-        path = str(_ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py"))
+        path = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
     else:
         from importlib.util import find_spec
 
         entry = _installed(package)[name][0]
         spec = find_spec(entry.module)
-        path = spec.origin if spec else None
-        if path is None:
+        if spec is None or spec.origin is None:
             raise LookupError(f"{name} of {_distribution(entry)}: {entry.module} has no file")
-    return Path(path).expanduser().read_text(encoding="utf-8")
+        path = Path(spec.origin)
+    return path.read_text(encoding="utf-8")
 
 
 def name_fault(package: str, name: str) -> str:

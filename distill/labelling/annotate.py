@@ -136,8 +136,10 @@ def teachers_for(names: Collection[str], teachers: Teachers, *, origin: str) -> 
     known = [name for name, _ in teachers]
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"{origin} is to be labelled by {', '.join(unknown)}; the teachers are {', '.join(known)}")
-    bridged = {name: teacher for name, teacher in teachers if isinstance(teacher, Bridged)}
-    needed = {bridged[name].primary for name in names if name in bridged}
+    needed: set[str] = set()
+    for name, teacher in teachers:
+        if name in names and isinstance(teacher, Bridged):
+            needed.add(teacher.primary)
     return [(name, teacher) for name, teacher in teachers if not names or name in names or name in needed]
 
 

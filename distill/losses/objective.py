@@ -7,13 +7,13 @@ over the global batch, so that 8 x 1 equals 2 x 4 accumulated equals 4 processes
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from distill.core.depth import Kind, KindError
+from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
 from distill.core.plugins import find
 from distill.losses.losses import compare
@@ -27,21 +27,21 @@ NEAREST = 1e-3
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is asked for; a recipe's [loss] says it. kind: what the student predicts.
+    """What a student is asked for; a recipe's [loss] says it. kind: what the student predicts. max_depth: the farthest
+    that it can see, in metres; what metric labels know beyond it is left out, as in Depth Anything V2's training.
 
     Raises ValueError for a term that no label could ever meet.
     """
 
     settings: LossSettings = field(default_factory=LossSettings)
     kind: Kind = Kind.AFFINE_DISPARITY
+    max_depth: float | None = None
     against_truth: LossSettings = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", Kind(self.kind))
         object.__setattr__(self, "against_truth", self.settings.against_truth())
-        metric = {
-            name for s in (self.settings, self.against_truth) for name in s.weights if "metric" in FACTS[name].needs
-        }
+        metric = {name for s in (self.settings, self.against_truth) for name in s.weights if FACTS[name].is_metric}
         if metric and self.kind.unknown != "metric":
             raise ValueError(
                 f"loss.{min(metric)} compares metres, and the student predicts {self.kind}: set train.kind = "
@@ -61,7 +61,8 @@ class Objective:
         """
         with torch.autocast(pred.device.type, enabled=False):
             pred = pred.float() if pred.dtype != torch.float64 else pred
-            return self._sum(self._as(labels.shared.kind, pred), labels, features, teacher_features)
+            pred, labels = self._as(labels.shared.kind, pred), self._within(labels)
+            return self._sum(pred, labels, features, teacher_features)
 
     def _as(self, kind: Kind, pred: Tensor) -> Tensor:
         """The prediction as the labels' kind."""
@@ -73,6 +74,13 @@ class Objective:
                 f'that predicts {self.kind.quantity}, or bridge = "primary"'
             )
         return 1.0 / pred.clamp(min=NEAREST)
+
+    def _within(self, labels: Labels) -> Labels:
+        """Metric labels without what is beyond the student's reach."""
+        if self.max_depth is None or labels.shared.kind.unknown != "metric":
+            return labels
+        local = None if labels.local is None else _nearer(labels.local, self.max_depth)
+        return replace(labels, shared=_nearer(labels.shared, self.max_depth), local=local)
 
     def _sum(
         self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None
@@ -103,6 +111,12 @@ class Objective:
                 f"{asked or 'every weight of [loss] is 0'}"
             )
         return total, parts | given.counts
+
+
+def _nearer(depth: DepthMap, limit: float) -> DepthMap:
+    values, metres = depth.values, depth.kind.quantity == "depth"
+    within = (values > 0) & (values <= limit) if metres else values >= 1.0 / limit
+    return DepthMap(values, depth.valid & within, depth.kind)
 
 
 def _compare(s: LossSettings, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:

@@ -28,6 +28,11 @@ class TermFacts:
     needs: frozenset[str]
     options: Mapping[str, Any]
 
+    @property
+    def is_metric(self) -> bool:
+        """Whether it compares metres."""
+        return "metric" in self.needs
+
 
 def term_facts(name: str) -> TermFacts:
     """The facts of a term, by its name or path; it is not imported. Raises ValueError where it breaks its contract."""

@@ -64,7 +64,7 @@ def learn(out, *, loss=None, kind=Kind.AFFINE_DISPARITY, dataset=None, student=N
         out=out,
         settings=settings(**(usual | given)),
         save=save,
-        cpu=True,
+        device="cpu",
     )
 
 
