@@ -69,7 +69,10 @@ def mixed(tmp_path: Path, **tables):
     images = build.as_table(load(ROOT / "recipes" / "mixed_supervision.toml"))["images"]
     images = [one | new for one, new in zip(images, [*where, {"scenes": 4, "size": 40}], strict=True)]
     teachers = [{"name": "analytic", "alias": "dav2"}, {"name": "truth"}]
-    tables = {"crops": {"size": 28, "min_side": 28, "patch_size": 20}, "train": QUICK | {"steps": 18, "lr": 5e-3, "val_fraction": 0.2}} | tables
+    tables = {
+        "crops": {"size": 28, "min_side": 28, "patch_size": 20},
+        "train": QUICK | {"steps": 18, "lr": 5e-3, "val_fraction": 0.2},
+    } | tables
     return small("mixed_supervision", tmp_path, images=images, teachers=teachers, **tables)
 
 
