@@ -85,12 +85,12 @@ def save(
         },
         "encoder_weights": encoder_file,
         "images": _images(student),
-        "output": {"kind": "affine_disparity", "larger_is": "nearer"},
+        "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
         "card": dict(card or {}),
     }
     contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
-        contents[CARD] = model_card(folder.name, card, native_size=student.native_size).encode()
+        contents[CARD] = model_card(folder.name, card, native_size=student.native_size, kind=student.kind).encode()
     _write(folder, contents, check)
     return folder
 
@@ -225,6 +225,7 @@ _KEYS = {
     "spec.decoder": "text",
     "spec.decoder_options": "a table or null",
     "spec.native_size": "a number of pixels or null",
+    "spec.max_depth": "a number of metres or null",
     "native_size": "a number of pixels or null",
     "weights": "a table",
     "weights.sha256": "text",
@@ -240,6 +241,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "a table": lambda value: isinstance(value, dict),
     "a table or null": lambda value: value is None or isinstance(value, dict),
     "text": lambda value: isinstance(value, str),
+    "a number of metres or null": lambda value: value is None or (type(value) in (int, float) and value > 0),
     "a number of pixels or null": lambda value: value is None or (type(value) is int and value > 0),
 }
 

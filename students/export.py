@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from distill.core import files
 from distill.students import Student, checkpoint
+from distill.students.student import in_metres
 
 ONNX, PROGRAM = checkpoint.EXPORTS
 OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
@@ -34,7 +35,7 @@ _TRACED = (2, 3, 75, 99)  # of no patch's multiple, so that nothing is simplifie
 
 
 class Graph(nn.Module):
-    """`Student.forward` for tracers: images (B,3,H,W) float32 in [0,1] to disparity (B,H,W), on a copy of the student.
+    """`Student.forward` for tracers: images (B,3,H,W) float32 in [0,1] to its map (B,H,W), on a copy of the student.
 
     Raises ValueError where the encoder's rotary positions are of a kind that no size but the example's could have.
     """
@@ -46,6 +47,7 @@ class Graph(nn.Module):
         if rope is not None:
             frozen_copy.encoder.backbone.rope = _Rotary(rope, frozen_copy.encoder.name)
         self.encoder, self.decoder = frozen_copy.encoder, frozen_copy.decoder
+        self.max_depth = student.max_depth
 
     def forward(self, images: Tensor) -> Tensor:
         """(B,H,W)."""
@@ -58,7 +60,7 @@ class Graph(nn.Module):
         padded = _cut(framed, patch - top, rows, patch - left, columns)
         raw = self.decoder(self.encoder.features(padded))
         raw = F.interpolate(raw, size=(rows, columns), mode="bilinear", align_corners=False)
-        return _cut(raw, top, height, left, width)[:, 0]
+        return in_metres(_cut(raw, top, height, left, width)[:, 0], self.max_depth)
 
 
 def _cut(maps: Tensor, top: int, height: int, left: int, width: int) -> Tensor:
@@ -132,9 +134,10 @@ def write_onnx(
 ) -> float:
     """Write the student as ONNX, in one file, and check it in onnxruntime; the largest difference (see `parity`).
 
-    Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity" (batch,height,width). metadata:
-    plain values that go into the file. program, named: as for `write_program`. Raises ImportError where the extra
-    `export` is not installed, ValueError where the outputs differ; an older file at `path` then stays.
+    Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity", or "depth" of a metric student,
+    (batch,height,width). metadata: plain values that go into the file. program, named: as for `write_program`. Raises
+    ImportError where the extra `export` is not installed, ValueError where the outputs differ; an older file at `path`
+    then stays.
     """
     onnx, path = _optional("onnx"), Path(path)
     _optional("onnxscript")
@@ -143,7 +146,7 @@ def write_onnx(
         (torch.rand(_TRACED),),
         dynamo=True,
         input_names=["images"],
-        output_names=["disparity"],
+        output_names=[student.kind.quantity],
         opset_version=OPSET,
         verbose=False,
     )
@@ -193,7 +196,7 @@ def write_graphs(student: Student, folder: Path, *, named: Path, onnx: bool, pro
 
 
 def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function from images to disparity, on onnxruntime's CPU provider; named: in its errors."""
+    """An exported file as a function from images to maps, on onnxruntime's CPU provider; named: in its errors."""
     runtime = _optional("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -205,7 +208,7 @@ def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[
 
     def run(images: Tensor) -> Tensor:
         try:
-            return torch.from_numpy(session.run(["disparity"], {"images": images.numpy()})[0])
+            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
         except failures as error:
             reason = str(error).splitlines()[0]
             raise ValueError(

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.core.depth import Kind
+
 # What goes under a heading of its own; every other value is a row of the first table.
 _SECTIONS = {
     "Lineage": ("teachers", "lineage", "images", "made_from"),
@@ -21,8 +23,10 @@ _SECTIONS = {
 }
 
 
-def model_card(name: str, card: Mapping[str, Any], *, native_size: int | None = None) -> str:
-    """Markdown of `card`; name: the folder's, for a card without one."""
+def model_card(
+    name: str, card: Mapping[str, Any], *, native_size: int | None = None, kind: Kind = Kind.AFFINE_DISPARITY
+) -> str:
+    """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts."""
     title = str(card.get("name", name))
     commercial = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
     lines = [
@@ -37,10 +41,17 @@ def model_card(name: str, card: Mapping[str, Any], *, native_size: int | None = 
     held = {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
     lines += _rows({key: value for key, value in card.items() if key not in held})
     size = f" Made for images whose short side is {native_size} pixels." if native_size else ""
+    metric = kind is Kind.METRIC_DEPTH
+    what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
     lines += [
         *("", "## Use", "", "```python", "from distill.inference.predict import load, read"),
-        *("", 'depth = load("THIS FOLDER").predict(read("photo.jpg"))  # depth.values: larger is nearer', "```", ""),
-        f"It predicts affine disparity: scale and shift are unknown, larger is nearer.{size}",
+        *(
+            "",
+            f'depth = load("THIS FOLDER").predict(read("photo.jpg"))  # depth.values: larger is {kind.larger_is}',
+            "```",
+            "",
+        ),
+        f"It predicts {what}, larger is {kind.larger_is}.{size}",
     ]
     for heading, keys in _SECTIONS.items():
         present = {key: card[key] for key in keys if key in held and card.get(key)}

@@ -36,6 +36,9 @@ class StudentSettings:
     together (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut."""
     native_size: int = 0
     """The short side in pixels that the student is used at; 0 is crops.size."""
+    max_depth: float = 0.0
+    """The farthest that a metric student can see, in metres: it predicts sigmoid * max_depth, with train.kind =
+    "metric_depth"; 0 = the student predicts affine disparity. Depth Anything V2: 20 indoors, 80 outdoors."""
     exclude_frozen_encoder: bool = False
     """Write students without their frozen encoder, whose file (`weights`) whoever loads them must have."""
 
@@ -54,4 +57,4 @@ class StudentSettings:
             raise ValueError(
                 "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
             )
-        refuse(below(self, native_size=0))
+        refuse(below(self, native_size=0, max_depth=0))

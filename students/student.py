@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.core.depth import Kind
 from distill.core.plugins import find, option_faults
 from distill.core.resample import resize_bilinear
 from distill.students.encoder import Encoder
@@ -19,17 +21,30 @@ class Student(nn.Module):
     """Encoder + decoder: images (B,3,H,W) in [0,1], any size, to raw affine disparity (B,H,W), larger is nearer.
 
     native_size: the side of the squares it was trained on, in pixels; None where nobody has said. decoder_name: what
-    `find` knows the decoder by; its module's name by default.
+    `find` knows the decoder by; its module's name by default. max_depth: the farthest it can see, in metres; then it
+    gives metric depth, sigmoid(raw) * max_depth, as Depth Anything V2's metric models do. None: affine disparity.
     """
 
     def __init__(
-        self, encoder: Encoder, decoder: Any, *, native_size: int | None = None, decoder_name: str = ""
+        self,
+        encoder: Encoder,
+        decoder: Any,
+        *,
+        native_size: int | None = None,
+        decoder_name: str = "",
+        max_depth: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.native_size = native_size
+        self.max_depth = max_depth
         self.decoder_name = decoder_name or type(decoder).__module__.rpartition(".")[2]
+
+    @property
+    def kind(self) -> Kind:
+        """What it predicts."""
+        return Kind.METRIC_DEPTH if self.max_depth else Kind.AFFINE_DISPARITY
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -40,6 +55,7 @@ class Student(nn.Module):
             "decoder": self.decoder_name,
             "decoder_options": dict(self.decoder.options),
             "native_size": self.native_size,
+            **({"max_depth": self.max_depth} if self.max_depth else {}),
         }
 
     def forward(self, images: Tensor, with_features: bool = False) -> Any:
@@ -56,8 +72,13 @@ class Student(nn.Module):
         raw = raw.float() if raw.dtype in (torch.float16, torch.bfloat16) else raw
         if raw.shape[-2:] != padded:
             raw = resize_bilinear(raw, (padded[0], padded[1]), align_corners=False)
-        disparity = raw[:, 0, top : top + height, left : left + width]
-        return (disparity, features[-1][0]) if with_features else disparity
+        values = in_metres(raw[:, 0, top : top + height, left : left + width], self.max_depth)
+        return (values, features[-1][0]) if with_features else values
+
+
+def in_metres(raw: Tensor, max_depth: float | None) -> Tensor:
+    """The decoder's output as metric depth in (0, max_depth); as it is where max_depth is None."""
+    return torch.sigmoid(raw) * max_depth if max_depth else raw
 
 
 def build(
@@ -67,6 +88,7 @@ def build(
     encoder_options: Mapping[str, Any] | None = None,
     decoder_options: Mapping[str, Any] | None = None,
     native_size: int | None = None,
+    max_depth: float | None = None,
 ) -> Student:
     """A student from plain names and options; `in_channels` and `patch_size` are the encoder's unless given.
 
@@ -74,13 +96,15 @@ def build(
     """
     if native_size is not None and (not isinstance(native_size, int) or native_size < 1):
         raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
+    if max_depth is not None and not (isinstance(max_depth, int | float) and 0 < max_depth < math.inf):
+        raise ValueError(f"max_depth must be a positive number of metres, not {max_depth!r}")
     plugin = find("distill.students.decoders", decoder).Decoder
     part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
     decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
     taken = inspect.signature(plugin).parameters
     options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
     made = _made(plugin, "decoder_options", options)
-    return Student(part, made, native_size=native_size, decoder_name=decoder)
+    return Student(part, made, native_size=native_size, decoder_name=decoder, max_depth=max_depth)
 
 
 def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:

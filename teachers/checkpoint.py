@@ -86,12 +86,13 @@ class Teacher:
             revision=revision_of(folder),
             multiple=student.encoder.patch_size,
             native_size=native_size or student.native_size,
+            kind=student.kind,
         )
         return cls(student, card, resize=resize, native_size=native_size)
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, larger is nearer."""
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, or depth in metres of a metric student."""
         images = check_images(images)
         height, width = images.shape[-2:]
         size = self.native_size if self.resize == "native" else None

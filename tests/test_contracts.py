@@ -16,6 +16,7 @@ FOLDERS = {
     "teachers": {"depth_anything_v2", "checkpoint", "stored"},
     "decoders": {"sdt", "dpt"},
     "normalizations": {"global", "hybrid", "local", "none"},
+    "terms": {"shared", "local_global", "feature", "gradient", "anchor"},
     "benchmarks": {"scenes", "pairs", "nyu", "kitti", "eth3d", "scannet", "diode"},
 }
 EVERY = [(kind, name) for kind in KINDS for name in names(KINDS[kind])]

@@ -21,17 +21,13 @@ import torch
 from torch import nn
 
 from distill import students
+from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
 from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.core.weights import read_state
-from distill.data import sources
 from distill.data.corruptions import Corruptions
-from distill.data.pairs import read_names
-from distill.data.scenes import TRAIN_SEEDS
-from distill.data.settings import SOURCES, ImageSettings
-from distill.data.sources import InputShard, Scan
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
@@ -73,53 +69,6 @@ def device(recipe: Recipe) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
-    if images.tars:
-        return sources.tars(images.tars)
-    if images.photos:
-        return sources.folders(images.photos)
-    if images.pairs:
-        return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
-    if images.scenes:
-        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
-    return sources.bundled_photos()
-
-
-def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
-    """The shards of the first `limit` images."""
-    kept, left = [], limit
-    for shard in shards:
-        scan = shard.scan()
-        entries = scan.entries[:left]
-        left -= len(entries)
-        if entries:
-            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
-    return kept or shards  # with no image at all, what was turned away says why
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Fixed:
-    scan: Scan
-
-    def __call__(self) -> Scan:
-        return self.scan
-
-
-def input_shards(recipe: Recipe) -> list[InputShard]:
-    """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
-    if not recipe.images:
-        raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
-    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
-    for images in recipe.images:
-        shards = _source(images, scene)
-        scene += images.scenes
-        found.append(_limited(shards, images.limit) if images.limit else shards)
-    return sources.combine(*found)
-
-
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 
@@ -138,9 +87,13 @@ def check_teachers(recipe: Recipe) -> None:
 
 
 def check_two(recipe: Recipe) -> None:
-    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number."""
-    if len(recipe.teachers) > 2:
-        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(recipe.teachers)}")
+    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
+
+    Ground truth is nobody's opinion, and does not count.
+    """
+    networks = [spec for spec in recipe.teachers if spec.name != TRUTH]
+    if len(networks) > 2:
+        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(networks)}")
 
 
 def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher") -> Any:
@@ -216,7 +169,8 @@ def labels_folder(recipe: Recipe) -> Path:
         return root
     table = as_table(recipe)
     more = {"seed": recipe.run.seed, **recipe.labels.content}
-    address = labels_hash(table["images"], {**table["crops"], **more}, table["teachers"])
+    images = [one.content for one in recipe.images]
+    address = labels_hash(images, {**recipe.crops.content, **more}, table["teachers"])
     return root / address
 
 
@@ -225,8 +179,12 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
     if not made_with:
         return  # by a caller of `label`, who answers for them
     other = parse(in_words_of_today(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
-    pairs = [(name, getattr(recipe, name), getattr(other, name)) for name in ("images", "crops", "teachers")]
-    pairs += [("run.seed", recipe.run.seed, other.run.seed)]
+    pairs: list[tuple[str, Any, Any]] = [
+        ("images", [one.content for one in recipe.images], [one.content for one in other.images]),
+        ("crops", recipe.crops.content, other.crops.content),
+        ("teachers", recipe.teachers, other.teachers),
+        ("run.seed", recipe.run.seed, other.run.seed),
+    ]
     then = other.labels.content
     pairs += [(f"labels.{name}", value, then.get(name)) for name, value in recipe.labels.content.items()]
     if changed := [name for name, now, before in pairs if now != before]:
@@ -255,6 +213,12 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder)
+    said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    if said and len(recipe.images) > 1 and not any("source" in tar for tar in dataset.manifest["shards"]):
+        raise RecipeError(
+            f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
+            "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
+        )
     _check_labels(recipe, folder, dataset.manifest.get("recipe") or {})
     for name, card in dataset.manifest["teachers"].items():
         if recipe.labels.commercial_only and not card.get("commercial", True):
@@ -276,7 +240,8 @@ def make_student(recipe: Recipe) -> Student:
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
-        return student
+        student.max_depth = spec.max_depth or student.max_depth
+        return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
     begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if begun is not None:
@@ -298,6 +263,7 @@ def make_student(recipe: Recipe) -> Student:
             encoder_options=options,
             decoder_options=_decoder_options(recipe),
             native_size=spec.native_size or recipe.crops.size,
+            max_depth=spec.max_depth or None,
         )
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
@@ -305,6 +271,14 @@ def make_student(recipe: Recipe) -> Student:
         checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_init_from))
     if spec.decoder_weights:
         student.decoder.load_released(read_state(Path(spec.decoder_weights)))
+    return _of_kind(student, recipe)
+
+
+def _of_kind(student: Student, recipe: Recipe) -> Student:
+    """The student; raises RecipeError where it predicts another kind than it is to be trained for."""
+    if student.kind != recipe.train.kind:
+        way_out = "set student.max_depth, in metres" if recipe.train.kind == "metric_depth" else "see student.max_depth"
+        raise RecipeError(f'train.kind = "{recipe.train.kind}", and the student predicts {student.kind}: {way_out}')
     return student
 
 
@@ -346,25 +320,31 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
 def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
     pretrained = bool(recipe.student.weights or recipe.student.init_from or recipe.student.encoder_init_from)
-    if not recipe.loss.feature or recipe.train.freeze_encoder or not pretrained:
+    asked = "feature" in recipe.loss.weights | recipe.loss.against_truth().weights
+    if not asked or recipe.train.freeze_encoder or not pretrained:
         return None
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)
 
 
-def make_objective(recipe: Recipe) -> Objective:
-    """[loss] as the trainer takes it."""
-    return Objective(recipe.loss)
+def make_objective(recipe: Recipe, student: Student) -> Objective:
+    """[loss] as the trainer takes it, for a student of the recipe's kind."""
+    return Objective(recipe.loss, student.kind, student.max_depth)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:
-    """[train] with what other tables decide; of two teachers the first is learnt from `primary_ratio` of the time."""
+    """[train] with what other tables decide; of several teachers the first is learnt from `primary_ratio` of
+    the time, where it teaches, and the others share the rest.
+    """
     train, names = recipe.train, [t.alias_or_name for t in recipe.teachers]
-    pair = {names[0]: train.primary_ratio, names[1]: 1.0 - train.primary_ratio} if len(names) == 2 else {}
+    first = train.primary_ratio
+    shares = {name: first if i == 0 else (1.0 - first) / (len(names) - 1) for i, name in enumerate(names)}
+    weights = tuple(images.weight for images in recipe.images)
     norm = recipe.student.norm
     return dataclasses.replace(
         train,
         seed=training_seed(recipe),
-        teacher_shares=train.teacher_shares or pair,
+        teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
+        source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
     )
 
@@ -378,6 +358,7 @@ def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
     what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
     what += [files for files in [file_hashes(what)] if files]
+    what += ["redraw"] if recipe.crops.redraw else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

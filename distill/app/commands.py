@@ -17,10 +17,12 @@ from typing import Any
 import distill
 from distill.app import build
 from distill.app.console import dashboard, note, progress, say, table
+from distill.app.inputs import input_shards
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.strict import RecipeError
 from distill.core import files
+from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
@@ -59,7 +61,7 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
         keep_recipe(recipe)
         folder = build.labels_folder(recipe)
     rank, world = build.process()
-    found = build.input_shards(recipe)
+    found = input_shards(recipe)
     teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
     with progress("label") as report:
         outcome = label(
@@ -104,7 +106,7 @@ def run_train(recipe: Recipe) -> TrainResult:
         result = train(
             student,
             dataset,
-            build.make_objective(recipe),
+            build.make_objective(recipe, student),
             out=recipe.run.folder / "train",
             settings=build.train_settings(recipe),
             reference=build.feature_reference(recipe, student),
@@ -127,7 +129,7 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
         "name": recipe.run.name,
         "made_by": f"distill train, {commit()}",
         "recipe": as_table(recipe),
-        "kind": "affine_disparity, larger is nearer",
+        "kind": f"{recipe.train.kind}, larger is {Kind(recipe.train.kind).larger_is}",
         "teachers": teachers,
         "licence": "what its teachers and images allow; see lineage",
         "commercial": commercial,

@@ -24,6 +24,7 @@ from torch import Tensor
 from distill.app import build
 from distill.app.commands import keep_recipe
 from distill.app.console import note, progress, say, table
+from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
@@ -91,7 +92,7 @@ def _tell(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
 
 def chosen_samples(recipe: Recipe) -> tuple[list[BenchmarkSample], list[Rejected]]:
     """The images to compare on, evenly taken from all of the recipe's, and those that cannot be read."""
-    shards = build.input_shards(recipe)
+    shards = input_shards(recipe)
     scans = [(shard.stem, shard.scan()) for shard in shards]
     every = [(stem, entry) for stem, scan in scans for entry in scan.entries]
     rejected = [line for _, scan in scans for line in scan.rejected]

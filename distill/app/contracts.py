@@ -11,108 +11,28 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distill.app.console import fail, note, say
+from distill.app.loss_contracts import NORMALIZATIONS, TERMS
+from distill.app.promises import EXPECTED, Contract, ContractError, NotCheckedError, Subject, require, signature
 from distill.app.strict import set_key
 from distill.core.depth import DepthMap, Kind
-from distill.core.plugins import KINDS, SIGNS, find, import_file, is_path, names, short_name
+from distill.core.plugins import KINDS, SIGNS, import_file, is_path, names
 from distill.eval.protocol import Protocol
-from distill.losses.normalize import Comparison
 from distill.students import Student
-from distill.students.encoder import Encoder
 from distill.teachers import Card
-
-EXPECTED = (OSError, ValueError, LookupError)
-"""What a person's mistake may raise; everything else is a fault of the plug-in."""
 
 SIZE = (61, 90)
 
 
-class ContractError(AssertionError):
-    """A promise that a plug-in does not keep."""
-
-
-class NotCheckedError(Exception):
-    """A promise that cannot be looked at with what was given; the message says what is missing."""
-
-
-@dataclass
-class Subject:
-    """A plug-in to be checked. asked: its name or path. weights, options: of a teacher, or a decoder's options.
-
-    folder: an empty one that nothing lies in.
-    """
-
-    kind: str
-    asked: str
-    folder: Path
-    weights: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def module(self) -> Any:
-        """The plug-in, imported."""
-        return find(KINDS[self.kind], self.asked)
-
-    @property
-    def name(self) -> str:
-        """Its own name: of a file that without folder and ending."""
-        return short_name(self.asked)
-
-    @cached_property
-    def teacher(self) -> Any:
-        """The loaded teacher; without `weights` the one whose first card needs none but what is here."""
-        weights = self.weights or self.module.CARDS[0].weights
-        if not self.weights and weights not in ("none", "pocket"):
-            raise NotCheckedError("needs weights: --weights PATH, and --set KEY=VALUE for options of load")
-        return self.module.Teacher.load(weights, **self.options)
-
-    def predict(self, images: torch.Tensor) -> DepthMap:
-        """The teacher's answer to images; noise is drawn from keys where it draws any."""
-        keys = {"keys": [f"key{i}" for i in range(len(images))]} if self.teacher.card.seeded else {}
-        answer: DepthMap = self.teacher.predict(images, **keys)
-        return answer
-
-    @cached_property
-    def encoder(self) -> Encoder:
-        """A tiny one with random weights."""
-        return Encoder("vit_tiny_patch16_224", blocks=[0, 1])
-
-    @property
-    def decoder(self) -> Any:
-        """A new decoder, narrow where it can be said how."""
-        given = {"in_channels": [self.encoder.channels] * 4, "patch_size": self.encoder.patch_size}
-        narrow = {"fusion_channels": 32, "channels": 16, "post_process_channels": [8, 8, 8, 8]}
-        taken = inspect.signature(self.module.Decoder).parameters
-        options = {key: value for key, value in (given | narrow).items() if key in taken} | dict(self.options)
-        return self.module.Decoder(**options)
-
-
-Contract = Callable[[Subject], None]
-
-
-def _require(kept: object, broken: str) -> None:
-    if not kept:
-        raise ContractError(broken)
-
-
-def _signature(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    parameters = inspect.signature(function).parameters
-    loose = [p.name for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    _require(not loose, f"{function.__qualname__} takes *{', *'.join(loose)}: no key could be told to be unknown")
-    return parameters
-
-
 def name_is_a_word(subject: Subject) -> None:
     """Its name is lower-case letters, digits and underscores: it becomes part of file names."""
-    _require(re.fullmatch("[a-z][a-z0-9_]*", subject.name), f"{subject.name!r} is not")
+    require(re.fullmatch("[a-z][a-z0-9_]*", subject.name), f"{subject.name!r} is not")
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
@@ -121,38 +41,38 @@ def name_is_a_word(subject: Subject) -> None:
 def cards(subject: Subject) -> None:
     """`CARDS` holds a `Card` for each published checkpoint, the default first, all of the plug-in's own name."""
     found = subject.module.CARDS
-    _require(found and all(isinstance(card, Card) for card in found), "CARDS is empty, or not of Card alone")
+    require(found and all(isinstance(card, Card) for card in found), "CARDS is empty, or not of Card alone")
     others = {card.name for card in found} - {subject.name}
-    _require(not others, f"a card's name is {', '.join(sorted(others))}, not {subject.name}")
-    _require(len({card.weights for card in found}) == len(found), "two cards have the same weights")
+    require(not others, f"a card's name is {', '.join(sorted(others))}, not {subject.name}")
+    require(len({card.weights for card in found}) == len(found), "two cards have the same weights")
 
 
 def cards_say_what_is_owed(subject: Subject) -> None:
     """Each card says weights, kind, licence of weights and of code; none under an NC licence is `commercial`."""
     for card in subject.module.CARDS:
         said = card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
-        _require(said, f"the card of {card.weights or '?'} leaves one of them out")
+        require(said, f"the card of {card.weights or '?'} leaves one of them out")
         closed = "NC" in card.licence.upper().replace("-", " ").split()
-        _require(not (card.commercial and closed), f"{card.weights}: commercial = True under {card.licence}")
+        require(not (card.commercial and closed), f"{card.weights}: commercial = True under {card.licence}")
 
 
 def load_signature(subject: Subject) -> None:
     """`Teacher.load(weights, *, device, dtype, ...)`: keywords alone behind weights and no **kwargs, for they are the schema of a recipe's options."""  # noqa: E501 - the promise is one line
-    parameters = _signature(subject.module.Teacher.load)
-    _require(list(parameters)[:1] == ["weights"], f"load takes {', '.join(parameters)}")
+    parameters = signature(subject.module.Teacher.load)
+    require(list(parameters)[:1] == ["weights"], f"load takes {', '.join(parameters)}")
     for keyword in ("device", "dtype"):
-        _require(keyword in parameters, f"load takes no {keyword}")
+        require(keyword in parameters, f"load takes no {keyword}")
     positional = [p.name for p in list(parameters.values())[1:] if p.kind is not p.KEYWORD_ONLY]
-    _require(not positional, f"{', '.join(positional)} can be given by position")
+    require(not positional, f"{', '.join(positional)} can be given by position")
 
 
 def predict_signature(subject: Subject) -> None:
     """`predict(images)`; a teacher that draws noise takes `keys=` too, and its cards say `seeded`."""
     parameters = inspect.signature(subject.module.Teacher.predict).parameters
-    _require("images" in parameters, f"predict takes {', '.join(parameters)}")
+    require("images" in parameters, f"predict takes {', '.join(parameters)}")
     seeded = "keys" in parameters
     wrong = [card.weights for card in subject.module.CARDS if card.seeded != seeded]
-    _require(not wrong, f"predict {'takes' if seeded else 'does not take'} keys, and the card of {wrong[:1]} differs")
+    require(not wrong, f"predict {'takes' if seeded else 'does not take'} keys, and the card of {wrong[:1]} differs")
 
 
 def missing_weights(subject: Subject) -> None:
@@ -162,7 +82,7 @@ def missing_weights(subject: Subject) -> None:
         subject.module.Teacher.load(weights)
     except EXPECTED as error:
         text = str(error)
-        _require("nowhere" in text and "\n" not in text and len(text) < 500, f"{type(error).__name__}: {text}")
+        require("nowhere" in text and "\n" not in text and len(text) < 500, f"{type(error).__name__}: {text}")
         return
     raise ContractError(f"load({weights!r}) raised nothing")
 
@@ -171,11 +91,11 @@ def prediction(subject: Subject) -> None:
     """`predict` gives a `DepthMap` of the card's kind at the images' own size, any size: float32, finite where valid, without a gradient."""  # noqa: E501 - the promise is one line
     for height, width in (SIZE, (40, 31)):
         found = subject.predict(torch.rand(2, 3, height, width))
-        _require(isinstance(found, DepthMap) and found.kind == subject.teacher.card.kind, f"it gave {found!r:.80}")
-        _require(found.values.shape == (2, height, width), f"{(height, width)} gave {tuple(found.values.shape)}")
-        _require(found.values.dtype == torch.float32 and not found.values.requires_grad, f"{found.values.dtype}")
+        require(isinstance(found, DepthMap) and found.kind == subject.teacher.card.kind, f"it gave {found!r:.80}")
+        require(found.values.shape == (2, height, width), f"{(height, width)} gave {tuple(found.values.shape)}")
+        require(found.values.dtype == torch.float32 and not found.values.requires_grad, f"{found.values.dtype}")
         finite = torch.isfinite(found.values[found.valid])
-        _require(found.valid.any() and finite.all(), "NaN or infinite where valid, or nothing is valid")
+        require(found.valid.any() and finite.all(), "NaN or infinite where valid, or nothing is valid")
 
 
 def batches(subject: Subject) -> None:
@@ -183,15 +103,15 @@ def batches(subject: Subject) -> None:
     images = torch.rand(3, 3, *SIZE)
     before = images.clone()
     whole = subject.predict(images).values
-    _require(torch.equal(images, before), "predict wrote into the images")
-    _require(torch.equal(subject.predict(images).values, whole), "asked twice, it answered two things")
+    require(torch.equal(images, before), "predict wrote into the images")
+    require(torch.equal(subject.predict(images).values, whole), "asked twice, it answered two things")
     if subject.teacher.card.seeded:
         keys = [f"key{i}" for i in range(3)]
         alone = [subject.teacher.predict(images[i : i + 1], keys=[keys[i]]).values for i in range(3)]
     else:
         alone = [subject.predict(images[i : i + 1]).values for i in range(3)]
     off = (torch.cat(alone) - whole).abs().nan_to_num().max() / whole.abs().nan_to_num().max().clamp(min=1e-6)
-    _require(off < 1e-3, f"they differ by {off:.1e} of the largest value")
+    require(off < 1e-3, f"they differ by {off:.1e} of the largest value")
 
 
 def images_at_the_door(subject: Subject) -> None:
@@ -213,7 +133,7 @@ def any_image_size(subject: Subject) -> None:
     student = Student(subject.encoder, subject.decoder)
     for size in [(32, 48), (33, 50)]:
         found = student(torch.rand(2, 3, *size)).shape
-        _require(found == (2, *size), f"images of {size} gave {tuple(found)}")
+        require(found == (2, *size), f"images of {size} gave {tuple(found)}")
 
 
 def every_parameter_learns(subject: Subject) -> None:
@@ -221,60 +141,17 @@ def every_parameter_learns(subject: Subject) -> None:
     decoder = subject.decoder
     Student(subject.encoder, decoder)(torch.rand(2, 3, 48, 48)).square().mean().backward()
     without = [key for key, p in decoder.named_parameters() if p.requires_grad and p.grad is None]
-    _require(not without, f"none for {', '.join(without[:5])}")
+    require(not without, f"none for {', '.join(without[:5])}")
 
 
 def options_build_it_again(subject: Subject) -> None:
     """A decoder's `options` are plain values that build it again; its constructor takes no **kwargs, for it is the schema of `decoder_options`."""  # noqa: E501 - the promise is one line
-    _signature(subject.module.Decoder)
+    signature(subject.module.Decoder)
     decoder = subject.decoder
     options = json.loads(json.dumps(decoder.options))
     again = subject.module.Decoder(**options)
     shapes, same = ({k: tuple(v.shape) for k, v in one.state_dict().items()} for one in (decoder, again))
-    _require(shapes == same, f"{options} builds another network")
-
-
-# --- normalizations ---------------------------------------------------------------------------------------------------
-
-
-def _maps() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    g = torch.Generator().manual_seed(0)
-    pred, target = torch.rand(2, 16, 16, generator=g), torch.rand(2, 16, 16, generator=g)
-    return pred, target, torch.rand(2, 16, 16, generator=g) > 0.2
-
-
-def compares_per_image(subject: Subject) -> None:
-    """`compare(pred, target, valid)` gives a `Comparison` of loss, live and dead, (B,) each; 0 for two equal maps."""
-    pred, target, valid = _maps()
-    found = subject.module.compare(pred, target, valid)
-    _require(isinstance(found, Comparison), f"it gave {type(found).__name__}")
-    shapes = [tuple(part.shape) for part in (found.loss, found.live, found.dead)]
-    _require(shapes == [(2,)] * 3, f"shapes {shapes}")
-    equal = subject.module.compare(target, target, valid).loss
-    _require(torch.allclose(equal, torch.zeros(2), atol=1e-6), f"equal maps gave {equal.tolist()}")
-
-
-def says_what_it_ignores(subject: Subject) -> None:
-    """`INVARIANT` is True where a positive scale and a shift of the prediction change nothing, else False; `LEVELS` is a tuple."""  # noqa: E501 - the promise is one line
-    pred, target, valid = _maps()
-    loss, moved = (subject.module.compare(p, target, valid).loss for p in (pred, 3 * pred + 1))
-    same = torch.allclose(moved, loss, rtol=1e-4)
-    _require(same is subject.module.INVARIANT, f"INVARIANT = {subject.module.INVARIANT}, and it is {same}")
-    _require(isinstance(subject.module.LEVELS, tuple), f"LEVELS = {subject.module.LEVELS!r}")
-
-
-def only_valid_pixels_count(subject: Subject) -> None:
-    """A pixel outside `valid` never counts, NaN included, and the gradient flows to the prediction alone."""
-    pred, target, valid = _maps()
-    loss = subject.module.compare(pred, target, valid).loss
-    spoilt = [torch.where(valid, values, torch.nan).requires_grad_() for values in (pred, target)]
-    found = subject.module.compare(*spoilt, valid).loss
-    _require(torch.allclose(found, loss), f"NaN outside made {loss.tolist()} {found.tolist()}")
-    found.sum().backward()
-    of_pred, of_target = (one.grad for one in spoilt)
-    finite = of_pred is not None and bool(torch.isfinite(of_pred).all())
-    _require(finite, "the prediction's gradient is missing or not finite")
-    _require(of_target is None or not of_target.any(), "the label has a gradient")
+    require(shapes == same, f"{options} builds another network")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -283,22 +160,22 @@ def only_valid_pixels_count(subject: Subject) -> None:
 def protocol(subject: Subject) -> None:
     """`PROTOCOL` is a `Protocol` of the benchmark's own name."""
     found = subject.module.PROTOCOL
-    _require(isinstance(found, Protocol), f"it is {type(found).__name__}")
-    _require(found.benchmark == subject.name, f"its benchmark is {found.benchmark!r}, not {subject.name!r}")
+    require(isinstance(found, Protocol), f"it is {type(found).__name__}")
+    require(found.benchmark == subject.name, f"its benchmark is {found.benchmark!r}, not {subject.name!r}")
 
 
 def samples(subject: Subject) -> None:
     """`samples(root, list_file)` names a root that is missing; one that makes its own images has a default root and as many images as `PROTOCOL.num_images`."""  # noqa: E501 - the promise is one line
     parameters = inspect.signature(subject.module.samples).parameters
-    _require(list(parameters)[:2] == ["root", "list_file"], f"samples takes {', '.join(parameters)}")
+    require(list(parameters)[:2] == ["root", "list_file"], f"samples takes {', '.join(parameters)}")
     if parameters["root"].default is not inspect.Parameter.empty:
         count, number = len(subject.module.samples()), subject.module.PROTOCOL.num_images
-        _require(count == number, f"samples() gives {count} images, PROTOCOL says {number}")
+        require(count == number, f"samples() gives {count} images, PROTOCOL says {number}")
         return
     try:
         subject.module.samples(subject.folder / "nowhere")
     except EXPECTED as error:
-        _require("nowhere" in str(error), f"{type(error).__name__}: {error}")
+        require("nowhere" in str(error), f"{type(error).__name__}: {error}")
         return
     raise ContractError("a root that does not exist raised nothing")
 
@@ -316,7 +193,8 @@ CONTRACTS: Mapping[str, Sequence[Contract]] = {
         images_at_the_door,
     ),
     "decoders": (name_is_a_word, any_image_size, every_parameter_learns, options_build_it_again),
-    "normalizations": (name_is_a_word, compares_per_image, says_what_it_ignores, only_valid_pixels_count),
+    "normalizations": (name_is_a_word, *NORMALIZATIONS),
+    "terms": (name_is_a_word, *TERMS),
     "benchmarks": (name_is_a_word, protocol, samples),
 }
 """The promises of every kind in plugins.KINDS."""

@@ -55,7 +55,12 @@ class Part:
 
 @cache
 def meanings(cls: type) -> dict[str, str]:
-    """The meaning of every field of a settings class: the string below it, as one line; empty where there is none."""
+    """The meaning of every field of a settings class, as one line: the string below it, or in its metadata where the
+    class is made from a folder (LossSettings); empty where there is none.
+    """
+    told = {f.name: str(f.metadata["meaning"]) for f in dataclasses.fields(cls) if "meaning" in f.metadata}
+    if told:
+        return meanings(cls.__bases__[0]) | told
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     found = {}
@@ -82,7 +87,7 @@ def parts() -> tuple[Part, ...]:
 
 def _keys(cls: type) -> Iterator[Key]:
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    for f in (f for f in dataclasses.fields(cls) if f.metadata.get("key", True)):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         text = "" if default is dataclasses.MISSING else _toml(default)
         yield Key(f.name, meanings(cls)[f.name], _type(hints[f.name]), text)

@@ -19,12 +19,14 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from distill.app import build
+from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
+from distill.training.sampling import meet_labels
 
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
@@ -95,7 +97,7 @@ def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
 
 
 def _images(recipe: Recipe) -> _Images:
-    shards: list[InputShard] = build.input_shards(recipe)
+    shards: list[InputShard] = input_shards(recipe)
     per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
     scale = len(shards) / max(1, len(scans))
@@ -227,15 +229,14 @@ def _about_labelling(
 
 def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device) -> float:
     """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
-    plain = replace(recipe, loss=replace(recipe.loss, feature=0.0))  # a fraction of the time, with a second encoder
-    settings, objective = build.train_settings(recipe), build.make_objective(plain)
+    plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
+    settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
     micro = max(1, settings.batch_size // settings.accumulate)
     tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher
     batch = collate([sample] * tried)
     student.to(device).train()
     images, labels = batch.images.to(device), next(iter(batch.labels.values())).to(device)
-    if labels.shared.kind.quantity != "disparity":
-        raise ValueError(f"labels of kind {labels.shared.kind} are not what the student predicts: set store or bridge")
+    labels = meet_labels(labels, settings.kind)
     seconds = math.nan
     for _ in range(2):
         before = time.perf_counter()

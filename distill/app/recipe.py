@@ -20,10 +20,11 @@ from distill.app.settings import CompareSettings, RunSettings
 from distill.app.shipped import locate
 from distill.app.strict import RecipeError, parse_into, plain, read_toml
 from distill.core.crop_settings import CropSettings
+from distill.core.plugins import did_you_mean
 from distill.data.settings import ImageSettings
 from distill.eval.settings import BenchmarkSettings, ScoreSettings
 from distill.labelling.settings import LabelSettings
-from distill.losses.settings import LossSettings
+from distill.losses.settings import FACTS, LossSettings
 from distill.students.settings import StudentSettings
 from distill.teachers._settings import TeacherSettings
 from distill.training.settings import TrainSettings
@@ -67,6 +68,15 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         named = [table.alias_or_name for table in tables]
         if twice := sorted({name for name in named if named.count(name) > 1}):
             found.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
+    known = [teacher.alias_or_name for teacher in recipe.teachers]
+    for i, images in enumerate(recipe.images):
+        for name in (name for name in images.teachers if name not in known):
+            near = did_you_mean(name, known)
+            line = f"images[{i}].teachers: no teacher {name}{near}; [[teachers]] has {', '.join(known)}"
+            found.append((("images", "teachers"), line))
+    if recipe.crops.redraw and not recipe.labels.online:
+        line = "crops.redraw needs labels.online = true: labels on disk have their crops"
+        found.append((("crops", "labels"), line))
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
@@ -74,6 +84,13 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         found.append((("student", "train"), line))
+    found += [(("student", "train"), line) for line in _kind_faults(student, train)]
+    metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
+    if metric and train.kind != "metric_depth":
+        line = (
+            f'loss.{metric[0]} compares metres: set train.kind = "metric_depth" and student.max_depth, or leave it out'
+        )
+        found.append((("loss", "train"), line))
     if student.norm in ("sync", "frozen") and train.batchnorm not in ("batch", student.norm):
         line = (
             f'student.norm = "{student.norm}" and train.batchnorm = "{train.batchnorm}" contradict each other: '
@@ -81,6 +98,17 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
         )
         found.append((("student", "train"), line))
     return found
+
+
+def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
+    """What is wrong between the kind that is learnt and the kind that the student's output can be."""
+    if train.kind not in ("affine_disparity", "metric_depth"):
+        return [f'train.kind = "{train.kind}": a student predicts affine_disparity, or metric_depth']
+    if train.kind == "metric_depth" and not (student.max_depth or student.init_from):
+        return ['train.kind = "metric_depth" needs student.max_depth, the farthest that the student can see in metres']
+    if student.max_depth and train.kind != "metric_depth":
+        return [f'student.max_depth = {student.max_depth} makes a metric student: set train.kind = "metric_depth"']
+    return []
 
 
 def parse(table: Mapping[str, Any], *, where: str = "recipe", uses: Collection[str] | None = None) -> Recipe:

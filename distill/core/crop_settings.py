@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from distill.core.settings import below, refuse, unknown_words
 
@@ -19,6 +19,9 @@ class CropSettings:
     644."""
     crops_per_image: int = 1
     """Regions drawn from each image, each a sample of its own. Ours."""
+    redraw: bool = False
+    """An image's region is drawn anew whenever it is learnt from, which needs labels.online = true. Paper: true; false
+    here, for labels on disk have their crops."""
     patches: Literal["grid", "random", "none"] = "grid"
     """Local patches of a region: "grid" covers it with overlap, "random" draws `num_patches`, "none" makes none.
     Ours."""
@@ -36,4 +39,13 @@ class CropSettings:
         faults = below(self, size=14, min_side=1, crops_per_image=1, num_patches=1, patch_size=0) + unknown_words(self)
         if not 0.0 <= self.overlap < 0.9:
             faults.append(f"overlap must be in [0, 0.9), not {self.overlap}")
+        if self.redraw and self.crops_per_image != 1:
+            faults.append(
+                f"redraw = true draws a region at every visit: leave out crops_per_image = {self.crops_per_image}"
+            )
         refuse(faults)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is in a labels folder."""
+        return {key: value for key, value in asdict(self).items() if key != "redraw"}

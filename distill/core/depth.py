@@ -53,6 +53,13 @@ class Kind(StrEnum):
         """ "farther" for depth, "nearer" for disparity."""
         return "farther" if self.quantity == "depth" else "nearer"
 
+    def can_become(self, kind: Kind) -> bool:
+        """Whether `DepthMap.convert` does it: knowledge may be forgotten, 1/x needs a known shift."""
+        forgets = ("metric", "scale", "affine")
+        if forgets.index(kind.unknown) < forgets.index(self.unknown):
+            return False
+        return self.quantity == kind.quantity or self.unknown != "affine"
+
 
 _FORGETS = {"metric": 0, "scale": 1, "affine": 2}
 

@@ -1,16 +1,45 @@
-"""What teachers say about a batch of regions, in the form the objective reads it.
+"""What teaches on a batch of regions, in the form the objective reads it: maps, and who says so.
 
 Shapes: B regions, N patches per region, S region size, P patch size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from distill.core.depth import DepthMap
+from distill.core.depth import DepthMap, Kind
+
+# Ground truth that knows fewer of a region's pixels is sparse: a lidar's lines cover about a twentieth, a depth camera
+# or a renderer nearly all. The border is ours.
+DENSE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Supervision:
+    """What labels are: the objective is chosen by it, and only labels of one supervision share a tensor.
+
+    teacher: the name under which they are stored. kind: of the maps as they are stored. truth: measured or rendered,
+    not a network's opinion. dense: most pixels are known; pseudo-labels always are.
+    """
+
+    teacher: str = ""
+    kind: Kind = Kind.AFFINE_DISPARITY
+    truth: bool = False
+    dense: bool = True
+
+    @property
+    def metric(self) -> bool:
+        """Whether the maps are in metres, or in one over metres."""
+        return self.kind.unknown == "metric"
+
+    @classmethod
+    def of(cls, shared: DepthMap, *, teacher: str, truth: bool) -> Supervision:
+        """That of one region, whose map is `shared` (1,S,S)."""
+        dense = not truth or float(shared.valid.float().mean()) >= DENSE
+        return cls(teacher, shared.kind, truth, dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +52,7 @@ class Labels:
     than N patches repeat a box whose map is nowhere valid.
     shared_weight, local_weight: how much each pixel counts, shaped like the maps; None: all alike. Only averages of
     teachers have them, and they are made last, from augmented labels.
+    supervision: what they are, the same for all regions. Its kind stays that of the stored maps when these convert.
     """
 
     shared: DepthMap
@@ -30,12 +60,21 @@ class Labels:
     boxes: Tensor
     shared_weight: Tensor | None = None
     local_weight: Tensor | None = None
+    supervision: Supervision = Supervision()  # noqa: RUF009  (frozen)
 
     def to(self, device: torch.device | str) -> Labels:
         """The same labels on another device."""
         local = None if self.local is None else self.local.to(device)
-        weights = (None if w is None else w.to(device) for w in (self.shared_weight, self.local_weight))
-        return Labels(self.shared.to(device), local, self.boxes.to(device), *weights)
+        shared_weight, local_weight = (
+            None if w is None else w.to(device) for w in (self.shared_weight, self.local_weight)
+        )
+        boxes = self.boxes.to(device)
+        return Labels(self.shared.to(device), local, boxes, shared_weight, local_weight, self.supervision)
+
+    def convert(self, kind: Kind | str) -> Labels:
+        """The labels as another kind; raises distill.core.depth.KindError where that would be unlawful."""
+        local = None if self.local is None else self.local.convert(kind)
+        return replace(self, shared=self.shared.convert(kind), local=local)
 
 
 @dataclass(frozen=True, slots=True)

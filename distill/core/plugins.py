@@ -37,11 +37,18 @@ KINDS = {
     "teachers": "distill.teachers",
     "decoders": "distill.students.decoders",
     "normalizations": "distill.losses.normalize",
+    "terms": "distill.losses.terms",
     "benchmarks": "distill.eval.benchmarks",
 }
 """What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
 
-SIGNS = {"teachers": "Teacher", "decoders": "Decoder", "normalizations": "compare", "benchmarks": "PROTOCOL"}
+SIGNS = {
+    "teachers": "Teacher",
+    "decoders": "Decoder",
+    "normalizations": "compare",
+    "terms": "term",
+    "benchmarks": "PROTOCOL",
+}
 """What a module of each kind is known by."""
 
 _ROOT = Path(__file__).parents[2]
@@ -83,6 +90,25 @@ def import_file(name: str) -> ModuleType:
     if fault := _file_fault(name):
         raise LookupError(fault)
     return _outside(name, lambda: importlib.import_module(module_name(Path(name))))
+
+
+def source(package: str, name: str) -> str:
+    """The text of plug-in `name`, for what can be read without importing it. Raises LookupError where there is none."""
+    if fault := name_fault(package, name):
+        raise LookupError(fault)
+    if is_path(name):
+        path = Path(name).expanduser()
+    elif _is_own(package, name):
+        path = _ROOT.joinpath(*_module(package, name).split(".")).with_suffix(".py")
+    else:
+        from importlib.util import find_spec
+
+        entry = _installed(package)[name][0]
+        spec = find_spec(entry.module)
+        if spec is None or spec.origin is None:
+            raise LookupError(f"{name} of {_distribution(entry)}: {entry.module} has no file")
+        path = Path(spec.origin)
+    return path.read_text(encoding="utf-8")
 
 
 def name_fault(package: str, name: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from distill.core.settings import below, refuse
 
@@ -29,8 +30,25 @@ class ImageSettings:
     """Keep the first so many images; 0 keeps all."""
     size: int = 224
     """Of scenes: side in pixels of a rendered view."""
+    teachers: tuple[str, ...] = ()
+    """Who teaches on these images, by alias: ["dav2", "truth"]; an image that one of them cannot label is quarantined.
+    By default every teacher of the recipe, but "truth" only where a source can have it."""
+    weight: float = 1.0
+    """How much the source counts in training, whose images are drawn by (images * weight) ** (1 /
+    train.source_temperature); 0 labels them and learns nothing of them. Ours."""
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is in a labels folder; where nobody is named, as before anybody could be."""
+        left_out = {"weight"} if self.teachers else {"weight", "teachers"}
+        return {key: value for key, value in asdict(self).items() if key not in left_out}
+
+    @property
+    def may_have_truth(self) -> bool:
+        """Whether images of this source can come with ground truth."""
+        return not (self.tars or self.photos)
 
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
-        refuse(below(self, scenes=0, limit=0, size=1))
+        refuse(below(self, scenes=0, limit=0, size=1, weight=0))

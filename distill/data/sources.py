@@ -66,12 +66,17 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class InputShard:
-    """A unit of work: one tar, or a run of files. Output shards are named after `stem`."""
+    """A unit of work: one tar, or a run of files. Output shards are named after `stem`.
+
+    source: the number of the source that it belongs to. teachers: who teaches on its images; none: everybody.
+    """
 
     stem: str
     origin: str
     scan: Callable[[], Scan]
     is_tar: bool = False
+    source: int = 0
+    teachers: tuple[str, ...] = ()
 
 
 def combine(*sources: Sequence[InputShard]) -> list[InputShard]:

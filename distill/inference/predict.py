@@ -23,7 +23,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from distill.core import files
-from distill.core.depth import DepthMap
+from distill.core.depth import DepthMap, Kind
 from distill.core.progress import Report
 from distill.data import filetypes
 from distill.data.photos import BadImageError, decode
@@ -40,7 +40,8 @@ PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
 class Estimator:
     """A student that takes photos as they are.
 
-    `predict` gives a DepthMap (B,H,W) of affine disparity, larger is nearer, at the size of the images.
+    `predict` gives a DepthMap (B,H,W) at the size of the images: affine disparity, larger is nearer, or depth in metres
+    of a metric student; its `kind` says which.
     """
 
     def __init__(self, teacher: Teacher) -> None:
@@ -276,12 +277,18 @@ def _write(
                 png_text.add_text(key, value)
             codes = (_position(values, span) * 65535).round().astype(np.uint16)
             Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
-        elif name == "colour":
-            Image.fromarray(coloured(values, _shown(values))).save(file, "PNG")
         else:
-            Image.fromarray(np.concatenate([rgb, coloured(values, _shown(values))], axis=1)).save(
-                file, "JPEG", quality=92
-            )
+            near = _nearness(values, kind)
+            picture = coloured(near, _shown(near))
+            if name == "colour":
+                Image.fromarray(picture).save(file, "PNG")
+            else:
+                Image.fromarray(np.concatenate([rgb, picture], axis=1)).save(file, "JPEG", quality=92)
+
+
+def _nearness(values: np.ndarray, kind: str) -> np.ndarray:
+    """What colours show: near is bright, of depth too."""
+    return values if Kind(kind).quantity == "disparity" else 1.0 / np.maximum(values, 1e-3)
 
 
 def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
@@ -328,9 +335,10 @@ def _video(
                 for name in single:
                     frame = outputs.path(made, name, count)
                     _write(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
-                shown = _shown(values)
+                near = _nearness(values, str(estimator.card.kind))
+                shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
-                picture = coloured(values, span)
+                picture = coloured(near, span)
                 for name, write in films.items():
                     write(picture if name == "colour" else np.concatenate([rgb, picture], axis=1), film.rate)
             count += 1

@@ -1,8 +1,8 @@
 """From photos to labelled samples: cut the regions, ask the teachers, keep what can be trusted.
 
 The same steps serve labelling to shards (`annotate`, batched across images) and training with the teachers at hand
-(`OnlineDataset`). A batch of one image's crops never decides about another image: where a teacher fails on a batch,
-its crops are asked again one by one, and only the image that fails alone is lost.
+(`label_photo`, by labelling.online). A batch of one image's crops never decides about another image: where a teacher
+fails on a batch, its crops are asked again one by one, and only the image that fails alone is lost.
 
 Shapes: B batch, N patches of a region, S region size, P patch size.
 """
@@ -18,13 +18,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from distill.core.codes import CodedLabels, CodedMaps, join
 from distill.core.crop_settings import CropSettings
 from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cut_region, plan
 from distill.core.depth import DepthMap, Kind, cat
-from distill.core.labels import Labels
+from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
 from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
@@ -57,7 +56,7 @@ class CropJob:
     """One region that waits for its labels.
 
     region: (3,S,S) uint8. patches: (N,3,P,P) uint8. truth: its ground truth, if the photo has one. record: the sample's
-    json, without labels.
+    json, without labels. teachers: who is asked; none: everybody.
     """
 
     key: str
@@ -68,11 +67,24 @@ class CropJob:
     boxes: Tensor
     truth: Labels | None
     record: dict[str, Any]
+    teachers: tuple[str, ...] = ()
+
+    def asks(self, name: str) -> bool:
+        """Whether a teacher is asked about this region."""
+        return not self.teachers or name in self.teachers
 
 
-def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, sky: str = DEFAULTS.sky) -> CropJob:
+def prepare(
+    photo: Photo,
+    *,
+    crops: CropSettings,
+    seed: int = 0,
+    draw: int = 0,
+    sky: str = DEFAULTS.sky,
+    teachers: Collection[str] = (),
+) -> CropJob:
     """Cut one draw's region and patches out of a photo; raises BadImageError where it is smaller than the smallest
-    region. sky: labels.sky, for the record.
+    region. sky: labels.sky, for the record. teachers: who is asked; none: everybody.
 
     The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
     """
@@ -102,6 +114,7 @@ def prepare(photo: Photo, *, crops: CropSettings, seed: int = 0, draw: int = 0, 
         boxes=boxes,
         truth=truth,
         record=record,
+        teachers=tuple(teachers),
     )
 
 
@@ -113,6 +126,29 @@ def _cut_truth(truth: DepthMap, square: Square, size: int) -> DepthMap:
         values = F.interpolate(values[None], size=(size, size), mode="nearest-exact")[0]
         valid = F.interpolate(valid[None].float(), size=(size, size), mode="nearest-exact")[0] > 0.5
     return DepthMap(values, valid, truth.kind)
+
+
+def teachers_for(names: Collection[str], teachers: Teachers, *, origin: str) -> Teachers:
+    """Those of `teachers` that are named, all where nobody is, with what they are bridged to; in their order.
+
+    Raises ValueError for a name that no teacher has, naming `origin`.
+    """
+    known = [name for name, _ in teachers]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{origin} is to be labelled by {', '.join(unknown)}; the teachers are {', '.join(known)}")
+    needed: set[str] = set()
+    for name, teacher in teachers:
+        if name in names and isinstance(teacher, Bridged):
+            needed.add(teacher.primary)
+    return [(name, teacher) for name, teacher in teachers if not names or name in names or name in needed]
+
+
+def asked_about(shard: InputShard, teachers: Teachers) -> tuple[str, ...]:
+    """Who labels the images of a shard; raises ValueError where it names nobody's name, or a bridge without its end."""
+    asked = tuple(name for name, _ in teachers_for(shard.teachers, teachers, origin=shard.origin))
+    if more := [name for name in asked if shard.teachers and name not in shard.teachers]:
+        raise ValueError(f"{shard.origin}: a teacher there is bridged to {more[0]}, which must label it too")
+    return asked
 
 
 def stored(depth: DepthMap, store: str) -> DepthMap:
@@ -193,7 +229,8 @@ class BatchQueue:
         self.pending: deque[tuple[_Crops, dict[str, Pending | None]]] = deque()
         self.networks = [(name, teacher) for name, teacher in teachers if not isinstance(teacher, str | Corruptions)]
         self.order: deque[_Waiting] = deque()
-        self.queues: dict[int, list[tuple[_Waiting, int]]] = {}  # crops by size: a batch has one
+        # Crops by size and teachers: a batch has one of each.
+        self.queues: dict[tuple[int, tuple[str, ...]], list[tuple[_Waiting, int]]] = {}
         self.asked = self.failed = self.in_a_row = 0
         self.last = ""
 
@@ -201,21 +238,24 @@ class BatchQueue:
         """Queue a job's crops behind those of its size."""
         waiting = _Waiting(job)
         self.order.append(waiting)
-        if isinstance(job, Rejected) or not self.networks:
+        asked = () if isinstance(job, Rejected) else tuple(name for name, _ in self.networks if job.asks(name))
+        if isinstance(job, Rejected) or not asked:
             return
         waiting.missing = 1 + len(job.patches)
-        waiting.maps = {name: [None] * waiting.missing for name, _ in self.networks}
+        waiting.maps = {name: [None] * waiting.missing for name in asked}
         for slot in range(waiting.missing):
             size = (job.region if slot == 0 else job.patches).shape[-1]
-            self.queues.setdefault(size, []).append((waiting, slot))
+            self.queues.setdefault((size, asked), []).append((waiting, slot))
 
     def run(self, *, at_least: int) -> None:
         """Ask every teacher for each batch of which at least so many crops wait."""
-        for queue in self.queues.values():
+        for (_, asked), queue in self.queues.items():
             while len(queue) >= at_least:
                 size = self.labels.batch_size
                 crops, queue[:size] = queue[:size], []
-                self.pending.append((crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks}))
+                self.pending.append(
+                    (crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks if name in asked})
+                )
                 self._take(self.ask.in_flight)
         if at_least == 1:
             self._take(0)
@@ -299,7 +339,8 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
     labels: dict[str, Labels] = {}
     coded: dict[str, CodedLabels] = {}
     predicted: dict[str, dict[str, Any]] = {}
-    for name, teacher in teachers:
+    for name, teacher in ((name, teacher) for name, teacher in teachers if job.asks(name)):
+        truth = isinstance(teacher, str | Corruptions)
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
@@ -321,7 +362,8 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
             primary = labels[teacher.primary]
             shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, primary)
             boxes = job.boxes if local is not None else job.boxes[:, :0]
-        labels[name] = Labels(shared, local, boxes)
+        supervision = Supervision.of(shared, teacher=name, truth=truth)
+        labels[name] = Labels(shared, local, boxes, supervision=supervision)
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
 
 
@@ -356,56 +398,3 @@ def label_photo(
     if isinstance(result, Rejected):
         raise BadImageError(result.reason)
     return result
-
-
-class OnlineDataset(Dataset[Sample]):
-    """Samples labelled when asked for, for training with the teachers at hand; read like a LabelDataset.
-
-    shards: the sources. keys: image or sample keys to keep. An image that cannot be labelled is replaced by the next
-    that can, and noted in `quarantine`. Keep DataLoader workers at 0 where a teacher is on a GPU.
-    Raises ValueError where there is no image at all, or none that can be labelled.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[InputShard],
-        teachers: Teachers,
-        *,
-        crops: CropSettings,
-        labels: LabelSettings = DEFAULTS,
-        seed: int = 0,
-        keys: Collection[str] | None = None,
-    ) -> None:
-        self.networks, self.crops, self.labels, self.seed = teachers, crops, labels, seed
-        self.teachers = [name for name, _ in teachers]
-        scans = [shard.scan() for shard in shards]
-        self.quarantine = [rejected for scan in scans for rejected in scan.rejected]
-        every = [(entry, draw) for scan in scans for entry in scan.entries for draw in range(crops.crops_per_image)]
-        wanted = None if keys is None else frozenset(keys)
-        self.entries = [
-            (e, draw) for e, draw in every if wanted is None or e.key in wanted or f"{e.key}-{draw}" in wanted
-        ]
-        if not self.entries:
-            raise ValueError(f"no image to label among {len(every)} of {len(shards)} shards; check [images]")
-        self.keys = [f"{entry.key}-{draw}" for entry, draw in self.entries]
-        self.image_keys = [entry.key for entry, _ in self.entries]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not -len(self.entries) <= index < len(self.entries):
-            raise IndexError(f"sample {index} of {len(self.entries)}")
-        reason = ""
-        for step in range(len(self.entries)):
-            entry, draw = self.entries[(index + step) % len(self.entries)]
-            try:
-                return label_photo(
-                    entry.load(), self.networks, crops=self.crops, labels=self.labels, seed=self.seed, draw=draw
-                )
-            except BadImageError as error:
-                reason = str(error)
-                said = Rejected(entry.origin, f"{entry.key}-{draw}", reason)
-                if said not in self.quarantine:
-                    self.quarantine.append(said)
-        raise ValueError(f"none of {len(self.entries)} images can be labelled; the last: {reason}")

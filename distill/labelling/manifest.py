@@ -49,7 +49,7 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
         raise ValueError(f"teachers need a name each, not {', '.join(names) or 'none at all'}")
     return {
         "version": VERSION,
-        "crops": asdict(crops),
+        "crops": crops.content,
         "seed": seed,
         **{name: getattr(labels, name) for name in ("store", "sky", "codec", "samples_per_part")},
         "teachers": [{"as": name, **_card(teacher, labels.store)} for name, teacher in teachers],
@@ -91,6 +91,7 @@ def finish(
 ) -> bool:
     """Write the manifest if every part of every shard is there; whether it is."""
     sidecars: list[dict[str, Any]] = []
+    sources: dict[str, int] = {}
     for shard in shards:
         number, of = 0, 1
         while number < of:
@@ -101,17 +102,35 @@ def finish(
             if entry["tar"] is not None and not is_whole(out, entry["tar"]):
                 return False
             sidecars.append(entry)
+            sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
             number, of = number + 1, entry["of"]
     if not fresh and (out / MANIFEST).is_file():
         before = read_manifest(out)["shards"]
-        if before == [entry["tar"] for entry in sidecars if entry["tar"]]:
+        if before == _tars(sidecars, settings, sources):
             return True
-    write_manifest(out, _manifest(sidecars, settings, recipe, licence))
+    write_manifest(out, _manifest(sidecars, settings, recipe, licence, sources))
     return True
 
 
+def _tars(
+    sidecars: Sequence[dict[str, Any]], settings: dict[str, Any], sources: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    """What the manifest says of each tar: also its source, where there are several, and its teachers, where not all."""
+    every = [card["as"] for card in settings["teachers"]]
+    tars = []
+    for entry in (entry for entry in sidecars if entry["tar"]):
+        teachers = [name for name in every if name in entry["kinds"]]
+        more = {"source": sources[entry["tar"]["name"]]} if any(sources.values()) else {}
+        tars.append({**entry["tar"], **more, **({} if teachers == every else {"teachers": teachers})})
+    return tars
+
+
 def _manifest(
-    sidecars: Sequence[dict[str, Any]], settings: dict[str, Any], recipe: Mapping[str, Any], licence: str
+    sidecars: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    recipe: Mapping[str, Any],
+    licence: str,
+    sources: Mapping[str, int],
 ) -> dict[str, Any]:
     """All parts as one table: the same whoever writes it."""
     quarantine = [line for entry in sidecars for line in entry["quarantine"]]
@@ -129,7 +148,7 @@ def _manifest(
             counts = [entry.get("bridge_dropped", {}).get(name, {}) for entry in sidecars]
             dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
             card["bridge"] = {**card["bridge"], "dropped": dropped}
-    tars = [entry["tar"] for entry in sidecars if entry["tar"]]
+    tars = _tars(sidecars, settings, sources)
     passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
         "recipe": dict(recipe),

@@ -33,14 +33,15 @@ from distill.labelling.annotate import (
     CPU,
     TRUTH,
     CropJob,
-    OnlineDataset,
     Teachers,
     annotate,
+    asked_about,
     label_photo,
     prepare,
 )
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
+from distill.labelling.online import OnlineDataset
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import VERSION, Sample, dump_json, encode_sample
 from distill.shards.shards import ShardWriter, read_json
@@ -147,6 +148,8 @@ def label(
     combine(shards)
     if not shards:
         raise ValueError("there are no images to label; check [images]")
+    for shard in shards:
+        asked_about(shard, teachers)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -155,11 +158,11 @@ def label(
         with mutex(out):
             keep_settings(out, settings)
         mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
-        todo = [part for part in mine if not _is_done(out, part)]
+        todo = [part for part in mine if not _is_done(out, part, teachers)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
-        work = _Work(teachers, crops, labels, seed, device)
         with _crew(max(1, labels.threads)) as crew:
             for part in todo:
+                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers))
                 _label_part(out, part, work, tally, crew)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
@@ -189,13 +192,14 @@ class _Work:
     labels: LabelSettings
     seed: int
     device: torch.device
+    asked: tuple[str, ...]
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
         try:
             photo = entry.load()
             return [
-                prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.labels.sky)
+                prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.labels.sky, teachers=self.asked)
                 for draw in range(self.crops.crops_per_image)
             ]
         except BadImageError as error:
@@ -382,8 +386,8 @@ def _line(rejected: Rejected) -> dict[str, str]:
     return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
 
 
-def _is_done(out: Path, part: Part) -> bool:
-    """Whether a part needs no work; raises ValueError where it was made from other images.
+def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
+    """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
 
     A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole. So is
     one whose images are all still in its tar, in their order: images that were lost in a damaged tar lie between them.
@@ -404,5 +408,11 @@ def _is_done(out: Path, part: Part) -> bool:
             f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
             f"({len(sidecar_data['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
             f"{part.shard.stem}-[0-9][0-9][0-9].* there"
+        )
+    asked = {*asked_about(part.shard, teachers)}
+    if (by := {*sidecar_data["kinds"]}) and by != asked:
+        raise ValueError(
+            f"{out / part.name} was labelled by {', '.join(sorted(by))}, and {part.shard.origin} is now to be labelled "
+            f"by {', '.join(sorted(asked))}: label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
         )
     return sidecar_data["tar"] is None or is_whole(out, sidecar_data["tar"])

@@ -1,115 +1,133 @@
-"""The weighted sum and its named parts: L = L_sc + 0.5 L_lg + 1.0 L_feat + 2.0 L_grad (Distill-Any-Depth, Sec. 3.2, 4).
+"""The weighted sum of the terms that apply: L = L_sc + 0.5 L_lg + 1.0 L_feat + 2.0 L_grad (Distill-Any-Depth, Sec. 4).
 
-Every part is one value per image; the trainer alone averages, over the global batch, so that 8 x 1 equals 2 x 4
-accumulated equals 4 processes x 2.
+Labels carry their supervision, and the objective is chosen by it: [loss.truth] where ground truth teaches, and of the
+terms (distill/losses/terms) those whose needs are met. Every part is one value per image; the trainer alone averages,
+over the global batch, so that 8 x 1 equals 2 x 4 accumulated equals 4 processes x 2.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from distill.core.crops import sample_boxes, student_blocks
-from distill.core.depth import KindError
+from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
-from distill.losses.losses import anchor_loss, compare, feature_loss, gradient_loss
+from distill.core.plugins import find
+from distill.losses.losses import compare
 from distill.losses.normalize import Comparison
-from distill.losses.settings import LossSettings
+from distill.losses.settings import FACTS, TERMS, LossSettings
+from distill.losses.terms import Given
+
+NEAREST = 1e-3
+"""A predicted depth below this is taken to be this much where its disparity is asked for: a millimetre, of metres."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Objective:
-    """What a student is asked for; a recipe's [loss] says it.
+    """What a student is asked for; a recipe's [loss] says it. kind: what the student predicts. max_depth: the farthest
+    that it can see, in metres; what metric labels know beyond it is left out, as in Depth Anything V2's training.
 
-    A patch's label meets the student's map at the patch's pixels or at the student's (settings.patch_resolution); both
-    are bilinear between pixel centres.
+    Raises ValueError for a term that no label could ever meet.
     """
 
     settings: LossSettings = field(default_factory=LossSettings)
+    kind: Kind = Kind.AFFINE_DISPARITY
+    max_depth: float | None = None
+    against_truth: LossSettings = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", Kind(self.kind))
+        object.__setattr__(self, "against_truth", self.settings.against_truth())
+        metric = {name for s in (self.settings, self.against_truth) for name in s.weights if FACTS[name].is_metric}
+        if metric and self.kind.unknown != "metric":
+            raise ValueError(
+                f"loss.{min(metric)} compares metres, and the student predicts {self.kind}: set train.kind = "
+                f'"metric_depth" and student.max_depth, or leave it out'
+            )
 
     def __call__(
         self, pred: Tensor, labels: Labels, features: Tensor | None = None, teacher_features: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total (B,) and its parts by name, each (B,), unweighted.
 
-        pred: (B,S,S) affine disparity. features, teacher_features: (B,C,h,w) of the student and of the frozen encoder,
-        or None where the recipe has no feature alignment. Raises KindError for labels that are not disparity.
-        "dead_contexts" among the parts is a count and has no weight.
+        pred: (B,S,S), what the student says. Where the labels know less than it does (a metric student, pseudo-labels
+        up to scale and shift), it is brought to their kind. features, teacher_features: (B,C,h,w) of the student and of
+        the frozen encoder, or None where the recipe has no feature alignment. "dead_contexts" among the parts is a
+        count and has no weight. Raises KindError for labels that do not meet the prediction, ValueError where no term
+        says anything about them.
         """
-        kind = labels.shared.kind
-        if kind.quantity != "disparity":
-            raise KindError(
-                f"the student learns affine_disparity, and a label of kind {kind} cannot become that: use a checkpoint "
-                f'that predicts disparity, or bridge = "primary"'
-            )
         with torch.autocast(pred.device.type, enabled=False):
-            return self._sum(pred.float() if pred.dtype != torch.float64 else pred, labels, features, teacher_features)
+            pred = pred.float() if pred.dtype != torch.float64 else pred
+            pred, labels = self._as(labels.shared.kind, pred), self._within(labels)
+            return self._sum(pred, labels, features, teacher_features)
+
+    def _as(self, kind: Kind, pred: Tensor) -> Tensor:
+        """The prediction as the labels' kind."""
+        if kind.quantity == self.kind.quantity:
+            return pred
+        if not self.kind.can_become(kind):
+            raise KindError(
+                f"the student learns {self.kind}, and a label of kind {kind} cannot become that: use a checkpoint "
+                f'that predicts {self.kind.quantity}, or bridge = "primary"'
+            )
+        return 1.0 / pred.clamp(min=NEAREST)
+
+    def _within(self, labels: Labels) -> Labels:
+        """Metric labels without what is beyond the student's reach."""
+        if self.max_depth is None or labels.shared.kind.unknown != "metric":
+            return labels
+        local = None if labels.local is None else _nearer(labels.local, self.max_depth)
+        return replace(labels, shared=_nearer(labels.shared, self.max_depth), local=local)
 
     def _sum(
         self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        w, shared = self.settings, labels.shared
-        comparison = self._compare(pred, shared.values, shared.valid, labels.shared_weight)
-        parts = {"shared": comparison.loss}
-        total = w.shared * comparison.loss
-        if w.local_global and labels.local is not None:
-            parts["local_global"] = self._local_global(pred, labels)
-            total = total + w.local_global * parts["local_global"]
-        if w.gradient:
-            normalize = w.normalization != "none"
-            parts["gradient"] = gradient_loss(
-                pred, shared.values, shared.valid, normalize=normalize, whole=comparison.whole
-            )
-            total = total + w.gradient * parts["gradient"]
-        if w.feature and features is not None and teacher_features is not None:
-            parts["feature"] = feature_loss(features, teacher_features, margin=w.feature_margin)
-            total = total + w.feature * parts["feature"]
-        if w.anchor:
-            parts["anchor"] = anchor_loss(pred, shared.values, shared.valid)
-            total = total + w.anchor * parts["anchor"]
-        parts["dead_contexts"] = comparison.dead.to(pred.dtype)
-        return total, parts
-
-    def _compare(self, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:
-        s = self.settings
-        return compare(
-            pred,
-            target,
-            valid,
-            s.normalization,
-            trim_top=s.trim_top,
-            label_only=s.label_only,
-            weight=weight,
-            reference_hdn=s.reference_hdn,
-            contexts=s.contexts,
+        s = self.against_truth if labels.supervision.truth else self.settings
+        given = Given(
+            pred=pred,
+            labels=labels,
+            features=features,
+            reference=teacher_features,
+            normalization=s.normalization,
+            patch_resolution=s.patch_resolution,
+            compare=partial(_compare, s),
         )
+        has = given.has
+        parts: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        for name, weight in s.weights.items():
+            value = find(TERMS, name).term(given, **s.options(name)) if FACTS[name].needs <= has else None
+            if value is not None:
+                parts[name] = value
+                total = weight * value if total is None else total + weight * value
+        if total is None:
+            lacking = {name: " and ".join(sorted(FACTS[name].needs - has)) for name in s.weights}
+            asked = ", ".join(f"{name} needs {what or 'other labels'}" for name, what in lacking.items())
+            raise ValueError(
+                f"labels by {labels.supervision.teacher} ({labels.supervision.kind}) teach nothing: "
+                f"{asked or 'every weight of [loss] is 0'}"
+            )
+        return total, parts | given.counts
 
-    def _local_global(self, pred: Tensor, labels: Labels) -> Tensor:
-        """Each patch's label against the student's map on the overlap; mean over patches."""
-        assert labels.local is not None
-        batch, num = labels.boxes.shape[:2]
-        if self.settings.patch_resolution == "student":
-            seen, values, valid, weight = _at_student_pixels(pred, labels)
-        else:
-            values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight
-            seen, inside = sample_boxes(pred, labels.boxes, size)
-            valid = labels.local.valid & inside.flatten(0, 1)
-        loss = self._compare(seen.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
-        labelled = valid.reshape(batch, num, -1).any(-1)
-        return torch.where(labelled, loss, 0.0).sum(1) / labelled.sum(1).clamp(min=1)
+
+def _nearer(depth: DepthMap, limit: float) -> DepthMap:
+    values, metres = depth.values, depth.kind.quantity == "depth"
+    within = (values > 0) & (values <= limit) if metres else values >= 1.0 / limit
+    return DepthMap(values, depth.valid & within, depth.kind)
 
 
-def _at_student_pixels(pred: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The student's pixels over each patch (B,N,n,n), and the label, its valid and its weight there, (B*N,n,n)."""
-    local = labels.local
-    assert local is not None
-    blocks, within, number = student_blocks(labels.boxes, pred.shape[-1])
-    seen, _ = sample_boxes(pred, blocks, number)
-    boxes = within.flatten(0, 1)[:, None]
-    known = local.valid & torch.isfinite(local.values)
-    values, inside = sample_boxes(torch.where(known, local.values, 0.0), boxes, number)
-    valid = inside & (sample_boxes(known.float(), boxes, number)[0] > 0.999)
-    weight = None if labels.local_weight is None else sample_boxes(labels.local_weight, boxes, number)[0][:, 0]
-    return seen, values[:, 0], valid[:, 0], weight
+def _compare(s: LossSettings, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:
+    return compare(
+        pred,
+        target,
+        valid,
+        s.normalization,
+        trim_top=s.trim_top,
+        label_only=s.label_only,
+        weight=weight,
+        reference_hdn=s.reference_hdn,
+        contexts=s.contexts,
+    )

@@ -1,39 +1,94 @@
-"""[loss]: what the student is asked for; distill.losses.objective computes it."""
+"""[loss]: what the student is asked for; distill.losses.objective computes it.
+
+The terms are the files of distill/losses/terms: each is a key here, its weight, and each of its options another. They
+are read from the files' text, for a recipe is judged without torch.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import ast
+import math
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, field, fields, make_dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from distill.core.plugins import name_fault
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.plugins import did_you_mean, name_fault, names, source, where_from
+from distill.core.settings import refuse, unknown_words
+
+TERMS = "distill.losses.terms"
+
+
+@dataclass(frozen=True, slots=True)
+class TermFacts:
+    """What a term's file says of itself: WEIGHT, NEEDS, its options' defaults, and the meanings of those keys."""
+
+    meaning: str
+    meanings: Mapping[str, str]
+    weight: float
+    needs: frozenset[str]
+    options: Mapping[str, Any]
+
+    @property
+    def is_metric(self) -> bool:
+        """Whether it compares metres."""
+        return "metric" in self.needs
+
+
+def term_facts(name: str) -> TermFacts:
+    """The facts of a term, by its name or path; it is not imported. Raises ValueError where it breaks its contract."""
+    try:
+        tree = ast.parse(source(TERMS, name))
+        told = {
+            node.targets[0].id: node.value
+            for node in tree.body
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+        }
+        term = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "term")
+        options = zip(term.args.kwonlyargs, term.args.kw_defaults, strict=True)
+        needs = {node.value for node in ast.walk(told["NEEDS"]) if isinstance(node, ast.Constant)}
+        lines = (ast.get_docstring(tree) or "").splitlines() or [""]
+        pairs = (line.partition(": ") for line in lines[1:])
+        return TermFacts(
+            lines[0],
+            {option: meaning for option, _, meaning in pairs if meaning},
+            float(ast.literal_eval(told["WEIGHT"])),
+            frozenset(map(str, needs)),
+            {one.arg: ast.literal_eval(default) for one, default in options if default is not None},
+        )
+    except (StopIteration, KeyError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"the term {name} needs WEIGHT (a number), NEEDS and term(given, *, option=default) "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _every_term() -> dict[str, TermFacts]:
+    """The facts of every term. One from outside that breaks its contract is no key; its contracts say why."""
+    found: dict[str, TermFacts] = {}
+    for name in names(TERMS):
+        try:
+            found[name] = term_facts(name)
+        except (ValueError, LookupError, ImportError, OSError):
+            if where_from(TERMS, name)[0].startswith(TERMS):
+                raise
+    return found
+
+
+FACTS = _every_term()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LossSettings:
-    """The objective: the weights of its parts, and how maps are brought to each other."""
+class _LossSettings:
+    """The objective: the weights of its terms, and how maps are brought to each other."""
 
     normalization: str = "hybrid"
     """How prediction and label are normalized: one of `distill list normalizations`, or a Python file of yours
     ("./mine.py"). Paper: hybrid."""
-    shared: float = 1.0
-    """Weight of the region's label against the student's map. Paper: 1."""
-    local_global: float = 0.5
-    """Weight of the patches' labels against the student's map. Paper: 0.5."""
-    feature: float = 1.0
-    """Weight of alignment with a frozen encoder's features; it has no part where the student's encoder is frozen.
-    Paper: 1."""
-    gradient: float = 2.0
-    """Weight of multi-scale gradient matching. Paper: 2."""
-    anchor: float = 0.0
-    """Weight of a term that holds the output's magnitude near the label's; 0 = off. Ours."""
     trim_top: float = 0.0
     """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1; off, as in the
     paper."""
     label_only: bool = False
     """The student is brought to the label's scale by the label's statistics, not by its own. Ours."""
-    feature_margin: float = 0.85
-    """Tokens whose cosine with the frozen encoder's is above this are left alone. Paper: 0.85."""
     reference_hdn: bool = False
     """HDN's released loss to the letter, oddities included (losses.losses.hdn_loss); its mean is over a
     micro-batch."""
@@ -43,6 +98,9 @@ class LossSettings:
     patch_resolution: Literal["patch", "student"] = "patch"
     """Where a patch's label meets the student's map: at the patch's pixels, which keeps all of the label's detail, or
     at the student's own pixels, which asks for nothing between them. The paper does not say; ours."""
+    truth: dict[str, Any] = field(default_factory=dict)
+    """[loss.truth]: the keys of [loss] that are different where ground truth teaches, e.g. { normalization = "global",
+    trim_top = 0.1 }; none by default."""
 
     def __post_init__(self) -> None:
         refuse(unknown_words(self))
@@ -55,7 +113,89 @@ class LossSettings:
             raise ValueError(
                 f'contexts = "{self.contexts}" is a variant of HDN\'s released loss: set reference_hdn = true'
             )
-        faults = below(self, shared=0, local_global=0, feature=0, gradient=0, anchor=0, feature_margin=0)
+        numbers = [*FACTS, *(key for key, value in _options().items() if isinstance(value, float))]
+        values = {key: getattr(self, key) for key in numbers}
+        faults = [
+            f"{key} must be finite and at least 0, not {value}"
+            for key, value in values.items()
+            if not 0 <= value < math.inf
+        ]
         if not 0.0 <= self.trim_top < 1.0:
             faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
-        refuse(faults)
+        refuse(faults + self._truth_faults())
+
+    def _truth_faults(self) -> list[str]:
+        known = [f.name for f in fields(self) if f.name != "truth"]
+        unknown = [f"unknown key truth.{key}{did_you_mean(key, known)}" for key in self.truth if key not in known]
+        if unknown or not self.truth:
+            return unknown
+        own = {key: type(getattr(self, key)) for key in self.truth}
+        wrong = [
+            f"truth.{key} must be like {getattr(self, key)!r}, not {value!r}"
+            for key, value in self.truth.items()
+            if type(value) is not own[key] and not (own[key] is float and type(value) is int)
+        ]
+        if wrong:
+            return wrong
+        try:
+            self.against_truth()
+        except ValueError as error:
+            return [f"truth: {error}"]
+        return []
+
+    def against_truth(self) -> LossSettings:
+        """The settings where ground truth teaches: these, with what [loss.truth] says instead."""
+        same: Any = self
+        return replace(same, truth={}, **self.truth)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of every term that counts, in the order in which they are added up.
+
+        Backwards by name: floats are not added alike in every order, and this one is the paper's for the paper's terms.
+        """
+        every = {name: float(getattr(self, name)) for name in sorted(FACTS, reverse=True)}
+        return {name: weight for name, weight in every.items() if weight}
+
+    def without(self, *terms: str) -> LossSettings:
+        """The settings with these terms off."""
+        same: Any = self
+        return replace(same, **dict.fromkeys(terms, 0.0))
+
+    def options(self, term: str) -> dict[str, Any]:
+        """The options of a term, as its function takes them."""
+        return {option: getattr(self, f"{term}_{option}") for option in FACTS[term].options}
+
+
+def _options() -> dict[str, Any]:
+    return {f"{name}_{option}": value for name, fact in FACTS.items() for option, value in fact.options.items()}
+
+
+def _term_fields() -> list[tuple[str, type, Field[Any]]]:
+    """A field for the weight and for every option of each term; its metadata has the meaning."""
+    made: list[tuple[str, type, Field[Any]]] = []
+    taken = {f.name for f in fields(_LossSettings)}
+    for name, fact in FACTS.items():
+        weight: Any = field(default=fact.weight, metadata={"meaning": fact.meaning})
+        made.append((name, float, weight))
+        for option, default in fact.options.items():
+            one: Any = field(default=default, metadata={"meaning": fact.meanings.get(option, "")})
+            made.append((f"{name}_{option}", type(default), one))
+    keys = [key for key, *_ in made]
+    if twice := sorted({key for key in keys if key in taken or keys.count(key) > 1}):
+        raise ValueError(f"distill/losses/terms: {', '.join(twice)} would be two keys of [loss]: rename the term")
+    return made
+
+
+if TYPE_CHECKING:
+
+    class LossSettings(_LossSettings):
+        """The objective's settings: _LossSettings and a key for each term's weight and options."""
+
+        def __init__(self, **keys: Any) -> None: ...
+
+else:
+    LossSettings = make_dataclass(
+        "LossSettings", _term_fields(), bases=(_LossSettings,), frozen=True, slots=True, kw_only=True
+    )
+    LossSettings.__module__, LossSettings.__doc__ = __name__, _LossSettings.__doc__

@@ -13,7 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill.core.codes import CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat
-from distill.core.labels import Batch, Labels
+from distill.core.labels import Batch, Labels, Supervision
 
 VERSION = 1
 MAX_ERROR = 1 / 8192  # of a map's range: what every codec promises
@@ -194,10 +194,12 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     if len({one.shared.kind.quantity for one in labels}) > 1:
         cat([one.shared for one in labels])  # raises, naming the kinds
     shared = cat([one.shared.convert(kind) for one in labels])
+    first = labels[0].supervision
+    supervision = replace(first, kind=kind, truth=all(one.supervision.truth for one in labels))
     counts = [0 if one.local is None else len(one.local) for one in labels]
     max_patches = max(counts)
     if max_patches == 0:
-        return Labels(shared, None, torch.zeros(len(labels), 0, 4))
+        return Labels(shared, None, torch.zeros(len(labels), 0, 4), supervision=supervision)
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     patch = next(one.local.values.shape[1:] for one in labels if one.local is not None and len(one.local))
     maps, boxes = [], []
@@ -209,7 +211,7 @@ def _stack(labels: Sequence[Labels]) -> Labels:
             maps.append(DepthMap(empty, torch.zeros_like(empty, dtype=torch.bool), kind))
         spare = one.boxes[0, :1] if count else whole
         boxes.append(torch.cat([one.boxes[0], spare.expand(max_patches - count, 4)]))
-    return Labels(shared, cat(maps), torch.stack(boxes))
+    return Labels(shared, cat(maps), torch.stack(boxes), supervision=supervision)
 
 
 def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, float | int]]:
@@ -337,7 +339,10 @@ def _decode_labels(
     values, valid = read("shared", info["shared"])
     local = [read(f"local{i}", span) for i, span in enumerate(info["local"])]
     patches = DepthMap(torch.stack([v for v, _ in local]), torch.stack([v for _, v in local]), kind) if local else None
-    return Labels(DepthMap(values[None], valid[None], kind), patches, boxes if local else boxes[:, :0])
+    shared = DepthMap(values[None], valid[None], kind)
+    # Every network has a card; ground truth has none.
+    supervision = Supervision.of(shared, teacher=name, truth="card" not in info)
+    return Labels(shared, patches, boxes if local else boxes[:, :0], supervision=supervision)
 
 
 def disagreements(sample: Sample) -> Iterator[str]:

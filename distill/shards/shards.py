@@ -221,8 +221,9 @@ class LabelDataset(Dataset[Sample]):
     """Every sample of a finished labels folder, at random access, in the order of tars and members.
 
     folder: as `labelling.run` wrote it. teachers: the ones to decode (None: all). keys: image or sample keys to keep
-    (None: all). `keys` and `image_keys` have an item per sample; `duplicates` counts samples left out because an
-    earlier tar has their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
+    (None: all). `keys`, `image_keys` and `sources` (the number of the [[images]] table) have an item per sample;
+    `duplicates` counts samples left out because an earlier tar has their key. Goes to DataLoader workers by fork or
+    pickle; each process opens the tars for itself.
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
 
@@ -257,6 +258,7 @@ class LabelDataset(Dataset[Sample]):
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
         self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
+        self.sources = [int(self.manifest["shards"][tar].get("source", 0)) for tar, _, _ in places]
         self._places = np.array(places, dtype=np.int64)
         self._open: dict[str, IO[bytes]] = {}
 
@@ -280,10 +282,15 @@ class LabelDataset(Dataset[Sample]):
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.by(index, self.teachers)
+        return self.get(index, self.teachers_of(index))
 
-    def by(self, index: int, teachers: Sequence[str]) -> Sample:
-        """Sample `index` with the labels of these teachers alone: the others' maps are not decoded."""
+    def teachers_of(self, index: int) -> list[str]:
+        """Whose labels sample `index` has, of those to decode."""
+        known = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
+        return [name for name in self.teachers if name in known]
+
+    def get(self, index: int, teachers: Sequence[str], *, visit: int | None = None) -> Sample:
+        """Sample `index` with the labels of these teachers alone, the same at every visit; no other map is decoded."""
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"

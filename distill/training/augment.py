@@ -89,7 +89,7 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
     local = labels.local
     if local is not None:
         local = DepthMap(local.values, local.valid & _seen(boxes, local.values.shape[-1]), local.kind)
-    return Labels(DepthMap(values, valid, shared.kind), local, boxes)
+    return Labels(DepthMap(values, valid, shared.kind), local, boxes, supervision=labels.supervision)
 
 
 def _seen(boxes: Tensor, patch: int) -> Tensor:
@@ -118,6 +118,7 @@ def _mirror_labels(labels: Labels, mirrored: Tensor) -> Labels:
         DepthMap(_mirror(shared.values, mirrored), _mirror(shared.valid, mirrored), shared.kind),
         local,
         torch.where(mirrored[:, None, None], other_side, boxes),
+        supervision=labels.supervision,
     )
 
 

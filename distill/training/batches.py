@@ -1,76 +1,132 @@
 """From a dataset to the micro-batches a step learns from: read, chosen and augmented in the data workers.
 
-Only the labels that the step learns from leave a worker, already of the kind that the student predicts. A sample that
-cannot be read comes out as its own one-line error in the training process, not as a worker's traceback.
+Each sample has the teachers that its source has, and learns from one of them: the step's where it has that one, else
+its own draw. A micro-batch may so hold several supervisions; the student sees it whole, in one forward pass, and the
+objective is asked for each supervision's images (ours: a step of one source alone would swing between sources, and a
+batch statistic with it). Only the labels that are learnt from are read. A sample that cannot be read comes out as its
+own one-line error in the training process, not as a worker's traceback.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.core.labels import Batch, Labels
+from distill.shards.codec import Sample
 from distill.training.augment import augment
-from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels
+from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels, meet_labels
 from distill.training.settings import TrainSettings
 
 PREFETCH = 4  # micro-batches per worker that lie ready
+AVERAGE = "average"
 
 
 class Labelled(Protocol):
-    """A map-style dataset of samples."""
+    """Samples at random access, and who taught on each."""
 
     @property
     def image_keys(self) -> Sequence[str]:
         """One per sample; samples of one image share it."""
         ...
 
+    @property
+    def sources(self) -> Sequence[int]:
+        """One per sample: the number of the source that its image came from."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> Any: ...
+    def teachers_of(self, index: int, /) -> Sequence[str]:
+        """Whose labels sample `index` can have."""
+        ...
+
+    def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None) -> Any:
+        """Sample `index` with the labels of these teachers alone.
+
+        visit: its place in the training stream, for a dataset whose crops are drawn anew at every visit; None: as
+        always.
+        """
+        ...
 
 
 Collate = Callable[[list[Any]], Batch]
 
 
 @dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """What one micro-batch of a step learns from: batch.labels holds the labels of `teacher` alone."""
+class TaughtRows:
+    """The images of a micro-batch that one supervision teaches on: rows (b,), None for all, and their labels."""
 
-    batch: Batch
+    rows: Tensor | None
+    labels: Labels
     teacher: str
 
-    @property
-    def labels(self) -> Labels:
-        """The labels to learn."""
-        return self.batch.labels[self.teacher]
+    def of(self, values: Tensor) -> Tensor:
+        """Their rows of `values` (B,...)."""
+        return values if self.rows is None else values[self.rows]
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them."""
+
+    keys: tuple[str, ...]
+    images: Tensor
+    taught: tuple[TaughtRows, ...]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
-        labels = {name: part.to(device) for name, part in self.batch.labels.items()}
-        return MicroBatch(Batch(self.batch.keys, self.batch.images.to(device), labels), self.teacher)
+        taught = [
+            TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
+            for one in self.taught
+        ]
+        return MicroBatch(self.keys, self.images.to(device), tuple(taught))
+
+    def batches(self) -> list[Batch]:
+        """A batch for every supervision."""
+        rows = [range(len(self.keys)) if one.rows is None else one.rows.tolist() for one in self.taught]
+        return [
+            Batch(tuple(self.keys[row] for row in mine), one.of(self.images), {one.teacher: one.labels})
+            for mine, one in zip(rows, self.taught, strict=True)
+        ]
 
 
-def shares(batch: Batch, settings: TrainSettings) -> dict[str, float]:
-    """How often each teacher is learnt from; ValueError where the labels do not say or a teacher's are missing."""
+def shares_among(available: Sequence[str], settings: TrainSettings) -> dict[str, float]:
+    """How often each teacher of a sample is learnt from; ValueError where nothing says so, or none of them is."""
     if not settings.teacher_shares:
-        if len(batch.labels) != 1:
+        if len(available) != 1:
             raise ValueError(
-                f"the labels come from {', '.join(batch.labels)}: say how often each is learnt from, e.g. "
-                f"teacher_shares = {{{', '.join(f'{name} = {1 / len(batch.labels):.2g}' for name in batch.labels)}}}"
+                f"the labels come from {', '.join(available)}: say how often each is learnt from, e.g. "
+                f"teacher_shares = {{{', '.join(f'{name} = {1 / len(available):.2g}' for name in available)}}}"
             )
-        return dict.fromkeys(batch.labels, 1.0)
-    used = {name: share for name, share in settings.teacher_shares.items() if share > 0}
-    if missing := [name for name in used if name not in batch.labels]:
+        return dict.fromkeys(available, 1.0)
+    used = {name: share for name, share in settings.teacher_shares.items() if share > 0 and name in available}
+    if not used:
         raise ValueError(
-            f"{batch.keys[0]} has no labels by {', '.join(missing)}; the labels hold: {', '.join(batch.labels)}"
+            f"images labelled by {', '.join(available)} alone teach nothing: teacher_shares gives a share to "
+            f"{', '.join(name for name, share in settings.teacher_shares.items() if share > 0)}"
         )
     return used
+
+
+def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSettings) -> None:
+    """Raises LookupError for a teacher whose labels nobody has, ValueError for samples that nobody teaches on.
+
+    Before the first step, for the step that needs them may be a day away.
+    """
+    known = Counter(tuple(dataset.teachers_of(index)) for index in indices)
+    every = list(dict.fromkeys(name for names in known for name in names))
+    if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in every]:
+        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(every)}")
+    for available in known:
+        shares_among(available, settings)
 
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
@@ -80,63 +136,97 @@ def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, amon
 
 
 @dataclass(frozen=True, slots=True)
+class _Item:
+    """A sample that was read: its place, its teachers' shares, the one to learn from ("" in a held-out batch)."""
+
+    place: SamplePosition
+    among: dict[str, float]
+    teacher: str
+    sample: Any
+
+
+def _alike(items: Sequence[_Item]) -> list[list[int]]:
+    """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
+    groups: dict[Hashable, list[int]] = {}
+    for row, item in enumerate(items):
+        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher == AVERAGE else []
+        key.append(item.teacher)
+        if isinstance(item.sample, Sample):
+            for name, labels in item.sample.labels.items():
+                key.append((name, labels.supervision.truth, labels.supervision.dense, labels.shared.kind))
+        groups.setdefault(tuple(key), []).append(row)
+    return list(groups.values())
+
+
+@dataclass(frozen=True, slots=True)
 class _Training:
     """Makes the micro-batch of places of the stream."""
 
     collate: Collate
     settings: TrainSettings
-    alone: bool
 
-    def __call__(self, items: list[Any]) -> MicroBatch | Exception:
-        if errors := [item for item in items if isinstance(item, Exception)]:
-            return errors[0]
-        places, samples = zip(*items, strict=True)
-        s = self.settings
+    def __call__(self, items: list[_Item | Exception]) -> MicroBatch | Exception:
+        read = [item for item in items if isinstance(item, _Item)]
+        if len(read) < len(items):
+            return next(item for item in items if isinstance(item, Exception))
         try:
-            batch = self.collate(list(samples))
-            among = s.teacher_shares if self.alone else shares(batch, s)
-            step = places[0].position // s.batch_size
-            teacher = "average" if s.strategy == "average" else choose_teacher(among, seed=s.seed, step=step)
-            averaged = teacher == "average"
-            if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
-                batch = labels_to_learn(batch, s, teacher=teacher, among=among)
-            positions = [place.position for place in places]
-            batch = augment(
-                batch,
-                positions,
-                seed=s.seed,
-                hflip=s.hflip,
-                color_jitter=s.color_jitter,
-                random_resized_crop=s.random_resized_crop,
-            )
-            return MicroBatch(
-                labels_to_learn(batch, s, teacher=teacher, among=among) if averaged else batch,
-                teacher,
-            )
+            groups = _alike(read)
+            batches = [self._batch([read[row] for row in rows]) for rows in groups]
+            if len(groups) == 1:
+                [(teacher, batch)] = batches
+                return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[teacher], teacher),))
+            keys, images = [""] * len(read), batches[0][1].images.new_empty(len(read), *batches[0][1].images.shape[1:])
+            taught = []
+            for rows, (teacher, batch) in zip(groups, batches, strict=True):
+                taught.append(TaughtRows(torch.tensor(rows), batch.labels[teacher], teacher))
+                images[taught[-1].rows] = batch.images
+                for row, key in zip(rows, batch.keys, strict=True):
+                    keys[row] = key
+            return MicroBatch(tuple(keys), images, tuple(taught))
         except (ValueError, LookupError, OSError) as error:
             return error
+
+    def _batch(self, items: Sequence[_Item]) -> tuple[str, Batch]:
+        """The teacher of items of one supervision, and their augmented batch with its labels alone."""
+        s, teacher, among = self.settings, items[0].teacher, items[0].among
+        batch = self.collate([item.sample for item in items])
+        averaged = teacher == AVERAGE
+        if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
+            batch = labels_to_learn(batch, s, teacher=teacher, among=among)
+        positions = [item.place.position for item in items]
+        batch = augment(
+            batch,
+            positions,
+            seed=s.seed,
+            hflip=s.hflip,
+            color_jitter=s.color_jitter,
+            random_resized_crop=s.random_resized_crop,
+        )
+        return teacher, labels_to_learn(batch, s, teacher=teacher, among=among) if averaged else batch
 
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Makes a held-out batch: the labels of every teacher that is learnt from, unchanged."""
+    """Makes held-out batches: the labels of every teacher that is learnt from, unchanged."""
 
     collate: Collate
     settings: TrainSettings
 
-    def __call__(self, items: list[Any]) -> list[tuple[float, MicroBatch]] | Exception:
-        if errors := [item for item in items if isinstance(item, Exception)]:
-            return errors[0]
+    def __call__(self, items: list[_Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
+        read = [item for item in items if isinstance(item, _Item)]
+        if len(read) < len(items):
+            return next(item for item in items if isinstance(item, Exception))
         s = self.settings
+        made = []
         try:
-            batch = self.collate([sample for _, sample in items])
-            among = shares(batch, s)
-            weights = {"average": 1.0} if s.strategy == "average" else among
-            total = sum(weights.values())
-            return [
-                (weight / total, MicroBatch(labels_to_learn(batch, s, teacher=name, among=among), name))
-                for name, weight in weights.items()
-            ]
+            for rows in _alike(read):
+                batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
+                weights = {AVERAGE: 1.0} if s.strategy == "average" else among
+                for name, weight in weights.items():
+                    labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
+                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),))
+                    made.append((weight / sum(weights.values()), micro))
+            return made
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -144,19 +234,29 @@ class _HeldOut:
 class _Placed(Dataset[Any]):
     """The samples at places of the stream; a sample that cannot be read is the error that says why.
 
-    settings: of a training whose samples come with the labels of the step's teacher alone (see `_alone`).
+    learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
     """
 
-    def __init__(self, dataset: Labelled, settings: TrainSettings | None = None) -> None:
-        self.dataset, self.settings = dataset, settings
+    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool) -> None:
+        self.dataset, self.settings, self.learning = dataset, settings, learning
 
-    def __getitem__(self, place: SamplePosition) -> Any:
+    def __getitem__(self, place: SamplePosition) -> _Item | Exception:
         s = self.settings
         try:
-            if s is None:
-                return place, self.dataset[place.index]
-            teacher = choose_teacher(s.teacher_shares, seed=s.seed, step=place.position // s.batch_size)
-            return place, self.dataset.by(place.index, [teacher])  # type: ignore[attr-defined]
+            among = shares_among(self.dataset.teachers_of(place.index), s)
+            teacher, asked = "", list(among)
+            if self.learning:
+                teacher = AVERAGE
+                if s.strategy == "select":
+                    teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
+                    asked = [teacher]
+            sample = self.dataset.get(place.index, asked, visit=place.position if self.learning else None)
+            if isinstance(
+                sample, Sample
+            ):  # before they are joined: measured depth and rendered disparity are one truth
+                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
+                sample = replace(sample, labels=met)
+            return _Item(place, among, teacher, sample)
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -167,11 +267,9 @@ def _freeze(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _loader(
-    dataset: Labelled, batches: Any, collate: Any, workers: int, settings: TrainSettings | None = None
-) -> Iterator[Any]:
+def _loader(samples: _Placed, batches: Any, collate: Any, workers: int) -> Iterator[Any]:
     loader: DataLoader[Any] = DataLoader(
-        _Placed(dataset, settings),
+        samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
@@ -187,23 +285,13 @@ def _loader(
 def training_batches(
     dataset: Labelled, micro_batches: MicroBatchPositions, *, collate: Collate, settings: TrainSettings
 ) -> Iterator[MicroBatch]:
-    """This process's micro-batches, in order, read ahead by `settings.workers` processes."""
-    alone = _alone(dataset, settings)
-    make = _Training(collate, settings, alone)
-    return _loader(dataset, micro_batches, make, settings.workers, settings if alone else None)
+    """This process's micro-batches, in order, read ahead by `settings.workers` processes.
 
-
-def _alone(dataset: Labelled, settings: TrainSettings) -> bool:
-    """Whether the dataset can decode the labels of a step's one teacher (LabelDataset.by), and that is what is learnt.
-
-    Raises LookupError where a teacher's labels are missing, for the step that needs them may be a day away.
+    Raises what `check_teachers` raises, before anything is read.
     """
-    if settings.strategy != "select" or not settings.teacher_shares or not hasattr(dataset, "by"):
-        return False
-    known: Sequence[str] = dataset.teachers  # type: ignore[attr-defined]
-    if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in known]:
-        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(known)}")
-    return True
+    check_teachers(dataset, micro_batches.order.indices, settings)
+    samples = _Placed(dataset, settings, learning=True)
+    return _loader(samples, micro_batches, _Training(collate, settings), settings.workers)
 
 
 def heldout_batches(
@@ -221,4 +309,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    return _loader(dataset, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))
+    samples = _Placed(dataset, settings, learning=False)
+    return _loader(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))

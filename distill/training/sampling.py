@@ -2,6 +2,8 @@
 
 The stream of a run is a permutation of the training samples, then another, end to end; global batch t is its t-th
 slice. So an epoch holds every sample exactly once, and a last partial batch is completed from the next epoch's order.
+Where sources are weighted, every place of the stream is first given to a source, and each source has such a stream of
+its own: a small one is gone through more often, and none of its samples twice before all.
 Processes and accumulation only cut a global batch into micro-batches; neither they nor the number of workers changes
 what a step learns from, and a resumed run needs to know nothing but its step.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from distill.core.crops import generator
 from distill.core.depth import DepthMap, Kind
-from distill.core.labels import Labels
+from distill.core.labels import Labels, Supervision
 from distill.losses.losses import median_and_mean_abs_dev
 
 
@@ -43,11 +45,50 @@ def hold_out(image_keys: Sequence[str], fraction: float) -> tuple[list[int], lis
     return train, [i for i, key in enumerate(image_keys) if key in held]
 
 
-@functools.lru_cache(maxsize=2)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+@functools.lru_cache(maxsize=32)
+def _permutation(count: int, seed: int, epoch: int, *source: int) -> np.ndarray:
     # Raw words of the generator, sorted: unlike Generator.permutation, the same for ever and in every numpy.
-    words = generator("order", seed, epoch).bit_generator.random_raw(count)
+    words = generator("order", seed, epoch, *source).bit_generator.random_raw(count)
     return np.argsort(words, kind="stable")
+
+
+# Of so many places of the stream every source has its share, but for one place.
+BLOCK = 1024
+
+
+@functools.lru_cache(maxsize=8)
+def _dealt(shares: tuple[float, ...], seed: int, block: int) -> np.ndarray:
+    """Which source each place of a block is given to, (BLOCK,): its share of the places (but for one), shuffled."""
+    words = generator("sources", seed, block).bit_generator.random_raw(BLOCK + 1)
+    points = (np.arange(BLOCK) + (int(words[BLOCK]) >> 11) * 2.0**-53) / BLOCK
+    dealt = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
+    return dealt[np.argsort(words[:BLOCK], kind="stable")]
+
+
+@functools.lru_cache(maxsize=8)
+def _starts(shares: tuple[float, ...], seed: int) -> list[np.ndarray]:
+    """How many places every source has had before block 0, 1, ...; `_visits` makes it longer."""
+    return [np.zeros(len(shares), dtype=np.int64)]
+
+
+def _visits(shares: tuple[float, ...], seed: int, position: int) -> tuple[int, int]:
+    """The source of a place of the stream, and how many places it has had before."""
+    block, within = divmod(position, BLOCK)
+    starts = _starts(shares, seed)
+    while len(starts) <= block:
+        starts.append(starts[-1] + np.bincount(_dealt(shares, seed, len(starts) - 1), minlength=len(shares)))
+    dealt = _dealt(shares, seed, block)
+    source = int(dealt[within])
+    return source, int(starts[block][source] + (dealt[:within] == source).sum())
+
+
+def source_shares(counts: Sequence[int], weights: Sequence[float], temperature: float) -> tuple[float, ...]:
+    """How often each source is learnt from: (count * weight) ** (1 / temperature), to a sum of 1.
+
+    temperature: 1 is in proportion, more is more even, so that large sources do not drown small ones.
+    """
+    sizes = [(n * w) ** (1.0 / temperature) for n, w in zip(counts, weights, strict=True)]
+    return tuple(size / sum(sizes) for size in sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +101,49 @@ class SamplePosition:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The endless stream of samples. indices: those to train on; seed: the run's."""
+    """The endless stream of samples. indices: those to train on; seed: the run's.
+
+    sources: (indices, share) of each source where they are weighted; none: all samples alike.
+    """
 
     indices: tuple[int, ...]
     seed: int
+    sources: tuple[tuple[tuple[int, ...], float], ...] = ()
 
     def batch(self, step: int, size: int) -> list[SamplePosition]:
         """Global batch `step` (0-based): `size` consecutive places of the stream."""
-        count = len(self.indices)
-        places = []
-        for position in range(step * size, (step + 1) * size):
-            epoch, within = divmod(position, count)
-            places.append(SamplePosition(position, self.indices[_permutation(count, self.seed, epoch)[within]]))
-        return places
+        return [SamplePosition(p, self._index(p)) for p in range(step * size, (step + 1) * size)]
+
+    def _index(self, position: int) -> int:
+        if not self.sources:
+            epoch, within = divmod(position, len(self.indices))
+            return self.indices[_permutation(len(self.indices), self.seed, epoch)[within]]
+        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position)
+        indices = self.sources[source][0]
+        epoch, within = divmod(visit, len(indices))
+        return indices[_permutation(len(indices), self.seed, epoch, source)[within]]
+
+
+def make_order(
+    indices: Sequence[int], sources: Sequence[int], *, seed: int, weights: Sequence[float], temperature: float
+) -> Order:
+    """The stream of the samples `indices`, whose sources are `sources[index]`.
+
+    weights: by source, 1 for those that it does not reach; a source of weight 0 is not learnt from. Where all weights
+    are alike and temperature is 1 the sources do not matter. Raises ValueError where nothing is left to learn from.
+    """
+    by_source: dict[int, list[int]] = {}
+    for index in indices:
+        by_source.setdefault(sources[index], []).append(index)
+    weight = {source: weights[source] if source < len(weights) else 1.0 for source in sorted(by_source)}
+    kept = {source: w for source, w in weight.items() if w > 0}
+    if not kept and indices:
+        raise ValueError("every source of images has weight 0: nothing to learn from")
+    if temperature == 1.0 and len({*weight.values()}) <= 1:
+        return Order(tuple(indices), seed)
+    shares = source_shares([len(by_source[source]) for source in kept], list(kept.values()), temperature)
+    streams = tuple((tuple(by_source[source]), share) for source, share in zip(kept, shares, strict=True))
+    return Order(tuple(index for stream, _ in streams for index in stream), seed, streams)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,27 +225,33 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) 
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
     shared, weight = _average_maps([part.shared for part in parts], shares)
+    taught = [part.supervision for part in parts]
+    truth, dense = (all(flags) for flags in zip(*((one.truth, one.dense) for one in taught), strict=True))
+    supervision = Supervision("average", shared.kind, truth, dense)
     if len(local) != len(parts):
-        return Labels(shared, None, parts[0].boxes, weight)
+        return Labels(shared, None, parts[0].boxes, weight, supervision=supervision)
     if any(not torch.equal(part.boxes, parts[0].boxes) for part in parts):
         raise ValueError(
             'strategy = "average" needs labels of the same patches from every teacher; label them in one run'
         )
     patches, patch_weight = _average_maps(local, shares)
-    return Labels(shared, patches, parts[0].boxes, weight, patch_weight)
+    return Labels(shared, patches, parts[0].boxes, weight, patch_weight, supervision)
 
 
-def convert_labels(labels: Labels, kind: Kind | str) -> Labels:
-    """The labels as another kind; raises distill.core.depth.KindError where that would be unlawful."""
-    local = None if labels.local is None else labels.local.convert(kind)
-    return Labels(labels.shared.convert(kind), local, labels.boxes)
+def meet_labels(labels: Labels, kind: Kind | str) -> Labels:
+    """The labels as the kind that the student predicts, or as they are where they know less than it does.
+
+    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet.
+    """
+    kind, stored = Kind(kind), labels.shared.kind
+    return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
 
 
 def learnt_labels(labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str) -> Labels:
     """The labels that one step learns from: those of `name`, or the average of all where name is "average"."""
     wanted = list(teachers) if name == "average" else [name]
-    converted = {n: convert_labels(labels[n], kind) for n in wanted}
-    return average_labels(converted, teachers) if name == "average" else converted[name]
+    met = {n: meet_labels(labels[n], kind) for n in wanted}
+    return average_labels(met, teachers) if name == "average" else met[name]
 
 
 def fingerprint(keys: Sequence[str], indices: Sequence[int]) -> str:

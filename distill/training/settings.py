@@ -49,6 +49,10 @@ class TrainSettings:
     teacher_shares: dict[str, float] = field(default_factory=dict)
     """How often each teacher is learnt from, by name: { dav2 = 0.7, genpercept = 0.3 }; by default primary_ratio
     decides."""
+    source_temperature: float = 1.0
+    """How evenly sources of images are learnt from: (images * weight) ** (1 / temperature), each [[images]] table a
+    source; 1 = in proportion, larger = more evenly. Ours."""
+    source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
     strategy: Literal["select", "average"] = "select"
     """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
     normalized maps. Paper: select (Table 4)."""
@@ -126,6 +130,9 @@ def _faults(s: TrainSettings) -> list[str]:
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
     at_least |= {"weight_decay": 0, "clip_norm": 0, "color_jitter": 0, "freeze_steps": 0}
     faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
+    if not 0.0 < s.source_temperature < math.inf:
+        faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")
+    faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
     if s.warmup_steps >= s.steps:
         faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
     if s.accumulate > 0 and s.batch_size % s.accumulate:

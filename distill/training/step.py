@@ -27,7 +27,7 @@ from distill.training.schedule import set_rates
 from distill.training.settings import TrainSettings
 from distill.training.trainlog import ScaleAlarm, StepLog, dump_batch, map_statistics
 
-STATISTICS = ("loss", "output_median", "output_deviation", "label_median", "label_deviation", "labelled")
+STATISTICS = ("output_median", "output_deviation", "label_median", "label_deviation", "labelled")
 
 
 class TrainingStoppedError(ValueError):
@@ -182,7 +182,7 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
             sums[name] = sums[name] + value if name in sums else value
     parameters = run.parameters
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    line = _line(run, _reduce(run, sums, norm), teacher=seen[0][0].teacher, rates=rates)
+    line = _line(run, _reduce(run, sums, norm), rates=rates)
     if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
         _stop(run, line, seen)
     if s.clip_norm:
@@ -209,8 +209,11 @@ def _seed(seed: int, device: torch.device) -> None:
 
 
 def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The objective's total (B,) and parts (B,) on a micro-batch, and the prediction (B,H,W); all float32."""
-    images = micro.batch.images
+    """The objective's total (B,) and parts on a micro-batch, and the prediction (B,H,W); all float32.
+
+    Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
+    """
+    images = micro.images
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     features = wanted = None
@@ -223,10 +226,20 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Ten
             with torch.no_grad():
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
-    losses, parts = run.objective(pred, micro.labels, features, wanted)
-    if losses.shape != images.shape[:1]:
-        raise ValueError(f"the objective must return one loss per image, ({len(images)},), not {tuple(losses.shape)}")
-    return losses, parts, pred
+    said = []
+    for one in micro.taught:
+        mine = [None if values is None else one.of(values) for values in (features, wanted)]
+        losses, parts = run.objective(one.of(pred), one.labels, mine[0], mine[1])
+        if losses.shape != one.of(images).shape[:1]:
+            raise ValueError(
+                f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
+            )
+        said.append((losses, parts))
+    if len(said) == 1:
+        return *said[0], pred
+    places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
+    joined = {name: torch.cat([p[name] for _, p in said if name in p]) for _, parts in said for name in parts}
+    return torch.cat([losses for losses, _ in said])[places], joined, pred
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -235,10 +248,29 @@ def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tenso
     # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
     (losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
     losses = losses.detach()
-    output, label = map_statistics(pred), map_statistics(micro.labels.shared.values, micro.labels.shared.valid)
-    statistics = [losses.double().sum(), output[0], output[1], *label]
-    measured = dict(zip(STATISTICS, statistics, strict=True))
-    return losses, measured | {f"parts/{name}": value.detach().double().sum() for name, value in parts.items()}
+    measured = {"loss": losses.double().sum()} | _statistics(run, micro, pred)
+    for name, value in parts.items():
+        measured[f"parts/{name}"] = value.detach().double().sum()
+        measured[f"images/parts/{name}"] = measured["loss"].new_tensor(len(value))
+    for one in micro.taught:
+        mine = one.of(losses).double()
+        for name, total in (
+            (f"teachers/{one.teacher}", mine.sum()),
+            (f"images/{one.teacher}", mine.new_tensor(len(mine))),
+        ):
+            measured[name] = measured[name] + total if name in measured else total
+    return losses, measured
+
+
+def _statistics(run: TrainingRun, micro: MicroBatch, pred: Tensor) -> dict[str, Tensor]:
+    """The sums of what the log says of outputs and labels; labels that know less than the student have another size."""
+    output = map_statistics(pred)
+    label = torch.zeros_like(output)
+    for one in micro.taught:
+        shared = one.labels.shared
+        if len(micro.taught) == 1 or shared.kind == run.settings.kind:
+            label = label + map_statistics(shared.values, shared.valid)
+    return dict(zip(STATISTICS, [output[0], output[1], *label], strict=True))
 
 
 def _reduce(run: TrainingRun, sums: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
@@ -254,15 +286,22 @@ def _reduce(run: TrainingRun, sums: dict[str, Tensor], norm: Tensor) -> dict[str
         run.names = tuple(sorted({*run.names, *run.processes.gather(fresh)}))
 
 
-def _line(run: TrainingRun, sums: Mapping[str, float], *, teacher: str, rates: Mapping[str, float]) -> dict[str, Any]:
+def _line(run: TrainingRun, sums: Mapping[str, float], *, rates: Mapping[str, float]) -> dict[str, Any]:
     images, labelled = run.settings.batch_size, max(1.0, sums["labelled"])
+    # A name that an earlier step met stays in the sums.
+    taught = {n.removeprefix("teachers/"): v for n, v in sums.items() if n.startswith("teachers/")}
+    taught = {name: loss / sums[f"images/{name}"] for name, loss in taught.items() if sums[f"images/{name}"]}
+    parts = {n.removeprefix("parts/"): v for n, v in sums.items() if n.startswith("parts/")}
+    counts = {name: sums[f"images/parts/{name}"] for name in parts}
+    by_teacher = {"teachers": {n: {"loss": loss, "images": int(sums[f"images/{n}"])} for n, loss in taught.items()}}
     return {
         "step": run.step + 1,
         "loss": sums["loss"] / images,
         "lr": rates["decoder"],
         "encoder_lr": rates["encoder"],
-        "parts": {n.removeprefix("parts/"): v / images for n, v in sums.items() if n.startswith("parts/")},
-        "teacher": teacher,
+        "parts": {name: value / counts[name] for name, value in parts.items() if counts[name]},
+        "teacher": "+".join(taught),
+        **(by_teacher if len(taught) > 1 else {}),
         "output_median": sums["output_median"] / images,
         "output_deviation": sums["output_deviation"] / images,
         "label_median": sums["label_median"] / labelled,
@@ -273,7 +312,8 @@ def _line(run: TrainingRun, sums: Mapping[str, float], *, teacher: str, rates: M
 
 def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatch, Tensor]]) -> NoReturn:
     folder = run.out / f"bad_batch_{line['step']}"
-    batches, losses = [micro.batch for micro, _ in seen], [loss for _, loss in seen]
+    batches = [batch for micro, _ in seen for batch in micro.batches()]
+    losses = [one.of(loss) for micro, loss in seen for one in micro.taught]
     dump_batch(folder, f"process-{run.processes.index}", batches=batches, losses=losses, facts=line)
     if run.log:
         run.log.write(line)

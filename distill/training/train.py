@@ -34,7 +34,7 @@ from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, heldout_batches, training_batches
-from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out
+from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import make_optimizer
 from distill.training.settings import CHANGEABLE, TrainSettings
 from distill.training.step import (
@@ -93,7 +93,8 @@ def train(
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
-    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images.
+    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
+    source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
     features), and the objective also gets reference(images)[-1][0].
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
@@ -108,12 +109,9 @@ def train(
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
     accelerator = _accelerator(settings, out, device=device)
-    if heldout is None:
-        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
-    else:
-        kept, held = list(range(len(dataset))), list(range(len(heldout)))
+    kept, held = _split(dataset, heldout, settings)
     batches = MicroBatchPositions(
-        order=Order(tuple(kept), settings.seed),
+        order=_order(dataset, kept, settings),
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         process=accelerator.process_index,
@@ -136,6 +134,22 @@ def train(
             # Not accelerator.end_training(): it ends the process group too, and an ablation's next run needs it.
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
+    """The samples of `dataset` to train on and those that choose the checkpoint, of sources that are learnt from."""
+    if heldout is None:
+        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
+        heldout = dataset
+    else:
+        kept, held = list(range(len(dataset))), list(range(len(heldout)))
+    idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
+    return kept, [index for index in held if heldout.sources[index] not in idle]
+
+
+def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> Order:
+    weights, temperature = settings.source_weights, settings.source_temperature
+    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature)
 
 
 @dataclass(frozen=True, slots=True)

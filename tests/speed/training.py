@@ -45,12 +45,16 @@ class Regions:
         coarse = torch.rand(count, 3, 16, 16, generator=draw)
         self.images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic").clamp(0, 1)
         self.image_keys = [f"region{i}" for i in range(count)]
+        self.sources = [0] * count
         self.side = size * 5 // 8
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> tuple[str, torch.Tensor]:
+    def teachers_of(self, index: int) -> list[str]:
+        return ["teacher"]
+
+    def get(self, index: int, teachers: list[str], *, visit: int | None = None) -> tuple[str, torch.Tensor]:
         return self.image_keys[index], self.images[index]
 
     def collate(self, samples: list[tuple[str, torch.Tensor]]) -> Batch:

@@ -31,6 +31,9 @@ def real_student():
 class Photos(Toys):
     """Images of 32 x 32, a label each."""
 
+    def __init__(self, count: int) -> None:
+        super().__init__(count, teachers=1)
+
     def __getitem__(self, index: int):
         image = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
         return f"{self.image_keys[index]}-{index}", image, {"primary": image.mean(0)}

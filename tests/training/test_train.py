@@ -153,20 +153,15 @@ def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path):
 
 
 class Choosing(Toys):
-    """Toys that can be asked for one teacher's labels, and remember what they were asked for."""
+    """Toys that remember whose labels they were asked for in training."""
 
-    def __init__(self, **given) -> None:
-        super().__init__(**given)
-        self.teachers, self.asked = ["primary", "assistant"], []
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = []
 
-    def __getitem__(self, index: int):
-        key, image, maps = Toys()[index]
-        return key, image, maps
-
-    def by(self, index: int, teachers):
-        self.asked += teachers
-        key, image, maps = self[index]
-        return key, image, {name: maps[name] for name in teachers}
+    def get(self, index: int, teachers, *, visit=None):
+        self.asked += [] if visit is None else teachers
+        return super().get(index, teachers)
 
 
 def test_only_the_labels_that_a_step_learns_from_are_decoded(straight, tmp_path):

@@ -45,10 +45,18 @@ class Toys:
 
     def __init__(self, count: int = 24, *, per_image: int = 2, poisoned: int | None = None, teachers: int = 2) -> None:
         self.image_keys = [f"image{i // per_image}" for i in range(count)]
-        self.poisoned, self.teachers = poisoned, teachers
+        self.sources = [0] * count
+        self.poisoned, self.teachers = poisoned, ["primary", "assistant"][:teachers]
 
     def __len__(self) -> int:
         return len(self.image_keys)
+
+    def teachers_of(self, index: int):
+        return self.teachers
+
+    def get(self, index: int, teachers, *, visit=None):
+        key, image, maps = self[index]
+        return key, image, {name: maps[name] for name in teachers}
 
     def __getitem__(self, index: int):
         image = torch.rand(3, SIZE, SIZE, generator=torch.Generator().manual_seed(index))
@@ -56,7 +64,7 @@ class Toys:
         if index == self.poisoned:
             primary = primary / 0
         maps = {"primary": primary, "assistant": image[2] - image[0]}
-        return f"{self.image_keys[index]}-{index}", image, dict(list(maps.items())[: self.teachers])
+        return f"{self.image_keys[index]}-{index}", image, {name: maps[name] for name in self.teachers}
 
 
 def collate(samples) -> Batch:

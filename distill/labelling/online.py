@@ -1,0 +1,98 @@
+"""Samples labelled when they are asked for: training with the teachers at hand, read like a labels folder.
+
+Only the teachers whose labels are learnt from are asked. With crops.redraw an image's region is drawn anew at every
+visit, as the paper trains; what is seen at a place of the training stream still follows from (seed, place) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch.utils.data import Dataset
+
+from distill.core.crop_settings import CropSettings
+from distill.data.sources import BadImageError, Entry, InputShard, Rejected
+from distill.labelling.annotate import Teachers, asked_about, label_photo, teachers_for
+from distill.labelling.settings import DEFAULTS, LabelSettings
+from distill.shards.codec import Sample
+
+
+class OnlineDataset(Dataset[Sample]):
+    """Samples labelled when asked for, for training with the teachers at hand; read like a LabelDataset.
+
+    shards: the sources. keys: image or sample keys to keep. An image that cannot be labelled is replaced by the next
+    of the same teachers that can, and noted in `quarantine`. Keep DataLoader workers at 0 where a teacher is on a GPU.
+    Raises ValueError where there is no image at all, or none that can be labelled.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[InputShard],
+        teachers: Teachers,
+        *,
+        crops: CropSettings,
+        labels: LabelSettings = DEFAULTS,
+        seed: int = 0,
+        keys: Collection[str] | None = None,
+    ) -> None:
+        self.networks, self.crops, self.labels, self.seed = teachers, crops, labels, seed
+        self.teachers = [name for name, _ in teachers]
+        asked = [asked_about(shard, teachers) for shard in shards]
+        scans = [(shard.source, names, shard.scan()) for shard, names in zip(shards, asked, strict=True)]
+        self.quarantine = [rejected for *_, scan in scans for rejected in scan.rejected]
+        every = [
+            (entry, draw, source, names)
+            for source, names, scan in scans
+            for entry in scan.entries
+            for draw in range(crops.crops_per_image)
+        ]
+        wanted = None if keys is None else frozenset(keys)
+        kept = [one for one in every if wanted is None or not wanted.isdisjoint((one[0].key, f"{one[0].key}-{one[1]}"))]
+        if not kept:
+            raise ValueError(f"no image to label among {len(every)} of {len(shards)} shards; check [images]")
+        self.entries: list[tuple[Entry, int]] = [(entry, draw) for entry, draw, *_ in kept]
+        self.keys = [f"{entry.key}-{draw}" for entry, draw in self.entries]
+        self.image_keys = [entry.key for entry, _ in self.entries]
+        self.sources = [source for *_, source, _ in kept]
+        self._asked = [names for *_, names in kept]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self.entries) <= index < len(self.entries):
+            raise IndexError(f"sample {index} of {len(self.entries)}")
+        return self.get(index, self.teachers_of(index))
+
+    def teachers_of(self, index: int) -> tuple[str, ...]:
+        """Who teaches on the source of sample `index`."""
+        return self._asked[index]
+
+    def get(self, index: int, teachers: Sequence[str], *, visit: int | None = None) -> Sample:
+        """Sample `index` with the labels of these teachers alone; the others are not asked.
+
+        visit: the place in the training stream, which draws the region where crops.redraw is true; None: the sample's
+        own draw.
+        """
+        asked = teachers_for(teachers, self.networks, origin=self.keys[index])
+        reason = ""
+        for step in range(len(self.entries)):
+            at = (index + step) % len(self.entries)
+            if not {*teachers} <= {*self.teachers_of(at)}:
+                continue
+            entry, draw = self.entries[at]
+            draw = visit if self.crops.redraw and visit is not None else draw
+            try:
+                sample = label_photo(
+                    entry.load(), asked, crops=self.crops, labels=self.labels, seed=self.seed, draw=draw
+                )
+            except BadImageError as error:
+                reason = str(error)
+                rejected = Rejected(entry.origin, f"{entry.key}-{draw}", reason)
+                if rejected not in self.quarantine:
+                    self.quarantine.append(rejected)
+                continue
+            for name in [name for name in sample.labels if name not in teachers]:
+                del sample.labels[name]  # asked for a bridge alone
+            return sample
+        raise ValueError(f"none of {len(self.entries)} images can be labelled; the last: {reason}")

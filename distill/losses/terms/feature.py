@@ -1,0 +1,20 @@
+"""Weight of alignment with a frozen encoder's features, L_feat; none where the student's is frozen. Paper: 1.
+
+margin: Tokens whose cosine with the frozen encoder's is above this are left alone. Paper: 0.85.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distill.losses.losses import feature_loss
+from distill.losses.terms import Given
+
+WEIGHT = 1.0
+NEEDS = frozenset({"features"})
+
+
+def term(given: Given, *, margin: float = 0.85) -> Tensor:
+    """L_feat (B,): 1 - cosine over tokens whose cosine is below `margin`."""
+    assert given.features is not None and given.reference is not None
+    return feature_loss(given.features, given.reference, margin=margin)

@@ -1,0 +1,23 @@
+"""Weight of gradient matching at four scales (MiDaS, Eq. 11), L_grad. Paper: 2.
+
+on_sparse: Also where ground truth knows few pixels: its neighbours lie along a scanner's lines. Ours.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distill.losses.losses import gradient_loss
+from distill.losses.terms import Given
+
+WEIGHT = 2.0
+NEEDS = frozenset[str]()
+
+
+def term(given: Given, *, on_sparse: bool = True) -> Tensor | None:
+    """L_grad (B,), on the normalized difference, or the raw one for a student trained without normalization."""
+    if not on_sparse and not given.labels.supervision.dense:
+        return None
+    shared, normalize = given.labels.shared, given.normalization != "none"
+    whole = given.regions[0].whole if given.regions else None
+    return gradient_loss(given.pred, shared.values, shared.valid, normalize=normalize, whole=whole)

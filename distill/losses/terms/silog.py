@@ -1,0 +1,26 @@
+"""Weight of the scale-invariant error of the logarithm, of metric students; 0 = off. Depth Anything V2: 1.
+
+variance_focus: How far a common factor is forgiven: 0 not at all, 1 wholly. Depth Anything V2: 0.5; BTS: 0.85.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distill.losses.terms import Given
+from distill.losses.terms._log import log_difference
+
+WEIGHT = 0.0
+NEEDS = frozenset({"metric"})
+
+
+def term(given: Given, *, variance_focus: float = 0.5) -> Tensor:
+    """sqrt(mean g^2 - variance_focus (mean g)^2), g = log pred - log label, valid pixels (Eigen et al. 2014), (B,)."""
+    g, valid = log_difference(given.pred, given.labels.shared)
+    count = valid.sum((-2, -1)).clamp(min=1)
+    mean = g.sum((-2, -1)) / count
+    value = g.square().sum((-2, -1)) / count - variance_focus * mean.square()
+    # A root has no slope at 0, and the sum of squares may come out a rounding below it.
+    some = value > 1e-12
+    return torch.where(some, torch.where(some, value, 1.0).sqrt(), 0.0)

@@ -1,0 +1,97 @@
+"""The objective is chosen by the supervision: its settings, its terms, and where labels meet the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from distill.core.depth import DepthMap, Kind, KindError
+from distill.core.labels import DENSE, Labels, Supervision
+from distill.losses.losses import distillation_loss
+from distill.losses.objective import Objective
+from distill.losses.settings import LossSettings
+from distill.losses.terms._log import log_difference
+
+G = torch.Generator().manual_seed(0)
+DEPTH = 1.0 + 4 * torch.rand(2, 24, 24, generator=G)
+VALID = torch.rand(2, 24, 24, generator=G) > 0.2
+PRED = 1.0 + 4 * torch.rand(2, 24, 24, generator=G)
+OFF = dict.fromkeys(("shared", "local_global", "feature", "gradient"), 0.0)
+
+
+def labels(values=DEPTH, valid=VALID, *, kind=Kind.METRIC_DEPTH, truth=True, dense=True) -> Labels:
+    supervision = Supervision("t", kind, truth, dense)
+    return Labels(DepthMap(values, valid, kind), None, torch.zeros(len(values), 0, 4), supervision=supervision)
+
+
+@pytest.mark.parametrize("focus", [0.0, 0.5, 1.0])
+def test_silog_is_the_root_of_the_variance_that_is_left(focus):
+    objective = Objective(LossSettings(**OFF, silog=1.0, silog_variance_focus=focus), Kind.METRIC_DEPTH)
+    g = [(p.log() - d.log())[v].double() for p, d, v in zip(PRED, DEPTH, VALID, strict=True)]
+    expected = torch.stack([((one**2).mean() - focus * one.mean() ** 2).sqrt() for one in g]).float()
+    torch.testing.assert_close(objective(PRED, labels())[0], expected)
+    scaled = objective(3 * PRED, labels())[0]
+    assert torch.allclose(scaled, expected, atol=1e-5) is (focus == 1.0)
+    perfect = DEPTH.clone().requires_grad_()
+    loss = objective(perfect, labels())[0]
+    loss.sum().backward()
+    assert (loss < 1e-5).all() and perfect.grad.isfinite().all()
+
+
+def test_log_l1_is_the_relative_error_where_it_is_small():
+    objective = Objective(LossSettings(**OFF, log_l1=1.0), Kind.METRIC_DEPTH)
+    torch.testing.assert_close(objective(DEPTH * 1.01, labels())[0], torch.full((2,), 0.00995), rtol=1e-3, atol=0)
+    g, usable = log_difference(PRED, labels(torch.where(VALID, DEPTH, -1.0), torch.ones_like(VALID)).shared)
+    assert torch.equal(usable, VALID) and not g[~VALID].any()
+
+
+def test_truth_has_settings_of_its_own():
+    settings = LossSettings(
+        **{**OFF, "shared": 2.0}, normalization="none", truth={"normalization": "global", "shared": 1.0}
+    )
+    objective = Objective(settings)
+    one = labels(kind=Kind.AFFINE_DISPARITY)
+    expected = distillation_loss(PRED, DEPTH, VALID, "global")
+    torch.testing.assert_close(objective(PRED, one)[0], expected)
+    pseudo = replace(one, supervision=replace(one.supervision, truth=False))
+    torch.testing.assert_close(objective(PRED, pseudo)[0], 2 * distillation_loss(PRED, DEPTH, VALID, "none"))
+
+
+def test_sparse_truth_may_be_spared_the_gradient():
+    sparse = labels(kind=Kind.AFFINE_DISPARITY, dense=False)
+    assert "gradient" in Objective()(PRED, sparse)[1]
+    objective = Objective(LossSettings(gradient_on_sparse=False))
+    assert "gradient" not in objective(PRED, sparse)[1]
+    assert "gradient" in objective(PRED, labels(kind=Kind.AFFINE_DISPARITY))[1]
+    few = DepthMap(DEPTH[:1], torch.rand(1, 24, 24, generator=G) < DENSE / 2, Kind.METRIC_DEPTH)
+    assert not Supervision.of(few, teacher="t", truth=True).dense
+    assert Supervision.of(few, teacher="t", truth=False).dense, "what a network says is dense, though it be sky"
+
+
+def test_a_metric_prediction_meets_labels_that_know_less_as_disparity():
+    near = labels(7 / DEPTH + 3, kind=Kind.AFFINE_DISPARITY, truth=False)
+    objective = Objective(LossSettings(normalization="global", gradient=0.0, silog=1.0), Kind.METRIC_DEPTH)
+    total, parts = objective(DEPTH, near)
+    assert (total < 1e-5).all() and "silog" not in parts
+    assert (objective(PRED, near)[0] > 0.1).all()
+    with pytest.raises(KindError, match="the student learns affine_disparity, and a label of kind metric_depth"):
+        Objective()(PRED, labels())
+
+
+def test_labels_that_teach_nothing_are_told_of():
+    objective = Objective(LossSettings(**OFF, silog=1.0), Kind.METRIC_DEPTH)
+    near = labels(kind=Kind.AFFINE_DISPARITY, truth=False)
+    with pytest.raises(ValueError, match=r"labels by t \(affine_disparity\) teach nothing: silog needs metric"):
+        objective(PRED, near)
+    with pytest.raises(ValueError, match=r"every weight of \[loss\] is 0"):
+        Objective(LossSettings(**OFF))(PRED, near)
+
+
+def test_what_a_student_cannot_see_is_left_out():
+    objective = Objective(LossSettings(**OFF, log_l1=1.0), Kind.METRIC_DEPTH, max_depth=3.0)
+    within = torch.where(DEPTH <= 3.0, DEPTH, 2.0)
+    assert (objective(within, labels())[0] < 1e-6).all()
+    everything = Objective(LossSettings(**OFF, log_l1=1.0), Kind.METRIC_DEPTH)
+    assert (everything(within, labels())[0] > 0.1).all()
