@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,7 @@ def owned(module: str, entries: list[str]) -> bool:
     return any(module == e or (e.endswith(".") and (module + ".").startswith(e)) for e in entries)
 
 
+@functools.cache
 def imported(path: Path, *, at_top: bool = False) -> list[str]:
     """Every absolute module name imported anywhere in the file, inside functions too (at_top: outside them alone)."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
