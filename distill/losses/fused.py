@@ -120,9 +120,9 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prediction, label, valid and weight, (2,16,24), from a generator of their own: training's goes on unmoved."""
+    """Prediction, label, valid and weight, (2,16,32), from a generator of their own: training's goes on unmoved."""
     draw = torch.Generator().manual_seed(0)
-    pred, target, chance, weight = torch.rand((4, 2, 16, 24), generator=draw)
+    pred, target, chance, weight = torch.rand((4, 2, 16, 32), generator=draw)
     target[1] = (target[1] * 12).floor()
     return pred.to(device), target.to(device), (chance > 0.2).to(device), weight.to(device)
 

@@ -1,34 +1,52 @@
-"""What the hybrid loss costs beside the plain ways: seconds and peak memory of a forward and backward pass.
+"""What the losses cost beside the plain ways, forward and backward, and on a card whether their numbers are right.
 
-    python -m tests.speed.losses                    # 8 maps of 560 x 560, in as many threads as torch takes
+    python -m tests.speed.losses                    # 8 maps of 560 x 560; on a CPU in as many threads as torch takes
     python -m tests.speed.losses --batch 4 --threads 1
+    python -m tests.speed.losses --profile          # on a card: also the time of every kernel
+    python -m tests.speed.losses --compile NAME     # on a card: NAME once, so that its kernels are in Triton's cache
 
     hybrid        distillation_loss(..., "hybrid")
     local, global the other normalizations
+    gradient      gradient_loss(...)
     nanmedians    hybrid as HDN's released code goes about it: a copy of prediction and label for each of the seven
                   contexts, NaN outside it, one nanmedian along the copies, autograd through everything
     plain global  median, mean deviation and L1 of the whole image with masked copies, autograd
     masked L1     the mean absolute difference, autograd
 
-Each variant runs in a process of its own: the memory is the process's peak above what it held before the first call.
-Time is the least of several calls, after one that warms up. Variants take turns, so that whatever else the machine
+On a CPU each variant runs in a process of its own: memory is the process's peak above what it held before the first
+call. Time is the least of several calls, after one that warms up; variants take turns, so that what else the machine
 does falls on all of them.
+
+On a card more rows follow: options of hybrid, hybrid and gradient loss with shared statistics, the objective with nine
+patches an image, the log's statistics, and the torch code that the kernels replace. Columns: the card's time in eager
+mode and replayed from a CUDA graph (medians), the host's time to launch it, peak memory. Then the numbers: ours and the
+torch code's against the torch code in float64, and whether two runs gave the same bits. Kernels that fail raise.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
+import math
 import resource
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from distill.losses.losses import distillation_loss
+from distill.core.crops import sample_boxes
+from distill.core.depth import DepthMap, Kind
+from distill.core.labels import Labels
+from distill.losses import fused
+from distill.losses.losses import compare, distillation_loss, gradient_loss
+from distill.losses.objective import Objective
+from distill.training.trainlog import map_statistics
 
 LEVELS = (4, 2, 1)
 
@@ -88,39 +106,188 @@ VARIANTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "hybrid": lambda p, t, v: distillation_loss(p, t, v, "hybrid"),
     "local": lambda p, t, v: distillation_loss(p, t, v, "local"),
     "global": lambda p, t, v: distillation_loss(p, t, v, "global"),
+    "gradient": gradient_loss,
     "nanmedians": nanmedians,
     "plain global": plain_global,
     "masked L1": masked_l1,
 }
 
 
-def peak_mb(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def serve(name: str, batch: int, size: int, threads: int, device: str) -> None:
+def serve(name: str, batch: int, size: int, threads: int) -> None:
     """One variant, in its own process: times itself whenever a line comes in."""
     if threads:
         torch.set_num_threads(threads)
     # Autograd's threads and first allocations belong to no variant.
     torch.ones(8, requires_grad=True).square().sum().backward()
-    loss, (pred, target, valid) = VARIANTS[name], example(batch, size, device)
+    loss, (pred, target, valid) = VARIANTS[name], example(batch, size, "cpu")
 
     def once() -> float:
         pred.grad = None
         start = time.perf_counter()
         loss(pred, target, valid).mean().backward()
-        if device == "cuda":
-            torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    before = peak_mb(device)
+    before = peak_mb()
     once()
-    print(json.dumps(peak_mb(device) - before), flush=True)
+    print(json.dumps(peak_mb() - before), flush=True)
     for _ in sys.stdin:
         print(json.dumps(once()), flush=True)
+
+
+Case = Callable[[], object]
+NO_GRAPH = ("nanmedians", "plain global", "objective")
+
+
+@contextlib.contextmanager
+def by_torch() -> Iterator[None]:
+    """The torch code does the kernels' work."""
+    wanted, fused.wanted = fused.wanted, lambda values: False
+    yield
+    fused.wanted = wanted
+
+
+def labels_of(target: Tensor, valid: Tensor, patches: int) -> Labels:
+    """The maps as labels of regions, with patches x patches of their size that overlap, by an eighth, what they see."""
+    starts = [i * (1 - 0.4) / max(patches - 1, 1) for i in range(patches)]
+    boxes = torch.tensor([[top, left, top + 0.4, left + 0.4] for top in starts for left in starts])
+    boxes = boxes.to(target).expand(len(target), -1, -1).contiguous()
+    seen, _ = sample_boxes(target, boxes, target.shape[-1])
+    inside, _ = sample_boxes(valid.float(), boxes, target.shape[-1])
+    kind = Kind.AFFINE_DISPARITY
+    local = DepthMap(seen.flatten(0, 1), inside.flatten(0, 1) > 0.5, kind)
+    return Labels(DepthMap(target, valid, kind), local, boxes)
+
+
+def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
+    """What is timed on a card, by name; each does its forward and backward pass."""
+    maps, weight = (target, valid), torch.rand_like(target)
+    labels = labels_of(target, valid, 3)
+
+    def differentiated(loss: Callable[..., Tensor]) -> Case:
+        return lambda: torch.autograd.grad(loss(pred, *maps).mean(), pred)
+
+    def shared(p: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        seen = compare(p, t, v, "hybrid")
+        return seen.loss + 2.0 * gradient_loss(p, t, v, whole=seen.whole)
+
+    def torch_code(loss: Callable[..., Tensor]) -> Case:
+        def call() -> None:
+            with by_torch():
+                differentiated(loss)()
+
+        return call
+
+    def for_the_log() -> object:
+        return map_statistics(pred), map_statistics(target, valid)
+
+    cases = {name: differentiated(loss) for name, loss in VARIANTS.items()}
+    more = {
+        "hybrid, trimmed": lambda p, t, v: distillation_loss(p, t, v, "hybrid", trim_top=0.1),
+        "hybrid, weighted": lambda p, t, v: distillation_loss(p, t, v, "hybrid", weight=weight),
+        "hybrid, label only": lambda p, t, v: distillation_loss(p, t, v, "hybrid", label_only=True),
+        "hybrid + gradient": shared,
+        "objective": lambda p, t, v: Objective()(p, labels)[0],
+    }
+    cases |= {name: differentiated(loss) for name, loss in more.items()} | {"log": for_the_log}
+    return cases | {f"{n}, by torch": torch_code(VARIANTS[n]) for n in ("hybrid", "gradient")}
+
+
+def card_time(call: Case, repeats: int = 60) -> tuple[float, float, float]:
+    """Milliseconds of the card and of the host for one call, medians, and the peak memory above what is held, in MB."""
+    for _ in range(5):
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    marks, host = [], []
+    for _ in range(repeats):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun = time.perf_counter()
+        first.record()
+        call()
+        last.record()
+        host.append((time.perf_counter() - begun) * 1e3)
+        marks.append((first, last))
+    torch.cuda.synchronize()
+    card = statistics.median(first.elapsed_time(last) for first, last in marks)
+    return card, statistics.median(host), (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def graph_time(call: Case, repeats: int = 60) -> float:
+    """Milliseconds of one replay from a CUDA graph, the median."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return card_time(graph.replay, repeats)[0]
+
+
+def card_numbers(pred: Tensor, target: Tensor, valid: Tensor) -> None:
+    """Prints how far the kernels and the torch code are from the torch code in float64, and whether bits repeat."""
+    weight = torch.rand_like(target)
+    options = [{}, {"trim_top": 0.1}, {"label_only": True}, {"weight": weight}]
+    losses = {
+        f"{name} {' '.join(o)}": lambda p, t, v, name=name, o=o: distillation_loss(p, t, v, name, **o)
+        for name in ("hybrid", "local", "global")
+        for o in options
+    }
+    losses |= {"gradient": gradient_loss, "gradient raw": functools.partial(gradient_loss, normalize=False)}
+    print(f"\n{'against float64':24}{'loss':>11}{'gradient':>11}   torch: {'loss':>11}{'gradient':>11}   two runs")
+    for name, loss in losses.items():
+
+        def run(dtype: torch.dtype, loss: Callable[..., Tensor] = loss) -> tuple[Tensor, Tensor]:
+            x = pred.detach().to(dtype).requires_grad_()
+            values = loss(x, target.to(dtype), valid)
+            return values.detach().double(), torch.autograd.grad(values.sum(), x)[0].double()
+
+        truth, ours, again = run(torch.float64), run(torch.float32), run(torch.float32)
+        with by_torch():
+            plain = run(torch.float32)
+        far = [float((a - b).norm() / b.norm()) for way in (ours, plain) for a, b in zip(way, truth, strict=True)]
+        same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        print(f"{name:24}{far[0]:11.1e}{far[1]:11.1e}          {far[2]:11.1e}{far[3]:11.1e}   "
+              f"{'equal bits' if same else 'DIFFER'}")  # fmt: skip
+
+
+def on_card(given: argparse.Namespace) -> None:
+    """Everything that a card can say, in one process."""
+    fused.loud = True
+    maps = example(given.batch, given.size, "cuda")
+    cases = card_cases(*maps)
+    if given.compile:
+        cases[given.compile]()
+        torch.cuda.synchronize()
+        return
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {given.batch} maps of {given.size} x {given.size}"
+    )
+    rows = {
+        name: card_time(call, 12 if "torch" in name or name == "nanmedians" else 60) for name, call in cases.items()
+    }
+    print(f"{'':20}{'ms':>8}{'graph':>8}{'host':>8}{'MB':>8}   x masked L1, of nanmedians")
+    for name, (card, host, memory) in rows.items():
+        graph = math.nan if "torch" in name or name in NO_GRAPH else graph_time(cases[name])
+        ratios = f"{card / rows['masked L1'][0]:8.2f} x   1/{rows['nanmedians'][0] / card:.1f}"
+        print(f"{name:20}{card:8.3f}{graph:8.3f}{host:8.3f}{memory:8.1f}   {ratios}", flush=True)
+    card_numbers(*maps)
+    if given.profile:
+        for name in ("hybrid", "gradient", "hybrid, trimmed"):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+                for _ in range(10):
+                    cases[name]()
+                torch.cuda.synchronize()
+            print(f"\n{name}")
+            for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:16]:
+                each, times = event.self_device_time_total / 10, event.count / 10
+                print(f"{each:9.1f} us a call, {times:4.1f} launches   {event.key[:90]}")
 
 
 def main() -> None:
@@ -129,11 +296,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=560)
     parser.add_argument("--threads", type=int, default=0, help="torch's threads; 0: as it likes")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="on a card: the time of every kernel")
+    parser.add_argument("--compile", metavar="NAME", help="on a card: run this row once and nothing else")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     if given.serve:
-        serve(given.serve, given.batch, given.size, given.threads, device)
+        serve(given.serve, given.batch, given.size, given.threads)
+        return
+    if torch.cuda.is_available():
+        on_card(given)
         return
     common = ["--batch", str(given.batch), "--size", str(given.size), "--threads", str(given.threads)]
     workers, memory, seconds = {}, {}, {name: torch.inf for name in VARIANTS}
@@ -153,7 +324,7 @@ def main() -> None:
         worker.stdin.close()
         worker.wait()
     threads = given.threads or torch.get_num_threads()
-    print(f"{device}, {threads} threads, {given.batch} maps of {given.size} x {given.size}, forward and backward")
+    print(f"cpu, {threads} threads, {given.batch} maps of {given.size} x {given.size}, forward and backward")
     for name in VARIANTS:
         print(
             f"{name:14} {seconds[name] * 1e3:8.1f} ms  {memory[name]:7.1f} MB   "
