@@ -42,7 +42,7 @@ RAW = "a camera raw: develop it and save it as JPEG, PNG or TIFF; its TIFF readi
 
 def refusal(name: str) -> str:
     """Why a picture is not read whose suffix is of a kind that nothing here reads; "" for any other name."""
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = "" if is_litter(name) else PurePosixPath(name).suffix.lower()
     if suffix in RAWS:
         return RAW
     kind = _OTHER_PICTURES.get(suffix)

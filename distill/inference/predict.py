@@ -123,14 +123,14 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     for given in inputs:
         if not given.strip():
             raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
-        files = [(file, stem) for file, stem in _files(Path(given).expanduser())]
-        mine = [(file, stem) for file, stem in files if not outputs.holds(file)]
-        photos = {file.resolve(): stem for file, stem in mine if stem}
-        others = [file for file, stem in mine if not stem]
-        refused |= {f"{file}: {reason}": None for file in others if (reason := filetypes.refusal(file.name))}
-        passed |= {f.resolve(): filetypes.sort_of(f.name) for f in others if not filetypes.refusal(f.name)}
+        files = list(_files(Path(given).expanduser()))
+        mine = [one for one in files if not outputs.holds(one[0])]
+        photos = {file.resolve(): stem for file, stem, _ in mine if stem}
+        others = [(file, name, filetypes.refusal(name)) for file, stem, name in mine if not stem]
+        refused |= {f"{file}: {reason}": None for file, _, reason in others if reason}
+        passed |= {file.resolve(): filetypes.sort_of(name) for file, name, reason in others if not reason}
         if not photos:
-            what = f" but what this command made in {out}" if any(stem for _, stem in files) else ""
+            what = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
@@ -142,17 +142,18 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     )
 
 
-def _files(given: Path) -> Iterator[tuple[Path, str]]:
-    """Files behind one path or glob, each with the stem that it would like, "" for one that is no photo or video."""
+def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
+    """Files behind one path or glob: each, the stem that it would like, "" for no photo or video, and its name."""
     for path in [given] if given.exists() else _glob(given):
         if path.is_dir():
             for file in sorted(path.rglob("*")):
                 if file.is_file():
-                    name = file.relative_to(path)
-                    ours = filetypes.is_photo(name.as_posix()) or filetypes.is_film(name.as_posix())
-                    yield file, name.with_suffix("").as_posix() if ours else ""
+                    inside = file.relative_to(path)
+                    name = inside.as_posix()
+                    ours = filetypes.is_photo(name) or filetypes.is_film(name)
+                    yield file, inside.with_suffix("").as_posix() if ours else "", name
         elif path.is_file():
-            yield path, path.stem
+            yield path, path.stem, path.name
 
 
 def _glob(pattern: Path) -> list[Path]:

@@ -251,7 +251,7 @@ def test_a_disk_that_fails_in_a_tar_costs_its_tail(tmp_path, monkeypatch):
 def test_tars_without_images_say_so(tmp_path):
     none = ([], ["the tar holds no images"])
     assert scanned(pack(tmp_path / "a.tar", [])) == none
-    assert scanned(pack(tmp_path / "a.tar", [("./sa_1.json", b"{}")])) == none
+    assert scanned(pack(tmp_path / "a.tar", [("./sa_1.json", b"{}")])) == ([], ["the tar holds no images, but 1 .json"])
 
 
 def test_other_names_of_one_key_are_other_images(tmp_path):
@@ -281,7 +281,7 @@ def test_what_is_no_tar_gives_one_line(tmp_path, data):
 
 
 def test_names_that_are_not_utf8_can_be_written_down(tmp_path):
-    path = pack(tmp_path / "a.tar", [("./sa_xx.jpg", encoded()), ("./sa_yy.txt", b"1")])
+    path = pack(tmp_path / "a.tar", [("./sa_xx.jpg", encoded()), ("./sa_yy.jpg", b"")])
     path.write_bytes(fix_headers(path.read_bytes(), {b"sa_xx": b"sa_\xff\xfe", b"sa_yy": b"sa_\xff\xfd"}))
     scan = sources.tars(path)[0].scan()
     assert len(scan.entries) == 1 and len(scan.rejected) == 1

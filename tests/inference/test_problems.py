@@ -119,3 +119,21 @@ def test_a_device_that_is_not_there_is_one_line(photos, tmp_path, capsys, device
 )
 def test_a_strip_is_squashed_and_a_photo_is_not(height, width, shape):
     assert native_shape(height, width, 224, 14) == shape
+
+
+def test_read_and_refused_and_not_ours_are_all_that_was_found(tmp_path):
+    photos = tmp_path / "photos"
+    grey(photos / "a.png", 9)
+    grey(photos / "b.jpg", 9)
+    (photos / "b.jpg").rename(photos / "b.jfif")
+    for name in ("raw.NEF", "x.jxl", "a.txt", "b.txt", "._a.png", ".DS_Store", "Thumbs.db", "__MACOSX/a.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"1")
+    found = predict.survey([str(photos)], out=tmp_path / "o")
+    assert [job.stem for job in found.jobs] == ["a", "b"]
+    assert [line.split(": ")[0].rsplit("/", 1)[1] for line in found.refused] == ["raw.NEF", "x.jxl"]
+    assert found.passed == {".txt": 2, "of the system (._*, .DS_Store, Thumbs.db)": 4}
+    for job in found.jobs:
+        job.path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no photo or video there.*2 \.txt.*raw\.NEF: a camera raw"):
+        predict.survey([str(photos)], out=tmp_path / "o")

@@ -69,3 +69,27 @@ def test_a_video_tells_every_frame(tmp_path):
     call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o", report=lambda *at, **numbers: told.append((at, numbers)))
     frames = [((0, 1), {"frame": i, "frames": 3}) for i in range(3)]
     assert told == [((0, 1), {}), *frames, ((1, 1), {})]
+
+
+def test_a_trimmed_film_is_what_players_show(tmp_path):
+    shoot(tmp_path / "v.mp4", 12)
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    # An edit list of one entry: 0.6 s of 1.2, from the start on; it takes the place of the empty room in udta.
+    trak, tkhd = data.index(b"trak") - 4, data.index(b"tkhd") - 4
+    end = tkhd + int.from_bytes(data[tkhd : tkhd + 4], "big")
+    old = data.index(b"elst") if b"elst" in data else None
+    assert old is not None and trak < end
+    length = int.from_bytes(data[old + 12 : old + 16], "big")
+    data[old + 12 : old + 16] = (length // 2).to_bytes(4, "big")
+    (tmp_path / "v.mp4").write_bytes(data)
+    assert call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o") == (1, 0, [])
+    count = len(names(tmp_path / "o" / "v"))
+    assert 6 <= count <= 7
+    assert call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o") == (0, 1, [])
+
+
+def test_what_is_no_film_says_so_and_nothing_else_is_printed(tmp_path, capfd):
+    (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
+    (line,) = call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o")[2]
+    assert "not a film that can be opened" in line or "no film in it" in line
+    assert capfd.readouterr() == ("", "")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from distill import students
 from distill.students.decoders import sdt
-from distill.students.encoder import Encoder, default_indices
+from distill.students.encoder import Encoder, default_indices, statistics
 from tests.students.tiny import DINOV3, randomised, tiny
 
 
@@ -25,11 +25,21 @@ def test_padding_is_the_mean_colour_and_is_cut_off():
         torch.testing.assert_close(student(images), student(padded)[:, top : top + 33, left : left + 47])
 
 
-def test_images_are_normalised_as_imagenet():
+def test_images_are_normalised_as_the_weights_were_trained():
     encoder, images = Encoder("test_vit").eval(), torch.rand(1, 3, 32, 32)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    expected = encoder.features((images - mean[:, None, None]) / std[:, None, None])
+    expected = encoder.features((images - 0.5) / 0.5)  # as timm states of this name
     torch.testing.assert_close(encoder(images)[3], expected[3])
+
+
+def test_statistics_belong_to_the_weights(tmp_path):
+    imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert statistics("dinov3_vits16") == statistics("dinov2_vitb14") == imagenet
+    satellite = statistics("vit_large_patch16_dinov3.sat493m")
+    assert satellite[0] == (0.43, 0.411, 0.296)
+    assert statistics("dinov3_vitl16", tmp_path / "dinov3_vitl16_pretrain_sat493m-eadcf0ff.pth") == satellite
+    assert statistics("dinov3_vitl16", tmp_path / "model.safetensors") == imagenet
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    assert statistics("dinov3_vitl16", tmp_path / "model.safetensors") == ((0.1, 0.2, 0.3), (1, 1, 1))
 
 
 def test_depths_and_indices():
@@ -106,10 +116,10 @@ class TestEncoderWeights:
             Encoder("test_vit", weights=tmp_path / "none.pth")
         for name in ("w.pth", "w.safetensors"):
             (tmp_path / name).write_bytes(b"not weights at all")
-            with pytest.raises(ValueError, match=f"{name}: not a readable"):
+            with pytest.raises(ValueError, match=f"{name} cannot be read as weights"):
                 Encoder("test_vit", weights=tmp_path / name)
         torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "code.pth")
-        with pytest.raises(ValueError, match="code.pth: not a readable"):
+        with pytest.raises(ValueError, match="code.pth cannot be read as weights"):
             Encoder("test_vit", weights=tmp_path / "code.pth")
 
     def test_dinov2_with_registers(self, tmp_path):

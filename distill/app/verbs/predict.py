@@ -20,7 +20,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--student", default="pocket", metavar="NAME", help="a student's folder, pocket, or OWNER/NAME on the hub"
     )
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
-    parser.add_argument("--formats", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"])
+    parser.add_argument(
+        "--formats", "--write", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"]
+    )
     parser.add_argument("--size", type=int, metavar="N", help="short side to work at, in place of the student's own")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")

@@ -1,0 +1,115 @@
+"""Weight files as trainers write them: what is around the tensors comes off, and nothing pickled runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from distill.core.weights import (
+    WeightsMismatchError,
+    WeightsMissingError,
+    below_prefix,
+    find_weights,
+    read_state,
+    unchunked,
+)
+
+RAW = {"a.weight": torch.ones(2), "b.bias": torch.zeros(3)}
+AVERAGED = {"a.weight": torch.full((2,), 2.0), "b.bias": torch.zeros(3)}
+
+
+def prefixed(prefix, state=RAW):
+    return {prefix + key: value for key, value in state.items()}
+
+
+WRAPPED = {
+    "plain": RAW,
+    "model": {"model": RAW, "args": argparse.Namespace(lr=1e-4), "epoch": np.float64(3), "best": np.int64(1)},
+    "lightning": {"state_dict": RAW, "hyper_parameters": {"lr": 1}, "callbacks": {"x": {"y": torch.ones(1)}}},
+    "ema": {"ema": RAW, "step": 1},
+    "model_ema": {"model_ema": RAW},
+    "ema.module": {"ema": {"module": RAW}},
+    "ddp": {"model": prefixed("module."), "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}},
+    "compiled": prefixed("_orig_mod.module."),
+    "counted": {"model": RAW, "step": torch.tensor(3)},
+    "path": {"state_dict": RAW, "config": {"out": Path("x")}},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_wrappers_come_off(tmp_path, name, zipped):
+    torch.save(WRAPPED[name], tmp_path / "w.ckpt", _use_new_zipfile_serialization=zipped)
+    state = read_state(tmp_path / "w.ckpt")
+    assert state.keys() == RAW.keys() and all(torch.equal(state[key], RAW[key]) for key in RAW)
+
+
+def test_of_two_tables_the_raw_one_is_taken_aloud_or_the_one_asked_for(tmp_path, caplog):
+    path = tmp_path / "w.pth"
+    torch.save({"model_ema": {"module": AVERAGED}, "model": RAW}, path)
+    with caplog.at_level(logging.WARNING):
+        assert read_state(path)["a.weight"][0] == 1
+    assert 'took "model"; weights_key takes another of: model_ema.module' in caplog.text
+    assert read_state(path, weights_key="model_ema")["a.weight"][0] == 2
+    torch.save({"state_dict": prefixed("net.") | prefixed("net_ema.", AVERAGED)}, path)
+    assert read_state(path, weights_key="net_ema.")["a.weight"][0] == 2
+    assert below_prefix(read_state(path), ("a.weight",))["a.weight"][0] == 1
+    with pytest.raises(WeightsMismatchError, match="no weights_key 'other'"):
+        read_state(path, weights_key="other")
+    torch.save({"left": RAW, "right": AVERAGED}, path)
+    with pytest.raises(WeightsMismatchError, match="holds left, right: give one as weights_key"):
+        read_state(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/evil-was-run",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_nothing_pickled_runs(tmp_path, zipped):
+    torch.save({"model": RAW, "args": Evil()}, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsMismatchError, match="w.pth cannot be read as weights") as error:
+        read_state(tmp_path / "w.pth")
+    assert not Path("/tmp/evil-was-run").exists() and "weights_only" not in str(error.value)
+
+
+def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused():
+    teacher = prefixed("teacher.backbone.") | {"teacher.dino_head.x": torch.ones(1)} | prefixed("student.backbone.")
+    assert below_prefix(teacher, ("a.weight",)).keys() == RAW.keys()
+    stray = prefixed("model.") | {"more.weight": torch.ones(1)}
+    assert "more.weight" in below_prefix(stray, ("a.weight",)), "for the caller to refuse"
+
+
+def test_chunks_of_blocks_are_joined():
+    chunked = {f"blocks.{c}.{i}.x": torch.ones(1) for c, i in ((0, 1), (1, 2))}
+    assert list(unchunked(chunked)) == ["blocks.1.x", "blocks.2.x"]
+    anew = {f"blocks.{c}.{i}.x": torch.ones(1) for c in range(2) for i in range(2)}
+    assert list(unchunked(anew)) == [f"blocks.{i}.x" for i in range(4)]
+
+
+def test_shards_are_read_through_their_index(tmp_path):
+    for i, key in enumerate(RAW):
+        safetensors.torch.save_file({key: RAW[key]}, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
+    with pytest.raises(WeightsMissingError, match="without their index"):
+        find_weights(tmp_path, ["model.safetensors", "*.safetensors"])
+    names = {key: f"model-0000{i + 1}-of-00002.safetensors" for i, key in enumerate(RAW)}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": names}))
+    assert find_weights(tmp_path, ["model.safetensors"]) == find_weights(tmp_path, ["*.safetensors"]) == index
+    for path in (index, tmp_path / names["a.weight"]):
+        assert read_state(path).keys() == RAW.keys()
+    (tmp_path / names["b.bias"]).unlink()
+    with pytest.raises(WeightsMissingError, match="lacks model-00002-of-00002.safetensors"):
+        find_weights(tmp_path, ["model.safetensors"])
+    index.write_text(json.dumps({"weight_map": {"a": "../../etc/x.safetensors"}}))
+    with pytest.raises(WeightsMismatchError, match="other folders"):
+        read_state(index)

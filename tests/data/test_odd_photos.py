@@ -1,0 +1,139 @@
+"""Photographs as phones, cameras, scanners and broken downloads leave them: the right pixels or a reason."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+
+from distill.data import photos
+from distill.data.photos import BadImageError, decode
+from tests.data.pictures import close, encoded, picture
+
+
+def textured(height=60, width=80) -> Image.Image:
+    rng = np.random.default_rng(3)
+    return Image.fromarray(rng.integers(30, 250, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("form", ["AVIF", "PNG", "JPEG"])
+def test_a_profile_of_srgb_changes_nothing_and_another_does(form):
+    options = {} if form == "PNG" else {"quality": 100, "subsampling": "4:4:4"}
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = decode(encoded(form=form, **options))
+    assert (decode(encoded(form=form, icc_profile=srgb, **options)).int() - plain.int()).abs().max() <= 1
+    assert (decode(encoded(form=form, icc_profile=b"broken" * 40, **options)).int() - plain.int()).abs().max() == 0
+
+
+def linear_profile() -> bytes:
+    """sRGB's own profile with the tone curves of light itself."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(int.from_bytes(data[128:132], "big")):
+        name, offset, size = struct.unpack(">4sII", data[132 + 12 * i : 144 + 12 * i])
+        if name in (b"rTRC", b"gTRC", b"bTRC"):
+            data[offset : offset + size] = (b"curv" + bytes(8)).ljust(size, b"\0")
+    return bytes(data)
+
+
+def test_linear_light_becomes_srgb():
+    got = decode(encoded(Image.new("RGB", (4, 4), (55, 55, 55)), "PNG", icc_profile=linear_profile()))
+    assert abs(int(got[0, 0, 0]) - 128) <= 2, "a fifth of the light is the middle of sRGB"
+    deep = Image.fromarray(np.full((4, 4), 55 * 257, np.uint16))
+    assert abs(int(decode(encoded(deep, "PNG", icc_profile=None))[0, 0, 0]) - 55) <= 1
+
+
+def test_png_gamma_without_a_profile_is_applied():
+    data = encoded(Image.new("RGB", (4, 4), (55, 55, 55)), "PNG")
+    chunk = b"gAMA" + struct.pack(">I", 100000)
+    data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    assert abs(int(decode(data)[0, 0, 0]) - 128) <= 1
+
+
+def test_avif_and_heic_are_read():
+    assert close(decode(encoded(form="AVIF", quality=95)), picture(), 12)
+    heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    heif.from_pillow(picture(64, 64)).save(out, quality=95)
+    assert close(decode(out.getvalue()), picture(64, 64), 16)
+
+
+def test_heic_without_its_package_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
+    with pytest.raises(BadImageError, match=r'HEIC.*pip install "depth-distill\[heif\]"'):
+        decode(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100) + b"\1")
+
+
+def test_large_text_beside_the_pixels_costs_nothing():
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", "x" * (3 << 20), zip=True)
+    info.add_itxt("XML:com.adobe.xmp", "y" * (3 << 20), zip=True)
+    assert close(decode(encoded(form="PNG", pnginfo=info)), picture(), 0)
+
+
+def test_the_limit_of_pixels_is_the_users(monkeypatch):
+    monkeypatch.setenv(photos.LIMIT, "800")
+    with pytest.raises(BadImageError, match="36x24 is more than 800 pixels.*DISTILL_MAX_PIXELS=864 reads it"):
+        decode(encoded(form="PNG"))
+    monkeypatch.setenv(photos.LIMIT, "many")
+    with pytest.raises(ValueError, match="DISTILL_MAX_PIXELS must be a number"):
+        decode(encoded(form="PNG"))
+
+
+def test_what_is_transparent_everywhere_shows_its_colours_or_nothing():
+    clear = np.dstack([np.asarray(picture()), np.zeros((24, 36), np.uint8)])
+    assert close(decode(encoded(Image.fromarray(clear), "PNG")), picture(), 0)
+    with pytest.raises(BadImageError, match="nothing of it shows"):
+        decode(encoded(Image.new("RGBA", (8, 8), (0, 0, 0, 0)), "PNG"))
+
+
+def tiff(pages, **options) -> bytes:
+    out = io.BytesIO()
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:], **options)
+    return out.getvalue()
+
+
+def test_a_thumbnail_before_the_picture_is_passed_over():
+    small = picture().resize((9, 6))
+    assert decode(tiff([small, picture()])).shape == (3, 24, 36)
+    assert decode(tiff([picture(), small])).shape == (3, 24, 36)
+    with pytest.raises(BadImageError, match="thumbnail"):
+        decode(encoded(small, "TIFF", tiffinfo={254: 1}))
+    with pytest.raises(BadImageError, match="camera raw"):
+        decode(encoded(small, "TIFF", tiffinfo={50706: b"\1\4\0\0"}))
+
+
+def test_deep_grey_with_white_at_zero_is_inverted():
+    ramp = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+    data = bytearray(encoded(Image.fromarray(ramp), "TIFF"))
+    at = data.index(struct.pack("<HHI", 262, 3, 1))
+    data[at + 8] = 0
+    assert np.abs(decode(bytes(data))[0].numpy() - (255 - ramp / 257.0)).max() <= 0.5
+
+
+FORMS = [
+    *(("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})),
+    *(("BMP", {}), ("PPM", {}), ("GIF", {}), ("AVIF", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})),
+    ("TIFF", {"compression": "tiff_deflate"}),
+]
+
+
+@pytest.mark.parametrize(("form", "options"), FORMS, ids=str)
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_an_unfinished_download_is_never_another_picture(form, options, share):
+    whole = encoded(textured(), form, **options)
+    kept = int(len(whole) * share)
+    for data in (whole[:kept], whole[:kept] + bytes(len(whole) - kept)):
+        with pytest.raises(BadImageError):
+            decode(data)
+    decode(whole)
+
+
+@pytest.mark.parametrize("form", ["BMP", "PPM", "TIFF"])
+def test_a_letterbox_is_no_unfinished_download(form):
+    boxed = np.asarray(textured()).copy()
+    boxed[:8] = boxed[-8:] = 0
+    assert close(decode(encoded(Image.fromarray(boxed), form)), Image.fromarray(boxed), 0)
