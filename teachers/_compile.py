@@ -16,7 +16,7 @@ def networks(teacher: Any) -> list[nn.Module]:
     parts = getattr(teacher, "parts", None)
     holders = [teacher, parts] if parts is not None else [teacher]
     found = [value for holder in holders for value in _values(holder) if isinstance(value, nn.Module)]
-    halves = [[part.encoder, part.decoder] if _is_vae(part) else [part] for part in found]
+    halves: list[list[Any]] = [[part.encoder, part.decoder] if _is_vae(part) else [part] for part in found]
     return [part for several in halves for part in several]
 
 

@@ -72,7 +72,7 @@ def test_the_verb_from_photo_to_files(photos, tmp_path, capsys):
     out = tmp_path / "maps"
     (photos / "text.png").write_text("hello")
     arguments = ["predict", str(photos / "a.png"), str(photos / "text.png"), "--out", str(out), "--device", "cpu"]
-    assert cli.main([*arguments, "--size", "28", "--write", "npy"]) == 1
+    assert cli.main([*arguments, "--size", "28", "--formats", "npy"]) == 1
     said = capsys.readouterr()
     assert "1 of 2 predicted, 1 could not be used" in said.out and "text.png: not an image" in said.err
     assert np.load(out / "a.npy").shape == (30, 40)
