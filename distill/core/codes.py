@@ -9,13 +9,13 @@ Shapes: B maps, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, KindError
-from distill.core.labels import Labels
+from distill.core.labels import Labels, Supervision
 
 INVALID = 0
 LAST = 65535
@@ -26,15 +26,14 @@ class CodedMaps:
     """Maps as a shard stores them.
 
     codes: (B,H,W) uint16. low, high: (B,) float64, the range of each map. count: (B,) int64, its valid pixels.
-    units: (65536,) float64, what each code means: 0 the lowest value, 1 the highest, NaN an invalid pixel. kind: of the
-    values.
+    codec: whose codes they are, see `register`. kind: of the values.
     """
 
     codes: Tensor
     low: Tensor
     high: Tensor
     count: Tensor
-    units: Tensor
+    codec: str
     kind: Kind
 
     def __len__(self) -> int:
@@ -48,20 +47,32 @@ class CodedMaps:
     def to(self, device: torch.device | str) -> CodedMaps:
         """The same maps on another device; copies from pinned memory do not wait."""
         codes, low, high, count = (x.to(device, non_blocking=True) for x in self.tensors)
-        return CodedMaps(codes, low, high, count, units_on(self.units, torch.device(device)), self.kind)
+        return CodedMaps(codes, low, high, count, self.codec, self.kind)
 
     def pin_memory(self) -> CodedMaps:
         """The same maps in page-locked memory, from where a copy to a GPU runs beside the host's work."""
         codes, low, high, count = (x.pin_memory() for x in self.tensors)
-        return CodedMaps(codes, low, high, count, self.units, self.kind)
+        return CodedMaps(codes, low, high, count, self.codec, self.kind)
 
     def decode(self) -> DepthMap:
         """The values in float32, zero where invalid: bit for bit those of `distill.shards.codec.decode_map`."""
-        unit = self.units[self.codes.to(torch.int32)]
+        if self.codes.device.type == "cpu":
+            return self._by_tables()
+        unit = units_of(self.codec, self.codes.device)[self.codes.to(torch.int32)]
         span = (self.high - self.low)[:, None, None]
         valid = torch.isfinite(unit)
         values = torch.nan_to_num(unit * span + self.low[:, None, None]).float()
         return DepthMap(values, valid, self.kind)
+
+    def _by_tables(self) -> DepthMap:
+        """`decode` on the CPU: a table of float32 values for each map costs less than float64 for each pixel."""
+        units = units_of(self.codec, self.codes.device)
+        known = torch.isfinite(units)
+        values = []
+        for codes, low, high in zip(self.codes, self.low, self.high, strict=True):
+            table = torch.nan_to_num(low + units * (high - low)).float()
+            values.append(table[codes.long()])
+        return DepthMap(torch.stack(values), known[self.codes.long()], self.kind)
 
 
 def join(maps: Sequence[CodedMaps]) -> CodedMaps:
@@ -70,7 +81,7 @@ def join(maps: Sequence[CodedMaps]) -> CodedMaps:
     if len(kinds) != 1:
         raise KindError(f"cannot join {' and '.join(kinds)}: convert them to one kind first")
     codes, low, high, count = (torch.cat(parts) for parts in zip(*(m.tensors for m in maps), strict=True))
-    return CodedMaps(codes, low, high, count, maps[0].units, maps[0].kind)
+    return CodedMaps(codes, low, high, count, maps[0].codec, maps[0].kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,23 +91,77 @@ class CodedLabels:
     shared: CodedMaps
     local: CodedMaps | None
     boxes: Tensor
+    supervision: Supervision = Supervision()  # noqa: RUF009  (frozen)
+
+    def to(self, device: torch.device | str) -> CodedLabels:
+        """The same labels on another device; copies from pinned memory do not wait."""
+        local = None if self.local is None else self.local.to(device)
+        return replace(self, shared=self.shared.to(device), local=local, boxes=self.boxes.to(device, non_blocking=True))
+
+    def pin_memory(self) -> CodedLabels:
+        """The same labels in page-locked memory."""
+        local = None if self.local is None else self.local.pin_memory()
+        return replace(self, shared=self.shared.pin_memory(), local=local, boxes=self.boxes.pin_memory())
 
     def decode(self) -> Labels:
         """The labels, on the device where the codes are."""
-        return Labels(self.shared.decode(), None if self.local is None else self.local.decode(), self.boxes)
+        local = None if self.local is None else self.local.decode()
+        return Labels(self.shared.decode(), local, self.boxes, supervision=self.supervision)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that a stream must know it uses."""
+        maps = [self.shared] if self.local is None else [self.shared, self.local]
+        return [self.boxes, *(x for m in maps for x in m.tensors)]
 
 
-_UNITS: dict[tuple[int, torch.device], Tensor] = {}
+def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
+    """Regions of one supervision as one batch, padded to the most patches as `distill.core.labels.Labels` says.
+
+    What is known of the kind is what is known of all: metric beside scale is scale. Raises KindError where depth meets
+    disparity.
+    """
+    kind = max((one.shared.kind for one in labels), key=lambda k: ("metric", "scale", "affine").index(k.unknown))
+    shared = join([_as(one.shared, kind) for one in labels])
+    supervision = replace(labels[0].supervision, kind=kind)
+    counts = [0 if one.local is None else len(one.local) for one in labels]
+    most = max(counts)
+    if most == 0:
+        return CodedLabels(shared, None, torch.zeros(len(labels), 0, 4), supervision)
+    pattern = next(one.local for one in labels if one.local is not None and len(one.local))
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    maps, boxes = [], []
+    for one, count in zip(labels, counts, strict=True):
+        if one.local is not None and count:
+            maps.append(_as(one.local, kind))
+        if count < most:
+            blank = (torch.zeros((most - count, *x.shape[1:]), dtype=x.dtype) for x in pattern.tensors)
+            codes, low, high, known = blank
+            maps.append(CodedMaps(codes, low, high, known, pattern.codec, kind))
+        spare = one.boxes[0, :1] if count else whole
+        boxes.append(torch.cat([one.boxes[0], spare.expand(most - count, 4)]))
+    return CodedLabels(shared, join(maps), torch.stack(boxes), supervision)
 
 
-def units_on(units: Tensor, device: torch.device) -> Tensor:
+def _as(maps: CodedMaps, kind: Kind) -> CodedMaps:
+    return replace(maps, kind=kind) if maps.kind.quantity == kind.quantity else maps
+
+
+_UNITS: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def register(codec: str, units: Tensor) -> None:
+    """Say what the codes of a codec mean: units (65536,) float64, 0 a map's lowest value, 1 its highest, NaN invalid.
+
+    By name, for maps travel between processes, and the table with each would be larger than a small map.
+    """
+    _UNITS[codec, torch.device("cpu")] = units
+
+
+def units_of(codec: str, device: torch.device) -> Tensor:
     """The table of a codec on a device, copied there once."""
-    if units.device == device:
-        return units
-    key = (units.data_ptr(), device)
-    if key not in _UNITS:
-        _UNITS[key] = units.to(device)
-    return _UNITS[key]
+    if (codec, device) not in _UNITS:
+        _UNITS[codec, device] = _UNITS[codec, torch.device("cpu")].to(device)
+    return _UNITS[codec, device]
 
 
 def encode_linear(values: Tensor, valid: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

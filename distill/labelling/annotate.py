@@ -217,7 +217,7 @@ def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> H
         return HostAsking(store)
     codec = CODECS[labels.codec]
     coded = codec.first > 0 and not any(isinstance(teacher, Bridged) for _, teacher in teachers)
-    coding = (codec.first, torch.from_numpy(codec.units)) if coded else None
+    coding = (labels.codec, codec.first) if coded else None
     return DeviceAsking(device, store, coding=coding, pad_to=labels.batch_size)
 
 

@@ -73,7 +73,7 @@ class HostAsking:
 class DeviceAsking:
     """Asks and goes on; the answer is waited for when it is taken.
 
-    coding: the first code and the units of a codec whose codes are linear, to have maps coded on the device; None
+    coding: the name and the first code of a codec whose codes are linear, to have maps coded on the device; None
     brings them back as they are. pad_to: batches of fewer crops are filled up, so that a compiled network meets one
     shape alone.
     """
@@ -85,7 +85,7 @@ class DeviceAsking:
         device: torch.device,
         store: Callable[[DepthMap], DepthMap],
         *,
-        coding: tuple[int, Tensor] | None,
+        coding: tuple[str, int] | None,
         pad_to: int = 0,
     ) -> None:
         self.device, self.store, self.coding, self.pad_to = device, store, coding, pad_to
@@ -100,7 +100,7 @@ class DeviceAsking:
         depth = predict(name, teacher, self._send(filled), named)[: len(crops)]
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1)
         kept = self.store(depth)
-        coded = None if self.coding is None else encode_linear(kept.values, kept.valid, self.coding[0])
+        coded = None if self.coding is None else encode_linear(kept.values, kept.valid, self.coding[1])
         host, wait = self._fetch([nan, *(coded or (kept.values, kept.valid))])
         return lambda: self._take(host, wait, predicted=depth.kind, kind=kept.kind)
 
@@ -142,5 +142,5 @@ class DeviceAsking:
         else:
             codes, low, high, count = (x.split(1) for x in rest)
             whole = zip(codes, low, high, count, strict=True)
-            maps = [CodedMaps(*one, self.coding[1], kind) for one in whole]
+            maps = [CodedMaps(*one, self.coding[0], kind) for one in whole]
         return Answer(maps, predicted, nan.tolist())

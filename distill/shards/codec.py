@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from distill.core.codes import CodedLabels, CodedMaps
+from distill.core.codes import CodedLabels, CodedMaps, register
 from distill.core.depth import DepthMap, Kind, cat
-from distill.core.labels import Batch, Labels, Supervision
+from distill.core.labels import DENSE, Batch, Labels, Supervision
 
 VERSION = 1
 MAX_ERROR = 1 / 8192  # of a map's range: what every codec promises
@@ -142,6 +142,8 @@ def _float16() -> Codec:
 
 
 CODECS = {"jls": _jls(), "png16": _png16(), "float16": _float16()}
+for _name, _codec in CODECS.items():
+    register(_name, torch.from_numpy(_codec.units))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +245,15 @@ def decode_map(
     span: what `encode_map` returned; its "crc32", if there is one, is checked first. Raises OSError naming `where` for
     bytes that are not what was written.
     """
+    how, codes = CODECS[codec], read_codes(data, span, codec=codec, where=where)
+    low, high = float(span["low"]), float(span["high"])
+    # A table, made in float64: low may be large against the range.
+    table = np.nan_to_num(low + how.units * (high - low)).astype(np.float32)
+    return torch.from_numpy(np.take(table, codes)), torch.from_numpy(np.take(np.isfinite(how.units), codes))
+
+
+def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, where: str) -> Codes:
+    """The codes (H,W) of a map's bytes, checked and raising as `decode_map`."""
     reason = "its checksum is wrong" if span.get("crc32", crc := zlib.crc32(data)) != crc else ""
     how = CODECS[codec]
     codes: NDArray[Any] = np.zeros(0)
@@ -253,10 +264,7 @@ def decode_map(
     if reason or codes.dtype != np.uint16 or codes.ndim != 2:
         reason = reason or f"not a 16-bit map in {codec}"
         raise OSError(f"{where} is damaged: {reason}; {REPAIR}")
-    low, high = float(span["low"]), float(span["high"])
-    # A table, made in float64: low may be large against the range.
-    table = np.nan_to_num(low + how.units * (high - low)).astype(np.float32)
-    return torch.from_numpy(np.take(table, codes)), torch.from_numpy(np.take(np.isfinite(how.units), codes))
+    return codes
 
 
 def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[str, bytes]]:
@@ -289,10 +297,18 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
     return members
 
 
-def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequence[str] | None = None) -> Sample:
+def decode_sample(
+    members: Mapping[str, bytes],
+    *,
+    where: str,
+    teachers: Sequence[str] | None = None,
+    patches: Callable[[int], Sequence[int]] | None = None,
+    coded: bool = False,
+) -> Sample:
     """A sample from its members, by what follows the key: "jpg", "json", "<teacher>.shared.jls", ...
 
-    teachers: the ones to decode (None: all). Raises OSError for damage, ValueError for a newer version or an unknown
+    teachers: the ones to decode (None: all). patches: which of so many to decode (None: all). coded: leave the maps as
+    codes, in `Sample.coded`. Raises OSError for damage, ValueError for a newer version or an unknown
     codec, LookupError for a teacher that is not there; each names `where`.
     """
     try:
@@ -309,9 +325,17 @@ def decode_sample(members: Mapping[str, bytes], *, where: str, teachers: Sequenc
             [[t, left, t + side, left + side] for t, left, side in record["patches"]], dtype=torch.float32
         )
         boxes = boxes.reshape(1, -1, 4) / crop["side"]
+        chosen = list(range(boxes.shape[1]) if patches is None else patches(boxes.shape[1]))
         pixels = _decode_jpg(members["jpg"], record.get("jpg", {}), f"{where} jpg")
-        labels = {name: _decode_labels(members, name, described[name], boxes, codec, where) for name in names}
-        return Sample(record["key"], record["image"]["key"], torch.from_numpy(pixels).permute(2, 0, 1), labels, record)
+        image = torch.from_numpy(pixels).permute(2, 0, 1)
+        labels, codes = {}, {}
+        for name in names:
+            one = _read_labels(members, name, described[name], boxes, chosen, codec, where)
+            if coded:
+                codes[name] = one
+            else:
+                labels[name] = one.decode()
+        return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
 
@@ -327,22 +351,34 @@ def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.
         raise OSError(f"{where} is damaged: it does not decode; {REPAIR}") from error
 
 
-def _decode_labels(
-    members: Mapping[str, bytes], name: str, info: dict[str, Any], boxes: Tensor, codec: str, where: str
-) -> Labels:
-    kind, suffix = Kind(info["kind"]), CODECS[codec].suffix
+def _read_labels(
+    members: Mapping[str, bytes],
+    name: str,
+    info: dict[str, Any],
+    boxes: Tensor,
+    chosen: Sequence[int],
+    codec: str,
+    where: str,
+) -> CodedLabels:
+    """One teacher's labels as they are stored; `chosen`: the patches to read."""
+    kind = Kind(info["kind"])
 
-    def read(context: str, span: Mapping[str, float | int]) -> tuple[Tensor, Tensor]:
-        data = members[f"{name}.{context}.{suffix}"]
-        return decode_map(data, span, codec=codec, where=f"{where} {name}.{context}")
+    def read(contexts: Sequence[tuple[str, Mapping[str, float | int]]]) -> CodedMaps:
+        codes = [
+            read_codes(members[f"{name}.{c}.{CODECS[codec].suffix}"], span, codec=codec, where=f"{where} {name}.{c}")
+            for c, span in contexts
+        ]
+        low, high = (torch.tensor([float(s[key]) for _, s in contexts], dtype=torch.float64) for key in ("low", "high"))
+        count = torch.tensor([int(s["valid"]) for _, s in contexts])
+        return CodedMaps(torch.from_numpy(np.stack(codes)), low, high, count, codec, kind)
 
-    values, valid = read("shared", info["shared"])
-    local = [read(f"local{i}", span) for i, span in enumerate(info["local"])]
-    patches = DepthMap(torch.stack([v for v, _ in local]), torch.stack([v for _, v in local]), kind) if local else None
-    shared = DepthMap(values[None], valid[None], kind)
+    shared = read([("shared", info["shared"])])
+    spans = [(f"local{i}", info["local"][i]) for i in chosen if info["local"]]
     # Every network has a card; ground truth has none.
-    supervision = Supervision.of(shared, teacher=name, truth="card" not in info)
-    return Labels(shared, patches, boxes if local else boxes[:, :0], supervision=supervision)
+    truth = "card" not in info
+    dense = not truth or int(shared.count) >= DENSE * shared.codes.numel()
+    supervision = Supervision(name, kind, truth, dense)
+    return CodedLabels(shared, read(spans) if spans else None, boxes[:, chosen if spans else []], supervision)
 
 
 def disagreements(sample: Sample) -> Iterator[str]:

@@ -284,13 +284,26 @@ class LabelDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.get(index, self.teachers_of(index))
 
+    stores_codes = True
+
     def teachers_of(self, index: int) -> list[str]:
         """Whose labels sample `index` has, of those to decode."""
         known = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
         return [name for name in self.teachers if name in known]
 
-    def get(self, index: int, teachers: Sequence[str], *, visit: int | None = None) -> Sample:
-        """Sample `index` with the labels of these teachers alone, the same at every visit; no other map is decoded."""
+    def get(
+        self,
+        index: int,
+        teachers: Sequence[str],
+        *,
+        visit: int | None = None,
+        patches: Callable[[int], Sequence[int]] | None = None,
+        coded: bool = False,
+    ) -> Sample:
+        """Sample `index` with the labels of these teachers alone, the same at every visit; no other map is decoded.
+
+        patches, coded: as `distill.shards.codec.decode_sample` takes them.
+        """
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"
@@ -298,7 +311,7 @@ class LabelDataset(Dataset[Sample]):
         blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
-        return decode_sample(_members(blob, where), where=where, teachers=teachers)
+        return decode_sample(_members(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
 
     def _handle(self, name: str) -> IO[bytes]:
         file = self._open.get(name)

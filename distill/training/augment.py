@@ -49,7 +49,7 @@ def augment(
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
     if hflip:
-        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws])
+        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
         images = _mirror(images, mirrored)
         labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
     if color_jitter:
@@ -83,8 +83,8 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
     shared = labels.shared
     cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
     values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))
-    corners = torch.tensor([[top, left, top, left] for top, left, _ in squares], dtype=labels.boxes.dtype)
-    sides = torch.tensor([side for *_, side in squares], dtype=labels.boxes.dtype)
+    corners = labels.boxes.new_tensor([[top, left, top, left] for top, left, _ in squares])
+    sides = labels.boxes.new_tensor([side for *_, side in squares])
     boxes = (labels.boxes * size - corners[:, None]) / sides[:, None, None]
     local = labels.local
     if local is not None:
@@ -95,7 +95,7 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
 def _seen(boxes: Tensor, patch: int) -> Tensor:
     """(B*N,P,P) bool: which pixels of each patch have their centre inside the region."""
     flat = boxes.reshape(-1, 4)
-    centres = (torch.arange(patch, dtype=boxes.dtype) + 0.5) / patch
+    centres = (torch.arange(patch, dtype=boxes.dtype, device=boxes.device) + 0.5) / patch
     top, left, bottom, right = (flat[:, i, None] for i in range(4))
     rows = top + (bottom - top) * centres
     columns = left + (right - left) * centres

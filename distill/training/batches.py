@@ -13,6 +13,7 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,14 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.training.augment import augment
-from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_teacher, learnt_labels, meet_labels
+from distill.training.sampling import (
+    MicroBatchPositions,
+    SamplePosition,
+    choose_patches,
+    choose_teacher,
+    learnt_labels,
+    meet_labels,
+)
 from distill.training.settings import TrainSettings
 
 PREFETCH = 4  # micro-batches per worker that lie ready
@@ -48,11 +56,12 @@ class Labelled(Protocol):
         """Whose labels sample `index` can have."""
         ...
 
-    def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None) -> Any:
+    def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None, **more: Any) -> Any:
         """Sample `index` with the labels of these teachers alone.
 
         visit: its place in the training stream, for a dataset whose crops are drawn anew at every visit; None: as
-        always.
+        always. A dataset with `stores_codes` takes two more: patches, a function of their number that says which to
+        read, and coded, to leave the maps as codes.
         """
         ...
 
@@ -136,7 +145,7 @@ def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, amon
 
 
 @dataclass(frozen=True, slots=True)
-class _Item:
+class Item:
     """A sample that was read: its place, its teachers' shares, the one to learn from ("" in a held-out batch)."""
 
     place: SamplePosition
@@ -145,17 +154,68 @@ class _Item:
     sample: Any
 
 
-def _alike(items: Sequence[_Item]) -> list[list[int]]:
+def _alike(items: Sequence[Item]) -> list[list[int]]:
     """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
         key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher == AVERAGE else []
         key.append(item.teacher)
         if isinstance(item.sample, Sample):
-            for name, labels in item.sample.labels.items():
+            for name, labels in item.sample.answers.items():
                 key.append((name, labels.supervision.truth, labels.supervision.dense, labels.shared.kind))
         groups.setdefault(tuple(key), []).append(row)
     return list(groups.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Images of a micro-batch that are alike: their rows, their places in the stream, and who of whom teaches."""
+
+    rows: tuple[int, ...]
+    positions: tuple[int, ...]
+    teacher: str
+    among: Mapping[str, float]
+
+
+def groups_of(items: Sequence[Item]) -> list[Group]:
+    """The items by what `_alike` says."""
+    return [
+        Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
+        for rows in _alike(items)
+    ]
+
+
+def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
+    """The group's batch as the step sees it: the labels that it learns from, augmented."""
+    s, averaged = settings, group.teacher == AVERAGE
+    if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
+        batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
+    batch = augment(
+        batch,
+        group.positions,
+        seed=s.seed,
+        hflip=s.hflip,
+        color_jitter=s.color_jitter,
+        random_resized_crop=s.random_resized_crop,
+    )
+    return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
+
+
+def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
+    """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
+    if len(groups) == 1:
+        [batch], [group] = batches, groups
+        return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[group.teacher], group.teacher),))
+    count = sum(len(group.rows) for group in groups)
+    keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
+    taught = []
+    for group, batch in zip(groups, batches, strict=True):
+        rows = torch.tensor(group.rows).to(images.device, non_blocking=True)
+        taught.append(TaughtRows(rows, batch.labels[group.teacher], group.teacher))
+        images[rows] = batch.images
+        for row, key in zip(group.rows, batch.keys, strict=True):
+            keys[row] = key
+    return MicroBatch(tuple(keys), images, tuple(taught))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,44 +225,16 @@ class _Training:
     collate: Collate
     settings: TrainSettings
 
-    def __call__(self, items: list[_Item | Exception]) -> MicroBatch | Exception:
-        read = [item for item in items if isinstance(item, _Item)]
+    def __call__(self, items: list[Item | Exception]) -> MicroBatch | Exception:
+        read = [item for item in items if isinstance(item, Item)]
         if len(read) < len(items):
             return next(item for item in items if isinstance(item, Exception))
         try:
-            groups = _alike(read)
-            batches = [self._batch([read[row] for row in rows]) for rows in groups]
-            if len(groups) == 1:
-                [(teacher, batch)] = batches
-                return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[teacher], teacher),))
-            keys, images = [""] * len(read), batches[0][1].images.new_empty(len(read), *batches[0][1].images.shape[1:])
-            taught = []
-            for rows, (teacher, batch) in zip(groups, batches, strict=True):
-                taught.append(TaughtRows(torch.tensor(rows), batch.labels[teacher], teacher))
-                images[taught[-1].rows] = batch.images
-                for row, key in zip(rows, batch.keys, strict=True):
-                    keys[row] = key
-            return MicroBatch(tuple(keys), images, tuple(taught))
+            groups = groups_of(read)
+            batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
+            return joined(groups, [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)])
         except (ValueError, LookupError, OSError) as error:
             return error
-
-    def _batch(self, items: Sequence[_Item]) -> tuple[str, Batch]:
-        """The teacher of items of one supervision, and their augmented batch with its labels alone."""
-        s, teacher, among = self.settings, items[0].teacher, items[0].among
-        batch = self.collate([item.sample for item in items])
-        averaged = teacher == AVERAGE
-        if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
-            batch = labels_to_learn(batch, s, teacher=teacher, among=among)
-        positions = [item.place.position for item in items]
-        batch = augment(
-            batch,
-            positions,
-            seed=s.seed,
-            hflip=s.hflip,
-            color_jitter=s.color_jitter,
-            random_resized_crop=s.random_resized_crop,
-        )
-        return teacher, labels_to_learn(batch, s, teacher=teacher, among=among) if averaged else batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,8 +244,8 @@ class _HeldOut:
     collate: Collate
     settings: TrainSettings
 
-    def __call__(self, items: list[_Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
-        read = [item for item in items if isinstance(item, _Item)]
+    def __call__(self, items: list[Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
+        read = [item for item in items if isinstance(item, Item)]
         if len(read) < len(items):
             return next(item for item in items if isinstance(item, Exception))
         s = self.settings
@@ -231,16 +263,18 @@ class _HeldOut:
             return error
 
 
-class _Placed(Dataset[Any]):
+class Placed(Dataset[Any]):
     """The samples at places of the stream; a sample that cannot be read is the error that says why.
 
     learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
+    coded: with maps that are codes still, from a dataset that stores codes.
     """
 
-    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool) -> None:
+    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool, coded: bool = False) -> None:
         self.dataset, self.settings, self.learning = dataset, settings, learning
+        self.more: dict[str, Any] = {"coded": True} if coded else {}
 
-    def __getitem__(self, place: SamplePosition) -> _Item | Exception:
+    def __getitem__(self, place: SamplePosition) -> Item | Exception:
         s = self.settings
         try:
             among = shares_among(self.dataset.teachers_of(place.index), s)
@@ -250,13 +284,18 @@ class _Placed(Dataset[Any]):
                 if s.strategy == "select":
                     teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
                     asked = [teacher]
-            sample = self.dataset.get(place.index, asked, visit=place.position if self.learning else None)
+            visit, more = None, dict(self.more)
+            if self.learning:
+                visit = place.position
+                if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
+                    more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
+            sample = self.dataset.get(place.index, asked, visit=visit, **more)
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth
                 met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
                 sample = replace(sample, labels=met)
-            return _Item(place, among, teacher, sample)
+            return Item(place, among, teacher, sample)
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -267,7 +306,8 @@ def _freeze(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _loader(samples: _Placed, batches: Any, collate: Any, workers: int) -> Iterator[Any]:
+def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
+    """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,
@@ -275,6 +315,7 @@ def _loader(samples: _Placed, batches: Any, collate: Any, workers: int) -> Itera
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_freeze,
+        pin_memory=pinned,
     )
     for item in loader:
         if isinstance(item, Exception):
@@ -290,8 +331,8 @@ def training_batches(
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples = _Placed(dataset, settings, learning=True)
-    return _loader(samples, micro_batches, _Training(collate, settings), settings.workers)
+    samples = Placed(dataset, settings, learning=True)
+    return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
 
 
 def heldout_batches(
@@ -309,5 +350,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    samples = _Placed(dataset, settings, learning=False)
-    return _loader(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))
+    samples = Placed(dataset, settings, learning=False)
+    return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))

@@ -238,6 +238,13 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) 
     return Labels(shared, patches, parts[0].boxes, weight, patch_weight, supervision)
 
 
+def choose_patches(count: int, seed: int, position: int, number: int) -> list[int]:
+    """Which `count` of a region's `number` patches are learnt from at this place of the stream; all of fewer."""
+    if number <= count:
+        return list(range(number))
+    return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
+
+
 def meet_labels(labels: Labels, kind: Kind | str) -> Labels:
     """The labels as the kind that the student predicts, or as they are where they know less than it does.
 

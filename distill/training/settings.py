@@ -100,7 +100,8 @@ class TrainSettings:
     alarm_growth: float = 10.0
     """The log warns when the output's deviation has grown so many times since the warm-up; above 1. Ours."""
     log_every: int = 1
-    """Steps between lines of log.jsonl."""
+    """Steps between lines of log.jsonl. On a GPU the steps between wait for nothing, and a loss that is not finite is
+    noticed at the next line; no weight has changed since."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers that accelerate knows and that are installed, e.g. ["tensorboard", "wandb"]."""
     compile: bool = False
@@ -111,7 +112,12 @@ class TrainSettings:
     """Compute the encoder's activations again in the backward pass instead of keeping them: slower, in less
     memory."""
     fused: bool = False
-    """AdamW as one kernel."""
+    """AdamW as one kernel; on a GPU it always is."""
+    deterministic: bool = False
+    """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
+    much). A CPU needs no asking."""
+    patches_per_step: int = 0
+    """Patches of each region that a step learns from, drawn anew at every visit, and alone read; 0 = all. Ours."""
 
     def __post_init__(self) -> None:
         refuse(_faults(self))
@@ -128,7 +134,7 @@ def _faults(s: TrainSettings) -> list[str]:
     faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {s.primary_ratio}"]
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "color_jitter": 0, "freeze_steps": 0}
+    at_least |= {"weight_decay": 0, "clip_norm": 0, "patches_per_step": 0, "color_jitter": 0, "freeze_steps": 0}
     faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
     if not 0.0 < s.source_temperature < math.inf:
         faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")

@@ -24,7 +24,7 @@ def by_device(monkeypatch):
 
     def asking(teachers, labels, device):
         codec = CODECS[labels.codec]
-        coding = (codec.first, torch.from_numpy(codec.units)) if codec.first else None
+        coding = (labels.codec, codec.first) if codec.first else None
         store = module.partial(module.stored, store=labels.store)
         asked.append(DeviceAsking(CPU, store, coding=coding, pad_to=labels.batch_size))
         return asked[-1]
@@ -64,7 +64,7 @@ def test_answers_are_taken_late_and_filled_batches_cut(tmp_path):
             sizes.append(len(images))
             return super().predict(images)
 
-    ask = DeviceAsking(CPU, lambda depth: depth, coding=(16, torch.from_numpy(CODECS["jls"].units)), pad_to=4)
+    ask = DeviceAsking(CPU, lambda depth: depth, coding=("jls", 16), pad_to=4)
     crops = [torch.full((3, 8, 8), i, dtype=torch.uint8) for i in range(3)]
     answer = ask("formula", Counting(), crops, ["a", "b", "c"])()
     assert sizes == [4] and len(answer.maps) == len(answer.nan) == 3

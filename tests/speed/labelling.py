@@ -189,12 +189,12 @@ class FreeAsking:
     in_flight = 0
 
     def __init__(self, codes: Tensor) -> None:
-        self.codes, self.units = codes, torch.from_numpy(CODECS[DEFAULT_CODEC].units)
+        self.codes = codes
 
     def __call__(self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str]) -> Any:
         one, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         count = torch.tensor([self.codes.numel()])
-        maps = [CodedMaps(self.codes[None], low, one, count, self.units, Kind.AFFINE_DISPARITY) for _ in crops]
+        maps = [CodedMaps(self.codes[None], low, one, count, DEFAULT_CODEC, Kind.AFFINE_DISPARITY) for _ in crops]
         return lambda: Answer(maps, Kind.AFFINE_DISPARITY, [0] * len(maps))
 
 
