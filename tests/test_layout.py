@@ -27,7 +27,7 @@ FOLDERS = [
 ]
 OWNERS = {
     "timm": ["distill.students.encoder"],
-    "accelerate": ["distill.training.train"],
+    "accelerate": ["distill.training.parallel", "distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],
     "imagecodecs": ["distill.shards.codec", "distill.data.maps"],

@@ -87,7 +87,8 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
 def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over every trainable parameter of the student, at peak rates until `set_rates`."""
     groups = parameter_groups(student, settings)
-    return torch.optim.AdamW(groups, betas=settings.betas, fused=True if settings.fused else None)
+    on_card = groups[0]["params"][0].is_cuda  # where it also guards against numbers that are not finite (step.py)
+    return torch.optim.AdamW(groups, betas=settings.betas, fused=True if settings.fused or on_card else None)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings) -> dict[str, float]:

@@ -93,6 +93,15 @@ class TrainingRun:
     seconds: float = 0.0
     waited: float = 0.0
     steps_here: int = 0
+    broken: Tensor | None = None
+    told: tuple[float, float, int] = (0.0, 0.0, 0)
+
+    def since(self, seconds: float, waited: float) -> tuple[float, float, int]:
+        """Seconds, those of waiting for data, and steps since this was last asked; of this step where it is alone."""
+        before, self.told = self.told, (self.seconds, self.waited, self.steps_here)
+        if self.steps_here - before[2] <= 1:
+            return seconds, waited, 1
+        return self.seconds - before[0], self.waited - before[1], self.steps_here - before[2]
 
     @property
     def kept(self) -> nn.Module:
@@ -156,10 +165,11 @@ def set_mode(run: TrainingRun) -> None:
                 module.eval()
 
 
-def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
+def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] | None:
     """One optimizer step on the next `accumulate` micro-batches: its line of the log.
 
-    Raises TrainingStoppedError, before anything is applied, where the loss or the gradient is not finite.
+    On a GPU a step without a line waits for nothing and gives None. Raises TrainingStoppedError, before anything is
+    applied, where the loss or the gradient is not finite; after steps without a line, where one of theirs was not.
     """
     s, processes = run.settings, run.processes
     start, waited = time.perf_counter(), 0.0
@@ -182,9 +192,11 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
             sums[name] = sums[name] + value if name in sums else value
     parameters = run.parameters
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    line = _line(run, _reduce(run, sums, norm), rates=rates)
-    if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
-        _stop(run, line, seen)
+    line = None
+    if _guarded(run, norm):
+        line = _line(run, _reduce(run, sums, norm), rates=rates)
+        if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
+            _stop(run, line, seen)
     if s.clip_norm:
         nn.utils.clip_grads_with_norm_(parameters, s.clip_norm, norm)
     run.optimizer.step()
@@ -194,11 +206,32 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any]:
         idle = [name for name, p in run.student.named_parameters() if p.requires_grad and p.grad is None]
         if idle:
             run.log.write({"step": 1, "without_gradient": idle})
-    if processes.device.type == "cuda":
-        line["memory"] = torch.cuda.max_memory_allocated(processes.device) / 2**30
     seconds = time.perf_counter() - start
     run.seconds, run.waited, run.steps_here = run.seconds + seconds, run.waited + waited, run.steps_here + 1
-    return line | {"images_per_s": s.batch_size / seconds, "data_wait": waited / seconds, "seconds": seconds}
+    if line is None:
+        return None
+    if processes.device.type == "cuda":
+        line["memory"] = torch.cuda.max_memory_allocated(processes.device) / 2**30
+    # Of the steps since the last line, for one that waits for nothing is over before its work is.
+    seconds, waited, steps = run.since(seconds, waited)
+    rate = s.batch_size * steps / seconds
+    return line | {"images_per_s": rate, "data_wait": waited / seconds, "seconds": seconds / steps}
+
+
+def _guarded(run: TrainingRun, norm: Tensor) -> bool:
+    """Whether this step has a line, and so waits for the device and looks at its numbers itself.
+
+    On a GPU the others leave it to the optimizer's kernel, which changes nothing from the first gradient on that is not
+    finite; the norm of the next line then tells.
+    """
+    s = run.settings
+    if run.processes.device.type != "cuda":
+        return True
+    broken = (~torch.isfinite(norm)).float()
+    run.broken = broken if run.broken is None else torch.maximum(run.broken, broken)
+    run.optimizer.found_inf = run.broken  # type: ignore[attr-defined]
+    norm.copy_(torch.where(run.broken > 0, torch.nan, norm))
+    return (run.step + 1) % s.log_every == 0 or run.step + 1 == s.steps
 
 
 def _seed(seed: int, device: torch.device) -> None:

@@ -23,9 +23,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
 from torch import nn
 
 from distill.core import files
@@ -33,13 +30,13 @@ from distill.core.progress import Report
 from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
-from distill.training.batches import Collate, Labelled, MicroBatch, heldout_batches, training_batches
+from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
+from distill.training.parallel import accelerator_of, processes_of, reproducible
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import make_optimizer
 from distill.training.settings import CHANGEABLE, TrainSettings
 from distill.training.step import (
     ObjectiveLike,
-    Processes,
     TrainingRun,
     TrainingStoppedError,
     averaged,
@@ -48,6 +45,7 @@ from distill.training.step import (
     set_mode,
     take_step,
 )
+from distill.training.stored import stored_batches
 from distill.training.trainlog import ScaleAlarm, StepLog
 
 __all__ = ["TrainResult", "TrainSettings", "TrainingStoppedError", "train"]
@@ -108,7 +106,7 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
-    accelerator = _accelerator(settings, out, device=device)
+    accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
     batches = MicroBatchPositions(
         order=_order(dataset, kept, settings),
@@ -118,14 +116,17 @@ def train(
         processes=accelerator.num_processes,
         steps=settings.steps,
     )
-    with checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext():
+    with contextlib.ExitStack() as held_open:
+        held_open.enter_context(reproducible(settings.deterministic))
+        if accelerator.is_main_process:
+            held_open.enter_context(checkpoints.locked(out))
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
         run.save_student, run.card = save, dict(card or {})
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
             _resume(run)
             _open_trackers(run, accelerator)
-            micros = training_batches(dataset, batches.after(run.step), collate=collate, settings=settings)
+            micros = _micros(run, dataset, batches.after(run.step), collate)
             _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
             return _finish(run)
         finally:
@@ -152,6 +153,16 @@ def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> O
     return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature)
 
 
+def _micros(
+    run: TrainingRun, dataset: Labelled, positions: MicroBatchPositions, collate: Collate
+) -> Iterator[MicroBatch]:
+    """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
+    if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
+        check_teachers(dataset, positions.order.indices, run.settings)
+        return stored_batches(dataset, positions, settings=run.settings, device=run.processes.device)
+    return training_batches(dataset, positions, collate=collate, settings=run.settings)
+
+
 @dataclass(frozen=True, slots=True)
 class _Held:
     """The samples that choose the checkpoint."""
@@ -164,55 +175,9 @@ class _Held:
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
-def _accelerator(settings: TrainSettings, out: Path, *, device: torch.device | str | None) -> Accelerator:
-    installed = [str(tracker.value) for tracker in get_available_trackers()]
-    if missing := [name for name in settings.trackers if name not in installed]:
-        raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
-    asked = None if device is None else torch.device(device)
-    if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
-        AcceleratorState._reset_state(reset_partial_state=True)  # else the device of this process's first run stays
-    accelerator = Accelerator(
-        cpu=asked is not None and asked.type == "cpu",
-        # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
-        mixed_precision="no",
-        gradient_accumulation_steps=1,
-        log_with=list(settings.trackers) or None,
-        project_dir=out / "tensorboard",
-        # A pre-trained encoder may hold a parameter that no output depends on; without this such a student would hang.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
-            f"parallelism, so launch with --multi_gpu or --cpu"
-        )
-    if asked is not None and asked.index is not None and accelerator.distributed_type == DistributedType.NO:
-        _take(asked)
-    return accelerator
-
-
-def _take(device: torch.device) -> None:
-    """Makes a numbered card the current one: accelerate takes that, and it is the first, whatever was asked for."""
-    if device.type in ("cuda", "xpu"):
-        torch.get_device_module(device).set_device(device)
-
-
-def _processes(accelerator: Accelerator) -> Processes:
-    return Processes(
-        index=accelerator.process_index,
-        count=accelerator.num_processes,
-        device=accelerator.device,
-        add=lambda tensor: accelerator.reduce(tensor, "sum"),
-        gather=gather_object,
-        wait=accelerator.wait_for_everyone,
-        without_exchange=accelerator.no_sync,
-        track=lambda values, step: accelerator.log(dict(values), step=step),
-    )
-
-
 def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
     """Everything on its device and wrapped, at its starting weights."""
-    processes = _processes(accelerator)
+    processes = processes_of(accelerator)
     for part in (given["objective"], given["reference"]):
         if isinstance(part, nn.Module):
             part.to(processes.device)
@@ -291,29 +256,36 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: R
         if run.step == s.freeze_steps:
             set_mode(run)
         line = take_step(run, micros)
-        run.step, run.loss = line["step"], line["loss"]
+        run.step += 1
         last = run.step == s.steps
-        if run.step % s.log_every == 0 or last:
-            _write(run, line)
-        alarm = run.alarm.watch(
-            run.step,
-            line["output_deviation"],
-            label_deviation=line["label_deviation"],
-            warmup_end=max(1, s.warmup_steps),
-        )
-        if alarm and run.log:
-            run.log.write({"step": run.step, "alarm": alarm})
+        if line is not None:
+            run.loss = line["loss"]
+            _tell(run, line, last=last)
         better = False
         if held.indices and (last or (s.eval_every and run.step % s.eval_every == 0)):
             better = _evaluate(run, held)
             set_mode(run)
         if better or last or _out_of_patience(run) or (s.save_every and run.step % s.save_every == 0):
             _save(run)
-        if report and run.processes.main:
+        if report and run.processes.main and line is not None:
             best = {} if run.best is None else {"heldout": run.best["heldout"]}
             parts = {f"parts/{name}": value for name, value in line["parts"].items()}
             memory = {"memory_bytes": line["memory"] * 2**30} if "memory" in line else {}
             report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best, **parts, **memory)
+
+
+def _tell(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
+    """A step's line to the log, where it is one of those, and to the alarm."""
+    if run.step % run.settings.log_every == 0 or last:
+        _write(run, line)
+    alarm = run.alarm.watch(
+        run.step,
+        line["output_deviation"],
+        label_deviation=line["label_deviation"],
+        warmup_end=max(1, run.settings.warmup_steps),
+    )
+    if alarm and run.log:
+        run.log.write({"step": run.step, "alarm": alarm})
 
 
 def _out_of_patience(run: TrainingRun) -> bool:

@@ -1,0 +1,123 @@
+"""The processes and devices of a run, and the only place that makes accelerate's objects."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from torch import nn
+
+from distill.training.settings import TrainSettings
+from distill.training.step import Processes
+
+
+def accelerator_of(
+    student: nn.Module, settings: TrainSettings, out: Path, *, device: torch.device | str | None
+) -> Accelerator:
+    """The processes that the launcher started, or this one, on `device` (None: the launcher's choice).
+
+    Raises ValueError for a tracker that is not installed, and for other ways of parallel training than plain data
+    parallelism.
+    """
+    installed = [str(tracker.value) for tracker in get_available_trackers()]
+    if missing := [name for name in settings.trackers if name not in installed]:
+        raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
+    # To look for idle parameters costs every step a walk over its graph.
+    idle = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not every_parameter_learns(student)
+    asked = None if device is None else torch.device(device)
+    if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
+        AcceleratorState._reset_state(reset_partial_state=True)  # else the device of this process's first run stays
+    accelerator = Accelerator(
+        cpu=asked is not None and asked.type == "cpu",
+        # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
+        log_with=list(settings.trackers) or None,
+        project_dir=out / "tensorboard",
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle)],
+    )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
+            f"parallelism, so launch with --multi_gpu or --cpu"
+        )
+    if asked is not None and asked.index is not None and accelerator.distributed_type == DistributedType.NO:
+        _take(asked)
+    return accelerator
+
+
+def _take(device: torch.device) -> None:
+    """Makes a numbered card the current one: accelerate takes that, and it is the first, whatever was asked for."""
+    if device.type in ("cuda", "xpu"):
+        torch.get_device_module(device).set_device(device)
+
+
+def processes_of(accelerator: Accelerator) -> Processes:
+    """The same as a step sees them."""
+    return Processes(
+        index=accelerator.process_index,
+        count=accelerator.num_processes,
+        device=accelerator.device,
+        add=lambda tensor: accelerator.reduce(tensor, "sum"),
+        gather=gather_object,
+        wait=accelerator.wait_for_everyone,
+        without_exchange=accelerator.no_sync,
+        track=lambda values, step: accelerator.log(dict(values), step=step),
+    )
+
+
+def every_parameter_learns(student: nn.Module) -> bool:
+    """Whether every trainable parameter is behind the output; False too where that cannot be told.
+
+    A pre-trained encoder may hold one that no output depends on, and plain data parallelism would wait for its gradient
+    for ever.
+    """
+    wanted = {id(p) for p in student.parameters() if p.requires_grad}
+    side = 4 * int(getattr(getattr(student, "encoder", None), "patch_size", 8))
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    training = student.training
+    try:
+        with torch.enable_grad():
+            out = student.eval()(torch.zeros(1, 3, side, side, device=device))  # in eval mode no statistic moves
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    finally:
+        student.train(training)
+    ahead: list[Any] = [out.grad_fn]
+    met: set[int] = set()
+    reached: set[int] = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or id(node) in met:
+            continue
+        met.add(id(node))
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        ahead.extend(nearer for nearer, _ in node.next_functions)
+    return wanted <= reached
+
+
+@contextlib.contextmanager
+def reproducible(wanted: bool) -> Iterator[None]:
+    """The same bits for every run on one card, while it lasts; torch refuses what cannot keep that promise."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads it when its handle is made, at the first product on the card.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]

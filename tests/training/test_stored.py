@@ -1,0 +1,83 @@
+"""Batches that leave the workers as they are stored are, once decoded, those that the workers would have made."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from distill.core.depth import Kind
+from distill.shards.shards import LabelDataset, collate
+from distill.training.batches import training_batches
+from distill.training.parallel import every_parameter_learns
+from distill.training.sampling import MicroBatchPositions, choose_patches, make_order
+from distill.training.settings import TrainSettings
+from distill.training.stored import stored_batches
+from tests.labelling.formula import Formula, run, two_tars
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    run(two_tars(folder), folder / "out", Formula(kind=Kind.SCALE_DEPTH))
+    return LabelDataset(folder / "out")
+
+
+def both(labels, **changes):
+    usual = {
+        "steps": 3,
+        "batch_size": 4,
+        "warmup_steps": 0,
+        "workers": 0,
+        "val_fraction": 0.0,
+        "kind": "scale_disparity",
+    }
+    settings = TrainSettings(**(usual | changes))
+    positions = MicroBatchPositions(
+        order=make_order(list(range(len(labels))), labels.sources, seed=3),
+        batch_size=settings.batch_size,
+        accumulate=1,
+        process=0,
+        processes=1,
+        steps=settings.steps,
+    )
+    host = training_batches(labels, positions, collate=collate, settings=settings)
+    return list(host), list(stored_batches(labels, positions, settings=settings, device=torch.device("cpu")))
+
+
+@pytest.mark.parametrize("changes", [{}, {"color_jitter": 0.4, "random_resized_crop": 0.5}, {"patches_per_step": 1}])
+def test_the_same_bits(labels, changes):
+    host, stored = both(labels, **changes)
+    assert len(host) == len(stored) == 3
+    for ours, theirs in zip(host, stored, strict=True):
+        assert ours.keys == theirs.keys and torch.equal(ours.images, theirs.images)
+        for one, other in zip(ours.taught, theirs.taught, strict=True):
+            assert (one.teacher, one.labels.supervision) == (other.teacher, other.labels.supervision)
+            assert one.labels.shared.kind == other.labels.shared.kind
+            assert torch.equal(one.labels.boxes, other.labels.boxes)
+            for mine, its in ((one.labels.shared, other.labels.shared), (one.labels.local, other.labels.local)):
+                assert (mine is None) == (its is None)
+                if mine is not None:
+                    assert torch.equal(mine.values, its.values) and torch.equal(mine.valid, its.valid)
+
+
+def test_a_step_learns_from_some_of_the_patches(labels):
+    [first, *_], _ = both(labels, patches_per_step=1)
+    [whole, *_], _ = both(labels)
+    assert first.taught[0].labels.boxes.shape[1] == 1 < whole.taught[0].labels.boxes.shape[1]
+    drawn = [tuple(choose_patches(2, 0, position, 5)) for position in range(40)]
+    assert len(set(drawn)) > 5 and all(len(one) == 2 for one in drawn)
+    assert choose_patches(2, 0, 7, 5) == list(drawn[7]) and choose_patches(4, 0, 7, 3) == [0, 1, 2]
+
+
+def test_parameters_that_no_output_depends_on_are_found():
+    class Student(nn.Module):
+        def __init__(self, idle: bool):
+            super().__init__()
+            self.encoder, self.decoder = nn.Conv2d(3, 2, 1), nn.Conv2d(2, 1, 1)
+            self.idle = nn.Linear(2, 2) if idle else None
+
+        def forward(self, images):
+            return self.decoder(self.encoder(images))[:, 0]
+
+    assert every_parameter_learns(Student(idle=False)) and not every_parameter_learns(Student(idle=True))
