@@ -34,7 +34,7 @@ def both(labels, **changes):
     }
     settings = TrainSettings(**(usual | changes))
     positions = MicroBatchPositions(
-        order=make_order(list(range(len(labels))), labels.sources, seed=3),
+        order=make_order(list(range(len(labels))), labels.sources, seed=3, weights=(), temperature=1.0),
         batch_size=settings.batch_size,
         accumulate=1,
         process=0,
