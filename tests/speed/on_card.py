@@ -1,0 +1,181 @@
+"""What training from label shards costs on a card beside the bare step, and whether it gives the same bits twice.
+
+    python -m tests.speed.on_card [TAR ...]             # ViT-S students at 560, batches of 8, bf16
+    python -m tests.speed.on_card --tiny                # for a look, on a CPU too
+
+The bare step has the same batches on the device already, decoded, the same objective and the same fused AdamW, and
+waits for nothing. Ours is `train`: it reads shards in workers, sends, decodes, augments, clips, logs every 20 steps.
+Then 20 steps are run twice from one seed, without and with train.deterministic, and their weights compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill import students
+from distill.core.crop_settings import CropSettings
+from distill.data import sources
+from distill.labelling.run import label
+from distill.labelling.settings import LabelSettings
+from distill.losses.objective import Objective
+from distill.shards.shards import LabelDataset
+from distill.teachers.checkpoint import Teacher
+from distill.training.sampling import MicroBatchPositions, make_order
+from distill.training.settings import TrainSettings
+from distill.training.stored import stored_batches
+from distill.training.train import train
+from tests.speed.labelling import make_tar, repeated
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, photos: int) -> LabelDataset:
+    entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
+    entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:12]
+    shards = repeated(entries, photos, "photo")
+    crops, settings = CropSettings(size=size), LabelSettings(batch_size=16, threads=os.cpu_count() or 1)
+    teacher = Teacher.load("pocket", device=device, native_size=min(size, 224))
+    label(shards, [("pocket", teacher)], out=folder, crops=crops, labels=settings, device=device)
+    return LabelDataset(folder)
+
+
+def student_of(decoder: str, tiny: bool, frozen: bool) -> students.Student:
+    torch.manual_seed(0)
+    small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if tiny else {}
+    student = students.build(encoder="dinov3_vits16", decoder=decoder, encoder_options=small)
+    student.encoder.freeze(frozen)
+    return student
+
+
+def bare(data: LabelDataset, student: Any, settings: TrainSettings, device: torch.device, steps: int) -> float:
+    """Seconds a step."""
+    order = make_order(list(range(len(data))), data.sources, seed=0, weights=(), temperature=1.0)
+    positions = MicroBatchPositions(
+        order=order, batch_size=settings.batch_size, accumulate=1, process=0, processes=1, steps=4
+    )
+    quiet = dataclasses.replace(settings, workers=0)
+    batches = list(stored_batches(data, positions, settings=quiet, device=device))
+    student.to(device).train()
+    if settings.freeze_encoder:
+        student.encoder.eval()
+    objective = Objective()
+    learnt = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-5, fused=device.type == "cuda")
+    start = 0.0
+    for number, micro in zip(range(steps + 5), itertools.cycle(batches), strict=False):
+        if number == 5:
+            start = clock(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            pred = student(micro.images)
+        loss = objective(pred.float(), micro.taught[0].labels)[0].mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return (clock(device) - start) / steps
+
+
+def ours(data: LabelDataset, student: Any, settings: TrainSettings, device: torch.device) -> tuple[float, float]:
+    """Seconds a step between the first and the last line of the log, and the share of them spent waiting for data."""
+    seen: list[tuple[int, float]] = []
+    waits: list[float] = []
+
+    def report(done: int, total: int, **numbers: float) -> None:
+        seen.append((done, clock(device)))
+        waits.append(numbers["data_wait"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing, report=report)
+    (first, start), (last, end) = seen[0], seen[-1]
+    return (end - start) / (last - first), statistics.mean(waits[1:])
+
+
+def _nothing(model: Any, place: Path, card: Any) -> None:
+    place.mkdir(parents=True)
+
+
+def twice(data: LabelDataset, settings: TrainSettings, given: argparse.Namespace, device: torch.device) -> float:
+    """The largest difference of weights between two runs of one seed, and seconds a step, printed."""
+    ends = []
+    for _ in range(2):
+        student = student_of("sdt_fast", given.tiny, frozen=False)
+        start = clock(device)
+        with tempfile.TemporaryDirectory() as folder:
+            train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing)
+        seconds = clock(device) - start
+        ends.append(torch.cat([p.detach().flatten().cpu() for p in student.parameters()]))
+    off = float((ends[0] - ends[1]).abs().max())
+    print(
+        f"deterministic {settings.deterministic}: two runs of {settings.steps} steps differ by {off:.2g} ({seconds:.1f} s)"
+    )
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tars", nargs="*")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--size", type=int, default=560)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--photos", type=int, default=96)
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--patches-per-step", type=int, default=0)
+    parser.add_argument("--no-twice", action="store_true")
+    given = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 64 if given.tiny else given.size
+    print(
+        torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        f"{os.cpu_count()} cores, torch {torch.__version__}",
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        tars = given.tars or [str(make_tar(Path(temporary) / "sa_0.tar"))]
+        data = labels_of(tars, Path(temporary) / "labels", size, device, given.photos)
+        start = time.process_time()
+        for i in range(8):
+            data.get(i, ["pocket"], coded=True)
+        print(f"a sample from its shard, left in codes: {1e3 * (time.process_time() - start) / 8:.1f} ms of processor")
+        settings = TrainSettings(
+            steps=given.steps,
+            batch_size=given.batch_size,
+            warmup_steps=0,
+            precision="bf16" if device.type == "cuda" else "fp32",
+            freeze_encoder=True,
+            val_fraction=0.0,
+            eval_every=0,
+            save_every=0,
+            log_every=20,
+            trackers=(),
+            workers=given.workers,
+            patches_per_step=given.patches_per_step,
+        )
+        for decoder in ("sdt_fast", "sdt"):
+            alone = bare(data, student_of(decoder, given.tiny, True), settings, device, given.steps)
+            here, wait = ours(data, student_of(decoder, given.tiny, True), settings, device)
+            print(
+                f"ViT-S, frozen, + {decoder}: bare {1e3 * alone:7.1f} ms, train {1e3 * here:7.1f} ms "
+                f"({given.batch_size / here:6.1f} images/s), ratio {here / alone:.3f}, data wait {100 * wait:.1f} %"
+            )
+        if not given.no_twice:
+            short = dataclasses.replace(settings, steps=20, freeze_encoder=False)
+            plain = twice(data, short, given, device)
+            exact = twice(data, dataclasses.replace(short, deterministic=True), given, device)
+            print(f"deterministic costs {100 * (exact / plain - 1):.0f} % (start included)")
+
+
+if __name__ == "__main__":
+    main()
