@@ -42,6 +42,7 @@ OWNERS = {
     "huggingface_hub": ["distill.core.hub"],
     "fcntl": ["distill.core.files"],
     "tomli_w": ["distill.app.recipe", "distill.app.explain"],
+    "triton": ["distill.losses.kernels."],
     "argparse": ["distill.app.cli", "distill.app.contracts", "distill.app.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.

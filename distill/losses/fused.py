@@ -19,6 +19,8 @@ from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
+# Of contexts that are finer than this a block can no longer hold the histograms.
+FINEST = 16
 # True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
 loud = False
 _tried: dict[tuple[Hashable, torch.device], bool] = {}
@@ -47,7 +49,7 @@ def context_loss(
 
     pred, target, weight: (B,H,W); valid: (B,H,W) bool. The third is what `gradient_loss` takes as `whole`.
     """
-    if not (wanted(pred) and pred.numel()):
+    if not (wanted(pred) and pred.numel() and max(levels) <= FINEST):
         return None
     how = {"levels": levels, "trim_top": trim_top, "label_only": label_only}
     name = ("contexts", levels, trim_top, label_only, weight is None)

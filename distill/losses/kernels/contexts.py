@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.losses.kernels.keys import HEADER, Cut, fold_least, fold_sum, header_of, label_of, spread
-from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, Found, find
+from distill.losses.kernels.keys import HEADER, cut_of, fold_least, fold_sum, header_of, label_of, spread
+from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
 
 
 @triton.jit
@@ -218,10 +218,10 @@ class _ContextLoss(torch.autograd.Function):
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
             rest = (alive, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-            _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=1, **how, **CROWDED)
-            threshold = find(pixel_loss, None, alive, Cut((1,)), label=False, keep=1.0 - trim_top).statistics
+            _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=1, **how)
+            threshold = find(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
         rest = (valid, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-        _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=2 if trim_top > 0.0 else 0, **how, **CROWDED)
+        _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=2 if trim_top > 0.0 else 0, **how)
         losses, live = pred.new_empty(images), torch.empty(images, dtype=torch.int64, device=pred.device)
         medians = torch.empty(images, contexts, dtype=torch.int32, device=pred.device)
         _close[(contexts, images)](
@@ -239,7 +239,7 @@ class _ContextLoss(torch.autograd.Function):
         pred, *rest = ctx.saved_tensors
         slopes = torch.empty_like(pred)
         _slope[(ctx.blocks, len(pred))](
-            pred, *rest, upstream.contiguous(), slopes, pred.shape[1], TRIMMED=ctx.trimmed, **ctx.how, **CROWDED
+            pred, *rest, upstream.contiguous(), slopes, pred.shape[1], TRIMMED=ctx.trimmed, **ctx.how
         )  # fmt: skip
         return slopes, None, None, None, None, None, None, None
 
@@ -262,10 +262,10 @@ def context_loss(
     pred, target: (B,N) float32. valid: (B,N) uint8. weight: (B,N) float32 or None. All contiguous and on one device.
     flat, floor, min_pixels: `normalize._per_image`'s.
     """
-    cut = Cut(levels)
+    cut = cut_of(levels)
     seen = None if label_only else pred.detach()
     found = find(target, seen, valid, cut, flat=flat, min_pixels=min_pixels)
     how = {"WEIGHTED": weight is not None, "LABEL_ONLY": label_only, "FLOOR": floor, "HEADER": HEADER, "ROWS": ROWS}
-    how |= {"BLOCK": BLOCK, **cut.constants}
+    how |= {"BLOCK": BLOCK, **cut.constants, **CROWDED}
     losses, live = _ContextLoss.apply(pred, target, valid, weight, found, cut, how, trim_top)
     return losses, live, found

@@ -18,10 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.losses.kernels.keys import Cut, fold_least, fold_sum
-from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, Found, find
+from distill.losses.kernels.keys import fold_least, fold_sum
+from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
 
-WHOLE = Cut((1,))
 ABSENT = float(torch.finfo(torch.float32).max)
 
 
@@ -43,7 +42,7 @@ def _sign(values):
     return (values > 0.0).to(tl.float32) - (values < 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["stride", "blocks"])
 def _differences(
     pred, target, valid, statistics, differences, numbers, firsts, stride, height, width, blocks,
     SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr,
@@ -78,7 +77,7 @@ def _beside(differences, at, there, difference, ABSENT: tl.constexpr):
     return tl.abs(change), _sign(change)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["stride", "blocks"])
 def _edges(
     pred, statistics, differences, numbers, pushes, sums, stride, height, width, blocks,
     SCALES: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -114,7 +113,7 @@ def _edges(
         tl.store(sums + blocks, tl.sum(tl.where(counts, push * (values - median), 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["stride", "blocks"])
 def _close(
     statistics, sums, firsts, losses, pulls, medians, stride, blocks,
     FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
@@ -130,7 +129,7 @@ def _close(
         tl.store(medians + image, fold_least(firsts + image * blocks, blocks, CHUNK))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _slopes(
     pred, statistics, pushes, pulls, medians, upstream, slopes, stride, pixels,
     FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
@@ -155,7 +154,7 @@ class _GradientLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target, valid, statistics, scales, floor, normalize):
         images, height, width = pred.shape
-        blocks, stride = triton.cdiv(height * width, BLOCK), statistics.shape[-1]
+        blocks, stride = -(-height * width // BLOCK), statistics.shape[-1]
         differences, pushes = torch.empty_like(pred), torch.empty_like(pred)
         sums, numbers = pred.new_empty(images, 2, blocks), pred.new_empty(images, scales, blocks)
         losses, pulls = pred.new_empty(images), pred.new_empty(images)

@@ -10,6 +10,7 @@ load has a mask, loops over levels and contexts are unrolled.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import triton
@@ -35,7 +36,7 @@ class Cut:
         """Over all levels."""
         return sum(self.levels)
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, int]:
         """The compile-time arguments that name it."""
         firsts = [sum(self.levels[:i]) for i in range(len(self.levels))]
@@ -45,8 +46,14 @@ class Cut:
             "NUMBER": len(self.levels),
             "CONTEXTS": self.contexts,
             "FINEST": max(self.levels),
-            "PARTS": triton.next_power_of_2(max(self.levels)),
+            "PARTS": 1 << (max(self.levels) - 1).bit_length(),
         }
+
+
+@functools.lru_cache
+def cut_of(levels: tuple[int, ...]) -> Cut:
+    """The one Cut of these levels, which remembers its constants."""
+    return Cut(levels)
 
 
 @triton.jit

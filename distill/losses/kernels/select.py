@@ -20,7 +20,9 @@ Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -44,6 +46,7 @@ from distill.losses.kernels.keys import (
     spread,
 )
 
+WHOLE = Cut((1,))
 BLOCK = 2048
 CHUNK = 256
 # Multiplications and additions are not fused: where label and prediction are equal their difference is 0.
@@ -301,7 +304,7 @@ def _moment(
     return tl.where(some, median, 0.0), tl.where(some, deviation, 0.0), count, count - 2 * below - equal
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks", "min_pixels"])
 def _moments(
     headers, histograms, states, sums, statistics, blocks, min_pixels,
     MAPS: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr,
@@ -342,6 +345,23 @@ class Found:
     blocks: int
 
 
+@functools.lru_cache(maxsize=64)
+def _told(cut: Cut, maps: int, label: bool, keep: float, block: int) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Words of an image's histograms, and what each kernel is told when it is compiled; made once: hosts are slow."""
+    finest = max(cut.levels)
+    lows = maps * ((finest + cut.contexts) * BINS + cut.contexts * LAST_BINS)
+    size = {"SIZE": lows + maps * finest, "MAPS": maps}
+    visit, digits = {"CHECK": label, "BLOCK": block, **size}, {"BINS": BINS, "HEADER": HEADER}
+    return lows + maps * finest, {
+        "range": visit | HOW,
+        "first": visit | digits | {"GATE": label, "FINEST": finest, "LOWS": lows, "CHUNK": CHUNK, **HOW},
+        "pick": size | digits | {"KEEP": keep, "LOWS": lows, **cut.constants, **HOW},
+        "next": visit | digits | {"LAST_BINS": LAST_BINS, **cut.constants, **CROWDED},
+        "moments": size | digits
+        | {"LOWS": lows, "LAST_BINS": LAST_BINS, "ROWS": ROWS, "CHUNK": CHUNK, **cut.constants, **HOW},
+    }  # fmt: skip
+
+
 def find(
     target: Tensor,
     pred: Tensor | None,
@@ -359,10 +379,8 @@ def find(
     it is not finite it does not count, nor does an image where its range is below `flat` of its magnitude. keep: see
     `_pick`; deviations mean nothing then.
     """
-    (images, pixels), maps, finest = target.shape, 1 if pred is None else 2, max(cut.levels)
-    blocks = triton.cdiv(pixels, BLOCK)
-    lows = maps * ((finest + cut.contexts) * BINS + cut.contexts * LAST_BINS)
-    size = lows + maps * finest
+    (images, pixels), maps = target.shape, 1 if pred is None else 2
+    blocks, (size, told) = -(-pixels // BLOCK), _told(cut, maps, label, keep, BLOCK)
 
     def space(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((images, *shape), dtype=dtype, device=target.device)
@@ -371,28 +389,21 @@ def find(
     states, sums = space(maps, 3, cut.contexts), space(maps, cut.contexts, blocks, dtype=torch.float32)
     statistics = space(ROWS, cut.contexts, dtype=torch.float32)
     images_of = (target if pred is None else pred, target, valid)
-    per_pixel = {"MAPS": maps, "CHECK": label, "BLOCK": BLOCK, "SIZE": size}
-    digits = {"BINS": BINS, "HEADER": HEADER}
-    picking = {"KEEP": keep, "MAPS": maps, "SIZE": size, "LOWS": lows, **digits, **cut.constants, **HOW}
+    each = (*images_of, headers, histograms, states, sums, pixels, blocks)
     grid, contexts = (blocks, images), (cut.contexts, maps, images)
-    _range[grid](*images_of, ranges, histograms, pixels, blocks, **per_pixel, **HOW)
-    _first[grid](
-        *images_of, ranges, headers, histograms, pixels, blocks, flat,
-        GATE=label, FINEST=finest, LOWS=lows, CHUNK=CHUNK, **digits, **per_pixel, **HOW,
-    )  # fmt: skip
-    _pick[contexts](headers, histograms, states, STAGE=1, **picking)
-    given = (*images_of, headers, histograms, states, sums, pixels, blocks)
-    _next[grid](*given, STAGE=2, LAST_BINS=LAST_BINS, **digits, **cut.constants, **per_pixel, **CROWDED)
-    _pick[contexts](headers, histograms, states, STAGE=2, **picking)
-    _next[grid](*given, STAGE=3, LAST_BINS=LAST_BINS, **digits, **cut.constants, **per_pixel, **CROWDED)
+    _range[grid](*images_of, ranges, histograms, pixels, blocks, **told["range"])
+    _first[grid](*images_of, ranges, headers, histograms, pixels, blocks, flat, **told["first"])
+    _pick[contexts](headers, histograms, states, STAGE=1, **told["pick"])
+    _next[grid](*each, STAGE=2, **told["next"])
+    _pick[contexts](headers, histograms, states, STAGE=2, **told["pick"])
+    _next[grid](*each, STAGE=3, **told["next"])
     _moments[(cut.contexts, images)](
-        headers, histograms, states, sums, statistics, blocks, min_pixels,
-        MAPS=maps, SIZE=size, LOWS=lows, LAST_BINS=LAST_BINS, ROWS=ROWS, CHUNK=CHUNK, **digits, **cut.constants, **HOW,
+        headers, histograms, states, sums, statistics, blocks, min_pixels, **told["moments"]
     )  # fmt: skip
     return Found(statistics, headers, blocks)
 
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean deviation, (B,) each, no gradient. values: (B,N) float32, valid: (B,N) uint8, contiguous."""
-    statistics = find(values, None, valid, Cut((1,)), label=False).statistics[:, :, 0]
+    statistics = find(values, None, valid, WHOLE, label=False).statistics[:, :, 0]
     return statistics[:, LABEL_MEDIAN], statistics[:, LABEL_DEVIATION]
