@@ -17,6 +17,7 @@ import shutil
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -48,7 +49,8 @@ class FileLayout:
     archive: the published archive, relative to the folder of all of them. columns: of the published list that name
     files. row: name -> the files of one image (rgb first) if `name` is the file that decides that there is one, else
     None. strip: what a list may have in front of every name. size: name -> the bytes the file must have, None where
-    they are not known. parts: group -> its number of images and the hash of their list.
+    they are not known. parts: group -> its number of images and the hash of their list. shape: how the files lie, for
+    people. canonical: a file's name as its own host ships it -> the name in the published archive, None for any other.
     """
 
     archive: str
@@ -57,6 +59,8 @@ class FileLayout:
     strip: str = ""
     size: Callable[[str], int | None] = lambda _: None
     parts: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    shape: str = ""
+    canonical: Callable[[str], str | None] = lambda _: None
 
     def rows(self, names: set[str]) -> tuple[Rows, Rows]:
         """The rows whose files are all there, and those that lack one, both in order."""
@@ -77,6 +81,7 @@ class Files:
         self.packed = False
         self._tar: BinaryIO | None = None
         self._members: dict[str, tuple[int, int]] = {}
+        self._real: Mapping[str, str] = {}
         if root.is_file():
             self.packed, self._tar = _unpacked(root)
             self._members, self.damage = _index(root, self._tar)
@@ -90,12 +95,18 @@ class Files:
         paths = (Path(folder) / name for folder, _, names in os.walk(self.root, followlinks=True) for name in names)
         return {path.relative_to(self.root).as_posix() for path in paths}
 
+    def call(self, names: Mapping[str, str]) -> None:
+        """Let files go by other names too: the name that is asked for -> the file's own."""
+        self._real = names
+
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
+        name = self._real.get(name, name)
         return name in self._members if self._tar is not None else (self.root / name).is_file()
 
     def read(self, name: str) -> bytes:
         """The file's bytes; OSError names the root and the file."""
+        name = self._real.get(name, name)
         if self._tar is None:
             return (self.root / name).read_bytes()
         offset, size = self._members[name]
@@ -112,6 +123,7 @@ class Files:
 
         Mapped copy-on-write: a map of 24 megapixels is neither read twice nor given fresh memory, which costs as much.
         """
+        name = self._real.get(name, name)
         offset, size = self._members[name] if self._tar is not None else (0, (self.root / name).stat().st_size)
         if size != 4 * math.prod(shape):
             wanted = " x ".join(map(str, shape))
@@ -123,6 +135,7 @@ class Files:
 
     def ends(self, name: str, length: int = 256) -> tuple[int, bytes, bytes]:
         """The file's size, and its first and last bytes: what there is to see without reading all of it."""
+        name = self._real.get(name, name)
         if self._tar is not None:
             start, size = self._members[name]
             descriptor = self._tar.fileno()
@@ -181,15 +194,47 @@ def published(
     files = Files(locate(root, protocol.benchmark, layout))
     if list_file is not None:
         rows = read_list(list_file, layout)
+        if not all(files.has(name) for row in rows for name in row):
+            files.call(_inner(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
     else:
-        rows, _ = layout.rows(files.names())
-        _prove(files.root, protocol, [row[0] for row in rows])
+        there = files.names()
+        rows, _ = layout.rows(there)
+        if not _is_published(protocol, rows):
+            inner = _inner(there, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
+            if inner:
+                files.call(inner)
+                rows, _ = layout.rows(set(inner))
+        _prove(files.root, protocol, layout, there, [row[0] for row in rows])
     names = [name for row in rows for name in row]
     missing = [name for name in names if not files.has(name)]
     if missing:
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(f"{files.root}: {len(missing)} of the {len(names)} files listed are missing: {listed}")
     return files, rows
+
+
+def _inner(there: set[str], layout: FileLayout, worth: Callable[[set[str]], int]) -> dict[str, str]:
+    """Names of the layout -> the files' own, where the benchmark lies in an inner folder or as its host ships it.
+
+    The folder (at most three levels down, and not one of many) that is `worth` most; empty where none is worth more
+    than what lies here.
+    """
+    parts = [name.split("/") for name in there]
+    heads = Counter("/".join(part[:depth]) + "/" for part in parts for depth in (1, 2, 3) if len(part) > depth)
+    ways = [{name[len(head) :]: name for name in there if name.startswith(head)} for head, _ in heads.most_common(24)]
+    ways.append({called: name for name in sorted(there) if (called := layout.canonical(name))})
+    best = max(ways, key=lambda way: worth(set(way)))
+    return best if worth(set(best)) > worth(there) else {}
+
+
+def _is_published(protocol: Protocol, rows: Rows) -> bool:
+    keys = [row[0] for row in rows]
+    return len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256
+
+
+def _worth(protocol: Protocol, rows: Rows) -> int:
+    """What rows are worth to a search: the published ones more than any number of others."""
+    return len(rows) + (1 << 30) * _is_published(protocol, rows)
 
 
 def ranged(depth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
@@ -220,17 +265,24 @@ def locate(root: Path | str | None, benchmark: str, layout: FileLayout) -> Path:
     return root
 
 
-def _prove(root: Path, protocol: Protocol, keys: Sequence[str]) -> None:
-    """Raise ValueError unless these are the images of the published list."""
+def _prove(root: Path, protocol: Protocol, layout: FileLayout, there: set[str], keys: Sequence[str]) -> None:
+    """Raise ValueError unless these are the images of the published list; it says what was looked for, and where."""
     if len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256:
         return
     if keys and not protocol.num_images:
         return  # nobody published a list
+    how = f"they should lie as {layout.shape}" if layout.shape else f"{protocol.benchmark}.py says how they should lie"
+    seen = f"{how}; looked here and in the folders below"
+    seen += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
+    if any(name.endswith(".mat") for name in there) and not keys:
+        seen += f"; the authors' .mat is not read: unpack it, or `distill fetch {protocol.benchmark}`"
     if not protocol.num_images:
-        raise ValueError(f"{root}: no images of {protocol.benchmark}; {protocol.benchmark}.py says how they should lie")
+        raise ValueError(f"{root}: no images of {protocol.benchmark}; {seen}")
+    more = len(keys) > protocol.num_images
+    remedy = "name the images to use with --list" if more else "complete the folder, or name the images with --list"
     raise ValueError(
         f"{root}: found {len(keys)} images of {protocol.benchmark}, and they are not the {protocol.num_images} of the "
-        f"published list; complete the folder, or name the images to use with --list"
+        f"published list; {remedy} ({seen})"
     )
 
 

@@ -42,6 +42,7 @@ LAYOUT = FileLayout(
     "diode/diode_val.tar",
     columns=3,
     row=_row,
+    shape="indoors/ and outdoor/ with X.png, X_depth.npy and X_depth_mask.npy",
     parts={
         "indoors": (325, "49bf3e099ca435fde432ab95282bbadd9dc6b04ad27ef80767bc8e1acea514da"),
         "outdoor": (446, "d99d1bf99926ce6290d5dc2369ea8ff73c97150dfc732c215f13d973522ef155"),

@@ -8,6 +8,7 @@ prs-eth/Marigold, src/dataset/kitti_dataset.py.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,25 @@ def _row(depth: str) -> ListRow | None:
     return f"{drive[:10]}/{drive}/{camera}/data/{file}", depth
 
 
-LAYOUT = FileLayout("kitti/kitti_eigen_split_test.tar", columns=2, row=_row)
+_SHIPPED = re.compile(
+    r"(?:^|/)(\d{4}_\d\d_\d\d/\d{4}_\d\d_\d\d_drive_\d{4}_sync/image_0\d/data/\d+\.png"
+    r"|\d{4}_\d\d_\d\d_drive_\d{4}_sync/proj_depth/groundtruth/image_0\d/\d+\.png)$"
+)
+
+
+def _canonical(name: str) -> str | None:
+    """KITTI's own folders: raw drives anywhere, ground truth below train/ or val/."""
+    found = _SHIPPED.search(name)
+    return found[1] if found else None
+
+
+LAYOUT = FileLayout(
+    "kitti/kitti_eigen_split_test.tar",
+    columns=2,
+    row=_row,
+    shape="DATE/DRIVE/image_02/data/N.png with DRIVE/proj_depth/groundtruth/image_02/N.png",
+    canonical=_canonical,
+)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 

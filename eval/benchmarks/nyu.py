@@ -36,7 +36,9 @@ def _row(name: str) -> ListRow | None:
     return (name, name.replace("/rgb_", "/depth_")) if chosen else None
 
 
-LAYOUT = FileLayout("nyuv2/nyu_labeled_extracted.tar", columns=2, row=_row)
+LAYOUT = FileLayout(
+    "nyuv2/nyu_labeled_extracted.tar", columns=2, row=_row, shape="test/SCENE/rgb_N.png with depth_N.png"
+)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 
