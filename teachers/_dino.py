@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,9 +13,16 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
+@functools.lru_cache(maxsize=8)
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """MEAN and STD (1,3,1,1), copied to a device once: a copy at every batch would wait for all that came before it."""
+    mean, std = (torch.tensor(v, device=device, dtype=dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return mean, std
+
+
 def normalize(images: Tensor) -> Tensor:
     """(B,3,H,W) in [0,1] with ImageNet's mean and deviation taken out."""
-    mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = _statistics(images.device, images.dtype)
     return (images - mean) / std
 
 

@@ -40,6 +40,7 @@ from distill.labelling.asking import Answer
 from distill.labelling.run import label
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import CODECS, DEFAULT_CODEC, encode_map, encode_sample
+from distill.shards.shards import read_manifest
 from distill.teachers import Card
 from distill.teachers import Teacher as TeacherLike
 from distill.teachers._compile import compile_networks
@@ -143,6 +144,7 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
     jobs = [prepare(e.load(), crops=crops, seed=0, draw=0) for e in entries[:8]]
     ready = torch.cat([torch.cat([job.region[None], job.patches]) for job in jobs])
     ready = ready[: max(given.batch, 32)].to(device).float() / 255
+    ready = ready.contiguous(memory_format=torch.channels_last)  # as labelling sends them, so that one compile serves
     each = np.mean([1 + len(job.patches) for job in jobs])
     labels = LabelSettings(batch_size=given.batch, threads=given.threads, samples_per_part=10_000)
     ratios = []
@@ -169,7 +171,18 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
             )
             if turn:
                 ratios.append(made / seconds / alone)
+        first, again = (verify_hash(Path(temporary) / "same", n, entries, teacher, crops, labels, device) for n in "ab")
+        print(f"labels of one part made twice: {'equal bytes' if first == again else 'other bytes'}")
     print(f"median of {len(ratios)}: {100 * float(np.median(ratios)):.1f} % of the bare teacher")
+
+
+def verify_hash(
+    folder: Path, name: str, entries: list[Entry], teacher: Any, crops: CropSettings, labels: LabelSettings, device: Any
+) -> str:
+    """The sha256 of the one tar of a few photos' labels, in a folder of its own."""
+    shards = repeated(entries, 4, "same")
+    label(shards, [("teacher", teacher)], out=folder / name, crops=crops, labels=labels, device=device)
+    return str(read_manifest(folder / name)["shards"][0]["sha256"])
 
 
 # --- by stage ---------------------------------------------------------------------------------------------------------

@@ -43,11 +43,14 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, photos: int) -> LabelDataset:
+def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, crops_per_image: int) -> LabelDataset:
     entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
     entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:12]
-    shards = repeated(entries, photos, "photo")
-    crops, settings = CropSettings(size=size), LabelSettings(batch_size=16, threads=os.cpu_count() or 1)
+    shards = repeated(entries, len(entries), "photo")
+    crops, settings = (
+        CropSettings(size=size, crops_per_image=crops_per_image),
+        LabelSettings(batch_size=16, threads=os.cpu_count() or 1),
+    )
     teacher = Teacher.load("pocket", device=device, native_size=min(size, 224))
     label(shards, [("pocket", teacher)], out=folder, crops=crops, labels=settings, device=device)
     return LabelDataset(folder)
@@ -118,9 +121,8 @@ def twice(data: LabelDataset, settings: TrainSettings, given: argparse.Namespace
         seconds = clock(device) - start
         ends.append(torch.cat([p.detach().flatten().cpu() for p in student.parameters()]))
     off = float((ends[0] - ends[1]).abs().max())
-    print(
-        f"deterministic {settings.deterministic}: two runs of {settings.steps} steps differ by {off:.2g} ({seconds:.1f} s)"
-    )
+    what = f"two runs of {settings.steps} steps differ by {off:.2g}"
+    print(f"deterministic {settings.deterministic}: {what} ({seconds:.1f} s)")
     return seconds
 
 
@@ -131,7 +133,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=560)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--photos", type=int, default=96)
+    parser.add_argument("--crops-per-image", type=int, default=12)
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--patches-per-step", type=int, default=0)
     parser.add_argument("--no-twice", action="store_true")
@@ -144,7 +146,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         tars = given.tars or [str(make_tar(Path(temporary) / "sa_0.tar"))]
-        data = labels_of(tars, Path(temporary) / "labels", size, device, given.photos)
+        data = labels_of(tars, Path(temporary) / "labels", size, device, given.crops_per_image)
         start = time.process_time()
         for i in range(8):
             data.get(i, ["pocket"], coded=True)
