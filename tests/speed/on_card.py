@@ -47,10 +47,10 @@ def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, cr
     entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
     entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:12]
     shards = repeated(entries, len(entries), "photo")
-    crops, settings = (
-        CropSettings(size=size, crops_per_image=crops_per_image),
-        LabelSettings(batch_size=16, threads=os.cpu_count() or 1),
-    )
+    crops = CropSettings(size=size, crops_per_image=crops_per_image)
+    if size < 224:
+        crops = dataclasses.replace(crops, patches="random", num_patches=2)
+    settings = LabelSettings(batch_size=16, threads=os.cpu_count() or 1)
     teacher = Teacher.load("pocket", device=device, native_size=min(size, 224))
     label(shards, [("pocket", teacher)], out=folder, crops=crops, labels=settings, device=device)
     return LabelDataset(folder)
