@@ -25,6 +25,7 @@ from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
+from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.core.weights import read_state
 from distill.data.corruptions import Corruptions
@@ -214,7 +215,7 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder)
     said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
-    if said and len(recipe.images) > 1 and not any("source" in tar for tar in dataset.manifest["shards"]):
+    if said and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
             "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
@@ -326,9 +327,10 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     return copy.deepcopy(student.encoder).eval().requires_grad_(False)
 
 
-def make_objective(recipe: Recipe, student: Student) -> Objective:
-    """[loss] as the trainer takes it, for a student of the recipe's kind."""
-    return Objective(recipe.loss, student.kind, student.max_depth)
+def make_objective(recipe: Recipe, student: Student | None = None) -> Objective:
+    """[loss] as the trainer takes it. student: the one to train, whose reach may be that of the one it began as."""
+    max_depth = recipe.student.max_depth or None
+    return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 
 
 def train_settings(recipe: Recipe) -> TrainSettings:

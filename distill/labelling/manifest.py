@@ -120,7 +120,7 @@ def _tars(
     tars = []
     for entry in (entry for entry in sidecars if entry["tar"]):
         teachers = [name for name in every if name in entry["kinds"]]
-        more = {"source": sources[entry["tar"]["name"]]} if any(sources.values()) else {}
+        more = {"image_source": sources[entry["tar"]["name"]]} if any(sources.values()) else {}
         tars.append({**entry["tar"], **more, **({} if teachers == every else {"teachers": teachers})})
     return tars
 

@@ -1,1 +1,21 @@
-"""What is learnt: the losses, each one value per image, and the objective that weighs them."""
+"""What is learnt: the losses, each one value per image, and the objective that weighs them.
+
+`distillation_loss`, `gradient_loss` and `hdn_loss` are had from here, and loaded when they are asked for: a recipe's
+settings lie in this package too, and reading one should not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distill.losses.losses import distillation_loss, gradient_loss, hdn_loss
+
+__all__ = ["distillation_loss", "gradient_loss", "hdn_loss"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("distill.losses.losses"), name)

@@ -258,7 +258,7 @@ class LabelDataset(Dataset[Sample]):
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
         self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
-        self.sources = [int(self.manifest["shards"][tar].get("source", 0)) for tar, _, _ in places]
+        self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in places]
         self._places = np.array(places, dtype=np.int64)
         self._open: dict[str, IO[bytes]] = {}
 

@@ -81,7 +81,7 @@ def test_truth_and_pseudo_labels_teach_one_student(tmp_path):
     run_label(recipe)
     manifest = read_manifest(build.labels_folder(recipe))
     assert not manifest["quarantine"] and manifest["samples"] == 16
-    assert [(tar["source"], tar["teachers"]) for tar in manifest["shards"]] == [
+    assert [(tar["image_source"], tar["teachers"]) for tar in manifest["shards"]] == [
         (0, ["dav2"]),
         (1, ["truth"]),
         (2, ["truth"]),
@@ -105,7 +105,7 @@ def test_weights_do_not_move_labels_and_old_folders_are_told_of(tmp_path):
     folder = build.labels_folder(recipe)
     manifest = json.loads((folder / "manifest.json").read_text())
     for tar in manifest["shards"]:
-        del tar["source"]
+        del tar["image_source"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] its labels belong to.*distill label"):
         build.labelled(recipe)

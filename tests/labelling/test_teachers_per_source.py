@@ -35,7 +35,7 @@ def test_a_folder_knows_who_labelled_what_and_where_it_came_from(mixed, tmp_path
     outcome = label(mixed, teachers(), out=tmp_path / "out", crops=CROPS)
     manifest = read_manifest(tmp_path / "out")
     assert outcome.samples == 8 and not manifest["quarantine"] and verify(tmp_path / "out") == []
-    assert [(tar["source"], tar.get("teachers")) for tar in manifest["shards"]] == [
+    assert [(tar["image_source"], tar.get("teachers")) for tar in manifest["shards"]] == [
         (0, ["net"]),
         (1, ["truth"]),
         (2, None),

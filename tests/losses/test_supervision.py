@@ -95,3 +95,11 @@ def test_what_a_student_cannot_see_is_left_out():
     assert (objective(within, labels())[0] < 1e-6).all()
     everything = Objective(LossSettings(**OFF, log_l1=1.0), Kind.METRIC_DEPTH)
     assert (everything(within, labels())[0] > 0.1).all()
+
+
+def test_the_losses_are_had_from_the_package():
+    import distill.losses
+
+    assert distill.losses.distillation_loss is distillation_loss
+    with pytest.raises(AttributeError, match="no attribute 'distilation_loss'"):
+        distill.losses.distilation_loss  # noqa: B018
