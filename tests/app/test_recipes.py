@@ -177,10 +177,11 @@ def test_every_fault_of_every_table_is_reported_at_once(tmp_path):
 
 def test_every_setting_of_training_is_a_key_and_reaches_the_trainer(tmp_path):
     overrides = ["betas=[0.8, 0.99]", "random_resized_crop=0.5", "eval_batch_size=2", "alarm_growth=3"]
-    overrides += ["kind=scale_disparity", "val_fraction=0.1", "color_jitter=0.2"]
-    reached = build.train_settings(recipes.load(write(tmp_path, GOOD), [f"train.{text}" for text in overrides]))
+    overrides += ["kind=metric_depth", "val_fraction=0.1", "color_jitter=0.2"]
+    given = ["student.max_depth=20", *(f"train.{text}" for text in overrides)]
+    reached = build.train_settings(recipes.load(write(tmp_path, GOOD), given))
     assert (reached.betas, reached.random_resized_crop, reached.eval_batch_size) == ((0.8, 0.99), 0.5, 2)
-    assert (reached.alarm_growth, reached.kind) == (3.0, "scale_disparity")
+    assert (reached.alarm_growth, reached.kind) == (3.0, "metric_depth")
     assert (reached.val_fraction, reached.color_jitter, reached.seed) == (0.1, 0.2, 0)
     assert set(typing.get_args(typing.get_type_hints(TrainSettings)["kind"])) == {kind.value for kind in Kind}
     assert set(typing.get_args(typing.get_type_hints(LabelSettings)["codec"])) == set(CODECS)
