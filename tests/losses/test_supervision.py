@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -103,3 +107,47 @@ def test_the_losses_are_had_from_the_package():
     assert distill.losses.distillation_loss is distillation_loss
     with pytest.raises(AttributeError, match="no attribute 'distilation_loss'"):
         distill.losses.distilation_loss  # noqa: B018
+
+
+TERM = '''"""Weight of the mean of the prediction, for the sake of an example.
+
+power: What it is raised to.
+"""
+WEIGHT = 0.0
+NEEDS = frozenset()
+def term(given, *, power=2.0):
+    return given.pred.pow(power).mean((-2, -1))
+'''
+READ = """
+import torch
+from distill.app import explain
+from distill.app.recipe import parse
+from distill.core.depth import DepthMap
+from distill.core.labels import Labels
+from distill.losses.objective import Objective
+loss = parse({"run": {"name": "x"}, "loss": {"mine": 0.5, "mine_power": 3.0}}).loss
+shared = DepthMap(torch.rand(2, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool), "affine_disparity")
+parts = Objective(loss)(torch.full((2, 8, 8), 2.0), Labels(shared, None, torch.zeros(2, 0, 4)))[1]
+print(parts["mine"].tolist(), explain.explain_key("loss.mine_power"))
+"""
+
+
+def test_a_term_of_an_installed_package_is_a_key_a_part_and_explained(tmp_path):
+    """Nothing here but its file: that is all there is to a term. One that breaks its contract is no key."""
+    info = tmp_path / "their_terms-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-terms\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[distill.terms]\nmine = their_mine\nbroken = their_broken\n")
+    (tmp_path / "their_mine.py").write_text(TERM)
+    (tmp_path / "their_broken.py").write_text("WEIGHT = 1.0\n")
+    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", READ],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[8.0, 8.0] loss.mine_power: number, default 2.0")
+    assert "What it is raised to." in done.stdout
