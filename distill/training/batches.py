@@ -56,7 +56,7 @@ class Labelled(Protocol):
         """Whose labels sample `index` can have."""
         ...
 
-    def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None, **more: Any) -> Any:
+    def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None) -> Any:
         """Sample `index` with the labels of these teachers alone.
 
         visit: its place in the training stream, for a dataset whose crops are drawn anew at every visit; None: as
@@ -289,7 +289,8 @@ class Placed(Dataset[Any]):
                 visit = place.position
                 if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
                     more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
-            sample = self.dataset.get(place.index, asked, visit=visit, **more)
+            get: Callable[..., Any] = self.dataset.get
+            sample = get(place.index, asked, visit=visit, **more)
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth
