@@ -24,7 +24,7 @@ RENAMED = {
     "from eval.": "from distill.eval.",
     "from distill import checkpoint": "from distill.students import checkpoint",
     "from tests import test_golden_teachers": "from tests.teachers import test_golden_teachers",
-    '"--write"': '"--formats"',
+    'small="use"': 'on_small="use"',
 }
 
 
