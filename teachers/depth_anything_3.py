@@ -189,7 +189,8 @@ class Teacher:
             state = below_prefix(state, ("backbone.pretrained.pos_embed",), file)
         state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
         state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
-        network = Network(_layout(state, config, file))
+        with torch.device("meta"):  # random weights for the file's to replace take longer than the file
+            network = Network(_layout(state, config, file))
         load_strictly(network, state, file, what="Depth Anything 3")
         network = network.eval().to(device)
         network.backbone.to(dtype)

@@ -10,6 +10,7 @@ from distill.core.labels import Labels
 from distill.losses import fused
 from distill.losses.losses import anchor_loss, compare, distillation_loss, gradient_loss
 from distill.losses.objective import Objective
+from distill.losses.settings import LossSettings
 from tests.losses.test_losses import NORMALIZATIONS, degenerate, example, large
 from tests.losses.test_objective import ramp_labels
 
@@ -32,6 +33,14 @@ def both(loss, pred, *given, device):
     return found
 
 
+def alike(there, here):
+    """Of pixels that are one median any may have its gradient, and a residual of nothing has either sign: but few."""
+    size = here.abs().mean()
+    assert ((there - here).abs() > 1e-3 * size).float().mean() < 5e-3
+    total = here.abs().sum((1, 2)).max().item()
+    torch.testing.assert_close(there.sum((1, 2)), here.sum((1, 2)), atol=1e-3 * total, rtol=0)
+
+
 @pytest.mark.parametrize("make", [example, large])
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_normalizations(name, make, card):
@@ -41,7 +50,7 @@ def test_normalizations(name, make, card):
             lambda *given, o=options: distillation_loss(*given, name, **o), pred, target, valid, device=card
         )
         torch.testing.assert_close(there, value, rtol=1e-5, atol=1e-6)
-        assert (gradient_there - gradient).norm() < 1e-3 * gradient.norm()
+        alike(gradient_there, gradient)
     counted = [compare(*(x.to(where) for x in (pred, target, valid)), name) for where in ("cpu", card)]
     assert counted[0].dead.tolist() == counted[1].dead.tolist() and counted[0].live.tolist() == counted[1].live.tolist()
 
@@ -62,7 +71,7 @@ def test_other_losses(loss, card):
     pred, target, valid = (x.float() if x.is_floating_point() else x for x in large())
     value, gradient, there, gradient_there = both(loss, pred, target, valid, device=card)
     torch.testing.assert_close(there, value, rtol=1e-5, atol=1e-6)
-    assert (gradient_there - gradient).norm() < 1e-3 * gradient.norm()
+    alike(gradient_there, gradient)
 
 
 @pytest.mark.parametrize("where", ["patch", "student"])
@@ -72,10 +81,10 @@ def test_the_objective(where, card):
 
     def objective(x, shared, local, boxes):
         maps = [DepthMap(v, torch.ones_like(v, dtype=torch.bool), labels.shared.kind) for v in (shared, local)]
-        return Objective(patch_resolution=where)(x, Labels(*maps, boxes))[0]
+        return Objective(LossSettings(feature=0.0, patch_resolution=where))(x, Labels(*maps, boxes))[0]
 
     value, gradient, there, gradient_there = both(
         objective, pred, labels.shared.values, labels.local.values, labels.boxes, device=card
     )
     torch.testing.assert_close(there, value, rtol=1e-4, atol=1e-5)
-    assert (gradient_there - gradient).norm() < 1e-2 * gradient.norm()
+    alike(gradient_there, gradient)
