@@ -61,8 +61,11 @@ class Models:
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
-            weights = build.weights_file(self.recipe.student.weights)
-            student = CheckpointTeacher.load(str(self.folder), device=self.on, encoder_weights=weights)
+            # A student that holds its encoder takes no file of it.
+            apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
+            student = CheckpointTeacher.load(
+                str(self.folder), device=self.on, encoder_weights=build.weights_file(weights) if apart else None
+            )
             self._loaded["student"] = ({}, student)
         return self._loaded["student"][1]
 
