@@ -158,6 +158,8 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
         return f"scored on {score.protocol.num_images} other images than the published list"
     if score.protocol.alignment != published.with_kind(score.kind).alignment:
         return f"aligned otherwise: {score.protocol.alignment}"
+    if score.protocol.offset_positive:
+        return "fitted with --offset-positive, which the published protocol has not"
     if score.num_failed:
         return f"{score.num_failed} images failed"
     if not scored.used:

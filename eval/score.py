@@ -53,6 +53,7 @@ def score(
     mode: str | None = None,
     alignment: str = "auto",
     model: str = "",
+    offset_positive: bool = False,
     allow_failed: bool = False,
     workers: int | None = None,
     report: Report | None = None,
@@ -60,16 +61,17 @@ def score(
     """Score the predictions in `store`, laid out by `Sample.prediction_path`.
 
     kind: of the predictions; None reads it from what `eval.stored.predict` left there. protocol: the benchmark's own;
-    mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES. allow_failed: give
-    means over the scored images although some failed. workers: images in flight (each holds one map of pred and truth
-    in memory), at most 8 unless said. Raises FileNotFoundError where the store holds no prediction at all, ValueError
-    for a kind that the store contradicts.
+    mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES.
+    offset_positive: see Protocol. allow_failed: give means over the scored images although some failed. workers: images
+    in flight (each holds one map of pred and truth in memory), at most 8 unless said. Raises FileNotFoundError where
+    the store holds no prediction at all, ValueError for a kind that the store contradicts.
     """
     store = Path(store)
     protocol = actual(protocol.in_mode(mode or protocol.mode), samples)
     settings = read_settings(store)
     kind = _agree(store, kind, settings)
     protocol = protocol.with_kind(kind, alignment)
+    protocol = protocol.with_offset(kind) if offset_positive else protocol
     expected = [sample.prediction_path for sample in samples]
     double = [path for path, count in Counter(expected).items() if count > 1]
     if double or not samples:
@@ -119,6 +121,7 @@ def score_predictions(
     list_file: Path | str | None = None,
     protocol: str | None = None,
     alignment: str = "auto",
+    offset_positive: bool = False,
     out: Path | str | None = None,
     model: str = "",
     allow_failed: bool = False,
@@ -143,6 +146,7 @@ def score_predictions(
         module.PROTOCOL,
         mode=protocol,
         alignment=alignment,
+        offset_positive=offset_positive,
         model=model,
         allow_failed=allow_failed,
         workers=workers,
@@ -258,6 +262,7 @@ def _summary(
         "floors": floors,
         "groups": groups,
         "partial": failed and allow_failed,
+        "nonpositive": math.fsum(m.nonpositive for m in measured if isinstance(m, ImageErrors)) / max(1, len(measured)),
     }
 
 

@@ -30,6 +30,9 @@ class BenchmarkSettings:
     alignment: Literal["auto", "affine", "scale", "median"] = "auto"
     """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
+    offset_positive: bool = False
+    """In marigold mode a constant is added to affine disparity so that the fit, which sees positive pixels alone, sees
+    all of it; another protocol than the published one, with another id."""
     processing_size: int = -1
     """The long side in pixels at which latent-diffusion teachers (Marigold, GenPercept, FiffDepth) work here; 0 takes
     the image as it is, -1 each teacher's own rule. Marigold's scripts: 0 on nyu, kitti and scannet, 756 on eth3d, 640

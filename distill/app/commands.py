@@ -146,7 +146,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
-    results, lost = [], []
+    results, lost, warned = [], [], []
     priors: dict[tuple[str, ...], Any] = {}
     models = Models(recipe)
     for spec in recipe.benchmarks:
@@ -178,7 +178,16 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                     report=report,
                     tell=note,
                 )
-            result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
+            result = scoring.score(
+                store,
+                None,
+                samples,
+                protocol,
+                alignment=spec.alignment,
+                offset_positive=spec.offset_positive,
+                model=name,
+            )
+            warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
             lost += _lost(result, samples, store)
@@ -186,7 +195,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
-    for line in lost:
+    for line in warned + lost:
         note(line)
     return results
 
