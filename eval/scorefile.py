@@ -90,8 +90,8 @@ class Score:
         if self.nonpositive and self.protocol.fit_positive and not self.protocol.offset_positive:
             lines.insert(
                 0,
-                f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes a "
-                "disparity of unknown shift: --offset-positive adds a constant first (another protocol id)",
+                f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes "
+                "a disparity of unknown shift: --offset-positive adds a constant first (another protocol id)",
             )
         return lines
 
