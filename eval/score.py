@@ -77,13 +77,7 @@ def score(
     if double or not samples:
         raise ValueError(f"two images would be stored as {double[0]}" if double else f"{protocol.benchmark}: no images")
     there = {path for path in store.rglob("*") if path.suffix.lower() == ".npy"}
-    places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
-    if not places:
-        stems = ", ".join(f"{stem}.npy" for stem in stored_stems(samples[0].photo or samples[0].key))
-        raise FileNotFoundError(
-            f"{store} holds none of the {len(samples)} predictions; the first should be {store / expected[0]} (or "
-            f"another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
-        )
+    places = _places(store, samples)
 
     def one(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
         return _score_image(sample, places.get(sample.key, store / sample.prediction_path), kind, protocol)
@@ -212,6 +206,19 @@ def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | N
     if stored is not None and stored.quantity != kind.quantity:
         raise ValueError(f"{store} holds {stored}, which cannot be scored as {kind}; leave --kind out")
     return kind
+
+
+def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
+    """Where each sample's map lies, by its key; FileNotFoundError where the store has none at all."""
+    places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
+    if not places:
+        first = samples[0]
+        stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
+        raise FileNotFoundError(
+            f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path} "
+            f"(or another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
+        )
+    return places
 
 
 def _score_image(
