@@ -215,8 +215,8 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
         first = samples[0]
         stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
         raise FileNotFoundError(
-            f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path} "
-            f"(or another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
+            f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
+            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
         )
     return places
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class HubError(OSError):
@@ -30,7 +31,7 @@ def to_download(repository: str, *, files: Sequence[str], revision: str | None =
     """
     import huggingface_hub
 
-    asked = {"revision": revision, "allow_patterns": list(files)}
+    asked: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
     try:
         with _one_line(repository):
             planned = huggingface_hub.snapshot_download(repository, dry_run=True, **asked)
