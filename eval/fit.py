@@ -57,6 +57,8 @@ class ImageErrors:
 
     sums: (NUM_SUMS,) float64, see eval.metrics.sums. floors: the same for each disparity floor, by its name, where
     the prediction was aligned in disparity. scale, shift: of the alignment. notes: what a reader should know.
+    nonpositive: the share of scored pixels where an affine disparity is not positive, which Marigold's fit leaves out;
+    0 for other kinds.
     """
 
     sums: Tensor
@@ -64,6 +66,7 @@ class ImageErrors:
     scale: float
     shift: float
     notes: tuple[str, ...]
+    nonpositive: float = 0.0
 
 
 def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
@@ -104,6 +107,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     if not np.isfinite(lowest + highest):
         wrong = int((~np.isfinite(flat_pred)).sum())
         raise ValueError(f"NaN or infinity in {wrong} of the {len(flat_pred)} scored pixels")
+    nonpositive = float((flat_pred <= 0).mean()) if lowest <= 0 and kind == Kind.AFFINE_DISPARITY else 0.0
     notes = _notes(flat_pred, lowest, highest, kind, path, protocol)
     if path.invert:
         flat_pred = 1.0 / np.maximum(flat_pred, 1e-6)
@@ -112,11 +116,11 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         fitted = (flat_pred, flat_truth)
         if protocol.fit_columns and not path.invert:
             fitted = _fewer_columns(pred, values, valid, protocol.fit_columns)
-        scale, shift = _fit(*fitted, path=path, positive=protocol.fit_positive)
+        scale, shift = _fit(*fitted, path=path, positive=protocol.fit_positive, offset=protocol.offset_positive)
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    return ImageErrors(sums, floors, scale, shift, tuple(notes))
+    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive)
 
 
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
@@ -158,7 +162,7 @@ def _notes(
     notes = ["constant prediction"] if lowest == highest and len(pred) > 1 else []
     if lowest <= 0 and path.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
-    if highest <= 0 and kind == Kind.AFFINE_DISPARITY and protocol.fit_positive:
+    if highest <= 0 and kind == Kind.AFFINE_DISPARITY and protocol.fit_positive and not protocol.offset_positive:
         notes.append("no positive prediction: Marigold's fit sees positive pixels only, so there was nothing to fit")
     return notes
 
@@ -192,8 +196,15 @@ def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[n
     return chosen[0], chosen[1]
 
 
-def _fit(pred: np.ndarray, truth: np.ndarray, *, path: AlignmentPlan, positive: bool) -> tuple[float, float]:
-    """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit."""
+def _fit(
+    pred: np.ndarray, truth: np.ndarray, *, path: AlignmentPlan, positive: bool, offset: bool
+) -> tuple[float, float]:
+    """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit.
+
+    positive: at pixels alone where both are. offset: a constant makes the prediction positive first; an affine fit
+    takes it off again, so nothing has to be added.
+    """
+    offset = offset and path.unknown == "affine"
     invert = path.fit != path.quantity
     if path.unknown == "median":
         return _median_scale(pred, truth, invert=invert, positive=positive), 0.0
@@ -201,7 +212,7 @@ def _fit(pred: np.ndarray, truth: np.ndarray, *, path: AlignmentPlan, positive: 
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
         if path.fit == "disparity" and positive and min(float(p.min()), float(t.min())) <= 0:
-            usable = (p > 0) & (t > 0)
+            usable = (t > 0) if offset else (p > 0) & (t > 0)
             p, t = p[usable], t[usable]
         if invert:
             t = t.reciprocal()

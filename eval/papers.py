@@ -1,16 +1,17 @@
 """What papers print, beside what was measured here: within, outside, or not run.
 
 A number of ours answers for a paper's only where everything that both depend on is the same: Marigold's protocol, on
-the whole published list, with the alignment of the prediction's kind, no image lost, and the released weights that the
-row was made with. Anything else is "not run", and the reason is told. The numbers are data (eval/papers.toml), with
-where each stands and how far off a repetition may be.
+the whole published list, with the alignment of the prediction's kind, no image lost, the released weights that the row
+was made with, and those weights used as there: resized by their authors' rule, at the row's size, with its steps and
+its ensemble, in its number format. Anything else is "not run", and the reason is told. The numbers are data
+(eval/papers.toml), with where each stands and how far off a repetition may be.
 """
 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,16 @@ from distill.eval.scorefile import Score
 
 _FILE = Path(__file__).with_name("papers.toml")
 _TABLE = ("paper", "number", "title", "metrics", "unit", "digits", "protocol", "row")
-_ROW = ("model", "weights", "note")
+_ASKED = ("native_size", "steps", "ensemble")
+_ROW = ("model", "weights", "note", "dtype", *_ASKED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperNumber:
     """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: released
-    ones of the row, () where there are none. protocol: "marigold", or why none of ours is it. note: how it was run."""
+    ones of the row, () where there are none. protocol: "marigold", or why none of ours is it. asked: how a teacher has
+    to be used, by the names of its attributes (resize, native_size, steps, ensemble) and dtype. note: how it was run.
+    """
 
     paper: str
     where: str
@@ -37,6 +41,7 @@ class PaperNumber:
     tolerance: float
     weights: tuple[str, ...]
     protocol: str
+    asked: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
 
 
@@ -52,10 +57,13 @@ class PaperVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A score with what it was predicted with; weights: "" where nobody knows."""
+    """A score with what it was predicted with; weights: "" where nobody knows. used: how they were used (resize,
+    native_size, steps, ensemble, dtype), {} where nobody knows.
+    """
 
     score: Score
     weights: str = ""
+    used: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache
@@ -99,10 +107,18 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
                     tolerance=room + 0.5 * 10.0 ** -table["digits"] * table["unit"],
                     weights=tuple(row.get("weights", ())),
                     protocol=table["protocol"],
+                    asked=_asked(row, benchmark),
                     note=row.get("note", ""),
                 )
             )
     return results
+
+
+def _asked(row: dict[str, Any], benchmark: str) -> dict[str, Any]:
+    """How a row of released weights was run on a benchmark; where it says nothing: the authors' resizing, float32."""
+    said = {key: row[key] for key in (*_ASKED, "dtype") if key in row}
+    each = {key: value[benchmark] if isinstance(value, dict) else value for key, value in said.items()}
+    return {"resize": "native", "dtype": "float32"} | each
 
 
 def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[PaperVerdict]:
@@ -116,7 +132,7 @@ def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> PaperVerdict:
     same = [one for one in scored if one.score.benchmark == number.benchmark and _same_weights(one.weights, number)]
     if not same:
         return PaperVerdict(number, "not run", reason="no score of these weights on this benchmark")
-    reasons = [_obstacle(one.score, number) for one in same]
+    reasons = [_obstacle(one, number) for one in same]
     for one, obstacle in zip(same, reasons, strict=True):
         ours = one.score.metrics.get(number.metric)
         if not obstacle and ours is not None:
@@ -130,8 +146,9 @@ def _same_weights(weights: str, number: PaperNumber) -> bool:
     return bool(own) and any(own == known.lower() or own.endswith("/" + known.lower()) for known in number.weights)
 
 
-def _obstacle(score: Score, number: PaperNumber) -> str:
+def _obstacle(scored: Scored, number: PaperNumber) -> str:
     """Why this score cannot answer for the number, "" where it can."""
+    score = scored.score
     published = find("distill.eval.benchmarks", number.benchmark).PROTOCOL
     if number.protocol != "marigold":
         return f"the protocol of the paper's number is {number.protocol}"
@@ -141,4 +158,15 @@ def _obstacle(score: Score, number: PaperNumber) -> str:
         return f"scored on {score.protocol.num_images} other images than the published list"
     if score.protocol.alignment != published.with_kind(score.kind).alignment:
         return f"aligned otherwise: {score.protocol.alignment}"
-    return f"{score.num_failed} images failed" if score.num_failed else ""
+    if score.protocol.offset_positive:
+        return "fitted with --offset-positive, which the published protocol has not"
+    if score.num_failed:
+        return f"{score.num_failed} images failed"
+    if not scored.used:
+        return "how the maps were predicted (size, steps, format) is not recorded"
+    other = [
+        f"{key} {scored.used.get(key, 'unknown')}, not {wanted}"
+        for key, wanted in number.asked.items()
+        if scored.used.get(key) != wanted
+    ]
+    return f"predicted otherwise: {'; '.join(other)}" if other else ""

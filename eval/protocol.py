@@ -69,6 +69,8 @@ class Protocol:
     alignment: how the prediction was brought to the truth (see `alignment`); empty until a kind is chosen.
     fit_columns: the fit sees this many columns of the map (Marigold's `--alignment_max_res`); None for all.
     fit_positive: a disparity is fitted only where the prediction is positive (Marigold).
+    offset_positive: a constant is added to an affine disparity first, so that all of it is positive. Its shift is
+    unknown, so that is lawful; the fit is then that of all pixels. Not the published protocol.
     disparity_floor: aligned disparity is at least this; None is one over the largest valid truth of the image.
     min_depth, max_depth: metres; the truth lies strictly between them, aligned predictions are clipped to them.
     clip: "range" clips aligned predictions to [min_depth, max_depth] alone; "truth" also to the image's own truth,
@@ -85,6 +87,7 @@ class Protocol:
     alignment: str = ""
     fit_columns: int | None = None
     fit_positive: bool = False
+    offset_positive: bool = False
     disparity_floor: float | None = None
     min_depth: float = 0.0
     max_depth: float = math.inf
@@ -124,6 +127,12 @@ class Protocol:
         fitted = self.task == "depth" or (self.task == "boundary_f1" and Kind(kind).unknown == "affine")
         return replace(self, alignment=words if fitted else "none")
 
+    def with_offset(self, kind: Kind | str) -> Protocol:
+        """The same with `offset_positive`, where it means anything: for affine disparity, fitted at positive pixels."""
+        affine = self.alignment in ("", ALIGNMENTS[Kind.AFFINE_DISPARITY])
+        means = self.fit_positive and affine and Kind(kind) == Kind.AFFINE_DISPARITY
+        return replace(self, offset_positive=True) if means else self
+
     def in_mode(self, mode: str) -> Protocol:
         """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot
         unrepair."""
@@ -140,6 +149,7 @@ class Protocol:
             mode="clean",
             fit_columns=None,
             fit_positive=False,
+            offset_positive=False,
             disparity_floor=None,
             clip="truth",
             mask_range=True,
@@ -184,5 +194,6 @@ def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool =
 
 def _digest(table: Mapping[str, Any]) -> str:
     """Of the fields; what came later than the first ids counts only where it says something, so that those stay."""
-    table = {name: value for name, value in table.items() if (name, value) != ("task", "depth")}
+    later: dict[str, Any] = {"task": "depth", "offset_positive": False}
+    table = {name: value for name, value in table.items() if name not in later or value != later[name]}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

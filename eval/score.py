@@ -53,6 +53,7 @@ def score(
     mode: str | None = None,
     alignment: str = "auto",
     model: str = "",
+    offset_positive: bool = False,
     allow_failed: bool = False,
     workers: int | None = None,
     report: Report | None = None,
@@ -60,28 +61,23 @@ def score(
     """Score the predictions in `store`, laid out by `Sample.prediction_path`.
 
     kind: of the predictions; None reads it from what `eval.stored.predict` left there. protocol: the benchmark's own;
-    mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES. allow_failed: give
-    means over the scored images although some failed. workers: images in flight (each holds one map of pred and truth
-    in memory), at most 8 unless said. Raises FileNotFoundError where the store holds no prediction at all, ValueError
-    for a kind that the store contradicts.
+    mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES.
+    offset_positive: see Protocol. allow_failed: give means over the scored images although some failed. workers: images
+    in flight (each holds one map of pred and truth in memory), at most 8 unless said. Raises FileNotFoundError where
+    the store holds no prediction at all, ValueError for a kind that the store contradicts.
     """
     store = Path(store)
     protocol = actual(protocol.in_mode(mode or protocol.mode), samples)
     settings = read_settings(store)
     kind = _agree(store, kind, settings)
     protocol = protocol.with_kind(kind, alignment)
+    protocol = protocol.with_offset(kind) if offset_positive else protocol
     expected = [sample.prediction_path for sample in samples]
     double = [path for path, count in Counter(expected).items() if count > 1]
     if double or not samples:
         raise ValueError(f"two images would be stored as {double[0]}" if double else f"{protocol.benchmark}: no images")
     there = {path for path in store.rglob("*") if path.suffix.lower() == ".npy"}
-    places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
-    if not places:
-        stems = ", ".join(f"{stem}.npy" for stem in stored_stems(samples[0].photo or samples[0].key))
-        raise FileNotFoundError(
-            f"{store} holds none of the {len(samples)} predictions; the first should be {store / expected[0]} (or "
-            f"another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
-        )
+    places = _places(store, samples)
 
     def one(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
         return _score_image(sample, places.get(sample.key, store / sample.prediction_path), kind, protocol)
@@ -119,6 +115,7 @@ def score_predictions(
     list_file: Path | str | None = None,
     protocol: str | None = None,
     alignment: str = "auto",
+    offset_positive: bool = False,
     out: Path | str | None = None,
     model: str = "",
     allow_failed: bool = False,
@@ -143,6 +140,7 @@ def score_predictions(
         module.PROTOCOL,
         mode=protocol,
         alignment=alignment,
+        offset_positive=offset_positive,
         model=model,
         allow_failed=allow_failed,
         workers=workers,
@@ -210,6 +208,19 @@ def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | N
     return kind
 
 
+def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
+    """Where each sample's map lies, by its key; FileNotFoundError where the store has none at all."""
+    places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
+    if not places:
+        first = samples[0]
+        stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
+        raise FileNotFoundError(
+            f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
+            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
+        )
+    return places
+
+
 def _score_image(
     sample: BenchmarkSample, path: Path, kind: Kind, protocol: Protocol
 ) -> tuple[ImageScore, ImageErrors | None]:
@@ -258,6 +269,7 @@ def _summary(
         "floors": floors,
         "groups": groups,
         "partial": failed and allow_failed,
+        "nonpositive": math.fsum(m.nonpositive for m in measured if isinstance(m, ImageErrors)) / max(1, len(measured)),
     }
 
 

@@ -8,6 +8,7 @@ A score file is JSON, with a .csv of the images beside it:
      "metrics": {name: mean over images or null},      of the task: ten for depth (eval.tasks); DA-2K's is over pairs
      "pooled": {name: over all pixels of all images},  not comparable with any paper
      "floors": {"0.001" and "1/max truth": {name: mean}},  under either floor; only for fits in disparity
+     "nonpositive": share of scored pixels where an affine disparity is <= 0, mean over images,
      "groups": {group: {"num_images": n, "num_failed": m, "metrics": {...}}},  {} where a benchmark has no parts
      "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null}]}
 
@@ -61,6 +62,7 @@ class Score:
     groups: dict[str, dict[str, Any]]
     num_extra: int = 0
     partial: bool = False
+    nonpositive: float = 0.0
     software: str = ""
     created: str = ""
 
@@ -85,6 +87,12 @@ class Score:
         lines = [f"{image.key}: {image.problem}" for image in marked]
         if self.num_extra:
             lines.append(f"{self.num_extra} .npy files belong to no image of the list")
+        if self.nonpositive and self.protocol.fit_positive and not self.protocol.offset_positive:
+            lines.insert(
+                0,
+                f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes "
+                "a disparity of unknown shift: --offset-positive adds a constant first (another protocol id)",
+            )
         return lines
 
 
@@ -135,6 +143,7 @@ def write_scores(result: Score, path: Path | str) -> None:
         "num_remarks": sum(image.problem is not None and not image.failed for image in result.images),
         "num_extra": result.num_extra,
         "partial": result.partial,
+        "nonpositive": result.nonpositive,
         "metrics": result.metrics,
         "pooled": result.pooled,
         "floors": result.floors,
@@ -170,6 +179,7 @@ def read_scores(path: Path | str) -> Score:
             kind=Kind(content["kind"]),
             images=images,
             **{name: content[name] for name in ("model", "benchmark", "metrics", "pooled", "floors", "groups")},
+            nonpositive=content.get("nonpositive", 0.0),
             **{name: content[name] for name in ("num_extra", "partial", "software", "created")},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

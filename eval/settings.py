@@ -30,11 +30,23 @@ class BenchmarkSettings:
     alignment: Literal["auto", "affine", "scale", "median"] = "auto"
     """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
+    offset_positive: bool = False
+    """In marigold mode a constant is added to affine disparity so that the fit, which sees positive pixels alone, sees
+    all of it; another protocol than the published one, with another id."""
+    processing_size: int = -1
+    """The long side in pixels at which latent-diffusion teachers (Marigold, GenPercept, FiffDepth) work here; 0 takes
+    the image as it is, -1 each teacher's own rule. Marigold's scripts: 0 on nyu, kitti and scannet, 756 on eth3d, 640
+    on diode."""
+    steps: int = 0
+    """Denoising steps of teachers that draw noise (Marigold); 0 is each teacher's own number."""
+    ensemble: int = 0
+    """Predictions per image of teachers that draw noise, aligned and their median taken; 0 is each teacher's own
+    number."""
     limit: int = 0
     """Score the first so many images; 0 scores all."""
 
     def __post_init__(self) -> None:
-        faults = below(self, limit=0) + unknown_words(self)
+        faults = below(self, limit=0, processing_size=-1, steps=0, ensemble=0) + unknown_words(self)
         if fault := name_fault("distill.eval.benchmarks", self.name):
             faults.append(fault)
         if "/" in self.alias_or_name or self.alias_or_name in (".", ".."):

@@ -38,19 +38,22 @@ def predict(
     store: Path | str,
     *,
     settings: Mapping[str, Any],
+    used: Mapping[str, Any] | None = None,
     report: Report | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> int:
     """Store the teacher's map of every sample, and return how many were predicted now.
 
     settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as JSON takes
-    it; it is written to settings.json with the teacher's name and kind. Maps that are there already are kept, so that
+    it; it is written to settings.json with the teacher's name and kind. used: how the teacher works in effect, defaults
+    included; written beside them, and never a reason to refuse maps. Maps that are there already are kept, so that
     an interrupted run continues; if they were made with other settings, ValueError says which and what to do. Use one
     folder per benchmark. Each map is written aside and renamed; one that was damaged since is predicted again, of which
     `tell` hears.
     """
     store = Path(store)
-    _claim(store, {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)})
+    claim = {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)}
+    _claim(store, claim, used=dict(used or {}))
     todo = []
     for sample in samples:
         path = store / sample.prediction_path
@@ -82,13 +85,14 @@ def predict(
 
 
 def read_settings(store: Path | str) -> dict[str, Any] | None:
-    """What `predict` wrote beside the maps ("model", "kind", "settings"), or None where somebody else made them."""
+    """What `predict` wrote beside the maps: "model", "kind", "settings", "used"; None where somebody else made them."""
     path = Path(store) / SETTINGS
     if not path.is_file():
         return None
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
-        return {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
+        claim = {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
+        return {**claim, "used": dict(table.get("used", {}))}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not settings of stored predictions ({error}); predict into a new folder") from error
 
@@ -143,11 +147,17 @@ def _unreadable(error: Exception) -> str:
     return f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})"
 
 
-def _claim(store: Path, wanted: dict[str, Any]) -> None:
-    """Make the folder ours for these settings, or raise ValueError where it is not."""
+def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> None:
+    """Make the folder ours for these settings, or raise ValueError where it is not.
+
+    Maps of the same weights and settings were made in the same way: what an older settings.json lacks is added.
+    """
     wanted = json.loads(json.dumps(wanted))
     settings_there = read_settings(store)
+    known = settings_there.pop("used") if settings_there else {}
     if settings_there == wanted:
+        if used and not known:
+            files.write_json(store / SETTINGS, {**wanted, "used": used}, sort_keys=True, allow_nan=True)
         return
     if settings_there is not None:
         a, b = ({**table, **table["settings"]} for table in (settings_there, wanted))
@@ -158,7 +168,8 @@ def _claim(store: Path, wanted: dict[str, Any]) -> None:
         )
     if store.exists() and next(store.rglob("*.npy"), None) is not None:
         raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
-    files.write_json(store / SETTINGS, wanted, sort_keys=True, allow_nan=True)
+    whole = {**wanted, "used": used} if used else wanted
+    files.write_json(store / SETTINGS, whole, sort_keys=True, allow_nan=True)
 
 
 def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:

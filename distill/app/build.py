@@ -6,7 +6,6 @@ not surface after a night of labelling.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -40,7 +39,7 @@ from distill.shards import mirror
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
-from distill.teachers import Card
+from distill.teachers import Card, resolve
 from distill.teachers._compile import compile_networks
 from distill.teachers._settings import TeacherSettings
 from distill.teachers._sky import POLICIES, under_policy
@@ -81,6 +80,7 @@ def check_teachers(recipe: Recipe) -> None:
     for i, spec in enumerate(recipe.teachers):
         load = Corruptions if spec.name == TRUTH else find("distill.teachers", spec.name).Teacher.load
         faults += option_faults(load, spec.options, f"teachers[{i}].options")
+        faults += option_faults(load, spec.score_options, f"teachers[{i}].score_options")
         if recipe.labels.sky != "teacher" and "sky" in spec.options:
             faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
     if faults:
@@ -97,11 +97,16 @@ def check_two(recipe: Recipe) -> None:
         raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(networks)}")
 
 
-def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher") -> Any:
-    """One [[teachers]] table as a loaded teacher, whatever its kind and licence. sky: labels.sky, or its own rule."""
+def load_teacher(
+    spec: TeacherSettings, *, on: torch.device, sky: str = "teacher", options: dict[str, Any] | None = None
+) -> Any:
+    """One [[teachers]] table as a loaded teacher, whatever its kind and licence.
+
+    sky: labels.sky, or its own rule. options: of `load`, those for labels by default.
+    """
     plugin = find("distill.teachers", spec.name)
     weights = spec.weights or plugin.CARDS[0].weights
-    options = dict(spec.options)
+    options = dict(spec.options if options is None else options)
     if sky != "teacher" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
         options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
     teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
@@ -111,9 +116,8 @@ def load_teacher(spec: TeacherSettings, *, on: torch.device, sky: str = "teacher
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
-    """(label, teacher) pairs in the recipe's order; "truth" stays a word, or Corruptions. Refuses kinds and licences.
-
-    sky: labels.sky where they make labels; a score asks them as they are.
+    """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
+    and licences. sky: labels.sky.
     """
     check_teachers(recipe)
     loaded: Teachers = []
@@ -168,10 +172,10 @@ def labels_folder(recipe: Recipe) -> Path:
     root = Path(recipe.labels.root or recipe.run.folder / "labels")
     if (root / MANIFEST).is_file():
         return root
-    table = as_table(recipe)
     more = {"seed": recipe.run.seed, **recipe.labels.content}
     images = [one.content for one in recipe.images]
-    address = labels_hash(images, {**recipe.crops.content, **more}, table["teachers"])
+    teachers = [spec.content for spec in recipe.teachers]
+    address = labels_hash(images, {**recipe.crops.content, **more}, teachers)
     return root / address
 
 
@@ -183,7 +187,7 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
     pairs: list[tuple[str, Any, Any]] = [
         ("images", [one.content for one in recipe.images], [one.content for one in other.images]),
         ("crops", recipe.crops.content, other.crops.content),
-        ("teachers", recipe.teachers, other.teachers),
+        ("teachers", [spec.content for spec in recipe.teachers], [spec.content for spec in other.teachers]),
         ("run.seed", recipe.run.seed, other.run.seed),
     ]
     then = other.labels.content
@@ -233,11 +237,16 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
 # --- student ----------------------------------------------------------------------------------------------------------
 
 
+def weights_file(weights: str) -> str | None:
+    """The local file of `student.weights`, which may be a file of a hub repository; None for "" and "pretrained"."""
+    return None if weights in ("", "pretrained") else str(resolve(weights, files=()))
+
+
 def make_student(recipe: Recipe) -> Student:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
     spec = recipe.student
     if spec.init_from:
-        student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=spec.weights or None)
+        student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or recipe.crops.size
@@ -253,7 +262,7 @@ def make_student(recipe: Recipe) -> Student:
             )
         options = dict(begun.options) | {"frozen": False}
     if spec.weights:
-        options["weights"] = spec.weights
+        options["weights"] = "pretrained" if spec.weights == "pretrained" else weights_file(spec.weights)
     if recipe.train.freeze_encoder:
         options["frozen"] = True
     with torch.random.fork_rng(devices=[]):
@@ -271,7 +280,7 @@ def make_student(recipe: Recipe) -> Student:
     if spec.decoder_init_from:
         checkpoint.load_decoder(student, checkpoint.fetch(spec.decoder_init_from))
     if spec.decoder_weights:
-        student.decoder.load_released(read_state(Path(spec.decoder_weights)))
+        student.decoder.load_released(read_state(resolve(spec.decoder_weights, files=())))
     return _of_kind(student, recipe)
 
 
@@ -316,15 +325,6 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
         f"BatchNorm sees {seen} of a step's {batch} images at a time, so {why}: "
         f'student.norm = "group" or "frozen" has no such statistics{others}'
     )
-
-
-def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
-    """The frozen copy that L_feat compares with; None where the encoder is frozen or began at random."""
-    pretrained = bool(recipe.student.weights or recipe.student.init_from or recipe.student.encoder_init_from)
-    asked = "feature" in recipe.loss.weights | recipe.loss.against_truth().weights
-    if not asked or recipe.train.freeze_encoder or not pretrained:
-        return None
-    return copy.deepcopy(student.encoder).eval().requires_grad_(False)
 
 
 def make_objective(recipe: Recipe, student: Student | None = None) -> Objective:
@@ -373,14 +373,6 @@ def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]
     found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
     protocol: Protocol = module.PROTOCOL
     return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
-
-
-def prediction_settings(recipe: Recipe, model: str) -> dict[str, Any]:
-    """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
-    spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
-    settings_used: dict[str, Any] = {"options": spec.options, "dtype": spec.dtype} if spec else {}
-    settings_used["files"] = file_hashes([spec.name if spec else recipe.student.decoder])
-    return {key: value for key, value in settings_used.items() if value not in ({}, "float32")}
 
 
 def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:

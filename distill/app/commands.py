@@ -9,8 +9,7 @@ A run's folder:
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from distill.app.console import dashboard, note, progress, say, table
 from distill.app.inputs import input_shards
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
+from distill.app.reference import feature_reference
+from distill.app.scoring import Models, how_used, prediction_settings
 from distill.app.strict import RecipeError
 from distill.core import files
 from distill.core.depth import Kind
@@ -27,9 +28,8 @@ from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
-from distill.labelling.run import TRUTH, LabelOutcome, label
+from distill.labelling.run import LabelOutcome, label
 from distill.shards import mirror, shards
-from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 from distill.training.train import TrainResult, train
 
 
@@ -109,7 +109,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             build.make_objective(recipe, student),
             out=recipe.run.folder / "train",
             settings=build.train_settings(recipe),
-            reference=build.feature_reference(recipe, student),
+            reference=feature_reference(recipe, student),
             card=student_card(recipe, dataset),
             identity=build.identity(recipe),
             save=build.saver(recipe),
@@ -138,23 +138,6 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def models(recipe: Recipe) -> Iterator[list[tuple[str, Any]]]:
-    """(name, teacher) of everything the recipe scores: its student and its teachers."""
-    found: list[tuple[str, Any]] = []
-    on = build.device(recipe)
-    folder = recipe.run.folder / "train" / "student"
-    if recipe.score.student:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder}: there is no student yet; run `distill train` with this recipe first")
-        found.append(
-            ("student", CheckpointTeacher.load(str(folder), device=on, encoder_weights=recipe.student.weights or None))
-        )
-    if recipe.score.teachers and recipe.teachers:
-        found += [(name, teacher) for name, teacher in build.load_teachers(recipe, on=on) if teacher != TRUTH]
-    yield found
-
-
 def run_score(recipe: Recipe) -> list[scoring.Score]:
     """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again.
 
@@ -163,39 +146,56 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
-    results, lost = [], []
+    results, lost, warned = [], [], []
     priors: dict[tuple[str, ...], Any] = {}
-    with models(recipe) as found:
-        for spec in recipe.benchmarks:
-            protocol, samples = build.benchmark(spec)
-            scored = list(found)
-            if recipe.score.plane_prior:
-                fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
-                if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
-                    prior = build.prior_samples(spec)
-                    priors[fitted_on] = scoring.fit_plane(prior) if prior else None
-                if priors[fitted_on] is not None:
-                    scored.append(("plane prior", priors[fitted_on]))
-            for name, teacher in scored:
-                slug = name.replace(" ", "_")
-                store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-                settings = {
-                    "weights": teacher.card.weights,
-                    "revision": teacher.card.revision,
-                    "benchmark": spec.alias_or_name,
-                    **build.prediction_settings(recipe, name),
-                }
-                with progress(f"predict {spec.alias_or_name} {name}") as report:
-                    scoring.predict(teacher, samples, store, settings=settings, report=report, tell=note)
-                result = scoring.score(store, None, samples, protocol, alignment=spec.alignment, model=name)
-                scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
-                results.append(result)
-                lost += _lost(result, samples, store)
+    models = Models(recipe)
+    for spec in recipe.benchmarks:
+        protocol, samples = build.benchmark(spec)
+        scored = models(spec)
+        if recipe.score.plane_prior:
+            fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
+            if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
+                prior = build.prior_samples(spec)
+                priors[fitted_on] = scoring.fit_plane(prior) if prior else None
+            if priors[fitted_on] is not None:
+                scored.append(("plane prior", priors[fitted_on]))
+        for name, teacher in scored:
+            slug = name.replace(" ", "_")
+            store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
+            settings = {
+                "weights": teacher.card.weights,
+                "revision": teacher.card.revision,
+                "benchmark": spec.alias_or_name,
+                **prediction_settings(recipe, name, spec),
+            }
+            with progress(f"predict {spec.alias_or_name} {name}") as report:
+                scoring.predict(
+                    teacher,
+                    samples,
+                    store,
+                    settings=settings,
+                    used=how_used(recipe, name, teacher, spec),
+                    report=report,
+                    tell=note,
+                )
+            result = scoring.score(
+                store,
+                None,
+                samples,
+                protocol,
+                alignment=spec.alignment,
+                offset_positive=spec.offset_positive,
+                model=name,
+            )
+            warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
+            scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
+            results.append(result)
+            lost += _lost(result, samples, store)
     side_by_side = grid(results)
     table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
-    for line in lost:
+    for line in warned + lost:
         note(line)
     return results
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build
+from distill.app import build, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
@@ -56,6 +56,9 @@ class _Images:
 def check_recipe(recipe: Recipe) -> list[Finding]:
     """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
     found: list[Finding] = []
+    if (told := _try(found, "weights", lambda: weights.look_at(recipe))) is not None:
+        found += told
+    lacking = {finding.what.partition(":")[0] for finding in found if finding.level != "ok"}
     device = _try(found, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
@@ -64,10 +67,12 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
     if images is not None:
         found += _about_images(recipe, images)
     teachers: Any = None
-    if recipe.teachers:
+    if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
         teachers = _try(found, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         found += _about_teachers(recipe, teachers or [])
-    student = _try(found, "student", lambda: build.make_student(recipe))
+    student = None
+    if not any(what.startswith("student.") for what in lacking):
+        student = _try(found, "student", lambda: build.make_student(recipe))
     found += _about_sizes(recipe, teachers or [], student)
     found += _about_batches(recipe)
     sample = None

@@ -4,7 +4,7 @@
     [full] and [bench]   base recipe, seeds, columns (benchmark, group, metric, name), set: overrides for every row
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
     [[rows]]             or rows one by one
-    [[paper]]            row, values: the paper's, one per column of `full`
+    [[paper]]            row, values: the paper's, one per column of `full`; model, table: where eval/papers.toml has it
     [[orderings]]        claim in words, kind (distill.eval.verdict), first, second, tolerance
 
 A cell is a row with a seed. Its address is a hash of all that makes it what it is, so that tables share cells.
@@ -90,10 +90,15 @@ class Axis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What the paper has in a row, one value per column of `full`."""
+    """What the paper has in a row, one value per column of `full`.
+
+    model, table: the row of eval/papers.toml that it is, by its model and its table where that is not the study's own.
+    """
 
     row: str
     values: tuple[float, ...]
+    model: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

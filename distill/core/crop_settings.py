@@ -22,6 +22,9 @@ class CropSettings:
     redraw: bool = False
     """An image's region is drawn anew whenever it is learnt from, which needs labels.online = true. Paper: true; false
     here, for labels on disk have their crops."""
+    region: Literal["random", "whole"] = "random"
+    """"random" draws a square of the image; "whole" takes the image itself, squashed to a square of its short side,
+    with nothing left out: the paper's baseline "with no random cropping". How it becomes a square is ours."""
     patches: Literal["grid", "random", "none"] = "grid"
     """Local patches of a region: "grid" covers it with overlap, "random" draws `num_patches`, "none" makes none.
     Ours."""
@@ -47,5 +50,6 @@ class CropSettings:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder."""
-        return {key: value for key, value in asdict(self).items() if key != "redraw"}
+        """The settings that decide what is in a labels folder; a later key counts where it says something."""
+        found = {key: value for key, value in asdict(self).items() if key != "redraw"}
+        return {key: value for key, value in found.items() if (key, value) != ("region", "random")}

@@ -74,13 +74,15 @@ def _grid(side: int, patch: int, overlap: float) -> list[tuple[int, int]]:
 def plan(height: int, width: int, settings: CropSettings, *, key: str, seed: int = 0, draw: int = 0) -> Plan:
     """The region and patches of image `key` at its `draw`-th visit.
 
-    height, width: the image's, in pixels. Raises ImageTooSmallError for an image that settings.on_small refuses.
+    height, width: the image's, in pixels; with settings.region = "whole" those of the squashed one, a square. Raises
+    ImageTooSmallError for an image that settings.on_small refuses.
     """
     c, short = settings, min(height, width)
     if short < c.min_side and c.on_small == "refuse":
         raise ImageTooSmallError(f"{width}x{height} is smaller than the smallest crop, {c.min_side}x{c.min_side}")
     rng = generator("crop", seed, key, draw)
-    side = int(rng.integers(min(c.min_side, short), short + 1))
+    smallest = short if c.region == "whole" else min(c.min_side, short)
+    side = int(rng.integers(smallest, short + 1))
     region = Square(int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1)), side)
     patch_size = c.patch_size or c.size
     patch = min(patch_size, side)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class HubError(OSError):
@@ -16,10 +18,37 @@ def download(repository: str, *, files: Sequence[str], revision: str | None = No
     Raises HubError for a repository that is gated, private, absent or out of reach.
     """
     import huggingface_hub
+
+    with _one_line(repository):
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+
+
+def to_download(repository: str, *, files: Sequence[str], revision: str | None = None) -> dict[str, int]:
+    """What `download` would fetch now, by name, with the bytes; nothing where all is in the cache.
+
+    Raises HubError as `download` does. Off line, with something of the repository in the cache, its files are taken to
+    be whole, as `download` takes them.
+    """
+    import huggingface_hub
+
+    asked: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
+    try:
+        with _one_line(repository):
+            planned = huggingface_hub.snapshot_download(repository, dry_run=True, **asked)
+    except HubError:
+        with _one_line(repository):
+            huggingface_hub.snapshot_download(repository, local_files_only=True, **asked)
+        return {}
+    return {file.filename: file.file_size or 0 for file in planned if file.will_download}
+
+
+@contextmanager
+def _one_line(repository: str) -> Iterator[None]:
+    """huggingface_hub's errors as HubError."""
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
+        yield
     except errors.GatedRepoError as error:
         address = f"https://huggingface.co/{repository}"
         raise HubError(f"{repository} is gated: accept the licence at {address}, then `hf auth login`") from error

@@ -19,7 +19,7 @@ import struct
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,7 +29,9 @@ import torch
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+from torch.nn import functional as F
 
+from distill.core.crops import resize
 from distill.core.depth import DepthMap
 from distill.data import colour, damage, filetypes
 
@@ -65,6 +67,16 @@ class Photo:
     rgb: Tensor
     truth: DepthMap | None
     origin: str
+
+
+def squashed(photo: Photo) -> Photo:
+    """The whole photo as a square of its short side; ground truth by the nearest pixel."""
+    side, truth = min(photo.rgb.shape[1:]), photo.truth
+    if truth is not None:
+        values = F.interpolate(truth.values[None], size=(side, side), mode="nearest-exact")[0]
+        valid = F.interpolate(truth.valid[None].float(), size=(side, side), mode="nearest-exact")[0] > 0.5
+        truth = DepthMap(values, valid, truth.kind)
+    return replace(photo, rgb=resize(photo.rgb, side, side), truth=truth)
 
 
 def safe_key(name: str) -> str:

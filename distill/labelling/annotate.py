@@ -25,6 +25,7 @@ from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cu
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
+from distill.data.photos import squashed
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
 from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
 from distill.labelling.bridge import Bridged
@@ -88,6 +89,10 @@ def prepare(
 
     The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
     """
+    height, width = photo.rgb.shape[1:]
+    squash: dict[str, Any] = {}
+    if crops.region == "whole":
+        photo, squash = squashed(photo), {"squashed": True}  # the region is in pixels of the squashed image
     chosen = plan_photo(photo, crops, seed=seed, draw=draw)
     region = chosen.region
     boxes = chosen.boxes()[None]
@@ -97,10 +102,9 @@ def prepare(
         squares = [Square(region.top + p.top, region.left + p.left, p.side) for p in chosen.patches]
         local = [_cut_truth(photo.truth, square, chosen.patch_size) for square in squares]
         truth = Labels(shared, cat(local) if local else None, boxes)
-    height, width = photo.rgb.shape[1:]
     record = {
         "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
-        "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw},
+        "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
         "sky": None if sky == "teacher" else sky,

@@ -89,6 +89,10 @@ class _LossSettings:
     paper."""
     label_only: bool = False
     """The student is brought to the label's scale by the label's statistics, not by its own. Ours."""
+    feature_reference: str = "start"
+    """What the student's features are compared with: "start" is its own encoder as it began; else a frozen encoder, by
+    its timm name or alias ("dinov2_vitl14", the prior work's choice) or a weights file of the student's own
+    architecture. The paper does not say; "start" is inferred."""
     reference_hdn: bool = False
     """HDN's released loss to the letter, oddities included (losses.losses.hdn_loss); its mean is over a
     micro-batch."""

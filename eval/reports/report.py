@@ -88,22 +88,24 @@ def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
 
 
 def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
-    """Each score with the weights that its stored predictions say they are of."""
+    """Each score with the weights that its stored predictions say they are of, and how those were used."""
     rows_found = []
     for score in scores:
         stores = (run_dir / "predictions" / score.model.replace(" ", "_")).glob("*")
-        weights_of_stores = [_weights(store) for store in sorted(stores)]
-        known = {weights for weights in weights_of_stores if weights}
-        rows_found.append(Scored(score, known.pop() if len(known) == 1 else ""))
+        settings = [_settings(store) for store in sorted(stores)]
+        weights = {str(one["settings"].get("weights", "")) for one in settings} - {""}
+        used = [one["used"] for one in settings if one["used"].get("benchmark") == score.benchmark]
+        # One benchmark under two aliases may have been predicted in two ways, and a score does not say its alias.
+        alike = bool(used) and all(one == used[0] for one in used)
+        rows_found.append(Scored(score, weights.pop() if len(weights) == 1 else "", used[0] if alike else {}))
     return rows_found
 
 
-def _weights(store: Path) -> str:
+def _settings(store: Path) -> dict[str, Any]:
     try:
-        settings = read_settings(store)
+        return read_settings(store) or {"settings": {}, "used": {}}
     except UNREADABLE:
-        return ""
-    return str(settings["settings"].get("weights", "")) if settings else ""
+        return {"settings": {}, "used": {}}
 
 
 def _log(run_dir: Path) -> list[dict[str, Any]]:

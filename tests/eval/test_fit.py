@@ -22,6 +22,33 @@ def test_the_truth_itself_scores_perfectly_as_every_kind(kind, protocol):
     assert got["abs_rel"] < 1e-5 and got["delta1"] == 1.0 and got["silog"] < 1e-2
 
 
+def test_a_disparity_that_is_partly_negative_is_told_of_and_can_be_offset(tmp_path):
+    """Marigold's fit drops pixels <= 0; with a constant added it is the fit of all, to the digit."""
+    pred = as_kind(truth(), "affine_disparity") * (1 + 0.3 * np.random.default_rng(1).random(SIZE, dtype=np.float32))
+    low = pred - np.float32(np.median(pred))
+    offset = MARIGOLD.with_offset("affine_disparity")
+    assert offset.offset_positive and offset.id != MARIGOLD.id
+    assert MARIGOLD.with_offset("affine_depth") == MARIGOLD and CLEAN.with_offset("affine_disparity") == CLEAN
+    published, lawful, whole = (
+        measure(maps, truth(), Kind.AFFINE_DISPARITY, protocol)
+        for maps, protocol in ((low, MARIGOLD), (low, offset), (pred, MARIGOLD))
+    )
+    assert lawful.scale == pytest.approx(whole.scale, rel=1e-5) and published.scale != pytest.approx(
+        whole.scale, rel=1e-3
+    )
+    assert published.nonpositive == pytest.approx(0.5, abs=0.1) and whole.nonpositive == 0.0
+    for sample in samples():
+        (tmp_path / sample.prediction_path).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / sample.prediction_path, low)
+    told, fitted = (
+        score(tmp_path, "affine_disparity", samples(), MARIGOLD, offset_positive=on) for on in (False, True)
+    )
+    assert "of the scored pixels are <= 0" in told.problems()[0] and not any("<= 0" in p for p in fitted.problems())
+    assert (fitted.protocol.offset_positive, told.protocol.offset_positive) == (True, False)
+    write_scores(fitted, tmp_path / "s.json")
+    assert read_scores(tmp_path / "s.json").nonpositive == fitted.nonpositive > 0.3
+
+
 @pytest.mark.parametrize(
     ("kind", "warp"), [("affine_depth", (7.0, 3.0)), ("affine_disparity", (0.2, 0.1)), ("scale_depth", (4.0, 0))]
 )

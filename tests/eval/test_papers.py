@@ -17,6 +17,7 @@ from distill.eval.scorefile import ImageScore, Score, write_scores
 from distill.eval.tasks import TASKS
 
 LARGE = "depth-anything/Depth-Anything-V2-Large"
+USED = {"benchmark": "nyu", "resize": "native", "native_size": 518, "dtype": "float32"}
 
 
 def a_score(benchmark: str = "nyu", abs_rel: float = 0.045, delta1: float = 0.979, **changes) -> Score:
@@ -76,7 +77,7 @@ def test_the_numbers_are_the_papers():
     ("abs_rel", "status"), [(0.045, "within"), (0.0477, "within"), (0.0478, "outside"), (0.0422, "outside")]
 )
 def test_ours_is_within_or_outside(abs_rel, status):
-    found = verdicts([Scored(a_score(abs_rel=abs_rel), LARGE)])
+    found = verdicts([Scored(a_score(abs_rel=abs_rel), LARGE, USED)])
     assert of(found, "nyu").status == status and of(found, "nyu").ours == abs_rel
     assert of(found, "nyu", paper="FiffDepth", where="Table 1").status == status
     assert of(found, "kitti").status == "not run" and "no score of these weights" in of(found, "kitti").reason
@@ -95,29 +96,59 @@ def test_ours_is_within_or_outside(abs_rel, status):
     ],
 )
 def test_what_depends_on_something_else_is_not_run(changes, weights, reason):
-    got = of(verdicts([Scored(a_score(**changes), weights)]), "nyu")
+    got = of(verdicts([Scored(a_score(**changes), weights, USED)]), "nyu")
     assert got.status == "not run" and got.ours is None and reason in got.reason
+
+
+MARIGOLD = {"resize": "native", "native_size": 756, "steps": 50, "ensemble": 10, "dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"steps": 1}, "predicted otherwise: steps 1, not 50"),
+        ({"steps": 1, "ensemble": 1}, "steps 1, not 50; ensemble 1, not 10"),
+        ({"resize": "none"}, "resize none, not native"),
+        ({"native_size": 768}, "native_size 768, not 756"),
+        ({"dtype": "bfloat16"}, "dtype bfloat16, not float32"),
+        (None, "is not recorded"),
+    ],
+)
+def test_a_teacher_used_otherwise_does_not_answer(changes, reason):
+    used = {} if changes is None else MARIGOLD | changes
+    scored = Scored(a_score("eth3d", abs_rel=0.065, kind=Kind.AFFINE_DEPTH), "prs-eth/marigold-depth-v1-0", used)
+    found = [v for v in verdicts([scored]) if v.number.model == "Marigold" and v.number.benchmark == "eth3d"]
+    assert {v.status for v in found if v.number.metric == "abs_rel"} == {"not run" if reason else "within"}
+    assert all(reason in v.reason for v in found)
+
+
+def test_what_a_papers_row_was_run_with():
+    rows = {(n.paper, n.model, n.benchmark): n.asked for n in paper_numbers() if n.weights and n.where != "Table 4"}
+    assert rows["FiffDepth", "Marigold", "diode"] == MARIGOLD | {"native_size": 640}
+    assert rows["Distill Any Depth", "GenPercept (disparity)", "nyu"]["native_size"] == 0
+    assert all(asked["resize"] == "native" and "native_size" in asked for (*_, b), asked in rows.items() if b != "da2k")
 
 
 def test_other_images_and_unreleased_weights_are_not_run():
     nyu = find("distill.eval.benchmarks", "nyu").PROTOCOL
     fewer = a_score(protocol=replace(nyu, num_images=2, list_sha256="0"))
-    got = of(verdicts([Scored(fewer, "x/depth_anything_v2_vitl.pth")]), "nyu")
+    got = of(verdicts([Scored(fewer, "x/depth_anything_v2_vitl.pth", USED)]), "nyu")
     assert got.status == "not run" and "2 other images than the published list" in got.reason
-    both = [Scored(fewer, LARGE), Scored(a_score(), "x/depth_anything_v2_vitl.pth")]
+    both = [Scored(fewer, LARGE, USED), Scored(a_score(), "x/depth_anything_v2_vitl.pth", USED)]
     assert of(verdicts(both), "nyu").status == "within", "the score that may answer does"
     unreleased = [v for v in verdicts(both) if v.number.model == "FiffDepth"]
     assert {v.reason for v in unreleased} == {"the row names no released weights"}
-    da2k = of(verdicts([Scored(a_score("da2k"), LARGE)]), "da2k", "accuracy", "FiffDepth", "Table 1")
+    da2k = of(verdicts([Scored(a_score("da2k"), LARGE, USED)]), "da2k", "accuracy", "FiffDepth", "Table 1")
     assert da2k.status == "not run" and "unpublished" in da2k.reason
 
 
 def test_the_report_shows_paper_beside_ours(tmp_path):
-    html = paper_table(verdicts([Scored(a_score(), LARGE)]))
+    html = paper_table(verdicts([Scored(a_score(), LARGE, USED)]))
     assert f"{len(paper_numbers())} numbers of the papers: 4 within, 0 outside" in html
     text = re.sub(r"<[^>]+>", " ", html)
     assert re.search(r"Table 5\s+Depth Anything V2-L\s+nyu\s+abs_rel\s+0\.0450 ± 0\.002[78]\s+0\.0450\s+within", text)
-    assert "outside" in paper_table(verdicts([Scored(a_score(abs_rel=0.9), LARGE)]))
+    assert "outside" in paper_table(verdicts([Scored(a_score(abs_rel=0.9), LARGE, USED)]))
     assert "None of these models" in paper_table(verdicts([]))
     number = PaperNumber(
         paper="<b>",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from dataclasses import replace
 
@@ -12,13 +11,16 @@ import torch
 from PIL import Image
 
 from distill.app import commands
-from distill.app.build import prediction_settings
 from distill.app.cli import main
 from distill.app.recipe import parse
+from distill.app.scoring import options_on, prediction_settings
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.prior import fit_plane
 from distill.eval.score import predict, score, score_predictions
+from distill.eval.settings import BenchmarkSettings
+from distill.eval.stored import read_settings
+from distill.teachers._settings import TeacherSettings
 from tests.eval.known_maps import CLEAN, SIZE, Echo, samples, truth
 
 
@@ -54,11 +56,7 @@ def test_a_damaged_map_is_predicted_again_and_told(tmp_path):
 
 
 def test_scoring_a_recipe_mends_maps_and_fails_where_truth_is_lost(tmp_path, monkeypatch, capsys):
-    @contextlib.contextmanager
-    def models(_):
-        yield [("bright", Echo())]
-
-    monkeypatch.setattr(commands, "models", models)
+    monkeypatch.setattr(commands, "Models", lambda _: lambda _: [("bright", Echo())])
     rows = ["name\trgb\tdepth\tscale_to_metres"]
     for i in range(2):
         pixels = np.random.default_rng(i).integers(30, 255, (*SIZE, 3), dtype=np.uint8)
@@ -126,12 +124,41 @@ def test_a_teachers_options_are_settings_of_its_predictions(tmp_path):
             ],
         }
     )
-    four = prediction_settings(recipe, "four")
+    on = BenchmarkSettings(name="scenes")
+    four = prediction_settings(recipe, "four", on)
     assert four == {"options": {"steps": 4}, "dtype": "bfloat16"}
-    assert prediction_settings(recipe, "genpercept") == prediction_settings(recipe, "student") == {}
+    assert prediction_settings(recipe, "genpercept", on) == prediction_settings(recipe, "student", on) == {}
     predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", **four})
     with pytest.raises(ValueError, match="other settings .*steps"):
         predict(Echo(), samples()[:1], tmp_path / "p", settings={"weights": "w", "options": {"steps": 10}})
+
+
+def test_scoring_is_not_labelling():
+    """A teacher is scored by its authors' resizing, not by the one for crops; a benchmark may say more."""
+    crops = {"resize": "none", "mode": "disparity"}
+    teachers = [
+        TeacherSettings(name="genpercept", options=crops),
+        TeacherSettings(name="depth_anything_v2", options={"native_size": 560}),
+        TeacherSettings(name="marigold", options={"steps": 4, "resize": "none"}, score_options={"ensemble": 3}),
+        TeacherSettings(name="marigold", alias="none", score_options={"resize": "none"}),
+    ]
+    plain = [options_on(teacher, BenchmarkSettings(name="nyu")) for teacher in teachers]
+    assert plain == [{"mode": "disparity"}, {}, {"steps": 4, "ensemble": 3}, {"resize": "none"}]
+    eth3d = BenchmarkSettings(name="eth3d", processing_size=756, steps=50, ensemble=10)
+    assert [options_on(teacher, eth3d) for teacher in teachers] == [
+        {"mode": "disparity", "native_size": 756},
+        {},
+        {"steps": 50, "ensemble": 3, "native_size": 756},
+        {"resize": "none", "steps": 50, "ensemble": 10},
+    ]
+    assert teachers[2].content == TeacherSettings(name="marigold", options={"steps": 4, "resize": "none"}).content
+
+
+def test_how_a_teacher_worked_is_kept_and_refuses_nothing(tmp_path):
+    predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5})
+    assert read_settings(tmp_path / "p")["used"] == {}
+    predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5}, used={"steps": 4})
+    assert read_settings(tmp_path / "p")["used"] == {"steps": 4}
 
 
 def test_a_seeded_teacher_is_told_the_image(tmp_path):

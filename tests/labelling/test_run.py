@@ -87,6 +87,23 @@ def test_infinite_depth_is_no_value():
         assert torch.isfinite(shared.values[shared.valid]).all() and 0 < shared.valid.sum() < shared.valid.numel()
 
 
+def test_a_whole_image_is_squashed_and_nothing_is_left_out():
+    """The baseline without a random crop; a folder's address knows it, and that of other recipes stays what it was."""
+    ramp = torch.arange(80.0).expand(40, 80)[None]
+    truth = DepthMap(1 + ramp, torch.ones(1, 40, 80, dtype=torch.bool), Kind.METRIC_DEPTH)
+    photo = Photo("a", ramp.expand(3, -1, -1).to(torch.uint8), truth, "a")
+    settings = replace(CROPS, size=40, min_side=16, patch_size=0, patches="none", region="whole")
+    for draw in (0, 1):
+        sample = label_photo(photo, [(TRUTH, TRUTH)], crops=settings, draw=draw)
+        assert sample.record["crop"] | {"draw": 0} == {
+            "top": 0, "left": 0, "side": 40, "size": 40, "patch_size": 40, "draw": 0, "squashed": True,
+        }  # fmt: skip
+        assert sample.record["image"]["width"] == 80
+        depth = 1 / sample.labels[TRUTH].shared.values[0, 0]
+        assert depth[0] <= 2 and depth[-1] >= 79 and torch.allclose(depth.diff(), torch.tensor(2.0), atol=1e-3)
+    assert "region" not in CROPS.content and settings.content["region"] == "whole"
+
+
 def test_truth_is_cut_to_the_pixel_and_nothing_invalid_leaks():
     depth = torch.arange(1.0, 1 + 40 * 50).reshape(1, 40, 50)
     valid = torch.rand(1, 40, 50) > 0.3

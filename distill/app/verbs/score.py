@@ -22,6 +22,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: what the kind leaves unknown, by least squares; median: a scale by the medians alone",
     )
+    parser.add_argument(
+        "--offset-positive",
+        action="store_true",
+        help="marigold mode: add a constant to affine disparity, so that its fit of positive pixels sees all of them",
+    )
     parser.add_argument("--model", metavar="NAME", help="the name in tables; the folder's by default")
     parser.add_argument("--allow-failed", action="store_true", help="a mean over the images that could be scored")
     parser.add_argument("--out", metavar="FILE.json", help="where to write the scores; a .csv goes beside it")
@@ -50,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             list_file=args.list,
             protocol=args.protocol,
             alignment=args.alignment,
+            offset_positive=args.offset_positive,
             out=args.out,
             model=args.model or Path(args.predictions).name,
             allow_failed=args.allow_failed,

@@ -1,0 +1,92 @@
+"""Who is scored, and how it is asked: a teacher that is scored is not asked as one that labels crops.
+
+Its options are `options` without the resizing that was made for crops, then what the benchmark says (Marigold's family
+works at other sizes on other benchmarks), then its `score_options`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from distill.app import build
+from distill.app.recipe import Recipe
+from distill.core.plugins import file_hashes, find
+from distill.eval.settings import BenchmarkSettings
+from distill.labelling.run import TRUTH
+from distill.teachers._settings import TeacherSettings
+from distill.teachers.checkpoint import Teacher as CheckpointTeacher
+
+USED = ("resize", "native_size", "steps", "ensemble")
+"""What a teacher says of how it works, where it has it."""
+
+
+def options_on(spec: TeacherSettings, benchmark: BenchmarkSettings) -> dict[str, Any]:
+    """The options of `load` with which a teacher is scored on a benchmark."""
+    plugin = find("distill.teachers", spec.name)
+    added: dict[str, Any] = {}
+    # The latent-diffusion family shares these keywords; of it, those that draw noise have more than one step to take.
+    if benchmark.processing_size >= 0 and "steps" in inspect.signature(plugin.Teacher.load).parameters:
+        added["native_size"] = benchmark.processing_size
+    if plugin.CARDS[0].seeded:
+        added |= {key: getattr(benchmark, key) for key in ("steps", "ensemble") if getattr(benchmark, key)}
+    if spec.score_options.get("resize") == "none":
+        added.pop("native_size", None)
+    return {**spec.scored_with, **added, **spec.score_options}
+
+
+class Models:
+    """The student and the teachers of a recipe, loaded when they are first asked for, and again for other options."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Raises FileNotFoundError without a student to score, RecipeError for options that a teacher has not."""
+        self.recipe, self.on = recipe, build.device(recipe)
+        self.folder = recipe.run.folder / "train" / "student"
+        if recipe.score.student and not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder}: there is no student yet; run `distill train` with this recipe first"
+            )
+        self.teachers = [spec for spec in recipe.teachers if spec.name != TRUTH] if recipe.score.teachers else []
+        if self.teachers:
+            build.check_teachers(recipe)
+        self._loaded: dict[str, tuple[dict[str, Any], Any]] = {}
+
+    def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
+        """(name, teacher) of everything that is scored on this benchmark."""
+        found: list[tuple[str, Any]] = []
+        if self.recipe.score.student:
+            found.append(("student", self._student()))
+        return found + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
+
+    def _student(self) -> Any:
+        if "student" not in self._loaded:
+            # A student that holds its encoder takes no file of it.
+            apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
+            student = CheckpointTeacher.load(
+                str(self.folder), device=self.on, encoder_weights=build.weights_file(weights) if apart else None
+            )
+            self._loaded["student"] = ({}, student)
+        return self._loaded["student"][1]
+
+    def _teacher(self, spec: TeacherSettings, benchmark: BenchmarkSettings) -> Any:
+        name, options = f"teacher {spec.alias_or_name}", options_on(spec, benchmark)
+        if name not in self._loaded or self._loaded[name][0] != options:
+            self._loaded.pop(name, None)  # before the next one takes its memory
+            self._loaded[name] = (options, build.load_teacher(spec, on=self.on, options=options))
+        return self._loaded[name][1]
+
+
+def prediction_settings(recipe: Recipe, model: str, benchmark: BenchmarkSettings) -> dict[str, Any]:
+    """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
+    spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
+    asked: dict[str, Any] = {"options": options_on(spec, benchmark), "dtype": spec.dtype} if spec else {}
+    asked["files"] = file_hashes([spec.name if spec else recipe.student.decoder])
+    return {key: value for key, value in asked.items() if value not in ({}, "float32")}
+
+
+def how_used(recipe: Recipe, model: str, teacher: Any, benchmark: BenchmarkSettings) -> Mapping[str, Any]:
+    """How a model works in effect, defaults included: what a paper's number is compared by (eval.papers)."""
+    spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
+    effect = {key: getattr(teacher, key) for key in USED if hasattr(teacher, key)}
+    return {"benchmark": benchmark.name, "dtype": spec.dtype if spec else "float32", **effect}

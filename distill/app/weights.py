@@ -1,0 +1,67 @@
+"""Every weights file that a recipe needs: here, to be downloaded, or missing; looked at before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+from distill.app.recipe import Recipe
+from distill.core.findings import Finding
+from distill.core.plugins import find
+from distill.labelling.annotate import TRUTH
+from distill.students import checkpoint
+from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, to_download
+
+_STUDENT_FILES = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
+
+
+def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
+    """(what for, weights, patterns of files) of all that is read; timm's own downloads ("pretrained") are not seen."""
+    for spec in recipe.teachers:
+        if spec.name == TRUTH:
+            continue
+        plugin, what = find("distill.teachers", spec.name), f"teacher {spec.alias_or_name}"
+        weights = spec.weights or plugin.CARDS[0].weights
+        if hasattr(plugin, "needs"):
+            known = inspect.signature(plugin.needs).parameters
+            options = {key: value for key, value in spec.options.items() if key in known}
+            yield from ((what, text, files) for text, files in plugin.needs(weights, **options))
+        elif hasattr(plugin, "FILES"):
+            yield what, weights, plugin.FILES
+    student, reference = recipe.student, recipe.loss.feature_reference
+    for key in ("weights", "decoder_weights"):
+        if (text := getattr(student, key)) not in ("", "pretrained"):
+            yield f"student.{key}", text, ()
+    for key in ("init_from", "encoder_init_from", "decoder_init_from"):
+        if (text := getattr(student, key)) not in ("", checkpoint.EMBEDDED):
+            yield f"student.{key}", text, _STUDENT_FILES
+    if reference.endswith(WEIGHT_SUFFIXES):
+        yield "loss.feature_reference", reference, ()
+
+
+def look_at(recipe: Recipe) -> list[Finding]:
+    """A finding for each, in the recipe's order: ok where it is here, warn with what would be downloaded, bad where it
+    cannot be had.
+    """
+    found: list[Finding] = []
+    for what, text, files in dict.fromkeys((what, text, tuple(files)) for what, text, files in needed(recipe)):
+        try:
+            missing = to_download(text, files=files)
+        except WeightsMissingError as error:
+            found.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
+            continue
+        if missing:
+            names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+            size = sum(missing.values()) / 1e9
+            line = f"{what}: {text} is not here yet: {size:.2f} GB to download ({names})"
+            remedy = (
+                f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
+            )
+            found.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
+        else:
+            found.append(Finding("ok", f"{what}: the files of {text} are here"))
+    if recipe.student.weights == "pretrained":
+        found.append(
+            Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, by timm's own download")
+        )
+    return found

