@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import glob
 import importlib.util
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,8 @@ import numpy as np
 import torch
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import leaves_root
+from distill.core.printable import printable
 from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
 from distill.data import scenes as procedural
@@ -153,7 +154,7 @@ def _scan_tar(path: Path | str) -> Scan:
             if not problem and not ours:
                 passed[filetypes.sort_of(member.name)] += 1
                 continue
-            name, origin = str(pure), f"{tar}:{_printable(member.name.removeprefix('./'))}"
+            name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
             if reason := problem or _member_problem(member):
                 rejected.append(Rejected(origin, key, reason))
@@ -178,17 +179,9 @@ def _scan_tar(path: Path | str) -> Scan:
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
 
 
-def _printable(name: str) -> str:
-    # A name that is not UTF-8 arrives as lone surrogates, which no file and no console takes.
-    return name.encode(errors="replace").decode()
-
-
 def _member_problem(member: tarfile.TarInfo) -> str:
-    parts = re.split(r"[/\\]", member.name)
-    if ".." in parts:
-        return "its path climbs out of the archive"
-    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name):
-        return "its path is absolute"
+    if reason := leaves_root(member.name, "the archive") if member.name.strip("./") else "":
+        return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         return "not a plain file (a link or a device)"
     if reason := filetypes.refusal(member.name):
@@ -230,11 +223,11 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
-            files[_printable(f"{path.parent.name}/{path.name}")] = path
+            files[printable(f"{path.parent.name}/{path.name}")] = path
             continue
         for file in (f for f in sorted(path.rglob("*")) if not f.is_dir()):
             inside = file.relative_to(path).as_posix()
-            name, refused = f"{path.name}/{_printable(inside)}", filetypes.refusal(inside)
+            name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
             if not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused):
                 passed[filetypes.sort_of(inside)] += 1
             elif reason := refused or photos.not_a_file(file):

@@ -156,6 +156,18 @@ def _check_keys(path: Path, value: dict[str, Any]) -> None:
         if missing:
             way_out = "delete it and run distill label again"
             raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
+        if what == "a tar in it":
+            _check_tar(path, table)
+
+
+def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what a table of ours says of a tar has the types, and the plain file name, of one."""
+    whole = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
+    if not whole or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
+        raise ValueError(f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers")
+    name = tar["name"]
+    if files.leaves_root(name) or "/" in name or "\\" in name or name[0] == "." or not name.endswith(".tar"):
+        raise ValueError(f"{path} names the tar {name!r}, which is no .tar of its own folder: refused")
 
 
 def read_json(path: Path) -> dict[str, Any]:

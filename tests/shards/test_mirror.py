@@ -134,5 +134,5 @@ def test_a_manifest_that_climbs_out_is_refused(made, tmp_path):
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["name"] = "../../stolen.tar"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="'../../stolen.tar', which would climb out"):
+    with pytest.raises(ValueError, match="'../../stolen.tar'.*refused"):
         mirror.fetch(f"file://{tmp_path}/far", tmp_path / "run" / name)
