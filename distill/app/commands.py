@@ -116,6 +116,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             identity=build.identity(recipe),
             save=build.saver(recipe),
             report=report,
+            tell=note,
             device=build.device(recipe),
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"

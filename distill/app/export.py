@@ -26,9 +26,10 @@ def run_export(
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
-    student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
-    overwrite: another student in `out` is replaced. onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
+    overwrite: another student in `out` is replaced. bits: 32, 16 (matrices in float16) or 4 (large ones in four bits).
+    card: a TOML file of plain values instead of the student's own card. encoder_weights: for a student whose frozen
+    encoder was left out, and is left out again. onnx, program: also as model.onnx, model.pt2. All is written aside,
+    read back, compared, and only then put in place.
     Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
     """
     if (out / checkpoint.WEIGHTS).is_file() and not overwrite and out.resolve() != folder.resolve():

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from distill.app.recipe import USES, Recipe, as_table, dumps, parse
 from distill.app.renamed import in_words_of_today
 from distill.core.progress import Report
 from distill.labelling.lock import run_lock
-from distill.shards.shards import MANIFEST, find_problems, read_manifest
+from distill.shards.shards import MANIFEST, SETTINGS, find_problems, read_manifest
 
 BAD = ".bad"
 
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe that a labels folder was made with; ValueError where its manifest has none."""
-    table: dict[str, Any] = read_manifest(folder).get("recipe") or {}
+    table: dict[str, Any] = read_manifest(folder, whole=False).get("recipe") or {}
     if not table:
         raise ValueError(
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
@@ -37,12 +36,16 @@ def recipe_of(folder: Path) -> Recipe:
     return parse(in_words_of_today(table), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
 
 
+def _label_again(recipe: Recipe, folder: Path) -> object:
+    return run_label(recipe, folder, send=False)
+
+
 def repair(
     folder: str | Path,
     *,
     own: Recipe | None = None,
     trusted: bool = False,
-    relabel: Callable[[Recipe, Path], object] = partial(run_label, send=False),
+    relabel: Callable[[Recipe, Path], object] = _label_again,
     report: Report | None = None,
 ) -> list[str]:
     """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
@@ -50,8 +53,10 @@ def repair(
     A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
     was good; the same command goes on. A tar that is no part of these labels is somebody's: it stays as NAME.bad, which
     readers pass over, and a line says so. own: the recipe to label with instead of the manifest's; trusted: run the
-    manifest's, though it was never run here. No mirror hears of it. Raises ValueError where the folder is still not whole, and what labelling
-    raises: RunLockedError where a run holds the folder, ValueError where images or teachers are not what they were.
+    manifest's, though it was never run here. No mirror hears of it.
+
+    Raises ValueError where the folder is still not whole, and what labelling raises: RunLockedError where a run holds
+    the folder, ValueError where images or teachers are not what they were.
     """
     folder = Path(folder)
     old = folder / f"{MANIFEST}{BAD}"
@@ -79,9 +84,9 @@ def repair(
     left = find_problems(folder)
     if left:
         raise ValueError(f"{folder} is still not whole: {next(iter(left.values()))[0]}")
-    ours = {MANIFEST, *(shard["name"] for shard in read_manifest(folder)["shards"])}
+    ours = {MANIFEST, SETTINGS, *(shard["name"] for shard in read_manifest(folder)["shards"])}
     for path in folder.glob(f"*{BAD}"):
-        if path.name.removesuffix(BAD).replace(".json", ".tar") in ours or path == old:
+        if {name := path.name.removesuffix(BAD), name.replace(".json", ".tar")} & ours:
             path.unlink()
     made = [name or MANIFEST for name in problems]
     for name in (name for name in made if name not in ours):

@@ -55,7 +55,7 @@ def naming(path: Path) -> Iterator[None]:
         raise write_error(path, error) from error
 
 
-# --- names that came from data -----------------------------------------------------------------------------------------
+# --- names that came from data ----------------------------------------------------------------------------------------
 
 
 def leaves_root(name: str, root: str = "its folder") -> str:

@@ -28,6 +28,7 @@ from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
+from distill.core.seal import sealed
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
     CPU,
@@ -345,7 +346,7 @@ class _OpenPart:
                 **({"bridge_dropped": self.dropped} if self.dropped else {}),
                 **({"passed": dict(self.part.passed)} if self.part.passed else {}),
             }
-            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sidecar))
+            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sealed(sidecar)))
             if writer.index:
                 writer.publish()
 
