@@ -15,6 +15,7 @@ import errno
 import http.client
 import json
 import os
+import re
 import shutil
 import time
 import urllib.error
@@ -30,6 +31,7 @@ from distill.eval.benchmarks import Download
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
+_SLOW_S, _SLOWEST = 60.0, 1000  # slower than so many bytes per second over so long is a dead connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +81,19 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url}: only http:// and https:// addresses can be fetched")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = files.take_lock(path.with_name(f".{path.name}.lock"))
+    if lock is None:
+        raise OSError(f"{path} is being fetched by another process: wait for it, or stop it")
+    try:
+        return _fetch(url, path, sha256, report, patience)
+    finally:
+        lock.release()
+
+
+def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: float) -> Fetched:
     record = path.with_name(f"{path.name}.sha256")
-    recorded = record.read_text(encoding="utf-8").split()[0] if record.is_file() else ""
-    expected, published = (sha256 or recorded).lower(), bool(sha256)
+    expected, published = (sha256 or _recorded(record)).lower(), bool(sha256)
     if path.is_file():
         digest = files.file_sha256(path)
         if expected and digest != expected:
@@ -91,7 +103,6 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
         _record(record, digest, path.name)
         return Fetched(path=path, num_bytes=path.stat().st_size, sha256=digest, resumed=0, published=published)
     part = path.with_name(f"{path.name}.part")
-    part.parent.mkdir(parents=True, exist_ok=True)
     resumed = _complete(url, part, report, patience)
     digest = files.file_sha256(part)
     if expected and digest != expected:
@@ -174,6 +185,8 @@ def _place(url: str, answer: Any, have: int) -> tuple[int, int | None]:
             raise OSError(f"{url}: the host sent a part of the file without saying which")
         return int(start), int(total) if total.isdigit() else None
     length = answer.headers.get("Content-Length")
+    if length and not (length.isascii() and length.isdigit()):
+        raise OSError(f"{url}: the host says a Content-Length of {length!r}; --url takes another address")
     return 0, int(length) if length else None
 
 
@@ -184,12 +197,20 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
         raise OSError(
             f"{part.parent}: {(total - start) / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; make room"
         )
-    done, began = start, time.monotonic()
+    done, began, window = start, time.monotonic(), (time.monotonic(), start)
     with part.open("ab" if start else "wb", buffering=0) as file:
         try:
-            while chunk := answer.read(_CHUNK):
+            # read1: what has come, for a whole chunk that is waited for is lost where the connection ends before it.
+            while chunk := answer.read1(_CHUNK):
                 file.write(chunk)
                 done += len(chunk)
+                if (now := time.monotonic()) - window[0] >= _SLOW_S:
+                    if done - window[1] < _SLOW_S * _SLOWEST and done != total:
+                        raise DownloadCutError(
+                            f"{url}: {done - window[1]} bytes came in {now - window[0]:.0f} s, which would not end; "
+                            f"{done / 1e6:,.1f} MB are kept, the same command goes on from there"
+                        )
+                    window = (now, done)
                 if report:
                     speed = (done - start) / max(time.monotonic() - began, 1e-6)
                     report(round(done / 1e6), round((total or done) / 1e6), bytes_per_s=speed)
@@ -198,6 +219,9 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
             if error.errno != errno.ENOSPC:
                 raise
             raise OSError(f"{part}: the disk is full; make room, the same command goes on from there") from error
+    if total is not None and done > total:
+        _begin_again(part)
+        raise OSError(f"{url}: {done} bytes came, not the {total} that the host said; --url takes another address")
     if total is not None and done < total:
         raise DownloadCutError(
             f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; the same command goes on from there"
@@ -226,6 +250,16 @@ def _write_note(part: Path, url: str, answer: Any, total: int | None) -> None:
     tag = answer.headers.get("ETag", "")
     version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
     files.write_json(_note(part), {"url": url, "total": total, "version": version}, indent=None)
+
+
+def _recorded(record: Path) -> str:
+    """The sha256 that an earlier download wrote down, "" where none did; ValueError for a file that says none."""
+    if not record.is_file():
+        return ""
+    words = record.read_text(encoding="utf-8", errors="replace").split()
+    if not words or not re.fullmatch(r"[0-9a-fA-F]{64}", words[0]):
+        raise ValueError(f"{record} does not begin with a sha256: delete it, or write the archive's own there")
+    return words[0]
 
 
 def _record(record: Path, digest: str, name: str) -> None:

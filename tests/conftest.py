@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")  # recipes run by tests are not the person's
 
 import numpy as np
 import pytest

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import distill
-from distill.app import build
+from distill.app import build, trust
 from distill.app.console import dashboard, note, progress, say, table
 from distill.app.inputs import input_shards
 from distill.app.lineage import lineage, teachers_of
@@ -55,11 +55,13 @@ def commit() -> str:
     return f"{distill.__version__}+{found or 'unknown'}"
 
 
-def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into another one that it began."""
+def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
     if folder is None:
         keep_recipe(recipe)
         folder = build.labels_folder(recipe)
+    if build.process()[0] == 0:
+        trust.remember(as_table(recipe))
     rank, world = build.process()
     found = input_shards(recipe)
     teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
@@ -88,7 +90,7 @@ def run_label(recipe: Recipe, folder: Path | None = None) -> LabelOutcome:
             note(f"  not ours: {counted(manifest['passed'])}")
         if not count:
             raise ValueError(f"{folder}: nothing was labelled, for no image was usable; mend what is quarantined above")
-        if recipe.labels.mirror:
+        if recipe.labels.mirror and send:
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
             say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {sent} files sent")
@@ -114,6 +116,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             identity=build.identity(recipe),
             save=build.saver(recipe),
             report=report,
+            tell=note,
             device=build.device(recipe),
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"

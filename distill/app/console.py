@@ -15,17 +15,23 @@ from contextlib import contextmanager
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
+from rich.markup import escape as _markup
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from distill.core.printable import printable
 from distill.core.progress import Report
 
 _quiet = os.environ.get("RANK", "0") != "0"
 # A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
+
+
+def escape(text: str) -> str:
+    """Text as rich prints it word for word: no markup, and nothing of it steers the terminal."""
+    return _markup(printable(text, keep="\n\t"))
 
 
 def say(text: str) -> None:
@@ -53,9 +59,9 @@ def table(
     text: bool = False,
 ) -> None:
     """A table on standard output; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
-    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    drawn = Table(title=escape(title), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        drawn.add_column(column, justify="left" if i == 0 or text else "right", overflow="fold")
+        drawn.add_column(escape(column), justify="left" if i == 0 or text else "right", overflow="fold")
     for i, row in enumerate(rows):
         marked = best[i] if i < len(best) else set()
         cells = [
@@ -102,7 +108,7 @@ def progress(what: str) -> Iterator[Report]:
     bar = _bar()
     last: tuple[int, int, dict[str, float]] | None = None
     with bar:
-        task = bar.add_task(what, total=None, numbers="")
+        task = bar.add_task(escape(what), total=None, numbers="")
 
         def report(done: int, total: int, **numbers: float) -> None:
             nonlocal last
@@ -155,7 +161,7 @@ def dashboard(what: str) -> Iterator[Report]:
             )
         return
     bar, losses = _bar(), deque[float](maxlen=_REMEMBERED)
-    task = bar.add_task(what, total=None, numbers="")
+    task = bar.add_task(escape(what), total=None, numbers="")
     with Live(Panel(bar, expand=False), console=_err, refresh_per_second=4) as live:
 
         def report(done: int, total: int, **numbers: float) -> None:

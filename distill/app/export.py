@@ -17,6 +17,7 @@ def run_export(
     folder: Path,
     out: Path,
     *,
+    overwrite: bool = False,
     bits: int = 32,
     card: Path | None = None,
     encoder_weights: str | None = None,
@@ -25,11 +26,14 @@ def run_export(
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    bits: 32, 16 (matrices in float16) or 4 (large ones in four bits). card: a TOML file of plain values instead of the
-    student's own card. encoder_weights: for a student whose frozen encoder was left out, and is left out again.
-    onnx, program: also as model.onnx, model.pt2. All is written aside, read back, compared, and only then put in place.
+    overwrite: another student in `out` is replaced. bits: 32, 16 (matrices in float16) or 4 (large ones in four bits).
+    card: a TOML file of plain values instead of the student's own card. encoder_weights: for a student whose frozen
+    encoder was left out, and is left out again. onnx, program: also as model.onnx, model.pt2. All is written aside,
+    read back, compared, and only then put in place.
     Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
     """
+    if (out / checkpoint.WEIGHTS).is_file() and not overwrite and out.resolve() != folder.resolve():
+        raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
     scores = scores_of(folder, revision_of(folder))

@@ -8,6 +8,8 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from distill.training.settings import RENAMED as RENAMED_TRAIN
+
 RENAMED = {
     "images.wheels": "images.bundled_photos",
     "crops.draws": "crops.crops_per_image",
@@ -17,8 +19,7 @@ RENAMED = {
     "student.decoder_start": "student.decoder_init_from",
     "student.leave_out_frozen_encoder": "student.exclude_frozen_encoder",
     "loss.faithful": "loss.reference_hdn",
-    "train.holdout": "train.val_fraction",
-    "train.colour": "train.color_jitter",
+    **{f"train.{old}": f"train.{new}" for old, new in RENAMED_TRAIN.items()},
 }
 """Old key: new key, in the same table."""
 

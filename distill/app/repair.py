@@ -1,5 +1,7 @@
 """Mending a labels folder: what is bad is set aside and labelled again, from the recipe in the folder's manifest.
 
+That recipe is run only where its owner is known to have run it here, or says that it may be (distill.app.trust).
+
 The unit is a tar with its json, the smallest thing whose bytes can be made again exactly: which crops shared a batch
 is part of what a network answers, to the last bit.
 """
@@ -11,20 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from distill.app import trust
 from distill.app.commands import run_label
 from distill.app.console import note
-from distill.app.recipe import USES, Recipe, parse
+from distill.app.recipe import USES, Recipe, as_table, dumps, parse
 from distill.app.renamed import in_words_of_today
 from distill.core.progress import Report
 from distill.labelling.lock import run_lock
-from distill.shards.shards import MANIFEST, find_problems, read_manifest
+from distill.shards.shards import MANIFEST, SETTINGS, find_problems, read_manifest
 
 BAD = ".bad"
 
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe that a labels folder was made with; ValueError where its manifest has none."""
-    table: dict[str, Any] = read_manifest(folder).get("recipe") or {}
+    table: dict[str, Any] = read_manifest(folder, whole=False).get("recipe") or {}
     if not table:
         raise ValueError(
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
@@ -33,18 +36,27 @@ def recipe_of(folder: Path) -> Recipe:
     return parse(in_words_of_today(table), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
 
 
+def _label_again(recipe: Recipe, folder: Path) -> object:
+    return run_label(recipe, folder, send=False)
+
+
 def repair(
     folder: str | Path,
     *,
-    relabel: Callable[[Recipe, Path], object] = run_label,
+    own: Recipe | None = None,
+    trusted: bool = False,
+    relabel: Callable[[Recipe, Path], object] = _label_again,
     report: Report | None = None,
 ) -> list[str]:
     """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
 
     A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
     was good; the same command goes on. A tar that is no part of these labels is somebody's: it stays as NAME.bad, which
-    readers pass over, and a line says so. Raises ValueError where the folder is still not whole, and what labelling
-    raises: RunLockedError where a run holds the folder, ValueError where images or teachers are not what they were.
+    readers pass over, and a line says so. own: the recipe to label with instead of the manifest's; trusted: run the
+    manifest's, though it was never run here. No mirror hears of it.
+
+    Raises ValueError where the folder is still not whole, and what labelling raises: RunLockedError where a run holds
+    the folder, ValueError where images or teachers are not what they were.
     """
     folder = Path(folder)
     old = folder / f"{MANIFEST}{BAD}"
@@ -54,7 +66,13 @@ def repair(
     aside = list(folder.glob(f"*{BAD}"))
     if not problems and not aside:
         return []
-    recipe = recipe_of(folder)
+    recipe = own or recipe_of(folder)
+    if own is None and not trusted and not trust.known(as_table(recipe)):
+        note(dumps(recipe))
+        raise ValueError(
+            f"{folder / MANIFEST}: the recipe in it (above) was never run here, and would be: give your own with "
+            "--recipe RECIPE, or --trust-recipe"
+        )
     with run_lock(folder, rank=0, world=1):
         for name in filter(None, problems):
             for path in (folder / name, (folder / name).with_suffix(".json")):
@@ -66,9 +84,9 @@ def repair(
     left = find_problems(folder)
     if left:
         raise ValueError(f"{folder} is still not whole: {next(iter(left.values()))[0]}")
-    ours = {MANIFEST, *(shard["name"] for shard in read_manifest(folder)["shards"])}
+    ours = {MANIFEST, SETTINGS, *(shard["name"] for shard in read_manifest(folder)["shards"])}
     for path in folder.glob(f"*{BAD}"):
-        if path.name.removesuffix(BAD).replace(".json", ".tar") in ours or path == old:
+        if {name := path.name.removesuffix(BAD), name.replace(".json", ".tar")} & ours:
             path.unlink()
     made = [name or MANIFEST for name in problems]
     for name in (name for name in made if name not in ours):

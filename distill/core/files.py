@@ -55,6 +55,28 @@ def naming(path: Path) -> Iterator[None]:
         raise write_error(path, error) from error
 
 
+# --- names that came from data ----------------------------------------------------------------------------------------
+
+
+def leaves_root(name: str, root: str = "its folder") -> str:
+    """Why a name that came from data must not be joined to a folder, or "": it is absolute, it climbs, it is none.
+
+    Read as POSIX and Windows both would: backslashes separate, a drive letter is absolute.
+    """
+    if ".." in re.split(r"[/\\]", name):
+        return f"its path climbs out of {root}"
+    if name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", name):
+        return "its path is absolute"
+    return "it is no file's name" if not name.strip("./") or "\0" in name else ""
+
+
+def inside(root: Path | str, name: str) -> Path:
+    """`root`/`name`, for a name that came from data; ValueError where that would lie outside of `root`."""
+    if why := leaves_root(name):
+        raise ValueError(f"{root}: the name {name!r} is refused, since {why}")
+    return Path(root) / name
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation appli
 from __future__ import annotations
 
 import glob
+import hashlib
 import importlib.util
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +24,8 @@ import numpy as np
 import torch
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import leaves_root
+from distill.core.printable import printable
 from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
 from distill.data import scenes as procedural
@@ -35,11 +37,34 @@ SUFFIXES = filetypes.PHOTOS
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A photo that has not been read yet; `load` returns it or raises BadImageError."""
+    """A photo that has not been read yet; `load` returns it or raises BadImageError.
+
+    place: (path or URL, first byte, bytes) of its file, where it has one.
+    """
 
     key: str
     origin: str
     load: Callable[[], Photo]
+    place: tuple[Path | str, int, int] | None = None
+
+
+_SAMPLE = 4096  # bytes from the middle of each file
+
+
+def identity(entries: Sequence[Entry]) -> dict[str, str]:
+    """By what files of the same names are told from other ones: hashes of their sizes and of bytes from their middles.
+
+    The bytes are only read on this machine; a URL answers too slowly. Empty where the entries have no files. Not the
+    time of change: a copy has another one and is the same. Raises OSError.
+    """
+    sizes, samples = hashlib.sha256(), hashlib.sha256()
+    places = [entry.place for entry in entries if entry.place is not None]
+    for place, start, size in places:
+        sizes.update(f"{size} ".encode())
+        if isinstance(place, Path):
+            samples.update(storage.read_range(place, start + max(0, size - _SAMPLE) // 2, min(size, _SAMPLE)))
+    local = places and all(isinstance(place, Path) for place, _, _ in places)
+    return ({"sizes": sizes.hexdigest()} if places else {}) | ({"samples": samples.hexdigest()} if local else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +178,7 @@ def _scan_tar(path: Path | str) -> Scan:
             if not problem and not ours:
                 passed[filetypes.sort_of(member.name)] += 1
                 continue
-            name, origin = str(pure), f"{tar}:{_printable(member.name.removeprefix('./'))}"
+            name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
             if reason := problem or _member_problem(member):
                 rejected.append(Rejected(origin, key, reason))
@@ -172,23 +197,15 @@ def _scan_tar(path: Path | str) -> Scan:
         there = f", but {filetypes.counted(passed)}" if passed else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
     entries = [
-        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin))
+        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin), (path, *copies[0]))
         for key, origin, copies in paths_found.values()
     ]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
 
 
-def _printable(name: str) -> str:
-    # A name that is not UTF-8 arrives as lone surrogates, which no file and no console takes.
-    return name.encode(errors="replace").decode()
-
-
 def _member_problem(member: tarfile.TarInfo) -> str:
-    parts = re.split(r"[/\\]", member.name)
-    if ".." in parts:
-        return "its path climbs out of the archive"
-    if member.name.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", member.name):
-        return "its path is absolute"
+    if reason := leaves_root(member.name, "the archive") if member.name.strip("./") else "":
+        return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         return "not a plain file (a link or a device)"
     if reason := filetypes.refusal(member.name):
@@ -230,11 +247,11 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
-            files[_printable(f"{path.parent.name}/{path.name}")] = path
+            files[printable(f"{path.parent.name}/{path.name}")] = path
             continue
         for file in (f for f in sorted(path.rglob("*")) if not f.is_dir()):
             inside = file.relative_to(path).as_posix()
-            name, refused = f"{path.name}/{_printable(inside)}", filetypes.refusal(inside)
+            name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
             if not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused):
                 passed[filetypes.sort_of(inside)] += 1
             elif reason := refused or photos.not_a_file(file):
@@ -251,10 +268,16 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     shown = [name.split("/", 1)[1] if len(first) == 1 else name for name in names]
     keys = photos.unique_keys(shown)
     entries = [
-        Entry(key, name, partial(photos.load_file, files[name], key, name))
+        Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)
     ]
     return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+
+
+def _size(path: Path) -> int:
+    with suppress(OSError):
+        return path.stat().st_size
+    return 0
 
 
 def _virtual(

@@ -253,8 +253,9 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
 def _whole(depth: DepthMap) -> np.ndarray:
     """The map's values (H,W); BadImageError where some are not finite, as of a student whose training diverged."""
     values: np.ndarray = depth.values[0].numpy()
-    if not np.isfinite(values).all():
-        share = 100 * float(np.isfinite(values).mean())
+    usable = np.isfinite(values) & depth.valid[0].numpy()
+    if not usable.all():
+        share = 100 * float(usable.mean())
         raise BadImageError(f"the student's map is not finite ({share:.0f} % of it is): its training has diverged")
     return values
 

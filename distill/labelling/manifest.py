@@ -13,15 +13,14 @@ from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.depth import Kind
 from distill.core.plugins import origins
+from distill.core.seal import sealed
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
 from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
-from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_manifest
-
-SETTINGS = "settings.json"
+from distill.shards.shards import MANIFEST, SETTINGS, hash_keys, read_json, read_manifest, write_manifest
 
 
 def _card(teacher: Any, store: str) -> dict[str, Any]:
@@ -60,7 +59,7 @@ def keep_settings(out: Path, settings: dict[str, Any]) -> None:
     """Write the folder's settings, or raise ValueError where it was begun with others."""
     path = out / SETTINGS
     if not path.is_file():
-        files.write_bytes(path, dump_json(settings))
+        files.write_bytes(path, dump_json(sealed(settings)))
         return
     before = _in_words_of_today(read_json(path))
     changed = [name for name in settings if settings[name] != before.get(name)]

@@ -12,23 +12,20 @@ import hashlib
 import json
 import re
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
-from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
+from distill.core.seal import sealed
+from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine, identity
 from distill.labelling.annotate import (
     CPU,
     TRUTH,
@@ -39,6 +36,7 @@ from distill.labelling.annotate import (
     label_photo,
     prepare,
 )
+from distill.labelling.crew import Crew, ahead, crew
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
 from distill.labelling.online import OnlineDataset
@@ -57,9 +55,6 @@ __all__ = [
     "label_photo",
     "labels_hash",
 ]
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +155,10 @@ def label(
         mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
         todo = [part for part in mine if not _is_done(out, part, teachers)]
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
-        with _crew(max(1, labels.threads)) as crew:
+        with crew(max(1, labels.threads)) as team:
             for part in todo:
                 work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers))
-                _label_part(out, part, work, tally, crew)
+                _label_part(out, part, work, tally, team)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
     return LabelOutcome(
@@ -235,17 +230,6 @@ class _Tally:
         )
 
 
-def _ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], ahead: int) -> Iterator[R]:
-    """`work` of every item, in order, with at most `ahead` items begun before they are asked for."""
-    begun: deque[Future[R]] = deque()
-    for item in items:
-        begun.append(pool.submit(work, item))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
-
-
 _Encoded = tuple[Sample | Rejected, list[tuple[str, bytes]]]
 
 
@@ -259,54 +243,6 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
     if members:
         writer.add(result.key, members)
     return result, sum(len(data) for _, data in members)
-
-
-def _one_thread() -> None:
-    """Worker threads compute on one core each: their many small operations, each on every core, would fight."""
-    torch.get_num_threads()  # torch sets a new thread's number at its first use, over what was said before
-    threadpool_limits(1, user_api="openmp")
-
-
-@dataclass(slots=True)
-class _Crew:
-    """The threads beside the one that asks: workers decode, cut and encode, a clerk writes, a closer finishes parts.
-
-    A part is synced to the disk while the next is being labelled.
-    """
-
-    threads: int
-    workers: ThreadPoolExecutor
-    clerk: ThreadPoolExecutor
-    closer: ThreadPoolExecutor
-    closing: Future[None] | None = None
-
-    def close(self, part: _OpenPart) -> None:
-        """Have a part finished, after the one before it; raises what that one raised."""
-        self.wait()
-        self.closing = self.closer.submit(part.finish)
-
-    def wait(self) -> None:
-        """Until no part is being finished."""
-        closing, self.closing = self.closing, None
-        if closing is not None:
-            closing.result()
-
-
-@contextmanager
-def _crew(threads: int) -> Iterator[_Crew]:
-    with (
-        ThreadPoolExecutor(threads, initializer=_one_thread) as workers,
-        ThreadPoolExecutor(1) as clerk,
-        ThreadPoolExecutor(1) as closer,
-    ):
-        crew = _Crew(threads, workers, clerk, closer)
-        try:
-            yield crew
-            crew.wait()
-        except BaseException:
-            for pool in (workers, clerk, closer):
-                pool.shutdown(cancel_futures=True)
-            raise
 
 
 @dataclass(slots=True)
@@ -340,31 +276,32 @@ class _OpenPart:
                 "images": [entry.key for entry in self.part.entries],
                 "tar": closed if writer.index else None,
                 "samples": writer.index,
+                **({"input": found} if (found := identity(self.part.entries)) else {}),
                 "quarantine": [_line(one) for one in self.quarantine],
                 "kinds": {name: sorted(values) for name, values in self.kinds.items()},
                 **({"bridge_dropped": self.dropped} if self.dropped else {}),
                 **({"passed": dict(self.part.passed)} if self.part.passed else {}),
             }
-            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sidecar))
+            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sealed(sidecar)))
             if writer.index:
                 writer.publish()
 
 
-def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, crew: _Crew) -> None:
+def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -> None:
     """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
 
-    This thread does nothing but ask the teachers: see `_Crew`.
+    This thread does nothing but ask the teachers: see `labelling.crew`.
     """
     writer = ShardWriter(out / part.name)
     try:
         opened = _OpenPart(out, part, writer, list(part.rejected))
         tally.quarantined += len(part.rejected)
-        prepared = _ahead(crew.workers, work.jobs, part.entries, 2 * crew.threads)
+        prepared = ahead(team.workers, work.jobs, part.entries, 2 * team.threads)
         jobs = (job for several in prepared for job in several)
         results = annotate(jobs, work.teachers, labels=work.labels, device=work.device)
         last = ""
-        encoded = _ahead(crew.workers, partial(_encode, work.labels.codec), results, 2 * crew.threads)
-        for result, size in _ahead(crew.clerk, partial(_store, writer), encoded, 2 * crew.threads):
+        encoded = ahead(team.workers, partial(_encode, work.labels.codec), results, 2 * team.threads)
+        for result, size in ahead(team.clerk, partial(_store, writer), encoded, 2 * team.threads):
             if isinstance(result, Rejected):
                 opened.quarantine.append(result)
                 tally.quarantined += 1
@@ -378,7 +315,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, crew: _Crew) 
     except BaseException:
         with writer:
             raise
-    crew.close(opened)
+    team.close(opened.finish)
 
 
 def _line(rejected: Rejected) -> dict[str, str]:
@@ -409,6 +346,13 @@ def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
             f"({len(sidecar_data['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
             f"{part.shard.stem}-[0-9][0-9][0-9].* there"
         )
+    if before := sidecar_data.get("input"):
+        now = identity(part.entries)
+        if any(now[key] != before[key] for key in before if key in now):
+            raise ValueError(
+                f"{out / part.name} was labelled from other files of the same names than {part.shard.origin} holds "
+                f"now: put those back, label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].* there"
+            )
     asked = {*asked_about(part.shard, teachers)}
     if (by := {*sidecar_data["kinds"]}) and by != asked:
         raise ValueError(

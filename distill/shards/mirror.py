@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from distill.core.files import file_sha256
@@ -20,15 +20,9 @@ from distill.data.storage import file_system
 from distill.shards.shards import MANIFEST, read_manifest
 
 
-def _files(manifest: dict[str, Any], names: Iterable[str], where: str) -> list[tuple[str, str]]:
-    """Every labels file among `names` but the manifest, with the sha256 that it must have, or "" where nothing says.
-
-    Raises ValueError where the manifest names a file outside the folder.
-    """
+def _files(manifest: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
+    """Every labels file among `names` but the manifest, with the sha256 that it must have, or "" where nothing says."""
     tars = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-    outside = [name for name in tars if PurePosixPath(name).name != name or "\\" in name]
-    if outside:
-        raise ValueError(f"{where}: its manifest names {outside[0]!r}, which would climb out of the folder")
     sidecars = sorted(name for name in names if name.endswith(".json") and name != MANIFEST and name[0] != ".")
     return [*tars.items(), *((name, "") for name in sidecars)]
 
@@ -40,7 +34,7 @@ def publish(folder: Path, url: str, *, report: Report | None = None) -> int:
     """
     manifest = read_manifest(folder)
     target = f"{url.rstrip('/')}/{folder.name}"
-    files = _files(manifest, (path.name for path in folder.iterdir()), str(folder))
+    files = _files(manifest, (path.name for path in folder.iterdir()))
     system, inside = file_system(target)
     sent = 0
     try:
@@ -92,7 +86,7 @@ def fetch(url: str, folder: Path, *, report: Report | None = None) -> None:
         system.get_file(f"{inside}/{MANIFEST}", str(aside / MANIFEST))
         manifest = read_manifest(aside)
         there = (name.rsplit("/", 1)[-1] for name in system.ls(inside, detail=False))
-        files = _files(manifest, there, source)
+        files = _files(manifest, there)
         for done, (name, digest) in enumerate(files):
             if not (digest and (folder / name).is_file() and file_sha256(folder / name) == digest):
                 system.get_file(f"{inside}/{name}", str(aside / name))

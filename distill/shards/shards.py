@@ -19,7 +19,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,12 +32,15 @@ from torch.utils.data import Dataset
 from distill.core import files
 from distill.core.files import file_sha256
 from distill.core.progress import Report
+from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
-from distill.shards.codec import REPAIR, VERSION, Sample, check_version, decode_sample, disagreements
+from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
-
-MANIFEST = "manifest.json"
-
+from distill.shards.tables import MANIFEST as MANIFEST
+from distill.shards.tables import SETTINGS as SETTINGS
+from distill.shards.tables import read_json as read_json
+from distill.shards.tables import read_manifest as read_manifest
+from distill.shards.tables import write_manifest as write_manifest
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
@@ -117,60 +119,6 @@ class ShardWriter:
             files.publish(files.aside(self.path), self.path)
 
 
-# --- the manifest -----------------------------------------------------------------------------------------------------
-
-
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `folder`/manifest.json, at once or not at all."""
-    files.write_json(folder / MANIFEST, {**manifest, "version": VERSION}, sort_keys=True)
-
-
-def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a labels folder.
-
-    Raises FileNotFoundError where there is none, ValueError where it is not ours, not whole, or too new.
-    """
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
-        raise FileNotFoundError(f"{path} is missing: {reason}")
-    return read_json(path)
-
-
-def _check_keys(path: Path, value: dict[str, Any]) -> None:
-    """Raise ValueError unless a manifest, or the json of a tar, has what is read of it; other tables are let by."""
-    needed: list[tuple[str, Any, str]] = []
-    tars: Any = []
-    if path.name == MANIFEST:
-        needed += [("it", value, "teachers shards images quarantine")]
-        needed += [("images", value.get("images"), "count sha256 keys")]
-        tars = value.get("shards", [])
-    elif re.search(r"-\d{3,}$", path.stem):
-        needed += [("it", value, "part of images tar samples quarantine kinds")]
-        tars = [value["tar"]] if value.get("tar") is not None else []
-    needed += [
-        ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
-    ]
-    for what, table, keys in needed:
-        missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
-        if missing:
-            way_out = "delete it and run distill label again"
-            raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A json table of ours; raises ValueError naming the file where it is damaged, foreign or too new."""
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run distill label again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON table: not written by distill label")
-    check_version(value, path)
-    _check_keys(path, value)
-    return value
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +146,23 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
     if sidecar.is_file():
         metadata = read_json(sidecar)
         if metadata.get("tar") and metadata["tar"]["bytes"] == path.stat().st_size:
-            return [(str(key), int(start), int(size)) for key, start, size in metadata["samples"]]
+            return _listed(sidecar, metadata, path.stat().st_size)
+    return _walked(path)
+
+
+def _listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
+    """The samples in the json of a tar of `size` bytes; ValueError unless each lies in it."""
+    try:
+        places = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
+    except (TypeError, ValueError):
+        places = [("", -1, -1)]
+    if not all(0 <= start < start + length <= size for _, start, length in places):
+        raise ValueError(f"{sidecar} is damaged: samples in it do not lie in their tar; {REPAIR}")
+    return places
+
+
+def _walked(path: Path) -> list[tuple[str, int, int]]:
+    """`shard_index` by the tar's own headers."""
     found: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
         if member is None or problem:
@@ -337,7 +301,7 @@ def verify(folder: str | Path, *, report: Report | None = None) -> list[str]:
 def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[str, list[str]]:
     """What `verify` says, by the name of the tar; "" has what is wrong with the manifest itself."""
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, whole=False)
     found: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):
@@ -346,6 +310,13 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
         found[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
+    if is_broken(json.loads((folder / MANIFEST).read_bytes())):
+        found.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
+    if (folder / SETTINGS).is_file():
+        try:
+            read_json(folder / SETTINGS)
+        except ValueError as error:
+            found[SETTINGS] = [str(error)]
     keys = set(images["keys"])
     for done, shard in enumerate(manifest["shards"]):
         if problems := _verify_shard(folder / shard["name"], shard, keys):
@@ -353,6 +324,14 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         if report:
             report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, found.values()))))
     return found
+
+
+def _verify_sidecar(path: Path, shard: Mapping[str, Any]) -> list[str]:
+    """What the json of a tar says otherwise than the manifest."""
+    sidecar = path.with_suffix(".json")
+    said = read_json(sidecar).get("tar") if sidecar.is_file() else None
+    differ = [key for key in ("name", "sha256", "bytes", "samples") if said and said[key] != shard[key]]
+    return [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
 
 
 def hash_keys(keys: Sequence[str]) -> str:
@@ -373,8 +352,13 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> lis
             if sample.image_key not in images:
                 problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
             seen.append(sample.key)
-        if seen != [key for key, _, _ in shard_index(path)]:
+        index, held = shard_index(path), _walked(path)
+        if seen != [key for key, _, _ in index]:
             problems.append(f"{path}: its .json does not list the samples it holds")
+        elif index != held:
+            wrong = next(key for (key, *place), (_, *true) in zip(index, held, strict=True) if place != true)
+            problems.append(f"{path}: its .json says another place than the tar has for {wrong}")
+        problems += _verify_sidecar(path, shard)
     except (OSError, ValueError) as error:
         problems.append(str(error))
         return problems

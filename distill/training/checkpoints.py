@@ -3,7 +3,7 @@
     <out>/checkpoints/step-00000500/
         student/               a student folder as students.checkpoint writes it, of averaged weights if there are any
         training.safetensors   student/<name>, optimizer/<parameter>/<name>, ema/<name>
-        state.json             step, settings, data, best step so far, alarm, and the size of every other file
+        state.json             step, settings, data, best step so far, alarm, and sizes and hashes of the other files
 
 A checkpoint is written aside, brought to the disk and renamed (core.files). One whose files are
 missing or of another size than state.json says does not count. The best checkpoint by held-out loss is never pruned.
@@ -21,14 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from distill.core import files
+from distill.core.seal import is_broken, sealed
 
 VERSION = 1
+_TENSORS = "training.safetensors"
+_KEYS = frozenset("step loss best evaluations_since_best alarm settings data samples identity".split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +74,11 @@ def find(out: Path) -> list[Checkpoint]:
 def _whole(folder: Path) -> Checkpoint | None:
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if not isinstance(state, dict) or state.get("version") != VERSION:
+    if not isinstance(state, dict) or state.get("version") != VERSION or is_broken(state):
+        return None
+    if not isinstance(state.get("files"), dict) or not _KEYS <= state.keys() or type(state["step"]) is not int:
         return None
     sizes = {name: (folder / name).stat().st_size for name in state["files"] if (folder / name).is_file()}
     return Checkpoint(folder, state) if sizes == state["files"] else None
@@ -90,6 +95,38 @@ def clean(out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def drop_damaged(out: Path) -> list[str]:
+    """Removes checkpoints with other bytes than were written, the newest and the best, until those are whole.
+
+    Returns a line about each, for people. Checkpoints of earlier versions, without hashes, are only known by their
+    headers.
+    """
+    lines: list[str] = []
+    while there := find(out):
+        newest = there[-1]
+        best = (newest.state["best"] or {}).get("step")
+        looked_at = [newest, *(saved for saved in there[:-1] if saved.step == best)]
+        damaged = [(saved, name) for saved in looked_at if (name := _damaged_file(saved))]
+        if not damaged:
+            break
+        for saved, name in damaged:
+            lines.append(f"{saved.folder / name} is damaged: the checkpoint of step {saved.step} is passed over")
+            shutil.rmtree(saved.folder)
+    return lines
+
+
+def _damaged_file(saved: Checkpoint) -> str:
+    hashes = saved.state.get("hashes", {})
+    for name, digest in hashes.items():
+        if files.file_sha256(saved.folder / name) != digest:
+            return str(name)
+    try:
+        with safe_open(saved.folder / _TENSORS, "pt"):
+            return ""
+    except SafetensorError:
+        return _TENSORS
+
+
 def save(
     out: Path,
     *,
@@ -104,10 +141,11 @@ def save(
     final = folder_of(out, state["step"])
     try:
         with files.writing_folder(final) as new:
-            save_file(_tensors(student, optimizer, ema), new / "training.safetensors")
+            save_file(_tensors(student, optimizer, ema), new / _TENSORS)
             save_student(new / "student")
             sizes = {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
-            text = json.dumps({"version": VERSION, **state, "files": sizes}, indent=1)
+            hashes = {name: files.file_sha256(new / name) for name in sizes}
+            text = json.dumps(sealed({"version": VERSION, **state, "files": sizes, "hashes": hashes}), indent=1)
             (new / "state.json").write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         last = max((saved.step for saved in find(out)), default=0)
@@ -144,7 +182,7 @@ def _tensors(student: nn.Module, optimizer: torch.optim.Optimizer, ema: Averaged
 
 
 def _read(saved: Checkpoint) -> dict[str, Tensor]:
-    path = saved.folder / "training.safetensors"
+    path = saved.folder / _TENSORS
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -14,6 +14,9 @@ CHANGEABLE = frozenset(
     "gradient_checkpointing fused".split()
 )
 
+RENAMED = {"holdout": "val_fraction", "colour": "color_jitter"}
+"""What settings were called once: old key: new key."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:

@@ -34,7 +34,7 @@ from distill.training.batches import Collate, Labelled, MicroBatch, check_teache
 from distill.training.parallel import accelerator_of, processes_of, reproducible
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import make_optimizer
-from distill.training.settings import CHANGEABLE, TrainSettings
+from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
 from distill.training.step import (
     ObjectiveLike,
     TrainingRun,
@@ -85,6 +85,7 @@ def train(
     identity: str = "",
     save: Callable[..., object] = checkpoint.save,
     report: Report | None = None,
+    tell: Callable[[str], object] | None = None,
     device: torch.device | str | None = None,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
@@ -97,8 +98,9 @@ def train(
     features), and the objective also gets reference(images)[-1][0].
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
     the run what it is (recipe, labels): a resume with another one is refused.
-    save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), by the main
-    process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU that there is.
+    save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), and tell with a
+    line for people, such as that a damaged checkpoint was passed over, by the main process only. device: where to train
+    ("cpu", "cuda:1"); None: the launcher's choice, or the GPU that there is.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -124,7 +126,7 @@ def train(
         run.save_student, run.card = save, dict(card or {})
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
-            _resume(run)
+            _resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
             micros = _micros(run, dataset, batches.after(run.step), collate)
             _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
@@ -199,10 +201,11 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
     )
 
 
-def _resume(run: TrainingRun) -> None:
+def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
     if run.processes.main:
         checkpoints.clean(run.out)
+        list(map(tell, checkpoints.drop_damaged(run.out)))
     run.processes.wait()
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
@@ -213,6 +216,8 @@ def _resume(run: TrainingRun) -> None:
         checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
         state = saved.state
         run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
+        if run.best and run.best["step"] not in [one.step for one in checkpoints.find(run.out)]:
+            run.best = None  # damaged, or it made way for one that was
         run.evaluations_since_best = state["evaluations_since_best"]
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
     if run.processes.main:
@@ -232,7 +237,8 @@ def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
 def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
     """ValueError where the checkpoint belongs to another run."""
     # A setting that an older checkpoint does not know had its default then.
-    now, then = run.settings.as_dict(), TrainSettings().as_dict() | saved.state["settings"]
+    before = {RENAMED.get(name, name): value for name, value in saved.state["settings"].items()}
+    now, then = run.settings.as_dict(), TrainSettings().as_dict() | before
     changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
     differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
     if run.facts["data"] != saved.state["data"]:

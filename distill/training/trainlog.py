@@ -10,6 +10,7 @@ lengthen it, and the effective step shrinks as it grows; people who re-implement
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -74,18 +75,20 @@ class StepLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, in order; a torn last line is left out."""
+    """The lines of a log, in order; a torn last line is left out, and so is one that a power cut filled with NULs."""
     return list(_lines(path))
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
             if not text.endswith("\n"):
                 return
-            yield json.loads(text)
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(line := json.loads(text), dict) and type(line.get("step")) is int:
+                    yield line
 
 
 def _encode(line: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor
 
 from distill.core.depth import DepthMap
+from distill.core.files import leaves_root
 from distill.eval.protocol import Protocol, list_hash
 
 
@@ -46,6 +47,10 @@ class BenchmarkSample:
     group: str = ""
     mark: Callable[[], Any] | None = None
     photo: str = ""
+
+    def __post_init__(self) -> None:
+        if why := leaves_root(self.prediction_path):
+            raise ValueError(f"the image {self.key!r} is refused, since {why}: predictions are written below a folder")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

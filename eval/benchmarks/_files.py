@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import inside, leaves_root
 from distill.data import maps
 from distill.data.photos import BadImageError, decode
 from distill.eval.protocol import Protocol, list_hash
@@ -102,13 +103,13 @@ class Files:
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
         name = self._real.get(name, name)
-        return name in self._members if self._tar is not None else (self.root / name).is_file()
+        return name in self._members if self._tar is not None else inside(self.root, name).is_file()
 
     def read(self, name: str) -> bytes:
         """The file's bytes; OSError names the root and the file."""
         name = self._real.get(name, name)
         if self._tar is None:
-            return (self.root / name).read_bytes()
+            return inside(self.root, name).read_bytes()
         offset, size = self._members[name]
         data = os.pread(self._tar.fileno(), size, offset)
         while len(data) < size:  # one read call returns at most 2 GiB
@@ -124,13 +125,13 @@ class Files:
         Mapped copy-on-write: a map of 24 megapixels is neither read twice nor given fresh memory, which costs as much.
         """
         name = self._real.get(name, name)
-        offset, size = self._members[name] if self._tar is not None else (0, (self.root / name).stat().st_size)
+        offset, size = self._members[name] if self._tar is not None else (0, inside(self.root, name).stat().st_size)
         if size != 4 * math.prod(shape):
             wanted = " x ".join(map(str, shape))
             raise OSError(f"{self.root}: {name} has {size} bytes; raw float32 of {wanted} has {4 * math.prod(shape)}")
         if self._tar is not None and os.fstat(self._tar.fileno()).st_size < offset + size:
             raise OSError(f"{self.root}: cut short inside {name}; download it again")
-        file = (self.root / name) if self._tar is None else self._tar
+        file = inside(self.root, name) if self._tar is None else self._tar
         return np.asarray(np.memmap(file, "<f4", mode="c", offset=offset, shape=shape))
 
     def ends(self, name: str, length: int = 256) -> tuple[int, bytes, bytes]:
@@ -141,7 +142,7 @@ class Files:
             descriptor = self._tar.fileno()
             head = os.pread(descriptor, min(length, size), start)
             return size, head, os.pread(descriptor, min(length, size), start + max(0, size - length))
-        with (self.root / name).open("rb") as file:
+        with inside(self.root, name).open("rb") as file:
             head = file.read(length)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - length))
@@ -311,7 +312,7 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
             faults.append(f"line {number} has {len(row)} columns of {columns}")
         elif row[0] in seen:
             faults.append(f"line {number} repeats {row[0]}")
-        elif any(name.startswith("/") or ".." in PurePosixPath(name).parts for name in row):
+        elif any(leaves_root(name) for name in row):
             faults.append(f"line {number} climbs out of the root")
         seen.add(row[0] if row else "")
         rows.append(row)

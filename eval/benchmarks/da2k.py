@@ -14,6 +14,7 @@ from typing import NoReturn
 from PIL import Image
 from torch import Tensor
 
+from distill.core.files import inside
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
 from distill.eval.benchmarks._files import Files
 from distill.eval.da2k import PointPair, Points, read_annotations, scene
@@ -71,7 +72,7 @@ def _no_depth(name: str) -> NoReturn:
 
 
 def _points(folder: Path, name: str, pairs: tuple[PointPair, ...]) -> Points:
-    path = folder / name
+    path = inside(folder, name)
     if not path.is_file():
         return Points(pairs)
     with Image.open(path) as opened:

@@ -53,3 +53,13 @@ def test_in_a_pipe_it_is_one_line_without_the_parts(shown):
         report(1, 10, **NUMBERS)
         report(10, 10, **NUMBERS)
     assert out.getvalue().count("train") == 1 and "10/10" in out.getvalue() and "shared" not in out.getvalue()
+
+
+def test_what_comes_from_data_does_not_steer_the_terminal(capsys):
+    console.say("a\x1b[31m\x9b2J\u202egpj.\u2066[bold]\r\x07")
+    console.fail("name \x1b]0;t\x07 \ud800\nsecond")
+    console.table("t\x1b", ["c\x1b"], [["\x1b[2J"]])
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == r"a\x1b[31m\x9b2J\u202egpj.\u2066[bold]\r\x07"
+    assert err.splitlines() == [r"error: name \x1b]0;t\x07 \ud800", "error: second"]
+    assert not any(c in out + err for c in "\x1b\x9b\x07\u202e")

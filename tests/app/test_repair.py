@@ -103,3 +103,26 @@ def test_labels_without_a_recipe_or_with_other_images_say_so(labels, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({**manifest, "recipe": {}}))
     with pytest.raises(ValueError, match="manifest.json has no recipe"):
         repair.repair(folder)
+
+
+def test_a_recipe_that_never_ran_here_is_not_run(labels, capsys, monkeypatch, tmp_path):
+    folder, before = labels
+    flip(sorted(folder.glob("*.tar"))[0], 3000)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    assert main(["verify", str(folder), "--repair"]) == 2
+    assert "--trust-recipe" in (said := capsys.readouterr().err) and 'name = "mend"' in said
+    assert not list(folder.glob("*.bad"))  # nothing was touched
+    assert main(["verify", str(folder), "--repair", "--recipe", str(tmp_path / "recipe.toml")]) == 0
+    assert contents(folder) == before
+
+
+def test_a_manifest_that_climbs_out_moves_nothing(labels, capsys):
+    folder, _ = labels
+    victim = folder.parent / "victim.tar"
+    victim.write_bytes(b"somebody's")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("../victim.tar", str(victim), "..\\victim.tar", ".claim.tar", "settings.json"):
+        changed = {**manifest, "shards": [*manifest["shards"], {**manifest["shards"][0], "name": name}]}
+        (folder / "manifest.json").write_text(json.dumps(changed))
+        assert main(["verify", str(folder), "--repair", "--trust-recipe"]) == 2
+        assert "refused" in capsys.readouterr().err and victim.read_bytes() == b"somebody's"

@@ -17,7 +17,7 @@ from distill.app.recipe import load, parse
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
 from distill.inference.predict import load as load_estimator
-from distill.shards.shards import LabelDataset, read_manifest
+from distill.shards.shards import LabelDataset, read_manifest, write_manifest
 from distill.students import checkpoint
 from distill.training.trainlog import read
 from tests.labelling.formula import make_tar
@@ -106,7 +106,7 @@ def test_weights_do_not_move_labels_and_old_folders_are_told_of(tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     for tar in manifest["shards"]:
         del tar["image_source"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder, manifest)
     with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] its labels belong to.*distill label"):
         build.labelled(recipe)
     run_label(recipe)

@@ -17,6 +17,7 @@ import pytest
 
 import distill.eval.fetch as module
 from distill.app.cli import main
+from distill.core import files
 from distill.core.plugins import find
 from distill.eval.completeness import check_benchmark
 from distill.eval.fetch import ManualDownloadError, fetch, fetch_benchmark
@@ -238,6 +239,30 @@ def test_a_killed_download_goes_on(host, tmp_path):
     host.pause = 0.0
     got = fetch(host.url, tmp_path / "a.tar", sha256=DIGEST)
     assert got.resumed == kept and host.asked[-1] == f"bytes={kept}-"
+
+
+def test_two_at_once_and_a_slow_drip_are_ended_in_a_line(host, tmp_path, monkeypatch, capsys):
+    lock = files.take_lock(tmp_path / ".a.tar.lock")
+    with pytest.raises(OSError, match=r"a\.tar is being fetched by another process"):
+        fetch(host.url, tmp_path / "a.tar")
+    lock.release()
+    monkeypatch.setattr(module, "_SLOW_S", 0.05)
+    monkeypatch.setattr(module, "_SLOWEST", 1e9)
+    monkeypatch.setattr(module, "_ATTEMPTS", 0)
+    host.pause = 0.02
+    with pytest.raises(OSError, match="bytes came in .* which would not end"):
+        fetch(host.url, tmp_path / "a.tar", patience=0.001)
+    assert 0 < (tmp_path / "a.tar.part").stat().st_size < 1 << 20
+
+
+def test_what_is_below_a_chunk_is_kept_and_an_empty_record_is_named(host, tmp_path):
+    host.cut_after = [70_000, 0, 0, 0]
+    with pytest.raises(OSError, match="cut after"):
+        fetch(host.url, tmp_path / "a.tar", patience=0.001)
+    assert (tmp_path / "a.tar.part").stat().st_size == 70_000
+    (tmp_path / "a.tar.sha256").write_text("\n")
+    with pytest.raises(ValueError, match=r"a\.tar\.sha256 does not begin with a sha256"):
+        fetch(host.url, tmp_path / "a.tar")
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------

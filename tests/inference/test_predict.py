@@ -7,10 +7,11 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill.app import cli
-from distill.core.depth import DepthMap
+from distill.core.depth import DepthMap, Kind
 from distill.inference import outputs, predict
 from tests.inference.fake import Fake, call, grey, names, shoot, silent, value
 
@@ -207,3 +208,9 @@ def test_a_file_that_was_not_made_here_is_never_overwritten(tmp_path):
         f"{out / 'a_side.jpg'}: is there, and was not made from this input (a map of {tmp_path / 'a.png'})"
     ]
     assert (out / "a_side.jpg").read_text() == "mine"
+
+
+def test_a_map_that_is_declared_invalid_is_no_map():
+    values = torch.zeros(1, 4, 4)  # what a teacher writes where it has no number
+    with pytest.raises(predict.BadImageError, match=r"not finite \(75 % of it is\)"):
+        predict._whole(DepthMap(values, torch.arange(16).reshape(1, 4, 4) >= 4, Kind.AFFINE_DISPARITY))

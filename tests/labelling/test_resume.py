@@ -125,6 +125,26 @@ def test_other_settings_or_images_are_refused(tars, tmp_path):
         run(tars, tmp_path / "out")
 
 
+def test_other_pixels_under_the_same_names_are_not_mixed_in(tars, tmp_path):
+    run(tars, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    path = tmp_path / "sa_1.tar"
+    os.utime(path, (1, 1))  # a copy of the same bytes
+    assert run(tars, tmp_path / "out").parts == 0
+    good = path.read_bytes()
+    data = bytearray(good)
+    with tarfile.open(path) as tar:
+        member = next(member for member in tar if member.name.endswith(".jpg"))
+    data[member.offset_data + member.size // 2] ^= 1
+    path.write_bytes(data)
+    (tmp_path / "out" / "sa_0-000.tar").unlink()
+    with pytest.raises(ValueError, match=r"sa_1-000.tar was labelled from other files of the same names than"):
+        run(tars, tmp_path / "out")
+    path.write_bytes(good)
+    run(tars, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_tar_that_was_cut_and_is_whole_now_is_labelled_again(tars, tmp_path):
     whole = (tmp_path / "sa_1.tar").read_bytes()
     run(tars, tmp_path / "fresh")

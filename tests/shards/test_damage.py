@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from distill.core.depth import Kind
+from distill.core.seal import is_broken, sealed
 from distill.shards import shards
 from distill.shards.codec import dump_json, encode_sample
 from distill.shards.shards import (
@@ -186,3 +187,28 @@ def test_verify_checks_what_the_maps_say(tmp_path):
     sample.record["patches"][0] = [15, 0, PATCH]
     lines = verify(write(tmp_path / "l", [sample]))
     assert any("has negative values" in line for line in lines) and any("outside the region" in line for line in lines)
+
+
+def test_verify_reads_through_the_offsets_of_a_json(folder):
+    """Of earlier versions too, whose tables have no checksum."""
+    sidecar = folder / "sa_0-000.json"
+    table = json.loads(sidecar.read_text())
+    table["samples"][1][1] += 512
+    sidecar.write_bytes(dump_json(table))
+    assert verify(folder) == [f"{folder / 'sa_0-000.tar'}: its .json says another place than the tar has for sa_1-1"]
+    table["samples"][1][1] = 1 << 40
+    sidecar.write_bytes(dump_json(table))
+    assert "do not lie in their tar" in verify(folder)[0]
+
+
+def test_a_table_that_was_changed_is_seen(folder):
+    path = folder / "manifest.json"
+    table = json.loads(path.read_text())
+    assert not is_broken(table) and is_broken({**table, "version": 2})
+    assert table["sha256"] == sealed(shards.read_manifest(folder))["sha256"]
+    path.write_text(path.read_text().replace('"one"', '"ome"'))
+    with pytest.raises(ValueError, match="manifest.json is damaged: it does not agree with its own checksum; run"):
+        LabelDataset(folder)
+    assert any("its own checksum" in line for line in verify(folder))
+    path.write_text(json.dumps({key: value for key, value in table.items() if key != "sha256"}))
+    assert len(LabelDataset(folder)) == 3

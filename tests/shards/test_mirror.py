@@ -14,6 +14,7 @@ from distill.app.cli import main
 from distill.app.recipe import load
 from distill.app.strict import RecipeError
 from distill.shards import mirror
+from distill.shards.shards import write_manifest
 
 pytest.importorskip("fsspec")
 
@@ -120,7 +121,7 @@ def test_a_tar_labelled_again_replaces_one_of_the_same_size(made, tmp_path):
     tar.write_bytes(tar.read_bytes()[:-1] + b"x")
     manifest["shards"][0]["sha256"] = hashlib.sha256(tar.read_bytes()).hexdigest()
     assert manifest["shards"][0]["name"] == tar.name
-    (tmp_path / "run" / name / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(tmp_path / "run" / name, manifest)
     mirror.publish(tmp_path / "run" / name, f"file://{tmp_path}/far")
     mirror.fetch(f"file://{tmp_path}/far", tmp_path / "back" / name)
     assert contents(tmp_path / "back" / name) == contents(tmp_path / "run" / name)
@@ -134,5 +135,5 @@ def test_a_manifest_that_climbs_out_is_refused(made, tmp_path):
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["name"] = "../../stolen.tar"
     path.write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="'../../stolen.tar', which would climb out"):
+    with pytest.raises(ValueError, match="'../../stolen.tar'.*refused"):
         mirror.fetch(f"file://{tmp_path}/far", tmp_path / "run" / name)

@@ -89,8 +89,10 @@ def test_export_writes_onnx_beside_the_student_and_checks_it(tmp_path, capsys, m
     assert said["licence"] == "Apache-2.0" and said["kind"] == "affine_disparity"
     names = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in model.graph.input]
     assert names == [["batch", 3, "height", "width"]]
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o")]) == 2 and path.exists()
+    assert "--overwrite" in capsys.readouterr().err
     # A later save must not leave a graph of other weights behind.
-    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o")]) == 0
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--overwrite"]) == 0
     assert not path.exists()
 
 
@@ -158,7 +160,7 @@ def test_an_export_that_differs_leaves_what_was_there(tmp_path, monkeypatch, cap
     for off, switches in ((0.0, ["--program"]), (1.0, []), (math.nan, [])):
         monkeypatch.setattr(export, "difference", lambda before, after, path, off=off: off)
         for out in ("o", "fresh"):
-            assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / out), *switches]) == 2
+            assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / out), "--overwrite", *switches]) == 2
             assert "differ" in (said := capsys.readouterr().err) and ".partial" not in said
         assert sorted(p.name for p in tmp_path.iterdir()) == ["o", "s"]
         assert checkpoint.read_card(tmp_path / "o") == {"name": "old"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -67,15 +66,29 @@ def test_averaged_weights_are_evaluated_kept_and_resumed(tmp_path):
     assert all(torch.equal(newest(tmp_path / "b")[name], value) for name, value in tensors.items())
 
 
-def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path):
+@pytest.mark.parametrize("damage", ["header", "tensors", "student", "files", "step", "nul"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
+    whole = run(tmp_path / "whole", keep_last=3, val_fraction=0.0)[1].state_dict()
     run(tmp_path, keep_last=3, val_fraction=0.0)
     last = checkpoints.folder_of(tmp_path, 20)
-    weights = last / "training.safetensors"
-    weights.write_bytes(b"\xff" * 32 + weights.read_bytes()[32:])
-    with pytest.raises(ValueError, match=r"step-00000020/training.safetensors is damaged .*: delete .*step"):
-        run(tmp_path, keep_last=3, val_fraction=0.0)
-    shutil.rmtree(last)
-    assert run(tmp_path, keep_last=3, val_fraction=0.0)[0].step == 20
+    path = next((last / "student").glob("*.safetensors")) if damage == "student" else last / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[4 if damage == "header" else -9] ^= 64
+    if damage in ("header", "tensors", "student"):
+        path.write_bytes(data)
+    else:
+        state = json.loads((last / "state.json").read_text())
+        changed = {"files": {**state, "files": None}, "step": {k: v for k, v in state.items() if k != "step"}}
+        text = "" if damage == "nul" else json.dumps({k: v for k, v in changed[damage].items() if k != "sha256"})
+        (last / "state.json").write_text(text or "\0" * 50)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write("\0" * 40 + "\n")
+    told = []
+    result, student = run(tmp_path, keep_last=3, val_fraction=0.0, tell=told.append)
+    assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
+    assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
+    if path.parent != last or damage in ("header", "tensors"):
+        assert len(told) == 1 and str(path) in told[0] and "passed over" in told[0]
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):

@@ -104,6 +104,14 @@ def test_another_run_is_not_continued(tmp_path):
     run(tmp_path, steps=4)
     with pytest.raises(ValueError, match=r"lr = 0.5, not 0.01; other training data \(16 samples, not 20\)"):
         run(tmp_path, steps=4, lr=0.5, dataset=Toys(18), val_fraction=0.2)
+    state = checkpoints.folder_of(tmp_path, 4) / "state.json"
+    table = json.loads(state.read_text())
+    del table["sha256"]  # a run of an earlier version, which had other names for two settings
+    for old, new in (("colour", "color_jitter"), ("holdout", "val_fraction")):
+        table["settings"][old] = table["settings"].pop(new)
+    state.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match=r"cannot continue: lr = 0.5, not 0.01. Give"):
+        run(tmp_path, steps=4, lr=0.5)
     run(tmp_path, steps=4, accumulate=2, workers=1, keep_last=5)
 
 

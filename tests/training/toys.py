@@ -118,6 +118,7 @@ def run(
     report=None,
     heldout=None,
     keep=save,
+    tell=None,
     device="cpu",
     **given,
 ):
@@ -132,6 +133,7 @@ def run(
         heldout=heldout,
         save=keep,
         report=report,
+        tell=tell,
         device=device,
     )
     return result, student

@@ -18,6 +18,7 @@ from pathlib import Path
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", metavar="STUDENT", help="a student's folder, such as RUN/train/student, or pocket")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace the student that OUT holds")
     parser.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
     parser.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     run_export(
         checkpoint.fetch(args.student),
         Path(args.out),
+        overwrite=args.overwrite,
         bits=args.bits,
         card=Path(args.card) if args.card else None,
         encoder_weights=args.encoder_weights,

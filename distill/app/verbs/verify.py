@@ -8,6 +8,10 @@ import argparse
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="LABELS", help="a labels folder")
     parser.add_argument("--repair", action="store_true", help="label bad tars again, from the recipe in the manifest")
+    parser.add_argument("--recipe", metavar="RECIPE", help="with --repair: your own recipe instead of the manifest's")
+    parser.add_argument(
+        "--trust-recipe", action="store_true", help="with --repair: run the manifest's recipe though it never ran here"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -15,10 +19,12 @@ def run(args: argparse.Namespace) -> int:
     from distill.shards.shards import verify as verify_labels
 
     if args.repair:
+        from distill.app.recipe import load
         from distill.app.repair import repair
 
         with progress("verify") as tell:
-            mended = repair(args.folder, report=tell)
+            own = load(args.recipe, command="label") if args.recipe else None
+            mended = repair(args.folder, own=own, trusted=args.trust_recipe, report=tell)
         say(f"{args.folder}: whole" + (f"; made again: {', '.join(mended)}" if mended else ""))
         return 0
     with progress("verify") as tell:

@@ -1,0 +1,76 @@
+"""The threads of a labelling run: work that is done ahead, in order, beside the thread that asks the teachers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from threadpoolctl import threadpool_limits
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], at_most: int) -> Iterator[R]:
+    """`work` of every item, in order, with at most `at_most` items begun before they are asked for."""
+    begun: deque[Future[R]] = deque()
+    for item in items:
+        begun.append(pool.submit(work, item))
+        if len(begun) > at_most:
+            yield begun.popleft().result()
+    while begun:
+        yield begun.popleft().result()
+
+
+def _one_thread() -> None:
+    """Worker threads compute on one core each: their many small operations, each on every core, would fight."""
+    torch.get_num_threads()  # torch sets a new thread's number at its first use, over what was said before
+    threadpool_limits(1, user_api="openmp")
+
+
+@dataclass(slots=True)
+class Crew:
+    """The threads beside the one that asks: workers decode, cut and encode, a clerk writes, a closer finishes parts.
+
+    A part is synced to the disk while the next is being labelled.
+    """
+
+    threads: int
+    workers: ThreadPoolExecutor
+    clerk: ThreadPoolExecutor
+    closer: ThreadPoolExecutor
+    closing: Future[None] | None = None
+
+    def close(self, finish: Callable[[], None]) -> None:
+        """Have a part finished by `finish`, after the one before it; raises what that one raised."""
+        self.wait()
+        self.closing = self.closer.submit(finish)
+
+    def wait(self) -> None:
+        """Until no part is being finished."""
+        closing, self.closing = self.closing, None
+        if closing is not None:
+            closing.result()
+
+
+@contextmanager
+def crew(threads: int) -> Iterator[Crew]:
+    """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed."""
+    with (
+        ThreadPoolExecutor(threads, initializer=_one_thread) as workers,
+        ThreadPoolExecutor(1) as clerk,
+        ThreadPoolExecutor(1) as closer,
+    ):
+        together = Crew(threads, workers, clerk, closer)
+        try:
+            yield together
+            together.wait()
+        except BaseException:
+            for pool in (workers, clerk, closer):
+                pool.shutdown(cancel_futures=True)
+            raise

@@ -1,0 +1,85 @@
+"""What is written beside the tars: the manifest, and tables of ours that carry the checksum of their own content."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distill.core import files
+from distill.core.seal import KEY as SEAL
+from distill.core.seal import is_broken, sealed
+from distill.shards.codec import REPAIR, VERSION, check_version
+
+MANIFEST, SETTINGS = "manifest.json", "settings.json"
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `folder`/manifest.json, at once or not at all."""
+    files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True)
+
+
+def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
+    """The manifest of a labels folder; whole: only one that agrees with its own checksum.
+
+    Raises FileNotFoundError where there is none, ValueError where it is not ours, not whole, or too new.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
+        raise FileNotFoundError(f"{path} is missing: {reason}")
+    return read_json(path, whole=whole)
+
+
+def _check_keys(path: Path, value: dict[str, Any]) -> None:
+    """Raise ValueError unless a manifest, or the json of a tar, has what is read of it; other tables are let by."""
+    needed: list[tuple[str, Any, str]] = []
+    tars: Any = []
+    if path.name == MANIFEST:
+        needed += [("it", value, "teachers shards images quarantine")]
+        needed += [("images", value.get("images"), "count sha256 keys")]
+        tars = value.get("shards", [])
+    elif re.search(r"-\d{3,}$", path.stem):
+        needed += [("it", value, "part of images tar samples quarantine kinds")]
+        tars = [value["tar"]] if value.get("tar") is not None else []
+    needed += [
+        ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
+    ]
+    for what, table, keys in needed:
+        missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
+        if missing:
+            way_out = "delete it and run distill label again"
+            raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
+        if what == "a tar in it":
+            _check_tar(path, table)
+
+
+def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
+    """Raise ValueError unless what a table of ours says of a tar has the types, and the plain file name, of one."""
+    whole = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
+    if not whole or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
+        raise ValueError(f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers")
+    name = tar["name"]
+    if files.leaves_root(name) or "/" in name or "\\" in name or name[0] == "." or not name.endswith(".tar"):
+        raise ValueError(f"{path} names the tar {name!r}, which is no .tar of its own folder: refused")
+
+
+def read_json(path: Path, *, whole: bool = True) -> dict[str, Any]:
+    """A json table of ours, without its checksum; ValueError naming the file where it is damaged, foreign or too new.
+
+    whole: False lets a table pass that does not agree with its own checksum.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run distill label again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON table: not written by distill label")
+    check_version(value, path)
+    _check_keys(path, value)
+    if whole and is_broken(value):
+        raise ValueError(f"{path} is damaged: it does not agree with its own checksum; {REPAIR}")
+    value.pop(SEAL, None)
+    return value
