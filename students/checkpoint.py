@@ -35,6 +35,8 @@ EXPORTS = (
     "model.pt2",
 )  # made from the weights (distill.students.export): a new save takes the old ones away
 EMBEDDED = "pocket"
+OF_A_RUN = Path("train", "student")
+"""Where `distill train` leaves a run's student, below the run's folder."""
 
 
 def save(
@@ -159,7 +161,7 @@ def from_pretrained(
 
 
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a student: "pocket" (the one that ships with us), a local folder, or OWNER/NAME on the hub.
+    """The folder of a student: "pocket" (ships with us), a folder, a run's folder, or OWNER/NAME on the hub.
 
     A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
     Raises FileNotFoundError or OSError in one line where there is none, or no network.
@@ -167,6 +169,8 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     if name == EMBEDDED:
         return Path(distill.__file__).parent / "assets" / EMBEDDED
     folder = Path(name).expanduser()
+    if not (folder / DESCRIPTION).is_file() and (folder / OF_A_RUN).is_dir():
+        return folder / OF_A_RUN
     if folder.exists() or isinstance(name, Path):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
