@@ -19,6 +19,7 @@ from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
+from distill.shards.readme import describe_format
 from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_manifest
 
 SETTINGS = "settings.json"
@@ -154,6 +155,7 @@ def _manifest(
         "recipe": dict(recipe),
         **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
         "settings": settings,
+        "format": describe_format(settings["codec"]),
         "teachers": cards,
         "images": {"count": len(images), "sha256": hash_keys(list(images)), "keys": list(images)},
         "shards": tars,
