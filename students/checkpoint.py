@@ -25,7 +25,7 @@ from distill.core import files, hub
 from distill.core.files import file_sha256
 from distill.core.plugins import allowed, is_path, origins
 from distill.students import Student
-from distill.students.modelcard import model_card
+from distill.students.modelcard import model_card, without_package
 from distill.students.quantize import dequantize, fits, quantize
 
 VERSION = 1
@@ -92,9 +92,17 @@ def save(
     }
     contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
-        contents[CARD] = model_card(folder.name, card, native_size=student.native_size, kind=student.kind).encode()
+        alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
+        page = model_card(folder.name, card, native_size=student.native_size, kind=student.kind, alone=alone)
+        contents[CARD] = page.encode()
     _write(folder, contents, check)
     return folder
+
+
+def _network(student: Student) -> dict[str, Any]:
+    """What the card says of the network to people who use it without this package."""
+    encoder = student.encoder
+    return {**student.spec, "timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
 
 
 def _spec(student: Student) -> dict[str, Any]:
