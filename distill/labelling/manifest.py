@@ -19,7 +19,7 @@ from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
-from distill.shards.readme import describe_format
+from distill.shards.readme import README, describe_format, labels_readme
 from distill.shards.shards import MANIFEST, hash_keys, read_json, read_manifest, write_manifest
 
 SETTINGS = "settings.json"
@@ -109,7 +109,9 @@ def finish(
         before = read_manifest(out)["shards"]
         if before == _tars(sidecars, settings, sources):
             return True
-    write_manifest(out, _manifest(sidecars, settings, recipe, licence, sources))
+    manifest = _manifest(sidecars, settings, recipe, licence, sources)
+    files.write_text(out / README, labels_readme(manifest))
+    write_manifest(out, manifest)
     return True
 
 

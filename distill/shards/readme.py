@@ -1,13 +1,43 @@
-"""What a labels folder says of its format to readers without this package."""
+"""The README.md of a labels folder: for people, and its first lines for `datasets.load_dataset(FOLDER)`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from distill.core.codes import LAST
 from distill.shards.codec import CODECS
+
+README = "README.md"
+
+
+def labels_readme(manifest: Mapping[str, Any]) -> str:
+    """Markdown of a manifest: what the labels are, by whom, under which licences, and how they are read."""
+    form, crops = manifest["format"], manifest["settings"]["crops"]
+    rows = [
+        f"| {name} | {card.get('weights', '-')} | {', '.join(card['stored'])} | {card.get('licence', 'unknown')} |"
+        for name, card in manifest["teachers"].items()
+    ]
+    rule = f"invalid: {form.get('invalid')}"
+    if "first" in form:
+        rule = f"first {form['first']}, last {form['last']}, invalid below {form['invalid_below']}"
+    return "\n".join(
+        [
+            # Without these lines, load_dataset takes the json files beside the tars for the data.
+            *("---", "configs:", "- config_name: default", '  data_files: "*.tar"', "---", ""),
+            *("# Depth labels", ""),
+            f"{manifest['samples']} squares of {manifest['images']['count']} images, {crops['size']} pixels.",
+            *("", "| teacher | weights | depth type | licence |", "|---|---|---|---|", *rows, ""),
+            f"Licence of the images: {manifest['licence']['images'] or 'unknown'}.",
+            "",
+            f"Maps (`.{form['suffix']}`, codec {form['codec']}) are 16-bit codes with the range that each "
+            f"sample's json gives: value = {form['value']}; {rule}. The same stands in manifest.json under `format`; "
+            "docs/formats.md of depth-distill has a reader of ten lines.",
+            "",
+        ]
+    )
 
 
 def describe_format(codec: str) -> dict[str, Any]:
