@@ -17,6 +17,7 @@ from distill.core.files import file_sha256
 from distill.core.files import publish as rename
 from distill.core.progress import Report
 from distill.data.storage import file_system
+from distill.shards.readme import README
 from distill.shards.shards import MANIFEST, read_manifest
 
 
@@ -29,7 +30,8 @@ def _files(manifest: dict[str, Any], names: Iterable[str], where: str) -> list[t
     outside = [name for name in tars if PurePosixPath(name).name != name or "\\" in name]
     if outside:
         raise ValueError(f"{where}: its manifest names {outside[0]!r}, which would climb out of the folder")
-    sidecars = sorted(name for name in names if name.endswith(".json") and name != MANIFEST and name[0] != ".")
+    beside = [name for name in names if name.endswith(".json") or name == README]
+    sidecars = sorted(name for name in beside if name != MANIFEST and name[0] != ".")
     return [*tars.items(), *((name, "") for name in sidecars)]
 
 
