@@ -53,3 +53,34 @@ def test_in_a_pipe_it_is_one_line_without_the_parts(shown):
         report(1, 10, **NUMBERS)
         report(10, 10, **NUMBERS)
     assert out.getvalue().count("train") == 1 and "10/10" in out.getvalue() and "shared" not in out.getvalue()
+
+
+def test_off_a_terminal_long_work_says_where_it_is(shown, monkeypatch):
+    out, clock = shown(False), iter(range(0, 10_000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with console.progress("label") as report:
+        for done in range(100, 106):
+            report(done, 200, quarantined=1.0)
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) <= 6 and lines[-1] == "label: 105/200  quarantined 1"
+    assert "items/s 0.0" in lines[1] and "eta 0:" in lines[1] and "quarantined 1" in lines[1]
+
+
+def test_quiet_leaves_results_and_errors(shown, monkeypatch):
+    out = shown(False)
+    monkeypatch.setattr(console, "_notes", True)
+    console.quiet()
+    with console.progress("label") as report:
+        report(1, 2)
+    console.note("a note")
+    assert out.getvalue() == ""
+    console.fail("broken")
+    assert "broken" in out.getvalue()
+
+
+def test_a_path_in_a_table_is_never_cut(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_out", Console(file=out, width=40, soft_wrap=True))
+    path = "teachers/" + "a" * 60 + ".py"
+    console.table("teachers", ["name", "from"], [["a", path], ["b", "x"]], text=True)
+    assert path in out.getvalue()
