@@ -25,7 +25,7 @@ from distill.core import files, hub
 from distill.core.files import file_sha256
 from distill.core.plugins import allowed, is_path, origins
 from distill.students import Student
-from distill.students.modelcard import model_card
+from distill.students.modelcard import model_card, without_package
 from distill.students.quantize import dequantize, fits, quantize
 
 VERSION = 1
@@ -35,6 +35,8 @@ EXPORTS = (
     "model.pt2",
 )  # made from the weights (distill.students.export): a new save takes the old ones away
 EMBEDDED = "pocket"
+OF_A_RUN = Path("train", "student")
+"""Where `distill train` leaves a run's student, below the run's folder."""
 
 
 def save(
@@ -90,9 +92,17 @@ def save(
     }
     contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
     if card:
-        contents[CARD] = model_card(folder.name, card, native_size=student.native_size, kind=student.kind).encode()
+        alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
+        page = model_card(folder.name, card, native_size=student.native_size, kind=student.kind, alone=alone)
+        contents[CARD] = page.encode()
     _write(folder, contents, check)
     return folder
+
+
+def _network(student: Student) -> dict[str, Any]:
+    """What the card says of the network to people who use it without this package."""
+    encoder = student.encoder
+    return {**student.spec, "timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
 
 
 def _spec(student: Student) -> dict[str, Any]:
@@ -159,7 +169,7 @@ def from_pretrained(
 
 
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a student: "pocket" (the one that ships with us), a local folder, or OWNER/NAME on the hub.
+    """The folder of a student: "pocket" (ships with us), a folder, a run's folder, or OWNER/NAME on the hub.
 
     A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
     Raises FileNotFoundError or OSError in one line where there is none, or no network.
@@ -167,6 +177,8 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
     if name == EMBEDDED:
         return Path(distill.__file__).parent / "assets" / EMBEDDED
     folder = Path(name).expanduser()
+    if not (folder / DESCRIPTION).is_file() and (folder / OF_A_RUN).is_dir():
+        return folder / OF_A_RUN
     if folder.exists() or isinstance(name, Path):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):

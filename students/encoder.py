@@ -116,7 +116,7 @@ class Encoder(nn.Module):
         mean, std = mean if mean is not None else own[0], std if std is not None else own[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        self.name = name
+        self.name, self.timm_name = name, _timm_name(name)
         self.options: dict[str, Any] = {
             "indices": list(read),
             "blocks": None if blocks is None else kept,

@@ -24,9 +24,17 @@ _SECTIONS = {
 
 
 def model_card(
-    name: str, card: Mapping[str, Any], *, native_size: int | None = None, kind: Kind = Kind.AFFINE_DISPARITY
+    name: str,
+    card: Mapping[str, Any],
+    *,
+    native_size: int | None = None,
+    kind: Kind = Kind.AFFINE_DISPARITY,
+    alone: Sequence[str] = (),
 ) -> str:
-    """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts."""
+    """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
+
+    alone: the lines of `without_package`.
+    """
     title = str(card.get("name", name))
     commercial = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
     lines = [
@@ -44,15 +52,16 @@ def model_card(
     metric = kind is Kind.METRIC_DEPTH
     what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
     lines += [
-        *("", "## Use", "", "```python", "from distill.inference.predict import load, read"),
+        *("", "## Use", "", "```python", "from distill import load"),
         *(
             "",
-            f'depth = load("THIS FOLDER").predict(read("photo.jpg"))  # depth.values: larger is {kind.larger_is}',
+            f'depth = load("THIS FOLDER")("photo.jpg")  # depth.numpy(): H x W, larger is {kind.larger_is}',
             "```",
             "",
         ),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
     ]
+    lines += alone
     for heading, keys in _SECTIONS.items():
         present = {key: card[key] for key in keys if key in held and card.get(key)}
         if present:
@@ -60,6 +69,55 @@ def model_card(
             for key, value in present.items():
                 lines += _section(key, value)
     return "\n".join([*lines, ""])
+
+
+def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_encoder: bool = True) -> list[str]:
+    """The card's paragraph for people who have timm and safetensors alone.
+
+    network: a student's `spec`, with the ViT's "timm_name" and "patch_size". bits: 4 where matrices are stored so.
+    """
+    options, patch = network["encoder_options"], network["patch_size"]
+    given = {"num_classes": 0, "dynamic_img_size": True}
+    given |= {} if "distilled" in network["timm_name"] else {"global_pool": ""}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in (given | options["timm_options"]).items())
+    code = [f'vit = timm.create_model("{network["timm_name"]}", {arguments})']
+    if options["pos_grid"]:
+        rows, columns = options["pos_grid"]
+        code.append(f"vit.set_input_size(img_size=({rows * patch}, {columns * patch}))")
+    last = max(options["indices"]) + 1
+    kept = f"[vit.blocks[i] for i in {options['blocks'][:last]}]" if options["blocks"] else f"vit.blocks[:{last}]"
+    code.append(f"vit.blocks = torch.nn.ModuleList({kept})")
+    code += [] if options["final_norm"] else ["vit.norm = torch.nn.Identity()"]
+    if has_encoder and bits != 4:
+        code += [
+            'state = load_file("model.safetensors")',
+            'own = {k[17:]: v for k, v in state.items() if k.startswith("encoder.backbone.")}',
+            "vit.load_state_dict(own)",
+        ]
+    size = network["native_size"]
+    resized = f"resize the image's short side to {size} (each side a multiple of {patch}), " if size else ""
+    four_bits = (
+        "Matrices are in four bits: KEY:codes holds two a byte, the lower half first (KEY:codes of eight bits where "
+        "there are as many codes as values), in groups of 128 over the flattened tensor, value = code x step + low. "
+        "`distill export THIS_FOLDER OUT --bits 32` writes them plainly."
+    )
+    max_depth = network.get("max_depth")
+    return [
+        *("", "## Without this package", "", "```python"),
+        *("import timm, torch", "from safetensors.torch import load_file", "", *code, "```", ""),
+        f"Then {resized}scale it to [0,1], subtract the mean {options['mean']} and divide by {options['std']}. "
+        "The decoder "
+        f"({network['decoder']}; `decoder.*` in the file; its class is in distill/students/decoders) reads blocks "
+        f"{options['indices']} as patch maps with their class tokens, and gives one channel, "
+        f"{f'sigmoid of it times {max_depth} is metres; ' if max_depth else ''}resized bilinearly "
+        "(align_corners=False) to the image.",
+        *(["", four_bits] if bits == 4 else []),
+        *(
+            []
+            if has_encoder
+            else ["", "The frozen encoder's weights are not in this folder; student.json names the file."]
+        ),
+    ]
 
 
 def _is_plain(value: Any) -> bool:

@@ -109,10 +109,18 @@ class Teacher(Protocol):
 def check_images(images: Tensor) -> Tensor:
     """(B,3,H,W) floating RGB as float32; raises ValueError for anything else. Values outside [0,1] pass unclamped."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(
-            f"images must be (B,3,H,W) float RGB in [0,1], not {tuple(images.shape)} {images.dtype}: "
-            "add the batch dimension, and divide uint8 by 255"
-        )
+        advice = []
+        if images.ndim in (3, 4) and images.shape[-3] != 3:
+            if images.shape[-1] == 3:
+                advice.append(f"its channels are last: permute({'2, 0, 1' if images.ndim == 3 else '0, 3, 1, 2'})")
+            else:
+                advice.append("it needs 3 channels")
+        if images.ndim == 3:
+            advice.append("add the batch dimension: images[None]")
+        if not images.is_floating_point():
+            advice.append("divide uint8 by 255")
+        what = f"images must be (B,3,H,W) float RGB in [0,1], not {tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"{what}{': ' if advice else ''}{'; '.join(advice)}")
     return images.float()
 
 

@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--quiet", action="store_true", help="results and errors alone: no notes, no progress")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     present = names("distill.app.verbs")
     for name in sorted(present, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
@@ -67,6 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
     args = _parser().parse_args(argv)
+    if args.quiet:
+        from distill.app.console import quiet
+
+        quiet()
     try:
         code: int = args.verb(args)
         return code
@@ -81,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         from distill.app.console import note
 
-        note("stopped; the same command goes on from here")
+        note("stopped; rerun the same command to resume")
         return 130
 
 

@@ -120,7 +120,8 @@ def run_train(recipe: Recipe) -> TrainResult:
             device=build.device(recipe),
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
-    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {result.images_per_s:.1f} images/s")
+    speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
+    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}")
     return result
 
 

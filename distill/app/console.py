@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
 from rich.markup import escape as _markup
+from rich.measure import Measurement
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -27,6 +29,10 @@ _quiet = os.environ.get("RANK", "0") != "0"
 # A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
+_notes = True
+
+EVERY_S = 30.0
+"""Off a terminal, work that lasts says where it is in a line every so many seconds."""
 
 
 def escape(text: str) -> str:
@@ -41,7 +47,14 @@ def say(text: str) -> None:
 
 def note(text: str) -> None:
     """One line about what is being done."""
-    _err.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+    if _notes:
+        _err.print(f"[dim]{escape(text)}[/dim]", highlight=False)
+
+
+def quiet() -> None:
+    """From here on, results and errors alone: no notes, no progress."""
+    global _notes
+    _notes = False
 
 
 def fail(text: str) -> None:
@@ -61,7 +74,10 @@ def table(
     """A table on standard output; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
     drawn = Table(title=escape(title), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        drawn.add_column(escape(column), justify="left" if i == 0 or text else "right", overflow="fold")
+        # A name or a path that is cut in two cannot be copied: what has no spaces stays in one line.
+        one_word = text and all(" " not in row[i] for row in rows)
+        justify: JustifyMethod = "left" if i == 0 or text else "right"
+        drawn.add_column(escape(column), justify=justify, overflow="fold", no_wrap=one_word)
     for i, row in enumerate(rows):
         marked = best[i] if i < len(best) else set()
         cells = [
@@ -69,7 +85,13 @@ def table(
             for name, c in zip(columns, row, strict=True)
         ]
         drawn.add_row(*cells)
-    _out.print(drawn)
+    width = _out.width
+    try:
+        if text:
+            _out.width = max(width, Measurement.get(_out, _out.options.update(max_width=10_000), drawn).minimum)
+        _out.print(drawn)
+    finally:
+        _out.width = width
 
 
 def _words(numbers: dict[str, float]) -> str:
@@ -98,26 +120,61 @@ def _bar() -> Progress:
         TextColumn("[dim]{task.fields[numbers]}[/dim]"),
         console=_err,
         refresh_per_second=4,
-        disable=not _err.is_terminal,
+        disable=not (_err.is_terminal and _notes),
     )
+
+
+class _Lines:
+    """Progress off a terminal: a line every EVERY_S seconds, and one at the end."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._began = self._told = time.monotonic()
+        self._first: int | None = None
+        self._last: tuple[int, int, dict[str, float]] | None = None
+
+    def __call__(self, done: int, total: int, **numbers: float) -> None:
+        if self._first is None:
+            self._first, self._began = done, time.monotonic()
+        self._last = (done, total, numbers)
+        now = time.monotonic()
+        if now - self._told >= EVERY_S:
+            self._told = now
+            pace = self._pace(done, total, now)
+            if "images_per_s" in numbers:
+                pace.pop("items_per_s", None)
+            note(f"{self._what}: {done}/{total}  {_words(pace | numbers)}")
+
+    def _pace(self, done: int, total: int, now: float) -> dict[str, float]:
+        """How fast the work is and how long it will take; what was there before the start is not counted."""
+        since, seconds = done - (self._first or 0), now - self._began
+        if since <= 0 or seconds <= 0:
+            return {}
+        pace = {"items_per_s": since / seconds}
+        return pace | ({"eta_s": (total - done) * seconds / since} if total > done else {})
+
+    def close(self) -> None:
+        """The last line, without a rate: the work's own numbers have it."""
+        if self._last is not None:
+            done, total, numbers = self._last
+            note(f"{self._what}: {done}/{total}  {_words(numbers)}")
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A progress bar with time remaining and the work's numbers; off a terminal, one plain line at the end."""
-    bar = _bar()
-    last: tuple[int, int, dict[str, float]] | None = None
-    with bar:
+    """A progress bar with time remaining and the work's numbers; off a terminal, a line now and then and at the end."""
+    if not _err.is_terminal:
+        lines = _Lines(what)
+        yield lines
+        lines.close()
+        return
+    with _bar() as bar:
         task = bar.add_task(escape(what), total=None, numbers="")
 
         def report(done: int, total: int, **numbers: float) -> None:
-            nonlocal last
-            last = (done, total, numbers)
             bar.update(task, completed=done, total=total, numbers=_words(numbers))
 
         yield report
-    if last is not None and not _err.is_terminal:
-        note(f"{what}: {last[0]}/{last[1]}  {_words(last[2])}")
 
 
 _SPARKS = "▁▂▃▄▅▆▇█"
@@ -154,7 +211,7 @@ def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
 @contextmanager
 def dashboard(what: str) -> Iterator[Report]:
     """`progress` for a training run: a live panel with the parts of the loss, the output's scale, rates and speed."""
-    if not _err.is_terminal:
+    if not (_err.is_terminal and _notes):
         with progress(what) as plain:
             yield lambda done, total, **numbers: plain(
                 done, total, **{name: value for name, value in numbers.items() if not name.startswith("parts/")}

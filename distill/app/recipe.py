@@ -153,3 +153,20 @@ def as_table(settings: Any) -> dict[str, Any]:
 def dumps(recipe: Recipe) -> str:
     """The resolved recipe as TOML; `load` reads it back to an equal recipe."""
     return tomli_w.dumps(as_table(recipe))
+
+
+def differences(recipe: Recipe, run: Path) -> list[str]:
+    """The keys whose values differ from those that the run's folder keeps; nothing where it keeps none."""
+    try:
+        kept = read_toml(run / "recipe.toml")
+    except (RecipeError, OSError):
+        return []
+    now, before = _leaves(as_table(recipe)), _leaves(kept)
+    return [key for key in now if key in before and now[key] != before[key]]
+
+
+def _leaves(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        found |= _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return found

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,13 +25,17 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.depth import DepthMap, Kind
+from distill.core.plugins import find as find_plugin
+from distill.core.plugins import option_faults
 from distill.core.progress import Report
 from distill.data import filetypes
 from distill.data.photos import BadImageError, decode
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import video
 from distill.inference.outputs import FILMS, SETTINGS, Outputs, PredictionJob
+from distill.inference.pictures import checked
 from distill.students import checkpoint
+from distill.teachers import Teacher as AnyTeacher
 from distill.teachers.checkpoint import Teacher
 
 PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
@@ -38,19 +43,20 @@ PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
 
 
 class Estimator:
-    """A student that takes photos as they are.
+    """A student or a teacher that takes photos as they are.
 
-    `predict` gives a DepthMap (B,H,W) at the size of the images: affine disparity, larger is nearer, or depth in metres
-    of a metric student; its `kind` says which.
+    `predict` gives a DepthMap (B,H,W) at the size of the images; its `kind` says what: affine disparity, larger is
+    nearer, of most students.
     """
 
-    def __init__(self, teacher: Teacher) -> None:
+    def __init__(self, teacher: AnyTeacher) -> None:
         self._teacher = teacher
         self.card = teacher.card
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> DepthMap:
-        """images: (3,H,W) or (B,3,H,W), uint8, or float in [0,1]; RGB."""
+        """images: (3,H,W) or (B,3,H,W), uint8, or float in [0,1]; RGB. ValueError with advice for anything else."""
+        images = checked(images)
         batch = images[None] if images.ndim == 3 else images
         return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch)
 
@@ -62,19 +68,30 @@ def load(
     size: int | None = None,
     encoder_weights: str | None = None,
 ) -> Estimator:
-    """The student in a folder, "pocket", or OWNER/NAME on the hub (students.checkpoint.fetch), ready to predict.
+    """The student of a run or in a folder, "pocket", or OWNER/NAME on the hub (students.checkpoint.fetch).
 
     device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
-    Raises ValueError for a device that cannot be used here.
+    Raises ValueError for a device that cannot be used here, or a size that is less than one patch.
     """
-    on = _device() if device == "auto" else device
-    try:
-        torch.zeros(1, device=on).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    on = _usable(device)
     folder = checkpoint.fetch(student)
-    return Estimator(Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights))
+    teacher = Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights)
+    if size is not None and size < teacher.card.multiple:
+        least = teacher.card.multiple
+        raise ValueError(f"size {size} is less than one patch of {student} ({least} pixels): give {least} or more")
+    return Estimator(teacher)
+
+
+def load_teacher(name: str, weights: str | Path | None = None, *, device: str = "auto", **options: Any) -> Estimator:
+    """The teacher called `name`, or in the file `name`, with `weights` (None: those of its first card) and its options.
+
+    Raises LookupError for an unknown teacher, ValueError for options that it does not have or a device that cannot be
+    used, OSError for weights that are not there.
+    """
+    module = find_plugin("distill.teachers", name)
+    if faults := option_faults(module.Teacher.load, options, "options"):
+        raise ValueError(f"{name}: {'; '.join(faults)}")
+    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=_usable(device), **options))
 
 
 def read(path: str | Path) -> Tensor:
@@ -245,7 +262,9 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     span = float(values.min()), float(values.max())
     made = outputs.begin(made, missing)
     for name in missing:
-        _write(outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind))
+        write_map(
+            outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind)
+        )
     outputs.finish(made, missing)
     return True
 
@@ -260,7 +279,7 @@ def _whole(depth: DepthMap) -> np.ndarray:
     return values
 
 
-def _write(
+def write_map(
     path: Path,
     name: str,
     values: np.ndarray,
@@ -270,6 +289,7 @@ def _write(
     *,
     durable: bool = True,
 ) -> None:
+    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the ends of a "png"'s range."""
     with files.writing(path, durable=durable) as new, new.open("wb") as file:
         if name == "npy":
             np.save(file, values)
@@ -280,7 +300,7 @@ def _write(
             codes = (_position(values, span) * 65535).round().astype(np.uint16)
             Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
         else:
-            near = _nearness(values, kind)
+            near = nearness(values, kind)
             picture = coloured(near, _shown(near))
             if name == "colour":
                 Image.fromarray(picture).save(file, "PNG")
@@ -288,9 +308,12 @@ def _write(
                 Image.fromarray(np.concatenate([rgb, picture], axis=1)).save(file, "JPEG", quality=92)
 
 
-def _nearness(values: np.ndarray, kind: str) -> np.ndarray:
-    """What colours show: near is bright, of depth too."""
-    return values if Kind(kind).quantity == "disparity" else 1.0 / np.maximum(values, 1e-3)
+def nearness(values: np.ndarray, kind: str) -> np.ndarray:
+    """What colours show, (H,W): near is bright. Depth is inverted, or where its shift is unknown negated."""
+    known = Kind(kind)
+    if known.quantity == "disparity":
+        return values
+    return -values if known.unknown == "affine" else 1.0 / np.maximum(values, 1e-3)
 
 
 def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
@@ -336,8 +359,8 @@ def _video(
                 own = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)
-                    _write(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
-                near = _nearness(values, str(estimator.card.kind))
+                    write_map(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
+                near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
                 picture = coloured(near, span)
@@ -352,6 +375,17 @@ def _video(
     files.write_json(outputs.folder / f"{made.stem}.json", about, indent=None)
     outputs.finish(made, missing, frames=count)
     return True
+
+
+def _usable(device: str) -> str:
+    """The device that "auto" means, or `device`; ValueError where it cannot be used."""
+    on = _device() if device == "auto" else device
+    try:
+        torch.zeros(1, device=on).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    return on
 
 
 def _device() -> str:

@@ -20,6 +20,7 @@ from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
+from distill.shards.readme import README, describe_format, labels_readme
 from distill.shards.shards import MANIFEST, SETTINGS, hash_keys, read_json, read_manifest, write_manifest
 
 
@@ -107,7 +108,9 @@ def finish(
         before = read_manifest(out)["shards"]
         if before == _tars(sidecars, settings, sources):
             return True
-    write_manifest(out, _manifest(sidecars, settings, recipe, licence, sources))
+    manifest = _manifest(sidecars, settings, recipe, licence, sources)
+    files.write_text(out / README, labels_readme(manifest))
+    write_manifest(out, manifest)
     return True
 
 
@@ -153,6 +156,7 @@ def _manifest(
         "recipe": dict(recipe),
         **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
         "settings": settings,
+        "format": describe_format(settings["codec"]),
         "teachers": cards,
         "images": {"count": len(images), "sha256": hash_keys(list(images)), "keys": list(images)},
         "shards": tars,

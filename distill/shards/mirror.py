@@ -17,13 +17,15 @@ from distill.core.files import file_sha256
 from distill.core.files import publish as rename
 from distill.core.progress import Report
 from distill.data.storage import file_system
+from distill.shards.readme import README
 from distill.shards.shards import MANIFEST, read_manifest
 
 
 def _files(manifest: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
     """Every labels file among `names` but the manifest, with the sha256 that it must have, or "" where nothing says."""
     tars = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-    sidecars = sorted(name for name in names if name.endswith(".json") and name != MANIFEST and name[0] != ".")
+    beside = [name for name in names if name.endswith(".json") or name == README]
+    sidecars = sorted(name for name in beside if name != MANIFEST and name[0] != ".")
     return [*tars.items(), *((name, "") for name in sidecars)]
 
 

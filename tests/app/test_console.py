@@ -63,3 +63,34 @@ def test_what_comes_from_data_does_not_steer_the_terminal(capsys):
     assert out.splitlines()[0] == r"a\x1b[31m\x9b2J\u202egpj.\u2066[bold]\r\x07"
     assert err.splitlines() == [r"error: name \x1b]0;t\x07 \ud800", "error: second"]
     assert not any(c in out + err for c in "\x1b\x9b\x07\u202e")
+
+
+def test_off_a_terminal_long_work_says_where_it_is(shown, monkeypatch):
+    out, clock = shown(False), iter(range(0, 10_000, 20))
+    monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
+    with console.progress("label") as report:
+        for done in range(100, 106):
+            report(done, 200, quarantined=1.0)
+    lines = out.getvalue().splitlines()
+    assert 2 <= len(lines) <= 6 and lines[-1] == "label: 105/200  quarantined 1"
+    assert "items/s 0.0" in lines[1] and "eta 0:" in lines[1] and "quarantined 1" in lines[1]
+
+
+def test_quiet_leaves_results_and_errors(shown, monkeypatch):
+    out = shown(False)
+    monkeypatch.setattr(console, "_notes", True)
+    console.quiet()
+    with console.progress("label") as report:
+        report(1, 2)
+    console.note("a note")
+    assert out.getvalue() == ""
+    console.fail("broken")
+    assert "broken" in out.getvalue()
+
+
+def test_a_path_in_a_table_is_never_cut(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(console, "_out", Console(file=out, width=40, soft_wrap=True))
+    path = "teachers/" + "a" * 60 + ".py"
+    console.table("teachers", ["name", "from"], [["a", path], ["b", "x"]], text=True)
+    assert path in out.getvalue()

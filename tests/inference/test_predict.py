@@ -141,7 +141,7 @@ def test_a_cut_record_loses_one_step_and_no_map(tmp_path, cut):
 def test_a_kill_between_two_maps_of_a_photo_costs_that_photo_alone(tmp_path, monkeypatch):
     out = tmp_path / "o"
     grey(tmp_path / "a.png", 10)
-    written = predict._write
+    written = predict.write_map
 
     def stop(path, name, *rest):
         if name == "side":
@@ -149,7 +149,7 @@ def test_a_kill_between_two_maps_of_a_photo_costs_that_photo_alone(tmp_path, mon
         written(path, name, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(predict, "_write", stop)
+        patched.setattr(predict, "write_map", stop)
         with pytest.raises(KeyboardInterrupt):
             call(Fake(), tmp_path / "a.png", out=out, formats=["npy", "side"])
     assert call(Fake(), tmp_path / "a.png", out=out, formats=["npy", "side"]) == (1, 0, [])

@@ -56,6 +56,10 @@ def test_manifest_tells_everything(tars, tmp_path):
     assert manifest["passed"][".txt"] == 1
     assert (line["key"], line["origin"]) == ("sa_2", "sa_0.tar:sa_2.jpg") and "text" in line["reason"]
     assert manifest["licence"]["images"] == "SA-1B research" and manifest["settings"]["sky"] == "far"
+    assert manifest["format"]["invalid_below"] == 8 and manifest["format"]["codec"] == "jls"
+    page = (tmp_path / "out" / "README.md").read_text()  # its first lines are what datasets.load_dataset reads
+    assert page.startswith('---\nconfigs:\n- config_name: default\n  data_files: "*.tar"\n---\n')
+    assert "squares of 9 images" in page and "| formula | none | scale_disparity | MIT |" in page
     record = LabelDataset(tmp_path / "out")[0].record
     assert record["labels"]["formula"]["predicted"] == "scale_depth" and record["sky"] == "far"
     assert str(tmp_path) not in str(contents(tmp_path / "out")), "labels do not say where they were made"

@@ -30,8 +30,15 @@ def run(args: argparse.Namespace) -> int:
             _teachers()
         else:
             rows = [[name, " and ".join(where_from(KINDS[what], name))] for name in names(KINDS[what])]
-            table(what, ["name", "from"], rows, text=True)
+            table(what, ["name", "from"], rows + (_ALSO if what == "teachers" else []), text=True)
     return 0
+
+
+_ALSO = [
+    ["truth", "the source's own ground truth: RGB-D pairs, synthetic scenes"],
+    ['checkpoint, weights = "pocket"', "the built-in model"],
+]
+"""Teachers of a recipe that are no file of teachers/."""
 
 
 def _teachers() -> None:
@@ -71,6 +78,7 @@ def _teachers() -> None:
         for text in dict.fromkeys(card.note for card in members if card.note):
             first, *others = [c.weights.partition("/")[2] or c.weights for c in members if c.note == text]
             note(f"  {first}{f' and {len(others)} more' if others else ''}: {text}")
+    note('truth: the source\'s own ground truth (name = "truth"); pocket: the built-in model (checkpoint)')
     note("revision: of the weights on this machine; every label's manifest carries the one that made it")
 
 

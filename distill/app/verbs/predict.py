@@ -1,11 +1,13 @@
 """depth maps of photos and videos: 16-bit PNG, npy, colours, side by side
 
-distill predict photo.jpg                              beside each other: photo and depth, into depth/
+distill predict photo.jpg                              photo and depth side by side, and 16 bits, into depth/
 distill predict photos/ 'more/**/*.png' film.mp4 --out maps --formats png npy colour side
-distill predict photos/ --student runs/demo/train/student
+distill predict photos/ --student runs/demo            the student of a run, or of a folder
+distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
 
-Stopped, or called again: what is there stays, and the rest is done, with what has changed since; the folder notes which
-photo made which map (predict_sources.jsonl). A photo that cannot be used is one line. Of a GIF, the first picture.
+Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
+predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
+GIF, the first picture is used.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from pathlib import Path
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="photos, videos, folders or globs")
     parser.add_argument(
-        "--student", default="pocket", metavar="NAME", help="a student's folder, pocket, or OWNER/NAME on the hub"
+        "--student",
+        metavar="NAME",
+        help="a run, a student's folder, pocket (the built-in model, default), or OWNER/NAME on the hub",
     )
+    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
+    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
     parser.add_argument(
         "--formats", "--write", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"]
@@ -35,12 +41,22 @@ def run(args: argparse.Namespace) -> int:
     from distill.data import filetypes
     from distill.inference import predict
 
+    student_only = {"--student": args.student, "--size": args.size, "--encoder-weights": args.encoder_weights}
+    student_only |= {"--decoder": args.decoder}
+    if args.teacher and (given := [name for name, value in student_only.items() if value is not None]):
+        raise ValueError(f"{', '.join(given)}: of students; leave it out beside --teacher")
+    if args.weights and not args.teacher:
+        raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
     if args.decoder:
         allow(args.decoder)
     found = predict.survey(args.images, out=args.out)
     jobs = found.jobs
-    estimator = predict.load(args.student, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
-    note(f"{args.student}: {estimator.card.kind}, larger is nearer; {estimator.card.licence}")
+    if args.teacher:
+        name, estimator = args.teacher, predict.load_teacher(args.teacher, args.weights, device=args.device)
+    else:
+        name = args.student or "pocket"
+        estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
+    note(f"{name}: {estimator.card.kind}, larger is {estimator.card.larger_is}; licence: {estimator.card.licence}")
     with progress("predict") as report:
         outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report)
     outcome.problems[:0] = found.refused

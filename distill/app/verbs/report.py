@@ -20,12 +20,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import fail, note, say, table
-    from distill.app.recipe import load
+    from distill.app.recipe import differences, load
 
     folder = Path(args.recipe)
-    run = folder if folder.is_dir() else load(args.recipe, args.set, command="report").run.folder
+    recipe = None if folder.is_dir() else load(args.recipe, args.set, command="report")
+    run = folder if recipe is None else recipe.run.folder
     if not run.is_dir():
         raise FileNotFoundError(f"{run}: no such run; give a run's folder or its recipe")
+    if recipe is None and args.set:
+        raise ValueError("--set changes a recipe, and a run's folder has run: leave it out")
+    if recipe is not None and (changed := differences(recipe, run)):
+        note(f"{run} was made with other values of {', '.join(changed)}: the report is of the run as it is")
     if args.format == "html":
         from distill.eval.reports.report import write_report
 
@@ -39,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
         fail(fault)
     if not scores:
         raise FileNotFoundError(f"{run / 'scores'}: no scores; run distill score with this run's recipe")
-    table_of_scores = grid(scores, args.metrics.split(","))
+    metrics = [name.strip() for name in args.metrics.split(",")]
+    known = dict.fromkeys(name for score in scores for name in score.task.rows)
+    if unknown := [name for name in metrics if name not in known]:
+        raise ValueError(f"--metrics: none of these scores has {', '.join(unknown)}; there are {', '.join(known)}")
+    table_of_scores = grid(scores, metrics)
     if args.format == "text":
         table(f"scores of {run} (* best, + second best)", *as_text(table_of_scores))
         for line in table_of_scores.notes:

@@ -1,0 +1,214 @@
+"""The Python door: `depth = load("pocket")("photo.jpg")`, for students and teachers, and what a person does with a map.
+
+    from distill import load, load_teacher
+
+    model = load("runs/demo")                  # a run, a student's folder, "pocket", or OWNER/NAME on the hub
+    depth = model("photo.jpg")                 # or a PIL image, an array, a tensor, a list, a generator
+    depth.numpy(); depth.save("depth.png"); depth.colorize(cmap="turbo"); depth.point_cloud(fov=60)
+
+Shapes: H height, W width.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.core import files
+from distill.core.depth import DepthMap, Kind
+from distill.eval.reports.figures import NEARNESS, colourise
+from distill.inference import predict
+from distill.inference.pictures import checked, is_batch, picture
+
+COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet", "gray")
+
+
+class PointCloud(NamedTuple):
+    """points: (N,3) float32, x right, y down, z forward, in metres where the map is metric. colors: (N,3) uint8 RGB."""
+
+    points: np.ndarray
+    colors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """The depth map of one picture.
+
+    values: (H,W) float32. valid: (H,W) bool. kind: what the values are, affine disparity of most students. photo:
+    (3,H,W) uint8, the picture. licence: of the model that made it.
+    """
+
+    values: Tensor
+    valid: Tensor
+    kind: Kind
+    photo: Tensor
+    licence: str = "unknown"
+
+    def numpy(self) -> np.ndarray:
+        """(H,W) float32, NaN where the model says nothing."""
+        return torch.where(self.valid, self.values, torch.nan).cpu().numpy()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.numpy().astype(dtype or np.float32)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the map, by its suffix, as `distill predict` does: 16-bit .png with its range, .npy, .jpg of colours.
+
+        Returns the path; raises ValueError for another suffix or a map that is not finite, OSError where it cannot be
+        written.
+        """
+        path = Path(path).expanduser()
+        names = {".png": "png", ".npy": "npy", ".jpg": "jpg", ".jpeg": "jpg"}
+        if (name := names.get(path.suffix.lower())) is None:
+            raise ValueError(f"{path}: a map is saved as .png (16 bits), .npy (float32) or .jpg (colours)")
+        if name == "npy":
+            files.write_bytes(path, _npy(self.numpy()))
+        elif name == "jpg":
+            _, data = cv2.imencode(".jpg", self.colorize()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+            files.write_bytes(path, data.tobytes())
+        else:
+            values = self.values.cpu().numpy()
+            if not bool(self.valid.all()) or not np.isfinite(values).all():
+                raise ValueError(f"{path}: the map has pixels without a value, which only .npy keeps")
+            span = float(values.min()), float(values.max())
+            predict.write_map(path, "png", values, self.photo.permute(1, 2, 0).numpy(), span, str(self.kind))
+        return path
+
+    def colorize(self, cmap: str = "distill") -> np.ndarray:
+        """(H,W,3) uint8 RGB, near is bright (or the map's high end); cmap: one of COLOUR_MAPS; grey where invalid."""
+        if cmap not in COLOUR_MAPS:
+            raise ValueError(f"cmap must be one of {', '.join(COLOUR_MAPS)}, not {cmap!r}")
+        near = predict.nearness(self.values.cpu().numpy(), str(self.kind))
+        valid = self.valid.cpu().numpy() & np.isfinite(near)
+        low, high = np.percentile(near[valid], [1, 99]) if valid.any() else (0.0, 1.0)
+        position = np.clip((near - low) / max(float(high - low), 1e-12), 0.0, 1.0)
+        if cmap == "distill":
+            return colourise(position, valid, NEARNESS)
+        codes = (np.where(valid, position, 0.0) * 255).round().astype(np.uint8)
+        if cmap == "gray":
+            picture_ = np.repeat(codes[..., None], 3, axis=-1)
+        else:
+            picture_ = cv2.applyColorMap(codes, getattr(cv2, f"COLORMAP_{cmap.upper()}"))[..., ::-1]
+        return np.where(valid[..., None], picture_, np.uint8(128)).astype(np.uint8)
+
+    def point_cloud(
+        self, *, fov: float | None = None, intrinsics: Any = None, far: float = 10.0, stride: int = 1
+    ) -> PointCloud:
+        """The valid pixels as points in front of a pinhole camera.
+
+        fov: the horizontal field of view in degrees; or intrinsics: 3 x 3, in pixels. Give one of them: no map knows
+        it. far: how many times farther the farthest point is than the nearest, for maps whose shift is unknown: an
+        assumption, which makes the cloud a relief and no measurement. Maps of known depth do not use it. stride: every
+        so many pixels. Raises ValueError for a camera that cannot be.
+        """
+        height, width = self.values.shape
+        fx, fy, cx, cy = _camera(fov, intrinsics, height, width)
+        if not far > 1 or stride < 1:
+            raise ValueError(f"far must be above 1 and stride at least 1, not {far} and {stride}")
+        z, valid = _depths(self, far)
+        rows, columns = np.mgrid[0:height:stride, 0:width:stride]
+        kept = valid[::stride, ::stride]
+        rows, columns = rows[kept], columns[kept]
+        z = z[rows, columns]
+        points = np.stack([(columns + 0.5 - cx) / fx * z, (rows + 0.5 - cy) / fy * z, z], axis=-1)
+        return PointCloud(points.astype(np.float32), self.photo.permute(1, 2, 0).numpy()[rows, columns])
+
+
+def _npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def _camera(fov: float | None, intrinsics: Any, height: int, width: int) -> tuple[float, float, float, float]:
+    if (fov is None) == (intrinsics is None):
+        raise ValueError("give the camera: either fov=DEGREES (horizontal; phones have 60 to 75) or intrinsics=3 x 3")
+    if fov is not None:
+        if not 0 < fov < 180:
+            raise ValueError(f"fov must be between 0 and 180 degrees, not {fov}")
+        focal = width / 2 / float(np.tan(np.radians(fov) / 2))
+        return focal, focal, width / 2, height / 2
+    matrix = np.asarray(intrinsics, dtype=np.float64)
+    if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
+        raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
+    return float(matrix[0, 0]), float(matrix[1, 1]), float(matrix[0, 2]), float(matrix[1, 2])
+
+
+def _depths(depth: Depth, far: float) -> tuple[np.ndarray, np.ndarray]:
+    """(H,W) distances along the optical axis, and where there is one."""
+    if depth.kind.unknown != "affine":
+        target = Kind.METRIC_DEPTH if depth.kind.unknown == "metric" else Kind.SCALE_DEPTH
+        known = DepthMap(depth.values[None], depth.valid[None], depth.kind).convert(target)
+        z, valid = known.values[0].cpu().numpy(), known.valid[0].cpu().numpy()
+        return z, valid & np.isfinite(z) & (z > 0)
+    values, valid = depth.values.cpu().numpy(), depth.valid.cpu().numpy()
+    valid = valid & np.isfinite(values)
+    low, high = (float(values[valid].min()), float(values[valid].max())) if valid.any() else (0.0, 1.0)
+    unit = np.where(valid, values - low, 0.0) / max(high - low, 1e-12)
+    z = 1.0 / (1.0 / far + unit * (1.0 - 1.0 / far)) if depth.kind.quantity == "disparity" else 1.0 + unit * (far - 1.0)
+    return z, valid
+
+
+class Model:
+    """A student or a teacher, called with pictures; its `card` says what it is, `estimator` is the batched way in."""
+
+    def __init__(self, estimator: predict.Estimator) -> None:
+        self.estimator = estimator
+        self.card = estimator.card
+
+    def __call__(self, images: Any) -> Any:
+        """One picture gives a Depth; a batch or a list, a list of them; any other iterable, a generator of them.
+
+        A picture: see inference.pictures.picture. Batches are tensors B x 3 x H x W or arrays B x H x W x 3.
+        """
+        if is_batch(images):
+            if isinstance(images, Tensor):
+                checked(images)
+            return [self._one(image) for image in images]
+        if isinstance(images, list | tuple):
+            return [self._one(image) for image in images]
+        if isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray | Tensor):
+            return self._each(images)
+        return self._one(images)
+
+    def _each(self, images: Iterable[Any]) -> Iterator[Depth]:
+        for image in images:
+            yield self._one(image)
+
+    def _one(self, image: Any) -> Depth:
+        given = picture(image).cpu()
+        made = self.estimator.predict(given)
+        photo = given if given.dtype == torch.uint8 else (given.clamp(0, 1) * 255).round().to(torch.uint8)
+        return Depth(made.values[0].cpu(), made.valid[0].cpu(), made.kind, photo, str(self.card.licence))
+
+
+def load(
+    student: str | Path = "pocket",
+    *,
+    device: str = "auto",
+    size: int | None = None,
+    encoder_weights: str | None = None,
+) -> Model:
+    """A student, ready to be called with pictures: "pocket", a run's or a student's folder, or OWNER/NAME on the hub.
+
+    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
+    Raises what distill.inference.predict.load raises.
+    """
+    return Model(predict.load(student, device=device, size=size, encoder_weights=encoder_weights))
+
+
+def load_teacher(name: str, weights: str | Path | None = None, *, device: str = "auto", **options: Any) -> Model:
+    """A teacher (`distill list teachers`) with its weights: a hub id or a file in its authors' format.
+
+    weights: None takes the teacher's first card. options: the teacher's own, as in a recipe's `options`.
+    Raises LookupError for an unknown teacher, ValueError for unknown options, OSError for weights that are not there.
+    """
+    return Model(predict.load_teacher(name, weights, device=device, **options))

@@ -1,0 +1,133 @@
+"""Pictures as people have them, as what a network takes: files, PIL images, arrays and tensors, or advice in one line.
+
+The worst picture is the one that is taken silently: a float image of 0 to 255, or one that is normalised already, gives
+a map that looks like depth and is none. So shapes and ranges are checked, and the advice names the call that helps.
+
+Shapes: H height, W width, C channels (1 grey, 3 RGB, 4 RGBA, whose transparency is laid over white).
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.data.photos import decode, not_a_file
+
+CHANNELS = (1, 3, 4)
+SLACK = 0.25
+"""How far beyond [0,1] a float image may go: what bicubic resizing and light jitter leave, far below 0..255."""
+
+Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
+
+
+def is_batch(image: Any) -> bool:
+    """True for an array or a tensor with a batch dimension in front."""
+    return isinstance(image, np.ndarray | Tensor) and image.ndim == 4
+
+
+def picture(image: Picture) -> Tensor:
+    """(3,H,W) RGB, uint8 or float32 in [0,1], of one picture.
+
+    A path or the bytes of an image file (EXIF rotation applied), a PIL image, a numpy array (H,W) or (H,W,C), a tensor
+    (C,H,W); arrays are uint8, or float in [0,1]. Raises TypeError or ValueError with advice, BadImageError for a file
+    that cannot be decoded, OSError for one that is not there.
+    """
+    if isinstance(image, str | Path):
+        path = Path(image).expanduser()
+        if path.is_dir():
+            raise ValueError(f"{path}: is a folder; give its files one by one, or run distill predict {path}")
+        if fault := not_a_file(path) if path.exists() else "":
+            raise ValueError(f"{path}: {fault}")
+        return decode(path.read_bytes())
+    if isinstance(image, bytes):
+        return decode(image)
+    if isinstance(image, Image.Image):
+        return _pil(image)
+    if isinstance(image, np.ndarray):
+        return checked(_numpy(image))
+    if isinstance(image, Tensor):
+        return checked(image)
+    raise TypeError(f"a picture is a path, a PIL image, a numpy array or a tensor, not {type(image).__name__}")
+
+
+def _pil(image: Image.Image) -> Tensor:
+    # By way of a file's bytes: the one way that knows palettes, 16-bit grey, profiles and rotation.
+    if image.mode == "F":
+        raise ValueError("a PIL image of mode F has no known range: scale it to 0..255 and convert it to mode L")
+    file = io.BytesIO()
+    as_it_is = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    profile = image.info.get("icc_profile") if as_it_is else None  # a CMYK profile says nothing about RGB
+    plain = image if as_it_is else image.convert("RGB")
+    plain.save(file, "PNG", compress_level=0, icc_profile=profile, exif=image.getexif())
+    return decode(file.getvalue())
+
+
+def _numpy(image: np.ndarray) -> Tensor:
+    """(C,H,W) of (H,W) or (H,W,C)."""
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim != 3:
+        raise ValueError(f"a numpy picture is H x W x C or H x W, not {_shape(image)}")
+    if image.shape[-1] not in CHANNELS:
+        hint = ": it is C x H x W; use image.transpose(1, 2, 0)" if image.shape[0] in CHANNELS else ""
+        raise ValueError(f"a numpy picture is H x W x 3, not {_shape(image)}{hint}")
+    if image.dtype == np.uint16:
+        raise ValueError("a picture of uint16 has no range that everybody agrees on: use image / 65535")
+    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+
+
+def checked(image: Tensor) -> Tensor:
+    """(...,3,H,W) uint8 or float32 of a picture or a batch of tensors; ValueError with the right advice."""
+    if image.ndim not in (3, 4):
+        hint = ": add the channel dimension, image[None]" if image.ndim == 2 else ""
+        raise ValueError(f"a tensor picture is C x H x W, or B x C x H x W, not {_shape(image)}{hint}")
+    if image.shape[-3] not in CHANNELS:
+        channels_last = image.shape[-1] in CHANNELS
+        order = "2, 0, 1" if image.ndim == 3 else "0, 3, 1, 2"
+        hint = f": its channels are last; use image.permute({order})" if channels_last else ""
+        raise ValueError(f"a tensor picture has 3 channels in front of H x W, not {_shape(image)}{hint}")
+    if 0 in image.shape:
+        raise ValueError(f"a picture of {_shape(image)} has no pixels")
+    if image.dtype != torch.uint8:
+        image = _floats(image)
+    channels = image.shape[-3]
+    if channels == 4:
+        return _over_white(image)
+    return image.expand(*image.shape[:-3], 3, -1, -1) if channels == 1 else image
+
+
+def _floats(image: Tensor) -> Tensor:
+    if not image.is_floating_point():
+        raise ValueError(f"a picture is uint8, or float in [0,1], not {_dtype(image)}: convert 0..255 to uint8")
+    low, high = (float(x) for x in image.aminmax())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError("the picture has values that are not finite (NaN or infinity)")
+    if low < -SLACK:
+        raise ValueError(
+            f"a float picture is in [0,1], not {low:.3g} to {high:.3g}: give it before normalisation, the model does "
+            "that itself"
+        )
+    if high > 1 + SLACK:
+        raise ValueError(f"a float picture is in [0,1], not {low:.3g} to {high:.3g}: divide by 255, or give uint8")
+    return image.float()
+
+
+def _over_white(image: Tensor) -> Tensor:
+    full = 255.0 if image.dtype == torch.uint8 else 1.0
+    colours, alpha = image[..., :3, :, :].float(), image[..., 3:, :, :].float() / full
+    laid = colours * alpha + full * (1.0 - alpha)
+    return laid.round().to(torch.uint8) if image.dtype == torch.uint8 else laid
+
+
+def _shape(image: np.ndarray | Tensor) -> str:
+    return " x ".join(map(str, image.shape)) or "one number"
+
+
+def _dtype(image: Tensor) -> str:
+    return str(image.dtype).removeprefix("torch.")

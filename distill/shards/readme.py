@@ -1,0 +1,61 @@
+"""The README.md of a labels folder: for people, and its first lines for `datasets.load_dataset(FOLDER)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from distill.core.codes import LAST
+from distill.shards.codec import CODECS
+
+README = "README.md"
+
+
+def labels_readme(manifest: Mapping[str, Any]) -> str:
+    """Markdown of a manifest: what the labels are, by whom, under which licences, and how they are read."""
+    form, crops = manifest["format"], manifest["settings"]["crops"]
+    rows = [
+        f"| {name} | {card.get('weights', '-')} | {', '.join(card['stored'])} | {card.get('licence', 'unknown')} |"
+        for name, card in manifest["teachers"].items()
+    ]
+    rule = f"invalid: {form.get('invalid')}"
+    if "first" in form:
+        rule = f"first {form['first']}, last {form['last']}, invalid below {form['invalid_below']}"
+    return "\n".join(
+        [
+            # Without these lines, load_dataset takes the json files beside the tars for the data.
+            *("---", "configs:", "- config_name: default", '  data_files: "*.tar"', "---", ""),
+            *("# Depth labels", ""),
+            f"{manifest['samples']} squares of {manifest['images']['count']} images, {crops['size']} pixels.",
+            *("", "| teacher | weights | depth type | licence |", "|---|---|---|---|", *rows, ""),
+            f"Licence of the images: {manifest['licence']['images'] or 'unknown'}.",
+            "",
+            f"Maps (`.{form['suffix']}`, codec {form['codec']}) are 16-bit codes with the range that each "
+            f"sample's json gives: value = {form['value']}; {rule}. The same stands in manifest.json under `format`; "
+            "docs/formats.md of depth-distill has a reader of ten lines.",
+            "",
+        ]
+    )
+
+
+def describe_format(codec: str) -> dict[str, Any]:
+    """How a reader without this package decodes the maps of a codec, in plain values; docs/formats.md says it too."""
+    how = CODECS[codec]
+    described: dict[str, Any] = {
+        "codec": codec,
+        "suffix": how.suffix,
+        "max_error": how.bound,
+        "units": {"metric_depth": "m", "metric_disparity": "1/m"},
+        "patches": "[top, left, side] in the photograph's pixels, from the region's top left corner",
+    }
+    if not how.first:
+        return {**described, "invalid": "NaN", "value": "low + (x + 1) / 2 * (high - low)"}
+    return {
+        **described,
+        "invalid_below": int(np.isnan(how.units).sum()),
+        "first": how.first,
+        "last": LAST,
+        "value": "low + clip((code - first) / (last - first), 0, 1) * (high - low)",
+    }

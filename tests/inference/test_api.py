@@ -1,0 +1,169 @@
+"""The Python door: every form of a picture gives one map, a wrong one gives the advice that helps."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import distill
+from distill.core.depth import DepthMap, Kind
+from distill.inference.api import Depth, Model
+from distill.inference.pictures import picture
+
+RGB = (np.arange(5 * 7 * 3).reshape(5, 7, 3) * 2).astype(np.uint8)
+CHW = torch.from_numpy(RGB).permute(2, 0, 1)
+
+
+class Red:
+    """Its map is the red channel in [0,1]."""
+
+    def __init__(self, kind=Kind.AFFINE_DISPARITY):
+        self.card = type("card", (), {"licence": "CC0", "kind": kind})
+
+    def predict(self, images):
+        values = images[:1].float() / (255.0 if images.dtype == torch.uint8 else 1.0)
+        return DepthMap(values, torch.ones_like(values, dtype=torch.bool), self.card.kind)
+
+
+def forms(tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(RGB).save(path)
+    alpha = np.concatenate([RGB, np.full((5, 7, 1), 255, np.uint8)], axis=-1)
+    return {
+        "path": path,
+        "text": str(path),
+        "bytes": path.read_bytes(),
+        "pil": Image.fromarray(RGB),
+        "pil rgba": Image.fromarray(alpha),
+        "numpy": RGB,
+        "numpy rgba": alpha,
+        "numpy float": RGB / 255.0,
+        "tensor": CHW,
+        "tensor float": CHW.float() / 255.0,
+        "tensor half": CHW.double() / 255.0,
+    }
+
+
+def test_every_form_of_a_picture_is_the_same_picture(tmp_path):
+    model = Model(Red())
+    for name, form in forms(tmp_path).items():
+        depth = model(form)
+        assert np.allclose(depth.numpy(), RGB[..., 0] / 255.0, atol=1e-6), name
+        assert (depth.photo.permute(1, 2, 0).numpy() == RGB).all(), name
+
+
+def test_grey_and_several():
+    model = Model(Red())
+    assert picture(RGB[..., 0]).shape == (3, 5, 7) and picture(CHW[:1]).shape == (3, 5, 7)
+    for several in ([RGB, RGB], (CHW, CHW), torch.stack([CHW, CHW]), np.stack([RGB, RGB])):
+        maps = model(several)
+        assert isinstance(maps, list) and len(maps) == 2 and maps[1].values.shape == (5, 7)
+    lazily = model(x for x in [RGB, RGB])
+    assert inspect.isgenerator(lazily) and len(list(lazily)) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "advice"),
+    [
+        (RGB.astype(np.float32), "divide by 255"),
+        (CHW.float(), "divide by 255"),
+        (CHW.float() / 64 - 2, "before normalisation"),
+        (torch.from_numpy(RGB), r"permute\(2, 0, 1\)"),
+        (torch.from_numpy(np.stack([RGB, RGB])), r"permute\(0, 3, 1, 2\)"),
+        (RGB.transpose(2, 0, 1), r"transpose\(1, 2, 0\)"),
+        (RGB.astype(np.int64), "uint8"),
+        (RGB.astype(np.uint16), "65535"),
+        (torch.full((3, 4, 4), torch.nan), "not finite"),
+        (torch.zeros(4, 4), r"image\[None\]"),
+        (torch.zeros(5, 4, 4), "3 channels"),
+        (torch.zeros(3, 0, 4), "no pixels"),
+    ],
+)
+def test_a_wrong_picture_gets_the_right_advice(wrong, advice):
+    with pytest.raises(ValueError, match=advice):
+        Model(Red())(wrong)
+
+
+def test_what_is_no_picture(tmp_path):
+    with pytest.raises(TypeError, match="not int"):
+        Model(Red())(3)
+    with pytest.raises(ValueError, match="distill predict"):
+        Model(Red())(tmp_path)
+
+
+def test_a_map_is_saved_as_predict_does(tmp_path):
+    depth = Model(Red())(RGB)
+    assert (np.load(depth.save(tmp_path / "a.npy")) == depth.numpy()).all()
+    with Image.open(depth.save(tmp_path / "a.png")) as png:
+        low, high = float(png.text["low"]), float(png.text["high"])
+        values = low + np.asarray(png) / 65535 * (high - low)
+    assert np.allclose(values, depth.numpy(), atol=1e-4) and png.text["kind"] == "affine_disparity"
+    assert Image.open(depth.save(str(tmp_path / "a.jpg"))).size == (7, 5)
+    with pytest.raises(ValueError, match=r"\.npy"):
+        depth.save(tmp_path / "a.exr")
+
+
+def test_colours_show_near_bright():
+    values = torch.linspace(1, 9, 60).reshape(6, 10)
+    valid = torch.ones(6, 10, dtype=torch.bool)
+    valid[0, 5] = False
+    for kind in Kind:
+        depth = Depth(values, valid, kind, torch.zeros(3, 6, 10, dtype=torch.uint8))
+        for cmap in ("distill", "gray", "magma"):
+            picture_ = depth.colorize(cmap)
+            assert picture_.shape == (6, 10, 3) and picture_.dtype == np.uint8
+            first, last = picture_[0, 0].sum(), picture_[-1, -1].sum()
+            assert (last > first) == (kind.quantity == "disparity"), (kind, cmap)
+            assert len(set(picture_[0, 5])) == 1 or cmap == "distill"
+    assert np.isnan(depth.numpy()[0, 5])
+    with pytest.raises(ValueError, match="turbo"):
+        depth.colorize("rainbow")
+
+
+def test_points_lie_where_the_camera_saw_them():
+    photo = torch.arange(3 * 4 * 6, dtype=torch.uint8).reshape(3, 4, 6)
+    everywhere = torch.ones(4, 6, dtype=torch.bool)
+    flat = Depth(torch.full((4, 6), 2.0), everywhere, Kind.METRIC_DEPTH, photo)
+    cloud = flat.point_cloud(fov=90)
+    assert cloud.points.shape == (24, 3) and np.allclose(cloud.points[:, 2], 2.0)
+    # At 90 degrees the left edge of the picture is as far to the left as it is deep.
+    assert np.isclose(cloud.points[:, 0].min(), -2.0 * (1 - 1 / 6)) and np.isclose(cloud.points[:, 0].mean(), 0)
+    assert (cloud.colors[1] == photo[:, 0, 1].numpy()).all()
+    same = flat.point_cloud(intrinsics=[[3, 0, 3], [0, 3, 2], [0, 0, 1]])
+    assert np.allclose(same.points, cloud.points)
+    inverse = Depth(torch.full((4, 6), 0.5), everywhere, Kind.METRIC_DISPARITY, photo)
+    assert np.allclose(inverse.point_cloud(fov=90).points, cloud.points)
+    relief = Depth(torch.linspace(0, 1, 24).reshape(4, 6), everywhere, Kind.AFFINE_DISPARITY, photo)
+    z = relief.point_cloud(fov=60, far=4).points[:, 2]
+    assert np.isclose(z.max() / z.min(), 4) and z[0] > z[-1]
+    for wrong in ({}, {"fov": 60, "intrinsics": np.eye(3)}, {"fov": 180}, {"intrinsics": np.eye(2)}):
+        with pytest.raises(ValueError, match=r"fov|intrinsics"):
+            relief.point_cloud(**wrong)
+
+
+def test_the_built_in_model_and_a_run(tmp_path):
+    photo = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
+    depth = distill.load("pocket", device="cpu")(photo)
+    assert depth.values.shape == (40, 60) and depth.kind == Kind.AFFINE_DISPARITY and np.asarray(depth).ndim == 2
+    run = tmp_path / "runs" / "demo"
+    (run / "train").mkdir(parents=True)
+    from distill.students import checkpoint
+
+    (run / "train" / "student").symlink_to(checkpoint.fetch("pocket"), target_is_directory=True)
+    again = distill.load(run, device="cpu")(photo)
+    assert torch.equal(again.values, depth.values)
+    with pytest.raises(ValueError, match="less than one patch"):
+        distill.load("pocket", device="cpu", size=5)
+
+
+def test_a_teacher_by_name():
+    teacher = distill.load_teacher("checkpoint", "pocket", device="cpu", native_size=112)
+    assert teacher(RGB).values.shape == (5, 7)
+    with pytest.raises(ValueError, match="native_sise"):
+        distill.load_teacher("checkpoint", device="cpu", native_sise=3)
+    with pytest.raises(LookupError, match="depth_anything_v2"):
+        distill.load_teacher("depth_anything_2", device="cpu")

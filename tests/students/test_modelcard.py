@@ -1,0 +1,47 @@
+"""The card's paragraph for people without this package does what it says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from distill import students
+from distill.students import checkpoint
+from tests.students.tiny import tiny
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_lines_of_the_card_build_the_encoder_without_us(tmp_path, monkeypatch, cut):
+    student = tiny("dpt")
+    if cut:
+        options = {"blocks": [0, 1, 3], "indices": [0, 1, 1, 2], "pos_grid": 3, "final_norm": True}
+        options["timm_options"] = {"depth": 4, "embed_dim": 32, "patch_size": 16}
+        decoder = {"channels": 16, "post_process_channels": [8, 8, 16, 16]}
+        student = students.build(
+            encoder="test_vit", decoder="dpt", encoder_options=options, decoder_options=decoder, native_size=64
+        )
+    checkpoint.save(student.eval(), tmp_path / "s", card={"name": "x"})
+    page = (tmp_path / "s" / "README.md").read_text()
+    (code,) = re.findall(r"## Without this package\n\n```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path / "s")
+    scope: dict = {}
+    exec(code, scope)
+    images = torch.rand(1, 3, 64, 48)
+    normal = (images - student.encoder.mean) / student.encoder.std
+    blocks = sorted(set(student.encoder.options["indices"]))
+    theirs = (
+        scope["vit"]
+        .eval()
+        .forward_intermediates(normal, indices=blocks, norm=student.encoder.final_norm, intermediates_only=True)
+    )
+    ours = dict(zip(blocks, theirs, strict=True))
+    for block, (patches, _) in zip(student.encoder.options["indices"], student.encoder(images), strict=True):
+        assert torch.allclose(ours[block], patches, atol=1e-5)
+
+
+def test_a_card_of_four_bits_says_how_they_are_stored(tmp_path):
+    checkpoint.save(tiny("dpt"), tmp_path / "s", card={"name": "x"}, bits=4)
+    page = (tmp_path / "s" / "README.md").read_text()
+    assert "groups of 128" in page and "load_file" in page

@@ -1,0 +1,117 @@
+"""What the README and docs/ say is so: commands parse, keys exist, recipes load, links lead somewhere, Python runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.app.cli import _parser
+from distill.app.recipe import Recipe, load, parse
+from distill.app.shipped import shipped
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The arguments of every `distill` of the shell blocks."""
+    lines = [
+        line
+        for language, block in BLOCK.findall(text)
+        if language == "sh"
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    found = []
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        inner = shlex.split(words[3]) if words[:1] == ["srun"] else words
+        if inner[:1] == ["distill"]:
+            found.append(inner[1:])
+        elif inner[:2] == ["accelerate", "launch"]:
+            found.append(inner[inner.index("-m") + 2 :])
+    return found
+
+
+COMMANDS = [(page.name, words) for page in PAGES for words in commands(page.read_text())]
+
+
+def test_there_is_something_to_check():
+    assert len(COMMANDS) > 25 and len(PAGES) > 10
+
+
+@pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
+def test_every_command_is_one(page, words):
+    args = _parser().parse_args(words)
+    overrides = getattr(args, "set", [])
+    name = getattr(args, "recipe", None) or ""
+    if overrides or name in shipped():
+        load(name if name in shipped() else "demo", [text for text in overrides if not text.startswith("teachers.")])
+
+
+def keys() -> set[str]:
+    """Every key of a recipe: "crops.size"."""
+    hints = get_type_hints(Recipe)
+    tables = {f.name: hints[f.name] for f in fields(Recipe)}
+    classes = {
+        name: next((c for c in (hint, *get_args(hint)) if is_dataclass(c)), None) for name, hint in tables.items()
+    }
+    return {f"{name}.{f.name}" for name, cls in classes.items() if cls for f in fields(cls)}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.parent.name != "reference"], ids=lambda p: p.name)
+def test_every_key_is_one(page):
+    known = keys()
+    tables = {key.partition(".")[0] for key in known}
+    for code in re.findall(r"`([^`\n]+)`", page.read_text()):
+        found = re.match(r"([a-z]+)\.([a-z_]+)(?= =|$)", code)
+        if found and found[1] in tables and page.name != "formats.md":
+            assert found[0] in known, f"{page.name}: {code}"
+
+
+def test_every_recipe_in_the_docs_is_read():
+    blocks = [block for page in PAGES for language, block in BLOCK.findall(page.read_text()) if language == "toml"]
+    assert [parse(tomllib.loads(block)).run.name for block in blocks] == ["own"]
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save("photo.jpg")
+    scope: dict = {}
+    for language, block in BLOCK.findall((ROOT / "README.md").read_text()):
+        if language == "python":
+            exec(block, scope)
+    assert scope["points"].shape == (60 * 80, 3) and Path("depth.png").is_file()
+
+
+def test_the_counts_of_the_readme_are_those_of_the_results():
+    rows = re.findall(r"^\| .* \| \**(reproduced|within noise|not reproduced)\** \|", results(), re.MULTILINE)
+    counts = {verdict: rows.count(verdict) for verdict in ("reproduced", "within noise", "not reproduced")}
+    said = re.search(
+        r"(\d+) reproduced, (\d+) within noise,\s\**(\d+) not reproduced", (ROOT / "README.md").read_text()
+    )
+    assert said and [int(n) for n in said.groups()] == list(counts.values()), counts
+    for row in re.findall(r"^\| [^|]+ \| [0-9.]+ \| [0-9.]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert row.rstrip(" |") in results(), row
+
+
+def results() -> str:
+    return (ROOT / "docs" / "results.md").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 820
