@@ -77,7 +77,7 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
     network: a student's `spec`, with the ViT's "timm_name" and "patch_size". bits: 4 where matrices are stored so.
     """
     options, patch = network["encoder_options"], network["patch_size"]
-    given = {"num_classes": 0, "dynamic_img_size": True}
+    given: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
     given |= {} if "distilled" in network["timm_name"] else {"global_pool": ""}
     arguments = ", ".join(f"{key}={value!r}" for key, value in (given | options["timm_options"]).items())
     code = [f'vit = timm.create_model("{network["timm_name"]}", {arguments})']

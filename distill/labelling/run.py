@@ -336,8 +336,8 @@ def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
     if sidecar_data["images"] != keys or sidecar_data["of"] != part.of:
         grown = sidecar_data["images"] == keys[: len(sidecar_data["images"])]
         if not grown and part.shard.is_tar:
-            now = iter([entry.key for entry in part.shard.scan().entries])
-            grown = all(key in now for key in sidecar_data["images"])
+            there = iter([entry.key for entry in part.shard.scan().entries])
+            grown = all(key in there for key in sidecar_data["images"])
         if grown and sidecar_data["of"] <= part.of:
             return False
         why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
