@@ -127,8 +127,10 @@ def test_statistics_on_the_card_and_both_losses_in_a_graph(loud):
         return loss, torch.autograd.grad(loss.sum(), pred)[0]
 
     pred.requires_grad_()
-    expected = both()
+    # Detached: a graph of autograd that lives on keeps the leaf's node on this stream, where nothing can be captured.
+    expected = [x.detach().clone() for x in both()]
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         both()
     torch.cuda.synchronize()
