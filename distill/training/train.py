@@ -118,10 +118,8 @@ def train(
         processes=accelerator.num_processes,
         steps=settings.steps,
     )
-    with contextlib.ExitStack() as held_open:
-        held_open.enter_context(reproducible(settings.deterministic))
-        if accelerator.is_main_process:
-            held_open.enter_context(checkpoints.locked(out))
+    lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
+    with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
         run.save_student, run.card = save, dict(card or {})
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
