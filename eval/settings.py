@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distill.core.plugins import name_fault, short_name
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.settings import above, below, refuse, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,4 +73,4 @@ class ScoreSettings:
     """Pictures per benchmark in the report."""
 
     def __post_init__(self) -> None:
-        refuse(below(self, pictures=0))
+        refuse(below(self, pictures=0) + above(self, pictures=1000))

@@ -21,7 +21,7 @@ from torch import Tensor
 from distill.core import files
 from distill.core.depth import Kind
 from distill.core.progress import Report
-from distill.data.maps import find_map, read_map
+from distill.data.maps import READ_ERRORS, find_map, read_map
 from distill.eval.benchmarks import BenchmarkSample
 from distill.teachers import Teacher
 
@@ -137,7 +137,7 @@ def _damage(path: Path) -> str:
     """What is wrong with a map that `predict` stored, or nothing. Mapped: its numbers are not read."""
     try:
         values = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except READ_ERRORS as error:
         return _unreadable(error)
     whole = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype == np.float32
     return "" if whole else "not a map of float32"

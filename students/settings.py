@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.settings import above, below, refuse, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,4 +59,4 @@ class StudentSettings:
             raise ValueError(
                 "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
             )
-        refuse(below(self, native_size=0, max_depth=0))
+        refuse(below(self, native_size=0, max_depth=0) + above(self, native_size=8192))

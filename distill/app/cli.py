@@ -75,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.verb(args)
         return code
-    except (ValueError, LookupError, OSError, ImportError) as error:
+    except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
         if args.debug:
             raise
         from distill.app.console import fail
 
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
-        fail((str(error.args[0]) if isinstance(error, KeyError) else str(error)) + way_out)
+        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        fail((said or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
         from distill.app.console import note

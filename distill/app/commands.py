@@ -22,7 +22,7 @@ from distill.app.recipe import Recipe, as_table, dumps
 from distill.app.reference import feature_reference
 from distill.app.scoring import Models, how_used, prediction_settings
 from distill.app.strict import RecipeError
-from distill.core import files
+from distill.core import files, machine
 from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.eval import score as scoring
@@ -103,6 +103,8 @@ def run_train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
+        note(warning)
+    if warning := machine.readers(recipe.train.workers)[1]:
         note(warning)
     with dashboard("train") as report:
         result = train(

@@ -21,6 +21,7 @@ import torch
 from distill.app import build, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
+from distill.core import machine
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
@@ -74,7 +75,7 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
     if not any(what.startswith("student.") for what in lacking):
         student = _try(found, "student", lambda: build.make_student(recipe))
     found += _about_sizes(recipe, teachers or [], student)
-    found += _about_batches(recipe)
+    found += [*_about_batches(recipe), *_about_machine(recipe)]
     sample = None
     if images and images.photos and teachers:
         probe = _try(found, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
@@ -192,6 +193,18 @@ def _about_batches(recipe: Recipe) -> Iterator[Finding]:
         f"{', '.join(map(str, fits))} of {', '.join(map(str, PROCESSES))} processes",
         "" if level == "ok" else "make batch_size a multiple of processes x accumulate",
     )
+
+
+def _about_machine(recipe: Recipe) -> Iterator[Finding]:
+    free, limit = machine.shared_memory(), machine.open_files()
+    if recipe.train.workers and free is not None:
+        line, scarce = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}", machine.readers(1)[1]
+        remedy = "give the container more: docker run --shm-size=8g"
+        if scarce:
+            line += ": samples are read by the training process itself, slower"
+        yield Finding("warn", line, remedy) if scarce or free < machine.LITTLE else Finding("ok", line)
+    if limit is not None and 0 <= limit < 1024:
+        yield Finding("warn", f"a process may open {limit} files", "raise it: ulimit -n 4096")
 
 
 # --- probes -----------------------------------------------------------------------------------------------------------

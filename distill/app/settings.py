@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.core.settings import below, refuse
+from distill.core.settings import above, below, refuse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +23,7 @@ class RunSettings:
     """"auto" (CUDA, then Apple's GPU, then the CPU), cpu, cuda, cuda:N, mps or xpu."""
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = below(self, seed=0)
         if not self.name.strip() or {".", ".."} & set(self.name.split("/")):
             faults.append(f"name = {self.name!r} cannot name a folder below runs/: take a word")
         if "://" in self.out:
@@ -50,4 +50,4 @@ class CompareSettings:
     """The run's student takes part too, once it is trained."""
 
     def __post_init__(self) -> None:
-        refuse(below(self, limit=0, side=32))
+        refuse(below(self, limit=0, side=32) + above(self, side=65536))

@@ -55,6 +55,6 @@ def _sort(path: Path) -> str:
     """ "recipe", "study", "" for another file (a card), "unreadable" for one whose reader will say why."""
     try:
         keys = tomllib.loads(path.read_text(encoding="utf-8")).keys()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return "unreadable"
     return "study" if {"full", "bench"} <= keys else "recipe" if "run" in keys else ""

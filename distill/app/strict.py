@@ -50,6 +50,9 @@ class _Reading:
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as a `hint`, or None and a fault."""
         origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        if fault := _too_much(value):
+            self.faults.append(f"{path} {fault}")
+            return None
         if hint is Any:
             return value
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -107,6 +110,16 @@ class _Reading:
             return None
 
 
+def _too_much(value: Any, depth: int = 0) -> str:
+    """What is wrong with a value whatever it is for: numbers that no setting has, endless tables in tables."""
+    if type(value) is int and not -(2**31) <= value < 2**31:
+        return "must be a whole number below 2,147,483,648"
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    if depth > 16:
+        return "has tables in tables, 16 deep"
+    return next((fault for item in inner if (fault := _too_much(item, depth + 1))), "")
+
+
 def _without_numbers(path: str) -> str:
     return re.sub(r"\[\d+\]", "", path)
 
@@ -118,7 +131,7 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
         raise RecipeError(f"--set {assignment}: write it as KEY=VALUE, as in --set train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, last = path.strip().split(".")
     here: Any = table
@@ -127,7 +140,7 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
             if not part.isdigit() or int(part) >= len(here):
                 raise RecipeError(f"--set {path}: {'.'.join(parents[:i])} has {len(here)} entries, numbered from 0")
             here = here[int(part)]
-        else:
+        elif isinstance(here, dict):
             here = here.setdefault(part, {})
     if isinstance(here, list) and last.isdigit() and int(last) < len(here):
         here[int(last)] = value
@@ -164,8 +177,12 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         raise RecipeError(f"{path}: no such recipe" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError as error:
+        raise RecipeError(f"{path}: not a recipe: its tables or arrays lie in each other without end") from error
+    except ValueError as error:  # of tomllib, of a byte that is no UTF-8, and of a number of more than 4300 digits
         raise RecipeError(f"{path}: not valid TOML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
     for assignment in overrides:
         set_key(table, assignment)
     return table

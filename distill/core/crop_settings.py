@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.settings import above, below, refuse, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +40,7 @@ class CropSettings:
 
     def __post_init__(self) -> None:
         faults = below(self, size=14, min_side=1, crops_per_image=1, num_patches=1, patch_size=0) + unknown_words(self)
+        faults += above(self, size=8192, min_side=65536, crops_per_image=1000, num_patches=1000, patch_size=8192)
         if not 0.0 <= self.overlap < 0.9:
             faults.append(f"overlap must be in [0, 0.9), not {self.overlap}")
         if self.redraw and self.crops_per_image != 1:

@@ -29,6 +29,12 @@ def below(table: object, **least: float) -> list[str]:
     ]
 
 
+def above(table: object, **most: float) -> list[str]:
+    """A clause for every field of `table` that is more than its greatest value."""
+    values = {name: getattr(table, name) for name in most}
+    return [f"{name} must be at most {most[name]}, not {v}" for name, v in values.items() if v > most[name]]
+
+
 def unknown_words(table: object) -> list[str]:
     """A clause for every field whose type is a Literal that does not hold its value."""
     hints = typing.get_type_hints(type(table))

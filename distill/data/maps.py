@@ -14,6 +14,7 @@ import contextlib
 import io
 import struct
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,8 @@ SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".ma
 MAPPED = 1 << 22
 """Bytes from which a .npy is mapped instead of read: fresh memory for it costs more time than reading it."""
 _NAMES = ("depth", "disparity", "disp", "depth_map", "depthmap", "pred", "prediction", "arr_0", "dataset")
-_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, RecursionError)
+READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
+"""What NumPy and the other readers raise on damaged files."""
 
 
 class BadMapError(OSError):
@@ -49,7 +51,7 @@ def read_map(path: Path) -> np.ndarray:
             if file.read(6) == b"\x93NUMPY":
                 try:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
-                except _ERRORS as error:
+                except READ_ERRORS as error:
                     raise BadMapError(_said("npy", error)) from error
     return decode_map(path.read_bytes(), path.name)
 
@@ -62,7 +64,7 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
                 return _plane(reader(data))
             except BadMapError:
                 raise
-            except _ERRORS as error:
+            except READ_ERRORS as error:
                 raise BadMapError(_said(kind, error)) from error
     what = filetypes.sniff(data) or ("of no known format" if data else "empty")
     raise BadMapError(f"not a readable {PurePosixPath(name).suffix or 'map'} ({what}); read are {READ}")

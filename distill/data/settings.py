@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distill.core.settings import below, refuse
+from distill.core.settings import above, below, refuse
 
 SOURCES = ("tars", "photos", "pairs", "scenes", "bundled_photos")
 
@@ -51,4 +51,4 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
-        refuse(below(self, scenes=0, limit=0, size=1, weight=0))
+        refuse(below(self, scenes=0, limit=0, size=1, weight=0) + above(self, scenes=1_000_000, size=8192))

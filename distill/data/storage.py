@@ -6,7 +6,8 @@ fsspec is optional: nothing here imports it for a path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,20 +15,32 @@ from typing import IO, Any
 _BLOCK = 2**16
 
 
+MOST_NAMES = 1_000_000
+"""So many names one pattern may stand for."""
+
+
 def expand(pattern: str) -> list[str]:
-    """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too."""
+    """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too.
+
+    Raises ValueError for a pattern of more than MOST_NAMES, before they are in memory.
+    """
+    names = list(islice(_expanded(pattern), MOST_NAMES + 1))
+    if len(names) > MOST_NAMES:
+        raise ValueError(f"{pattern}: stands for more than {MOST_NAMES:,} names; name fewer at once")
+    return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
     matches = re.search(r"\{([^{}]*)\}", pattern)
     if not matches:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", matches[1])
+        yield pattern
+        return
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", matches[1])
+    options: Iterable[str] = matches[1].split(",")
     if span:
-        first, last = int(span[1]), int(span[2])
-        options = [str(i).zfill(len(span[1])) for i in range(first, last + 1)]
-    else:
-        options = matches[1].split(",")
-    return [
-        name for option in options for name in expand(pattern[: matches.start()] + option + pattern[matches.end() :])
-    ]
+        options = (str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1))
+    for option in options:
+        yield from _expanded(pattern[: matches.start()] + option + pattern[matches.end() :])
 
 
 def is_url(name: str | Path) -> bool:

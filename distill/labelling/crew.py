@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,7 @@ class Crew:
     clerk: ThreadPoolExecutor
     closer: ThreadPoolExecutor
     closing: Future[None] | None = None
+    stopping: Event = field(default_factory=Event)
 
     def close(self, finish: Callable[[], None]) -> None:
         """Have a part finished by `finish`, after the one before it; raises what that one raised."""
@@ -71,6 +73,7 @@ def crew(threads: int) -> Iterator[Crew]:
             yield together
             together.wait()
         except BaseException:
+            together.stopping.set()  # a worker asks for it between crops: an image of many takes seconds
             for pool in (workers, clerk, closer):
                 pool.shutdown(cancel_futures=True)
             raise

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -157,7 +158,7 @@ def label(
         tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         with crew(max(1, labels.threads)) as team:
             for part in todo:
-                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers))
+                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
                 _label_part(out, part, work, tally, team)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
@@ -188,6 +189,7 @@ class _Work:
     seed: int
     device: torch.device
     asked: tuple[str, ...]
+    stopping: Event
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
@@ -196,6 +198,7 @@ class _Work:
             return [
                 prepare(photo, crops=self.crops, seed=self.seed, draw=draw, sky=self.labels.sky, teachers=self.asked)
                 for draw in range(self.crops.crops_per_image)
+                if not self.stopping.is_set()
             ]
         except BadImageError as error:
             return [Rejected(entry.origin, entry.key, str(error))]

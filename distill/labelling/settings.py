@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.settings import above, below, refuse, unknown_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,7 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         faults = below(self, samples_per_part=1, batch_size=1, threads=0) + unknown_words(self)
+        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256)
         if "://" in self.root:
             faults.append(
                 f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "

@@ -44,6 +44,7 @@ def _check_keys(path: Path, value: dict[str, Any]) -> None:
     elif re.search(r"-\d{3,}$", path.stem):
         needed += [("it", value, "part of images tar samples quarantine kinds")]
         tars = [value["tar"]] if value.get("tar") is not None else []
+        _check_samples(path, value)
     needed += [
         ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
     ]
@@ -54,6 +55,18 @@ def _check_keys(path: Path, value: dict[str, Any]) -> None:
             raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
         if what == "a tar in it":
             _check_tar(path, table)
+
+
+def _check_samples(path: Path, value: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the json of a tar lists samples as (key, first byte, number of bytes)."""
+    samples = value.get("samples", [])
+    right = isinstance(samples, list) and all(
+        isinstance(one, list) and len(one) == 3 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int
+        for one in samples
+    )
+    types: dict[str, type] = {"part": int, "of": int, "images": list, "quarantine": list, "kinds": dict}
+    if not right or not all(isinstance(value[key], kind) for key, kind in types.items() if key in value):
+        raise ValueError(f"{path} is damaged: what it says of its samples is not what was written; {REPAIR}")
 
 
 def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:

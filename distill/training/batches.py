@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.training.augment import augment
@@ -34,6 +35,7 @@ from distill.training.sampling import (
 from distill.training.settings import TrainSettings
 
 PREFETCH = 4  # micro-batches per worker that lie ready
+PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 AVERAGE = "average"
 
 
@@ -309,19 +311,42 @@ def _freeze(_worker: int) -> None:
 
 def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
     """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
+    workers, _ = machine.readers(workers)
+    little = (machine.shared_memory() or machine.LITTLE) < machine.LITTLE
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
+        prefetch_factor=(1 if little else PREFETCH) if workers else None,
+        timeout=PATIENCE if workers else 0,
         worker_init_fn=_freeze,
         pin_memory=pinned,
     )
-    for item in loader:
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise OSError(_lost(str(error).splitlines()[0])) from error
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+def _lost(reason: str) -> str:
+    """A line about reading processes that died or do not answer."""
+    free = machine.shared_memory()
+    memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
+    return (
+        f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
+        f"{machine.SHARED}{memory}; lower train.workers, 0 reads without them. The same command goes on from the last "
+        "checkpoint"
+    )
 
 
 def training_batches(

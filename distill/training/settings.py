@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from distill.core.settings import below, refuse, unknown_words
+from distill.core.settings import above, below, refuse, unknown_words
 
 # How a run may be told differently when it resumes, because its mathematics stays the same.
 CHANGEABLE = frozenset(
@@ -138,6 +138,7 @@ def _faults(s: TrainSettings) -> list[str]:
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
     at_least |= {"weight_decay": 0, "clip_norm": 0, "patches_per_step": 0, "color_jitter": 0, "freeze_steps": 0}
+    faults += above(s, workers=256, accumulate=65536, batch_size=65536, eval_batch_size=65536)
     faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
     if not 0.0 < s.source_temperature < math.inf:
         faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")

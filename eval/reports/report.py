@@ -259,7 +259,13 @@ def _label_section(folders: Sequence[Path]) -> str:
         return missing(
             "No finished labels: labels/ holds no manifest.json; run distill label, or the run labels online."
         )
-    return "".join(_labels(folder) for folder in folders)
+    sections = []
+    for folder in folders:
+        try:
+            sections.append(_labels(folder))
+        except (TypeError, ValueError, AttributeError, LookupError):  # a manifest that somebody edited
+            sections.append(missing(f"{folder / 'manifest.json'} is damaged: run distill verify on its folder."))
+    return "".join(sections)
 
 
 def _labels(folder: Path) -> str:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from distill.core import machine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Batch, Labels
 from distill.training import checkpoints
@@ -183,3 +184,29 @@ def test_affine_depth_is_refused_and_metric_depth_converted(tmp_path):
         train(Toy(), Toys(teachers=1), l1, out=tmp_path / "a", collate=as_depth(Kind.AFFINE_DEPTH), **given)
     train(Toy(), Toys(teachers=1), l1, out=tmp_path / "b", collate=as_depth(Kind.METRIC_DEPTH), **given)
     assert steps_of(tmp_path / "b")[0]["label_median"] == pytest.approx(1.6, abs=0.2)
+
+
+def test_a_reading_process_that_dies_ends_the_run_in_a_line(tmp_path):
+    class Killed(Toys):
+        def get(self, index, teachers, *, visit=None):
+            if torch.utils.data.get_worker_info() is not None:
+                os.kill(os.getpid(), 9)
+            return super().get(index, teachers, visit=visit)
+
+    with pytest.raises(OSError, match=r"a process that reads samples died .*/dev/shm.*lower train.workers") as got:
+        run(tmp_path, steps=4, workers=1, dataset=Killed())
+    assert "\n" not in str(got.value)
+
+
+def test_where_shared_memory_is_scarce_nobody_else_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "shared_memory", lambda: 64_000_000)
+    assert (
+        machine.readers(2)[0] == 0 and "64 MB free" in machine.readers(2)[1] and "--shm-size" in machine.readers(2)[1]
+    )
+
+    class Mine(Toys):
+        def get(self, index, teachers, *, visit=None):
+            assert torch.utils.data.get_worker_info() is None
+            return super().get(index, teachers, visit=visit)
+
+    assert run(tmp_path, steps=4, workers=2, dataset=Mine())[0].step == 4
