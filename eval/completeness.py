@@ -25,7 +25,7 @@ from distill.eval.tasks import size_of
 
 _NAMED = 5
 _DECODED = 3
-_GO_ON = "distill fetch goes on where a download stopped"
+_GO_ON = "distill fetch resumes a stopped download"
 
 
 def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | None = None) -> list[Finding]:

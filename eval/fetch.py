@@ -1,4 +1,4 @@
-"""Downloads a benchmark's archive: what has arrived is kept, and the same command goes on from there.
+"""Downloads a benchmark's archive: what has arrived is kept, and rerun the same command to resume.
 
 Bytes go to ARCHIVE.part, beside a note of which file on the host they belong to (address, length, ETag or date). A
 later call asks for the rest with an HTTP range, under the condition that the file has not changed; a host that sends
@@ -170,7 +170,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
         kept = part.stat().st_size if part.is_file() else 0
         reason = getattr(error, "reason", None) or error or type(error).__name__
         raise DownloadCutError(
-            f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, the same command goes on from there"
+            f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, rerun the same command to resume"
         ) from error
 
 
@@ -208,7 +208,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                     if done - window[1] < _SLOW_S * _SLOWEST and done != total:
                         raise DownloadCutError(
                             f"{url}: {done - window[1]} bytes came in {now - window[0]:.0f} s, which would not end; "
-                            f"{done / 1e6:,.1f} MB are kept, the same command goes on from there"
+                            f"{done / 1e6:,.1f} MB are kept, rerun the same command to resume"
                         )
                     window = (now, done)
                 if report:
@@ -218,13 +218,13 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OSError(f"{part}: the disk is full; make room, the same command goes on from there") from error
+            raise OSError(f"{part}: the disk is full; make room, rerun the same command to resume") from error
     if total is not None and done > total:
         _begin_again(part)
         raise OSError(f"{url}: {done} bytes came, not the {total} that the host said; --url takes another address")
     if total is not None and done < total:
         raise DownloadCutError(
-            f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; the same command goes on from there"
+            f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; rerun the same command to resume"
         )
 
 

@@ -20,12 +20,12 @@ class BenchmarkSettings:
     list: str = ""
     """A file with the samples to use, in the published list's columns; the published list by default."""
     prior: str = ""
-    """A list of other samples of the same root, on which the image-plane prior is fitted; rendered scenes by
+    """A list of other samples of the same root, on which the plane baseline is fitted; rendered scenes by
     default."""
     alias: str = ""
     """The name in tables and folders; `name` by default. Two benchmarks of one name need it."""
     protocol: Literal["marigold", "clean"] = "clean"
-    """"marigold" is what Marigold's evaluation computes, oddities included; "clean" mends them
+    """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
     alignment: Literal["auto", "affine", "scale", "median"] = "auto"
     """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
@@ -68,7 +68,7 @@ class ScoreSettings:
     student: bool = True
     """The run's student."""
     plane_prior: bool = True
-    """The image-plane prior: the best map that does not look at the image."""
+    """The plane baseline: the best map that does not look at the image."""
     pictures: int = 4
     """Pictures per benchmark in the report."""
 

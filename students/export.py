@@ -259,7 +259,9 @@ def difference(before: Student, after: Student, path: str | Path) -> float:
     with torch.no_grad():
         expected, actual = before(images), after(images)
     if not expected.isfinite().all():
-        raise ValueError(f"{path}: not written, for the student's own outputs are not finite; its weights are spoilt")
+        raise ValueError(
+            f"{path}: not written, for the student's own outputs are not finite; its weights are corrupted"
+        )
     if not actual.isfinite().all():
         raise ValueError(f"{path}: not written, for its outputs would not be finite")
     return float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9))

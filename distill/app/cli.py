@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--quiet", action="store_true", help="results and errors alone: no notes, no progress")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     present = names("distill.app.verbs")
     for name in sorted(present, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
         verb = find("distill.app.verbs", name)

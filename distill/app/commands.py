@@ -87,9 +87,9 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         if manifest.get("passed"):
-            note(f"  not ours: {counted(manifest['passed'])}")
+            note(f"  ignored: {counted(manifest['passed'])}")
         if not count:
-            raise ValueError(f"{folder}: nothing was labelled, for no image was usable; mend what is quarantined above")
+            raise ValueError(f"{folder}: nothing was labelled, for no image was usable; fix what is quarantined above")
         if recipe.labels.mirror and send:
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
@@ -217,7 +217,7 @@ def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path
         return []
     count = f"{len(files)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
     more = [f"  and {len(files) - 20} more"] if len(files) > 20 else []
-    way_out = "  mend the benchmark's files that are named, delete the maps that are, and score again"
+    way_out = "  fix the benchmark's files that are named, delete the maps that are, and score again"
     return [f"{count}; no mean", *files[:20], *more, way_out]
 
 

@@ -194,7 +194,7 @@ class _Spoilt:
             commercial=False,
             revision=repr(self.faults),
             source="ours",
-            note="ground truth spoilt in known ways, for experiments",
+            note="ground truth with controlled errors, for experiments",
             seeded=True,
         )
 

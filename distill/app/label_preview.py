@@ -196,7 +196,7 @@ def _histograms(seen: Sequence[_Seen]) -> str:
 
 def _quarantine(lines: Sequence[Mapping[str, str]]) -> str:
     if not lines:
-        return missing("nothing was turned away")
+        return missing("nothing was rejected")
     reasons = Counter(line["reason"].split(":")[0] for line in lines)
     short = table(
         ["reason", "images"], [[escape(reason), str(n)] for reason, n in reasons.most_common()], kind="scores"

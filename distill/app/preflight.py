@@ -43,7 +43,7 @@ _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
 class _Images:
     """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try.
 
-    bad: photos that were tried and are no use; rejected: names that were turned away. Both with the reason.
+    bad: photos that were tried and cannot be used; rejected: names that were turned away. Both with the reason.
     """
 
     count: int
@@ -95,7 +95,7 @@ def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
         return work()
     except _FAULTS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        found.append(Finding("bad", f"{what}: {line}", "mend this first; what depends on it was not looked at"))
+        found.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
         return None
 
 
@@ -132,13 +132,13 @@ def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
     about = "" if images.scanned else "about "
     if not images.count:
         why = images.rejected[0] if images.rejected else "the source is empty"
-        yield Finding("bad", f"no images: {why}", "mend the file, or name others in [[images]]")
+        yield Finding("bad", f"no images: {why}", "fix the file, or name others in [[images]]")
         return
     yield Finding("ok", f"{about}{images.count} images in {about}{images.parts} parts")
     if images.bad:
         tried = len(images.bad) + len(images.photos)
         level: Level = "warn" if images.photos else "bad"
-        line = f"{len(images.bad)} of the first {tried} images are no use"
+        line = f"{len(images.bad)} of the first {tried} images cannot be used"
         remedy = "a few are normal and go to quarantine; if all are too small, lower crops.min_side or crops.size"
         yield Finding(level, f"{line}: {images.bad[0]}", remedy)
     idle = [n for n in PROCESSES if images.parts < n]

@@ -30,7 +30,7 @@ class WriteError(OSError):
 
     def __str__(self) -> str:
         return (
-            f"cannot write {self.filename}: {self.strerror}. What was finished is kept; mend this and run the same "
+            f"cannot write {self.filename}: {self.strerror}. What was finished is kept; fix this and rerun the same "
             "command again"
         )
 

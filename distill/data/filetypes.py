@@ -82,7 +82,7 @@ def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
 
 
 def sniff(data: bytes) -> str:
-    """What the first bytes say: "JPEG", "HEIC", "camera raw", "a film (MP4)", ..., "" where they say nothing."""
+    """What the first bytes say: "JPEG", "HEIC", "camera raw", "a video (MP4)", ..., "" where they say nothing."""
     head = bytes(data[:64])
     if head[4:8] == b"ftyp":
         return _brand(head)
@@ -90,7 +90,7 @@ def sniff(data: bytes) -> str:
         if head.startswith(magic):
             return kind
     if head[:4] == b"RIFF":
-        return {b"WEBP": "WebP", b"AVI ": "a film (AVI)", b"WAVE": "sound (WAV)"}.get(head[8:12], "")
+        return {b"WEBP": "WebP", b"AVI ": "a video (AVI)", b"WAVE": "sound (WAV)"}.get(head[8:12], "")
     return ""
 
 
@@ -119,11 +119,11 @@ _MAGIC = (
     (b"8BPS", "Photoshop"),
     (b"#?RADIANCE", "Radiance HDR"),
     (b"v/1\x01", "OpenEXR"),
-    (b"\x1a\x45\xdf\xa3", "a film (Matroska)"),
-    (b"OggS", "a film or sound (Ogg)"),
-    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a film (Windows Media)"),
-    (b"FLV\1", "a film (FLV)"),
-    (b"\0\0\1\xba", "a film (MPEG)"),
+    (b"\x1a\x45\xdf\xa3", "a video (Matroska)"),
+    (b"OggS", "a video or sound (Ogg)"),
+    (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", "a video (Windows Media)"),
+    (b"FLV\1", "a video (FLV)"),
+    (b"\0\0\1\xba", "a video (MPEG)"),
     (b"%PDF", "a PDF"),
     (b"\x93NUMPY", "a NumPy array"),
     (b"PK\3\4", "a zip archive"),
@@ -141,4 +141,4 @@ def _brand(head: bytes) -> str:
         return "AVIF"
     if brands[0] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"):
         return "HEIC"
-    return {b"crx ": "camera raw", b"jxl ": "JPEG XL"}.get(brands[0], "a film (MP4)")
+    return {b"crx ": "camera raw", b"jxl ": "JPEG XL"}.get(brands[0], "a video (MP4)")

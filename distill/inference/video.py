@@ -39,11 +39,11 @@ class Film:
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise BadImageError(f"not a film that can be opened ({_short(error)})") from error
+            raise BadImageError(f"not a video that can be opened ({_short(error)})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:
-            what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no film in it"
+            what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
             self._container.close()
             raise BadImageError(what)
         self._stream, self._codec = streams[0], codec.name
@@ -90,7 +90,7 @@ class Film:
 
     def _judge(self, count: int, lost: int, last: float) -> str:
         if not count:
-            return f"no frame of this film can be decoded (its codec is {self._codec})"
+            return f"no frame of this video can be decoded (its codec is {self._codec})"
         if lost:
             return f"{lost} of its frames are damaged; {count} could be decoded"
         if self._edited:  # the header's count is of what is stored, its end of what is shown

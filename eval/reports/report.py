@@ -352,6 +352,6 @@ def _repeat_section(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> s
         [("software", software), ("last score", created), ("seed", str(recipe.get("run", {}).get("seed", "")))]
     )
     return (
-        '<p class="key">Every command can be stopped and started again, and goes on where it was. The recipe above '
+        '<p class="key">Every command is safe to interrupt; rerun it to resume. The recipe above '
         f'holds every setting.</p><pre>{escape(commands)}</pre><dl class="plain">{facts}</dl>'
     )

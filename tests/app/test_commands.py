@@ -141,6 +141,18 @@ def test_the_student_learns_and_describes_itself(straight):
     assert card["commercial"] is False, "nobody has said what the images allow"
 
 
+def test_a_report_refuses_unknown_metrics_and_says_where_the_recipe_differs(straight, capsys):
+    assert main(["report", str(straight), "--format", "md", "--metrics", "abs_rell"]) == 2
+    assert "none of these scores has abs_rell; there are " in capsys.readouterr().err
+    path = str(straight.with_suffix(".toml"))
+    assert main(["report", path, "--format", "md", "--set", "train.steps=99999"]) == 0
+    assert "other values of train.steps: the report is of the run as it is" in capsys.readouterr().err
+    assert main(["report", path, "--format", "md"]) == 0
+    assert "other values" not in capsys.readouterr().err
+    assert main(["train", path]) == 0
+    assert "trained before, nothing to do" in capsys.readouterr().out
+
+
 def test_scores_and_report_are_written(straight):
     scores = {p.name for p in (straight / "scores").glob("*.json")}
     assert {"scenes--student.json", "scenes--analytic.json", "scenes--plane_prior.json"} <= scores

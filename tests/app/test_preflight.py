@@ -69,7 +69,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
         "checkpoints: 0.",
     ):
         assert line in said["ok"], line
-    assert "1 of the first 3 images are no use: sa_0.tar:sa_0.jpg: not an image" in said["warn"]
+    assert "1 of the first 3 images cannot be used: sa_0.tar:sa_0.jpg: not an image" in said["warn"]
     assert "1 parts keep no more than 1 processes busy" in said["warn"]
     assert "min_side = 28 < size = 32" in said["warn"]
     assert "accumulate = 1: trains on 1, 2, 4 of 1, 2, 4, 8" in said["warn"]
@@ -118,7 +118,7 @@ def test_what_would_be_downloaded_is_said_before_anything_is_loaded(check, monke
 def test_no_images_say_why_and_a_missing_device_hides_nothing(check, tmp_path):
     (tmp_path / "cut.tar").write_bytes(b"not a tar")
     said = check(f'images=[{{tars="{tmp_path}/cut.tar"}}]')
-    assert "no images: cut.tar: " in said["bad"] and "-> mend the file, or name others in [[images]]" in said["bad"]
+    assert "no images: cut.tar: " in said["bad"] and "-> fix the file, or name others in [[images]]" in said["bad"]
     said = check("run.device=cuda:99")
     assert 'device: run.device = "cuda:99": torch finds ' in said["bad"] and "7 images" in said["ok"]
     assert "training 600 steps" in said["ok"]

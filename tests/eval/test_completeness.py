@@ -94,7 +94,7 @@ def test_a_cut_tar_is_counted_up_to_its_cut(tmp_path, scannet):
     for length, said in ((5500, "without an end: it is cut short"), (6200, "cut short inside")):
         root.write_bytes(data[:length])
         bad = told(check_benchmark("scannet", root), "bad")
-        assert said in bad and "2 images, not the 6" in bad and "goes on where a download stopped" in bad
+        assert said in bad and "2 images, not the 6" in bad and "resumes a stopped download" in bad
 
 
 def test_what_cannot_be_seen_at_the_ends_is_decoded(tmp_path, scannet):

@@ -108,7 +108,7 @@ def test_cut_connections_are_gone_on_from(host, tmp_path):
 
 def test_a_host_that_cuts_for_ever_is_given_up_and_what_came_is_kept(host, tmp_path):
     host.cut_after = [1_000_000, 0, 0, 0]
-    with pytest.raises(OSError, match=r"a\.tar: cut after 1\.0 of 3\.0 MB; the same command goes on from there"):
+    with pytest.raises(OSError, match=r"a\.tar: cut after 1\.0 of 3\.0 MB; rerun the same command to resume"):
         fetch(host.url, tmp_path / "a.tar", patience=0.001)
     assert (tmp_path / "a.tar.part").stat().st_size == 1_000_000 and not (tmp_path / "a.tar").exists()
     got = fetch(host.url, tmp_path / "a.tar")
@@ -216,7 +216,7 @@ def test_a_full_disk_is_seen_before_and_while_writing(host, tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", opened)
-        with pytest.raises(OSError, match=r"a\.tar\.part: the disk is full; make room, the same command goes on"):
+        with pytest.raises(OSError, match=r"a\.tar\.part: the disk is full; make room, rerun the same command"):
             fetch(host.url, tmp_path / "a.tar")
     kept = (tmp_path / "a.tar.part").stat().st_size
     assert kept > 0 and fetch(host.url, tmp_path / "a.tar").resumed == kept

@@ -91,5 +91,5 @@ def test_a_trimmed_film_is_what_players_show(tmp_path):
 def test_what_is_no_film_says_so_and_nothing_else_is_printed(tmp_path, capfd):
     (tmp_path / "v.mp4").write_bytes(b"\0\0\0\x18ftypmp42" + bytes(500))
     (line,) = call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o")[2]
-    assert "not a film that can be opened" in line or "no film in it" in line
+    assert "not a video that can be opened" in line or "no video in it" in line
     assert capfd.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""download a benchmark's archive; goes on where it was stopped
+"""download a benchmark's archive; resumes
 
 distill fetch nyu --root data                     to data/nyuv2/..., then: distill score ... --root data
 distill fetch nyu --root data --url MIRROR/       from another host with the same files

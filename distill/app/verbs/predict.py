@@ -1,7 +1,7 @@
 """depth maps of photos and videos: 16-bit PNG, npy, colours, side by side
 
 distill predict photo.jpg                              photo and depth side by side, and 16 bits, into depth/
-distill predict photos/ 'more/**/*.png' film.mp4 --out maps --formats png npy colour side
+distill predict photos/ 'more/**/*.png' video.mp4 --out maps --formats png npy colour side
 distill predict photos/ --student runs/demo            the student of a run, or of a folder
 distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     if outcome.problems:
         fail("\n".join(outcome.problems))
     if found.passed:
-        note(f"not ours: {filetypes.counted(found.passed)}")
+        note(f"ignored: {filetypes.counted(found.passed)}")
     before = f", {outcome.present} were there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
     say(f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}")
