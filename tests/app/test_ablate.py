@@ -79,13 +79,17 @@ def test_tables_share_their_equal_cells(tmp_path):
     assert {c.row for c in two if c.folder in shared} == {"shared", "local-global"}
 
 
+# What the papers say and their own numbers do not, in the measure by which a study judges (recipes/ablations/table4.toml).
+CONTRADICTED = {("table4", "the assistant helps: selection beats the primary alone")}
+
+
 def test_the_papers_own_table_has_the_papers_orderings():
     for name in ("table1", "table2", "table4"):
         study = read_study(STUDIES[0].parent / f"{name}.toml")
         paper = {p.row: {0: sum(p.values) / len(p.values)} for p in study.paper}
         for o in study.orderings:
             verdict = judge(o.kind, o.first, o.second, paper, tolerance=o.tolerance)
-            assert verdict.effect >= 0, (name, o.claim)
+            assert (verdict.effect >= 0) == ((name, o.claim) not in CONTRADICTED), (name, o.claim)
 
 
 STUDY = """
