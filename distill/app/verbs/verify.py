@@ -32,5 +32,5 @@ def run(args: argparse.Namespace) -> int:
     if problems:
         fail("\n".join(problems))
         return 1
-    say(f"{args.folder}: whole")
+    say(f"{args.folder}: complete")
     return 0
