@@ -79,7 +79,8 @@ def test_tables_share_their_equal_cells(tmp_path):
     assert {c.row for c in two if c.folder in shared} == {"shared", "local-global"}
 
 
-# What the papers say and their own numbers do not, in the measure by which a study judges (recipes/ablations/table4.toml).
+# What the papers say and their own numbers do not, in the measure by which a study judges
+# (recipes/ablations/table4.toml).
 CONTRADICTED = {("table4", "the assistant helps: selection beats the primary alone")}
 
 
