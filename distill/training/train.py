@@ -98,9 +98,8 @@ def train(
     features), and the objective also gets reference(images)[-1][0].
     card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
     the run what it is (recipe, labels): a resume with another one is refused.
-    save: called as save(student, folder, card=...). report: called as report(step, steps, **numbers), and tell with a
-    line for people, such as that a damaged checkpoint was passed over, by the main process only. device: where to train
-    ("cpu", "cuda:1"); None: the launcher's choice, or the GPU that there is.
+    save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
+    the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
