@@ -75,8 +75,14 @@ class StepLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, in order; a torn last line is left out, and so is one that a power cut filled with NULs."""
-    return list(_lines(path))
+    """The lines of a log, in order; a torn last line is left out, and so is one that a power cut filled with NULs.
+
+    Raises ValueError for a file that has lines and none of a log's.
+    """
+    lines = list(_lines(path))
+    if not lines and path.exists() and b"\n" in path.read_bytes():
+        raise ValueError("no line of it is one of a log's")
+    return lines
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
