@@ -90,9 +90,9 @@ def check_teachers(recipe: Recipe) -> None:
 def check_two(recipe: Recipe) -> None:
     """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
 
-    Ground truth is nobody's opinion, and does not count.
+    Ground truth is nobody's opinion, and does not count; corrupted, it stands for a teacher.
     """
-    networks = [spec for spec in recipe.teachers if spec.name != TRUTH]
+    networks = [spec for spec in recipe.teachers if spec.name != TRUTH or spec.options]
     if len(networks) > 2:
         raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(networks)}")
 

@@ -290,7 +290,7 @@ def test_no_image_at_all_says_why(tmp_path):
 def test_more_than_two_teachers_compare_but_do_not_label(tmp_path):
     recipe = recipes.load(written(tmp_path))
     for refuse in (build.labels_folder, build.labelled, build.identity):
-        with pytest.raises(RecipeError, match="at most two teachers, a primary and an assistant, not 4"):
+        with pytest.raises(RecipeError, match="at most two teachers, a primary and an assistant, not 3"):
             refuse(recipe)
     online = recipes.load(written(tmp_path), ["labels.online=true"])
     with pytest.raises(RecipeError, match="at most two"):
