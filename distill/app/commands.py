@@ -8,8 +8,10 @@ A run's folder:
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,15 @@ from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.cost import Cost
 from distill.eval.reports.tables import as_text, grid
+from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import LabelOutcome, label
 from distill.shards import mirror, shards
 from distill.training.train import TrainResult, train
+
+COST = "cost.json"
+"""What predicting cost, beside the maps that were predicted."""
 
 
 def keep_recipe(recipe: Recipe) -> None:
@@ -168,22 +175,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
         for name, teacher in scored:
             slug = name.replace(" ", "_")
             store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-            settings = {
-                "weights": teacher.card.weights,
-                "revision": teacher.card.revision,
-                "benchmark": spec.alias_or_name,
-                **prediction_settings(recipe, name, spec),
-            }
-            with progress(f"predict {spec.alias_or_name} {name}") as report:
-                scoring.predict(
-                    teacher,
-                    samples,
-                    store,
-                    settings=settings,
-                    used=how_used(recipe, name, teacher, spec),
-                    report=report,
-                    tell=note,
-                )
+            cost = _predict(recipe, spec, name, teacher, samples, store)
             result = scoring.score(
                 store,
                 None,
@@ -193,17 +185,45 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                 offset_positive=spec.offset_positive,
                 model=name,
             )
+            result = replace(result, cost=cost)
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
             lost += _lost(result, samples, store)
     side_by_side = grid(results)
-    table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
+    table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
     for line in warned + lost:
         note(line)
     return results
+
+
+def _predict(
+    recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample], store: Path
+) -> dict[str, Any] | None:
+    """Predicts and stores what is missing of one model; what that cost, or did when the maps were made, if known."""
+    settings = {
+        "weights": teacher.card.weights,
+        "revision": teacher.card.revision,
+        "benchmark": spec.alias_or_name,
+        **prediction_settings(recipe, name, spec),
+    }
+    kept = store / COST
+    try:
+        before = dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only measured again
+        before = None
+    cost = Cost()
+    used = how_used(recipe, name, teacher, spec)
+    with progress(f"predict {spec.alias_or_name} {name}") as report:
+        done = scoring.predict(
+            cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
+        )
+    if done:
+        before = cost.summary(before)
+        files.write_json(kept, before)
+    return before
 
 
 def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:

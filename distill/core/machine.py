@@ -1,7 +1,9 @@
-"""What this machine has of what runs out first: shared memory and open files. Read at call time; nothing is changed."""
+"""What this machine is, and has of what runs out first: shared memory, open files. Read at call time, never changed."""
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -36,3 +38,33 @@ def readers(workers: int) -> tuple[int, str]:
         f"{SHARED} has {free / 1e6:.0f} MB free, too few for train.workers = {workers}: the training process reads by "
         "itself, slower, with the same result; give the container more (docker run --shm-size=8g)"
     )
+
+
+def processor() -> str:
+    """The CPU's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return " ".join(next(named, platform.processor() or platform.machine()).split())
+
+
+def device_name(device: str) -> str:
+    """What a torch device is, for people: a card's name, or the CPU's with its threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device.startswith("cpu"):
+        return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{device} of {processor()}"
+
+
+def software() -> str:
+    """This project's version, and PyTorch's and Python's."""
+    import torch
+
+    import distill
+
+    return f"distill {distill.__version__}, torch {torch.__version__}, Python {platform.python_version()}"

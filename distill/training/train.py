@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.core import files
+from distill.core import files, machine
 from distill.core.progress import Report
 from distill.shards import shards
 from distill.students import checkpoint
@@ -220,6 +220,7 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     if run.processes.main:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
+        facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
         files.write_json(run.out / "run.json", facts, allow_nan=True)

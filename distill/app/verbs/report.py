@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--metrics: none of these scores has {', '.join(unknown)}; there are {', '.join(known)}")
     table_of_scores = grid(scores, metrics)
     if args.format == "text":
-        table(f"scores of {run} (* best, + second best)", *as_text(table_of_scores))
+        table(f"scores of {run} (* best, + these images do not tell who is)", *as_text(table_of_scores))
         for line in table_of_scores.notes:
             note(line)
     else:
