@@ -17,10 +17,11 @@ from typing import Any
 
 import distill
 from distill.app import build, trust
-from distill.app.console import dashboard, note, progress, say, table
+from distill.app.console import dashboard, note, progress, say, table, values
 from distill.app.inputs import input_shards
+from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
-from distill.app.recipe import Recipe, as_table, dumps
+from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
 from distill.app.scoring import Models, how_used, prediction_settings
 from distill.app.strict import RecipeError
@@ -40,14 +41,6 @@ COST = "cost.json"
 """What predicting cost, beside the maps that were predicted."""
 
 
-def keep_recipe(recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run's folder; only the first process does."""
-    if build.process()[0] == 0:
-        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe))
-        for name in recipe.unjudged:
-            note(f"[{name}] has faults, which do not matter here; `distill show` says which")
-
-
 def commit() -> str:
     """The version, with the commit where the code runs from a clone."""
     root = Path(distill.__file__).parent.parent
@@ -64,9 +57,13 @@ def commit() -> str:
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
     """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
-    if folder is None:
-        keep_recipe(recipe)
-        folder = build.labels_folder(recipe)
+    if folder is not None:
+        return _label(recipe, folder, send=send)
+    with kept_recipe(recipe):
+        return _label(recipe, build.labels_folder(recipe), send=send)
+
+
+def _label(recipe: Recipe, folder: Path, *, send: bool) -> LabelOutcome:
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     rank, world = build.process()
@@ -90,7 +87,13 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
-        say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
+        say(
+            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine",
+            labels=str(folder),
+            samples=count,
+            tars=len(manifest["shards"]),
+            quarantined=lost,
+        )
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         if manifest.get("passed"):
@@ -106,7 +109,11 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
 
 def run_train(recipe: Recipe) -> TrainResult:
     """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
-    keep_recipe(recipe)
+    with kept_recipe(recipe):
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
@@ -130,7 +137,14 @@ def run_train(recipe: Recipe) -> TrainResult:
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
-    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}")
+    say(
+        f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}",
+        student=str(result.folder),
+        step=result.selected_step,
+        steps=result.step,
+        heldout=result.heldout,
+        images_per_s=result.images_per_s,
+    )
     return result
 
 
@@ -156,9 +170,13 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
 
     Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
     """
-    keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    with kept_recipe(recipe):
+        return _score(recipe)
+
+
+def _score(recipe: Recipe) -> list[scoring.Score]:
     results, lost, warned = [], [], []
     priors: dict[tuple[str, ...], Any] = {}
     models = Models(recipe)
@@ -190,6 +208,16 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
             lost += _lost(result, samples, store)
+    for result in results:
+        values(
+            model=result.model,
+            benchmark=result.benchmark,
+            protocol=result.protocol.id,
+            metrics=result.metrics,
+            images=result.num_images,
+            failed=result.num_failed,
+            cost=result.cost,
+        )
     side_by_side = grid(results)
     table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
     for line in side_by_side.notes:
@@ -246,7 +274,7 @@ def run_report(recipe: Recipe) -> Path:
     from distill.eval.reports.report import write_report
 
     path = write_report(recipe.run.folder)
-    say(f"report: {path.resolve()}")
+    say(f"report: {path.resolve()}", report=str(path.resolve()))
     return path
 
 

@@ -66,5 +66,11 @@ def run(args: argparse.Namespace) -> int:
         note(f"ignored: {filetypes.counted(found.passed)}")
     before = f", {outcome.present} were there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
-    say(f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}")
+    say(
+        f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}",
+        out=str(args.out),
+        predicted=outcome.written,
+        present=outcome.present,
+        failed=len(outcome.problems),
+    )
     return 1 if outcome.problems else 0

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "html":
         from distill.eval.reports.report import write_report
 
-        say(f"report: {write_report(run).resolve()}")
+        path = write_report(run).resolve()
+        say(f"report: {path}", report=str(path))
         return 0
     from distill.eval.reports.report import read_run_scores
     from distill.eval.reports.tables import as_latex, as_markdown, as_text, grid
