@@ -80,28 +80,23 @@ def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
     args = _parser().parse_args(argv)
-    if args.quiet or args.json:
-        from distill.app import console
+    from distill.app import console
 
-        if args.quiet:
-            console.quiet()
-        console.as_json(args.json)
+    if args.quiet:
+        console.quiet()
+    console.as_json(args.json)
     try:
         code: int = args.verb(args)
         return code
     except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
         if args.debug:
             raise
-        from distill.app.console import fail
-
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
         said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        fail((said or type(error).__name__) + way_out)
+        console.fail((said or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
-        from distill.app.console import note
-
-        note("stopped; rerun the same command to resume")
+        console.note("stopped; rerun the same command to resume")
         return 130
 
 

@@ -68,3 +68,24 @@ def software() -> str:
     import distill
 
     return f"distill {distill.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def usable_device(device: str) -> str:
+    """The device that "auto" means, or `device`; ValueError where it cannot be used."""
+    import torch
+
+    on = _device() if device == "auto" else device
+    try:
+        torch.zeros(1, device=on).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    return on
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
