@@ -29,6 +29,7 @@ ORDER = [
     "doctor",
     "predict",
     "export",
+    "publish",
 ]
 
 EPILOG = """examples:
