@@ -151,10 +151,10 @@ def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
         "    ...",
     ]
     lacking = (
-        f"The photographs are not here, since their licence does not say that they may be passed on. `{LIST}` has "
-        "a line for each region: the image's key, its size in pixels, the square that was cut (`crop`: top, left, side, then "
-        "resized to `size`), and hashes by which to know that it is the same (`region_sha256` of the JPEG that was "
-        "labelled; `file_sha256` of the photograph's file, where it was at hand)."
+        "The photographs are not here, since their licence does not say that they may be passed on. "
+        f"`{LIST}` has a line for each region: the image's key, its size in pixels, the square that was cut (`crop`: "
+        "top, left, side, then resized to `size`), and hashes by which to know that it is the same (`region_sha256` of "
+        "the JPEG that was labelled; `file_sha256` of the photograph's file, where it was at hand)."
     )
     return "\n".join(
         [
