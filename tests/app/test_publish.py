@@ -59,7 +59,11 @@ def test_labels_without_their_photographs(labels, tmp_path):
     old = tarfile.open(folder / lines[0]["tar"])
     assert lines[0]["region_sha256"] == hashlib.sha256(old.extractfile(f"{lines[0]['key']}.jpg").read()).hexdigest()
     source = tarfile.open(recipe.parent / "sa_0.tar")
-    (name,) = [n for n in source.getnames() if n.removeprefix("./").rpartition(".")[0] == lines[0]["image"] and not n.endswith(".json")]
+    (name,) = [
+        n
+        for n in source.getnames()
+        if n.removeprefix("./").rpartition(".")[0] == lines[0]["image"] and not n.endswith(".json")
+    ]
     photo = source.extractfile(name).read()
     assert lines[0]["file_sha256"] == hashlib.sha256(photo).hexdigest() and lines[0]["crop"]["side"] > 0
     card = card_metadata(out / "README.md")
