@@ -47,12 +47,12 @@ def commit() -> str:
     if not (root / ".git").exists():
         return distill.__version__
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
     except OSError:  # no git on this machine
-        found = ""
-    return f"{distill.__version__}+{found or 'unknown'}"
+        described = ""
+    return f"{distill.__version__}+{described or 'unknown'}"
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
@@ -63,11 +63,11 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     rank, world = build.process()
-    found = input_shards(recipe)
+    images = input_shards(recipe)
     teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
     with progress("label") as report:
         outcome = label(
-            found,
+            images,
             teachers,
             out=folder,
             crops=recipe.crops,

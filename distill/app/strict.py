@@ -126,8 +126,8 @@ def _without_numbers(path: str) -> str:
 
 def set_key(table: dict[str, Any], assignment: str) -> None:
     """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string where that fails."""
-    path, found, text = assignment.partition("=")
-    if not found or not path.strip():
+    path, separator, text = assignment.partition("=")
+    if not separator or not path.strip():
         raise RecipeError(f"--set {assignment}: write it as KEY=VALUE, as in --set train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

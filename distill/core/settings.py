@@ -29,10 +29,10 @@ def below(table: object, **least: float) -> list[str]:
     ]
 
 
-def above(table: object, **most: float) -> list[str]:
+def above(table: object, **greatest: float) -> list[str]:
     """A clause for every field of `table` that is more than its greatest value."""
-    values = {name: getattr(table, name) for name in most}
-    return [f"{name} must be at most {most[name]}, not {v}" for name, v in values.items() if v > most[name]]
+    values = {name: getattr(table, name) for name in greatest}
+    return [f"{name} must be at most {greatest[name]}, not {v}" for name, v in values.items() if v > greatest[name]]
 
 
 def unknown_words(table: object) -> list[str]:

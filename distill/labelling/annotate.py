@@ -348,10 +348,10 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
-            said = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
-            kind = said.shared.kind
-            shared = stored(said.shared, settings.store)
-            local = None if said.local is None else stored(said.local, settings.store)
+            given = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
+            kind = given.shared.kind
+            shared = stored(given.shared, settings.store)
+            local = None if given.local is None else stored(given.local, settings.store)
         else:
             kind = waiting.predicted[name]
             shared, local = _joined(waiting.maps[name])
