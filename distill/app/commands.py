@@ -29,6 +29,7 @@ from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
 from distill.labelling.run import LabelOutcome, label
+from distill.labelling.tuning import tune
 from distill.shards import mirror, shards
 from distill.training.train import TrainResult, train
 
@@ -64,19 +65,27 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
         trust.remember(as_table(recipe))
     rank, world = build.process()
     images = input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    device = build.device(recipe)
+    teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = build.float32_twins(recipe, on=device)
+    labels, measured = tune(
+        folder, teachers, recipe.labels, size=recipe.crops.size, device=device, references=references
+    )
+    for name, off in measured.get("from_float32", {}).items():
+        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     with progress("label") as report:
         outcome = label(
             images,
             teachers,
             out=folder,
             crops=recipe.crops,
-            labels=recipe.labels,
+            labels=labels,
             seed=recipe.run.seed,
             rank=rank,
             world=world,
-            device=build.device(recipe),
+            device=device,
             recipe=as_table(recipe),
+            machine=measured,
             report=report,
         )
     if outcome.complete:
