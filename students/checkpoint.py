@@ -24,6 +24,8 @@ from distill import students
 from distill.core import files, hub
 from distill.core.files import file_sha256
 from distill.core.plugins import allowed, is_path, origins
+from distill.core.seal import KEY as SEAL
+from distill.core.seal import is_broken, sealed
 from distill.students import Student
 from distill.students.modelcard import model_card, without_package
 from distill.students.quantize import dequantize, fits, quantize
@@ -90,7 +92,9 @@ def save(
         "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
         "card": dict(card or {}),
     }
-    contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
+    plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
+    text = json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
+    contents = {WEIGHTS: weights, DESCRIPTION: text.encode()}
     if card:
         alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
         page = model_card(folder.name, card, native_size=student.native_size, kind=student.kind, alone=alone)
@@ -218,16 +222,21 @@ def describe(folder: str | Path) -> dict[str, Any]:
             raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     version = description.get("version") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path}: not a student's description: it has no version")
     if version > VERSION:
         raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
+    if is_broken(description):
+        raise ValueError(
+            f"{path}: does not agree with its own checksum: it is damaged, copy it again; or it was edited, remove its "
+            f'line "{SEAL}"'
+        )
     if faults := _description_faults(description):
         raise ValueError(f"{path}: not a student's description: {'; '.join(faults)}")
-    return dict(description)
+    return {key: value for key, value in description.items() if key != SEAL}
 
 
 _KEYS = {

@@ -6,9 +6,13 @@ The verbs are the files of distill/verbs; their heavy imports happen when they r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
+from typing import NoReturn
 
 from distill import __version__
 from distill.core.plugins import find, names
@@ -29,6 +33,8 @@ ORDER = [
     "predict",
     "export",
 ]
+
+STOPPED = 130
 
 EPILOG = """examples:
   distill demo                                     the whole loop on the embedded default
@@ -88,7 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         from distill.app.console import note
 
         note("stopped; rerun the same command to resume")
-        return 130
+        return STOPPED
+
+
+def entry() -> NoReturn:
+    """`main` as a process of its own. A stopped one leaves at once: what its threads do is done again."""
+    code = main()
+    if code == STOPPED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _way_out(module: str) -> str:

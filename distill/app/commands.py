@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distill
 from distill.app import build, trust
 from distill.app.console import dashboard, note, progress, say, table
@@ -31,6 +33,7 @@ from distill.eval.reports.tables import as_text, grid
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import tune
 from distill.shards import mirror, shards
+from distill.training import checkpoints
 from distill.training.train import TrainResult, train
 
 
@@ -87,6 +90,7 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
             recipe=as_table(recipe),
             machine=measured,
             report=report,
+            tell=note,
         )
     if outcome.complete:
         manifest = shards.read_manifest(folder)
@@ -113,8 +117,8 @@ def run_train(recipe: Recipe) -> TrainResult:
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)
-    if warning := machine.readers(recipe.train.workers)[1]:
-        note(warning)
+    machine.allow_open_files()
+    check_disk(recipe, student)
     with dashboard("train") as report:
         result = train(
             student,
@@ -134,6 +138,20 @@ def run_train(recipe: Recipe) -> TrainResult:
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
     say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}")
     return result
+
+
+def check_disk(recipe: Recipe, student: torch.nn.Module) -> None:
+    """Raises OSError where the disk cannot take one checkpoint beside a student, hours before it would be found out."""
+    one = checkpoints.bytes_of(student)
+    free, place = machine.free_disk(recipe.run.folder)
+    if free < 2 * one:
+        raise OSError(
+            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {one / 1e9:.2f} GB, beside the one before: "
+            "free some, or set run.out to another disk"
+        )
+    if free < (recipe.train.keep_last + 2) * one:
+        many = f"{recipe.train.keep_last} checkpoints of {one / 1e9:.2f} GB"
+        note(f"{place} has {free / 1e9:.2f} GB free: tight for {many}")
 
 
 def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:

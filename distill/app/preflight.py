@@ -8,7 +8,6 @@ hide those in others.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
+from distill.training import checkpoints
 from distill.training.sampling import meet_labels
 
 T = TypeVar("T")
@@ -201,11 +201,9 @@ def _about_batches(recipe: Recipe) -> Iterator[Finding]:
 def _about_machine(recipe: Recipe) -> Iterator[Finding]:
     free, limit = machine.shared_memory(), machine.open_files()
     if recipe.train.workers and free is not None:
-        line, scarce = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}", machine.readers(1)[1]
-        remedy = "give the container more: docker run --shm-size=8g"
-        if scarce:
-            line += ": samples are read by the training process itself, slower"
-        yield Finding("warn", line, remedy) if scarce or free < machine.LITTLE else Finding("ok", line)
+        line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}"
+        remedy = "fewer processes read, and less ahead; give the container more: docker run --shm-size=8g"
+        yield Finding("warn", line, remedy) if free < machine.LITTLE else Finding("ok", line)
     if limit is not None and 0 <= limit < 1024:
         yield Finding("warn", f"a process may open {limit} files", "raise it: ulimit -n 4096")
 
@@ -281,9 +279,7 @@ def _about_training(recipe: Recipe, student: Student, seconds: float, device: to
         f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: "
         f"{_times(train.steps * seconds, device, max_processes)}",
     )
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in student.parameters())
-    need = (train.keep_last + 2) * 4.0 * (2 * whole + 2 * trained)  # a student twice, and Adam's two moments
+    need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
 
 
@@ -297,8 +293,7 @@ def _times(seconds: float, device: torch.device, max_processes: int) -> str:
 
 
 def _disk(what: str, folder: Path, need: float, why: str) -> Finding:
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free, place = machine.free_disk(folder)
     line = f"{what}: {need / 1e9:.2f} GB needed ({why}), {free / 1e9:.0f} GB free at {place}"
     if need > free:
         return Finding("bad", line, "free some, or put labels.root or run.out on another disk")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
 from distill.shards.readme import README, describe_format, labels_readme
-from distill.shards.shards import MANIFEST, SETTINGS, hash_keys, read_json, read_manifest, write_manifest
+from distill.shards.shards import (
+    MANIFEST,
+    SETTINGS,
+    DamagedTableError,
+    hash_keys,
+    read_json,
+    read_manifest,
+    read_shard,
+    write_manifest,
+)
 
 
 def _card(teacher: Any, store: str) -> dict[str, Any]:
@@ -56,19 +65,40 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
     }
 
 
-def keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the folder's settings, or raise ValueError where it was begun with others."""
+def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object]) -> None:
+    """Write the folder's settings, or raise ValueError where it was begun with others.
+
+    Damaged ones are written again, where the manifest, or else a label, does not say that they were others.
+    """
     path = out / SETTINGS
-    if not path.is_file():
-        files.write_bytes(path, dump_json(sealed(settings)))
-        return
-    before = _in_words_of_today(read_json(path))
+    write, before = not path.is_file(), settings
+    if not write:
+        try:
+            before = _in_words_of_today(read_json(path))
+        except DamagedTableError as error:
+            tell(f"{str(error).partition(';')[0]}; it is written again")
+            write, before = True, {**settings, **_in_words_of_today(_said_by_labels(out, settings))}
     changed = [name for name in settings if settings[name] != before.get(name)]
     if changed:
         raise ValueError(
             f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
             "delete this one"
         )
+    if write:
+        files.write_bytes(path, dump_json(sealed(settings)))
+
+
+def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the settings, or else the first sample of the first tar."""
+    try:
+        return dict(read_manifest(out)["settings"])
+    except (FileNotFoundError, DamagedTableError):
+        tar = next(iter(sorted(out.glob("*.tar"))), None)
+    if tar is None:
+        return {}
+    record = next(read_shard(tar)).record
+    sizes = {name: record["crop"][name] for name in ("size", "patch_size") if name in settings["crops"]}
+    return {"seed": record["seed"], "codec": record["codec"], "crops": {**settings["crops"], **sizes}}
 
 
 def _in_words_of_today(settings: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +118,7 @@ def finish(
     *,
     licence: str,
     fresh: bool,
+    tell: Callable[[str], object],
 ) -> bool:
     """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine."""
     sidecars: list[dict[str, Any]] = []
@@ -98,16 +129,21 @@ def finish(
             path = out / f"{shard.stem}-{number:03d}.json"
             if not path.is_file():
                 return False
-            entry = read_json(path)
+            try:
+                entry = read_json(path)
+            except DamagedTableError:
+                return False  # another process's, which makes it again
             if entry["tar"] is not None and not is_whole(out, entry["tar"]):
                 return False
             sidecars.append(entry)
             sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
             number, of = number + 1, entry["of"]
     if not fresh and (out / MANIFEST).is_file():
-        before = read_manifest(out)["shards"]
-        if before == _tars(sidecars, settings, sources):
-            return True
+        try:
+            if read_manifest(out)["shards"] == _tars(sidecars, settings, sources):
+                return True
+        except DamagedTableError as error:
+            tell(f"{str(error).partition(';')[0]}; it is written again")
     manifest = _manifest(sidecars, settings, about, licence, sources)
     files.write_text(out / README, labels_readme(manifest))
     write_manifest(out, manifest)

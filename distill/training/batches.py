@@ -10,9 +10,10 @@ own one-line error in the training process, not as a worker's traceback.
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ from distill.training.sampling import (
 )
 from distill.training.settings import TrainSettings
 
+_log = logging.getLogger(__name__)
 PREFETCH = 4  # micro-batches per worker that lie ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 AVERAGE = "average"
@@ -311,14 +313,18 @@ def _freeze(_worker: int) -> None:
 
 def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
     """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
-    workers, _ = machine.readers(workers)
-    little = (machine.shared_memory() or machine.LITTLE) < machine.LITTLE
+    ahead = PREFETCH
+    if workers and not machine.is_plentiful():
+        size, tensors = _measure(collate([samples[place] for place in next(iter(batches), [])]))
+        workers, ahead, warning = machine.readers(workers, ahead, size=size, tensors=tensors)
+        if warning:
+            _log.warning("%s", warning)
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=(1 if little else PREFETCH) if workers else None,
+        prefetch_factor=ahead if workers else None,
         timeout=PATIENCE if workers else 0,
         worker_init_fn=_freeze,
         pin_memory=pinned,
@@ -336,6 +342,18 @@ def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned:
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Bytes and number of the tensors in what a data worker hands over."""
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size(), 1
+    if is_dataclass(item):
+        parts: list[Any] = [getattr(item, one.name) for one in fields(item)]
+    else:
+        parts = [*item.values()] if isinstance(item, Mapping) else list(item) if isinstance(item, tuple | list) else []
+    found = [_measure(part) for part in parts]
+    return sum(size for size, _ in found), sum(count for _, count in found)
 
 
 def _lost(reason: str) -> str:

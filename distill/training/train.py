@@ -15,6 +15,7 @@ student/.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch import nn
 
 from distill.core import files
 from distill.core.progress import Report
+from distill.core.seal import sealed
 from distill.shards import shards
 from distill.students import checkpoint
 from distill.training import checkpoints
@@ -201,8 +203,8 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
 def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
     if run.processes.main:
-        checkpoints.clean(run.out)
-        list(map(tell, checkpoints.drop_damaged(run.out)))
+        for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
+            tell(line)
     run.processes.wait()
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
@@ -219,10 +221,13 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
     if run.processes.main:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
+        if run.log.damaged:
+            tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
-        files.write_json(run.out / "run.json", facts, allow_nan=True)
+        plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
+        files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
 
 
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
         with progress("verify") as tell:
             recipe = load(args.recipe, command="label") if args.recipe else None
             mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=tell)
-        say(f"{args.folder}: complete" + (f"; labelled again: {', '.join(mended)}" if mended else ""))
+        say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
         return 0
     with progress("verify") as tell:
         problems = verify_labels(args.folder, report=tell)
