@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
@@ -30,6 +28,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.progress import Report
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.cost import Cost
 from distill.eval.fit import NoGroundTruthError, measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import Protocol
@@ -93,94 +92,12 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
         done = predict(cost.timed(teacher), samples, store, settings=settings, report=report)
     finally:
         if store.is_dir() and (cost.images or not before):
-            files.write_json(store / CARD, {"card": asdict(teacher.card), "cost": cost.summary(before)}, sort_keys=True)
+            files.write_json(
+                store / CARD,
+                {"card": asdict(teacher.card), "cost": cost.summary(before and before["cost"])},
+                sort_keys=True,
+            )
     return done
-
-
-class Cost:
-    """What a model costs: seconds per image without the first, parameters, and memory at its peak."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self.seconds = 0.0
-        self.first: float | None = None
-        self.parameters = 0
-        self.device = "cpu"
-        self.before = _resident("VmRSS")
-
-    def watch(self, load: Callable[[], Teacher]) -> Teacher:
-        """Loads the model with the memory counted from here."""
-        _reset_peak()
-        self.before = _resident("VmRSS")
-        teacher = load()
-        tensors = {id(p): p for part in vars(teacher).values() for p in _parameters(part)}
-        self.parameters = sum(p.numel() for p in tensors.values())
-        self.device = next((str(p.device) for p in tensors.values()), "cpu")
-        return teacher
-
-    def timed(self, teacher: Teacher) -> Teacher:
-        """The same teacher with every call counted."""
-        return _Timed(teacher, self)
-
-    def summary(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The numbers as JSON; those of an earlier, interrupted call stay where this one predicted too little."""
-        if before and self.images < before["cost"]["images"]:
-            return dict(before["cost"])
-        cuda = self.device.startswith("cuda")
-        peak, start = _resident("VmHWM"), self.before
-        grown = None if peak is None or start is None else max(0, peak - start)
-        return {
-            "images": self.images,
-            "images_per_s": self.images / self.seconds if self.seconds else None,
-            "first_s": self.first,
-            "parameters": self.parameters,
-            "device": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-            "memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else grown,
-        }
-
-
-class _Timed:
-    def __init__(self, teacher: Teacher, cost: Cost) -> None:
-        self.teacher, self.cost, self.card = teacher, cost, teacher.card
-
-    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """As the teacher does."""
-        begun = time.perf_counter()
-        more: dict[str, Any] = {"keys": keys} if keys is not None else {}
-        depth = self.teacher.predict(images, **more).to("cpu")  # waits for an accelerator to finish
-        seconds = time.perf_counter() - begun
-        if self.cost.first is None:  # the first call compiles, allocates and warms up
-            self.cost.first = seconds
-        else:
-            self.cost.seconds += seconds
-            self.cost.images += len(images)
-        return depth
-
-
-def _parameters(part: Any) -> list[Tensor]:
-    if isinstance(part, torch.nn.Module):
-        return list(part.parameters())
-    inner = getattr(part, "__dataclass_fields__", {})
-    return [p for name in inner for p in _parameters(getattr(part, name))]
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    if sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass  # not allowed everywhere; the peak is then the process's own, and an upper bound
-
-
-def _resident(which: str) -> int | None:
-    """Bytes of memory this process has (VmRSS) or had at most (VmHWM); None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
 
 
 def _read_card(store: Path) -> dict[str, Any] | None:

@@ -58,7 +58,7 @@ class ImageErrors:
     sums: (NUM_SUMS,) float64, see eval.metrics.sums. floors: the same for each disparity floor, by its name, where
     the prediction was aligned in disparity. scale, shift: of the alignment. notes: what a reader should know.
     nonpositive: the share of scored pixels where an affine disparity is not positive, which Marigold's fit leaves out;
-    0 for other kinds.
+    0 for other kinds. metres: whether the truth is in metres; what is measured in a unit has none otherwise.
     """
 
     sums: Tensor
@@ -67,6 +67,7 @@ class ImageErrors:
     shift: float
     notes: tuple[str, ...]
     nonpositive: float = 0.0
+    metres: bool = True
 
 
 def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
@@ -120,7 +121,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive)
+    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres)
 
 
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:

@@ -19,6 +19,7 @@ from distill.core.depth import Kind
 _SECTIONS = {
     "Lineage": ("teachers", "lineage", "images", "made_from"),
     "Scores": ("scores",),
+    "Cost": ("cost",),
     "Training recipe": ("recipe",),
 }
 
@@ -42,6 +43,8 @@ def model_card(
         "library_name: depth-distill",
         "pipeline_tag: depth-estimation",
         f"license: {commercial}",
+        *(["license_name: see-card"] if commercial == "other" else []),
+        *("tags:", "- depth", "- distillation"),
         "---",
         "",
     ]

@@ -8,8 +8,10 @@ A run's folder:
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import torch
 
 import distill
 from distill.app import build, trust
-from distill.app.console import dashboard, note, progress, say, table
+from distill.app.console import dashboard, note, progress, say, table, values
 from distill.app.inputs import input_shards
+from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
-from distill.app.recipe import Recipe, as_table, dumps
+from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
 from distill.app.scoring import Models, how_used, prediction_settings
 from distill.app.strict import RecipeError
@@ -29,20 +32,17 @@ from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.cost import Cost
 from distill.eval.reports.tables import as_text, grid
+from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import tune
 from distill.shards import mirror, shards
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
 
-
-def keep_recipe(recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run's folder; only the first process does."""
-    if build.process()[0] == 0:
-        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe))
-        for name in recipe.unjudged:
-            note(f"[{name}] has faults, which do not matter here; `distill show` says which")
+COST = "cost.json"
+"""What predicting cost, beside the maps that were predicted."""
 
 
 def commit() -> str:
@@ -61,9 +61,13 @@ def commit() -> str:
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
     """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
-    if folder is None:
-        keep_recipe(recipe)
-        folder = build.labels_folder(recipe)
+    if folder is not None:
+        return _label(recipe, folder, send=send)
+    with kept_recipe(recipe):
+        return _label(recipe, build.labels_folder(recipe), send=send)
+
+
+def _label(recipe: Recipe, folder: Path, *, send: bool) -> LabelOutcome:
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     rank, world = build.process()
@@ -96,7 +100,13 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
-        say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
+        say(
+            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine",
+            labels=str(folder),
+            samples=count,
+            tars=len(manifest["shards"]),
+            quarantined=lost,
+        )
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         if manifest.get("passed"):
@@ -112,7 +122,11 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
 
 def run_train(recipe: Recipe) -> TrainResult:
     """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
-    keep_recipe(recipe)
+    with kept_recipe(recipe):
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
@@ -136,7 +150,14 @@ def run_train(recipe: Recipe) -> TrainResult:
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
-    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}")
+    say(
+        f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}",
+        student=str(result.folder),
+        step=result.selected_step,
+        steps=result.step,
+        heldout=result.heldout,
+        images_per_s=result.images_per_s,
+    )
     return result
 
 
@@ -176,9 +197,13 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
 
     Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
     """
-    keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    with kept_recipe(recipe):
+        return _score(recipe)
+
+
+def _score(recipe: Recipe) -> list[scoring.Score]:
     results, lost, warned = [], [], []
     priors: dict[tuple[str, ...], Any] = {}
     models = Models(recipe)
@@ -195,22 +220,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
         for name, teacher in scored:
             slug = name.replace(" ", "_")
             store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-            settings = {
-                "weights": teacher.card.weights,
-                "revision": teacher.card.revision,
-                "benchmark": spec.alias_or_name,
-                **prediction_settings(recipe, name, spec),
-            }
-            with progress(f"predict {spec.alias_or_name} {name}") as report:
-                scoring.predict(
-                    teacher,
-                    samples,
-                    store,
-                    settings=settings,
-                    used=how_used(recipe, name, teacher, spec),
-                    report=report,
-                    tell=note,
-                )
+            cost = _predict(recipe, spec, name, teacher, samples, store)
             result = scoring.score(
                 store,
                 None,
@@ -220,17 +230,55 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                 offset_positive=spec.offset_positive,
                 model=name,
             )
+            result = replace(result, cost=cost)
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
             lost += _lost(result, samples, store)
+    for result in results:
+        values(
+            model=result.model,
+            benchmark=result.benchmark,
+            protocol=result.protocol.id,
+            metrics=result.metrics,
+            images=result.num_images,
+            failed=result.num_failed,
+            cost=result.cost,
+        )
     side_by_side = grid(results)
-    table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
+    table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
     for line in warned + lost:
         note(line)
     return results
+
+
+def _predict(
+    recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample], store: Path
+) -> dict[str, Any] | None:
+    """Predicts and stores what is missing of one model; what that cost, or did when the maps were made, if known."""
+    settings = {
+        "weights": teacher.card.weights,
+        "revision": teacher.card.revision,
+        "benchmark": spec.alias_or_name,
+        **prediction_settings(recipe, name, spec),
+    }
+    kept = store / COST
+    try:
+        before = dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only measured again
+        before = None
+    cost = Cost()
+    used = how_used(recipe, name, teacher, spec)
+    with progress(f"predict {spec.alias_or_name} {name}") as report:
+        done = scoring.predict(
+            cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
+        )
+    if done:
+        before = cost.summary(before)
+        files.write_json(kept, before)
+    return before
 
 
 def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
@@ -253,7 +301,7 @@ def run_report(recipe: Recipe) -> Path:
     from distill.eval.reports.report import write_report
 
     path = write_report(recipe.run.folder)
-    say(f"report: {path.resolve()}")
+    say(f"report: {path.resolve()}", report=str(path.resolve()))
     return path
 
 

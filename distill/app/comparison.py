@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.app import build
-from distill.app.commands import keep_recipe
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
+from distill.app.kept import kept_recipe
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
@@ -43,7 +43,11 @@ from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 
 def run_compare(recipe: Recipe) -> Path:
     """Predicts what is missing, measures, and writes the page; returns its path."""
-    keep_recipe(recipe)
+    with kept_recipe(recipe):
+        return _compare(recipe)
+
+
+def _compare(recipe: Recipe) -> Path:
     folder = recipe.run.folder / "compare"
     samples, rejected = chosen_samples(recipe)
     entered = entrants(recipe, samples)
@@ -67,7 +71,7 @@ def run_compare(recipe: Recipe) -> Path:
         again=f"distill compare {recipe.run.folder / 'recipe.toml'}",
     )
     _tell(result, rejected)
-    say(f"comparison: {path.resolve()}")
+    say(f"comparison: {path.resolve()}", comparison=str(path.resolve()))
     return path
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from distill.app.card_scores import scored
 from distill.app.console import say
 from distill.students import checkpoint, export
 from distill.students.modelcard import read_card_file
@@ -36,8 +36,7 @@ def run_export(
         raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
-    scores = scores_of(folder, revision_of(folder))
-    metadata = {"scores": scores} | metadata if scores else metadata
+    metadata = scored(folder, revision_of(folder)) | metadata
     metadata.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
     if program:
         least = export.smallest(student)
@@ -65,24 +64,3 @@ def run_export(
     for line in lines:
         say(line)
     return out
-
-
-def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
-    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run.
-
-    revision: teachers.revision_of(folder); scores of other weights, of a student trained again since, are left out.
-    """
-    run, rows = folder.parent.parent, []
-    for path in sorted((run / "scores").glob("*--student.json")):
-        actual = json.loads(path.read_text(encoding="utf-8"))
-        predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
-        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
-        if by.get("revision") != revision:
-            continue
-        metrics = {key: actual["metrics"][key] for key in ("abs_rel", "delta1") if key in actual["metrics"]}
-        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or actual["metrics"]).items()}
-        protocol = actual["protocol"]
-        rows.append(
-            {"benchmark": actual["benchmark"], **shown, "images": str(actual["num_images"]), "protocol": protocol["id"]}
-        )
-    return rows

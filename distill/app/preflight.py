@@ -36,6 +36,8 @@ PROCESSES = (1, 2, 4, 8)
 SCANNED = 3
 TRIED = 20  # photos, until one can be labelled
 SPARE = 1.15  # of the disk: what the probe's photo does not say about the others
+LONG, TOO_LONG = 24.0, 14 * 24.0
+"""Hours: more on one process is worth a second look; more on as many as can work is nobody's plan."""
 _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
 
 
@@ -54,8 +56,11 @@ class _Images:
     rejected: list[str]
 
 
-def check_recipe(recipe: Recipe) -> list[Finding]:
-    """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
+def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
+    """One line per thing looked at, worst last; raises nothing that a recipe can cause.
+
+    compares: the recipe is for `distill compare`, which neither cuts crops nor trains.
+    """
     findings: list[Finding] = []
     if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
         findings += told
@@ -64,13 +69,16 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(findings, "images", lambda: _images(recipe))
+    images = _try(findings, "images", lambda: _images(recipe, crops=not compares))
     if images is not None:
-        findings += _about_images(recipe, images)
+        findings += _about_images(recipe, images, crops=not compares)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
         teachers = _try(findings, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         findings += _about_teachers(recipe, teachers or [])
+    if compares:
+        return _worst_last(findings)
+    findings += _about_start(recipe)
     student = None
     if not any(what.startswith("student.") for what in lacking):
         student = _try(findings, "student", lambda: build.make_student(recipe))
@@ -89,6 +97,10 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
             if device.type != "cpu":
                 processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
                 findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
+    return _worst_last(findings)
+
+
+def _worst_last(findings: list[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
 
 
@@ -105,7 +117,7 @@ def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
 # --- images and teachers ----------------------------------------------------------------------------------------------
 
 
-def _images(recipe: Recipe) -> _Images:
+def _images(recipe: Recipe, *, crops: bool) -> _Images:
     shards: list[InputShard] = input_shards(recipe)
     per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
@@ -115,7 +127,8 @@ def _images(recipe: Recipe) -> _Images:
     for entry in [entry for scan in scans for entry in scan.entries][:TRIED]:
         try:
             photo = entry.load()
-            plan_photo(photo, recipe.crops, seed=recipe.run.seed)
+            if crops:
+                plan_photo(photo, recipe.crops, seed=recipe.run.seed)
             photos.append(photo)
         except BadImageError as error:
             bad.append(f"{entry.origin}: {error}")
@@ -131,7 +144,7 @@ def _images(recipe: Recipe) -> _Images:
     )
 
 
-def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
+def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[Finding]:
     about = "" if images.scanned else "about "
     if not images.count:
         why = images.rejected[0] if images.rejected else "the source is empty"
@@ -144,7 +157,7 @@ def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
         line = f"{len(images.bad)} of the first {tried} images cannot be used"
         remedy = "a few are normal and go to quarantine; if all are too small, lower crops.min_side or crops.size"
         yield Finding(level, f"{line}: {images.bad[0]}", remedy)
-    idle = [n for n in PROCESSES if images.parts < n]
+    idle = [n for n in PROCESSES if images.parts < n] if crops else []
     if idle:
         wanted = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
         yield Finding(
@@ -166,6 +179,22 @@ def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
         level: Level = "ok" if card.commercial else "warn"
         remedy = "" if card.commercial else "students of it may not be sold; labels.commercial_only refuses it"
         yield Finding(level, f"teacher {name}: licence {card.licence}", remedy)
+
+
+def _about_start(recipe: Recipe) -> Iterator[Finding]:
+    """What the student's encoder begins with: at random it learns little from what a recipe of this size shows it."""
+    student = recipe.student
+    if student.weights or student.init_from or student.encoder_init_from:
+        return
+    what = f"student.encoder: {student.encoder} begins with random weights"
+    remedy = (
+        'student.weights = "pretrained" (or a file), or student.encoder_init_from = "pocket"; published students begin '
+        "with a pretrained encoder"
+    )
+    if recipe.train.freeze_encoder:
+        yield Finding("bad", f"{what}, and train.freeze_encoder keeps them random", remedy)
+    else:
+        yield Finding("warn", what, remedy)
 
 
 def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iterator[Finding]:
@@ -238,10 +267,13 @@ def _about_labelling(
     if recipe.labels.online:
         yield Finding("ok", f"labels are made during training: {seconds:.2f} s per sample on one {device.type}")
         return
-    yield Finding(
-        "ok",
-        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: "
-        f"{_times(total * seconds, device, min(images.parts, PROCESSES[-1]))}",
+    most = min(images.parts, PROCESSES[-1])
+    yield _time(
+        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
+        total * seconds,
+        device,
+        most,
+        "more processes or cards, a smaller teacher, fewer crops.crops_per_image or images.limit",
     )
     if device.type != "cpu" and images.photos:
         processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
@@ -274,13 +306,22 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
 def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
     train = recipe.train
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
-    yield Finding(
-        "ok",
-        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: "
-        f"{_times(train.steps * seconds, device, max_processes)}",
+    yield _time(
+        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: ",
+        train.steps * seconds,
+        device,
+        max_processes,
+        "more processes or cards, a smaller student or crops.size, fewer train.steps",
     )
     need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
+
+
+def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:
+    """How long it takes, judged: fine, worth a second look, or too long even on as many processes as can work."""
+    hours = seconds / 3600
+    level: Level = "bad" if hours / max(1, most) > TOO_LONG else "warn" if hours > LONG else "ok"
+    return Finding(level, f"{what}{_times(seconds, device, most)}", "" if level == "ok" else remedy)
 
 
 def _times(seconds: float, device: torch.device, max_processes: int) -> str:
@@ -288,7 +329,7 @@ def _times(seconds: float, device: torch.device, max_processes: int) -> str:
     ends = []
     for processes in (n for n in PROCESSES if n <= max(1, max_processes)):
         took = timedelta(seconds=round(seconds / processes))
-        ends.append(f"{processes}: {took} ({(datetime.now() + took):%a %H:%M})")
+        ends.append(f"{processes}: {took} (until {(datetime.now() + took):%Y-%m-%d %H:%M})")
     return f"{seconds / 3600:.2f} {device.type.upper()}-hours; with processes {', '.join(ends)}"
 
 

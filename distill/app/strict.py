@@ -99,10 +99,9 @@ class _Reading:
             elif today := self.renamed.get(_without_numbers(prefix + key)):
                 self.faults.append(f"{prefix}{key} is renamed to {prefix}{today.rpartition('.')[2]}")
             else:
-                near = did_you_mean(key, list(known))
-                self.faults.append(
-                    f"unknown key {prefix}{key}{near.replace('mean ', 'mean ' + prefix) if near else ''}"
-                )
+                near = did_you_mean(key, list(known)).replace("mean ", f"mean {prefix}")
+                there = f"; {path or 'a recipe'} has {', '.join(known)}"
+                self.faults.append(f"unknown key {prefix}{key}{near or there}")
         for name, f in known.items():
             if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 self.faults.append(f"{prefix}{name} is missing")

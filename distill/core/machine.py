@@ -1,8 +1,9 @@
-"""What this machine has of what runs out first: shared memory, open files and disk. Read at call time."""
+"""What this machine is, and has of what runs out first: shared memory, open files and disk. Read at call time."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -81,3 +82,54 @@ def free_disk(folder: Path) -> tuple[int, Path]:
     """Free bytes where `folder` is or will be, and the folder there that exists."""
     place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     return shutil.disk_usage(place).free, place
+
+
+def processor() -> str:
+    """The CPU's name, as the system has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return " ".join(next(named, platform.processor() or platform.machine()).split())
+
+
+def device_name(device: str) -> str:
+    """What a torch device is, for people: a card's name, or the CPU's with its threads."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device.startswith("cpu"):
+        return f"{processor()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{device} of {processor()}"
+
+
+def software() -> str:
+    """This project's version, and PyTorch's and Python's."""
+    import torch
+
+    import distill
+
+    return f"distill {distill.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def usable_device(device: str) -> str:
+    """The device that "auto" means, or `device`; ValueError where it cannot be used."""
+    import torch
+
+    on = _device() if device == "auto" else device
+    try:
+        torch.zeros(1, device=on).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
+    return on
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -283,7 +283,9 @@ def option_faults(function: Callable[..., object], options: Mapping[str, object]
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls")
     ]
-    faults = [f"unknown key {where}.{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    offered = [name for name in known if name not in ("weights", "device", "dtype", "in_channels")]  # not options
+    there = f"; there are {', '.join(offered)}" if offered else "; it takes none"
+    faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or there}" for key in options if key not in known]
     for key in options.keys() & set(known):
         default = inspect.signature(function).parameters[key].default
         # Other types say little of what is meant: a path may be a string, a number None.

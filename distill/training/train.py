@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.core import files
+from distill.core import files, machine
 from distill.core.progress import Report
 from distill.core.seal import sealed
 from distill.shards import shards
@@ -224,6 +224,7 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         if run.log.damaged:
             tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
+        facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
         plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that

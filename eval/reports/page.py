@@ -31,6 +31,7 @@ dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0;overflow-wrap:brea
 .facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:14px 20px}
 .facts dd{font-weight:600;font-size:.95rem}
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
+.lead{font-size:1.12rem;max-width:82ch;margin:4px 0 14px}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}
@@ -61,7 +62,7 @@ figure{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.mark{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:3 3}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.faint{opacity:.3;stroke-width:1.2}
-.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,232px));gap:10px}
+.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px}
 .strip>div{display:flex;flex-direction:column;gap:8px;min-width:0}
 .tile img{display:block;width:100%;height:auto;border-radius:4px;background:var(--line)}
 .tile figcaption{display:flex;justify-content:space-between;gap:8px;font-size:.82rem;line-height:1.35;padding-top:3px}

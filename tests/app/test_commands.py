@@ -170,9 +170,13 @@ def test_an_export_carries_the_scores_of_these_weights_alone(straight, tmp_path)
     student = run / "train" / "student"
     assert main(["export", str(student), str(tmp_path / "shipped")]) == 0
     score = json.loads((run / "scores" / "scenes--student.json").read_text())
-    (row,) = checkpoint.read_card(tmp_path / "shipped")["scores"]
+    card = checkpoint.read_card(tmp_path / "shipped")
+    row = next(row for row in card["scores"] if row["model"] == "student")
+    assert {row["model"] for row in card["scores"]} > {"student"}, "its teachers beside it"
+    cost = card["cost"][0]
+    assert cost["model"] == "student" and float(cost["GFLOPs"]) > 0 and float(cost["ms an image"]) > 0
     assert row["abs_rel"] == f"{score['metrics']['abs_rel']:.4f}" and row["protocol"] == score["protocol"]["id"]
-    assert f"| scenes | {row['abs_rel']} |" in (tmp_path / "shipped" / "README.md").read_text()
+    assert f"| student | scenes | {row['abs_rel']} |" in (tmp_path / "shipped" / "README.md").read_text()
     again = checkpoint.load(student)
     with torch.no_grad():
         next(again.decoder.parameters()).add_(0.1)

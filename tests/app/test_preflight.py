@@ -152,3 +152,24 @@ def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
     sample, _ = preflight._label_one(recipe, images, teachers)
     assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0
     assert scaling.reading_seconds(sample, "jls", list(sample.labels)) > 0
+
+
+def test_a_month_is_not_fine_and_a_random_encoder_is_said(check, monkeypatch):
+    monkeypatch.setattr(preflight, "_step", lambda *_: 8 * 3600.0)
+    said = check("train.steps=100", "train.warmup_steps=9")
+    assert "100 steps of 4" in said["warn"] and "until 20" in said["warn"] and "fewer train.steps" in said["warn"]
+    assert "test_vit begins with random weights" in said["warn"]
+    said = check("train.steps=10000", "train.freeze_encoder=true")
+    assert "10000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
+
+
+def test_a_recipe_that_compares_is_not_judged_by_crops(tmp_path, capsys):
+    make_tar(tmp_path / "sa_0.tar")
+    teachers = "".join(f'[[teachers]]\nname = "analytic"\nalias = "a{i}"\n' for i in range(3))
+    text = (
+        f'[run]\nname = "c"\ndevice = "cpu"\n[[images]]\ntars = "{tmp_path}/sa_0.tar"\n{teachers}[compare]\nlimit = 3\n'
+    )
+    (tmp_path / "c.toml").write_text(text)
+    assert main(["doctor", str(tmp_path / "c.toml")]) == 0
+    told = capsys.readouterr().out
+    assert "teacher a2" in told and not any(word in told for word in ("crops", "train", "student.encoder", "bad"))
