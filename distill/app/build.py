@@ -28,6 +28,7 @@ from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.core.weights import read_state
 from distill.data.corruptions import Corruptions
+from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
@@ -217,7 +218,7 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             mirror.fetch(recipe.labels.mirror, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    dataset = LabelDataset(folder)
+    dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
     said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
     if said and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
@@ -361,6 +362,7 @@ def identity(recipe: Recipe) -> str:
     what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
+    what += [read_names(recipe.labels.names)] if recipe.labels.names else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -77,6 +77,9 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
         found.append((("crops", "labels"), line))
+    if recipe.labels.names and recipe.labels.online:
+        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        found.append((("labels",), line))
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (

@@ -27,6 +27,9 @@ class LabelSettings:
     keeps it."""
     codec: Literal["jls", "png16", "float16"] = "jls"
     """How maps become bytes; each is off by at most 1/8192 of a map's range (distill.shards.codec)."""
+    names: str = ""
+    """A text file with the samples, or images, of the labels to learn from, such as `distill filter` writes; all by
+    default."""
     mirror: str = ""
     """A URL (fsspec) where finished labels are sent, and from where training fetches those that it does not find
     here."""

@@ -30,9 +30,9 @@ FOLDER = "distill.data.datasets"
 class Facts:
     """What a data set is. licence: of its images, in words; commercial: whether it allows commercial use.
 
-    images: how many the authors publish, or AnyDepth counts (Table 1), 0 where nobody says. kept: how many of them
-    AnyDepth trains on after its filter, 0 where it does not use the set. focal: pixels, of an image `width` wide, for
-    all images; 0 where each has its own or nobody says. note: what surprises.
+    images: how many the authors publish, or AnyDepth counts, 0 where nobody says. kept: how many of them AnyDepth
+    trains on after its filter, 0 where it does not use the set; means: its mean s_dist and s_grad. focal: pixels, of an
+    image `width` wide, for all images; 0 where each has its own or nobody says. note: what surprises.
     """
 
     title: str
@@ -42,6 +42,7 @@ class Facts:
     kind: Kind
     images: int = 0
     kept: int = 0
+    means: tuple[float, float] = (0.0, 0.0)
     focal: float = 0.0
     width: int = 0
     note: str = ""

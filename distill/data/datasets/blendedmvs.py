@@ -23,6 +23,7 @@ FACTS = Facts(
     kind=Kind.SCALE_DEPTH,
     images=115_142,
     kept=74_838,
+    means=(0.435, 0.590),
     width=768,
     note="each scene has a unit of its own; AnyDepth's count is that of BlendedMVS, + and ++ together",
 )

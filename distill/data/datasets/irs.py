@@ -27,6 +27,7 @@ FACTS = Facts(
     kind=Kind.METRIC_DEPTH,
     images=103_316,
     kept=68_211,
+    means=(0.443, 0.527),
     focal=FOCAL,
     width=960,
     note="left pictures alone; disparity becomes depth",

@@ -25,6 +25,7 @@ FACTS = Facts(
     kind=Kind.METRIC_DEPTH,
     images=306_637,
     kept=186_693,
+    means=(0.328, 0.454),
     focal=FOCAL,
     width=640,
     note="left pictures alone; Depth Anything 3 leaves out the environment `amusement`",

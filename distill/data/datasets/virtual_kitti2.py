@@ -27,6 +27,7 @@ FACTS = Facts(
     kind=Kind.METRIC_DEPTH,
     images=19_559,
     kept=12_643,
+    means=(0.388, 0.421),
     focal=FOCAL,
     width=WIDTH,
     note="21,260 scenes x 2 cameras are published; AnyDepth counts 19,559",
