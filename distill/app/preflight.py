@@ -28,6 +28,7 @@ from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
 from distill.training.sampling import meet_labels
+from distill.training.schedule import in_steps
 
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
@@ -85,7 +86,8 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
     if student is not None and sample is not None:
         step = _try(found, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            found += _about_training(recipe, student, step, device)
+            count = images.count * recipe.crops.crops_per_image if images else 0
+            found += _about_training(recipe, student, step, device, count)
     return sorted(found, key=lambda one: ("ok", "warn", "bad").index(one.level))
 
 
@@ -267,8 +269,10 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
     return seconds * settings.batch_size / tried
 
 
-def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
-    train = recipe.train
+def _about_training(
+    recipe: Recipe, student: Student, seconds: float, device: torch.device, samples: int
+) -> Iterator[Finding]:
+    train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield Finding(
         "ok",

@@ -87,6 +87,9 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         found.append((("student", "train"), line))
+    if train.rotation and recipe.crops.patches != "none":
+        line = 'train.rotation turns whole regions: set crops.patches = "none", or leave it out'
+        found.append((("crops", "train"), line))
     found += [(("student", "train"), line) for line in _kind_faults(student, train)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
     if metric and train.kind != "metric_depth":
