@@ -77,6 +77,10 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
         found.append((("crops", "labels"), line))
+    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if bare:
+        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        found.append((("images", "labels"), line))
     if recipe.labels.names and recipe.labels.online:
         line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
         found.append((("labels",), line))

@@ -263,7 +263,8 @@ class _OpenPart:
         """Take down what the json says of a sample."""
         for name, labels in result.answers.items():
             self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
-            if fit := result.record["labels"][name].get("bridge"):
+            told = result.record["labels"][name]
+            if fit := told.get("bridge") or told.get("align"):
                 count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
                 count["regions"] += fit["shared"]["dropped"]
                 count["patches"] += sum(patch["dropped"] for patch in fit["local"])
