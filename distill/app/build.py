@@ -28,9 +28,11 @@ from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.core.weights import read_state
 from distill.data.corruptions import Corruptions
+from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
+from distill.labelling.alignment import Aligned
 from distill.labelling.bridge import Bridged
 from distill.labelling.lock import mutex
 from distill.labelling.run import TRUTH, OnlineDataset, labels_hash
@@ -143,17 +145,27 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> 
                 f"labels.commercial_only = true refuses {spec.alias_or_name}: the weights {card.weights} are under "
                 f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
             )
-        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
+        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity" and not recipe.labels.align:
             teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
         loaded.append((spec.alias_or_name, teacher))
     if sky not in POLICIES:
-        return loaded
+        return _fitted(recipe, loaded)
     # A bridge is fitted to maps that follow the policy already.
     plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
-    return [
+    kept = [
         (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
         for (_, old), (name, new) in zip(loaded, plain, strict=True)
     ]
+    return _fitted(recipe, kept)
+
+
+def _fitted(recipe: Recipe, teachers: Teachers) -> Teachers:
+    """The teachers as labels.align has them: networks are fitted to the truth."""
+    if not recipe.labels.align:
+        return teachers
+    limits = recipe.labels.align_residual, recipe.labels.align_inliers
+    plain = (str, Corruptions)
+    return [(name, one if isinstance(one, plain) else Aligned(one, *limits)) for name, one in teachers]
 
 
 def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: str) -> Bridged:
@@ -228,7 +240,7 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             mirror.fetch(recipe.labels.mirror, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    dataset = LabelDataset(folder)
+    dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
     weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
     if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
@@ -372,6 +384,7 @@ def identity(recipe: Recipe) -> str:
     what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
+    what += [read_names(recipe.labels.names)] if recipe.labels.names else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,6 +23,7 @@ from distill.app.promises import EXPECTED, Contract, ContractError, NotCheckedEr
 from distill.app.strict import set_key
 from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import KINDS, SIGNS, import_file, is_path, names
+from distill.data.datasets import Facts
 from distill.eval.protocol import Protocol
 from distill.students import Student
 from distill.teachers import Card
@@ -180,6 +181,28 @@ def samples(subject: Subject) -> None:
     raise ContractError("a root that does not exist raised nothing")
 
 
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def facts(subject: Subject) -> None:
+    """`FACTS` is a `Facts` that says title, url, licence and the kind of its truth; none under an NC licence is `commercial`."""  # noqa: E501 - the promise is one line
+    found = subject.module.FACTS
+    require(isinstance(found, Facts), f"it is {type(found).__name__}")
+    require(found.title and found.url and found.licence and isinstance(found.kind, Kind), "it leaves one of them out")
+    closed = "NC" in found.licence.upper().replace("-", " ").split()
+    require(not (found.commercial and closed), f"commercial = True under {found.licence}")
+
+
+def finds_nothing_elsewhere(subject: Subject) -> None:
+    """`groups(root)` of a folder where nothing of the data set lies is empty; `rows(root, group)` and `read(root, row)` are there."""  # noqa: E501 - the promise is one line
+    (subject.folder / "photos").mkdir(exist_ok=True)
+    (subject.folder / "photos" / "a.txt").write_text("nothing")
+    found = list(subject.module.groups(subject.folder))
+    require(not found, f"it found {found[:3]} in a folder with one text")
+    for function in ("rows", "read"):
+        require(callable(getattr(subject.module, function, None)), f"there is no {function}")
+
+
 CONTRACTS: Mapping[str, Sequence[Contract]] = {
     "teachers": (
         name_is_a_word,
@@ -195,6 +218,7 @@ CONTRACTS: Mapping[str, Sequence[Contract]] = {
     "decoders": (name_is_a_word, any_image_size, every_parameter_learns, options_build_it_again),
     "normalizations": (name_is_a_word, *NORMALIZATIONS),
     "terms": (name_is_a_word, *TERMS),
+    "datasets": (name_is_a_word, facts, finds_nothing_elsewhere),
     "benchmarks": (name_is_a_word, protocol, samples),
 }
 """The promises of every kind in plugins.KINDS."""

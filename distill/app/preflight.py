@@ -28,6 +28,7 @@ from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
 from distill.training import checkpoints
 from distill.training.sampling import meet_labels
+from distill.training.schedule import in_steps
 
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
@@ -93,7 +94,8 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
     if student is not None and sample is not None:
         step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            findings += _about_training(recipe, student, step, device)
+            count = images.count * recipe.crops.crops_per_image if images else 0
+            findings += _about_training(recipe, student, step, device, count)
             if device.type != "cpu":
                 processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
                 findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
@@ -303,8 +305,10 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
     return seconds * settings.batch_size / tried
 
 
-def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
-    train = recipe.train
+def _about_training(
+    recipe: Recipe, student: Student, seconds: float, device: torch.device, samples: int
+) -> Iterator[Finding]:
+    train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield _time(
         f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: ",

@@ -77,6 +77,13 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
         faults.append((("crops", "labels"), line))
+    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if bare:
+        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        faults.append((("images", "labels"), line))
+    if recipe.labels.names and recipe.labels.online:
+        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        faults.append((("labels",), line))
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
@@ -84,6 +91,9 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         faults.append((("student", "train"), line))
+    if train.rotation and recipe.crops.patches != "none":
+        line = 'train.rotation turns whole regions: set crops.patches = "none", or leave it out'
+        faults.append((("crops", "train"), line))
     faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
     if metric and train.kind != "metric_depth":

@@ -38,6 +38,7 @@ KINDS = {
     "decoders": "distill.students.decoders",
     "normalizations": "distill.losses.normalize",
     "terms": "distill.losses.terms",
+    "datasets": "distill.data.datasets",
     "benchmarks": "distill.eval.benchmarks",
 }
 """What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
@@ -47,6 +48,7 @@ SIGNS = {
     "decoders": "Decoder",
     "normalizations": "compare",
     "terms": "term",
+    "datasets": "FACTS",
     "benchmarks": "PROTOCOL",
 }
 """What a module of each kind is known by."""

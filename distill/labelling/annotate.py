@@ -27,6 +27,7 @@ from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
 from distill.data.photos import squashed
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
+from distill.labelling.alignment import Aligned, words
 from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import DEFAULTS, LabelSettings
@@ -220,7 +221,7 @@ def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> H
     if device.type != "cuda":
         return HostAsking(store)
     codec = CODECS[labels.codec]
-    coded = codec.first > 0 and not any(isinstance(teacher, Bridged) for _, teacher in teachers)
+    coded = codec.first > 0 and not any(isinstance(teacher, Bridged | Aligned) for _, teacher in teachers)
     coding = (labels.codec, codec.first) if coded else None
     return DeviceAsking(device, store, coding=coding, pad_to=labels.crops_at_once)
 
@@ -366,8 +367,17 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
             primary = labels[teacher.primary]
             shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, primary)
             boxes = job.boxes if local is not None else job.boxes[:, :0]
+        if isinstance(teacher, Aligned):
+            if job.truth is None:
+                return Rejected(job.origin, job.key, f"no ground truth, which {name} is fitted to")
+            shared, local, fit = teacher.align(shared, local, job.truth, f"{name}.{job.key}")
+            shared, local = stored(shared, settings.store), None if local is None else stored(local, settings.store)
+            predicted[name]["align"] = fit
         supervision = Supervision.of(shared, teacher=name, truth=truth)
         labels[name] = Labels(shared, local, boxes, supervision=supervision)
+    fits = [f"{name} {words(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
+    if fits and not any(one.shared.valid.any() for one in labels.values()):
+        return Rejected(job.origin, job.key, "; ".join(fits))
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
 
 

@@ -16,6 +16,7 @@ from distill.core.plugins import origins
 from distill.core.seal import sealed
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
+from distill.labelling.alignment import Aligned
 from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
@@ -43,6 +44,9 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
     if isinstance(teacher, Bridged):
         bridge = {"primary": teacher.primary, "most": teacher.max_residual}
         return {**asdict(teacher.card), "kind": str(kind), "stored": str(Kind.AFFINE_DISPARITY), "bridge": bridge}
+    if isinstance(teacher, Aligned):
+        align = {"to": TRUTH, "most": teacher.max_residual, "inliers": teacher.min_inliers}
+        return {**asdict(teacher.card), "kind": str(kind), "align": align}
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 
 
@@ -182,10 +186,10 @@ def _manifest(
     cards = {card["as"]: dict(card) for card in settings["teachers"]}
     for name, card in cards.items():
         card["stored"] = sorted({kind for entry in sidecars for kind in entry["kinds"].get(name, [])})
-        if "bridge" in card:
+        for fitted in {"bridge", "align"} & {*card}:
             counts = [entry.get("bridge_dropped", {}).get(name, {}) for entry in sidecars]
             dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
-            card["bridge"] = {**card["bridge"], "dropped": dropped}
+            card[fitted] = {**card[fitted], "dropped": dropped}
     tars = _tars(sidecars, settings, sources)
     passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {

@@ -50,7 +50,7 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
 
 @dataclass(slots=True)
 class Contents:
-    """What a part's json says of its samples: the kinds of their labels, and labels that a bridge dropped."""
+    """What a part's json says of its samples: the kinds of their labels, and labels that a bridge or a fit to ground truth dropped."""
 
     kinds: dict[str, set[str]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -59,7 +59,8 @@ class Contents:
         """Take down a sample."""
         for name, labels in result.answers.items():
             self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
-            if fit := result.record["labels"][name].get("bridge"):
+            told = result.record["labels"][name]
+            if fit := told.get("bridge") or told.get("align"):
                 count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
                 count["regions"] += fit["shared"]["dropped"]
                 count["patches"] += sum(patch["dropped"] for patch in fit["local"])

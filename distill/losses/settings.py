@@ -87,6 +87,9 @@ class _LossSettings:
     trim_top: float = 0.0
     """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1; off, as in the
     paper."""
+    label_range: Literal["as_is", "unit"] = "as_is"
+    """"unit" brings every label to [0, 1] by its own lowest and highest value before anything is compared; a
+    normalization that ignores scale and shift does not see it. AnyDepth: unit."""
     label_only: bool = False
     """The student is brought to the label's scale by the label's statistics, not by its own. Ours."""
     feature_reference: str = "start"
@@ -124,6 +127,9 @@ class _LossSettings:
             for key, value in values.items()
             if not 0 <= value < math.inf
         ]
+        metric = [name for name in FACTS if FACTS[name].is_metric and getattr(self, name)]
+        if self.label_range == "unit" and metric:
+            faults.append(f'{metric[0]} compares metres, which label_range = "unit" takes away: leave one of them out')
         if not 0.0 <= self.trim_top < 1.0:
             faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
         refuse(faults + self._truth_faults())

@@ -201,6 +201,7 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
         hflip=s.hflip,
         color_jitter=s.color_jitter,
         random_resized_crop=s.random_resized_crop,
+        rotation=s.rotation,
     )
     return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
 

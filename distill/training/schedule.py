@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,19 @@ from torch import nn
 from distill.training.settings import TrainSettings
 
 POLY_POWER = 0.9  # Depth Anything V2's training of the metric models
+
+
+def in_steps(settings: TrainSettings, samples: int) -> TrainSettings:
+    """The settings with `epochs` and `warmup_epochs` as steps, of so many training samples; as they are without epochs.
+
+    An epoch is samples / batch_size steps, rounded at the end: five epochs of 7 samples by 2 are 18 steps. At least one
+    step, and one that is no warm-up.
+    """
+    if not settings.epochs:
+        return settings
+    steps = max(1, round(settings.epochs * samples / settings.batch_size))
+    warmup = round(settings.warmup_epochs * samples / settings.batch_size) or settings.warmup_steps
+    return replace(settings, steps=steps, warmup_steps=min(warmup, steps - 1))
 
 
 def factor(step: int, settings: TrainSettings) -> float:

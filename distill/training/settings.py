@@ -24,6 +24,8 @@ class TrainSettings:
 
     steps: int = 20_000
     """Optimizer steps. Paper: 20,000."""
+    epochs: float = 0.0
+    """How often every sample is learnt from, in place of `steps`; 0 = as `steps` says. AnyDepth: 5."""
     batch_size: int = 8
     """Images per optimizer step over all processes and micro-batches; a multiple of processes x accumulate. Paper:
     8."""
@@ -39,6 +41,8 @@ class TrainSettings:
     """AdamW's decay of its two moments, in [0, 1). PyTorch's default."""
     warmup_steps: int = 500
     """The rates rise linearly over so many steps, from lr / warmup_steps. Ours."""
+    warmup_epochs: float = 0.0
+    """Of so many `epochs` the rates rise, in place of warmup_steps. AnyDepth: 2."""
     schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
     """How the rates fall after the warm-up; "poly" with the power 0.9. Ours."""
     clip_norm: float = 1.0
@@ -83,6 +87,9 @@ class TrainSettings:
     random_resized_crop: float = 1.0
     """The smallest area, as a share of the region, of a random square that is cut from it; in (0, 1], 1 = off.
     Ours."""
+    rotation: float = 0.0
+    """Turn image and labels about their centre by up to so many degrees either way, by lot; what comes into view from
+    outside is black and invalid. Needs crops.patches = "none"; 0 = off. AnyDepth rotates; by how much is ours."""
     seed: int = -1
     """What weights, order and teacher choices are drawn from; run.seed where negative. With one of its own, several
     trainings share their labels."""
@@ -143,8 +150,7 @@ def _faults(s: TrainSettings) -> list[str]:
     if not 0.0 < s.source_temperature < math.inf:
         faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")
     faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
-    if s.warmup_steps >= s.steps:
-        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    faults += _bad_lengths(s)
     if s.accumulate > 0 and s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
     for name, value in (("val_fraction", s.val_fraction), ("ema", s.ema)):
@@ -162,6 +168,15 @@ def _faults(s: TrainSettings) -> list[str]:
     shares = s.teacher_shares.values()
     if shares and not (all(0.0 <= share < math.inf for share in shares) and sum(shares) > 0):
         faults.append(f"teacher_shares must be at least 0 and not all 0, not {dict(s.teacher_shares)}")
+    return faults
+
+
+def _bad_lengths(s: TrainSettings) -> list[str]:
+    faults = below(s, epochs=0, warmup_epochs=0, rotation=0) + above(s, rotation=180, epochs=100_000)
+    if s.warmup_epochs and not s.warmup_epochs < s.epochs:
+        faults.append(f"warmup_epochs ({s.warmup_epochs:g}) must be fewer than epochs ({s.epochs:g})")
+    if not s.epochs and s.warmup_steps >= s.steps:
+        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
     return faults
 
 

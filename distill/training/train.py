@@ -35,7 +35,7 @@ from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
-from distill.training.schedule import make_optimizer
+from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
 from distill.training.step import (
     ObjectiveLike,
@@ -111,6 +111,7 @@ def train(
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
+    settings = in_steps(settings, len(kept))
     batches = MicroBatchPositions(
         order=_order(dataset, kept, settings),
         batch_size=settings.batch_size,
