@@ -127,6 +127,13 @@ class Protocol:
         fitted = self.task == "depth" or (self.task == "boundary_f1" and Kind(kind).unknown == "affine")
         return replace(self, alignment=words if fitted else "none")
 
+    def of_edges(self) -> Protocol:
+        """How boundary F1 is scored on the same images: fitted as the clean mode fits, edges between valid pixels."""
+        if self.task != "depth":
+            raise ProtocolError(f"{self.benchmark} has no depth whose edges could be scored ({TASKS[self.task]})")
+        clean = self.in_mode("clean")
+        return replace(clean, task="boundary_f1", mask=f"edges between two pixels of: {self.mask}", alignment="")
+
     def with_offset(self, kind: Kind | str) -> Protocol:
         """The same with `offset_positive`, where it means anything: for affine disparity, fitted at positive pixels."""
         affine = self.alignment in ("", ALIGNMENTS[Kind.AFFINE_DISPARITY])

@@ -42,6 +42,9 @@ class BenchmarkSettings:
     ensemble: int = 0
     """Predictions per image of teachers that draw noise, aligned and their median taken; 0 is each teacher's own
     number."""
+    edges: bool = False
+    """Score boundary F1 too, on the same predictions: AbsRel cannot see detail. For benchmarks of depth whose truth is
+    dense; scores/NAME.edges--MODEL.json has it."""
     limit: int = 0
     """Score the first so many images; 0 scores all."""
 

@@ -16,6 +16,7 @@ from typing import Any
 import distill
 from distill.app import build, trust
 from distill.app.console import dashboard, note, progress, say, table
+from distill.app.features import stored_features
 from distill.app.inputs import input_shards
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table, dumps
@@ -106,6 +107,7 @@ def run_train(recipe: Recipe) -> TrainResult:
         note(warning)
     if warning := machine.readers(recipe.train.workers)[1]:
         note(warning)
+    features = stored_features(recipe, dataset, student)
     with dashboard("train") as report:
         result = train(
             student,
@@ -120,6 +122,7 @@ def run_train(recipe: Recipe) -> TrainResult:
             report=report,
             tell=note,
             device=build.device(recipe),
+            features=features,
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
@@ -196,6 +199,10 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
+            if spec.edges:
+                edges = scoring.score(store, None, samples, protocol.of_edges(), model=name)
+                scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
+                results.append(edges)
             lost += _lost(result, samples, store)
     side_by_side = grid(results)
     table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
