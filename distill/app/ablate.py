@@ -31,7 +31,7 @@ from distill.app.study import KNOWN, Column, Study, StudyCell, Version, cells, r
 from distill.core import files
 from distill.data import scenes
 from distill.eval.labels import LabelQuality, label_quality
-from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, markdown, write_page
+from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, markdown, together, write_page
 from distill.eval.score import Score, read_scores
 from distill.eval.verdict import UNDECIDED, UNKNOWN, holm, judge, paper_effect
 from distill.labelling.lock import RunLockedError, run_lock
@@ -43,38 +43,51 @@ POLL = 2.0
 """Seconds between looks at cells that other processes hold."""
 
 
-def run_study(
-    path: Path,
+def run_study(path: Path, **given: Any) -> Table | None:
+    """`run_studies` of one."""
+    found = run_studies([path], **given)
+    return found[0] if found else None
+
+
+def run_studies(
+    paths: Sequence[Path],
     *,
     version: Literal["full", "bench"] = "bench",
     out: Path = Path("runs/ablations"),
     processes: int = 1,
     overrides: Sequence[str] = (),
     worker: bool = False,
-) -> Table | None:
-    """Runs what is missing of the study `path` (a file, or a shipped one's name), writes its tables; None in a worker.
+    collect_only: bool = False,
+) -> list[Table]:
+    """Runs what is missing of the studies (files, or shipped ones' names), writes their tables; none in a worker.
 
-    processes: how many cells at once; on GPUs each process gets one of them. overrides: for every cell, as --set.
+    Cells go seed by seed through all studies. processes: how many cells at once; on GPUs each process gets one of them.
+    overrides: for every cell, as --set. collect_only: the tables of what is done; nothing runs.
     Raises ValueError or OSError for a recipe or data that cannot be used; a training that diverges is a result.
     """
-    path = locate(path, "study")
-    study = read_study(path)
-    every = cells(study, path, version, out, overrides)
-    if processes > 1 and not worker:
+    paths = [locate(path, "study") for path in paths]
+    studies = [(study, cells(study, path, version, out, overrides)) for path in paths for study in [read_study(path)]]
+    every = list({cell.folder: cell for _, own in studies for cell in own}.values())
+    if processes > 1 and not (worker or collect_only):
         _label_all(every)
-        _with_workers(every, path, version, out, processes, overrides)
-    else:
+        _with_workers(every, paths, version, out, processes, overrides)
+    elif not collect_only:
         _work(every)
     if worker:
-        return None
-    result = collect(study, version, every)
-    folder = out / f"{study.name}-{version}"
-    files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
-    files.write_text(folder / "table.md", markdown(result))
-    write_page(result, folder / "index.html")
-    _show(result)
-    say(f"study: {(folder / 'index.html').resolve()}")
-    return result
+        return []
+    results = []
+    for study, own in studies:
+        result = collect(study, version, own)
+        folder = out / f"{study.name}-{version}"
+        files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
+        files.write_text(folder / "table.md", markdown(result))
+        write_page(result, folder / "index.html")
+        _show(result)
+        say(f"study: {(folder / 'index.html').resolve()}")
+        results.append(result)
+    if len(results) > 1:
+        say(together(results))
+    return results
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
@@ -98,7 +111,7 @@ def _label(cell: StudyCell) -> None:
 
 
 def _with_workers(
-    every: Sequence[StudyCell], path: Path, version: str, out: Path, processes: int, overrides: Sequence[str]
+    every: Sequence[StudyCell], paths: Sequence[Path], version: str, out: Path, processes: int, overrides: Sequence[str]
 ) -> None:
     """Starts the workers and shows how many cells are done."""
     command = [
@@ -106,7 +119,7 @@ def _with_workers(
         "-m",
         "distill",
         "ablate",
-        str(path),
+        *map(str, paths),
         "--version",
         version,
         "--out",
@@ -118,7 +131,7 @@ def _with_workers(
     gpus = torch.cuda.device_count()
     running: list[subprocess.Popen[bytes]] = []
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as logs, progress(f"ablate {path.stem}") as report:
+    with contextlib.ExitStack() as logs, progress(f"ablate {', '.join(path.stem for path in paths)}") as report:
         try:
             for i in range(processes):
                 log = logs.enter_context((out / f"worker-{i}.log").open("wb"))

@@ -29,7 +29,6 @@ from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
 from distill.eval.verdict import CLAIMS
 
-
 EDGES = "boundary_f1"
 KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES]}
 """What a column may show. boundary_f1 needs edges = true on its benchmark."""

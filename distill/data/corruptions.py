@@ -7,9 +7,10 @@ of a teacher that is systematically wrong from a number of its own.
     blur       pixels of the network's own map: a patch seen at native resolution keeps more detail than the region
     far_noise  the farther half of the map is noisy: standard deviation of the log disparity, full at the farthest pixel
     warp       large-scale errors of layout, smooth over a third of the map: standard deviation of the log disparity
-    layout     0: every map has layout errors of its own, which a student averages away. Another number: all maps have the
-               one that it draws, a fault that can be learnt
-    common     how much of a layout that is learnt is drawn alike for every teacher: the correlation of two teachers' errors
+    layout     0: every map has layout errors of its own, which a student averages away. Another number: all maps have
+               the one that it draws, a fault that can be learnt
+    common     how much of such a layout's variance is drawn alike for every teacher: two teachers' errors correlate by
+               the root of the product of theirs
     own_range  each map is brought to its own 2 to 98 % range, as teachers of affine disparity do; regions and patches
                then disagree by a scale and a shift, and the kind becomes affine_disparity
     drift      beyond that, a random scale (log-normal) and shift per map, as a fraction of its range

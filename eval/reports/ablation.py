@@ -24,14 +24,14 @@ from distill.eval.labels import LabelQuality
 from distill.eval.reports import figures, page
 from distill.eval.reports.gallery import UNREADABLE, aligned
 from distill.eval.score import read_scores
-from distill.eval.verdict import EQUIVALENT, OPPOSITE, SAME, UNDECIDED, UNKNOWN, Verdict
+from distill.eval.verdict import EQUIVALENT, OPPOSITE, SAME, UNDECIDED, UNKNOWN, Verdict, holm
 
 PICTURES = 3
 WORDS = (SAME, OPPOSITE, EQUIVALENT, UNDECIDED, UNKNOWN)
 NOTE = (
-    "The effect is the margin by which the claim holds, relative, within a seed; the interval knows of the seeds and, by "
-    "a bootstrap, of the images. A claim about several rows is as good as its weakest pair, which is named. The paper’s "
-    "own table has one run per row: a margin, without an interval."
+    "The effect is the margin by which the claim holds, relative, within a seed; the interval knows of the seeds and, "
+    "by a bootstrap, of the images. A claim about several rows is as good as its weakest pair, which is named. The "
+    "paper’s own table has one run per row: a margin, without an interval."
 )
 _WIDTH, _NAME, _ROW = 860, 230, 26
 
@@ -188,6 +188,15 @@ class Table:
                 for c in self.claims
             ],
         }
+
+
+def together(tables: Sequence[Table]) -> str:
+    """How many claims of several studies survive the correction for the number of all of them."""
+    decided = [claim for table in tables for claim in table.claims if claim.ours.word != UNKNOWN]
+    lasting = holm([claim.ours.p for claim in decided])
+    count = sum(last and claim.ours.word != UNDECIDED for claim, last in zip(decided, lasting, strict=True))
+    names = ", ".join(table.name for table in tables)
+    return f"{names}: of {len(decided)} claims that were run {count} survive Holm’s correction for all of them."
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
