@@ -27,7 +27,7 @@ class BenchmarkSettings:
     protocol: Literal["marigold", "clean"] = "clean"
     """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
-    alignment: Literal["auto", "affine", "scale", "median"] = "auto"
+    alignment: Literal["auto", "affine", "scale", "median", "l1"] = "auto"
     """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
     offset_positive: bool = False

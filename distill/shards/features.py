@@ -55,7 +55,8 @@ def write_features(
     """Stores the features of every sample, going on from the tars that are there.
 
     image_of: the region (3,S,S) uint8 of a sample's number; all of one size. encode: images (B,3,S,S) float32 in [0,1]
-    -> four (patch map (B,C,h,w), class token (B,C)). mirrored: also of the mirrored regions. facts: what they depend on.
+    -> four (patch map (B,C,h,w), class token (B,C)). mirrored: also of the mirrored regions. facts: what they depend
+    on.
     Raises ValueError for a feature that float16 cannot hold, OSError where the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -159,13 +159,7 @@ def _faults(s: TrainSettings) -> list[str]:
             faults.append(f"{name} must lie in (0, 1], not {value}")
     if s.freeze_encoder and s.freeze_steps:
         faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
-    if s.cache_features and not s.freeze_encoder:
-        faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
-    if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
-        faults.append(
-            "cache_features = true stores what the encoder sees of the whole region in its own colours: set "
-            "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
-        )
+    faults += _uncacheable(s)
     if not 1.0 < s.alarm_growth < math.inf:
         faults.append(f"alarm_growth must be finite and above 1, not {s.alarm_growth}")
     if len(s.betas) != 2 or not all(0.0 <= b < 1.0 for b in s.betas):
@@ -173,6 +167,19 @@ def _faults(s: TrainSettings) -> list[str]:
     shares = s.teacher_shares.values()
     if shares and not (all(0.0 <= share < math.inf for share in shares) and sum(shares) > 0):
         faults.append(f"teacher_shares must be at least 0 and not all 0, not {dict(s.teacher_shares)}")
+    return faults
+
+
+def _uncacheable(s: TrainSettings) -> list[str]:
+    """What keeps features from being stored once."""
+    faults = []
+    if s.cache_features and not s.freeze_encoder:
+        faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
+    if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
+        faults.append(
+            "cache_features = true stores what the encoder sees of the whole region in its own colours: set "
+            "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
+        )
     return faults
 
 
