@@ -20,6 +20,7 @@ import torch
 import distill
 from distill.app import build, trust
 from distill.app.console import dashboard, note, progress, say, table, values
+from distill.app.features import stored_features
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
@@ -133,6 +134,7 @@ def _train(recipe: Recipe) -> TrainResult:
         note(warning)
     machine.allow_open_files()
     check_disk(recipe, student)
+    features = stored_features(recipe, dataset, student)
     with dashboard("train") as report:
         result = train(
             student,
@@ -147,6 +149,7 @@ def _train(recipe: Recipe) -> TrainResult:
             report=report,
             tell=note,
             device=build.device(recipe),
+            features=features,
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
@@ -234,6 +237,10 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
+            if spec.edges:
+                edges = scoring.score(store, None, samples, protocol.of_edges(), model=name)
+                scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
+                results.append(edges)
             lost += _lost(result, samples, store)
     for result in results:
         values(

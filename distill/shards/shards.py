@@ -173,7 +173,7 @@ def walked_index(path: Path) -> list[tuple[str, int, int]]:
     return [(key, start, end - start) for key, (start, end) in extents.items()]
 
 
-def _members(blob: bytes, where: str) -> dict[str, bytes]:
+def members_of(blob: bytes, where: str) -> dict[str, bytes]:
     """The members of one sample, by what follows the key, from its bytes in the tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
@@ -276,7 +276,7 @@ class LabelDataset(Dataset[Sample]):
         blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
-        return decode_sample(_members(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
+        return decode_sample(members_of(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
 
     def _handle(self, name: str) -> IO[bytes]:
         file = self._open.get(name)

@@ -65,6 +65,11 @@ def augment(
     return Batch(batch.keys, images, labels)
 
 
+def is_mirrored(seed: int, position: int) -> bool:
+    """Whether `augment` mirrors the image at this place of the stream; where it cuts no square of it before."""
+    return bool(generator("augment", seed, position).random() < 0.5)
+
+
 def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:
     """Top, left and side of a square of a size x size region whose area fraction is uniform in [smallest, 1]."""
     side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * draw.random())))

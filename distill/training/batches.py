@@ -24,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
-from distill.training.augment import augment
+from distill.shards.features import Features, FeatureStore, StackedFeatures, moved, stacked
+from distill.training.augment import augment, is_mirrored
 from distill.training.sampling import (
+    AVERAGES,
     MicroBatchPositions,
     SamplePosition,
     choose_patches,
@@ -38,7 +40,6 @@ from distill.training.settings import TrainSettings
 _log = logging.getLogger(__name__)
 PREFETCH = 4  # micro-batches per worker that lie ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
-AVERAGE = "average"
 
 
 class Labelled(Protocol):
@@ -88,11 +89,15 @@ class TaughtRows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them."""
+    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
+
+    features: what a frozen encoder sees in the images, float16, where it is stored; else None.
+    """
 
     keys: tuple[str, ...]
     images: Tensor
     taught: tuple[TaughtRows, ...]
+    features: StackedFeatures | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -100,7 +105,7 @@ class MicroBatch:
             TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
             for one in self.taught
         ]
-        return MicroBatch(self.keys, self.images.to(device), tuple(taught))
+        return MicroBatch(self.keys, self.images.to(device), tuple(taught), moved(self.features, device))
 
     def batches(self) -> list[Batch]:
         """A batch for every supervision."""
@@ -156,13 +161,14 @@ class Item:
     among: dict[str, float]
     teacher: str
     sample: Any
+    features: Features | None = None
 
 
 def _alike(items: Sequence[Item]) -> list[list[int]]:
     """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
-        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher == AVERAGE else []
+        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher in AVERAGES else []
         key.append(item.teacher)
         if isinstance(item.sample, Sample):
             for name, labels in item.sample.answers.items():
@@ -191,7 +197,7 @@ def groups_of(items: Sequence[Item]) -> list[Group]:
 
 def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     """The group's batch as the step sees it: the labels that it learns from, augmented."""
-    s, averaged = settings, group.teacher == AVERAGE
+    s, averaged = settings, group.teacher in AVERAGES
     if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
         batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
     batch = augment(
@@ -203,7 +209,7 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
         random_resized_crop=s.random_resized_crop,
         rotation=s.rotation,
     )
-    return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
+    return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 
 
 def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
@@ -237,7 +243,8 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            return joined(groups, [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)])
+            done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return replace(joined(groups, done), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -258,10 +265,11 @@ class _HeldOut:
         try:
             for rows in _alike(read):
                 batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
-                weights = {AVERAGE: 1.0} if s.strategy == "average" else among
+                seen = stacked([read[row].features for row in rows])
+                weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
                     labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),))
+                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),), seen)
                     made.append((weight / sum(weights.values()), micro))
             return made
         except (ValueError, LookupError, OSError) as error:
@@ -275,8 +283,16 @@ class Placed(Dataset[Any]):
     coded: with maps that are codes still, from a dataset that stores codes.
     """
 
-    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool, coded: bool = False) -> None:
-        self.dataset, self.settings, self.learning = dataset, settings, learning
+    def __init__(
+        self,
+        dataset: Labelled,
+        settings: TrainSettings,
+        *,
+        learning: bool,
+        coded: bool = False,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.dataset, self.settings, self.learning, self.features = dataset, settings, learning, features
         self.more: dict[str, Any] = {"coded": True} if coded else {}
 
     def __getitem__(self, place: SamplePosition) -> Item | Exception:
@@ -285,7 +301,7 @@ class Placed(Dataset[Any]):
             among = shares_among(self.dataset.teachers_of(place.index), s)
             teacher, asked = "", list(among)
             if self.learning:
-                teacher = AVERAGE
+                teacher = s.strategy
                 if s.strategy == "select":
                     teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
                     asked = [teacher]
@@ -301,9 +317,15 @@ class Placed(Dataset[Any]):
             ):  # before they are joined: measured depth and rendered disparity are one truth
                 met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
                 sample = replace(sample, labels=met)
-            return Item(place, among, teacher, sample)
+            return Item(place, among, teacher, sample, self._features(place, sample))
         except (ValueError, LookupError, OSError) as error:
             return error
+
+    def _features(self, place: SamplePosition, sample: Any) -> Features | None:
+        if self.features is None:
+            return None
+        turned = self.learning and self.settings.hflip and is_mirrored(self.settings.seed, place.position)
+        return self.features.get(sample.key, mirrored=turned)
 
 
 def _freeze(_worker: int) -> None:
@@ -369,14 +391,19 @@ def _lost(reason: str) -> str:
 
 
 def training_batches(
-    dataset: Labelled, micro_batches: MicroBatchPositions, *, collate: Collate, settings: TrainSettings
+    dataset: Labelled,
+    micro_batches: MicroBatchPositions,
+    *,
+    collate: Collate,
+    settings: TrainSettings,
+    features: FeatureStore | None = None,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches, in order, read ahead by `settings.workers` processes.
 
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples = Placed(dataset, settings, learning=True)
+    samples = Placed(dataset, settings, learning=True, features=features)
     return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
 
 
@@ -388,6 +415,7 @@ def heldout_batches(
     settings: TrainSettings,
     process: int,
     processes: int,
+    features: FeatureStore | None = None,
 ) -> Iterator[list[tuple[float, MicroBatch]]]:
     """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
     size = settings.eval_batch_size
@@ -395,5 +423,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    samples = Placed(dataset, settings, learning=False)
+    samples = Placed(dataset, settings, learning=False, features=features)
     return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))

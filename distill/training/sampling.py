@@ -197,14 +197,16 @@ def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> st
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
-def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> tuple[DepthMap, Tensor]:
-    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations)."""
+def _average_maps(
+    maps: Sequence[DepthMap], shares: Sequence[float], *, aligned: bool = True
+) -> tuple[DepthMap, Tensor]:
+    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations if aligned)."""
     valid = torch.stack([m.valid for m in maps]).all(0)
     normal = []
     for m in maps:
         median, deviation = median_and_mean_abs_dev(m.values, valid)
         centred = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
-        normal.append(torch.where(valid, centred, 0.0))
+        normal.append(torch.where(valid, centred if aligned else m.values, 0.0))
     mean = torch.stack([share / sum(shares) * one for share, one in zip(shares, normal, strict=True)]).sum(0)
     # Of two teachers, whatever their shares, this is the distance between them.
     distance = torch.stack([(one - mean).abs() for one in normal]).sum(0)
@@ -212,19 +214,19 @@ def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> tuple[De
     return DepthMap(mean, valid, kind), torch.where(valid, 1.0 / (1.0 + distance), 0.0)
 
 
-def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) -> Labels:
+def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], *, aligned: bool = True) -> Labels:
     """The mean of the teachers' maps by share, with weights for the loss: more where the teachers agree.
 
     Distill-Any-Depth, Sec. 4.2 and Table 4: "a weighted averaging approach (Avg.), which assigns greater weight to
     pixels where the two teachers exhibit high agreement". No formula is given; inferred: each map is first brought to
     median 0 and mean deviation 1, for maps known up to scale and shift cannot be averaged as they are; a pixel's weight
     in L_Dis is 1 / (1 + |a - b|). A pixel counts where every teacher's does. The teachers' patches must lie in the
-    same places.
+    same places. aligned: False averages the maps as they are, each in its own scale and shift.
     """
     parts = [labels[name] for name, share in teachers.items() if share > 0]
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
-    shared, weight = _average_maps([part.shared for part in parts], shares)
+    shared, weight = _average_maps([part.shared for part in parts], shares, aligned=aligned)
     taught = [part.supervision for part in parts]
     truth, dense = (all(flags) for flags in zip(*((one.truth, one.dense) for one in taught), strict=True))
     supervision = Supervision("average", shared.kind, truth, dense)
@@ -234,7 +236,7 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) 
         raise ValueError(
             'strategy = "average" needs labels of the same patches from every teacher; label them in one run'
         )
-    patches, patch_weight = _average_maps(local, shares)
+    patches, patch_weight = _average_maps(local, shares, aligned=aligned)
     return Labels(shared, patches, parts[0].boxes, weight, patch_weight, supervision)
 
 
@@ -254,11 +256,15 @@ def meet_labels(labels: Labels, kind: Kind | str) -> Labels:
     return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
 
 
+AVERAGES = ("average", "average_unaligned")
+"""The strategies that learn from a mean of all teachers' maps; in place of a teacher's name they mean it."""
+
+
 def learnt_labels(labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str) -> Labels:
-    """The labels that one step learns from: those of `name`, or the average of all where name is "average"."""
-    wanted = list(teachers) if name == "average" else [name]
+    """The labels that one step learns from: those of `name`, or the average of all where name is one of AVERAGES."""
+    wanted = list(teachers) if name in AVERAGES else [name]
     met = {n: meet_labels(labels[n], kind) for n in wanted}
-    return average_labels(met, teachers) if name == "average" else met[name]
+    return average_labels(met, teachers, aligned=name == "average") if name in AVERAGES else met[name]
 
 
 def fingerprint(keys: Sequence[str], indices: Sequence[int]) -> str:

@@ -60,9 +60,9 @@ class TrainSettings:
     """How evenly sources of images are learnt from: (images * weight) ** (1 / temperature), each [[images]] table a
     source; 1 = in proportion, larger = more evenly. Ours."""
     source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
-    strategy: Literal["select", "average"] = "select"
+    strategy: Literal["select", "average", "average_unaligned"] = "select"
     """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
-    normalized maps. Paper: select (Table 4)."""
+    normalized maps, "average_unaligned" of their maps as they are. Paper: select (Table 4)."""
     kind: Literal[
         "affine_disparity", "scale_disparity", "metric_disparity", "affine_depth", "scale_depth", "metric_depth"
     ] = "affine_disparity"
@@ -126,6 +126,10 @@ class TrainSettings:
     deterministic: bool = False
     """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
     much). A CPU needs no asking."""
+    cache_features: bool = False
+    """Compute a frozen encoder's features of the labelled regions once, store them beside the labels in float16, and
+    train the decoder on them. Needs freeze_encoder = true, and neither color_jitter nor random_resized_crop; hflip
+    doubles what is stored (distill.shards.features has the sizes). Ours."""
     patches_per_step: int = 0
     """Patches of each region that a step learns from, drawn anew at every visit, and alone read; 0 = all. Ours."""
 
@@ -161,6 +165,7 @@ def _faults(s: TrainSettings) -> list[str]:
             faults.append(f"{name} must lie in (0, 1], not {value}")
     if s.freeze_encoder and s.freeze_steps:
         faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
+    faults += _uncacheable(s)
     if not 1.0 < s.alarm_growth < math.inf:
         faults.append(f"alarm_growth must be finite and above 1, not {s.alarm_growth}")
     if len(s.betas) != 2 or not all(0.0 <= b < 1.0 for b in s.betas):
@@ -177,6 +182,21 @@ def _bad_lengths(s: TrainSettings) -> list[str]:
         faults.append(f"warmup_epochs ({s.warmup_epochs:g}) must be fewer than epochs ({s.epochs:g})")
     if not s.epochs and s.warmup_steps >= s.steps:
         faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    return faults
+
+
+def _uncacheable(s: TrainSettings) -> list[str]:
+    """What keeps features from being stored once."""
+    faults = []
+    if s.cache_features and not s.freeze_encoder:
+        faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
+    if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
+        faults.append(
+            "cache_features = true stores what the encoder sees of the whole region in its own colours: set "
+            "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
+        )
+    if s.cache_features and s.rotation:
+        faults.append("cache_features = true stores what the encoder sees upright: set rotation = 0")
     return faults
 
 

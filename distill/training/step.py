@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from distill.core.crops import generator
 from distill.core.labels import Labels
+from distill.shards.features import FeatureStore
 from distill.training.batches import MicroBatch
 from distill.training.schedule import set_rates
 from distill.training.settings import TrainSettings
@@ -82,6 +83,7 @@ class TrainingRun:
     objective: ObjectiveLike
     alarm: ScaleAlarm
     save_student: Callable[..., object]
+    features: FeatureStore | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     log: StepLog | None = None
@@ -251,7 +253,9 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Ten
         images = images.contiguous(memory_format=torch.channels_last)
     features = wanted = None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-        if run.reference is None:
+        if micro.features is not None:
+            pred = module(images, features=[(patch.float(), cls.float()) for patch, cls in micro.features])
+        elif run.reference is None:
             pred = module(images)
         else:
             pred, features = module(images, with_features=True)

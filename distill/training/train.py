@@ -30,6 +30,7 @@ from distill.core import files, machine
 from distill.core.progress import Report
 from distill.core.seal import sealed
 from distill.shards import shards
+from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
@@ -89,6 +90,7 @@ def train(
     report: Report | None = None,
     tell: Callable[[str], object] | None = None,
     device: torch.device | str | None = None,
+    features: FeatureStore | None = None,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
 
@@ -102,6 +104,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
+    features: of every sample, as `distill.training.cached.store_features` stores them, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -109,6 +112,8 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
+        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
     settings = in_steps(settings, len(kept))
@@ -123,7 +128,7 @@ def train(
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
-        run.save_student, run.card = save, dict(card or {})
+        run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
             _resume(run, tell or (lambda line: None))
@@ -161,8 +166,10 @@ def _micros(
     """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
     if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
         check_teachers(dataset, positions.order.indices, run.settings)
-        return stored_batches(dataset, positions, settings=run.settings, device=run.processes.device)
-    return training_batches(dataset, positions, collate=collate, settings=run.settings)
+        return stored_batches(
+            dataset, positions, settings=run.settings, device=run.processes.device, features=run.features
+        )
+    return training_batches(dataset, positions, collate=collate, settings=run.settings, features=run.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,6 +332,7 @@ def _evaluate(run: TrainingRun, held: _Held) -> bool:
         settings=run.settings,
         process=processes.index,
         processes=processes.count,
+        features=run.features,
     )
     run.kept.eval()
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
