@@ -49,13 +49,24 @@ def augment(
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
     if hflip:
-        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
-        images = _mirror(images, mirrored)
-        labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
+        turned = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
+        images = _mirror(images, turned)
+        labels = {name: _mirror_labels(part, turned) for name, part in labels.items()}
     if color_jitter:
         for b, draw in enumerate(draws):
             images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
+
+
+def mirrored(positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float) -> tuple[bool, ...]:
+    """Which of the images at these places `augment` turns."""
+    if not hflip:
+        return (False,) * len(positions)
+    draws = [generator("augment", seed, position) for position in positions]
+    if random_resized_crop < 1.0:
+        for draw in draws:
+            draw.random(3)  # of its square, which is drawn first
+    return tuple(bool(draw.random() < 0.5) for draw in draws)
 
 
 def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
-from distill.training.augment import augment
+from distill.training.augment import augment, mirrored
 from distill.training.sampling import (
     MicroBatchPositions,
     SamplePosition,
@@ -86,11 +86,17 @@ class TaughtRows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them."""
+    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
+
+    positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
+    held-out images -1 - their index. mirrored: which of them the augmentation has turned.
+    """
 
     keys: tuple[str, ...]
     images: Tensor
     taught: tuple[TaughtRows, ...]
+    positions: tuple[int, ...] = ()
+    mirrored: tuple[bool, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -98,7 +104,7 @@ class MicroBatch:
             TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
             for one in self.taught
         ]
-        return MicroBatch(self.keys, self.images.to(device), tuple(taught))
+        return replace(self, images=self.images.to(device), taught=tuple(taught))
 
     def batches(self) -> list[Batch]:
         """A batch for every supervision."""
@@ -142,7 +148,8 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with the labels of `teacher` alone ("average": of all), of the kind that the student predicts."""
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=settings.kind)
+    s = settings
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -203,11 +210,16 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
+def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
+    placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
+    positions = tuple(place for _, place in placed)
+    s = settings
+    turned = mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=s.random_resized_crop)
     if len(groups) == 1:
         [batch], [group] = batches, groups
-        return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[group.teacher], group.teacher),))
+        taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)
+        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, turned)
     count = sum(len(group.rows) for group in groups)
     keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
     taught = []
@@ -217,7 +229,7 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
         images[rows] = batch.images
         for row, key in zip(group.rows, batch.keys, strict=True):
             keys[row] = key
-    return MicroBatch(tuple(keys), images, tuple(taught))
+    return MicroBatch(tuple(keys), images, tuple(taught), positions, turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +246,8 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            return joined(groups, [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)])
+            done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return joined(groups, done, self.settings)
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -258,7 +271,9 @@ class _HeldOut:
                 weights = {AVERAGE: 1.0} if s.strategy == "average" else among
                 for name, weight in weights.items():
                     labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),))
+                    places = tuple(-1 - read[row].place.index for row in rows)
+                    taught = (TaughtRows(None, labels, name),)
+                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows))
                     made.append((weight / sum(weights.values()), micro))
             return made
         except (ValueError, LookupError, OSError) as error:
@@ -296,7 +311,7 @@ class Placed(Dataset[Any]):
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth
-                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
+                met = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
                 sample = replace(sample, labels=met)
             return Item(place, among, teacher, sample)
         except (ValueError, LookupError, OSError) as error:
