@@ -70,7 +70,8 @@ class LatentSettings:
     image_gradient: float = 0.0
     """Weight of their gradient matching at one scale. GenPercept: 2."""
     quantile: float = 0.02
-    """This and 1 minus this quantile of a map become -1 and 1, in [0, 0.5). Marigold, FiffDepth: 0.02."""
+    """This and 1 minus this quantile of a map become -1 and 1, in [0, 0.5). Marigold, FiffDepth: 0.02. GenPercept's
+    disparity: 0 in effect, though its configuration says 0.02."""
     noise_strength: float = 0.9
     """"denoise": strength of multi-resolution noise; 0 = plain noise. Marigold: 0.9."""
     noise_annealed: bool = True
