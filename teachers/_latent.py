@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 FACTOR = 0.18215
 NATIVE = 768
 MULTIPLE = 8
+HEAD = "dpt_head_identity"
 _UNET = "diffusion_pytorch_model"
 
 # What is downloaded of a hub repository: one weights file of each part, no half-precision twins, no safety checker.
@@ -226,6 +227,22 @@ def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
     steps = torch.as_tensor(timestep, device=inputs.device).expand(len(inputs))
     prompt = parts.prompt.expand(len(inputs), -1, -1)
     return parts.unet(inputs, steps, encoder_hidden_states=prompt).sample
+
+
+def up_blocks(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> list[Tensor]:
+    """What the UNet's up-blocks give, from coarse to fine; its last layers run and are ignored."""
+    blocks: list[Tensor] = []
+
+    def keep(block: Any, inputs: Any, output: Tensor) -> None:
+        blocks.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in parts.unet.up_blocks]
+    try:
+        run_unet(parts, inputs, timestep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return blocks
 
 
 def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind: Kind) -> DepthMap:

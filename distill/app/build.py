@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from distill import students
+from distill.app import latent
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
@@ -43,8 +44,10 @@ from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
 from distill.teachers import Card, resolve
 from distill.teachers._compile import compile_networks
+from distill.teachers._latent_student import LatentStudent
 from distill.teachers._settings import TeacherSettings
 from distill.teachers._sky import POLICIES, under_policy
+from distill.training.latent import LatentLesson
 from distill.training.settings import TrainSettings
 
 Teachers = list[tuple[str, Any]]
@@ -242,6 +245,7 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
     weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    weighted = weighted or recipe.train.even_batches
     if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
@@ -265,8 +269,12 @@ def weights_file(weights: str) -> str | None:
     return None if weights in ("", "pretrained") else str(resolve(weights, files=()))
 
 
-def make_student(recipe: Recipe) -> Student:
+def make_student(recipe: Recipe) -> Student | LatentStudent:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
+    return latent.make(recipe, training_seed(recipe)) if latent.is_one_step(recipe) else _encoder_decoder(recipe)
+
+
+def _encoder_decoder(recipe: Recipe) -> Student:
     spec = recipe.student
     if spec.init_from:
         student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
@@ -335,8 +343,10 @@ def _decoder_options(recipe: Recipe) -> dict[str, Any]:
     return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
 
 
-def batch_norm_note(recipe: Recipe, student: Student) -> str:
+def batch_norm_note(recipe: Recipe, student: Student | LatentStudent) -> str:
     """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
+    if isinstance(student, LatentStudent):
+        return ""
     kind, batch = train_settings(recipe).batchnorm, recipe.train.batch_size
     seen = batch // (recipe.train.accumulate * (1 if kind == "sync" else process()[1]))
     learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
@@ -350,8 +360,12 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
     )
 
 
-def make_objective(recipe: Recipe, student: Student | None = None) -> Objective:
-    """[loss] as the trainer takes it. student: the one to train, whose reach may be that of the one it began as."""
+def make_objective(recipe: Recipe, student: Student | LatentStudent | None = None) -> Objective | LatentLesson:
+    """[loss], or [latent], as the trainer takes it. student: the one to train, whose reach may be that of the one it
+    began as.
+    """
+    if isinstance(student, LatentStudent):
+        return latent.lesson(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
     max_depth = recipe.student.max_depth or None
     return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 
@@ -371,6 +385,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
         source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
+        keep_unmet=latent.is_one_step(recipe),
     )
 
 
@@ -381,11 +396,18 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
+    what: list[Any] = [labels_folder(recipe).name, _student_table(recipe), as_table(recipe.loss)]
+    what += [recipe.latent.content] if latent.is_one_step(recipe) else []
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
     what += [read_names(recipe.labels.names)] if recipe.labels.names else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _student_table(recipe: Recipe) -> dict[str, Any]:
+    """[student]; of an encoder and a decoder without the keys of other networks, which runs of before do not know."""
+    table = as_table(recipe.student)
+    return table if latent.is_one_step(recipe) else {k: v for k, v in table.items() if k not in ("network", "head")}
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -408,4 +430,6 @@ def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
 
 def saver(recipe: Recipe) -> Callable[..., object]:
     """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
+    if latent.is_one_step(recipe):
+        return latent.saver()
     return functools.partial(checkpoint.save, exclude_frozen_encoder=recipe.student.exclude_frozen_encoder)

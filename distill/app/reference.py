@@ -14,7 +14,7 @@ from distill.students.encoder import Encoder
 from distill.teachers import WEIGHT_SUFFIXES
 
 
-def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
+def feature_reference(recipe: Recipe, student: nn.Module) -> nn.Module | None:
     """The frozen encoder that L_feat compares with, as loss.feature_reference says.
 
     None where there is nothing to compare: the term is off, the student's encoder is frozen, or it is its own start and
@@ -22,7 +22,7 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """
     spec, named = recipe.student, recipe.loss.feature_reference
     asked = "feature" in recipe.loss.weights | recipe.loss.against_truth().weights
-    if not asked or recipe.train.freeze_encoder:
+    if not asked or recipe.train.freeze_encoder or not isinstance(student, Student):
         return None
     if named == "start":
         trained = bool(spec.weights or spec.init_from or spec.encoder_init_from)

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from distill.app import build
+from distill.app import build, latent
 from distill.app.recipe import Recipe
 from distill.core.plugins import file_hashes, find
 from distill.eval.settings import BenchmarkSettings
@@ -61,6 +61,9 @@ class Models:
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
+            if latent.is_folder(self.folder):
+                self._loaded["student"] = ({}, latent.load_teacher(self.folder, device=self.on))
+                return self._loaded["student"][1]
             # A student that holds its encoder takes no file of it.
             apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
             student = CheckpointTeacher.load(

@@ -10,7 +10,7 @@ from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.labelling.annotate import TRUTH
 from distill.students import checkpoint
-from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, to_download
+from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, _latent_student, to_download
 
 _STUDENT_FILES = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
 
@@ -29,7 +29,10 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         elif hasattr(plugin, "FILES"):
             yield what, weights, plugin.FILES
     student, reference = recipe.student, recipe.loss.feature_reference
-    for key in ("weights", "decoder_weights"):
+    one_step = student.network == "one_step_unet"
+    if one_step:
+        yield "student.weights", student.weights, _latent_student.FILES
+    for key in () if one_step else ("weights", "decoder_weights"):
         if (text := getattr(student, key)) not in ("", "pretrained"):
             yield f"student.{key}", text, ()
     for key in ("init_from", "encoder_init_from", "decoder_init_from"):

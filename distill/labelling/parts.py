@@ -50,7 +50,7 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
 
 @dataclass(slots=True)
 class Contents:
-    """What a part's json says of its samples: kinds of labels, and how many a bridge or a fit to ground truth dropped."""
+    """What a part's json says of its samples: kinds of labels, and how many a bridge or a fit to truth dropped."""
 
     kinds: dict[str, set[str]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)

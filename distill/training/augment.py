@@ -56,18 +56,29 @@ def augment(
         angles = [math.radians(rotation * (2.0 * draw.random() - 1.0)) for draw in draws]
         images, labels = _turned(images, labels, angles)
     if hflip:
-        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
-        images = _mirror(images, mirrored)
-        labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
+        turned = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
+        images = _mirror(images, turned)
+        labels = {name: _mirror_labels(part, turned) for name, part in labels.items()}
     if color_jitter:
         for b, draw in enumerate(draws):
             images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
 
 
-def is_mirrored(seed: int, position: int) -> bool:
-    """Whether `augment` mirrors the image at this place of the stream; where it cuts no square of it before."""
-    return bool(generator("augment", seed, position).random() < 0.5)
+def mirrored(
+    positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float, rotation: float = 0.0
+) -> tuple[bool, ...]:
+    """Which of the images at these places `augment` turns."""
+    if not hflip:
+        return (False,) * len(positions)
+    draws = [generator("augment", seed, position) for position in positions]
+    if random_resized_crop < 1.0:
+        for draw in draws:
+            draw.random(3)  # of its square, which is drawn first
+    if rotation:
+        for draw in draws:
+            draw.random()  # of its angle
+    return tuple(bool(draw.random() < 0.5) for draw in draws)
 
 
 def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.shards.features import Features, FeatureStore, StackedFeatures, moved, stacked
-from distill.training.augment import augment, is_mirrored
+from distill.training.augment import augment, mirrored
 from distill.training.sampling import (
     AVERAGES,
     MicroBatchPositions,
@@ -92,11 +92,15 @@ class MicroBatch:
     """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
 
     features: what a frozen encoder sees in the images, float16, where it is stored; else None.
+    positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
+    held-out images -1 - their index. mirrored: which of them the augmentation has turned.
     """
 
     keys: tuple[str, ...]
     images: Tensor
     taught: tuple[TaughtRows, ...]
+    positions: tuple[int, ...] = ()
+    mirrored: tuple[bool, ...] = ()
     features: StackedFeatures | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -105,7 +109,7 @@ class MicroBatch:
             TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
             for one in self.taught
         ]
-        return MicroBatch(self.keys, self.images.to(device), tuple(taught), moved(self.features, device))
+        return replace(self, images=self.images.to(device), taught=tuple(taught), features=moved(self.features, device))
 
     def batches(self) -> list[Batch]:
         """A batch for every supervision."""
@@ -149,7 +153,8 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with the labels of `teacher` alone ("average": of all), of the kind that the student predicts."""
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=settings.kind)
+    s = settings
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -212,11 +217,21 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
+def _mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
+    how = {"hflip": s.hflip, "random_resized_crop": s.random_resized_crop, "rotation": s.rotation}
+    return mirrored(positions, seed=s.seed, **how)
+
+
+def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
+    placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
+    positions = tuple(place for _, place in placed)
+    s = settings
+    turned = _mirrored(positions, s)
     if len(groups) == 1:
         [batch], [group] = batches, groups
-        return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[group.teacher], group.teacher),))
+        taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)
+        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, turned)
     count = sum(len(group.rows) for group in groups)
     keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
     taught = []
@@ -226,7 +241,7 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
         images[rows] = batch.images
         for row, key in zip(group.rows, batch.keys, strict=True):
             keys[row] = key
-    return MicroBatch(tuple(keys), images, tuple(taught))
+    return MicroBatch(tuple(keys), images, tuple(taught), positions, turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +259,7 @@ class _Training:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
             done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
-            return replace(joined(groups, done), features=stacked([item.features for item in read]))
+            return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -269,7 +284,9 @@ class _HeldOut:
                 weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
                     labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),), seen)
+                    places = tuple(-1 - read[row].place.index for row in rows)
+                    taught = (TaughtRows(None, labels, name),)
+                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), seen)
                     made.append((weight / sum(weights.values()), micro))
             return made
         except (ValueError, LookupError, OSError) as error:
@@ -315,7 +332,7 @@ class Placed(Dataset[Any]):
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth
-                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
+                met = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
                 sample = replace(sample, labels=met)
             return Item(place, among, teacher, sample, self._features(place, sample))
         except (ValueError, LookupError, OSError) as error:
@@ -324,7 +341,7 @@ class Placed(Dataset[Any]):
     def _features(self, place: SamplePosition, sample: Any) -> Features | None:
         if self.features is None:
             return None
-        turned = self.learning and self.settings.hflip and is_mirrored(self.settings.seed, place.position)
+        turned = self.learning and _mirrored((place.position,), self.settings)[0]
         return self.features.get(sample.key, mirrored=turned)
 
 

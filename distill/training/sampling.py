@@ -57,27 +57,27 @@ BLOCK = 1024
 
 
 @functools.lru_cache(maxsize=8)
-def _dealt(shares: tuple[float, ...], seed: int, block: int) -> np.ndarray:
-    """Which source each place of a block is given to, (BLOCK,): its share of the places (but for one), shuffled."""
-    words = generator("sources", seed, block).bit_generator.random_raw(BLOCK + 1)
-    points = (np.arange(BLOCK) + (int(words[BLOCK]) >> 11) * 2.0**-53) / BLOCK
+def _dealt(shares: tuple[float, ...], seed: int, block: int, size: int = BLOCK) -> np.ndarray:
+    """Which source each place of a block is given to, (size,): its share of the places (but for one), shuffled."""
+    words = generator("sources", seed, block).bit_generator.random_raw(size + 1)
+    points = (np.arange(size) + (int(words[size]) >> 11) * 2.0**-53) / size
     dealt = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
-    return dealt[np.argsort(words[:BLOCK], kind="stable")]
+    return dealt[np.argsort(words[:size], kind="stable")]
 
 
 @functools.lru_cache(maxsize=8)
-def _starts(shares: tuple[float, ...], seed: int) -> list[np.ndarray]:
+def _starts(shares: tuple[float, ...], seed: int, size: int) -> list[np.ndarray]:
     """How many places every source has had before block 0, 1, ...; `_visits` makes it longer."""
     return [np.zeros(len(shares), dtype=np.int64)]
 
 
-def _visits(shares: tuple[float, ...], seed: int, position: int) -> tuple[int, int]:
+def _visits(shares: tuple[float, ...], seed: int, position: int, size: int) -> tuple[int, int]:
     """The source of a place of the stream, and how many places it has had before."""
-    block, within = divmod(position, BLOCK)
-    starts = _starts(shares, seed)
+    block, within = divmod(position, size)
+    starts = _starts(shares, seed, size)
     while len(starts) <= block:
-        starts.append(starts[-1] + np.bincount(_dealt(shares, seed, len(starts) - 1), minlength=len(shares)))
-    dealt = _dealt(shares, seed, block)
+        starts.append(starts[-1] + np.bincount(_dealt(shares, seed, len(starts) - 1, size), minlength=len(shares)))
+    dealt = _dealt(shares, seed, block, size)
     source = int(dealt[within])
     return source, int(starts[block][source] + (dealt[:within] == source).sum())
 
@@ -103,12 +103,14 @@ class SamplePosition:
 class Order:
     """The endless stream of samples. indices: those to train on; seed: the run's.
 
-    sources: (indices, share) of each source where they are weighted; none: all samples alike.
+    sources: (indices, share) of each source where they are weighted; none: all samples alike. block: of so many
+    consecutive places every source has its share, but for one.
     """
 
     indices: tuple[int, ...]
     seed: int
     sources: tuple[tuple[tuple[int, ...], float], ...] = ()
+    block: int = BLOCK
 
     def batch(self, step: int, size: int) -> list[SamplePosition]:
         """Global batch `step` (0-based): `size` consecutive places of the stream."""
@@ -118,19 +120,27 @@ class Order:
         if not self.sources:
             epoch, within = divmod(position, len(self.indices))
             return self.indices[_permutation(len(self.indices), self.seed, epoch)[within]]
-        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position)
+        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position, self.block)
         indices = self.sources[source][0]
         epoch, within = divmod(visit, len(indices))
         return indices[_permutation(len(indices), self.seed, epoch, source)[within]]
 
 
 def make_order(
-    indices: Sequence[int], sources: Sequence[int], *, seed: int, weights: Sequence[float], temperature: float
+    indices: Sequence[int],
+    sources: Sequence[int],
+    *,
+    seed: int,
+    weights: Sequence[float],
+    temperature: float,
+    even: int = 0,
 ) -> Order:
     """The stream of the samples `indices`, whose sources are `sources[index]`.
 
     weights: by source, 1 for those that it does not reach; a source of weight 0 is not learnt from. Where all weights
-    are alike and temperature is 1 the sources do not matter. Raises ValueError where nothing is left to learn from.
+    are alike and temperature is 1 the sources do not matter. even: of so many consecutive places (a batch) every source
+    has a share by its weight alone, however large it is; 0: not so. Raises ValueError where nothing is left to learn
+    from.
     """
     by_source: dict[int, list[int]] = {}
     for index in indices:
@@ -139,11 +149,12 @@ def make_order(
     kept = {source: w for source, w in weight.items() if w > 0}
     if not kept and indices:
         raise ValueError("every source of images has weight 0: nothing to learn from")
-    if temperature == 1.0 and len({*weight.values()}) <= 1:
+    if temperature == 1.0 and len({*weight.values()}) <= 1 and not (even and len(kept) > 1):
         return Order(tuple(indices), seed)
-    shares = source_shares([len(by_source[source]) for source in kept], list(kept.values()), temperature)
+    counts = [1 if even else len(by_source[source]) for source in kept]
+    shares = source_shares(counts, list(kept.values()), temperature)
     streams = tuple((tuple(by_source[source]), share) for source, share in zip(kept, shares, strict=True))
-    return Order(tuple(index for stream, _ in streams for index in stream), seed, streams)
+    return Order(tuple(index for stream, _ in streams for index in stream), seed, streams, even or BLOCK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,12 +258,15 @@ def choose_patches(count: int, seed: int, position: int, number: int) -> list[in
     return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
 
 
-def meet_labels(labels: Labels, kind: Kind | str) -> Labels:
+def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> Labels:
     """The labels as the kind that the student predicts, or as they are where they know less than it does.
 
-    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet.
+    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet;
+    keep_unmet: those stay as they are too.
     """
     kind, stored = Kind(kind), labels.shared.kind
+    if keep_unmet and not stored.can_become(kind):
+        return labels
     return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
 
 
@@ -260,10 +274,12 @@ AVERAGES = ("average", "average_unaligned")
 """The strategies that learn from a mean of all teachers' maps; in place of a teacher's name they mean it."""
 
 
-def learnt_labels(labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str) -> Labels:
+def learnt_labels(
+    labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str, keep_unmet: bool = False
+) -> Labels:
     """The labels that one step learns from: those of `name`, or the average of all where name is one of AVERAGES."""
     wanted = list(teachers) if name in AVERAGES else [name]
-    met = {n: meet_labels(labels[n], kind) for n in wanted}
+    met = {n: meet_labels(labels[n], kind, keep_unmet) for n in wanted}
     return average_labels(met, teachers, aligned=name == "average") if name in AVERAGES else met[name]
 
 

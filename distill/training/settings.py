@@ -43,8 +43,11 @@ class TrainSettings:
     """The rates rise linearly over so many steps, from lr / warmup_steps. Ours."""
     warmup_epochs: float = 0.0
     """Of so many `epochs` the rates rise, in place of warmup_steps. AnyDepth: 2."""
-    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
-    """How the rates fall after the warm-up; "poly" with the power 0.9. Ours."""
+    schedule: Literal["cosine", "linear", "poly", "exponential", "constant"] = "cosine"
+    """How the rates fall after the warm-up; "poly" with the power 0.9, "exponential" to a hundredth (Marigold's).
+    Ours."""
+    schedule_steps: int = 0
+    """The step at which they have fallen, and stay from there on; 0 = steps. Marigold: 25,000 of 30,000."""
     clip_norm: float = 1.0
     """The gradient's norm is held below this; 0 = off. Ours."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -60,6 +63,10 @@ class TrainSettings:
     """How evenly sources of images are learnt from: (images * weight) ** (1 / temperature), each [[images]] table a
     source; 1 = in proportion, larger = more evenly. Ours."""
     source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
+    even_batches: bool = False
+    """Every batch holds each source's share, by images.weight alone, however many images it has: two sources of weight
+    1 are half of each batch. FiffDepth: half synthetic, half real."""
+    keep_unmet: bool = field(default=False, metadata={"key": False})
     strategy: Literal["select", "average", "average_unaligned"] = "select"
     """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
     normalized maps, "average_unaligned" of their maps as they are. Paper: select (Table 4)."""
@@ -119,8 +126,8 @@ class TrainSettings:
     channels_last: bool = False
     """Lay the student's maps out channels last."""
     gradient_checkpointing: bool = False
-    """Compute the encoder's activations again in the backward pass instead of keeping them: slower, in less
-    memory."""
+    """Compute the encoder's (or the UNet's) activations again in the backward pass instead of keeping them: slower, in
+    less memory."""
     fused: bool = False
     """AdamW as one kernel; on a GPU it always is."""
     deterministic: bool = False
@@ -148,13 +155,16 @@ def _faults(s: TrainSettings) -> list[str]:
     faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {s.primary_ratio}"]
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "patches_per_step": 0, "color_jitter": 0, "freeze_steps": 0}
+    at_least |= {
+        "schedule_steps": 0,
+        "weight_decay": 0,
+        "clip_norm": 0,
+        "patches_per_step": 0,
+        "color_jitter": 0,
+        "freeze_steps": 0,
+    }
     faults += above(s, workers=256, accumulate=65536, batch_size=65536, eval_batch_size=65536)
-    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
-    if not 0.0 < s.source_temperature < math.inf:
-        faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")
-    faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
-    faults += _bad_lengths(s)
+    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s) + _bad_sources(s) + _bad_lengths(s)
     if s.accumulate > 0 and s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
     for name, value in (("val_fraction", s.val_fraction), ("ema", s.ema)):
@@ -200,7 +210,18 @@ def _uncacheable(s: TrainSettings) -> list[str]:
     return faults
 
 
+def _bad_sources(s: TrainSettings) -> list[str]:
+    warm = 0.0 < s.source_temperature < math.inf
+    faults = [] if warm else [f"source_temperature must be finite and above 0, not {s.source_temperature}"]
+    faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
+    if s.even_batches and s.source_temperature != 1.0:
+        faults.append("even_batches = true takes the sources by their weights alone: leave out source_temperature")
+    return faults
+
+
 def _bad_rates(s: TrainSettings) -> list[str]:
     way_out = {"lr": "", "encoder_lr": "; to train the decoder alone set freeze_encoder = true"}
     bad = [name for name in way_out if not 0 < getattr(s, name) < math.inf]
+    if 0 < s.schedule_steps <= s.warmup_steps:
+        return [f"schedule_steps ({s.schedule_steps}) must be more than warmup_steps ({s.warmup_steps})"]
     return [f"{name} must be finite and above 0, not {getattr(s, name)}{way_out[name]}" for name in bad]

@@ -88,9 +88,11 @@ class StoredBatch:
         """What a step learns from, made where the tensors are."""
         batches = []
         for g in self.groups:
-            labels = {name: meet_labels(one.decode(), settings.kind) for name, one in g.labels.items()}
+            s = settings
+            labels = {name: meet_labels(one.decode(), s.kind, s.keep_unmet) for name, one in g.labels.items()}
             batches.append(finished(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
-        return replace(joined([g.group for g in self.groups], batches), features=self.features)
+        micro = joined([g.group for g in self.groups], batches, settings)
+        return replace(micro, features=self.features)
 
 
 def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception:

@@ -39,10 +39,12 @@ from distill.training.sampling import MicroBatchPositions, Order, fingerprint, h
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
 from distill.training.step import (
+    Lesson,
     ObjectiveLike,
     TrainingRun,
     TrainingStoppedError,
     averaged,
+    is_lesson,
     make_ready,
     measure,
     set_mode,
@@ -77,7 +79,7 @@ class TrainResult:
 def train(
     student: nn.Module,
     dataset: Labelled,
-    objective: ObjectiveLike,
+    objective: ObjectiveLike | Lesson,
     *,
     out: Path,
     settings: TrainSettings,
@@ -96,6 +98,7 @@ def train(
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
+    objective: what is asked of its maps; or a Lesson, which calls a network of another kind itself.
     heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
     source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
@@ -157,7 +160,8 @@ def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings)
 
 def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> Order:
     weights, temperature = settings.source_weights, settings.source_temperature
-    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature)
+    even = settings.batch_size if settings.even_batches else 0
+    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature, even=even)
 
 
 def _micros(
@@ -338,7 +342,7 @@ def _evaluate(run: TrainingRun, held: _Held) -> bool:
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for batch in batches:
         for weight, micro in batch:
-            total += weight * measure(run, run.kept, micro.to(processes.device))[0].double().sum()
+            total += weight * measure(run, run.kept, micro.to(processes.device)).losses.double().sum()
     loss = float(processes.add(total)) / len(held.indices)
     better = math.isfinite(loss) and (run.best is None or loss < run.best["heldout"])
     if better:
@@ -356,6 +360,8 @@ def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
 
 
 def _save(run: TrainingRun) -> None:
+    if is_lesson(run.objective):
+        run.objective.keep()
     if not run.processes.main:
         return
     assert run.log is not None
