@@ -14,9 +14,7 @@ What is written is read back, run on other sizes and batches than it was traced 
 from __future__ import annotations
 
 import copy
-import importlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core import files
-from distill.students import Student, checkpoint
+from distill.students import Student
 from distill.students.student import in_metres
 
-ONNX, PROGRAM = checkpoint.EXPORTS
-OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
 TOLERANCE = 1e-4
-_TRACED = (2, 3, 75, 99)  # of no patch's multiple, so that nothing is simplified to "no padding"
+TRACED = (2, 3, 75, 99)  # of no patch's multiple, so that nothing is simplified to "no padding"
 
 
 class Graph(nn.Module):
@@ -94,7 +90,7 @@ def to_program(student: Student) -> torch.export.ExportedProgram:
     """The student as an ExportedProgram of `images` (B,3,H,W) with B, H and W free."""
     free = torch.export.Dim.DYNAMIC
     return torch.export.export(
-        Graph(student), (torch.rand(_TRACED),), dynamic_shapes={"images": {0: free, 2: free, 3: free}}, strict=False
+        Graph(student), (torch.rand(TRACED),), dynamic_shapes={"images": {0: free, 2: free, 3: free}}, strict=False
     )
 
 
@@ -124,109 +120,22 @@ def write_program(
             return parity(student, torch.export.load(file).module(), named or path)
 
 
-def write_onnx(
+def parity(
     student: Student,
+    exported: Callable[[Tensor], Tensor],
     path: str | Path,
     *,
-    metadata: Mapping[str, Any] | None = None,
-    program: torch.export.ExportedProgram | None = None,
-    named: str | Path | None = None,
+    sizes: Sequence[tuple[int, int, int]] | None = None,
 ) -> float:
-    """Write the student as ONNX, in one file, and check it in onnxruntime; the largest difference (see `parity`).
-
-    Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity", or "depth" of a metric student,
-    (batch,height,width). metadata: plain values that go into the file. program, named: as for `write_program`. Raises
-    ImportError where the extra `export` is not installed, ValueError where the outputs differ; an older file at `path`
-    then stays.
-    """
-    onnx, path = _optional("onnx"), Path(path)
-    _optional("onnxscript")
-    made = torch.onnx.export(
-        program or to_program(student),
-        (torch.rand(_TRACED),),
-        dynamo=True,
-        input_names=["images"],
-        output_names=[student.kind.quantity],
-        opset_version=OPSET,
-        verbose=False,
-    )
-    assert made is not None
-    model = made.model_proto
-    for value, names in ((model.graph.input[0], {0: "batch", 2: "height", 3: "width"}), (model.graph.output[0], {})):
-        for i, name in (names or {0: "batch", 1: "height", 2: "width"}).items():
-            value.type.tensor_type.shape.dim[i].dim_param = name
-    del model.graph.value_info[:]  # shapes of inner values, in the tracer's names
-    card_text = {
-        key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in (metadata or {}).items()
-    }
-    onnx.helper.set_model_props(model, card_text)
-    with files.writing(path) as new:
-        onnx.save(model, new)
-        return parity(student, run_onnx(new, named=named or path), named or path)
-
-
-def metadata(description: Mapping[str, Any]) -> dict[str, Any]:
-    """What a graph should say of itself, from a student's description (distill.students.checkpoint.describe)."""
-    card = description["card"]
-    card_text = {key: card[key] for key in ("name", "licence", "commercial", "lineage") if key in card}
-    output, size = description["output"], description.get("native_size")
-    return card_text | {
-        "kind": output["kind"],
-        "larger_is": output["larger_is"],
-        "native_size": size,
-        "images": "RGB in [0, 1]",
-    }
-
-
-def write_graphs(student: Student, folder: Path, *, named: Path, onnx: bool, program: bool) -> list[str]:
-    """Write the graphs asked for into a student's folder; a line about each. named: the folder's name in them."""
-    lines: list[str] = []
-    if not onnx and not program:
-        return lines
-    traced = to_program(student)
-    if onnx:
-        card_text = metadata(checkpoint.describe(folder))
-        off = write_onnx(student, folder / ONNX, metadata=card_text, program=traced, named=named / ONNX)
-        size = (folder / ONNX).stat().st_size
-        lines.append(f"{named / ONNX}: {size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)")
-    if program:
-        off = write_program(student, folder / PROGRAM, program=traced, named=named / PROGRAM)
-        lines.append(f"{named / PROGRAM}: within {off:.1g} of torch's outputs (of their spread)")
-    return lines
-
-
-def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function from images to maps, on onnxruntime's CPU provider; named: in its errors."""
-    runtime = _optional("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    failures = tuple(
-        getattr(runtime.capi.onnxruntime_pybind11_state, name)
-        for name in ("Fail", "RuntimeException", "InvalidArgument")
-    )
-
-    def run(images: Tensor) -> Tensor:
-        try:
-            return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        except failures as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"{named or path}: fails on images {tuple(images.shape)}; do not use it: {reason}"
-            ) from error
-
-    return run
-
-
-def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | Path) -> float:
     """The largest |exported - torch| over several sizes and batches, in units of the output's spread (max - min).
 
-    The sizes are a multiple of the patch, one pixel more, one less, wide, tall, and the smallest (two patches and one).
+    sizes: (batch, height, width) each; by default a multiple of the patch, one pixel more, one less, wide, tall, and
+    the smallest (two patches and one).
     Raises ValueError naming `path` where it is above TOLERANCE, or where an output is not finite.
     """
     frozen_copy = copy.deepcopy(student).float().cpu().eval()
     patch = frozen_copy.encoder.patch_size
-    sizes = [
+    sizes = sizes or [
         (1, 5 * patch, 5 * patch),
         (2, 4 * patch + 1, 7 * patch - 1),
         (3, 6 * patch + 3, 3 * patch),
@@ -250,25 +159,26 @@ def parity(student: Student, exported: Callable[[Tensor], Tensor], path: str | P
     return worst
 
 
-def difference(before: Student, after: Student, path: str | Path) -> float:
-    """The mean |after - before| over a pair of fixed images, in units of before's standard deviation.
+def difference(
+    before: Callable[[Tensor], Tensor],
+    after: Callable[[Tensor], Tensor],
+    path: str | Path,
+    *,
+    images: Sequence[Tensor] | None = None,
+) -> float:
+    """The mean |after - before| over some fixed images, in units of before's standard deviation; the largest of all.
 
-    Raises ValueError naming `path`, where `after` lies, if an output of either is not finite.
+    images: (B,3,H,W) each. Raises ValueError naming `path`, where `after` lies, if an output of either is not finite.
     """
-    images = torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, actual = before(images), after(images)
-    if not expected.isfinite().all():
-        raise ValueError(
-            f"{path}: not written, for the student's own outputs are not finite; its weights are corrupted"
-        )
-    if not actual.isfinite().all():
-        raise ValueError(f"{path}: not written, for its outputs would not be finite")
-    return float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9))
-
-
-def _optional(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{name} is not installed; pip install 'depth-distill[export]' brings it") from error
+    worst = 0.0
+    for batch in images or [torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0))]:
+        with torch.no_grad():
+            expected, actual = before(batch), after(batch)
+        if not expected.isfinite().all():
+            raise ValueError(
+                f"{path}: not written, for the student's own outputs are not finite; its weights are corrupted"
+            )
+        if not actual.isfinite().all():
+            raise ValueError(f"{path}: not written, for its outputs would not be finite")
+        worst = max(worst, float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9)))
+    return worst

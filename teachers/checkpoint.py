@@ -15,6 +15,7 @@ from torch import Tensor
 
 import distill
 from distill.core import crops
+from distill.core.crops import native_shape
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import Card, WeightsMissingError, check_images, check_resize, finite, revision_of
 
@@ -105,14 +106,3 @@ class Teacher:
         if size is not None:
             values = crops.resize(values[:, None], height, width)[:, 0]
         return finite(values.to(images.device), self.card.kind)
-
-
-def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """The short side at `size`, aspect kept, each side the nearest multiple (at least one).
-
-    Ours: the long side is at most 8 times `size`. A strip beyond 8:1 is squashed, or one of 1x1000 pixels would take
-    all memory.
-    """
-    scale = size / min(height, width)
-    rows, columns = (max(1, round(min(side * scale, 8 * size) / multiple)) * multiple for side in (height, width))
-    return rows, columns

@@ -57,6 +57,7 @@ MATHS = [
     "distill.data.corruptions",
     "distill.losses.",
     "distill.labelling.bridge",
+    "distill.labelling.alignment",
     "distill.students.quantize",
     "distill.eval.metrics",
     "distill.eval.verdict",

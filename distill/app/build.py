@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from distill import students
+from distill.app import latent
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
@@ -28,9 +29,11 @@ from distill.core.depth import Kind
 from distill.core.plugins import file_hashes, find, option_faults, short_name
 from distill.core.weights import read_state
 from distill.data.corruptions import Corruptions
+from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
+from distill.labelling.alignment import Aligned
 from distill.labelling.bridge import Bridged
 from distill.labelling.lock import mutex
 from distill.labelling.run import TRUTH, OnlineDataset, labels_hash
@@ -41,8 +44,10 @@ from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
 from distill.teachers import Card, resolve
 from distill.teachers._compile import compile_networks
+from distill.teachers._latent_student import LatentStudent
 from distill.teachers._settings import TeacherSettings
 from distill.teachers._sky import POLICIES, under_policy
+from distill.training.latent import LatentLesson
 from distill.training.settings import TrainSettings
 
 Teachers = list[tuple[str, Any]]
@@ -115,6 +120,17 @@ def load_teacher(
     return teacher
 
 
+def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[], Any]]:
+    """How to load the eager float32 twin of each teacher that is compiled or computes in half precision."""
+    return {
+        spec.alias_or_name: functools.partial(
+            load_teacher, dataclasses.replace(spec, dtype="float32", compile=False), on=on, sky=recipe.labels.sky
+        )
+        for spec in recipe.teachers
+        if spec.name != TRUTH and (spec.compile or spec.dtype != "float32")
+    }
+
+
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
     """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
     and licences. sky: labels.sky.
@@ -132,17 +148,27 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> 
                 f"labels.commercial_only = true refuses {spec.alias_or_name}: the weights {card.weights} are under "
                 f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
             )
-        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
+        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity" and not recipe.labels.align:
             teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
         loaded.append((spec.alias_or_name, teacher))
     if sky not in POLICIES:
-        return loaded
+        return _fitted(recipe, loaded)
     # A bridge is fitted to maps that follow the policy already.
     plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
-    return [
+    kept = [
         (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
         for (_, old), (name, new) in zip(loaded, plain, strict=True)
     ]
+    return _fitted(recipe, kept)
+
+
+def _fitted(recipe: Recipe, teachers: Teachers) -> Teachers:
+    """The teachers as labels.align has them: networks are fitted to the truth."""
+    if not recipe.labels.align:
+        return teachers
+    limits = recipe.labels.align_residual, recipe.labels.align_inliers
+    plain = (str, Corruptions)
+    return [(name, one if isinstance(one, plain) else Aligned(one, *limits)) for name, one in teachers]
 
 
 def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: str) -> Bridged:
@@ -217,9 +243,10 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             mirror.fetch(recipe.labels.mirror, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    dataset = LabelDataset(folder)
-    said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
-    if said and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
+    dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
+    weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    weighted = weighted or recipe.train.even_batches
+    if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
             "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
@@ -242,8 +269,12 @@ def weights_file(weights: str) -> str | None:
     return None if weights in ("", "pretrained") else str(resolve(weights, files=()))
 
 
-def make_student(recipe: Recipe) -> Student:
+def make_student(recipe: Recipe) -> Student | LatentStudent:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
+    return latent.make(recipe, training_seed(recipe)) if latent.is_one_step(recipe) else _encoder_decoder(recipe)
+
+
+def _encoder_decoder(recipe: Recipe) -> Student:
     spec = recipe.student
     if spec.init_from:
         student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
@@ -294,13 +325,13 @@ def _of_kind(student: Student, recipe: Recipe) -> Student:
 
 def _check_start(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where [student] describes another network than the one it starts from."""
-    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
-    for table in (given, own):
+    given, spec, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
+    for table in (given, spec):
         table["decoder"] = short_name(table["decoder"])
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
-        if given[key] not in (plain[key], own[key]):
+        if given[key] not in (plain[key], spec[key]):
             raise RecipeError(
-                f"student.{key}: {given['init_from']} is a student already, with {own[key]}; leave it out"
+                f"student.{key}: {given['init_from']} is a student already, with {spec[key]}; leave it out"
             )
 
 
@@ -312,8 +343,10 @@ def _decoder_options(recipe: Recipe) -> dict[str, Any]:
     return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
 
 
-def batch_norm_note(recipe: Recipe, student: Student) -> str:
+def batch_norm_note(recipe: Recipe, student: Student | LatentStudent) -> str:
     """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
+    if isinstance(student, LatentStudent):
+        return ""
     kind, batch = train_settings(recipe).batchnorm, recipe.train.batch_size
     seen = batch // (recipe.train.accumulate * (1 if kind == "sync" else process()[1]))
     learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
@@ -327,8 +360,12 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
     )
 
 
-def make_objective(recipe: Recipe, student: Student | None = None) -> Objective:
-    """[loss] as the trainer takes it. student: the one to train, whose reach may be that of the one it began as."""
+def make_objective(recipe: Recipe, student: Student | LatentStudent | None = None) -> Objective | LatentLesson:
+    """[loss], or [latent], as the trainer takes it. student: the one to train, whose reach may be that of the one it
+    began as.
+    """
+    if isinstance(student, LatentStudent):
+        return latent.lesson(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
     max_depth = recipe.student.max_depth or None
     return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 
@@ -348,6 +385,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
         source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
+        keep_unmet=latent.is_one_step(recipe),
     )
 
 
@@ -358,10 +396,18 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
+    what: list[Any] = [labels_folder(recipe).name, _student_table(recipe), as_table(recipe.loss)]
+    what += [recipe.latent.content] if latent.is_one_step(recipe) else []
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
+    what += [read_names(recipe.labels.names)] if recipe.labels.names else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _student_table(recipe: Recipe) -> dict[str, Any]:
+    """[student]; of an encoder and a decoder without the keys of other networks, which runs of before do not know."""
+    table = as_table(recipe.student)
+    return table if latent.is_one_step(recipe) else {k: v for k, v in table.items() if k not in ("network", "head")}
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -370,9 +416,9 @@ def identity(recipe: Recipe) -> str:
 def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]:
     """A benchmark's protocol in the recipe's mode, and its samples."""
     module = find("distill.eval.benchmarks", spec.name)
-    found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
+    samples: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
     protocol: Protocol = module.PROTOCOL
-    return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+    return protocol.in_mode(spec.protocol), list(samples[: spec.limit or None])
 
 
 def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
@@ -384,4 +430,6 @@ def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
 
 def saver(recipe: Recipe) -> Callable[..., object]:
     """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
+    if latent.is_one_step(recipe):
+        return latent.saver()
     return functools.partial(checkpoint.save, exclude_frozen_encoder=recipe.student.exclude_frozen_encoder)

@@ -6,10 +6,13 @@ The verbs are the files of distill/verbs; their heavy imports happen when they r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from distill import __version__
 from distill.core.plugins import find, names
@@ -31,6 +34,8 @@ ORDER = [
     "export",
     "publish",
 ]
+
+STOPPED = 130
 
 EPILOG = """examples:
   distill demo                                     the whole loop on the embedded default
@@ -93,12 +98,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
-        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        console.fail((said or type(error).__name__) + way_out)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        console.fail((message or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
         console.note("stopped; rerun the same command to resume")
-        return 130
+        return STOPPED
+
+
+def entry() -> NoReturn:
+    """`main` as a process of its own. A stopped one leaves at once: what its threads do is done again."""
+    code = main()
+    if code == STOPPED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _way_out(module: str) -> str:

@@ -15,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distill
 from distill.app import build, trust
 from distill.app.console import dashboard, note, progress, say, table, values
+from distill.app.features import stored_features
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
@@ -34,7 +37,9 @@ from distill.eval.cost import Cost
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import LabelOutcome, label
+from distill.labelling.tuning import tune
 from distill.shards import mirror, shards
+from distill.training import checkpoints
 from distill.training.train import TrainResult, train
 
 COST = "cost.json"
@@ -47,12 +52,12 @@ def commit() -> str:
     if not (root / ".git").exists():
         return distill.__version__
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
     except OSError:  # no git on this machine
-        found = ""
-    return f"{distill.__version__}+{found or 'unknown'}"
+        described = ""
+    return f"{distill.__version__}+{described or 'unknown'}"
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
@@ -67,21 +72,30 @@ def _label(recipe: Recipe, folder: Path, *, send: bool) -> LabelOutcome:
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     rank, world = build.process()
-    found = input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    images = input_shards(recipe)
+    device = build.device(recipe)
+    teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = build.float32_twins(recipe, on=device)
+    labels, measured = tune(
+        folder, teachers, recipe.labels, size=recipe.crops.size, device=device, references=references
+    )
+    for name, off in measured.get("from_float32", {}).items():
+        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     with progress("label") as report:
         outcome = label(
-            found,
+            images,
             teachers,
             out=folder,
             crops=recipe.crops,
-            labels=recipe.labels,
+            labels=labels,
             seed=recipe.run.seed,
             rank=rank,
             world=world,
-            device=build.device(recipe),
+            device=device,
             recipe=as_table(recipe),
+            machine=measured,
             report=report,
+            tell=note,
         )
     if outcome.complete:
         manifest = shards.read_manifest(folder)
@@ -118,8 +132,9 @@ def _train(recipe: Recipe) -> TrainResult:
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)
-    if warning := machine.readers(recipe.train.workers)[1]:
-        note(warning)
+    machine.allow_open_files()
+    check_disk(recipe, student)
+    features = stored_features(recipe, dataset, student)
     with dashboard("train") as report:
         result = train(
             student,
@@ -134,6 +149,7 @@ def _train(recipe: Recipe) -> TrainResult:
             report=report,
             tell=note,
             device=build.device(recipe),
+            features=features,
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
@@ -146,6 +162,20 @@ def _train(recipe: Recipe) -> TrainResult:
         images_per_s=result.images_per_s,
     )
     return result
+
+
+def check_disk(recipe: Recipe, student: torch.nn.Module) -> None:
+    """Raises OSError where the disk cannot take one checkpoint beside a student, hours before it would be found out."""
+    one = checkpoints.bytes_of(student)
+    free, place = machine.free_disk(recipe.run.folder)
+    if free < 2 * one:
+        raise OSError(
+            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {one / 1e9:.2f} GB, beside the one before: "
+            "free some, or set run.out to another disk"
+        )
+    if free < (recipe.train.keep_last + 2) * one:
+        many = f"{recipe.train.keep_last} checkpoints of {one / 1e9:.2f} GB"
+        note(f"{place} has {free / 1e9:.2f} GB free: tight for {many}")
 
 
 def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
@@ -207,6 +237,10 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
+            if spec.edges:
+                edges = scoring.score(store, None, samples, protocol.of_edges(), model=name)
+                scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
+                results.append(edges)
             lost += _lost(result, samples, store)
     for result in results:
         values(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.app import build
+from distill.app import build, latent
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
@@ -175,6 +175,8 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
         load_student: Any = partial(
             CheckpointTeacher.load, str(folder), device=on, encoder_weights=recipe.student.weights or None
         )
+        if latent.is_folder(folder):
+            load_student = partial(latent.load_teacher, folder, device=on)
         name = f"student-{revision.rpartition(':')[2][:6]}"
         sources_found.append(Entrant(name, load_student, {"revision": revision, **shared}))
     if not sources_found:

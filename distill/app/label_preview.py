@@ -24,13 +24,12 @@ from distill.core import files
 from distill.core.depth import DepthMap
 from distill.core.progress import Report
 from distill.eval.agreement import alignment_error, to_disparity
-from distill.eval.reports.figures import NEARNESS, colourise, legend, own_range, shrink, tile
+from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
 WORST = 6  # samples shown for their teachers' disagreement
-_BINS = 20
 _PATCHES = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in the order of the patches
 
 
@@ -87,7 +86,7 @@ def _look(sample: Sample) -> _Seen:
     shape = {}
     for name, one in maps.items():
         values = one.values[one.valid].numpy()
-        shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), _BINS, (0.0, 1.0))[0] / max(
+        shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), BINS, (0.0, 1.0))[0] / max(
             1, values.size
         )
     apart = {pair: _apart(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
@@ -148,49 +147,27 @@ def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
-    """A histogram as a figure; heights are fractions."""
-    width, tall, highest = 400 / len(heights), 150.0, max(max(heights), 1e-9)
-    bars = "".join(
-        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / highest:.1f}" width="{width - 2:.1f}" '
-        f'height="{tall * h / highest:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
-        for i, h in enumerate(heights)
-    )
-    texts = (
-        f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
-    )
-    more = f"<p>{escape(note)}</p>" if note else ""
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
-        f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
-        f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
-    )
-
-
-def _counts(values: Sequence[float], low: float, high: float) -> list[float]:
-    counts = np.histogram(values, _BINS, (low, high if high > low else low + 1.0))[0]
-    return [float(c) for c in counts / max(1, len(values))]
-
-
 def _histograms(seen: Sequence[_Seen]) -> str:
     if not seen:
         return missing("no samples")
     sides = [one.side for one in seen]
     charts = [
-        _bars(
-            "Side of the region", _counts(sides, min(sides), max(sides)), (f"{min(sides):.0f}", f"{max(sides):.0f} px")
+        bars(
+            "Side of the region",
+            histogram(sides, min(sides), max(sides)),
+            (f"{min(sides):.0f}", f"{max(sides):.0f} px"),
         )
     ]
     for number, name in enumerate(seen[0].valid):
         colour = number % 5 + 1
         mean = np.mean([one.shape[name] for one in seen], axis=0)
         note = "2nd to 98th percentile of each map, the mean of all"
-        charts.append(_bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
+        charts.append(bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
         valid = [one.valid[name] for one in seen]
-        charts.append(_bars(f"Valid pixels of {name}", _counts(valid, 0.0, 1.0), ("none", "all"), colour=colour))
+        charts.append(bars(f"Valid pixels of {name}", histogram(valid, 0.0, 1.0), ("none", "all"), colour=colour))
     for pair in seen[0].apart:
         apart = [one.apart[pair] for one in seen if np.isfinite(one.apart[pair])]
-        charts.append(_bars(f"{pair[0]} and {pair[1]} apart", _counts(apart, 0.0, 1.0), ("0", "1"), colour=5))
+        charts.append(bars(f"{pair[0]} and {pair[1]} apart", histogram(apart, 0.0, 1.0), ("0", "1"), colour=5))
     return f'<p class="key">Over {len(seen)} samples.</p><div class="charts">{"".join(charts)}</div>'
 
 

@@ -8,7 +8,6 @@ hide those in others.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, weights
+from distill.app import build, scaling, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -27,7 +26,9 @@ from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
+from distill.training import checkpoints
 from distill.training.sampling import meet_labels
+from distill.training.schedule import in_steps
 
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
@@ -61,53 +62,57 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
 
     compares: the recipe is for `distill compare`, which neither cuts crops nor trains.
     """
-    found: list[Finding] = []
-    if (told := _try(found, "weights", lambda: weights.look_at(recipe))) is not None:
-        found += told
-    lacking = {finding.what.partition(":")[0] for finding in found if finding.level != "ok"}
-    device = _try(found, "device", lambda: build.device(recipe))
+    findings: list[Finding] = []
+    if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
+        findings += told
+    lacking = {finding.what.partition(":")[0] for finding in findings if finding.level != "ok"}
+    device = _try(findings, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(found, "images", lambda: _images(recipe, crops=not compares))
+    images = _try(findings, "images", lambda: _images(recipe, crops=not compares))
     if images is not None:
-        found += _about_images(recipe, images, crops=not compares)
+        findings += _about_images(recipe, images, crops=not compares)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
-        teachers = _try(found, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
-        found += _about_teachers(recipe, teachers or [])
+        teachers = _try(findings, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        findings += _about_teachers(recipe, teachers or [])
     if compares:
-        return _worst_last(found)
-    found += _about_start(recipe)
+        return _worst_last(findings)
+    findings += _about_start(recipe)
     student = None
     if not any(what.startswith("student.") for what in lacking):
-        student = _try(found, "student", lambda: build.make_student(recipe))
-    found += _about_sizes(recipe, teachers or [], student)
-    found += [*_about_batches(recipe), *_about_machine(recipe)]
+        student = _try(findings, "student", lambda: build.make_student(recipe))
+    findings += _about_sizes(recipe, teachers or [], student)
+    findings += [*_about_batches(recipe), *_about_machine(recipe)]
     sample = None
     if images and images.photos and teachers:
-        probe = _try(found, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
+        probe = _try(findings, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
         if probe is not None:
             sample, seconds = probe
-            found += _about_labelling(recipe, images, sample, seconds, device)
+            findings += _about_labelling(recipe, images, sample, seconds, device)
     if student is not None and sample is not None:
-        step = _try(found, "probe of a training step", lambda: _step(recipe, student, sample, device))
+        step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            found += _about_training(recipe, student, step, device)
-    return _worst_last(found)
+            count = images.count * recipe.crops.crops_per_image if images else 0
+            findings += _about_training(recipe, student, step, device, count)
+            if device.type != "cpu":
+                processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
+                findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
+    return _worst_last(findings)
 
 
-def _worst_last(found: list[Finding]) -> list[Finding]:
-    return sorted(found, key=lambda one: ("ok", "warn", "bad").index(one.level))
+def _worst_last(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
 
 
-def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
+def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
     """The work's result; a fault becomes a finding."""
     try:
         return work()
     except _FAULTS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        found.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
+        findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
         return None
 
 
@@ -227,11 +232,9 @@ def _about_batches(recipe: Recipe) -> Iterator[Finding]:
 def _about_machine(recipe: Recipe) -> Iterator[Finding]:
     free, limit = machine.shared_memory(), machine.open_files()
     if recipe.train.workers and free is not None:
-        line, scarce = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}", machine.readers(1)[1]
-        remedy = "give the container more: docker run --shm-size=8g"
-        if scarce:
-            line += ": samples are read by the training process itself, slower"
-        yield Finding("warn", line, remedy) if scarce or free < machine.LITTLE else Finding("ok", line)
+        line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}"
+        remedy = "fewer processes read, and less ahead; give the container more: docker run --shm-size=8g"
+        yield Finding("warn", line, remedy) if free < machine.LITTLE else Finding("ok", line)
     if limit is not None and 0 <= limit < 1024:
         yield Finding("warn", f"a process may open {limit} files", "raise it: ulimit -n 4096")
 
@@ -274,6 +277,9 @@ def _about_labelling(
         most,
         "more processes or cards, a smaller teacher, fewer crops.crops_per_image or images.limit",
     )
+    if device.type != "cpu" and images.photos:
+        processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
+        yield scaling.finding("labelling", seconds, processor, scaling.cores())
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
 
 
@@ -299,8 +305,10 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
     return seconds * settings.batch_size / tried
 
 
-def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
-    train = recipe.train
+def _about_training(
+    recipe: Recipe, student: Student, seconds: float, device: torch.device, samples: int
+) -> Iterator[Finding]:
+    train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield _time(
         f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: ",
@@ -309,9 +317,7 @@ def _about_training(recipe: Recipe, student: Student, seconds: float, device: to
         max_processes,
         "more processes or cards, a smaller student or crops.size, fewer train.steps",
     )
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in student.parameters())
-    need = (train.keep_last + 2) * 4.0 * (2 * whole + 2 * trained)  # a student twice, and Adam's two moments
+    need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
 
 
@@ -332,8 +338,7 @@ def _times(seconds: float, device: torch.device, max_processes: int) -> str:
 
 
 def _disk(what: str, folder: Path, need: float, why: str) -> Finding:
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free, place = machine.free_disk(folder)
     line = f"{what}: {need / 1e9:.2f} GB needed ({why}), {free / 1e9:.0f} GB free at {place}"
     if need > free:
         return Finding("bad", line, "free some, or put labels.root or run.out on another disk")

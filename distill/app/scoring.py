@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from distill.app import build
+from distill.app import build, latent
 from distill.app.recipe import Recipe
 from distill.core.plugins import file_hashes, find
 from distill.eval.settings import BenchmarkSettings
@@ -54,13 +54,16 @@ class Models:
 
     def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
         """(name, teacher) of everything that is scored on this benchmark."""
-        found: list[tuple[str, Any]] = []
+        models: list[tuple[str, Any]] = []
         if self.recipe.score.student:
-            found.append(("student", self._student()))
-        return found + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
+            models.append(("student", self._student()))
+        return models + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
+            if latent.is_folder(self.folder):
+                self._loaded["student"] = ({}, latent.load_teacher(self.folder, device=self.on))
+                return self._loaded["student"][1]
             # A student that holds its encoder takes no file of it.
             apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
             student = CheckpointTeacher.load(

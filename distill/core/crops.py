@@ -104,6 +104,17 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return out.reshape(*images.shape[:-2], height, width)
 
 
+def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """The short side at `size`, aspect kept, each side the nearest multiple (at least one).
+
+    Ours: the long side is at most 8 times `size`. A strip beyond 8:1 is squashed, or one of 1x1000 pixels would take
+    all memory.
+    """
+    scale = size / min(height, width)
+    rows, columns = (max(1, round(min(side * scale, 8 * size) / multiple)) * multiple for side in (height, width))
+    return rows, columns
+
+
 def cut_region(image: Tensor, plan: Plan) -> Tensor:
     """The region of `image` (C,H,W) as (C,size,size)."""
     r = plan.region

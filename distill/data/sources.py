@@ -271,7 +271,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)
     ]
-    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+    return in_shards(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
 
 
 def _size(path: Path) -> int:
@@ -280,7 +280,7 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _virtual(
+def in_shards(
     stem: str,
     origin: str,
     entries: Sequence[Entry],
@@ -312,7 +312,7 @@ def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: i
     for key, row in zip(keys, rows, strict=True):
         origin = f"{folder.name}:{row.name}"
         entries.append(Entry(key, origin, partial(_load_pair, row, key, origin)))
-    return _virtual(safe_key(folder.name), str(table), entries, per_shard)
+    return in_shards(safe_key(folder.name), str(table), entries, per_shard)
 
 
 def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
@@ -333,7 +333,7 @@ def scenes(
         key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
         entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
     stem = f"scenes_{kind}_{seed}" if kind else f"scenes_{seed}"
-    return _virtual(stem, stem, entries, per_shard)
+    return in_shards(stem, stem, entries, per_shard)
 
 
 def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:

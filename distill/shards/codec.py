@@ -13,6 +13,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,7 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
         described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
     record["jpg"] = {"crc32": zlib.crc32(picture.getvalue())}
+    record["crc32"] = zlib.crc32(dump_json(record))
     members.append((f"{sample.key}.json", dump_json(record)))
     return members
 
@@ -314,9 +316,10 @@ def decode_sample(
     try:
         record = json.loads(members["json"])
         check_version(record, where)
-        crop, described, codec = record["crop"], record["labels"], record["codec"]
-        if codec not in CODECS:
+        if (codec := record["codec"]) not in CODECS:
             raise ValueError(f"{where} has labels in codec {codec!r}; this version reads {', '.join(CODECS)}")
+        _check_record(record, where)
+        crop, described = record["crop"], record["labels"]
         names = list(described) if teachers is None else list(teachers)
         unknown = [name for name in names if name not in described]
         if unknown:
@@ -338,6 +341,15 @@ def decode_sample(
         return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
+
+
+def _check_record(record: dict[str, Any], where: str) -> None:
+    """Takes a record's checksum off; OSError names `where` for another one. Older labels have none."""
+    said, found = record.pop("crc32", None), -1
+    with suppress(ValueError):  # a damaged number may have become infinite
+        found = zlib.crc32(dump_json(record))
+    if said not in (None, found):
+        raise OSError(f"{where} json is damaged: its checksum is wrong; {REPAIR}")
 
 
 def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.uint8]:

@@ -10,9 +10,10 @@ own one-line error in the training process, not as a worker's traceback.
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,8 +24,10 @@ from torch.utils.data import DataLoader, Dataset
 from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
-from distill.training.augment import augment
+from distill.shards.features import Features, FeatureStore, StackedFeatures, moved, stacked
+from distill.training.augment import augment, mirrored
 from distill.training.sampling import (
+    AVERAGES,
     MicroBatchPositions,
     SamplePosition,
     choose_patches,
@@ -34,9 +37,9 @@ from distill.training.sampling import (
 )
 from distill.training.settings import TrainSettings
 
+_log = logging.getLogger(__name__)
 PREFETCH = 4  # micro-batches per worker that lie ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
-AVERAGE = "average"
 
 
 class Labelled(Protocol):
@@ -86,11 +89,19 @@ class TaughtRows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them."""
+    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
+
+    features: what a frozen encoder sees in the images, float16, where it is stored; else None.
+    positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
+    held-out images -1 - their index. mirrored: which of them the augmentation has turned.
+    """
 
     keys: tuple[str, ...]
     images: Tensor
     taught: tuple[TaughtRows, ...]
+    positions: tuple[int, ...] = ()
+    mirrored: tuple[bool, ...] = ()
+    features: StackedFeatures | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -98,7 +109,7 @@ class MicroBatch:
             TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
             for one in self.taught
         ]
-        return MicroBatch(self.keys, self.images.to(device), tuple(taught))
+        return replace(self, images=self.images.to(device), taught=tuple(taught), features=moved(self.features, device))
 
     def batches(self) -> list[Batch]:
         """A batch for every supervision."""
@@ -142,7 +153,8 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with the labels of `teacher` alone ("average": of all), of the kind that the student predicts."""
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=settings.kind)
+    s = settings
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -154,13 +166,14 @@ class Item:
     among: dict[str, float]
     teacher: str
     sample: Any
+    features: Features | None = None
 
 
 def _alike(items: Sequence[Item]) -> list[list[int]]:
     """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
-        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher == AVERAGE else []
+        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher in AVERAGES else []
         key.append(item.teacher)
         if isinstance(item.sample, Sample):
             for name, labels in item.sample.answers.items():
@@ -189,7 +202,7 @@ def groups_of(items: Sequence[Item]) -> list[Group]:
 
 def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     """The group's batch as the step sees it: the labels that it learns from, augmented."""
-    s, averaged = settings, group.teacher == AVERAGE
+    s, averaged = settings, group.teacher in AVERAGES
     if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
         batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
     batch = augment(
@@ -199,15 +212,26 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
         hflip=s.hflip,
         color_jitter=s.color_jitter,
         random_resized_crop=s.random_resized_crop,
+        rotation=s.rotation,
     )
-    return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
+    return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
+def _mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
+    how = {"hflip": s.hflip, "random_resized_crop": s.random_resized_crop, "rotation": s.rotation}
+    return mirrored(positions, seed=s.seed, **how)
+
+
+def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
+    placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
+    positions = tuple(place for _, place in placed)
+    s = settings
+    turned = _mirrored(positions, s)
     if len(groups) == 1:
         [batch], [group] = batches, groups
-        return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[group.teacher], group.teacher),))
+        taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)
+        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, turned)
     count = sum(len(group.rows) for group in groups)
     keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
     taught = []
@@ -217,7 +241,7 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
         images[rows] = batch.images
         for row, key in zip(group.rows, batch.keys, strict=True):
             keys[row] = key
-    return MicroBatch(tuple(keys), images, tuple(taught))
+    return MicroBatch(tuple(keys), images, tuple(taught), positions, turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +258,8 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            return joined(groups, [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)])
+            done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -255,10 +280,13 @@ class _HeldOut:
         try:
             for rows in _alike(read):
                 batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
-                weights = {AVERAGE: 1.0} if s.strategy == "average" else among
+                seen = stacked([read[row].features for row in rows])
+                weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
                     labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),))
+                    places = tuple(-1 - read[row].place.index for row in rows)
+                    taught = (TaughtRows(None, labels, name),)
+                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), seen)
                     made.append((weight / sum(weights.values()), micro))
             return made
         except (ValueError, LookupError, OSError) as error:
@@ -272,8 +300,16 @@ class Placed(Dataset[Any]):
     coded: with maps that are codes still, from a dataset that stores codes.
     """
 
-    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool, coded: bool = False) -> None:
-        self.dataset, self.settings, self.learning = dataset, settings, learning
+    def __init__(
+        self,
+        dataset: Labelled,
+        settings: TrainSettings,
+        *,
+        learning: bool,
+        coded: bool = False,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.dataset, self.settings, self.learning, self.features = dataset, settings, learning, features
         self.more: dict[str, Any] = {"coded": True} if coded else {}
 
     def __getitem__(self, place: SamplePosition) -> Item | Exception:
@@ -282,7 +318,7 @@ class Placed(Dataset[Any]):
             among = shares_among(self.dataset.teachers_of(place.index), s)
             teacher, asked = "", list(among)
             if self.learning:
-                teacher = AVERAGE
+                teacher = s.strategy
                 if s.strategy == "select":
                     teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
                     asked = [teacher]
@@ -296,11 +332,17 @@ class Placed(Dataset[Any]):
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth
-                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
+                met = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
                 sample = replace(sample, labels=met)
-            return Item(place, among, teacher, sample)
+            return Item(place, among, teacher, sample, self._features(place, sample))
         except (ValueError, LookupError, OSError) as error:
             return error
+
+    def _features(self, place: SamplePosition, sample: Any) -> Features | None:
+        if self.features is None:
+            return None
+        turned = self.learning and _mirrored((place.position,), self.settings)[0]
+        return self.features.get(sample.key, mirrored=turned)
 
 
 def _freeze(_worker: int) -> None:
@@ -311,14 +353,18 @@ def _freeze(_worker: int) -> None:
 
 def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
     """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
-    workers, _ = machine.readers(workers)
-    little = (machine.shared_memory() or machine.LITTLE) < machine.LITTLE
+    ahead = PREFETCH
+    if workers and not machine.is_plentiful():
+        size, tensors = _measure(collate([samples[place] for place in next(iter(batches), [])]))
+        workers, ahead, warning = machine.readers(workers, ahead, size=size, tensors=tensors)
+        if warning:
+            _log.warning("%s", warning)
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=(1 if little else PREFETCH) if workers else None,
+        prefetch_factor=ahead if workers else None,
         timeout=PATIENCE if workers else 0,
         worker_init_fn=_freeze,
         pin_memory=pinned,
@@ -338,6 +384,18 @@ def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned:
         yield item
 
 
+def _measure(item: Any) -> tuple[int, int]:
+    """Bytes and number of the tensors in what a data worker hands over."""
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size(), 1
+    if is_dataclass(item):
+        parts: list[Any] = [getattr(item, one.name) for one in fields(item)]
+    else:
+        parts = [*item.values()] if isinstance(item, Mapping) else list(item) if isinstance(item, tuple | list) else []
+    found = [_measure(part) for part in parts]
+    return sum(size for size, _ in found), sum(count for _, count in found)
+
+
 def _lost(reason: str) -> str:
     """A line about reading processes that died or do not answer."""
     free = machine.shared_memory()
@@ -350,14 +408,19 @@ def _lost(reason: str) -> str:
 
 
 def training_batches(
-    dataset: Labelled, micro_batches: MicroBatchPositions, *, collate: Collate, settings: TrainSettings
+    dataset: Labelled,
+    micro_batches: MicroBatchPositions,
+    *,
+    collate: Collate,
+    settings: TrainSettings,
+    features: FeatureStore | None = None,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches, in order, read ahead by `settings.workers` processes.
 
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples = Placed(dataset, settings, learning=True)
+    samples = Placed(dataset, settings, learning=True, features=features)
     return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
 
 
@@ -369,6 +432,7 @@ def heldout_batches(
     settings: TrainSettings,
     process: int,
     processes: int,
+    features: FeatureStore | None = None,
 ) -> Iterator[list[tuple[float, MicroBatch]]]:
     """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
     size = settings.eval_batch_size
@@ -376,5 +440,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    samples = Placed(dataset, settings, learning=False)
+    samples = Placed(dataset, settings, learning=False, features=features)
     return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))

