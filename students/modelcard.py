@@ -31,6 +31,8 @@ def model_card(
     native_size: int | None = None,
     kind: Kind = Kind.AFFINE_DISPARITY,
     alone: Sequence[str] = (),
+    parameters: int = 0,
+    num_bytes: int = 0,
 ) -> str:
     """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
 
@@ -49,6 +51,7 @@ def model_card(
             "",
         ),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
+        *([f"{parameters / 1e6:.3g} million parameters, {num_bytes / 1e6:.3g} MB on disk."] if parameters else []),
     ]
     return "\n".join([*lines, *alone, *_sections(card), ""])
 

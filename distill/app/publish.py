@@ -213,7 +213,15 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
     if student is not None:
         network = {**student.spec, "timm_name": student.encoder.timm_name, "patch_size": student.encoder.patch_size}
         alone = without_package(network, bits=4 if about["weights"]["dtype"] == "int4" else None)
-        page = model_card(out.name, card, native_size=student.native_size, kind=student.kind, alone=alone)
+        page = model_card(
+            out.name,
+            card,
+            native_size=student.native_size,
+            kind=student.kind,
+            alone=alone,
+            parameters=sum(p.numel() for p in student.parameters()),
+            num_bytes=(folder / checkpoint.WEIGHTS).stat().st_size,
+        )
         files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
     if not (aside / checkpoint.CARD).is_file():
         raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")

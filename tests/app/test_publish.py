@@ -96,6 +96,12 @@ def test_a_student_with_scores_and_cost_on_its_card(tmp_path):
     card = card_metadata(out / "README.md")
     assert card["pipeline_tag"] == "depth-estimation" and card["license"] == "other" and card["license_name"]
     text = (out / "README.md").read_text()
-    assert 'load("OWNER/out")' in text and "## Cost" in text and "GFLOPs" in text and "Without this package" in text
+    assert (
+        'load("OWNER/out")' in text
+        and "## Cost" in text
+        and "GFLOPs" in text
+        and "million parameters" in text
+        and "Without this package" in text
+    )
     checkpoint.load(out)
     assert "*.safetensors filter=lfs" in (out / ".gitattributes").read_text() and check(out) == []
