@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from distill.core.depth import DepthMap, Kind
+from distill.eval.benchmarks import BenchmarkSample, pairs
 from distill.eval.cost import Cost
 from distill.eval.intervals import apart, interval, places
 from distill.eval.reports.summary import summary, verdict
+from distill.eval.score import score
 from distill.eval.scorefile import ImageScore
 from tests.eval.test_papers import a_score
 
@@ -77,3 +79,20 @@ def test_cost_counts_flops_time_and_memory():
     assert found["flops"] == 2 * 27 * 120 and found["parameters"] == 28 and found["weight_bytes"] == 112
     assert found["images"] == 2 and 0 < found["latency_s"] < 1 and found["image"] == "10 x 12"
     assert "threads" in found["device"] and Cost().summary(found) == found, "the fuller measurement stays"
+
+
+def test_metres_and_unknown_units_have_no_common_mean(tmp_path):
+    rng = np.random.default_rng(5)
+    samples = []
+    for name, kind in (("m", Kind.METRIC_DEPTH), ("u", Kind.SCALE_DEPTH)):
+        values = torch.from_numpy(rng.uniform(1, 5, (1, 12, 16)).astype(np.float32))
+        truth = DepthMap(values, torch.ones_like(values, dtype=torch.bool), kind)
+        samples.append(BenchmarkSample(name, f"{name}.npy", lambda: torch.zeros(3, 12, 16), lambda t=truth: t, name))
+        np.save(tmp_path / f"{name}.npy", (values[0].numpy() * rng.uniform(0.9, 1.1, (12, 16))).astype(np.float32))
+    got = score(tmp_path, "scale_depth", samples, pairs.PROTOCOL, workers=1)
+    in_metres = {"sq_rel", "rmse", "i_rmse"}
+    assert {name for name, value in got.metrics.items() if value is None} == in_metres
+    assert {name for name, value in got.pooled.items() if value is None} == in_metres
+    assert got.groups["m"]["metrics"]["rmse"] > 0 and got.groups["u"]["metrics"]["rmse"] is None
+    assert all(image.metrics["rmse"] > 0 for image in got.images), "each image keeps its own"
+    assert score(tmp_path, "scale_depth", samples[:1], pairs.PROTOCOL, workers=1).metrics["rmse"] > 0
