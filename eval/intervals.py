@@ -22,11 +22,11 @@ LEVEL = 0.95
 
 def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
     """The 95 % interval of the mean of one value per image; None of fewer than FEWEST, or where one is not finite."""
-    given = np.asarray(values, dtype=np.float64)
-    if len(given) < FEWEST or not np.isfinite(given).all():
+    per_image = np.asarray(values, dtype=np.float64)
+    if len(per_image) < FEWEST or not np.isfinite(per_image).all():
         return None
     rng = np.random.default_rng(seed)
-    means = given[rng.integers(len(given), size=(DRAWS, len(given)))].mean(1)
+    means = per_image[rng.integers(len(per_image), size=(DRAWS, len(per_image)))].mean(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 

@@ -28,8 +28,8 @@ def scored(folder: Path, revision: str) -> dict[str, list[dict[str, str]]]:
     rows = [
         _cost_row(model, dict(costs[model] or {})) for model in dict.fromkeys(s.model for s in scores) if model in costs
     ]
-    found = {"scores": [_score_row(score) for score in scores], "cost": rows}
-    return {key: value for key, value in found.items() if value}
+    card = {"scores": [_score_row(score) for score in scores], "cost": rows}
+    return {key: value for key, value in card.items() if value}
 
 
 def _score_row(score: Score) -> dict[str, str]:

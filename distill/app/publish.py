@@ -62,7 +62,7 @@ def publish_labels(
     shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
     aside = _begin(out)
     # Where this machine keeps its photographs is nobody's business.
-    told = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
+    kept_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
     if shared:
         for name in [shard["name"] for shard in manifest["shards"]]:
             shutil.copyfile(folder / name, aside / name)
@@ -76,7 +76,7 @@ def publish_labels(
         manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], known)
         files.write_text(aside / LIST, "".join(f"{json.dumps(line)}\n" for line in lines))
         listed = len(lines)
-    shards.write_manifest(aside, {**manifest, "recipe": told})
+    shards.write_manifest(aside, {**manifest, "recipe": kept_recipe})
     files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
     _finish(aside, out)
     return {
@@ -120,15 +120,15 @@ def _line(key: str, tar: str, about: Mapping[str, Any], region: str, known: Mapp
 
 def _file_hashes(recipe: Recipe) -> dict[str, str]:
     """The sha256 of each image's file, by its key, of those that lie on this machine."""
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for source in input_shards(recipe):
         for entry in source.scan().entries:
             if entry.place is not None and isinstance(entry.place[0], Path):
                 path, start, size = entry.place
                 with Path(path).open("rb") as file:
                     file.seek(start)
-                    found[entry.key] = hashlib.sha256(file.read(size)).hexdigest()
-    return found
+                    hashes[entry.key] = hashlib.sha256(file.read(size)).hexdigest()
+    return hashes
 
 
 def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
@@ -268,11 +268,11 @@ def check(folder: Path) -> list[str]:
     except OSError as error:
         return [*faults, f"{SUMS}: {error.strerror or error}"]
     for line in lines:
-        said, _, name = line.partition("  ")
+        expected, _, name = line.partition("  ")
         path = folder / name
         if not path.is_file():
             faults.append(f"{name} is missing")
-        elif files.file_sha256(path) != said:
+        elif files.file_sha256(path) != expected:
             faults.append(f"{name} is not what its checksum says")
     large = [p.name for p in folder.iterdir() if p.stat().st_size > 10**7 and not any(p.match(rule) for rule in _LFS)]
     return faults + [f"{name} is large, and no rule of .gitattributes gives it to LFS" for name in large]

@@ -98,9 +98,9 @@ class _Answers(BaseHTTPRequestHandler):
         if depth is None:
             self._fault(404, "this result is gone: give the photo again")
             return
-        asked = {name_: values[-1] for name_, values in parse_qs(place.query).items()}
+        options = {name_: values[-1] for name_, values in parse_qs(place.query).items()}
         try:
-            data, suffix = _file(depth, name, asked)
+            data, suffix = _file(depth, name, options)
         except (ValueError, LookupError) as error:
             self._fault(400, str(error))
             return
@@ -144,16 +144,16 @@ class _Answers(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def _file(depth: Depth, name: str, asked: dict[str, str]) -> tuple[bytes, str]:
+def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]:
     """A result's file and its suffix. Raises LookupError for an unknown name, ValueError for options that cannot be."""
     if name == "colour.png":
         file = io.BytesIO()
-        Image.fromarray(depth.colorize(asked.get("cmap", "distill"))).save(file, "PNG")
+        Image.fromarray(depth.colorize(options.get("cmap", "distill"))).save(file, "PNG")
         return file.getvalue(), ".png"
     names = {"depth.png": ".png", "depth.npy": ".npy", "depth.glb": ".glb", "view.html": ".html"}
     if name not in names:
         raise LookupError(f"no {name}; there are colour.png, {', '.join(names)}")
     solid = names[name] in (".glb", ".html")
     with tempfile.TemporaryDirectory() as folder:
-        lens: dict[str, Any] = {"fov": float(asked.get("fov", FOV))} if solid else {}
+        lens: dict[str, Any] = {"fov": float(options.get("fov", FOV))} if solid else {}
         return depth.save(Path(folder) / f"depth{names[name]}", **lens).read_bytes(), names[name]

@@ -77,13 +77,13 @@ def exif_camera(photo: Path, height: int, width: int) -> Camera | None:
     """
     try:
         with Image.open(photo) as image:
-            said = float(image.getexif().get_ifd(0x8769).get(0xA405) or 0)
+            film_focal = float(image.getexif().get_ifd(0x8769).get(0xA405) or 0)
     except (OSError, ValueError, TypeError, SyntaxError):
         return None
-    if not 4 <= said <= 2000:
+    if not 4 <= film_focal <= 2000:
         return None
-    focal = math.hypot(height, width) * said / math.hypot(36, 24)
-    return Camera(focal, focal, width / 2, height / 2, f"EXIF: {said:g} mm on 35 mm film")
+    focal = math.hypot(height, width) * film_focal / math.hypot(36, 24)
+    return Camera(focal, focal, width / 2, height / 2, f"EXIF: {film_focal:g} mm on 35 mm film")
 
 
 def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
@@ -95,10 +95,10 @@ def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tu
         known = DepthMap(values[None], valid[None], kind).convert(target)
         z, usable = known.values[0].cpu().numpy(), known.valid[0].cpu().numpy()
         return z, usable & np.isfinite(z) & (z > 0)
-    given, usable = values.cpu().numpy(), valid.cpu().numpy()
-    usable = usable & np.isfinite(given)
-    low, high = (float(given[usable].min()), float(given[usable].max())) if usable.any() else (0.0, 1.0)
-    unit = np.where(usable, given - low, 0.0) / max(high - low, 1e-12)
+    numbers, usable = values.cpu().numpy(), valid.cpu().numpy()
+    usable = usable & np.isfinite(numbers)
+    low, high = (float(numbers[usable].min()), float(numbers[usable].max())) if usable.any() else (0.0, 1.0)
+    unit = np.where(usable, numbers - low, 0.0) / max(high - low, 1e-12)
     z = 1.0 / (1.0 / far + unit * (1.0 - 1.0 / far)) if kind.quantity == "disparity" else 1.0 + unit * (far - 1.0)
     return z.astype(np.float32), usable
 
@@ -255,15 +255,15 @@ def viewer(points: PointCloud, lens: Camera, size: tuple[int, int], *, stride: i
 
     size: the picture's (H,W), which the page begins with as the camera saw it.
     """
-    given = points.points
-    low, high = (given.min(0), given.max(0)) if len(given) else (np.zeros(3), np.ones(3))
+    places = points.points
+    low, high = (places.min(0), places.max(0)) if len(places) else (np.zeros(3), np.ones(3))
     step = np.maximum(high - low, 1e-9) / 65535
-    codes = ((given - low) / step).round().astype("<u2")
+    codes = ((places - low) / step).round().astype("<u2")
     facts = {
-        "count": len(given),
+        "count": len(places),
         "low": [float(v) for v in low],
         "step": [float(v) for v in step],
-        "middle": float(np.median(given[:, 2])) if len(given) else 1.0,
+        "middle": float(np.median(places[:, 2])) if len(places) else 1.0,
         "pitch": stride / lens.fx,
         "half": [size[1] / 2 / lens.fx, size[0] / 2 / lens.fy],
         "xyz": base64.b64encode(codes.tobytes()).decode(),

@@ -129,8 +129,8 @@ def cost_table(scores: Sequence[Score]) -> str:
 
 def cost_of(scores: Sequence[Score], model: str) -> Mapping[str, Any]:
     """The fullest measurement of a model's cost among its scores; empty where there is none."""
-    found = [s.cost for s in scores if s.model == model and s.cost]
-    return max(found, key=lambda cost: cost.get("images") or 0, default={})
+    costs = [s.cost for s in scores if s.model == model and s.cost]
+    return max(costs, key=lambda cost: cost.get("images") or 0, default={})
 
 
 def cost_cells(cost: Mapping[str, Any]) -> list[str]:
