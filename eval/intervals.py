@@ -18,6 +18,9 @@ DRAWS = 2000
 FEWEST = 5
 """Images below which nothing is said: the bootstrap of so few is too narrow."""
 LEVEL = 0.95
+MANY = 2000
+"""Images above which the bootstrap of a mean is the normal interval to three digits, and a thousand times dearer."""
+_NORMAL = 1.959964
 
 
 def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] | None:
@@ -25,6 +28,9 @@ def interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float] |
     per_image = np.asarray(values, dtype=np.float64)
     if len(per_image) < FEWEST or not np.isfinite(per_image).all():
         return None
+    if len(per_image) > MANY:
+        half = _NORMAL * per_image.std(ddof=1) / len(per_image) ** 0.5
+        return float(per_image.mean() - half), float(per_image.mean() + half)
     rng = np.random.default_rng(seed)
     means = per_image[rng.integers(len(per_image), size=(DRAWS, len(per_image)))].mean(1)
     low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
