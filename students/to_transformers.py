@@ -290,8 +290,12 @@ def _write_code(student: Student, folder: Path) -> None:
     template = Path(__file__).with_name(f"{_READS}.py")
     source = template.read_text(encoding="utf-8")
     decoder = find("distill.students.decoders", student.decoder_name)
-    source = source.replace("from distill.students.decoders.sdt import", f"from {decoder.__name__} import")
-    _write_sources(folder, {CODE: source}, {decoder.__name__: Path(str(decoder.__file__))})
+    # A user's decoder is a file, or a package's module: it goes by the same name here.
+    name = re.sub(r"\W", "_", Path(student.decoder_name).stem)
+    source = source.replace(
+        "from distill.students.decoders.sdt import", f"from distill.students.decoders.{name} import"
+    )
+    _write_sources(folder, {CODE: source}, {f"distill.students.decoders.{name}": Path(str(decoder.__file__))})
 
 
 def _write_sources(folder: Path, todo: dict[str, str], known: dict[str, Path]) -> None:
