@@ -115,3 +115,21 @@ def results() -> str:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 820
+
+
+def test_the_lock_has_the_versions_that_were_tested():
+    locked: dict[str, set[str]] = {}
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    for package in lock["package"]:
+        locked.setdefault(package["name"], set()).add(package.get("version", ""))
+    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    named = {re.sub(r"_", "-", name.lower()): version for name, version in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    for line in (*project["dependencies"], *extras):
+        name = re.match(r"[\w-]+", line)[0].lower().replace("_", "-")
+        assert name in locked, f"{name}: uv lock was not run after pyproject.toml changed"
+        assert name not in named or locked[name] == {named[name]}, name
+    assert {p["source"]["registry"] for p in lock["package"] if "registry" in p["source"]} == {
+        "https://pypi.org/simple"
+    }

@@ -1,7 +1,7 @@
 """Folders as a model hub takes them: labels with a dataset card, a student with its own; checked without a network.
 
 Images travel only where their licence allows it. Where it does not, or says nothing, the tars hold maps and crops
-alone, and images.jsonl names each image with what is needed to cut the same region again and hashes to know it by.
+alone, and regions.jsonl names each image with what is needed to cut the same region again and hashes to know it by.
 What a licence allows is read off its words (`may_share`); the rule is ours, and no legal advice.
 
 A folder is written aside and renamed. Nothing is uploaded: `hf upload OWNER/NAME FOLDER` does that.
@@ -30,7 +30,7 @@ from distill.students import checkpoint
 from distill.students.modelcard import model_card, without_package
 from distill.teachers import revision_of
 
-SUMS, LIST = "SHA256SUMS", "images.jsonl"
+SUMS, LIST = "SHA256SUMS", "regions.jsonl"
 _LFS = ("*.tar", "*.safetensors", "*.onnx", "*.pt2")
 _SHARES = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
 _KEEPS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)

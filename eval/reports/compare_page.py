@@ -14,6 +14,7 @@ from distill.core import files
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import PROTOCOL, TRUTH, ModelComparison
+from distill.eval.reports import figures
 from distill.eval.reports.disagreement import gallery
 from distill.eval.reports.page import details, name, page, pairs, table
 
@@ -153,6 +154,20 @@ def models_table(comparison: ModelComparison) -> str:
     return table([escape(cell) for cell in head], rows, kind="scores")
 
 
+def score_against_time(comparison: ModelComparison) -> str:
+    """A chart of AbsRel against milliseconds an image; nothing below two models with both."""
+    points = [
+        (1000 * model["cost"]["latency_s"], model["numbers"]["abs_rel"], model["name"])
+        for model in comparison.models
+        if model["cost"].get("latency_s") and model["numbers"].get("abs_rel") is not None
+    ]
+    if len(points) < 2:
+        return ""
+    note = "lower and further left is better"
+    chart = figures.scatter("AbsRel against ms an image", points, across="ms", note=note)
+    return f'<div class="charts">{chart}</div>'
+
+
 def cards_table(comparison: ModelComparison) -> str:
     """What the models' cards say, the licence of the weights first."""
     rows = []
@@ -268,7 +283,7 @@ def write_page(
     ]
     sections = [
         ("short", "In short", f"<ul>{statements}</ul>"),
-        ("models", "Models", models_table(comparison) + _models_key(comparison)),
+        ("models", "Models", _models(comparison)),
         ("agreement", "Agreement", matrices(comparison)),
         ("additions", "Who adds what to whom", additions_table(comparison)),
         ("pictures", "Where they disagree", gallery(comparison, samples, folder)),
@@ -276,6 +291,11 @@ def write_page(
     ]
     files.write_text(out, page(title, pairs(about), sections, what="Comparison of depth models"))
     return out
+
+
+def _models(comparison: ModelComparison) -> str:
+    tables = f"<div>{models_table(comparison)}{_models_key(comparison)}</div>"
+    return f'<div class="beside">{tables}{score_against_time(comparison)}</div>'
 
 
 def _models_key(comparison: ModelComparison) -> str:

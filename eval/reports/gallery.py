@@ -59,7 +59,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
         return missing("No pictures: the recipe names no benchmarks.")
-    ticks = [(0.0, "1 % or less"), (0.239, "3 %"), (0.5, "10 %"), (0.739, "30 %"), (1.0, "100 % or more")]
+    ticks = [(0.0, "1 %"), (0.239, "3 %"), (0.5, "10 %"), (0.739, "30 %"), (1.0, "100 %")]
     intro = (
         '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
         "of that image’s truth; below it, how far it is off relative to the truth.</p>"

@@ -195,7 +195,9 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
                 )
             ],
             note=f"Lowest at step {best['step']:,}: {best['heldout']:.4g}. It chooses the checkpoint." if best else "",
-        ),
+        )
+        if len(held) > 1
+        else "",
         figures.chart(
             "Output scale: mean deviation",
             [_line(steps, x, "output_deviation", 1), _line(steps, x, "label_deviation", 6)],
@@ -213,7 +215,13 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
         ),
         figures.chart("Gradient norm", [_line(steps, x, "grad_norm", 1)], log=True, note="Smoothed."),
     ]
-    return f'{told}<dl class="plain">{_speed(steps)}</dl><div class="charts">{"".join(charts)}</div>'
+    drawn = [chart for chart in charts if chart]
+    # Three or four in a row, whichever leaves less of the last row empty.
+    least = 275 if len(drawn) % 4 in (0, 3) else 340
+    return (
+        f'{told}<dl class="plain">{_speed(steps)}</dl>'
+        f'<div class="charts" style="--least:{least}px">{"".join(drawn)}</div>'
+    )
 
 
 def _line(

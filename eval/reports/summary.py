@@ -30,7 +30,8 @@ def summary(scores: Sequence[Score]) -> str:
     groups = _groups(scores)
     drawn = "".join(score_against_time(group) for group in groups)
     charts = f'<div class="charts">{drawn}</div>' if drawn else ""
-    return f'<p class="lead">{escape(verdict(scores))}</p>{cost_table(scores)}{_cost_note(scores)}{charts}'
+    tables = f"<div>{cost_table(scores)}{_cost_note(scores)}</div>"
+    return f'<p class="lead">{escape(verdict(scores))}</p><div class="beside">{tables}{charts}</div>'
 
 
 def _groups(scores: Sequence[Score]) -> list[list[Score]]:

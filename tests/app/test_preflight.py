@@ -129,7 +129,7 @@ def test_sizes_disk_and_licence(check, monkeypatch):
     said = check("crops.size=30", 'labels.licence="unknown"')
     assert "crops.size = 30 is no multiple of the student's patch of 16" in said["warn"]
     assert "labels.licence is unknown" in said["warn"]
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(preflight.machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
 
 
@@ -148,7 +148,10 @@ def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
     make_tar(tmp_path / "sa_0.tar")
     (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
     recipe = load(tmp_path / "recipe.toml")
-    images, teachers = preflight._images(recipe), preflight.build.load_teachers(recipe, on=torch.device("cpu"))
+    images, teachers = (
+        preflight._images(recipe, crops=True),
+        preflight.build.load_teachers(recipe, on=torch.device("cpu")),
+    )
     sample, _ = preflight._label_one(recipe, images, teachers)
     assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0
     assert scaling.reading_seconds(sample, "jls", list(sample.labels)) > 0

@@ -54,7 +54,7 @@ def test_labels_without_their_photographs(labels, tmp_path):
     tars = sorted(out.glob("*.tar"))
     names = [name for tar in tars for name in tarfile.open(tar).getnames()]
     assert sum(name.endswith(".json") for name in names) == 7 and not any(name.endswith(".jpg") for name in names)
-    lines = [json.loads(line) for line in (out / "images.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "regions.jsonl").read_text().splitlines()]
     assert len(lines) == 7
     old = tarfile.open(folder / lines[0]["tar"])
     assert lines[0]["region_sha256"] == hashlib.sha256(old.extractfile(f"{lines[0]['key']}.jpg").read()).hexdigest()

@@ -18,7 +18,7 @@ from distill.data.sources import folders
 from distill.eval.benchmarks import pairs as pairs_benchmark
 from distill.eval.metrics import METRICS
 from distill.eval.reports import figures
-from distill.eval.reports.gallery import aligned
+from distill.eval.reports.gallery import aligned, error_position
 from distill.eval.reports.report import write_report
 from distill.eval.score import score, write_scores
 from distill.labelling.run import LabelSettings, label
@@ -272,3 +272,31 @@ def test_long_curves_are_thinned_and_keep_their_level():
 def test_smoothing_has_no_bias_at_the_start():
     assert figures.smooth([4.0] * 5) == pytest.approx([4.0] * 5)
     assert figures.smooth([4.0, 0.0], 0.5) == pytest.approx([4.0, 4 / 3])
+
+
+def test_errors_are_shown_by_their_logarithm():
+    at = error_position(np.array([0.0, 0.01, 0.1, 0.3, 1.0, 5.0]))
+    assert at[0] < 0 and np.allclose(at[1:5], [0, 0.5, 0.7386, 1.0], atol=1e-3) and at[5] > 1
+    assert error_position(np.array([0.3]))[0] < 0.8, "30 % is not yet black"
+
+
+def test_the_points_of_a_laser_are_seen():
+    valid = np.zeros((600, 900), bool)
+    valid[7::40, 11::45] = True  # one pixel in 1800: every n-th pixel would meet few of them
+    depth = np.where(valid, np.arange(900.0) / 900, 0.0)
+    drawn = figures.dots(valid)
+    picture = drawn.picture(depth, valid, figures.NEARNESS)
+    seen = (picture != figures.INVALID).any(-1)
+    assert max(picture.shape[:2]) <= figures.SIDE and 0.2 < seen.mean() < 0.8
+    colours = {tuple(c) for c in picture[seen]}
+    assert colours <= {tuple(c) for c in figures.colourise(depth, valid, figures.NEARNESS)[valid]}, "none is mixed"
+    assert len(colours) == len({tuple(c) for c in figures.colourise(depth, valid, figures.NEARNESS)[valid]})
+    empty = figures.dots(np.zeros_like(valid)).picture(depth, valid & False, figures.NEARNESS)
+    assert (empty == figures.INVALID).all()
+
+
+def test_a_run_where_nothing_of_the_papers_was_run_has_no_papers(report):
+    page, text = report
+    assert "#papers" not in page.addresses and "numbers of the papers" not in text
+    assert page.addresses.index("#short") < page.addresses.index("#scores")
+    assert "On pairs (5 images), student has AbsRel" in text and "torch 2" in text
