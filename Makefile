@@ -1,6 +1,7 @@
 # Everything from a machine with only Python 3.11+ and make.
 #   make demo    the whole loop on the embedded default: label, train, score, report
 #   make test    the test suite
+#   make chaos   kill loops and fuzzers, MINUTES=10 of them, and what they came to
 #   make test-gpu the tests that need a CUDA card, which `make test` does not use
 #   make check   what a change must pass: format, lint, types, tests
 
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu check format speed clean
+.PHONY: demo test test-gpu chaos check format speed clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
@@ -29,6 +30,11 @@ test: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cuda
+
+MINUTES ?= 10
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -56,7 +56,7 @@ def label(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     began = time.monotonic()
     before, whole = _labels(lab), time.monotonic() - began
     while True:
-        shutil.rmtree(lab.folder / "run")
+        shutil.rmtree(lab.folder / "run", ignore_errors=True)
         _story(
             counts,
             rng,
@@ -88,7 +88,7 @@ def train(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     assert done.rc == 0, done.said
     before = left()
     while True:
-        shutil.rmtree(lab.train)
+        shutil.rmtree(lab.train, ignore_errors=True)
         call = lambda after: lab.call("train", "r.toml", signal_after=after)  # noqa: E731
         _story(counts, rng, call, done.seconds, lambda: _differ(left(), before))
         yield 1
@@ -96,7 +96,7 @@ def train(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
 
 def repair(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     """Several files of a labels folder gone bad, and a repair that is killed."""
-    before = _labels(lab)
+    before, whole = _labels(lab), 1.0
     kept = lab.keep()
     while True:
         lab.back(kept)
@@ -108,13 +108,15 @@ def repair(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
 
         def call(after: float | None) -> Outcome:
             # A manifest that is gone is an unfinished folder, which labelling finishes.
+            nonlocal whole
             done = lab.call("verify", lab.labels, "--repair", signal_after=after)
+            whole = max(whole, done.seconds)
             if done.rc == 2 and "labelling has not finished there" in done.said:
                 done = lab.call("label", "r.toml", signal_after=after)
                 return lab.call("verify", lab.labels, "--repair", signal_after=after) if done.rc == 0 else done
             return done
 
-        _story(counts, rng, call, 1.0, lambda: _differ(contents(lab.labels), before))
+        _story(counts, rng, call, whole, lambda: _differ(contents(lab.labels), before))
         yield 1
 
 
@@ -130,7 +132,7 @@ def predict(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     assert done.rc == 0, done.said
     before = left()
     while True:
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)
         call = lambda after: lab.call(*arguments, signal_after=after)  # noqa: E731
         _story(counts, rng, call, done.seconds, lambda: _differ(left(), before))
         yield 1
@@ -193,7 +195,7 @@ def interrupt(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     _labels(lab)
     whole = time.monotonic() - began
     while True:
-        shutil.rmtree(lab.folder / "run")
+        shutil.rmtree(lab.folder / "run", ignore_errors=True)
         after = rng.uniform(0.1, whole)
         outcome = lab.call("label", "r.toml", signal_after=after, number=signal.SIGINT)
         late = outcome.seconds - after > STOP_S

@@ -57,7 +57,7 @@ COMMANDS = {
     "compare": ("show",),
 }
 SECONDS = 5.0
-QUICK = ["train.steps=1", "train.val_fraction=0.0"]
+QUICK = ["train.steps=1", "train.warmup_steps=0", "train.val_fraction=0.0"]
 
 
 def keys() -> list[tuple[str, str]]:
@@ -122,7 +122,8 @@ def world(lab: Lab) -> dict[str, Any]:
     return table
 
 
-def _in(folder: Path, base: dict[str, Any], item: tuple[str, str, str, Any]) -> None:
+def in_folder(folder: Path, base: dict[str, Any], item: tuple[str, str, str, Any]) -> None:
+    """`tried`, in a folder."""
     os.chdir(folder)  # a path that climbs ends in the lab
     tried(base, item)
 
@@ -138,7 +139,7 @@ def recipes(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
             (part, key), value = rng.choice(there), rng.choice(HOSTILE)
             verb = rng.choice(COMMANDS.get(part, ("label",)))
             items.append((f"{verb} {part}.{key} = {str(value)[:40]}", (verb, part, key, value)))
-        sweep(counts, items, partial(_in, deep, base), limit=60)
+        sweep(counts, items, partial(in_folder, deep, base), limit=60)
         lab.back(kept)
         for path in lab.folder.iterdir():
             if path.name not in ("photos", "run", "deep", "r.toml", "sa_0.tar", "sa_1.tar"):
