@@ -73,16 +73,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
-    args = _parser().parse_args(argv)
-    if args.quiet:
-        from distill.app.console import quiet
-
-        quiet()
+    debug = False
     try:
+        args = _parser().parse_args(argv)
+        debug = args.debug
+        if args.quiet:
+            from distill.app.console import quiet
+
+            quiet()
         code: int = args.verb(args)
         return code
     except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
-        if args.debug:
+        if debug:
             raise
         from distill.app.console import fail
 
