@@ -324,14 +324,14 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         samples, problems = _verify_shard(path, shard, keys)
         if problems:
             problems_of[path.name] = problems
-        if problems := _verify_sidecar(path, shard, samples):
+        if problems := verify_sidecar(path, shard, samples):
             problems_of[path.with_suffix(".json").name] = problems
         if report:
             report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, problems_of.values()))))
     return problems_of
 
 
-def _verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
+def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
     """What the json of a tar says otherwise than the manifest, or than the tar of these samples (None: not read)."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
