@@ -77,13 +77,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
         found.append((("crops", "labels"), line))
-    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
-    if bare:
-        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
-        found.append((("images", "labels"), line))
-    if recipe.labels.names and recipe.labels.online:
-        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
-        found.append((("labels",), line))
+    found += _label_faults(recipe)
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
@@ -91,9 +85,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         found.append((("student", "train"), line))
-    if train.rotation and recipe.crops.patches != "none":
-        line = 'train.rotation turns whole regions: set crops.patches = "none", or leave it out'
-        found.append((("crops", "train"), line))
+    found += _turn_faults(recipe)
     found += [(("student", "train"), line) for line in _kind_faults(student, train)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
     if metric and train.kind != "metric_depth":
@@ -107,6 +99,29 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "leave one of them out"
         )
         found.append((("student", "train"), line))
+    return found
+
+
+def _turn_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [crops] says against the augmentation of [train]."""
+    crops, train, found = recipe.crops, recipe.train, []
+    if crops.width and train.random_resized_crop < 1.0:
+        found.append("train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out")
+    if train.rotation and crops.patches != "none":
+        found.append('train.rotation turns whole regions: set crops.patches = "none", or leave it out')
+    return [(("crops", "train"), line) for line in found]
+
+
+def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [labels] says against the images, or against itself."""
+    found: list[tuple[tuple[str, ...], str]] = []
+    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if bare:
+        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        found.append((("images", "labels"), line))
+    if recipe.labels.names and recipe.labels.online:
+        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        found.append((("labels",), line))
     return found
 
 
