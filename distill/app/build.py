@@ -280,7 +280,7 @@ def _encoder_decoder(recipe: Recipe) -> Student:
         student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
-        student.native_size = spec.native_size or student.native_size or recipe.crops.size
+        student.native_size = spec.native_size or student.native_size or _short_side(recipe)
         student.max_depth = spec.max_depth or student.max_depth
         return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
@@ -303,7 +303,7 @@ def _encoder_decoder(recipe: Recipe) -> Student:
             decoder=spec.decoder,
             encoder_options=options,
             decoder_options=_decoder_options(recipe),
-            native_size=spec.native_size or recipe.crops.size,
+            native_size=spec.native_size or _short_side(recipe),
             max_depth=spec.max_depth or None,
         )
     if begun is not None:
@@ -313,6 +313,10 @@ def _encoder_decoder(recipe: Recipe) -> Student:
     if spec.decoder_weights:
         student.decoder.load_released(read_state(resolve(spec.decoder_weights, files=())))
     return _of_kind(student, recipe)
+
+
+def _short_side(recipe: Recipe) -> int:
+    return min(recipe.crops.size, recipe.crops.width or recipe.crops.size)
 
 
 def _of_kind(student: Student, recipe: Recipe) -> Student:

@@ -211,6 +211,8 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iter
                     f"take {side // multiple * multiple or multiple}, or let it resize",
                 )
     step = getattr(getattr(student, "encoder", None), "patch_size", 1)
+    if recipe.crops.width % step:
+        yield Finding("warn", f"crops.width = {recipe.crops.width} is no multiple of the student's patch of {step}", "")
     if size % step:
         yield Finding("warn", f"crops.size = {size} is no multiple of the student's patch of {step}", "it will pad")
     if recipe.crops.min_side < size:
