@@ -19,6 +19,7 @@ from typing import Any
 from distill.core import files
 from distill.eval.papers import Scored, verdicts
 from distill.eval.reports import figures
+from distill.eval.reports.fidelity import fidelity_section
 from distill.eval.reports.gallery import UNREADABLE, Recipe, gallery
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.eval.reports.scoreboard import paper_table, scoreboard
@@ -47,6 +48,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     name = str(recipe.get("run", {}).get("name", "") or run_dir.resolve().name)
     sections = [
         ("scores", "Scores", scoreboard(scores, score_faults)),
+        ("fidelity", "Fidelity", fidelity_section(run_dir, scores)),
         ("papers", "Papers", paper_table(verdicts(_with_weights(run_dir, scores)))),
         ("pictures", "Pictures", gallery(run_dir, recipe, scores)),
         ("training", "Training", _training_section(log)),
