@@ -19,6 +19,7 @@ from distill.app.console import note, progress, say, table
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import files
+from distill.core.depth import DepthMap
 from distill.eval.compare import PROTOCOL
 from distill.eval.fit import NoGroundTruthError
 from distill.eval.local import LocalError, central, local_error
@@ -68,16 +69,16 @@ def _ask(teacher: Any, sample: Any) -> LocalError | None:
     whole = teacher.predict(image[None], **keys)
     # A model that is looked up by key has no map of a part.
     alone = None if teacher.card.name == "truth" else teacher.predict(image[None, :, rows, columns], **keys)
-    maps = [
-        None if m is None else torch.where(m.valid, m.values, torch.nan)[0].float().cpu().numpy()
-        for m in (whole, alone)
-    ]
     try:
-        assert maps[0] is not None
-        return local_error(maps[0], truth, whole.kind, PROTOCOL, patch=maps[1])
+        patch = None if alone is None else _values(alone)
+        return local_error(_values(whole), truth, whole.kind, PROTOCOL, patch=patch)
     except (NoGroundTruthError, ValueError) as error:
         note(f"  left out {sample.key}: {error}")
         return None
+
+
+def _values(depth: DepthMap) -> np.ndarray:
+    return torch.where(depth.valid, depth.values, torch.nan)[0].float().cpu().numpy()
 
 
 def summary(errors: list[LocalError]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
     head = ["benchmark", "student", "teacher", "AbsRel&nbsp;↓", "delta1&nbsp;↑", "boundary&nbsp;F1&nbsp;↑"]
     head += ["student’s AbsRel to the truth", "teacher’s", "images"]
     key = (
-        '<p class="key">The student against its teacher, which takes the place of the truth after its own alignment. Close '
-        "to the teacher and far from the truth: the labels are the limit.</p>"
+        '<p class="key">The student against its teacher, which takes the place of the truth after its own alignment. '
+        "Close to the teacher and far from the truth: the labels are the limit.</p>"
     )
     return key + table(head, rows, kind="scores") + f'<div class="charts">{"".join(charts)}</div>'
 
