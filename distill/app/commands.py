@@ -31,6 +31,7 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.fidelity import fidelity
 from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
+from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import LabelOutcome, label
 from distill.shards import mirror, shards
 from distill.training.train import TrainResult, train
@@ -173,23 +174,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                 scored.append(("plane prior", priors[fitted_on]))
         for name, teacher in scored:
             slug = name.replace(" ", "_")
-            store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-            settings = {
-                "weights": teacher.card.weights,
-                "revision": teacher.card.revision,
-                "benchmark": spec.alias_or_name,
-                **prediction_settings(recipe, name, spec),
-            }
-            with progress(f"predict {spec.alias_or_name} {name}") as report:
-                scoring.predict(
-                    teacher,
-                    samples,
-                    store,
-                    settings=settings,
-                    used=how_used(recipe, name, teacher, spec),
-                    report=report,
-                    tell=note,
-                )
+            store = _stored(recipe, spec, name, teacher, samples)
             result = scoring.score(
                 store,
                 None,
@@ -217,6 +202,23 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     for line in warned + lost:
         note(line)
     return results
+
+
+def _stored(
+    recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample]
+) -> Path:
+    """The folder of a model's predictions on a benchmark, with what was missing predicted."""
+    store = recipe.run.folder / "predictions" / name.replace(" ", "_") / spec.alias_or_name
+    settings = {
+        "weights": teacher.card.weights,
+        "revision": teacher.card.revision,
+        "benchmark": spec.alias_or_name,
+        **prediction_settings(recipe, name, spec),
+    }
+    used = how_used(recipe, name, teacher, spec)
+    with progress(f"predict {spec.alias_or_name} {name}") as report:
+        scoring.predict(teacher, samples, store, settings=settings, used=used, report=report, tell=note)
+    return store
 
 
 def _fidelity(

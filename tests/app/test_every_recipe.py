@@ -89,6 +89,8 @@ def test_the_full_studies_start_like_the_paper():
     """From Depth Anything V2 Large, its encoder and its head; Table 5 keeps the encoder alone."""
     large = "depth-anything/Depth-Anything-V2-Large/depth_anything_v2_vitl.pth"
     for path in STUDIES:
+        if read_study(path).source.startswith("ours; after"):
+            continue  # of known teachers, or of teachers that are trained here: no paper's start
         for cell in cells(read_study(path), path, "full", Path("out"), []):
             student = cell.recipe.student
             assert (student.weights, student.decoder, student.decoder_weights) == (large, "dav2", large)
