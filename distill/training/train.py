@@ -102,7 +102,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
-    features: the encoder's, of every sample, where settings.cache_features.
+    features: the encoder's, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
