@@ -157,6 +157,7 @@ def _tiny_student(table: dict, folder: Path, start: str) -> dict:
     state = {f"pretrained.{key}": value for key, value in student.encoder.backbone.state_dict().items()}
     state |= {f"depth_head.{key}": value for key, value in student.decoder.state_dict().items()}
     norm = {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
+    norm = {} if table["encoder"].startswith("beit") else norm  # a BEiT's last norm stands behind its pooling
     torch.save(norm | state, folder / "tiny.pth")
     files = {key: str(folder / "tiny.pth") for key in ("weights", "decoder_weights") if table.get(key)}
     return table | files | {"encoder_options": encoder_options}
