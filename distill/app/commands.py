@@ -34,6 +34,8 @@ from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.cost import Cost
+from distill.eval.fidelity import fidelity
+from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import LabelOutcome, label
@@ -213,6 +215,7 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
     for spec in recipe.benchmarks:
         protocol, samples = build.benchmark(spec)
         scored = models(spec)
+        taught_by = [name for name, _ in scored if name != "student"]
         if recipe.score.plane_prior:
             fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
             if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
@@ -242,6 +245,9 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
                 scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
                 results.append(edges)
             lost += _lost(result, samples, store)
+        if recipe.score.student:
+            for name in taught_by:
+                _fidelity(recipe, spec.alias_or_name, name, samples, protocol)
     for result in results:
         values(
             model=result.model,
@@ -286,6 +292,22 @@ def _predict(
         before = cost.summary(before)
         files.write_json(kept, before)
     return before
+
+
+def _fidelity(
+    recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
+) -> None:
+    """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
+    stores = [recipe.run.folder / "predictions" / name.replace(" ", "_") / benchmark for name in ("student", teacher)]
+    found = fidelity(*stores, samples, protocol)
+    if found is None:
+        return
+    path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
+    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **found})
+    note(
+        f"  {benchmark}: student against {teacher}: AbsRel {found['abs_rel']:.3f}, delta1 {found['delta1']:.3f}, "
+        f"boundary F1 {found['boundary_f1']:.3f}"
+    )
 
 
 def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:

@@ -107,7 +107,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
-    features: of every sample, as `distill.training.cached.store_features` stores them, where settings.cache_features.
+    features: the encoder's, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -115,8 +115,7 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
-    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
-        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
+    _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
     settings = in_steps(settings, len(kept))
@@ -145,6 +144,11 @@ def train(
             # Not accelerator.end_training(): it ends the process group too, and an ablation's next run needs it.
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
+    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
+        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
 
 
 def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:

@@ -13,11 +13,20 @@ from distill.app.verbs._recipe import take_recipe
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser)
+    parser.add_argument(
+        "--local", action="store_true", help="would patches help? each model aligned to a part and to the whole instead"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.comparison import run_compare
     from distill.app.recipe import load
 
-    run_compare(load(args.recipe, args.set, command="compare"))
+    recipe = load(args.recipe, args.set, command="compare")
+    if args.local:
+        from distill.app.local_gain import run_local
+
+        run_local(recipe)
+    else:
+        run_compare(recipe)
     return 0
