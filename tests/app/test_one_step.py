@@ -13,7 +13,7 @@ from distill.app import commands, lineage, preflight
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
-from distill.teachers import fiffdepth
+from distill.teachers import _unet_costs, fiffdepth
 from distill.training import trainlog
 from tests import tiny_teachers
 
@@ -31,14 +31,20 @@ def made(tmp_path_factory):
     return root
 
 
+NONE = {"resize": "none"}
+
+
 def table(root, name: str, **more) -> dict:
     """FiffDepth's recipe in small: two scenes with truth, photographs that a tiny Depth Anything V2 labels."""
     recipe = {
         "run": {"name": name, "out": str(root / name), "device": "cpu"},
-        "images": [{"scenes": 2, "size": 32, "teachers": ["truth"]}, {"photos": str(root / "photos"), "teachers": ["dav2"]}],
+        "images": [
+            {"scenes": 2, "size": 32, "teachers": ["truth"]},
+            {"photos": str(root / "photos"), "teachers": ["dav2"]},
+        ],
         "crops": {"size": 32, "min_side": 32, "patches": "none"},
         "teachers": [
-            {"name": "depth_anything_v2", "weights": str(root / "dav2"), "alias": "dav2", "options": {"resize": "none"}},
+            {"name": "depth_anything_v2", "weights": str(root / "dav2"), "alias": "dav2", "options": NONE},
             {"name": "truth"},
         ],
         "labels": {"root": str(root / "labels"), "store": "as_is", "threads": 1, "licence": "Apache-2.0"},
@@ -143,8 +149,18 @@ def test_a_base_that_is_known_brings_its_licence(made):
     assert lineage.lineage(parse(table(made, "x")), {})[0]["start"]["licence"] == "unknown"
 
 
-def test_doctor_says_memory_and_hours(made):
+def test_doctor_says_memory_and_hours(made, monkeypatch):
+    small = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "cross_attention_dim": 16}
+    small |= {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 4}
+    monkeypatch.setattr(_unet_costs, "SIZES", {"SD 2.1": small})  # its own takes seconds to count
     found = [one.what for one in preflight.check_recipe(parse(table(made, "doctor")))]
     assert any(line.startswith("training 3 steps of 2 at") for line in found), found
     (memory,) = [line for line in found if line.startswith("memory of the network")]
     assert "EMA" in memory and "GB" in memory
+    (other,) = [line for line in found if line.startswith("SD 2.1's UNet")]
+    assert "512 px" in other and "768 px" in other and "GB on 8" in other
+
+
+def test_a_pass_is_counted_without_computing_it():
+    unet = _unet_costs.stable_diffusion("SD 2.1")
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724, "the published UNet's number"
