@@ -149,11 +149,10 @@ def _images(tables: list[dict], photos: Path) -> list[dict]:
     return [one | more for one, more in zip(small, kept, strict=True)]
 
 
-def _tiny_student(table: dict, folder: Path, start: str) -> dict:
+def _tiny_student(table: dict, folder: Path, start: str, base: str) -> dict:
     """The student in a thirtieth of its width, its weights a file of this layout where it begins from any."""
     if table.get("network") == "one_step_unet":
-        (folder / "base").mkdir()
-        return table | {"weights": tiny_teachers.diffusion(folder / "base", channels=4), "native_size": 64}
+        return table | {"weights": base, "native_size": 32}
     decoder = inspect.signature(find("distill.students.decoders", table["decoder"]).Decoder).parameters
     narrow = {"fusion_channels": 8, "channels": 8, "post_process_channels": [8, 8, 8, 8]}
     options = {key: value for key, value in narrow.items() if key in decoder}
@@ -201,7 +200,7 @@ def _shrunk(table: dict, tiny, photos: Path, folder: Path) -> dict:
         spec["score_options"] = options | spec.get("score_options", {})
     table["labels"] = table.get("labels", {}) | {"batch_size": 2, "threads": 1}
     if "student" in table:
-        table["student"] = _tiny_student(table["student"], folder, tiny("checkpoint")[0])
+        table["student"] = _tiny_student(table["student"], folder, tiny("checkpoint")[0], tiny("fiffdepth")[0])
     if "train" in table:
         two = {
             "steps": 2,
