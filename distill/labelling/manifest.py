@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,18 +52,21 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
         "crops": crops.content,
         "seed": seed,
         **{name: getattr(labels, name) for name in ("store", "sky", "codec", "samples_per_part")},
+        **({"fine_tail": labels.fine_tail} if labels.fine_tail > 1 else {}),
         "teachers": [{"as": name, **_card(teacher, labels.store)} for name, teacher in teachers],
     }
 
 
-def keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the folder's settings, or raise ValueError where it was begun with others."""
+def keep_settings(out: Path, settings: dict[str, Any], *, suffix: str = "") -> None:
+    """Write the folder's settings, or raise ValueError where it was begun with others; suffix: `files.writing`'s.
+
+    Of two that begin it at the same moment with other settings, the one whose settings are not kept is told.
+    """
     path = out / SETTINGS
     if not path.is_file():
-        files.write_bytes(path, dump_json(sealed(settings)))
-        return
+        files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
     before = _in_words_of_today(read_json(path))
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    changed = [name for name in [*dict.fromkeys([*settings, "fine_tail"])] if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
             f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
@@ -88,8 +91,14 @@ def finish(
     licence: str,
     *,
     fresh: bool,
+    whole: Callable[[Path, Mapping[str, Any]], bool] | None = None,
+    suffix: str = "",
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is."""
+    """Write the manifest if every part of every shard is there; whether it is.
+
+    fresh: also where the manifest there lists these tars already. whole: how to see a tar, by default `is_whole`.
+    suffix: as `files.writing` has it.
+    """
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
     for shard in shards:
@@ -99,7 +108,7 @@ def finish(
             if not path.is_file():
                 return False
             entry = read_json(path)
-            if entry["tar"] is not None and not is_whole(out, entry["tar"]):
+            if entry["tar"] is not None and not (whole or is_whole)(out, entry["tar"]):
                 return False
             sidecars.append(entry)
             sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
@@ -109,8 +118,8 @@ def finish(
         if before == _tars(sidecars, settings, sources):
             return True
     manifest = _manifest(sidecars, settings, recipe, licence, sources)
-    files.write_text(out / README, labels_readme(manifest))
-    write_manifest(out, manifest)
+    files.write_text(out / README, labels_readme(manifest), suffix=suffix)
+    write_manifest(out, manifest, suffix=suffix)
     return True
 
 

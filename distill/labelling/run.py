@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from distill.labelling.annotate import (
     prepare,
 )
 from distill.labelling.crew import Crew, ahead, crew
+from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
 from distill.labelling.online import OnlineDataset
@@ -58,12 +60,17 @@ __all__ = [
 ]
 
 
+TAIL = 20
+"""labels.fine_tail is about one in so many input shards, the last ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelOutcome:
     """What one process of a run did.
 
     complete: every part of every shard is there (of all processes) and the manifest is written. parts, skipped: written
-    now, and found done. samples, images, quarantined, bytes: of the parts written now.
+    now, and found done. samples, images, quarantined, bytes: of the parts written now. last: False for a worker beside
+    others, of whom another one wrote the manifest.
     """
 
     complete: bool
@@ -73,6 +80,7 @@ class LabelOutcome:
     samples: int
     quarantined: int
     bytes: int
+    last: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,34 +161,45 @@ def label(
     with run_lock(out, rank=rank, world=world):
         with mutex(out):
             keep_settings(out, settings)
-        mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
-        todo = [part for part in mine if not _is_done(out, part, teachers)]
-        tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
+        mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
+        todo = [part for part in mine if not is_done(out, part, teachers, is_whole)]
+        tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         with crew(max(1, labels.threads)) as team:
             for part in todo:
-                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
-                _label_part(out, part, work, tally, team)
+                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
+                team.close(label_part(out, part, work, tally, team).finish)
         with mutex(out):
             complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
+            if complete and (out / NOTES).is_dir():
+                shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
 
 
-def _share(shards: Sequence[InputShard], images_per_part: int, rank: int, world: int) -> list[Part]:
+def part_sizes(shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings) -> list[int]:
+    """How many images a part of each shard has at most; fewer in the last of them where labels.fine_tail says so."""
+    size = max(1, labels.samples_per_part // crops.crops_per_image)
+    fine = -(-len(shards) // TAIL) if labels.fine_tail > 1 else 0
+    return [size] * (len(shards) - fine) + [max(1, size // labels.fine_tail)] * fine
+
+
+def _share(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world: int) -> list[Part]:
     """The parts of process `rank`: whole shards where there are plenty, so that it need not look into the others."""
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
     if len(shards) >= 4 * world:
-        return [part for shard in shards[rank::world] for part in parts_of(shard, images_per_part)]
-    return [part for shard in shards for part in parts_of(shard, images_per_part)][rank::world]
+        mine = zip(shards[rank::world], sizes[rank::world], strict=True)
+        return [part for shard, size in mine for part in parts_of(shard, size)]
+    every = zip(shards, sizes, strict=True)
+    return [part for shard, size in every for part in parts_of(shard, size)][rank::world]
 
 
 # --- one part ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class Work:
     """What every part is labelled with."""
 
     teachers: Teachers
@@ -190,6 +209,7 @@ class _Work:
     device: torch.device
     asked: tuple[str, ...]
     stopping: Event
+    claim: Claim = ALONE
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
@@ -205,12 +225,17 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Counts of this process, and what they say about the rest."""
+class Tally:
+    """Counts of this process, and what they say about the rest; nothing about its end where others share the work.
+
+    busy: seconds spent on parts, of a worker.
+    """
 
     total: int
     before: int
     report: Report | None
+    shared: bool = False
+    busy: float = 0.0
     images: int = 0
     samples: int = 0
     quarantined: int = 0
@@ -222,13 +247,14 @@ class _Tally:
             return
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
         per_image = self.bytes / self.images
+        left = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
         self.report(
             self.before + self.images,
             self.total,
             images_per_s=rate,
             bytes_per_image=per_image,
             quarantined=float(self.quarantined),
-            eta_s=(self.total - self.before - self.images) / rate,
+            **left,
             disk_bytes=per_image * self.total,
         )
 
@@ -249,13 +275,14 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
 
 
 @dataclass(slots=True)
-class _OpenPart:
+class OpenPart:
     """A part that is being written: its tar aside, and what its json will say."""
 
     out: Path
     part: Part
     writer: ShardWriter
     quarantine: list[Rejected]
+    claim: Claim = ALONE
     kinds: dict[str, set[str]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
@@ -269,7 +296,7 @@ class _OpenPart:
                 count["patches"] += sum(patch["dropped"] for patch in fit["local"])
 
     def finish(self) -> None:
-        """The tar to the disk, its json, and then its name."""
+        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours."""
         with self.writer as writer:
             closed = writer.close()
             sidecar = {
@@ -285,19 +312,22 @@ class _OpenPart:
                 **({"bridge_dropped": self.dropped} if self.dropped else {}),
                 **({"passed": dict(self.part.passed)} if self.part.passed else {}),
             }
-            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sealed(sidecar)))
+            self.claim.check()
+            sidecar_file = (self.out / self.part.name).with_suffix(".json")
+            files.write_bytes(sidecar_file, dump_json(sealed(sidecar)), suffix=self.claim.suffix)
             if writer.index:
+                self.claim.check()
                 writer.publish()
 
 
-def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -> None:
-    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
+def label_part(out: Path, part: Part, work: Work, tally: Tally, team: Crew) -> OpenPart:
+    """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread does nothing but ask the teachers: see `labelling.crew`.
     """
-    writer = ShardWriter(out / part.name)
+    writer = ShardWriter(out / part.name, suffix=work.claim.suffix)
     try:
-        opened = _OpenPart(out, part, writer, list(part.rejected))
+        opened = OpenPart(out, part, writer, list(part.rejected), work.claim)
         tally.quarantined += len(part.rejected)
         prepared = ahead(team.workers, work.jobs, part.entries, 2 * team.threads)
         jobs = (job for several in prepared for job in several)
@@ -305,6 +335,8 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -
         last = ""
         encoded = ahead(team.workers, partial(_encode, work.labels.codec), results, 2 * team.threads)
         for result, size in ahead(team.clerk, partial(_store, writer), encoded, 2 * team.threads):
+            if work.claim.lost:
+                work.claim.check()
             if isinstance(result, Rejected):
                 opened.quarantine.append(result)
                 tally.quarantined += 1
@@ -318,7 +350,7 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -
     except BaseException:
         with writer:
             raise
-    team.close(opened.finish)
+    return opened
 
 
 def _line(rejected: Rejected) -> dict[str, str]:
@@ -326,8 +358,10 @@ def _line(rejected: Rejected) -> dict[str, str]:
     return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
 
 
-def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
+def is_done(out: Path, part: Part, teachers: Teachers, whole: Callable[[Path, Mapping[str, Any]], bool]) -> bool:
     """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
+
+    whole: how to see a tar that its json describes, as `manifest.is_whole`.
 
     A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole. So is
     one whose images are all still in its tar, in their order: images that were lost in a damaged tar lie between them.
@@ -362,4 +396,4 @@ def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
             f"{out / part.name} was labelled by {', '.join(sorted(by))}, and {part.shard.origin} is now to be labelled "
             f"by {', '.join(sorted(asked))}: label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
         )
-    return sidecar_data["tar"] is None or is_whole(out, sidecar_data["tar"])
+    return sidecar_data["tar"] is None or whole(out, sidecar_data["tar"])

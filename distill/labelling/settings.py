@@ -16,6 +16,9 @@ class LabelSettings:
     """The folder of label folders, a local path; RUN/labels by default. Or a finished labels folder, to learn from."""
     samples_per_part: int = 1000
     """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
+    fine_tail: int = 1
+    """Parts of the last twentieth of the input shards are so many times smaller, so that many workers finish at about
+    one time; 1: all parts alike."""
     batch_size: int = 8
     """Crops that a teacher sees at once, also where labels are made during training."""
     threads: int = 4
@@ -46,8 +49,8 @@ class LabelSettings:
     1]."""
 
     def __post_init__(self) -> None:
-        faults = below(self, samples_per_part=1, batch_size=1, threads=0) + unknown_words(self)
-        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256)
+        faults = below(self, samples_per_part=1, batch_size=1, threads=0, fine_tail=1) + unknown_words(self)
+        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256, fine_tail=100)
         if "://" in self.root:
             faults.append(
                 f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
@@ -64,7 +67,8 @@ class LabelSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder, beside images, crops and teachers."""
-        names = ("store", "codec", "samples_per_part", "sky", *(("bridge", "bridge_residual") if self.bridge else ()))
+        names = ["store", "codec", "samples_per_part", "sky", *(("bridge", "bridge_residual") if self.bridge else ())]
+        names += ["fine_tail"] if self.fine_tail > 1 else []
         return {name: getattr(self, name) for name in names}
 
 
