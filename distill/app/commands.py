@@ -8,8 +8,10 @@ A run's folder:
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,10 @@ from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
+from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
+from distill.labelling.worker import work
 from distill.shards import mirror, shards
 from distill.training.train import TrainResult, train
 
@@ -36,7 +41,8 @@ from distill.training.train import TrainResult, train
 def keep_recipe(recipe: Recipe) -> None:
     """Writes the resolved recipe into the run's folder; only the first process does."""
     if build.process()[0] == 0:
-        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe))
+        # Workers on several machines are each the first.
+        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe), suffix=f".{secrets.token_hex(6)}")
         for name in recipe.unjudged:
             note(f"[{name}] has faults, which do not matter here; `distill show` says which")
 
@@ -55,31 +61,45 @@ def commit() -> str:
     return f"{distill.__version__}+{described or 'unknown'}"
 
 
-def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
+def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
+    """Where the workers of a recipe meet: its labels folder, or the folder of that name at the URL of labels.root."""
+    if recipe.labels.meeting:
+        return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
+    return Folder(folder)
+
+
+def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too.
+
+    worker: as one of any number of workers; so does each of several processes, and whoever meets others at a URL.
+    """
     if folder is None:
         keep_recipe(recipe)
         folder = build.labels_folder(recipe)
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
-    rank, world = build.process()
     images = input_shards(recipe)
     teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    make = label
+    if worker or build.process()[1] > 1 or recipe.labels.meeting:
+        make = partial(work, meeting=meeting_of(recipe, folder))
     with progress("label") as report:
-        outcome = label(
+        outcome = make(
             images,
             teachers,
             out=folder,
             crops=recipe.crops,
             labels=recipe.labels,
             seed=recipe.run.seed,
-            rank=rank,
-            world=world,
             device=build.device(recipe),
             recipe=as_table(recipe),
             report=report,
         )
-    if outcome.complete:
+    if recipe.labels.meeting:
+        say(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}: complete; {outcome.parts} parts of it made here")
+    elif not outcome.last:
+        say(f"{folder}: complete; {outcome.parts} parts of it made here")
+    elif outcome.complete:
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])

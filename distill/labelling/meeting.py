@@ -60,6 +60,10 @@ class Meeting(Protocol):
         """Have the json of a part, or of all, in the worker's folder."""
         ...
 
+    def share(self, name: str) -> None:
+        """Bring a file of the worker's folder to the others, or theirs into it where they have one."""
+        ...
+
     def note(self, name: str) -> dict[str, Any]:
         """A note by its name; {} where there is none, or none to be read."""
         ...
@@ -129,6 +133,9 @@ class Folder:
 
     def bring(self, name: str = "") -> None:
         """They are there."""
+
+    def share(self, name: str) -> None:
+        """It is there."""
 
     def note(self, name: str) -> dict[str, Any]:
         """As Meeting has it."""

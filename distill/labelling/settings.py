@@ -7,13 +7,16 @@ from typing import Any, Literal
 
 from distill.core.settings import above, below, refuse, unknown_words
 
+STORES = ("s3://", "gs://", "az://")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSettings:
     """How teachers are asked, and how and where their labels are kept."""
 
     root: str = ""
-    """The folder of label folders, a local path; RUN/labels by default. Or a finished labels folder, to learn from."""
+    """The folder of label folders, a path; RUN/labels by default. Or a finished labels folder, to learn from. Or an
+    address of an object store (s3://, gs://, az://), where workers that share no disk meet."""
     samples_per_part: int = 1000
     """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
     fine_tail: int = 1
@@ -51,11 +54,13 @@ class LabelSettings:
     def __post_init__(self) -> None:
         faults = below(self, samples_per_part=1, batch_size=1, threads=0, fine_tail=1) + unknown_words(self)
         faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256, fine_tail=100)
-        if "://" in self.root:
+        if "://" in self.root and not self.meeting:
             faults.append(
-                f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
-                "labels.mirror takes a URL"
+                f"root = {self.root!r}: labels are made on a path, where tars are finished by renaming, or at "
+                f"{', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
             )
+        if self.meeting and self.mirror:
+            faults.append("root is a URL, which training fetches from: mirror is for labels that are made on a path")
         if self.mirror and "://" not in self.mirror:
             faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
         if not 0.0 < self.bridge_residual <= 1.0:
@@ -63,6 +68,16 @@ class LabelSettings:
         if self.bridge and self.store != "disparity":
             faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
         refuse(faults)
+
+    @property
+    def meeting(self) -> str:
+        """The address of an object store where workers meet, or ""."""
+        return self.root if self.root.startswith(STORES) else ""
+
+    @property
+    def source(self) -> str:
+        """The address that training fetches labels from, or ""."""
+        return self.mirror or self.meeting
 
     @property
     def content(self) -> dict[str, Any]:

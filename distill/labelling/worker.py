@@ -34,7 +34,7 @@ from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting
 from distill.labelling.run import LabelOutcome, OpenPart, Part, Tally, Work, is_done, label_part, part_sizes, parts_of
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.shards.shards import hash_keys, read_json
+from distill.shards.shards import SETTINGS, hash_keys, read_json
 
 LAST = "manifest"
 """The lease of whoever writes the manifest; no part's name, for those end in .tar."""
@@ -307,8 +307,10 @@ def work(
     refuse_run(out)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     place = meeting or Folder(out)
-    place.bring("settings.json")
+    place.bring(SETTINGS)
     keep_settings(out, settings, suffix=f".{name[-6:]}")
+    place.share(SETTINGS)
+    keep_settings(out, settings)
     end = partial(finish, out, shards, settings, recipe=recipe or {}, licence=labels.licence, whole=place.whole)
     before = place.stamp()
     if before and _finish(place, end, fresh=False):

@@ -17,6 +17,7 @@ from distill.labelling import leases, worker
 from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
+from distill.labelling.objects import Objects
 from distill.labelling.run import LabelSettings
 from distill.shards.shards import ShardWriter, verify
 from tests.labelling.formula import CROPS, Formula, contents, run
@@ -179,3 +180,27 @@ def test_a_finer_tail_is_the_same_for_one_and_for_many(tars, tmp_path):
     assert of == [4, 3]  # 7 images by twos, 3 by ones
     with pytest.raises(ValueError, match="made with another fine_tail"):
         run(tars, tmp_path / "one")
+
+
+def test_workers_meet_at_an_object_store(tars, tmp_path):
+    pytest.importorskip("obstore")
+    from obstore.store import MemoryStore
+
+    run(tars, tmp_path / "one")
+    store, folders = MemoryStore(), [tmp_path / "a", tmp_path / "b"]
+    places = [Objects("s3://x/labels", folder, lease_s=LEASE, store=store) for folder in folders]
+    dead = places[0].take("sa_0-000.tar")
+    dead.stop.set()  # its thread refreshes it no more
+    with ThreadPoolExecutor(2) as pool:
+        begun = [pool.submit(work, tars, p.out, Formula(wait=0.01), meeting=p) for p in places]
+        outcomes = [one.result() for one in begun]
+    assert sum(one.parts for one in outcomes) == 6 and all(one.complete for one in outcomes)
+    with pytest.raises(LeaseLostError):
+        dead.check()
+    there = {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()}
+    assert there == contents(tmp_path / "one")
+    assert not [*tmp_path.glob("[ab]/*.tar"), *tmp_path.glob("[ab]/.*"), *tmp_path.glob("[ab]/manifest.json")]
+    assert work(tars, folders[0], meeting=places[0]).parts == 0
+    store.delete("sa_0-001.tar")
+    assert work(tars, folders[1], meeting=places[1]).parts == 1
+    assert {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()} == there
