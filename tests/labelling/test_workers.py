@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
@@ -19,6 +20,7 @@ from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelSettings
+from distill.labelling.standing import standing
 from distill.shards.shards import ShardWriter, verify
 from tests.labelling.formula import CROPS, Formula, contents, run
 
@@ -204,3 +206,27 @@ def test_workers_meet_at_an_object_store(tars, tmp_path):
     store.delete("sa_0-001.tar")
     assert work(tars, folders[1], meeting=places[1]).parts == 1
     assert {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()} == there
+
+
+def test_the_standing_of_a_run_is_read_without_stopping_it(tars, tmp_path):
+    out, seen = tmp_path / "out", []
+    place = Folder(out, lease_s=LEASE)
+
+    class Watched(Formula):
+        def predict(self, images):
+            if not seen and len(list(out.glob("*.tar"))) == 2:
+                seen.append(standing(Folder(out, lease_s=LEASE), out, ["sa_0", "sa_1"]))
+            return super().predict(images)
+
+    dead = place.take("sa_1-001.tar")
+    dead.lease._stop_heartbeat()
+    before = out / NOTES / "sa_1-001.tar.lease"
+    os.utime(before, (1, 1))
+    work(tars, out, Watched(), meeting=place)
+    (now,) = seen
+    assert not now.complete and now.parts >= 4 and now.done >= 1 and now.done_images >= 1
+    assert [holder.name for holder in now.lost] == ["sa_1-001.tar"] and len(now.running) >= 1
+    (worker_,) = now.workers
+    assert worker_.state == "running" and worker_.images_per_s > 0 and now.eta_s > 0
+    after = standing(Folder(out), out, ["sa_0", "sa_1"])
+    assert after.complete and after.done == after.parts == 6
