@@ -95,10 +95,10 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
             recipe=as_table(recipe),
             report=report,
         )
-    if recipe.labels.meeting:
-        say(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}: complete; {outcome.parts} parts of it made here")
-    elif not outcome.last:
-        say(f"{folder}: complete; {outcome.parts} parts of it made here")
+    if recipe.labels.meeting or not outcome.last:
+        at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
+        state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
+        say(f"{at}: {state}; {outcome.parts} parts made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])

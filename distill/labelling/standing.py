@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.labelling.board import part_name
 from distill.labelling.leases import Holder
 from distill.labelling.meeting import Meeting
-from distill.labelling.worker import LAST, part_name
 from distill.shards.shards import MANIFEST, read_json
 
 
@@ -76,7 +76,7 @@ def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
             meeting.bring(f"{stem}-000.json")
             first = read_json(out / f"{stem}-000.json")
             plans[stem] = [len(first["images"])] * first["of"]
-    holders = [holder for holder in meeting.holders() if holder.name != LAST]
+    holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
     taken = {holder.name for holder in holders}
     done = done_images = 0
     for stem, counts in plans.items():

@@ -2,8 +2,8 @@
 
 A part is somebody's by a lease (labelling.leases). It is written aside under a name of the claim's own and renamed, and
 its bytes are the same whoever makes it, so that two who both believe to have it do no harm. Whole parts are taken
-first and short ones last, so that all finish at about one time. A worker that finds nothing more to take waits for the
-others, to take over what one leaves; the last one writes the manifest.
+first and short ones last, so that all finish at about one time. Of those that find nothing more to take, a few wait, to
+take over what one leaves; one of them writes the manifest.
 """
 
 from __future__ import annotations
@@ -25,109 +25,27 @@ import torch
 from distill.core.crop_settings import CropSettings
 from distill.core.progress import Report
 from distill.data.sources import InputShard, combine
-from distill.data.storage import is_url
 from distill.labelling.annotate import CPU, Teachers, asked_about
+from distill.labelling.board import Board, Place
 from distill.labelling.crew import Crew, crew
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting
-from distill.labelling.run import LabelOutcome, OpenPart, Part, Tally, Work, is_done, label_part, part_sizes, parts_of
+from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.shards.shards import SETTINGS, hash_keys, read_json
+from distill.shards.shards import SETTINGS, read_json
 
 LAST = "manifest"
 """The lease of whoever writes the manifest; no part's name, for those end in .tar."""
-POLL_S = 10.0
+WAIT, SPARE = "wait", 8
+"""Who waits for what others have has a lease wait-N: one, one more for each SPARE parts that are missing and for each
+whose holder is dead. The others leave: machines that wait cost what machines cost that work."""
+POLL_S, LISTED_S = 10.0, 60.0
+"""Seconds between two looks of who waits, and at least between two listings of what is finished by who works."""
 MISSES = 16  # so many parts in a row that others had or have: a listing of what is finished is cheaper than asking on
-WATCHED = 8
-"""Of other workers' parts so many are looked at before each part, and at each look while nothing else is to be done."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A part by where it is: its shard's number, its own, and how many images it has."""
-
-    shard: int
-    number: int
-    images: int
-    name: str
-
-
-class Board:
-    """What there is to do, as a worker finds out while it goes along; a shard is only scanned where it must be.
-
-    What a scan said of a shard, how many images each part has, is a note that spares the other workers the scan; it
-    holds while the tar has the same size and time.
-    """
-
-    def __init__(
-        self, shards: Sequence[InputShard], sizes: Sequence[int], out: Path, meeting: Meeting, teachers: Teachers
-    ) -> None:
-        self.shards, self.sizes, self.out, self.meeting, self.teachers = shards, sizes, out, meeting, teachers
-        self.places: dict[str, Place] = {}
-        self._scanned: dict[int, list[Part]] = {}
-
-    def part(self, place: Place) -> Part:
-        """The part itself; scans its shard."""
-        return self._parts(place.shard)[place.number]
-
-    def _parts(self, shard: int) -> list[Part]:
-        if shard not in self._scanned:
-            if len(self._scanned) >= 4:  # 11,000 entries each
-                self._scanned.pop(next(iter(self._scanned)))
-            self._scanned[shard] = parts_of(self.shards[shard], self.sizes[shard])
-        return self._scanned[shard]
-
-    def look(self, shard: int) -> list[Place]:
-        """The parts of a shard. The first to look also checks what is finished there, as `run.is_done` does."""
-        one = self.shards[shard]
-        key, now = f"plan-{one.stem}", self._fingerprint(shard)
-        note = self.meeting.note(key)
-        counts = note.get("images") if note.get("input") == now else None
-        if not isinstance(counts, list):
-            parts = self._parts(shard)
-            counts = [len(part.entries) for part in parts]
-            for part in parts:
-                sidecar = f"{Path(part.name).stem}.json"
-                if self.meeting.has(sidecar):
-                    self.meeting.bring(sidecar)
-                    if not is_done(self.out, part, self.teachers, self.meeting.whole):
-                        self.meeting.withdraw(part.name)
-            self.meeting.keep(key, {"input": now, "images": counts, "stem": one.stem})
-        found = [Place(shard, i, count, part_name(one.stem, i)) for i, count in enumerate(counts)]
-        self.places.update((place.name, place) for place in found)
-        return found
-
-    def _fingerprint(self, shard: int) -> list[Any]:
-        one = self.shards[shard]
-        if not one.is_tar:
-            return [hash_keys([entry.key for entry in one.scan().entries])]  # known without a look at the disk
-        if is_url(one.origin):
-            return [one.origin]
-        try:
-            seen = Path(one.origin).stat()
-        except OSError:
-            return [one.origin, 0]
-        return [seen.st_size, seen.st_mtime_ns]
-
-    def walk(self, start: int) -> Iterator[Place]:
-        """Every part, the longest first as far as it is known, beginning at shard `start`: workers begin apart."""
-        short: list[Place] = []
-        order = [(start + i) % len(self.shards) for i in range(len(self.shards))]
-        for shard in order:
-            whole = max(self.sizes)
-            for place in self.look(shard):
-                if place.images < whole:
-                    short.append(place)
-                else:
-                    yield place
-        yield from sorted(short, key=lambda place: -place.images)
-
-
-def part_name(stem: str, number: int) -> str:
-    """The tar of a part."""
-    return f"{stem}-{number:03d}.tar"
+WATCHED, GLANCED = 8, 2
+"""So many of other workers' parts are looked at by who waits, at each look, and by who works, before each part."""
 
 
 @dataclass(slots=True)
@@ -144,13 +62,15 @@ class _Worker:
     lost: int = 0
     parts: int = 0
     misses: int = 0
+    listed: float = -LISTED_S
+    chair: tuple[int, Claim] | None = None
     card: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
     def next(self, team: Crew) -> tuple[Place, Claim] | None:
-        """The next part to label; None where every part is finished. Waits for what others have."""
+        """The next part to label; None where none is left to take. Waits for what others have, where few others do."""
         while True:
-            for place in list(self.held.values())[:WATCHED]:
+            for place in list(self.held.values())[:GLANCED]:
                 self.held.pop(place.name)  # looked at in turn: back at the end where it is still held
                 if claim := self._try(place):
                     return place, claim
@@ -161,16 +81,38 @@ class _Worker:
                 self.misses = 0
                 return following, claim
             self.misses += 1
-            if self.misses % MISSES == 0:
+            if self.misses >= MISSES and time.monotonic() - self.listed >= LISTED_S:
                 self._note_finished()
         team.wait()  # our own part that is being finished is nobody else's to wait for
         while self._left():
             for place in list(self.held.values())[:WATCHED]:
                 if claim := self._try(place):
+                    self.stand_up()
                     return place, claim
+            if not self.may_wait(len(self.held)):
+                return None
             self.tell(part="")
             time.sleep(self.poll_s)
         return None
+
+    def may_wait(self, missing: int) -> bool:
+        """Whether this worker is one of the few that wait while so many parts are missing."""
+        chairs = 1 + missing // SPARE
+        if self.chair is not None and self.chair[0] < chairs and not self.chair[1].lost:
+            return True
+        self.stand_up()
+        chairs += sum(holder.dead for holder in self.meeting.holders())
+        for number in random.sample(range(chairs), min(chairs, WATCHED)):
+            if claim := self.meeting.take(f"{WAIT}-{number}"):
+                self.chair = (number, claim)
+                return True
+        return False
+
+    def stand_up(self) -> None:
+        """Wait no more."""
+        if self.chair is not None:
+            self.chair[1].release()
+            self.chair = None
 
     def _left(self) -> bool:
         """Whether parts are missing; `held` is then those, in an order of this worker's own."""
@@ -189,6 +131,7 @@ class _Worker:
     def _note_finished(self) -> set[str]:
         """The names at the meeting place, by one listing of it."""
         there = self.meeting.finished()
+        self.listed = time.monotonic()
         self.done |= there
         return there
 
@@ -289,7 +232,8 @@ def work(
     """Label as one of any number of workers, until every part is finished, by whomever; see `label` for the arguments.
 
     meeting: where the workers meet; by default `out`, which all of them must see then. poll_s: how often it looks for
-    what others leave, in seconds. The outcome's `last` is True for the worker that found all finished first.
+    what others leave, in seconds. The outcome's `last` is True for the worker that wrote the manifest; it is not
+    `complete` for those that left before it was written, for others had all that was left.
 
     Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
     """
@@ -320,22 +264,31 @@ def work(
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
     worker.card = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
-    with crew(max(1, labels.threads)) as team:
-        while True:
-            _label_all(worker, team, tally, Work(teachers, crops, labels, seed, device, (), team.stopping))
-            if (now := place.stamp()) and now != before:
-                place.tidy()  # our own card may have come after the last one's tidying
-                return _outcome(worker, tally, last=False)
-            if _finish(place, end, fresh=True):
-                return _outcome(worker, tally, last=True)
-            worker.forget()
-            time.sleep(worker.poll_s)
+    try:
+        with crew(max(1, labels.threads)) as team:
+            while True:
+                _label_all(worker, team, tally, Work(teachers, crops, labels, seed, device, (), team.stopping))
+                if (now := place.stamp()) and now != before:
+                    place.tidy()  # our own card may have come after the last one's tidying
+                    return _outcome(worker, tally, last=False)
+                if worker.held:  # others have it, and there are enough who wait for them
+                    return _outcome(worker, tally, complete=False, last=False)
+                written = _finish(place, end, fresh=True)
+                if written:
+                    return _outcome(worker, tally, last=True)
+                if written is False:
+                    worker.forget()
+                elif not worker.may_wait(0):
+                    return _outcome(worker, tally, complete=False, last=False)
+                time.sleep(worker.poll_s)
+    finally:
+        worker.stand_up()
 
 
-def _outcome(worker: _Worker, tally: Tally, *, last: bool) -> LabelOutcome:
+def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True) -> LabelOutcome:
     skipped = len(worker.board.places) - worker.parts
     return LabelOutcome(
-        True, worker.parts, skipped, tally.images, tally.samples, tally.quarantined, tally.bytes, last=last
+        complete, worker.parts, skipped, tally.images, tally.samples, tally.quarantined, tally.bytes, last=last
     )
 
 
@@ -368,11 +321,11 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
                 raise
 
 
-def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool:
-    """Write the manifest if all is there, and nobody is writing it; whether it is written."""
+def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
+    """Write the manifest if all is there; whether it is written, None where somebody else is at it."""
     claim = place.take(LAST)
     if claim is None:
-        return False
+        return None
     try:
         place.bring()
         if not end(fresh=fresh, suffix=claim.suffix):

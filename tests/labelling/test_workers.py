@@ -48,7 +48,7 @@ def test_workers_that_join_at_any_time_make_one_runs_bytes_on_a_disk_without_loc
         begun = [pool.submit(work, tars, tmp_path / "out", t, samples_per_part=2, lease_s=30.0) for t in teachers]
         outcomes = [one.result() for one in begun]
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
-    assert all(one.complete for one in outcomes) and sum(one.last for one in outcomes) >= 1
+    assert sum(one.last and one.complete for one in outcomes) == 1
     assert sum(one.parts for one in outcomes) == 10, "nothing twice"
     late = work(tars, tmp_path / "out", Formula(wait=99), samples_per_part=2)
     assert late.complete and late.parts == 0 and contents(tmp_path / "out") == contents(tmp_path / "one")
@@ -196,7 +196,7 @@ def test_workers_meet_at_an_object_store(tars, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         begun = [pool.submit(work, tars, p.out, Formula(wait=0.01), meeting=p) for p in places]
         outcomes = [one.result() for one in begun]
-    assert sum(one.parts for one in outcomes) == 6 and all(one.complete for one in outcomes)
+    assert sum(one.parts for one in outcomes) == 6 and any(one.complete for one in outcomes)
     with pytest.raises(LeaseLostError):
         dead.check()
     there = {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = load(args.recipe, args.set, command="label")
     with _stopped_by_sigterm():
         outcome = run_label(recipe, worker=args.worker)
-    return 0 if outcome.complete or int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    return 0 if outcome.complete or not outcome.last else 1
 
 
 @contextlib.contextmanager
