@@ -113,6 +113,7 @@ class FolderLeases:
     def __init__(self, folder: Path, *, seconds: float = LEASE_S) -> None:
         self.folder, self.seconds = folder, seconds
         self._seen: dict[str, SoftFileLease] = {}
+        self._empty: dict[str, tuple[tuple[int, int], float]] = {}
 
     def take(self, name: str) -> Claim | None:
         """The lease, or None where somebody else has it; never waits. Raises OSError."""
@@ -128,9 +129,27 @@ class FolderLeases:
         try:
             lease.acquire(blocking=False)
         except (Timeout, FileNotFoundError):  # or the last worker has just cleared the folder away
+            self._clear_empty(name)
             return None
         del self._seen[name]
         return _Held(lease, str(lease.token))
+
+    def _clear_empty(self, name: str) -> None:
+        """Take an empty marker away that has been so for long: its holder was killed between making and writing it.
+
+        The package lets it be for ever, since its versions before 3.22 wrote nothing.
+        """
+        path = self.folder / f"{name}{SUFFIX}"
+        with contextlib.suppress(OSError):
+            found = path.stat()
+            now, key = time.monotonic(), (found.st_ino, found.st_mtime_ns)
+            seen, since = self._empty.get(name, ((0, 0), now))
+            if found.st_size:
+                self._empty.pop(name, None)
+            elif seen != key:
+                self._empty[name] = (key, now)
+            elif now - since >= self.seconds:
+                path.unlink()
 
     def holders(self) -> list[Holder]:
         """Everybody who has a lease, or died with one; changes nothing but a file that asks the disk what time it is.

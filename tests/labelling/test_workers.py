@@ -61,6 +61,7 @@ def test_what_a_dead_worker_had_is_taken_over_and_its_leftovers_go(tars, tmp_pat
     dead = FolderLeases(out / NOTES, seconds=LEASE).take("sa_0-000.tar")
     dead.lease._stop_heartbeat()  # as a machine without power
     (out / ".sa_0-000.tar.partial.0123").write_bytes(b"half")
+    (out / NOTES / "sa_1-000.tar.lease").touch()  # killed between making its marker and writing it
     before = time.monotonic()
     assert work(tars, out).complete
     assert time.monotonic() - before >= LEASE

@@ -2,16 +2,16 @@
 
     python -m tests.speed.many_workers [--photos-per-s 44 4.4] [--workers 1 8 64 128 256 512] [--fine-tail 1 4]
 
-SA-1B: 1000 tars of 11,186 photos, parts of 1000. A worker is killed after 2 h on average (exponential), with what it had
-of a part, and another machine starts 5 minutes later. Its rules are the code's: where it begins, what it takes next, how
-it watches leases, when it waits and leaves. Efficiency is the time that the images need over the time that machines are
-held, from their start (loading the teachers) to the manifest. Metadata operations on the disk are counted as the code
-makes them: a lease's heartbeat is two, a try of a held one four, a part begun and finished twenty, a listing one for a
-hundred names.
+SA-1B: 1000 tars of 11,186 photos, parts of 1000. A worker is killed after 2 h on average (exponential), with what it
+had of a part, and another machine starts 5 minutes later. Its rules are the code's: where it begins, what it takes
+next, how it watches leases, when it waits and leaves. Efficiency is the time spent on parts that were finished over the
+time that machines are held, from their start (loading the teachers) until they leave. Metadata operations on the disk
+are counted as the code makes them: a lease's heartbeat is two, a try of a held one four, a part begun and finished
+twenty, a listing one for a hundred names.
 
-Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); a scan of such a
-tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 % and of
-parts by 5 % (one sigma), 30 s to start, 60 s for the manifest.
+Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); a scan of such
+a tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 %
+and of parts by 5 % (one sigma), 30 s to start, 60 s for the manifest, 0.1 s to read another's note of a scan.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from functools import partial
 
 from distill.labelling.leases import BEATS, LEASE_S
 from distill.labelling.run import TAIL
-from distill.labelling.worker import MISSES, POLL_S, WATCHED
+from distill.labelling.worker import GLANCED, LISTED_S, MISSES, POLL_S, SPARE, WATCHED
 
 TARS, PHOTOS, PER_PART = 1000, 11_186, 1000
-SCAN_S, START_S, MANIFEST_S = 2.9, 30.0, 60.0
+SCAN_S, NOTE_S, START_S, MANIFEST_S = 2.9, 0.1, 30.0, 60.0
 LIFE_S, AWAY_S = 7200.0, 300.0
 OPS = {"beat": 2, "try": 4, "part": 20, "look": 1}
 
@@ -38,6 +38,7 @@ class Part:
     tar: int
     images: int
     state: int = 0  # 0 free, 1 leased, 2 finished
+    when: float = 0.0  # it was finished
     claim: int = 0
     ended: float = -1.0  # when its holder died
 
@@ -52,6 +53,8 @@ class Worker:
     scanned: set[int] = field(default_factory=set)
     held: dict[int, tuple[int, float]] = field(default_factory=dict)
     misses: int = 0
+    listed: float = -LISTED_S
+    waits: bool = False
 
 
 class Run:
@@ -60,6 +63,8 @@ class Run:
     def __init__(self, workers: int, photos_per_s: float, fine_tail: int, seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.rate, self.now, self.ops, self.paid, self.lost, self.beats = photos_per_s, 0.0, 0.0, 0.0, 0, 0.0
+        self.useful, self.waiting = 0.0, 0
+        self.noted: set[int] = set()
         self.parts: list[Part] = []
         for tar in range(TARS):
             size = PER_PART // fine_tail if tar >= TARS - TARS // TAIL else PER_PART
@@ -114,6 +119,8 @@ class Run:
         self.paid += self.now - worker.born
         self.beats += (self.now - worker.born) * BEATS / LEASE_S * OPS["beat"]
         self.alive.pop(worker.number, None)
+        self.waiting -= worker.waits
+        worker.waits = False
 
     def take(self, worker: Worker, i: int) -> bool:
         """As `_Worker._try`: a look, and a try of the lease, whose age is what this worker has seen of it."""
@@ -137,42 +144,53 @@ class Run:
     def next(self, worker: Worker) -> None:
         if worker.number not in self.alive:
             return
-        for i in list(worker.held)[:WATCHED]:
+        for i in list(worker.held)[: WATCHED if worker.waits else GLANCED]:
             if self.take(worker, i):
                 return self.label(worker, i)
         for i in worker.walk:
-            if self.parts[i].state == 2 and worker.misses >= MISSES:
-                continue  # a listing has said so
+            if self.parts[i].state == 2 and self.parts[i].when <= worker.listed:
+                continue
             if self.take(worker, i):
                 worker.misses = 0
                 return self.label(worker, i)
             worker.misses += 1
-            if worker.misses % MISSES == 0:
-                self.ops += 2 * len(self.parts) / 100
-        self.ops += 2 * len(self.parts) / 100
+            if worker.misses >= MISSES and self.now - worker.listed >= LISTED_S:
+                self.list_all(worker)
+        self.list_all(worker)
         missing = [i for i in range(len(self.parts)) if self.parts[i].state < 2] if self.left else []
         if not missing:
             return self.finish(worker)
         self.random.shuffle(missing)
-        worker.held = {i: s for i, s in worker.held.items() if self.parts[i].state < 2} | {
-            i: worker.held.get(i, (0, 0.0)) for i in missing[:WATCHED]
-        }
+        worker.held = {i: worker.held.get(i, (0, 0.0)) for i in missing}
+        self.waiting -= worker.waits
+        dead = sum(0 <= self.parts[i].ended < self.now - LEASE_S for i in missing)
+        worker.waits = self.waiting < 1 + len(missing) // SPARE + dead
+        self.waiting += worker.waits
+        if not worker.waits:
+            return self.leave(worker)
         self.at(self.now + POLL_S, partial(self.next, worker))
         return None
 
+    def list_all(self, worker: Worker) -> None:
+        self.ops += 2 * len(self.parts) / 100
+        worker.listed = self.now
+
     def label(self, worker: Worker, i: int) -> None:
         part, scan = self.parts[i], 0.0
+        self.waiting -= worker.waits
+        worker.waits = False
         if part.tar not in worker.scanned:
             worker.scanned.add(part.tar)
-            scan = SCAN_S
-            self.ops += 2 * PHOTOS / 100  # headers lie apart: counted as reads of a hundred each
-        seconds = scan + part.images / self.rate / worker.speed * max(0.5, self.random.gauss(1.0, 0.05))
-        self.at(self.now + seconds, partial(self.done, worker, i))
+            scan = NOTE_S if part.tar in self.noted else SCAN_S
+            self.noted.add(part.tar)
+        seconds = part.images / self.rate / worker.speed * max(0.5, self.random.gauss(1.0, 0.05))
+        self.at(self.now + scan + seconds, partial(self.done, worker, i, seconds))
 
-    def done(self, worker: Worker, i: int) -> None:
+    def done(self, worker: Worker, i: int, seconds: float) -> None:
         if worker.number not in self.alive:
             return
-        self.parts[i].state = 2
+        self.parts[i].state, self.parts[i].when = 2, self.now
+        self.useful += seconds
         self.left -= 1
         self.ops += OPS["part"]
         self.next(worker)
@@ -189,13 +207,12 @@ class Run:
             what()
 
     def row(self) -> list[str]:
-        need = TARS * PHOTOS / self.rate
         traffic = (self.ops + self.beats) / self.end
         return [
             f"{self.workers}",
             f"{self.end / 3600:.2f}",
             f"{self.paid / 3600:.1f}",
-            f"{100 * need / self.paid:.1f} %",
+            f"{100 * self.useful / self.paid:.1f} %",
             f"{self.lost}",
             f"{self.beats / self.end:.1f}",
             f"{traffic:.0f}",

@@ -16,6 +16,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", action="store_true", help="label beside other workers, on any machine, which join and leave freely"
     )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="have a Ray cluster start the workers, one a GPU; without an address, this machine's",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,6 +30,11 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.recipe import load
 
     recipe = load(args.recipe, args.set, command="label")
+    if args.ray is not None:
+        from distill.app.cluster import label_on
+
+        label_on(recipe, args.ray)
+        return 0
     with _stopped_by_sigterm():
         outcome = run_label(recipe, worker=args.worker)
     return 0 if outcome.complete or not outcome.last else 1
