@@ -12,6 +12,7 @@ from distill.app import build, cluster
 from distill.app.cli import main
 from distill.app.recipe import load
 from distill.app.status import sentence
+from distill.labelling.leases import NOTES, FolderLeases
 from distill.labelling.standing import Standing
 
 RECIPE = """
@@ -82,23 +83,33 @@ def test_a_node_that_dies_on_a_ray_cluster(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    assert main(["label", str(recipe(tmp_path, "one"))]) == 0
+    one = recipe(tmp_path, "one")
+    one.write_text(one.read_text().replace("scenes = 24", "scenes = 120"))
+    assert main(["label", str(one)]) == 0
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    made = load(recipe(tmp_path, "ray"), command="label")
+    path = recipe(tmp_path, "ray")
+    path.write_text(path.read_text().replace("scenes = 24", "scenes = 120"))
+    made = load(path, command="label")
+    killed = []
+
+    def pids():
+        return {holder.pid for holder in FolderLeases(build.labels_folder(made) / NOTES).holders()}
 
     def kill():
-        while len(list(build.labels_folder(made).glob("*.tar"))) < 2:
+        while len(pids()) < 2:
             time.sleep(0.01)
+        killed.append(len(list(build.labels_folder(made).glob("*.tar"))))
         nodes.remove_node(second, allow_graceful=False)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
     try:
         cluster.label_on(made, nodes.address, look_s=0.5)
-        killer.join(timeout=30)
+        killer.join(timeout=60)
     finally:
         ray.shutdown()
         nodes.shutdown()
+    assert killed and killed[0] < 60, "both worked, and not all was made"
     assert labels(tmp_path, "ray") == labels(tmp_path, "one")
