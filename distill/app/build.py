@@ -195,7 +195,8 @@ def labels_folder(recipe: Recipe) -> Path:
     Where labels.root is itself a finished labels folder, that is it, whatever its name.
     """
     check_two(recipe)
-    root = Path(recipe.labels.root or recipe.run.folder / "labels")
+    here = "" if recipe.labels.meeting else recipe.labels.root
+    root = Path(here or recipe.run.folder / "labels")
     if (root / MANIFEST).is_file():
         return root
     more = {"seed": recipe.run.seed, **recipe.labels.content}
@@ -237,10 +238,10 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
-    if recipe.labels.mirror and not (folder / MANIFEST).is_file():
+    if recipe.labels.source and not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
-            mirror.fetch(recipe.labels.mirror, folder)
+            mirror.fetch(recipe.labels.source, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)

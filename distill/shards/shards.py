@@ -66,14 +66,16 @@ class ShardWriter:
 
     In between, the caller writes down what the tar holds, so that a tar that can be seen has always been described.
     As a context manager it removes an unpublished file, unless the process is killed: then the next run overwrites it.
+    suffix: sets the file aside apart from that of another writer of the same tar.
     Every method raises OSError naming the tar where the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, suffix: str = "") -> None:
         self.path = path
+        self.aside = files.aside(path).with_name(files.aside(path).name + suffix)
         self.index: list[tuple[str, int, int]] = []
         with files.naming(path):
-            self._file = files.aside(path).open("wb")
+            self._file = self.aside.open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
 
@@ -87,7 +89,7 @@ class ShardWriter:
             if error is None:
                 raise files.write_error(self.path, failed) from failed
         finally:
-            files.aside(self.path).unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample: `codec.encode_sample`'s members."""
@@ -117,7 +119,7 @@ class ShardWriter:
     def publish(self) -> None:
         """Rename the finished file into place."""
         with files.naming(self.path):
-            files.publish(files.aside(self.path), self.path)
+            files.publish(self.aside, self.path)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

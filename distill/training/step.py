@@ -76,8 +76,8 @@ class Lesson(Protocol):
 class Processes:
     """The processes of a run as a step sees them.
 
-    add: sums a tensor over all; gather: joins their lists; wait: for all. without_exchange: a backward pass under it
-    keeps its gradient to itself. track: hands numbers to the trackers.
+    add: sums a tensor over all; gather: joins their lists; share: gives all the main one's value; wait: for all.
+    without_exchange: a backward pass under it keeps its gradient to itself. track: hands numbers to the trackers.
     """
 
     index: int
@@ -85,6 +85,7 @@ class Processes:
     device: torch.device
     add: Callable[[Tensor], Tensor]
     gather: Callable[[list[Any]], list[Any]]
+    share: Callable[[Any], Any]
     wait: Callable[[], None]
     without_exchange: Callable[[nn.Module], AbstractContextManager[Any]]
     track: Callable[[Mapping[str, float], int], None]

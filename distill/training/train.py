@@ -34,7 +34,7 @@ from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
-from distill.training.parallel import accelerator_of, processes_of, reproducible
+from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
@@ -222,16 +222,22 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
             tell(line)
     run.processes.wait()
+    there = run.processes.share([saved.step for saved in checkpoints.find(run.out)])
+    if there:
+        same_checkpoint(run.processes, run.out, there[-1])
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
     if len(steps) > 1:
-        raise ValueError(f"{run.out} is not the same folder for all processes, which see steps {steps}: share it")
+        raise ValueError(
+            f"{run.out} is another folder for other machines, and the one of the main process is older: steps {steps}; "
+            "start the main process where the newest checkpoint is, or share the folder"
+        )
     if saved is not None:
         _check_same(run, saved)
         checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
         state = saved.state
         run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
-        if run.best and run.best["step"] not in [one.step for one in checkpoints.find(run.out)]:
+        if run.best and run.best["step"] not in there:
             run.best = None  # damaged, or it made way for one that was
         run.evaluations_since_best = state["evaluations_since_best"]
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
@@ -395,6 +401,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     run.processes.wait()
     step = run.step if run.best is None else int(run.best["step"])
     chosen = "the last step" if run.best is None else "lowest loss on held-out labels"
+    same_checkpoint(run.processes, run.out, step)
     saved = next(candidate for candidate in checkpoints.find(run.out) if candidate.step == step)
     checkpoints.load_weights(saved, run.student, averaged=run.ema is not None)
     run.student.eval()
