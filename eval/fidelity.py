@@ -43,8 +43,9 @@ def fidelity(
     points: list[tuple[float, float]] = []
     for sample in samples:
         truth = sample.truth()
+        size = (truth.values.shape[-2], truth.values.shape[-1])
         try:
-            maps = [read_prediction(find_prediction(s, sample), truth.values.shape[-2:])[0] for s in (student, teacher)]
+            maps = [read_prediction(find_prediction(s, sample), size)[0] for s in (student, teacher)]
             depth, _ = aligned_depth(maps[1], truth, kinds[1], clean)
             values, low, high = torch.from_numpy(np.ascontiguousarray(depth, np.float32))[None], *_range(truth)
             taught = DepthMap(values, truth.valid & (values > low) & (values < high), truth.kind)

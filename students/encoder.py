@@ -310,7 +310,17 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
-_WHOLE_MODELS = ("depth_head.", "head.", "neck.", "decoder.", "0.decoder.", "model.head.", "model.cam_", "cam_", "gs_")
+_WHOLE_MODELS: tuple[str, ...] = (
+    "depth_head.",
+    "head.",
+    "neck.",
+    "decoder.",
+    "0.decoder.",
+    "model.head.",
+    "model.cam_",
+    "cam_",
+    "gs_",
+)
 _WHOLE_MODELS += ("scratch.", "pretrained.act_postprocess")  # MiDaS's own files
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are

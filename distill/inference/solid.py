@@ -66,7 +66,8 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     matrix = np.asarray(intrinsics, dtype=np.float64)
     if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
-    return Camera(*(float(matrix[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2))), "intrinsics")
+    fx, fy, cx, cy = (float(matrix[i]) for i in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    return Camera(fx, fy, cx, cy, "intrinsics")
 
 
 def exif_camera(photo: Path, height: int, width: int) -> Camera | None:

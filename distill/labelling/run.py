@@ -277,9 +277,16 @@ class OpenPart:
         """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours."""
         with self.writer as writer:
             closed, lines = writer.close(), [line_of(one) for one in self.quarantine]
-            about = {"tar": closed, "samples": writer.index, "quarantine": lines}
             self.claim.check()
-            describe(self.out, self.part, self.contents, **about, suffix=self.claim.suffix)
+            describe(
+                self.out,
+                self.part,
+                self.contents,
+                tar=closed,
+                samples=writer.index,
+                quarantine=lines,
+                suffix=self.claim.suffix,
+            )
             if writer.index:
                 self.claim.check()
                 writer.publish()

@@ -101,6 +101,7 @@ class LabelSettings:
         """The same with another batch size."""
         return replace(self, batch_size=number)
 
+    @property
     def meeting(self) -> str:
         """The address of an object store where workers meet, or ""."""
         return self.root if self.root.startswith(STORES) else ""

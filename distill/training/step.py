@@ -281,8 +281,9 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
 
     Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
     """
-    if is_lesson(run.objective):
-        return run.objective(module, micro, precision=run.settings.precision)
+    objective = run.objective
+    if is_lesson(objective):
+        return objective(module, micro, precision=run.settings.precision)
     images = micro.images
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -299,10 +300,9 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
     measured = []
-    assert not is_lesson(run.objective)
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
-        losses, parts = run.objective(one.of(pred), one.labels, mine[0], mine[1])
+        losses, parts = objective(one.of(pred), one.labels, mine[0], mine[1])
         if losses.shape != one.of(images).shape[:1]:
             raise ValueError(
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
