@@ -131,8 +131,8 @@ def is_done(
 ) -> bool:
     """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
 
-    manifest: the folder's, or nothing. whole: how to see a tar that its json describes. A json that is lost or damaged is made
-    again from its tar, where that is whole.
+    manifest: the folder's, or nothing. whole: how to see a tar that its json describes. A json that is lost or damaged
+    is made again from its tar, where that is whole.
     """
     sidecar = (out / part.name).with_suffix(".json")
     before = None
