@@ -1,6 +1,7 @@
 # Everything from a machine with only Python 3.11+ and make.
 #   make demo    the whole loop on the embedded default: label, train, score, report
 #   make test    the test suite
+#   make chaos   kill loops and fuzzers, MINUTES=10 of them, and what they came to
 #   make test-gpu the tests that need a CUDA card, which `make test` does not use
 #   make docs    the documentation as pages, into build/docs; any broken link or heading is an error
 #   make check   what a change must pass: format, lint, types, docs, tests
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu docs check format speed clean
+.PHONY: demo test test-gpu chaos docs check format speed clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
@@ -39,6 +40,11 @@ test-gpu: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+
+MINUTES ?= 10
+
+chaos: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES)
 
 check: $(VENV)/.dev docs
 	$(BIN)/ruff format --check .

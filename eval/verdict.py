@@ -102,6 +102,14 @@ def quantile(freedom: float, level: float = LEVEL) -> float:
     return high
 
 
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its two-sided 90 % t interval; the half width of a single value is infinite."""
+    mean, n = sum(differences) / len(differences), len(differences)
+    if n == 1:
+        return mean, math.inf
+    return mean, quantile(n - 1) * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
+
+
 # --- effects ----------------------------------------------------------------------------------------------------------
 
 

@@ -32,10 +32,9 @@ from distill.students.quantize import dequantize, fits, quantize
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
-EXPORTS = (
-    "model.onnx",
-    "model.pt2",
-)  # made from the weights (distill.students.export): a new save takes the old ones away
+EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor_config.json")
+"""Made from the weights (students.export, onnx_graph, to_transformers): a new save takes the old ones away."""
+
 EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""
@@ -381,6 +380,8 @@ def _check_place(folder: Path) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; a student needs a folder")
     known = {WEIGHTS, DESCRIPTION, CARD, *EXPORTS, *(p.name for p in _dot_files(folder))}
+    if (folder / "config.json").is_file():  # of to_transformers, with its code
+        known |= {path.name for path in folder.glob("*.py")}
     others = sorted(p.name for p in folder.iterdir() if p.name not in known)
     if others:
         raise FileExistsError(f"{folder}: holds {others[0]}; a student is only saved to a folder of its own")

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from distill.core.files import file_sha256
 from distill.core.weights import below_prefix, read_state
+from distill.students.beit import make_flexible
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -262,10 +263,10 @@ def _checked_indices(depth: int, indices: Sequence[int] | None) -> list[int]:
 def _timm_name(name: str) -> str:
     known = ALIASES.get(name, name)
     if timm.is_model(known):
-        if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit")):
+        if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit", "beit")):
             raise LookupError(f"encoder {name} is not a plain ViT; take one such as dinov3_vits16 or dinov2_vits14")
         return known
-    vits = [*ALIASES, *timm.list_models(["vit_*", "deit*"])]
+    vits = [*ALIASES, *timm.list_models(["vit_*", "deit*", "beit*"])]
     close = difflib.get_close_matches(name, vits, n=3, cutoff=0.5) or list(ALIASES)
     raise LookupError(f"no encoder {name!r}; did you mean {', '.join(close)}? Any plain ViT of timm will do")
 
@@ -275,8 +276,14 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
     if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
         raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
-        pool = {} if "distilled" in name else {"global_pool": ""}  # which has two class tokens and no choice
-        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **pool, **options)
+        beit = name.startswith("beit")
+        # A distilled one has two class tokens and no choice; a BEiT's norm stands behind its pooling, and goes with it.
+        pool = {} if beit or "distilled" in name else {"global_pool": ""}
+        size = {} if beit else {"dynamic_img_size": True}
+        model = timm.create_model(name, num_classes=0, **size, **pool, **options)
+        if beit:
+            model.fc_norm = nn.Identity()
+            make_flexible(model)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"encoder {name} does not take these options: {error}") from error
     if grid is not None:
@@ -291,7 +298,8 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, global_pool="")
+        pool = {} if name.startswith("beit") else {"global_pool": ""}
+        model = timm.create_model(name, pretrained=True, num_classes=0, **pool)
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
@@ -302,12 +310,23 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
-_WHOLE_MODELS = ("depth_head.", "head.", "neck.", "decoder.", "0.decoder.", "model.head.", "model.cam_", "cam_", "gs_")
+_WHOLE_MODELS: tuple[str, ...] = (
+    "depth_head.",
+    "head.",
+    "neck.",
+    "decoder.",
+    "0.decoder.",
+    "model.head.",
+    "model.cam_",
+    "cam_",
+    "gs_",
+)
+_WHOLE_MODELS += ("scratch.", "pretrained.act_postprocess")  # MiDaS's own files
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
-# zero by construction), the 7B model's norm for local crops, classifiers.
+# zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed).
 _UNUSED = re.compile(
-    r"mask_token|rope_embed\.periods|.*\.bias_mask|local_cls_norm\..*|head\.(weight|bias)|head_dist\..*"
+    r"mask_token|fc_norm\..*|.*\.relative_position_index|rope_embed\.periods|.*\.bias_mask|local_cls_norm\..*|head\.(weight|bias)|head_dist\..*"
 )
 
 

@@ -36,55 +36,90 @@ def without_antialias(model: Any) -> None:
 def with_resize(model: Any, student: Student) -> None:
     """The size rule of core.crops.native_shape around the graph, in place: "photo" (H,W,3) uint8 to its map (H,W).
 
-    In float64, as Python counts: a side in the middle between two multiples must not fall to the other one.
+    Sizes are counted in float64, as Python counts: a side in the middle between two multiples must not fall to the
+    other one. A resize is two products with a matrix of triangles: torch's antialias, where onnxruntime's Resize treats
+    the borders in another way, and browsers have none.
     """
     onnx = optional("onnx")
-    make, tensors = onnx.helper.make_node, onnx.TensorProto
-    graph, size, multiple = model.graph, student.native_size, student.encoder.patch_size
-    output = graph.output[0].name
-    name = "photo:map"
+    graph, kinds = model.graph, onnx.TensorProto
+    source, output = graph.input[0].name, graph.output[0].name
     for node in graph.node:
-        node.output[:] = [name if x == output else x for x in node.output]
-        node.input[:] = [name if x == output else x for x in node.input]
-    numbers = {
-        "size": np.float64(size), "most": np.float64(8 * size), "multiple": np.float64(multiple), "one": np.float64(1),
-        "two": np.array([0, 2], np.int64), "axis": np.array([0], np.int64), "axes": np.array([0, 1], np.int64),
-        "front": np.array([1, 3], np.int64), "plane": np.array([1, 1], np.int64), "top": np.float32(255),
-        "start": np.array([0], np.int64), "end": np.array([2], np.int64),
-    }  # fmt: skip
-    graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(v), f"photo:{k}") for k, v in numbers.items())
-
-    def add(op: str, inputs: str, made: str, **attributes: Any) -> Any:
-        return make(op, [x and f"photo:{x}" if x != "photo" else x for x in inputs.split(",")], [made], **attributes)
-
-    resize = {"mode": "linear", "antialias": 1, "coordinate_transformation_mode": "half_pixel"}
-    before = [
-        add("Shape", "photo", "photo:shape", end=2),
-        add("Cast", "shape", "photo:sides", to=tensors.DOUBLE),
-        add("ReduceMin", "sides", "photo:short", keepdims=0),
-        add("Div", "size,short", "photo:scale"),
-        add("Mul", "sides,scale", "photo:scaled"),
-        add("Min", "scaled,most", "photo:capped"),
-        add("Div", "capped,multiple", "photo:exact"),
-        add("Round", "exact", "photo:whole"),
-        add("Max", "whole,one", "photo:patches"),
-        add("Mul", "patches,multiple", "photo:pixels"),
-        add("Cast", "pixels", "photo:target", to=tensors.INT64),
-        add("Concat", "front,target", "photo:sizes", axis=0),
-        add("Cast", "photo", "photo:float", to=tensors.FLOAT),
-        add("Div", "float,top", "photo:unit"),
-        add("Transpose", "unit", "photo:chw", perm=[2, 0, 1]),
-        add("Unsqueeze", "chw,axis", "photo:whole_image"),
-        add("Resize", "whole_image,,,sizes", graph.input[0].name, **resize),
-    ]
-    after = [
-        add("Unsqueeze", "map,axis", "photo:map4"),
-        add("Concat", "plane,shape", "photo:back", axis=0),
-        add("Resize", "map4,,,back", "photo:full", **resize),
-        add("Squeeze", "full,axes", output),
-    ]
-    nodes = [*before, *graph.node, *after]
+        node.output[:] = ["photo:map" if x == output else x for x in node.output]
+        node.input[:] = ["photo:map" if x == output else x for x in node.input]
+    build = _Builder(graph)
+    build.numbers(size=student.native_size, most=8 * student.native_size, multiple=student.encoder.patch_size, one=1.0)
+    build.numbers(zero=0.0, half=0.5)
+    build.numbers(front=np.int64([0]), back=np.int64([1]), high=np.float32(255))
+    build.add("Shape", "photo", "shape", end=2)
+    build.add("Cast", "shape", "sides", to=kinds.DOUBLE)
+    build.add("ReduceMin", "sides", "short", keepdims=0)
+    build.add("Div", "size short", "scale")
+    build.add("Mul", "sides scale", "scaled")
+    build.add("Min", "scaled most", "capped")
+    build.add("Div", "capped multiple", "exact")
+    build.add("Round", "exact", "whole")
+    build.add("Max", "whole one", "patches")
+    build.add("Mul", "patches multiple", "pixels")
+    for i, side in enumerate(("rows", "columns")):
+        build.numbers(**{f"at_{side}": np.int64(i)})
+        build.add("Gather", f"sides at_{side}", f"{side}_there", axis=0)
+        build.add("Gather", f"pixels at_{side}", f"{side}_here", axis=0)
+        build.triangles(f"{side}_there", f"{side}_here", f"{side}_in")
+        build.triangles(f"{side}_here", f"{side}_there", f"{side}_out")
+    build.add("Cast", "photo", "float", to=kinds.FLOAT)
+    build.add("Div", "float high", "unit")
+    build.add("Transpose", "unit", "planes", perm=[2, 0, 1])
+    build.matrices("planes", "in", "sized")
+    build.add("Unsqueeze", "sized front", source, last=True)
+    after = _Builder(graph)
+    after.add("Squeeze", "map front", "small")
+    after.matrices("small", "out", output)
+    nodes = [*build.nodes, *graph.node, *after.nodes]
     del graph.node[:], graph.input[:], graph.output[:], graph.value_info[:]
     graph.node.extend(nodes)
-    graph.input.append(onnx.helper.make_tensor_value_info("photo", tensors.UINT8, ["height", "width", 3]))
-    graph.output.append(onnx.helper.make_tensor_value_info(output, tensors.FLOAT, ["height", "width"]))
+    graph.input.append(onnx.helper.make_tensor_value_info("photo", kinds.UINT8, ["height", "width", 3]))
+    graph.output.append(onnx.helper.make_tensor_value_info(output, kinds.FLOAT, ["height", "width"]))
+
+
+class _Builder:
+    """Nodes whose names stand below "photo:"."""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph, self.nodes = graph, []
+        self.onnx = optional("onnx")
+
+    def numbers(self, **values: Any) -> None:
+        """Constants; plain numbers are float64."""
+        for name, value in values.items():
+            array = value if isinstance(value, np.ndarray | np.generic) else np.float64(value)
+            self.graph.initializer.append(self.onnx.numpy_helper.from_array(np.asarray(array), f"photo:{name}"))
+
+    def add(self, op: str, inputs: str, made: str, *, last: bool = False, **attributes: Any) -> None:
+        """A node; last: `made` is the name of a tensor of the graph itself."""
+        names = [x if x == "photo" else f"photo:{x}" for x in inputs.split()]
+        out = made if last else f"photo:{made}"
+        self.nodes.append(self.onnx.helper.make_node(op, names, [out], name=f"photo:{made}:node", **attributes))
+
+    def triangles(self, before: str, after: str, made: str) -> None:
+        """The (after, before) float32 matrix that resizes a side linearly, with antialias where it shrinks."""
+        self.add("Div", f"{before} {after}", f"{made}_step")
+        self.add("Max", f"{made}_step one", f"{made}_reach")
+        for name, count in (("to", after), ("from", before)):
+            self.add("Range", f"zero {count} one", f"{made}_{name}_i")
+            self.add("Add", f"{made}_{name}_i half", f"{made}_{name}")
+        self.add("Mul", f"{made}_to {made}_step", f"{made}_centres")
+        self.add("Unsqueeze", f"{made}_centres back", f"{made}_column")
+        self.add("Sub", f"{made}_from {made}_column", f"{made}_off")
+        self.add("Div", f"{made}_off {made}_reach", f"{made}_far")
+        self.add("Abs", f"{made}_far", f"{made}_away")
+        self.add("Sub", f"one {made}_away", f"{made}_near")
+        self.add("Max", f"{made}_near zero", f"{made}_weights")
+        self.add("ReduceSum", f"{made}_weights back", f"{made}_sum", keepdims=1)
+        self.add("Div", f"{made}_weights {made}_sum", f"{made}_double")
+        self.add("Cast", f"{made}_double", made, to=self.onnx.TensorProto.FLOAT)
+
+    def matrices(self, images: str, way: str, made: str) -> None:
+        """(...,H,W) resized by the matrices rows_WAY and columns_WAY."""
+        self.add("Transpose", f"columns_{way}", f"columns_{way}_t", perm=[1, 0])
+        self.add("MatMul", f"{images} columns_{way}_t", f"{images}_across")
+        self.add("MatMul", f"rows_{way} {images}_across", made, last=way == "out")

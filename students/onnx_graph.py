@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from distill.core import crops, files
-from distill.core.optional import optional
+from distill.core.optional import optional, require
 from distill.students import Student
 from distill.students.export import TRACED, difference, parity, to_program
 from distill.students.onnx_form import for_browser, with_resize, without_antialias
 from distill.students.onnx_precision import half, quantized
 
+NEEDS = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
 MAY_DIFFER = {16: 1e-2, 8: 0.5}
 """Largest mean difference from torch, in standard deviations of its map; what it costs is the quality gate's to say."""
@@ -43,12 +44,6 @@ class OnnxOptions:
     crops: Sequence[Tensor] = ()
 
 
-def require() -> None:
-    """ImportError in one line where the extra `export` is not installed; loads nothing but what it asks for."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        optional(name)
-
-
 def write_onnx(
     student: Student,
     path: str | Path,
@@ -66,7 +61,7 @@ def write_onnx(
     error calls the file, where `path` is not its last place. Raises ImportError where the extra `export` is not
     installed, ValueError where the outputs differ; an older file at `path` then stays.
     """
-    require()
+    require(NEEDS)
     options, path = options or OnnxOptions(), Path(path)
     if options.bits == 8 and not options.crops:
         raise ValueError(f"{named or path}: 8 bits need images to calibrate on")
@@ -119,6 +114,8 @@ def traced(student: Student, program: torch.export.ExportedProgram | None = None
         for i, name in (names or {0: "batch", 1: "height", 2: "width"}).items():
             value.type.tensor_type.shape.dim[i].dim_param = name
     del model.graph.value_info[:]  # shapes of inner values, in the tracer's names
+    for node in model.graph.node:
+        del node.metadata_props[:]  # where on this machine the traced lines stand
     return model
 
 
@@ -180,7 +177,8 @@ def at_native(student: Student, run: Callable[[Tensor], Tensor], image: Tensor) 
 def _at_native(student: Student, image: Tensor) -> Tensor:
     unit = image[None].float() / 255.0 if image.dtype == torch.uint8 else image[None]
     size = student.native_size or min(image.shape[-2:])
-    return crops.resize(unit, *crops.native_shape(*image.shape[-2:], size, student.encoder.patch_size))
+    height, width = image.shape[-2:]
+    return crops.resize(unit, *crops.native_shape(height, width, size, student.encoder.patch_size))
 
 
 def _sizes(student: Student) -> list[tuple[int, int, int]]:

@@ -202,6 +202,7 @@ def quantized(model: Any, images: Sequence[Tensor]) -> Any:
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
+            reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
             op_types_to_quantize=["Conv", "MatMul", "Gemm"],
             nodes_to_exclude=[convolutions[0], convolutions[-1]],
             extra_options={"MatMulConstBOnly": True},

@@ -195,7 +195,8 @@ def labels_folder(recipe: Recipe) -> Path:
     Where labels.root is itself a finished labels folder, that is it, whatever its name.
     """
     check_two(recipe)
-    root = Path(recipe.labels.root or recipe.run.folder / "labels")
+    here = "" if recipe.labels.meeting else recipe.labels.root
+    root = Path(here or recipe.run.folder / "labels")
     if (root / MANIFEST).is_file():
         return root
     more = {"seed": recipe.run.seed, **recipe.labels.content}
@@ -237,10 +238,10 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
-    if recipe.labels.mirror and not (folder / MANIFEST).is_file():
+    if recipe.labels.source and not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
-            mirror.fetch(recipe.labels.mirror, folder)
+            mirror.fetch(recipe.labels.source, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
@@ -280,7 +281,7 @@ def _encoder_decoder(recipe: Recipe) -> Student:
         student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
-        student.native_size = spec.native_size or student.native_size or recipe.crops.size
+        student.native_size = spec.native_size or student.native_size or _short_side(recipe)
         student.max_depth = spec.max_depth or student.max_depth
         return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
@@ -303,7 +304,7 @@ def _encoder_decoder(recipe: Recipe) -> Student:
             decoder=spec.decoder,
             encoder_options=options,
             decoder_options=_decoder_options(recipe),
-            native_size=spec.native_size or recipe.crops.size,
+            native_size=spec.native_size or _short_side(recipe),
             max_depth=spec.max_depth or None,
         )
     if begun is not None:
@@ -313,6 +314,10 @@ def _encoder_decoder(recipe: Recipe) -> Student:
     if spec.decoder_weights:
         student.decoder.load_released(read_state(resolve(spec.decoder_weights, files=())))
     return _of_kind(student, recipe)
+
+
+def _short_side(recipe: Recipe) -> int:
+    return min(recipe.crops.size, recipe.crops.width or recipe.crops.size)
 
 
 def _of_kind(student: Student, recipe: Recipe) -> Student:

@@ -85,23 +85,29 @@ def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
-    args = _parser().parse_args(argv)
-    from distill.app import console
-
-    if args.quiet:
-        console.quiet()
-    console.as_json(args.json)
+    debug = False
     try:
+        args = _parser().parse_args(argv)
+        debug = args.debug
+        from distill.app import console
+
+        if args.quiet:
+            console.quiet()
+        console.as_json(args.json)
         code: int = args.verb(args)
         return code
     except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
-        if args.debug:
+        if debug:
             raise
+        from distill.app import console
+
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         console.fail((message or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
+        from distill.app import console
+
         console.note("stopped; rerun the same command to resume")
         return STOPPED
 

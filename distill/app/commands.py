@@ -12,6 +12,7 @@ import json
 import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,15 @@ from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.cost import Cost
+from distill.eval.fidelity import fidelity
+from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
+from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import tune
+from distill.labelling.worker import work
 from distill.shards import mirror, shards
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
@@ -60,18 +66,27 @@ def commit() -> str:
     return f"{distill.__version__}+{described or 'unknown'}"
 
 
-def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
+def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
+    """Where the workers of a recipe meet: its labels folder, or the folder of that name at the URL of labels.root."""
+    if recipe.labels.meeting:
+        return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
+    return Folder(folder)
+
+
+def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too.
+
+    worker: as one of any number of workers; so does each of several processes, and whoever meets others at a URL.
+    """
     if folder is not None:
-        return _label(recipe, folder, send=send)
+        return _label(recipe, folder, send=send, worker=worker)
     with kept_recipe(recipe):
-        return _label(recipe, build.labels_folder(recipe), send=send)
+        return _label(recipe, build.labels_folder(recipe), send=send, worker=worker)
 
 
-def _label(recipe: Recipe, folder: Path, *, send: bool) -> LabelOutcome:
+def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
-    rank, world = build.process()
     images = input_shards(recipe)
     device = build.device(recipe)
     teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
@@ -81,23 +96,28 @@ def _label(recipe: Recipe, folder: Path, *, send: bool) -> LabelOutcome:
     )
     for name, off in measured.get("from_float32", {}).items():
         note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
+    make = label
+    if worker or build.process()[1] > 1 or recipe.labels.meeting:
+        make = partial(work, meeting=meeting_of(recipe, folder))
     with progress("label") as report:
-        outcome = label(
+        outcome = make(
             images,
             teachers,
             out=folder,
             crops=recipe.crops,
             labels=labels,
             seed=recipe.run.seed,
-            rank=rank,
-            world=world,
             device=device,
             recipe=as_table(recipe),
             machine=measured,
             report=report,
             tell=note,
         )
-    if outcome.complete:
+    if recipe.labels.meeting or not outcome.last:
+        at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
+        state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
+        say(f"{at}: {state}; {outcome.parts} parts made here")
+    elif outcome.complete:
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
@@ -213,6 +233,7 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
     for spec in recipe.benchmarks:
         protocol, samples = build.benchmark(spec)
         scored = models(spec)
+        taught_by = [name for name, _ in scored if name != "student"]
         if recipe.score.plane_prior:
             fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
             if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
@@ -242,6 +263,9 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
                 scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
                 results.append(edges)
             lost += _lost(result, samples, store)
+        if recipe.score.student:
+            for name in taught_by:
+                _fidelity(recipe, spec.alias_or_name, name, samples, protocol)
     for result in results:
         values(
             model=result.model,
@@ -286,6 +310,23 @@ def _predict(
         before = cost.summary(before)
         files.write_json(kept, before)
     return before
+
+
+def _fidelity(
+    recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
+) -> None:
+    """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
+    predictions = recipe.run.folder / "predictions"
+    theirs = predictions / teacher.replace(" ", "_") / benchmark
+    found = fidelity(predictions / "student" / benchmark, theirs, samples, protocol)
+    if found is None:
+        return
+    path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
+    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **found})
+    note(
+        f"  {benchmark}: student against {teacher}: AbsRel {found['abs_rel']:.3f}, delta1 {found['delta1']:.3f}, "
+        f"boundary F1 {found['boundary_f1']:.3f}"
+    )
 
 
 def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:

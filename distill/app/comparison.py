@@ -10,7 +10,7 @@ carries its revision, so that a student trained on is another model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from distill.data.sources import BadImageError, Entry, Rejected
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import Entrant, ModelComparison, compare, gather, write_comparison
 from distill.eval.reports.compare_page import sentences, write_page
+from distill.eval.timing import RunTime, paper_run_times, run_time
 from distill.labelling.run import TRUTH
 from distill.teachers import Card, revision_of
 from distill.teachers._settings import TeacherSettings
@@ -57,8 +58,10 @@ def _compare(recipe: Recipe) -> Path:
     names = [entrant.name for entrant in entered]
     with progress("compare") as report:
         result = compare(names, samples, folder, report=report)
+    timed = _timed(recipe, entered)
     remarks = [f"left out {line.origin}: {line.reason}" for line in rejected]
     settings = {"side": recipe.compare.side, "limit": recipe.compare.limit, "left_out": remarks}
+    settings |= {"run_time": {name: asdict(took) for name, took in timed.items()}} if timed else {}
     write_comparison(result, folder / "compare.json", more=settings)
     path = write_page(
         result,
@@ -66,11 +69,19 @@ def _compare(recipe: Recipe) -> Path:
         folder,
         recipe.run.folder / "compare.html",
         title=recipe.run.name,
-        facts=[("longer side", f"at most {recipe.compare.side} pixels"), ("images’ licence", recipe.labels.licence)],
+        facts=[
+            ("longer side", f"at most {recipe.compare.side} pixels"),
+            ("images’ licence", recipe.labels.licence),
+            *(
+                (f"run time of {name} at {t.size} × {t.size}", f"{t.seconds:.3g} s ({t.device})")
+                for name, t in timed.items()
+            ),
+        ],
         remarks=remarks,
         again=f"distill compare {recipe.run.folder / 'recipe.toml'}",
     )
     _tell(result, rejected)
+    _tell_times(timed)
     say(f"comparison: {path.resolve()}", comparison=str(path.resolve()))
     return path
 
@@ -89,6 +100,36 @@ def _tell(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
         say(line)
     for left_out in rejected[:20]:
         note(f"  left out {left_out.origin}: {left_out.reason}")
+
+
+def _timed(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:
+    """The run time of every model, as the recipe has it; nothing where it is not asked for."""
+    size, on, found = recipe.compare.time_at, build.device(recipe), {}
+    if not size:
+        return {}
+    for entrant in entered:
+        teacher = entrant.load()
+        if getattr(teacher, "card", None) is not None and teacher.card.name != TRUTH:
+            with progress(f"time {entrant.name}"):
+                found[entrant.name] = run_time(teacher.predict, size, on)
+        del teacher  # before the next one takes its memory
+    return found
+
+
+def _tell_times(timed: Mapping[str, RunTime]) -> None:
+    if not timed:
+        return
+    size = next(iter(timed.values())).size
+    ours = [
+        [name, f"{t.seconds:.3g}", f"{t.fastest:.3g} to {t.slowest:.3g}", t.device, ""] for name, t in timed.items()
+    ]
+    printed = [
+        [p.model, f"{p.seconds:.3g}", "", p.device, f"{p.paper}, {p.where}"]
+        for p in paper_run_times()
+        if p.size == size
+    ]
+    head = ["model", "seconds", "range", "device", "from"]
+    table(f"run time of one image of {size} x {size} pixels", head, [*ours, *printed])
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

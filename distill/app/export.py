@@ -2,65 +2,176 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distill.app.card_scores import scored
 from distill.app.console import say
-from distill.students import checkpoint, export
+from distill.app.gate import Gate, calibration
+from distill.core import files
+from distill.eval.reports.figures import NEARNESS
+from distill.students import Student, checkpoint, export, onnx_graph, to_transformers
 from distill.students.modelcard import read_card_file
+from distill.students.onnx_graph import OnnxOptions
 from distill.teachers import revision_of
+
+ONNX, PROGRAM, PAGE = "model.onnx", "model.pt2", "index.html"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions:
+    """What is written beside a student, and how.
+
+    bits: 32, 16 (matrices in float16, the ONNX graph too) or 4 (large ones in four bits). onnx, program: also as
+    model.onnx, model.pt2. int8: a labels folder on whose crops the ONNX graph is calibrated for INT8. with_resize,
+    browser: forms of the ONNX graph (students.onnx_graph.OnnxOptions); browser also writes index.html. transformers:
+    "", "auto", "native" or "code" (students.to_transformers). gate: what outputs are scored on before and after.
+    """
+
+    bits: int = 32
+    onnx: bool = False
+    program: bool = False
+    int8: str = ""
+    with_resize: bool = False
+    browser: bool = False
+    transformers: str = ""
+    gate: Gate | None = None
 
 
 def run_export(
     folder: Path,
     out: Path,
     *,
+    options: ExportOptions | None = None,
     overwrite: bool = False,
-    bits: int = 32,
     card: Path | None = None,
     encoder_weights: str | None = None,
-    onnx: bool = False,
-    program: bool = False,
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    overwrite: another student in `out` is replaced. bits: 32, 16 (matrices in float16) or 4 (large ones in four bits).
-    card: a TOML file of plain values instead of the student's own card. encoder_weights: for a student whose frozen
-    encoder was left out, and is left out again. onnx, program: also as model.onnx, model.pt2. All is written aside,
-    read back, compared, and only then put in place.
-    Raises ValueError where outputs differ by more than the precision explains, or are not finite; `out` is as it was.
+    overwrite: another student in `out` is replaced. card: a TOML file of plain values instead of the student's own
+    card. encoder_weights: for a student whose frozen encoder was left out, and is left out again. All is written
+    aside, read back, compared, and only then put in place.
+    Raises ValueError where outputs differ by more than the precision explains, are not finite, or lose too much at the
+    gate; `out` is as it was.
     """
+    options = options or ExportOptions()
     if (out / checkpoint.WEIGHTS).is_file() and not overwrite and out.resolve() != folder.resolve():
         raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
+    crops = calibration(options.int8) if options.int8 else []
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
     metadata = scored(folder, revision_of(folder)) | metadata
-    metadata.pop(export.PROGRAM, None)  # of an earlier export, which a save takes away
-    if program:
-        least = export.smallest(student)
-        metadata[export.PROGRAM] = f"for images of at least {least} x {least} pixels"
+    metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
+    metadata |= _rows(student, options)
+    if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
+        return _write_native(student, out, options)
     lines: list[str] = []
 
     def check(aside: Path) -> None:
         again = checkpoint.load(aside, encoder_weights=encoder_weights)
         off = export.difference(student, again, out)
-        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[bits]:
+        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[options.bits]:
             raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
         size = (aside / checkpoint.WEIGHTS).stat().st_size
-        lines.append(f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread")
-        lines.extend(export.write_graphs(again, aside, named=out, onnx=onnx, program=program))
+        line = f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread"
+        if options.gate and options.bits != 32:
+            line += f"; {_gate(student, again, options, out)}"
+        lines.append(line)
+        lines.extend(_write_graphs(student, again, aside, out, options, crops))
+        if options.transformers:
+            lines.append(f"{out}: {to_transformers.write(again, aside, how='code')}")
 
     checkpoint.save(
         student,
         out,
         card=metadata,
-        dtype=torch.float32 if bits == 32 else torch.float16,
-        bits=4 if bits == 4 else None,
+        dtype=torch.float32 if options.bits == 32 else torch.float16,
+        bits=4 if options.bits == 4 else None,
         exclude_frozen_encoder=encoder_weights is not None,
         check=check,
     )
     for line in lines:
         say(line)
+    return out
+
+
+def _rows(student: Student, options: ExportOptions) -> dict[str, str]:
+    """What the card says of graphs that lie beside the student."""
+    rows = {}
+    if options.onnx:
+        size, multiple = student.native_size, student.encoder.patch_size
+        precision = "INT8" if options.int8 else "float16" if options.bits == 16 else "float32"
+        how = "takes the photo, uint8 H x W x 3, and gives its map H x W"
+        if not options.with_resize:
+            how = f"resize first: short side to {size}, each side the nearest multiple of {multiple}, antialias"
+        rows[ONNX] = f"{precision}; {how}" if size else precision
+    if options.program:
+        least = export.smallest(student)
+        rows[PROGRAM] = f"for images of at least {least} x {least} pixels"
+    return rows
+
+
+def _write_graphs(
+    student: Student, again: Student, aside: Path, out: Path, options: ExportOptions, crops: list[Tensor]
+) -> list[str]:
+    """Write the graphs asked for into a student's folder; a line about each. again: the student as it was stored."""
+    lines: list[str] = []
+    program = export.to_program(again) if options.program or (options.onnx and not options.browser) else None
+    if options.onnx:
+        bits = 8 if options.int8 else 16 if options.bits == 16 else 32
+        form = OnnxOptions(bits=bits, with_resize=options.with_resize, browser=options.browser, crops=crops)
+        said = onnx_graph.metadata(checkpoint.describe(aside), with_resize=options.with_resize)
+        path, named = aside / ONNX, out / ONNX
+        off = onnx_graph.write_onnx(again, path, options=form, metadata=said, program=program, named=named)
+        line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
+        if gate := options.gate or (Gate() if bits == 8 else None):
+            network = onnx_graph.run_onnx(path, named=named)
+            line += f"; {_gate(student, network, replace(options, gate=gate), out)}"
+        lines.append(line)
+    if options.browser:
+        page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")
+        page = page.replace("__ANCHORS__", json.dumps(NEARNESS))
+        (aside / PAGE).write_text(page, encoding="utf-8")
+        lines.append(f"{out / PAGE}: in {out}, npm install onnxruntime-web, then python -m http.server")
+    if options.program:
+        off = export.write_program(again, aside / PROGRAM, program=program, named=out / PROGRAM)
+        lines.append(f"{out / PROGRAM}: within {off:.1g} of torch's outputs (of their spread)")
+    return lines
+
+
+def _gate(student: Student, network: Callable[[Tensor], Tensor], options: ExportOptions, out: Path) -> str:
+    """The gate's line for a network that takes what the student takes, or photos where the graph resizes."""
+
+    def before(image: Tensor) -> Tensor:
+        return onnx_graph.at_native(student, student, image)
+
+    def after(image: Tensor) -> Tensor:
+        if options.with_resize and not isinstance(network, Student):
+            return network((image * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous())
+        return onnx_graph.at_native(student, network, image)
+
+    assert options.gate is not None
+    with torch.no_grad():
+        return options.gate.check(before, after, student.kind, out)
+
+
+def _write_native(student: Student, out: Path, options: ExportOptions) -> Path:
+    """transformers' own class in a folder of its own; what a student's folder takes beside it does not fit there."""
+    if options.onnx or options.program or options.bits == 4:
+        raise ValueError(
+            f"{out}: a native class of transformers is a folder by itself, in 32 bits: export it apart from --onnx, "
+            "--program and --bits 4, or use --transformers code"
+        )
+    known = {checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD, *checkpoint.EXPORTS}
+    if out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in known)):
+        raise FileExistsError(f"{out}: holds {others[0]}; an export is only written to a folder of its own")
+    with files.writing_folder(out) as aside:
+        line = to_transformers.write(student, aside, how="native")
+    say(f"{out}: {line}")
     return out

@@ -38,7 +38,7 @@ def features_folder(recipe: Recipe, dataset: LabelDataset, student: Student) -> 
     return (labels if (labels / MANIFEST).is_file() and named else labels.parent) / "features" / address
 
 
-def stored_features(recipe: Recipe, dataset: Any, student: Student) -> FeatureStore | None:
+def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore | None:
     """The features that train.cache_features asks for, computed where they are not there; None where it asks for none.
 
     Raises RecipeError where a recipe has something to change what the encoder sees.

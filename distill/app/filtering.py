@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from distill.core import files, machine
+from distill.core import files
 from distill.core.progress import Report
 from distill.data.photos import BadImageError
 from distill.data.quality import SCORES, depth_scores, image_scores
@@ -170,7 +170,7 @@ def score_source(
             if not path.stat().st_size:
                 file.write(json.dumps(head) + "\n")
             chunks = _Chunks(source, done, with_image=with_image)
-            readers = min(machine.readers(workers)[0], len(chunks))
+            readers = min(workers, len(chunks))
             loader: DataLoader[list[str]] = DataLoader(
                 chunks, batch_size=None, num_workers=readers, prefetch_factor=4 if readers else None
             )

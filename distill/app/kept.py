@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,12 +33,14 @@ def kept_recipe(recipe: Recipe) -> Iterator[None]:
             f"{recipe.run.folder} was made with other values of {', '.join(changed[:_TOLD])}{more}: an experiment of "
             "its own needs a name of its own, --set run.name=NAME"
         )
-    files.write_text(path, dumps(recipe))
+    # Workers on several machines are each the first process, and write at once.
+    aside = f".{secrets.token_hex(6)}"
+    files.write_text(path, dumps(recipe), suffix=aside)
     for name in recipe.unjudged:
         note(f"[{name}] has faults, which do not matter here; `distill show` says which")
     try:
         yield
     except (ValueError, LookupError, FileNotFoundError):
         if before is not None:
-            files.write_text(path, before)
+            files.write_text(path, before, suffix=aside)
         raise

@@ -22,6 +22,7 @@ import numpy as np
 
 from distill.core import files
 from distill.core.depth import DepthMap
+from distill.core.labels import Labels
 from distill.core.progress import Report
 from distill.eval.agreement import alignment_error, to_disparity
 from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
@@ -118,8 +119,27 @@ def _strip(sample: Sample, note: str = "") -> str:
         nearer = values if labels.shared.kind.quantity == "disparity" else -values
         picture = colourise(own_range(nearer, valid), valid, NEARNESS)
         tiles.append(tile(name, shrink(picture), note=f"{100 * valid.mean():.0f} % valid"))
+        tiles += _contexts(name, labels)
     head = f"{escape(sample.record['image']['origin'])} <small>{escape(note)}</small>"
     return f'<h4>{head}</h4><div class="strip">{"".join(tiles)}</div>'
+
+
+def _contexts(name: str, labels: Labels) -> list[str]:
+    """The first patch as the region's map has it, and as the teacher sees it alone (Distill-Any-Depth, Fig. 5)."""
+    if labels.local is None or not labels.local.valid[0].any():
+        return []
+    size = labels.shared.values.shape[-1]
+    top, left, bottom, right = (round(float(v) * size) for v in labels.boxes[0, 0])
+    cut = slice(max(0, top), max(1, bottom)), slice(max(0, left), max(1, right))
+    shared = labels.shared.values[0][cut].numpy(), labels.shared.valid[0][cut].numpy()
+    alone = labels.local.values[0].numpy(), labels.local.valid[0].numpy()
+    tiles = []
+    for words, (values, valid) in (("in the region", shared), ("alone", alone)):
+        nearer = values if labels.shared.kind.quantity == "disparity" else -values
+        picture = colourise(own_range(nearer, valid), valid, NEARNESS)
+        picture = cv2.resize(picture, alone[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
+        tiles.append(tile(f"{name}: patch 1 {words}", shrink(picture), note=f"{values.shape[1]} px"))
+    return tiles
 
 
 def _samples(samples: Sequence[Sample]) -> str:

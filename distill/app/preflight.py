@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, scaling, weights
+from distill.app import build, latent_costs, scaling, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -26,7 +26,10 @@ from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
+from distill.teachers._latent_student import LatentStudent
 from distill.training import checkpoints
+from distill.training.batches import MicroBatch, TaughtRows
+from distill.training.latent import LatentLesson
 from distill.training.sampling import meet_labels
 from distill.training.schedule import in_steps
 
@@ -199,7 +202,7 @@ def _about_start(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("warn", what, remedy)
 
 
-def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iterator[Finding]:
+def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None) -> Iterator[Finding]:
     size, patch = recipe.crops.size, recipe.crops.patch_size or recipe.crops.size
     wanted = {f"teacher {name}": getattr(getattr(t, "card", None), "multiple", 1) for name, t in teachers}
     for who, multiple in wanted.items():
@@ -210,7 +213,10 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iter
                     f"{key} = {side} is no multiple of {multiple}, which {who} works in",
                     f"take {side // multiple * multiple or multiple}, or let it resize",
                 )
-    step = getattr(getattr(student, "encoder", None), "patch_size", 1)
+    step = student.factor if isinstance(student, LatentStudent) else 1
+    step = getattr(getattr(student, "encoder", None), "patch_size", step)
+    if recipe.crops.width % step:
+        yield Finding("warn", f"crops.width = {recipe.crops.width} is no multiple of the student's patch of {step}", "")
     if size % step:
         yield Finding("warn", f"crops.size = {size} is no multiple of the student's patch of {step}", "it will pad")
     if recipe.crops.min_side < size:
@@ -283,10 +289,13 @@ def _about_labelling(
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
 
 
-def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device) -> float:
+def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, device: torch.device) -> float:
     """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
+    if isinstance(student, LatentStudent):
+        return _latent_step(recipe, student, sample, device)
     plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
     settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
+    assert not isinstance(objective, LatentLesson)
     micro = max(1, settings.batch_size // settings.accumulate)
     tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher
     batch = collate([sample] * tried)
@@ -305,8 +314,36 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
     return seconds * settings.batch_size / tried
 
 
+def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device: torch.device) -> float:
+    """The same of a latent network, half of whose images have ground truth; with its VAE, which a cache spares."""
+    settings = build.train_settings(recipe)
+    plain = replace(recipe, latent=replace(recipe.latent, cache=False))
+    lesson = build.make_objective(plain, student)
+    assert isinstance(lesson, LatentLesson)
+    tried = 2
+    batch = collate([sample] * tried)
+    taught = []
+    for row, truth in enumerate((True, False)):
+        labels = meet_labels(next(iter(batch.labels.values())), settings.kind, True)
+        only = replace(labels, shared=labels.shared[row : row + 1], local=None, boxes=labels.boxes[row : row + 1])
+        only = replace(only, supervision=replace(only.supervision, truth=truth)).to(device)
+        taught.append(TaughtRows(torch.tensor([row], device=device), only, "probe"))
+    micro = MicroBatch(batch.keys, batch.images.to(device), tuple(taught), (0, 1), (False, False))
+    student.to(device).train()
+    if settings.gradient_checkpointing:
+        student.set_grad_checkpointing()
+    seconds = math.nan
+    for _ in range(2):
+        before = time.perf_counter()
+        lesson(student, micro, precision=settings.precision).losses.mean().backward()
+        _wait(device)
+        seconds = time.perf_counter() - before
+    student.zero_grad(set_to_none=True)
+    return seconds * settings.batch_size / tried
+
+
 def _about_training(
-    recipe: Recipe, student: Student, seconds: float, device: torch.device, samples: int
+    recipe: Recipe, student: torch.nn.Module, seconds: float, device: torch.device, samples: int
 ) -> Iterator[Finding]:
     train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
@@ -319,6 +356,8 @@ def _about_training(
     )
     need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
+    if isinstance(student, LatentStudent):
+        yield from latent_costs.about(recipe, student, seconds, device.type.upper())
 
 
 def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:

@@ -79,13 +79,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
         faults.append((("crops", "labels"), line))
-    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
-    if bare:
-        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
-        faults.append((("images", "labels"), line))
-    if recipe.labels.names and recipe.labels.online:
-        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
-        faults.append((("labels",), line))
+    faults += _label_faults(recipe)
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
@@ -93,9 +87,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         faults.append((("student", "train"), line))
-    if train.rotation and recipe.crops.patches != "none":
-        line = 'train.rotation turns whole regions: set crops.patches = "none", or leave it out'
-        faults.append((("crops", "train"), line))
+    faults += _turn_faults(recipe)
     faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
     faults += [(("student", "latent", "train"), line) for line in _latent_faults(recipe)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
@@ -128,8 +120,31 @@ def _latent_faults(recipe: Recipe) -> list[str]:
             )
     if train.freeze_encoder or train.freeze_steps or train.layer_decay != 1.0:
         faults.append("train.freeze_encoder, freeze_steps and layer_decay are of encoders: a UNet is trained whole")
-    if train.strategy == "average":
-        faults.append('train.strategy = "average" is of maps: a UNet learns from one teacher at a time')
+    if train.strategy != "select":
+        faults.append(f'train.strategy = "{train.strategy}" is of maps: a UNet learns from one teacher at a time')
+    return faults
+
+
+def _turn_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [crops] says against the augmentation of [train]."""
+    crops, train, faults = recipe.crops, recipe.train, []
+    if crops.width and train.random_resized_crop < 1.0:
+        faults.append("train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out")
+    if train.rotation and crops.patches != "none":
+        faults.append('train.rotation turns whole regions: set crops.patches = "none", or leave it out')
+    return [(("crops", "train"), line) for line in faults]
+
+
+def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [labels] says against the images, or against itself."""
+    faults: list[tuple[tuple[str, ...], str]] = []
+    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if bare:
+        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        faults.append((("images", "labels"), line))
+    if recipe.labels.names and recipe.labels.online:
+        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        faults.append((("labels",), line))
     return faults
 
 

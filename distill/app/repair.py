@@ -20,6 +20,7 @@ from distill.app.recipe import USES, Recipe, as_table, dumps, load, parse
 from distill.app.renamed import in_words_of_today
 from distill.core.progress import Report
 from distill.labelling.lock import run_lock
+from distill.shards.mend import mend_sidecar
 from distill.shards.shards import MANIFEST, SETTINGS, DamagedTableError, find_problems, read_manifest
 
 BAD = ".bad"
@@ -76,8 +77,10 @@ def repair(
     # A manifest that is made again says of its tars what their json says: only then can the tars be looked at.
     for _ in range(2):
         problems = _problems(folder, report)
+        made += (mended := _mended(folder, problems))
+        problems = {name: lines for name, lines in problems.items() if name not in mended}
         if not problems and not list(folder.glob(f"*{BAD}")):
-            return made
+            return list(dict.fromkeys(made))
         chosen = recipe or recipe_of(folder)
         if recipe is None and not trusted and not trust.known(as_table(chosen)):
             note(dumps(chosen))
@@ -111,6 +114,15 @@ def _problems(folder: Path, report: Report | None) -> dict[str, list[str]]:
         return find_problems(folder, report=report)
     except DamagedTableError as error:
         return {"": [str(error)]}
+
+
+def _mended(folder: Path, problems: Collection[str]) -> list[str]:
+    """Which of the bad files could be put right from what lies beside them: no recipe is needed then."""
+    if "" in problems or not (folder / MANIFEST).is_file():
+        return []
+    tars = {shard["name"].replace(".tar", ".json"): shard for shard in read_manifest(folder)["shards"]}
+    with run_lock(folder, rank=0, world=1):
+        return [n for n in problems if n in tars and mend_sidecar(folder / tars[n]["name"], tars[n])]
 
 
 def _set_aside(folder: Path, problems: Collection[str]) -> None:

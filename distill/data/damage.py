@@ -51,6 +51,25 @@ def unfinished(data: bytes, kind: str) -> str:
     return f"truncated: it ends in {zeros} zero bytes, as an unfinished download does"
 
 
+def png_damage(data: bytes) -> str:
+    """Why the pixels of a PNG are not those that were written, by the checksums of its chunks, or "".
+
+    Pillow does not look at them, and compressed noise is stored as it is: any bytes decode.
+    """
+    at = 8
+    while at + 12 <= len(data):
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        body = memoryview(data)[at + 4 : at + 8 + length]
+        if name in (b"IHDR", b"PLTE", b"IDAT") and at + 12 + length <= len(data):
+            (said,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
+            if zlib.crc32(body) != said:
+                return "damaged: a checksum of its pixels is wrong"
+        if name == b"IEND":
+            return ""
+        at += 12 + length
+    return "truncated: it has no end"
+
+
 def _webp_is_cut(data: bytes) -> bool:
     """Whether a chunk of pixels ends in zeros, or a chunk has no name."""
     at, size = 12, min(len(data), 8 + int.from_bytes(data[4:8], "little"))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from distill.data import filetypes
+from distill.data import damage, filetypes
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
@@ -106,6 +106,8 @@ def _chosen(arrays: Mapping[str, Any]) -> np.ndarray:
 
 
 def _picture(data: bytes) -> np.ndarray:
+    if data.startswith(b"\x89PNG") and (reason := damage.png_damage(data)):
+        raise BadMapError(reason)
     with Image.open(io.BytesIO(data), formats=("PNG", "PPM")) as image:
         image.load()
         if image.mode == "P":

@@ -212,7 +212,7 @@ def _kind(data: bytes) -> str:
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _READ:
         raise BadImageError(f"not a photo that is read here: it is {kind}")
-    if reason := damage.unfinished(data, kind):
+    if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind
 

@@ -196,11 +196,13 @@ def _scan_tar(path: Path | str) -> Scan:
     if not paths_found and not rejected:
         there = f", but {filetypes.counted(passed)}" if passed else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
-    entries = [
-        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin), (path, *copies[0]))
-        for key, origin, copies in paths_found.values()
-    ]
+    entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in paths_found.values()]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
+
+
+def tar_entry(path: Path | str, key: str, origin: str, copies: tuple[tuple[int, int], ...]) -> Entry:
+    """A photo of a tar; copies: (first byte, bytes) of each that the tar has of it."""
+    return Entry(key, origin, partial(_load_member, path, copies, key, origin), (path, *copies[0]))
 
 
 def _member_problem(member: tarfile.TarInfo) -> str:

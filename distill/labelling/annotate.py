@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -99,13 +99,13 @@ def prepare(
     boxes = chosen.boxes()[None]
     truth = None
     if photo.truth is not None:
-        shared = _cut_truth(photo.truth, region, chosen.size)
+        shared = _cut_truth(photo.truth, region, chosen.shape)
         squares = [Square(region.top + p.top, region.left + p.left, p.side) for p in chosen.patches]
-        local = [_cut_truth(photo.truth, square, chosen.patch_size) for square in squares]
+        local = [_cut_truth(photo.truth, square, (chosen.patch_size, chosen.patch_size)) for square in squares]
         truth = Labels(shared, cat(local) if local else None, boxes)
     record = {
         "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
-        "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
+        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
         "sky": None if sky == "teacher" else sky,
@@ -123,13 +123,13 @@ def prepare(
     )
 
 
-def _cut_truth(truth: DepthMap, square: Square, size: int) -> DepthMap:
+def _cut_truth(truth: DepthMap, square: Square, size: tuple[int, int]) -> DepthMap:
     rows = slice(square.top, square.top + square.side)
-    columns = slice(square.left, square.left + square.side)
+    columns = slice(square.left, square.left + square.columns)
     values, valid = truth.values[:, rows, columns], truth.valid[:, rows, columns]
-    if square.side != size:
-        values = F.interpolate(values[None], size=(size, size), mode="nearest-exact")[0]
-        valid = F.interpolate(valid[None].float(), size=(size, size), mode="nearest-exact")[0] > 0.5
+    if (square.side, square.columns) != size:
+        values = F.interpolate(values[None], size=size, mode="nearest-exact")[0]
+        valid = F.interpolate(valid[None].float(), size=size, mode="nearest-exact")[0] > 0.5
     return DepthMap(values, valid, truth.kind)
 
 

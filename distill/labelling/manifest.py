@@ -65,13 +65,15 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
         "crops": crops.content,
         "seed": seed,
         **{name: getattr(labels, name) for name in ("store", "sky", "codec", "samples_per_part")},
+        **({"fine_tail": labels.fine_tail} if labels.fine_tail > 1 else {}),
         "teachers": [{"as": name, **_card(teacher, labels.store)} for name, teacher in teachers],
     }
 
 
-def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object]) -> None:
-    """Write the folder's settings, or raise ValueError where it was begun with others.
+def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object], suffix: str = "") -> None:
+    """Write the folder's settings, or raise ValueError where it was begun with others; suffix: `files.writing`'s.
 
+    Of two that begin it at the same moment with other settings, the one whose settings are not kept is told.
     Damaged ones are written again, where the manifest, or else a label, does not say that they were others.
     """
     path = out / SETTINGS
@@ -82,7 +84,7 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")
             write, before = True, {**settings, **_in_words_of_today(_said_by_labels(out, settings))}
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
             f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
@@ -123,8 +125,14 @@ def finish(
     licence: str,
     fresh: bool,
     tell: Callable[[str], object],
+    whole: Callable[[Path, Mapping[str, Any]], bool] | None = None,
+    suffix: str = "",
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine."""
+    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine.
+
+    fresh: also where the manifest there lists these tars already. whole: how to see a tar, by default `is_whole`.
+    suffix: as `files.writing` has it.
+    """
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
     for shard in shards:
@@ -137,7 +145,7 @@ def finish(
                 entry = read_json(path)
             except DamagedTableError:
                 return False  # another process's, which makes it again
-            if entry["tar"] is not None and not is_whole(out, entry["tar"]):
+            if entry["tar"] is not None and not (whole or is_whole)(out, entry["tar"]):
                 return False
             sidecars.append(entry)
             sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
@@ -149,8 +157,8 @@ def finish(
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")
     manifest = _manifest(sidecars, settings, about, licence, sources)
-    files.write_text(out / README, labels_readme(manifest))
-    write_manifest(out, manifest)
+    files.write_text(out / README, labels_readme(manifest), suffix=suffix)
+    write_manifest(out, manifest, suffix=suffix)
     return True
 
 

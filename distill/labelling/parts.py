@@ -74,8 +74,11 @@ def describe(
     tar: Mapping[str, Any],
     samples: Sequence[tuple[str, int, int]],
     quarantine: Sequence[Mapping[str, str]],
+    suffix: str = "",
 ) -> None:
-    """Write the json of a part. tar: what `ShardWriter.close` gave; samples: (key, first byte, bytes)."""
+    """Write the json of a part. tar: what `ShardWriter.close` gave; samples: (key, first byte, bytes). suffix:
+    `files.writing`'s.
+    """
     sidecar = {
         "version": VERSION,
         "part": part.number,
@@ -89,7 +92,7 @@ def describe(
         **({"bridge_dropped": contents.dropped} if contents.dropped else {}),
         **({"passed": dict(part.passed)} if part.passed else {}),
     }
-    files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sealed(sidecar)))
+    files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sealed(sidecar)), suffix=suffix)
 
 
 def line_of(rejected: Rejected) -> dict[str, str]:
@@ -117,10 +120,19 @@ def _describe_again(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:
     return True
 
 
-def is_done(out: Path, part: Part, teachers: Teachers, *, manifest: Mapping[str, Any], tell: Tell) -> bool:
+def is_done(
+    out: Path,
+    part: Part,
+    teachers: Teachers,
+    *,
+    manifest: Mapping[str, Any],
+    tell: Tell,
+    whole: Callable[[Path, Mapping[str, Any]], bool] = is_whole,
+) -> bool:
     """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
 
-    manifest: the folder's, or nothing. A json that is lost or damaged is made again from its tar, where that is whole.
+    manifest: the folder's, or nothing. whole: how to see a tar that its json describes. A json that is lost or damaged
+    is made again from its tar, where that is whole.
     """
     sidecar = (out / part.name).with_suffix(".json")
     before = None
@@ -134,7 +146,7 @@ def is_done(out: Path, part: Part, teachers: Teachers, *, manifest: Mapping[str,
             return False
         before = read_json(sidecar)
         tell(f"{sidecar} is made again, from its tar")
-    return _is_same(out, part, before, teachers) and (before["tar"] is None or is_whole(out, before["tar"]))
+    return _is_same(out, part, before, teachers) and (before["tar"] is None or whole(out, before["tar"]))
 
 
 def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teachers) -> bool:

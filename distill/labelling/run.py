@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -35,6 +36,7 @@ from distill.labelling.annotate import (
     prepare,
 )
 from distill.labelling.crew import Crew, ahead, crew
+from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.online import OnlineDataset
@@ -56,12 +58,17 @@ __all__ = [
 ]
 
 
+TAIL = 20
+"""labels.fine_tail is about one in so many input shards, the last ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelOutcome:
     """What one process of a run did.
 
     complete: every part of every shard is there (of all processes) and the manifest is written. parts, skipped: written
-    now, and found done. samples, images, quarantined, bytes: of the parts written now.
+    now, and found done. samples, images, quarantined, bytes: of the parts written now. last: False for a worker beside
+    others, of whom another one wrote the manifest.
     """
 
     complete: bool
@@ -71,6 +78,7 @@ class LabelOutcome:
     samples: int
     quarantined: int
     bytes: int
+    last: bool = True
 
 
 def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
@@ -132,16 +140,18 @@ def label(
         with mutex(out):
             keep_settings(out, settings, tell=tell)
             manifest = _manifest_there(out)
-        mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
+        mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
         todo = [part for part in mine if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
-        tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
+        tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         with crew(max(1, labels.threads)) as team:
             for part in todo:
-                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
-                _label_part(out, part, work, tally, team)
+                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
+                team.close(label_part(out, part, work, tally, team).finish)
         with mutex(out):
             about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
+            if complete and (out / NOTES).is_dir():
+                shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
@@ -155,20 +165,29 @@ def _manifest_there(out: Path) -> dict[str, Any]:
         return {}
 
 
-def _share(shards: Sequence[InputShard], images_per_part: int, rank: int, world: int) -> list[Part]:
+def part_sizes(shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings) -> list[int]:
+    """How many images a part of each shard has at most; fewer in the last of them where labels.fine_tail says so."""
+    size = max(1, labels.samples_per_part // crops.crops_per_image)
+    fine = -(-len(shards) // TAIL) if labels.fine_tail > 1 else 0
+    return [size] * (len(shards) - fine) + [max(1, size // labels.fine_tail)] * fine
+
+
+def _share(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world: int) -> list[Part]:
     """The parts of process `rank`: whole shards where there are plenty, so that it need not look into the others."""
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
     if len(shards) >= 4 * world:
-        return [part for shard in shards[rank::world] for part in parts_of(shard, images_per_part)]
-    return [part for shard in shards for part in parts_of(shard, images_per_part)][rank::world]
+        mine = zip(shards[rank::world], sizes[rank::world], strict=True)
+        return [part for shard, size in mine for part in parts_of(shard, size)]
+    every = zip(shards, sizes, strict=True)
+    return [part for shard, size in every for part in parts_of(shard, size)][rank::world]
 
 
 # --- one part ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class Work:
     """What every part is labelled with."""
 
     teachers: Teachers
@@ -178,6 +197,7 @@ class _Work:
     device: torch.device
     asked: tuple[str, ...]
     stopping: Event
+    claim: Claim = ALONE
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
@@ -193,12 +213,17 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Counts of this process, and what they say about the rest."""
+class Tally:
+    """Counts of this process, and what they say about the rest; nothing about its end where others share the work.
+
+    busy: seconds spent on parts, of a worker.
+    """
 
     total: int
     before: int
     report: Report | None
+    shared: bool = False
+    busy: float = 0.0
     images: int = 0
     samples: int = 0
     quarantined: int = 0
@@ -210,13 +235,14 @@ class _Tally:
             return
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
         per_image = self.bytes / self.images
+        left = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
         self.report(
             self.before + self.images,
             self.total,
             images_per_s=rate,
             bytes_per_image=per_image,
             quarantined=float(self.quarantined),
-            eta_s=(self.total - self.before - self.images) / rate,
+            **left,
             disk_bytes=per_image * self.total,
         )
 
@@ -237,32 +263,43 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
 
 
 @dataclass(slots=True)
-class _OpenPart:
+class OpenPart:
     """A part that is being written: its tar aside, and what its json will say."""
 
     out: Path
     part: Part
     writer: ShardWriter
     quarantine: list[Rejected]
+    claim: Claim = ALONE
     contents: Contents = field(default_factory=Contents)
 
     def finish(self) -> None:
-        """The tar to the disk, its json, and then its name."""
+        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours."""
         with self.writer as writer:
             closed, lines = writer.close(), [line_of(one) for one in self.quarantine]
-            describe(self.out, self.part, self.contents, tar=closed, samples=writer.index, quarantine=lines)
+            self.claim.check()
+            describe(
+                self.out,
+                self.part,
+                self.contents,
+                tar=closed,
+                samples=writer.index,
+                quarantine=lines,
+                suffix=self.claim.suffix,
+            )
             if writer.index:
+                self.claim.check()
                 writer.publish()
 
 
-def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -> None:
-    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
+def label_part(out: Path, part: Part, work: Work, tally: Tally, team: Crew) -> OpenPart:
+    """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread does nothing but ask the teachers: see `labelling.crew`.
     """
-    writer = ShardWriter(out / part.name)
+    writer = ShardWriter(out / part.name, suffix=work.claim.suffix)
     try:
-        opened = _OpenPart(out, part, writer, list(part.rejected))
+        opened = OpenPart(out, part, writer, list(part.rejected), work.claim)
         tally.quarantined += len(part.rejected)
         prepared = ahead(team.workers, work.jobs, part.entries, 2 * team.threads)
         jobs = (job for several in prepared for job in several)
@@ -270,6 +307,8 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -
         last = ""
         encoded = ahead(team.workers, partial(_encode, work.labels.codec), results, 2 * team.threads)
         for result, size in ahead(team.clerk, partial(_store, writer), encoded, 2 * team.threads):
+            if work.claim.lost:
+                work.claim.check()
             if isinstance(result, Rejected):
                 opened.quarantine.append(result)
                 tally.quarantined += 1
@@ -283,4 +322,4 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -
     except BaseException:
         with writer:
             raise
-    team.close(opened.finish)
+    return opened

@@ -66,14 +66,16 @@ class ShardWriter:
 
     In between, the caller writes down what the tar holds, so that a tar that can be seen has always been described.
     As a context manager it removes an unpublished file, unless the process is killed: then the next run overwrites it.
+    suffix: sets the file aside apart from that of another writer of the same tar.
     Every method raises OSError naming the tar where the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, suffix: str = "") -> None:
         self.path = path
+        self.aside = files.aside(path).with_name(files.aside(path).name + suffix)
         self.index: list[tuple[str, int, int]] = []
         with files.naming(path):
-            self._file = files.aside(path).open("wb")
+            self._file = self.aside.open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
 
@@ -87,7 +89,7 @@ class ShardWriter:
             if error is None:
                 raise files.write_error(self.path, failed) from failed
         finally:
-            files.aside(self.path).unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample: `codec.encode_sample`'s members."""
@@ -117,7 +119,7 @@ class ShardWriter:
     def publish(self) -> None:
         """Rename the finished file into place."""
         with files.naming(self.path):
-            files.publish(files.aside(self.path), self.path)
+            files.publish(self.aside, self.path)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -324,14 +326,14 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         samples, problems = _verify_shard(path, shard, keys)
         if problems:
             problems_of[path.name] = problems
-        if problems := _verify_sidecar(path, shard, samples):
+        if problems := verify_sidecar(path, shard, samples):
             problems_of[path.with_suffix(".json").name] = problems
         if report:
             report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, problems_of.values()))))
     return problems_of
 
 
-def _verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
+def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
     """What the json of a tar says otherwise than the manifest, or than the tar of these samples (None: not read)."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():

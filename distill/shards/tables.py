@@ -20,9 +20,9 @@ class DamagedTableError(ValueError):
     """A table of ours with other bytes than were written: what it says can be made again."""
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `folder`/manifest.json, at once or not at all."""
-    files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True)
+def write_manifest(folder: Path, manifest: Mapping[str, Any], *, suffix: str = "") -> None:
+    """Write `folder`/manifest.json, at once or not at all; suffix: as `files.writing` has it."""
+    files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True, suffix=suffix)
 
 
 def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:

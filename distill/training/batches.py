@@ -218,8 +218,8 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
 
 
 def _mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
-    how = {"hflip": s.hflip, "random_resized_crop": s.random_resized_crop, "rotation": s.rotation}
-    return mirrored(positions, seed=s.seed, **how)
+    crop = s.random_resized_crop
+    return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
 
 
 def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,36 @@ def _whole(folder: Path) -> Checkpoint | None:
         return None
     sizes = {name: (folder / name).stat().st_size for name in state["files"] if (folder / name).is_file()}
     return Checkpoint(folder, state) if sizes == state["files"] else None
+
+
+_PIECE = 1 << 26  # bytes of a checkpoint that go over the network at once
+
+
+def hand_out(out: Path, step: int, *, share: Callable[[Any], Any], main: bool, writes: bool) -> None:
+    """The main process's checkpoint of `step` on every machine; all processes call it.
+
+    share: gives everybody the main process's value. writes: whether this process is the one of its machine that writes.
+    Raises OSError.
+    """
+    folder = folder_of(out, step)
+    source = _whole(folder)
+    names = share(sorted([*source.state["files"], "state.json"]) if main and source else None)
+    keeps = not main and writes and source is None
+    with files.writing_folder(folder) if keeps else nullcontext(folder) as new:
+        for name in names:
+            size = share((folder / name).stat().st_size if main else None)
+            for start in range(0, max(1, size), _PIECE):
+                piece = share(_piece(folder / name, start) if main else None)
+                if keeps:
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    with (new / name).open("ab") as file:
+                        file.write(piece)
+
+
+def _piece(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(_PIECE)
 
 
 def clean(out: Path) -> list[str]:

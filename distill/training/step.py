@@ -76,8 +76,8 @@ class Lesson(Protocol):
 class Processes:
     """The processes of a run as a step sees them.
 
-    add: sums a tensor over all; gather: joins their lists; wait: for all. without_exchange: a backward pass under it
-    keeps its gradient to itself. track: hands numbers to the trackers.
+    add: sums a tensor over all; gather: joins their lists; share: gives all the main one's value; wait: for all.
+    without_exchange: a backward pass under it keeps its gradient to itself. track: hands numbers to the trackers.
     """
 
     index: int
@@ -85,6 +85,7 @@ class Processes:
     device: torch.device
     add: Callable[[Tensor], Tensor]
     gather: Callable[[list[Any]], list[Any]]
+    share: Callable[[Any], Any]
     wait: Callable[[], None]
     without_exchange: Callable[[nn.Module], AbstractContextManager[Any]]
     track: Callable[[Mapping[str, float], int], None]
@@ -280,8 +281,9 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
 
     Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
     """
-    if is_lesson(run.objective):
-        return run.objective(module, micro, precision=run.settings.precision)
+    objective = run.objective
+    if is_lesson(objective):
+        return objective(module, micro, precision=run.settings.precision)
     images = micro.images
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -298,10 +300,9 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
     measured = []
-    assert not is_lesson(run.objective)
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
-        losses, parts = run.objective(one.of(pred), one.labels, mine[0], mine[1])
+        losses, parts = objective(one.of(pred), one.labels, mine[0], mine[1])
         if losses.shape != one.of(images).shape[:1]:
             raise ValueError(
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"

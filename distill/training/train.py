@@ -34,7 +34,7 @@ from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
-from distill.training.parallel import accelerator_of, processes_of, reproducible
+from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
@@ -107,7 +107,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
-    features: of every sample, as `distill.training.cached.store_features` stores them, where settings.cache_features.
+    features: the encoder's, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -115,8 +115,7 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
-    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
-        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
+    _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
     settings = in_steps(settings, len(kept))
@@ -145,6 +144,11 @@ def train(
             # Not accelerator.end_training(): it ends the process group too, and an ablation's next run needs it.
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
+    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
+        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
 
 
 def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
@@ -218,16 +222,22 @@ def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
             tell(line)
     run.processes.wait()
+    there = run.processes.share([saved.step for saved in checkpoints.find(run.out)])
+    if there:
+        same_checkpoint(run.processes, run.out, there[-1])
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
     if len(steps) > 1:
-        raise ValueError(f"{run.out} is not the same folder for all processes, which see steps {steps}: share it")
+        raise ValueError(
+            f"{run.out} is another folder for other machines, and the one of the main process is older: steps {steps}; "
+            "start the main process where the newest checkpoint is, or share the folder"
+        )
     if saved is not None:
         _check_same(run, saved)
         checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
         state = saved.state
         run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
-        if run.best and run.best["step"] not in [one.step for one in checkpoints.find(run.out)]:
+        if run.best and run.best["step"] not in there:
             run.best = None  # damaged, or it made way for one that was
         run.evaluations_since_best = state["evaluations_since_best"]
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
@@ -391,6 +401,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     run.processes.wait()
     step = run.step if run.best is None else int(run.best["step"])
     chosen = "the last step" if run.best is None else "lowest loss on held-out labels"
+    same_checkpoint(run.processes, run.out, step)
     saved = next(candidate for candidate in checkpoints.find(run.out) if candidate.step == step)
     checkpoints.load_weights(saved, run.student, averaged=run.ema is not None)
     run.student.eval()

@@ -18,6 +18,7 @@ from typing import Any
 from distill.core import files
 from distill.eval.papers import Scored, verdicts
 from distill.eval.reports import figures
+from distill.eval.reports.fidelity import fidelity_section
 from distill.eval.reports.gallery import UNREADABLE, Recipe, gallery
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.eval.reports.repeat import repeat_section
@@ -50,6 +51,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     sections = [
         ("short", "In short", summary(scores)),
         ("scores", "Scores", scoreboard(scores, score_faults)),
+        ("fidelity", "Fidelity", fidelity_section(run_dir, scores)),
         *([("papers", "Papers", papers)] if papers else []),
         ("pictures", "Pictures", gallery(run_dir, recipe, scores)),
         ("training", "Training", _training_section(log)),

@@ -14,6 +14,7 @@ from distill.app.filter_sources import open_sources
 from distill.app.recipe import parse
 from distill.data.datasets import _index
 from distill.data.quality import SCORES
+from distill.shards.shards import verify
 from tests.data.layouts import tartanair
 
 BAD = {2: "constant", 5: "one bin", 7: "hardly valid"}
@@ -121,3 +122,22 @@ def test_recipes_take_the_lists_and_labels_are_filtered_too(flight, tmp_path):
     (tmp_path / "labels.txt").write_text("\n".join(verdict.kept))
     fewer = parse(table | {"labels": {"threads": 0, "names": str(tmp_path / "labels.txt")}})
     assert build.labelled(fewer).keys == verdict.kept and build.identity(fewer) != build.identity(recipe)
+
+
+def test_regions_that_are_no_squares_are_labelled_learnt_and_turned(flight, tmp_path):
+    table = {
+        "run": {"name": "x", "out": str(tmp_path)},
+        "images": [{"dataset": "tartanair", "root": str(flight), "limit": 2}],
+        "crops": {"size": 16, "width": 32, "min_side": 12, "patches": "none"},
+        "teachers": [{"name": "truth"}],
+        "labels": {"threads": 0},
+        "student": {"encoder": "test_vit", "decoder_options": {"fusion_channels": 8}},
+        "loss": {"feature": 0.0, "local_global": 0.0},
+        "train": {"epochs": 2, "batch_size": 2, "workers": 0, "val_fraction": 0.0, "rotation": 10.0, "trackers": []},
+    }
+    recipe = parse(table)
+    assert commands.run_label(recipe).samples == 2
+    sample = build.labelled(recipe)[0]
+    assert sample.image.shape == (3, 16, 32) and sample.labels["truth"].shared.values.shape == (1, 16, 32)
+    assert not verify(build.labels_folder(recipe))
+    assert commands.run_train(recipe).step == 2

@@ -13,7 +13,7 @@ from distill.app import commands, lineage, preflight
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
-from distill.teachers import fiffdepth
+from distill.teachers import _latent_student, _unet_costs, fiffdepth, genpercept
 from distill.training import trainlog
 from tests import tiny_teachers
 
@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
     for name in ("photos", "sd", "dav2"):
         (root / name).mkdir()
-    for i in range(3):
+    for i in range(2):
         pixels = np.random.default_rng(i).integers(0, 255, (8, 10, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((40, 32)).save(root / "photos" / f"{i}.png")
     tiny_teachers.diffusion(root / "sd", channels=4)
@@ -31,21 +31,28 @@ def made(tmp_path_factory):
     return root
 
 
+NONE = {"resize": "none"}
+
+
 def table(root, name: str, **more) -> dict:
     """FiffDepth's recipe in small: two scenes with truth, photographs that a tiny Depth Anything V2 labels."""
     recipe = {
         "run": {"name": name, "out": str(root / name), "device": "cpu"},
-        "images": [{"scenes": 2, "size": 32, "teachers": ["truth"]}, {"photos": str(root / "photos"), "teachers": ["dav2"]}],
+        "images": [
+            {"scenes": 2, "size": 32, "teachers": ["truth"]},
+            {"photos": str(root / "photos"), "teachers": ["dav2"]},
+        ],
         "crops": {"size": 32, "min_side": 32, "patches": "none"},
         "teachers": [
-            {"name": "depth_anything_v2", "weights": str(root / "dav2"), "alias": "dav2", "options": {"resize": "none"}},
+            {"name": "depth_anything_v2", "weights": str(root / "dav2"), "alias": "dav2", "options": NONE},
             {"name": "truth"},
         ],
         "labels": {"root": str(root / "labels"), "store": "as_is", "threads": 1, "licence": "Apache-2.0"},
         "student": {"network": "one_step_unet", "weights": str(root / "sd")},
         "train": {
-            "steps": 3, "batch_size": 2, "warmup_steps": 1, "workers": 0, "kind": "affine_depth", "even_batches": True,
+            "steps": 2, "batch_size": 2, "warmup_steps": 1, "workers": 0, "kind": "affine_depth", "even_batches": True,
             "val_fraction": 0.0, "eval_every": 0, "trackers": [], "ema": 0.5, "gradient_checkpointing": True,
+            "save_every": 0,
         },
     }  # fmt: skip
     for key, value in more.items():
@@ -90,33 +97,29 @@ def test_the_chain(made, capsys):
     assert origins["teacher fiffdepth"]["weights"] == str(result.folder)
 
 
-def test_the_other_networks_folders_say_what_they_are(made, capsys):
-    """GenPercept's disparity with a DPT head and Marigold's, each read by its own teacher and scored as the student."""
-    (made / "sd4").mkdir()
-    tiny_teachers.diffusion(made / "sd4", channels=4, blocks=4)
-    only_truth = [{"scenes": 2, "size": 32, "teachers": ["truth"]}]
-    images = {"distance_weight": 0.0, "gradient": 0.0, "trajectory": 0.0, "image_mse": 1.0, "image_ssi": 0.5}
-    ways = {
-        "genpercept": (
-            {"negated": True, "random_timestep": True, "pseudo": "off", **images},
-            "affine_disparity",
-            "sd4",
-        ),
-        "marigold": ({"method": "denoise", "trajectory": 0.0}, "affine_depth", "sd"),
-    }
-    for name, (latent, kind, base) in ways.items():
-        more = {"latent": latent, "student": {"weights": str(made / base), "head": "dpt" if base == "sd4" else "vae"}}
-        recipe = table(made, name, images=only_truth, labels={"root": ""}, **more)
-        recipe["teachers"] = [{"name": "truth"}]
-        recipe["train"] |= {"kind": kind, "steps": 2, "even_batches": False, "ema": 0.0}
-        recipe["benchmarks"] = [{"name": "scenes", "limit": 1}]
-        recipe["score"] = {"plane_prior": False}
-        parsed = parse(recipe)
-        commands.run_label(parsed)
-        result = commands.run_train(parsed)
-        assert json.loads((result.folder / "distill.json").read_text())["teacher"] == name
-        (score,) = commands.run_score(parsed)
-        assert score.model == "student" and score.kind == Kind(kind) and score.metrics["abs_rel"] is not None
+def test_a_dpt_heads_folder_is_read_by_genpercepts_teacher(made, tmp_path):
+    """It says itself that it predicts disparity, and the teacher's map is what the network gives."""
+    (tmp_path / "sd4").mkdir()
+    base = tiny_teachers.diffusion(tmp_path / "sd4", channels=4, blocks=4)
+    asked = _latent_student.Asked(
+        teacher="genpercept", kind=Kind.AFFINE_DISPARITY, timestep=1, head="dpt", native_size=32
+    )
+    student = _latent_student.begin(base, asked).eval()
+    assert not any(p.requires_grad for name, p in student.named_parameters() if name.startswith("unet.conv_out"))
+    folder = _latent_student.save(student, tmp_path / "student", card={"name": "mine", "licence": "Apache-2.0"})
+    teacher = genpercept.Teacher.load(str(folder))
+    assert (teacher.card.kind, teacher.card.licence, teacher.card.note) == (asked.kind, "Apache-2.0", "mine")
+    image = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        raw = student(image)
+    (low, high), found = raw.aminmax(), teacher.predict(image).values
+    unit = ((raw - low) / (high - low))[:, None]
+    small = torch.nn.functional.interpolate(unit, (32, 32), mode="bilinear", antialias=True)[:, 0].clip(0, 1)
+    torch.testing.assert_close(found, small, atol=1e-5, rtol=1e-5)
+    again = _latent_student.begin(str(folder), asked)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
+    with pytest.raises(FileExistsError, match="holds something else"):
+        _latent_student.save(student, made / "photos")
 
 
 def test_recipes_that_contradict_themselves_are_refused(made):
@@ -143,8 +146,18 @@ def test_a_base_that_is_known_brings_its_licence(made):
     assert lineage.lineage(parse(table(made, "x")), {})[0]["start"]["licence"] == "unknown"
 
 
-def test_doctor_says_memory_and_hours(made):
+def test_doctor_says_memory_and_hours(made, monkeypatch):
+    small = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "cross_attention_dim": 16}
+    small |= {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 4}
+    monkeypatch.setattr(_unet_costs, "SIZES", {"SD 2.1": small})  # its own takes seconds to count
     found = [one.what for one in preflight.check_recipe(parse(table(made, "doctor")))]
-    assert any(line.startswith("training 3 steps of 2 at") for line in found), found
+    assert any(line.startswith("training 2 steps of 2 at") for line in found), found
     (memory,) = [line for line in found if line.startswith("memory of the network")]
     assert "EMA" in memory and "GB" in memory
+    (other,) = [line for line in found if line.startswith("SD 2.1's UNet")]
+    assert "512 px" in other and "768 px" in other and "GB on 8" in other
+
+
+def test_a_pass_is_counted_without_computing_it():
+    unet = _unet_costs.stable_diffusion("SD 2.1")
+    assert sum(p.numel() for p in unet.parameters()) == 865_910_724, "the published UNet's number"

@@ -100,7 +100,7 @@ BAD = {
     ),
     "two sources in one": (
         '[[images]]\nphotos = "a"\nscenes = 3',
-        "images[0]: needs exactly one of tars, photos, pairs, scenes, bundled_photos",
+        "images[0]: needs exactly one of tars, photos, pairs, dataset, scenes, bundled_photos",
     ),
     "out of range": ("[loss]\ntrim_top = 1.0", "loss: trim_top must be in [0, 1), not 1.0"),
     "device": (

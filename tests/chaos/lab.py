@@ -52,11 +52,11 @@ val_fraction = 0.2
 workers = 0
 warmup_steps = 1
 trackers = []
+keep_last = 3
 [score]
 plane_prior = false
 [[benchmarks]]
-name = "scenes"
-root = "{folder}/no"
+name = "{benchmark}"
 """
 
 
@@ -79,7 +79,8 @@ class Lab:
 
     def write(self) -> None:
         """The recipe, of this folder."""
-        (self.folder / "r.toml").write_text(RECIPE.format(folder=self.folder))
+        benchmark = Path(__file__).parent.parent / "app" / "two_images.py"
+        (self.folder / "r.toml").write_text(RECIPE.format(folder=self.folder, benchmark=benchmark))
 
     def call(
         self, *arguments: str | Path, limit: float = 60.0, signal_after: float | None = None, **more: int
@@ -97,7 +98,7 @@ class Lab:
         """The folder of the training run."""
         return self.folder / "run" / "train"
 
-    def keep(self, *what: str) -> Path:
+    def keep(self) -> Path:
         """A copy of what lies under run/, to go back to."""
         kept = self.folder.with_name(self.folder.name + ".kept")
         shutil.rmtree(kept, ignore_errors=True)

@@ -49,10 +49,14 @@ def trial(
     with tempfile.TemporaryFile() as said:
         sys.stdout.flush()
         sys.stderr.flush()
-        began = time.monotonic()
+        ready, begins = os.pipe()
         child = os.fork()
         if child == 0:
-            _child(work, said.fileno())
+            _child(work, said.fileno(), begins)
+        os.close(begins)
+        os.read(ready, 1)  # on a busy machine a signal would come before there is anybody to take it
+        os.close(ready)
+        began = time.monotonic()
         # Both sides, since neither knows who comes first.
         with contextlib.suppress(OSError):
             os.setpgid(child, child)
@@ -64,7 +68,7 @@ def trial(
         return Outcome(rc, said.read().decode(errors="replace"), seconds)
 
 
-def _child(work: Callable[[], int], said: int) -> None:
+def _child(work: Callable[[], int], said: int, begins: int) -> None:
     code = 1
     try:
         with contextlib.suppress(OSError):
@@ -72,6 +76,7 @@ def _child(work: Callable[[], int], said: int) -> None:
         os.dup2(said, 1)
         os.dup2(said, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.write(begins, b"!")
         code = work()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 2

@@ -71,6 +71,20 @@ def test_steps_at_the_largest_tenth_do_not_count_and_noise_does():
     assert of[0] > 0.99 and of[1] > 0.99 and of[2] < 0.75
 
 
+def test_noise_that_s_grad_likes_is_rough():
+    y, x = np.mgrid[:80, :120]
+    room = np.minimum(2 + 0.01 * x + 0.03 * np.abs(y - 40), 3 + 0.001 * y).astype(np.float32)  # planes of other slopes
+    yes = np.ones(room.shape, bool)
+    noisy = room * np.exp(np.random.default_rng(0).normal(0, 0.3, room.shape)).astype(np.float32)
+    clean, spoilt = (depth_scores(depth, yes) for depth in (room, noisy))
+    assert spoilt["s_grad"] > clean["s_grad"], "so the score keeps what is noise"
+    assert clean["roughness"] < 0.01 and spoilt["roughness"] > 3
+    half = yes.copy()
+    half[:, ::2] = False
+    assert math.isnan(depth_scores(room, half)["roughness"])
+    assert depth_scores(7 * noisy + 3, yes)["roughness"] == pytest.approx(spoilt["roughness"], rel=1e-3)
+
+
 def test_depth_edges_without_image_edges_sky_and_blur_are_seen():
     y, x = np.mgrid[:80, :120]
     near = (x > 40) & (x < 80) & (y > 30)

@@ -15,6 +15,7 @@ from distill.eval.verdict import (
     UNKNOWN,
     by_image_draws,
     holm,
+    interval,
     judge,
     paper_effect,
     quantile,
@@ -30,6 +31,8 @@ def rows(**values):
 def test_students_t_is_that_of_the_tables():
     for freedom, t in ((1, 6.314), (2, 2.920), (7, 1.895), (30, 1.697)):
         assert quantile(freedom) == pytest.approx(t, abs=1e-3)
+    assert interval([1.0, 2.0, 3.0]) == (2.0, pytest.approx(2.920 / math.sqrt(3), rel=1e-4))
+    assert interval([1.0]) == (1.0, math.inf)
     assert two_sided(2.228, 10) == pytest.approx(0.05, abs=1e-4) and two_sided(0.0, 3) == pytest.approx(1.0)
     assert two_sided(math.inf, 3) == 0.0
 

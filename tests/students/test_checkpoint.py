@@ -40,7 +40,7 @@ def tiny(decoder="sdt", *, native_size=64, **encoder_options):
 def edit(folder, change):
     path = folder / "student.json"
     description = json.loads(path.read_text())
-    del description["sha256"]
+    description.pop("sha256", None)
     change(description)
     path.write_text(json.dumps(description))
 

@@ -73,6 +73,8 @@ def test_averaged_teachers_are_normalized_first():
     part = mean.values[valid]
     torch.testing.assert_close(part.median(), torch.tensor(0.0))
     torch.testing.assert_close(part.abs().mean(), torch.tensor(1.0))
+    plain = average_labels(labels, {"a": 0.5, "b": 0.5}, aligned=False).shared.values[valid]
+    torch.testing.assert_close(plain, (1001 * ramp + 7)[valid] / 2)  # the larger map is nearly all of it
 
 
 # --- which part learns how fast ---------------------------------------------------------------------------------------

@@ -1,12 +1,19 @@
-"""write a student to a folder of its own, smaller, with another card, or as ONNX, and check it
+"""write a student to a folder of its own: smaller, as ONNX, for transformers, for a browser; and check it
 
 distill export runs/demo/train/student shipped --bits 16
 distill export runs/demo/train/student shipped --onnx      also shipped/model.onnx: any batch, any size
+distill export pocket shipped --onnx --bits 16             float16; positions and large values stay float32
+distill export pocket shipped --onnx --int8 labels/HASH    INT8, calibrated on the crops of a labels folder
+distill export pocket shipped --onnx --with-resize         photo in, map out: the size rule is in the graph
+distill export pocket shipped --browser                    model.onnx for onnxruntime-web, and a page that uses it
 distill export pocket shipped --program                    also shipped/model.pt2, for torch.export.load
+distill export pocket shipped --transformers               for pipeline("depth-estimation", model="shipped")
 
 It is written aside, read back and compared with the student before it takes its place: nothing that differs, or whose
-outputs are not finite, stays, and what was there before does. model.onnx takes any batch and any size; model.pt2 any
-batch, and images of at least two patches and one pixel on both sides (29 with patches of 14, 33 with 16).
+outputs are not finite, stays, and what was there before does. --gate scores what was written on a benchmark: it is
+refused where delta1 falls by more than a tenth of a point below float32's; INT8 always meets a gate. model.onnx takes
+any batch and any size; model.pt2 any batch, and images of at least two patches and one pixel on both sides (29 with
+patches of 14, 33 with 16).
 """
 
 from __future__ import annotations
@@ -24,24 +31,65 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
     parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, where it is a file of your own")
     parser.add_argument("--onnx", action="store_true", help="also as model.onnx, checked in onnxruntime")
+    parser.add_argument(
+        "--int8", metavar="LABELS", help="the ONNX graph in INT8, calibrated on a labels folder's crops"
+    )
+    parser.add_argument("--with-resize", action="store_true", help="ONNX takes uint8 photos and resizes by itself")
+    parser.add_argument("--browser", action="store_true", help="ONNX without what WebGPU lacks, and a page: index.html")
     parser.add_argument("--program", action="store_true", help="also as model.pt2, a torch.export program")
+    parser.add_argument(
+        "--transformers",
+        nargs="?",
+        const="auto",
+        default="",
+        choices=["auto", "native", "code"],
+        help="as transformers opens it: its own class where one matches, else with trust_remote_code",
+    )
+    parser.add_argument("--gate", metavar="BENCHMARK", help="score on a benchmark or labels folder (INT8: scenes)")
+    parser.add_argument("--root", metavar="DIR", help="where the gate's benchmark lies")
+    parser.add_argument("--list", metavar="FILE", help="which of its images")
+    parser.add_argument("--allow-drop", action="store_true", help="say a loss at the gate, and write all the same")
 
 
 def run(args: argparse.Namespace) -> int:
-    from distill.app.export import run_export
+    from distill.core.optional import require
+
+    onnx = bool(args.onnx or args.int8 or args.with_resize or args.browser)
+    if onnx:
+        require(("onnx", "onnxscript", "onnxruntime"))
+    if args.transformers:
+        require(("transformers",), "teachers")
+    if args.int8 and args.bits != 32:
+        raise ValueError(f"--int8 is a precision of the ONNX graph, and --bits {args.bits} another: give one of them")
+
+    from distill.app.export import ExportOptions, run_export
+    from distill.app.gate import Gate
     from distill.core.plugins import allow
     from distill.students import checkpoint
 
     if args.decoder:
         allow(args.decoder)
+    gate = None
+    if args.gate or args.root or args.list or args.int8:
+        gate = Gate(args.gate or "scenes", args.root, args.list, args.allow_drop)
+    elif args.allow_drop:
+        raise ValueError("--allow-drop is for a gate: give --gate BENCHMARK too")
+    options = ExportOptions(
+        bits=args.bits,
+        onnx=onnx,
+        program=args.program,
+        int8=args.int8 or "",
+        with_resize=args.with_resize,
+        browser=args.browser,
+        transformers=args.transformers,
+        gate=gate,
+    )
     run_export(
         checkpoint.fetch(args.student),
         Path(args.out),
+        options=options,
         overwrite=args.overwrite,
-        bits=args.bits,
         card=Path(args.card) if args.card else None,
         encoder_weights=args.encoder_weights,
-        onnx=args.onnx,
-        program=args.program,
     )
     return 0

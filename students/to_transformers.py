@@ -1,0 +1,363 @@
+"""A student as a folder that transformers opens: a native class where one matches weight for weight, else its code.
+
+Native: a `dav2` decoder on a DINOv2 without registers is DepthAnythingForDepthEstimation; a `dpt` decoder of 256
+channels on one is DPTForDepthEstimation (its projection's width is written into the class; batch norms go into the
+convolutions behind them). No class of transformers reads a DINOv3 with its class token into a DPT, so those, SDT, and
+everything else get students/remote_code.py, whose model.safetensors stays a student's own.
+
+Surprises: both native heads end in a ReLU, which a student of unknown shift does not have. Its last bias is raised by
+a number far beyond the lowest value seen, which config.json names ("shift"): a shift is unknown anyway. And
+transformers resizes DINOv2's position table without antialias and by another cubic than timm: on the table's own grid
+nothing differs; on others the difference is measured, and returned.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from distill.core import crops
+from distill.core.optional import optional
+from distill.core.plugins import find
+from distill.students import Student, checkpoint
+
+CODE = "modeling_student.py"
+TOLERANCE = 1e-4
+_READS = "remote_code"
+
+
+def native(student: Student) -> str:
+    """ "DepthAnything", "DPT", or "" where no class of transformers is this student."""
+    encoder, options = student.encoder, student.decoder.options
+    vit = encoder.backbone
+    table = getattr(vit, "pos_embed", None)
+    plain = (
+        type(vit).__name__ == "VisionTransformer"
+        and "dinov2" in encoder.timm_name
+        and vit.num_prefix_tokens == 1
+        and table is not None
+        and vit.patch_embed.grid_size[0] == vit.patch_embed.grid_size[1]
+        and len(set(encoder.indices)) == 4
+    )
+    whole = student.max_depth is None or float(student.max_depth).is_integer()
+    if plain and student.decoder_name == "dav2" and whole and options["patch_size"] == encoder.patch_size:
+        return "DepthAnything"
+    folds = options.get("norm") in ("batch", "frozen", "none")
+    if plain and student.decoder_name == "dpt" and options["channels"] == 256 and folds and not student.max_depth:
+        return "DPT"
+    return ""
+
+
+def write(student: Student, folder: Path, *, how: str = "auto") -> str:
+    """Write what transformers reads into `folder`, open it again, and compare; a line about it.
+
+    how: "native", "code", or "auto", which is native where there is a class. For code, `folder` holds the student
+    already (checkpoint.save), in float32 or float16. Raises ImportError without transformers, ValueError where no class
+    matches, or where what was written differs from the student by more than 1e-4 of its map's spread.
+    """
+    optional("transformers", "teachers")
+    name = native(student)
+    if how == "native" and not name:
+        raise ValueError(f"{folder}: no class of transformers is this student; use --transformers code")
+    if how == "code" or not name:
+        _write_code(student, folder)
+        name, shift = "modeling_student.py with trust_remote_code=True", 0.0
+    else:
+        shift = _write_native(student, folder, name)
+        name = f"{name}ForDepthEstimation"
+    near, far = _compare(student, folder, shift)
+    if not near <= TOLERANCE:
+        raise ValueError(f"{folder}: not written, for transformers' outputs differ by {near:.2g} of their spread")
+    return f"{name}: within {near:.1g} of torch's outputs (of their spread) on a square, {far:.1g} on 3:4"
+
+
+# --- native classes ---------------------------------------------------------------------------------------------------
+
+
+def _write_native(student: Student, folder: Path, name: str) -> float:
+    transformers = optional("transformers", "teachers")
+    encoder, options, vit = student.encoder, student.decoder.options, student.encoder.backbone
+    block = vit.blocks[0]
+    gated = block.mlp.fc1.out_features != block.mlp.fc2.in_features
+    backbone = transformers.Dinov2Config(
+        hidden_size=encoder.channels,
+        num_hidden_layers=len(vit.blocks),
+        num_attention_heads=block.attn.num_heads,
+        mlp_ratio=4 if gated else block.mlp.fc1.out_features // encoder.channels,
+        image_size=vit.patch_embed.grid_size[0] * encoder.patch_size,
+        patch_size=encoder.patch_size,
+        use_swiglu_ffn=gated,
+        use_mask_token=False,
+        out_indices=[i + 1 for i in encoder.indices],
+        apply_layernorm=encoder.final_norm,
+        reshape_hidden_states=False,
+    )
+    shift = 0.0 if student.max_depth else _shift(student)
+    said = {"shift": shift, "kind": str(student.kind), "larger_is": student.kind.larger_is}
+    if name == "DepthAnything":
+        config = transformers.DepthAnythingConfig(
+            backbone_config=backbone,
+            patch_size=encoder.patch_size,
+            reassemble_hidden_size=encoder.channels,
+            neck_hidden_sizes=options["post_process_channels"],
+            fusion_hidden_size=options["channels"],
+            depth_estimation_type="metric" if student.max_depth else "relative",
+            max_depth=int(student.max_depth or 1),
+            depth_distill=said,
+        )
+    else:
+        config = transformers.DPTConfig(
+            backbone_config=backbone,
+            readout_type=options["readout"],
+            neck_hidden_sizes=options["post_process_channels"],
+            fusion_hidden_size=256,
+            add_projection=True,
+            use_bias_in_fusion_residual=False,
+            depth_distill=said,
+        )
+    model = getattr(transformers, f"{name}ForDepthEstimation")(config)
+    state = _backbone_state(student) | (_dav2_state if name == "DepthAnything" else _dpt_state)(student)
+    last = "head.conv3.bias" if name == "DepthAnything" else "head.head.4.bias"
+    state[last] = state[last] + shift
+    unused = "neck.fusion_stage.layers.0.residual_layer1."  # which the class has, and never calls
+    state |= {key: torch.zeros_like(value) for key, value in model.state_dict().items() if key.startswith(unused)}
+    state = {key: value.detach().float().contiguous().clone() for key, value in state.items()}
+    safetensors.torch.save_file(state, folder / checkpoint.WEIGHTS, metadata={"format": "pt"})
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    size = student.native_size or backbone.image_size
+    transformers.DPTImageProcessor(
+        size={"height": size, "width": size},
+        keep_aspect_ratio=True,
+        ensure_multiple_of=encoder.patch_size,
+        resample=2,
+        image_mean=list(encoder.options["mean"]),
+        image_std=list(encoder.options["std"]),
+        do_pad=False,
+    ).save_pretrained(folder)
+    return shift
+
+
+def _shift(student: Student) -> float:
+    """What keeps the map of a student without a ReLU above zero: four spreads below the lowest value of some images."""
+    with torch.no_grad():
+        values = torch.cat([student(image).flatten() for image in _images(student)])
+    return max(0.0, 4 * float(values.max() - values.min()) - float(values.min()))
+
+
+_BLOCK = {
+    "norm1": "norm1", "norm2": "norm2", "attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}  # fmt: skip
+
+
+def _backbone_state(student: Student) -> dict[str, Tensor]:
+    """timm's DINOv2 in the names of transformers' Dinov2Backbone."""
+    vit = student.encoder.backbone
+    state = vit.state_dict()
+    out = {
+        "embeddings.cls_token": state["cls_token"],
+        "embeddings.position_embeddings": _table(vit),
+        "embeddings.patch_embeddings.projection.weight": state["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": state["patch_embed.proj.bias"],
+        "layernorm.weight": state.get("norm.weight", torch.ones(student.encoder.channels)),
+        "layernorm.bias": state.get("norm.bias", torch.zeros(student.encoder.channels)),
+    }
+    for i, block in enumerate(vit.blocks):
+        here, there = f"blocks.{i}.", f"encoder.layer.{i}."
+        gated = block.mlp.fc1.out_features != block.mlp.fc2.in_features
+        names = _BLOCK | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if gated else {})
+        for part in ("weight", "bias"):
+            out |= {f"{there}{theirs}.{part}": state[f"{here}{ours}.{part}"] for ours, theirs in names.items()}
+            query, key, value = state[f"{here}attn.qkv.{part}"].chunk(3)
+            for name, tensor in (("query", query), ("key", key), ("value", value)):
+                out[f"{there}attention.attention.{name}.{part}"] = tensor
+        for n in (1, 2):
+            ones = torch.ones(student.encoder.channels)
+            out[f"{there}layer_scale{n}.lambda1"] = state.get(f"{here}ls{n}.gamma", ones)
+    return {f"backbone.{key}": value for key, value in out.items()}
+
+
+def _table(vit: Any) -> Tensor:
+    table: Tensor = vit.pos_embed
+    # timm's table of a ViT may leave the class token out; its position is then zero.
+    return torch.cat([torch.zeros_like(table[:, :1]), table], dim=1) if vit.no_embed_class else table
+
+
+def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """By the first pattern that fits; ValueError for a key that none does."""
+    out = {}
+    for key, value in state.items():
+        found = next((re.sub(p, to, key) for p, to in names.items() if re.match(p, key)), None)
+        if found is None:
+            raise ValueError(f"no place for {key} in transformers' model")
+        out[found] = value
+    return out
+
+
+def _dav2_state(student: Student) -> dict[str, Tensor]:
+    def layer(match: re.Match[str]) -> str:
+        return f"neck.fusion_stage.layers.{4 - int(match[1])}."
+
+    state = {re.sub(r"^scratch\.refinenet(\d)\.", layer, key): v for key, v in student.decoder.state_dict().items()}
+    unit = r"^(neck\.fusion_stage\.layers\.\d\.)resConfUnit(\d)\.conv(\d)\."
+    convs = {rf"^scratch\.layer{i + 1}_rn\.": f"neck.convs.{i}." for i in range(4)}
+    return _renamed(
+        state,
+        {
+            r"^projects\.(\d)\.": r"neck.reassemble_stage.layers.\1.projection.",
+            r"^resize_layers\.(\d)\.": r"neck.reassemble_stage.layers.\1.resize.",
+            **convs,
+            unit: r"\1residual_layer\2.convolution\3.",
+            r"^(neck\.fusion_stage\.layers\.\d\.)out_conv\.": r"\1projection.",
+            r"^scratch\.output_conv1\.": "head.conv1.",
+            r"^scratch\.output_conv2\.0\.": "head.conv2.",
+            r"^scratch\.output_conv2\.2\.": "head.conv3.",
+        },
+    )
+
+
+def _dpt_state(student: Student) -> dict[str, Tensor]:
+    decoder = student.decoder
+    state = dict(decoder.state_dict())
+    for i in range(4):
+        norm = decoder.reassemble_blocks.batchnorm_layers[i]
+        if not isinstance(norm, nn.Identity):
+            weight, bias = (f"reassemble_blocks.projects.{i}.conv.{part}" for part in ("weight", "bias"))
+            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            moved = norm.bias - norm.running_mean * scale
+            state[bias] = state[bias] + state[weight][:, :, 0, 0] @ moved
+            state[weight] = state[weight] * scale[None, :, None, None]
+    state = {key: value for key, value in state.items() if ".batchnorm_layers." not in key}
+    fusion = r"^fusion_blocks\.(\d)\."
+    return _renamed(
+        state,
+        {
+            r"^reassemble_blocks\.projects\.(\d)\.conv\.": r"neck.reassemble_stage.layers.\1.projection.",
+            r"^reassemble_blocks\.resize_layers\.(\d)\.": r"neck.reassemble_stage.layers.\1.resize.",
+            r"^reassemble_blocks\.readout_projects\.(\d)\.": r"neck.reassemble_stage.readout_projects.\1.",
+            r"^convs\.(\d)\.conv\.": r"neck.convs.\1.",
+            fusion + r"res_conv_unit(\d)\.conv(\d)\.conv\.": (
+                r"neck.fusion_stage.layers.\1.residual_layer\2.convolution\3."
+            ),
+            fusion + r"project\.conv\.": r"neck.fusion_stage.layers.\1.projection.",
+            r"^project\.conv\.": "head.projection.",
+            r"^conv_depth\.head\.(\d)\.": r"head.head.\1.",
+        },
+    )
+
+
+# --- code -------------------------------------------------------------------------------------------------------------
+
+
+def _write_code(student: Student, folder: Path) -> None:
+    """config.json, preprocessor_config.json and the source files; the weights are the student's own."""
+    encoder = student.encoder
+    names = {"timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
+    module = CODE.removesuffix(".py")
+    config = {
+        "model_type": "depth_distill_student",
+        "architectures": ["StudentForDepthEstimation"],
+        "auto_map": {
+            "AutoConfig": f"{module}.StudentConfig",
+            "AutoModelForDepthEstimation": f"{module}.StudentForDepthEstimation",
+        },
+        "dtype": "float32",
+        "encoder": {**encoder.options, **names},
+        "decoder": dict(student.decoder.options),
+        "max_depth": student.max_depth,
+        "kind": str(student.kind),
+        "larger_is": student.kind.larger_is,
+    }
+    processor = {
+        "image_processor_type": "StudentImageProcessor",
+        "auto_map": {"AutoImageProcessor": f"{module}.StudentImageProcessor"},
+        "native_size": student.native_size,
+        "multiple": encoder.patch_size,
+        "image_mean": list(encoder.options["mean"]),
+        "image_std": list(encoder.options["std"]),
+    }
+    for name, values in (("config.json", config), ("preprocessor_config.json", processor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    template = Path(__file__).with_name(f"{_READS}.py")
+    source = template.read_text(encoding="utf-8")
+    decoder = find("distill.students.decoders", student.decoder_name)
+    # A user's decoder is a file, or a package's module: it goes by the same name here.
+    name = re.sub(r"\W", "_", Path(student.decoder_name).stem)
+    source = source.replace(
+        "from distill.students.decoders.sdt import", f"from distill.students.decoders.{name} import"
+    )
+    _write_sources(folder, {CODE: source}, {f"distill.students.decoders.{name}": Path(str(decoder.__file__))})
+
+
+def _write_sources(folder: Path, todo: dict[str, str], known: dict[str, Path]) -> None:
+    """Python files whose imports of this package are relative ones, and the files that they name, each once."""
+    written: set[str] = set()
+    while todo:
+        name, source = todo.popitem()
+        written.add(name)
+        for module in sorted(_ours(source, known), key=len, reverse=True):
+            path, file = known.get(module) or _source(module), _file(module)
+            source = re.sub(rf"^from {re.escape(module)} import", f"from .{file} import", source, flags=re.M)
+            if f"{file}.py" not in written:
+                todo[f"{file}.py"] = path.read_text(encoding="utf-8")
+        (folder / name).write_text(source, encoding="utf-8")
+
+
+def _ours(source: str, known: Mapping[str, Path]) -> set[str]:
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    return {str(node.module) for node in nodes if str(node.module).startswith("distill.") or node.module in known}
+
+
+def _source(module: str) -> Path:
+    base = Path(__file__).parent.parent.joinpath(*module.split(".")[1:])
+    return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")
+
+
+def _file(module: str) -> str:
+    return "_".join(re.sub(r"\W", "_", part) for part in module.removeprefix("distill.").split("."))
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def _images(student: Student) -> list[Tensor]:
+    """A square and a wide image (1,3,H,W), smooth ones, at the native size and a table's own grid."""
+    grid = getattr(student.encoder.backbone.patch_embed, "grid_size", (16, 16))
+    side = student.native_size or grid[0] * student.encoder.patch_size
+    draw = torch.Generator().manual_seed(0)
+    seed = torch.rand(1, 3, 9, 12, generator=draw)
+    shapes = [(side, side), crops.native_shape(3, 4, side, student.encoder.patch_size)]
+    return [nn.functional.interpolate(seed, size, mode="bicubic", align_corners=False).clamp(0, 1) for size in shapes]
+
+
+def _compare(student: Student, folder: Path, shift: float) -> tuple[float, float]:
+    """The largest difference on a square image, and on a wide one, in units of the map's spread."""
+    transformers = optional("transformers", "teachers")
+    model, loaded = transformers.AutoModelForDepthEstimation.from_pretrained(
+        folder, trust_remote_code=True, output_loading_info=True
+    )
+    for what, keys in loaded.items():
+        if keys:
+            raise ValueError(f"{folder}: transformers reads it with {what.replace('_', ' ')}: {sorted(keys)[:3]}")
+    model = model.eval().float()
+    off = []
+    for images in _images(student):
+        with torch.no_grad():
+            expected = student(images)
+            actual = model((images - student.encoder.mean) / student.encoder.std).predicted_depth - shift
+        if actual.shape != expected.shape:
+            actual = nn.functional.interpolate(
+                actual[:, None], expected.shape[-2:], mode="bilinear", align_corners=False
+            )[:, 0]
+        spread = (expected.amax() - expected.amin()).clamp(min=1e-12)
+        off.append(float((actual - expected).abs().max() / spread))
+    return off[0], off[1]

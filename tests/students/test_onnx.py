@@ -1,0 +1,176 @@
+"""What is done to an ONNX graph after it was traced: float16 with its guards, 8 bits, the size rule, browsers."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from distill.app import cli
+from distill.core import crops
+from distill.students import checkpoint, onnx_form, onnx_graph, onnx_precision
+from distill.students.onnx_graph import OnnxOptions
+from tests.students.test_export import small
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+
+def graph(nodes, weights, output="disparity"):
+    """A model from images (batch,3,height,width); nodes: (op, inputs, output, attributes)."""
+    single = onnx.TensorProto.FLOAT
+    made = onnx.helper.make_graph(
+        [onnx.helper.make_node(op, inputs, [out], **attributes) for op, inputs, out, attributes in nodes],
+        "g",
+        [onnx.helper.make_tensor_value_info("images", single, ["batch", 3, "height", "width"])],
+        [onnx.helper.make_tensor_value_info(output, single, ["batch", "height", "width"])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return onnx.helper.make_model(made, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+
+
+def conv(inputs, outputs, seed=0, scale=0.1):
+    return np.random.default_rng(seed).normal(size=(outputs, inputs, 3, 3)).astype(np.float32) * np.float32(scale)
+
+
+PADS = {"pads": [1, 1, 1, 1]}
+# A convolution, an "attention" whose product is beyond float16, a sampling grid, and a last convolution.
+LARGE = graph(
+    [
+        ("Conv", ["images", "w0"], "a", PADS),
+        ("Mul", ["a", "large"], "b", {}),
+        ("Mul", ["b", "b"], "product", {}),
+        ("Div", ["product", "huge"], "c", {}),
+        ("Conv", ["c", "w1"], "d", PADS),
+        ("Shape", ["images"], "shape", {}),
+        ("Cast", ["shape"], "sides", {"to": 1}),
+        ("ReduceMax", ["sides"], "side", {"keepdims": 0}),
+        ("Div", ["d", "side"], "e", {}),
+        ("Squeeze", ["e", "axis"], "disparity", {}),
+    ],
+    {
+        "w0": conv(3, 8), "w1": conv(8, 1, 1), "large": np.float32(1e3), "huge": np.float32(1e5),
+        "axis": np.array([1], np.int64),
+    },
+)  # fmt: skip
+
+
+def run(model, tmp_path, images):
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "m.onnx")
+    return onnx_graph.run_onnx(tmp_path / "m.onnx")(images)
+
+
+def kinds(model):
+    """The precision of every node's output, by operation."""
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    types = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
+    return {n.output[0]: types.get(n.output[0]) for n in model.graph.node}
+
+
+def test_float16_keeps_what_overflows_and_halves_the_rest(tmp_path):
+    images = torch.rand(1, 3, 12, 9, generator=torch.Generator().manual_seed(0))
+    expected = run(LARGE, tmp_path, images)
+    half = onnx_precision.half(LARGE, [images])
+    found = run(half, tmp_path, images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=5e-3 * float(expected.std()), rtol=0)
+    single, short = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+    found_kinds = kinds(half)
+    assert found_kinds["a"] == short and found_kinds["d"] == short, "weights and what fits are halved"
+    assert found_kinds["product"] == single, "what is beyond 65504 is not"
+    assert found_kinds["side"] == single, "sizes are positions, not contents"
+    weights = {t.name: t.data_type for t in half.graph.initializer}
+    assert weights["w0:half"] == short and "w0" not in weights
+
+
+def test_float16_keeps_sampling_grids_whole(tmp_path):
+    """A grid of ten bits is half a pixel off on a map of a thousand."""
+    width = 2048
+    step = (2 * (torch.arange(width) + 0.5) / width - 1).numpy()
+    grid = np.stack([step, np.zeros(width)], axis=-1).astype(np.float32)[None, None]
+    model = graph(
+        [
+            ("Mul", ["images", "zero"], "nothing", {}),
+            ("ReduceSum", ["nothing"], "none", {"keepdims": 0}),
+            ("Add", ["grid", "none"], "moved", {}),
+            ("GridSample", ["images", "moved"], "read", {"align_corners": 0}),
+            ("ReduceMean", ["read", "axis"], "disparity", {"keepdims": 0}),
+        ],
+        {"zero": np.float32(0), "grid": grid, "axis": np.array([1], np.int64)},
+    )
+    images = torch.linspace(0, 1, width).expand(1, 3, 1, width).contiguous()
+    half = onnx_precision.half(model, [images])
+    off = (run(half, tmp_path, images) - run(model, tmp_path, images)).abs().max()
+    assert off < 1e-3  # float16 of a value near one; a grid in float16 is off by more than 2e-4 everywhere
+
+
+def test_eight_bits_are_calibrated_and_close(tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    model = graph(
+        [
+            ("Conv", ["images", "w0"], "a", PADS),
+            ("Relu", ["a"], "b", {}),
+            ("Conv", ["b", "w1"], "c", PADS),
+            ("Relu", ["c"], "d", {}),
+            ("Conv", ["d", "w2"], "e", PADS),
+            ("Squeeze", ["e", "axis"], "disparity", {}),
+        ],
+        {"w0": conv(3, 16), "w1": conv(16, 16, 1), "w2": conv(16, 1, 2), "axis": np.array([1], np.int64)},
+    )
+    images = torch.rand(1, 3, 16, 24, generator=draw)
+    expected = run(model, tmp_path, images)
+    made = onnx_precision.quantized(model, [torch.rand(1, 3, 16, 16, generator=draw) for _ in range(3)])
+    found = run(made, tmp_path, images)
+    assert 0 < float((found - expected).abs().mean() / expected.std()) < 0.1
+    assert {t.data_type for t in made.graph.initializer if t.name.startswith("w1")} >= {onnx.TensorProto.INT8}
+    assert not any(t.name.startswith("w0_quantized") for t in made.graph.initializer), "the first one stays whole"
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 120), (333, 217), (20, 700), (56, 56), (7, 9)])
+def test_the_size_rule_in_the_graph_is_that_of_predict(tmp_path, height, width):
+    student = small()
+    student.native_size = 56
+    # The "network" is the first channel at its own size.
+    model = graph([("Gather", ["images", "first"], "disparity", {"axis": 1})], {"first": np.int64(0)})
+    onnx_form.with_resize(model, student)
+    photo = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = run(model, tmp_path, photo.permute(1, 2, 0).contiguous())
+    sized = crops.resize(photo[None].float() / 255, *crops.native_shape(height, width, 56, student.encoder.patch_size))
+    expected = crops.resize(sized, height, width)[0, 0]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_a_graph_for_browsers_has_no_antialias_and_the_same_map():
+    model = graph(
+        [
+            ("Resize", ["images", "", "scales"], "big", {"mode": "cubic", "antialias": 1, "cubic_coeff_a": -0.5}),
+            ("Gather", ["big", "first"], "disparity", {"axis": 1}),
+        ],
+        {"scales": np.array([1, 1, 1.5, 2], np.float32), "first": np.int64(0)},
+    )
+    onnx_form.without_antialias(model)
+    assert {a.name for a in model.graph.node[0].attribute} == {"mode", "cubic_coeff_a"}
+
+
+def test_missing_packages_are_said_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "onnxruntime" else found(name, *a)
+    )
+    monkeypatch.setattr(checkpoint, "load", lambda *given, **options: pytest.fail("loaded"))
+    checkpoint.save(small(), tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--onnx"]) == 2
+    assert "onnxruntime is not installed; pip install 'depth-distill[export]'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def test_forms_that_need_more_are_refused(tmp_path):
+    student = small()
+    with pytest.raises(ValueError, match="8 bits need images"):
+        onnx_graph.write_onnx(student, tmp_path / "m.onnx", options=OnnxOptions(bits=8))
+    with pytest.raises(ValueError, match="no native_size"):
+        onnx_graph.write_onnx(student, tmp_path / "m.onnx", options=OnnxOptions(with_resize=True))
