@@ -15,8 +15,7 @@ include_patterns = [
     "eval/README.md",
     "students/README.md",
     "recipes/README.md",
-    "recipes/ablations/README.md",
-    "recipes/pocket/README.md",
+    "recipes/*/README.md",
 ]
 exclude_patterns = ["docs/conf.py"]
 html_theme = "furo"
