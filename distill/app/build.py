@@ -374,7 +374,10 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
+    loss = as_table(recipe.loss)
+    if loss["label_range"] == "as_is":  # runs that were begun before there was a choice go on
+        del loss["label_range"]
+    what = [labels_folder(recipe).name, as_table(recipe.student), loss]
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
     what += [read_names(recipe.labels.names)] if recipe.labels.names else []

@@ -82,7 +82,7 @@ class LabelSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder, beside images, crops and teachers."""
-        names = ("store", "codec", "samples_per_part", "sky")
+        names: tuple[str, ...] = ("store", "codec", "samples_per_part", "sky")
         names += ("bridge", "bridge_residual") if self.bridge else ()
         names += ("align", "align_residual", "align_inliers") if self.align else ()
         return {name: getattr(self, name) for name in names}
