@@ -401,7 +401,10 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    what: list[Any] = [labels_folder(recipe).name, _student_table(recipe), as_table(recipe.loss)]
+    loss = as_table(recipe.loss)
+    if loss["label_range"] == "as_is":  # runs that were begun before there was a choice go on
+        del loss["label_range"]
+    what: list[Any] = [labels_folder(recipe).name, _student_table(recipe), loss]
     what += [recipe.latent.content] if latent.is_one_step(recipe) else []
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []

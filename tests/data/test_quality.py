@@ -93,7 +93,9 @@ def test_depth_edges_without_image_edges_sky_and_blur_are_seen():
     image = np.where(near[..., None], 200, 60).astype(np.uint8).repeat(3, -1)
     shifted = np.roll(image, 20, axis=1)
     right, wrong = (image_scores(i, depth, valid, larger_is_nearer=False) for i in (image, shifted))
-    assert right["edges"] < 0.1 < 0.4 < wrong["edges"]
+    assert right["edges"] < 0.15 < 0.4 < wrong["edges"]
+    flat = image_scores(np.full_like(image, 90), depth, valid, larger_is_nearer=False)
+    assert flat["edges"] == pytest.approx(0.5)
     blurred = image_scores(cv2.GaussianBlur(image, (0, 0), 4), depth, valid, larger_is_nearer=False)
     assert blurred["sharpness"] < 0.1 * right["sharpness"]
     far = image_scores(image, np.where(near, 2.0, 5.0).astype(np.float32) + y / 30, valid, larger_is_nearer=False)
