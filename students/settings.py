@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault
@@ -72,8 +72,8 @@ class StudentSettings:
         if self.network == "encoder_decoder":
             return ['head is of network = "one_step_unet"'] if self.head != "vae" else []
         theirs = {f.name for f in fields(self)} - {"network", "head", "weights", "native_size"}
-        plain = {f.name: f.default_factory() if f.default is MISSING else f.default for f in fields(self)}  # type: ignore[misc]
-        said = sorted(name for name in theirs if getattr(self, name) != plain[name])
+        plain = StudentSettings()
+        said = sorted(name for name in theirs if getattr(self, name) != getattr(plain, name))
         faults = [f'{", ".join(said)}: no part of network = "one_step_unet", leave it out'] if said else []
         if self.weights in ("", "pretrained"):
             faults.append('network = "one_step_unet" begins from a diffusers folder or hub id: give weights')
