@@ -35,6 +35,8 @@ WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
 EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor_config.json")
 """Made from the weights (students.export, onnx_graph, to_transformers): a new save takes the old ones away."""
 
+LATENT = "distill.json"
+"""What a latent network's folder holds instead (distill.teachers.TRAINED)."""
 EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""
@@ -219,7 +221,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
         raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
+            other = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
+            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{other}")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

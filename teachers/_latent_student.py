@@ -109,7 +109,7 @@ class LatentStudent(nn.Module):
         fixed = self.fixed.parts
         fixed.vae._apply(fn)
         self.fixed.parts = replace(fixed, prompt=fn(fixed.prompt))
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Computes the UNet's activations again in the backward pass."""

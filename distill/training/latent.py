@@ -36,7 +36,11 @@ class LatentNetwork(Protocol):
     alphas: Tensor
     head: Any
     kind: Kind
-    factor: int
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent pixel."""
+        ...
 
     def encode(self, images: Tensor) -> Tensor:
         """(B,3,S,S) in [0,1] -> (B,4,h,w)."""

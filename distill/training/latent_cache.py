@@ -1,6 +1,6 @@
 """The VAE's latents on disk, each computed once: the VAE is most of a step's work, and it never learns.
 
-    FOLDER/HASH/part-DIGEST.safetensors   entries "NAME" of one tensor each; the digest is of the names
+    FOLDER/HASH/part-WORD.safetensors   entries "NAME" of one tensor each; the word is drawn, so that no two meet
 
 Parts are written aside and renamed. Several processes write parts of their own, and see each other's when they next
 write one; a latent that two of them computed is stored twice and is the same. A part that cannot be read is passed over
@@ -10,6 +10,7 @@ and its latents computed again. What is found is bit for bit what would be compu
 from __future__ import annotations
 
 import hashlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,7 @@ class LatentCache:
         if not self._fresh:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256("\n".join(sorted(self._fresh)).encode()).hexdigest()[:16]
-        with files.writing(self.folder / f"part-{digest}.safetensors") as new:
+        with files.writing(self.folder / f"part-{uuid.uuid4().hex[:16]}.safetensors") as new:
             save_file(self._fresh, new)
         self._look()
         self._fresh = {name: value for name, value in self._fresh.items() if name not in self._places}

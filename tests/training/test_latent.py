@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import socket
+
 import pytest
 import torch
 
@@ -202,6 +206,28 @@ def test_a_damaged_part_is_computed_again(tmp_path, straight):
         part.write_bytes(part.read_bytes()[:40])
     _, network = latent_toys.run(tmp_path / "b", ema=0.9, cache=tmp_path / "latents")
     assert network.encoded and toys.losses_of(tmp_path / "b") == toys.losses_of(straight)
+
+
+def _process(out, environment) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    latent_toys.run(out, ema=0.9, cache=out.parent / "latents")
+
+
+def test_two_processes_are_one(straight, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    fork = multiprocessing.get_context("fork")
+    ranks = [{**world, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"} for r in ("0", "1")]
+    started = [fork.Process(target=_process, args=(tmp_path / "two", rank)) for rank in ranks]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(timeout=120)
+    assert [one.exitcode for one in started] == [0, 0]
+    toys.assert_same_run(tmp_path / "two", straight)
 
 
 def test_accumulating_changes_nothing(straight, tmp_path):
