@@ -99,11 +99,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_counts_of_the_readme_are_those_of_the_results():
-    rows = re.findall(r"^\| .* \| \**(reproduced|within noise|not reproduced)\** \|", results(), re.MULTILINE)
-    counts = {verdict: rows.count(verdict) for verdict in ("reproduced", "within noise", "not reproduced")}
-    said = re.search(
-        r"(\d+) reproduced, (\d+) within noise,\s\**(\d+) not reproduced", (ROOT / "README.md").read_text()
-    )
+    rows = re.findall(r"^\| .* \| (same sign|undecided|opposite)[^|]* \|", results(), re.MULTILINE)
+    counts = {verdict: rows.count(verdict) for verdict in ("same sign", "undecided", "opposite")}
+    said = re.search(r"(\d+) same sign, (\d+) undecided,\s\**(\d+) opposite", (ROOT / "README.md").read_text())
     assert said and [int(n) for n in said.groups()] == list(counts.values()), counts
     for row in re.findall(r"^\| [^|]+ \| [0-9.]+ \| [0-9.]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert row.rstrip(" |") in results(), row
