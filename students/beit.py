@@ -59,11 +59,12 @@ def relative_index(rows: int, columns: int) -> Tensor:
 
     Pairs of patches by their vertical and horizontal distance; then class to patch, patch to class, class to class.
     """
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    # On the CPU whatever the default device: what is kept here serves every device.
+    y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
     y, x = y.flatten(), x.flatten()
     pairs = (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
     count = (2 * rows - 1) * (2 * columns - 1)
-    index = torch.full((rows * columns + 1,) * 2, count)
+    index = torch.full((rows * columns + 1,) * 2, count, device="cpu")
     index[1:, 1:] = pairs
     index[1:, 0] = count + 1
     index[0, 0] = count + 2

@@ -72,8 +72,8 @@ class StudentSettings:
         if self.network == "encoder_decoder":
             return ['head is of network = "one_step_unet"'] if self.head != "vae" else []
         theirs = {f.name for f in fields(self)} - {"network", "head", "weights", "native_size"}
-        plain = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(self)}
-        given = sorted(name for name in theirs if getattr(self, name) != plain[name])
+        plain = StudentSettings()
+        given = sorted(name for name in theirs if getattr(self, name) != getattr(plain, name))
         faults = [f'{", ".join(given)}: no part of network = "one_step_unet", leave it out'] if given else []
         if self.weights in ("", "pretrained"):
             faults.append('network = "one_step_unet" begins from a diffusers folder or hub id: give weights')

@@ -93,13 +93,13 @@ def summary(errors: list[LocalError]) -> dict[str, Any]:
     return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
 
-def _gain(before: np.ndarray, after: np.ndarray) -> list[float] | None:
-    """The relative gain of the means and the half width of its interval, by the ratio's linearization."""
+def _gain(before: np.ndarray, after: np.ndarray) -> list[float | None] | None:
+    """The relative gain of the means and the half width of its interval, by the ratio's linearization; None of one."""
     if np.isnan(after).any():
         return None
     ratio = float(after.mean() / before.mean())
     if len(before) < 2:
-        return [1 - ratio, math.inf]
+        return [1 - ratio, None]
     half = quantile(len(before) - 1) * stdev((after - ratio * before).tolist()) / before.mean() / math.sqrt(len(before))
     return [1 - ratio, float(half)]
 
@@ -107,5 +107,6 @@ def _gain(before: np.ndarray, after: np.ndarray) -> list[float] | None:
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     shown = {key: "-" if row[key] is None else f"{row[key]:.4f}" for key in ("globally", "locally", "patch")}
     for key in ("gain", "patch_gain"):
-        shown[key] = "-" if row[key] is None else f"{row[key][0]:+.1%} ± {row[key][1]:.1%}"
+        gain, half = row[key] or (None, None)
+        shown[key] = "-" if gain is None else f"{gain:+.1%}" + ("" if half is None else f" ± {half:.1%}")
     return shown | {"images": str(row["images"])}

@@ -156,6 +156,10 @@ def test_scores_and_report_are_written(straight):
     scores = {p.name for p in (straight / "scores").glob("*.json")}
     assert {"scenes--student.json", "scenes--analytic.json", "scenes--plane_prior.json"} <= scores
     html = (straight / "report.html").read_text()
+    faithful = json.loads((straight / "fidelity" / "scenes--analytic.json").read_text())
+    own = json.loads((straight / "scores" / "scenes--student.json").read_text())["metrics"]
+    assert 0 < faithful["abs_rel"] < own["abs_rel"]  # it learnt its teacher, whom the scenes' depth does not care for
+    assert 'id="fidelity"' in html and f"{faithful['boundary_f1']:.4f}" in html
     assert "data:image/" in html and "abs_rel" in html.lower().replace("absrel", "abs_rel")
     for outside in ('src="http', "src='http", 'href="http', "@import", "url(http"):
         assert outside not in html

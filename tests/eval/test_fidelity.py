@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from distill.app.local_gain import summary
 from distill.core.depth import DepthMap, Kind
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import PROTOCOL
 from distill.eval.fidelity import fidelity
-from distill.eval.local import central, local_error
+from distill.eval.local import LocalError, central, local_error
 from distill.eval.protocol import Protocol
 from distill.eval.reports.fidelity import fidelity_section, scatter
 
@@ -61,3 +62,6 @@ def test_a_fault_elsewhere_spoils_the_global_alignment_of_a_part_and_not_the_loc
     truth = DepthMap(torch.tensor(depth)[None], torch.ones(1, 32, 32, dtype=torch.bool), Kind.METRIC_DEPTH)
     found = local_error(pred, truth, Kind.AFFINE_DISPARITY, PROTOCOL, patch=5 / depth[rows, columns] + 1)
     assert found.globally > 0.1 and found.locally < 1e-3 and found.patch < 1e-3
+    row = summary([found, found])
+    assert row["gain"][0] == pytest.approx(1 - found.locally / found.globally) and row["gain"][1] < 1e-9
+    assert row["images"] == 2 and summary([LocalError(0.2, 0.1)])["patch"] is None  # a model that is looked up
