@@ -17,6 +17,7 @@ from distill.core.plugins import find, names
 ORDER = [
     "demo",
     "label",
+    "status",
     "verify",
     "inspect",
     "train",
