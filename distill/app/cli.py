@@ -21,6 +21,7 @@ from distill.core.plugins import find, names
 ORDER = [
     "demo",
     "label",
+    "status",
     "verify",
     "inspect",
     "train",

@@ -276,23 +276,32 @@ def work(
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
     worker.card = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
+    with crew(max(1, labels.threads)) as team:
+        job = Work(teachers, crops, labels, seed, device, (), team.stopping)
+        return _until_all_is_made(worker, team, tally, job, end, before)
+
+
+def _until_all_is_made(
+    worker: _Worker, team: Crew, tally: Tally, work: Work, end: partial[bool], before: str
+) -> LabelOutcome:
+    """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
+    place = worker.meeting
     try:
-        with crew(max(1, labels.threads)) as team:
-            while True:
-                _label_all(worker, team, tally, Work(teachers, crops, labels, seed, device, (), team.stopping))
-                if (now := place.stamp()) and now != before:
-                    place.tidy()  # our own card may have come after the last one's tidying
-                    return _outcome(worker, tally, last=False)
-                if worker.held:  # others have it, and there are enough who wait for them
-                    return _outcome(worker, tally, complete=False, last=False)
-                written = _finish(place, end, fresh=True)
-                if written:
-                    return _outcome(worker, tally, last=True)
-                if written is False:
-                    worker.forget()
-                elif not worker.may_wait(0):
-                    return _outcome(worker, tally, complete=False, last=False)
-                time.sleep(worker.poll_s)
+        while True:
+            _label_all(worker, team, tally, work)
+            if (now := place.stamp()) and now != before:
+                place.tidy()  # our own card may have come after the last one's tidying
+                return _outcome(worker, tally, last=False)
+            if worker.held:  # others have it, and there are enough who wait for them
+                return _outcome(worker, tally, complete=False, last=False)
+            written = _finish(place, end, fresh=True)
+            if written:
+                return _outcome(worker, tally, last=True)
+            if written is False:
+                worker.forget()
+            elif not worker.may_wait(0):
+                return _outcome(worker, tally, complete=False, last=False)
+            time.sleep(worker.poll_s)
     finally:
         worker.stand_up()
 
