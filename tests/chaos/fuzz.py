@@ -207,6 +207,9 @@ def _content(folder: Path) -> dict[str, bytes]:
 
 def labels(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     """A labels folder with one file gone bad: what is learnt from is what was written, and verify sees any change."""
+    if not (lab.folder / "run").is_dir():
+        done = lab.call("label", "r.toml")
+        assert done.rc == 0, done.said
     right = _content(lab.labels)
     files = [path for path in sorted(lab.labels.iterdir()) if path.suffix in (".tar", ".json")]
     while True:
