@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,21 @@ def fetch(name: str | Path, *, revision: str | None = None) -> Path:
         return hub.download(name, files=[WEIGHTS, DESCRIPTION, CARD], revision=revision)
     except hub.HubError as error:
         raise OSError(f"{name}: no such folder here, and {error}") from error
+
+
+def push_to_hub(
+    student: Student,
+    repository: str,
+    *,
+    card: Mapping[str, Any] | None = None,
+    private: bool = False,
+    message: str = "",
+) -> str:
+    """Save `student` aside and upload it as OWNER/NAME (core.hub.upload); the commit's address. OSError in one line."""
+    with tempfile.TemporaryDirectory() as folder:
+        name = repository.rpartition("/")[2]
+        saved = save(student, Path(folder, name), card={"name": name, **(card or {})})
+        return hub.upload(saved, repository, private=private, message=message)
 
 
 def load_decoder(student: Student, folder: str | Path) -> None:

@@ -184,7 +184,7 @@ def quantized(model: Any, images: Sequence[Tensor]) -> Any:
     onnx = optional("onnx")
     sized = iter([{model.graph.input[0].name: image.numpy()} for image in images])
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined, misc]
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[name-defined]
         def get_next(self) -> Any:
             return next(sized, None)
 

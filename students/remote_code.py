@@ -57,7 +57,7 @@ def build_vit(config: StudentConfig) -> Any:
     return vit
 
 
-class StudentForDepthEstimation(PreTrainedModel):  # type: ignore[misc]
+class StudentForDepthEstimation(PreTrainedModel):
     """pixel_values (B,3,H,W), normalised, any size, to predicted_depth (B,H,W): what config.kind says."""
 
     config_class = StudentConfig
@@ -120,7 +120,7 @@ class StudentForDepthEstimation(PreTrainedModel):  # type: ignore[misc]
         return patches, prefix[:, 0] if has_cls else patches.mean(dim=(2, 3))
 
 
-class StudentImageProcessor(BaseImageProcessor):  # type: ignore[misc]
+class StudentImageProcessor(BaseImageProcessor):
     """The student's size rule: short side to native_size, each side the nearest multiple; bilinear with antialias.
 
     The long side is at most 8 native sizes. native_size None: images keep their size.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,17 @@ class Student(nn.Module):
             "native_size": self.native_size,
             **({"max_depth": self.max_depth} if self.max_depth else {}),
         }
+
+    def push_to_hub(
+        self, repository: str, *, card: Mapping[str, Any] | None = None, private: bool = False, message: str = ""
+    ) -> str:
+        """Upload it as OWNER/NAME on the hub, where `distill.load("OWNER/NAME")` finds it; the commit's address.
+
+        card: plain values for README.md and student.json, licence and teachers among them. Raises OSError in one line.
+        """
+        # By name: what a student is on disk is read after what it is (no circle of imports).
+        checkpoint = importlib.import_module("distill.students.checkpoint")
+        return str(checkpoint.push_to_hub(self, repository, card=card, private=private, message=message))
 
     def forward(self, images: Tensor, with_features: bool = False, features: Sequence[Feature] | None = None) -> Any:
         """(B,H,W) float32 of images (B,3,H,W); with_features: also the encoder's last patch map (B,C,h,w).

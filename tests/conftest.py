@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")  # recipes run by tests are not the person's
 
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="distill-tests-"))  # of transformers' remote code
+
 import numpy as np
 import pytest
 import torch

@@ -28,7 +28,7 @@ FOLDERS = [
     "distill.app",
 ]
 OWNERS = {
-    "timm": ["distill.students.encoder"],
+    "timm": ["distill.students.encoder", "distill.students.remote_code"],
     "accelerate": ["distill.training.parallel", "distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],
@@ -38,7 +38,7 @@ OWNERS = {
     "OpenEXR": ["distill.data.maps"],
     "h5py": ["distill.data.maps"],
     "fsspec": ["distill.data.storage"],
-    "transformers": ["distill.teachers."],
+    "transformers": ["distill.teachers.", "distill.students.remote_code"],
     "diffusers": ["distill.teachers."],
     "tensorboard": ["distill.training.train"],
     "huggingface_hub": ["distill.core.hub"],

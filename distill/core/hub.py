@@ -43,7 +43,7 @@ def to_download(repository: str, *, files: Sequence[str], revision: str | None =
 
 
 @contextmanager
-def _one_line(repository: str) -> Iterator[None]:
+def _one_line(repository: str, *, writing: bool = False) -> Iterator[None]:
     """huggingface_hub's errors as HubError."""
     from huggingface_hub import errors
 
@@ -56,11 +56,36 @@ def _one_line(repository: str) -> Iterator[None]:
         raise HubError(
             "no such repository or revision on the Hugging Face hub (or it is private: `hf auth login`)"
         ) from error
-    except OSError as error:
+    except (OSError, errors.HfHubHTTPError) as error:
+        if writing:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise HubError(
+                f"{repository} was not uploaded: {reason}; is `hf auth login` done, and is it yours?"
+            ) from error
         raise HubError(
             f"the Hugging Face hub cannot be reached (offline?); where it can, `hf download {repository}`, then give "
             "that folder's path"
         ) from error
+
+
+def upload(folder: Path, repository: str, *, private: bool = False, message: str = "", kind: str = "model") -> str:
+    """Upload a folder as OWNER/NAME, made where it is not there; the address of the commit. Dot-files stay here.
+
+    kind: "model" or "dataset". The token is huggingface_hub's (`hf auth login`). Raises HubError in one line.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    with _one_line(repository, writing=True):
+        api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
+        made = api.upload_folder(
+            repo_id=repository,
+            repo_type=kind,
+            folder_path=str(folder),
+            commit_message=message or f"Upload {folder.name}",
+            ignore_patterns=[".*", "**/.*"],
+        )
+    return str(getattr(made, "commit_url", made))
 
 
 def cached_commit(repository: str) -> str:

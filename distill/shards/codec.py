@@ -190,7 +190,7 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
 def decode_sample(
     members: Mapping[str, bytes],
     *,
-    where: str,
+    where: str = "",
     teachers: Sequence[str] | None = None,
     patches: Callable[[int], Sequence[int]] | None = None,
     coded: bool = False,
@@ -199,8 +199,10 @@ def decode_sample(
 
     teachers: the ones to decode (None: all). patches: which of so many to decode (None: all). coded: leave the maps as
     codes, in `Sample.coded`. Raises OSError for damage, ValueError for a newer version or an unknown
-    codec, LookupError for a teacher that is not there; each names `where`.
+    codec, LookupError for a teacher that is not there; each names `where` (by
+    default what webdataset says of the sample): `webdataset.WebDataset(tars).map(decode_sample)`.
     """
+    where = where or f"{members.get('__url__', 'sample')}:{members.get('__key__', '')}"
     try:
         record = json.loads(members["json"])
         check_version(record, where)

@@ -12,7 +12,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from distill.core.depth import Kind, KindError
-from distill.shards.codec import encode_sample
+from distill.shards.codec import decode_sample, encode_sample
 from distill.shards.shards import (
     LabelDataset,
     ShardWriter,
@@ -58,6 +58,15 @@ def test_plain_webdataset_reads_it(folder):
     assert [item["__key__"] for item in items] == ["sa_1-0", "sa_1-1", "sa_2-0"]
     assert json.loads(items[0]["json"])["labels"]["two"]["kind"] == "affine_disparity"
     assert items[0]["one.local2.jls"].startswith(b"\xff\xd8\xff")
+
+
+def test_decode_sample_is_a_step_of_a_webdataset_pipeline(folder):
+    tar = next(folder.glob("*.tar"))
+    stream = webdataset.WebDataset([f"file:{tar}"], shardshuffle=False).map(decode_sample)
+    for found, expected in zip(stream, read_shard(tar), strict=True):
+        assert found.key == expected.key and torch.equal(found.image, expected.image)
+        for name, labels in expected.answers.items():
+            assert torch.equal(found.answers[name].shared.values, labels.shared.values)
 
 
 def test_dataset_agrees_with_the_stream_with_and_without_an_index(folder):

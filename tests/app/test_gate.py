@@ -1,0 +1,57 @@
+"""The quality gate: a loss of more than a tenth of a point is refused, by name and in points."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill.app import gate
+from distill.core.depth import DepthMap, Kind
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.protocol import Protocol
+
+PROTOCOL = Protocol(benchmark="ramp", max_depth=100.0)
+
+
+def ramp(n):
+    """Disparity that rises along the rows, and its depth in metres."""
+    disparity = torch.linspace(0.1, 1.0, 400).reshape(1, 20, 20) + 0.01 * n
+    truth = DepthMap(1 / disparity, torch.ones(1, 20, 20, dtype=torch.bool), Kind.METRIC_DEPTH)
+    return BenchmarkSample(f"{n}", f"{n}.npy", lambda: disparity.expand(3, -1, -1), lambda: truth)
+
+
+@pytest.fixture
+def samples(monkeypatch):
+    made = [ramp(n) for n in range(3)]
+    monkeypatch.setattr(gate.Gate, "samples", lambda self: (made, PROTOCOL))
+    return made
+
+
+def exact(image):
+    return 3 * image[0] + 1
+
+
+def worse(image):
+    out = exact(image).clone()
+    out[:, :2] += 3.0  # a tenth of the pixels
+    return out
+
+
+def test_delta1_is_one_for_the_truth_itself(samples):
+    assert gate.delta1(exact, samples, PROTOCOL, Kind.AFFINE_DISPARITY) == 1.0
+
+
+def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
+    line = gate.Gate("ramp").check(exact, exact, Kind.AFFINE_DISPARITY, "out")
+    assert line == "delta1 1.0000, float32 1.0000 (ramp, 3 images)"
+    with pytest.raises(ValueError, match=r"out: not written, for its delta1 0\.\d+, float32 1\.0000 .* points, more"):
+        gate.Gate("ramp").check(exact, worse, Kind.AFFINE_DISPARITY, "out")
+    assert "delta1 0." in gate.Gate("ramp", allow_drop=True).check(exact, worse, Kind.AFFINE_DISPARITY, "out")
+    with pytest.raises(ValueError, match="NaN"):  # a map that is not finite is no map
+        gate.Gate("ramp").check(exact, lambda image: exact(image) * torch.nan, Kind.AFFINE_DISPARITY, "out")
+
+
+def test_many_samples_are_spread_evenly():
+    assert gate._spread(3) == [0, 1, 2]
+    spread = gate._spread(1000)
+    assert len(set(spread)) == gate.MOST and spread[0] == 0 and spread[-1] == 999
