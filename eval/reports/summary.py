@@ -92,7 +92,7 @@ def _against(about: Score, other: Score, metric: str) -> str:
         return f"which these images do not tell apart from {other.model}’s {_number(other, metric)}"
     better = "better" if _is_better(about, other, metric) else "worse"
     ours, theirs = float(about.metrics[metric] or 0.0), float(other.metrics[metric] or 0.0)
-    by = f"{abs(ours - theirs) / abs(theirs):.0%} " if theirs else ""
+    by = f"{100 * abs(ours - theirs) / abs(theirs):.0f} % " if theirs else ""
     return f"{by}{better} than {other.model} ({_number(other, metric)})"
 
 
