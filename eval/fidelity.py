@@ -22,7 +22,7 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.fit import NoGroundTruthError, aligned_depth
 from distill.eval.protocol import Protocol
 from distill.eval.stored import BadPredictionError, find_prediction, read_prediction, read_settings
-from distill.eval.tasks import TASKS
+from distill.eval.tasks import TASKS, size_of
 
 POINTS = 1500
 """Pixels kept for the scatter, evenly over the images."""
@@ -44,7 +44,7 @@ def fidelity(
     for sample in samples:
         truth = sample.truth()
         try:
-            maps = [read_prediction(find_prediction(s, sample), truth.values.shape[-2:])[0] for s in (student, teacher)]
+            maps = [read_prediction(find_prediction(s, sample), size_of(truth))[0] for s in (student, teacher)]
             depth, _ = aligned_depth(maps[1], truth, kinds[1], clean)
             values, low, high = torch.from_numpy(np.ascontiguousarray(depth, np.float32))[None], *_range(truth)
             taught = DepthMap(values, truth.valid & (values > low) & (values < high), truth.kind)

@@ -225,8 +225,9 @@ def _fidelity(
     recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
 ) -> None:
     """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
-    stores = [recipe.run.folder / "predictions" / name.replace(" ", "_") / benchmark for name in ("student", teacher)]
-    found = fidelity(*stores, samples, protocol)
+    stores = recipe.run.folder / "predictions"
+    theirs = stores / teacher.replace(" ", "_") / benchmark
+    found = fidelity(stores / "student" / benchmark, theirs, samples, protocol)
     if found is None:
         return
     path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
