@@ -82,7 +82,7 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     """
     wanted = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
     if wanted in ("median", "l1") and truth.unknown == "affine":
-        raise KindError(f"this gives a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
+        raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
     unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")

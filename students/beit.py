@@ -14,11 +14,28 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+MIDAS_HEAD = ("scratch.", "pretrained.act_postprocess")
+"""What lies beside the encoder in MiDaS's own files."""
+
+
+def pooling(name: str) -> dict[str, str]:
+    """What timm is told of pooling: none, but for a BEiT, whose last norm stands behind its pooling and goes with it.
+
+    A distilled ViT has two class tokens and no choice.
+    """
+    return {} if name.startswith("beit") or "distilled" in name else {"global_pool": ""}
 
 
 def make_flexible(backbone: Any) -> None:
-    """Lets timm's Beit take any size that is a multiple of its patch; the size is seen by its patch embedding."""
+    """Lets timm's Beit take any size that is a multiple of its patch; the size is seen by its patch embedding.
+
+    Another backbone is left as it is.
+    """
+    if type(backbone).__name__ != "Beit":
+        return
+    backbone.fc_norm = nn.Identity()
     embed = backbone.patch_embed
     embed.strict_img_size = False
     grid = list(embed.grid_size)

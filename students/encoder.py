@@ -28,13 +28,12 @@ from torch.nn import functional as F
 
 from distill.core.files import file_sha256
 from distill.core.weights import below_prefix, read_state
-from distill.students.beit import make_flexible
+from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The names that facebookresearch gives its models. Its DINOv3 networks carry q and v biases (zero in the released S, B
-# and L), which is what timm calls "qkvb".
+# facebookresearch's names. Its DINOv3 networks carry q and v biases, zero in the released S, B and L: timm's "qkvb".
 ALIASES = {
     "dinov2_vits14": "vit_small_patch14_dinov2",
     "dinov2_vitb14": "vit_base_patch14_dinov2",
@@ -70,8 +69,7 @@ class Encoder(nn.Module):
     weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
     timm_options: further arguments of the timm model, e.g. {"depth": 3, "embed_dim": 96}.
 
-    Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a missing
-    file or a failed download.
+    Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a file.
     """
 
     mean: Tensor
@@ -276,14 +274,9 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
     if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
         raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
-        beit = name.startswith("beit")
-        # A distilled one has two class tokens and no choice; a BEiT's norm stands behind its pooling, and goes with it.
-        pool = {} if beit or "distilled" in name else {"global_pool": ""}
-        size = {} if beit else {"dynamic_img_size": True}
-        model = timm.create_model(name, num_classes=0, **size, **pool, **options)
-        if beit:
-            model.fc_norm = nn.Identity()
-            make_flexible(model)
+        size = {} if name.startswith("beit") else {"dynamic_img_size": True}
+        model = timm.create_model(name, num_classes=0, **size, **pooling(name), **options)
+        make_flexible(model)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"encoder {name} does not take these options: {error}") from error
     if grid is not None:
@@ -298,8 +291,7 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
-        pool = {} if name.startswith("beit") else {"global_pool": ""}
-        model = timm.create_model(name, pretrained=True, num_classes=0, **pool)
+        model = timm.create_model(name, pretrained=True, num_classes=0, **pooling(name))
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
@@ -310,23 +302,13 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
-_WHOLE_MODELS: tuple[str, ...] = (
-    "depth_head.",
-    "head.",
-    "neck.",
-    "decoder.",
-    "0.decoder.",
-    "model.head.",
-    "model.cam_",
-    "cam_",
-    "gs_",
-)
-_WHOLE_MODELS += ("scratch.", "pretrained.act_postprocess")  # MiDaS's own files
+_WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
 # zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed).
 _UNUSED = re.compile(
-    r"mask_token|fc_norm\..*|.*\.relative_position_index|rope_embed\.periods|.*\.bias_mask|local_cls_norm\..*|head\.(weight|bias)|head_dist\..*"
+    r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
+    r"head\.(weight|bias)|head_dist\..*"
 )
 
 
