@@ -384,8 +384,7 @@ def _read_labels(
 def disagreements(sample: Sample) -> Iterator[str]:
     """Where a sample that was read is not what its record says, a line each."""
     crop, size = sample.record["crop"], sample.record["crop"]["size"]
-    # A region that is not square keeps its shape in its image, which its maps must have too.
-    shape = (size, sample.image.shape[-1] if crop.get("width") else size)
+    shape = (size, sample.image.shape[-1] if crop.get("width") else size)  # no square: as its image is
     if sample.image.shape != (3, *shape):
         yield f"the image is {tuple(sample.image.shape)}, not 3 x {shape[0]} x {shape[1]}"
     if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
@@ -394,13 +393,12 @@ def disagreements(sample: Sample) -> Iterator[str]:
         info = sample.record["labels"][name]
         maps = [(labels.shared, 0, info["shared"], shape)]
         if labels.local is not None:
-            square = (crop["patch_size"], crop["patch_size"])
-            maps += [(labels.local, i, span, square) for i, span in enumerate(info["local"])]
+            maps += [(labels.local, i, span, (crop["patch_size"],) * 2) for i, span in enumerate(info["local"])]
         if len(info["local"]) not in (0, len(sample.record["patches"])):
             yield f"{name} has {len(info['local'])} local maps for {len(sample.record['patches'])} patches"
         for depth, i, span, wanted in maps:
             if depth.values.shape[1:] != wanted:
-                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {wanted[0]} x {wanted[1]}"
+                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {wanted}"
             if int(depth.valid[i].sum()) != span["valid"]:
                 yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
             if not span["low"] <= span["high"]:
