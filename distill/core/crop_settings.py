@@ -60,5 +60,7 @@ class CropSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder; a later key counts where it says something."""
-        found = {key: value for key, value in asdict(self).items() if key != "redraw"}
-        return {key: value for key, value in found.items() if (key, value) not in (("region", "random"), ("width", 0))}
+        settings = {key: value for key, value in asdict(self).items() if key != "redraw"}
+        return {
+            key: value for key, value in settings.items() if (key, value) not in (("region", "random"), ("width", 0))
+        }
