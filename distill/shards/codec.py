@@ -85,8 +85,7 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     if len({one.shared.kind.quantity for one in labels}) > 1:
         cat([one.shared for one in labels])  # raises, naming the kinds
     shared = cat([one.shared.convert(kind) for one in labels])
-    first = labels[0].supervision
-    supervision = replace(first, kind=kind, truth=all(one.supervision.truth for one in labels))
+    supervision = replace(labels[0].supervision, kind=kind, truth=all(one.supervision.truth for one in labels))
     counts = [0 if one.local is None else len(one.local) for one in labels]
     max_patches = max(counts)
     if max_patches == 0:
@@ -285,30 +284,28 @@ def _read_labels(
 
 def disagreements(sample: Sample) -> Iterator[str]:
     """Where a sample that was read is not what its record says, a line each."""
-    crop, size = sample.record["crop"], sample.record["crop"]["size"]
-    # A region that is not square keeps its shape in its image, which its maps must have too.
-    shape = (size, sample.image.shape[-1] if crop.get("width") else size)
-    if sample.image.shape != (3, *shape):
-        yield f"the image is {tuple(sample.image.shape)}, not 3 x {shape[0]} x {shape[1]}"
+    crop, image = sample.record["crop"], tuple(sample.image.shape)
+    shape = (crop["size"], image[-1] if crop.get("width") else crop["size"])  # no square: as its image is
+    if image != (3, *shape):
+        yield f"the image is {image}, not 3 x {shape[0]} x {shape[1]}"
     if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
         yield "a patch lies outside the region"
     for name, labels in sample.labels.items():
-        info = sample.record["labels"][name]
+        info, kind = sample.record["labels"][name], labels.shared.kind
         maps = [(labels.shared, 0, info["shared"], shape)]
         if labels.local is not None:
-            square = (crop["patch_size"], crop["patch_size"])
-            maps += [(labels.local, i, span, square) for i, span in enumerate(info["local"])]
+            maps += [(labels.local, i, span, (crop["patch_size"],) * 2) for i, span in enumerate(info["local"])]
         if len(info["local"]) not in (0, len(sample.record["patches"])):
             yield f"{name} has {len(info['local'])} local maps for {len(sample.record['patches'])} patches"
         for depth, i, span, wanted in maps:
-            if depth.values.shape[1:] != wanted:
-                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {wanted[0]} x {wanted[1]}"
+            if (size := tuple(depth.values.shape[1:])) != wanted:
+                yield f"a map by {name} is {size}, not {wanted}"
             if int(depth.valid[i].sum()) != span["valid"]:
                 yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
             if not span["low"] <= span["high"]:
                 yield f"a map by {name} has the range {span['low']} to {span['high']}"
-        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and info["shared"]["low"] < 0:
-            yield f"{name} says {labels.shared.kind}, but has negative values"
+        if "disparity" in kind and kind.unknown != "affine" and info["shared"]["low"] < 0:
+            yield f"{name} says {kind}, but has negative values"
 
 
 def check_version(record: Mapping[str, Any], where: str | Path) -> None:
