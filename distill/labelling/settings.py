@@ -56,7 +56,7 @@ class LabelSettings:
         faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256, fine_tail=100)
         if "://" in self.root and not self.meeting:
             faults.append(
-                f"root = {self.root!r}: labels are made on a path, where tars are finished by renaming, or at "
+                f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "
                 f"{', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
             )
         if self.meeting and self.mirror:
