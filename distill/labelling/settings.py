@@ -73,7 +73,7 @@ class LabelSettings:
             faults.append('batch_size = "auto" is kept in a labels folder: with online = true, or a URL, give a number')
         if "://" in self.root and not self.meeting:
             faults.append(
-                f"root = {self.root!r}: labels are made on a path, where tars are finished by renaming, or at "
+                f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "
                 f"{', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
             )
         if self.meeting and self.mirror:

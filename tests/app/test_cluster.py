@@ -83,15 +83,11 @@ def test_a_node_that_dies_on_a_ray_cluster(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    one = recipe(tmp_path, "one")
-    one.write_text(one.read_text().replace("scenes = 24", "scenes = 120"))
-    assert main(["label", str(one)]) == 0
+    assert main(["label", str(recipe(tmp_path, "one"))]) == 0
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     second = nodes.add_node(num_cpus=1)
     nodes.wait_for_nodes()
-    path = recipe(tmp_path, "ray")
-    path.write_text(path.read_text().replace("scenes = 24", "scenes = 120"))
-    made = load(path, command="label")
+    made = load(recipe(tmp_path, "ray"), command="label")
     killed = []
 
     def pids():
@@ -111,5 +107,5 @@ def test_a_node_that_dies_on_a_ray_cluster(tmp_path):
     finally:
         ray.shutdown()
         nodes.shutdown()
-    assert killed and killed[0] < 60, "both worked, and not all was made"
+    assert killed and killed[0] < 12, "both worked, and not all was made"
     assert labels(tmp_path, "ray") == labels(tmp_path, "one")
