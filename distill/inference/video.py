@@ -26,6 +26,9 @@ from distill.data.photos import BadImageError
 av.logging.set_level(av.logging.PANIC)
 
 
+_CUT = "it is cut, and what says how it is encoded is lost: copy it again"
+
+
 class Film:
     """The frames that a player would show of a film: edit lists and rotation applied, in their order.
 
@@ -39,13 +42,14 @@ class Film:
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise BadImageError(f"not a video that can be opened ({_short(error)})") from error
+            cut = path.is_file() and _lacks_boxes(path)
+            raise BadImageError(_CUT if cut else f"not a video that can be opened ({_short(error)})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:
             what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
             if streams and _lacks_boxes(path):
-                what = "it is cut, and what says how it is encoded is lost: copy it again"
+                what = _CUT
             self._container.close()
             raise BadImageError(what)
         self._stream, self._codec = streams[0], codec.name
