@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# A process a core, each with one thread (tests/conftest.py); neighbours in a file share what they set up.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test test-gpu chaos check format speed clean
@@ -26,7 +28,7 @@ demo: $(VENV)/.demo
 	$(BIN)/distill demo
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
+	$(PYTEST)
 
 test-gpu: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cuda
@@ -40,7 +42,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q --durations=10
+	$(PYTEST)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

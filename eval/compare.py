@@ -242,12 +242,12 @@ def measure_image(view: ImageView, *, seed: int = 0) -> dict[str, Any]:
     image = agreement.image_edges(view.image)
     models: dict[str, Numbers] = {}
     for name, depth in view.raw.items():
-        own = view.maps[name]
+        aligned = view.maps[name]
         models[name] = {
-            "sharpness": _number(agreement.sharpness(own.values, own.valid)),
-            "on_image": _number(agreement.edges_on_image(own.values, own.valid, image)),
-            "far": _number(agreement.far_end(own.values, own.valid).float().mean((-2, -1))),
-            "valid": _number(own.valid.float().mean((-2, -1))),
+            "sharpness": _number(agreement.sharpness(aligned.values, aligned.valid)),
+            "on_image": _number(agreement.edges_on_image(aligned.values, aligned.valid, image)),
+            "far": _number(agreement.far_end(aligned.values, aligned.valid).float().mean((-2, -1))),
+            "valid": _number(aligned.valid.float().mean((-2, -1))),
             **(_scores(depth, view.truth) if view.truth is not None else {}),
         }
     pairs: dict[str, Numbers] = {}
@@ -272,18 +272,18 @@ def _additions(view: ImageView, pairs: Mapping[str, Numbers], image: Tensor) -> 
         for name in view.raw:
             common &= view.maps[name].valid
         errors = {name: agreement.region_errors(view.maps[name].values, truth.values, common) for name in view.raw}
-    found: dict[str, Numbers] = {}
+    additions: dict[str, Numbers] = {}
     for p, a in permutations(view.raw, 2):
         first, second = view.maps[p], view.maps[a]
         error = (pairs.get(f"{p}|{a}") or pairs[f"{a}|{p}"])["error"]
         news = _number(agreement.new_edges(first.values, second.values, first.valid & second.valid, image))
         won = agreement.oracle_gain(errors[p], errors[a]) if errors else (None, None, None)
-        found[f"{p}|{a}"] = {
+        additions[f"{p}|{a}"] = {
             "news": news,
             "complement": None if error is None or news is None else (1 - error) * news,
             **{k: None if v is None else _number(v) for k, v in zip(("gain", "mixing", "share"), won, strict=True)},
         }
-    return found
+    return additions
 
 
 def _scores(depth: DepthMap, truth: DepthMap) -> Numbers:
@@ -347,10 +347,12 @@ def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict
     info = _read_card(folder / name)
     if info is None:
         raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
-    own = [image["models"][name] for image in images if name in image["models"]]
-    numbers = {key: _mean([one.get(key) for one in own]) for key in dict.fromkeys(k for one in own for k in one)}
+    measured = [image["models"][name] for image in images if name in image["models"]]
+    numbers = {
+        key: _mean([one.get(key) for one in measured]) for key in dict.fromkeys(k for one in measured for k in one)
+    }
     settings = read_settings(folder / name) or {"settings": {}}
-    return {"name": name, **info, "settings": settings["settings"], "images": len(own), "numbers": numbers}
+    return {"name": name, **info, "settings": settings["settings"], "images": len(measured), "numbers": numbers}
 
 
 def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
@@ -358,10 +360,12 @@ def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any
     rows = []
     for key in keys:
         first, second = key.split("|")
-        own = [image[part][key] for image in images if key in image[part]]
-        names = dict.fromkeys(name for one in own for name in one)
-        count = {name: sum(one.get(name) is not None for one in own) for name in names}
-        rows.append({"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in own]) for n in names})
+        measured = [image[part][key] for image in images if key in image[part]]
+        names = dict.fromkeys(name for one in measured for name in one)
+        count = {name: sum(one.get(name) is not None for one in measured) for name in names}
+        rows.append(
+            {"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in measured]) for n in names}
+        )
     return rows
 
 

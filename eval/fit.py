@@ -237,9 +237,9 @@ def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive
         pred, truth = pred[usable], truth[usable]
     if not len(pred):
         return 0.0
-    own = float(np.median(pred))
+    middle = float(np.median(pred))
     target = float(np.median(1.0 / np.maximum(truth, 1e-6) if invert else truth))
-    return float(np.float32(target / own)) if own > 0 else 0.0
+    return float(np.float32(target / middle)) if middle > 0 else 0.0
 
 
 def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) -> tuple[float, float]:
@@ -267,11 +267,11 @@ def _total(
         for p, t in _blocks(pred, truth):
             total += block_sums(_line(p, scale, shift).clamp_(*tight), t)
         return total, {}
-    own = 1.0 / max(float(truth.max()), low)
+    least = 1.0 / max(float(truth.max()), low)
     clips = {
-        "chosen": (own if protocol.disparity_floor is None else protocol.disparity_floor, *tight),
+        "chosen": (least if protocol.disparity_floor is None else protocol.disparity_floor, *tight),
         f"{MARIGOLD_FLOOR:g}": (MARIGOLD_FLOOR, low, high),
-        "1/max truth": (own, low, high),
+        "1/max truth": (least, low, high),
     }
     totals = {clip: torch.zeros(NUM_SUMS, dtype=torch.float64) for clip in clips.values()}
     least = max(max(floor, 1.0 / above) for floor, _, above in totals)

@@ -177,8 +177,8 @@ def table(
     ]
     rows = [["model", "alignment", *(f"{benchmark} {name}" for benchmark, name in columns)]]
     for model, alignment in dict.fromkeys((s.model, s.protocol.alignment) for s in scores):
-        own = {s.benchmark: s for s in scores if (s.model, s.protocol.alignment) == (model, alignment)}
-        rows.append([model, alignment, *(_cell(own.get(b), name) for b, name in columns)])
+        by_benchmark = {s.benchmark: s for s in scores if (s.model, s.protocol.alignment) == (model, alignment)}
+        rows.append([model, alignment, *(_cell(by_benchmark.get(b), name) for b, name in columns)])
     return rows
 
 

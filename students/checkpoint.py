@@ -147,12 +147,12 @@ def load(
         raise ValueError(f"{folder / DESCRIPTION}: {_first_line(error)}") from error
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
-    own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
-    state = _restored(state, own, weights_path)
+    tensors = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
+    state = _restored(state, tensors, weights_path)
     faults = {
-        "lacks": [key for key in own if key not in state],
-        "has unclaimed": [key for key in state if key not in own],
-        "has another shape for": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "lacks": [key for key in tensors if key not in state],
+        "has unclaimed": [key for key in state if key not in tensors],
+        "has another shape for": [key for key in tensors if key in state and tensors[key].shape != state[key].shape],
     }
     for what, keys in faults.items():
         if keys:
@@ -200,11 +200,11 @@ def load_decoder(student: Student, folder: str | Path) -> None:
     folder = Path(folder)
     description = describe(folder)
     state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
-    own = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+    decoder = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
     state = {key: value for key, value in state.items() if key.startswith("decoder.")}
-    own = {k.removeprefix("decoder."): v for k, v in _restored(state, own, folder / WEIGHTS).items()}
+    decoder = {k.removeprefix("decoder."): v for k, v in _restored(state, decoder, folder / WEIGHTS).items()}
     try:
-        student.decoder.load_state_dict(own)
+        student.decoder.load_state_dict(decoder)
     except RuntimeError as error:
         raise ValueError(f"{folder}: its decoder is not the one asked for: {str(error).splitlines()[-1]}") from error
 
@@ -221,22 +221,22 @@ def describe(folder: str | Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    version = found.get("version") if isinstance(found, dict) else None
+    version = description.get("version") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path}: not a student's description: it has no version")
     if version > VERSION:
         raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
-    if is_broken(found):
+    if is_broken(description):
         raise ValueError(
             f"{path}: does not agree with its own checksum: it is damaged, copy it again; or it was edited, remove its "
             f'line "{SEAL}"'
         )
-    if faults := _description_faults(found):
+    if faults := _description_faults(description):
         raise ValueError(f"{path}: not a student's description: {'; '.join(faults)}")
-    return {key: value for key, value in found.items() if key != SEAL}
+    return {key: value for key, value in description.items() if key != SEAL}
 
 
 _KEYS = {
@@ -267,12 +267,12 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _description_faults(found: Mapping[str, Any]) -> list[str]:
+def _description_faults(description: Mapping[str, Any]) -> list[str]:
     """What is missing or of another type among the keys that readers rely on."""
-    faults = [] if "encoder_weights" in found else ["encoder_weights is missing"]
+    faults = [] if "encoder_weights" in description else ["encoder_weights is missing"]
     for key, kind in _KEYS.items():
         table, _, name = key.rpartition(".")
-        inside = found.get(table) if table else found
+        inside = description.get(table) if table else description
         if not isinstance(inside, Mapping):
             continue  # the table's own line says so
         if name not in inside and not kind.endswith("null"):
@@ -305,15 +305,15 @@ def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) 
     return out
 
 
-def _restored(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _restored(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """The inverse of `_quantized` for the tensors that the network knows."""
     out = {key: value for key, value in state.items() if ":" not in key}
     for key in {key.rpartition(":")[0] for key in state if ":" in key}:
         parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
-        if key not in own or len(parts) != len(_PARTS):
+        if key not in tensors or len(parts) != len(_PARTS):
             raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
         try:
-            out[key] = dequantize(parts, own[key].shape)
+            out[key] = dequantize(parts, tensors[key].shape)
         except ValueError as error:
             raise ValueError(f"{path}: {key}: {error}") from error
     return out

@@ -112,8 +112,8 @@ class Encoder(nn.Module):
         self.indices, self.final_norm = read, final_norm
         self.channels: int = backbone.embed_dim
         self.patch_size: int = backbone.patch_embed.patch_size[0]
-        own = statistics(name, None if weights in (None, "pretrained") else Path(weights))
-        mean, std = mean if mean is not None else own[0], std if std is not None else own[1]
+        published = statistics(name, None if weights in (None, "pretrained") else Path(weights))
+        mean, std = mean if mean is not None else published[0], std if std is not None else published[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.name, self.timm_name = name, _timm_name(name)

@@ -115,6 +115,17 @@ def load_teacher(
     return teacher
 
 
+def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[], Any]]:
+    """How to load the eager float32 twin of each teacher that is compiled or computes in half precision."""
+    return {
+        spec.alias_or_name: functools.partial(
+            load_teacher, dataclasses.replace(spec, dtype="float32", compile=False), on=on, sky=recipe.labels.sky
+        )
+        for spec in recipe.teachers
+        if spec.name != TRUTH and (spec.compile or spec.dtype != "float32")
+    }
+
+
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
     """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
     and licences. sky: labels.sky.
@@ -218,8 +229,8 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
     dataset = LabelDataset(folder)
-    said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
-    if said and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
+    weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
             "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
@@ -294,13 +305,13 @@ def _of_kind(student: Student, recipe: Recipe) -> Student:
 
 def _check_start(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where [student] describes another network than the one it starts from."""
-    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
-    for table in (given, own):
+    given, spec, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
+    for table in (given, spec):
         table["decoder"] = short_name(table["decoder"])
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
-        if given[key] not in (plain[key], own[key]):
+        if given[key] not in (plain[key], spec[key]):
             raise RecipeError(
-                f"student.{key}: {given['init_from']} is a student already, with {own[key]}; leave it out"
+                f"student.{key}: {given['init_from']} is a student already, with {spec[key]}; leave it out"
             )
 
 
@@ -370,9 +381,9 @@ def identity(recipe: Recipe) -> str:
 def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]:
     """A benchmark's protocol in the recipe's mode, and its samples."""
     module = find("distill.eval.benchmarks", spec.name)
-    found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
+    samples: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
     protocol: Protocol = module.PROTOCOL
-    return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+    return protocol.in_mode(spec.protocol), list(samples[: spec.limit or None])
 
 
 def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:

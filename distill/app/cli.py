@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from distill.app.console import fail
 
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
-        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        fail((said or type(error).__name__) + way_out)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        fail((message or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
         from distill.app.console import note

@@ -31,6 +31,7 @@ from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.reports.tables import as_text, grid
 from distill.labelling.run import LabelOutcome, label
+from distill.labelling.tuning import tune
 from distill.shards import mirror, shards
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
@@ -50,12 +51,12 @@ def commit() -> str:
     if not (root / ".git").exists():
         return distill.__version__
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
     except OSError:  # no git on this machine
-        found = ""
-    return f"{distill.__version__}+{found or 'unknown'}"
+        described = ""
+    return f"{distill.__version__}+{described or 'unknown'}"
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
@@ -66,20 +67,28 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     rank, world = build.process()
-    found = input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    images = input_shards(recipe)
+    device = build.device(recipe)
+    teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = build.float32_twins(recipe, on=device)
+    labels, measured = tune(
+        folder, teachers, recipe.labels, size=recipe.crops.size, device=device, references=references
+    )
+    for name, off in measured.get("from_float32", {}).items():
+        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     with progress("label") as report:
         outcome = label(
-            found,
+            images,
             teachers,
             out=folder,
             crops=recipe.crops,
-            labels=recipe.labels,
+            labels=labels,
             seed=recipe.run.seed,
             rank=rank,
             world=world,
-            device=build.device(recipe),
+            device=device,
             recipe=as_table(recipe),
+            machine=measured,
             report=report,
             tell=note,
         )

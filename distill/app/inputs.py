@@ -50,14 +50,14 @@ def input_shards(recipe: Recipe) -> list[InputShard]:
     """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
     if not recipe.images:
         raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
-    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
+    tables, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
     for number, images in enumerate(recipe.images):
         shards = _source(images, scene)
         scene += images.scenes
         kept = _limited(shards, images.limit) if images.limit else shards
         teachers = _teachers_on(recipe, images)
-        found.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
-    return sources.combine(*found)
+        tables.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
+    return sources.combine(*tables)
 
 
 def _teachers_on(recipe: Recipe, images: ImageSettings) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, weights
+from distill.app import build, scaling, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -56,46 +56,49 @@ class _Images:
 
 def check_recipe(recipe: Recipe) -> list[Finding]:
     """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
-    found: list[Finding] = []
-    if (told := _try(found, "weights", lambda: weights.look_at(recipe))) is not None:
-        found += told
-    lacking = {finding.what.partition(":")[0] for finding in found if finding.level != "ok"}
-    device = _try(found, "device", lambda: build.device(recipe))
+    findings: list[Finding] = []
+    if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
+        findings += told
+    lacking = {finding.what.partition(":")[0] for finding in findings if finding.level != "ok"}
+    device = _try(findings, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(found, "images", lambda: _images(recipe))
+    images = _try(findings, "images", lambda: _images(recipe))
     if images is not None:
-        found += _about_images(recipe, images)
+        findings += _about_images(recipe, images)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
-        teachers = _try(found, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
-        found += _about_teachers(recipe, teachers or [])
+        teachers = _try(findings, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        findings += _about_teachers(recipe, teachers or [])
     student = None
     if not any(what.startswith("student.") for what in lacking):
-        student = _try(found, "student", lambda: build.make_student(recipe))
-    found += _about_sizes(recipe, teachers or [], student)
-    found += [*_about_batches(recipe), *_about_machine(recipe)]
+        student = _try(findings, "student", lambda: build.make_student(recipe))
+    findings += _about_sizes(recipe, teachers or [], student)
+    findings += [*_about_batches(recipe), *_about_machine(recipe)]
     sample = None
     if images and images.photos and teachers:
-        probe = _try(found, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
+        probe = _try(findings, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
         if probe is not None:
             sample, seconds = probe
-            found += _about_labelling(recipe, images, sample, seconds, device)
+            findings += _about_labelling(recipe, images, sample, seconds, device)
     if student is not None and sample is not None:
-        step = _try(found, "probe of a training step", lambda: _step(recipe, student, sample, device))
+        step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            found += _about_training(recipe, student, step, device)
-    return sorted(found, key=lambda one: ("ok", "warn", "bad").index(one.level))
+            findings += _about_training(recipe, student, step, device)
+            if device.type != "cpu":
+                processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
+                findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
+    return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
 
 
-def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
+def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
     """The work's result; a fault becomes a finding."""
     try:
         return work()
     except _FAULTS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        found.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
+        findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
         return None
 
 
@@ -240,6 +243,9 @@ def _about_labelling(
         f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: "
         f"{_times(total * seconds, device, min(images.parts, PROCESSES[-1]))}",
     )
+    if device.type != "cpu" and images.photos:
+        processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
+        yield scaling.finding("labelling", seconds, processor, scaling.cores())
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
 
 

@@ -63,41 +63,41 @@ class Recipe:
 
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """What tables say against each other, and which tables those are."""
-    found: list[tuple[tuple[str, ...], str]] = []
+    faults: list[tuple[tuple[str, ...], str]] = []
     for what, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
         named = [table.alias_or_name for table in tables]
         if twice := sorted({name for name in named if named.count(name) > 1}):
-            found.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
+            faults.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
     known = [teacher.alias_or_name for teacher in recipe.teachers]
     for i, images in enumerate(recipe.images):
         for name in (name for name in images.teachers if name not in known):
             near = did_you_mean(name, known)
             line = f"images[{i}].teachers: no teacher {name}{near}; [[teachers]] has {', '.join(known)}"
-            found.append((("images", "teachers"), line))
+            faults.append((("images", "teachers"), line))
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
-        found.append((("crops", "labels"), line))
+        faults.append((("crops", "labels"), line))
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
             "student.exclude_frozen_encoder needs train.freeze_encoder = true and student.weights = a local file, "
             "which whoever loads the student must have"
         )
-        found.append((("student", "train"), line))
-    found += [(("student", "train"), line) for line in _kind_faults(student, train)]
+        faults.append((("student", "train"), line))
+    faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
     if metric and train.kind != "metric_depth":
         line = (
             f'loss.{metric[0]} compares metres: set train.kind = "metric_depth" and student.max_depth, or leave it out'
         )
-        found.append((("loss", "train"), line))
+        faults.append((("loss", "train"), line))
     if student.norm in ("sync", "frozen") and train.batchnorm not in ("batch", student.norm):
         line = (
             f'student.norm = "{student.norm}" and train.batchnorm = "{train.batchnorm}" contradict each other: '
             "leave one of them out"
         )
-        found.append((("student", "train"), line))
-    return found
+        faults.append((("student", "train"), line))
+    return faults
 
 
 def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
@@ -166,7 +166,7 @@ def differences(recipe: Recipe, run: Path) -> list[str]:
 
 
 def _leaves(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in table.items():
-        found |= _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return found
+        leaves |= _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return leaves

@@ -27,17 +27,17 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     if named == "start":
         trained = bool(spec.weights or spec.init_from or spec.encoder_init_from)
         return copy.deepcopy(student.encoder).eval().requires_grad_(False) if trained else None
-    own = student.encoder
+    encoder = student.encoder
     is_file = named.endswith(WEIGHT_SUFFIXES)
     reference = Encoder(
-        own.name if is_file else named,
+        encoder.name if is_file else named,
         weights=weights_file(named) if is_file else "pretrained",
-        indices=own.indices,
-        final_norm=own.final_norm,
+        indices=encoder.indices,
+        final_norm=encoder.final_norm,
         frozen=True,
-        timm_options=own.options["timm_options"] if is_file else None,
+        timm_options=encoder.options["timm_options"] if is_file else None,
     )
-    ours, theirs = (own.channels, own.patch_size), (reference.channels, reference.patch_size)
+    ours, theirs = (encoder.channels, encoder.patch_size), (reference.channels, reference.patch_size)
     if ours != theirs:
         raise RecipeError(
             f'loss.feature_reference = "{named}": its features are {theirs[0]} wide on patches of {theirs[1]}, the '

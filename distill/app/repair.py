@@ -54,7 +54,7 @@ def _label_again(recipe: Recipe, folder: Path) -> object:
 def repair(
     folder: str | Path,
     *,
-    own: Recipe | None = None,
+    recipe: Recipe | None = None,
     trusted: bool = False,
     relabel: Callable[[Recipe, Path], object] = _label_again,
     report: Report | None = None,
@@ -62,9 +62,9 @@ def repair(
     """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
 
     A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
-    was good; the same command goes on. A tar that is no part of these labels is somebody's: it stays as NAME.bad, which
-    readers pass over, and a line says so. own: the recipe to label with instead of the manifest's; trusted: run the
-    manifest's, though it was never run here. No mirror hears of it.
+    was good; rerun the same command to resume. A tar that is no part of these labels is somebody's: it stays as
+    NAME.bad, which readers pass over, and a line says so. recipe: what to label with instead of the manifest's;
+    trusted: run the manifest's, though it was never run here. No mirror hears of it.
 
     Raises ValueError where the folder is still not whole, and what labelling raises: RunLockedError where a run holds
     the folder, ValueError where images or teachers are not what they were.
@@ -81,16 +81,16 @@ def repair(
         problems = {name: lines for name, lines in problems.items() if name not in mended}
         if not problems and not list(folder.glob(f"*{BAD}")):
             return list(dict.fromkeys(made))
-        recipe = own or recipe_of(folder)
-        if own is None and not trusted and not trust.known(as_table(recipe)):
-            note(dumps(recipe))
+        chosen = recipe or recipe_of(folder)
+        if recipe is None and not trusted and not trust.known(as_table(chosen)):
+            note(dumps(chosen))
             raise ValueError(
                 f"{folder / MANIFEST}: the recipe in it (above) was never run here, and would be: give your own with "
                 "--recipe RECIPE, or --trust-recipe"
             )
         with run_lock(folder, rank=0, world=1):
             _set_aside(folder, problems)
-        relabel(recipe, folder)
+        relabel(chosen, folder)
         made += [name or MANIFEST for name in problems]
         if "" not in problems:
             break

@@ -54,10 +54,10 @@ class Models:
 
     def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
         """(name, teacher) of everything that is scored on this benchmark."""
-        found: list[tuple[str, Any]] = []
+        models: list[tuple[str, Any]] = []
         if self.recipe.score.student:
-            found.append(("student", self._student()))
-        return found + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
+            models.append(("student", self._student()))
+        return models + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
 
     def _student(self) -> Any:
         if "student" not in self._loaded:

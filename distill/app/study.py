@@ -185,8 +185,8 @@ def cells(
     for row in study.all_rows():
         for seed in chosen.seeds:
             table = copy.deepcopy(base)
-            own = row.full if version == "full" else row.bench
-            for key, value in {**chosen.set, **row.set, **own, chosen.seed_key: seed}.items():
+            version_set = row.full if version == "full" else row.bench
+            for key, value in {**chosen.set, **row.set, **version_set, chosen.seed_key: seed}.items():
                 set_value(table, key, value)
             for assignment in overrides:
                 set_key(table, assignment)

@@ -43,12 +43,12 @@ def look_at(recipe: Recipe) -> list[Finding]:
     """A finding for each, in the recipe's order: ok where it is here, warn with what would be downloaded, bad where it
     cannot be had.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for what, text, files in dict.fromkeys((what, text, tuple(files)) for what, text, files in needed(recipe)):
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:
-            found.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
+            findings.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
             continue
         if missing:
             names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -57,11 +57,11 @@ def look_at(recipe: Recipe) -> list[Finding]:
             remedy = (
                 f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
             )
-            found.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
+            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
         else:
-            found.append(Finding("ok", f"{what}: the files of {text} are here"))
+            findings.append(Finding("ok", f"{what}: the files of {text} are here"))
     if recipe.student.weights == "pretrained":
-        found.append(
+        findings.append(
             Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, by timm's own download")
         )
-    return found
+    return findings

@@ -52,5 +52,5 @@ class CropSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder; a later key counts where it says something."""
-        found = {key: value for key, value in asdict(self).items() if key != "redraw"}
-        return {key: value for key, value in found.items() if (key, value) != ("region", "random")}
+        settings = {key: value for key, value in asdict(self).items() if key != "redraw"}
+        return {key: value for key, value in settings.items() if (key, value) != ("region", "random")}

@@ -175,12 +175,12 @@ def _installed(package: str) -> Mapping[str, Sequence[EntryPoint]]:
     from importlib.metadata import entry_points  # help need not wait for it
 
     kind = _kind(package)
-    found: dict[str, list[EntryPoint]] = {}
+    entries: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=f"distill.{kind}") if kind else ():
-        there = found.setdefault(entry.name, [])
-        if not is_path(entry.name) and entry.value not in [other.value for other in there]:
-            there.append(entry)
-    return {name: sorted(there, key=lambda entry: entry.value) for name, there in found.items() if there}
+        same_name = entries.setdefault(entry.name, [])
+        if not is_path(entry.name) and entry.value not in [other.value for other in same_name]:
+            same_name.append(entry)
+    return {name: sorted(same_name, key=lambda entry: entry.value) for name, same_name in entries.items() if same_name}
 
 
 def _kind(package: str) -> str:

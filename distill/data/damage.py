@@ -38,7 +38,7 @@ def unfinished(data: bytes, kind: str) -> str:
     zeros = trailing_zeros(data)
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""
-    found = {
+    is_cut = {
         "JPEG": lambda: data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"),
         "WebP": lambda: _webp_is_cut(data),
         "PNG": lambda: b"IEND" not in data[-zeros - 12 :],
@@ -46,7 +46,7 @@ def unfinished(data: bytes, kind: str) -> str:
         "AVIF": lambda: _boxes_are_cut(data, zeros),
         "HEIC": lambda: _boxes_are_cut(data, zeros),
     }.get(kind)
-    if found is None or not found():
+    if is_cut is None or not is_cut():
         return ""
     return f"truncated: it ends in {zeros} zero bytes, as an unfinished download does"
 
@@ -216,8 +216,8 @@ def _inflated(name: bytes, body: bytes) -> int:
     return 0
 
 
-def _inflate(packed: bytes, most: int) -> bytes:
+def _inflate(packed: bytes, limit: int) -> bytes:
     try:
-        return zlib.decompressobj().decompress(packed, most + 1)
+        return zlib.decompressobj().decompress(packed, limit + 1)
     except zlib.error:
         return b""

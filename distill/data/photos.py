@@ -305,10 +305,10 @@ def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     # Broken EXIF is common in good photographs. After load(): Pillow turns TIFFs itself and then drops the tag.
     try:
-        found = int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     except DECODE_ERRORS:
         return 1
-    return found if 1 <= found <= 8 else 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def turn(array: np.ndarray, orientation: int) -> np.ndarray:

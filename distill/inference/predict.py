@@ -134,7 +134,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
     outputs = Outputs(out)
-    found: dict[Path, str] = {}
+    chosen: dict[Path, str] = {}
     refused: dict[str, None] = {}
     passed: dict[Path, str] = {}
     for given in inputs:
@@ -151,11 +151,11 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
-        found |= {file: stem for file, stem in photos.items() if file not in found}
+        chosen |= {file: stem for file, stem in photos.items() if file not in chosen}
     return Survey(
-        [PredictionJob(path, outputs.stem(path, found[path])) for path in found],
+        [PredictionJob(path, outputs.stem(path, chosen[path])) for path in chosen],
         list(refused),
-        Counter(sort for path, sort in passed.items() if path not in found),
+        Counter(sort for path, sort in passed.items() if path not in chosen),
     )
 
 
@@ -356,10 +356,10 @@ def _video(
             single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
             if single or films:
                 values = _whole(estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)))
-                own = float(values.min()), float(values.max())
+                value_range = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)
-                    write_map(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
+                    write_map(frame, name, values, rgb, value_range, str(estimator.card.kind), durable=False)
                 near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])

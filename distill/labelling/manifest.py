@@ -114,13 +114,13 @@ def finish(
     out: Path,
     shards: Sequence[InputShard],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
-    licence: str,
+    about: Mapping[str, Any],
     *,
+    licence: str,
     fresh: bool,
     tell: Callable[[str], object],
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is."""
+    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine."""
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
     for shard in shards:
@@ -144,7 +144,7 @@ def finish(
                 return True
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")
-    manifest = _manifest(sidecars, settings, recipe, licence, sources)
+    manifest = _manifest(sidecars, settings, about, licence, sources)
     files.write_text(out / README, labels_readme(manifest))
     write_manifest(out, manifest)
     return True
@@ -166,7 +166,7 @@ def _tars(
 def _manifest(
     sidecars: Sequence[dict[str, Any]],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
+    about: Mapping[str, Any],
     licence: str,
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -189,8 +189,8 @@ def _manifest(
     tars = _tars(sidecars, settings, sources)
     passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
-        "recipe": dict(recipe),
-        **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
+        **about,
+        **({"plugins": plugins} if (plugins := origins(about["recipe"].get("teachers"))) else {}),
         "settings": settings,
         "format": describe_format(settings["codec"]),
         "teachers": cards,

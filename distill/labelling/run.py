@@ -101,6 +101,7 @@ def label(
     world: int = 1,
     device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
     report: Report | None = None,
     tell: Tell = lambda line: None,
 ) -> LabelOutcome:
@@ -108,9 +109,10 @@ def label(
 
     teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
     making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
-    how many there are. device: where the teachers are. recipe: written to the manifest. report: called after every
-    image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
-    tell: called with a line about what was damaged and is made again: the settings, the manifest, the json of a tar.
+    how many there are. device: where the teachers are. recipe, machine: written to the manifest. report: called
+    after every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for
+    this process. tell: called with a line about what was damaged and is made again: the settings, the manifest, the
+    json of a tar.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
@@ -138,9 +140,8 @@ def label(
                 work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
                 _label_part(out, part, work, tally, team)
         with mutex(out):
-            complete = finish(
-                out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo), tell=tell
-            )
+            about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+            complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distill.core.settings import above, below, refuse, unknown_words
@@ -16,8 +16,9 @@ class LabelSettings:
     """The folder of label folders, a local path; RUN/labels by default. Or a finished labels folder, to learn from."""
     samples_per_part: int = 1000
     """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
-    batch_size: int = 8
-    """Crops that a teacher sees at once, also where labels are made during training."""
+    batch_size: int | Literal["auto"] = 8
+    """Crops that a teacher sees at once, also where labels are made during training. "auto" tries sizes when labelling
+    begins and keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
     threads: int = 4
     """Threads that decode, cut and encode beside the teachers."""
     licence: str = "unknown"
@@ -46,8 +47,12 @@ class LabelSettings:
     1]."""
 
     def __post_init__(self) -> None:
-        faults = below(self, samples_per_part=1, batch_size=1, threads=0) + unknown_words(self)
-        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256)
+        faults = below(self, samples_per_part=1, threads=0) + unknown_words(self)
+        faults += above(self, samples_per_part=1_000_000, threads=256)
+        if isinstance(self.batch_size, int):
+            faults += below(self, batch_size=1) + above(self, batch_size=65536)
+        elif self.online:
+            faults.append('batch_size = "auto" is kept in a labels folder: with online = true give a number')
         if "://" in self.root:
             faults.append(
                 f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
@@ -60,6 +65,15 @@ class LabelSettings:
         if self.bridge and self.store != "disparity":
             faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
         refuse(faults)
+
+    @property
+    def crops_at_once(self) -> int:
+        """The batch size as a number; before one is tried and kept (distill.labelling.tuning), the default's."""
+        return DEFAULTS.crops_at_once if isinstance(self.batch_size, str) else self.batch_size
+
+    def with_batch_size(self, number: int) -> LabelSettings:
+        """The same with another batch size."""
+        return replace(self, batch_size=number)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -64,14 +64,14 @@ def term_facts(name: str) -> TermFacts:
 
 def _every_term() -> dict[str, TermFacts]:
     """The facts of every term. One from outside that breaks its contract is no key; its contracts say why."""
-    found: dict[str, TermFacts] = {}
+    facts: dict[str, TermFacts] = {}
     for name in names(TERMS):
         try:
-            found[name] = term_facts(name)
+            facts[name] = term_facts(name)
         except (ValueError, LookupError, ImportError, OSError):
             if where_from(TERMS, name)[0].startswith(TERMS):
                 raise
-    return found
+    return facts
 
 
 FACTS = _every_term()
@@ -133,11 +133,11 @@ class _LossSettings:
         unknown = [f"unknown key truth.{key}{did_you_mean(key, known)}" for key in self.truth if key not in known]
         if unknown or not self.truth:
             return unknown
-        own = {key: type(getattr(self, key)) for key in self.truth}
+        types = {key: type(getattr(self, key)) for key in self.truth}
         wrong = [
             f"truth.{key} must be like {getattr(self, key)!r}, not {value!r}"
             for key, value in self.truth.items()
-            if type(value) is not own[key] and not (own[key] is float and type(value) is int)
+            if type(value) is not types[key] and not (types[key] is float and type(value) is int)
         ]
         if wrong:
             return wrong

@@ -164,13 +164,13 @@ def _listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple
 
 def walked_index(path: Path) -> list[tuple[str, int, int]]:
     """`shard_index` by the tar's own headers. Raises OSError for a damaged tar."""
-    found: dict[str, list[int]] = {}
+    extents: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
         if member is None or problem:
             raise OSError(f"{path}: {problem}; delete it and its .json, and run distill label again")
         end = member.offset_data + (member.size + 511) // 512 * 512
-        found.setdefault(member.name.split(".", 1)[0], [member.offset, end])[1] = end
-    return [(key, start, end - start) for key, (start, end) in found.items()]
+        extents.setdefault(member.name.split(".", 1)[0], [member.offset, end])[1] = end
+    return [(key, start, end - start) for key, (start, end) in extents.items()]
 
 
 def _members(blob: bytes, where: str) -> dict[str, bytes]:
@@ -303,32 +303,32 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
     """What `verify` says, by the name of the tar, or of its json or the settings; "" has the manifest's faults."""
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
-    found: dict[str, list[str]] = {}
+    problems_of: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
-            found[path.name] = [f"{path} is not in {MANIFEST}"]
+            problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
-        found[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
+        problems_of[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
     if is_broken(json.loads((folder / MANIFEST).read_bytes())):
-        found.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
+        problems_of.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
     if (folder / SETTINGS).is_file():
         try:
             read_json(folder / SETTINGS)
         except ValueError as error:
-            found[SETTINGS] = [str(error)]
+            problems_of[SETTINGS] = [str(error)]
     keys = set(images["keys"])
     for done, shard in enumerate(manifest["shards"]):
         path = folder / shard["name"]
         samples, problems = _verify_shard(path, shard, keys)
         if problems:
-            found[path.name] = problems
+            problems_of[path.name] = problems
         if problems := verify_sidecar(path, shard, samples):
-            found[path.with_suffix(".json").name] = problems
+            problems_of[path.with_suffix(".json").name] = problems
         if report:
-            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, found.values()))))
-    return found
+            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, problems_of.values()))))
+    return problems_of
 
 
 def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:

@@ -29,10 +29,10 @@ Line = dict[str, Any]
 def find_log(path: Path) -> Path:
     """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names what was looked for."""
     tried = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
-    found = [one for one in tried if one.is_file()]
-    if not found:
+    existing = [one for one in tried if one.is_file()]
+    if not existing:
         raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, tried))}")
-    return found[0]
+    return existing[0]
 
 
 def check_run(path: Path) -> list[Finding]:
@@ -47,13 +47,13 @@ def check_run(path: Path) -> list[Finding]:
     if not steps:
         raise ValueError(f"{log}: no step was logged; the run stopped before its first step")
     settings: Line = (run or {}).get("settings", {})
-    found = [*_stopped(steps, log), *_idle(lines), *_damage(log, run)]
+    findings = [*_stopped(steps, log), *_idle(lines), *_damage(log, run)]
     finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
     if len(finite) < FEWEST:
-        found.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
+        findings.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
     else:
         warmup = min(int(settings.get("warmup_steps", 0)), len(finite) // 2)
-        found += [
+        findings += [
             _scale(finite, warmup),
             _contexts(finite, run or {}),
             _rate(finite, warmup, settings),
@@ -62,7 +62,7 @@ def check_run(path: Path) -> list[Finding]:
             *_held_out(lines),
         ]
     order = ("bad", "warn", "ok")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    return sorted(findings, key=lambda finding: order.index(finding.level))
 
 
 def _about(path: Path) -> Line | None:

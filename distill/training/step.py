@@ -259,7 +259,7 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Ten
             with torch.no_grad():
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
-    said = []
+    measured = []
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
         losses, parts = run.objective(one.of(pred), one.labels, mine[0], mine[1])
@@ -267,12 +267,12 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Ten
             raise ValueError(
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
             )
-        said.append((losses, parts))
-    if len(said) == 1:
-        return *said[0], pred
+        measured.append((losses, parts))
+    if len(measured) == 1:
+        return *measured[0], pred
     places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
-    joined = {name: torch.cat([p[name] for _, p in said if name in p]) for _, parts in said for name in parts}
-    return torch.cat([losses for losses, _ in said])[places], joined, pred
+    joined = {name: torch.cat([p[name] for _, p in measured if name in p]) for _, parts in measured for name in parts}
+    return torch.cat([losses for losses, _ in measured])[places], joined, pred
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -219,12 +219,12 @@ def _dots(table: Table) -> str:
             y = _ROW * k + _ROW / 2 + 4
             parts.append(f'<path class="grid" d="M{_NAME} {y}H{_WIDTH}"/>')
             parts.append(f'<text x="{_NAME - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>')
-            own = row.column(i)
-            for v in own:
+            values = row.column(i)
+            for v in values:
                 dot = f'<circle class="s1" cx="{px(v):.1f}" cy="{y}" r="4" fill-opacity=".55">'
                 parts.append(f"{dot}<title>{v:.4f}</title></circle>")
-            if own:
-                mean = px(statistics.fmean(own))
+            if values:
+                mean = px(statistics.fmean(values))
                 parts.append(f'<path class="line s2" d="M{mean:.1f} {y - 8}V{y + 8}"/>')
         for v in (low, (low + high) / 2, high):
             parts.append(f'<text x="{px(v):.1f}" y="{height - 6}" text-anchor="middle">{v:.3f}</text>')

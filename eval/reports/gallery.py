@@ -40,7 +40,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
     """Pictures of every benchmark that the recipe names and the run has predictions of; says what it lacks."""
     if not scores:
         return missing("No pictures: they show stored predictions, and nothing has been scored.")
-    parts, most = [], int(recipe.get("score", {}).get("pictures", PICTURES))
+    parts, pictures = [], int(recipe.get("score", {}).get("pictures", PICTURES))
     for spec in recipe.get("benchmarks", []):
         label = spec.get("alias") or spec.get("name", "")
         selected = [
@@ -52,7 +52,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
             continue
         try:
-            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=most))
+            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=pictures))
         except UNREADABLE as error:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:

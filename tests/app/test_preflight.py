@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distill.app import commands
+from distill.app import commands, preflight, scaling
 from distill.app.cli import main
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
@@ -139,3 +139,24 @@ def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
         commands.check_disk(recipe, student)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1 << 30, folder))
     commands.check_disk(recipe, student)
+
+
+def test_more_cards_help_until_the_cores_run_short():
+    assert scaling.rates(0.025, 0.065, 16) == [
+        (1, 40.0, False), (2, 80.0, False), (4, 160.0, False), (8, 16 / 0.065, True)
+    ]  # fmt: skip
+    line = scaling.finding("labelling", 0.025, 0.065, 16)
+    assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
+    starved = scaling.finding("labelling", 0.001, 0.065, 16)
+    assert starved.level == "warn" and "65 cores keep 1 busy" in starved.remedy
+    assert scaling.finding("training", 0.1, 0.0, 2).level == "ok"
+
+
+def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
+    make_tar(tmp_path / "sa_0.tar")
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
+    recipe = load(tmp_path / "recipe.toml")
+    images, teachers = preflight._images(recipe), preflight.build.load_teachers(recipe, on=torch.device("cpu"))
+    sample, _ = preflight._label_one(recipe, images, teachers)
+    assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0
+    assert scaling.reading_seconds(sample, "jls", list(sample.labels)) > 0

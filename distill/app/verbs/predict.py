@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
     if args.decoder:
         allow(args.decoder)
-    found = predict.survey(args.images, out=args.out)
-    jobs = found.jobs
+    survey = predict.survey(args.images, out=args.out)
+    jobs = survey.jobs
     if args.teacher:
         name, estimator = args.teacher, predict.load_teacher(args.teacher, args.weights, device=args.device)
     else:
@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
     note(f"{name}: {estimator.card.kind}, larger is {estimator.card.larger_is}; licence: {estimator.card.licence}")
     with progress("predict") as report:
         outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report)
-    outcome.problems[:0] = found.refused
+    outcome.problems[:0] = survey.refused
     if outcome.problems:
         fail("\n".join(outcome.problems))
-    if found.passed:
-        note(f"ignored: {filetypes.counted(found.passed)}")
+    if survey.passed:
+        note(f"ignored: {filetypes.counted(survey.passed)}")
     before = f", {outcome.present} were there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
-    say(f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}")
+    say(f"{args.out}: {outcome.written} of {len(jobs) + len(survey.refused)} predicted{before}{failed}")
     return 1 if outcome.problems else 0

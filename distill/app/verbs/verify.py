@@ -23,8 +23,8 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.repair import repair
 
         with progress("verify") as tell:
-            own = load(args.recipe, command="label") if args.recipe else None
-            mended = repair(args.folder, own=own, trusted=args.trust_recipe, report=tell)
+            recipe = load(args.recipe, command="label") if args.recipe else None
+            mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=tell)
         say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
         return 0
     with progress("verify") as tell:
