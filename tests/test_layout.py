@@ -32,7 +32,7 @@ OWNERS = {
     "accelerate": ["distill.training.parallel", "distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],
-    "imagecodecs": ["distill.shards.codec", "distill.data.maps"],
+    "imagecodecs": ["distill.shards.codecs", "distill.data.maps"],
     "av": ["distill.inference.video"],
     "pillow_heif": ["distill.data.photos"],
     "OpenEXR": ["distill.data.maps"],

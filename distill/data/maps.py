@@ -174,6 +174,16 @@ def _hdf5(data: bytes) -> np.ndarray:
     return _chosen({name: np.asarray(array) for name, array in arrays.items()})
 
 
+def open_hdf5(path: Path) -> Any:
+    """A whole HDF5 file (h5py.File), for one that holds many maps; OSError names it where it cannot be read."""
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise OSError(f"{path} is not a readable .mat of version 7.3 ({error}); download it again") from error
+
+
 def _mat(data: bytes) -> np.ndarray:
     if data[124:126] in (b"\0\2",) or b"MATLAB 7.3" in data[:32]:
         return _hdf5(data)

@@ -119,8 +119,8 @@ def label(
     making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
     how many there are. device: where the teachers are. recipe, machine: written to the manifest. report: called
     after every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for
-    this process.
-    tell: called with a line about what was damaged and is made again: the settings, the manifest, the json of a tar.
+    this process. tell: called with a line about what was damaged and is made again: the settings, the manifest, the
+    json of a tar.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.data.maps import open_hdf5
+
 NAME = "nyu_depth_v2_labeled.mat"
 # The authors' splits.mat, as ranges.
 _TEST = """
@@ -82,12 +84,7 @@ def _read(path: Path, field: str, name: str) -> np.ndarray:
 
 @lru_cache(2)
 def _open(path: Path) -> Any:
-    import h5py
-
-    try:
-        file = h5py.File(path, "r")
-    except OSError as error:
-        raise OSError(f"{path} is not a readable .mat of version 7.3 ({error}); download it again") from error
+    file = open_hdf5(path)
     if lacking := [field for field in ("images", "rawDepths", "scenes") if field not in file]:
         raise ValueError(f"{path} has no {', '.join(lacking)}: it is not {NAME}")
     return file

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
-from distill.app import preflight, scaling
+from distill.app import commands, preflight, scaling
 from distill.app.cli import main
 from distill.app.preflight import check_recipe
-from distill.app.recipe import load
+from distill.app.recipe import load, parse
+from distill.core import machine
 from tests.labelling.formula import make_tar
 
 RECIPE = """
@@ -129,8 +128,17 @@ def test_sizes_disk_and_licence(check, monkeypatch):
     said = check("crops.size=30", 'labels.licence="unknown"')
     assert "crops.size = 30 is no multiple of the student's patch of 16" in said["warn"]
     assert "labels.licence is unknown" in said["warn"]
-    monkeypatch.setattr(preflight.machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1, folder))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
+
+
+def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
+    recipe, student = parse({"run": {"name": "x"}}), torch.nn.Linear(100, 100)
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1000, folder))
+    with pytest.raises(OSError, match=r"has 0.00 GB free, a checkpoint takes .* set run.out to another disk"):
+        commands.check_disk(recipe, student)
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1 << 30, folder))
+    commands.check_disk(recipe, student)
 
 
 def test_more_cards_help_until_the_cores_run_short():
