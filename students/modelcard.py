@@ -23,6 +23,13 @@ _SECTIONS = {
 }
 
 
+_DISTILL = ("from distill import load", "", 'depth = load("THIS FOLDER")("photo.jpg").numpy()')
+_PIPELINE = (
+    *("from transformers import pipeline", ""),
+    'depth = pipeline("depth-estimation", model="THIS FOLDER")("photo.jpg")["predicted_depth"]',
+)
+
+
 def model_card(
     name: str,
     card: Mapping[str, Any],
@@ -30,16 +37,17 @@ def model_card(
     native_size: int | None = None,
     kind: Kind = Kind.AFFINE_DISPARITY,
     alone: Sequence[str] = (),
+    library: str = "depth-distill",
 ) -> str:
     """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
 
-    alone: the lines of `without_package`.
+    alone: the lines of `without_package`. library: what opens the folder, "depth-distill" or "transformers".
     """
     title = str(card.get("name", name))
     commercial = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
     lines = [
         "---",
-        "library_name: depth-distill",
+        f"library_name: {library}",
         "pipeline_tag: depth-estimation",
         f"license: {commercial}",
         "---",
@@ -52,13 +60,8 @@ def model_card(
     metric = kind is Kind.METRIC_DEPTH
     what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
     lines += [
-        *("", "## Use", "", "```python", "from distill import load"),
-        *(
-            "",
-            f'depth = load("THIS FOLDER")("photo.jpg")  # depth.numpy(): H x W, larger is {kind.larger_is}',
-            "```",
-            "",
-        ),
+        *("", "## Use", "", "```python", *(_DISTILL if library == "depth-distill" else _PIPELINE)),
+        *(f"depth  # H x W, larger is {kind.larger_is}", "```", ""),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
     ]
     lines += alone
