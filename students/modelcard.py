@@ -24,6 +24,13 @@ _SECTIONS = {
 }
 
 
+_DISTILL = ("from distill import load", "", 'depth = load("THIS FOLDER")("photo.jpg").numpy()')
+_PIPELINE = (
+    *("from transformers import pipeline", ""),
+    'depth = pipeline("depth-estimation", model="THIS FOLDER")("photo.jpg")["predicted_depth"]',
+)
+
+
 def model_card(
     name: str,
     card: Mapping[str, Any],
@@ -33,23 +40,19 @@ def model_card(
     alone: Sequence[str] = (),
     parameters: int = 0,
     num_bytes: int = 0,
+    library: str = "depth-distill",
 ) -> str:
     """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
 
-    alone: the lines of `without_package`.
+    alone: the lines of `without_package`. library: what opens the folder, "depth-distill" or "transformers".
     """
-    lines = _top(name, card)
+    lines = _top(name, card, library)
     size = f" Made for images whose short side is {native_size} pixels." if native_size else ""
     metric = kind is Kind.METRIC_DEPTH
     what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
     lines += [
-        *("", "## Use", "", "```python", "from distill import load"),
-        *(
-            "",
-            f'depth = load("THIS FOLDER")("photo.jpg")  # depth.numpy(): H x W, larger is {kind.larger_is}',
-            "```",
-            "",
-        ),
+        *("", "## Use", "", "```python", *(_DISTILL if library == "depth-distill" else _PIPELINE)),
+        *(f"depth  # H x W, larger is {kind.larger_is}", "```", ""),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
         *([f"{parameters / 1e6:.3g} million parameters, {num_bytes / 1e6:.3g} MB on disk."] if parameters else []),
     ]
@@ -76,11 +79,11 @@ def _held(card: Mapping[str, Any]) -> set[str]:
     return {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
 
 
-def _top(name: str, card: Mapping[str, Any]) -> list[str]:
+def _top(name: str, card: Mapping[str, Any], library: str = "depth-distill") -> list[str]:
     """The hubs' block, the title and the table of plain values."""
     licence = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
     block = [
-        *("---", "library_name: depth-distill", "pipeline_tag: depth-estimation", f"license: {licence}"),
+        *("---", f"library_name: {library}", "pipeline_tag: depth-estimation", f"license: {licence}"),
         *(["license_name: see-card"] if licence == "other" else []),
         *("tags:", "- depth", "- distillation", "---", ""),
     ]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from distill.app.gate import Gate, calibration
 from distill.core import files
 from distill.eval.reports.figures import NEARNESS
 from distill.students import Student, checkpoint, export, onnx_graph, to_transformers
-from distill.students.modelcard import read_card_file
+from distill.students.modelcard import model_card, read_card_file
 from distill.students.onnx_graph import OnnxOptions
 from distill.teachers import revision_of
 
@@ -70,7 +71,9 @@ def run_export(
     metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
     metadata |= _rows(student, options)
     if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
-        return _write_native(student, out, options)
+        return _write_native(student, out, options, metadata)
+    if options.transformers and (options.bits == 4 or encoder_weights):
+        raise ValueError(f"{out}: transformers reads whole weights in 32 or 16 bits; export it again with its encoder")
     lines: list[str] = []
 
     def check(aside: Path) -> None:
@@ -161,17 +164,19 @@ def _gate(student: Student, network: Callable[[Tensor], Tensor], options: Export
         return options.gate.check(before, after, student.kind, out)
 
 
-def _write_native(student: Student, out: Path, options: ExportOptions) -> Path:
+def _write_native(student: Student, out: Path, options: ExportOptions, card: Mapping[str, Any]) -> Path:
     """transformers' own class in a folder of its own; what a student's folder takes beside it does not fit there."""
-    if options.onnx or options.program or options.bits == 4:
+    if options.onnx or options.program or options.bits != 32:
         raise ValueError(
             f"{out}: a native class of transformers is a folder by itself, in 32 bits: export it apart from --onnx, "
-            "--program and --bits 4, or use --transformers code"
+            "--program and --bits, or use --transformers code"
         )
     known = {checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD, *checkpoint.EXPORTS}
     if out.exists() and (others := sorted(p.name for p in out.iterdir() if p.name not in known)):
         raise FileExistsError(f"{out}: holds {others[0]}; an export is only written to a folder of its own")
     with files.writing_folder(out) as aside:
         line = to_transformers.write(student, aside, how="native")
+        page = model_card(out.name, card, native_size=student.native_size, kind=student.kind, library="transformers")
+        (aside / checkpoint.CARD).write_text(page, encoding="utf-8")
     say(f"{out}: {line}")
     return out

@@ -197,9 +197,8 @@ def decode_sample(
     """A sample from its members, by what follows the key: "jpg", "json", "<teacher>.shared.jls", ...
 
     teachers: the ones to decode (None: all). patches: which of so many to decode (None: all). coded: leave the maps as
-    codes, in `Sample.coded`. Raises OSError for damage, ValueError for a newer version or an unknown
-    codec, LookupError for a teacher that is not there; each names `where` (by
-    default what webdataset says of the sample): `webdataset.WebDataset(tars).map(decode_sample)`.
+    codes, in `Sample.coded`. where: by default what webdataset says, for `WebDataset(tars).map(decode_sample)`. Raises
+    OSError for damage, ValueError for a newer version or unknown codec, LookupError for an absent teacher, naming it.
     """
     where = where or f"{members.get('__url__', 'sample')}:{members.get('__key__', '')}"
     try:
@@ -310,8 +309,7 @@ def disagreements(sample: Sample) -> Iterator[str]:
 
 def check_version(record: Mapping[str, Any], where: str | Path) -> None:
     """Raise ValueError where `record` was written by a newer version, or not by us."""
-    version = record.get("version")
-    if not isinstance(version, int):
+    if not isinstance(version := record.get("version"), int):
         raise ValueError(f"{where} has no version: not written by distill label")
     if version > VERSION:
         raise ValueError(f"{where} has format version {version}; this distill reads up to {VERSION}: upgrade it")

@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         patches, cls = features[0]
         level = self.into(patches)
         x = self.sample(self.fusion(self.halve(level), level))
-        return self.out(x.repeat(1, 2, 1, 1)) + cls.mean()
+        return self.out(x.repeat(1, 2, 1, 1)) + 0.01 * cls.mean(dim=1)[:, None, None, None]
 """
 
 
@@ -117,12 +117,13 @@ def test_both_graphs_are_written_beside_the_student_and_checked(tmp_path, capsys
     assert f"{path}: " in said and f"{tmp_path / 'o' / 'model.pt2'}: within" in said
     run, program = onnx_graph.run_onnx(path), read[0].module()
     least = export.smallest(student)
+    spread = float(student(torch.rand(3, 3, 97, 50, generator=torch.Generator().manual_seed(2))).std())
+    assert spread > 1e-2
     for size in [(3, 3, 97, 50), (2, 3, least, 50), (2, 3, 1, 1), (1, 3, 16, 16), (1, 3, 20, 70)]:
         images = torch.rand(size, generator=torch.Generator().manual_seed(2))
         expected = student(images).detach()
-        assert size != (3, 3, 97, 50) or expected.std() > 1e-2
         for graph in [run, program] if min(size[2:]) >= least else [run]:
-            torch.testing.assert_close(graph(images), expected, atol=1e-4 * float(expected.std()), rtol=0)
+            torch.testing.assert_close(graph(images), expected, atol=1e-4 * spread, rtol=0)
     # What the program refuses, the card says; an export without it has no such line.
     with pytest.raises(AssertionError, match="Guard failed"):
         program(torch.rand(1, 3, least - 1, 50))

@@ -65,6 +65,7 @@ def test_a_native_class_has_the_same_map(tmp_path, photo, name):
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny"})
     assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--transformers"]) == 0
     assert not list((tmp_path / "o").glob("*.py"))
+    assert "library_name: transformers" in (tmp_path / "o" / "README.md").read_text()
     pipe = transformers.pipeline("depth-estimation", model=str(tmp_path / "o"))
     assert type(pipe.model).__name__ == f"{expected}ForDepthEstimation"
     # The size rule of `distill predict`, for a photo that it makes smaller.
