@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import distill
-from distill.app import build, trust
+from distill.app import build, teaching, trust
 from distill.app.console import dashboard, note, progress, say, table, values
 from distill.app.features import stored_features
 from distill.app.inputs import input_shards
@@ -89,8 +89,8 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
         trust.remember(as_table(recipe))
     images = input_shards(recipe)
     device = build.device(recipe)
-    teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
-    references = build.float32_twins(recipe, on=device)
+    teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = teaching.float32_twins(recipe, on=device)
     labels, measured = tune(
         folder, teachers, recipe.labels, size=recipe.crops.size, device=device, references=references
     )

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.app import build, latent
+from distill.app import build, latent, teaching
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
@@ -198,7 +198,7 @@ def _truth(entry: Entry, side: int) -> DepthMap:
 
 def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant]:
     """The recipe's teachers in their order, and its student where it is trained. Raises RecipeError."""
-    build.check_teachers(recipe)
+    teaching.check_teachers(recipe)
     on = build.device(recipe)
     sources = [{k: v for k, v in asdict(table).items() if v and k != "limit"} for table in recipe.images]
     shared = {"side": recipe.compare.side, "images": sources, "seed": recipe.run.seed}
@@ -208,7 +208,7 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         table |= {"files": files} if (files := file_hashes(spec.name)) else {}
-        load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(build.load_teacher, spec, on=on)
+        load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(teaching.load_teacher, spec, on=on)
         sources_found.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():

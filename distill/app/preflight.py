@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, latent_costs, scaling, weights
+from distill.app import build, latent_costs, scaling, teaching, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -78,7 +78,7 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
         findings += _about_images(recipe, images, crops=not compares)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
-        teachers = _try(findings, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         findings += _about_teachers(recipe, teachers or [])
     if compares:
         return _worst_last(findings)

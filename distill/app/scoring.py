@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from distill.app import build, latent
+from distill.app import build, latent, teaching
 from distill.app.recipe import Recipe
 from distill.core.plugins import file_hashes, find
 from distill.eval.settings import BenchmarkSettings
@@ -49,7 +49,7 @@ class Models:
             )
         self.teachers = [spec for spec in recipe.teachers if spec.name != TRUTH] if recipe.score.teachers else []
         if self.teachers:
-            build.check_teachers(recipe)
+            teaching.check_teachers(recipe)
         self._loaded: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
@@ -76,7 +76,7 @@ class Models:
         name, options = f"teacher {spec.alias_or_name}", options_on(spec, benchmark)
         if name not in self._loaded or self._loaded[name][0] != options:
             self._loaded.pop(name, None)  # before the next one takes its memory
-            self._loaded[name] = (options, build.load_teacher(spec, on=self.on, options=options))
+            self._loaded[name] = (options, teaching.load_teacher(spec, on=self.on, options=options))
         return self._loaded[name][1]
 
 

@@ -25,12 +25,11 @@ from distill.training.batches import (
     Item,
     Labelled,
     MicroBatch,
-    Placed,
     finished,
     groups_of,
     joined,
-    loader_of,
 )
+from distill.training.loading import Placed, loader_of
 from distill.training.sampling import MicroBatchPositions, meet_labels
 from distill.training.settings import TrainSettings
 

@@ -15,7 +15,6 @@ student/.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,18 +25,18 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.core import files, machine
 from distill.core.progress import Report
-from distill.core.seal import sealed
 from distill.shards import shards
 from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
-from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
+from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
+from distill.training.loading import heldout_batches, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
+from distill.training.resume import resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import in_steps, make_optimizer
-from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
+from distill.training.settings import TrainSettings
 from distill.training.step import (
     Lesson,
     ObjectiveLike,
@@ -51,7 +50,7 @@ from distill.training.step import (
     take_step,
 )
 from distill.training.stored import stored_batches
-from distill.training.trainlog import ScaleAlarm, StepLog
+from distill.training.trainlog import ScaleAlarm
 
 __all__ = ["TrainResult", "TrainSettings", "TrainingStoppedError", "train"]
 
@@ -133,7 +132,7 @@ def train(
         run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
-            _resume(run, tell or (lambda line: None))
+            resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
             micros = _micros(run, dataset, batches.after(run.step), collate)
             _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
@@ -216,65 +215,10 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
     )
 
 
-def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
-    """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
-    if run.processes.main:
-        for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
-            tell(line)
-    run.processes.wait()
-    there = run.processes.share([saved.step for saved in checkpoints.find(run.out)])
-    if there:
-        same_checkpoint(run.processes, run.out, there[-1])
-    saved = next(reversed(checkpoints.find(run.out)), None)
-    steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
-    if len(steps) > 1:
-        raise ValueError(
-            f"{run.out} is another folder for other machines, and the one of the main process is older: steps {steps}; "
-            "start the main process where the newest checkpoint is, or share the folder"
-        )
-    if saved is not None:
-        _check_same(run, saved)
-        checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
-        state = saved.state
-        run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
-        if run.best and run.best["step"] not in there:
-            run.best = None  # damaged, or it made way for one that was
-        run.evaluations_since_best = state["evaluations_since_best"]
-        run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
-    if run.processes.main:
-        run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
-        if run.log.damaged:
-            tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
-        facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
-        facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
-        facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
-        facts |= {"settings": run.settings.as_dict(), "card": run.card}
-        plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
-        files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
-
-
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
     if run.settings.trackers:
         # The curves after the checkpoint are drawn anew.
         accelerator.init_trackers(run.out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
-
-
-def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
-    """ValueError where the checkpoint belongs to another run."""
-    # A setting that an older checkpoint does not know had its default then.
-    before = {RENAMED.get(name, name): value for name, value in saved.state["settings"].items()}
-    now, then = run.settings.as_dict(), TrainSettings().as_dict() | before
-    changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
-    differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
-    if run.facts["data"] != saved.state["data"]:
-        differences.append(f"other training data ({run.facts['samples']} samples, not {saved.state['samples']})")
-    if run.facts["identity"] != saved.state["identity"]:
-        differences.append("another recipe")
-    if differences:
-        raise ValueError(
-            f"{run.out} holds a run of step {saved.step} that this one cannot continue: {'; '.join(differences)}. "
-            f"Give it back its settings, or choose another output folder"
-        )
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
     recipe = load(tmp_path / "recipe.toml")
     images, teachers = (
         preflight._images(recipe, crops=True),
-        preflight.build.load_teachers(recipe, on=torch.device("cpu")),
+        preflight.teaching.load_teachers(recipe, on=torch.device("cpu")),
     )
     sample, _ = preflight._label_one(recipe, images, teachers)
     assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0

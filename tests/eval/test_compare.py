@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.app import build, comparison
+from distill.app import build, comparison, teaching
 from distill.app import recipe as recipes
 from distill.app.cli import main
 from distill.app.strict import RecipeError
@@ -259,7 +259,7 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
     assert "photos/p9.png" in table["left_out"][0] or "p9" in table["left_out"][0]
     assert {m["name"]: m["images"] for m in table["models"]} == {"analytic": 7, "red": 7, "blurry": 5}
     # Again from what is stored: no model is loaded.
-    monkeypatch.setattr(build, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(teaching, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(Corruptions, "apply", lambda *a, **k: pytest.fail("a model was asked"))
     (tmp_path / "run" / "compare.html").unlink()
     assert main(["compare", str(path)]) == 0 and (tmp_path / "run" / "compare.html").is_file()
