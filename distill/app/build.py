@@ -115,6 +115,17 @@ def load_teacher(
     return teacher
 
 
+def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[], Any]]:
+    """How to load the eager float32 twin of each teacher that is compiled or computes in half precision."""
+    return {
+        spec.alias_or_name: functools.partial(
+            load_teacher, dataclasses.replace(spec, dtype="float32", compile=False), on=on, sky=recipe.labels.sky
+        )
+        for spec in recipe.teachers
+        if spec.name != TRUTH and (spec.compile or spec.dtype != "float32")
+    }
+
+
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
     """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
     and licences. sky: labels.sky.

@@ -33,7 +33,8 @@ from distill.eval.reports.tables import as_text, grid
 from distill.labelling.meeting import Folder, Meeting
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
-from distill.labelling.worker import work
+from distill.labelling.tuning import TUNED, tune
+from distill.labelling.worker import in_turn, work
 from distill.shards import mirror, shards
 from distill.training.train import TrainResult, train
 
@@ -79,20 +80,30 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     images = input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
-    make = label
+    device = build.device(recipe)
+    teachers = build.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = build.float32_twins(recipe, on=device)
+    size, make = recipe.crops.size, label
+    measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
-        make = partial(work, meeting=meeting_of(recipe, folder))
+        meeting = meeting_of(recipe, folder)
+        labels, measured = in_turn(meeting, folder / TUNED, measure)
+        make = partial(work, meeting=meeting)
+    else:
+        labels, measured = measure()
+    for name, off in measured.get("from_float32", {}).items():
+        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     with progress("label") as report:
         outcome = make(
             images,
             teachers,
             out=folder,
             crops=recipe.crops,
-            labels=recipe.labels,
+            labels=labels,
             seed=recipe.run.seed,
-            device=build.device(recipe),
+            device=device,
             recipe=as_table(recipe),
+            machine=measured,
             report=report,
         )
     if recipe.labels.meeting or not outcome.last:

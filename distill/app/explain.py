@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -106,6 +107,8 @@ def _type(hint: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in inner)
     if origin is tuple:
         return f"array of {_type(inner[0])}s" if inner[1:] == (...,) else f"array of {len(inner)} {_type(inner[0])}s"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type, inner))
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}
     return names.get(hint, "table")
 

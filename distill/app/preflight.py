@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, weights
+from distill.app import build, scaling, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -86,6 +86,9 @@ def check_recipe(recipe: Recipe) -> list[Finding]:
         step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
             findings += _about_training(recipe, student, step, device)
+            if device.type != "cpu":
+                processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
+                findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
     return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
 
 
@@ -242,6 +245,9 @@ def _about_labelling(
         f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: "
         f"{_times(total * seconds, device, min(images.parts, PROCESSES[-1]))}",
     )
+    if device.type != "cpu" and images.photos:
+        processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
+        yield scaling.finding("labelling", seconds, processor, scaling.cores())
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
 
 

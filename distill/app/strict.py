@@ -36,6 +36,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return "an array"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_expected, typing.get_args(hint)))
     return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a table")
 
 
@@ -55,6 +57,9 @@ class _Reading:
             return None
         if hint is Any:
             return value
+        if origin in (typing.Union, types.UnionType):  # an integer or a word
+            hint = next((one for one in inner if type(value) is one or value in typing.get_args(one)), hint)
+            origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self.table(typing.cast(type, hint), value, path)
         if origin is tuple and isinstance(value, list):

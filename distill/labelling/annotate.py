@@ -207,7 +207,7 @@ def annotate(
     queue = BatchQueue(teachers, labels, asking(teachers, labels, device))
     for job in jobs:
         queue.add(job)
-        queue.run(at_least=labels.batch_size)
+        queue.run(at_least=labels.crops_at_once)
         yield from queue.drain()
     queue.run(at_least=1)
     yield from queue.drain()
@@ -222,7 +222,7 @@ def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> H
     codec = CODECS[labels.codec]
     coded = codec.first > 0 and not any(isinstance(teacher, Bridged) for _, teacher in teachers)
     coding = (labels.codec, codec.first) if coded else None
-    return DeviceAsking(device, store, coding=coding, pad_to=labels.batch_size)
+    return DeviceAsking(device, store, coding=coding, pad_to=labels.crops_at_once)
 
 
 class BatchQueue:
@@ -255,7 +255,7 @@ class BatchQueue:
         """Ask every teacher for each batch of which at least so many crops wait."""
         for (_, asked), queue in self.queues.items():
             while len(queue) >= at_least:
-                size = self.labels.batch_size
+                size = self.labels.crops_at_once
                 crops, queue[:size] = queue[:size], []
                 self.pending.append(
                     (crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks if name in asked})

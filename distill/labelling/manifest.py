@@ -87,14 +87,14 @@ def finish(
     out: Path,
     shards: Sequence[InputShard],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
-    licence: str,
+    about: Mapping[str, Any],
     *,
+    licence: str,
     fresh: bool,
     whole: Callable[[Path, Mapping[str, Any]], bool] | None = None,
     suffix: str = "",
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is.
+    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine.
 
     fresh: also where the manifest there lists these tars already. whole: how to see a tar, by default `is_whole`.
     suffix: as `files.writing` has it.
@@ -117,7 +117,7 @@ def finish(
         before = read_manifest(out)["shards"]
         if before == _tars(sidecars, settings, sources):
             return True
-    manifest = _manifest(sidecars, settings, recipe, licence, sources)
+    manifest = _manifest(sidecars, settings, about, licence, sources)
     files.write_text(out / README, labels_readme(manifest), suffix=suffix)
     write_manifest(out, manifest, suffix=suffix)
     return True
@@ -139,7 +139,7 @@ def _tars(
 def _manifest(
     sidecars: Sequence[dict[str, Any]],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
+    about: Mapping[str, Any],
     licence: str,
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def _manifest(
     tars = _tars(sidecars, settings, sources)
     passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
-        "recipe": dict(recipe),
-        **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
+        **about,
+        **({"plugins": plugins} if (plugins := origins(about["recipe"].get("teachers"))) else {}),
         "settings": settings,
         "format": describe_format(settings["codec"]),
         "teachers": cards,

@@ -135,14 +135,16 @@ def label(
     world: int = 1,
     device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> LabelOutcome:
     """Label images into `out`; called again, it does what is missing.
 
     teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
     making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
-    how many there are. device: where the teachers are. recipe: written to the manifest. report: called after every
-    image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
+    how many there are. device: where the teachers are. recipe, machine: written to the manifest. report: called
+    after every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for
+    this process.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
@@ -169,7 +171,8 @@ def label(
                 work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
                 team.close(label_part(out, part, work, tally, team).finish)
         with mutex(out):
-            complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
+            about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+            complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo))
             if complete and (out / NOTES).is_dir():
                 shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
     return LabelOutcome(

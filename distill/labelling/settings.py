@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distill.core.settings import above, below, refuse, unknown_words
@@ -22,8 +22,9 @@ class LabelSettings:
     fine_tail: int = 1
     """Parts of the last twentieth of the input shards are so many times smaller, so that many workers finish at about
     one time; 1: all parts alike."""
-    batch_size: int = 8
-    """Crops that a teacher sees at once, also where labels are made during training."""
+    batch_size: int | Literal["auto"] = 8
+    """Crops that a teacher sees at once, also where labels are made during training. "auto" tries sizes when labelling
+    begins and keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
     threads: int = 4
     """Threads that decode, cut and encode beside the teachers."""
     licence: str = "unknown"
@@ -52,8 +53,12 @@ class LabelSettings:
     1]."""
 
     def __post_init__(self) -> None:
-        faults = below(self, samples_per_part=1, batch_size=1, threads=0, fine_tail=1) + unknown_words(self)
-        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256, fine_tail=100)
+        faults = below(self, samples_per_part=1, threads=0, fine_tail=1) + unknown_words(self)
+        faults += above(self, samples_per_part=1_000_000, threads=256, fine_tail=100)
+        if isinstance(self.batch_size, int):
+            faults += below(self, batch_size=1) + above(self, batch_size=65536)
+        elif self.online:
+            faults.append('batch_size = "auto" is kept in a labels folder: with online = true give a number')
         if "://" in self.root and not self.meeting:
             faults.append(
                 f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "
@@ -78,6 +83,15 @@ class LabelSettings:
     def source(self) -> str:
         """The address that training fetches labels from, or ""."""
         return self.mirror or self.meeting
+
+    @property
+    def crops_at_once(self) -> int:
+        """The batch size as a number; before one is tried and kept (distill.labelling.tuning), the default's."""
+        return DEFAULTS.crops_at_once if isinstance(self.batch_size, str) else self.batch_size
+
+    def with_batch_size(self, number: int) -> LabelSettings:
+        """The same with another batch size."""
+        return replace(self, batch_size=number)
 
     @property
     def content(self) -> dict[str, Any]:

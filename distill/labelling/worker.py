@@ -14,11 +14,11 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ from distill.labelling.meeting import Folder, Meeting
 from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.shards import SETTINGS, read_json
+
+T = TypeVar("T")
 
 LAST = "manifest"
 """The lease of whoever writes the manifest; no part's name, for those end in .tar."""
@@ -225,6 +227,7 @@ def work(
     seed: int = 0,
     device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
     report: Report | None = None,
     meeting: Meeting | None = None,
     poll_s: float = POLL_S,
@@ -255,7 +258,8 @@ def work(
     keep_settings(out, settings, suffix=f".{name[-6:]}")
     place.share(SETTINGS)
     keep_settings(out, settings)
-    end = partial(finish, out, shards, settings, recipe=recipe or {}, licence=labels.licence, whole=place.whole)
+    about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+    end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=place.whole)
     before = place.stamp()
     if before and _finish(place, end, fresh=False):
         return LabelOutcome(True, 0, len(place.finished()) // 2, 0, 0, 0, 0)
@@ -267,6 +271,21 @@ def work(
     with crew(max(1, labels.threads)) as team:
         job = Work(teachers, crops, labels, seed, device, (), team.stopping)
         return _until_all_is_made(worker, team, tally, job, end, before)
+
+
+def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
+    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
+    while (claim := place.take(f"turn-{file.stem}")) is None:
+        time.sleep(min(1.0, place.lease_s / 4))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place.bring(file.name)
+        result = do()
+        if file.is_file():
+            place.share(file.name)
+        return result
+    finally:
+        claim.release()
 
 
 def _until_all_is_made(

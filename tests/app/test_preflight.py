@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+import torch
 
-from distill.app import preflight
+from distill.app import preflight, scaling
 from distill.app.cli import main
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load
@@ -130,3 +131,24 @@ def test_sizes_disk_and_licence(check, monkeypatch):
     assert "labels.licence is unknown" in said["warn"]
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
+
+
+def test_more_cards_help_until_the_cores_run_short():
+    assert scaling.rates(0.025, 0.065, 16) == [
+        (1, 40.0, False), (2, 80.0, False), (4, 160.0, False), (8, 16 / 0.065, True)
+    ]  # fmt: skip
+    line = scaling.finding("labelling", 0.025, 0.065, 16)
+    assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
+    starved = scaling.finding("labelling", 0.001, 0.065, 16)
+    assert starved.level == "warn" and "65 cores keep 1 busy" in starved.remedy
+    assert scaling.finding("training", 0.1, 0.0, 2).level == "ok"
+
+
+def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
+    make_tar(tmp_path / "sa_0.tar")
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
+    recipe = load(tmp_path / "recipe.toml")
+    images, teachers = preflight._images(recipe), preflight.build.load_teachers(recipe, on=torch.device("cpu"))
+    sample, _ = preflight._label_one(recipe, images, teachers)
+    assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0
+    assert scaling.reading_seconds(sample, "jls", list(sample.labels)) > 0
