@@ -29,7 +29,7 @@ from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.students import Student
 from distill.students.modelcard import model_card, without_package
-from distill.students.quantize import dequantize, fits, quantize
+from distill.students.quantize import fits, may_shrink, pack, unpack
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
@@ -74,12 +74,12 @@ def save(
         raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
     encoder_file = _encoder_file(student, folder) if exclude_frozen_encoder else None
     tensors = {
-        key: value.detach().to("cpu", dtype if _may_shrink(value) and fits(value) else value.dtype).contiguous()
+        key: value.detach().to("cpu", dtype if may_shrink(value) and fits(value) else value.dtype).contiguous()
         for key, value in student.state_dict().items()
         if encoder_file is None or not key.startswith("encoder.")
     }
     if bits == 4:
-        tensors = _quantized(tensors, {key: value.shape for key, value in student.state_dict().items()})
+        tensors = pack(tensors, {key: value.shape for key, value in student.state_dict().items()})
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     description = {
         "version": VERSION,
@@ -151,7 +151,7 @@ def load(
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
     tensors = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
-    state = _restored(state, tensors, weights_path)
+    state = unpack(state, tensors, weights_path)
     faults = {
         "lacks": [key for key in tensors if key not in state],
         "has unclaimed": [key for key in state if key not in tensors],
@@ -220,7 +220,7 @@ def load_decoder(student: Student, folder: str | Path) -> None:
     state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
     decoder = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
     state = {key: value for key, value in state.items() if key.startswith("decoder.")}
-    decoder = {k.removeprefix("decoder."): v for k, v in _restored(state, decoder, folder / WEIGHTS).items()}
+    decoder = {k.removeprefix("decoder."): v for k, v in unpack(state, decoder, folder / WEIGHTS).items()}
     try:
         student.decoder.load_state_dict(decoder)
     except RuntimeError as error:
@@ -306,44 +306,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return dict(describe(folder)["card"])
 
 
-# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
-_QUANTIZED_FROM = 4096
-_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
-_PARTS = ("codes", "low", "step")
-
-
-def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
-    out: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
-            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
-            out |= {f"{key}:{part}": stored for part, stored in parts.items()}
-        else:
-            out[key] = value
-    return out
-
-
-def _restored(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The inverse of `_quantized` for the tensors that the network knows."""
-    out = {key: value for key, value in state.items() if ":" not in key}
-    for key in {key.rpartition(":")[0] for key in state if ":" in key}:
-        parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
-        if key not in tensors or len(parts) != len(_PARTS):
-            raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
-        try:
-            out[key] = dequantize(parts, tensors[key].shape)
-        except ValueError as error:
-            raise ValueError(f"{path}: {key}: {error}") from error
-    return out
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _may_shrink(value: Tensor) -> bool:
-    return value.is_floating_point() and value.ndim >= 2
 
 
 def _images(student: Student) -> dict[str, Any]:

@@ -42,8 +42,8 @@ from distill.eval.settings import BenchmarkSettings
 from distill.labelling.meeting import Folder, Meeting
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
-from distill.labelling.tuning import tune
-from distill.labelling.worker import work
+from distill.labelling.tuning import TUNED, tune
+from distill.labelling.worker import in_turn, work
 from distill.shards import mirror, shards
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
@@ -91,14 +91,16 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
     device = build.device(recipe)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
     references = teaching.float32_twins(recipe, on=device)
-    labels, measured = tune(
-        folder, teachers, recipe.labels, size=recipe.crops.size, device=device, references=references
-    )
+    size, make = recipe.crops.size, label
+    measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
+    if worker or build.process()[1] > 1 or recipe.labels.meeting:
+        meeting = meeting_of(recipe, folder)
+        labels, measured = in_turn(meeting, folder / TUNED, measure)
+        make = partial(work, meeting=meeting)
+    else:
+        labels, measured = measure()
     for name, off in measured.get("from_float32", {}).items():
         note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
-    make = label
-    if worker or build.process()[1] > 1 or recipe.labels.meeting:
-        make = partial(work, meeting=meeting_of(recipe, folder))
     with progress("label") as report:
         outcome = make(
             images,

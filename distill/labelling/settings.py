@@ -69,8 +69,8 @@ class LabelSettings:
         faults += above(self, samples_per_part=1_000_000, threads=256, fine_tail=100)
         if isinstance(self.batch_size, int):
             faults += below(self, batch_size=1) + above(self, batch_size=65536)
-        elif self.online or self.meeting:
-            faults.append('batch_size = "auto" is kept in a labels folder: with online = true, or a URL, give a number')
+        elif self.online:
+            faults.append('batch_size = "auto" is kept in a labels folder: with online = true give a number')
         if "://" in self.root and not self.meeting:
             faults.append(
                 f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "

@@ -14,11 +14,11 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,8 @@ from distill.labelling.parts import Tell
 from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
+
+T = TypeVar("T")
 
 LAST = "manifest"
 """The lease of whoever writes the manifest; no part's name, for those end in .tar."""
@@ -279,6 +281,21 @@ def work(
     with crew(max(1, labels.threads)) as team:
         job = Work(teachers, crops, labels, seed, device, (), team.stopping)
         return _until_all_is_made(worker, team, tally, job, end, before)
+
+
+def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
+    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
+    while (claim := place.take(f"turn-{file.stem}")) is None:
+        time.sleep(min(1.0, place.lease_s / 4))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place.bring(file.name)
+        result = do()
+        if file.is_file():
+            place.share(file.name)
+        return result
+    finally:
+        claim.release()
 
 
 def _until_all_is_made(
