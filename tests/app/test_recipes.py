@@ -25,7 +25,7 @@ from distill.students.decoders import FrozenBatchNorm
 from distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
+STUDIES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if "\n[full]\n" in p.read_text())
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card") and p not in STUDIES)
 GOOD = """
 [run]
@@ -356,7 +356,7 @@ def test_shipped_recipes_open_by_name_from_anywhere(tmp_path, monkeypatch):
         assert recipes.load(name) == recipes.load(ROOT / "recipes" / "demo.toml")
     for name in shipped.shipped():
         assert recipes.load(name).run.name
-    assert set(shipped.shipped("study")) == {f"ablations/{path.stem}" for path in STUDIES}
+    assert set(shipped.shipped("study")) == {f"{path.parent.name}/{path.stem}" for path in STUDIES}
     (tmp_path / "demo.toml").write_text('[run]\nname = "local"\n')
     assert recipes.load("demo").run.name == "local", "a local file of that name wins"
     assert read_names("recipes/pocket/train_pairs.txt")
