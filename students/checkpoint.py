@@ -99,8 +99,15 @@ def save(
     contents = {WEIGHTS: weights, DESCRIPTION: text.encode()}
     if card:
         alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
-        about = {"parameters": sum(p.numel() for p in student.parameters()), "num_bytes": len(weights)}
-        page = model_card(folder.name, card, native_size=student.native_size, kind=student.kind, alone=alone, **about)
+        page = model_card(
+            folder.name,
+            card,
+            native_size=student.native_size,
+            kind=student.kind,
+            alone=alone,
+            parameters=sum(p.numel() for p in student.parameters()),
+            num_bytes=len(weights),
+        )
         contents[CARD] = page.encode()
     _write(folder, contents, check)
     return folder

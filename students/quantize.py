@@ -8,7 +8,6 @@ again, so speed and memory are those of any other student.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -82,17 +81,17 @@ def pack(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dic
     return out
 
 
-def unpack(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The inverse of `pack` for the tensors that the network knows; ValueError names `path`, the file."""
+def unpack(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
+    """The inverse of `pack` for the tensors that the network knows; ValueError names `where`, the file."""
     out = {key: value for key, value in state.items() if ":" not in key}
     for key in {key.rpartition(":")[0] for key in state if ":" in key}:
         parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
         if key not in tensors or len(parts) != len(_PARTS):
-            raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
+            raise ValueError(f"{where}: has an unclaimed or incomplete quantized tensor, {key}")
         try:
             out[key] = dequantize(parts, tensors[key].shape)
         except ValueError as error:
-            raise ValueError(f"{path}: {key}: {error}") from error
+            raise ValueError(f"{where}: {key}: {error}") from error
     return out
 
 

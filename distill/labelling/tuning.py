@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from distill.core import files
+from distill.core.seal import SEAL, sealed
 from distill.labelling.annotate import Teachers
 from distill.labelling.asking import predict
 from distill.labelling.lock import mutex
 from distill.labelling.settings import LabelSettings
-from distill.shards.codec import dump_json
-from distill.shards.shards import read_json
+from distill.shards.codec import VERSION, dump_json
+from distill.shards.shards import DamagedTableError, read_json
 from distill.teachers._precision import compare, probe_images
 
 TUNED = "machine.json"
@@ -44,7 +45,7 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     with mutex(folder):
         path = folder / TUNED
-        told: dict[str, Any] = read_json(path) if path.is_file() else {}
+        told: dict[str, Any] = _kept(path)
         networks = {name: teacher for name, teacher in teachers if hasattr(teacher, "predict")}
         wanted = [name for name in references if name not in told.get("from_float32", {})]
         if wanted:
@@ -55,9 +56,18 @@ def tune(
             told["batch_size"] = fastest(list(networks.items()), size, device)
         if device.type == "cuda":
             told.setdefault("device", torch.cuda.get_device_name(device))
-        files.write_bytes(path, dump_json(told))
+        files.write_bytes(path, dump_json(sealed({**told, "version": VERSION})))
     number = int(told["batch_size"]) if labels.batch_size == "auto" else labels.crops_at_once
     return labels.with_batch_size(number), told
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What was found out before; nothing where that is damaged, for then it is found out again."""
+    try:
+        table = read_json(path) if path.is_file() else {}
+    except DamagedTableError:
+        return {}
+    return {key: value for key, value in table.items() if key not in ("version", SEAL)}
 
 
 def _plain(teacher: Any) -> Any:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeGuard
+from typing import Any, NoReturn, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -299,10 +299,10 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
             with torch.no_grad():
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
-    measured = []
+    measured, plain = [], cast(ObjectiveLike, objective)
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
-        losses, parts = objective(one.of(pred), one.labels, mine[0], mine[1])
+        losses, parts = plain(one.of(pred), one.labels, mine[0], mine[1])
         if losses.shape != one.of(images).shape[:1]:
             raise ValueError(
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"

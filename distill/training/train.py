@@ -118,14 +118,7 @@ def train(
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
     settings = in_steps(settings, len(kept))
-    batches = MicroBatchPositions(
-        order=_order(dataset, kept, settings),
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        steps=settings.steps,
-    )
+    batches = _positions(accelerator, dataset, kept, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
@@ -159,6 +152,20 @@ def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings)
         kept, held = list(range(len(dataset))), list(range(len(heldout)))
     idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
     return kept, [index for index in held if heldout.sources[index] not in idle]
+
+
+def _positions(
+    accelerator: Accelerator, dataset: Labelled, kept: Sequence[int], settings: TrainSettings
+) -> MicroBatchPositions:
+    """This process's share of the stream."""
+    return MicroBatchPositions(
+        order=_order(dataset, kept, settings),
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        steps=settings.steps,
+    )
 
 
 def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> Order:
