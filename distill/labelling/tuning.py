@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from distill.core import files
-from distill.core.seal import SEAL, sealed
+from distill.core.seal import sealed
 from distill.labelling.annotate import Teachers
 from distill.labelling.asking import predict
 from distill.labelling.lock import mutex
@@ -67,7 +67,7 @@ def _kept(path: Path) -> dict[str, Any]:
         table = read_json(path) if path.is_file() else {}
     except DamagedTableError:
         return {}
-    return {key: value for key, value in table.items() if key not in ("version", SEAL)}
+    return {key: value for key, value in table.items() if key != "version"}
 
 
 def _plain(teacher: Any) -> Any:
