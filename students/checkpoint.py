@@ -81,21 +81,8 @@ def save(
     if bits == 4:
         tensors = pack(tensors, {key: value.shape for key, value in student.state_dict().items()})
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    description = {
-        "version": VERSION,
-        **_spec(student),
-        "native_size": student.native_size,
-        "weights": {
-            "sha256": hashlib.sha256(weights).hexdigest(),
-            "dtype": "int4" if bits else str(dtype).removeprefix("torch."),
-        },
-        "encoder_weights": encoder_file,
-        "images": _images(student),
-        "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
-        "card": dict(card or {}),
-    }
-    plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
-    text = json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
+    stored = "int4" if bits else str(dtype).removeprefix("torch.")
+    text = _description(student, weights, stored=stored, encoder_file=encoder_file, card=card)
     contents = {WEIGHTS: weights, DESCRIPTION: text.encode()}
     if card:
         alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
@@ -111,6 +98,32 @@ def save(
         contents[CARD] = page.encode()
     _write(folder, contents, check)
     return folder
+
+
+def _description(
+    student: Student,
+    weights: bytes,
+    *,
+    stored: str,
+    encoder_file: dict[str, str] | None,
+    card: Mapping[str, Any] | None,
+) -> str:
+    """student.json, with a checksum of itself; stored: the number format of matrices."""
+    description = {
+        "version": VERSION,
+        **_spec(student),
+        "native_size": student.native_size,
+        "weights": {
+            "sha256": hashlib.sha256(weights).hexdigest(),
+            "dtype": stored,
+        },
+        "encoder_weights": encoder_file,
+        "images": _images(student),
+        "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
+        "card": dict(card or {}),
+    }
+    plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
+    return json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
 
 
 def _network(student: Student) -> dict[str, Any]:

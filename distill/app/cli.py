@@ -92,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = args.debug
         from distill.app import console
 
-        if args.quiet:
-            console.quiet()
+        console.quiet(args.quiet)
         console.as_json(args.json)
         code: int = args.verb(args)
         return code

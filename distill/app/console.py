@@ -73,10 +73,10 @@ def _object(console: Console, values: Mapping[str, Any]) -> None:
     console.print(json.dumps(plain, default=str), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def quiet() -> None:
-    """From here on, results and errors alone: no notes, no progress."""
+def quiet(on: bool = True) -> None:
+    """From here on, results and errors alone: no notes, no progress; or again with them."""
     global _notes
-    _notes = False
+    _notes = not on
 
 
 def as_json(on: bool = True) -> None:

@@ -91,7 +91,7 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
             "delete this one"
         )
     if write:
-        files.write_bytes(path, dump_json(sealed(settings)))
+        files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
 
 
 def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -81,7 +81,10 @@ def test_numbers_defaults_and_overrides(tmp_path):
 
 BAD = {
     "unknown key": ("[train]\nstep = 3", "unknown key train.step; did you mean train.steps?"),
-    "unknown key far from all": ("[compare]\nzzz = 3", "unknown key compare.zzz; compare has limit, side, student"),
+    "unknown key far from all": (
+        "[compare]\nzzz = 3",
+        "unknown key compare.zzz; compare has limit, side, student, time_at",
+    ),
     "unknown table": ("[trian]\nsteps = 3", "unknown key trian; did you mean train?"),
     "text for a number": ('[train]\nlr = "3e-4"', "train.lr must be a number, not '3e-4'"),
     "number for text": ("[student]\nencoder = 3", "student.encoder must be a string, not 3"),
