@@ -114,9 +114,7 @@ def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.A
 def set_rates(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings) -> dict[str, float]:
     """Writes the rates of optimizer step `step` into the optimizer; returns them by owner, for the log."""
     scale = factor(step, settings)
-    rates = {}
+    rates = {name: getattr(settings, rate) * scale for name, rate in OWNERS.items()}
     for group in optimizer.param_groups:
-        owner = group["name"].removesuffix("_no_decay")
-        rates[owner] = getattr(settings, OWNERS[owner]) * scale
-        group["lr"] = rates[owner] * group["scale"]
+        group["lr"] = rates[group["name"].removesuffix("_no_decay")] * group["scale"]
     return rates
