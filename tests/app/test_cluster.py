@@ -21,7 +21,7 @@ name = "many"
 out = "{out}"
 device = "cpu"
 [[images]]
-scenes = 24
+scenes = {scenes}
 size = 56
 [crops]
 size = 28
@@ -36,9 +36,9 @@ threads = 1
 """
 
 
-def recipe(tmp_path, name):
+def recipe(tmp_path, name, scenes=24):
     path = tmp_path / f"{name}.toml"
-    path.write_text(RECIPE.format(out=tmp_path / name))
+    path.write_text(RECIPE.format(out=tmp_path / name, scenes=scenes))
     return path
 
 
@@ -64,16 +64,16 @@ def test_workers_have_a_gpu_each_unless_the_recipe_says_cpu(tmp_path):
 
 
 def test_the_command_line_has_workers_and_their_status(tmp_path, capsys, monkeypatch):
-    path = str(recipe(tmp_path, "one"))
+    path = str(recipe(tmp_path, "one", 6))
     assert main(["status", path]) == 1 and "not begun" in capsys.readouterr().out
     assert main(["label", path]) == 0
-    other = str(recipe(tmp_path, "two"))
+    other = str(recipe(tmp_path, "two", 6))
     assert main(["label", other, "--worker"]) == 0
     capsys.readouterr()
-    assert main(["status", other]) == 0 and "complete; 12 of 12 parts, 24 of 24 images" in capsys.readouterr().out
+    assert main(["status", other]) == 0 and "complete; 3 of 3 parts, 6 of 6 images" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
-    assert main(["label", str(recipe(tmp_path, "three"))]) == 0, "any one of several processes can do it all"
+    assert main(["label", str(recipe(tmp_path, "three", 6))]) == 0, "any one of several processes can do it all"
     assert labels(tmp_path, "one") == labels(tmp_path, "two") == labels(tmp_path, "three")
     idle = Standing(False, 4, 1, 8, 2, False, (), (), (), None)
     assert sentence(idle) == "1 of about 4 parts, 2 of about 8 images, 0 running, 0 lost, 0 images/s, nobody works"

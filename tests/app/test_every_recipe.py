@@ -5,7 +5,6 @@ that its weights have. And what studies and recipes say is what papers.toml, the
 from __future__ import annotations
 
 import fnmatch
-import functools
 import inspect
 import re
 import tomllib
@@ -22,7 +21,6 @@ from distill.app.recipe import parse
 from distill.app.study import cells, read_study
 from distill.app.weights import needed
 from distill.core.plugins import find
-from distill.data import scenes
 from distill.eval.papers import paper_numbers
 from distill.students import checkpoint
 from tests import tiny_teachers
@@ -121,14 +119,6 @@ def tiny(tmp_path_factory):
         return made[name, weights]
 
     return get
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scenes_drawn_once():
-    """The recipes share their two or five scenes: each is rendered once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scenes, "render", functools.cache(scenes.render))
-        yield
 
 
 @pytest.fixture(scope="module")
