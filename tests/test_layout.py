@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 
 # The journey of the data. A folder imports only itself and what stands above it; inside a folder no circle.
@@ -81,7 +79,22 @@ def modules() -> dict[str, Path]:
 
 
 ALL = modules()
-PAIRS = pytest.mark.parametrize(("module", "path"), list(ALL.items()), ids=list(ALL))
+
+
+def each_module(rule):
+    """A rule for one module as a test of them all, which names every module that breaks it."""
+
+    def test():
+        broken = []
+        for module, path in ALL.items():
+            try:
+                rule(module, path)
+            except AssertionError as error:
+                broken.append(f"{module}: {error}")
+        assert not broken, "\n".join(broken)
+
+    test.__name__, test.__doc__ = rule.__name__, rule.__doc__
+    return test
 
 
 def folder(module: str) -> int:
@@ -115,7 +128,7 @@ def test_there_is_something_to_check():
     assert len(ALL) > 20 and {"distill.core.depth", "distill.eval.score", "distill.students"} <= set(ALL)
 
 
-@PAIRS
+@each_module
 def test_a_folder_imports_only_what_stands_above_it(module, path):
     if module in ("distill", "distill.__main__", "distill.contracts"):
         return
@@ -143,14 +156,14 @@ def test_only_distill_is_importable():
     assert not outside
 
 
-@PAIRS
+@each_module
 def test_one_owner_per_dependency(module, path):
     for name in imported(path):
         owners = OWNERS.get(name.split(".")[0])
         assert not owners or owned(module, owners), f"{module} imports {name}; only {owners} may"
 
 
-@PAIRS
+@each_module
 def test_maths_is_pure(module, path):
     if owned(module, MATHS):
         assert not {name.split(".")[0] for name in imported(path)} & IMPURE, f"{module} is maths"
@@ -166,14 +179,14 @@ def test_promised_names_are_found_and_the_door_is_light():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-@PAIRS
+@each_module
 def test_teachers_import_heavy_libraries_only_when_loading(module, path):
     if module.startswith("distill.teachers."):
         heavy = {name.split(".")[0] for name in imported(path, at_top=True)} & {"transformers", "diffusers", "scipy"}
         assert not heavy, f"{module} imports {heavy} at the top: import it inside load"
 
 
-@PAIRS
+@each_module
 def test_sizes_and_docstrings(module, path):
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)

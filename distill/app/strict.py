@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from distill.core.plugins import did_you_mean
+from distill.core.settings import hints_of
 
 T = TypeVar("T")
 
@@ -88,7 +89,7 @@ class _Reading:
 
     def table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         """`table` as a `cls`, or None and its faults."""
-        hints = typing.get_type_hints(cls)
+        hints = hints_of(cls)
         known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
         prefix = f"{path}." if path else ""
         before = len(self.faults)
