@@ -204,10 +204,9 @@ class TarCache:
             time.sleep(_POLL_S)
 
     def _make_room(self, name: str, need: int) -> bool:
-        """Take away the tars read longest ago until `need` bytes, of the tar `name` whose lock we have, are within the
-        limit too; False where they cannot be.
+        """Take away the tars read longest ago until `need` bytes more are within the limit; False where they cannot be.
 
-        Whoever is fetching has its whole tar counted from the start.
+        name: the tar that they are for, whose lock we have. Whoever is fetching has its whole tar counted at once.
         """
         # Before the tars: one that is renamed in between is counted twice and not overlooked.
         coming = sum(self._coming(name))
