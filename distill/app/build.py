@@ -37,7 +37,9 @@ from distill.labelling.lock import mutex
 from distill.labelling.run import OnlineDataset, labels_hash
 from distill.losses.objective import Objective
 from distill.shards import mirror
+from distill.shards.cache import TarCache
 from distill.shards.shards import MANIFEST, LabelDataset
+from distill.shards.tables import CACHED
 from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
 from distill.teachers import resolve
@@ -119,13 +121,17 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
-    if recipe.labels.source and not (folder / MANIFEST).is_file():
+    source, limit = recipe.labels.source, round(recipe.labels.cache_gb * 1e9)
+    if source and not ((folder / MANIFEST).is_file() and (limit or not (folder / CACHED).is_dir())):
         folder.mkdir(parents=True, exist_ok=True)
         with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
-            mirror.fetch(recipe.labels.source, folder)
+            mirror.fetch(source, folder, cached=limit > 0)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
+    # A folder that was made here, or fetched whole, has no such mark, and loses nothing.
+    cache = TarCache(source, folder, limit) if limit and (folder / CACHED).is_dir() else None
+    keys = read_names(recipe.labels.names) if recipe.labels.names else None
+    dataset = LabelDataset(folder, keys=keys, cache=cache)
     weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
     weighted = weighted or recipe.train.even_batches
     if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):

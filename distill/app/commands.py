@@ -45,6 +45,8 @@ from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import TUNED, tune
 from distill.labelling.worker import in_turn, work
 from distill.shards import mirror, shards
+from distill.shards.cache import TarCache
+from distill.shards.tables import CACHED
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
 
@@ -85,6 +87,11 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
 
 
 def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
+    if (folder / CACHED).is_dir():
+        raise ValueError(
+            f"{folder} keeps some tars of finished labels (labels.cache_gb): labelling here would make the others "
+            "anew; train on it, set labels.cache_gb = 0 to have them all, or delete it"
+        )
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
     images = input_shards(recipe)
@@ -151,6 +158,8 @@ def run_train(recipe: Recipe) -> TrainResult:
 
 def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
+    if isinstance(cache := getattr(dataset, "cache", None), TarCache):
+        note(cache.traffic.sentence(recipe.train.batch_size))
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)

@@ -24,6 +24,7 @@ from distill.core import machine
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
+from distill.shards.cache import Traffic
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
 from distill.teachers._latent_student import LatentStudent
@@ -287,6 +288,11 @@ def _about_labelling(
         processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
         yield scaling.finding("labelling", seconds, processor, scaling.cores())
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
+    if limit := recipe.labels.cache_gb * 1e9:
+        traffic = Traffic(tars=images.parts, samples=total, size=float(total * each), limit=limit)
+        remedy = "raise labels.cache_gb, or make smaller tars (labels.samples_per_part): a sample not here costs a tar"
+        level: Level = "ok" if traffic.fits else "warn"
+        yield Finding(level, traffic.sentence(recipe.train.batch_size), "" if traffic.fits else remedy)
 
 
 def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, device: torch.device) -> float:

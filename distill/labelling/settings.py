@@ -40,6 +40,10 @@ class LabelSettings:
     mirror: str = ""
     """A URL (fsspec) where finished labels are sent, and from where training fetches those that it does not find
     here."""
+    cache_gb: float = 0.0
+    """Gigabytes (1e9 bytes) of tars that training keeps of labels that lie elsewhere (mirror, or a root that is an
+    address): each is fetched when it is first read, and those read longest ago go. 0: all are fetched before training
+    begins, and stay. Less than all labels is for tars of few samples (distill.shards.cache)."""
     online: bool = False
     """Label during training instead of before it."""
     commercial_only: bool = False
@@ -65,7 +69,7 @@ class LabelSettings:
     """So is one that fits a smaller share of the truth's points, in [0, 1]. Ours."""
 
     def __post_init__(self) -> None:
-        faults = below(self, samples_per_part=1, threads=0, fine_tail=1) + unknown_words(self)
+        faults = below(self, samples_per_part=1, threads=0, fine_tail=1, cache_gb=0.0) + unknown_words(self)
         faults += above(self, samples_per_part=1_000_000, threads=256, fine_tail=100)
         if isinstance(self.batch_size, int):
             faults += below(self, batch_size=1) + above(self, batch_size=65536)
@@ -78,6 +82,8 @@ class LabelSettings:
             )
         if self.meeting and self.mirror:
             faults.append("root is a URL, which training fetches from: mirror is for labels that are made on a path")
+        if self.cache_gb and not self.source:
+            faults.append("cache_gb is for labels that are fetched: name their labels.mirror, or leave it out")
         if self.mirror and "://" not in self.mirror:
             faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
         if not 0.0 < self.bridge_residual <= 1.0:

@@ -18,7 +18,7 @@ from distill.core.files import publish as rename
 from distill.core.progress import Report
 from distill.data.storage import file_system
 from distill.shards.readme import README
-from distill.shards.shards import MANIFEST, read_manifest
+from distill.shards.tables import CACHED, MANIFEST, read_manifest
 
 
 def _files(manifest: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
@@ -70,13 +70,17 @@ def _listed(system: Any, manifest: str) -> dict[str, str]:
         return {}
 
 
-def fetch(url: str, folder: Path, *, report: Report | None = None) -> None:
+def fetch(url: str, folder: Path, *, cached: bool = False, report: Report | None = None) -> None:
     """Brings the labels at `url`/NAME OF folder into `folder`; every tar is checked against the manifest's sha256.
+
+    cached: all but the tars, for `distill.shards.cache` to fetch; a folder that has them all stays as it is. Without, a
+    folder that was begun so is completed.
 
     Raises FileNotFoundError where there are no finished labels, ValueError for a manifest that is not ours, OSError for
     damage or a URL that cannot be read.
     """
-    if (folder / MANIFEST).is_file():
+    marker = folder / CACHED
+    if (folder / MANIFEST).is_file() and (cached or not marker.is_dir()):
         return
     source = f"{url.rstrip('/')}/{folder.name}"
     system, inside = file_system(source)
@@ -84,13 +88,19 @@ def fetch(url: str, folder: Path, *, report: Report | None = None) -> None:
         raise FileNotFoundError(f"{source} has no finished labels: run `distill label` with this recipe first")
     aside = folder / ".mirror"
     aside.mkdir(parents=True, exist_ok=True)
+    if cached:
+        marker.mkdir(exist_ok=True)
     try:
         system.get_file(f"{inside}/{MANIFEST}", str(aside / MANIFEST))
         manifest = read_manifest(aside)
         there = (name.rsplit("/", 1)[-1] for name in system.ls(inside, detail=False))
         files = _files(manifest, there)
         for done, (name, digest) in enumerate(files):
-            if not (digest and (folder / name).is_file() and file_sha256(folder / name) == digest):
+            whole = digest and (folder / name).is_file() and file_sha256(folder / name) == digest
+            if digest and cached:
+                if not whole:
+                    (folder / name).unlink(missing_ok=True)
+            elif not whole:
                 system.get_file(f"{inside}/{name}", str(aside / name))
                 if digest and file_sha256(aside / name) != digest:
                     raise OSError(
@@ -103,3 +113,5 @@ def fetch(url: str, folder: Path, *, report: Report | None = None) -> None:
         raise OSError(error.errno, f"{source} cannot be read: {error}") from error
     rename(aside / MANIFEST, folder / MANIFEST)
     shutil.rmtree(aside)
+    if not cached:
+        shutil.rmtree(marker, ignore_errors=True)

@@ -23,7 +23,7 @@ import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import numpy as np
 import webdataset
@@ -36,6 +36,7 @@ from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
+from distill.shards.tables import CACHED
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
 from distill.shards.tables import DamagedTableError as DamagedTableError
@@ -149,12 +150,12 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
     if sidecar.is_file():
         metadata = read_json(sidecar)
         if metadata.get("tar") and metadata["tar"]["bytes"] == path.stat().st_size:
-            return _listed(sidecar, metadata, path.stat().st_size)
+            return listed(sidecar, metadata, path.stat().st_size)
     return walked_index(path)
 
 
-def _listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
-    """The samples in the json of a tar of `size` bytes; ValueError unless each lies in it."""
+def listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
+    """`shard_index`: the samples in the json of a tar of `size` bytes; ValueError unless each lies in it."""
     try:
         places = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
     except (TypeError, ValueError):
@@ -184,22 +185,39 @@ def members_of(blob: bytes, where: str) -> dict[str, bytes]:
         raise OSError(f"{where} is damaged ({error}); {REPAIR}") from error
 
 
+class TarReader(Protocol):
+    """What reads tars that do not all lie in their labels folder: `distill.shards.cache.TarCache`."""
+
+    def index(self, shard: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+        """`shard_index` of one of the manifest's tars."""
+        ...
+
+    def read(self, name: str, start: int, size: int) -> bytes:
+        """Bytes of a tar."""
+        ...
+
+
 class LabelDataset(Dataset[Sample]):
     """Every sample of a finished labels folder, at random access, in the order of tars and members.
 
     folder: as `labelling.run` wrote it. teachers: the ones to decode (None: all). keys: image or sample keys to keep
-    (None: all). `keys`, `image_keys` and `sources` (the number of the [[images]] table) have an item per sample;
-    `duplicates` counts samples left out because an earlier tar has their key. Goes to DataLoader workers by fork or
-    pickle; each process opens the tars for itself.
+    (None: all). cache: what reads its tars, where the folder does not have them all. `keys`, `image_keys` and `sources`
+    (the number of the [[images]] table) have an item per sample; `duplicates` counts samples left out because an
+    earlier tar has their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
 
     _MAX_OPEN = 64  # tars, and a quarter of the files that may be open
 
     def __init__(
-        self, folder: str | Path, *, teachers: Sequence[str] | None = None, keys: Collection[str] | None = None
+        self,
+        folder: str | Path,
+        *,
+        teachers: Sequence[str] | None = None,
+        keys: Collection[str] | None = None,
+        cache: TarReader | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self.cache = Path(folder), cache
         self.manifest = read_manifest(folder)
         known = list(self.manifest["teachers"])
         self.teachers = known if teachers is None else list(teachers)
@@ -213,8 +231,7 @@ class LabelDataset(Dataset[Sample]):
         seen: set[str] = set()
         places: list[tuple[int, int, int]] = []
         for shard in self.manifest["shards"]:
-            path = self._checked(shard)
-            for key, start, size in shard_index(path):
+            for key, start, size in cache.index(shard) if cache else shard_index(self._checked(shard)):
                 if key in seen:
                     self.duplicates += 1
                 elif wanted is None or key in wanted or key.rsplit("-", 1)[0] in wanted:
@@ -232,9 +249,10 @@ class LabelDataset(Dataset[Sample]):
     def _checked(self, shard: Mapping[str, Any]) -> Path:
         path = self.folder / shard["name"]
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing, but {MANIFEST} lists it: copy it back or run distill label again"
-            )
+            way_out = "copy it back or run distill label again"
+            if (self.folder / CACHED).is_dir():
+                way_out = "the folder keeps some tars alone (labels.cache_gb), distill train with 0 fetches all"
+            raise FileNotFoundError(f"{path} is missing, but {MANIFEST} lists it: {way_out}")
         if path.stat().st_size != shard["bytes"]:
             raise OSError(
                 f"{path} is damaged: {path.stat().st_size} bytes, not the {shard['bytes']} that {MANIFEST} says; "
@@ -274,8 +292,11 @@ class LabelDataset(Dataset[Sample]):
         tar, start, size = self._places[index]
         name = self.tars[tar]
         where = f"{self.folder / name}:{self.keys[index]}"
-        # pread leaves the file's position alone, so that a forked worker may share the handle.
-        blob = os.pread(self._handle(name).fileno(), int(size), int(start))
+        if self.cache is not None:
+            blob = self.cache.read(name, int(start), int(size))
+        else:
+            # pread leaves the file's position alone, so that a forked worker may share the handle.
+            blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
         return decode_sample(members_of(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
@@ -302,7 +323,10 @@ def verify(folder: str | Path, *, report: Report | None = None) -> list[str]:
 
 
 def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[str, list[str]]:
-    """What `verify` says, by the name of the tar, or of its json or the settings; "" has the manifest's faults."""
+    """What `verify` says, by the name of the tar, or of its json or the settings; "" has the manifest's faults.
+
+    Of a folder that keeps some tars alone (distill.shards.cache), those that are there.
+    """
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
     problems_of: dict[str, list[str]] = {}
@@ -321,9 +345,10 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         except ValueError as error:
             problems_of[SETTINGS] = [str(error)]
     keys = set(images["keys"])
+    some = (folder / CACHED).is_dir()
     for done, shard in enumerate(manifest["shards"]):
         path = folder / shard["name"]
-        samples, problems = _verify_shard(path, shard, keys)
+        samples, problems = (None, []) if some and not path.is_file() else _verify_shard(path, shard, keys)
         if problems:
             problems_of[path.name] = problems
         if problems := verify_sidecar(path, shard, samples):
@@ -345,7 +370,7 @@ def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | No
         problems = [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
         if samples is None or not recorded or recorded["bytes"] != path.stat().st_size:
             return problems
-        index, held = _listed(sidecar, table, path.stat().st_size), walked_index(path)
+        index, held = listed(sidecar, table, path.stat().st_size), walked_index(path)
         if samples != [key for key, _, _ in index]:
             problems.append(f"{sidecar} does not list the samples that its tar holds")
         elif index != held:

@@ -14,6 +14,8 @@ from distill.core.seal import is_broken, sealed
 from distill.shards.codec import REPAIR, VERSION, check_version
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
+CACHED = ".cached"
+"""The folder in a labels folder that says that only some of its tars are there (distill.shards.cache)."""
 
 
 class DamagedTableError(ValueError):

@@ -1,0 +1,241 @@
+"""Labels at a URL of which only some tars are kept: the same samples, within the limit, each fetched by one process."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from distill.app import build
+from distill.app.cli import main
+from distill.app.commands import run_train
+from distill.app.recipe import load
+from distill.app.strict import RecipeError
+from distill.core.files import take_lock
+from distill.shards import cache, mirror
+from distill.shards.cache import TarCache, Traffic
+from distill.shards.shards import LabelDataset, read_manifest, verify
+from distill.training.trainlog import read
+
+pytest.importorskip("fsspec")
+
+RECIPE = """
+[run]
+name = "cached"
+out = "{out}"
+device = "cpu"
+[[images]]
+scenes = 8
+size = 56
+[crops]
+size = 28
+min_side = 40
+patches = "none"
+[[teachers]]
+name = "truth"
+options = {{ own_range = true }}
+[labels]
+samples_per_part = 1
+mirror = "{url}"
+[student]
+encoder = "test_vit"
+encoder_options = {{ timm_options = {{ depth = 1, embed_dim = 32 }}, blocks = [0], pos_grid = 4 }}
+decoder = "sdt"
+decoder_options = {{ fusion_channels = 8 }}
+[loss]
+normalization = "global"
+[train]
+steps = 6
+batch_size = 2
+val_fraction = 0.3
+workers = 2
+eval_every = 3
+save_every = 0
+warmup_steps = 1
+precision = "fp32"
+freeze_encoder = false
+trackers = []
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A recipe whose labels are made and sent, their folder, and where they were sent."""
+    here = tmp_path_factory.mktemp("cache")
+    recipe = here / "r.toml"
+    recipe.write_text(RECIPE.format(out=here / "run", url=f"file://{here}/far"))
+    assert main(["label", str(recipe)]) == 0
+    return recipe, build.labels_folder(load(recipe)), here / "far"
+
+
+def tars(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+
+
+def begun(far: Path, folder: Path, kept: float) -> tuple[TarCache, list[str]]:
+    """A cache that holds so many of the largest tar, and the names of all tars."""
+    mirror.fetch(f"file://{far}", folder, cached=True)
+    sizes = {shard["name"]: shard["bytes"] for shard in read_manifest(folder)["shards"]}
+    return TarCache(f"file://{far}", folder, int(kept * max(sizes.values()))), sorted(sizes)
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """What has been fetched by all processes: (name, bytes of tars then in the folder) each."""
+    log, real = tmp_path / "fetched", TarCache._fetch
+
+    def spied(self, name, new):
+        real(self, name, new)
+        there = sum(tars(self.folder).values()) + sum(p.stat().st_size for p in self._aside.glob("*.partial"))
+        with log.open("a") as file:
+            file.write(f"{name} {there}\n")
+
+    monkeypatch.setattr(TarCache, "_fetch", spied)
+    return lambda: [(n, int(b)) for n, b in map(str.split, log.read_text().splitlines())] if log.exists() else []
+
+
+def test_training_on_a_cache_smaller_than_the_labels_is_the_same_to_the_bit(made, tmp_path, fetched):
+    recipe, folder, _ = made
+    straight = run_train(load(recipe))
+    limit = int(2.5 * max(tars(folder).values()))
+    small = load(recipe, [f"run.out={tmp_path / 'small'}", f"labels.cache_gb={limit / 1e9}"])
+    cached = run_train(small)
+    told = [
+        [{key: line.get(key) for key in ("step", "loss", "heldout")} for line in read(run.log)]
+        for run in (straight, cached)
+    ]
+    assert told[0] == told[1] and len([line for line in told[0] if line["loss"]]) == 6
+    ours, theirs = (load_file(run.folder / "model.safetensors") for run in (cached, straight))
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
+    names, bytes_there = zip(*fetched(), strict=True)
+    assert len(names) > len(set(names)) and max(bytes_there) <= limit, "tars went, and came again, within the limit"
+    kept = build.labels_folder(small)
+    assert 0 < sum(tars(kept).values()) <= limit < sum(tars(folder).values())
+    assert len(list(kept.glob("*-[0-9]*.json"))) == len(tars(folder)) and verify(kept) == []
+
+
+def read_all(cache_: TarCache, names: list[str], wanted: dict[str, bytes]) -> None:
+    wrong = [name for name in names if cache_.read(name, 512, 100) != wanted[name]]
+    os._exit(len(wrong))
+
+
+@pytest.mark.parametrize("kept", [100.0, 1.0])
+def test_processes_share_what_one_of_them_fetches(made, tmp_path, fetched, kept):
+    _, folder, far = made
+    shared, names = begun(far, tmp_path / folder.name, kept)
+    wanted = {name: (folder / name).read_bytes()[512:612] for name in names}
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=read_all, args=(shared, order, wanted)) for order in (names, names[::-1], names)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(timeout=60)
+    assert [one.exitcode for one in started] == [0, 0, 0]
+    if kept > 1:
+        assert sorted(name for name, _ in fetched()) == names, "each once"
+    assert max(there for _, there in fetched()) <= shared.limit
+    assert not list((shared.folder / ".cached").iterdir()), "neither locks nor halves are left"
+
+
+def test_what_was_read_longest_ago_goes_and_a_reader_keeps_what_it_opened(made, tmp_path):
+    _, folder, far = made
+    kept, names = begun(far, tmp_path / folder.name, 3.0)
+    first, second, third, fourth, *_ = sorted(names, key=lambda name: tars(folder)[name], reverse=True)
+    for name in (first, second, third, first):
+        kept.read(name, 0, 1)
+    reader = (kept.folder / second).open("rb")
+    kept.read(fourth, 0, 1)
+    assert set(tars(kept.folder)) == {first, third, fourth}
+    assert reader.read() == (folder / second).read_bytes()
+    reader.close()
+    (kept.folder / first).write_bytes(b"cut")
+    assert kept.read(first, 512, 50) == (folder / first).read_bytes()[512:562]
+    TarCache(f"file://{far}", kept.folder, tars(folder)[first])  # a smaller limit is kept to at once
+    assert sum(tars(kept.folder).values()) <= tars(folder)[first]
+
+
+def test_what_a_killed_process_was_fetching_gives_its_room_back(made, tmp_path, monkeypatch):
+    _, folder, far = made
+    kept, names = begun(far, tmp_path / folder.name, 1.0)
+    dead, ours, live = (kept.folder / f".cached/{name}.12ab.partial" for name in names[:3])
+    for left in (dead, ours, live):
+        left.touch()
+        os.utime(left, (time.time() - 1000,) * 2)
+    lock = take_lock(kept.folder / f".cached/{names[2]}.lock")
+    assert lock is not None
+
+    def waited(seconds):
+        assert live.exists() and not dead.exists() and not ours.exists()
+        live.unlink()
+
+    monkeypatch.setattr(cache.time, "sleep", waited)
+    assert kept.read(names[1], 0, 5) == (folder / names[1]).read_bytes()[:5]
+    assert not live.exists(), "there is room for one tar, so a live process was waited for"
+    lock.release()
+
+
+def test_damage_and_a_full_disk_are_one_line_each(made, tmp_path, monkeypatch):
+    _, folder, far = made
+    shutil.copytree(far / folder.name, tmp_path / "bad" / folder.name)
+    kept, names = begun(tmp_path / "bad", tmp_path / folder.name, 3.0)
+    there = tmp_path / "bad" / folder.name / names[0]
+    there.write_bytes(there.read_bytes()[:-1] + b"x")
+    with pytest.raises(OSError, match=rf"^file://.*{names[0]} is damaged, its checksum is not .* fetched again: "):
+        kept.read(names[0], 0, 1)
+    there.unlink()
+    with pytest.raises(OSError, match=rf"^file://.*{names[0]} cannot be read: "):
+        kept.read(names[0], 0, 1)
+    taken, system = [], type(mirror.file_system(f"file://{far}")[0])
+    real = system.get_file
+
+    def once(self, remote, local, **kwargs):
+        taken.append(remote)
+        if len(taken) == 1:
+            Path(local).write_bytes(b"half")
+        elif len(taken) == 2:
+            return real(self, remote, local, **kwargs)
+        else:
+            raise OSError(errno.ENOSPC, "No space left on device", local)
+        return None
+
+    monkeypatch.setattr(system, "get_file", once)
+    assert kept.read(names[1], 0, 5) == (folder / names[1]).read_bytes()[:5] and len(taken) == 2
+    with pytest.raises(OSError, match=rf"cannot write .*/{names[2]}: No space left on device"):
+        kept.read(names[2], 0, 1)
+    assert len(taken) == 3 and not list((kept.folder / ".cached").iterdir())
+    with pytest.raises(ValueError, match="is less than one tar: "):
+        begun(far, tmp_path / folder.name, 0.9)
+
+
+def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, capsys):
+    recipe, folder, _ = made
+    bytes_ = max(tars(folder).values())
+    some = load(recipe, [f"run.out={tmp_path / 'other'}", f"labels.cache_gb={1.5 * bytes_ / 1e9}"])
+    dataset = build.labelled(some)
+    assert dataset.keys == LabelDataset(folder).keys and not tars(dataset.folder)
+    assert dataset[0].image.equal(LabelDataset(folder)[0].image) and len(tars(dataset.folder)) == 1
+    assert main(["label", str(recipe), "--set", f"run.out={tmp_path / 'other'}"]) == 2
+    assert "keeps some tars of finished labels (labels.cache_gb)" in capsys.readouterr().err
+    with pytest.raises(FileNotFoundError, match=r"is missing, .*the folder keeps some tars alone \(labels.cache_gb\)"):
+        LabelDataset(dataset.folder)
+    whole = build.labelled(load(recipe, [f"run.out={tmp_path / 'other'}"]))
+    assert whole.cache is None and tars(whole.folder) == tars(folder) and verify(whole.folder) == []
+    assert build.labelled(some).cache is None and tars(whole.folder) == tars(folder)
+    with pytest.raises(RecipeError, match="cache_gb is for labels that are fetched: name their labels.mirror"):
+        load(recipe, ["labels.mirror=", "labels.cache_gb=1"])
+
+
+def test_what_a_cache_costs_is_said():
+    traffic = Traffic(tars=200, samples=200_000, size=160e9, limit=80e9)
+    assert traffic.bytes_per_epoch == 100_000 * 0.8e9
+    assert traffic.sentence(64) == (
+        "labels: 80 GB of 160 GB in 200 tars are kept here; a batch of 64 touches about 55 tars, and an epoch fetches "
+        "about 80,000 GB"
+    )
+    assert Traffic(tars=2, samples=9, size=1e9, limit=1e9).sentence(64).endswith("each tar is fetched once")
