@@ -47,9 +47,11 @@ def with_resize(model: Any, student: Student) -> None:
         node.output[:] = ["photo:map" if x == output else x for x in node.output]
         node.input[:] = ["photo:map" if x == output else x for x in node.input]
     build = _Builder(graph)
-    build.numbers(size=student.native_size, most=8 * student.native_size, multiple=student.encoder.patch_size, one=1.0)
+    size = student.native_size
+    assert size is not None  # write_onnx says so to people
+    build.numbers(size=size, most=8 * size, multiple=student.encoder.patch_size, one=1.0)
     build.numbers(zero=0.0, half=0.5)
-    build.numbers(front=np.int64([0]), back=np.int64([1]), high=np.float32(255))
+    build.numbers(front=np.array([0], np.int64), back=np.array([1], np.int64), high=np.float32(255))
     build.add("Shape", "photo", "shape", end=2)
     build.add("Cast", "shape", "sides", to=kinds.DOUBLE)
     build.add("ReduceMin", "sides", "short", keepdims=0)
@@ -85,7 +87,8 @@ class _Builder:
     """Nodes whose names stand below "photo:"."""
 
     def __init__(self, graph: Any) -> None:
-        self.graph, self.nodes = graph, []
+        self.graph = graph
+        self.nodes: list[Any] = []
         self.onnx = optional("onnx")
 
     def numbers(self, **values: Any) -> None:

@@ -65,7 +65,7 @@ class StudentForDepthEstimation(PreTrainedModel):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__(config)
-        self.encoder = nn.Module()
+        self.encoder: Any = nn.Module()
         self.encoder.backbone = build_vit(config)
         self.decoder = Decoder(**config.decoder)
         self.post_init()
