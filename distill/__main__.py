@@ -1,7 +1,5 @@
 """`python -m distill` and `accelerate launch -m distill`."""
 
-import sys
+from distill.app.cli import entry
 
-from distill.app.cli import main
-
-sys.exit(main())
+entry()

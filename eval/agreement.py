@@ -282,13 +282,17 @@ def new_edges(primary: Tensor, assistant: Tensor, valid: Tensor, image: Tensor) 
     """How many of the assistant's edges on the image's edges are not half as steep in the primary nearby, as a share.
 
     What needs no truth: an edge that both the picture and the assistant show, and the primary lacks or blurs, is news.
-    The share is of such edges of the assistant or of the primary, whichever has more, so that a few odd ones beside a
-    sharp primary are little. NaN where neither has one.
+    Noise has edges everywhere, and so on the picture's too: as many as the assistant has off the picture's edges, by
+    area, are taken for chance and not counted. The share is of such edges of the assistant or of the primary, whichever
+    has more, so that a few odd ones beside a sharp primary are little. NaN where neither has one.
     """
     steep, known = _jumps(assistant, valid), _jumps(primary, valid)
     confirmed = (steep > DETAIL) & image
     near = max(2, reach(*valid.shape[-2:]))
     nearby = F.max_pool2d(known[:, None], 2 * near + 1, stride=1, padding=near)[:, 0]
-    news = (confirmed & (nearby < 0.5 * steep)).sum((-2, -1))
+    lacking = (steep > DETAIL) & (nearby < 0.5 * steep)
+    on, off = (lacking & image).sum((-2, -1)), (lacking & ~image).sum((-2, -1))
+    area_on, area_off = (valid & image).sum((-2, -1)), (valid & ~image).sum((-2, -1))
+    news = (on - off * area_on / area_off.clamp(min=1)).clamp(min=0)
     count = torch.maximum(confirmed.sum((-2, -1)), ((known > DETAIL) & image).sum((-2, -1)))
     return torch.where(count > 0, news / count.clamp(min=1), torch.nan)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
@@ -30,6 +28,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.progress import Report
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.cost import Cost
 from distill.eval.fit import NoGroundTruthError, measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import Protocol
@@ -93,94 +92,12 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
         done = predict(cost.timed(teacher), samples, store, settings=settings, report=report)
     finally:
         if store.is_dir() and (cost.images or not before):
-            files.write_json(store / CARD, {"card": asdict(teacher.card), "cost": cost.summary(before)}, sort_keys=True)
+            files.write_json(
+                store / CARD,
+                {"card": asdict(teacher.card), "cost": cost.summary(before and before["cost"])},
+                sort_keys=True,
+            )
     return done
-
-
-class Cost:
-    """What a model costs: seconds per image without the first, parameters, and memory at its peak."""
-
-    def __init__(self) -> None:
-        self.images = 0
-        self.seconds = 0.0
-        self.first: float | None = None
-        self.parameters = 0
-        self.device = "cpu"
-        self.before = _resident("VmRSS")
-
-    def watch(self, load: Callable[[], Teacher]) -> Teacher:
-        """Loads the model with the memory counted from here."""
-        _reset_peak()
-        self.before = _resident("VmRSS")
-        teacher = load()
-        tensors = {id(p): p for part in vars(teacher).values() for p in _parameters(part)}
-        self.parameters = sum(p.numel() for p in tensors.values())
-        self.device = next((str(p.device) for p in tensors.values()), "cpu")
-        return teacher
-
-    def timed(self, teacher: Teacher) -> Teacher:
-        """The same teacher with every call counted."""
-        return _Timed(teacher, self)
-
-    def summary(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The numbers as JSON; those of an earlier, interrupted call stay where this one predicted too little."""
-        if before and self.images < before["cost"]["images"]:
-            return dict(before["cost"])
-        cuda = self.device.startswith("cuda")
-        peak, start = _resident("VmHWM"), self.before
-        grown = None if peak is None or start is None else max(0, peak - start)
-        return {
-            "images": self.images,
-            "images_per_s": self.images / self.seconds if self.seconds else None,
-            "first_s": self.first,
-            "parameters": self.parameters,
-            "device": torch.cuda.get_device_name(self.device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-            "memory_bytes": torch.cuda.max_memory_allocated(self.device) if cuda else grown,
-        }
-
-
-class _Timed:
-    def __init__(self, teacher: Teacher, cost: Cost) -> None:
-        self.teacher, self.cost, self.card = teacher, cost, teacher.card
-
-    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """As the teacher does."""
-        begun = time.perf_counter()
-        more: dict[str, Any] = {"keys": keys} if keys is not None else {}
-        depth = self.teacher.predict(images, **more).to("cpu")  # waits for an accelerator to finish
-        seconds = time.perf_counter() - begun
-        if self.cost.first is None:  # the first call compiles, allocates and warms up
-            self.cost.first = seconds
-        else:
-            self.cost.seconds += seconds
-            self.cost.images += len(images)
-        return depth
-
-
-def _parameters(part: Any) -> list[Tensor]:
-    if isinstance(part, torch.nn.Module):
-        return list(part.parameters())
-    inner = getattr(part, "__dataclass_fields__", {})
-    return [p for name in inner for p in _parameters(getattr(part, name))]
-
-
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    if sys.platform == "linux":
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:
-            pass  # not allowed everywhere; the peak is then the process's own, and an upper bound
-
-
-def _resident(which: str) -> int | None:
-    """Bytes of memory this process has (VmRSS) or had at most (VmHWM); None where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
 
 
 def _read_card(store: Path) -> dict[str, Any] | None:
@@ -242,12 +159,12 @@ def measure_image(view: ImageView, *, seed: int = 0) -> dict[str, Any]:
     image = agreement.image_edges(view.image)
     models: dict[str, Numbers] = {}
     for name, depth in view.raw.items():
-        own = view.maps[name]
+        aligned = view.maps[name]
         models[name] = {
-            "sharpness": _number(agreement.sharpness(own.values, own.valid)),
-            "on_image": _number(agreement.edges_on_image(own.values, own.valid, image)),
-            "far": _number(agreement.far_end(own.values, own.valid).float().mean((-2, -1))),
-            "valid": _number(own.valid.float().mean((-2, -1))),
+            "sharpness": _number(agreement.sharpness(aligned.values, aligned.valid)),
+            "on_image": _number(agreement.edges_on_image(aligned.values, aligned.valid, image)),
+            "far": _number(agreement.far_end(aligned.values, aligned.valid).float().mean((-2, -1))),
+            "valid": _number(aligned.valid.float().mean((-2, -1))),
             **(_scores(depth, view.truth) if view.truth is not None else {}),
         }
     pairs: dict[str, Numbers] = {}
@@ -272,18 +189,18 @@ def _additions(view: ImageView, pairs: Mapping[str, Numbers], image: Tensor) -> 
         for name in view.raw:
             common &= view.maps[name].valid
         errors = {name: agreement.region_errors(view.maps[name].values, truth.values, common) for name in view.raw}
-    found: dict[str, Numbers] = {}
+    additions: dict[str, Numbers] = {}
     for p, a in permutations(view.raw, 2):
         first, second = view.maps[p], view.maps[a]
         error = (pairs.get(f"{p}|{a}") or pairs[f"{a}|{p}"])["error"]
         news = _number(agreement.new_edges(first.values, second.values, first.valid & second.valid, image))
         won = agreement.oracle_gain(errors[p], errors[a]) if errors else (None, None, None)
-        found[f"{p}|{a}"] = {
+        additions[f"{p}|{a}"] = {
             "news": news,
             "complement": None if error is None or news is None else (1 - error) * news,
             **{k: None if v is None else _number(v) for k, v in zip(("gain", "mixing", "share"), won, strict=True)},
         }
-    return found
+    return additions
 
 
 def _scores(depth: DepthMap, truth: DepthMap) -> Numbers:
@@ -347,10 +264,12 @@ def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict
     info = _read_card(folder / name)
     if info is None:
         raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
-    own = [image["models"][name] for image in images if name in image["models"]]
-    numbers = {key: _mean([one.get(key) for one in own]) for key in dict.fromkeys(k for one in own for k in one)}
+    measured = [image["models"][name] for image in images if name in image["models"]]
+    numbers = {
+        key: _mean([one.get(key) for one in measured]) for key in dict.fromkeys(k for one in measured for k in one)
+    }
     settings = read_settings(folder / name) or {"settings": {}}
-    return {"name": name, **info, "settings": settings["settings"], "images": len(own), "numbers": numbers}
+    return {"name": name, **info, "settings": settings["settings"], "images": len(measured), "numbers": numbers}
 
 
 def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any]]:
@@ -358,10 +277,12 @@ def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any
     rows = []
     for key in keys:
         first, second = key.split("|")
-        own = [image[part][key] for image in images if key in image[part]]
-        names = dict.fromkeys(name for one in own for name in one)
-        count = {name: sum(one.get(name) is not None for one in own) for name in names}
-        rows.append({"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in own]) for n in names})
+        measured = [image[part][key] for image in images if key in image[part]]
+        names = dict.fromkeys(name for one in measured for name in one)
+        count = {name: sum(one.get(name) is not None for one in measured) for name in names}
+        rows.append(
+            {"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in measured]) for n in names}
+        )
     return rows
 
 

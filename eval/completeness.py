@@ -35,25 +35,26 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
     """
     module = find("distill.eval.benchmarks", name)
     layout: FileLayout | None = getattr(module, "LAYOUT", None)
-    if layout is None:
+    whole_file = getattr(module, "container", lambda _: None)(root)  # the authors' own, read where it lies
+    if layout is None or whole_file is not None:
         samples = list(module.samples(root, list_file))
         return [_count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file), *_decoded(samples)]
     files = Files(locate(root, name, layout), tolerant=True)
-    found = [_root(files), *_unfinished(Path(root or ""), layout)]
+    findings = [_root(files), *_unfinished(Path(root or ""), layout)]
     if list_file is not None:
         rows = read_list(list_file, layout)
         whole = [row for row in rows if all(files.has(file) for file in row)]
         broken = [row for row in rows if not all(files.has(file) for file in row)]
     else:
         whole, broken = layout.rows(files.names())
-    found.append(_count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file))
-    found += _parts(layout, whole)
-    found += _missing(files, broken, name, listed=list_file is not None, total=len(whole) + len(broken))
+    findings.append(_count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file))
+    findings += _parts(layout, whole)
+    findings += _missing(files, broken, name, listed=list_file is not None, total=len(whole) + len(broken))
     damaged = _damaged(files, layout, whole)
-    found.append(damaged)
+    findings.append(damaged)
     if damaged.level == "ok" and whole:
-        found += _decoded(_samples(module, files.root, list_file, [row[0] for row in whole]))
-    return found
+        findings += _decoded(_samples(module, files.root, list_file, [row[0] for row in whole]))
+    return findings
 
 
 def _root(files: Files) -> Finding:
@@ -94,12 +95,12 @@ def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None
 
 def _parts(layout: FileLayout, rows: Rows) -> list[Finding]:
     """The parts of the benchmark that are reported by themselves."""
-    found = []
+    findings = []
     for part, (number, digest) in layout.parts.items():
         keys = [row[0] for row in rows if row[0].split("/")[0] == part]
         right = len(keys) == number and list_hash(keys) == digest
-        found.append(Finding("ok" if right else "warn", f"{part}: {len(keys)} of {number} images"))
-    return found
+        findings.append(Finding("ok" if right else "warn", f"{part}: {len(keys)} of {number} images"))
+    return findings
 
 
 def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total: int) -> list[Finding]:

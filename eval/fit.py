@@ -27,7 +27,12 @@ MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
 _FORGETS = ("metric", "scale", "affine")
 # How an alignment of distill.eval.protocol begins, and what it fits.
-_SAID = {"scale and shift": "affine", "scale by medians": "median", "scale": "scale"}
+_SAID = {
+    "scale and shift": "affine",
+    "scale by medians": "median",
+    "scale of least relative error": "l1",
+    "scale": "scale",
+}
 
 
 class NoGroundTruthError(ValueError):
@@ -58,7 +63,7 @@ class ImageErrors:
     sums: (NUM_SUMS,) float64, see eval.metrics.sums. floors: the same for each disparity floor, by its name, where
     the prediction was aligned in disparity. scale, shift: of the alignment. notes: what a reader should know.
     nonpositive: the share of scored pixels where an affine disparity is not positive, which Marigold's fit leaves out;
-    0 for other kinds.
+    0 for other kinds. metres: whether the truth is in metres; what is measured in a unit has none otherwise.
     """
 
     sums: Tensor
@@ -67,6 +72,7 @@ class ImageErrors:
     shift: float
     notes: tuple[str, ...]
     nonpositive: float = 0.0
+    metres: bool = True
 
 
 def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
@@ -75,9 +81,9 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
     """
     wanted = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
-    if wanted == "median" and truth.unknown == "affine":
+    if wanted in ("median", "l1") and truth.unknown == "affine":
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
-    unknown = wanted if wanted == "median" else max(wanted, truth.unknown, key=_FORGETS.index)
+    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=_FORGETS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
@@ -103,6 +109,11 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
         raise NoGroundTruthError("the truth has no valid pixel")
+    if protocol.space == "disparity" and path.quantity == "depth":
+        if (kind.quantity, kind.unknown) == ("depth", "affine"):
+            raise KindError(f"{kind} has no disparity to be scored: its shift is unknown")
+        flat_truth = 1.0 / np.maximum(flat_truth, 1e-6)
+        path = AlignmentPlan("disparity", "disparity", kind.quantity == "depth", path.unknown, False)
     lowest, highest = float(flat_pred.min()), float(flat_pred.max())  # NaN if any is
     if not np.isfinite(lowest + highest):
         wrong = int((~np.isfinite(flat_pred)).sum())
@@ -114,13 +125,13 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     scale, shift = 1.0, 0.0
     if path.unknown != "metric":
         fitted = (flat_pred, flat_truth)
-        if protocol.fit_columns and not path.invert:
+        if protocol.fit_columns and not path.invert and not protocol.space:
             fitted = _fewer_columns(pred, values, valid, protocol.fit_columns)
         scale, shift = _fit(*fitted, path=path, positive=protocol.fit_positive, offset=protocol.offset_positive)
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive)
+    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres)
 
 
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
@@ -208,6 +219,8 @@ def _fit(
     invert = path.fit != path.quantity
     if path.unknown == "median":
         return _median_scale(pred, truth, invert=invert, positive=positive), 0.0
+    if path.unknown == "l1":
+        return _l1_scale(pred, truth, invert=invert), 0.0
     origin = float(pred[0]) if len(pred) and path.unknown == "affine" else 0.0
     count, moments = 0, torch.zeros(4, dtype=torch.float64)
     for p, t in _blocks(pred, truth):
@@ -237,9 +250,25 @@ def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive
         pred, truth = pred[usable], truth[usable]
     if not len(pred):
         return 0.0
-    own = float(np.median(pred))
+    middle = float(np.median(pred))
     target = float(np.median(1.0 / np.maximum(truth, 1e-6) if invert else truth))
-    return float(np.float32(target / own)) if own > 0 else 0.0
+    return float(np.float32(target / middle)) if middle > 0 else 0.0
+
+
+def _l1_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool) -> float:
+    """The scale of a depth that makes the sum of |scale * depth - truth| / truth least; of a disparity, its inverse.
+
+    It is the median of truth/depth weighted by depth/truth. Source: microsoft/MoGe, moge/utils/alignment.py.
+    """
+    depth = 1.0 / np.maximum(pred, 1e-6) if invert else pred
+    kept = depth > 0
+    if not kept.any():
+        return 0.0
+    ratio = truth[kept].astype(np.float64) / depth[kept]
+    order = np.argsort(ratio, kind="stable")
+    weight = np.cumsum(1.0 / ratio[order])
+    best = ratio[order[np.searchsorted(weight, weight[-1] / 2)]]
+    return float(np.float32(1.0 / best if invert else best))
 
 
 def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) -> tuple[float, float]:
@@ -267,11 +296,11 @@ def _total(
         for p, t in _blocks(pred, truth):
             total += block_sums(_line(p, scale, shift).clamp_(*tight), t)
         return total, {}
-    own = 1.0 / max(float(truth.max()), low)
+    least = 1.0 / max(float(truth.max()), low)
     clips = {
-        "chosen": (own if protocol.disparity_floor is None else protocol.disparity_floor, *tight),
+        "chosen": (least if protocol.disparity_floor is None else protocol.disparity_floor, *tight),
         f"{MARIGOLD_FLOOR:g}": (MARIGOLD_FLOOR, low, high),
-        "1/max truth": (own, low, high),
+        "1/max truth": (least, low, high),
     }
     totals = {clip: torch.zeros(NUM_SUMS, dtype=torch.float64) for clip in clips.values()}
     least = max(max(floor, 1.0 / above) for floor, _, above in totals)

@@ -30,10 +30,11 @@ _THRESHOLDS = [[1.25], [1.25**2], [1.25**3]]
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A metric's place in a table: which way is better, and how to print it."""
+    """A metric's place in a table: which way is better, how to print it, and its unit where it has one."""
 
     lower_is_better: bool
     format: str
+    unit: str = ""
 
 
 def sums(pred: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -103,14 +104,14 @@ def all_metrics(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Tensor
 METRICS: MappingProxyType[str, MetricRow] = MappingProxyType(
     {
         "abs_rel": MetricRow(True, "{:.4f}"),
-        "sq_rel": MetricRow(True, "{:.4f}"),
-        "rmse": MetricRow(True, "{:.4f}"),
+        "sq_rel": MetricRow(True, "{:.4f}", "m"),
+        "rmse": MetricRow(True, "{:.4f}", "m"),
         "rmse_log": MetricRow(True, "{:.4f}"),
         "log10": MetricRow(True, "{:.4f}"),
         "delta1": MetricRow(False, "{:.4f}"),
         "delta2": MetricRow(False, "{:.4f}"),
         "delta3": MetricRow(False, "{:.4f}"),
-        "i_rmse": MetricRow(True, "{:.4f}"),
+        "i_rmse": MetricRow(True, "{:.4f}", "1/m"),
         "silog": MetricRow(True, "{:.3f}"),
     }
 )

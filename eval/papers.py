@@ -116,8 +116,8 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
 
 def _asked(row: dict[str, Any], benchmark: str) -> dict[str, Any]:
     """How a row of released weights was run on a benchmark; where it says nothing: the authors' resizing, float32."""
-    said = {key: row[key] for key in (*_ASKED, "dtype") if key in row}
-    each = {key: value[benchmark] if isinstance(value, dict) else value for key, value in said.items()}
+    stated = {key: row[key] for key in (*_ASKED, "dtype") if key in row}
+    each = {key: value[benchmark] if isinstance(value, dict) else value for key, value in stated.items()}
     return {"resize": "native", "dtype": "float32"} | each
 
 
@@ -142,8 +142,10 @@ def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> PaperVerdict:
 
 
 def _same_weights(weights: str, number: PaperNumber) -> bool:
-    own = weights.rstrip("/").lower()
-    return bool(own) and any(own == known.lower() or own.endswith("/" + known.lower()) for known in number.weights)
+    scored = weights.rstrip("/").lower()
+    return bool(scored) and any(
+        scored == known.lower() or scored.endswith("/" + known.lower()) for known in number.weights
+    )
 
 
 def _obstacle(scored: Scored, number: PaperNumber) -> str:

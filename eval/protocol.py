@@ -22,6 +22,8 @@ from typing import Any
 from distill.core.depth import Kind
 
 MODES = ("marigold", "clean")
+"""What a recipe may ask for. A protocol of someone else has its name in eval.rivals as its mode."""
+RIVAL_MODES = ("zipdepth", "moge_disparity", "moge_scale", "ultralytics", "depth_anything")
 
 ALIGNMENTS = {
     Kind.METRIC_DEPTH: "none",
@@ -32,7 +34,7 @@ ALIGNMENTS = {
     Kind.AFFINE_DISPARITY: "scale and shift in disparity",
 }
 
-CHOICES = ("auto", "affine", "scale", "median")
+CHOICES = ("auto", "affine", "scale", "median", "l1")
 """How a prediction may be brought to the truth. auto: by what its kind leaves unknown, as every paper does. affine,
 scale: least squares for scale and shift, or scale alone. median: a scale by the ratio of the medians alone, as
 self-supervised depth is scored."""
@@ -45,7 +47,12 @@ TASKS = {
 }
 """What is measured (distill.eval.tasks)."""
 
-_WORDS = {"affine": "scale and shift", "scale": "scale", "median": "scale by medians"}
+_WORDS = {
+    "affine": "scale and shift",
+    "scale": "scale",
+    "median": "scale by medians",
+    "l1": "scale of least relative error",
+}
 
 
 def alignment(kind: Kind, choice: str = "auto") -> str:
@@ -77,6 +84,7 @@ class Protocol:
     where scale and shift were fitted.
     mask_range: the truth's validity is also cut to (min_depth, max_depth). False where the benchmark's mask decides
     alone. crop, mask, resize, pooling: in words.
+    space: "" measures errors of depth where the truth is metric; "disparity" of one over it.
     """
 
     benchmark: str
@@ -98,12 +106,15 @@ class Protocol:
     resize: str = "none: the prediction has the truth's size"
     pooling: str = "mean over images"
     task: str = "depth"
+    space: str = ""
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
             raise ValueError(f"a protocol's task must be one of {', '.join(TASKS)}, not {self.task!r}")
-        if self.mode not in MODES:
+        if self.mode not in MODES + RIVAL_MODES:
             raise ValueError(f"a protocol's mode must be marigold or clean, not {self.mode!r}")
+        if self.space not in ("", "disparity"):
+            raise ValueError(f'a protocol\'s space must be "" or "disparity", not {self.space!r}')
 
     @property
     def id(self) -> str:
@@ -127,6 +138,13 @@ class Protocol:
         fitted = self.task == "depth" or (self.task == "boundary_f1" and Kind(kind).unknown == "affine")
         return replace(self, alignment=words if fitted else "none")
 
+    def of_edges(self) -> Protocol:
+        """How boundary F1 is scored on the same images: fitted as the clean mode fits, edges between valid pixels."""
+        if self.task != "depth":
+            raise ProtocolError(f"{self.benchmark} has no depth whose edges could be scored ({TASKS[self.task]})")
+        clean = self.in_mode("clean")
+        return replace(clean, task="boundary_f1", mask=f"edges between two pixels of: {self.mask}", alignment="")
+
     def with_offset(self, kind: Kind | str) -> Protocol:
         """The same with `offset_positive`, where it means anything: for affine disparity, fitted at positive pixels."""
         affine = self.alignment in ("", ALIGNMENTS[Kind.AFFINE_DISPARITY])
@@ -136,10 +154,10 @@ class Protocol:
     def in_mode(self, mode: str) -> Protocol:
         """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot
         unrepair."""
-        if mode not in MODES:
-            raise ValueError(f"protocol must be marigold or clean, not {mode!r}")
         if mode == self.mode:
             return self
+        if mode not in MODES:
+            raise ValueError(f"protocol must be marigold or clean, not {mode!r}")
         if mode == "marigold":
             raise ProtocolError(
                 f"{self.benchmark} has no published Marigold protocol; score it with the clean protocol"
@@ -194,6 +212,6 @@ def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool =
 
 def _digest(table: Mapping[str, Any]) -> str:
     """Of the fields; what came later than the first ids counts only where it says something, so that those stay."""
-    later: dict[str, Any] = {"task": "depth", "offset_positive": False}
+    later: dict[str, Any] = {"task": "depth", "offset_positive": False, "space": ""}
     table = {name: value for name, value in table.items() if name not in later or value != later[name]}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

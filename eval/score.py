@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import distill
+from distill.core import machine
 from distill.core.depth import Kind
 from distill.core.plugins import find
 from distill.core.progress import Report
@@ -101,7 +101,7 @@ def score(
         images=tuple(image for image, _ in results),
         **_summary(TASKS[protocol.task], results, allow_failed),
         num_extra=len(there.difference(places.values())),
-        software=f"distill {distill.__version__}",
+        software=machine.software(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -177,8 +177,8 @@ def table(
     ]
     rows = [["model", "alignment", *(f"{benchmark} {name}" for benchmark, name in columns)]]
     for model, alignment in dict.fromkeys((s.model, s.protocol.alignment) for s in scores):
-        own = {s.benchmark: s for s in scores if (s.model, s.protocol.alignment) == (model, alignment)}
-        rows.append([model, alignment, *(_cell(own.get(b), name) for b, name in columns)])
+        by_benchmark = {s.benchmark: s for s in scores if (s.model, s.protocol.alignment) == (model, alignment)}
+        rows.append([model, alignment, *(_cell(by_benchmark.get(b), name) for b, name in columns)])
     return rows
 
 
@@ -254,18 +254,23 @@ def _summary(
     for group in sorted({image.group for image in images} - {""}):
         inside = [(image, m) for image, m in results if image.group == group]
         lost = sum(image.failed for image, _ in inside)
-        mean = _headline(task, [] if lost and not allow_failed else [m.sums for _, m in inside if m is not None])
+        counted = [] if lost and not allow_failed else [m for _, m in inside if m is not None]
+        mean = _headline(task, [m.sums for m in counted], metres=all(m.metres for m in counted))
         groups[group] = {"num_images": len(inside), "num_failed": lost, "metrics": mean}
+    metres = all(m.metres for m in measured)
     floors = {}
     for name in measured[0].floors if measured and not withheld else ():
-        floors[name] = _headline(task, [m.floors[name] for m in measured if name in m.floors])
-    metrics = _headline(task, [] if withheld else [m.sums for m in measured])
-    pooled = finite(_values(task, torch.stack([m.sums for m in measured]).sum(0))) if measured and not withheld else {}
+        floors[name] = _headline(task, [m.floors[name] for m in measured if name in m.floors], metres=metres)
+    metrics = _headline(task, [] if withheld else [m.sums for m in measured], metres=metres)
+    pooled: Means = dict.fromkeys(task.rows)
+    if measured and not withheld:
+        every = finite(_values(task, torch.stack([m.sums for m in measured]).sum(0)))
+        pooled |= _of_known_units(task, every, metres)
     if task.group_mean and groups and not withheld:
         metrics[task.group_mean] = _group_mean(task, groups)
     return {
         "metrics": metrics,
-        "pooled": dict.fromkeys(task.rows) | pooled,
+        "pooled": pooled,
         "floors": floors,
         "groups": groups,
         "partial": failed and allow_failed,
@@ -277,13 +282,22 @@ def _values(task: Task, sums: Tensor) -> dict[str, float]:
     return {name: float(value) for name, value in task.from_sums(sums[None]).items()}
 
 
-def _headline(task: Task, sums: Sequence[Tensor]) -> Means:
-    """Each metric's plain mean over images, or its value over all of them where the task says so; None for no image."""
+def _of_known_units(task: Task, values: Means, metres: bool) -> Means:
+    """None in place of what has a unit, where not every truth is in metres: unknown units have no common mean."""
+    return {name: value if metres or not task.rows[name].unit else None for name, value in values.items()}
+
+
+def _headline(task: Task, sums: Sequence[Tensor], *, metres: bool) -> Means:
+    """Each metric's plain mean over images, or its value over all of them where the task says so; None for no image.
+
+    metres: whether all their truths are in metres.
+    """
     means: Means = dict.fromkeys(task.rows)
     if not sums:
         return means
     rows = [_values(task, torch.stack(list(sums)).sum(0))] if task.over_all else [_values(task, one) for one in sums]
-    return means | finite({name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]})
+    every = finite({name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]})
+    return means | _of_known_units(task, every, metres)
 
 
 def _group_mean(task: Task, groups: Mapping[str, Mapping[str, Any]]) -> float | None:

@@ -10,6 +10,7 @@ A score file is JSON, with a .csv of the images beside it:
      "floors": {"0.001" and "1/max truth": {name: mean}},  under either floor; only for fits in disparity
      "nonpositive": share of scored pixels where an affine disparity is <= 0, mean over images,
      "groups": {group: {"num_images": n, "num_failed": m, "metrics": {...}}},  {} where a benchmark has no parts
+     "cost": {...} or null,                            eval.cost: what predicting cost, and on which machine
      "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null}]}
 
 An image with a problem was either not scored (`failed`) or scored with a remark. NaN and infinity are null.
@@ -65,6 +66,7 @@ class Score:
     nonpositive: float = 0.0
     software: str = ""
     created: str = ""
+    cost: Mapping[str, Any] | None = None
 
     @property
     def task(self) -> Task:
@@ -148,6 +150,7 @@ def write_scores(result: Score, path: Path | str) -> None:
         "pooled": result.pooled,
         "floors": result.floors,
         "groups": result.groups,
+        "cost": None if result.cost is None else dict(result.cost),
         "images": images,
     }
     files.write_json(path, content)
@@ -180,6 +183,7 @@ def read_scores(path: Path | str) -> Score:
             images=images,
             **{name: content[name] for name in ("model", "benchmark", "metrics", "pooled", "floors", "groups")},
             nonpositive=content.get("nonpositive", 0.0),
+            cost=dict(content["cost"]) if content.get("cost") else None,
             **{name: content[name] for name in ("num_extra", "partial", "software", "created")},
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:

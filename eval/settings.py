@@ -27,7 +27,7 @@ class BenchmarkSettings:
     protocol: Literal["marigold", "clean"] = "clean"
     """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
-    alignment: Literal["auto", "affine", "scale", "median"] = "auto"
+    alignment: Literal["auto", "affine", "scale", "median", "l1"] = "auto"
     """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
     offset_positive: bool = False
@@ -42,6 +42,9 @@ class BenchmarkSettings:
     ensemble: int = 0
     """Predictions per image of teachers that draw noise, aligned and their median taken; 0 is each teacher's own
     number."""
+    edges: bool = False
+    """Score boundary F1 too, on the same predictions: AbsRel cannot see detail. For benchmarks of depth whose truth is
+    dense; scores/NAME.edges--MODEL.json has it."""
     limit: int = 0
     """Score the first so many images; 0 scores all."""
 

@@ -1,100 +1,237 @@
-"""Does a claimed ordering hold? Paired differences over seeds, with a t interval, and one of three words.
+"""What runs say of a claim: an effect with its interval, one of four words, and whether the paper's size fits.
 
-Runs of one seed share data, order and random weights, so each claim is judged on the differences within a seed, which
-are much less noisy than the values. "within noise" is said of whatever the seeds do not decide; nothing is rounded up.
-Values are errors: smaller is better. The rules are ours; the papers give one run each.
+Runs of one seed share data, order and random weights, and all runs share the images they are scored on. So an effect
+is a relative margin within a seed, and its mean is uncertain twice: by the seeds, and by the images, over which a
+bootstrap goes that draws the same images for both rows. Both variances are added (a seed's runs see all images, so
+neither contains the other); the interval is Student's, its degrees of freedom by Welch and Satterthwaite.
+
+    same sign, decided       the interval lies on the claim's side of zero
+    opposite, decided        it lies on the other side
+    equivalent               it holds zero, and lies within the margin that the study states beforehand
+    undecided                none of these
+
+The rules are ours; the papers give one run each.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-# One-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-REPRODUCED, NOISE, REFUTED, UNKNOWN = "reproduced", "within noise", "not reproduced", "not run"
+import numpy as np
 
-Values = Mapping[str, Mapping[int, float]]
-"""Error by row and seed."""
+SAME, OPPOSITE = "same sign, decided", "opposite, decided"
+EQUIVALENT, UNDECIDED, UNKNOWN = "equivalent", "undecided", "not run"
+CLAIMS = ("better", "close", "gap_grows")
+LEVEL = 0.10
+"""Intervals are of 90 %; a claim survives a correction at this level."""
+DRAWS = 2000
+
+Values = Mapping[str, Mapping[int, Sequence[np.ndarray]]]
+"""By row and seed: for every column the values of its images, (n,) float64. A row's value is the mean of its
+columns' means."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """effect: the relative margin by which the claim holds (negative: fails), its 90 % interval's half width, seeds."""
+    """effect: the mean relative margin by which the claim holds (negative: fails), within low to high at 90 %.
+
+    pair: the two rows that decided, where a claim is about several. p: how likely so large an effect is by chance; of
+    an equivalence, so small a one where the truth is the margin.
+    """
 
     word: str
     effect: float = math.nan
-    half_width: float = math.nan
+    low: float = -math.inf
+    high: float = math.inf
     seeds: int = 0
+    images: int = 0
+    p: float = 1.0
+    pair: tuple[str, str] = ("", "")
     why: str = ""
+
+    def excludes(self, size: float) -> bool:
+        """Whether an effect of this size lies outside the interval."""
+        return not self.low <= size <= self.high
+
+
+# --- Student's t ------------------------------------------------------------------------------------------------------
+
+
+def _incomplete_beta(a: float, b: float, x: float) -> float:
+    """The regularized incomplete beta function I_x(a, b), by Lentz's continued fraction (DLMF 8.17.22)."""
+    if x <= 0.0 or x >= 1.0:
+        return min(max(x, 0.0), 1.0)
+    if x > (a + 1.0) / (a + b + 2.0):
+        return 1.0 - _incomplete_beta(b, a, 1.0 - x)
+    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x))
+    tiny, upper, lower, value = 1e-300, 1.0, 0.0, 1.0
+    for k in range(400):
+        m = k // 2
+        if k == 0:
+            term = 1.0
+        elif k % 2 == 0:
+            term = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        else:
+            term = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        lower = 1.0 / (1.0 + term * lower or tiny)
+        upper = 1.0 + term / upper or tiny
+        value *= upper * lower
+        if k and abs(1.0 - upper * lower) < 1e-14:
+            break
+    return front * (value - 1.0) / a
+
+
+def two_sided(t: float, freedom: float) -> float:
+    """How likely Student's t of so many degrees of freedom is at least as far from zero as `t`."""
+    if math.isinf(t):
+        return 0.0
+    return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
+
+
+def quantile(freedom: float, level: float = LEVEL) -> float:
+    """The t beyond which, on both sides, `level` of its distribution lies."""
+    low, high = 0.0, 1.0
+    while two_sided(high, freedom) > level:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided(middle, freedom) > level else (low, middle)
+    return high
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its two-sided 90 % t interval; the half width of a single value is infinite."""
-    n = len(differences)
-    mean = sum(differences) / n
+    mean, n = sum(differences) / len(differences), len(differences)
     if n == 1:
         return mean, math.inf
-    variance = sum((d - mean) ** 2 for d in differences) / (n - 1)
-    return mean, _T95[min(n - 1, len(_T95)) - 1] * math.sqrt(variance / n)
+    return mean, quantile(n - 1) * math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n)
 
 
-def _better(first: float, second: float, _tolerance: float) -> float:
-    return (second - first) / second
+# --- effects ----------------------------------------------------------------------------------------------------------
 
 
-def _far_better(first: float, second: float, tolerance: float) -> float:
-    return (second - first) / first - tolerance
+def margin(first: float, second: float, *, lower_is_better: bool = True) -> float:
+    """How much better `first` is than `second`, as a fraction of `second`."""
+    return (second - first if lower_is_better else first - second) / second
 
 
-def _close(first: float, second: float, tolerance: float) -> float:
-    return tolerance - abs(first - second) / second
+def by_image_draws(rows: Sequence[Sequence[Sequence[np.ndarray]]], *, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
+    """Each row's value in each seed (rows, seeds) for `draws` bootstrap samples of the images: (draws, rows, seeds).
+
+    rows: by row and seed the images' values of each column. Every row and seed sees the same drawn images.
+    """
+    random = np.random.default_rng(seed)
+    columns = []
+    for column in range(len(rows[0][0])):
+        table = np.array([[seeds[column] for seeds in row] for row in rows])  # (rows, seeds, n)
+        n = table.shape[-1]
+        weights = random.multinomial(n, np.full(n, 1.0 / n), size=draws) / n
+        columns.append(np.einsum("dn,rsn->drs", weights, table))
+    return np.mean(columns, axis=0)
 
 
-_MARGINS: dict[str, Callable[[float, float, float], float]] = {
-    "better": _better,
-    "not_worse": _better,
-    "far_better": _far_better,
-    "close": _close,
-}
-CLAIMS = (*_MARGINS, "gap_grows")
+def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim: str, equivalence: float) -> Verdict:
+    """effects: one per seed. drawn: (draws,) their mean under the bootstrap of the images; None: no image is drawn."""
+    seeds, mean = len(effects), float(effects.mean())
+    if seeds == 1:
+        return Verdict(UNDECIDED, mean, seeds=1, images=images, why="one seed decides nothing")
+    of_seeds = float(effects.var(ddof=1)) / seeds
+    of_images = 0.0 if drawn is None or images < 2 else float(drawn.var(ddof=1))
+    total = of_seeds + of_images
+    if total == 0.0:
+        half, freedom = 0.0, float(seeds - 1)
+    else:
+        share = of_seeds**2 / (seeds - 1) + (of_images**2 / (images - 1) if of_images else 0.0)
+        freedom = total**2 / share
+        half = quantile(freedom) * math.sqrt(total)
+    low, high = mean - half, mean + half
+    inside = -equivalence < low and high < equivalence
+
+    def chance(distance: float) -> float:
+        return two_sided(distance / math.sqrt(total), freedom) if total else float(distance == 0.0)
+
+    p = chance(mean)
+    # Two one-sided tests: the margin that is nearer decides.
+    p_same = chance(equivalence - abs(mean)) / 2 if abs(mean) < equivalence else 1.0
+    if claim == "close":
+        apart = low > equivalence or high < -equivalence
+        word, p = (EQUIVALENT if inside else OPPOSITE if apart else UNDECIDED), (p if apart else p_same)
+    elif low > 0:
+        word = SAME
+    elif high < 0:
+        word = OPPOSITE
+    elif inside:
+        word, p = EQUIVALENT, p_same
+    else:
+        word = UNDECIDED
+    return Verdict(word, mean, low, high, seeds, images, p)
 
 
 def judge(
-    claim: str, first: Sequence[str], second: Sequence[str], values: Values, *, tolerance: float = 0.0
+    claim: str,
+    first: Sequence[str],
+    second: Sequence[str],
+    values: Values,
+    *,
+    lower_is_better: bool = True,
+    equivalence: float = 0.05,
 ) -> Verdict:
-    """One claim about rows. Every pair of `first` and `second` must hold; the weakest decides.
+    """One claim about rows. Every pair of `first` and `second` must hold; the weakest decides, and is named.
 
-    better: each of `first` has the smaller error. not_worse: the same, but equal will do. far_better: the error of
-    `second` is more than (1 + tolerance) times as large. close: they differ by less than `tolerance`, relatively.
-    gap_grows: `first` and `second` are rows in step (by data size, say); the relative gap of the last pair is wider
-    than that of the first pair.
+    better: each of `first` is better than each of `second`. close: they are equivalent. gap_grows: `first` and `second`
+    are rows in step (by data size, say); the relative gap of the last pair is wider than that of the first pair.
     """
-    seeds = sorted(set.intersection(*(set(values.get(row, {})) for row in (*first, *second))))
-    missing = [row for row in (*first, *second) if not values.get(row)]
-    if missing or not seeds:
-        return Verdict(UNKNOWN, why=f"no value of {', '.join(missing) or 'a common seed'}")
+    named = list(dict.fromkeys((*first, *second)))
+    seeds = sorted(set.intersection(*(set(values.get(row, {})) for row in named)))
+    if missing := [row for row in named if not values.get(row)] or ([] if seeds else ["a common seed"]):
+        return Verdict(UNKNOWN, why=f"no value of {', '.join(missing)}")
+    place = {row: i for i, row in enumerate(named)}
+    table = [[values[row][seed] for seed in seeds] for row in named]
+    plain = np.array([[np.mean([c.mean() for c in columns]) for columns in row] for row in table])  # (rows, seeds)
+    images = sum(len(column) for column in table[0][0])
+    drawn = by_image_draws(table) if images > len(table[0][0]) else None
+
+    def gain(of: np.ndarray, a: str, b: str) -> np.ndarray:
+        one, other = of[..., place[a], :], of[..., place[b], :]
+        return (other - one if lower_is_better else one - other) / other
+
+    def decided(effect: np.ndarray, under: np.ndarray | None) -> Verdict:
+        mean = None if under is None else under.mean(-1)
+        return _judged(effect, mean, images, claim=claim, equivalence=equivalence)
+
     if claim == "gap_grows":
-        gaps = [[_better(values[a][s], values[b][s], 0.0) for a, b in zip(first, second, strict=True)] for s in seeds]
-        return _word(claim, [gap[-1] - gap[0] for gap in gaps])
-    margin = _MARGINS[claim]
+        (a, *_, c), (b, *_, d) = first, second
+        wider = None if drawn is None else gain(drawn, c, d) - gain(drawn, a, b)
+        return decided(gain(plain, c, d) - gain(plain, a, b), wider)
     verdicts = [
-        _word(claim, [margin(values[a][s], values[b][s], tolerance) for s in seeds])
-        for a in first
-        for b in second
+        replace(decided(gain(plain, a, b), None if drawn is None else gain(drawn, a, b)), pair=(a, b))
+        for a, b in itertools.product(first, second)
         if a != b
     ]
-    return min(verdicts, key=lambda v: ((REFUTED, NOISE, REPRODUCED).index(v.word), v.effect))
+    worst = min(verdicts, key=lambda v: ((OPPOSITE, UNDECIDED, EQUIVALENT, SAME).index(v.word), v.effect))
+    return replace(worst, p=max(v.p for v in verdicts)) if worst.word == SAME else worst
 
 
-def _word(claim: str, differences: Sequence[float]) -> Verdict:
-    mean, half = interval(differences)
-    if mean + half < 0:
-        word = REFUTED
-    elif mean - half > 0 or (claim == "not_worse" and mean >= 0 and math.isfinite(half)):
-        word = REPRODUCED
-    else:
-        word = NOISE
-    why = "one seed decides nothing" if len(differences) == 1 else ""
-    return Verdict(word, mean, half, len(differences), why)
+def paper_effect(
+    claim: str, first: Sequence[str], second: Sequence[str], paper: Mapping[str, float], pair: tuple[str, str]
+) -> float | None:
+    """The same effect in a paper's own errors by row: of `pair`, or of its weakest pair; None where it has none."""
+    if any(row not in paper for row in (*first, *second)):
+        return None
+    if claim == "gap_grows":
+        return margin(paper[first[-1]], paper[second[-1]]) - margin(paper[first[0]], paper[second[0]])
+    pairs = [pair] if pair[0] else [(a, b) for a, b in itertools.product(first, second) if a != b]
+    return min(margin(paper[a], paper[b]) for a, b in pairs)
+
+
+def holm(chances: Sequence[float], level: float = LEVEL) -> list[bool]:
+    """Which of several claims survive Holm's step-down correction for their number, at a family's error of `level`."""
+    survives = [False] * len(chances)
+    for rank, place in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
+        if chances[place] > level / (len(chances) - rank):
+            break
+        survives[place] = True
+    return survives

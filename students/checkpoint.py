@@ -25,15 +25,19 @@ from distill import students
 from distill.core import files, hub
 from distill.core.files import file_sha256
 from distill.core.plugins import allowed, is_path, origins
+from distill.core.seal import KEY as SEAL
+from distill.core.seal import is_broken, sealed
 from distill.students import Student
 from distill.students.modelcard import model_card, without_package
-from distill.students.quantize import dequantize, fits, quantize
+from distill.students.quantize import fits, may_shrink, pack, unpack
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
 EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor_config.json")
 """Made from the weights (students.export, onnx_graph, to_transformers): a new save takes the old ones away."""
 
+LATENT = "distill.json"
+"""What a latent network's folder holds instead (distill.teachers.TRAINED)."""
 EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""
@@ -70,33 +74,56 @@ def save(
         raise ValueError(f"{folder}: students are quantized to 4 bits or not at all, not to {bits}")
     encoder_file = _encoder_file(student, folder) if exclude_frozen_encoder else None
     tensors = {
-        key: value.detach().to("cpu", dtype if _may_shrink(value) and fits(value) else value.dtype).contiguous()
+        key: value.detach().to("cpu", dtype if may_shrink(value) and fits(value) else value.dtype).contiguous()
         for key, value in student.state_dict().items()
         if encoder_file is None or not key.startswith("encoder.")
     }
     if bits == 4:
-        tensors = _quantized(tensors, {key: value.shape for key, value in student.state_dict().items()})
+        tensors = pack(tensors, {key: value.shape for key, value in student.state_dict().items()})
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    stored = "int4" if bits else str(dtype).removeprefix("torch.")
+    text = _description(student, weights, stored=stored, encoder_file=encoder_file, card=card)
+    contents = {WEIGHTS: weights, DESCRIPTION: text.encode()}
+    if card:
+        alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
+        page = model_card(
+            folder.name,
+            card,
+            native_size=student.native_size,
+            kind=student.kind,
+            alone=alone,
+            parameters=sum(p.numel() for p in student.parameters()),
+            num_bytes=len(weights),
+        )
+        contents[CARD] = page.encode()
+    _write(folder, contents, check)
+    return folder
+
+
+def _description(
+    student: Student,
+    weights: bytes,
+    *,
+    stored: str,
+    encoder_file: dict[str, str] | None,
+    card: Mapping[str, Any] | None,
+) -> str:
+    """student.json, with a checksum of itself; stored: the number format of matrices."""
     description = {
         "version": VERSION,
         **_spec(student),
         "native_size": student.native_size,
         "weights": {
             "sha256": hashlib.sha256(weights).hexdigest(),
-            "dtype": "int4" if bits else str(dtype).removeprefix("torch."),
+            "dtype": stored,
         },
         "encoder_weights": encoder_file,
         "images": _images(student),
         "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
         "card": dict(card or {}),
     }
-    contents = {WEIGHTS: weights, DESCRIPTION: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()}
-    if card:
-        alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
-        page = model_card(folder.name, card, native_size=student.native_size, kind=student.kind, alone=alone)
-        contents[CARD] = page.encode()
-    _write(folder, contents, check)
-    return folder
+    plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
+    return json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
 
 
 def _network(student: Student) -> dict[str, Any]:
@@ -143,12 +170,12 @@ def load(
         raise ValueError(f"{folder / DESCRIPTION}: {_first_line(error)}") from error
 
     state = _read_weights(weights_path, description["weights"]["sha256"])
-    own = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
-    state = _restored(state, own, weights_path)
+    tensors = {key: v for key, v in student.state_dict().items() if needed is None or not key.startswith("encoder.")}
+    state = unpack(state, tensors, weights_path)
     faults = {
-        "lacks": [key for key in own if key not in state],
-        "has unclaimed": [key for key in state if key not in own],
-        "has another shape for": [key for key in own if key in state and own[key].shape != state[key].shape],
+        "lacks": [key for key in tensors if key not in state],
+        "has unclaimed": [key for key in state if key not in tensors],
+        "has another shape for": [key for key in tensors if key in state and tensors[key].shape != state[key].shape],
     }
     for what, keys in faults.items():
         if keys:
@@ -211,11 +238,11 @@ def load_decoder(student: Student, folder: str | Path) -> None:
     folder = Path(folder)
     description = describe(folder)
     state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
-    own = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
+    decoder = {f"decoder.{key}": value for key, value in student.decoder.state_dict().items()}
     state = {key: value for key, value in state.items() if key.startswith("decoder.")}
-    own = {k.removeprefix("decoder."): v for k, v in _restored(state, own, folder / WEIGHTS).items()}
+    decoder = {k.removeprefix("decoder."): v for k, v in unpack(state, decoder, folder / WEIGHTS).items()}
     try:
-        student.decoder.load_state_dict(own)
+        student.decoder.load_state_dict(decoder)
     except RuntimeError as error:
         raise ValueError(f"{folder}: its decoder is not the one asked for: {str(error).splitlines()[-1]}") from error
 
@@ -230,19 +257,25 @@ def describe(folder: str | Path) -> dict[str, Any]:
         raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student")
+            other = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
+            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{other}")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    version = found.get("version") if isinstance(found, dict) else None
+    version = description.get("version") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"{path}: not a student's description: it has no version")
     if version > VERSION:
         raise ValueError(f"{path}: written in format {version}, newer than {VERSION}; update this package to read it")
-    if faults := _description_faults(found):
+    if is_broken(description):
+        raise ValueError(
+            f"{path}: does not agree with its own checksum: it is damaged, copy it again; or it was edited, remove its "
+            f'line "{SEAL}"'
+        )
+    if faults := _description_faults(description):
         raise ValueError(f"{path}: not a student's description: {'; '.join(faults)}")
-    return dict(found)
+    return {key: value for key, value in description.items() if key != SEAL}
 
 
 _KEYS = {
@@ -273,12 +306,12 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _description_faults(found: Mapping[str, Any]) -> list[str]:
+def _description_faults(description: Mapping[str, Any]) -> list[str]:
     """What is missing or of another type among the keys that readers rely on."""
-    faults = [] if "encoder_weights" in found else ["encoder_weights is missing"]
+    faults = [] if "encoder_weights" in description else ["encoder_weights is missing"]
     for key, kind in _KEYS.items():
         table, _, name = key.rpartition(".")
-        inside = found.get(table) if table else found
+        inside = description.get(table) if table else description
         if not isinstance(inside, Mapping):
             continue  # the table's own line says so
         if name not in inside and not kind.endswith("null"):
@@ -293,44 +326,8 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return dict(describe(folder)["card"])
 
 
-# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
-_QUANTIZED_FROM = 4096
-_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
-_PARTS = ("codes", "low", "step")
-
-
-def _quantized(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
-    out: dict[str, Tensor] = {}
-    for key, value in tensors.items():
-        if _may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
-            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
-            out |= {f"{key}:{part}": stored for part, stored in parts.items()}
-        else:
-            out[key] = value
-    return out
-
-
-def _restored(state: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The inverse of `_quantized` for the tensors that the network knows."""
-    out = {key: value for key, value in state.items() if ":" not in key}
-    for key in {key.rpartition(":")[0] for key in state if ":" in key}:
-        parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
-        if key not in own or len(parts) != len(_PARTS):
-            raise ValueError(f"{path}: has an unclaimed or incomplete quantized tensor, {key}")
-        try:
-            out[key] = dequantize(parts, own[key].shape)
-        except ValueError as error:
-            raise ValueError(f"{path}: {key}: {error}") from error
-    return out
-
-
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _may_shrink(value: Tensor) -> bool:
-    return value.is_floating_point() and value.ndim >= 2
 
 
 def _images(student: Student) -> dict[str, Any]:

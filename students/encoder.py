@@ -28,12 +28,12 @@ from torch.nn import functional as F
 
 from distill.core.files import file_sha256
 from distill.core.weights import below_prefix, read_state
+from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# The names that facebookresearch gives its models. Its DINOv3 networks carry q and v biases (zero in the released S, B
-# and L), which is what timm calls "qkvb".
+# facebookresearch's names. Its DINOv3 networks carry q and v biases, zero in the released S, B and L: timm's "qkvb".
 ALIASES = {
     "dinov2_vits14": "vit_small_patch14_dinov2",
     "dinov2_vitb14": "vit_base_patch14_dinov2",
@@ -69,8 +69,7 @@ class Encoder(nn.Module):
     weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
     timm_options: further arguments of the timm model, e.g. {"depth": 3, "embed_dim": 96}.
 
-    Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a missing
-    file or a failed download.
+    Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a file.
     """
 
     mean: Tensor
@@ -112,8 +111,8 @@ class Encoder(nn.Module):
         self.indices, self.final_norm = read, final_norm
         self.channels: int = backbone.embed_dim
         self.patch_size: int = backbone.patch_embed.patch_size[0]
-        own = statistics(name, None if weights in (None, "pretrained") else Path(weights))
-        mean, std = mean if mean is not None else own[0], std if std is not None else own[1]
+        published = statistics(name, None if weights in (None, "pretrained") else Path(weights))
+        mean, std = mean if mean is not None else published[0], std if std is not None else published[1]
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.name, self.timm_name = name, _timm_name(name)
@@ -262,10 +261,10 @@ def _checked_indices(depth: int, indices: Sequence[int] | None) -> list[int]:
 def _timm_name(name: str) -> str:
     known = ALIASES.get(name, name)
     if timm.is_model(known):
-        if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit")):
+        if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit", "beit")):
             raise LookupError(f"encoder {name} is not a plain ViT; take one such as dinov3_vits16 or dinov2_vits14")
         return known
-    vits = [*ALIASES, *timm.list_models(["vit_*", "deit*"])]
+    vits = [*ALIASES, *timm.list_models(["vit_*", "deit*", "beit*"])]
     close = difflib.get_close_matches(name, vits, n=3, cutoff=0.5) or list(ALIASES)
     raise LookupError(f"no encoder {name!r}; did you mean {', '.join(close)}? Any plain ViT of timm will do")
 
@@ -275,8 +274,9 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
     if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
         raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
-        pool = {} if "distilled" in name else {"global_pool": ""}  # which has two class tokens and no choice
-        model = timm.create_model(name, num_classes=0, dynamic_img_size=True, **pool, **options)
+        size = {} if name.startswith("beit") else {"dynamic_img_size": True}
+        model = timm.create_model(name, num_classes=0, **size, **pooling(name), **options)
+        make_flexible(model)
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"encoder {name} does not take these options: {error}") from error
     if grid is not None:
@@ -291,7 +291,7 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0, global_pool="")
+        model = timm.create_model(name, pretrained=True, num_classes=0, **pooling(name))
     except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OSError(
@@ -302,12 +302,13 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
-_WHOLE_MODELS = ("depth_head.", "head.", "neck.", "decoder.", "0.decoder.", "model.head.", "model.cam_", "cam_", "gs_")
+_WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
-# zero by construction), the 7B model's norm for local crops, classifiers.
+# zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed).
 _UNUSED = re.compile(
-    r"mask_token|rope_embed\.periods|.*\.bias_mask|local_cls_norm\..*|head\.(weight|bias)|head_dist\..*"
+    r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
+    r"head\.(weight|bias)|head_dist\..*"
 )
 
 

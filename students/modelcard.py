@@ -19,6 +19,7 @@ from distill.core.depth import Kind
 _SECTIONS = {
     "Lineage": ("teachers", "lineage", "images", "made_from"),
     "Scores": ("scores",),
+    "Cost": ("cost",),
     "Training recipe": ("recipe",),
 }
 
@@ -37,25 +38,15 @@ def model_card(
     native_size: int | None = None,
     kind: Kind = Kind.AFFINE_DISPARITY,
     alone: Sequence[str] = (),
+    parameters: int = 0,
+    num_bytes: int = 0,
     library: str = "depth-distill",
 ) -> str:
     """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
 
     alone: the lines of `without_package`. library: what opens the folder, "depth-distill" or "transformers".
     """
-    title = str(card.get("name", name))
-    commercial = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
-    lines = [
-        "---",
-        f"library_name: {library}",
-        "pipeline_tag: depth-estimation",
-        f"license: {commercial}",
-        "---",
-        "",
-    ]
-    lines += [f"# {title}", ""]
-    held = {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
-    lines += _rows({key: value for key, value in card.items() if key not in held})
+    lines = _top(name, card, library)
     size = f" Made for images whose short side is {native_size} pixels." if native_size else ""
     metric = kind is Kind.METRIC_DEPTH
     what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
@@ -63,15 +54,53 @@ def model_card(
         *("", "## Use", "", "```python", *(_DISTILL if library == "depth-distill" else _PIPELINE)),
         *(f"depth  # H x W, larger is {kind.larger_is}", "```", ""),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
+        *([f"{parameters / 1e6:.3g} million parameters, {num_bytes / 1e6:.3g} MB on disk."] if parameters else []),
     ]
-    lines += alone
+    return "\n".join([*lines, *alone, *_sections(card), ""])
+
+
+def latent_card(name: str, card: Mapping[str, Any], *, teacher: str, kind: Kind) -> str:
+    """Markdown of `card`, of a latent-diffusion network whose folder the teacher called `teacher` reads."""
+    code = [
+        "from distill import load_teacher",
+        "",
+        f'teacher = load_teacher("{teacher}", "THIS FOLDER")  # teacher.predict(images (B,3,H,W) in [0,1])',
+    ]
+    use = ["", "## Use", "", "```python", *code, "```", ""]
+    use += [
+        f'In a recipe: `[[teachers]]` with `name = "{teacher}"` and `weights = "THIS FOLDER"`. '
+        f"It predicts {kind.quantity} in [0, 1], larger is {kind.larger_is}: scale and shift are unknown."
+    ]
+    return "\n".join([*_top(name, card), *use, *_sections(card), ""])
+
+
+def _held(card: Mapping[str, Any]) -> set[str]:
+    """The keys that have a heading of their own."""
+    return {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
+
+
+def _top(name: str, card: Mapping[str, Any], library: str = "depth-distill") -> list[str]:
+    """The hubs' block, the title and the table of plain values."""
+    licence = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
+    block = [
+        *("---", f"library_name: {library}", "pipeline_tag: depth-estimation", f"license: {licence}"),
+        *(["license_name: see-card"] if licence == "other" else []),
+        *("tags:", "- depth", "- distillation", "---", ""),
+    ]
+    held = _held(card)
+    rows = _rows({key: value for key, value in card.items() if key not in held})
+    return [*block, f"# {card.get('name', name)}", "", *rows]
+
+
+def _sections(card: Mapping[str, Any]) -> list[str]:
+    held, lines = _held(card), []
     for heading, keys in _SECTIONS.items():
         present = {key: card[key] for key in keys if key in held and card.get(key)}
         if present:
             lines += ["", f"## {heading}", ""]
             for key, value in present.items():
                 lines += _section(key, value)
-    return "\n".join([*lines, ""])
+    return lines
 
 
 def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_encoder: bool = True) -> list[str]:

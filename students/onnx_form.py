@@ -46,9 +46,7 @@ def with_resize(model: Any, student: Student) -> None:
     for node in graph.node:
         node.output[:] = ["photo:map" if x == output else x for x in node.output]
         node.input[:] = ["photo:map" if x == output else x for x in node.input]
-    build = _Builder(graph)
-    size = student.native_size
-    assert size is not None  # write_onnx says so to people
+    build, size = _Builder(graph), student.native_size or 0
     build.numbers(size=size, most=8 * size, multiple=student.encoder.patch_size, one=1.0)
     build.numbers(zero=0.0, half=0.5)
     build.numbers(front=np.array([0], np.int64), back=np.array([1], np.int64), high=np.float32(255))

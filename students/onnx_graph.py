@@ -179,7 +179,8 @@ def at_native(student: Student, run: Callable[[Tensor], Tensor], image: Tensor) 
 def _at_native(student: Student, image: Tensor) -> Tensor:
     unit = image[None].float() / 255.0 if image.dtype == torch.uint8 else image[None]
     size = student.native_size or min(image.shape[-2:])
-    return crops.resize(unit, *crops.native_shape(image.shape[-2], image.shape[-1], size, student.encoder.patch_size))
+    height, width = image.shape[-2:]
+    return crops.resize(unit, *crops.native_shape(height, width, size, student.encoder.patch_size))
 
 
 def _sizes(student: Student) -> list[tuple[int, int, int]]:

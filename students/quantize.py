@@ -7,6 +7,8 @@ again, so speed and memory are those of any other student.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -59,3 +61,40 @@ def dequantize(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
         raise ValueError(f"{len(codes)} codes in {len(parts['low'])} groups are not a tensor of {tuple(shape)}")
     values = codes.reshape(-1, GROUP).float() * parts["step"].float()[:, None] + parts["low"].float()[:, None]
     return values.flatten()[: shape.numel()].reshape(shape)
+
+
+# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
+_QUANTIZED_FROM = 4096
+_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
+_PARTS = ("codes", "low", "step")
+
+
+def pack(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        if may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
+            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
+            out |= {f"{key}:{part}": stored for part, stored in parts.items()}
+        else:
+            out[key] = value
+    return out
+
+
+def unpack(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
+    """The inverse of `pack` for the tensors that the network knows; ValueError names `where`, the file."""
+    out = {key: value for key, value in state.items() if ":" not in key}
+    for key in {key.rpartition(":")[0] for key in state if ":" in key}:
+        parts = {part: state[f"{key}:{part}"] for part in _PARTS if f"{key}:{part}" in state}
+        if key not in tensors or len(parts) != len(_PARTS):
+            raise ValueError(f"{where}: has an unclaimed or incomplete quantized tensor, {key}")
+        try:
+            out[key] = dequantize(parts, tensors[key].shape)
+        except ValueError as error:
+            raise ValueError(f"{where}: {key}: {error}") from error
+    return out
+
+
+def may_shrink(value: Tensor) -> bool:
+    """Whether a tensor is a matrix or kernel, which fewer bits can store."""
+    return value.is_floating_point() and value.ndim >= 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from distill.core.plugins import name_fault
@@ -11,8 +11,14 @@ from distill.core.settings import above, below, refuse, unknown_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentSettings:
-    """The student: an encoder and a decoder, and the weights that they begin with."""
+    """The student: an encoder and a decoder, and the weights that they begin with; or a latent-diffusion network."""
 
+    network: Literal["encoder_decoder", "one_step_unet"] = "encoder_decoder"
+    """"one_step_unet": a latent-diffusion UNet becomes a depth network as [latent] says. `weights` is then a diffusers
+    folder or hub id (Stable Diffusion's, or a student of this kind to go on from)."""
+    head: Literal["vae", "dpt"] = "vae"
+    """Of "one_step_unet": how latents become a map, by the VAE's decoder or a DPT head on the UNet's up-blocks.
+    GenPercept has both."""
     encoder: str = "vit_small_patch16_dinov3"
     """A timm name, or an alias (students/encoder.py)."""
     weights: str = ""
@@ -45,7 +51,7 @@ class StudentSettings:
     """Write students without their frozen encoder, whose file (`weights`) whoever loads them must have."""
 
     def __post_init__(self) -> None:
-        refuse(unknown_words(self))
+        refuse(unknown_words(self) + self._of_another_network())
         fault = name_fault("distill.students.decoders", self.decoder)
         if fault:
             raise ValueError(fault)
@@ -60,3 +66,15 @@ class StudentSettings:
                 "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
             )
         refuse(below(self, native_size=0, max_depth=0) + above(self, native_size=8192))
+
+    def _of_another_network(self) -> list[str]:
+        """Keys that say something about a part that the network does not have."""
+        if self.network == "encoder_decoder":
+            return ['head is of network = "one_step_unet"'] if self.head != "vae" else []
+        theirs = {f.name for f in fields(self)} - {"network", "head", "weights", "native_size"}
+        plain = StudentSettings()
+        given = sorted(name for name in theirs if getattr(self, name) != getattr(plain, name))
+        faults = [f'{", ".join(given)}: no part of network = "one_step_unet", leave it out'] if given else []
+        if self.weights in ("", "pretrained"):
+            faults.append('network = "one_step_unet" begins from a diffusers folder or hub id: give weights')
+        return faults

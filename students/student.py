@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from distill.core.depth import Kind
 from distill.core.plugins import find, option_faults
 from distill.core.resample import resize_bilinear
-from distill.students.encoder import Encoder
+from distill.students.encoder import Encoder, Feature
 
 
 class Student(nn.Module):
@@ -70,14 +70,17 @@ class Student(nn.Module):
         checkpoint = importlib.import_module("distill.students.checkpoint")
         return str(checkpoint.push_to_hub(self, repository, card=card, private=private, message=message))
 
-    def forward(self, images: Tensor, with_features: bool = False) -> Any:
+    def forward(self, images: Tensor, with_features: bool = False, features: Sequence[Feature] | None = None) -> Any:
         """(B,H,W) float32 of images (B,3,H,W); with_features: also the encoder's last patch map (B,C,h,w).
+
+        features: what the encoder gives for these images, where it is known already (a frozen one's, stored); of the
+        images only their size is then looked at.
 
         The image is padded to the encoder's patch; what the padding gave is cut off again. Ask for features through
         this call and not beside it where a wrapper (DistributedDataParallel) must see the forward pass.
         """
         height, width = images.shape[-2:]
-        features = self.encoder(images)
+        features = self.encoder(images) if features is None else features
         raw = self.decoder(features)
         left, right, top, bottom = self.encoder.padding(height, width)
         padded = (top + height + bottom, left + width + right)

@@ -61,7 +61,11 @@ __all__ = [
     "revision_here",
     "revision_of",
     "to_download",
+    "trained_card",
 ]
+
+TRAINED = "distill.json"
+"""Beside the parts of a latent network that was trained here: what it is, of whom it learnt, under which licence."""
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
@@ -163,6 +167,26 @@ def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
             return replace(card, weights=str(weights))
     return replace(
         cards[0], weights=str(weights), licence="unknown", commercial=False, note="weights of unknown origin"
+    )
+
+
+def trained_card(card: Card, folder: Path) -> Card:
+    """The card of a latent network that was trained here, by the folder's own word; any other as it is."""
+    from distill.core.depth import Kind
+
+    told = read_config(folder / TRAINED)
+    if not told:
+        return card
+    made = told.get("card") if isinstance(told.get("card"), dict) else {}
+    assert isinstance(made, dict)
+    if told.get("kind") not in Kind._value2member_map_:
+        raise WeightsMismatchError(f"{folder / TRAINED}: kind is {told.get('kind')!r}, which is no kind of map")
+    return replace(
+        card,
+        kind=Kind(told["kind"]),
+        licence=str(made.get("licence", "unknown")),
+        commercial=made.get("commercial") is True,
+        note=str(made.get("name", "")),
     )
 
 

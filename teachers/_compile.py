@@ -15,8 +15,8 @@ def networks(teacher: Any) -> list[nn.Module]:
     """What of a teacher computes: its modules, or those of its diffusion parts (UNet, the VAE's two halves, a head)."""
     parts = getattr(teacher, "parts", None)
     holders = [teacher, parts] if parts is not None else [teacher]
-    found = [value for holder in holders for value in _values(holder) if isinstance(value, nn.Module)]
-    halves: list[list[Any]] = [[part.encoder, part.decoder] if _is_vae(part) else [part] for part in found]
+    modules = [value for holder in holders for value in _values(holder) if isinstance(value, nn.Module)]
+    halves: list[list[Any]] = [[part.encoder, part.decoder] if _is_vae(part) else [part] for part in modules]
     return [part for several in halves for part in several]
 
 
@@ -25,10 +25,10 @@ def compile_networks(teacher: Any) -> None:
 
     Raises ValueError for a teacher that has no network to compile.
     """
-    found = networks(teacher)
-    if not found:
+    parts = networks(teacher)
+    if not parts:
         raise ValueError(f"teachers.compile: {teacher.card.name} has no network to compile; leave it out")
-    for part in found:
+    for part in parts:
         part.compile(dynamic=False)
 
 

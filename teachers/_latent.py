@@ -14,7 +14,8 @@ genpercept/genpercept_pipeline.py; yunpeng1998/FiffDepth fiffdepth/direct_pipeli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,12 @@ from distill.teachers import (
     resolve,
 )
 
+_log = logging.getLogger(__name__)
+
 FACTOR = 0.18215
 NATIVE = 768
 MULTIPLE = 8
+HEAD = "dpt_head_identity"
 _UNET = "diffusion_pytorch_model"
 
 # What is downloaded of a hub repository: one weights file of each part, no half-precision twins, no safety checker.
@@ -97,8 +101,9 @@ def load_parts(
             f"{folder}: its UNet takes {unet.config.in_channels} channels, {what} takes {channels}"
         )
     vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
-    # One image of a batch after the other: a third of the memory at the same speed (tests/speed/teachers.py).
-    vae.enable_slicing()
+    if torch.device(device).type == "cpu":
+        # One image of a batch after the other: a third of the memory at the same speed (tests/speed/teachers.py).
+        vae.enable_slicing()
     prompt = _empty_prompt(folder, what)
     return Parts(
         unet=unet.eval().requires_grad_(False).to(device),
@@ -190,13 +195,31 @@ def encode(parts: Parts, images: Tensor) -> Tensor:
     """(B,3,H,W) in [0,1] -> latents (B,4,h,w): the posterior's mean, scaled."""
     parameter = next(parts.vae.parameters())
     inputs = (images * 2 - 1).to(device=parameter.device, dtype=parameter.dtype)
-    return parts.vae.encode(inputs).latent_dist.mean * FACTOR
+    mean: Tensor = within_memory(parts.vae, lambda: parts.vae.encode(inputs).latent_dist.mean)
+    return mean * FACTOR
 
 
 def decode(parts: Parts, latents: Tensor) -> Tensor:
     """Latents (B,4,h,w) -> maps (B,H,W) in [0,1]: the mean of the three decoded channels, clipped."""
-    decoded = parts.vae.decode((latents / FACTOR).to(next(parts.vae.parameters()).dtype)).sample
+    latents = (latents / FACTOR).to(next(parts.vae.parameters()).dtype)
+    decoded = within_memory(parts.vae, lambda: parts.vae.decode(latents).sample)
     return (decoded.float().mean(dim=1).clip(-1, 1) + 1) / 2
+
+
+def within_memory(vae: Any, work: Callable[[], Tensor]) -> Tensor:
+    """The VAE's work at once; where the device's memory refuses, image by image, and at last in tiles.
+
+    The VAE stays as it then is, so that only one batch is worked on twice. Tiles are blended at their seams and change
+    the map a little: a warning says so. Raises torch.OutOfMemoryError where even a tile is too much.
+    """
+    for lesser in (vae.enable_slicing, vae.enable_tiling):
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if lesser == vae.enable_tiling:
+                _log.warning("the VAE works in tiles, for an image is too large for the memory: maps differ at seams")
+            lesser()
+    return work()
 
 
 def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
@@ -204,6 +227,22 @@ def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
     steps = torch.as_tensor(timestep, device=inputs.device).expand(len(inputs))
     prompt = parts.prompt.expand(len(inputs), -1, -1)
     return parts.unet(inputs, steps, encoder_hidden_states=prompt).sample
+
+
+def up_blocks(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> list[Tensor]:
+    """What the UNet's up-blocks give, from coarse to fine; its last layers run and are ignored."""
+    blocks: list[Tensor] = []
+
+    def keep(block: Any, inputs: Any, output: Tensor) -> None:
+        blocks.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in parts.unet.up_blocks]
+    try:
+        run_unet(parts, inputs, timestep)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return blocks
 
 
 def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind: Kind) -> DepthMap:

@@ -1,7 +1,8 @@
 """FiffDepth: a diffusion UNet used as a feed-forward network; affine depth in [0,1], far is 1.
 
 One pass at t = 0 under the empty prompt: the UNet's raw output on the image's latent is the depth latent (GenPercept's
-has the other sign). No scheduler, no noise. The authors published no checkpoint; any folder of that layout is read.
+has the other sign). No scheduler, no noise. The authors published no checkpoint; any folder of that layout is read, and
+those that `distill train` writes (recipes/fiffdepth), which say themselves whether they predict depth or disparity.
 
 Source: yunpeng1998/FiffDepth fiffdepth/direct_pipeline.py.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
-from distill.teachers import Card, card_for, check_images, check_resize, revision_of
+from distill.teachers import Card, card_for, check_images, check_resize, revision_of, trained_card
 from distill.teachers._latent import (
     FILES,
     MULTIPLE,
@@ -42,7 +43,7 @@ CARDS: tuple[Card, ...] = (
         multiple=MULTIPLE,
         native_size=NATIVE,
         source="yunpeng1998/FiffDepth",
-        note="not published; give the folder of a model trained by its recipe",
+        note="not published; give the folder that recipes/fiffdepth trains",
     ),
 )
 
@@ -77,7 +78,8 @@ class Teacher:
         folder = find_folder(weights, files=FILES)
         parts = load_parts(folder, device=device, dtype=dtype, what="FiffDepth", channels=4)
         size = default_size(native_size, parts)
-        card = replace(card_for(CARDS, weights), revision=revision_of(folder), native_size=size, multiple=parts.factor)
+        card = trained_card(card_for(CARDS, weights), folder)
+        card = replace(card, revision=revision_of(folder), native_size=size, multiple=parts.factor)
         return cls(parts, card, resize=resize, native_size=native_size)
 
     @torch.no_grad()

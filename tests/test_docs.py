@@ -79,7 +79,13 @@ def test_every_key_is_one(page):
 
 def test_every_recipe_in_the_docs_is_read():
     blocks = [block for page in PAGES for language, block in BLOCK.findall(page.read_text()) if language == "toml"]
-    assert [parse(tomllib.loads(block)).run.name for block in blocks] == ["own"]
+    tables = [tomllib.loads(block) for block in blocks]
+    assert [parse(table).run.name for table in tables if "run" in table] == ["supervised", "own"]
+    for part in (table for table in tables if "run" not in table):
+        teachers = [
+            {"name": "analytic", "alias": name} for one in part.get("images", []) for name in one.get("teachers", [])
+        ]
+        parse({"run": {"name": "x"}, "teachers": teachers, **part})
 
 
 def test_every_link_leads_somewhere():
@@ -99,11 +105,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 
 
 def test_the_counts_of_the_readme_are_those_of_the_results():
-    rows = re.findall(r"^\| .* \| \**(reproduced|within noise|not reproduced)\** \|", results(), re.MULTILINE)
-    counts = {verdict: rows.count(verdict) for verdict in ("reproduced", "within noise", "not reproduced")}
-    said = re.search(
-        r"(\d+) reproduced, (\d+) within noise,\s\**(\d+) not reproduced", (ROOT / "README.md").read_text()
-    )
+    rows = re.findall(r"^\| .* \| (same sign|undecided|opposite)[^|]* \|", results(), re.MULTILINE)
+    counts = {verdict: rows.count(verdict) for verdict in ("same sign", "undecided", "opposite")}
+    said = re.search(r"(\d+) same sign, (\d+) undecided,\s\**(\d+) opposite", (ROOT / "README.md").read_text())
     assert said and [int(n) for n in said.groups()] == list(counts.values()), counts
     for row in re.findall(r"^\| [^|]+ \| [0-9.]+ \| [0-9.]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert row.rstrip(" |") in results(), row
@@ -115,3 +119,21 @@ def results() -> str:
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().split()) <= 820
+
+
+def test_the_lock_has_the_versions_that_were_tested():
+    locked: dict[str, set[str]] = {}
+    lock = tomllib.loads((ROOT / "uv.lock").read_text())
+    for package in lock["package"]:
+        locked.setdefault(package["name"], set()).add(package.get("version", ""))
+    pins = re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    named = {re.sub(r"_", "-", name.lower()): version for name, version in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [line for lines in project["optional-dependencies"].values() for line in lines]
+    for line in (*project["dependencies"], *extras):
+        name = re.match(r"[\w-]+", line)[0].lower().replace("_", "-")
+        assert name in locked, f"{name}: uv lock was not run after pyproject.toml changed"
+        assert name not in named or locked[name] == {named[name]}, name
+    assert {p["source"]["registry"] for p in lock["package"] if "registry" in p["source"]} == {
+        "https://pypi.org/simple"
+    }

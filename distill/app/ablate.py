@@ -17,21 +17,25 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from distill.app import build, commands
 from distill.app.console import note, progress, say, table
 from distill.app.shipped import locate
-from distill.app.study import Column, Study, StudyCell, Version, cells, read_study
+from distill.app.study import KNOWN, Column, Study, StudyCell, Version, cells, read_study
 from distill.core import files
-from distill.eval.reports.ablation import AblationRow, Table, markdown, write_page
-from distill.eval.score import read_scores
-from distill.eval.verdict import judge
+from distill.data import scenes
+from distill.eval.labels import LabelQuality, label_quality
+from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, markdown, together, write_page
+from distill.eval.score import Score, read_scores
+from distill.eval.verdict import UNDECIDED, UNKNOWN, holm, judge, paper_effect
 from distill.labelling.lock import RunLockedError, run_lock
+from distill.shards.shards import MANIFEST, LabelDataset
 from distill.training import trainlog
 from distill.training.step import TrainingStoppedError
 
@@ -39,43 +43,62 @@ POLL = 2.0
 """Seconds between looks at cells that other processes hold."""
 
 
-def run_study(
-    path: Path,
+def run_study(path: Path, **given: Any) -> Table | None:
+    """`run_studies` of one."""
+    found = run_studies([path], **given)
+    return found[0] if found else None
+
+
+def run_studies(
+    paths: Sequence[Path],
     *,
     version: Literal["full", "bench"] = "bench",
     out: Path = Path("runs/ablations"),
     processes: int = 1,
     overrides: Sequence[str] = (),
     worker: bool = False,
-) -> Table | None:
-    """Runs what is missing of the study `path` (a file, or a shipped one's name), writes its tables; None in a worker.
+    collect_only: bool = False,
+) -> list[Table]:
+    """Runs what is missing of the studies (files, or shipped ones' names), writes their tables; none in a worker.
 
-    processes: how many cells at once; on GPUs each process gets one of them. overrides: for every cell, as --set.
+    Cells go seed by seed through all studies. processes: how many cells at once; on GPUs each process gets one of them.
+    overrides: for every cell, as --set. collect_only: the tables of what is done; nothing runs.
     Raises ValueError or OSError for a recipe or data that cannot be used; a training that diverges is a result.
     """
-    path = locate(path, "study")
-    study = read_study(path)
-    every = cells(study, path, version, out, overrides)
-    for cell in {build.labels_folder(cell.recipe): cell for cell in every}.values():
-        if not cell.recipe.labels.online:
-            _label(cell)
-    if processes > 1 and not worker:
-        _with_workers(every, path, version, out, processes, overrides)
-    else:
+    paths = [locate(path, "study") for path in paths]
+    studies = [(study, cells(study, path, version, out, overrides)) for path in paths for study in [read_study(path)]]
+    every = list({cell.folder: cell for _, own in studies for cell in own}.values())
+    if processes > 1 and not (worker or collect_only):
+        _label_all(every)
+        _with_workers(every, paths, version, out, processes, overrides)
+    elif not collect_only:
         _work(every)
     if worker:
-        return None
-    result = collect(study, version, every)
-    folder = out / f"{study.name}-{version}"
-    files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
-    files.write_text(folder / "table.md", markdown(result))
-    write_page(result, folder / "index.html")
-    _show(result)
-    say(f"study: {(folder / 'index.html').resolve()}")
-    return result
+        return []
+    results = []
+    for study, own in studies:
+        result = collect(study, version, own)
+        folder = out / f"{study.name}-{version}"
+        files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
+        files.write_text(folder / "table.md", markdown(result))
+        write_page(result, folder / "index.html")
+        _show(result)
+        say(f"study: {(folder / 'index.html').resolve()}")
+        results.append(result)
+    if len(results) > 1:
+        say(together(results))
+    return results
 
 
 # --- cells ------------------------------------------------------------------------------------------------------------
+
+
+def _label_all(every: Sequence[StudyCell]) -> None:
+    """Labels what these cells learn from, once each; the views that several labellings share are rendered once."""
+    with scenes.remembered():
+        for cell in {build.labels_folder(cell.recipe): cell for cell in every}.values():
+            if not cell.recipe.labels.online:
+                _label(cell)
 
 
 def _label(cell: StudyCell) -> None:
@@ -88,7 +111,7 @@ def _label(cell: StudyCell) -> None:
 
 
 def _with_workers(
-    every: Sequence[StudyCell], path: Path, version: str, out: Path, processes: int, overrides: Sequence[str]
+    every: Sequence[StudyCell], paths: Sequence[Path], version: str, out: Path, processes: int, overrides: Sequence[str]
 ) -> None:
     """Starts the workers and shows how many cells are done."""
     command = [
@@ -96,7 +119,7 @@ def _with_workers(
         "-m",
         "distill",
         "ablate",
-        str(path),
+        *map(str, paths),
         "--version",
         version,
         "--out",
@@ -108,7 +131,7 @@ def _with_workers(
     gpus = torch.cuda.device_count()
     running: list[subprocess.Popen[bytes]] = []
     out.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as logs, progress(f"ablate {path.stem}") as report:
+    with contextlib.ExitStack() as logs, progress(f"ablate {', '.join(path.stem for path in paths)}") as report:
         try:
             for i in range(processes):
                 log = logs.enter_context((out / f"worker-{i}.log").open("wb"))
@@ -139,22 +162,29 @@ def is_done(cell: StudyCell) -> bool:
 
 
 def _work(every: Sequence[StudyCell]) -> None:
-    """Runs cells until none is left that nobody holds, then waits for the others'."""
+    """Runs cells, seed by seed, until none is left that nobody holds, then waits for the others'."""
+    seeds = list(dict.fromkeys(cell.seed for cell in every))
     while True:
         held = False
-        for cell in every:
-            if is_done(cell):
-                continue
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with run_lock(cell.folder, rank=0, world=1):
-                    if not is_done(cell):
-                        _run(cell)
-            except RunLockedError:
-                held = True
+        for seed in seeds:
+            own = [cell for cell in every if cell.seed == seed and not is_done(cell)]
+            _label_all(own)
+            held = sum([_take(cell) for cell in own]) < len(own) or held
         if not held:
             return
         time.sleep(POLL)
+
+
+def _take(cell: StudyCell) -> bool:
+    """Runs a cell that nobody holds, and says whether it is done."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with run_lock(cell.folder, rank=0, world=1):
+            if not is_done(cell):
+                _run(cell)
+    except RunLockedError:
+        return False
+    return True
 
 
 def _run(cell: StudyCell) -> None:
@@ -175,14 +205,23 @@ def _run(cell: StudyCell) -> None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def _value(cell: StudyCell, column: Column) -> float | None:
-    path = cell.folder / "scores" / f"{column.benchmark}--student.json"
-    if not path.is_file():
+def _scores(cell: StudyCell, column: Column) -> Score | None:
+    path = cell.folder / "scores" / f"{column.scores}.json"
+    return read_scores(path) if path.is_file() else None
+
+
+def _value(score: Score | None, column: Column) -> float | None:
+    if score is None:
         return None
-    score = read_scores(path)
     means = score.groups.get(column.group, {}).get("metrics", {}) if column.group else score.metrics
     value = means.get(column.metric)
     return None if value is None or not math.isfinite(value) else value
+
+
+def _by_image(score: Score, column: Column) -> np.ndarray:
+    """The metric of every image of the column, in the order of the benchmark."""
+    inside = [image for image in score.images if not column.group or image.group == column.group]
+    return np.array([image.metrics[column.metric] for image in inside if image.metrics], dtype=np.float64)
 
 
 def collect(study: Study, version: Literal["full", "bench"], every: Sequence[StudyCell]) -> Table:
@@ -190,10 +229,17 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
     chosen: Version = study.full if version == "full" else study.bench
     columns = chosen.columns
     published = {p.row: p.values for p in study.paper}
-    rows = []
+    rows, images = [], {metric: dict[str, dict[int, Any]]() for metric in dict.fromkeys(c.metric for c in columns)}
     for row in study.all_rows():
         done_cells = [cell for cell in every if cell.row == row.name and is_done(cell)]
-        values = {cell.seed: [_value(cell, column) for column in columns] for cell in done_cells}
+        values: dict[int, list[float | None]] = {}
+        for cell in done_cells:
+            scores = [_scores(cell, column) for column in columns]
+            values[cell.seed] = [_value(score, column) for score, column in zip(scores, columns, strict=True)]
+            for metric, by_row in images.items():
+                own = [(s, c) for s, c in zip(scores, columns, strict=True) if c.metric == metric]
+                if all(_value(s, c) is not None for s, c in own):
+                    by_row.setdefault(row.name, {})[cell.seed] = [_by_image(s, c) for s, c in own if s is not None]
         failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in done_cells]
         curves = {cell.seed: _curves(cell) for cell in done_cells}
         rows.append(
@@ -206,25 +252,57 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
                 [c.folder for c in done_cells],
             )
         )
-    whole = {row.name: {seed: v for seed, v in row.means().items() if v is not None} for row in rows}
-    paper = {row.name: {0: sum(row.paper) / len(row.paper)} for row in rows if row.paper}
-    verdicts = []
-    for o in study.orderings:
-        ours = judge(o.kind, o.first, o.second, whole, tolerance=o.tolerance)
-        theirs = judge(o.kind, o.first, o.second, paper, tolerance=o.tolerance)
-        verdicts.append((o.claim, o.source or study.source, ours, theirs))
     recipes = [cell.recipe for cell in every[:1]]
     return Table(
         name=f"{study.name}-{version}",
         title=study.title,
         source=study.source,
         columns=[column.title for column in columns],
+        lower_is_better=[column.lower_is_better for column in columns],
         paper_columns=[column.title for column in study.full.columns],
         rows=rows,
-        verdicts=verdicts,
+        claims=_claims(study, images),
+        labels=_label_quality(every),
+        equivalence=study.equivalence,
         benchmarks=[(b.alias_or_name, b.name, b.root, b.list) for recipe in recipes for b in recipe.benchmarks],
         made_by=commands.commit(),
     )
+
+
+def _claims(study: Study, images: Mapping[str, Any]) -> list[Claim]:
+    """Every claim in every metric; the paper's effect stands by the metric that its own columns show."""
+    paper = {p.row: sum(p.values) / len(p.values) for p in study.paper}
+    printed = {column.metric for column in study.full.columns[: len(study.paper[0].values)]} if study.paper else set()
+    found = []
+    for metric, values in images.items():
+        for o in study.orderings:
+            lower = KNOWN[metric].lower_is_better
+            ours = judge(o.kind, o.first, o.second, values, lower_is_better=lower, equivalence=study.equivalence)
+            theirs = paper_effect(o.kind, o.first, o.second, paper, ours.pair) if printed == {metric} else None
+            found.append((o, metric, ours, theirs))
+    # What is undecided has not been claimed, whatever its p.
+    lasting = holm([ours.p for *_, ours, _ in found])
+    return [
+        Claim(o.claim, o.source or study.source, metric, ours, theirs, last and ours.word not in (UNDECIDED, UNKNOWN))
+        for (o, metric, ours, theirs), last in zip(found, lasting, strict=True)
+    ]
+
+
+def _label_quality(every: Sequence[StudyCell]) -> list[tuple[str, LabelQuality]]:
+    """How good the labels of the first seed are, for every choice of teachers and the rows that learn from it."""
+    first = [cell for cell in every if cell.seed == every[0].seed]
+    rows: dict[Path, list[StudyCell]] = {}
+    for cell in first:
+        rows.setdefault(build.labels_folder(cell.recipe), []).append(cell)
+    found = []
+    for folder, own in rows.items():
+        if not (folder / MANIFEST).is_file() or not own[0].recipe.benchmarks:
+            continue
+        protocol = build.benchmark(own[0].recipe.benchmarks[0])[0]
+        for one in label_quality(LabelDataset(folder), protocol):
+            named = one.teacher if len(rows) == 1 else f"{one.teacher} ({own[0].row}{', ...' if own[1:] else ''})"
+            found.append((named, one))
+    return found
 
 
 def _curves(cell: StudyCell) -> dict[str, list[tuple[int, float]]]:
@@ -240,8 +318,11 @@ def _curves(cell: StudyCell) -> dict[str, list[tuple[int, float]]]:
 
 
 def _show(result: Table) -> None:
+    if result.labels:
+        head, *body = result.label_text()
+        table("the teachers’ own labels", head, body)
     head, *body = result.text()
     table(result.title, head, body)
-    lines: list[list[Any]] = [[claim, ours.word, result.margin(ours)] for claim, _, ours, _ in result.verdicts]
-    if lines:
-        table("orderings", ["claim", "here", "margin"], lines)
+    if result.claims:
+        table("claims", CLAIM_HEAD, [claim.cells() for claim in result.claims])
+        say(result.verdict_line())

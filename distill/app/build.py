@@ -20,32 +20,30 @@ import torch
 from torch import nn
 
 from distill import students
+from distill.app import latent
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
 from distill.app.renamed import in_words_of_today
 from distill.app.strict import RecipeError
+from distill.app.teaching import check_two, load_teachers
 from distill.core.depth import Kind
-from distill.core.plugins import file_hashes, find, option_faults, short_name
+from distill.core.plugins import file_hashes, find, short_name
 from distill.core.weights import read_state
-from distill.data.corruptions import Corruptions
+from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
-from distill.labelling.bridge import Bridged
 from distill.labelling.lock import mutex
-from distill.labelling.run import TRUTH, OnlineDataset, labels_hash
+from distill.labelling.run import OnlineDataset, labels_hash
 from distill.losses.objective import Objective
 from distill.shards import mirror
 from distill.shards.shards import MANIFEST, LabelDataset
 from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
-from distill.teachers import Card, resolve
-from distill.teachers._compile import compile_networks
-from distill.teachers._settings import TeacherSettings
-from distill.teachers._sky import POLICIES, under_policy
+from distill.teachers import resolve
+from distill.teachers._latent_student import LatentStudent
+from distill.training.latent import LatentLesson
 from distill.training.settings import TrainSettings
-
-Teachers = list[tuple[str, Any]]
 
 
 def process() -> tuple[int, int]:
@@ -69,97 +67,6 @@ def device(recipe: Recipe) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------------
-
-
-def check_teachers(recipe: Recipe) -> None:
-    """Raises RecipeError with every option that no teacher takes."""
-    if not recipe.teachers:
-        raise RecipeError("the recipe names no teachers: add a [[teachers]] table")
-    faults = []
-    for i, spec in enumerate(recipe.teachers):
-        load = Corruptions if spec.name == TRUTH else find("distill.teachers", spec.name).Teacher.load
-        faults += option_faults(load, spec.options, f"teachers[{i}].options")
-        faults += option_faults(load, spec.score_options, f"teachers[{i}].score_options")
-        if recipe.labels.sky != "teacher" and "sky" in spec.options:
-            faults.append(f"teachers[{i}].options.sky: labels.sky decides for all teachers; leave one of them out")
-    if faults:
-        raise RecipeError("\n".join(faults))
-
-
-def check_two(recipe: Recipe) -> None:
-    """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
-
-    Ground truth is nobody's opinion, and does not count; corrupted, it stands for a teacher.
-    """
-    networks = [spec for spec in recipe.teachers if spec.name != TRUTH or spec.options]
-    if len(networks) > 2:
-        raise RecipeError(f"at most two teachers, a primary and an assistant, not {len(networks)}")
-
-
-def load_teacher(
-    spec: TeacherSettings, *, on: torch.device, sky: str = "teacher", options: dict[str, Any] | None = None
-) -> Any:
-    """One [[teachers]] table as a loaded teacher, whatever its kind and licence.
-
-    sky: labels.sky, or its own rule. options: of `load`, those for labels by default.
-    """
-    plugin = find("distill.teachers", spec.name)
-    weights = spec.weights or plugin.CARDS[0].weights
-    options = dict(spec.options if options is None else options)
-    if sky != "teacher" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
-        options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
-    teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
-    if spec.compile:
-        compile_networks(teacher)
-    return teacher
-
-
-def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
-    """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
-    and licences. sky: labels.sky.
-    """
-    check_teachers(recipe)
-    loaded: Teachers = []
-    for spec in recipe.teachers:
-        if spec.name == TRUTH:
-            loaded.append((spec.alias_or_name, Corruptions(**spec.options) if spec.options else TRUTH))
-            continue
-        teacher = load_teacher(spec, on=on, sky=sky)
-        card: Card = teacher.card
-        if recipe.labels.commercial_only and not card.commercial:
-            raise RecipeError(
-                f"labels.commercial_only = true refuses {spec.alias_or_name}: the weights {card.weights} are under "
-                f"{card.licence}, which does not allow commercial use; `distill list teachers` shows those that do"
-            )
-        if card.kind.value == "affine_depth" and recipe.labels.store == "disparity":
-            teacher = _bridged(recipe, spec, teacher, primary=loaded[0][0] if loaded else "")
-        loaded.append((spec.alias_or_name, teacher))
-    if sky not in POLICIES:
-        return loaded
-    # A bridge is fitted to maps that follow the policy already.
-    plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
-    return [
-        (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
-        for (_, old), (name, new) in zip(loaded, plain, strict=True)
-    ]
-
-
-def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: str) -> Bridged:
-    """An assistant of affine depth, taken by way of the primary; raises RecipeError where the recipe has no bridge."""
-    trouble = (
-        f"teacher {spec.alias_or_name} predicts {teacher.card.kind}, which cannot become the disparity that the "
-        "student learns (its shift is unknown): use its disparity checkpoint, leave it out, or "
-    )
-    if not recipe.labels.bridge:
-        raise RecipeError(
-            f'{trouble}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
-        )
-    if not primary:
-        raise RecipeError(f'{trouble}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
-    return Bridged(teacher, primary, recipe.labels.bridge_residual)
-
-
 # --- labels -----------------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +76,8 @@ def labels_folder(recipe: Recipe) -> Path:
     Where labels.root is itself a finished labels folder, that is it, whatever its name.
     """
     check_two(recipe)
-    root = Path(recipe.labels.root or recipe.run.folder / "labels")
+    here = "" if recipe.labels.meeting else recipe.labels.root
+    root = Path(here or recipe.run.folder / "labels")
     if (root / MANIFEST).is_file():
         return root
     more = {"seed": recipe.run.seed, **recipe.labels.content}
@@ -211,15 +119,16 @@ def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
             seed=recipe.run.seed,
         )
     folder = labels_folder(recipe)
-    if recipe.labels.mirror and not (folder / MANIFEST).is_file():
+    if recipe.labels.source and not (folder / MANIFEST).is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with mutex(folder):  # one of a machine's processes fetches, the others wait and find them
-            mirror.fetch(recipe.labels.mirror, folder)
+            mirror.fetch(recipe.labels.source, folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(f"{folder} has no finished labels: run `distill label` with this recipe first")
-    dataset = LabelDataset(folder)
-    said = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
-    if said and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
+    dataset = LabelDataset(folder, keys=read_names(recipe.labels.names) if recipe.labels.names else None)
+    weighted = len({images.weight for images in recipe.images}) > 1 or recipe.train.source_temperature != 1.0
+    weighted = weighted or recipe.train.even_batches
+    if weighted and len(recipe.images) > 1 and not any("image_source" in tar for tar in dataset.manifest["shards"]):
         raise RecipeError(
             f"{folder} does not say which [[images]] its labels belong to, which images.weight and "
             "train.source_temperature need: run `distill label` again, which writes it down and labels nothing anew"
@@ -242,14 +151,18 @@ def weights_file(weights: str) -> str | None:
     return None if weights in ("", "pretrained") else str(resolve(weights, files=()))
 
 
-def make_student(recipe: Recipe) -> Student:
+def make_student(recipe: Recipe) -> Student | LatentStudent:
     """The student to train, its random weights drawn from the recipe's seed; or the checkpoint it starts from."""
+    return latent.make(recipe, training_seed(recipe)) if latent.is_one_step(recipe) else _encoder_decoder(recipe)
+
+
+def _encoder_decoder(recipe: Recipe) -> Student:
     spec = recipe.student
     if spec.init_from:
         student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
-        student.native_size = spec.native_size or student.native_size or recipe.crops.size
+        student.native_size = spec.native_size or student.native_size or _short_side(recipe)
         student.max_depth = spec.max_depth or student.max_depth
         return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
@@ -272,7 +185,7 @@ def make_student(recipe: Recipe) -> Student:
             decoder=spec.decoder,
             encoder_options=options,
             decoder_options=_decoder_options(recipe),
-            native_size=spec.native_size or recipe.crops.size,
+            native_size=spec.native_size or _short_side(recipe),
             max_depth=spec.max_depth or None,
         )
     if begun is not None:
@@ -282,6 +195,10 @@ def make_student(recipe: Recipe) -> Student:
     if spec.decoder_weights:
         student.decoder.load_released(read_state(resolve(spec.decoder_weights, files=())))
     return _of_kind(student, recipe)
+
+
+def _short_side(recipe: Recipe) -> int:
+    return min(recipe.crops.size, recipe.crops.width or recipe.crops.size)
 
 
 def _of_kind(student: Student, recipe: Recipe) -> Student:
@@ -294,13 +211,13 @@ def _of_kind(student: Student, recipe: Recipe) -> Student:
 
 def _check_start(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where [student] describes another network than the one it starts from."""
-    given, own, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
-    for table in (given, own):
+    given, spec, plain = as_table(recipe)["student"], student.spec, as_table(StudentSettings())
+    for table in (given, spec):
         table["decoder"] = short_name(table["decoder"])
     for key in ("encoder", "decoder", "encoder_options", "decoder_options"):
-        if given[key] not in (plain[key], own[key]):
+        if given[key] not in (plain[key], spec[key]):
             raise RecipeError(
-                f"student.{key}: {given['init_from']} is a student already, with {own[key]}; leave it out"
+                f"student.{key}: {given['init_from']} is a student already, with {spec[key]}; leave it out"
             )
 
 
@@ -312,8 +229,10 @@ def _decoder_options(recipe: Recipe) -> dict[str, Any]:
     return dict(recipe.student.decoder_options) | ({"norm": norm} if norm else {})
 
 
-def batch_norm_note(recipe: Recipe, student: Student) -> str:
+def batch_norm_note(recipe: Recipe, student: Student | LatentStudent) -> str:
     """What to know where BatchNorm sees fewer images than the batch has, or fewer than four; else nothing."""
+    if isinstance(student, LatentStudent):
+        return ""
     kind, batch = train_settings(recipe).batchnorm, recipe.train.batch_size
     seen = batch // (recipe.train.accumulate * (1 if kind == "sync" else process()[1]))
     learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in student.decoder.modules())
@@ -327,8 +246,12 @@ def batch_norm_note(recipe: Recipe, student: Student) -> str:
     )
 
 
-def make_objective(recipe: Recipe, student: Student | None = None) -> Objective:
-    """[loss] as the trainer takes it. student: the one to train, whose reach may be that of the one it began as."""
+def make_objective(recipe: Recipe, student: Student | LatentStudent | None = None) -> Objective | LatentLesson:
+    """[loss], or [latent], as the trainer takes it. student: the one to train, whose reach may be that of the one it
+    began as.
+    """
+    if isinstance(student, LatentStudent):
+        return latent.lesson(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
     max_depth = recipe.student.max_depth or None
     return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 
@@ -348,6 +271,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         teacher_shares=train.teacher_shares or (shares if len(names) > 1 else {}),
         source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
+        keep_unmet=latent.is_one_step(recipe),
     )
 
 
@@ -358,10 +282,21 @@ def training_seed(recipe: Recipe) -> int:
 
 def identity(recipe: Recipe) -> str:
     """A hash of what makes a training run this run, beside its settings: labels, student and loss."""
-    what = [labels_folder(recipe).name, as_table(recipe.student), as_table(recipe.loss)]
+    loss = as_table(recipe.loss)
+    if loss["label_range"] == "as_is":  # runs that were begun before there was a choice go on
+        del loss["label_range"]
+    what: list[Any] = [labels_folder(recipe).name, _student_table(recipe), loss]
+    what += [recipe.latent.content] if latent.is_one_step(recipe) else []
     what += [files for files in [file_hashes(what)] if files]
     what += ["redraw"] if recipe.crops.redraw else []
+    what += [read_names(recipe.labels.names)] if recipe.labels.names else []
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _student_table(recipe: Recipe) -> dict[str, Any]:
+    """[student]; of an encoder and a decoder without the keys of other networks, which runs of before do not know."""
+    table = as_table(recipe.student)
+    return table if latent.is_one_step(recipe) else {k: v for k, v in table.items() if k not in ("network", "head")}
 
 
 # --- benchmarks -------------------------------------------------------------------------------------------------------
@@ -370,9 +305,9 @@ def identity(recipe: Recipe) -> str:
 def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]:
     """A benchmark's protocol in the recipe's mode, and its samples."""
     module = find("distill.eval.benchmarks", spec.name)
-    found: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
+    samples: Sequence[BenchmarkSample] = module.samples(spec.root or None, spec.list or None)
     protocol: Protocol = module.PROTOCOL
-    return protocol.in_mode(spec.protocol), list(found[: spec.limit or None])
+    return protocol.in_mode(spec.protocol), list(samples[: spec.limit or None])
 
 
 def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
@@ -384,4 +319,6 @@ def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
 
 def saver(recipe: Recipe) -> Callable[..., object]:
     """How the recipe's students are written: `checkpoint.save`, without the encoder where the recipe leaves it out."""
+    if latent.is_one_step(recipe):
+        return latent.saver()
     return functools.partial(checkpoint.save, exclude_frozen_encoder=recipe.student.exclude_frozen_encoder)

@@ -6,9 +6,13 @@ The verbs are the files of distill/verbs; their heavy imports happen when they r
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from distill import __version__
 from distill.core.plugins import find, names
@@ -17,6 +21,7 @@ from distill.core.plugins import find, names
 ORDER = [
     "demo",
     "label",
+    "status",
     "verify",
     "inspect",
     "train",
@@ -28,7 +33,10 @@ ORDER = [
     "doctor",
     "predict",
     "export",
+    "publish",
 ]
+
+STOPPED = 130
 
 EPILOG = """examples:
   distill demo                                     the whole loop on the embedded default
@@ -46,8 +54,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--quiet", action="store_true", help="results and errors alone: no notes, no progress")
+    _switches(parser, default=False)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     present = names("distill.app.verbs")
     for name in sorted(present, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
@@ -61,34 +68,59 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.arguments(sub)
+        _switches(sub, default=argparse.SUPPRESS)  # before the command or behind it
         sub.set_defaults(verb=verb.run)
     return parser
 
 
+def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
+    """What every command takes."""
+    every = parser.add_argument_group("every command")
+    for name, help_ in (
+        ("--quiet", "results and errors alone: no notes, no progress"),
+        ("--json", "a JSON object per line: results on standard output; notes, progress and errors on standard error"),
+        ("--debug", "show the traceback of an error"),
+    ):
+        every.add_argument(name, action="store_true", default=default, help=help_)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
-    args = _parser().parse_args(argv)
-    if args.quiet:
-        from distill.app.console import quiet
-
-        quiet()
+    debug = False
     try:
+        args = _parser().parse_args(argv)
+        debug = args.debug
+        from distill.app import console
+
+        console.quiet(args.quiet)
+        console.as_json(args.json)
         code: int = args.verb(args)
         return code
     except (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError) as error:
-        if args.debug:
+        if debug:
             raise
-        from distill.app.console import fail
+        from distill.app import console
 
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
-        said = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        fail((said or type(error).__name__) + way_out)
+        message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        console.fail((message or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:
-        from distill.app.console import note
+        from distill.app import console
 
-        note("stopped; rerun the same command to resume")
-        return 130
+        console.note("stopped; rerun the same command to resume")
+        return STOPPED
+
+
+def entry() -> NoReturn:
+    """`main` as a process of its own. A stopped one leaves at once: what its threads do is done again."""
+    code = main()
+    if code == STOPPED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _way_out(module: str) -> str:

@@ -8,17 +8,24 @@ A run's folder:
 
 from __future__ import annotations
 
+import json
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import distill
-from distill.app import build, trust
-from distill.app.console import dashboard, note, progress, say, table
+from distill.app import build, teaching, trust
+from distill.app.console import dashboard, note, progress, say, table, values
+from distill.app.features import stored_features
 from distill.app.inputs import input_shards
+from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
-from distill.app.recipe import Recipe, as_table, dumps
+from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
 from distill.app.scoring import Models, how_used, prediction_settings
 from distill.app.strict import RecipeError
@@ -27,18 +34,22 @@ from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.cost import Cost
+from distill.eval.fidelity import fidelity
+from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
+from distill.eval.settings import BenchmarkSettings
+from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
+from distill.labelling.tuning import TUNED, tune
+from distill.labelling.worker import in_turn, work
 from distill.shards import mirror, shards
+from distill.training import checkpoints
 from distill.training.train import TrainResult, train
 
-
-def keep_recipe(recipe: Recipe) -> None:
-    """Writes the resolved recipe into the run's folder; only the first process does."""
-    if build.process()[0] == 0:
-        files.write_text(recipe.run.folder / "recipe.toml", dumps(recipe))
-        for name in recipe.unjudged:
-            note(f"[{name}] has faults, which do not matter here; `distill show` says which")
+COST = "cost.json"
+"""What predicting cost, beside the maps that were predicted."""
 
 
 def commit() -> str:
@@ -47,43 +58,78 @@ def commit() -> str:
     if not (root / ".git").exists():
         return distill.__version__
     try:
-        found = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
     except OSError:  # no git on this machine
-        found = ""
-    return f"{distill.__version__}+{found or 'unknown'}"
+        described = ""
+    return f"{distill.__version__}+{described or 'unknown'}"
 
 
-def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too."""
-    if folder is None:
-        keep_recipe(recipe)
-        folder = build.labels_folder(recipe)
+def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
+    """Where the workers of a recipe meet: its labels folder, or the folder of that name at the URL of labels.root."""
+    if recipe.labels.meeting:
+        return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
+    return Folder(folder)
+
+
+def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
+    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too.
+
+    worker: as one of any number of workers; so does each of several processes, and whoever meets others at a URL.
+    """
+    if folder is not None:
+        return _label(recipe, folder, send=send, worker=worker)
+    with kept_recipe(recipe):
+        return _label(recipe, build.labels_folder(recipe), send=send, worker=worker)
+
+
+def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
     if build.process()[0] == 0:
         trust.remember(as_table(recipe))
-    rank, world = build.process()
-    found = input_shards(recipe)
-    teachers = build.load_teachers(recipe, on=build.device(recipe), sky=recipe.labels.sky)
+    images = input_shards(recipe)
+    device = build.device(recipe)
+    teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
+    references = teaching.float32_twins(recipe, on=device)
+    size, make = recipe.crops.size, label
+    measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
+    if worker or build.process()[1] > 1 or recipe.labels.meeting:
+        meeting = meeting_of(recipe, folder)
+        labels, measured = in_turn(meeting, folder / TUNED, measure)
+        make = partial(work, meeting=meeting)
+    else:
+        labels, measured = measure()
+    for name, off in measured.get("from_float32", {}).items():
+        note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     with progress("label") as report:
-        outcome = label(
-            found,
+        outcome = make(
+            images,
             teachers,
             out=folder,
             crops=recipe.crops,
-            labels=recipe.labels,
+            labels=labels,
             seed=recipe.run.seed,
-            rank=rank,
-            world=world,
-            device=build.device(recipe),
+            device=device,
             recipe=as_table(recipe),
+            machine=measured,
             report=report,
+            tell=note,
         )
-    if outcome.complete:
+    if recipe.labels.meeting or not outcome.last:
+        at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
+        state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
+        say(f"{at}: {state}; {outcome.parts} parts made here")
+    elif outcome.complete:
         manifest = shards.read_manifest(folder)
         lost = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
-        say(f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine")
+        say(
+            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine",
+            labels=str(folder),
+            samples=count,
+            tars=len(manifest["shards"]),
+            quarantined=lost,
+        )
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         if manifest.get("passed"):
@@ -99,13 +145,18 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True) 
 
 def run_train(recipe: Recipe) -> TrainResult:
     """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
-    keep_recipe(recipe)
+    with kept_recipe(recipe):
+        return _train(recipe)
+
+
+def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)
-    if warning := machine.readers(recipe.train.workers)[1]:
-        note(warning)
+    machine.allow_open_files()
+    check_disk(recipe, student)
+    features = stored_features(recipe, dataset, student)
     with dashboard("train") as report:
         result = train(
             student,
@@ -120,11 +171,33 @@ def run_train(recipe: Recipe) -> TrainResult:
             report=report,
             tell=note,
             device=build.device(recipe),
+            features=features,
         )
     chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
-    say(f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}")
+    say(
+        f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}",
+        student=str(result.folder),
+        step=result.selected_step,
+        steps=result.step,
+        heldout=result.heldout,
+        images_per_s=result.images_per_s,
+    )
     return result
+
+
+def check_disk(recipe: Recipe, student: torch.nn.Module) -> None:
+    """Raises OSError where the disk cannot take one checkpoint beside a student, hours before it would be found out."""
+    one = checkpoints.bytes_of(student)
+    free, place = machine.free_disk(recipe.run.folder)
+    if free < 2 * one:
+        raise OSError(
+            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {one / 1e9:.2f} GB, beside the one before: "
+            "free some, or set run.out to another disk"
+        )
+    if free < (recipe.train.keep_last + 2) * one:
+        many = f"{recipe.train.keep_last} checkpoints of {one / 1e9:.2f} GB"
+        note(f"{place} has {free / 1e9:.2f} GB free: tight for {many}")
 
 
 def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
@@ -149,15 +222,20 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
 
     Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
     """
-    keep_recipe(recipe)
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
+    with kept_recipe(recipe):
+        return _score(recipe)
+
+
+def _score(recipe: Recipe) -> list[scoring.Score]:
     results, lost, warned = [], [], []
     priors: dict[tuple[str, ...], Any] = {}
     models = Models(recipe)
     for spec in recipe.benchmarks:
         protocol, samples = build.benchmark(spec)
         scored = models(spec)
+        taught_by = [name for name, _ in scored if name != "student"]
         if recipe.score.plane_prior:
             fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
             if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
@@ -168,22 +246,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
         for name, teacher in scored:
             slug = name.replace(" ", "_")
             store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-            settings = {
-                "weights": teacher.card.weights,
-                "revision": teacher.card.revision,
-                "benchmark": spec.alias_or_name,
-                **prediction_settings(recipe, name, spec),
-            }
-            with progress(f"predict {spec.alias_or_name} {name}") as report:
-                scoring.predict(
-                    teacher,
-                    samples,
-                    store,
-                    settings=settings,
-                    used=how_used(recipe, name, teacher, spec),
-                    report=report,
-                    tell=note,
-                )
+            cost = _predict(recipe, spec, name, teacher, samples, store)
             result = scoring.score(
                 store,
                 None,
@@ -193,17 +256,79 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
                 offset_positive=spec.offset_positive,
                 model=name,
             )
+            result = replace(result, cost=cost)
             warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
             scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
             results.append(result)
+            if spec.edges:
+                edges = scoring.score(store, None, samples, protocol.of_edges(), model=name)
+                scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
+                results.append(edges)
             lost += _lost(result, samples, store)
+        if recipe.score.student:
+            for name in taught_by:
+                _fidelity(recipe, spec.alias_or_name, name, samples, protocol)
+    for result in results:
+        values(
+            model=result.model,
+            benchmark=result.benchmark,
+            protocol=result.protocol.id,
+            metrics=result.metrics,
+            images=result.num_images,
+            failed=result.num_failed,
+            cost=result.cost,
+        )
     side_by_side = grid(results)
-    table(f"scores of {recipe.run.name} (* best, + second best)", *as_text(side_by_side))
+    table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
     for line in warned + lost:
         note(line)
     return results
+
+
+def _predict(
+    recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample], store: Path
+) -> dict[str, Any] | None:
+    """Predicts and stores what is missing of one model; what that cost, or did when the maps were made, if known."""
+    settings = {
+        "weights": teacher.card.weights,
+        "revision": teacher.card.revision,
+        "benchmark": spec.alias_or_name,
+        **prediction_settings(recipe, name, spec),
+    }
+    kept = store / COST
+    try:
+        before = dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only measured again
+        before = None
+    cost = Cost()
+    used = how_used(recipe, name, teacher, spec)
+    with progress(f"predict {spec.alias_or_name} {name}") as report:
+        done = scoring.predict(
+            cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
+        )
+    if done:
+        before = cost.summary(before)
+        files.write_json(kept, before)
+    return before
+
+
+def _fidelity(
+    recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
+) -> None:
+    """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
+    predictions = recipe.run.folder / "predictions"
+    theirs = predictions / teacher.replace(" ", "_") / benchmark
+    found = fidelity(predictions / "student" / benchmark, theirs, samples, protocol)
+    if found is None:
+        return
+    path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
+    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **found})
+    note(
+        f"  {benchmark}: student against {teacher}: AbsRel {found['abs_rel']:.3f}, delta1 {found['delta1']:.3f}, "
+        f"boundary F1 {found['boundary_f1']:.3f}"
+    )
 
 
 def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
@@ -226,7 +351,7 @@ def run_report(recipe: Recipe) -> Path:
     from distill.eval.reports.report import write_report
 
     path = write_report(recipe.run.folder)
-    say(f"report: {path.resolve()}")
+    say(f"report: {path.resolve()}", report=str(path.resolve()))
     return path
 
 

@@ -10,7 +10,7 @@ carries its revision, so that a student trained on is another model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.app import build
-from distill.app.commands import keep_recipe
+from distill.app import build, latent, teaching
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
+from distill.app.kept import kept_recipe
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
@@ -35,6 +35,7 @@ from distill.data.sources import BadImageError, Entry, Rejected
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import Entrant, ModelComparison, compare, gather, write_comparison
 from distill.eval.reports.compare_page import sentences, write_page
+from distill.eval.timing import RunTime, paper_run_times, run_time
 from distill.labelling.run import TRUTH
 from distill.teachers import Card, revision_of
 from distill.teachers._settings import TeacherSettings
@@ -43,7 +44,11 @@ from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 
 def run_compare(recipe: Recipe) -> Path:
     """Predicts what is missing, measures, and writes the page; returns its path."""
-    keep_recipe(recipe)
+    with kept_recipe(recipe):
+        return _compare(recipe)
+
+
+def _compare(recipe: Recipe) -> Path:
     folder = recipe.run.folder / "compare"
     samples, rejected = chosen_samples(recipe)
     entered = entrants(recipe, samples)
@@ -53,8 +58,10 @@ def run_compare(recipe: Recipe) -> Path:
     names = [entrant.name for entrant in entered]
     with progress("compare") as report:
         result = compare(names, samples, folder, report=report)
+    timed = _timed(recipe, entered)
     remarks = [f"left out {line.origin}: {line.reason}" for line in rejected]
     settings = {"side": recipe.compare.side, "limit": recipe.compare.limit, "left_out": remarks}
+    settings |= {"run_time": {name: asdict(took) for name, took in timed.items()}} if timed else {}
     write_comparison(result, folder / "compare.json", more=settings)
     path = write_page(
         result,
@@ -62,12 +69,20 @@ def run_compare(recipe: Recipe) -> Path:
         folder,
         recipe.run.folder / "compare.html",
         title=recipe.run.name,
-        facts=[("longer side", f"at most {recipe.compare.side} pixels"), ("images’ licence", recipe.labels.licence)],
+        facts=[
+            ("longer side", f"at most {recipe.compare.side} pixels"),
+            ("images’ licence", recipe.labels.licence),
+            *(
+                (f"run time of {name} at {t.size} × {t.size}", f"{t.seconds:.3g} s ({t.device})")
+                for name, t in timed.items()
+            ),
+        ],
         remarks=remarks,
         again=f"distill compare {recipe.run.folder / 'recipe.toml'}",
     )
     _tell(result, rejected)
-    say(f"comparison: {path.resolve()}")
+    _tell_times(timed)
+    say(f"comparison: {path.resolve()}", comparison=str(path.resolve()))
     return path
 
 
@@ -85,6 +100,36 @@ def _tell(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
         say(line)
     for left_out in rejected[:20]:
         note(f"  left out {left_out.origin}: {left_out.reason}")
+
+
+def _timed(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:
+    """The run time of every model, as the recipe has it; nothing where it is not asked for."""
+    size, on, found = recipe.compare.time_at, build.device(recipe), {}
+    if not size:
+        return {}
+    for entrant in entered:
+        teacher = entrant.load()
+        if getattr(teacher, "card", None) is not None and teacher.card.name != TRUTH:
+            with progress(f"time {entrant.name}"):
+                found[entrant.name] = run_time(teacher.predict, size, on)
+        del teacher  # before the next one takes its memory
+    return found
+
+
+def _tell_times(timed: Mapping[str, RunTime]) -> None:
+    if not timed:
+        return
+    size = next(iter(timed.values())).size
+    ours = [
+        [name, f"{t.seconds:.3g}", f"{t.fastest:.3g} to {t.slowest:.3g}", t.device, ""] for name, t in timed.items()
+    ]
+    printed = [
+        [p.model, f"{p.seconds:.3g}", "", p.device, f"{p.paper}, {p.where}"]
+        for p in paper_run_times()
+        if p.size == size
+    ]
+    head = ["model", "seconds", "range", "device", "from"]
+    table(f"run time of one image of {size} x {size} pixels", head, [*ours, *printed])
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -153,7 +198,7 @@ def _truth(entry: Entry, side: int) -> DepthMap:
 
 def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant]:
     """The recipe's teachers in their order, and its student where it is trained. Raises RecipeError."""
-    build.check_teachers(recipe)
+    teaching.check_teachers(recipe)
     on = build.device(recipe)
     sources = [{k: v for k, v in asdict(table).items() if v and k != "limit"} for table in recipe.images]
     shared = {"side": recipe.compare.side, "images": sources, "seed": recipe.run.seed}
@@ -163,7 +208,7 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         table |= {"files": files} if (files := file_hashes(spec.name)) else {}
-        load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(build.load_teacher, spec, on=on)
+        load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(teaching.load_teacher, spec, on=on)
         sources_found.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
@@ -171,6 +216,8 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
         load_student: Any = partial(
             CheckpointTeacher.load, str(folder), device=on, encoder_weights=recipe.student.weights or None
         )
+        if latent.is_folder(folder):
+            load_student = partial(latent.load_teacher, folder, device=on)
         name = f"student-{revision.rpartition(':')[2][:6]}"
         sources_found.append(Entrant(name, load_student, {"revision": revision, **shared}))
     if not sources_found:

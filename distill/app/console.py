@@ -1,11 +1,12 @@
 """What a person sees: lines, tables and progress on the terminal. The only file that draws.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error, so that output can be piped.
-Only the first process of several speaks.
+Only the first process of several speaks. With `--json` every line of either is a JSON object.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console, Group, JustifyMethod
 from rich.live import Live
@@ -30,6 +32,7 @@ _quiet = os.environ.get("RANK", "0") != "0"
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)
 _notes = True
+_json = False
 
 EVERY_S = 30.0
 """Off a terminal, work that lasts says where it is in a line every so many seconds."""
@@ -40,27 +43,55 @@ def escape(text: str) -> str:
     return _markup(printable(text, keep="\n\t"))
 
 
-def say(text: str) -> None:
-    """One line of result."""
-    _out.print(escape(text), highlight=False)
+def say(text: str, **values: Any) -> None:
+    """One line of result; values: the same as plain values, for `--json`."""
+    if _json:
+        _object(_out, values or {"said": text})
+    else:
+        _out.print(escape(text), highlight=False)
 
 
 def note(text: str) -> None:
     """One line about what is being done."""
-    if _notes:
+    if _notes and _json:
+        _object(_err, {"note": text})
+    elif _notes:
         _err.print(f"[dim]{escape(text)}[/dim]", highlight=False)
 
 
-def quiet() -> None:
-    """From here on, results and errors alone: no notes, no progress."""
+def values(**values: Any) -> None:
+    """A result that people read in a table: with `--json` its plain values, without rounding."""
+    if _json:
+        _object(_out, values)
+
+
+def _object(console: Console, values: Mapping[str, Any]) -> None:
+    """A JSON object on one line; what is not finite is null."""
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+    console.print(json.dumps(plain, default=str), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def quiet(on: bool = True) -> None:
+    """From here on, results and errors alone: no notes, no progress; or again with them."""
     global _notes
-    _notes = False
+    _notes = not on
+
+
+def as_json(on: bool = True) -> None:
+    """From here on, every line is a JSON object: results on standard output; notes, progress, errors on the other."""
+    global _json
+    _json = on
 
 
 def fail(text: str) -> None:
     """What went wrong, a line per fault."""
     for line in text.splitlines() or ["failed"]:
-        _err.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False)
+        if _json:
+            _object(_err, {"error": line})
+        else:
+            _err.print(f"[bold red]error:[/bold red] {escape(line)}", highlight=False)
 
 
 def table(
@@ -72,6 +103,10 @@ def table(
     text: bool = False,
 ) -> None:
     """A table on standard output; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
+    if _json:
+        named = [[*zip(columns, row, strict=True)] for row in rows]
+        _object(_out, {"table": title, "rows": [{key: cell for key, cell in row} for row in named]})
+        return
     drawn = Table(title=escape(title), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
         # A name or a path that is cut in two cannot be copied: what has no spaces stays in one line.
@@ -143,7 +178,13 @@ class _Lines:
             pace = self._pace(done, total, now)
             if "images_per_s" in numbers:
                 pace.pop("items_per_s", None)
-            note(f"{self._what}: {done}/{total}  {_words(pace | numbers)}")
+            self._tell(done, total, pace | numbers)
+
+    def _tell(self, done: int, total: int, numbers: dict[str, float]) -> None:
+        if _json and _notes:
+            _object(_err, {"progress": self._what, "done": done, "total": total, **numbers})
+        elif not _json:
+            note(f"{self._what}: {done}/{total}  {_words(numbers)}")
 
     def _pace(self, done: int, total: int, now: float) -> dict[str, float]:
         """How fast the work is and how long it will take; what was there before the start is not counted."""
@@ -156,14 +197,13 @@ class _Lines:
     def close(self) -> None:
         """The last line, without a rate: the work's own numbers have it."""
         if self._last is not None:
-            done, total, numbers = self._last
-            note(f"{self._what}: {done}/{total}  {_words(numbers)}")
+            self._tell(*self._last)
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
     """A progress bar with time remaining and the work's numbers; off a terminal, a line now and then and at the end."""
-    if not _err.is_terminal:
+    if _json or not _err.is_terminal:
         lines = _Lines(what)
         yield lines
         lines.close()
@@ -211,7 +251,7 @@ def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
 @contextmanager
 def dashboard(what: str) -> Iterator[Report]:
     """`progress` for a training run: a live panel with the parts of the loss, the output's scale, rates and speed."""
-    if not (_err.is_terminal and _notes):
+    if _json or not (_err.is_terminal and _notes):
         with progress(what) as plain:
             yield lambda done, total, **numbers: plain(
                 done, total, **{name: value for name, value in numbers.items() if not name.startswith("parts/")}

@@ -23,6 +23,7 @@ from distill.app.promises import EXPECTED, Contract, ContractError, NotCheckedEr
 from distill.app.strict import set_key
 from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import KINDS, SIGNS, import_file, is_path, names
+from distill.data.datasets import Facts
 from distill.eval.protocol import Protocol
 from distill.students import Student
 from distill.teachers import Card
@@ -40,18 +41,18 @@ def name_is_a_word(subject: Subject) -> None:
 
 def cards(subject: Subject) -> None:
     """`CARDS` holds a `Card` for each published checkpoint, the default first, all of the plug-in's own name."""
-    found = subject.module.CARDS
-    require(found and all(isinstance(card, Card) for card in found), "CARDS is empty, or not of Card alone")
-    others = {card.name for card in found} - {subject.name}
+    published = subject.module.CARDS
+    require(published and all(isinstance(card, Card) for card in published), "CARDS is empty, or not of Card alone")
+    others = {card.name for card in published} - {subject.name}
     require(not others, f"a card's name is {', '.join(sorted(others))}, not {subject.name}")
-    require(len({card.weights for card in found}) == len(found), "two cards have the same weights")
+    require(len({card.weights for card in published}) == len(published), "two cards have the same weights")
 
 
 def cards_say_what_is_owed(subject: Subject) -> None:
     """Each card says weights, kind, licence of weights and of code; none under an NC licence is `commercial`."""
     for card in subject.module.CARDS:
-        said = card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
-        require(said, f"the card of {card.weights or '?'} leaves one of them out")
+        complete = card.weights and card.licence and card.code_licence and isinstance(card.kind, Kind)
+        require(complete, f"the card of {card.weights or '?'} leaves one of them out")
         closed = "NC" in card.licence.upper().replace("-", " ").split()
         require(not (card.commercial and closed), f"{card.weights}: commercial = True under {card.licence}")
 
@@ -90,12 +91,12 @@ def missing_weights(subject: Subject) -> None:
 def prediction(subject: Subject) -> None:
     """`predict` gives a `DepthMap` of the card's kind at the images' own size, any size: float32, finite where valid, without a gradient."""  # noqa: E501 - the promise is one line
     for height, width in (SIZE, (40, 31)):
-        found = subject.predict(torch.rand(2, 3, height, width))
-        require(isinstance(found, DepthMap) and found.kind == subject.teacher.card.kind, f"it gave {found!r:.80}")
-        require(found.values.shape == (2, height, width), f"{(height, width)} gave {tuple(found.values.shape)}")
-        require(found.values.dtype == torch.float32 and not found.values.requires_grad, f"{found.values.dtype}")
-        finite = torch.isfinite(found.values[found.valid])
-        require(found.valid.any() and finite.all(), "NaN or infinite where valid, or nothing is valid")
+        depth = subject.predict(torch.rand(2, 3, height, width))
+        require(isinstance(depth, DepthMap) and depth.kind == subject.teacher.card.kind, f"it gave {depth!r:.80}")
+        require(depth.values.shape == (2, height, width), f"{(height, width)} gave {tuple(depth.values.shape)}")
+        require(depth.values.dtype == torch.float32 and not depth.values.requires_grad, f"{depth.values.dtype}")
+        finite = torch.isfinite(depth.values[depth.valid])
+        require(depth.valid.any() and finite.all(), "NaN or infinite where valid, or nothing is valid")
 
 
 def batches(subject: Subject) -> None:
@@ -132,8 +133,8 @@ def any_image_size(subject: Subject) -> None:
     """With an encoder it maps images of any size to maps of that size."""
     student = Student(subject.encoder, subject.decoder)
     for size in [(32, 48), (33, 50)]:
-        found = student(torch.rand(2, 3, *size)).shape
-        require(found == (2, *size), f"images of {size} gave {tuple(found)}")
+        shape = student(torch.rand(2, 3, *size)).shape
+        require(shape == (2, *size), f"images of {size} gave {tuple(shape)}")
 
 
 def every_parameter_learns(subject: Subject) -> None:
@@ -159,9 +160,9 @@ def options_build_it_again(subject: Subject) -> None:
 
 def protocol(subject: Subject) -> None:
     """`PROTOCOL` is a `Protocol` of the benchmark's own name."""
-    found = subject.module.PROTOCOL
-    require(isinstance(found, Protocol), f"it is {type(found).__name__}")
-    require(found.benchmark == subject.name, f"its benchmark is {found.benchmark!r}, not {subject.name!r}")
+    declared = subject.module.PROTOCOL
+    require(isinstance(declared, Protocol), f"it is {type(declared).__name__}")
+    require(declared.benchmark == subject.name, f"its benchmark is {declared.benchmark!r}, not {subject.name!r}")
 
 
 def samples(subject: Subject) -> None:
@@ -180,6 +181,28 @@ def samples(subject: Subject) -> None:
     raise ContractError("a root that does not exist raised nothing")
 
 
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def facts(subject: Subject) -> None:
+    """`FACTS` is a `Facts` that says title, url, licence and the kind of its truth; none under an NC licence is `commercial`."""  # noqa: E501 - the promise is one line
+    found = subject.module.FACTS
+    require(isinstance(found, Facts), f"it is {type(found).__name__}")
+    require(found.title and found.url and found.licence and isinstance(found.kind, Kind), "it leaves one of them out")
+    closed = "NC" in found.licence.upper().replace("-", " ").split()
+    require(not (found.commercial and closed), f"commercial = True under {found.licence}")
+
+
+def finds_nothing_elsewhere(subject: Subject) -> None:
+    """`groups(root)` of a folder where nothing of the data set lies is empty; `rows(root, group)` and `read(root, row)` are there."""  # noqa: E501 - the promise is one line
+    (subject.folder / "photos").mkdir(exist_ok=True)
+    (subject.folder / "photos" / "a.txt").write_text("nothing")
+    found = list(subject.module.groups(subject.folder))
+    require(not found, f"it found {found[:3]} in a folder with one text")
+    for function in ("rows", "read"):
+        require(callable(getattr(subject.module, function, None)), f"there is no {function}")
+
+
 CONTRACTS: Mapping[str, Sequence[Contract]] = {
     "teachers": (
         name_is_a_word,
@@ -195,6 +218,7 @@ CONTRACTS: Mapping[str, Sequence[Contract]] = {
     "decoders": (name_is_a_word, any_image_size, every_parameter_learns, options_build_it_again),
     "normalizations": (name_is_a_word, *NORMALIZATIONS),
     "terms": (name_is_a_word, *TERMS),
+    "datasets": (name_is_a_word, facts, finds_nothing_elsewhere),
     "benchmarks": (name_is_a_word, protocol, samples),
 }
 """The promises of every kind in plugins.KINDS."""

@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 import textwrap
+import types
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -63,26 +64,26 @@ def meanings(cls: type) -> dict[str, str]:
         return meanings(cls.__bases__[0]) | told
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
-    found = {}
+    by_field = {}
     for node, below in zip(tree.body, [*tree.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else ""
-            found[node.target.id] = " ".join(str(text).split())
-    return found
+            by_field[node.target.id] = " ".join(str(text).split())
+    return by_field
 
 
 @cache
 def parts() -> tuple[Part, ...]:
     """Every table of a recipe, in a recipe's order."""
-    hints, found = typing.get_type_hints(Recipe), []
+    hints, tables = typing.get_type_hints(Recipe), []
     for f in dataclasses.fields(Recipe):
         if not f.metadata.get("key", True):
             continue
         several = typing.get_origin(hints[f.name]) is tuple
         cls = typing.get_args(hints[f.name])[0] if several else hints[f.name]
         header = f"[[{f.name}]]" if several else f"[{f.name}]"
-        found.append(Part(f.name, header, " ".join((cls.__doc__ or "").split()), tuple(_keys(cls))))
-    return tuple(found)
+        tables.append(Part(f.name, header, " ".join((cls.__doc__ or "").split()), tuple(_keys(cls))))
+    return tuple(tables)
 
 
 def _keys(cls: type) -> Iterator[Key]:
@@ -106,6 +107,8 @@ def _type(hint: Any) -> str:
         return " or ".join(f'"{choice}"' for choice in inner)
     if origin is tuple:
         return f"array of {_type(inner[0])}s" if inner[1:] == (...,) else f"array of {len(inner)} {_type(inner[0])}s"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_type, inner))
     names = {str: "string", int: "integer", float: "number", bool: "true or false"}
     return names.get(hint, "table")
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.app.card_scores import scored
 from distill.app.console import say
 from distill.app.gate import Gate, calibration
 from distill.core import files
@@ -66,8 +67,7 @@ def run_export(
     crops = calibration(options.int8) if options.int8 else []
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
-    scores = scores_of(folder, revision_of(folder))
-    metadata = {"scores": scores} | metadata if scores else metadata
+    metadata = scored(folder, revision_of(folder)) | metadata
     metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
     metadata |= _rows(student, options)
     if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
@@ -180,24 +180,3 @@ def _write_native(student: Student, out: Path, options: ExportOptions, card: Map
         (aside / checkpoint.CARD).write_text(page, encoding="utf-8")
     say(f"{out}: {line}")
     return out
-
-
-def scores_of(folder: Path, revision: str) -> list[dict[str, str]]:
-    """A row per benchmark on which the run around RUN/train/student has scored it; empty where there is no such run.
-
-    revision: teachers.revision_of(folder); scores of other weights, of a student trained again since, are left out.
-    """
-    run, rows = folder.parent.parent, []
-    for path in sorted((run / "scores").glob("*--student.json")):
-        actual = json.loads(path.read_text(encoding="utf-8"))
-        predicted = run / "predictions" / "student" / path.name.removesuffix("--student.json") / "settings.json"
-        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
-        if by.get("revision") != revision:
-            continue
-        metrics = {key: actual["metrics"][key] for key in ("abs_rel", "delta1") if key in actual["metrics"]}
-        shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or actual["metrics"]).items()}
-        protocol = actual["protocol"]
-        rows.append(
-            {"benchmark": actual["benchmark"], **shown, "images": str(actual["num_images"]), "protocol": protocol["id"]}
-        )
-    return rows

@@ -6,7 +6,7 @@ import dataclasses
 
 from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
-from distill.data import sources
+from distill.data import published, sources
 from distill.data.pairs import read_names
 from distill.data.scenes import TRAIN_SEEDS
 from distill.data.settings import SOURCES, ImageSettings
@@ -21,6 +21,9 @@ def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
         return sources.folders(images.photos)
     if images.pairs:
         return sources.pairs(images.pairs, names=read_names(images.names) if images.names else None)
+    if images.dataset:
+        names = read_names(images.names) if images.names else None
+        return published.dataset(images.dataset, images.root, index=images.index or None, names=names)
     if images.scenes:
         return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
     return sources.bundled_photos()
@@ -50,14 +53,15 @@ def input_shards(recipe: Recipe) -> list[InputShard]:
     """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
     if not recipe.images:
         raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
-    found, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
+    tables, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
     for number, images in enumerate(recipe.images):
         shards = _source(images, scene)
+        shards = published.within(shards, images.far) if images.far else shards
         scene += images.scenes
         kept = _limited(shards, images.limit) if images.limit else shards
         teachers = _teachers_on(recipe, images)
-        found.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
-    return sources.combine(*found)
+        tables.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
+    return sources.combine(*tables)
 
 
 def _teachers_on(recipe: Recipe, images: ImageSettings) -> tuple[str, ...]:

@@ -22,15 +22,15 @@ import numpy as np
 
 from distill.core import files
 from distill.core.depth import DepthMap
+from distill.core.labels import Labels
 from distill.core.progress import Report
 from distill.eval.agreement import alignment_error, to_disparity
-from distill.eval.reports.figures import NEARNESS, colourise, legend, own_range, shrink, tile
+from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
 WORST = 6  # samples shown for their teachers' disagreement
-_BINS = 20
 _PATCHES = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in the order of the patches
 
 
@@ -87,7 +87,7 @@ def _look(sample: Sample) -> _Seen:
     shape = {}
     for name, one in maps.items():
         values = one.values[one.valid].numpy()
-        shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), _BINS, (0.0, 1.0))[0] / max(
+        shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), BINS, (0.0, 1.0))[0] / max(
             1, values.size
         )
     apart = {pair: _apart(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
@@ -119,8 +119,27 @@ def _strip(sample: Sample, note: str = "") -> str:
         nearer = values if labels.shared.kind.quantity == "disparity" else -values
         picture = colourise(own_range(nearer, valid), valid, NEARNESS)
         tiles.append(tile(name, shrink(picture), note=f"{100 * valid.mean():.0f} % valid"))
+        tiles += _contexts(name, labels)
     head = f"{escape(sample.record['image']['origin'])} <small>{escape(note)}</small>"
     return f'<h4>{head}</h4><div class="strip">{"".join(tiles)}</div>'
+
+
+def _contexts(name: str, labels: Labels) -> list[str]:
+    """The first patch as the region's map has it, and as the teacher sees it alone (Distill-Any-Depth, Fig. 5)."""
+    if labels.local is None or not labels.local.valid[0].any():
+        return []
+    size = labels.shared.values.shape[-1]
+    top, left, bottom, right = (round(float(v) * size) for v in labels.boxes[0, 0])
+    cut = slice(max(0, top), max(1, bottom)), slice(max(0, left), max(1, right))
+    shared = labels.shared.values[0][cut].numpy(), labels.shared.valid[0][cut].numpy()
+    alone = labels.local.values[0].numpy(), labels.local.valid[0].numpy()
+    tiles = []
+    for words, (values, valid) in (("in the region", shared), ("alone", alone)):
+        nearer = values if labels.shared.kind.quantity == "disparity" else -values
+        picture = colourise(own_range(nearer, valid), valid, NEARNESS)
+        picture = cv2.resize(picture, alone[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
+        tiles.append(tile(f"{name}: patch 1 {words}", shrink(picture), note=f"{values.shape[1]} px"))
+    return tiles
 
 
 def _samples(samples: Sequence[Sample]) -> str:
@@ -148,49 +167,27 @@ def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[
 # --- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
-    """A histogram as a figure; heights are fractions."""
-    width, tall, highest = 400 / len(heights), 150.0, max(max(heights), 1e-9)
-    bars = "".join(
-        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / highest:.1f}" width="{width - 2:.1f}" '
-        f'height="{tall * h / highest:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
-        for i, h in enumerate(heights)
-    )
-    texts = (
-        f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
-    )
-    more = f"<p>{escape(note)}</p>" if note else ""
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
-        f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
-        f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
-    )
-
-
-def _counts(values: Sequence[float], low: float, high: float) -> list[float]:
-    counts = np.histogram(values, _BINS, (low, high if high > low else low + 1.0))[0]
-    return [float(c) for c in counts / max(1, len(values))]
-
-
 def _histograms(seen: Sequence[_Seen]) -> str:
     if not seen:
         return missing("no samples")
     sides = [one.side for one in seen]
     charts = [
-        _bars(
-            "Side of the region", _counts(sides, min(sides), max(sides)), (f"{min(sides):.0f}", f"{max(sides):.0f} px")
+        bars(
+            "Side of the region",
+            histogram(sides, min(sides), max(sides)),
+            (f"{min(sides):.0f}", f"{max(sides):.0f} px"),
         )
     ]
     for number, name in enumerate(seen[0].valid):
         colour = number % 5 + 1
         mean = np.mean([one.shape[name] for one in seen], axis=0)
         note = "2nd to 98th percentile of each map, the mean of all"
-        charts.append(_bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
+        charts.append(bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
         valid = [one.valid[name] for one in seen]
-        charts.append(_bars(f"Valid pixels of {name}", _counts(valid, 0.0, 1.0), ("none", "all"), colour=colour))
+        charts.append(bars(f"Valid pixels of {name}", histogram(valid, 0.0, 1.0), ("none", "all"), colour=colour))
     for pair in seen[0].apart:
         apart = [one.apart[pair] for one in seen if np.isfinite(one.apart[pair])]
-        charts.append(_bars(f"{pair[0]} and {pair[1]} apart", _counts(apart, 0.0, 1.0), ("0", "1"), colour=5))
+        charts.append(bars(f"{pair[0]} and {pair[1]} apart", histogram(apart, 0.0, 1.0), ("0", "1"), colour=5))
     return f'<p class="key">Over {len(seen)} samples.</p><div class="charts">{"".join(charts)}</div>'
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.app import latent
 from distill.app.recipe import Recipe
 from distill.students import checkpoint
 from distill.students.encoder import licence_of
@@ -64,7 +65,9 @@ def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")
             origins[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
-    if spec.weights == "pretrained":
+    if spec.network == "one_step_unet":
+        origins["start"] = latent.beginning(spec.weights)
+    elif spec.weights == "pretrained":
         licence = licence_of(spec.encoder)
         origins["encoder"] = {"weights": f"timm's {spec.encoder}", "licence": licence, "commercial": licence in _FREE}
     elif spec.weights:

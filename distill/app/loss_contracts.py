@@ -24,9 +24,9 @@ def _maps() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def compares_per_image(subject: Subject) -> None:
     """`compare(pred, target, valid)` gives a `Comparison` of loss, live and dead, (B,) each; 0 for two equal maps."""
     pred, target, valid = _maps()
-    found = subject.module.compare(pred, target, valid)
-    require(isinstance(found, Comparison), f"it gave {type(found).__name__}")
-    shapes = [tuple(part.shape) for part in (found.loss, found.live, found.dead)]
+    comparison = subject.module.compare(pred, target, valid)
+    require(isinstance(comparison, Comparison), f"it gave {type(comparison).__name__}")
+    shapes = [tuple(part.shape) for part in (comparison.loss, comparison.live, comparison.dead)]
     require(shapes == [(2,)] * 3, f"shapes {shapes}")
     equal = subject.module.compare(target, target, valid).loss
     require(torch.allclose(equal, torch.zeros(2), atol=1e-6), f"equal maps gave {equal.tolist()}")
@@ -46,9 +46,9 @@ def only_valid_pixels_count(subject: Subject) -> None:
     pred, target, valid = _maps()
     loss = subject.module.compare(pred, target, valid).loss
     spoilt = [torch.where(valid, values, torch.nan).requires_grad_() for values in (pred, target)]
-    found = subject.module.compare(*spoilt, valid).loss
-    require(torch.allclose(found, loss), f"NaN outside made {loss.tolist()} {found.tolist()}")
-    found.sum().backward()
+    masked = subject.module.compare(*spoilt, valid).loss
+    require(torch.allclose(masked, loss), f"NaN outside made {loss.tolist()} {masked.tolist()}")
+    masked.sum().backward()
     of_pred, of_target = (one.grad for one in spoilt)
     finite = of_pred is not None and bool(torch.isfinite(of_pred).all())
     require(finite, "the prediction's gradient is missing or not finite")
@@ -104,8 +104,8 @@ def one_number_per_image(subject: Subject) -> None:
 def only_labelled_pixels_teach(subject: Subject) -> None:
     """An invalid pixel never counts, NaN included, an image without any valid one gives 0 unless only features matter, and the gradient is finite."""  # noqa: E501 - the promise is one line
     plain, given = _given(subject), _given(subject, spoilt=True)
-    found, spoilt = subject.module.term(plain), subject.module.term(given)
-    require(torch.allclose(found, spoilt), f"NaN outside made {found.tolist()} {spoilt.tolist()}")
+    clean, spoilt = subject.module.term(plain), subject.module.term(given)
+    require(torch.allclose(clean, spoilt), f"NaN outside made {clean.tolist()} {spoilt.tolist()}")
     if "features" not in subject.module.NEEDS:
         empty = float(spoilt[2].detach())
         require(empty == 0.0, f"an image without valid pixels gave {empty:.6g}")

@@ -8,7 +8,6 @@ hide those in others.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, weights
+from distill.app import build, latent_costs, scaling, teaching, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -27,7 +26,12 @@ from distill.data.sources import BadImageError, InputShard, Photo
 from distill.labelling.annotate import TRUTH, label_photo, plan_photo
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
+from distill.teachers._latent_student import LatentStudent
+from distill.training import checkpoints
+from distill.training.batches import MicroBatch, TaughtRows
+from distill.training.latent import LatentLesson
 from distill.training.sampling import meet_labels
+from distill.training.schedule import in_steps
 
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
@@ -36,6 +40,8 @@ PROCESSES = (1, 2, 4, 8)
 SCANNED = 3
 TRIED = 20  # photos, until one can be labelled
 SPARE = 1.15  # of the disk: what the probe's photo does not say about the others
+LONG, TOO_LONG = 24.0, 14 * 24.0
+"""Hours: more on one process is worth a second look; more on as many as can work is nobody's plan."""
 _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
 
 
@@ -54,55 +60,69 @@ class _Images:
     rejected: list[str]
 
 
-def check_recipe(recipe: Recipe) -> list[Finding]:
-    """One line per thing looked at, worst last; raises nothing that a recipe can cause."""
-    found: list[Finding] = []
-    if (told := _try(found, "weights", lambda: weights.look_at(recipe))) is not None:
-        found += told
-    lacking = {finding.what.partition(":")[0] for finding in found if finding.level != "ok"}
-    device = _try(found, "device", lambda: build.device(recipe))
+def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
+    """One line per thing looked at, worst last; raises nothing that a recipe can cause.
+
+    compares: the recipe is for `distill compare`, which neither cuts crops nor trains.
+    """
+    findings: list[Finding] = []
+    if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
+        findings += told
+    lacking = {finding.what.partition(":")[0] for finding in findings if finding.level != "ok"}
+    device = _try(findings, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(found, "images", lambda: _images(recipe))
+    images = _try(findings, "images", lambda: _images(recipe, crops=not compares))
     if images is not None:
-        found += _about_images(recipe, images)
+        findings += _about_images(recipe, images, crops=not compares)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
-        teachers = _try(found, "teachers", lambda: build.load_teachers(recipe, on=device, sky=recipe.labels.sky))
-        found += _about_teachers(recipe, teachers or [])
+        teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
+        findings += _about_teachers(recipe, teachers or [])
+    if compares:
+        return _worst_last(findings)
+    findings += _about_start(recipe)
     student = None
     if not any(what.startswith("student.") for what in lacking):
-        student = _try(found, "student", lambda: build.make_student(recipe))
-    found += _about_sizes(recipe, teachers or [], student)
-    found += [*_about_batches(recipe), *_about_machine(recipe)]
+        student = _try(findings, "student", lambda: build.make_student(recipe))
+    findings += _about_sizes(recipe, teachers or [], student)
+    findings += [*_about_batches(recipe), *_about_machine(recipe)]
     sample = None
     if images and images.photos and teachers:
-        probe = _try(found, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
+        probe = _try(findings, "probe of the teachers", lambda: _label_one(recipe, images, teachers))
         if probe is not None:
             sample, seconds = probe
-            found += _about_labelling(recipe, images, sample, seconds, device)
+            findings += _about_labelling(recipe, images, sample, seconds, device)
     if student is not None and sample is not None:
-        step = _try(found, "probe of a training step", lambda: _step(recipe, student, sample, device))
+        step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            found += _about_training(recipe, student, step, device)
-    return sorted(found, key=lambda one: ("ok", "warn", "bad").index(one.level))
+            count = images.count * recipe.crops.crops_per_image if images else 0
+            findings += _about_training(recipe, student, step, device, count)
+            if device.type != "cpu":
+                processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
+                findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
+    return _worst_last(findings)
 
 
-def _try(found: list[Finding], what: str, work: Callable[[], T]) -> T | None:
+def _worst_last(findings: list[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
+
+
+def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
     """The work's result; a fault becomes a finding."""
     try:
         return work()
     except _FAULTS as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        found.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
+        findings.append(Finding("bad", f"{what}: {line}", "fix this first; what depends on it was not looked at"))
         return None
 
 
 # --- images and teachers ----------------------------------------------------------------------------------------------
 
 
-def _images(recipe: Recipe) -> _Images:
+def _images(recipe: Recipe, *, crops: bool) -> _Images:
     shards: list[InputShard] = input_shards(recipe)
     per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
@@ -112,7 +132,8 @@ def _images(recipe: Recipe) -> _Images:
     for entry in [entry for scan in scans for entry in scan.entries][:TRIED]:
         try:
             photo = entry.load()
-            plan_photo(photo, recipe.crops, seed=recipe.run.seed)
+            if crops:
+                plan_photo(photo, recipe.crops, seed=recipe.run.seed)
             photos.append(photo)
         except BadImageError as error:
             bad.append(f"{entry.origin}: {error}")
@@ -128,7 +149,7 @@ def _images(recipe: Recipe) -> _Images:
     )
 
 
-def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
+def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[Finding]:
     about = "" if images.scanned else "about "
     if not images.count:
         why = images.rejected[0] if images.rejected else "the source is empty"
@@ -141,7 +162,7 @@ def _about_images(recipe: Recipe, images: _Images) -> Iterator[Finding]:
         line = f"{len(images.bad)} of the first {tried} images cannot be used"
         remedy = "a few are normal and go to quarantine; if all are too small, lower crops.min_side or crops.size"
         yield Finding(level, f"{line}: {images.bad[0]}", remedy)
-    idle = [n for n in PROCESSES if images.parts < n]
+    idle = [n for n in PROCESSES if images.parts < n] if crops else []
     if idle:
         wanted = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
         yield Finding(
@@ -165,7 +186,23 @@ def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
         yield Finding(level, f"teacher {name}: licence {card.licence}", remedy)
 
 
-def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iterator[Finding]:
+def _about_start(recipe: Recipe) -> Iterator[Finding]:
+    """What the student's encoder begins with: at random it learns little from what a recipe of this size shows it."""
+    student = recipe.student
+    if student.weights or student.init_from or student.encoder_init_from:
+        return
+    what = f"student.encoder: {student.encoder} begins with random weights"
+    remedy = (
+        'student.weights = "pretrained" (or a file), or student.encoder_init_from = "pocket"; published students begin '
+        "with a pretrained encoder"
+    )
+    if recipe.train.freeze_encoder:
+        yield Finding("bad", f"{what}, and train.freeze_encoder keeps them random", remedy)
+    else:
+        yield Finding("warn", what, remedy)
+
+
+def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None) -> Iterator[Finding]:
     size, patch = recipe.crops.size, recipe.crops.patch_size or recipe.crops.size
     wanted = {f"teacher {name}": getattr(getattr(t, "card", None), "multiple", 1) for name, t in teachers}
     for who, multiple in wanted.items():
@@ -176,7 +213,10 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: Student | None) -> Iter
                     f"{key} = {side} is no multiple of {multiple}, which {who} works in",
                     f"take {side // multiple * multiple or multiple}, or let it resize",
                 )
-    step = getattr(getattr(student, "encoder", None), "patch_size", 1)
+    step = student.factor if isinstance(student, LatentStudent) else 1
+    step = getattr(getattr(student, "encoder", None), "patch_size", step)
+    if recipe.crops.width % step:
+        yield Finding("warn", f"crops.width = {recipe.crops.width} is no multiple of the student's patch of {step}", "")
     if size % step:
         yield Finding("warn", f"crops.size = {size} is no multiple of the student's patch of {step}", "it will pad")
     if recipe.crops.min_side < size:
@@ -198,11 +238,9 @@ def _about_batches(recipe: Recipe) -> Iterator[Finding]:
 def _about_machine(recipe: Recipe) -> Iterator[Finding]:
     free, limit = machine.shared_memory(), machine.open_files()
     if recipe.train.workers and free is not None:
-        line, scarce = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}", machine.readers(1)[1]
-        remedy = "give the container more: docker run --shm-size=8g"
-        if scarce:
-            line += ": samples are read by the training process itself, slower"
-        yield Finding("warn", line, remedy) if scarce or free < machine.LITTLE else Finding("ok", line)
+        line = f"{free / 1e6:,.0f} MB of shared memory free at {machine.SHARED}"
+        remedy = "fewer processes read, and less ahead; give the container more: docker run --shm-size=8g"
+        yield Finding("warn", line, remedy) if free < machine.LITTLE else Finding("ok", line)
     if limit is not None and 0 <= limit < 1024:
         yield Finding("warn", f"a process may open {limit} files", "raise it: ulimit -n 4096")
 
@@ -237,18 +275,27 @@ def _about_labelling(
     if recipe.labels.online:
         yield Finding("ok", f"labels are made during training: {seconds:.2f} s per sample on one {device.type}")
         return
-    yield Finding(
-        "ok",
-        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: "
-        f"{_times(total * seconds, device, min(images.parts, PROCESSES[-1]))}",
+    most = min(images.parts, PROCESSES[-1])
+    yield _time(
+        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
+        total * seconds,
+        device,
+        most,
+        "more processes or cards, a smaller teacher, fewer crops.crops_per_image or images.limit",
     )
+    if device.type != "cpu" and images.photos:
+        processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
+        yield scaling.finding("labelling", seconds, processor, scaling.cores())
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
 
 
-def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device) -> float:
+def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, device: torch.device) -> float:
     """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
+    if isinstance(student, LatentStudent):
+        return _latent_step(recipe, student, sample, device)
     plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
     settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
+    assert not isinstance(objective, LatentLesson)
     micro = max(1, settings.batch_size // settings.accumulate)
     tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher
     batch = collate([sample] * tried)
@@ -267,18 +314,57 @@ def _step(recipe: Recipe, student: Student, sample: Sample, device: torch.device
     return seconds * settings.batch_size / tried
 
 
-def _about_training(recipe: Recipe, student: Student, seconds: float, device: torch.device) -> Iterator[Finding]:
-    train = recipe.train
+def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device: torch.device) -> float:
+    """The same of a latent network, half of whose images have ground truth; with its VAE, which a cache spares."""
+    settings = build.train_settings(recipe)
+    plain = replace(recipe, latent=replace(recipe.latent, cache=False))
+    lesson = build.make_objective(plain, student)
+    assert isinstance(lesson, LatentLesson)
+    tried = 2
+    batch = collate([sample] * tried)
+    taught = []
+    for row, truth in enumerate((True, False)):
+        labels = meet_labels(next(iter(batch.labels.values())), settings.kind, True)
+        only = replace(labels, shared=labels.shared[row : row + 1], local=None, boxes=labels.boxes[row : row + 1])
+        only = replace(only, supervision=replace(only.supervision, truth=truth)).to(device)
+        taught.append(TaughtRows(torch.tensor([row], device=device), only, "probe"))
+    micro = MicroBatch(batch.keys, batch.images.to(device), tuple(taught), (0, 1), (False, False))
+    student.to(device).train()
+    if settings.gradient_checkpointing:
+        student.set_grad_checkpointing()
+    seconds = math.nan
+    for _ in range(2):
+        before = time.perf_counter()
+        lesson(student, micro, precision=settings.precision).losses.mean().backward()
+        _wait(device)
+        seconds = time.perf_counter() - before
+    student.zero_grad(set_to_none=True)
+    return seconds * settings.batch_size / tried
+
+
+def _about_training(
+    recipe: Recipe, student: torch.nn.Module, seconds: float, device: torch.device, samples: int
+) -> Iterator[Finding]:
+    train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
-    yield Finding(
-        "ok",
-        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: "
-        f"{_times(train.steps * seconds, device, max_processes)}",
+    yield _time(
+        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: ",
+        train.steps * seconds,
+        device,
+        max_processes,
+        "more processes or cards, a smaller student or crops.size, fewer train.steps",
     )
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in student.parameters())
-    need = (train.keep_last + 2) * 4.0 * (2 * whole + 2 * trained)  # a student twice, and Adam's two moments
+    need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
+    if isinstance(student, LatentStudent):
+        yield from latent_costs.about(recipe, student, seconds, device.type.upper())
+
+
+def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:
+    """How long it takes, judged: fine, worth a second look, or too long even on as many processes as can work."""
+    hours = seconds / 3600
+    level: Level = "bad" if hours / max(1, most) > TOO_LONG else "warn" if hours > LONG else "ok"
+    return Finding(level, f"{what}{_times(seconds, device, most)}", "" if level == "ok" else remedy)
 
 
 def _times(seconds: float, device: torch.device, max_processes: int) -> str:
@@ -286,13 +372,12 @@ def _times(seconds: float, device: torch.device, max_processes: int) -> str:
     ends = []
     for processes in (n for n in PROCESSES if n <= max(1, max_processes)):
         took = timedelta(seconds=round(seconds / processes))
-        ends.append(f"{processes}: {took} ({(datetime.now() + took):%a %H:%M})")
+        ends.append(f"{processes}: {took} (until {(datetime.now() + took):%Y-%m-%d %H:%M})")
     return f"{seconds / 3600:.2f} {device.type.upper()}-hours; with processes {', '.join(ends)}"
 
 
 def _disk(what: str, folder: Path, need: float, why: str) -> Finding:
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    free, place = machine.free_disk(folder)
     line = f"{what}: {need / 1e9:.2f} GB needed ({why}), {free / 1e9:.0f} GB free at {place}"
     if need > free:
         return Finding("bad", line, "free some, or put labels.root or run.out on another disk")

@@ -24,6 +24,7 @@ from distill.core.plugins import did_you_mean
 from distill.data.settings import ImageSettings
 from distill.eval.settings import BenchmarkSettings, ScoreSettings
 from distill.labelling.settings import LabelSettings
+from distill.losses.latent_settings import LatentSettings
 from distill.losses.settings import FACTS, LossSettings
 from distill.students.settings import StudentSettings
 from distill.teachers._settings import TeacherSettings
@@ -31,7 +32,7 @@ from distill.training.settings import TrainSettings
 
 USES = {
     "label": ("run", "images", "crops", "teachers", "labels"),
-    "train": ("run", "images", "crops", "teachers", "labels", "student", "loss", "train"),
+    "train": ("run", "images", "crops", "teachers", "labels", "student", "loss", "latent", "train"),
     "score": ("run", "teachers", "labels", "student", "benchmarks", "score"),
     "compare": ("run", "images", "teachers", "labels", "student", "compare"),
     "report": ("run",),
@@ -54,6 +55,7 @@ class Recipe:
     labels: LabelSettings = field(default_factory=LabelSettings)
     student: StudentSettings = field(default_factory=StudentSettings)
     loss: LossSettings = field(default_factory=LossSettings)
+    latent: LatentSettings = field(default_factory=LatentSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     benchmarks: tuple[BenchmarkSettings, ...] = ()
     score: ScoreSettings = field(default_factory=ScoreSettings)
@@ -63,45 +65,96 @@ class Recipe:
 
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """What tables say against each other, and which tables those are."""
-    found: list[tuple[tuple[str, ...], str]] = []
+    faults: list[tuple[tuple[str, ...], str]] = []
     for what, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
         named = [table.alias_or_name for table in tables]
         if twice := sorted({name for name in named if named.count(name) > 1}):
-            found.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
+            faults.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
     known = [teacher.alias_or_name for teacher in recipe.teachers]
     for i, images in enumerate(recipe.images):
         for name in (name for name in images.teachers if name not in known):
             near = did_you_mean(name, known)
             line = f"images[{i}].teachers: no teacher {name}{near}; [[teachers]] has {', '.join(known)}"
-            found.append((("images", "teachers"), line))
+            faults.append((("images", "teachers"), line))
     if recipe.crops.redraw and not recipe.labels.online:
         line = "crops.redraw needs labels.online = true: labels on disk have their crops"
-        found.append((("crops", "labels"), line))
+        faults.append((("crops", "labels"), line))
+    faults += _label_faults(recipe)
     student, train = recipe.student, recipe.train
     if student.exclude_frozen_encoder and (not train.freeze_encoder or student.weights in ("", "pretrained")):
         line = (
             "student.exclude_frozen_encoder needs train.freeze_encoder = true and student.weights = a local file, "
             "which whoever loads the student must have"
         )
-        found.append((("student", "train"), line))
-    found += [(("student", "train"), line) for line in _kind_faults(student, train)]
+        faults.append((("student", "train"), line))
+    faults += _turn_faults(recipe)
+    faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
+    faults += [(("student", "latent", "train"), line) for line in _latent_faults(recipe)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
     if metric and train.kind != "metric_depth":
         line = (
             f'loss.{metric[0]} compares metres: set train.kind = "metric_depth" and student.max_depth, or leave it out'
         )
-        found.append((("loss", "train"), line))
+        faults.append((("loss", "train"), line))
     if student.norm in ("sync", "frozen") and train.batchnorm not in ("batch", student.norm):
         line = (
             f'student.norm = "{student.norm}" and train.batchnorm = "{train.batchnorm}" contradict each other: '
             "leave one of them out"
         )
-        found.append((("student", "train"), line))
-    return found
+        faults.append((("student", "train"), line))
+    return faults
+
+
+def _latent_faults(recipe: Recipe) -> list[str]:
+    """What [latent] and the student's network say against each other."""
+    student, latent, train, faults = recipe.student, recipe.latent, recipe.train, []
+    if student.network != "one_step_unet":
+        return ['[latent] is of student.network = "one_step_unet"'] if latent != LatentSettings() else []
+    if student.head == "dpt":
+        if latent.teacher != "genpercept" or not any(latent.image_weights):
+            faults.append('student.head = "dpt" is GenPercept\'s: set latent.negated = true and latent.image_mse')
+        if latent.distance_weight or latent.gradient or latent.trajectory or latent.pseudo == "filter":
+            faults.append(
+                'student.head = "dpt" has no latents to compare: set latent.distance_weight, gradient and trajectory '
+                'to 0 and latent.pseudo to "direct" or "off"'
+            )
+    if train.freeze_encoder or train.freeze_steps or train.layer_decay != 1.0:
+        faults.append("train.freeze_encoder, freeze_steps and layer_decay are of encoders: a UNet is trained whole")
+    if train.strategy != "select":
+        faults.append(f'train.strategy = "{train.strategy}" is of maps: a UNet learns from one teacher at a time')
+    return faults
+
+
+def _turn_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [crops] says against the augmentation of [train]."""
+    crops, train, faults = recipe.crops, recipe.train, []
+    if crops.width and train.random_resized_crop < 1.0:
+        faults.append("train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out")
+    if train.rotation and crops.patches != "none":
+        faults.append('train.rotation turns whole regions: set crops.patches = "none", or leave it out')
+    return [(("crops", "train"), line) for line in faults]
+
+
+def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """What [labels] says against the images, or against itself."""
+    faults: list[tuple[tuple[str, ...], str]] = []
+    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if bare:
+        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+        faults.append((("images", "labels"), line))
+    if recipe.labels.names and recipe.labels.online:
+        line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
+        faults.append((("labels",), line))
+    return faults
 
 
 def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
     """What is wrong between the kind that is learnt and the kind that the student's output can be."""
+    if student.network == "one_step_unet":
+        fits = train.kind in ("affine_depth", "affine_disparity")
+        return (
+            [] if fits else [f'train.kind = "{train.kind}": a one-step UNet predicts affine_depth or affine_disparity']
+        )
     if train.kind not in ("affine_disparity", "metric_depth"):
         return [f'train.kind = "{train.kind}": a student predicts affine_disparity, or metric_depth']
     if train.kind == "metric_depth" and not (student.max_depth or student.init_from):
@@ -166,7 +219,7 @@ def differences(recipe: Recipe, run: Path) -> list[str]:
 
 
 def _leaves(table: Mapping[str, Any], path: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in table.items():
-        found |= _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
-    return found
+        leaves |= _leaves(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
+    return leaves

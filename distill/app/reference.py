@@ -14,7 +14,7 @@ from distill.students.encoder import Encoder
 from distill.teachers import WEIGHT_SUFFIXES
 
 
-def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
+def feature_reference(recipe: Recipe, student: nn.Module) -> nn.Module | None:
     """The frozen encoder that L_feat compares with, as loss.feature_reference says.
 
     None where there is nothing to compare: the term is off, the student's encoder is frozen, or it is its own start and
@@ -22,22 +22,22 @@ def feature_reference(recipe: Recipe, student: Student) -> nn.Module | None:
     """
     spec, named = recipe.student, recipe.loss.feature_reference
     asked = "feature" in recipe.loss.weights | recipe.loss.against_truth().weights
-    if not asked or recipe.train.freeze_encoder:
+    if not asked or recipe.train.freeze_encoder or not isinstance(student, Student):
         return None
     if named == "start":
         trained = bool(spec.weights or spec.init_from or spec.encoder_init_from)
         return copy.deepcopy(student.encoder).eval().requires_grad_(False) if trained else None
-    own = student.encoder
+    encoder = student.encoder
     is_file = named.endswith(WEIGHT_SUFFIXES)
     reference = Encoder(
-        own.name if is_file else named,
+        encoder.name if is_file else named,
         weights=weights_file(named) if is_file else "pretrained",
-        indices=own.indices,
-        final_norm=own.final_norm,
+        indices=encoder.indices,
+        final_norm=encoder.final_norm,
         frozen=True,
-        timm_options=own.options["timm_options"] if is_file else None,
+        timm_options=encoder.options["timm_options"] if is_file else None,
     )
-    ours, theirs = (own.channels, own.patch_size), (reference.channels, reference.patch_size)
+    ours, theirs = (encoder.channels, encoder.patch_size), (reference.channels, reference.patch_size)
     if ours != theirs:
         raise RecipeError(
             f'loss.feature_reference = "{named}": its features are {theirs[0]} wide on patches of {theirs[1]}, the '

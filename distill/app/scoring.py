@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from distill.app import build
+from distill.app import build, latent, teaching
 from distill.app.recipe import Recipe
 from distill.core.plugins import file_hashes, find
 from distill.eval.settings import BenchmarkSettings
@@ -49,18 +49,21 @@ class Models:
             )
         self.teachers = [spec for spec in recipe.teachers if spec.name != TRUTH] if recipe.score.teachers else []
         if self.teachers:
-            build.check_teachers(recipe)
+            teaching.check_teachers(recipe)
         self._loaded: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
         """(name, teacher) of everything that is scored on this benchmark."""
-        found: list[tuple[str, Any]] = []
+        models: list[tuple[str, Any]] = []
         if self.recipe.score.student:
-            found.append(("student", self._student()))
-        return found + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
+            models.append(("student", self._student()))
+        return models + [(spec.alias_or_name, self._teacher(spec, benchmark)) for spec in self.teachers]
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
+            if latent.is_folder(self.folder):
+                self._loaded["student"] = ({}, latent.load_teacher(self.folder, device=self.on))
+                return self._loaded["student"][1]
             # A student that holds its encoder takes no file of it.
             apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
             student = CheckpointTeacher.load(
@@ -73,7 +76,7 @@ class Models:
         name, options = f"teacher {spec.alias_or_name}", options_on(spec, benchmark)
         if name not in self._loaded or self._loaded[name][0] != options:
             self._loaded.pop(name, None)  # before the next one takes its memory
-            self._loaded[name] = (options, build.load_teacher(spec, on=self.on, options=options))
+            self._loaded[name] = (options, teaching.load_teacher(spec, on=self.on, options=options))
         return self._loaded[name][1]
 
 

@@ -48,6 +48,9 @@ class CompareSettings:
     """Larger images are shrunk until their longer side has so many pixels."""
     student: bool = True
     """The run's student takes part too, once it is trained."""
+    time_at: int = 0
+    """Every model is also timed on one square image of so many pixels a side, the median of 20 calls after warm-up;
+    0 = not. `--size` sets it."""
 
     def __post_init__(self) -> None:
-        refuse(below(self, limit=0, side=32) + above(self, side=65536))
+        refuse(below(self, limit=0, side=32, time_at=0) + above(self, side=65536, time_at=8192))

@@ -36,6 +36,8 @@ def _expected(hint: Any) -> str:
         return " or ".join(map(repr, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return "an array"
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_expected, typing.get_args(hint)))
     return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a table")
 
 
@@ -55,6 +57,9 @@ class _Reading:
             return None
         if hint is Any:
             return value
+        if origin in (typing.Union, types.UnionType):  # an integer or a word
+            hint = next((one for one in inner if type(value) is one or value in typing.get_args(one)), hint)
+            origin, inner = typing.get_origin(hint), typing.get_args(hint)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self.table(typing.cast(type, hint), value, path)
         if origin is tuple and isinstance(value, list):
@@ -94,10 +99,9 @@ class _Reading:
             elif today := self.renamed.get(_without_numbers(prefix + key)):
                 self.faults.append(f"{prefix}{key} is renamed to {prefix}{today.rpartition('.')[2]}")
             else:
-                near = did_you_mean(key, list(known))
-                self.faults.append(
-                    f"unknown key {prefix}{key}{near.replace('mean ', 'mean ' + prefix) if near else ''}"
-                )
+                near = did_you_mean(key, list(known)).replace("mean ", f"mean {prefix}")
+                there = f"; {path or 'a recipe'} has {', '.join(known)}"
+                self.faults.append(f"unknown key {prefix}{key}{near or there}")
         for name, f in known.items():
             if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 self.faults.append(f"{prefix}{name} is missing")
@@ -126,8 +130,8 @@ def _without_numbers(path: str) -> str:
 
 def set_key(table: dict[str, Any], assignment: str) -> None:
     """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string where that fails."""
-    path, found, text = assignment.partition("=")
-    if not found or not path.strip():
+    path, separator, text = assignment.partition("=")
+    if not separator or not path.strip():
         raise RecipeError(f"--set {assignment}: write it as KEY=VALUE, as in --set train.steps=100")
     try:
         value = tomllib.loads(f"value = {text}")["value"]

@@ -5,7 +5,8 @@
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
     [[rows]]             or rows one by one
     [[paper]]            row, values: the paper's, one per column of `full`; model, table: where eval/papers.toml has it
-    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second, tolerance
+    equivalence          rows whose relative difference lies within it are one; stated before anything runs
+    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second
 
 A cell is a row with a seed. Its address is a hash of all that makes it what it is, so that tables share cells.
 """
@@ -25,7 +26,12 @@ from distill.app.recipe import Recipe, as_table, parse
 from distill.app.strict import parse_into, read_toml, set_key
 from distill.core.plugins import file_hashes
 from distill.eval.metrics import METRICS
+from distill.eval.tasks import TASKS
 from distill.eval.verdict import CLAIMS
+
+EDGES = "boundary_f1"
+KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES]}
+"""What a column may show. boundary_f1 needs edges = true on its benchmark."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,15 +44,23 @@ class Column:
     name: str = ""
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise ValueError(f"no metric {self.metric!r}; there are {', '.join(METRICS)}")
-        if not METRICS[self.metric].lower_is_better:
-            raise ValueError(f"{self.metric} grows as a model gets better, and orderings are of errors: take abs_rel")
+        if self.metric not in KNOWN:
+            raise ValueError(f"no metric {self.metric!r}; there are {', '.join(KNOWN)}")
 
     @property
     def title(self) -> str:
         """What stands above it."""
         return self.name or f"{self.group or self.benchmark} {self.metric}"
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the metric is an error."""
+        return KNOWN[self.metric].lower_is_better
+
+    @property
+    def scores(self) -> str:
+        """The name of the score file, without its ending."""
+        return f"{self.benchmark}{'.edges' if self.metric == EDGES else ''}--student"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +123,6 @@ class Ordering:
     kind: str
     first: tuple[str, ...]
     second: tuple[str, ...]
-    tolerance: float = 0.0
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -121,13 +134,14 @@ class Ordering:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """One ablation; see the module."""
+    """One ablation; see the module. equivalence: two rows whose relative difference lies within it are one."""
 
     name: str
     title: str
     full: Version
     bench: Version
     source: str = ""
+    equivalence: float = 0.05
     axes: tuple[Axis, ...] = ()
     rows: tuple[Choice, ...] = ()
     paper: tuple[Published, ...] = ()
@@ -185,8 +199,8 @@ def cells(
     for row in study.all_rows():
         for seed in chosen.seeds:
             table = copy.deepcopy(base)
-            own = row.full if version == "full" else row.bench
-            for key, value in {**chosen.set, **row.set, **own, chosen.seed_key: seed}.items():
+            version_set = row.full if version == "full" else row.bench
+            for key, value in {**chosen.set, **row.set, **version_set, chosen.seed_key: seed}.items():
                 set_value(table, key, value)
             for assignment in overrides:
                 set_key(table, assignment)

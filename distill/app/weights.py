@@ -10,7 +10,7 @@ from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.labelling.annotate import TRUTH
 from distill.students import checkpoint
-from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, to_download
+from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, _latent_student, to_download
 
 _STUDENT_FILES = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
 
@@ -29,7 +29,10 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         elif hasattr(plugin, "FILES"):
             yield what, weights, plugin.FILES
     student, reference = recipe.student, recipe.loss.feature_reference
-    for key in ("weights", "decoder_weights"):
+    one_step = student.network == "one_step_unet"
+    if one_step:
+        yield "student.weights", student.weights, _latent_student.FILES
+    for key in () if one_step else ("weights", "decoder_weights"):
         if (text := getattr(student, key)) not in ("", "pretrained"):
             yield f"student.{key}", text, ()
     for key in ("init_from", "encoder_init_from", "decoder_init_from"):
@@ -43,12 +46,12 @@ def look_at(recipe: Recipe) -> list[Finding]:
     """A finding for each, in the recipe's order: ok where it is here, warn with what would be downloaded, bad where it
     cannot be had.
     """
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for what, text, files in dict.fromkeys((what, text, tuple(files)) for what, text, files in needed(recipe)):
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:
-            found.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
+            findings.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
             continue
         if missing:
             names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -57,11 +60,11 @@ def look_at(recipe: Recipe) -> list[Finding]:
             remedy = (
                 f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
             )
-            found.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
+            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
         else:
-            found.append(Finding("ok", f"{what}: the files of {text} are here"))
+            findings.append(Finding("ok", f"{what}: the files of {text} are here"))
     if recipe.student.weights == "pretrained":
-        found.append(
+        findings.append(
             Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, by timm's own download")
         )
-    return found
+    return findings

@@ -124,8 +124,8 @@ def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
     shared = join([_as(one.shared, kind) for one in labels])
     supervision = replace(labels[0].supervision, kind=kind)
     counts = [0 if one.local is None else len(one.local) for one in labels]
-    most = max(counts)
-    if most == 0:
+    maps_each = max(counts)
+    if maps_each == 0:
         return CodedLabels(shared, None, torch.zeros(len(labels), 0, 4), supervision)
     pattern = next(one.local for one in labels if one.local is not None and len(one.local))
     whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
@@ -133,12 +133,12 @@ def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
     for one, count in zip(labels, counts, strict=True):
         if one.local is not None and count:
             maps.append(_as(one.local, kind))
-        if count < most:
-            blank = (torch.zeros((most - count, *x.shape[1:]), dtype=x.dtype) for x in pattern.tensors)
+        if count < maps_each:
+            blank = (torch.zeros((maps_each - count, *x.shape[1:]), dtype=x.dtype) for x in pattern.tensors)
             codes, low, high, known = blank
             maps.append(CodedMaps(codes, low, high, known, pattern.codec, kind))
         spare = one.boxes[0, :1] if count else whole
-        boxes.append(torch.cat([one.boxes[0], spare.expand(most - count, 4)]))
+        boxes.append(torch.cat([one.boxes[0], spare.expand(maps_each - count, 4)]))
     return CodedLabels(shared, join(maps), torch.stack(boxes), supervision)
 
 

@@ -14,9 +14,12 @@ class CropSettings:
 
     size: int = 560
     """Side in pixels that every region is resized to. Paper: 560."""
+    width: int = 0
+    """Width in pixels that regions are resized to, where they are not square: their shape is width x size. Needs
+    patches = "none"; 0 = size. Ours."""
     min_side: int = 644
-    """Smallest side of a region in the image's pixels; it is drawn uniformly from here to the short side. Paper:
-    644."""
+    """Smallest side (height, where there is a width) of a region in the image's pixels; it is drawn uniformly from here
+    to the largest that fits. Paper: 644."""
     crops_per_image: int = 1
     """Regions drawn from each image, each a sample of its own. Ours."""
     redraw: bool = False
@@ -43,6 +46,11 @@ class CropSettings:
         faults += above(self, size=8192, min_side=65536, crops_per_image=1000, num_patches=1000, patch_size=8192)
         if not 0.0 <= self.overlap < 0.9:
             faults.append(f"overlap must be in [0, 0.9), not {self.overlap}")
+        faults += below(self, width=0) + above(self, width=8192)
+        if self.width and (self.patches != "none" or self.region == "whole"):
+            faults.append(
+                f'width = {self.width} draws regions that are not square: set patches = "none", and no region'
+            )
         if self.redraw and self.crops_per_image != 1:
             faults.append(
                 f"redraw = true draws a region at every visit: leave out crops_per_image = {self.crops_per_image}"
@@ -52,5 +60,7 @@ class CropSettings:
     @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder; a later key counts where it says something."""
-        found = {key: value for key, value in asdict(self).items() if key != "redraw"}
-        return {key: value for key, value in found.items() if (key, value) != ("region", "random")}
+        settings = {key: value for key, value in asdict(self).items() if key != "redraw"}
+        return {
+            key: value for key, value in settings.items() if (key, value) not in (("region", "random"), ("width", 0))
+        }

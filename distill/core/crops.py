@@ -31,11 +31,26 @@ class ImageTooSmallError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Square:
-    """A square of pixels: rows [top, top + side), columns [left, left + side)."""
+    """A square of pixels: rows [top, top + side), columns [left, left + side).
+
+    width: its columns, where it is a rectangle of `side` rows; 0: a square.
+    """
 
     top: int
     left: int
     side: int
+    width: int = 0
+
+    @property
+    def columns(self) -> int:
+        """How many columns it has."""
+        return self.width or self.side
+
+    @property
+    def record(self) -> dict[str, int]:
+        """Plain values; of a square those that squares always had."""
+        plain = {"top": self.top, "left": self.left, "side": self.side}
+        return plain | ({"width": self.width} if self.width else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +58,20 @@ class Plan:
     """One region of one image, and the patches inside it.
 
     region: in image pixels. patches: in native pixels relative to the region's corner.
-    size: what the region is resized to. patch_size: what every patch is resized to (a no-op for full patches).
+    size: what the region is resized to, its height where it has a width. patch_size: what every patch is resized to (a
+    no-op for full patches).
     """
 
     region: Square
     patches: tuple[Square, ...]
     size: int
     patch_size: int
+    width: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width that the region is resized to."""
+        return self.size, self.width or self.size
 
     def boxes(self) -> Tensor:
         """(N,4) float32: top, left, bottom, right of each patch as fractions of the region."""
@@ -78,12 +100,16 @@ def plan(height: int, width: int, settings: CropSettings, *, key: str, seed: int
     ImageTooSmallError for an image that settings.on_small refuses.
     """
     c, short = settings, min(height, width)
+    if c.width:  # the rows of the largest region of this shape
+        short = min(height, int(width * c.size / c.width))
     if short < c.min_side and c.on_small == "refuse":
         raise ImageTooSmallError(f"{width}x{height} is smaller than the smallest crop, {c.min_side}x{c.min_side}")
     rng = generator("crop", seed, key, draw)
     smallest = short if c.region == "whole" else min(c.min_side, short)
     side = int(rng.integers(smallest, short + 1))
-    region = Square(int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1)), side)
+    columns = min(width, round(side * c.width / c.size)) if c.width else side
+    top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - columns + 1))
+    region = Square(top, left, side, columns if c.width else 0)
     patch_size = c.patch_size or c.size
     patch = min(patch_size, side)
     corners: list[tuple[int, int]] = []
@@ -92,7 +118,7 @@ def plan(height: int, width: int, settings: CropSettings, *, key: str, seed: int
     elif c.patches == "random":
         drawn = rng.integers(0, side - patch + 1, size=(c.num_patches, 2))
         corners = [(int(top), int(left)) for top, left in drawn]
-    return Plan(region, tuple(Square(t, left, patch) for t, left in corners), c.size, patch_size)
+    return Plan(region, tuple(Square(t, left, patch) for t, left in corners), c.size, patch_size, c.width)
 
 
 def resize(images: Tensor, height: int, width: int) -> Tensor:
@@ -116,9 +142,9 @@ def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int
 
 
 def cut_region(image: Tensor, plan: Plan) -> Tensor:
-    """The region of `image` (C,H,W) as (C,size,size)."""
+    """The region of `image` (C,H,W) as (C,size,size), or (C,size,width)."""
     r = plan.region
-    return resize(image[:, r.top : r.top + r.side, r.left : r.left + r.side], plan.size, plan.size)
+    return resize(image[:, r.top : r.top + r.side, r.left : r.left + r.columns], *plan.shape)
 
 
 def cut_patches(image: Tensor, plan: Plan) -> Tensor:

@@ -122,7 +122,8 @@ def publish(new: Path, path: Path) -> None:
 def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[Path]:
     """A name to write to, which becomes `path` when the block ends well; nothing is left of it otherwise.
 
-    Makes the folder. suffix: for a library that knows a format by the end of the name alone. durable: False for one of
+    Makes the folder. suffix: for a library that knows a format by the end of the name alone, and for one of several
+    writers of the same file, who must not write into each other's. durable: False for one of
     many files, of which the caller brings all to the disk at once (`sync_tree`). A block that wrote nothing leaves
     `path` as it is. Raises WriteError.
     """
@@ -141,22 +142,29 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[P
             new.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """`path` is the old file or this one, never half of it. Raises WriteError."""
-    with writing(path) as new:
+def write_bytes(path: Path, data: bytes, *, suffix: str = "") -> None:
+    """`path` is the old file or this one, never half of it. suffix: as `writing` has it. Raises WriteError."""
+    with writing(path, suffix=suffix) as new:
         new.write_bytes(data)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, suffix: str = "") -> None:
     """As `write_bytes`, in UTF-8; line ends stay as they are given."""
-    write_bytes(path, text.encode())
+    write_bytes(path, text.encode(), suffix=suffix)
 
 
 def write_json(
-    path: Path, table: Any, *, indent: int | None = 1, sort_keys: bool = False, allow_nan: bool = False
+    path: Path,
+    table: Any,
+    *,
+    indent: int | None = 1,
+    sort_keys: bool = False,
+    allow_nan: bool = False,
+    suffix: str = "",
 ) -> None:
     """As `write_text`, with a newline at the end; ValueError for NaN and infinity, which JSON does not have."""
-    write_text(path, json.dumps(table, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan) + "\n")
+    text = json.dumps(table, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
+    write_text(path, text + "\n", suffix=suffix)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

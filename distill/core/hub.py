@@ -98,3 +98,18 @@ def cached_commit(repository: str) -> str:
         return ""
     commit = named.read_text(encoding="utf-8").strip()
     return commit if (folder / "snapshots" / commit).is_dir() else ""
+
+
+def card_metadata(path: Path) -> dict[str, Any]:
+    """The front matter of a card (README.md), as the hub reads it; ValueError where it has none that can be read."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.metadata_load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except Exception as error:  # noqa: BLE001  the YAML parser's own class, and this file's one owner does not know it
+        raise ValueError(f"its front matter is no YAML ({' '.join(str(error).split())[:120]})") from error
+    if not found:
+        raise ValueError("it has no front matter")
+    return dict(found)

@@ -38,6 +38,7 @@ KINDS = {
     "decoders": "distill.students.decoders",
     "normalizations": "distill.losses.normalize",
     "terms": "distill.losses.terms",
+    "datasets": "distill.data.datasets",
     "benchmarks": "distill.eval.benchmarks",
 }
 """What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
@@ -47,6 +48,7 @@ SIGNS = {
     "decoders": "Decoder",
     "normalizations": "compare",
     "terms": "term",
+    "datasets": "FACTS",
     "benchmarks": "PROTOCOL",
 }
 """What a module of each kind is known by."""
@@ -175,12 +177,12 @@ def _installed(package: str) -> Mapping[str, Sequence[EntryPoint]]:
     from importlib.metadata import entry_points  # help need not wait for it
 
     kind = _kind(package)
-    found: dict[str, list[EntryPoint]] = {}
+    entries: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=f"distill.{kind}") if kind else ():
-        there = found.setdefault(entry.name, [])
-        if not is_path(entry.name) and entry.value not in [other.value for other in there]:
-            there.append(entry)
-    return {name: sorted(there, key=lambda entry: entry.value) for name, there in found.items() if there}
+        same_name = entries.setdefault(entry.name, [])
+        if not is_path(entry.name) and entry.value not in [other.value for other in same_name]:
+            same_name.append(entry)
+    return {name: sorted(same_name, key=lambda entry: entry.value) for name, same_name in entries.items() if same_name}
 
 
 def _kind(package: str) -> str:
@@ -283,7 +285,9 @@ def option_faults(function: Callable[..., object], options: Mapping[str, object]
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls")
     ]
-    faults = [f"unknown key {where}.{key}{did_you_mean(key, known)}" for key in options if key not in known]
+    offered = [name for name in known if name not in ("weights", "device", "dtype", "in_channels")]  # not options
+    there = f"; there are {', '.join(offered)}" if offered else "; it takes none"
+    faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or there}" for key in options if key not in known]
     for key in options.keys() & set(known):
         default = inspect.signature(function).parameters[key].default
         # Other types say little of what is meant: a path may be a string, a number None.

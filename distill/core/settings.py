@@ -7,6 +7,7 @@ Such a class is a frozen dataclass whose fields each carry their meaning as a st
 from __future__ import annotations
 
 import math
+import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
@@ -29,21 +30,28 @@ def below(table: object, **least: float) -> list[str]:
     ]
 
 
-def above(table: object, **most: float) -> list[str]:
+def above(table: object, **greatest: float) -> list[str]:
     """A clause for every field of `table` that is more than its greatest value."""
-    values = {name: getattr(table, name) for name in most}
-    return [f"{name} must be at most {most[name]}, not {v}" for name, v in values.items() if v > most[name]]
+    values = {name: getattr(table, name) for name in greatest}
+    return [f"{name} must be at most {greatest[name]}, not {v}" for name, v in values.items() if v > greatest[name]]
 
 
 def unknown_words(table: object) -> list[str]:
     """A clause for every field whose type is a Literal that does not hold its value."""
     hints = typing.get_type_hints(type(table))
-    choices = {f.name: typing.get_args(hints[f.name]) for f in fields(table) if _is_literal(hints[f.name])}  # type: ignore[arg-type]
+    choices = {f.name: words for f in fields(table) if (words := _words(hints[f.name]))}  # type: ignore[arg-type]
     return [
         f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(table, name)!r}"
         for name, allowed in choices.items()
-        if getattr(table, name) not in allowed
+        if getattr(table, name) not in allowed and (isinstance(getattr(table, name), str) or _is_literal(hints[name]))
     ]
+
+
+def _words(hint: object) -> tuple[str, ...]:
+    """The words that a hint allows: a Literal's, or those of the Literal beside a number."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(word for one in typing.get_args(hint) for word in _words(one))
+    return typing.get_args(hint) if _is_literal(hint) else ()
 
 
 def _is_literal(hint: object) -> bool:

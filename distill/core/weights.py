@@ -51,31 +51,31 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     weights should: a git-lfs pointer, a web page.
     """
     names = list(names)
-    found = [path] if path.is_file() else next(filter(None, (_matching(path, name) for name in names)), [])
-    if not found:
+    matching = [path] if path.is_file() else next(filter(None, (_matching(path, name) for name in names)), [])
+    if not matching:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
         )
-    if len(found) > 1:
-        if all(_SHARD.search(file.name) for file in found):
+    if len(matching) > 1:
+        if all(_SHARD.search(file.name) for file in matching):
             raise WeightsMissingError(f"{path} holds weights in shards without their index ({INDEX}): download it too")
         raise WeightsMismatchError(
-            f"{path} holds {', '.join(file.name for file in found[:4])}: give the path of one of them"
+            f"{path} holds {', '.join(file.name for file in matching[:4])}: give the path of one of them"
         )
-    if found[0].name.endswith(".json"):
-        shards(found[0])
-        return found[0]
-    with found[0].open("rb") as stream:
+    if matching[0].name.endswith(".json"):
+        shards(matching[0])
+        return matching[0]
+    with matching[0].open("rb") as stream:
         start = stream.read(64).lstrip()
     if start.startswith(b"version https://git-lfs"):
         raise WeightsMismatchError(
-            f"{found[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
+            f"{matching[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
         )
     if start.startswith(b"<"):
         raise WeightsMismatchError(
-            f"{found[0]} is a web page, not weights: download it again, logged in where it is gated"
+            f"{matching[0]} is a web page, not weights: download it again, logged in where it is gated"
         )
-    return found[0]
+    return matching[0]
 
 
 def _matching(folder: Path, name: str) -> list[Path]:
@@ -212,21 +212,21 @@ _RAW = (
 _AVERAGED = re.compile(r"(^|[._])(ema|ema\w*|\w*_ema|swa\w*|averag\w*|shadow\w*)($|[._])")
 
 
-def _tables(found: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _tables(nested: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every table of named tensors in nested mappings, by its dotted place; optimizers' are passed over."""
     from torch import Tensor
 
-    if not isinstance(found, Mapping) or name.count(".") > 3:
+    if not isinstance(nested, Mapping) or name.count(".") > 3:
         return
     inner = [
         table
-        for key, value in found.items()
+        for key, value in nested.items()
         if isinstance(key, str) and isinstance(value, Mapping) and not _ASIDE.search(key.lower())
         for table in _tables(value, f"{name}.{key}".lstrip("."))
     ]
-    own = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if own and len(own) >= max((len(table) for _, table in inner), default=0):
-        yield name, own
+    tensors = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors and len(tensors) >= max((len(table) for _, table in inner), default=0):
+        yield name, tensors
     else:
         yield from inner
 
@@ -271,14 +271,14 @@ def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 def unchunked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Names without DINOv2's chunks of blocks: blocks.0.7.x is blocks.7.x; chunks that count anew are joined."""
-    found = {key: m for key in state if (m := re.match(r"(.*?\bblocks\.)(\d+)\.(\d+)(\..*)", key))}
-    if not found:
+    chunked = {key: m for key in state if (m := re.match(r"(.*?\bblocks\.)(\d+)\.(\d+)(\..*)", key))}
+    if not chunked:
         return dict(state)
-    pairs = sorted({(int(m[2]), int(m[3])) for m in found.values()})
+    pairs = sorted({(int(m[2]), int(m[3])) for m in chunked.values()})
     anew = len({inner for _, inner in pairs}) < len(pairs)
     number = {pair: i if anew else pair[1] for i, pair in enumerate(pairs)}
     return {
-        f"{m[1]}{number[int(m[2]), int(m[3])]}{m[4]}" if (m := found.get(key)) else key: tensor
+        f"{m[1]}{number[int(m[2]), int(m[3])]}{m[4]}" if (m := chunked.get(key)) else key: tensor
         for key, tensor in state.items()
     }
 

@@ -1,11 +1,16 @@
 """Teachers whose faults are known: ground truth, spoilt in the ways that real teachers fail.
 
 For experiments that must know what the right answer is. A map is turned into disparity and spoilt in this order:
-far noise, warp, blur, range. Everything is drawn from the crop's key, so that a rerun gives the same labels.
+far noise, warp, blur, range. Everything is drawn from the crop's key, so that a rerun gives the same labels; the layout
+of a teacher that is systematically wrong from a number of its own.
 
     blur       pixels of the network's own map: a patch seen at native resolution keeps more detail than the region
     far_noise  the farther half of the map is noisy: standard deviation of the log disparity, full at the farthest pixel
     warp       large-scale errors of layout, smooth over a third of the map: standard deviation of the log disparity
+    layout     0: every map has layout errors of its own, which a student averages away. Another number: all maps have
+               the one that it draws, a fault that can be learnt
+    common     how much of such a layout's variance is drawn alike for every teacher: two teachers' errors correlate by
+               the root of the product of theirs
     own_range  each map is brought to its own 2 to 98 % range, as teachers of affine disparity do; regions and patches
                then disagree by a scale and a shift, and the kind becomes affine_disparity
     drift      beyond that, a random scale (log-normal) and shift per map, as a fraction of its range
@@ -35,12 +40,16 @@ class Corruptions:
     blur: float = 0.0
     far_noise: float = 0.0
     warp: float = 0.0
+    layout: int = 0
+    common: float = 0.0
     own_range: bool = False
     drift: float = 0.0
 
     def __post_init__(self) -> None:
         if min(self.blur, self.far_noise, self.warp, self.drift) < 0:
             raise ValueError("blur, far_noise, warp and drift must not be negative")
+        if not 0.0 <= self.common <= 1.0 or (self.common and not self.layout):
+            raise ValueError("common is a share, in [0, 1], of a layout that all maps have: it needs layout, a number")
         if self.drift and not self.own_range:
             raise ValueError("drift is a fraction of a map's own range: it needs own_range = true")
 
@@ -58,6 +67,7 @@ class Corruptions:
         if self.far_noise:
             values = values * torch.exp(self.far_noise * _farness(values, valid) * pixels)
         if self.warp:
+            cells = self._layout() if self.layout else cells
             field = F.interpolate(cells, size=(height, width), mode="bicubic", align_corners=True)[0]
             values = values * torch.exp(self.warp * field)
         if self.blur:
@@ -68,6 +78,14 @@ class Corruptions:
         values = (values - low) / max(high - low, 1e-6)
         values = math.exp(self.drift * scale) * (values + self.drift * shift)
         return DepthMap(torch.where(valid, values, 0.0), valid, Kind.AFFINE_DISPARITY)
+
+    def _layout(self) -> Tensor:
+        """The grid (1,1,n,n) of the smooth error that all maps have: unit normal, as for single maps."""
+        own, shared = (
+            torch.from_numpy(generator("layout", number).standard_normal((1, 1, FIELD + 1, FIELD + 1))).float()
+            for number in (self.layout, "common")
+        )
+        return math.sqrt(1 - self.common) * own + math.sqrt(self.common) * shared
 
     def labels(self, truth: Labels, key: str) -> Labels:
         """A region's truth (B = 1) as this teacher would label it; each patch is a map of its own."""

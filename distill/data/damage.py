@@ -38,7 +38,7 @@ def unfinished(data: bytes, kind: str) -> str:
     zeros = trailing_zeros(data)
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""
-    found = {
+    is_cut = {
         "JPEG": lambda: data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"),
         "WebP": lambda: _webp_is_cut(data),
         "PNG": lambda: b"IEND" not in data[-zeros - 12 :],
@@ -46,9 +46,28 @@ def unfinished(data: bytes, kind: str) -> str:
         "AVIF": lambda: _boxes_are_cut(data, zeros),
         "HEIC": lambda: _boxes_are_cut(data, zeros),
     }.get(kind)
-    if found is None or not found():
+    if is_cut is None or not is_cut():
         return ""
     return f"truncated: it ends in {zeros} zero bytes, as an unfinished download does"
+
+
+def png_damage(data: bytes) -> str:
+    """Why the pixels of a PNG are not those that were written, by the checksums of its chunks, or "".
+
+    Pillow does not look at them, and compressed noise is stored as it is: any bytes decode.
+    """
+    at = 8
+    while at + 12 <= len(data):
+        length, name = struct.unpack(">I4s", data[at : at + 8])
+        body = memoryview(data)[at + 4 : at + 8 + length]
+        if name in (b"IHDR", b"PLTE", b"IDAT") and at + 12 + length <= len(data):
+            (said,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
+            if zlib.crc32(body) != said:
+                return "damaged: a checksum of its pixels is wrong"
+        if name == b"IEND":
+            return ""
+        at += 12 + length
+    return "truncated: it has no end"
 
 
 def _webp_is_cut(data: bytes) -> bool:
@@ -197,8 +216,8 @@ def _inflated(name: bytes, body: bytes) -> int:
     return 0
 
 
-def _inflate(packed: bytes, most: int) -> bytes:
+def _inflate(packed: bytes, limit: int) -> bytes:
     try:
-        return zlib.decompressobj().decompress(packed, most + 1)
+        return zlib.decompressobj().decompress(packed, limit + 1)
     except zlib.error:
         return b""

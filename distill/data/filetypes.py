@@ -52,9 +52,9 @@ def refusal(name: str) -> str:
 def is_litter(name: str) -> bool:
     """Whether a name is a system's own: macOS's ._NAME twins and __MACOSX, hidden files, Windows' caches."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    own = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
+    litter = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
-    return hidden or "__MACOSX" in parts or "@eaDir" in parts or (bool(parts) and parts[-1].lower() in own)
+    return hidden or "__MACOSX" in parts or "@eaDir" in parts or (bool(parts) and parts[-1].lower() in litter)
 
 
 def is_photo(name: str) -> bool:

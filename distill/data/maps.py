@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from distill.data import filetypes
+from distill.data import damage, filetypes
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
@@ -106,6 +106,8 @@ def _chosen(arrays: Mapping[str, Any]) -> np.ndarray:
 
 
 def _picture(data: bytes) -> np.ndarray:
+    if data.startswith(b"\x89PNG") and (reason := damage.png_damage(data)):
+        raise BadMapError(reason)
     with Image.open(io.BytesIO(data), formats=("PNG", "PPM")) as image:
         image.load()
         if image.mode == "P":
@@ -170,6 +172,16 @@ def _hdf5(data: bytes) -> np.ndarray:
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(collect)
     return _chosen({name: np.asarray(array) for name, array in arrays.items()})
+
+
+def open_hdf5(path: Path) -> Any:
+    """A whole HDF5 file (h5py.File), for one that holds many maps; OSError names it where it cannot be read."""
+    import h5py
+
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise OSError(f"{path} is not a readable .mat of version 7.3 ({error}); download it again") from error
 
 
 def _mat(data: bytes) -> np.ndarray:

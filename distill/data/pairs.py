@@ -24,6 +24,7 @@ import csv
 import io
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,10 +130,8 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    missing = {"name", "rgb", "depth"} - set(reader.fieldnames or ())
-    if missing:
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
-    rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}) for row in reader]
+    reader.fieldnames = _columns(path, reader.fieldnames or ())
+    rows = [(reader.line_num, {k: _cell(v or "") for k, v in row.items() if isinstance(k, str)}) for row in reader]
     pairs, faults = {}, []
     for line, row in rows:
         try:
@@ -146,6 +145,23 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     return _choose(path, pairs, names)
+
+
+def _columns(path: Path, given: Sequence[str]) -> list[str]:
+    """The names of the columns as they are read; ValueError where one is missing, or is meant and not read."""
+    columns = [_cell(name).lower().replace("meters", "metres") for name in given]
+    if missing := {"name", "rgb", "depth"} - set(columns):
+        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
+    scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
+    if scales and "scale_to_metres" not in columns:
+        raise ValueError(f"{path}: the column {scales[0]} is not read: metres per stored unit are scale_to_metres")
+    return columns
+
+
+def _cell(text: str) -> str:
+    """A cell without the quotes that pandas and R may put around it."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def read_names(path: Path | str) -> list[str]:
@@ -225,14 +241,17 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     )
 
 
+_UNKNOWN = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
 _UNITS = {"m": 1.0, "metre": 1.0, "metres": 1.0, "meter": 1.0, "meters": 1.0, "cm": 0.01, "mm": 0.001}
 
 
 def _number(text: str) -> float | None:
     """Metres per unit; None for words and for nothing. ValueError for what looks like a number and is none."""
-    plain = text.strip().lower()
+    plain = text.strip().strip("'\"").strip().lower()
     if plain in _UNITS:
         return _UNITS[plain]
+    if _UNKNOWN.match(plain):
+        return None
     parts = re.fullmatch(rf"({_NUMBER})\s*(?:/\s*({_NUMBER}))?\s*([a-z]*)", plain)
     if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
         return float(parts[1]) / float(parts[2] or 1) * _UNITS.get(parts[3], 1.0)
@@ -240,7 +259,7 @@ def _number(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
-    if "disp" not in plain and re.match(r"[-+.,\d\u2212]", plain):
+    if "disp" not in plain and re.match(r"[-+.,\d\u2212]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)", plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
     return None

@@ -212,7 +212,7 @@ def _kind(data: bytes) -> str:
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _READ:
         raise BadImageError(f"not a photo that is read here: it is {kind}")
-    if reason := damage.unfinished(data, kind):
+    if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind
 
@@ -305,10 +305,10 @@ def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     # Broken EXIF is common in good photographs. After load(): Pillow turns TIFFs itself and then drops the tag.
     try:
-        found = int(image.getexif().get(_ORIENTATION, 1))
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
     except DECODE_ERRORS:
         return 1
-    return found if 1 <= found <= 8 else 1
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def turn(array: np.ndarray, orientation: int) -> np.ndarray:

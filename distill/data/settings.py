@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from distill.core.plugins import name_fault
 from distill.core.settings import above, below, refuse
 
-SOURCES = ("tars", "photos", "pairs", "scenes", "bundled_photos")
+SOURCES = ("tars", "photos", "pairs", "dataset", "scenes", "bundled_photos")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSettings:
-    """One source of images: exactly one of tars, photos, pairs, scenes, bundled_photos."""
+    """One source of images: exactly one of tars, photos, pairs, dataset, scenes, bundled_photos."""
 
     tars: str = ""
     """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs."""
@@ -20,14 +21,22 @@ class ImageSettings:
     """A folder of photos, or a glob."""
     pairs: str = ""
     """A tsv of images with ground truth."""
+    dataset: str = ""
+    """A published data set with ground truth, one of `distill list datasets` or a Python file; needs `root`."""
+    root: str = ""
+    """Of a data set: its folder, as its authors pack it; `distill index NAME ROOT` comes before."""
+    index: str = ""
+    """Of a data set: its index, where that is not ROOT/INDEX.NAME.tsv."""
     scenes: int = 0
     """How many procedural views to render, with their ground truth."""
     bundled_photos: bool = False
     """The photographs that ship inside the scikit-image and scikit-learn wheels."""
     names: str = ""
-    """Of pairs: a text file with the names to keep; all by default."""
+    """Of pairs and data sets: a text file with the names to keep, such as `distill filter` writes; all by default."""
     limit: int = 0
     """Keep the first so many images; 0 keeps all."""
+    far: float = 0.0
+    """Of ground truth in metres: what is farther is invalid; 0 = no bound. AnyDepth: 100."""
     size: int = 224
     """Of scenes: side in pixels of a rendered view."""
     teachers: tuple[str, ...] = ()
@@ -41,7 +50,9 @@ class ImageSettings:
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder; where nobody is named, as before anybody could be."""
         left_out = {"weight"} if self.teachers else {"weight", "teachers"}
-        return {key: value for key, value in asdict(self).items() if key not in left_out}
+        later = {"dataset", "root", "index", "far"}
+        found = {key: value for key, value in asdict(self).items() if key not in left_out}
+        return {key: value for key, value in found.items() if value or key not in later}
 
     @property
     def may_have_truth(self) -> bool:
@@ -51,4 +62,12 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
-        refuse(below(self, scenes=0, limit=0, size=1, weight=0) + above(self, scenes=1_000_000, size=8192))
+        refuse(self._dataset_faults())
+        refuse(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
+
+    def _dataset_faults(self) -> list[str]:
+        if not self.dataset:
+            return ["root and index go with a dataset"] if self.root or self.index else []
+        if fault := name_fault("distill.data.datasets", self.dataset):
+            return [fault]
+        return [] if self.root else [f"dataset = {self.dataset!r} needs root, the folder that it lies in"]

@@ -196,11 +196,13 @@ def _scan_tar(path: Path | str) -> Scan:
     if not paths_found and not rejected:
         there = f", but {filetypes.counted(passed)}" if passed else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
-    entries = [
-        Entry(key, origin, partial(_load_member, path, tuple(copies), key, origin), (path, *copies[0]))
-        for key, origin, copies in paths_found.values()
-    ]
+    entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in paths_found.values()]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
+
+
+def tar_entry(path: Path | str, key: str, origin: str, copies: tuple[tuple[int, int], ...]) -> Entry:
+    """A photo of a tar; copies: (first byte, bytes) of each that the tar has of it."""
+    return Entry(key, origin, partial(_load_member, path, copies, key, origin), (path, *copies[0]))
 
 
 def _member_problem(member: tarfile.TarInfo) -> str:
@@ -271,7 +273,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)
     ]
-    return _virtual(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+    return in_shards(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
 
 
 def _size(path: Path) -> int:
@@ -280,7 +282,7 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _virtual(
+def in_shards(
     stem: str,
     origin: str,
     entries: Sequence[Entry],
@@ -312,7 +314,7 @@ def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: i
     for key, row in zip(keys, rows, strict=True):
         origin = f"{folder.name}:{row.name}"
         entries.append(Entry(key, origin, partial(_load_pair, row, key, origin)))
-    return _virtual(safe_key(folder.name), str(table), entries, per_shard)
+    return in_shards(safe_key(folder.name), str(table), entries, per_shard)
 
 
 def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
@@ -333,7 +335,7 @@ def scenes(
         key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
         entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
     stem = f"scenes_{kind}_{seed}" if kind else f"scenes_{seed}"
-    return _virtual(stem, stem, entries, per_shard)
+    return in_shards(stem, stem, entries, per_shard)
 
 
 def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:

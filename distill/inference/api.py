@@ -15,7 +15,7 @@ import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,19 +23,12 @@ import torch
 from torch import Tensor
 
 from distill.core import files
-from distill.core.depth import DepthMap, Kind
+from distill.core.depth import Kind
 from distill.eval.reports.figures import NEARNESS, colourise
-from distill.inference import predict
+from distill.inference import outputs, predict, solid
 from distill.inference.pictures import checked, is_batch, picture
 
 COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet", "gray")
-
-
-class PointCloud(NamedTuple):
-    """points: (N,3) float32, x right, y down, z forward, in metres where the map is metric. colors: (N,3) uint8 RGB."""
-
-    points: np.ndarray
-    colors: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,17 +52,28 @@ class Depth:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.numpy().astype(dtype or np.float32)
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self, path: str | Path, *, fov: float | None = None, intrinsics: Any = None, far: float = solid.FAR
+    ) -> Path:
         """Write the map, by its suffix, as `distill predict` does: 16-bit .png with its range, .npy, .jpg of colours.
 
+        In three dimensions, with the camera of `point_cloud`: .ply (points), .glb (a surface that is cut where depth
+        jumps), .html (a page that shows the points offline).
         Returns the path; raises ValueError for another suffix or a map that is not finite, OSError where it cannot be
         written.
         """
         path = Path(path).expanduser()
         names = {".png": "png", ".npy": "npy", ".jpg": "jpg", ".jpeg": "jpg"}
+        names |= {".ply": "ply", ".glb": "glb", ".html": "view"}
         if (name := names.get(path.suffix.lower())) is None:
-            raise ValueError(f"{path}: a map is saved as .png (16 bits), .npy (float32) or .jpg (colours)")
-        if name == "npy":
+            raise ValueError(
+                f"{path}: a map is saved as .png (16 bits), .npy (float32), .jpg (colours), .ply, .glb or .html"
+            )
+        if name in outputs.SOLID:
+            lens = solid.camera(fov, intrinsics, *self.values.shape)
+            given = (self.values, self.valid, self.kind, self._rgb(), lens)
+            files.write_bytes(path, solid.encode(name, *given, far=far, title=path.stem))
+        elif name == "npy":
             files.write_bytes(path, _npy(self.numpy()))
         elif name == "jpg":
             _, data = cv2.imencode(".jpg", self.colorize()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -79,7 +83,7 @@ class Depth:
             if not bool(self.valid.all()) or not np.isfinite(values).all():
                 raise ValueError(f"{path}: the map has pixels without a value, which only .npy keeps")
             span = float(values.min()), float(values.max())
-            predict.write_map(path, "png", values, self.photo.permute(1, 2, 0).numpy(), span, str(self.kind))
+            predict.write_map(path, "png", values, self._rgb(), span, str(self.kind))
         return path
 
     def colorize(self, cmap: str = "distill") -> np.ndarray:
@@ -100,8 +104,8 @@ class Depth:
         return np.where(valid[..., None], picture_, np.uint8(128)).astype(np.uint8)
 
     def point_cloud(
-        self, *, fov: float | None = None, intrinsics: Any = None, far: float = 10.0, stride: int = 1
-    ) -> PointCloud:
+        self, *, fov: float | None = None, intrinsics: Any = None, far: float = solid.FAR, stride: int = 1
+    ) -> solid.PointCloud:
         """The valid pixels as points in front of a pinhole camera.
 
         fov: the horizontal field of view in degrees; or intrinsics: 3 x 3, in pixels. Give one of them: no map knows
@@ -109,52 +113,18 @@ class Depth:
         assumption, which makes the cloud a relief and no measurement. Maps of known depth do not use it. stride: every
         so many pixels. Raises ValueError for a camera that cannot be.
         """
-        height, width = self.values.shape
-        fx, fy, cx, cy = _camera(fov, intrinsics, height, width)
-        if not far > 1 or stride < 1:
-            raise ValueError(f"far must be above 1 and stride at least 1, not {far} and {stride}")
-        z, valid = _depths(self, far)
-        rows, columns = np.mgrid[0:height:stride, 0:width:stride]
-        kept = valid[::stride, ::stride]
-        rows, columns = rows[kept], columns[kept]
-        z = z[rows, columns]
-        points = np.stack([(columns + 0.5 - cx) / fx * z, (rows + 0.5 - cy) / fy * z, z], axis=-1)
-        return PointCloud(points.astype(np.float32), self.photo.permute(1, 2, 0).numpy()[rows, columns])
+        lens = solid.camera(fov, intrinsics, *self.values.shape)
+        z, valid = solid.distances(self.values, self.valid, self.kind, far)
+        return solid.cloud(z, valid, self._rgb(), lens, stride=stride)
+
+    def _rgb(self) -> np.ndarray:
+        return self.photo.permute(1, 2, 0).numpy()
 
 
 def _npy(values: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, values)
     return file.getvalue()
-
-
-def _camera(fov: float | None, intrinsics: Any, height: int, width: int) -> tuple[float, float, float, float]:
-    if (fov is None) == (intrinsics is None):
-        raise ValueError("give the camera: either fov=DEGREES (horizontal; phones have 60 to 75) or intrinsics=3 x 3")
-    if fov is not None:
-        if not 0 < fov < 180:
-            raise ValueError(f"fov must be between 0 and 180 degrees, not {fov}")
-        focal = width / 2 / float(np.tan(np.radians(fov) / 2))
-        return focal, focal, width / 2, height / 2
-    matrix = np.asarray(intrinsics, dtype=np.float64)
-    if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
-        raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
-    return float(matrix[0, 0]), float(matrix[1, 1]), float(matrix[0, 2]), float(matrix[1, 2])
-
-
-def _depths(depth: Depth, far: float) -> tuple[np.ndarray, np.ndarray]:
-    """(H,W) distances along the optical axis, and where there is one."""
-    if depth.kind.unknown != "affine":
-        target = Kind.METRIC_DEPTH if depth.kind.unknown == "metric" else Kind.SCALE_DEPTH
-        known = DepthMap(depth.values[None], depth.valid[None], depth.kind).convert(target)
-        z, valid = known.values[0].cpu().numpy(), known.valid[0].cpu().numpy()
-        return z, valid & np.isfinite(z) & (z > 0)
-    values, valid = depth.values.cpu().numpy(), depth.valid.cpu().numpy()
-    valid = valid & np.isfinite(values)
-    low, high = (float(values[valid].min()), float(values[valid].max())) if valid.any() else (0.0, 1.0)
-    unit = np.where(valid, values - low, 0.0) / max(high - low, 1e-12)
-    z = 1.0 / (1.0 / far + unit * (1.0 - 1.0 / far)) if depth.kind.quantity == "disparity" else 1.0 + unit * (far - 1.0)
-    return z, valid
 
 
 class Model:

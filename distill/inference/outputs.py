@@ -17,8 +17,10 @@ from pathlib import Path
 from distill.core import files
 from distill.data import filetypes
 
-FORMATS = {"png": ".png", "npy": ".npy", "colour": "_colour.png", "side": "_side.jpg"}
-"""What can be written, and how each file ends: 16-bit picture, float32 values, colours, photo beside colours."""
+SOLID = {"ply": ".ply", "glb": ".glb", "view": "_view.html"}
+"""What has three dimensions, of photographs alone: points, a textured surface, a page that shows the points offline."""
+FORMATS = {"png": ".png", "npy": ".npy", "colour": "_colour.png", "side": "_side.jpg", **SOLID}
+"""What can be written, and how each file ends: 16-bit picture, float32 values, colours, photo beside colours, SOLID."""
 FILMS = {"colour": "_colour.mp4", "side": "_side.mp4"}
 """A video's formats that are one file each; of the others every frame is a file, STEM/NNNNNN.png."""
 SETTINGS = "predict.json"

@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from distill.core import files
+from distill.core import files, machine
 from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import find as find_plugin
 from distill.core.plugins import option_faults
@@ -31,9 +31,10 @@ from distill.core.progress import Report
 from distill.data import filetypes
 from distill.data.photos import BadImageError, decode
 from distill.eval.reports.figures import NEARNESS, colourise
-from distill.inference import video
-from distill.inference.outputs import FILMS, SETTINGS, Outputs, PredictionJob
+from distill.inference import solid, video
+from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
 from distill.inference.pictures import checked
+from distill.inference.solid import Lens
 from distill.students import checkpoint
 from distill.teachers import Teacher as AnyTeacher
 from distill.teachers.checkpoint import Teacher
@@ -73,7 +74,7 @@ def load(
     device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
     Raises ValueError for a device that cannot be used here, or a size that is less than one patch.
     """
-    on = _usable(device)
+    on = machine.usable_device(device)
     folder = checkpoint.fetch(student)
     teacher = Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights)
     if size is not None and size < teacher.card.multiple:
@@ -91,7 +92,8 @@ def load_teacher(name: str, weights: str | Path | None = None, *, device: str = 
     module = find_plugin("distill.teachers", name)
     if faults := option_faults(module.Teacher.load, options, "options"):
         raise ValueError(f"{name}: {'; '.join(faults)}")
-    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=_usable(device), **options))
+    on = machine.usable_device(device)
+    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options))
 
 
 def read(path: str | Path) -> Tensor:
@@ -134,7 +136,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
     outputs = Outputs(out)
-    found: dict[Path, str] = {}
+    chosen: dict[Path, str] = {}
     refused: dict[str, None] = {}
     passed: dict[Path, str] = {}
     for given in inputs:
@@ -151,11 +153,11 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
-        found |= {file: stem for file, stem in photos.items() if file not in found}
+        chosen |= {file: stem for file, stem in photos.items() if file not in chosen}
     return Survey(
-        [PredictionJob(path, outputs.stem(path, found[path])) for path in found],
+        [PredictionJob(path, outputs.stem(path, chosen[path])) for path in chosen],
         list(refused),
-        Counter(sort for path, sort in passed.items() if path not in found),
+        Counter(sort for path, sort in passed.items() if path not in chosen),
     )
 
 
@@ -188,15 +190,18 @@ def run(
     out: Path,
     formats: Sequence[str] = ("png", "side"),
     report: Report,
+    lens: Lens | None = None,
 ) -> PredictOutcome:
     """Predict every job whose maps `out` does not hold, made from the file as it is now.
 
+    lens: the camera of formats in three dimensions, where the caller knows it.
     report: (done, total) inputs, and within a video frame and frames (0: it does not say).
     Raises ValueError where `out` holds the predictions of another student or size, and what Outputs raises.
     """
     outputs = Outputs(out)
     outputs.prepare()
-    _same_settings(estimator, out)
+    lens = lens or Lens()
+    _same_settings(estimator, out, lens if SOLID.keys() & set(formats) else None)
     outcome = PredictOutcome()
     for done, job in enumerate(jobs):
         report(done, len(jobs))
@@ -204,7 +209,7 @@ def run(
             if job.is_video:
                 new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)))
             else:
-                new = _photo(estimator, job, outputs, formats)
+                new = _photo(estimator, job, outputs, formats, lens)
             outcome.written += new
             outcome.present += not new
         except (BadImageError, OSError, MemoryError, RuntimeError) as error:
@@ -231,13 +236,16 @@ def _problem(job: PredictionJob, error: Exception) -> str:
     return ""
 
 
-def _same_settings(estimator: Estimator, out: Path) -> None:
+def _same_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
     card, path = estimator.card, out / SETTINGS
     now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
+    now |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in ("revision", "size") if before[key] != now[key]]
+            differing += ["camera"] if "camera" in before and lens and before["camera"] != now["camera"] else []
+            now |= {"camera": before["camera"]} if "camera" in before else {}
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{path}: damaged, or not from distill predict; give another --out, or delete this file if the maps "
@@ -251,20 +259,25 @@ def _same_settings(estimator: Estimator, out: Path) -> None:
     files.write_json(path, now | {"licence": card.licence})
 
 
-def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str]) -> bool:
+def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], lens: Lens) -> bool:
     """Write one photo's outputs; False where all of them are there."""
     made = outputs.now(job)
     missing = outputs.missing(made, formats)
     if not missing:
         return False
     photo = read(job.path)
-    values = _whole(estimator.predict(photo))
+    depth = estimator.predict(photo)
+    values = _whole(depth)
     span = float(values.min()), float(values.max())
+    rgb = photo.permute(1, 2, 0).numpy()
     made = outputs.begin(made, missing)
     for name in missing:
-        write_map(
-            outputs.path(made, name), name, values, photo.permute(1, 2, 0).numpy(), span, str(estimator.card.kind)
-        )
+        path = outputs.path(made, name)
+        if name in SOLID:
+            given = (depth.values[0], depth.valid[0], depth.kind, rgb, lens.of(job.path, *values.shape))
+            files.write_bytes(path, solid.encode(name, *given, far=lens.far, title=job.path.name))
+        else:
+            write_map(path, name, values, rgb, span, str(estimator.card.kind))
     outputs.finish(made, missing)
     return True
 
@@ -340,6 +353,8 @@ def _video(
     STEM.json comes after them: it says that the video is complete. What can be decoded of a damaged one is kept.
     """
     made = outputs.now(job)
+    if not (formats := [name for name in formats if name not in SOLID]):
+        raise BadImageError(f"a video has no {', '.join(SOLID)}: give one of its frames, or other formats")
     missing = outputs.missing(made, formats)
     if not missing:
         return False
@@ -356,10 +371,10 @@ def _video(
             single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
             if single or films:
                 values = _whole(estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)))
-                own = float(values.min()), float(values.max())
+                value_range = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)
-                    write_map(frame, name, values, rgb, own, str(estimator.card.kind), durable=False)
+                    write_map(frame, name, values, rgb, value_range, str(estimator.card.kind), durable=False)
                 near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
@@ -375,20 +390,3 @@ def _video(
     files.write_json(outputs.folder / f"{made.stem}.json", about, indent=None)
     outputs.finish(made, missing, frames=count)
     return True
-
-
-def _usable(device: str) -> str:
-    """The device that "auto" means, or `device`; ValueError where it cannot be used."""
-    on = _device() if device == "auto" else device
-    try:
-        torch.zeros(1, device=on).item()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
-    return on
-
-
-def _device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"

@@ -26,6 +26,9 @@ from distill.data.photos import BadImageError
 av.logging.set_level(av.logging.PANIC)
 
 
+_CUT = "it is cut, and what says how it is encoded is lost: copy it again"
+
+
 class Film:
     """The frames that a player would show of a film: edit lists and rotation applied, in their order.
 
@@ -39,11 +42,14 @@ class Film:
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
-            raise BadImageError(f"not a video that can be opened ({_short(error)})") from error
+            cut = path.is_file() and _lacks_boxes(path)
+            raise BadImageError(_CUT if cut else f"not a video that can be opened ({_short(error)})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:
             what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
+            if streams and _lacks_boxes(path):
+                what = _CUT
             self._container.close()
             raise BadImageError(what)
         self._stream, self._codec = streams[0], codec.name
@@ -109,6 +115,21 @@ def _is_cut(path: Path) -> bool:
         return int.from_bytes(head[4:8], "little") + 8 > size
     at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))  # the object of the file's properties
     return at >= 0 and int.from_bytes(head[at + 40 : at + 48], "little") > size
+
+
+def _lacks_boxes(path: Path) -> bool:
+    """Whether an MP4 or MOV ends inside one of its boxes."""
+    size, at = path.stat().st_size, 0
+    with path.open("rb") as file:
+        while at + 8 <= size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            length = int.from_bytes(head[8:16], "big") if length == 1 else length or size - at
+            if length < 8 or not head[4:8].isascii():
+                return False
+            at += length
+    return at > size
 
 
 def _upright(frame: Any) -> np.ndarray:

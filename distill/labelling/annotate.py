@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -27,6 +27,7 @@ from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
 from distill.data.photos import squashed
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
+from distill.labelling.alignment import Aligned, words
 from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import DEFAULTS, LabelSettings
@@ -98,13 +99,13 @@ def prepare(
     boxes = chosen.boxes()[None]
     truth = None
     if photo.truth is not None:
-        shared = _cut_truth(photo.truth, region, chosen.size)
+        shared = _cut_truth(photo.truth, region, chosen.shape)
         squares = [Square(region.top + p.top, region.left + p.left, p.side) for p in chosen.patches]
-        local = [_cut_truth(photo.truth, square, chosen.patch_size) for square in squares]
+        local = [_cut_truth(photo.truth, square, (chosen.patch_size, chosen.patch_size)) for square in squares]
         truth = Labels(shared, cat(local) if local else None, boxes)
     record = {
         "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
-        "crop": {**asdict(region), "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
+        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
         "sky": None if sky == "teacher" else sky,
@@ -122,13 +123,13 @@ def prepare(
     )
 
 
-def _cut_truth(truth: DepthMap, square: Square, size: int) -> DepthMap:
+def _cut_truth(truth: DepthMap, square: Square, size: tuple[int, int]) -> DepthMap:
     rows = slice(square.top, square.top + square.side)
-    columns = slice(square.left, square.left + square.side)
+    columns = slice(square.left, square.left + square.columns)
     values, valid = truth.values[:, rows, columns], truth.valid[:, rows, columns]
-    if square.side != size:
-        values = F.interpolate(values[None], size=(size, size), mode="nearest-exact")[0]
-        valid = F.interpolate(valid[None].float(), size=(size, size), mode="nearest-exact")[0] > 0.5
+    if (square.side, square.columns) != size:
+        values = F.interpolate(values[None], size=size, mode="nearest-exact")[0]
+        valid = F.interpolate(valid[None].float(), size=size, mode="nearest-exact")[0] > 0.5
     return DepthMap(values, valid, truth.kind)
 
 
@@ -207,7 +208,7 @@ def annotate(
     queue = BatchQueue(teachers, labels, asking(teachers, labels, device))
     for job in jobs:
         queue.add(job)
-        queue.run(at_least=labels.batch_size)
+        queue.run(at_least=labels.crops_at_once)
         yield from queue.drain()
     queue.run(at_least=1)
     yield from queue.drain()
@@ -220,9 +221,9 @@ def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> H
     if device.type != "cuda":
         return HostAsking(store)
     codec = CODECS[labels.codec]
-    coded = codec.first > 0 and not any(isinstance(teacher, Bridged) for _, teacher in teachers)
+    coded = codec.first > 0 and not any(isinstance(teacher, Bridged | Aligned) for _, teacher in teachers)
     coding = (labels.codec, codec.first) if coded else None
-    return DeviceAsking(device, store, coding=coding, pad_to=labels.batch_size)
+    return DeviceAsking(device, store, coding=coding, pad_to=labels.crops_at_once)
 
 
 class BatchQueue:
@@ -255,7 +256,7 @@ class BatchQueue:
         """Ask every teacher for each batch of which at least so many crops wait."""
         for (_, asked), queue in self.queues.items():
             while len(queue) >= at_least:
-                size = self.labels.batch_size
+                size = self.labels.crops_at_once
                 crops, queue[:size] = queue[:size], []
                 self.pending.append(
                     (crops, {name: self._ask(name, teacher, crops) for name, teacher in self.networks if name in asked})
@@ -348,10 +349,10 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
-            said = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
-            kind = said.shared.kind
-            shared = stored(said.shared, settings.store)
-            local = None if said.local is None else stored(said.local, settings.store)
+            given = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
+            kind = given.shared.kind
+            shared = stored(given.shared, settings.store)
+            local = None if given.local is None else stored(given.local, settings.store)
         else:
             kind = waiting.predicted[name]
             shared, local = _joined(waiting.maps[name])
@@ -366,8 +367,17 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
             primary = labels[teacher.primary]
             shared, local, predicted[name]["bridge"] = teacher.bridge(shared, local, primary)
             boxes = job.boxes if local is not None else job.boxes[:, :0]
+        if isinstance(teacher, Aligned):
+            if job.truth is None:
+                return Rejected(job.origin, job.key, f"no ground truth, which {name} is fitted to")
+            shared, local, fit = teacher.align(shared, local, job.truth, f"{name}.{job.key}")
+            shared, local = stored(shared, settings.store), None if local is None else stored(local, settings.store)
+            predicted[name]["align"] = fit
         supervision = Supervision.of(shared, teacher=name, truth=truth)
         labels[name] = Labels(shared, local, boxes, supervision=supervision)
+    fits = [f"{name} {words(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
+    if fits and not any(one.shared.valid.any() for one in labels.values()):
+        return Rejected(job.origin, job.key, "; ".join(fits))
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
 
 

@@ -130,8 +130,8 @@ def _huber(residual: Tensor, width: Tensor) -> Tensor:
 def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tuple[DepthMap, list[dict[str, Any]]]:
     """Affine depth as affine disparity, each map of the batch by its own fit to `primary`, and what each fit was.
 
-    most: the largest residual that is kept; a map beyond it is nowhere valid. Each record has a, b, residual and
-    dropped. Raises KindError where `primary` is not disparity.
+    max_residual: the largest residual that is kept; a map beyond it is nowhere valid. Each record has a, b, residual
+    and dropped. Raises KindError where `primary` is not disparity.
     """
     if primary.kind.quantity != "disparity":
         raise KindError(
@@ -156,7 +156,7 @@ def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tu
 class Bridged:
     """An assistant of affine depth whose labels become disparity by a fit to those of the teacher named `primary`.
 
-    It stands in a list of teachers in the assistant's place, after its primary. most: see `bridge_map`.
+    It stands in a list of teachers in the assistant's place, after its primary. max_residual: see `bridge_map`.
     """
 
     teacher: Any

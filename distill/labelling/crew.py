@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Event
@@ -60,20 +60,28 @@ class Crew:
             closing.result()
 
 
+STOP_S = 1.5
+"""So long a run that is interrupted waits for a part that is being finished; then it is made again."""
+
+
 @contextmanager
 def crew(threads: int) -> Iterator[Crew]:
-    """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed."""
-    with (
-        ThreadPoolExecutor(threads, initializer=_one_thread) as workers,
-        ThreadPoolExecutor(1) as clerk,
-        ThreadPoolExecutor(1) as closer,
-    ):
-        together = Crew(threads, workers, clerk, closer)
-        try:
-            yield together
-            together.wait()
-        except BaseException:
-            together.stopping.set()  # a worker asks for it between crops: an image of many takes seconds
-            for pool in (workers, clerk, closer):
-                pool.shutdown(cancel_futures=True)
-            raise
+    """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed.
+
+    An interrupted run does not wait for its workers: a photograph that is being decoded takes seconds.
+    """
+    pools = (ThreadPoolExecutor(threads, initializer=_one_thread), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+    together = Crew(threads, *pools)
+    try:
+        yield together
+        together.wait()
+    except BaseException as error:
+        together.stopping.set()  # a worker asks for it between crops: an image of many takes seconds
+        interrupted = isinstance(error, KeyboardInterrupt)
+        for pool in pools:
+            pool.shutdown(wait=not interrupted, cancel_futures=True)
+        if together.closing is not None:
+            wait([together.closing], STOP_S)
+        raise
+    for pool in pools:
+        pool.shutdown()

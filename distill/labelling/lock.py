@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill.core.files import Lock, take_lock
+from distill.labelling.leases import LEASE_S, NOTES, FolderLeases
 
 
 class RunLockedError(OSError):
@@ -23,8 +24,15 @@ class RunLockedError(OSError):
 def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
     """Hold `folder` as process `rank` of `world`.
 
-    Raises RunLockedError where a live process has the same rank, or belongs to a run of another size.
+    Raises RunLockedError where a live process has the same rank, or belongs to a run of another size, or where workers
+    have leases.
     """
+    workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
+    if workers:
+        raise RunLockedError(
+            f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill label "
+            f"RECIPE --worker; if it is dead, its lease ends {LEASE_S:.0f} s after its last sign of life"
+        )
     lock_file = folder / f".claim-{rank}-of-{world}"
     lock = _take(lock_file, wait=False)
     if lock is None:
@@ -41,6 +49,15 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def refuse_run(folder: Path) -> None:
+    """Raises RunLockedError where a live run that is no worker holds `folder`, as far as this machine can see."""
+    for other in sorted(folder.glob(".claim-*-of-*")):
+        stale = _take(other, wait=False)
+        if stale is None:
+            raise RunLockedError(_said(other))
+        stale.release()
 
 
 @contextlib.contextmanager

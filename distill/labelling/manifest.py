@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,22 @@ from distill.core.plugins import origins
 from distill.core.seal import sealed
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
+from distill.labelling.alignment import Aligned
 from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
 from distill.shards.readme import README, describe_format, labels_readme
-from distill.shards.shards import MANIFEST, SETTINGS, hash_keys, read_json, read_manifest, write_manifest
+from distill.shards.shards import (
+    MANIFEST,
+    SETTINGS,
+    DamagedTableError,
+    hash_keys,
+    read_json,
+    read_manifest,
+    read_shard,
+    write_manifest,
+)
 
 
 def _card(teacher: Any, store: str) -> dict[str, Any]:
@@ -34,6 +44,9 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
     if isinstance(teacher, Bridged):
         bridge = {"primary": teacher.primary, "most": teacher.max_residual}
         return {**asdict(teacher.card), "kind": str(kind), "stored": str(Kind.AFFINE_DISPARITY), "bridge": bridge}
+    if isinstance(teacher, Aligned):
+        align = {"to": TRUTH, "most": teacher.max_residual, "inliers": teacher.min_inliers}
+        return {**asdict(teacher.card), "kind": str(kind), "align": align}
     return {**asdict(teacher.card), "kind": str(kind), "stored": str(stored_kind(kind, store))}
 
 
@@ -52,23 +65,46 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
         "crops": crops.content,
         "seed": seed,
         **{name: getattr(labels, name) for name in ("store", "sky", "codec", "samples_per_part")},
+        **({"fine_tail": labels.fine_tail} if labels.fine_tail > 1 else {}),
         "teachers": [{"as": name, **_card(teacher, labels.store)} for name, teacher in teachers],
     }
 
 
-def keep_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Write the folder's settings, or raise ValueError where it was begun with others."""
+def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object], suffix: str = "") -> None:
+    """Write the folder's settings, or raise ValueError where it was begun with others; suffix: `files.writing`'s.
+
+    Of two that begin it at the same moment with other settings, the one whose settings are not kept is told.
+    Damaged ones are written again, where the manifest, or else a label, does not say that they were others.
+    """
     path = out / SETTINGS
-    if not path.is_file():
-        files.write_bytes(path, dump_json(sealed(settings)))
-        return
-    before = _in_words_of_today(read_json(path))
-    changed = [name for name in settings if settings[name] != before.get(name)]
+    write, before = not path.is_file(), settings
+    if not write:
+        try:
+            before = _in_words_of_today(read_json(path))
+        except DamagedTableError as error:
+            tell(f"{str(error).partition(';')[0]}; it is written again")
+            write, before = True, {**settings, **_in_words_of_today(_said_by_labels(out, settings))}
+    changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
             f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
             "delete this one"
         )
+    if write:
+        files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
+
+
+def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest says of the settings, or else the first sample of the first tar."""
+    try:
+        return dict(read_manifest(out)["settings"])
+    except (FileNotFoundError, DamagedTableError):
+        tar = next(iter(sorted(out.glob("*.tar"))), None)
+    if tar is None:
+        return {}
+    record = next(read_shard(tar)).record
+    sizes = {name: record["crop"][name] for name in ("size", "patch_size") if name in settings["crops"]}
+    return {"seed": record["seed"], "codec": record["codec"], "crops": {**settings["crops"], **sizes}}
 
 
 def _in_words_of_today(settings: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +120,19 @@ def finish(
     out: Path,
     shards: Sequence[InputShard],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
-    licence: str,
+    about: Mapping[str, Any],
     *,
+    licence: str,
     fresh: bool,
+    tell: Callable[[str], object],
+    whole: Callable[[Path, Mapping[str, Any]], bool] | None = None,
+    suffix: str = "",
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is."""
+    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine.
+
+    fresh: also where the manifest there lists these tars already. whole: how to see a tar, by default `is_whole`.
+    suffix: as `files.writing` has it.
+    """
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
     for shard in shards:
@@ -98,19 +141,24 @@ def finish(
             path = out / f"{shard.stem}-{number:03d}.json"
             if not path.is_file():
                 return False
-            entry = read_json(path)
-            if entry["tar"] is not None and not is_whole(out, entry["tar"]):
+            try:
+                entry = read_json(path)
+            except DamagedTableError:
+                return False  # another process's, which makes it again
+            if entry["tar"] is not None and not (whole or is_whole)(out, entry["tar"]):
                 return False
             sidecars.append(entry)
             sources[f"{shard.stem}-{number:03d}.tar"] = shard.source
             number, of = number + 1, entry["of"]
     if not fresh and (out / MANIFEST).is_file():
-        before = read_manifest(out)["shards"]
-        if before == _tars(sidecars, settings, sources):
-            return True
-    manifest = _manifest(sidecars, settings, recipe, licence, sources)
-    files.write_text(out / README, labels_readme(manifest))
-    write_manifest(out, manifest)
+        try:
+            if read_manifest(out)["shards"] == _tars(sidecars, settings, sources):
+                return True
+        except DamagedTableError as error:
+            tell(f"{str(error).partition(';')[0]}; it is written again")
+    manifest = _manifest(sidecars, settings, about, licence, sources)
+    files.write_text(out / README, labels_readme(manifest), suffix=suffix)
+    write_manifest(out, manifest, suffix=suffix)
     return True
 
 
@@ -130,7 +178,7 @@ def _tars(
 def _manifest(
     sidecars: Sequence[dict[str, Any]],
     settings: dict[str, Any],
-    recipe: Mapping[str, Any],
+    about: Mapping[str, Any],
     licence: str,
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -146,15 +194,15 @@ def _manifest(
     cards = {card["as"]: dict(card) for card in settings["teachers"]}
     for name, card in cards.items():
         card["stored"] = sorted({kind for entry in sidecars for kind in entry["kinds"].get(name, [])})
-        if "bridge" in card:
+        for fitted in {"bridge", "align"} & {*card}:
             counts = [entry.get("bridge_dropped", {}).get(name, {}) for entry in sidecars]
             dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
-            card["bridge"] = {**card["bridge"], "dropped": dropped}
+            card[fitted] = {**card[fitted], "dropped": dropped}
     tars = _tars(sidecars, settings, sources)
     passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
-        "recipe": dict(recipe),
-        **({"plugins": found} if (found := origins(recipe.get("teachers"))) else {}),
+        **about,
+        **({"plugins": plugins} if (plugins := origins(about["recipe"].get("teachers"))) else {}),
         "settings": settings,
         "format": describe_format(settings["codec"]),
         "teachers": cards,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 
-from distill.core import files
 from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
-from distill.core.seal import sealed
-from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine, identity
+from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import (
     CPU,
     TRUTH,
@@ -38,12 +36,14 @@ from distill.labelling.annotate import (
     prepare,
 )
 from distill.labelling.crew import Crew, ahead, crew
+from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
-from distill.labelling.manifest import finish, is_whole, keep_settings, settings_of
+from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.online import OnlineDataset
+from distill.labelling.parts import Contents, Part, Tell, describe, is_done, line_of, parts_of
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.shards.codec import VERSION, Sample, dump_json, encode_sample
-from distill.shards.shards import ShardWriter, read_json
+from distill.shards.codec import Sample, encode_sample
+from distill.shards.shards import DamagedTableError, ShardWriter, read_manifest
 
 __all__ = [
     "TRUTH",
@@ -58,12 +58,17 @@ __all__ = [
 ]
 
 
+TAIL = 20
+"""labels.fine_tail is about one in so many input shards, the last ones."""
+
+
 @dataclass(frozen=True, slots=True)
 class LabelOutcome:
     """What one process of a run did.
 
     complete: every part of every shard is there (of all processes) and the manifest is written. parts, skipped: written
-    now, and found done. samples, images, quarantined, bytes: of the parts written now.
+    now, and found done. samples, images, quarantined, bytes: of the parts written now. last: False for a worker beside
+    others, of whom another one wrote the manifest.
     """
 
     complete: bool
@@ -73,22 +78,7 @@ class LabelOutcome:
     samples: int
     quarantined: int
     bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A run of entries that becomes one tar; the first part of a shard also reports what the scan turned away."""
-
-    shard: InputShard
-    number: int
-    of: int
-    entries: tuple[Entry, ...]
-    rejected: tuple[Rejected, ...]
-    passed: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def name(self) -> str:
-        return f"{self.shard.stem}-{self.number:03d}.tar"
+    last: bool = True
 
 
 def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
@@ -107,14 +97,6 @@ def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
-    """The parts of a shard: at least one, which then writes no tar but says why."""
-    scan = shard.scan()
-    runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
-    first = (scan.rejected, scan.passed)
-    return [Part(shard, i, len(runs), run, *(first if i == 0 else ((), ()))) for i, run in enumerate(runs)]
-
-
 def label(
     shards: Sequence[InputShard],
     teachers: Teachers,
@@ -127,14 +109,18 @@ def label(
     world: int = 1,
     device: torch.device = CPU,
     recipe: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    tell: Tell = lambda line: None,
 ) -> LabelOutcome:
     """Label images into `out`; called again, it does what is missing.
 
     teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
     making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
-    how many there are. device: where the teachers are. recipe: written to the manifest. report: called after every
-    image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this process.
+    how many there are. device: where the teachers are. recipe, machine: written to the manifest. report: called
+    after every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for
+    this process. tell: called with a line about what was damaged and is made again: the settings, the manifest, the
+    json of a tar.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
@@ -152,35 +138,56 @@ def label(
         raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
     with run_lock(out, rank=rank, world=world):
         with mutex(out):
-            keep_settings(out, settings)
-        mine = _share(shards, max(1, labels.samples_per_part // crops.crops_per_image), rank, world)
-        todo = [part for part in mine if not _is_done(out, part, teachers)]
-        tally = _Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
+            keep_settings(out, settings, tell=tell)
+            manifest = _manifest_there(out)
+        mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
+        todo = [part for part in mine if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
+        tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
         with crew(max(1, labels.threads)) as team:
             for part in todo:
-                work = _Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
-                _label_part(out, part, work, tally, team)
+                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
+                team.close(label_part(out, part, work, tally, team).finish)
         with mutex(out):
-            complete = finish(out, shards, settings, recipe=recipe or {}, licence=labels.licence, fresh=bool(todo))
+            about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+            complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
+            if complete and (out / NOTES).is_dir():
+                shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
 
 
-def _share(shards: Sequence[InputShard], images_per_part: int, rank: int, world: int) -> list[Part]:
+def _manifest_there(out: Path) -> dict[str, Any]:
+    """The manifest of a folder that was finished before; an empty one where there is none, or none that is whole."""
+    try:
+        return read_manifest(out)
+    except (FileNotFoundError, DamagedTableError):
+        return {}
+
+
+def part_sizes(shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings) -> list[int]:
+    """How many images a part of each shard has at most; fewer in the last of them where labels.fine_tail says so."""
+    size = max(1, labels.samples_per_part // crops.crops_per_image)
+    fine = -(-len(shards) // TAIL) if labels.fine_tail > 1 else 0
+    return [size] * (len(shards) - fine) + [max(1, size // labels.fine_tail)] * fine
+
+
+def _share(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world: int) -> list[Part]:
     """The parts of process `rank`: whole shards where there are plenty, so that it need not look into the others."""
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
     if len(shards) >= 4 * world:
-        return [part for shard in shards[rank::world] for part in parts_of(shard, images_per_part)]
-    return [part for shard in shards for part in parts_of(shard, images_per_part)][rank::world]
+        mine = zip(shards[rank::world], sizes[rank::world], strict=True)
+        return [part for shard, size in mine for part in parts_of(shard, size)]
+    every = zip(shards, sizes, strict=True)
+    return [part for shard, size in every for part in parts_of(shard, size)][rank::world]
 
 
 # --- one part ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
+class Work:
     """What every part is labelled with."""
 
     teachers: Teachers
@@ -190,6 +197,7 @@ class _Work:
     device: torch.device
     asked: tuple[str, ...]
     stopping: Event
+    claim: Claim = ALONE
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
         """An entry's regions, or why there are none."""
@@ -205,12 +213,17 @@ class _Work:
 
 
 @dataclass(slots=True)
-class _Tally:
-    """Counts of this process, and what they say about the rest."""
+class Tally:
+    """Counts of this process, and what they say about the rest; nothing about its end where others share the work.
+
+    busy: seconds spent on parts, of a worker.
+    """
 
     total: int
     before: int
     report: Report | None
+    shared: bool = False
+    busy: float = 0.0
     images: int = 0
     samples: int = 0
     quarantined: int = 0
@@ -222,13 +235,14 @@ class _Tally:
             return
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
         per_image = self.bytes / self.images
+        left = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
         self.report(
             self.before + self.images,
             self.total,
             images_per_s=rate,
             bytes_per_image=per_image,
             quarantined=float(self.quarantined),
-            eta_s=(self.total - self.before - self.images) / rate,
+            **left,
             disk_bytes=per_image * self.total,
         )
 
@@ -249,55 +263,43 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
 
 
 @dataclass(slots=True)
-class _OpenPart:
+class OpenPart:
     """A part that is being written: its tar aside, and what its json will say."""
 
     out: Path
     part: Part
     writer: ShardWriter
     quarantine: list[Rejected]
-    kinds: dict[str, set[str]] = field(default_factory=dict)
-    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
-
-    def note(self, result: Sample) -> None:
-        """Take down what the json says of a sample."""
-        for name, labels in result.answers.items():
-            self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
-            if fit := result.record["labels"][name].get("bridge"):
-                count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
-                count["regions"] += fit["shared"]["dropped"]
-                count["patches"] += sum(patch["dropped"] for patch in fit["local"])
+    claim: Claim = ALONE
+    contents: Contents = field(default_factory=Contents)
 
     def finish(self) -> None:
-        """The tar to the disk, its json, and then its name."""
+        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours."""
         with self.writer as writer:
-            closed = writer.close()
-            sidecar = {
-                "version": VERSION,
-                "part": self.part.number,
-                "of": self.part.of,
-                "images": [entry.key for entry in self.part.entries],
-                "tar": closed if writer.index else None,
-                "samples": writer.index,
-                **({"input": found} if (found := identity(self.part.entries)) else {}),
-                "quarantine": [_line(one) for one in self.quarantine],
-                "kinds": {name: sorted(values) for name, values in self.kinds.items()},
-                **({"bridge_dropped": self.dropped} if self.dropped else {}),
-                **({"passed": dict(self.part.passed)} if self.part.passed else {}),
-            }
-            files.write_bytes((self.out / self.part.name).with_suffix(".json"), dump_json(sealed(sidecar)))
+            closed, lines = writer.close(), [line_of(one) for one in self.quarantine]
+            self.claim.check()
+            describe(
+                self.out,
+                self.part,
+                self.contents,
+                tar=closed,
+                samples=writer.index,
+                quarantine=lines,
+                suffix=self.claim.suffix,
+            )
             if writer.index:
+                self.claim.check()
                 writer.publish()
 
 
-def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -> None:
-    """Write one part: its tar aside, its json, and then its tar's name. Raises what `label` raises.
+def label_part(out: Path, part: Part, work: Work, tally: Tally, team: Crew) -> OpenPart:
+    """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread does nothing but ask the teachers: see `labelling.crew`.
     """
-    writer = ShardWriter(out / part.name)
+    writer = ShardWriter(out / part.name, suffix=work.claim.suffix)
     try:
-        opened = _OpenPart(out, part, writer, list(part.rejected))
+        opened = OpenPart(out, part, writer, list(part.rejected), work.claim)
         tally.quarantined += len(part.rejected)
         prepared = ahead(team.workers, work.jobs, part.entries, 2 * team.threads)
         jobs = (job for several in prepared for job in several)
@@ -305,61 +307,19 @@ def _label_part(out: Path, part: Part, work: _Work, tally: _Tally, team: Crew) -
         last = ""
         encoded = ahead(team.workers, partial(_encode, work.labels.codec), results, 2 * team.threads)
         for result, size in ahead(team.clerk, partial(_store, writer), encoded, 2 * team.threads):
+            if work.claim.lost:
+                work.claim.check()
             if isinstance(result, Rejected):
                 opened.quarantine.append(result)
                 tally.quarantined += 1
             else:
                 tally.samples += 1
                 tally.bytes += size
-                opened.note(result)
+                opened.contents.note(result)
             origin = result.origin if isinstance(result, Rejected) else result.record["image"]["origin"]
             tally.images, last = tally.images + (origin != last), origin
             tally.tell()
     except BaseException:
         with writer:
             raise
-    team.close(opened.finish)
-
-
-def _line(rejected: Rejected) -> dict[str, str]:
-    # An address in memory would differ from run to run.
-    return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
-
-
-def _is_done(out: Path, part: Part, teachers: Teachers) -> bool:
-    """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
-
-    A part whose images are the first of those that it has now is made again: a cut tar has been downloaded whole. So is
-    one whose images are all still in its tar, in their order: images that were lost in a damaged tar lie between them.
-    """
-    sidecar = (out / part.name).with_suffix(".json")
-    if not sidecar.is_file():
-        return False
-    sidecar_data, keys = read_json(sidecar), [entry.key for entry in part.entries]
-    if sidecar_data["images"] != keys or sidecar_data["of"] != part.of:
-        grown = sidecar_data["images"] == keys[: len(sidecar_data["images"])]
-        if not grown and part.shard.is_tar:
-            there = iter([entry.key for entry in part.shard.scan().entries])
-            grown = all(key in there for key in sidecar_data["images"])
-        if grown and sidecar_data["of"] <= part.of:
-            return False
-        why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
-        raise ValueError(
-            f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
-            f"({len(sidecar_data['images'])} then, {len(keys)} now{why}): label into another folder, or delete "
-            f"{part.shard.stem}-[0-9][0-9][0-9].* there"
-        )
-    if before := sidecar_data.get("input"):
-        now = identity(part.entries)
-        if any(now[key] != before[key] for key in before if key in now):
-            raise ValueError(
-                f"{out / part.name} was labelled from other files of the same names than {part.shard.origin} holds "
-                f"now: put those back, label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].* there"
-            )
-    asked = {*asked_about(part.shard, teachers)}
-    if (by := {*sidecar_data["kinds"]}) and by != asked:
-        raise ValueError(
-            f"{out / part.name} was labelled by {', '.join(sorted(by))}, and {part.shard.origin} is now to be labelled "
-            f"by {', '.join(sorted(asked))}: label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
-        )
-    return sidecar_data["tar"] is None or is_whole(out, sidecar_data["tar"])
+    return opened

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distill.core.settings import above, below, refuse, unknown_words
+
+STORES = ("s3://", "gs://", "az://")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -13,11 +15,16 @@ class LabelSettings:
     """How teachers are asked, and how and where their labels are kept."""
 
     root: str = ""
-    """The folder of label folders, a local path; RUN/labels by default. Or a finished labels folder, to learn from."""
+    """The folder of label folders, a path; RUN/labels by default. Or a finished labels folder, to learn from. Or an
+    address of an object store (s3://, gs://, az://), where workers that share no disk meet."""
     samples_per_part: int = 1000
     """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
-    batch_size: int = 8
-    """Crops that a teacher sees at once, also where labels are made during training."""
+    fine_tail: int = 1
+    """Parts of the last twentieth of the input shards are so many times smaller, so that many workers finish at about
+    one time; 1: all parts alike."""
+    batch_size: int | Literal["auto"] = 8
+    """Crops that a teacher sees at once, also where labels are made during training. "auto" tries sizes when labelling
+    begins and keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
     threads: int = 4
     """Threads that decode, cut and encode beside the teachers."""
     licence: str = "unknown"
@@ -27,6 +34,9 @@ class LabelSettings:
     keeps it."""
     codec: Literal["jls", "png16", "float16"] = "jls"
     """How maps become bytes; each is off by at most 1/8192 of a map's range (distill.shards.codec)."""
+    names: str = ""
+    """A text file with the samples, or images, of the labels to learn from, such as `distill filter` writes; all by
+    default."""
     mirror: str = ""
     """A URL (fsspec) where finished labels are sent, and from where training fetches those that it does not find
     here."""
@@ -45,26 +55,69 @@ class LabelSettings:
     """A bridged label whose residual is larger, as a share of the disparity's spread, is dropped and counted; in (0,
     1]."""
 
+    align: Literal["", "truth"] = ""
+    """"truth" fits every teacher's label to the image's measured depth, by a robust scale and shift per map, so that
+    sparse lidar or SfM points make dense metric labels (distill.labelling.alignment). Depth Anything 3."""
+    align_residual: float = 0.3
+    """A fitted label whose residual on its inliers is larger, as a share of the truth's spread, is dropped and counted;
+    in (0, 1]. Ours."""
+    align_inliers: float = 0.5
+    """So is one that fits a smaller share of the truth's points, in [0, 1]. Ours."""
+
     def __post_init__(self) -> None:
-        faults = below(self, samples_per_part=1, batch_size=1, threads=0) + unknown_words(self)
-        faults += above(self, samples_per_part=1_000_000, batch_size=65536, threads=256)
-        if "://" in self.root:
+        faults = below(self, samples_per_part=1, threads=0, fine_tail=1) + unknown_words(self)
+        faults += above(self, samples_per_part=1_000_000, threads=256, fine_tail=100)
+        if isinstance(self.batch_size, int):
+            faults += below(self, batch_size=1) + above(self, batch_size=65536)
+        elif self.online:
+            faults.append('batch_size = "auto" is kept in a labels folder: with online = true give a number')
+        if "://" in self.root and not self.meeting:
             faults.append(
-                f"root = {self.root!r}: labels are made on a local path, for tars are finished by renaming; "
-                "labels.mirror takes a URL"
+                f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "
+                f"{', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
             )
+        if self.meeting and self.mirror:
+            faults.append("root is a URL, which training fetches from: mirror is for labels that are made on a path")
         if self.mirror and "://" not in self.mirror:
             faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
         if not 0.0 < self.bridge_residual <= 1.0:
             faults.append(f"bridge_residual must be in (0, 1], not {self.bridge_residual}")
+        if not 0.0 < self.align_residual <= 1.0:
+            faults.append(f"align_residual must be in (0, 1], not {self.align_residual}")
+        if not 0.0 <= self.align_inliers <= 1.0:
+            faults.append(f"align_inliers must be in [0, 1], not {self.align_inliers}")
+        if self.align and self.bridge:
+            faults.append("align fits every teacher to the truth: leave bridge out")
         if self.bridge and self.store != "disparity":
             faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
         refuse(faults)
 
     @property
+    def crops_at_once(self) -> int:
+        """The batch size as a number; before one is tried and kept (distill.labelling.tuning), the default's."""
+        return DEFAULTS.crops_at_once if isinstance(self.batch_size, str) else self.batch_size
+
+    def with_batch_size(self, number: int) -> LabelSettings:
+        """The same with another batch size."""
+        return replace(self, batch_size=number)
+
+    @property
+    def meeting(self) -> str:
+        """The address of an object store where workers meet, or ""."""
+        return self.root if self.root.startswith(STORES) else ""
+
+    @property
+    def source(self) -> str:
+        """The address that training fetches labels from, or ""."""
+        return self.mirror or self.meeting
+
+    @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder, beside images, crops and teachers."""
-        names = ("store", "codec", "samples_per_part", "sky", *(("bridge", "bridge_residual") if self.bridge else ()))
+        names = ["store", "codec", "samples_per_part", "sky"]
+        names += ["bridge", "bridge_residual"] if self.bridge else []
+        names += ["align", "align_residual", "align_inliers"] if self.align else []
+        names += ["fine_tail"] if self.fine_tail > 1 else []
         return {name: getattr(self, name) for name in names}
 
 

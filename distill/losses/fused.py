@@ -55,8 +55,8 @@ def context_loss(
     name = ("contexts", levels, trim_top, label_only, weight is None)
     if not _trusted(name, pred.device, lambda device: _try_contexts(device, weight is not None, how)):
         return None
-    losses, live, found = _contexts(pred, target, valid, weight, **how)
-    return losses, live, found if levels[0] == 1 and not label_only else None
+    losses, live, statistics = _contexts(pred, target, valid, weight, **how)
+    return losses, live, statistics if levels[0] == 1 and not label_only else None
 
 
 def gradient_loss(

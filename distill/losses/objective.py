@@ -86,6 +86,7 @@ class Objective:
         self, pred: Tensor, labels: Labels, features: Tensor | None, teacher_features: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.against_truth if labels.supervision.truth else self.settings
+        labels = _in_unit_range(labels) if s.label_range == "unit" else labels
         given = Given(
             pred=pred,
             labels=labels,
@@ -117,6 +118,23 @@ def _nearer(depth: DepthMap, limit: float) -> DepthMap:
     values, metres = depth.values, depth.kind.quantity == "depth"
     within = (values > 0) & (values <= limit) if metres else values >= 1.0 / limit
     return DepthMap(values, depth.valid & within, depth.kind)
+
+
+def _in_unit_range(labels: Labels) -> Labels:
+    """Every region's labels by its lowest and highest valid value as 0 and 1, patches by those too; flat ones stay."""
+    shared, local = labels.shared, labels.local
+    known = shared.valid & torch.isfinite(shared.values)
+    low = torch.where(known, shared.values, torch.inf).flatten(1).amin(1)
+    high = torch.where(known, shared.values, -torch.inf).flatten(1).amax(1)
+    some = high > low
+    low, span = torch.where(some, low, 0.0), torch.where(some, high - low, 1.0)
+
+    def brought(one: DepthMap) -> DepthMap:
+        times = len(one) // max(1, len(low))
+        first, length = (v.repeat_interleave(times)[:, None, None] for v in (low, span))
+        return DepthMap((one.values - first) / length, one.valid, one.kind)
+
+    return replace(labels, shared=brought(shared), local=None if local is None else brought(local))
 
 
 def _compare(s: LossSettings, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:

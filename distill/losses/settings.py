@@ -64,14 +64,14 @@ def term_facts(name: str) -> TermFacts:
 
 def _every_term() -> dict[str, TermFacts]:
     """The facts of every term. One from outside that breaks its contract is no key; its contracts say why."""
-    found: dict[str, TermFacts] = {}
+    facts: dict[str, TermFacts] = {}
     for name in names(TERMS):
         try:
-            found[name] = term_facts(name)
+            facts[name] = term_facts(name)
         except (ValueError, LookupError, ImportError, OSError):
             if where_from(TERMS, name)[0].startswith(TERMS):
                 raise
-    return found
+    return facts
 
 
 FACTS = _every_term()
@@ -87,6 +87,9 @@ class _LossSettings:
     trim_top: float = 0.0
     """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1; off, as in the
     paper."""
+    label_range: Literal["as_is", "unit"] = "as_is"
+    """"unit" brings every label to [0, 1] by its own lowest and highest value before anything is compared; a
+    normalization that ignores scale and shift does not see it. AnyDepth: unit."""
     label_only: bool = False
     """The student is brought to the label's scale by the label's statistics, not by its own. Ours."""
     feature_reference: str = "start"
@@ -124,6 +127,9 @@ class _LossSettings:
             for key, value in values.items()
             if not 0 <= value < math.inf
         ]
+        metric = [name for name in FACTS if FACTS[name].is_metric and getattr(self, name)]
+        if self.label_range == "unit" and metric:
+            faults.append(f'{metric[0]} compares metres, which label_range = "unit" takes away: leave one of them out')
         if not 0.0 <= self.trim_top < 1.0:
             faults.append(f"trim_top must be in [0, 1), not {self.trim_top}")
         refuse(faults + self._truth_faults())
@@ -133,11 +139,11 @@ class _LossSettings:
         unknown = [f"unknown key truth.{key}{did_you_mean(key, known)}" for key in self.truth if key not in known]
         if unknown or not self.truth:
             return unknown
-        own = {key: type(getattr(self, key)) for key in self.truth}
+        types = {key: type(getattr(self, key)) for key in self.truth}
         wrong = [
             f"truth.{key} must be like {getattr(self, key)!r}, not {value!r}"
             for key, value in self.truth.items()
-            if type(value) is not own[key] and not (own[key] is float and type(value) is int)
+            if type(value) is not types[key] and not (types[key] is float and type(value) is int)
         ]
         if wrong:
             return wrong

@@ -8,142 +8,31 @@ Shapes: S region size, N patches per region, P patch size.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
-import imagecodecs
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from distill.core.codes import CodedLabels, CodedMaps, register
+from distill.core.codes import CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import DENSE, Batch, Labels, Supervision
+from distill.shards.codecs import CODECS as CODECS
+from distill.shards.codecs import DEFAULT_CODEC as DEFAULT_CODEC
+from distill.shards.codecs import MAX_ERROR as MAX_ERROR
+from distill.shards.codecs import Codes
 
 VERSION = 1
-MAX_ERROR = 1 / 8192  # of a map's range: what every codec promises
-# From tests/speed/codecs.py: a fifth of png16's bytes. High-throughput JPEG 2000 is as small and twice as fast, but the
-# decoder in imagecodecs crashes the process on damaged bytes, which a label shard from elsewhere may hold.
-DEFAULT_CODEC = "jls"
-
-# Paeth with moderate deflate is a fifth smaller than the fastest setting, at 14 ms against 6 for 560 x 560.
-_PNG = (
-    *(cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
-    *((cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH) if hasattr(cv2, "IMWRITE_PNG_FILTER") else ()),
-)
-# JPEG-LS changes a code by at most this. 8 would break MAX_ERROR, for rounding to a code costs another half.
-_NEAR = 7
-
 REPAIR = "run `distill verify --repair` on its folder"
-
-Codes = NDArray[np.uint16]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Codec:
-    """How the numbers of a map become bytes, by way of 16-bit codes.
-
-    suffix: of the tar member. bound: the largest error, as a fraction of the map's range. units: (65536,) float64, what
-    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units, which it
-    may overwrite, and bool usable to codes. first: the code of the lowest value where codes are linear in the value up
-    to 65535, else 0. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
-    """
-
-    suffix: str
-    bound: float
-    units: NDArray[np.float64]
-    first: int
-    code: Callable[[NDArray[np.float64], NDArray[np.bool_]], Codes]
-    write: Callable[[Codes], bytes]
-    read: Callable[[bytes], NDArray[Any]]
-
-
-def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..., Codes], float]:
-    """Codes from `first` (lowest value) to 65535 (highest), and 0 for invalid: units, coder, error.
-
-    A coder that moves codes by up to `near` never makes a valid pixel invalid or the reverse where first > 2 near.
-    """
-    assert first > 2 * near
-    steps = 65535 - first
-    codes = np.arange(65536, dtype=np.float64)
-    units = np.where(codes > near, np.clip((codes - first) / steps, 0.0, 1.0), np.nan)
-
-    def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
-        unit *= steps
-        np.rint(unit, out=unit)
-        unit += first
-        unit *= usable
-        return unit.astype(np.uint16)
-
-    return units, code, (near + 0.5) / steps
-
-
-def _png16() -> Codec:
-    units, code, bound = _linear(1)
-
-    def write(codes: Codes) -> bytes:
-        done, png = cv2.imencode(".png", codes, _PNG)
-        assert done, "OpenCV refused to encode a 16-bit PNG"
-        return png.tobytes()
-
-    def read(data: bytes) -> NDArray[Any]:
-        codes = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if data else None
-        if codes is None:
-            raise ValueError("not a PNG")
-        return codes
-
-    return Codec(suffix="png", bound=bound, units=units, first=1, code=code, write=write, read=read)
-
-
-def _jls() -> Codec:
-    units, code, bound = _linear(2 * _NEAR + 2, near=_NEAR)
-
-    def write(codes: Codes) -> bytes:
-        return bytes(imagecodecs.jpegls_encode(codes, level=_NEAR))
-
-    def read(data: bytes) -> NDArray[Any]:
-        try:
-            return np.asarray(imagecodecs.jpegls_decode(data))
-        except (imagecodecs.JpeglsError, MemoryError) as error:
-            raise ValueError(f"not JPEG-LS ({error})") from error
-
-    return Codec(suffix="jls", bound=bound, units=units, first=2 * _NEAR + 2, code=code, write=write, read=read)
-
-
-def _float16() -> Codec:
-    # From -1 to 1, where half precision is twice as fine as from 0 to 1: off by 2**-12 of half the range at most.
-    halves = np.arange(65536).astype(np.uint16).view(np.float16)
-    units = (np.where(np.isfinite(halves), halves, np.float16(np.nan)).astype(np.float64) + 1.0) / 2.0
-
-    def code(unit: NDArray[np.float64], usable: NDArray[np.bool_]) -> Codes:
-        return np.where(usable, 2.0 * unit - 1.0, np.nan).astype(np.float16).view(np.uint16)
-
-    def write(codes: Codes) -> bytes:
-        file = io.BytesIO()
-        np.save(file, codes.view(np.float16))
-        return gzip.compress(file.getvalue(), compresslevel=6, mtime=0)
-
-    def read(data: bytes) -> NDArray[Any]:
-        try:
-            return np.load(io.BytesIO(gzip.decompress(data)), allow_pickle=False).view(np.uint16)
-        except (OSError, EOFError, zlib.error, TypeError) as error:
-            raise ValueError(f"not a compressed npy ({error})") from error
-
-    return Codec(suffix="npy.gz", bound=2.0**-13, units=units, first=0, code=code, write=write, read=read)
-
-
-CODECS = {"jls": _jls(), "png16": _png16(), "float16": _float16()}
-for _name, _codec in CODECS.items():
-    register(_name, torch.from_numpy(_codec.units))
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,8 +85,7 @@ def _stack(labels: Sequence[Labels]) -> Labels:
     if len({one.shared.kind.quantity for one in labels}) > 1:
         cat([one.shared for one in labels])  # raises, naming the kinds
     shared = cat([one.shared.convert(kind) for one in labels])
-    first = labels[0].supervision
-    supervision = replace(first, kind=kind, truth=all(one.supervision.truth for one in labels))
+    supervision = replace(labels[0].supervision, kind=kind, truth=all(one.supervision.truth for one in labels))
     counts = [0 if one.local is None else len(one.local) for one in labels]
     max_patches = max(counts)
     if max_patches == 0:
@@ -293,6 +181,7 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
         described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
     record["jpg"] = {"crc32": zlib.crc32(picture.getvalue())}
+    record["crc32"] = zlib.crc32(dump_json(record))
     members.append((f"{sample.key}.json", dump_json(record)))
     return members
 
@@ -315,9 +204,10 @@ def decode_sample(
     try:
         record = json.loads(members["json"])
         check_version(record, where)
-        crop, described, codec = record["crop"], record["labels"], record["codec"]
-        if codec not in CODECS:
+        if (codec := record["codec"]) not in CODECS:
             raise ValueError(f"{where} has labels in codec {codec!r}; this version reads {', '.join(CODECS)}")
+        _check_record(record, where)
+        crop, described = record["crop"], record["labels"]
         names = list(described) if teachers is None else list(teachers)
         unknown = [name for name in names if name not in described]
         if unknown:
@@ -339,6 +229,15 @@ def decode_sample(
         return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
+
+
+def _check_record(record: dict[str, Any], where: str) -> None:
+    """Takes a record's checksum off; OSError names `where` for another one. Older labels have none."""
+    said, found = record.pop("crc32", None), -1
+    with suppress(ValueError):  # a damaged number may have become infinite
+        found = zlib.crc32(dump_json(record))
+    if said not in (None, found):
+        raise OSError(f"{where} json is damaged: its checksum is wrong; {REPAIR}")
 
 
 def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.uint8]:
@@ -384,27 +283,28 @@ def _read_labels(
 
 def disagreements(sample: Sample) -> Iterator[str]:
     """Where a sample that was read is not what its record says, a line each."""
-    crop, size = sample.record["crop"], sample.record["crop"]["size"]
-    if sample.image.shape != (3, size, size):
-        yield f"the image is {tuple(sample.image.shape)}, not 3 x {size} x {size}"
+    crop, image = sample.record["crop"], tuple(sample.image.shape)
+    shape = (crop["size"], image[-1] if crop.get("width") else crop["size"])  # no square: as its image is
+    if image != (3, *shape):
+        yield f"the image is {image}, not 3 x {shape[0]} x {shape[1]}"
     if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
         yield "a patch lies outside the region"
     for name, labels in sample.labels.items():
-        info = sample.record["labels"][name]
-        maps = [(labels.shared, 0, info["shared"], size)]
+        info, kind = sample.record["labels"][name], labels.shared.kind
+        maps = [(labels.shared, 0, info["shared"], shape)]
         if labels.local is not None:
-            maps += [(labels.local, i, span, crop["patch_size"]) for i, span in enumerate(info["local"])]
+            maps += [(labels.local, i, span, (crop["patch_size"],) * 2) for i, span in enumerate(info["local"])]
         if len(info["local"]) not in (0, len(sample.record["patches"])):
             yield f"{name} has {len(info['local'])} local maps for {len(sample.record['patches'])} patches"
-        for depth, i, span, side in maps:
-            if depth.values.shape[1:] != (side, side):
-                yield f"a map by {name} is {tuple(depth.values.shape[1:])}, not {side} x {side}"
+        for depth, i, span, wanted in maps:
+            if (size := tuple(depth.values.shape[1:])) != wanted:
+                yield f"a map by {name} is {size}, not {wanted}"
             if int(depth.valid[i].sum()) != span["valid"]:
                 yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
             if not span["low"] <= span["high"]:
                 yield f"a map by {name} has the range {span['low']} to {span['high']}"
-        if "disparity" in labels.shared.kind and labels.shared.kind.unknown != "affine" and info["shared"]["low"] < 0:
-            yield f"{name} says {labels.shared.kind}, but has negative values"
+        if "disparity" in kind and kind.unknown != "affine" and info["shared"]["low"] < 0:
+            yield f"{name} says {kind}, but has negative values"
 
 
 def check_version(record: Mapping[str, Any], where: str | Path) -> None:

@@ -29,7 +29,7 @@ import numpy as np
 import webdataset
 from torch.utils.data import Dataset
 
-from distill.core import files
+from distill.core import files, machine
 from distill.core.files import file_sha256
 from distill.core.progress import Report
 from distill.core.seal import is_broken
@@ -38,6 +38,7 @@ from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
+from distill.shards.tables import DamagedTableError as DamagedTableError
 from distill.shards.tables import read_json as read_json
 from distill.shards.tables import read_manifest as read_manifest
 from distill.shards.tables import write_manifest as write_manifest
@@ -65,14 +66,16 @@ class ShardWriter:
 
     In between, the caller writes down what the tar holds, so that a tar that can be seen has always been described.
     As a context manager it removes an unpublished file, unless the process is killed: then the next run overwrites it.
+    suffix: sets the file aside apart from that of another writer of the same tar.
     Every method raises OSError naming the tar where the disk refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, suffix: str = "") -> None:
         self.path = path
+        self.aside = files.aside(path).with_name(files.aside(path).name + suffix)
         self.index: list[tuple[str, int, int]] = []
         with files.naming(path):
-            self._file = files.aside(path).open("wb")
+            self._file = self.aside.open("wb")
         self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
 
@@ -86,7 +89,7 @@ class ShardWriter:
             if error is None:
                 raise files.write_error(self.path, failed) from failed
         finally:
-            files.aside(self.path).unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
 
     def add(self, key: str, members: Sequence[tuple[str, bytes]]) -> None:
         """Append a sample: `codec.encode_sample`'s members."""
@@ -116,7 +119,7 @@ class ShardWriter:
     def publish(self) -> None:
         """Rename the finished file into place."""
         with files.naming(self.path):
-            files.publish(files.aside(self.path), self.path)
+            files.publish(self.aside, self.path)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
         metadata = read_json(sidecar)
         if metadata.get("tar") and metadata["tar"]["bytes"] == path.stat().st_size:
             return _listed(sidecar, metadata, path.stat().st_size)
-    return _walked(path)
+    return walked_index(path)
 
 
 def _listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
@@ -161,18 +164,18 @@ def _listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple
     return places
 
 
-def _walked(path: Path) -> list[tuple[str, int, int]]:
-    """`shard_index` by the tar's own headers."""
-    found: dict[str, list[int]] = {}
+def walked_index(path: Path) -> list[tuple[str, int, int]]:
+    """`shard_index` by the tar's own headers. Raises OSError for a damaged tar."""
+    extents: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
         if member is None or problem:
             raise OSError(f"{path}: {problem}; delete it and its .json, and run distill label again")
         end = member.offset_data + (member.size + 511) // 512 * 512
-        found.setdefault(member.name.split(".", 1)[0], [member.offset, end])[1] = end
-    return [(key, start, end - start) for key, (start, end) in found.items()]
+        extents.setdefault(member.name.split(".", 1)[0], [member.offset, end])[1] = end
+    return [(key, start, end - start) for key, (start, end) in extents.items()]
 
 
-def _members(blob: bytes, where: str) -> dict[str, bytes]:
+def members_of(blob: bytes, where: str) -> dict[str, bytes]:
     """The members of one sample, by what follows the key, from its bytes in the tar."""
     try:
         with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
@@ -191,7 +194,7 @@ class LabelDataset(Dataset[Sample]):
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
 
-    _MAX_OPEN = 64
+    _MAX_OPEN = 64  # tars, and a quarter of the files that may be open
 
     def __init__(
         self, folder: str | Path, *, teachers: Sequence[str] | None = None, keys: Collection[str] | None = None
@@ -275,12 +278,12 @@ class LabelDataset(Dataset[Sample]):
         blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
-        return decode_sample(_members(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
+        return decode_sample(members_of(blob, where), where=where, teachers=teachers, patches=patches, coded=coded)
 
     def _handle(self, name: str) -> IO[bytes]:
         file = self._open.get(name)
         if file is None:
-            if len(self._open) >= self._MAX_OPEN:
+            if len(self._open) >= min(self._MAX_OPEN, (machine.open_files() or 1 << 20) // 4):
                 # Dropped, not closed: another thread may be reading from it.
                 self._open.pop(next(iter(self._open)), None)
             file = self._open[name] = (self.folder / name).open("rb", buffering=0)
@@ -299,39 +302,58 @@ def verify(folder: str | Path, *, report: Report | None = None) -> list[str]:
 
 
 def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[str, list[str]]:
-    """What `verify` says, by the name of the tar; "" has what is wrong with the manifest itself."""
+    """What `verify` says, by the name of the tar, or of its json or the settings; "" has the manifest's faults."""
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
-    found: dict[str, list[str]] = {}
+    problems_of: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):
         if path.name not in listed:
-            found[path.name] = [f"{path} is not in {MANIFEST}"]
+            problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
-        found[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
+        problems_of[""] = [f"{folder / MANIFEST}: the image list does not agree with its own checksum"]
     if is_broken(json.loads((folder / MANIFEST).read_bytes())):
-        found.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
+        problems_of.setdefault("", []).append(f"{folder / MANIFEST} does not agree with its own checksum")
     if (folder / SETTINGS).is_file():
         try:
             read_json(folder / SETTINGS)
         except ValueError as error:
-            found[SETTINGS] = [str(error)]
+            problems_of[SETTINGS] = [str(error)]
     keys = set(images["keys"])
     for done, shard in enumerate(manifest["shards"]):
-        if problems := _verify_shard(folder / shard["name"], shard, keys):
-            found[shard["name"]] = problems
+        path = folder / shard["name"]
+        samples, problems = _verify_shard(path, shard, keys)
+        if problems:
+            problems_of[path.name] = problems
+        if problems := verify_sidecar(path, shard, samples):
+            problems_of[path.with_suffix(".json").name] = problems
         if report:
-            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, found.values()))))
-    return found
+            report(done + 1, len(manifest["shards"]), problems=float(sum(map(len, problems_of.values()))))
+    return problems_of
 
 
-def _verify_sidecar(path: Path, shard: Mapping[str, Any]) -> list[str]:
-    """What the json of a tar says otherwise than the manifest."""
+def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
+    """What the json of a tar says otherwise than the manifest, or than the tar of these samples (None: not read)."""
     sidecar = path.with_suffix(".json")
-    said = read_json(sidecar).get("tar") if sidecar.is_file() else None
-    differ = [key for key in ("name", "sha256", "bytes", "samples") if said and said[key] != shard[key]]
-    return [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
+    if not sidecar.is_file():
+        return [f"{sidecar} is missing"]
+    try:
+        table = read_json(sidecar)
+        recorded = table.get("tar")
+        differ = [key for key in ("name", "sha256", "bytes", "samples") if not recorded or recorded[key] != shard[key]]
+        problems = [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
+        if samples is None or not recorded or recorded["bytes"] != path.stat().st_size:
+            return problems
+        index, held = _listed(sidecar, table, path.stat().st_size), walked_index(path)
+        if samples != [key for key, _, _ in index]:
+            problems.append(f"{sidecar} does not list the samples that its tar holds")
+        elif index != held:
+            wrong = next(key for (key, *place), (_, *true) in zip(index, held, strict=True) if place != true)
+            problems.append(f"{sidecar} says another place than its tar has for {wrong}")
+        return problems
+    except (OSError, ValueError) as error:
+        return [str(error)]
 
 
 def hash_keys(keys: Sequence[str]) -> str:
@@ -339,9 +361,10 @@ def hash_keys(keys: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
 
 
-def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> list[str]:
+def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tuple[list[str] | None, list[str]]:
+    """The keys of a tar's samples, None where they cannot be read, and what is wrong with the tar."""
     if not path.is_file():
-        return [f"{path} is missing"]
+        return None, [f"{path} is missing"]
     problems = []
     if file_sha256(path) != shard["sha256"]:
         problems.append(f"{path}: its checksum is not the one in {MANIFEST}")
@@ -352,18 +375,10 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> lis
             if sample.image_key not in images:
                 problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
             seen.append(sample.key)
-        index, held = shard_index(path), _walked(path)
-        if seen != [key for key, _, _ in index]:
-            problems.append(f"{path}: its .json does not list the samples it holds")
-        elif index != held:
-            wrong = next(key for (key, *place), (_, *true) in zip(index, held, strict=True) if place != true)
-            problems.append(f"{path}: its .json says another place than the tar has for {wrong}")
-        problems += _verify_sidecar(path, shard)
     except (OSError, ValueError) as error:
-        problems.append(str(error))
-        return problems
+        return None, [*problems, str(error)]
     if len(seen) != shard["samples"]:
         problems.append(f"{path}: {len(seen)} samples, not the {shard['samples']} in {MANIFEST}")
     if len(set(seen)) != len(seen):
         problems.append(f"{path}: a key occurs twice")
-    return problems
+    return seen, problems

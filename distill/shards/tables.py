@@ -16,15 +16,20 @@ from distill.shards.codec import REPAIR, VERSION, check_version
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `folder`/manifest.json, at once or not at all."""
-    files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True)
+class DamagedTableError(ValueError):
+    """A table of ours with other bytes than were written: what it says can be made again."""
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], *, suffix: str = "") -> None:
+    """Write `folder`/manifest.json, at once or not at all; suffix: as `files.writing` has it."""
+    files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True, suffix=suffix)
 
 
 def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
     """The manifest of a labels folder; whole: only one that agrees with its own checksum.
 
-    Raises FileNotFoundError where there is none, ValueError where it is not ours, not whole, or too new.
+    Raises FileNotFoundError where there is none, DamagedTableError where it is not whole, ValueError where it is too
+    new.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -34,7 +39,7 @@ def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
 
 
 def _check_keys(path: Path, value: dict[str, Any]) -> None:
-    """Raise ValueError unless a manifest, or the json of a tar, has what is read of it; other tables are let by."""
+    """Raise DamagedTableError unless a manifest, or the json of a tar, has what is read; other tables are let by."""
     needed: list[tuple[str, Any, str]] = []
     tars: Any = []
     if path.name == MANIFEST:
@@ -51,14 +56,13 @@ def _check_keys(path: Path, value: dict[str, Any]) -> None:
     for what, table, keys in needed:
         missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
         if missing:
-            way_out = "delete it and run distill label again"
-            raise ValueError(f"{path} is damaged: {what} has no {', '.join(missing)}; {way_out}")
+            raise DamagedTableError(f"{path} is damaged: {what} has no {', '.join(missing)}; {REPAIR}")
         if what == "a tar in it":
             _check_tar(path, table)
 
 
 def _check_samples(path: Path, value: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the json of a tar lists samples as (key, first byte, number of bytes)."""
+    """Raise DamagedTableError unless the json of a tar lists samples as (key, first byte, number of bytes)."""
     samples = value.get("samples", [])
     right = isinstance(samples, list) and all(
         isinstance(one, list) and len(one) == 3 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int
@@ -66,33 +70,38 @@ def _check_samples(path: Path, value: Mapping[str, Any]) -> None:
     )
     types: dict[str, type] = {"part": int, "of": int, "images": list, "quarantine": list, "kinds": dict}
     if not right or not all(isinstance(value[key], kind) for key, kind in types.items() if key in value):
-        raise ValueError(f"{path} is damaged: what it says of its samples is not what was written; {REPAIR}")
+        raise DamagedTableError(f"{path} is damaged: what it says of its samples is not what was written; {REPAIR}")
 
 
 def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
     """Raise ValueError unless what a table of ours says of a tar has the types, and the plain file name, of one."""
     whole = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
     if not whole or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
-        raise ValueError(f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers")
+        raise DamagedTableError(
+            f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers; {REPAIR}"
+        )
     name = tar["name"]
     if files.leaves_root(name) or "/" in name or "\\" in name or name[0] == "." or not name.endswith(".tar"):
         raise ValueError(f"{path} names the tar {name!r}, which is no .tar of its own folder: refused")
 
 
 def read_json(path: Path, *, whole: bool = True) -> dict[str, Any]:
-    """A json table of ours, without its checksum; ValueError naming the file where it is damaged, foreign or too new.
+    """A json table of ours, without its checksum; ValueError naming the file where it is too new.
 
-    whole: False lets a table pass that does not agree with its own checksum.
+    Raises DamagedTableError where it is not what was written. whole: False lets a table pass that does not agree with
+    its own checksum.
     """
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run distill label again") from error
+        raise DamagedTableError(f"{path} is damaged ({error}); {REPAIR}") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON table: not written by distill label")
+        raise DamagedTableError(f"{path} is not a JSON table: not written by distill label; {REPAIR}")
+    if not isinstance(value.get("version"), int):
+        raise DamagedTableError(f"{path} has no version: not written by distill label; {REPAIR}")
+    if is_broken(value) and (whole or value["version"] > VERSION):
+        raise DamagedTableError(f"{path} is damaged: it does not agree with its own checksum; {REPAIR}")
     check_version(value, path)
     _check_keys(path, value)
-    if whole and is_broken(value):
-        raise ValueError(f"{path} is damaged: it does not agree with its own checksum; {REPAIR}")
     value.pop(SEAL, None)
     return value

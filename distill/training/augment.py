@@ -1,4 +1,4 @@
-"""Changes to a batch that teach the student more than the photo does: flips, crops, colours.
+"""Changes to a batch that teach the student more than the photo does: flips, turns, crops, colours.
 
 Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch, and alike on any
 number of processes and after a resume. Geometry moves image, shared map, patches and boxes together; colour changes the
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.crops import generator, resize
@@ -32,14 +34,16 @@ def augment(
     hflip: bool,
     color_jitter: float,
     random_resized_crop: float,
+    rotation: float = 0.0,
 ) -> Batch:
     """The batch as the student is to see it at these places of the stream, (B,) of them.
 
     hflip: every second image is mirrored, by lot. color_jitter: brightness, contrast and saturation are each multiplied
     by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square of the
-    region; 1 = off.
+    region; 1 = off. rotation: the largest turn in degrees, either way; 0 = off. Raises ValueError for a turn of labels
+    with patches.
     """
-    if not (hflip or color_jitter or random_resized_crop < 1.0):
+    if not (hflip or color_jitter or rotation or random_resized_crop < 1.0):
         return batch
     draws = [generator("augment", seed, position) for position in positions]
     images, labels = batch.images.clone(), dict(batch.labels)
@@ -48,14 +52,33 @@ def augment(
         for b, square in enumerate(squares):
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
+    if rotation:
+        angles = [math.radians(rotation * (2.0 * draw.random() - 1.0)) for draw in draws]
+        images, labels = _turned(images, labels, angles)
     if hflip:
-        mirrored = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
-        images = _mirror(images, mirrored)
-        labels = {name: _mirror_labels(part, mirrored) for name, part in labels.items()}
+        turned = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
+        images = _mirror(images, turned)
+        labels = {name: _mirror_labels(part, turned) for name, part in labels.items()}
     if color_jitter:
         for b, draw in enumerate(draws):
             images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
+
+
+def mirrored(
+    positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float, rotation: float = 0.0
+) -> tuple[bool, ...]:
+    """Which of the images at these places `augment` turns."""
+    if not hflip:
+        return (False,) * len(positions)
+    draws = [generator("augment", seed, position) for position in positions]
+    if random_resized_crop < 1.0:
+        for draw in draws:
+            draw.random(3)  # of its square, which is drawn first
+    if rotation:
+        for draw in draws:
+            draw.random()  # of its angle
+    return tuple(bool(draw.random() < 0.5) for draw in draws)
 
 
 def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:
@@ -101,6 +124,30 @@ def _seen(boxes: Tensor, patch: int) -> Tensor:
     columns = left + (right - left) * centres
     rows_in, columns_in = (rows >= 0) & (rows <= 1), (columns >= 0) & (columns <= 1)
     return rows_in[:, :, None] & columns_in[:, None, :]
+
+
+def _turned(images: Tensor, labels: dict[str, Labels], angles: Sequence[float]) -> tuple[Tensor, dict[str, Labels]]:
+    """Images (B,3,H,W) and labels turned about the centre, each by its angle in radians: images bilinearly, labels to
+    the nearest pixel, so that no depth is invented. Depth along the axis stays what it is. Outside: black, invalid.
+    """
+    height, width = images.shape[-2:]
+    cos, sin = (torch.tensor([f(a) for a in angles], dtype=images.dtype) for f in (math.cos, math.sin))
+    none = torch.zeros_like(cos)
+    # affine_grid's coordinates run from -1 to 1 on either axis, whatever the aspect.
+    rows = [cos, -sin * (height / width), none, sin * (width / height), cos, none]
+    grid = F.affine_grid(
+        torch.stack(rows, 1).view(-1, 2, 3).to(images.device), [len(images), 1, height, width], align_corners=False
+    )
+    turned = {}
+    for name, part in labels.items():
+        if part.local is not None:
+            raise ValueError('train.rotation: labels of patches cannot be turned; label with crops.patches = "none"')
+        shared = part.shared
+        seen = F.grid_sample(shared.valid[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0.5
+        known = torch.where(shared.valid, shared.values, 0.0)[:, None]
+        values = F.grid_sample(known, grid, mode="nearest", align_corners=False)[:, 0]
+        turned[name] = replace(part, shared=DepthMap(values, seen, shared.kind))
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False), turned
 
 
 def _mirror(maps: Tensor, mirrored: Tensor) -> Tensor:

@@ -9,34 +9,24 @@ own one-line error in the training process, not as a worker's traceback.
 
 from __future__ import annotations
 
-import gc
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from distill.core import machine
 from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
-from distill.training.augment import augment
+from distill.shards.features import Features, StackedFeatures, moved
+from distill.training.augment import augment, mirrored
 from distill.training.sampling import (
-    MicroBatchPositions,
+    AVERAGES,
     SamplePosition,
-    choose_patches,
-    choose_teacher,
     learnt_labels,
-    meet_labels,
 )
 from distill.training.settings import TrainSettings
-
-PREFETCH = 4  # micro-batches per worker that lie ready
-PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
-AVERAGE = "average"
 
 
 class Labelled(Protocol):
@@ -86,11 +76,19 @@ class TaughtRows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them."""
+    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
+
+    features: what a frozen encoder sees in the images, float16, where it is stored; else None.
+    positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
+    held-out images -1 - their index. mirrored: which of them the augmentation has turned.
+    """
 
     keys: tuple[str, ...]
     images: Tensor
     taught: tuple[TaughtRows, ...]
+    positions: tuple[int, ...] = ()
+    mirrored: tuple[bool, ...] = ()
+    features: StackedFeatures | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
@@ -98,7 +96,7 @@ class MicroBatch:
             TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
             for one in self.taught
         ]
-        return MicroBatch(self.keys, self.images.to(device), tuple(taught))
+        return replace(self, images=self.images.to(device), taught=tuple(taught), features=moved(self.features, device))
 
     def batches(self) -> list[Batch]:
         """A batch for every supervision."""
@@ -142,7 +140,8 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with the labels of `teacher` alone ("average": of all), of the kind that the student predicts."""
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=settings.kind)
+    s = settings
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -154,13 +153,14 @@ class Item:
     among: dict[str, float]
     teacher: str
     sample: Any
+    features: Features | None = None
 
 
-def _alike(items: Sequence[Item]) -> list[list[int]]:
+def alike(items: Sequence[Item]) -> list[list[int]]:
     """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
-        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher == AVERAGE else []
+        key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher in AVERAGES else []
         key.append(item.teacher)
         if isinstance(item.sample, Sample):
             for name, labels in item.sample.answers.items():
@@ -183,13 +183,13 @@ def groups_of(items: Sequence[Item]) -> list[Group]:
     """The items by what `_alike` says."""
     return [
         Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
-        for rows in _alike(items)
+        for rows in alike(items)
     ]
 
 
 def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     """The group's batch as the step sees it: the labels that it learns from, augmented."""
-    s, averaged = settings, group.teacher == AVERAGE
+    s, averaged = settings, group.teacher in AVERAGES
     if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
         batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
     batch = augment(
@@ -199,15 +199,27 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
         hflip=s.hflip,
         color_jitter=s.color_jitter,
         random_resized_crop=s.random_resized_crop,
+        rotation=s.rotation,
     )
-    return labels_to_learn(batch, s, teacher=AVERAGE, among=group.among) if averaged else batch
+    return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
+def is_mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
+    """Which of the images at these places of the stream the augmentation mirrors."""
+    crop = s.random_resized_crop
+    return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
+
+
+def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
+    placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
+    positions = tuple(place for _, place in placed)
+    s = settings
+    turned = is_mirrored(positions, s)
     if len(groups) == 1:
         [batch], [group] = batches, groups
-        return MicroBatch(batch.keys, batch.images, (TaughtRows(None, batch.labels[group.teacher], group.teacher),))
+        taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)
+        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, turned)
     count = sum(len(group.rows) for group in groups)
     keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
     taught = []
@@ -217,164 +229,4 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch]) -> MicroBatch:
         images[rows] = batch.images
         for row, key in zip(group.rows, batch.keys, strict=True):
             keys[row] = key
-    return MicroBatch(tuple(keys), images, tuple(taught))
-
-
-@dataclass(frozen=True, slots=True)
-class _Training:
-    """Makes the micro-batch of places of the stream."""
-
-    collate: Collate
-    settings: TrainSettings
-
-    def __call__(self, items: list[Item | Exception]) -> MicroBatch | Exception:
-        read = [item for item in items if isinstance(item, Item)]
-        if len(read) < len(items):
-            return next(item for item in items if isinstance(item, Exception))
-        try:
-            groups = groups_of(read)
-            batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            return joined(groups, [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)])
-        except (ValueError, LookupError, OSError) as error:
-            return error
-
-
-@dataclass(frozen=True, slots=True)
-class _HeldOut:
-    """Makes held-out batches: the labels of every teacher that is learnt from, unchanged."""
-
-    collate: Collate
-    settings: TrainSettings
-
-    def __call__(self, items: list[Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
-        read = [item for item in items if isinstance(item, Item)]
-        if len(read) < len(items):
-            return next(item for item in items if isinstance(item, Exception))
-        s = self.settings
-        made = []
-        try:
-            for rows in _alike(read):
-                batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
-                weights = {AVERAGE: 1.0} if s.strategy == "average" else among
-                for name, weight in weights.items():
-                    labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
-                    micro = MicroBatch(batch.keys, batch.images, (TaughtRows(None, labels, name),))
-                    made.append((weight / sum(weights.values()), micro))
-            return made
-        except (ValueError, LookupError, OSError) as error:
-            return error
-
-
-class Placed(Dataset[Any]):
-    """The samples at places of the stream; a sample that cannot be read is the error that says why.
-
-    learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
-    coded: with maps that are codes still, from a dataset that stores codes.
-    """
-
-    def __init__(self, dataset: Labelled, settings: TrainSettings, *, learning: bool, coded: bool = False) -> None:
-        self.dataset, self.settings, self.learning = dataset, settings, learning
-        self.more: dict[str, Any] = {"coded": True} if coded else {}
-
-    def __getitem__(self, place: SamplePosition) -> Item | Exception:
-        s = self.settings
-        try:
-            among = shares_among(self.dataset.teachers_of(place.index), s)
-            teacher, asked = "", list(among)
-            if self.learning:
-                teacher = AVERAGE
-                if s.strategy == "select":
-                    teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
-                    asked = [teacher]
-            visit, more = None, dict(self.more)
-            if self.learning:
-                visit = place.position
-                if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
-                    more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
-            get: Callable[..., Any] = self.dataset.get
-            sample = get(place.index, asked, visit=visit, **more)
-            if isinstance(
-                sample, Sample
-            ):  # before they are joined: measured depth and rendered disparity are one truth
-                met = {name: meet_labels(labels, s.kind) for name, labels in sample.labels.items()}
-                sample = replace(sample, labels=met)
-            return Item(place, among, teacher, sample)
-        except (ValueError, LookupError, OSError) as error:
-            return error
-
-
-def _freeze(_worker: int) -> None:
-    # The parent's objects are moved out of the collector's sight: a collection would copy every page of them.
-    gc.freeze()
-    torch.set_num_threads(1)
-
-
-def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
-    """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
-    workers, _ = machine.readers(workers)
-    little = (machine.shared_memory() or machine.LITTLE) < machine.LITTLE
-    loader: DataLoader[Any] = DataLoader(
-        samples,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        prefetch_factor=(1 if little else PREFETCH) if workers else None,
-        timeout=PATIENCE if workers else 0,
-        worker_init_fn=_freeze,
-        pin_memory=pinned,
-    )
-    items = iter(loader)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise OSError(_lost(str(error).splitlines()[0])) from error
-        if isinstance(item, Exception):
-            raise item
-        yield item
-
-
-def _lost(reason: str) -> str:
-    """A line about reading processes that died or do not answer."""
-    free = machine.shared_memory()
-    memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
-    return (
-        f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
-        f"{machine.SHARED}{memory}; lower train.workers, 0 reads without them. The same command goes on from the last "
-        "checkpoint"
-    )
-
-
-def training_batches(
-    dataset: Labelled, micro_batches: MicroBatchPositions, *, collate: Collate, settings: TrainSettings
-) -> Iterator[MicroBatch]:
-    """This process's micro-batches, in order, read ahead by `settings.workers` processes.
-
-    Raises what `check_teachers` raises, before anything is read.
-    """
-    check_teachers(dataset, micro_batches.order.indices, settings)
-    samples = Placed(dataset, settings, learning=True)
-    return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
-
-
-def heldout_batches(
-    dataset: Labelled,
-    indices: Sequence[int],
-    *,
-    collate: Collate,
-    settings: TrainSettings,
-    process: int,
-    processes: int,
-) -> Iterator[list[tuple[float, MicroBatch]]]:
-    """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
-    size = settings.eval_batch_size
-    places = [[SamplePosition(i, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
-    mine = places[process::processes]
-    if not mine:
-        return iter(())
-    samples = Placed(dataset, settings, learning=False)
-    return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))
+    return MicroBatch(tuple(keys), images, tuple(taught), positions, turned)

@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def bytes_of(student: nn.Module) -> int:
+    """About the bytes of one checkpoint: a student twice, and Adam's two moments."""
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    return 4 * (2 * sum(p.numel() for p in student.parameters()) + 2 * trained)
+
+
 def folder_of(out: Path, step: int) -> Path:
     """Where the checkpoint of `step` lies."""
     return out / "checkpoints" / f"step-{step:08d}"
@@ -84,15 +90,61 @@ def _whole(folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, state) if sizes == state["files"] else None
 
 
-def clean(out: Path) -> None:
-    """Removes what a killed run left half-written, and checkpoints that are not whole; nothing that is not ours."""
+_PIECE = 1 << 26  # bytes of a checkpoint that go over the network at once
+
+
+def hand_out(out: Path, step: int, *, share: Callable[[Any], Any], main: bool, writes: bool) -> None:
+    """The main process's checkpoint of `step` on every machine; all processes call it.
+
+    share: gives everybody the main process's value. writes: whether this process is the one of its machine that writes.
+    Raises OSError.
+    """
+    folder = folder_of(out, step)
+    source = _whole(folder)
+    names = share(sorted([*source.state["files"], "state.json"]) if main and source else None)
+    keeps = not main and writes and source is None
+    with files.writing_folder(folder) if keeps else nullcontext(folder) as new:
+        for name in names:
+            size = share((folder / name).stat().st_size if main else None)
+            for start in range(0, max(1, size), _PIECE):
+                piece = share(_piece(folder / name, start) if main else None)
+                if keeps:
+                    (new / name).parent.mkdir(parents=True, exist_ok=True)
+                    with (new / name).open("ab") as file:
+                        file.write(piece)
+
+
+def _piece(path: Path, start: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(_PIECE)
+
+
+def clean(out: Path) -> list[str]:
+    """Removes what a killed run left half-written, and checkpoints that are not whole; nothing that is not ours.
+
+    Returns a line about each checkpoint that was damaged, for people. Raises ValueError for one of a newer version.
+    """
     ours = {match[0] for path in (out / "checkpoints").glob("*") if (match := re.search(r"step-\d{8}", path.name))}
     for name in ours:
         files.clean(out / "checkpoints" / name)
     whole = {saved.folder for saved in find(out)}
-    for folder in (out / "checkpoints" / name for name in ours):
-        if folder not in whole:
-            shutil.rmtree(folder, ignore_errors=True)
+    broken = [folder for name in sorted(ours) if (folder := out / "checkpoints" / name) not in whole]
+    lines = [f"{folder} is damaged: the checkpoint is passed over" for folder in broken if folder.is_dir()]
+    for folder in broken:
+        if _version(folder) > VERSION:
+            raise ValueError(f"{folder}: written by a newer version of this package; update it, or set another run.out")
+        shutil.rmtree(folder, ignore_errors=True)
+    return lines
+
+
+def _version(folder: Path) -> int:
+    """What a checkpoint says that its format is, where that can be believed; else 0."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        return 0 if is_broken(state) else int(state["version"])
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return 0
 
 
 def drop_damaged(out: Path) -> list[str]:

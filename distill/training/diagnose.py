@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core.findings import Finding
+from distill.core.seal import is_broken
 from distill.training import trainlog
 
 FEWEST = 10
@@ -28,10 +29,10 @@ Line = dict[str, Any]
 def find_log(path: Path) -> Path:
     """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names what was looked for."""
     tried = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
-    found = [one for one in tried if one.is_file()]
-    if not found:
+    existing = [one for one in tried if one.is_file()]
+    if not existing:
         raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, tried))}")
-    return found[0]
+    return existing[0]
 
 
 def check_run(path: Path) -> list[Finding]:
@@ -39,30 +40,47 @@ def check_run(path: Path) -> list[Finding]:
     log = find_log(path)
     try:
         lines = trainlog.read(log)
-        about = log.with_name("run.json")
-        run: Line = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        run = _about(log.with_name("run.json"))
     except (ValueError, KeyError) as error:
         raise ValueError(f"{log}: not a training log ({error}); give the log.jsonl of a run") from error
     steps = [line for line in lines if "loss" in line]
     if not steps:
         raise ValueError(f"{log}: no step was logged; the run stopped before its first step")
-    settings: Line = run.get("settings", {})
-    found = [*_stopped(steps, log), *_idle(lines)]
+    settings: Line = (run or {}).get("settings", {})
+    findings = [*_stopped(steps, log), *_idle(lines), *_damage(log, run)]
     finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
     if len(finite) < FEWEST:
-        found.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
+        findings.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
     else:
         warmup = min(int(settings.get("warmup_steps", 0)), len(finite) // 2)
-        found += [
+        findings += [
             _scale(finite, warmup),
-            _contexts(finite, run),
+            _contexts(finite, run or {}),
             _rate(finite, warmup, settings),
             _gradient(finite, settings),
             _waiting(finite, settings),
             *_held_out(lines),
         ]
     order = ("bad", "warn", "ok")
-    return sorted(found, key=lambda finding: order.index(finding.level))
+    return sorted(findings, key=lambda finding: order.index(finding.level))
+
+
+def _about(path: Path) -> Line | None:
+    """What a run says of itself; nothing where it says nothing, None where that is damaged."""
+    try:
+        run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        return None
+    return run if isinstance(run, dict) and not is_broken(run) and isinstance(run.get("settings", {}), dict) else None
+
+
+def _damage(log: Path, run: Line | None) -> list[Finding]:
+    found = []
+    if count := trainlog.damaged(log):
+        found.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
+    if run is None:
+        found.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
+    return found
 
 
 def _mean(lines: Sequence[Line], name: str) -> float:

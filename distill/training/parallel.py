@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast_object_list, gather_object
 from torch import nn
 
+from distill.training import checkpoints
 from distill.training.settings import TrainSettings
 from distill.training.step import Processes
 
@@ -68,10 +69,22 @@ def processes_of(accelerator: Accelerator) -> Processes:
         device=accelerator.device,
         add=lambda tensor: accelerator.reduce(tensor, "sum"),
         gather=gather_object,
+        share=lambda value: broadcast_object_list([value])[0],
         wait=accelerator.wait_for_everyone,
         without_exchange=accelerator.no_sync,
         track=lambda values, step: accelerator.log(dict(values), step=step),
     )
+
+
+def same_checkpoint(processes: Processes, out: Path, step: int) -> None:
+    """Brings the main process's checkpoint of `step` to machines where `out` is a folder of their own without it.
+
+    All processes call it. Raises OSError.
+    """
+    if not all(processes.gather([step in [saved.step for saved in checkpoints.find(out)]])):
+        writes = os.environ.get("LOCAL_RANK", "0") == "0"
+        checkpoints.hand_out(out, step, share=processes.share, main=processes.main, writes=writes)
+        processes.wait()
 
 
 def every_parameter_learns(student: nn.Module) -> bool:

@@ -57,27 +57,27 @@ BLOCK = 1024
 
 
 @functools.lru_cache(maxsize=8)
-def _dealt(shares: tuple[float, ...], seed: int, block: int) -> np.ndarray:
-    """Which source each place of a block is given to, (BLOCK,): its share of the places (but for one), shuffled."""
-    words = generator("sources", seed, block).bit_generator.random_raw(BLOCK + 1)
-    points = (np.arange(BLOCK) + (int(words[BLOCK]) >> 11) * 2.0**-53) / BLOCK
+def _dealt(shares: tuple[float, ...], seed: int, block: int, size: int = BLOCK) -> np.ndarray:
+    """Which source each place of a block is given to, (size,): its share of the places (but for one), shuffled."""
+    words = generator("sources", seed, block).bit_generator.random_raw(size + 1)
+    points = (np.arange(size) + (int(words[size]) >> 11) * 2.0**-53) / size
     dealt = np.searchsorted(np.cumsum(shares)[:-1], points, side="right")
-    return dealt[np.argsort(words[:BLOCK], kind="stable")]
+    return dealt[np.argsort(words[:size], kind="stable")]
 
 
 @functools.lru_cache(maxsize=8)
-def _starts(shares: tuple[float, ...], seed: int) -> list[np.ndarray]:
+def _starts(shares: tuple[float, ...], seed: int, size: int) -> list[np.ndarray]:
     """How many places every source has had before block 0, 1, ...; `_visits` makes it longer."""
     return [np.zeros(len(shares), dtype=np.int64)]
 
 
-def _visits(shares: tuple[float, ...], seed: int, position: int) -> tuple[int, int]:
+def _visits(shares: tuple[float, ...], seed: int, position: int, size: int) -> tuple[int, int]:
     """The source of a place of the stream, and how many places it has had before."""
-    block, within = divmod(position, BLOCK)
-    starts = _starts(shares, seed)
+    block, within = divmod(position, size)
+    starts = _starts(shares, seed, size)
     while len(starts) <= block:
-        starts.append(starts[-1] + np.bincount(_dealt(shares, seed, len(starts) - 1), minlength=len(shares)))
-    dealt = _dealt(shares, seed, block)
+        starts.append(starts[-1] + np.bincount(_dealt(shares, seed, len(starts) - 1, size), minlength=len(shares)))
+    dealt = _dealt(shares, seed, block, size)
     source = int(dealt[within])
     return source, int(starts[block][source] + (dealt[:within] == source).sum())
 
@@ -103,12 +103,14 @@ class SamplePosition:
 class Order:
     """The endless stream of samples. indices: those to train on; seed: the run's.
 
-    sources: (indices, share) of each source where they are weighted; none: all samples alike.
+    sources: (indices, share) of each source where they are weighted; none: all samples alike. block: of so many
+    consecutive places every source has its share, but for one.
     """
 
     indices: tuple[int, ...]
     seed: int
     sources: tuple[tuple[tuple[int, ...], float], ...] = ()
+    block: int = BLOCK
 
     def batch(self, step: int, size: int) -> list[SamplePosition]:
         """Global batch `step` (0-based): `size` consecutive places of the stream."""
@@ -118,19 +120,27 @@ class Order:
         if not self.sources:
             epoch, within = divmod(position, len(self.indices))
             return self.indices[_permutation(len(self.indices), self.seed, epoch)[within]]
-        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position)
+        source, visit = _visits(tuple(share for _, share in self.sources), self.seed, position, self.block)
         indices = self.sources[source][0]
         epoch, within = divmod(visit, len(indices))
         return indices[_permutation(len(indices), self.seed, epoch, source)[within]]
 
 
 def make_order(
-    indices: Sequence[int], sources: Sequence[int], *, seed: int, weights: Sequence[float], temperature: float
+    indices: Sequence[int],
+    sources: Sequence[int],
+    *,
+    seed: int,
+    weights: Sequence[float],
+    temperature: float,
+    even: int = 0,
 ) -> Order:
     """The stream of the samples `indices`, whose sources are `sources[index]`.
 
     weights: by source, 1 for those that it does not reach; a source of weight 0 is not learnt from. Where all weights
-    are alike and temperature is 1 the sources do not matter. Raises ValueError where nothing is left to learn from.
+    are alike and temperature is 1 the sources do not matter. even: of so many consecutive places (a batch) every source
+    has a share by its weight alone, however large it is; 0: not so. Raises ValueError where nothing is left to learn
+    from.
     """
     by_source: dict[int, list[int]] = {}
     for index in indices:
@@ -139,11 +149,12 @@ def make_order(
     kept = {source: w for source, w in weight.items() if w > 0}
     if not kept and indices:
         raise ValueError("every source of images has weight 0: nothing to learn from")
-    if temperature == 1.0 and len({*weight.values()}) <= 1:
+    if temperature == 1.0 and len({*weight.values()}) <= 1 and not (even and len(kept) > 1):
         return Order(tuple(indices), seed)
-    shares = source_shares([len(by_source[source]) for source in kept], list(kept.values()), temperature)
+    counts = [1 if even else len(by_source[source]) for source in kept]
+    shares = source_shares(counts, list(kept.values()), temperature)
     streams = tuple((tuple(by_source[source]), share) for source, share in zip(kept, shares, strict=True))
-    return Order(tuple(index for stream, _ in streams for index in stream), seed, streams)
+    return Order(tuple(index for stream, _ in streams for index in stream), seed, streams, even or BLOCK)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,14 +208,16 @@ def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> st
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
-def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> tuple[DepthMap, Tensor]:
-    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations)."""
+def _average_maps(
+    maps: Sequence[DepthMap], shares: Sequence[float], *, aligned: bool = True
+) -> tuple[DepthMap, Tensor]:
+    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations if aligned)."""
     valid = torch.stack([m.valid for m in maps]).all(0)
     normal = []
     for m in maps:
         median, deviation = median_and_mean_abs_dev(m.values, valid)
         centred = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
-        normal.append(torch.where(valid, centred, 0.0))
+        normal.append(torch.where(valid, centred if aligned else m.values, 0.0))
     mean = torch.stack([share / sum(shares) * one for share, one in zip(shares, normal, strict=True)]).sum(0)
     # Of two teachers, whatever their shares, this is the distance between them.
     distance = torch.stack([(one - mean).abs() for one in normal]).sum(0)
@@ -212,19 +225,19 @@ def _average_maps(maps: Sequence[DepthMap], shares: Sequence[float]) -> tuple[De
     return DepthMap(mean, valid, kind), torch.where(valid, 1.0 / (1.0 + distance), 0.0)
 
 
-def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) -> Labels:
+def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], *, aligned: bool = True) -> Labels:
     """The mean of the teachers' maps by share, with weights for the loss: more where the teachers agree.
 
     Distill-Any-Depth, Sec. 4.2 and Table 4: "a weighted averaging approach (Avg.), which assigns greater weight to
     pixels where the two teachers exhibit high agreement". No formula is given; inferred: each map is first brought to
     median 0 and mean deviation 1, for maps known up to scale and shift cannot be averaged as they are; a pixel's weight
     in L_Dis is 1 / (1 + |a - b|). A pixel counts where every teacher's does. The teachers' patches must lie in the
-    same places.
+    same places. aligned: False averages the maps as they are, each in its own scale and shift.
     """
     parts = [labels[name] for name, share in teachers.items() if share > 0]
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
-    shared, weight = _average_maps([part.shared for part in parts], shares)
+    shared, weight = _average_maps([part.shared for part in parts], shares, aligned=aligned)
     taught = [part.supervision for part in parts]
     truth, dense = (all(flags) for flags in zip(*((one.truth, one.dense) for one in taught), strict=True))
     supervision = Supervision("average", shared.kind, truth, dense)
@@ -234,7 +247,7 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float]) 
         raise ValueError(
             'strategy = "average" needs labels of the same patches from every teacher; label them in one run'
         )
-    patches, patch_weight = _average_maps(local, shares)
+    patches, patch_weight = _average_maps(local, shares, aligned=aligned)
     return Labels(shared, patches, parts[0].boxes, weight, patch_weight, supervision)
 
 
@@ -245,20 +258,29 @@ def choose_patches(count: int, seed: int, position: int, number: int) -> list[in
     return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
 
 
-def meet_labels(labels: Labels, kind: Kind | str) -> Labels:
+def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> Labels:
     """The labels as the kind that the student predicts, or as they are where they know less than it does.
 
-    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet.
+    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet;
+    keep_unmet: those stay as they are too.
     """
     kind, stored = Kind(kind), labels.shared.kind
+    if keep_unmet and not stored.can_become(kind):
+        return labels
     return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
 
 
-def learnt_labels(labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str) -> Labels:
-    """The labels that one step learns from: those of `name`, or the average of all where name is "average"."""
-    wanted = list(teachers) if name == "average" else [name]
-    met = {n: meet_labels(labels[n], kind) for n in wanted}
-    return average_labels(met, teachers) if name == "average" else met[name]
+AVERAGES = ("average", "average_unaligned")
+"""The strategies that learn from a mean of all teachers' maps; in place of a teacher's name they mean it."""
+
+
+def learnt_labels(
+    labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str, keep_unmet: bool = False
+) -> Labels:
+    """The labels that one step learns from: those of `name`, or the average of all where name is one of AVERAGES."""
+    wanted = list(teachers) if name in AVERAGES else [name]
+    met = {n: meet_labels(labels[n], kind, keep_unmet) for n in wanted}
+    return average_labels(met, teachers, aligned=name == "average") if name in AVERAGES else met[name]
 
 
 def fingerprint(keys: Sequence[str], indices: Sequence[int]) -> str:

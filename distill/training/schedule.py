@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,19 +18,38 @@ from torch import nn
 from distill.training.settings import TrainSettings
 
 POLY_POWER = 0.9  # Depth Anything V2's training of the metric models
+FINAL_RATIO = 0.01  # Marigold's and GenPercept's training configurations
+OWNERS = {"encoder": "encoder_lr", "decoder": "lr", "unet": "lr", "head": "lr"}
+"""The parts that a student may have, and the setting that is their peak rate."""
+
+
+def in_steps(settings: TrainSettings, samples: int) -> TrainSettings:
+    """The settings with `epochs` and `warmup_epochs` as steps, of so many training samples; as they are without epochs.
+
+    An epoch is samples / batch_size steps, rounded at the end: five epochs of 7 samples by 2 are 18 steps. At least one
+    step, and one that is no warm-up.
+    """
+    if not settings.epochs:
+        return settings
+    steps = max(1, round(settings.epochs * samples / settings.batch_size))
+    warmup = round(settings.warmup_epochs * samples / settings.batch_size) or settings.warmup_steps
+    return replace(settings, steps=steps, warmup_steps=min(warmup, steps - 1))
 
 
 def factor(step: int, settings: TrainSettings) -> float:
     """The learning rate of 0-based optimizer step `step` as a fraction of its peak: warm-up, then decay towards 0."""
     if step < settings.warmup_steps:
         return (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+    end = settings.schedule_steps or settings.steps
+    progress = min(1.0, (step - settings.warmup_steps) / (end - settings.warmup_steps))
     if settings.schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if settings.schedule == "linear":
         return 1.0 - progress
     if settings.schedule == "poly":
         return (1.0 - progress) ** POLY_POWER
+    if settings.schedule == "exponential":
+        return FINAL_RATIO**progress
     return 1.0
 
 
@@ -46,13 +66,13 @@ def _depths(encoder: nn.Module) -> dict[int, int]:
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Encoder and decoder, with and without weight decay; each group has its peak rate as `lr` and a `name`.
+    """The student's parts, with and without weight decay; each group has its peak rate as `lr` and a `name`.
 
     With layer_decay the encoder has such groups for every block, whose `scale` is their share of its rate. Raises
-    ValueError where there is none, or one that neither `student.encoder` nor `student.decoder` holds.
+    ValueError where there is none, or one that no part (OWNERS) holds.
     """
-    owners = {"encoder": getattr(student, "encoder", None), "decoder": getattr(student, "decoder", None)}
-    rates = {"encoder": settings.encoder_lr, "decoder": settings.lr}
+    owners = {name: getattr(student, name, None) for name in OWNERS}
+    rates = {name: getattr(settings, rate) for name, rate in OWNERS.items()}
     encoder = owners["encoder"]
     depths = _depths(encoder) if settings.layer_decay < 1.0 and encoder is not None else {}
     claimed: set[int] = set()
@@ -76,8 +96,8 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
     left_out = [name for name, p in student.named_parameters() if p.requires_grad and id(p) not in claimed]
     if left_out:
         raise ValueError(
-            f"the optimizer would leave out {', '.join(left_out[:5])} ({len(left_out)} in all): they belong to neither "
-            f"student.encoder nor student.decoder; move them there or set requires_grad = False"
+            f"the optimizer would leave out {', '.join(left_out[:5])} ({len(left_out)} in all): they belong to none of "
+            f"student.{', student.'.join(OWNERS)}; move them there or set requires_grad = False"
         )
     if not groups:
         raise ValueError("the student has no trainable parameter: nothing to train")
@@ -94,7 +114,7 @@ def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.A
 def set_rates(optimizer: torch.optim.Optimizer, step: int, settings: TrainSettings) -> dict[str, float]:
     """Writes the rates of optimizer step `step` into the optimizer; returns them by owner, for the log."""
     scale = factor(step, settings)
-    rates = {"encoder": settings.encoder_lr * scale, "decoder": settings.lr * scale}
+    rates = {name: getattr(settings, rate) * scale for name, rate in OWNERS.items()}
     for group in optimizer.param_groups:
         group["lr"] = rates[group["name"].removesuffix("_no_decay")] * group["scale"]
     return rates

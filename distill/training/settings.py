@@ -24,6 +24,8 @@ class TrainSettings:
 
     steps: int = 20_000
     """Optimizer steps. Paper: 20,000."""
+    epochs: float = 0.0
+    """How often every sample is learnt from, in place of `steps`; 0 = as `steps` says. AnyDepth: 5."""
     batch_size: int = 8
     """Images per optimizer step over all processes and micro-batches; a multiple of processes x accumulate. Paper:
     8."""
@@ -39,8 +41,13 @@ class TrainSettings:
     """AdamW's decay of its two moments, in [0, 1). PyTorch's default."""
     warmup_steps: int = 500
     """The rates rise linearly over so many steps, from lr / warmup_steps. Ours."""
-    schedule: Literal["cosine", "linear", "poly", "constant"] = "cosine"
-    """How the rates fall after the warm-up; "poly" with the power 0.9. Ours."""
+    warmup_epochs: float = 0.0
+    """Of so many `epochs` the rates rise, in place of warmup_steps. AnyDepth: 2."""
+    schedule: Literal["cosine", "linear", "poly", "exponential", "constant"] = "cosine"
+    """How the rates fall after the warm-up; "poly" with the power 0.9, "exponential" to a hundredth (Marigold's).
+    Ours."""
+    schedule_steps: int = 0
+    """The step at which they have fallen, and stay from there on; 0 = steps. Marigold: 25,000 of 30,000."""
     clip_norm: float = 1.0
     """The gradient's norm is held below this; 0 = off. Ours."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -56,9 +63,13 @@ class TrainSettings:
     """How evenly sources of images are learnt from: (images * weight) ** (1 / temperature), each [[images]] table a
     source; 1 = in proportion, larger = more evenly. Ours."""
     source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
-    strategy: Literal["select", "average"] = "select"
+    even_batches: bool = False
+    """Every batch holds each source's share, by images.weight alone, however many images it has: two sources of weight
+    1 are half of each batch. FiffDepth: half synthetic, half real."""
+    keep_unmet: bool = field(default=False, metadata={"key": False})
+    strategy: Literal["select", "average", "average_unaligned"] = "select"
     """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
-    normalized maps. Paper: select (Table 4)."""
+    normalized maps, "average_unaligned" of their maps as they are. Paper: select (Table 4)."""
     kind: Literal[
         "affine_disparity", "scale_disparity", "metric_disparity", "affine_depth", "scale_depth", "metric_depth"
     ] = "affine_disparity"
@@ -83,6 +94,9 @@ class TrainSettings:
     random_resized_crop: float = 1.0
     """The smallest area, as a share of the region, of a random square that is cut from it; in (0, 1], 1 = off.
     Ours."""
+    rotation: float = 0.0
+    """Turn image and labels about their centre by up to so many degrees either way, by lot; what comes into view from
+    outside is black and invalid. Needs crops.patches = "none"; 0 = off. AnyDepth rotates; by how much is ours."""
     seed: int = -1
     """What weights, order and teacher choices are drawn from; run.seed where negative. With one of its own, several
     trainings share their labels."""
@@ -112,13 +126,17 @@ class TrainSettings:
     channels_last: bool = False
     """Lay the student's maps out channels last."""
     gradient_checkpointing: bool = False
-    """Compute the encoder's activations again in the backward pass instead of keeping them: slower, in less
-    memory."""
+    """Compute the encoder's (or the UNet's) activations again in the backward pass instead of keeping them: slower, in
+    less memory."""
     fused: bool = False
     """AdamW as one kernel; on a GPU it always is."""
     deterministic: bool = False
     """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
     much). A CPU needs no asking."""
+    cache_features: bool = False
+    """Compute a frozen encoder's features of the labelled regions once, store them beside the labels in float16, and
+    train the decoder on them. Needs freeze_encoder = true, and neither color_jitter nor random_resized_crop; hflip
+    doubles what is stored (distill.shards.features has the sizes). Ours."""
     patches_per_step: int = 0
     """Patches of each region that a step learns from, drawn anew at every visit, and alone read; 0 = all. Ours."""
 
@@ -137,14 +155,16 @@ def _faults(s: TrainSettings) -> list[str]:
     faults = [] if ratio else [f"primary_ratio must be in [0, 1], not {s.primary_ratio}"]
     at_least = {"steps": 1, "batch_size": 1, "accumulate": 1, "warmup_steps": 0, "workers": 0, "eval_every": 0}
     at_least |= {"eval_batch_size": 1, "patience": 0, "save_every": 0, "keep_last": 1, "log_every": 1}
-    at_least |= {"weight_decay": 0, "clip_norm": 0, "patches_per_step": 0, "color_jitter": 0, "freeze_steps": 0}
+    at_least |= {
+        "schedule_steps": 0,
+        "weight_decay": 0,
+        "clip_norm": 0,
+        "patches_per_step": 0,
+        "color_jitter": 0,
+        "freeze_steps": 0,
+    }
     faults += above(s, workers=256, accumulate=65536, batch_size=65536, eval_batch_size=65536)
-    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s)
-    if not 0.0 < s.source_temperature < math.inf:
-        faults.append(f"source_temperature must be finite and above 0, not {s.source_temperature}")
-    faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
-    if s.warmup_steps >= s.steps:
-        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    faults += below(s, **at_least) + unknown_words(s) + _bad_rates(s) + _bad_sources(s) + _bad_lengths(s)
     if s.accumulate > 0 and s.batch_size % s.accumulate:
         faults.append(f"batch_size ({s.batch_size}) must be a multiple of accumulate ({s.accumulate})")
     for name, value in (("val_fraction", s.val_fraction), ("ema", s.ema)):
@@ -155,6 +175,7 @@ def _faults(s: TrainSettings) -> list[str]:
             faults.append(f"{name} must lie in (0, 1], not {value}")
     if s.freeze_encoder and s.freeze_steps:
         faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
+    faults += _uncacheable(s)
     if not 1.0 < s.alarm_growth < math.inf:
         faults.append(f"alarm_growth must be finite and above 1, not {s.alarm_growth}")
     if len(s.betas) != 2 or not all(0.0 <= b < 1.0 for b in s.betas):
@@ -165,7 +186,42 @@ def _faults(s: TrainSettings) -> list[str]:
     return faults
 
 
+def _bad_lengths(s: TrainSettings) -> list[str]:
+    faults = below(s, epochs=0, warmup_epochs=0, rotation=0) + above(s, rotation=180, epochs=100_000)
+    if s.warmup_epochs and not s.warmup_epochs < s.epochs:
+        faults.append(f"warmup_epochs ({s.warmup_epochs:g}) must be fewer than epochs ({s.epochs:g})")
+    if not s.epochs and s.warmup_steps >= s.steps:
+        faults.append(f"warmup_steps ({s.warmup_steps}) must be fewer than steps ({s.steps})")
+    return faults
+
+
+def _uncacheable(s: TrainSettings) -> list[str]:
+    """What keeps features from being stored once."""
+    faults = []
+    if s.cache_features and not s.freeze_encoder:
+        faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
+    if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
+        faults.append(
+            "cache_features = true stores what the encoder sees of the whole region in its own colours: set "
+            "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
+        )
+    if s.cache_features and s.rotation:
+        faults.append("cache_features = true stores what the encoder sees upright: set rotation = 0")
+    return faults
+
+
+def _bad_sources(s: TrainSettings) -> list[str]:
+    warm = 0.0 < s.source_temperature < math.inf
+    faults = [] if warm else [f"source_temperature must be finite and above 0, not {s.source_temperature}"]
+    faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
+    if s.even_batches and s.source_temperature != 1.0:
+        faults.append("even_batches = true takes the sources by their weights alone: leave out source_temperature")
+    return faults
+
+
 def _bad_rates(s: TrainSettings) -> list[str]:
     way_out = {"lr": "", "encoder_lr": "; to train the decoder alone set freeze_encoder = true"}
     bad = [name for name in way_out if not 0 < getattr(s, name) < math.inf]
+    if 0 < s.schedule_steps <= s.warmup_steps:
+        return [f"schedule_steps ({s.schedule_steps}) must be more than warmup_steps ({s.warmup_steps})"]
     return [f"{name} must be finite and above 0, not {getattr(s, name)}{way_out[name]}" for name in bad]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from distill.core.crops import generator
 from distill.core.labels import Labels
+from distill.shards.features import FeatureStore
 from distill.training.batches import MicroBatch
 from distill.training.schedule import set_rates
 from distill.training.settings import TrainSettings
@@ -44,12 +45,39 @@ class ObjectiveLike(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a micro-batch of B images says. losses: (B,). parts: by name, as many values as images that it speaks of.
+
+    pred: (B,H,W), what is predicted; target, valid: (B,H,W), what it should be; None: the labels' own maps. For the log
+    alone. All float32.
+    """
+
+    losses: Tensor
+    parts: dict[str, Tensor]
+    pred: Tensor
+    target: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class Lesson(Protocol):
+    """How a network of another kind than images to maps is trained: what `measure` does, in its own way."""
+
+    def __call__(self, module: nn.Module, micro: MicroBatch, /, *, precision: str) -> Measured:
+        """module: the network as it is called in training, wrapped perhaps. Draws are functions of micro.positions."""
+        ...
+
+    def keep(self) -> None:
+        """Brings to the disk whatever was computed beside the weights; called before each checkpoint."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
     """The processes of a run as a step sees them.
 
-    add: sums a tensor over all; gather: joins their lists; wait: for all. without_exchange: a backward pass under it
-    keeps its gradient to itself. track: hands numbers to the trackers.
+    add: sums a tensor over all; gather: joins their lists; share: gives all the main one's value; wait: for all.
+    without_exchange: a backward pass under it keeps its gradient to itself. track: hands numbers to the trackers.
     """
 
     index: int
@@ -57,6 +85,7 @@ class Processes:
     device: torch.device
     add: Callable[[Tensor], Tensor]
     gather: Callable[[list[Any]], list[Any]]
+    share: Callable[[Any], Any]
     wait: Callable[[], None]
     without_exchange: Callable[[nn.Module], AbstractContextManager[Any]]
     track: Callable[[Mapping[str, float], int], None]
@@ -79,9 +108,10 @@ class TrainingRun:
     optimizer: torch.optim.Optimizer
     ema: AveragedModel | None
     reference: nn.Module | None
-    objective: ObjectiveLike
+    objective: ObjectiveLike | Lesson
     alarm: ScaleAlarm
     save_student: Callable[..., object]
+    features: FeatureStore | None = None
     card: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     log: StepLog | None = None
@@ -241,17 +271,27 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The objective's total (B,) and parts on a micro-batch, and the prediction (B,H,W); all float32.
+def is_lesson(objective: ObjectiveLike | Lesson) -> TypeGuard[Lesson]:
+    """Whether the objective calls the network itself."""
+    return callable(getattr(objective, "keep", None))
+
+
+def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
+    """The objective's losses and parts on a micro-batch, and the prediction; all float32.
 
     Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
     """
+    objective = run.objective
+    if is_lesson(objective):
+        return objective(module, micro, precision=run.settings.precision)
     images = micro.images
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     features = wanted = None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
-        if run.reference is None:
+        if micro.features is not None:
+            pred = module(images, features=[(patch.float(), cls.float()) for patch, cls in micro.features])
+        elif run.reference is None:
             pred = module(images)
         else:
             pred, features = module(images, with_features=True)
@@ -259,30 +299,31 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> tuple[Ten
             with torch.no_grad():
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
-    said = []
+    measured, plain = [], cast(ObjectiveLike, objective)
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
-        losses, parts = run.objective(one.of(pred), one.labels, mine[0], mine[1])
+        losses, parts = plain(one.of(pred), one.labels, mine[0], mine[1])
         if losses.shape != one.of(images).shape[:1]:
             raise ValueError(
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
             )
-        said.append((losses, parts))
-    if len(said) == 1:
-        return *said[0], pred
+        measured.append((losses, parts))
+    if len(measured) == 1:
+        return Measured(*measured[0], pred)
     places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
-    joined = {name: torch.cat([p[name] for _, p in said if name in p]) for _, parts in said for name in parts}
-    return torch.cat([losses for losses, _ in said])[places], joined, pred
+    joined = {name: torch.cat([p[name] for _, p in measured if name in p]) for _, parts in measured for name in parts}
+    return Measured(torch.cat([losses for losses, _ in measured])[places], joined, pred)
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds a micro-batch's gradient; returns its losses (B,) and the sums over its images of all that is logged."""
-    losses, parts, pred = measure(run, run.model, micro)
+    found = measure(run, run.model, micro)
+    losses = found.losses
     # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
     (losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
     losses = losses.detach()
-    measured = {"loss": losses.double().sum()} | _statistics(run, micro, pred)
-    for name, value in parts.items():
+    measured = {"loss": losses.double().sum()} | _statistics(run, micro, found)
+    for name, value in found.parts.items():
         measured[f"parts/{name}"] = value.detach().double().sum()
         measured[f"images/parts/{name}"] = measured["loss"].new_tensor(len(value))
     for one in micro.taught:
@@ -295,9 +336,11 @@ def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tenso
     return losses, measured
 
 
-def _statistics(run: TrainingRun, micro: MicroBatch, pred: Tensor) -> dict[str, Tensor]:
+def _statistics(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str, Tensor]:
     """The sums of what the log says of outputs and labels; labels that know less than the student have another size."""
-    output = map_statistics(pred)
+    output = map_statistics(found.pred)
+    if found.target is not None:
+        return dict(zip(STATISTICS, [*output[:2], *map_statistics(found.target, found.valid)], strict=True))
     label = torch.zeros_like(output)
     for one in micro.taught:
         shared = one.labels.shared
@@ -330,7 +373,7 @@ def _line(run: TrainingRun, sums: Mapping[str, float], *, rates: Mapping[str, fl
     return {
         "step": run.step + 1,
         "loss": sums["loss"] / images,
-        "lr": rates["decoder"],
+        "lr": rates["decoder"],  # and of a UNet
         "encoder_lr": rates["encoder"],
         "parts": {name: value / counts[name] for name, value in parts.items() if counts[name]},
         "teacher": "+".join(taught),

@@ -19,7 +19,17 @@ from torch import Tensor
 from distill.core.codes import CodedLabels, stack
 from distill.core.labels import Batch
 from distill.shards.codec import Sample
-from distill.training.batches import Group, Item, Labelled, MicroBatch, Placed, finished, groups_of, joined, loader_of
+from distill.shards.features import FeatureStore, StackedFeatures, moved, stacked
+from distill.training.batches import (
+    Group,
+    Item,
+    Labelled,
+    MicroBatch,
+    finished,
+    groups_of,
+    joined,
+)
+from distill.training.loading import Placed, loader_of
 from distill.training.sampling import MicroBatchPositions, meet_labels
 from distill.training.settings import TrainSettings
 
@@ -43,6 +53,7 @@ class StoredBatch:
     """A micro-batch before it is decoded."""
 
     groups: tuple[StoredGroup, ...]
+    features: StackedFeatures | None = None
 
     def pin_memory(self) -> StoredBatch:
         """The same in page-locked memory; a DataLoader that pins asks for it."""
@@ -50,7 +61,8 @@ class StoredBatch:
             tuple(
                 replace(g, images=g.images.pin_memory(), labels={n: one.pin_memory() for n, one in g.labels.items()})
                 for g in self.groups
-            )
+            ),
+            None if self.features is None else tuple((p.pin_memory(), c.pin_memory()) for p, c in self.features),
         )
 
     def to(self, device: torch.device) -> StoredBatch:
@@ -63,16 +75,23 @@ class StoredBatch:
                     labels={n: one.to(device) for n, one in g.labels.items()},
                 )
                 for g in self.groups
-            )
+            ),
+            moved(self.features, device),
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Everything that was copied."""
+        return [x for g in self.groups for x in g.tensors()] + [x for pair in self.features or () for x in pair]
 
     def ready(self, settings: TrainSettings) -> MicroBatch:
         """What a step learns from, made where the tensors are."""
         batches = []
         for g in self.groups:
-            labels = {name: meet_labels(one.decode(), settings.kind) for name, one in g.labels.items()}
+            s = settings
+            labels = {name: meet_labels(one.decode(), s.kind, s.keep_unmet) for name, one in g.labels.items()}
             batches.append(finished(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
-        return joined([g.group for g in self.groups], batches)
+        micro = joined([g.group for g in self.groups], batches, settings)
+        return replace(micro, features=self.features)
 
 
 def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception:
@@ -81,7 +100,8 @@ def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception
     if len(read) < len(items):
         return next(item for item in items if isinstance(item, Exception))
     try:
-        return StoredBatch(tuple(_group(group, [read[row].sample for row in group.rows]) for group in groups_of(read)))
+        groups = tuple(_group(group, [read[row].sample for row in group.rows]) for group in groups_of(read))
+        return StoredBatch(groups, stacked([item.features for item in read]))
     except (ValueError, LookupError, OSError) as error:
         return error
 
@@ -101,10 +121,15 @@ def _group(group: Group, samples: Sequence[Sample]) -> StoredGroup:
 
 
 def stored_batches(
-    dataset: Labelled, positions: MicroBatchPositions, *, settings: TrainSettings, device: torch.device
+    dataset: Labelled,
+    positions: MicroBatchPositions,
+    *,
+    settings: TrainSettings,
+    device: torch.device,
+    features: FeatureStore | None = None,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches on the device, in order; the next one is on its way while a step runs."""
-    samples = Placed(dataset, settings, learning=True, coded=True)
+    samples = Placed(dataset, settings, learning=True, coded=True, features=features)
     cuda = device.type == "cuda"
     batches: Iterator[StoredBatch] = loader_of(samples, positions, collate_stored, settings.workers, pinned=cuda)
     if not cuda:
@@ -122,9 +147,8 @@ def stored_batches(
     while coming is not None:
         here = torch.cuda.current_stream(device)
         here.wait_stream(stream)
-        for group in coming.groups:
-            for tensor in group.tensors():
-                tensor.record_stream(here)
+        for tensor in coming.tensors():
+            tensor.record_stream(here)
         micro = coming.ready(settings)
         ahead = next(batches, None)
         coming = None if ahead is None else send(ahead)

@@ -25,28 +25,32 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distill.core import files
 from distill.core.progress import Report
 from distill.shards import shards
+from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
-from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers, heldout_batches, training_batches
-from distill.training.parallel import accelerator_of, processes_of, reproducible
+from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
+from distill.training.loading import heldout_batches, training_batches
+from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
+from distill.training.resume import resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
-from distill.training.schedule import make_optimizer
-from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
+from distill.training.schedule import in_steps, make_optimizer
+from distill.training.settings import TrainSettings
 from distill.training.step import (
+    Lesson,
     ObjectiveLike,
     TrainingRun,
     TrainingStoppedError,
     averaged,
+    is_lesson,
     make_ready,
     measure,
     set_mode,
     take_step,
 )
 from distill.training.stored import stored_batches
-from distill.training.trainlog import ScaleAlarm, StepLog
+from distill.training.trainlog import ScaleAlarm
 
 __all__ = ["TrainResult", "TrainSettings", "TrainingStoppedError", "train"]
 
@@ -74,7 +78,7 @@ class TrainResult:
 def train(
     student: nn.Module,
     dataset: Labelled,
-    objective: ObjectiveLike,
+    objective: ObjectiveLike | Lesson,
     *,
     out: Path,
     settings: TrainSettings,
@@ -87,11 +91,13 @@ def train(
     report: Report | None = None,
     tell: Callable[[str], object] | None = None,
     device: torch.device | str | None = None,
+    features: FeatureStore | None = None,
 ) -> TrainResult:
     """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
+    objective: what is asked of its maps; or a Lesson, which calls a network of another kind itself.
     heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
     source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
@@ -100,6 +106,7 @@ def train(
     the run what it is (recipe, labels): a resume with another one is refused.
     save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
     the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
+    features: the encoder's, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
     finite, OSError where something cannot be read or written; what was saved until then stays.
@@ -107,23 +114,18 @@ def train(
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+    _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = _split(dataset, heldout, settings)
-    batches = MicroBatchPositions(
-        order=_order(dataset, kept, settings),
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        process=accelerator.process_index,
-        processes=accelerator.num_processes,
-        steps=settings.steps,
-    )
+    settings = in_steps(settings, len(kept))
+    batches = _positions(accelerator, dataset, kept, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
-        run.save_student, run.card = save, dict(card or {})
+        run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
         try:
-            _resume(run, tell or (lambda line: None))
+            resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
             micros = _micros(run, dataset, batches.after(run.step), collate)
             _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
@@ -134,6 +136,11 @@ def train(
             # Not accelerator.end_training(): it ends the process group too, and an ablation's next run needs it.
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
+    if settings.cache_features != (features is not None) or (features is not None and reference is not None):
+        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
 
 
 def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
@@ -147,9 +154,24 @@ def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings)
     return kept, [index for index in held if heldout.sources[index] not in idle]
 
 
+def _positions(
+    accelerator: Accelerator, dataset: Labelled, kept: Sequence[int], settings: TrainSettings
+) -> MicroBatchPositions:
+    """This process's share of the stream."""
+    return MicroBatchPositions(
+        order=_order(dataset, kept, settings),
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        process=accelerator.process_index,
+        processes=accelerator.num_processes,
+        steps=settings.steps,
+    )
+
+
 def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> Order:
     weights, temperature = settings.source_weights, settings.source_temperature
-    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature)
+    even = settings.batch_size if settings.even_batches else 0
+    return make_order(kept, dataset.sources, seed=settings.seed, weights=weights, temperature=temperature, even=even)
 
 
 def _micros(
@@ -158,8 +180,10 @@ def _micros(
     """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
     if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
         check_teachers(dataset, positions.order.indices, run.settings)
-        return stored_batches(dataset, positions, settings=run.settings, device=run.processes.device)
-    return training_batches(dataset, positions, collate=collate, settings=run.settings)
+        return stored_batches(
+            dataset, positions, settings=run.settings, device=run.processes.device, features=run.features
+        )
+    return training_batches(dataset, positions, collate=collate, settings=run.settings, features=run.features)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,55 +222,10 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
     )
 
 
-def _resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
-    """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
-    if run.processes.main:
-        checkpoints.clean(run.out)
-        list(map(tell, checkpoints.drop_damaged(run.out)))
-    run.processes.wait()
-    saved = next(reversed(checkpoints.find(run.out)), None)
-    steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
-    if len(steps) > 1:
-        raise ValueError(f"{run.out} is not the same folder for all processes, which see steps {steps}: share it")
-    if saved is not None:
-        _check_same(run, saved)
-        checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
-        state = saved.state
-        run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
-        if run.best and run.best["step"] not in [one.step for one in checkpoints.find(run.out)]:
-            run.best = None  # damaged, or it made way for one that was
-        run.evaluations_since_best = state["evaluations_since_best"]
-        run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
-    if run.processes.main:
-        run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
-        facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
-        facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
-        facts |= {"settings": run.settings.as_dict(), "card": run.card}
-        files.write_json(run.out / "run.json", facts, allow_nan=True)
-
-
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
     if run.settings.trackers:
         # The curves after the checkpoint are drawn anew.
         accelerator.init_trackers(run.out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
-
-
-def _check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
-    """ValueError where the checkpoint belongs to another run."""
-    # A setting that an older checkpoint does not know had its default then.
-    before = {RENAMED.get(name, name): value for name, value in saved.state["settings"].items()}
-    now, then = run.settings.as_dict(), TrainSettings().as_dict() | before
-    changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
-    differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
-    if run.facts["data"] != saved.state["data"]:
-        differences.append(f"other training data ({run.facts['samples']} samples, not {saved.state['samples']})")
-    if run.facts["identity"] != saved.state["identity"]:
-        differences.append("another recipe")
-    if differences:
-        raise ValueError(
-            f"{run.out} holds a run of step {saved.step} that this one cannot continue: {'; '.join(differences)}. "
-            f"Give it back its settings, or choose another output folder"
-        )
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -318,12 +297,13 @@ def _evaluate(run: TrainingRun, held: _Held) -> bool:
         settings=run.settings,
         process=processes.index,
         processes=processes.count,
+        features=run.features,
     )
     run.kept.eval()
     total = torch.zeros((), dtype=torch.float64, device=processes.device)
     for batch in batches:
         for weight, micro in batch:
-            total += weight * measure(run, run.kept, micro.to(processes.device))[0].double().sum()
+            total += weight * measure(run, run.kept, micro.to(processes.device)).losses.double().sum()
     loss = float(processes.add(total)) / len(held.indices)
     better = math.isfinite(loss) and (run.best is None or loss < run.best["heldout"])
     if better:
@@ -341,6 +321,8 @@ def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
 
 
 def _save(run: TrainingRun) -> None:
+    if is_lesson(run.objective):
+        run.objective.keep()
     if not run.processes.main:
         return
     assert run.log is not None
@@ -370,6 +352,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     run.processes.wait()
     step = run.step if run.best is None else int(run.best["step"])
     chosen = "the last step" if run.best is None else "lowest loss on held-out labels"
+    same_checkpoint(run.processes, run.out, step)
     saved = next(candidate for candidate in checkpoints.find(run.out) if candidate.step == step)
     checkpoints.load_weights(saved, run.student, averaged=run.ema is not None)
     run.student.eval()

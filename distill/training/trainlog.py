@@ -2,7 +2,8 @@
 
 log.jsonl holds one JSON object per line, three sorts of them: {"step", "loss", ...} of a training step, {"step",
 "heldout", ...} of an evaluation, {"step", "alarm"} of a warning. A resumed run cuts the file back to its checkpoint, so
-that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's.
+that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's. Each line ends in a checksum of
+itself, which readers take off; a line with another one is left out.
 
 Why an alarm: the gradient of a scale- and shift-invariant loss is orthogonal to the prediction, so each step can only
 lengthen it, and the effective step shrinks as it grows; people who re-implemented Distill-Any-Depth report just that.
@@ -10,10 +11,10 @@ lengthen it, and the effective step shrinks as it grows; people who re-implement
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from distill.core.depth import DepthMap
 from distill.core.labels import Batch
 from distill.losses.losses import median_and_mean_abs_dev
 
+_SEAL = "crc32"
 WALL_CLOCK = ("images_per_s", "data_wait", "seconds", "memory")
 # Statistics of a map are taken on at most this many rows and columns: a median over 64 x 64 pixels is good to about
 # 1 % of the deviation and 75 times cheaper than one over 560 x 560.
@@ -50,11 +52,15 @@ def map_statistics(values: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class StepLog:
-    """Appends lines to log.jsonl; each line is handed to the system at once, so that a killed process loses none."""
+    """Appends lines to log.jsonl; each line is handed to the system at once, so that a killed process loses none.
+
+    damaged: how many lines of an earlier call were, and are left out.
+    """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
+        self.damaged = damaged(path)
         kept = [line for line in _lines(path) if line["step"] <= last_step]
         with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
             file.writelines(_encode(line) for line in kept)
@@ -90,15 +96,36 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for text in file:
-            if not text.endswith("\n"):
-                return
-            with contextlib.suppress(ValueError, RecursionError):
-                if isinstance(line := json.loads(text), dict) and type(line.get("step")) is int:
-                    yield line
+            if text.endswith("\n") and (line := _line(text)) is not None:
+                yield line
+
+
+def damaged(path: Path) -> int:
+    """How many whole lines of a log are none; the end that a kill tore or a power cut filled with NULs is no line."""
+    if not path.exists():
+        return 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return sum(text.endswith("\n") and _line(text) is None for text in file)
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    said = line.pop(_SEAL, None)
+    return line if said in (None, zlib.crc32(_dumps(line).encode())) else None  # earlier versions wrote none
+
+
+def _dumps(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, separators=(",", ":"))
 
 
 def _encode(line: Mapping[str, Any]) -> str:
-    return json.dumps(_finite(line), separators=(",", ":")) + "\n"
+    text = _dumps(finite := _finite(line))
+    return _dumps({**finite, _SEAL: zlib.crc32(text.encode())}) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -276,7 +276,7 @@ def _prove(root: Path, protocol: Protocol, layout: FileLayout, there: set[str], 
     seen = f"{how}; looked here and in the folders below"
     seen += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
     if any(name.endswith(".mat") for name in there) and not keys:
-        seen += f"; the authors' .mat is not read: unpack it, or `distill fetch {protocol.benchmark}`"
+        seen += f"; of .mat files only NYU's nyu_depth_v2_labeled.mat is read; or `distill fetch {protocol.benchmark}`"
     if not protocol.num_images:
         raise ValueError(f"{root}: no images of {protocol.benchmark}; {seen}")
     more = len(keys) > protocol.num_images

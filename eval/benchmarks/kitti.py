@@ -54,8 +54,8 @@ _SHIPPED = re.compile(
 
 def _canonical(name: str) -> str | None:
     """KITTI's own folders: raw drives anywhere, ground truth below train/ or val/."""
-    found = _SHIPPED.search(name)
-    return found[1] if found else None
+    shipped = _SHIPPED.search(name)
+    return shipped[1] if shipped else None
 
 
 LAYOUT = FileLayout(

@@ -1,7 +1,8 @@
 """NYUv2, the 654 labelled test images: indoor, Kinect, 480 x 640.
 
-Root: nyu_labeled_extracted.tar, or what it unpacks to. List columns: rgb, depth, filled depth (loaded by the official
-evaluation, never used). Depth is a 16-bit png in millimetres. Source: prs-eth/Marigold, src/dataset/nyu_dataset.py.
+Root: nyu_labeled_extracted.tar, what it unpacks to, or the authors' own nyu_depth_v2_labeled.mat. List columns: rgb,
+depth, filled depth (loaded by the official evaluation, never used). Depth is a 16-bit png in millimetres. Source:
+prs-eth/Marigold, src/dataset/nyu_dataset.py.
 """
 
 from __future__ import annotations
@@ -12,8 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from distill.core.depth import DepthMap
-from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
-from distill.eval.benchmarks._files import MARIGOLD_HOST, FileLayout, Files, ListRow, as_truth, published, ranged
+from distill.eval.benchmarks import BenchmarkSample, Download, _nyu_mat, prediction_path
+from distill.eval.benchmarks._files import (
+    MARIGOLD_HOST,
+    FileLayout,
+    Files,
+    ListRow,
+    as_truth,
+    published,
+    ranged,
+    read_list,
+)
 from distill.eval.protocol import Protocol
 
 PROTOCOL = Protocol(
@@ -44,6 +54,12 @@ DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 def samples(root: Path | str | None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
     """The test images, by the published list or by rule: every test/*/rgb_N.png with its depth_N.png."""
+    if (mat := container(root)) is not None:
+        keys = _nyu_mat.names(mat) if list_file is None else [rgb for rgb, _ in read_list(list_file, LAYOUT)]
+        return [
+            BenchmarkSample(key, prediction_path(key), partial(_nyu_mat.rgb, mat, key), partial(_truth_of, mat, key))
+            for key in keys
+        ]
     files, rows = published(root, list_file, protocol=PROTOCOL, layout=LAYOUT)
     return [
         BenchmarkSample(rgb, prediction_path(rgb), partial(files.rgb, rgb), partial(_truth, files, depth))
@@ -51,8 +67,21 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
     ]
 
 
+def container(root: Path | str | None) -> Path | None:
+    """The authors' own file, where that is what `root` means."""
+    return _nyu_mat.find(root)
+
+
+def _truth_of(mat: Path, key: str) -> DepthMap:
+    return _cropped(_nyu_mat.depth(mat, key))
+
+
 def _truth(files: Files, name: str) -> DepthMap:
-    metres, valid = ranged(files.png(name) / 1000.0, PROTOCOL)
+    return _cropped(files.png(name) / 1000.0)
+
+
+def _cropped(depth: np.ndarray) -> DepthMap:
+    metres, valid = ranged(depth, PROTOCOL)
     crop = np.zeros_like(valid)
     crop[45:471, 41:601] = True
     return as_truth(metres, valid & crop)

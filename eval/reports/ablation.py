@@ -1,4 +1,4 @@
-"""The table of a study: mean and spread over seeds, the paper's number beside it, verdicts, curves and pictures.
+"""The table of a study: the labels' quality, mean and spread over seeds beside the paper's, claims, curves, pictures.
 
 Spread is the sample standard deviation over seeds. The paper's numbers come from other benchmarks and are there for
 their order alone; they are never averaged with ours.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
@@ -19,12 +20,19 @@ import numpy as np
 from distill.core import files
 from distill.core.depth import Kind
 from distill.core.plugins import find
+from distill.eval.labels import LabelQuality
 from distill.eval.reports import figures, page
 from distill.eval.reports.gallery import UNREADABLE, aligned
 from distill.eval.score import read_scores
-from distill.eval.verdict import Verdict
+from distill.eval.verdict import EQUIVALENT, OPPOSITE, SAME, UNDECIDED, UNKNOWN, Verdict, holm
 
 PICTURES = 3
+WORDS = (SAME, OPPOSITE, EQUIVALENT, UNDECIDED, UNKNOWN)
+NOTE = (
+    "The effect is the margin by which the claim holds, relative, within a seed; the interval knows of the seeds and, "
+    "by a bootstrap, of the images. A claim about several rows is as good as its weakest pair, which is named. The "
+    "paper’s own table has one run per row: a margin, without an interval."
+)
 _WIDTH, _NAME, _ROW = 860, 230, 26
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
@@ -44,39 +52,82 @@ class AblationRow:
     curves: Mapping[int, Curves]
     folders: Sequence[Path]
 
-    def means(self) -> dict[int, float | None]:
-        """The mean over the columns by seed, None where one is missing."""
-        return {
-            seed: None if None in row or not row else statistics.fmean(v for v in row if v is not None)
-            for seed, row in self.values.items()
-        }
-
     def column(self, i: int) -> list[float]:
         """The values of one column over the seeds that have one."""
         return [v for row in self.values.values() if (v := row[i]) is not None]
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim of a paper, in one metric. paper: the effect in the paper's own numbers, where they are of this metric.
+
+    survives: whether it is decided even after Holm's correction for all claims of the table.
+    """
+
+    text: str
+    source: str
+    metric: str
+    ours: Verdict
+    paper: float | None
+    survives: bool
+
+    @property
+    def here(self) -> str:
+        """The effect with its interval."""
+        ours = self.ours
+        if not ours.seeds:
+            return ours.why
+        if not math.isfinite(ours.low):
+            return f"{ours.effect:+.1%} ({ours.why})"
+        pair = f", {ours.pair[0]} over {ours.pair[1]}" if ours.pair[0] else ""
+        return f"{ours.effect:+.1%} [{ours.low:+.1%}, {ours.high:+.1%}] ({ours.seeds} seeds{pair})"
+
+    @property
+    def papers(self) -> str:
+        """The paper's effect, and whether the interval here leaves it out."""
+        if self.paper is None:
+            return "-"
+        if not math.isfinite(self.ours.low):
+            return f"{self.paper:+.1%}"
+        return f"{self.paper:+.1%}, {'excluded' if self.ours.excludes(self.paper) else 'not excluded'}"
+
+    def cells(self) -> list[str]:
+        """Its line of the table of claims."""
+        return [self.text, self.metric, self.papers, self.here, self.ours.word, "yes" if self.survives else "no"]
+
+
+CLAIM_HEAD = ["claim", "in", "paper’s effect", "here, 90 % interval", "verdict", "survives Holm"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A study's result. verdicts: claim, its source, ours, the paper's. benchmarks: label, plug-in, root, list."""
+    """A study's result. lower_is_better: by column. labels: how good the teachers' labels are, by row.
+
+    benchmarks: label, plug-in, root, list.
+    """
 
     name: str
     title: str
     source: str
     columns: Sequence[str]
+    lower_is_better: Sequence[bool]
     paper_columns: Sequence[str]
     rows: Sequence[AblationRow]
-    verdicts: Sequence[tuple[str, str, Verdict, Verdict]]
+    claims: Sequence[Claim]
+    labels: Sequence[tuple[str, LabelQuality]]
+    equivalence: float
     benchmarks: Sequence[tuple[str, str, str, str]]
     made_by: str
 
     def text(self) -> list[list[str]]:
-        """The table as text, the head first; the smallest mean of a column is starred."""
+        """The table as text, the head first; the best mean of a column is starred."""
         with_paper = any(row.paper for row in self.rows)
         head = ["", *self.columns, *(f"paper: {name}" for name in self.paper_columns if with_paper)]
         best = [
-            min((statistics.fmean(c) for row in self.rows if (c := row.column(i))), default=math.nan)
-            for i in range(len(self.columns))
+            (min if lower else max)(
+                (statistics.fmean(c) for row in self.rows if (c := row.column(i))), default=math.nan
+            )
+            for i, lower in enumerate(self.lower_is_better)
         ]
         lines = [head]
         for row in self.rows:
@@ -86,13 +137,22 @@ class Table:
             lines.append([row.name + (" (diverged)" if row.failures else ""), *cells])
         return lines
 
-    def margin(self, verdict: Verdict) -> str:
-        """The margin of a verdict with its interval."""
-        if not verdict.seeds:
-            return verdict.why
-        if not math.isfinite(verdict.half_width):
-            return f"{verdict.effect:+.1%} ({verdict.why})"
-        return f"{verdict.effect:+.1%} ± {verdict.half_width:.1%} ({verdict.seeds} seeds)"
+    def label_text(self) -> list[list[str]]:
+        """The teachers' own labels against the truth, the head first; a line where nothing is known."""
+        lines = [["labels by", "of", "AbsRel", "boundary F1", "maps"]]
+        for name, one in self.labels:
+            lines.append([name, one.context, f"{one.abs_rel:.3f}", f"{one.boundary_f1:.3f}", str(one.maps)])
+        return lines
+
+    def verdict_line(self) -> str:
+        """How many claims there are, what became of them, and how many survive a correction for their number."""
+        words = Counter(claim.ours.word for claim in self.claims)
+        counts = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
+        lasting = sum(claim.survives for claim in self.claims)
+        return (
+            f"{len(self.claims)} claims: {counts}. {lasting} survive Holm’s correction for their number (family error "
+            f"10 %). Equivalent: within {self.equivalence:.0%}."
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """All of it but the curves, as JSON would have it."""
@@ -103,6 +163,8 @@ class Table:
             "made_by": self.made_by,
             "columns": list(self.columns),
             "paper_columns": list(self.paper_columns),
+            "equivalence": self.equivalence,
+            "labels": [{"rows": name, **asdict(one)} for name, one in self.labels],
             "rows": [
                 {
                     "name": row.name,
@@ -113,11 +175,28 @@ class Table:
                 }
                 for row in self.rows
             ],
-            "orderings": [
-                {"claim": claim, "source": source, "here": _plain(ours), "paper": theirs.word}
-                for claim, source, ours, theirs in self.verdicts
+            "claims": [
+                {
+                    "claim": c.text,
+                    "source": c.source,
+                    "metric": c.metric,
+                    "here": _plain(c.ours),
+                    "paper": c.paper,
+                    "excluded": c.paper is not None and c.ours.excludes(c.paper),
+                    "survives": c.survives,
+                }
+                for c in self.claims
             ],
         }
+
+
+def together(tables: Sequence[Table]) -> str:
+    """How many claims of several studies survive the correction for the number of all of them."""
+    decided = [claim for table in tables for claim in table.claims if claim.ours.word != UNKNOWN]
+    lasting = holm([claim.ours.p for claim in decided])
+    count = sum(last and claim.ours.word != UNDECIDED for claim, last in zip(decided, lasting, strict=True))
+    names = ", ".join(table.name for table in tables)
+    return f"{names}: of {len(decided)} claims that were run {count} survive Holm’s correction for all of them."
 
 
 def _plain(verdict: Verdict) -> dict[str, Any]:
@@ -133,18 +212,14 @@ def _spread(values: Sequence[float], best: float) -> str:
 
 
 def markdown(table: Table) -> str:
-    """The table and its verdicts in Markdown."""
+    """The labels, the table and its claims in Markdown."""
     lines = [f"### {table.title} ({table.source})", ""]
-    head, *body = table.text()
-    lines += [_md(head), _md(["---"] * len(head)), *map(_md, body), ""]
-    if table.verdicts:
-        claims = [[claim, ours.word, table.margin(ours)] for claim, _, ours, _ in table.verdicts]
-        lines += [
-            _md(["ordering of the paper", "here", "margin, 90 % interval"]),
-            _md(["---"] * 3),
-            *map(_md, claims),
-            "",
-        ]
+    parts = [table.label_text()] if table.labels else []
+    for head, *body in [*parts, table.text()]:
+        lines += [_md(head), _md(["---"] * len(head)), *map(_md, body), ""]
+    if table.claims:
+        claims = [claim.cells() for claim in table.claims]
+        lines += [_md(CLAIM_HEAD), _md(["---"] * len(CLAIM_HEAD)), *map(_md, claims), "", table.verdict_line(), ""]
     return "\n".join([*lines, f"{table.name}, {table.made_by}.", ""])
 
 
@@ -159,7 +234,7 @@ def write_page(table: Table, path: Path) -> None:
     """One HTML file that opens offline."""
     head, *body = table.text()
     rows = [[page.name(row[0]), *(_marked(cell) for cell in row[1:])] for row in body]
-    key = '<p class="key">Errors: mean over seeds ± standard deviation; the smallest mean of a column is marked.'
+    key = '<p class="key">Mean over seeds ± standard deviation; the best mean of a column is marked.'
     key += (
         " The paper’s numbers are of its own data and benchmarks.</p>" if any(r.paper for r in table.rows) else "</p>"
     )
@@ -169,26 +244,26 @@ def write_page(table: Table, path: Path) -> None:
         if lost
         else ""
     )
+    plain = [[page.name(cells[0]), *map(escape, cells[1:])] for cells in table.label_text()[1:]]
+    labels = (
+        page.table([*map(escape, table.label_text()[0])], plain, kind="scores")
+        if plain
+        else page.missing("Nobody knows how good the labels are: no plain truth was stored beside them.")
+    )
     sections = [
-        ("table", "Table", page.table([escape(h) for h in head], rows, kind="scores") + key + _dots(table) + stopped)
+        ("labels", "The teachers’ own labels", labels),
+        ("table", "Table", page.table([escape(h) for h in head], rows, kind="scores") + key + _dots(table) + stopped),
     ]
-    if table.verdicts:
-        sentences_of_row = [
+    if table.claims:
+        lines = [
             [
-                escape(claim),
-                f'<b class="{"bad" if ours.word.startswith("not rep") else ""}">{ours.word}</b>',
-                escape(table.margin(ours)),
-                f"{theirs.effect:+.0%}" if theirs.seeds else "-",
-                escape(source),
+                f'<b class="{"bad" if c.ours.word == OPPOSITE else ""}">{escape(v)}</b>' if i == 4 else escape(v)
+                for i, v in enumerate(c.cells())
             ]
-            for claim, source, ours, theirs in table.verdicts
+            for c in table.claims
         ]
-        heads = ["ordering", "here", "margin, 90 % interval", "margin in the paper", "source"]
-        note = (
-            '<p class="key">The margin by which the claim holds, relative, over paired seeds; negative where it fails. '
-            "The paper’s own table has one run per row: a margin, without an interval.</p>"
-        )
-        sections.append(("orderings", "Orderings", page.table(heads, sentences_of_row) + note))
+        note = f'<p class="key">{escape(table.verdict_line())} {NOTE}</p>'
+        sections.append(("claims", "Claims", page.table(CLAIM_HEAD, lines) + note))
     sections.append(("curves", "Curves", _curves(table)))
     sections.append(("pictures", "Pictures", _pictures(table)))
     seeds = sorted({seed for row in table.rows for seed in row.values})
@@ -207,7 +282,7 @@ def _dots(table: Table) -> str:
         values = [v for row in table.rows for v in row.column(i)]
         if not values:
             continue
-        low, high = min(values), max(values)
+        low, high, side = min(values), max(values), "left" if table.lower_is_better[i] else "right"
         span = (high - low) or 1.0
         height = _ROW * len(table.rows) + 30
 
@@ -219,12 +294,12 @@ def _dots(table: Table) -> str:
             y = _ROW * k + _ROW / 2 + 4
             parts.append(f'<path class="grid" d="M{_NAME} {y}H{_WIDTH}"/>')
             parts.append(f'<text x="{_NAME - 8}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>')
-            own = row.column(i)
-            for v in own:
+            values = row.column(i)
+            for v in values:
                 dot = f'<circle class="s1" cx="{px(v):.1f}" cy="{y}" r="4" fill-opacity=".55">'
                 parts.append(f"{dot}<title>{v:.4f}</title></circle>")
-            if own:
-                mean = px(statistics.fmean(own))
+            if values:
+                mean = px(statistics.fmean(values))
                 parts.append(f'<path class="line s2" d="M{mean:.1f} {y - 8}V{y + 8}"/>')
         for v in (low, (low + high) / 2, high):
             parts.append(f'<text x="{px(v):.1f}" y="{height - 6}" text-anchor="middle">{v:.3f}</text>')
@@ -232,7 +307,7 @@ def _dots(table: Table) -> str:
             f'<figure class="chart"><figcaption><b>{escape(column)}</b></figcaption>'
             f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" '
             f'aria-label="{escape(column)} by row and seed">{"".join(parts)}</svg>'
-            "<p>a dot per seed, the line is their mean; left is better</p></figure>"
+            f"<p>a dot per seed, the line is their mean; {side} is better</p></figure>"
         )
     return "".join(panels)
 

@@ -14,6 +14,7 @@ from distill.core import files
 from distill.eval import agreement
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import PROTOCOL, TRUTH, ModelComparison
+from distill.eval.reports import figures
 from distill.eval.reports.disagreement import gallery
 from distill.eval.reports.page import details, name, page, pairs, table
 
@@ -59,27 +60,40 @@ def _agreement_sentence(comparison: ModelComparison) -> str:
     return f"{near['a']} and {near['b']} agree best (error {near['error']:.2f}); {text}."
 
 
-def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
+def ranking(comparison: ModelComparison, primary: str) -> tuple[str, list[dict[str, Any]]]:
+    """By which measure a primary's assistants are judged, and their rows, the best first: one rule for words and table.
+
+    "mixing" where enough images have a truth, else "complement".
+    """
     rows = [row for row in comparison.additions if row["a"] == primary]
     known = [row for row in rows if row.get("mixing") is not None and row["images"].get("mixing", 0) >= _SOME]
-    if known:
-        return _known_sentence(primary, known)
-    seen = [row for row in rows if row.get("complement") is not None]
+    measure = "mixing" if known else "complement"
+    rows.sort(key=lambda row: -1.0 if row.get(measure) is None else float(row[measure]), reverse=True)
+    return measure, rows
+
+
+def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
+    measure, rows = ranking(comparison, primary)
+    seen = [row for row in rows if row.get(measure) is not None]
     if not seen:
         return ""
-    best = max(seen, key=lambda row: row["complement"])
+    if measure == "mixing":
+        return _known_sentence(primary, seen)
+    best = seen[0]
+    between = {(row["a"], row["b"]): row for row in comparison.pairs}
+    pair = between.get((primary, best["b"])) or between.get((best["b"], primary)) or {}
+    numbers = f"new edges {best['news']:.0%}, error {_show(pair.get('error'))}, complement {best['complement']:.2f}"
     if best["complement"] < WORTH:
-        return f"Nothing here shows {primary} an edge of the picture that it lacks, and agrees with it otherwise."
-    error = 1 - best["complement"] / max(best["news"], 1e-9)
-    return (
-        f"To {primary}, {best['b']} adds most, as far as edges tell (there is no truth): {best['news']:.0%} of "
-        f"the edges that it shares with the picture are missing or blurred in {primary}, at an error of {error:.2f}."
-    )
+        return (
+            f"To {primary}, nothing here adds much, as far as edges tell (there is no truth): most adds {best['b']}, "
+            f"{numbers}."
+        )
+    return f"To {primary}, {best['b']} adds most, as far as edges tell (there is no truth): {numbers}."
 
 
 def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """What the truth says about a primary's assistants."""
-    best = max(rows, key=lambda row: row["mixing"])
+    best = rows[0]
     ahead = max(rows, key=lambda row: row["share"])
     better = (
         f" {ahead['b']} is simply better than {primary}, in {ahead['share']:.0%} of the regions: it would replace it, "
@@ -89,7 +103,8 @@ def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
     )
     if best["mixing"] < WORTH:
         return (
-            f"To {primary}, nothing here adds much: choosing between the two by region wins under {WORTH:.0%}.{better}"
+            f"To {primary}, nothing here adds much: choosing between the two by region wins {best['mixing']:.0%} at "
+            f"best ({best['b']}; {best['images']['mixing']} images with truth).{better}"
         )
     return (
         f"To {primary}, {best['b']} adds most: the better of the two in each region has {best['mixing']:.0%} less "
@@ -119,7 +134,7 @@ def models_table(comparison: ModelComparison) -> str:
     """Who was compared, how good and how dear."""
     with_truth = any(image["truth"] for image in comparison.images)
     head = ["model", *(["AbsRel ↓", "δ1 ↑"] if with_truth else []), "sharpness ↑", "edges on image ↑"]
-    head += ["images/s", "parameters", "memory"]
+    head += ["ms an image", "GFLOPs", "parameters", "memory"]
     rows = []
     for model in comparison.models:
         cost, numbers = model["cost"], model["numbers"]
@@ -130,12 +145,27 @@ def models_table(comparison: ModelComparison) -> str:
                 *(truth if with_truth else []),
                 _show(numbers.get("sharpness"), "{:.3f}"),
                 _show(numbers.get("on_image"), "{:.0%}"),
-                _show(cost["images_per_s"], "{:.3g}"),
+                _show(1000 * cost["latency_s"] if cost.get("latency_s") else None, "{:,.3g}"),
+                _show(cost["flops"] / 1e9 if cost.get("flops") else None, "{:,.3g}"),
                 _millions(cost["parameters"]),
                 _bytes(cost["memory_bytes"]),
             ]
         )
     return table([escape(cell) for cell in head], rows, kind="scores")
+
+
+def score_against_time(comparison: ModelComparison) -> str:
+    """A chart of AbsRel against milliseconds an image; nothing below two models with both."""
+    points = [
+        (1000 * model["cost"]["latency_s"], model["numbers"]["abs_rel"], model["name"])
+        for model in comparison.models
+        if model["cost"].get("latency_s") and model["numbers"].get("abs_rel") is not None
+    ]
+    if len(points) < 2:
+        return ""
+    note = "lower and further left is better"
+    chart = figures.scatter("AbsRel against ms an image", points, across="ms", note=note)
+    return f'<div class="charts">{chart}</div>'
 
 
 def cards_table(comparison: ModelComparison) -> str:
@@ -193,15 +223,14 @@ def additions_table(comparison: ModelComparison) -> str:
     """Every (primary, assistant), the best assistant of a primary marked."""
     rows = []
     with_truth = any(row.get("gain") is not None for row in comparison.additions)
-    order = "mixing" if with_truth else "complement"
     for model in comparison.models:
-        selected = [row for row in comparison.additions if row["a"] == model["name"]]
-        selected.sort(key=lambda row: -1.0 if row.get(order) is None else float(row[order]), reverse=True)
+        order, selected = ranking(comparison, model["name"])
         for i, row in enumerate(selected):
             cells = [_show(row.get(key), "{:.0%}") for key in (("mixing", "gain", "share") if with_truth else ())]
             cells += [_show(row.get("news"), "{:.0%}"), _show(row.get("complement"))]
             if i == 0 and row.get(order) is not None and row[order] >= WORTH:
-                cells[0 if with_truth else 1] = f'<span class="best">{cells[0 if with_truth else 1]}</span>'
+                at = 0 if order == "mixing" else len(cells) - 1
+                cells[at] = f'<span class="best">{cells[at]}</span>'
             rows.append([name(row["a"]), f'<span class="text">{name(row["b"])}</span>', *cells])
     head = [
         "primary",
@@ -221,7 +250,8 @@ def additions_table(comparison: ModelComparison) -> str:
     )
     note += (
         "<b>New edges</b>: of the assistant’s edges on the picture’s, those that the primary lacks or has less than "
-        "half as steep, as a share of its own or the primary’s, whichever are more. <b>Complement</b>: (1 − error) × "
+        "half as steep, less as many as chance explains (noise has edges off the picture’s too), as a share of its own "
+        "or the primary’s, whichever are more. <b>Complement</b>: (1 − error) × "
         "new edges, high where both see one scene and the assistant sees more of its detail; it needs no truth."
     )
     return table([escape(cell) for cell in head], rows, kind="scores") + f'<p class="key">{note}</p>'
@@ -253,7 +283,7 @@ def write_page(
     ]
     sections = [
         ("short", "In short", f"<ul>{statements}</ul>"),
-        ("models", "Models", models_table(comparison) + _models_key(comparison)),
+        ("models", "Models", _models(comparison)),
         ("agreement", "Agreement", matrices(comparison)),
         ("additions", "Who adds what to whom", additions_table(comparison)),
         ("pictures", "Where they disagree", gallery(comparison, samples, folder)),
@@ -263,13 +293,18 @@ def write_page(
     return out
 
 
+def _models(comparison: ModelComparison) -> str:
+    tables = f"<div>{models_table(comparison)}{_models_key(comparison)}</div>"
+    return f'<div class="beside">{tables}{score_against_time(comparison)}</div>'
+
+
 def _models_key(comparison: ModelComparison) -> str:
     some = "AbsRel and δ1 by the clean protocol, to 80 metres, each model aligned in its own quantity. "
     return (
         f'<p class="key">{some if any(i["truth"] for i in comparison.images) else ""}Sharpness: how steep a map’s '
         "steps are; a smeared step is less steep. Noise is steep too: then few of its edges lie on the "
-        "image’s. Images/s: one at a time, without the first, as large as they are compared here. Memory: what "
-        "loading and predicting added to the process, or the accelerator’s peak.</p>"
+        "image’s. Time: the median of single images, without the first, as large as they are compared here. FLOPs: 2 "
+        "per multiply-add. Memory: what loading and predicting added to the process, or the accelerator’s peak.</p>"
     )
 
 

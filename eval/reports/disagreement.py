@@ -111,10 +111,10 @@ def _aligned(view: ImageView) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def _spread(aligned: Mapping[str, tuple[np.ndarray, np.ndarray]], view: ImageView) -> np.ndarray:
     """(H,W) standard deviation of the models' aligned maps over the reference's; the truth is no model."""
-    own = [np.where(valid, values, np.nan) for key, (values, valid) in aligned.items() if key != TRUTH]
+    aligned_values = [np.where(valid, values, np.nan) for key, (values, valid) in aligned.items() if key != TRUTH]
     frame = view.maps[view.reference]
     unit = float(frame.values[frame.valid].std(correction=0)) or 1.0
-    stack = np.stack(own)
+    stack = np.stack(aligned_values)
     count = np.isfinite(stack).sum(0)
     filled = np.nan_to_num(stack)
     mean = filled.sum(0) / np.maximum(count, 1)

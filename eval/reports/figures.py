@@ -19,6 +19,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+BINS = 20
+"""Bars of a histogram."""
 SIDE = 288
 """Pictures are shown with at most this many pixels on the longer side."""
 
@@ -76,6 +78,47 @@ def shrink(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
     """Every n-th row and column, so that the longer side is at most about `side`; values are picked, never mixed."""
     step = max(1, -(-max(picture.shape[:2]) // side))
     return picture[step // 2 :: step, step // 2 :: step]
+
+
+@dataclass(frozen=True, slots=True)
+class Dots:
+    """How a map is drawn. source: for each pixel of the picture the flat index of the map's pixel that it shows, -1 for
+    none; None: every n-th pixel, as `shrink` does. grown: whether points are drawn larger than they are.
+    """
+
+    source: np.ndarray | None = None
+    grown: bool = False
+
+    def picture(self, position: np.ndarray, valid: np.ndarray, ramp: Ramp) -> np.ndarray:
+        """`colourise` of the map, shrunk, with its points drawn as large as was said."""
+        if self.source is None:
+            return shrink(colourise(position, valid, ramp))
+        seen = self.source >= 0
+        return colourise(position.reshape(-1)[np.maximum(self.source, 0)], seen, ramp)
+
+
+def dots(valid: np.ndarray, *, cover: float = 0.5, most: int = 6) -> Dots:
+    """Where to take the pixels of a map with few valid ones: no point is lost in shrinking, and each is grown.
+
+    Points grow by a pixel at a time, up to `most`, until `cover` of the picture is covered; nearer points come first.
+    """
+    rows, columns = valid.shape
+    step = max(1, -(-max(rows, columns) // SIDE))
+    height, width = -(-rows // step), -(-columns // step)
+    source = np.full((height, width), -1, np.intp)
+    down, across = np.nonzero(valid)
+    source[down // step, across // step] = down * columns + across
+    for _ in range(most):
+        if not len(down) or (source >= 0).mean() >= cover:
+            break
+        before = source.copy()
+        for shift, axis in ((1, 0), (-1, 0), (1, 1), (-1, 1)):
+            moved = np.roll(before, shift, axis)
+            edge = [slice(None), slice(None)]
+            edge[axis] = slice(0, 1) if shift > 0 else slice(-1, None)
+            moved[tuple(edge)] = -1
+            source = np.where(source < 0, moved, source)
+    return Dots(source, True)
 
 
 def data_uri(picture: np.ndarray, *, photo: bool = False) -> str:
@@ -270,3 +313,65 @@ def chart(
         f'</figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(label)}">'
         f"{''.join(parts)}</svg>{f'<p>{escape(note)}</p>' if note else ''}</figure>"
     )
+
+
+def scatter(title: str, points: Sequence[tuple[float, float, str]], *, across: str, note: str = "") -> str:
+    """Named points (x, y, name) over a logarithmic x axis, whose unit is `across`, as a figure."""
+    along, up = _axis([x for x, _, _ in points], True, False), _axis([y for _, y, _ in points], False, False)
+    parts = []
+
+    def px(x: float) -> float:
+        return _LEFT + along.place(x) * (_WIDTH - _LEFT - _RIGHT)
+
+    def py(y: float) -> float:
+        return _HEIGHT - _BOTTOM - up.place(y) * (_HEIGHT - _TOP - _BOTTOM)
+
+    for tick in up.ticks():
+        parts.append(f'<path class="grid" d="M{_LEFT} {py(tick):.1f}H{_WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
+    marks = along.ticks()
+    marks = marks if len(marks) > 1 else _nice(along.low, along.high, 3)
+    for tick in marks:
+        parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{_short(tick)}</text>')
+    parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">{escape(across)}</text>')
+    parts.append(f'<path class="axis" d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}"/>')
+    for i, (x, y, name) in enumerate(points):
+        colour, left = f"s{i % 6 + 1}", px(x) > 0.6 * _WIDTH
+        side = f'x="{px(x) + (-9 if left else 9):.1f}" text-anchor="{"end" if left else "start"}"'
+        parts.append(f'<circle class="{colour}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="5"><title>')
+        parts.append(f"{escape(name)}: {_short(x)} {escape(across)}, {_short(y)}</title></circle>")
+        parts.append(f'<text {side} y="{py(y) + 4:.1f}">{escape(name)}</text>')
+    label = f"{title}: " + "; ".join(f"{name} {_short(y)} at {_short(x)} {across}" for x, y, name in points)
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" '
+        f'role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>{f"<p>{escape(note)}</p>" if note else ""}'
+        "</figure>"
+    )
+
+
+# --- histograms -------------------------------------------------------------------------------------------------------
+
+
+def bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: str = "", colour: int = 1) -> str:
+    """A histogram as a figure; heights are fractions."""
+    width, tall, highest = 400 / len(heights), 150.0, max(max(heights), 1e-9)
+    bars = "".join(
+        f'<rect x="{i * width + 1:.1f}" y="{tall - tall * h / highest:.1f}" width="{width - 2:.1f}" '
+        f'height="{tall * h / highest:.1f}" fill="var(--s{colour})"><title>{100 * h:.1f} %</title></rect>'
+        for i, h in enumerate(heights)
+    )
+    texts = (
+        f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
+    )
+    more = f"<p>{escape(note)}</p>" if note else ""
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
+        f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
+        f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
+    )
+
+
+def histogram(values: Sequence[float], low: float, high: float) -> list[float]:
+    """The share of the values in each of BINS equal parts from low to high."""
+    counts = np.histogram(values, BINS, (low, high if high > low else low + 1.0))[0]
+    return [float(c) for c in counts / max(1, len(values))]

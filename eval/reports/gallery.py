@@ -24,8 +24,10 @@ from distill.eval.stored import read_prediction
 
 PICTURES = 4
 """Images shown of each benchmark, where the recipe's score.pictures does not say."""
-ERROR_END = 0.3
-"""Relative error at the dark end of the error maps' scale; the legend's ticks are its thirds."""
+ERROR_SPAN = (0.01, 1.0)
+"""Relative errors at the ends of the error maps' scale, which is logarithmic: 30 % and 100 % are not the same black."""
+SPARSE = 0.25
+"""Below this share of valid pixels a truth is points of a laser, and drawn larger than they are, to be seen."""
 _MODELS = 4
 
 UNREADABLE = (OSError, ValueError, LookupError)
@@ -40,7 +42,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
     """Pictures of every benchmark that the recipe names and the run has predictions of; says what it lacks."""
     if not scores:
         return missing("No pictures: they show stored predictions, and nothing has been scored.")
-    parts, most = [], int(recipe.get("score", {}).get("pictures", PICTURES))
+    parts, pictures = [], int(recipe.get("score", {}).get("pictures", PICTURES))
     for spec in recipe.get("benchmarks", []):
         label = spec.get("alias") or spec.get("name", "")
         selected = [
@@ -52,12 +54,12 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
             continue
         try:
-            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=most))
+            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=pictures))
         except UNREADABLE as error:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
         return missing("No pictures: the recipe names no benchmarks.")
-    ticks = [(0.0, "0"), (1 / 3, "10 %"), (2 / 3, "20 %"), (1.0, "30 % or more")]
+    ticks = [(0.0, "1 %"), (0.239, "3 %"), (0.5, "10 %"), (0.739, "30 %"), (1.0, "100 %")]
     intro = (
         '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
         "of that image’s truth; below it, how far it is off relative to the truth.</p>"
@@ -104,11 +106,11 @@ def _strip(run_dir: Path, label: str, sample: BenchmarkSample, scores: Sequence[
     depth, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     span = figures.depth_span(depth, valid)
     everywhere = np.ones_like(valid)
+    drawn = figures.dots(valid) if valid.mean() < SPARSE else figures.Dots()
+    note = f"{valid.mean():.1%} of the pixels, drawn larger" if drawn.grown else ""
     shown = [
         figures.tile("image", figures.shrink(photo), photo=True)
-        + figures.tile(
-            "truth", figures.shrink(figures.colourise(figures.nearness(depth, span), valid, figures.NEARNESS))
-        )
+        + figures.tile("truth", drawn.picture(figures.nearness(depth, span), valid, figures.NEARNESS), note=note)
     ]
     for score in scores:
         image = next(i for i in score.images if i.key == sample.key)
@@ -116,16 +118,22 @@ def _strip(run_dir: Path, label: str, sample: BenchmarkSample, scores: Sequence[
         if pred is None or image.metrics is None:
             shown.append(f'<p class="missing">{escape(score.model)}: {escape(image.problem or "not scored")}</p>')
             continue
-        error = np.abs(pred - depth) / np.maximum(depth, 1e-9) / ERROR_END
+        error = error_position(np.abs(pred - depth) / np.maximum(depth, 1e-9))
         picture = figures.colourise(figures.nearness(pred, span), everywhere, figures.NEARNESS)
         main = score.task.main
         note = f"{_TITLES.get(main, main)} {image.metrics[main]:.3f}"
         shown.append(
             figures.tile(score.model, figures.shrink(picture))
-            + figures.tile("its error", figures.shrink(figures.colourise(error, valid, figures.ERROR)), note=note)
+            + figures.tile(f"{score.model}: error", drawn.picture(error, valid, figures.ERROR), note=note)
         )
     columns = "".join(f"<div>{column}</div>" for column in shown)
     return f'<div class="strip">{columns}</div>{figures.depth_legend(span)}'
+
+
+def error_position(relative: np.ndarray) -> np.ndarray:
+    """Positions on the error scale, not yet clipped: 0 at ERROR_SPAN's low end, 1 at its high end, by the logarithm."""
+    low, high = ERROR_SPAN
+    return np.log(np.maximum(relative, 1e-12) / low) / np.log(high / low)
 
 
 def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:

@@ -28,9 +28,12 @@ a{color:var(--s1)}code,pre{font:.84em/1.55 ui-monospace,SFMono-Regular,Menlo,Con
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin-top:20px;padding:10px 0;border-block:1px solid var(--line)}
 nav a{text-decoration:none}nav a:hover{text-decoration:underline}
 dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0;overflow-wrap:break-word}
-.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(200px,1fr));gap:14px 20px}
+.facts{display:grid;grid-template-columns:repeat(auto-fill,minmax(170px,1fr));gap:14px 20px}
 .facts dd{font-weight:600;font-size:.95rem}
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
+.lead{font-size:1.12rem;max-width:82ch;margin:4px 0 14px}
+@media(min-width:1000px){.beside{display:grid;grid-template-columns:minmax(0,1fr) 400px;gap:0 20px;align-items:start}
+.beside>:only-child{grid-column:1/-1}.beside .charts{margin-top:8px}}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}
 .wide{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}
@@ -53,7 +56,7 @@ border-radius:8px;
 white-space:pre;overflow-wrap:normal}
 .lines{margin:4px 0;padding-left:20px;font-size:.9rem;max-height:20rem;overflow-y:auto}
 figure{margin:0}
-.charts{display:grid;margin-top:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}
+.charts{display:grid;margin-top:14px;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--least,340px)),1fr));gap:16px}
 .chart{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px 6px}
 .chart figcaption{font-size:.9rem;min-height:1.6em}.chart p{margin:2px 0 6px;color:var(--soft);font-size:.84rem}
 .chart ul{list-style:none;display:inline-flex;flex-wrap:wrap;gap:2px 12px;margin:0 0 0 12px;padding:0;color:var(--soft)}
@@ -61,7 +64,7 @@ figure{margin:0}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
 .grid{stroke:var(--line)}.axis{stroke:var(--soft)}.mark{stroke:var(--bad);stroke-width:1.5;stroke-dasharray:3 3}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.faint{opacity:.3;stroke-width:1.2}
-.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,232px));gap:10px}
+.strip{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:10px}
 .strip>div{display:flex;flex-direction:column;gap:8px;min-width:0}
 .tile img{display:block;width:100%;height:auto;border-radius:4px;background:var(--line)}
 .tile figcaption{display:flex;justify-content:space-between;gap:8px;font-size:.82rem;line-height:1.35;padding-top:3px}

@@ -8,7 +8,6 @@ cannot be read, is said in one line where it would have stood; the rest of the r
 from __future__ import annotations
 
 import json
-import shlex
 import tomllib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,12 @@ from typing import Any
 from distill.core import files
 from distill.eval.papers import Scored, verdicts
 from distill.eval.reports import figures
+from distill.eval.reports.fidelity import fidelity_section
 from distill.eval.reports.gallery import UNREADABLE, Recipe, gallery
 from distill.eval.reports.page import details, missing, page, pairs, table
+from distill.eval.reports.repeat import repeat_section
 from distill.eval.reports.scoreboard import paper_table, scoreboard
+from distill.eval.reports.summary import summary
 from distill.eval.score import Score, read_scores
 from distill.eval.stored import read_settings
 from distill.shards.shards import LabelDataset
@@ -45,14 +47,17 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     log = _log(run_dir)
     folders = _label_folders(run_dir, recipe)
     name = str(recipe.get("run", {}).get("name", "") or run_dir.resolve().name)
+    papers = paper_table(verdicts(_with_weights(run_dir, scores)))
     sections = [
+        ("short", "In short", summary(scores)),
         ("scores", "Scores", scoreboard(scores, score_faults)),
-        ("papers", "Papers", paper_table(verdicts(_with_weights(run_dir, scores)))),
+        ("fidelity", "Fidelity", fidelity_section(run_dir, scores)),
+        *([("papers", "Papers", papers)] if papers else []),
         ("pictures", "Pictures", gallery(run_dir, recipe, scores)),
         ("training", "Training", _training_section(log)),
         ("labels", "Labels", _label_section(folders)),
         ("recipe", "Recipe", _recipe_section(recipe_text, recipe_fault)),
-        ("again", "How to repeat it", _repeat_section(run_dir, recipe, scores)),
+        ("again", "How to repeat it", repeat_section(run_dir, recipe, scores)),
     ]
     facts = _facts(recipe, scores, log, folders)
     files.write_text(path, page(name, facts, sections))
@@ -192,7 +197,9 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
                 )
             ],
             note=f"Lowest at step {best['step']:,}: {best['heldout']:.4g}. It chooses the checkpoint." if best else "",
-        ),
+        )
+        if len(held) > 1
+        else "",
         figures.chart(
             "Output scale: mean deviation",
             [_line(steps, x, "output_deviation", 1), _line(steps, x, "label_deviation", 6)],
@@ -210,7 +217,13 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
         ),
         figures.chart("Gradient norm", [_line(steps, x, "grad_norm", 1)], log=True, note="Smoothed."),
     ]
-    return f'{told}<dl class="plain">{_speed(steps)}</dl><div class="charts">{"".join(charts)}</div>'
+    drawn = [chart for chart in charts if chart]
+    # Three or four in a row, whichever leaves less of the last row empty.
+    least = 275 if len(drawn) % 4 in (0, 3) else 340
+    return (
+        f'{told}<dl class="plain">{_speed(steps)}</dl>'
+        f'<div class="charts" style="--least:{least}px">{"".join(drawn)}</div>'
+    )
 
 
 def _line(
@@ -340,18 +353,3 @@ def _recipe_section(text: str, fault: str) -> str:
         return missing(fault)
     lines = text.count("\n")
     return details(f"recipe.toml as it was resolved, defaults included ({lines} lines)", f"<pre>{escape(text)}</pre>")
-
-
-def _repeat_section(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
-    name = shlex.quote(str(run_dir / "recipe.toml"))
-    verbs = ["label", "train", *(["score"] if recipe.get("benchmarks") else []), "report"]
-    commands = "\n".join(f"distill {verb} {name}" for verb in verbs)
-    software = ", ".join(sorted({s.software for s in scores if s.software}))
-    created = max((s.created for s in scores), default="")
-    facts = pairs(
-        [("software", software), ("last score", created), ("seed", str(recipe.get("run", {}).get("seed", "")))]
-    )
-    return (
-        '<p class="key">Every command is safe to interrupt; rerun it to resume. The recipe above '
-        f'holds every setting.</p><pre>{escape(commands)}</pre><dl class="plain">{facts}</dl>'
-    )

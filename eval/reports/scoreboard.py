@@ -1,4 +1,6 @@
-"""Scores as tables: one for each benchmark and setting, since only such numbers compare; the best two are marked.
+"""Scores as tables: one for each benchmark and setting, since only such numbers compare, each mean with its interval.
+
+A best is marked only where the images tell it apart from all others (eval.intervals).
 
 Behind every table, folded away: the parts of the benchmark, both floors of disparity, remarks on single images, and
 the protocol in full.
@@ -9,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from distill.eval.intervals import mean_interval, places
 from distill.eval.metrics import MetricRow
 from distill.eval.papers import PaperVerdict
 from distill.eval.reports.page import details, missing, name, pairs, table
-from distill.eval.reports.tables import ranks
 from distill.eval.scorefile import Score
 
 
@@ -23,8 +25,10 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
         return told + missing("No scores: run distill score with this run’s recipe.")
     settings = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     parts = [
-        '<p class="key"><span class="best">best</span> and <span class="second">second best</span> of a column; '
-        "arrows say which way is better. A number is a mean over all images of the list; DA-2K’s is over all pairs. "
+        '<p class="key"><span class="best">best</span> of a column, where the images tell it apart from every other; '
+        'else those that <span class="second">share the lead</span>. Arrows say which way is better. A number is a '
+        "mean over all images of the list, below it its 95 % interval by bootstrap over the images; DA-2K’s is over "
+        "all pairs. A mean in metres is not given where a truth has no metres. "
         "Numbers compare only inside one table: its rows share everything but the alignment, and each ends with the id "
         "of its protocol.</p>"
     ]
@@ -39,10 +43,12 @@ def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     first = scores[0]
     known = first.task.rows
     head = ["model", *_metric_heads(known), "images", "protocol"]
-    places = {key: ranks([s.metrics[key] for s in scores], row.lower_is_better) for key, row in known.items()}
+    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in known.items()}
     rows = []
     for i, score in enumerate(scores):
-        cells = [_number(score.metrics[key], row, places[key][i], score) for key, row in known.items()]
+        cells = [
+            _number(score.metrics[key], row, marks[key][i], score) + _span(score, key) for key, row in known.items()
+        ]
         count = str(score.num_images)
         if score.num_failed:
             count += f' <b class="bad">{score.num_failed} failed</b>'
@@ -73,6 +79,12 @@ def _number(value: float | None, row: MetricRow, rank: int = 0, score: Score | N
     return f'<span class="{("best", "second")[rank - 1]}">{text}</span>' if rank else text
 
 
+def _span(score: Score, metric: str) -> str:
+    """The mean's interval, in a line of its own below it."""
+    span, form = mean_interval(score, metric), score.task.rows[metric].format
+    return "" if span is None else f"<br><small>{form.format(span[0])}–{form.format(span[1])}</small>"
+
+
 def _group_table(scores: Sequence[Score]) -> str:
     rows = []
     for score in scores:
@@ -92,15 +104,13 @@ def _floor_table(scores: Sequence[Score]) -> str:
 
 
 def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
-    """What papers print, beside ours; numbers that nothing here answers for are folded away."""
+    """What papers print, beside ours; numbers that nothing here answers for are folded away. "" where none was run."""
     heads = ["paper", "model", "benchmark", "metric", "paper’s", "ours", "", "why not"]
     run = [v for v in verdicts if v.status != "not run"]
     rest = [v for v in verdicts if v.status == "not run"]
-    told = (
-        table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
-        if run
-        else missing("None of these models was scored by Marigold’s protocol on a whole published list.")
-    )
+    if not run:
+        return ""
+    told = table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
     counts = ", ".join(f"{sum(v.status == s for v in verdicts)} {s}" for s in ("within", "outside", "not run"))
     intro = (
         f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours answers for a paper’s only with '

@@ -2,7 +2,8 @@
 
 A column is a metric on one benchmark under one setting, so that all numbers of a column compare; a benchmark that was
 scored in two ways has two sets of columns. Models whose kinds differ are aligned differently, as in every paper: the
-second column says how. Best and second best of a column are marked by the metric's direction.
+second column says how. A best is marked where the images tell it apart from all others (eval.intervals); else those
+that share the lead are.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from distill.eval.intervals import places
 from distill.eval.metrics import MetricRow
 from distill.eval.scorefile import Score
 
@@ -18,7 +20,7 @@ DEFAULT = ("abs_rel", "delta1")
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """A number as text, "-" where there is none. rank: 1 for the best of its column, 2 for the second best, else 0."""
+    """A number as text, "-" where there is none. rank: the mark of eval.intervals.places: 1 best, 2 shares the lead."""
 
     text: str
     rank: int = 0
@@ -31,14 +33,6 @@ class Grid:
     head: list[str]
     rows: list[list[TableCell]]
     notes: list[str]
-
-
-def ranks(values: Sequence[float | None], lower_is_better: bool) -> list[int]:
-    """1 for the best, 2 for the second best, 0 for all others; equal values share a rank, one alone has none."""
-    known = sorted({v for v in values if v is not None}, reverse=not lower_is_better)
-    if sum(v is not None for v in values) < 2:
-        return [0] * len(values)
-    return [0 if v is None or known.index(v) > 1 else known.index(v) + 1 for v in values]
 
 
 def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
@@ -82,7 +76,8 @@ def _unusual(score: Score) -> str:
 def _column(scores: Sequence[Score | None], metric: str, row: MetricRow) -> list[TableCell]:
     values = [None if s is None else s.metrics.get(metric) for s in scores]
     cells = []
-    for score, value, rank in zip(scores, values, ranks(values, row.lower_is_better), strict=True):
+    marks = places(scores, metric, lower_is_better=row.lower_is_better)
+    for score, value, rank in zip(scores, values, marks, strict=True):
         text = "-" if value is None else row.format.format(value)
         if score is not None and value is not None and score.num_failed:
             text += f" (without {score.num_failed})"
@@ -91,12 +86,12 @@ def _column(scores: Sequence[Score | None], metric: str, row: MetricRow) -> list
 
 
 def as_text(table: Grid) -> tuple[list[str], list[list[str]]]:
-    """Head and rows for a terminal: * stands behind the best, + behind the second best."""
+    """Head and rows for a terminal: * stands behind the best, + behind those that share the lead."""
     return table.head, [[cell.text + ("", "*", "+")[cell.rank] for cell in row] for row in table.rows]
 
 
 def as_markdown(table: Grid) -> str:
-    """A pipe table: best bold, second best underlined."""
+    """A pipe table: a best is bold, those that share the lead are underlined."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -108,7 +103,7 @@ def as_markdown(table: Grid) -> str:
 
 
 def as_latex(table: Grid) -> str:
-    """A tabular that needs the package booktabs: best bold, second best underlined."""
+    """A tabular that needs the package booktabs: a best is bold, those that share the lead are underlined."""
     marks = ("{}", "\\textbf{{{}}}", "\\underline{{{}}}")
     head = " & ".join(_tex(cell) for cell in table.head)
     rows = [" & ".join(marks[cell.rank].format(_tex(cell.text)) for cell in row) + r" \\" for row in table.rows]

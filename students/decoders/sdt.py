@@ -13,8 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released, make_norm, split
 from distill.students.dysample import DySample
+
+UPSAMPLERS = ("dysample", "bilinear")
 
 
 class Decoder(nn.Module):
@@ -23,6 +26,8 @@ class Decoder(nn.Module):
     in_channels: C, one number or four. fusion_channels: the width after fusion (paper: 256).
     use_cls_token: kept for the released class's signature and without effect, there as here; see the module.
     norm: "batch" (paper), "frozen" or "group".
+    detail: with the spatial detail enhancer (paper); without it, and with upsample = "bilinear" in place of "dysample",
+    the rows of the paper's ablation. What is switched off has no parameters; all else keeps its name.
     """
 
     def __init__(
@@ -32,20 +37,26 @@ class Decoder(nn.Module):
         use_cls_token: bool = True,
         *,
         norm: str = "batch",
+        detail: bool = True,
+        upsample: str = "dysample",
     ) -> None:
         super().__init__()
         channels = four_channels(in_channels)
+        if upsample not in UPSAMPLERS:
+            raise ValueError(f"upsample must be one of {', '.join(UPSAMPLERS)}, not {upsample!r}")
         self.options: dict[str, Any] = {
             "in_channels": channels,
             "fusion_channels": fusion_channels,
             "use_cls_token": use_cls_token,
             "norm": norm,
+            **({} if detail else {"detail": False}),
+            **({} if upsample == "dysample" else {"upsample": upsample}),
         }
         self.weighted_fusion = WeightedFusion(channels, fusion_channels)
-        self.detail_enhancer = DetailEnhancer(fusion_channels, norm=norm)
-        self.upsample_1 = UpsampleStage(fusion_channels, norm=norm)
+        self.detail_enhancer = DetailEnhancer(fusion_channels, norm=norm) if detail else nn.Identity()
+        self.upsample_1 = UpsampleStage(fusion_channels, norm=norm, sampler=upsample)
         self.refinement_1 = _refinement(fusion_channels, norm)
-        self.upsample_2 = UpsampleStage(fusion_channels, norm=norm)
+        self.upsample_2 = UpsampleStage(fusion_channels, norm=norm, sampler=upsample)
         self.refinement_2 = _refinement(fusion_channels, norm)
         self.output_conv = nn.Sequential(
             nn.Conv2d(fusion_channels, fusion_channels // 2, 3, padding=1),
@@ -66,8 +77,13 @@ class Decoder(nn.Module):
         return self.output_conv(x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a misfit."""
-        load_released(self, state_dict)
+        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a misfit.
+
+        What is switched off here is left out of the file.
+        """
+        off = [] if self.options.get("detail", True) else ["detail_enhancer."]
+        off += ["dysample1.0.", "dysample2.0."] if "upsample" in self.options else []
+        load_released(self, {k: v for k, v in state_dict.items() if not any(part in k for part in off)})
         return self
 
 
@@ -109,21 +125,30 @@ class DetailEnhancer(nn.Module):
 
 
 class UpsampleStage(nn.Module):
-    """x4 as two blocks of DySample x2, 3x3 convolution, norm and ReLU."""
+    """x4 as two blocks of DySample (or bilinear) x2, 3x3 convolution, norm and ReLU."""
 
-    def __init__(self, channels: int, *, norm: str) -> None:
+    def __init__(self, channels: int, *, norm: str, sampler: str = "dysample") -> None:
         super().__init__()
-        self.dysample1 = _upsample_block(channels, norm)
-        self.dysample2 = _upsample_block(channels, norm)
+        self.dysample1 = _upsample_block(channels, norm, sampler)
+        self.dysample2 = _upsample_block(channels, norm, sampler)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) -> (B,C,4h,4w)."""
         return self.dysample2(self.dysample1(x))
 
 
-def _upsample_block(channels: int, norm: str) -> nn.Sequential:
+class Bilinear(nn.Module):
+    """Twice the size, bilinear with pixel centres half-way, as the paper's model without DySample; how is ours."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,C,2h,2w)."""
+        return resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=False)
+
+
+def _upsample_block(channels: int, norm: str, sampler: str) -> nn.Sequential:
+    learnt = sampler == "dysample"
     return nn.Sequential(
-        DySample(channels, scale=2, style="lp", groups=4, scope=True),
+        DySample(channels, scale=2, style="lp", groups=4, scope=True) if learnt else Bilinear(),
         nn.Conv2d(channels, channels, 3, padding=1, bias=False),
         make_norm(norm, channels),
         nn.ReLU(),

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import multiprocessing
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
@@ -50,8 +49,8 @@ samples_per_part = 9
 [student]
 encoder = "vit_tiny_patch16_224"
 decoder = "sdt"
-encoder_options = {{ blocks = [0, 1] }}
-decoder_options = {{ fusion_channels = 32 }}
+encoder_options = {{ blocks = [0, 1], timm_options = {{ embed_dim = 48, num_heads = 2 }} }}
+decoder_options = {{ fusion_channels = 16 }}
 [loss]
 normalization = "hybrid"
 [train]
@@ -157,6 +156,10 @@ def test_scores_and_report_are_written(straight):
     scores = {p.name for p in (straight / "scores").glob("*.json")}
     assert {"scenes--student.json", "scenes--analytic.json", "scenes--plane_prior.json"} <= scores
     html = (straight / "report.html").read_text()
+    faithful = json.loads((straight / "fidelity" / "scenes--analytic.json").read_text())
+    own = json.loads((straight / "scores" / "scenes--student.json").read_text())["metrics"]
+    assert 0 < faithful["abs_rel"] < own["abs_rel"]  # it learnt its teacher, whom the scenes' depth does not care for
+    assert 'id="fidelity"' in html and f"{faithful['boundary_f1']:.4f}" in html
     assert "data:image/" in html and "abs_rel" in html.lower().replace("absrel", "abs_rel")
     for outside in ('src="http', "src='http", 'href="http', "@import", "url(http"):
         assert outside not in html
@@ -170,9 +173,13 @@ def test_an_export_carries_the_scores_of_these_weights_alone(straight, tmp_path)
     student = run / "train" / "student"
     assert main(["export", str(student), str(tmp_path / "shipped")]) == 0
     score = json.loads((run / "scores" / "scenes--student.json").read_text())
-    (row,) = checkpoint.read_card(tmp_path / "shipped")["scores"]
+    card = checkpoint.read_card(tmp_path / "shipped")
+    row = next(row for row in card["scores"] if row["model"] == "student")
+    assert {row["model"] for row in card["scores"]} > {"student"}, "its teachers beside it"
+    cost = card["cost"][0]
+    assert cost["model"] == "student" and float(cost["GFLOPs"]) > 0 and float(cost["ms an image"]) > 0
     assert row["abs_rel"] == f"{score['metrics']['abs_rel']:.4f}" and row["protocol"] == score["protocol"]["id"]
-    assert f"| scenes | {row['abs_rel']} |" in (tmp_path / "shipped" / "README.md").read_text()
+    assert f"| student | scenes | {row['abs_rel']} |" in (tmp_path / "shipped" / "README.md").read_text()
     again = checkpoint.load(student)
     with torch.no_grad():
         next(again.decoder.parameters()).add_(0.1)
@@ -181,29 +188,36 @@ def test_an_export_carries_the_scores_of_these_weights_alone(straight, tmp_path)
     assert "scores" not in checkpoint.read_card(tmp_path / "later")
 
 
-def killed_after(command: list[str], done: Path, pattern: str) -> None:
+@pytest.fixture(scope="module")
+def fresh():
+    """Processes like a command line's, of a server that has done the imports."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distill.app.commands"])
+    return context
+
+
+def killed_after(fresh, command: list[str], done: Path, pattern: str) -> None:
     """Runs a verb in a process of its own and kills it once a file has appeared."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = fresh.Process(target=main, args=(command,))
+    process.start()
     deadline = time.monotonic() + 90
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if list(done.glob(pattern)):
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             break
         time.sleep(0.005)
-    process.wait()
+    process.join()
 
 
-def test_killed_half_way_and_resumed_is_the_same_to_the_byte(world, straight):
+def test_killed_half_way_and_resumed_is_the_same_to_the_byte(world, straight, fresh):
     path = str(recipe(world, "killed"))
-    killed_after(["label", path], world / "killed", "labels/*/sa_000000-000.tar")
+    killed_after(fresh, ["label", path], world / "killed", "labels/*/sa_000000-000.tar")
     assert main(["label", path]) == 0
     one, other = labels_of(straight), labels_of(world / "killed")
     assert one.name == other.name
     tars = sorted(p.name for p in one.glob("*.tar"))
     assert tars and all((one / t).read_bytes() == (other / t).read_bytes() for t in tars)
-    killed_after(["train", path], world / "killed", "train/checkpoints/*10*")
+    killed_after(fresh, ["train", path], world / "killed", "train/checkpoints/*10*")
     assert main(["train", path]) == 0
     ours, theirs = (run / "train" / "student" / "model.safetensors" for run in (straight, world / "killed"))
     assert ours.read_bytes() == theirs.read_bytes()

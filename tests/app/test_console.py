@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from rich.console import Console
 
 from distill.app import console
+from distill.app.cli import main
 
 NUMBERS = {
     "loss": 0.5,
@@ -86,6 +88,29 @@ def test_quiet_leaves_results_and_errors(shown, monkeypatch):
     assert out.getvalue() == ""
     console.fail("broken")
     assert "broken" in out.getvalue()
+
+
+def test_with_json_every_line_is_an_object(shown, monkeypatch, capsys):
+    err = shown(False)
+    monkeypatch.setattr(console, "_json", False)
+    monkeypatch.setattr(console, "_notes", True)
+    assert main(["--json", "list", "recipes"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "demo" in [row["name"] for row in json.loads(line)["rows"]]
+    assert main(["doctor", "/nowhere.toml", "--json"]) == 2
+    with console.progress("label") as report:
+        report(3, 3, loss=float("nan"))
+    console.say("3 of 3 [red]", done=3)
+    told = [json.loads(line) for line in err.getvalue().splitlines()]
+    assert "no such recipe" in told[0]["error"] and told[-1] == {
+        "progress": "label",
+        "done": 3,
+        "total": 3,
+        "loss": None,
+    }
+    assert json.loads(capsys.readouterr().out) == {"done": 3}
+    assert main(["list", "recipes"]) == 0 and "demo" in capsys.readouterr().out
+    assert not console._json, "one command's choice is not the next one's"
 
 
 def test_a_path_in_a_table_is_never_cut(monkeypatch):

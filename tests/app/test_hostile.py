@@ -8,7 +8,7 @@ import typing
 import numpy as np
 import pytest
 
-from distill.app import build
+from distill.app import build, teaching
 from distill.app import recipe as recipes
 from distill.app.cli import main
 from distill.app.inputs import input_shards
@@ -57,7 +57,7 @@ def test_no_key_takes_a_hostile_value_to_a_traceback(part, tmp_path, monkeypatch
                 if part in ("images", "run"):
                     input_shards(recipe)
                 if part == "teachers":
-                    build.load_teachers(recipe, on=build.device(recipe), sky="teacher")
+                    teaching.load_teachers(recipe, on=build.device(recipe), sky="teacher")
             except (ValueError, LookupError, OSError, ImportError) as error:
                 assert str(error), (key, value)  # what the command line tells in a line
     assert not list(tmp_path.iterdir())

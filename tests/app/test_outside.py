@@ -166,6 +166,7 @@ def test_a_students_folder_cannot_name_a_file_to_run(project):
         (project / "evil.py").write_text("raise SystemExit('run')")
         description = json.loads(path.read_text())
         description["spec"]["decoder"] = name
+        description.pop("sha256", None)
         path.write_text(json.dumps(description))
         with pytest.raises(LookupError, match="runs none unasked"):
             checkpoint.load(folder)

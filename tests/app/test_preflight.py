@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
+import torch
 
-from distill.app import preflight
+from distill.app import commands, preflight, scaling
 from distill.app.cli import main
 from distill.app.preflight import check_recipe
-from distill.app.recipe import load
+from distill.app.recipe import load, parse
+from distill.core import machine
 from tests.labelling.formula import make_tar
 
 RECIPE = """
@@ -128,5 +128,59 @@ def test_sizes_disk_and_licence(check, monkeypatch):
     said = check("crops.size=30", 'labels.licence="unknown"')
     assert "crops.size = 30 is no multiple of the student's patch of 16" in said["warn"]
     assert "labels.licence is unknown" in said["warn"]
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1, folder))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
+
+
+def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
+    recipe, student = parse({"run": {"name": "x"}}), torch.nn.Linear(100, 100)
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1000, folder))
+    with pytest.raises(OSError, match=r"has 0.00 GB free, a checkpoint takes .* set run.out to another disk"):
+        commands.check_disk(recipe, student)
+    monkeypatch.setattr(machine, "free_disk", lambda folder: (1 << 30, folder))
+    commands.check_disk(recipe, student)
+
+
+def test_more_cards_help_until_the_cores_run_short():
+    assert scaling.rates(0.025, 0.065, 16) == [
+        (1, 40.0, False), (2, 80.0, False), (4, 160.0, False), (8, 16 / 0.065, True)
+    ]  # fmt: skip
+    line = scaling.finding("labelling", 0.025, 0.065, 16)
+    assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
+    starved = scaling.finding("labelling", 0.001, 0.065, 16)
+    assert starved.level == "warn" and "65 cores keep 1 busy" in starved.remedy
+    assert scaling.finding("training", 0.1, 0.0, 2).level == "ok"
+
+
+def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
+    make_tar(tmp_path / "sa_0.tar")
+    (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
+    recipe = load(tmp_path / "recipe.toml")
+    images, teachers = (
+        preflight._images(recipe, crops=True),
+        preflight.teaching.load_teachers(recipe, on=torch.device("cpu")),
+    )
+    sample, _ = preflight._label_one(recipe, images, teachers)
+    assert scaling.labelling_seconds(images.photos[0], sample, recipe.crops, "jls") > 0
+    assert scaling.reading_seconds(sample, "jls", list(sample.labels)) > 0
+
+
+def test_a_month_is_not_fine_and_a_random_encoder_is_said(check, monkeypatch):
+    monkeypatch.setattr(preflight, "_step", lambda *_: 8 * 3600.0)
+    said = check("train.steps=100", "train.warmup_steps=9")
+    assert "100 steps of 4" in said["warn"] and "until 20" in said["warn"] and "fewer train.steps" in said["warn"]
+    assert "test_vit begins with random weights" in said["warn"]
+    said = check("train.steps=10000", "train.freeze_encoder=true")
+    assert "10000 steps of 4" in said["bad"] and "keeps them random" in said["bad"]
+
+
+def test_a_recipe_that_compares_is_not_judged_by_crops(tmp_path, capsys):
+    make_tar(tmp_path / "sa_0.tar")
+    teachers = "".join(f'[[teachers]]\nname = "analytic"\nalias = "a{i}"\n' for i in range(3))
+    text = (
+        f'[run]\nname = "c"\ndevice = "cpu"\n[[images]]\ntars = "{tmp_path}/sa_0.tar"\n{teachers}[compare]\nlimit = 3\n'
+    )
+    (tmp_path / "c.toml").write_text(text)
+    assert main(["doctor", str(tmp_path / "c.toml")]) == 0
+    told = capsys.readouterr().out
+    assert "teacher a2" in told and not any(word in told for word in ("crops", "train", "student.encoder", "bad"))

@@ -25,7 +25,7 @@ from distill.students.decoders import FrozenBatchNorm
 from distill.training.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(p for p in (ROOT / "recipes" / "ablations").glob("*.toml") if p.stem != "bench")
+STUDIES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if "\n[full]\n" in p.read_text())
 RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.toml") if not p.stem.endswith("_card") and p not in STUDIES)
 GOOD = """
 [run]
@@ -81,7 +81,10 @@ def test_numbers_defaults_and_overrides(tmp_path):
 
 BAD = {
     "unknown key": ("[train]\nstep = 3", "unknown key train.step; did you mean train.steps?"),
-    "unknown key far from all": ("[train]\nzzz = 3", "unknown key train.zzz"),
+    "unknown key far from all": (
+        "[compare]\nzzz = 3",
+        "unknown key compare.zzz; compare has limit, side, student, time_at",
+    ),
     "unknown table": ("[trian]\nsteps = 3", "unknown key trian; did you mean train?"),
     "text for a number": ('[train]\nlr = "3e-4"', "train.lr must be a number, not '3e-4'"),
     "number for text": ("[student]\nencoder = 3", "student.encoder must be a string, not 3"),
@@ -100,7 +103,7 @@ BAD = {
     ),
     "two sources in one": (
         '[[images]]\nphotos = "a"\nscenes = 3',
-        "images[0]: needs exactly one of tars, photos, pairs, scenes, bundled_photos",
+        "images[0]: needs exactly one of tars, photos, pairs, dataset, scenes, bundled_photos",
     ),
     "out of range": ("[loss]\ntrim_top = 1.0", "loss: trim_top must be in [0, 1), not 1.0"),
     "device": (
@@ -356,7 +359,7 @@ def test_shipped_recipes_open_by_name_from_anywhere(tmp_path, monkeypatch):
         assert recipes.load(name) == recipes.load(ROOT / "recipes" / "demo.toml")
     for name in shipped.shipped():
         assert recipes.load(name).run.name
-    assert set(shipped.shipped("study")) == {f"ablations/{path.stem}" for path in STUDIES}
+    assert set(shipped.shipped("study")) == {f"{path.parent.name}/{path.stem}" for path in STUDIES}
     (tmp_path / "demo.toml").write_text('[run]\nname = "local"\n')
     assert recipes.load("demo").run.name == "local", "a local file of that name wins"
     assert read_names("recipes/pocket/train_pairs.txt")

@@ -94,7 +94,7 @@ def test_old_labels_are_learnt_from_and_mended(old_labels, capsys):
     flip(sorted(folder.glob("*.tar"))[1], 3000)
     assert main(["verify", str(folder), "--repair"]) == 0
     assert {name: data for name, data in contents(folder).items() if name.endswith(".tar")} == before
-    assert "labelled again: sa_0-001.tar" in capsys.readouterr().out
+    assert "made again: sa_0-001.tar" in capsys.readouterr().out
 
 
 def test_a_command_judges_the_tables_that_it_uses(tmp_path, capsys):
@@ -120,3 +120,16 @@ def test_a_command_judges_the_tables_that_it_uses(tmp_path, capsys):
         path.write_text(text.replace("[crops]\nsize = 16\n", "") + bad if "[crops]" in bad else text + bad)
         assert main(["label", str(path)]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_command_that_cannot_be_done_leaves_the_runs_recipe(tmp_path, capsys):
+    make_tar(tmp_path / "sa_0.tar")
+    path, kept = tmp_path / "r.toml", tmp_path / "run" / "recipe.toml"
+    path.write_text(RECIPE.format(out=tmp_path / "run", tars=tmp_path / "sa_0.tar"))
+    assert main(["label", str(path)]) == 0
+    before = kept.read_text()
+    assert "other values" not in capsys.readouterr().err
+    assert main(["score", str(path), "--set", "benchmarks=[{name='scenes'}]", "--set", "run.seed=7"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no student yet" in told and "was made with other values of run.seed" in told and "run.name=NAME" in told
+    assert kept.read_text() == before

@@ -55,14 +55,42 @@ def test_only_what_is_bad_is_made_again(labels, capsys):
     flip(tars[1], 3000)
     tars[3].unlink()
     (folder / tars[4].name).with_suffix(".json").write_text("{")
-    times = {path.name: path.stat().st_mtime_ns for path in (tars[0], tars[2], tars[5])}
+    times = {path.name: path.stat().st_mtime_ns for path in (tars[0], tars[2], tars[4], tars[5])}
     assert main(["verify", str(folder)]) == 1
     assert main(["verify", str(folder), "--repair"]) == 0
     said = capsys.readouterr().out
-    assert all(path.name in said for path in (tars[1], tars[3], tars[4])) and tars[0].name not in said
+    named = (tars[1].name, tars[3].name, tars[4].with_suffix(".json").name)
+    assert all(name in said for name in named) and tars[0].name not in said and tars[4].name not in said
     assert contents(folder) == before and verify(folder) == []
     assert {name: (folder / name).stat().st_mtime_ns for name in times} == times
     assert repair.repair(folder, relabel=lambda *_: pytest.fail("nothing is bad")) == []
+
+
+def test_a_damaged_table_is_made_again_and_no_tar_is(labels, tmp_path):
+    folder, before = labels
+    tars = {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
+
+    def is_as_before():
+        return contents(folder) == before and {tar: tar.stat().st_mtime_ns for tar in tars} == tars
+
+    for name, bad in (
+        ("manifest.json", b"{"),
+        ("manifest.json", before["manifest.json"].replace(b"1", b"2")),
+        ("settings.json", b"{}"),
+        ("sa_0-000.json", b"{"),
+        ("sa_0-000.json", None),
+    ):
+        (folder / name).unlink()
+        if bad is not None:
+            (folder / name).write_bytes(bad)
+        assert main(["verify", str(folder)]) in (1, 2)
+        repair.repair(folder)
+        assert is_as_before(), name
+    for names in (("manifest.json", "settings.json"), ("sa_0-000.json",)):  # labelling alone does it too
+        for name in names:
+            (folder / name).write_bytes(b"[1]")
+        assert main(["label", str(tmp_path / "recipe.toml")]) == 0
+        assert is_as_before(), names
 
 
 def test_an_interrupted_repair_loses_nothing_and_goes_on(labels):
@@ -114,6 +142,23 @@ def test_a_recipe_that_never_ran_here_is_not_run(labels, capsys, monkeypatch, tm
     assert not list(folder.glob("*.bad"))  # nothing was touched
     assert main(["verify", str(folder), "--repair", "--recipe", str(tmp_path / "recipe.toml")]) == 0
     assert contents(folder) == before
+
+
+def test_wrong_places_are_put_right_from_the_tar_alone(labels, monkeypatch, tmp_path):
+    folder, before = labels
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))  # a recipe that never ran here is not needed
+    sidecar = sorted(folder.glob("*-*.json"))[0]
+    table = json.loads(sidecar.read_text())
+    table["samples"][1][1] += 512
+    for changed in (table, {key: value for key, value in table.items() if key != "sha256"}):
+        sidecar.write_text(json.dumps(changed))
+        assert repair.repair(folder) == [sidecar.name]
+        assert {**json.loads(sidecar.read_text()), "sha256": ""} == {**json.loads(before[sidecar.name]), "sha256": ""}
+    sidecar.write_bytes(before[sidecar.name])
+    table["images"][0] = "another"
+    sidecar.write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="never run here"):
+        repair.repair(folder)
 
 
 def test_a_manifest_that_climbs_out_moves_nothing(labels, capsys):

@@ -6,6 +6,7 @@ Each folder holds a run.py that prints HOLDS or FAILS; it was written against ol
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,15 +27,18 @@ RENAMED = {
     "from tests import test_golden_teachers": "from tests.teachers import test_golden_teachers",
     'small="use"': 'on_small="use"',
 }
+RENAMED_KEYS = {"small = ": "on_small = ", "draws = ": "crops_per_image = ", "holdout = ": "val_fraction = "}
 
 
 @pytest.mark.skipif(not FOLDERS, reason="set DISTILL_CASES to the folder of the cases")
 @pytest.mark.parametrize("folder", FOLDERS, ids=[folder.name for folder in FOLDERS])
 def test_case(folder, tmp_path):
-    text = (folder / "run.py").read_text(encoding="utf-8").replace("__file__", repr(str(folder / "run.py")))
-    for old, new in RENAMED.items():
-        text = text.replace(old, new)
-    (tmp_path / "run.py").write_text(text, encoding="utf-8")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "run.py", *tmp_path.glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        for old, new in (RENAMED if path.suffix == ".py" else RENAMED_KEYS).items():
+            text = text.replace(old, new)
+        path.write_text(text, encoding="utf-8")
     environment = {**os.environ, "REPO": str(ROOT), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, tmp_path / "run.py"], env=environment, capture_output=True, text=True, timeout=300

@@ -53,8 +53,8 @@ RENAMED_RECORDS: dict[str, str] = {}
 # Keys of json records that name recipes, hashes of recipes, clocks or commits: not compared.
 UNCOMPARED = frozenset(
     (
-        "recipe settings sha256 bytes identity created software made_by images_per_s data_wait seconds memory cost "
-        "image_source"
+        "recipe settings sha256 crc32 bytes identity created software made_by images_per_s data_wait seconds memory "
+        "cost image_source"
     ).split()
 )
 # Where the parts of the house were and are. Top folders are looked for below `distill` first.

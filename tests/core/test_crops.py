@@ -43,6 +43,19 @@ def test_regions_and_patches_lie_inside(height, width, draw, patches):
     assert plan.boxes().shape == (len(plan.patches), 4)
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.integers(30, 300), st.integers(30, 300), st.sampled_from([28, 56, 14]))
+def test_regions_that_are_no_squares_have_the_shape_asked_for(height, width, across):
+    how = {"size": 28, "width": across, "min_side": 20, "patches": "none", "on_small": "use"}
+    plan = crops.plan(height, width, CropSettings(**how), key="a")
+    r = plan.region
+    assert r.top + r.side <= height and r.left + r.columns <= width and plan.shape == (28, across)
+    assert abs(r.columns / r.side - across / 28) <= 0.5 / r.side + 1e-9 or r.columns == width
+    assert crops.cut_region(torch.rand(3, height, width), plan).shape == (3, 28, across)
+    square = crops.plan(height, width, CropSettings(**how | {"width": 0}), key="a")
+    assert set(square.region.record) == {"top", "left", "side"} and square.shape == (28, 28)
+
+
 @pytest.mark.parametrize("side", [560, 644, 700, 1100, 1500])
 def test_grid_patches_cover_the_region_and_overlap_by_an_eighth(side):
     corners = crops._grid(side, 560, 0.125)

@@ -84,3 +84,19 @@ def test_a_map_without_a_valid_pixel_stays_so_and_senseless_settings_are_refused
         Corruptions(drift=0.1)
     with pytest.raises(ValueError, match="must not be negative"):
         Corruptions(blur=-1.0)
+
+
+def test_a_layout_is_one_error_for_all_maps_and_common_ones_correlate(truth):
+    def error(key, **given):
+        made = Corruptions(warp=0.2, **given).apply(truth, key)
+        return (made.values[truth.valid] * truth.values[truth.valid]).log()
+
+    assert torch.equal(error("a", layout=1), error("b", layout=1))
+    assert not torch.equal(error("a"), error("b"))
+    one, other = error("a", layout=1, common=1.0), error("b", layout=2, common=1.0)
+    torch.testing.assert_close(one, other)
+    apart = torch.corrcoef(torch.stack([error("a", layout=1, common=1.0), error("a", layout=2)]))[0, 1]
+    near = torch.corrcoef(torch.stack([error("a", layout=1, common=1.0), error("a", layout=2, common=0.9)]))[0, 1]
+    assert near > 0.85 and near > apart
+    with pytest.raises(ValueError, match="it needs layout"):
+        Corruptions(warp=0.1, common=0.5)

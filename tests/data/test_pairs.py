@@ -183,3 +183,25 @@ def test_pairs_are_a_benchmark(tmp_path):
     assert got.num_failed == 0 and got.metrics["abs_rel"] < 1e-4
     with pytest.raises(ValueError, match="pairs needs a root"):
         benchmark.samples(None)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "said"),
+    [
+        ("Scale_To_Meters", '"0.001"', ""),
+        ("scale", "0.001", "the column scale is not read: metres per stored unit are scale_to_metres"),
+        ("scale_to_metres", "x 0.001", "is no number"),
+        ("scale_to_metres", "units of 1/256 m", "is no number"),
+    ],
+)
+def test_a_scale_is_understood_or_refused_whatever_a_spreadsheet_made_of_it(tmp_path, column, cell, said):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    np.save(tmp_path / "d.npy", np.full((20, 30), 2500.0, np.float32))
+    path = tmp_path / "t.tsv"
+    path.write_text(f'"Name"\tRGB\tdepth \t{column}\n"x"\t"a.png"\td.npy\t{cell}\n')
+    if said:
+        with pytest.raises(ValueError, match=said):
+            read_pairs(path)
+    else:
+        (pair,) = read_pairs(path)
+        assert pair.kind == Kind.METRIC_DEPTH and float(pair.truth().values.max()) == 2.5

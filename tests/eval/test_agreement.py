@@ -177,6 +177,8 @@ def test_new_edges():
     assert found.item() > 0.3, "the sharp map shows edges of the picture that the blurred one lacks"
     assert agreement.new_edges(sharp, soft, ALL, image).nan_to_num(0).item() < 0.05
     assert agreement.new_edges(sharp, sharp, ALL, image).item() == 0
+    rough = blurred(sharp, 21) + 0.3 * noise()
+    assert agreement.new_edges(soft, rough, ALL, image).item() < 0.1, "noise has edges everywhere, and adds none"
     spot = torch.zeros_like(sharp)
     spot[:, 30, 40:] = 1.0  # one edge of its own beside a primary that has them all
     assert agreement.new_edges(sharp, spot, ALL, torch.ones_like(image)).item() < 0.2

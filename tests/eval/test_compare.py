@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distill.app import build, comparison
+from distill.app import build, comparison, teaching
 from distill.app import recipe as recipes
 from distill.app.cli import main
 from distill.app.strict import RecipeError
@@ -19,7 +19,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.data.corruptions import Corruptions
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import CARD, Entrant, compare, gather, write_comparison
-from distill.eval.reports.compare_page import sentences, write_page
+from distill.eval.reports.compare_page import additions_table, sentences, write_page
 from distill.eval.stored import BadPredictionError
 from distill.teachers import analytic
 from tests import tiny_teachers
@@ -150,6 +150,12 @@ def test_without_truth_edges_speak(three):
     assert all("abs_rel" not in model["numbers"] for model in result.models)
     text = " ".join(sentences(result))
     assert "To soft, left adds most, as far as edges tell" in text and "with truth" not in text
+    error, added = result.pairs[0]["error"], next(row for row in result.additions if row["a"] == "soft")
+    assert f"new edges {added['news']:.0%}, error {error:.2f}, complement {added['complement']:.2f}" in text
+    few = compare(["left", "soft"], samples(4, truths=2), three)
+    marked = additions_table(few)
+    assert "as far as edges tell" in " ".join(sentences(few)) and marked.count('class="best"') >= 1
+    assert all(row.rsplit("<td>", 1)[1].startswith("<span") for row in marked.split("<tr>") if 'class="best"' in row)
     alone = compare(["left"], samples(2, truths=0), three)
     assert sentences(alone) == ["left is alone: a comparison needs two models."]
 
@@ -253,7 +259,7 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
     assert "photos/p9.png" in table["left_out"][0] or "p9" in table["left_out"][0]
     assert {m["name"]: m["images"] for m in table["models"]} == {"analytic": 7, "red": 7, "blurry": 5}
     # Again from what is stored: no model is loaded.
-    monkeypatch.setattr(build, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(teaching, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setattr(Corruptions, "apply", lambda *a, **k: pytest.fail("a model was asked"))
     (tmp_path / "run" / "compare.html").unlink()
     assert main(["compare", str(path)]) == 0 and (tmp_path / "run" / "compare.html").is_file()

@@ -170,7 +170,7 @@ def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path
     assert ids["scale"].images[0].shift == 0.0 and ids["affine"].images[0].shift != 0.0
     with pytest.raises(ProtocolError, match="'scale and shift in depth' against 'scale by medians in depth'"):
         table([ids["auto"], ids["median"]])
-    with pytest.raises(ValueError, match="alignment must be one of auto, affine, scale, median, not 'lstsq'"):
+    with pytest.raises(ValueError, match="alignment must be one of auto, affine, scale, median, l1, not 'lstsq'"):
         score(store, "affine_depth", samples(), CLEAN, alignment="lstsq")
     metric = score(store, "metric_depth", samples(), CLEAN, alignment="affine")
     assert metric.metrics == ids["auto"].metrics and metric.protocol == ids["auto"].protocol

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import h5py
+import numpy as np
 import pytest
 
-from distill.eval.benchmarks import diode, kitti, nyu
+from distill.eval.benchmarks import _nyu_mat, diode, kitti, nyu
+from distill.eval.completeness import check_benchmark
 
 
 def touch(folder, *names):
@@ -37,7 +40,44 @@ def test_kitti_as_it_is_shipped(tmp_path):
         sample.image()
 
 
+def labelled_mat(path, scenes, first=0):
+    """A file such as the authors', with as many images as there are names, of 8 x 12 pixels."""
+    with h5py.File(path, "w") as file:
+        count = len(scenes)
+        images = np.arange(count * 3 * 12 * 8, dtype=np.uint64).reshape(count, 3, 12, 8) % 251
+        file["images"] = images.astype(np.uint8)
+        file["rawDepths"] = np.arange(count * 12 * 8, dtype=np.float32).reshape(count, 12, 8) / 100
+        refs = file.create_dataset("scenes", (1, count), h5py.ref_dtype)
+        for i, scene in enumerate(scenes):
+            refs[0, i] = file.create_dataset(f"#refs#/{i}", data=np.array([[ord(c)] for c in scene], np.uint16)).ref
+    return path
+
+
+def test_nyu_as_it_is_shipped(tmp_path, monkeypatch):
+    mat = labelled_mat(tmp_path / "nyu_depth_v2_labeled.mat", ["kitchen_0004", "kitchen_0004", "office_0005"])
+    monkeypatch.setattr(_nyu_mat, "_TEST", "1 3")
+    for root in (mat, tmp_path):
+        first, last = nyu.samples(root)
+    assert (first.key, last.key) == ("test/kitchen_0004/rgb_0001.png", "test/office_0005/rgb_0003.png")
+    with h5py.File(mat) as file:
+        images, depths = file["images"][2], file["rawDepths"][2]
+    assert last.image().shape == (3, 8, 12) and last.image()[1, 5, 7] == images[1, 7, 5] / np.float32(255)
+    assert np.array_equal(_nyu_mat.depth(mat, last.key), depths.T)
+    (tmp_path / "list.txt").write_text("test/office_0005/rgb_0003.png test/office_0005/depth_0003.png\n")
+    assert [sample.key for sample in nyu.samples(mat, tmp_path / "list.txt")] == [last.key]
+    found = check_benchmark("nyu", mat)
+    assert found[0].level == "bad" and "2 images, not the 654" in found[0].what
+    (tmp_path / "other.mat").write_bytes(b"MATLAB 5.0")
+    with pytest.raises(OSError, match=r"other.mat is not a readable .mat"):
+        nyu.samples(tmp_path / "other.mat")
+
+
+def test_the_test_split_of_nyu_has_its_654_images():
+    numbers = _nyu_mat._test()
+    assert len(numbers) == len(set(numbers)) == 654 and (numbers[0], numbers[-1]) == (1, 1449)
+
+
 def test_what_is_not_found_is_said_with_what_was_looked_for(tmp_path):
-    touch(tmp_path, "nyu_depth_v2_labeled.mat")
-    with pytest.raises(ValueError, match=r"test/SCENE/rgb_N\.png.*looked here and.*below.*\.mat is not read"):
+    touch(tmp_path, "labeled.mat")
+    with pytest.raises(ValueError, match=r"test/SCENE/rgb_N\.png.*looked here and.*below.*only NYU's nyu_depth_v2"):
         nyu.samples(tmp_path)

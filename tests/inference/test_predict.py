@@ -30,7 +30,10 @@ def test_all_formats_hold_the_prediction(photos, tmp_path):
     jobs = predict.find([str(photos / "a.png")], out=out)
     done = predict.run(estimator, jobs, out=out, formats=list(outputs.FORMATS), report=silent)
     assert (done.written, done.present, done.problems) == (1, 0, [])
-    assert names(out) == ["a.npy", "a.png", "a_colour.png", "a_side.jpg", "predict.json", "predict_sources.jsonl"]
+    assert names(out) == [
+        *("a.glb", "a.npy", "a.ply", "a.png", "a_colour.png", "a_side.jpg", "a_view.html"),
+        *("predict.json", "predict_sources.jsonl"),
+    ]
     values = np.load(out / "a.npy")
     assert values.dtype == np.float32 and values.shape == (30, 40) and values.max() == 156
     with Image.open(out / "a.png") as picture:

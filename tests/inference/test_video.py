@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from distill.data.photos import BadImageError
 from distill.inference import predict, video
 from tests.inference.fake import Fake, call, names, shoot, silent
 
@@ -93,3 +96,11 @@ def test_what_is_no_film_says_so_and_nothing_else_is_printed(tmp_path, capfd):
     (line,) = call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o")[2]
     assert "not a video that can be opened" in line or "no video in it" in line
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_film_whose_index_is_cut_is_told_as_cut(tmp_path):
+    shoot(tmp_path / "v.mp4", 3)
+    data = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(data[: data.index(b"stsd") + 20])
+    with pytest.raises(BadImageError, match="it is cut"):
+        video.Film(tmp_path / "v.mp4")

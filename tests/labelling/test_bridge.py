@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.app import build, recipe
+from distill.app import build, recipe, teaching
 from distill.app.strict import RecipeError
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
@@ -218,14 +218,14 @@ def given(**labels):
 
 def test_without_a_bridge_the_refusal_names_it(monkeypatch):
     found = {"analytic": Primary(), "marigold": Assistant()}
-    monkeypatch.setattr(build, "load_teacher", lambda spec, **_: found[spec.name])
+    monkeypatch.setattr(teaching, "load_teacher", lambda spec, **_: found[spec.name])
     with pytest.raises(RecipeError, match='affine_depth.*disparity checkpoint.*labels.bridge = "primary"'):
-        build.load_teachers(given(), on=torch.device("cpu"))
-    loaded = build.load_teachers(given(bridge="primary", bridge_residual=0.2), on=torch.device("cpu"))
+        teaching.load_teachers(given(), on=torch.device("cpu"))
+    loaded = teaching.load_teachers(given(bridge="primary", bridge_residual=0.2), on=torch.device("cpu"))
     assert loaded[1] == ("marigold", Bridged(found["marigold"], "analytic", 0.2))
     first = replace(given(bridge="primary"), teachers=given().teachers[::-1])
     with pytest.raises(RecipeError, match="name a teacher of disparity before it"):
-        build.load_teachers(first, on=torch.device("cpu"))
+        teaching.load_teachers(first, on=torch.device("cpu"))
 
 
 def test_labels_have_another_address_with_a_bridge_and_only_then():

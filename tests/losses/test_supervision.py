@@ -63,6 +63,25 @@ def test_truth_has_settings_of_its_own():
     torch.testing.assert_close(objective(PRED, pseudo)[0], 2 * distillation_loss(PRED, DEPTH, VALID, "none"))
 
 
+def test_labels_in_unit_range_change_what_sees_a_scale_and_nothing_else():
+    plain = {**OFF, "shared": 1.0, "gradient": 2.0}
+    spread = labels(torch.where(VALID, 7 * DEPTH + 3, 1e9), kind=Kind.AFFINE_DISPARITY)
+    same = [
+        Objective(LossSettings(**plain, normalization="global", label_range=r))(PRED, spread)[0]
+        for r in ("unit", "as_is")
+    ]
+    torch.testing.assert_close(*same, rtol=1e-4, atol=1e-5)
+    low, high = (torch.stack([f(d[v]) for d, v in zip(DEPTH, VALID, strict=True)]) for f in (torch.min, torch.max))
+    unit = (DEPTH - low[:, None, None]) / (high - low)[:, None, None]
+    objective = Objective(LossSettings(**plain, normalization="none", label_range="unit"))
+    expected = Objective(LossSettings(**plain, normalization="none"))(PRED, labels(unit, kind=Kind.AFFINE_DISPARITY))
+    torch.testing.assert_close(objective(PRED, spread)[0], expected[0], rtol=1e-4, atol=1e-5)
+    flat = labels(torch.ones_like(DEPTH), kind=Kind.AFFINE_DISPARITY)
+    assert objective(PRED, flat)[0].isfinite().all()
+    with pytest.raises(ValueError, match="silog compares metres"):
+        LossSettings(silog=1.0, label_range="unit")
+
+
 def test_sparse_truth_may_be_spared_the_gradient():
     sparse = labels(kind=Kind.AFFINE_DISPARITY, dense=False)
     assert "gradient" in Objective()(PRED, sparse)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_a_folder_without_manifest_says_that_labelling_has_not_finished(folder, 
 def test_a_newer_format_and_a_foreign_file_are_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     for table, reason in (
-        ({**manifest, "version": 2}, "reads up to 1: upgrade"),
+        (sealed({**manifest, "version": 2}), "reads up to 1: upgrade"),
         ([1], "not a JSON table"),
         ({}, "no version"),
     ):
@@ -130,11 +131,11 @@ def test_a_json_without_its_keys_is_named(folder):
     sidecar, manifest = folder / "sa_0-000.json", folder / "manifest.json"
     good, table = sidecar.read_bytes(), json.loads(manifest.read_text())
     for bad, what in (({"version": 1}, "it has no part, of, images"), ({"tar": {}}, "a tar in it has no name, sha256")):
-        sidecar.write_bytes(dump_json({**(json.loads(good) if "tar" in bad else {}), **bad}))
-        with pytest.raises(ValueError, match=rf"sa_0-000.json is damaged: {what}.*delete it and run distill label"):
+        sidecar.write_bytes(dump_json(sealed({**(json.loads(good) if "tar" in bad else {}), **bad})))
+        with pytest.raises(ValueError, match=rf"sa_0-000.json is damaged: {what}.*run `distill verify --repair`"):
             shards.shard_index(folder / "sa_0-000.tar")
     for bad in ({"shards": [{}]}, {"shards": 3}, {"shards": [None]}, {"images": []}):
-        manifest.write_text(json.dumps(table | bad))
+        manifest.write_text(json.dumps(sealed(table | bad)))
         with pytest.raises(ValueError, match=r"manifest.json is damaged: (a tar in it|images) has no "):
             LabelDataset(folder)
 
@@ -154,10 +155,26 @@ def test_a_damaged_jpg_names_the_sample_and_the_way_out(folder):
         assert any("sa_1-1 jpg is damaged" in line for line in verify(folder))
 
 
+def test_a_flipped_digit_of_a_samples_json_is_not_learnt_from(folder):
+    tar = folder / "sa_0-000.tar"
+    good = tar.read_bytes()
+    for place in (re.search(rb'"low":-?(\d)', good).start(1), good.index(b'"patches":[[') + 12):
+        data = bytearray(good)
+        data[place] = ord("7") if data[place] != ord("7") else ord("8")
+        tar.write_bytes(data)
+        for read in (lambda: [LabelDataset(folder)[i] for i in range(3)], lambda: list(read_shard(tar))):
+            with pytest.raises(OSError, match=r"sa_0-000.tar:\S+ json is damaged: its checksum is wrong; run"):
+                read()
+
+
 def test_labels_without_a_checksum_of_the_jpg_are_read(tmp_path):
     def members(jpg=None):
         for name, data in encode_sample(make_sample()):
-            said = {k: v for k, v in json.loads(data).items() if k != "jpg"} if name.endswith("json") else None
+            said = (
+                {k: v for k, v in json.loads(data).items() if k not in ("jpg", "crc32")}
+                if name.endswith("json")
+                else None
+            )
             yield name, dump_json(said) if said else jpg if jpg and name.endswith("jpg") else data
 
     for stem, jpg in (("old", None), ("bad", b"nonsense")):
@@ -195,7 +212,7 @@ def test_verify_reads_through_the_offsets_of_a_json(folder):
     table = json.loads(sidecar.read_text())
     table["samples"][1][1] += 512
     sidecar.write_bytes(dump_json(table))
-    assert verify(folder) == [f"{folder / 'sa_0-000.tar'}: its .json says another place than the tar has for sa_1-1"]
+    assert verify(folder) == [f"{sidecar} says another place than its tar has for sa_1-1"]
     table["samples"][1][1] = 1 << 40
     sidecar.write_bytes(dump_json(table))
     assert "do not lie in their tar" in verify(folder)[0]

@@ -13,6 +13,7 @@ from distill.app import build
 from distill.app.cli import main
 from distill.app.recipe import load
 from distill.app.strict import RecipeError
+from distill.core import seal
 from distill.shards import mirror
 from distill.shards.shards import write_manifest
 
@@ -134,6 +135,7 @@ def test_a_manifest_that_climbs_out_is_refused(made, tmp_path):
     path = tmp_path / "far" / name / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["shards"][0]["name"] = "../../stolen.tar"
+    manifest.pop(seal.KEY)  # as its writer would have it, or it were only damaged
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="'../../stolen.tar'.*refused"):
         mirror.fetch(f"file://{tmp_path}/far", tmp_path / "run" / name)

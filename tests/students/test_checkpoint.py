@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -41,8 +40,17 @@ def tiny(decoder="sdt", *, native_size=64, **encoder_options):
 def edit(folder, change):
     path = folder / "student.json"
     description = json.loads(path.read_text())
+    description.pop("sha256", None)
     change(description)
     path.write_text(json.dumps(description))
+
+
+def test_a_changed_description_is_seen(tmp_path):
+    path = checkpoint.save(tiny("sdt"), tmp_path / "s", card={"licence": "MIT", "numbers": {1: 0.1}}) / "student.json"
+    checkpoint.load(tmp_path / "s")
+    path.write_text(path.read_text().replace('"MIT"', '"MIS"'))
+    with pytest.raises(ValueError, match=r"student.json: does not agree with its own checksum.*remove its line"):
+        checkpoint.load(tmp_path / "s")
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -108,64 +116,6 @@ def test_the_card_shows_lineage_recipe_scores_and_size(tmp_path):
     assert "| pocket | research |" in readme and "short side is 64 pixels" in readme
     assert "| benchmark | abs_rel | delta1 |" in readme and "| scenes | 0.21 |  |" in readme
     assert '"steps": 3' in readme and "load(" in readme
-
-
-class TestFromPretrained:
-    def test_a_folder_and_the_embedded_one(self, tmp_path):
-        student = tiny()
-        checkpoint.save(student, tmp_path / "s")
-        assert torch.equal(checkpoint.from_pretrained(tmp_path / "s")(IMAGES), student(IMAGES))
-        assert torch.equal(checkpoint.from_pretrained(str(tmp_path / "s"))(IMAGES), student(IMAGES))
-        assert (checkpoint.fetch("pocket") / "student.json").is_file()
-
-    def test_a_hub_id_is_downloaded_by_its_three_files(self, tmp_path, monkeypatch):
-        import huggingface_hub
-
-        checkpoint.save(tiny(), tmp_path / "s")
-        asked = {}
-
-        def snapshot_download(name, **options):
-            asked.update(options, name=name)
-            return str(tmp_path / "s")
-
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-        assert checkpoint.from_pretrained("someone/student", revision="v2").native_size == 64
-        files = ["model.safetensors", "student.json", "README.md"]
-        assert asked == {"name": "someone/student", "revision": "v2", "allow_patterns": files}
-
-    def test_what_is_pushed_is_what_is_loaded(self, tmp_path, monkeypatch):
-        import huggingface_hub
-
-        class Hub:
-            def create_repo(self, name, **options):
-                assert (name, options) == (
-                    "someone/student",
-                    {"repo_type": "model", "private": True, "exist_ok": True},
-                )
-
-            def upload_folder(self, *, repo_id, folder_path, **options):
-                assert repo_id == "someone/student" and ".*" in options["ignore_patterns"]
-                shutil.copytree(folder_path, tmp_path / "hub")
-
-        monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(tmp_path / "hub"))
-        student = tiny()
-        student.push_to_hub("someone/student", card={"licence": "Apache-2.0"}, private=True)
-        assert torch.equal(checkpoint.from_pretrained("someone/student")(IMAGES), student(IMAGES))
-        assert checkpoint.read_card(tmp_path / "hub") == {"name": "student", "licence": "Apache-2.0"}
-
-        def refused(self, **options):
-            raise OSError("403 Forbidden: no write access\nmore")
-
-        monkeypatch.setattr(Hub, "upload_folder", refused)
-        with pytest.raises(OSError, match="someone/student was not uploaded: 403 Forbidden: no write access; is `hf"):
-            student.push_to_hub("someone/student", private=True)
-
-    @pytest.mark.parametrize("name", ["someone/student", "nowhere", "./a/b", "a/b/c"])
-    def test_what_is_not_there_is_one_line(self, name):
-        with pytest.raises(OSError, match="no such folder") as caught:
-            checkpoint.from_pretrained(name)
-        assert "\n" not in str(caught.value) and name in str(caught.value)
 
 
 class TestFrozenEncoderLeftOut:

@@ -207,6 +207,33 @@ def test_dpt_without_cls_says_what_to_do():
     assert dpt.Decoder(16, **SMALL["dpt"], readout="ignore", norm="none")(maps).shape == (1, 1, 32, 64)
 
 
+@pytest.mark.parametrize(("detail", "upsample"), [(False, "bilinear"), (True, "bilinear"), (False, "dysample")])
+def test_sdts_switches_leave_the_rest_as_it_is_and_released_weights_loadable(detail, upsample):
+    whole, maps = sdt.Decoder(16, 16), [(torch.rand(1, 16, 2, 3), torch.rand(1, 16))] * 4
+    assert set(whole.options) == {
+        "in_channels",
+        "fusion_channels",
+        "use_cls_token",
+        "norm",
+    }  # stored students are these
+    for name, parameter in whole.named_parameters():
+        if "dysample" in name and name.endswith("offset.weight") and upsample == "bilinear":
+            torch.nn.init.zeros_(parameter)
+        elif "detail_enhancer.norm" in name and not detail:
+            torch.nn.init.zeros_(parameter)
+    less = sdt.Decoder(16, 16, detail=detail, upsample=upsample).load_released(whole.state_dict())
+    left = set(dict(whole.named_parameters())) - set(dict(less.named_parameters()))
+    assert {name.partition(".")[0] for name in left if "dysample" not in name} == (
+        set() if detail else {"detail_enhancer"}
+    )
+    assert any("dysample" in name for name in left) is (upsample == "bilinear")
+    if detail:  # without it, the ReLU is gone too
+        torch.testing.assert_close(less.eval()(maps), whole.eval()(maps))
+    assert less(maps).shape == (1, 1, 32, 48)
+    with pytest.raises(ValueError, match="upsample must be one of dysample, bilinear"):
+        sdt.Decoder(16, 16, upsample="nearest")
+
+
 def test_dysample_without_offsets_is_bilinear():
     module = DySample(8, scope=True)
     torch.nn.init.zeros_(module.offset.weight)

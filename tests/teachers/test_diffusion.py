@@ -193,3 +193,21 @@ class TestGenPercept:
         assert len(kept) == len(state) - 4
         safetensors.torch.save_file(kept, file)
         assert torch.equal(genpercept.Teacher.load(str(folder), native_size=48).predict(IMAGES).values, expected)
+
+
+def test_a_vae_that_does_not_fit_works_image_by_image_and_then_in_tiles(made):
+    from distill.teachers._latent import within_memory
+
+    vae = load(made, "marigold").parts.vae
+    vae.disable_slicing()
+    tried = []
+
+    def work():
+        tried.append((vae.use_slicing, vae.use_tiling))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return torch.ones(1)
+
+    assert within_memory(vae, work) == 1
+    assert tried == [(False, False), (True, False), (True, True)]
+    vae.disable_tiling()

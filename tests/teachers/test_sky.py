@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from distill.app import build
+from distill.app import build, teaching
 from distill.app import recipe as recipes
 from distill.app.cli import main
 from distill.core.depth import DepthMap, Kind
@@ -178,7 +178,7 @@ class TestOneSkyPolicy:
         assert found["teacher"] == address() and len(set(found.values())) == 4
         told = recipes.load(tmp_path / "r.toml", ["labels.sky=far", "teachers.1.options.sky=keep"])
         with pytest.raises(ValueError, match=r"teachers\[1\].options.sky: labels.sky decides"):
-            build.check_teachers(told)
+            teaching.check_teachers(told)
 
 
 SKY_RECIPE = """

@@ -64,3 +64,30 @@ def test_augmented_training_is_cut_like_any_other(tmp_path):
     run(tmp_path / "whole", **changes)
     run(tmp_path / "parts", accumulate=2, workers=1, **changes)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", [(48, 48), (40, 64)])
+def test_a_turn_moves_image_and_map_alike_and_what_comes_from_outside_is_invalid(size):
+    height, width = size
+    ys, xs = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    maps = (3 * xs + ys).expand(4, height, width) / width
+    valid = torch.ones_like(maps, dtype=torch.bool)
+    valid[:, :6, :6] = False
+    labels = Labels(DepthMap(maps, valid, KIND), None, torch.zeros(4, 0, 4))
+    images = torch.stack([maps, torch.ones_like(maps), torch.ones_like(maps)], 1)  # two channels say what is covered
+    batch = Batch(tuple("abcd"), images, {"t": labels})
+    plain = {"seed": 3, "hflip": False, "color_jitter": 0.0, "random_resized_crop": 1.0}
+    out = augment(batch, range(4), rotation=20.0, **plain)
+    shared = out.labels["t"].shared
+    inside = shared.valid & (out.images[:, 1] > 0.999)
+    # Nearest against bilinear: half a pixel of a slope of 3 / width.
+    torch.testing.assert_close(shared.values[inside], out.images[:, 0][inside], atol=3.2 / width, rtol=0)
+    outside = out.images[:, 1] == 0
+    assert outside.any() and not (shared.valid & outside).any() and 0.6 < shared.valid.float().mean() < 0.99
+    centre = (height // 2, width // 2)
+    assert (shared.values[:, centre[0], centre[1]] - maps[:, centre[0], centre[1]]).abs().max() < 4 / width
+    still = augment(batch, range(4), rotation=1e-9, **plain).labels["t"].shared
+    assert torch.equal(still.values[still.valid], maps[still.valid]) and torch.equal(still.valid, valid)
+    with_patches = Labels(labels.shared, labels.shared, torch.zeros(4, 1, 4))
+    with pytest.raises(ValueError, match="labels of patches cannot be turned"):
+        augment(Batch(batch.keys, batch.images, {"t": with_patches}), range(4), rotation=5.0, **plain)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill.core.seal import sealed
 from distill.training import checkpoints
-from distill.training.trainlog import StepLog, read
+from distill.training.trainlog import StepLog, damaged, read
 from tests.training.toys import l1, losses_of, newest, run, save, steps_of
 
 
@@ -87,8 +88,26 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     result, student = run(tmp_path, keep_last=3, val_fraction=0.0, tell=told.append)
     assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
     assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
-    if path.parent != last or damage in ("header", "tensors"):
-        assert len(told) == 1 and str(path) in told[0] and "passed over" in told[0]
+    named = path if damage in ("header", "tensors", "student") else last
+    assert str(named) in told[0] and "passed over" in told[0] and told[1].endswith("damaged lines left out: 1")
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_thrown_away(tmp_path):
+    run(tmp_path, val_fraction=0.0)
+    path = checkpoints.folder_of(tmp_path, 20) / "state.json"
+    path.write_text(json.dumps(sealed({**json.loads(path.read_text()), "version": 2})))
+    with pytest.raises(ValueError, match="written by a newer version"):
+        run(tmp_path, val_fraction=0.0)
+    assert path.exists()
+
+
+def test_a_changed_line_of_the_log_is_left_out(tmp_path):
+    run(tmp_path, val_fraction=0.0)
+    path = tmp_path / "log.jsonl"
+    text = path.read_text()
+    at = text.index('"loss":') + 9
+    path.write_text(text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :])
+    assert [line["step"] for line in read(path)] == list(range(2, 21)) and damaged(path) == 1
 
 
 def test_a_half_written_checkpoint_does_not_count(tmp_path):

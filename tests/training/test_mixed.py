@@ -13,7 +13,7 @@ from distill.losses.objective import Objective
 from distill.losses.settings import LossSettings
 from distill.shards.codec import Sample
 from distill.shards.codec import collate as collate_samples
-from distill.training.batches import training_batches
+from distill.training.loading import training_batches
 from distill.training.sampling import MicroBatchPositions, make_order
 from distill.training.train import train
 from tests.training.toys import SIZE, Toy, assert_same_run, newest, save, settings, steps_of

@@ -199,10 +199,18 @@ def test_a_reading_process_that_dies_ends_the_run_in_a_line(tmp_path):
 
 
 def test_where_shared_memory_is_scarce_nobody_else_reads(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "open_files", lambda: None)
     monkeypatch.setattr(machine, "shared_memory", lambda: 64_000_000)
-    assert (
-        machine.readers(2)[0] == 0 and "64 MB free" in machine.readers(2)[1] and "--shm-size" in machine.readers(2)[1]
-    )
+    batch = {"size": 30_000_000, "tensors": 8}
+    workers, _, said = machine.readers(2, 4, **batch)
+    assert workers == 0 and "64 MB free" in said and "--shm-size" in said
+    assert machine.readers(2, 4, size=5_000_000, tensors=8) == (2, 4, "")
+    assert machine.readers(4, 4, size=7_000_000, tensors=8)[:2] == (4, 1)
+    assert machine.readers(4, 4, size=10_000_000, tensors=8)[:2] == (3, 1)
+    monkeypatch.setattr(machine, "open_files", lambda: 256)
+    workers, ahead, said = machine.readers(8, 4, size=1, tensors=8)
+    assert (workers, ahead) == (8, 1) and "ulimit" in said
+    monkeypatch.setattr(machine, "shared_memory", lambda: 1000)
 
     class Mine(Toys):
         def get(self, index, teachers, *, visit=None):

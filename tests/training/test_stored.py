@@ -8,7 +8,7 @@ from torch import nn
 
 from distill.core.depth import Kind
 from distill.shards.shards import LabelDataset, collate
-from distill.training.batches import training_batches
+from distill.training.loading import training_batches
 from distill.training.parallel import every_parameter_learns
 from distill.training.sampling import MicroBatchPositions, choose_patches, make_order
 from distill.training.settings import TrainSettings

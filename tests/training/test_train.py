@@ -27,6 +27,22 @@ def process(out: Path, environment: dict[str, str], die_at: int | None) -> None:
     run(out, report=report)
 
 
+def two_machines(folders: list[Path]) -> None:
+    """A run of two gloo processes, each with its own folder, as on machines that share none."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    fork = multiprocessing.get_context("fork")
+    ranks = [{**world, "RANK": r, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for r in ("0", "1")]
+    started = [fork.Process(target=process, args=(out, rank, None)) for out, rank in zip(folders, ranks, strict=True)]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(timeout=120)
+    assert [one.exitcode for one in started] == [0, 0]
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """Runs in processes of their own, at once: two gloo processes x 4 images, and one that is killed in step 13."""
@@ -82,6 +98,23 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(straight, elsewhere):
     ours, theirs = newest(out), newest(straight)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert (out / "student/model.safetensors").read_bytes() == (straight / "student/model.safetensors").read_bytes()
+
+
+def test_two_machines_without_a_common_folder_go_on_from_what_one_process_left(straight, tmp_path):
+    def stop(done, total, **numbers):
+        if done == 13:
+            raise KeyboardInterrupt
+
+    main, other = tmp_path / "main", tmp_path / "other"
+    with pytest.raises(KeyboardInterrupt):
+        run(main, report=stop)
+    two_machines([main, other])
+    assert_same_run(main, straight)
+    chosen = [saved.folder.name for saved in checkpoints.find(other)]
+    assert "step-00000010" in chosen and not (other / "student").exists()
+    folders = [out / "checkpoints/step-00000020" for out in (main, other)]
+    one, same = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in folders)
+    assert one == same and len(one) == 4
 
 
 def test_training_learns(straight):

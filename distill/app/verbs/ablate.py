@@ -13,25 +13,29 @@ from distill.app.verbs._recipe import take_overrides
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", metavar="STUDY", help="a study: a TOML file, or a name of `distill list studies`")
+    parser.add_argument(
+        "study", metavar="STUDY", nargs="+", help="a study: a TOML file, or a name of `distill list studies`"
+    )
     parser.add_argument("--version", choices=["bench", "full"], default="bench", help="its scale (default: bench)")
     parser.add_argument(
         "--out", metavar="DIR", default="runs/ablations", help="shared by studies: equal cells run once"
     )
     parser.add_argument("--processes", type=int, default=1, help="cells at once")
     take_overrides(parser, what="override a key of every cell")
+    parser.add_argument("--collect", action="store_true", help="the tables of the cells that are done; runs nothing")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
-    from distill.app.ablate import run_study
+    from distill.app.ablate import run_studies
 
-    run_study(
-        Path(args.study),
+    run_studies(
+        [Path(study) for study in args.study],
         version=args.version,
         out=Path(args.out),
         processes=args.processes,
         overrides=args.set,
         worker=args.worker,
+        collect_only=args.collect,
     )
     return 0

@@ -34,13 +34,24 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.preflight import check_recipe
         from distill.app.recipe import load
 
-        title, findings = args.target, check_recipe(load(args.target, args.set))
+        compares = _only_compares(args.target)
+        recipe = load(args.target, args.set, command="compare" if compares else "")
+        title, findings = args.target, check_recipe(recipe, compares=compares)
     else:
         from distill.training.diagnose import check_run
 
         title, findings = args.target, check_run(Path(args.target))
-    table(f"doctor: {title}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
+    table(f"doctor: {title}", ["level", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
     return 1 if any(f.level == "bad" for f in findings) else 0
+
+
+def _only_compares(target: str) -> bool:
+    """Whether a recipe is for `distill compare` alone: it has [compare], and nothing of what is labelled or trained."""
+    from distill.app.shipped import locate
+    from distill.app.strict import read_toml
+
+    given = read_toml(locate(target)).keys()
+    return "compare" in given and not given & {"crops", "student", "loss", "train"}
 
 
 def _is_recipe(target: str) -> bool:

@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 
 from distill.app.verbs._recipe import take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser)
+    parser.add_argument(
+        "--worker", action="store_true", help="label beside other workers, on any machine, which join and leave freely"
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="have a Ray cluster start the workers, one a GPU; without an address, this machine's",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.commands import run_label
     from distill.app.recipe import load
 
-    outcome = run_label(load(args.recipe, args.set, command="label"))
-    return 0 if outcome.complete or int(os.environ.get("WORLD_SIZE", "1")) > 1 else 1
+    recipe = load(args.recipe, args.set, command="label")
+    if args.ray is not None:
+        from distill.app.cluster import label_on
+
+        label_on(recipe, args.ray)
+        return 0
+    with _stopped_by_sigterm():
+        outcome = run_label(recipe, worker=args.worker)
+    return 0 if outcome.complete or not outcome.last else 1
+
+
+@contextlib.contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """A scheduler's notice before it kills is as ctrl-c: a worker's part goes back at once, not when its lease ends."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
             table(what, ["name", "what it is"], [[name, _headline(file)] for name, file in files.items()], text=True)
         elif what == "teachers" and args.what:
             _teachers()
+        elif what == "datasets" and args.what:
+            _datasets()
         else:
             rows = [[name, " and ".join(where_from(KINDS[what], name))] for name in names(KINDS[what])]
             table(what, ["name", "from"], rows + (_ALSO if what == "teachers" else []), text=True)
@@ -80,6 +82,28 @@ def _teachers() -> None:
             note(f"  {first}{f' and {len(others)} more' if others else ''}: {text}")
     note('truth: the source\'s own ground truth (name = "truth"); pocket: the built-in model (checkpoint)')
     note("revision: of the weights on this machine; every label's manifest carries the one that made it")
+
+
+def _datasets() -> None:
+    """Each data set's depth type, licence and published count, and its layout in its own words."""
+    from distill.app.console import note, table
+    from distill.core.plugins import PluginError, find, names
+
+    rows, layouts = [], []
+    for name in names(KINDS["datasets"]):
+        try:
+            module = find(KINDS["datasets"], name)
+        except (LookupError, PluginError) as error:
+            rows.append([name, str(error), "", "", ""])
+            continue
+        facts = module.FACTS
+        images = f"{facts.images:,}" if facts.images else "-"
+        rows.append([name, str(facts.kind), images, "yes" if facts.commercial else "no", facts.licence])
+        layouts.append(f"{name}: {' '.join((module.__doc__ or '').split())}  {facts.url}")
+    table("datasets", ["name", "depth type", "images", "commercial use", "licence"], rows, text=True)
+    for layout in layouts:
+        note(layout)
+    note("`distill index NAME ROOT` comes first, then [[images]] dataset = NAME, root = ROOT")
 
 
 def _cards(name: str) -> list[Any]:

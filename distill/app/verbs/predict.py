@@ -1,19 +1,22 @@
-"""depth maps of photos and videos: 16-bit PNG, npy, colours, side by side
+"""depth maps of photos and videos: 16-bit PNG, npy, colours, side by side, points, surfaces
 
 distill predict photo.jpg                              photo and depth side by side, and 16 bits, into depth/
 distill predict photos/ 'more/**/*.png' video.mp4 --out maps --formats png npy colour side
 distill predict photos/ --student runs/demo            the student of a run, or of a folder
+distill predict photo.jpg --write ply glb view --fov 65  points, a surface, and a page that turns them offline
 distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
 
 Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
 predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
-GIF, the first picture is used.
+GIF, the first picture is used. In three dimensions the camera is --fov or --intrinsics, else what the photo's EXIF
+says, else 60 degrees; of a map whose shift is unknown --far says how deep the scene is taken to be.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +30,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
     parser.add_argument(
-        "--formats", "--write", nargs="+", choices=["png", "npy", "colour", "side"], default=["png", "side"]
+        "--formats",
+        "--write",
+        nargs="+",
+        choices=["png", "npy", "colour", "side", "ply", "glb", "view"],
+        default=["png", "side"],
+        help="what to write (png side); ply: points, glb: a surface, view: a page that shows the points",
     )
+    parser.add_argument("--fov", type=float, metavar="DEGREES", help="the camera's horizontal field of view")
+    parser.add_argument("--intrinsics", type=float, nargs=4, metavar=("FX", "FY", "CX", "CY"), help="in pixels")
+    parser.add_argument("--far", type=float, metavar="TIMES", help="farthest over nearest distance of a relief (10)")
     parser.add_argument("--size", type=int, metavar="N", help="short side to work at, in place of the student's own")
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
@@ -47,10 +58,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(given)}: of students; leave it out beside --teacher")
     if args.weights and not args.teacher:
         raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
+    lens = _lens(args)
     if args.decoder:
         allow(args.decoder)
-    found = predict.survey(args.images, out=args.out)
-    jobs = found.jobs
+    survey = predict.survey(args.images, out=args.out)
+    jobs = survey.jobs
     if args.teacher:
         name, estimator = args.teacher, predict.load_teacher(args.teacher, args.weights, device=args.device)
     else:
@@ -58,13 +70,40 @@ def run(args: argparse.Namespace) -> int:
         estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{name}: {estimator.card.kind}, larger is {estimator.card.larger_is}; licence: {estimator.card.licence}")
     with progress("predict") as report:
-        outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report)
-    outcome.problems[:0] = found.refused
+        outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report, lens=lens)
+    outcome.problems[:0] = survey.refused
     if outcome.problems:
         fail("\n".join(outcome.problems))
-    if found.passed:
-        note(f"ignored: {filetypes.counted(found.passed)}")
+    if survey.passed:
+        note(f"ignored: {filetypes.counted(survey.passed)}")
     before = f", {outcome.present} were there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
-    say(f"{args.out}: {outcome.written} of {len(jobs) + len(found.refused)} predicted{before}{failed}")
+    say(
+        f"{args.out}: {outcome.written} of {len(jobs) + len(survey.refused)} predicted{before}{failed}",
+        out=str(args.out),
+        predicted=outcome.written,
+        present=outcome.present,
+        failed=len(outcome.problems),
+    )
     return 1 if outcome.problems else 0
+
+
+def _lens(args: argparse.Namespace) -> Any:
+    """What the command line says of the camera. Raises ValueError for one that cannot be."""
+    from distill.inference.outputs import SOLID
+    from distill.inference.solid import FAR, Lens, camera
+
+    told = {"--fov": args.fov, "--intrinsics": args.intrinsics, "--far": args.far}
+    given = [name for name, value in told.items() if value is not None]
+    if given and not SOLID.keys() & set(args.formats):
+        raise ValueError(f"{', '.join(given)}: of three dimensions; ask for --write {' '.join(SOLID)}, or leave it out")
+    if args.fov is not None and args.intrinsics:
+        raise ValueError("--fov and --intrinsics both say the camera: keep one")
+    far = FAR if args.far is None else args.far
+    if not far > 1:
+        raise ValueError(f"--far must be above 1, not {far:g}")
+    if args.fov is not None:
+        camera(args.fov, None, 1, 1)
+    if args.intrinsics and not min(args.intrinsics[:2]) > 0:
+        raise ValueError("--intrinsics FX FY CX CY: the focal lengths must be above 0, in pixels")
+    return Lens(args.fov, tuple(args.intrinsics) if args.intrinsics else None, far)

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "html":
         from distill.eval.reports.report import write_report
 
-        say(f"report: {write_report(run).resolve()}")
+        path = write_report(run).resolve()
+        say(f"report: {path}", report=str(path))
         return 0
     from distill.eval.reports.report import read_run_scores
     from distill.eval.reports.tables import as_latex, as_markdown, as_text, grid
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--metrics: none of these scores has {', '.join(unknown)}; there are {', '.join(known)}")
     table_of_scores = grid(scores, metrics)
     if args.format == "text":
-        table(f"scores of {run} (* best, + second best)", *as_text(table_of_scores))
+        table(f"scores of {run} (* best, + these images do not tell who is)", *as_text(table_of_scores))
         for line in table_of_scores.notes:
             note(line)
     else:

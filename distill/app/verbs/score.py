@@ -15,10 +15,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
     parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
-    parser.add_argument("--protocol", choices=["marigold", "clean"], help="default: the benchmark's own")
+    parser.add_argument(
+        "--protocol",
+        choices=[
+            "marigold",
+            "clean",
+            "zipdepth",
+            "moge_disparity",
+            "moge_scale",
+            "ultralytics",
+            "depth_anything",
+            "all",
+        ],
+        help="default: the benchmark's own; all: one model under each, side by side (docs/protocols.md)",
+    )
     parser.add_argument(
         "--alignment",
-        choices=["auto", "affine", "scale", "median"],
+        choices=["auto", "affine", "scale", "median", "l1"],
         default="auto",
         help="auto: what the kind leaves unknown, by least squares; median: a scale by the medians alone",
     )
@@ -44,7 +57,11 @@ def run(args: argparse.Namespace) -> int:
     if not args.benchmark:
         raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
     from distill.app.console import note, progress, say, table
+    from distill.eval.protocol import RIVAL_MODES
     from distill.eval.score import score_predictions
+
+    if args.protocol in (*RIVAL_MODES, "all"):
+        return _under_rivals(args)
 
     with progress(f"score {args.benchmark}") as report:
         result = score_predictions(
@@ -70,4 +87,47 @@ def run(args: argparse.Namespace) -> int:
     failed = sum(image.failed for image in result.images)
     if failed:
         say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
+    if not failed and all(value is None for _, value in means):
+        say("no image has a pixel of truth to be scored by")
+        return 1
+    return 1 if failed and not args.allow_failed else 0
+
+
+def _under_rivals(args: argparse.Namespace) -> int:
+    """One model under other people's protocols, each in a line."""
+    from distill.app.console import note, progress, say, table
+    from distill.eval.rivals import NAMES, score_under_all, sentence
+
+    if args.alignment != "auto" or args.offset_positive:
+        raise ValueError("a protocol by name says its own alignment: leave --alignment and --offset-positive out")
+    if not args.kind:
+        raise ValueError("protocols by name need --kind: which of them are defined depends on it")
+    with progress(f"score {args.benchmark}") as report:
+        found = score_under_all(
+            args.predictions,
+            kind=args.kind,
+            benchmark=args.benchmark,
+            root=args.root,
+            list_file=args.list,
+            out=Path(args.out) if args.out else None,
+            model=args.model or Path(args.predictions).name,
+            allow_failed=args.allow_failed,
+            names=NAMES if args.protocol == "all" else (args.protocol,),
+            report=report,
+        )
+    failed, lines = 0, []
+    for name, result in found.items():
+        if isinstance(result, str):
+            lines.append([name, "-", "-", "-", "-"])
+            continue
+        failed += result.num_failed
+        values = [result.metrics[key] for key in ("abs_rel", "delta1")]
+        cells = ["-" if value is None else f"{value:.4f}" for value in values]
+        lines.append([name, *cells, result.protocol.alignment, result.protocol.id])
+    title = f"{args.model or Path(args.predictions).name} on {args.benchmark}, the same predictions"
+    table(title, ["protocol", "abs_rel", "delta1", "alignment", "id"], lines)
+    for name, result in found.items():
+        note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not here: {result}'}")
+    if failed:
+        say(f"{failed} times an image could not be scored" + ("" if args.allow_failed else "; no mean"))
     return 1 if failed and not args.allow_failed else 0

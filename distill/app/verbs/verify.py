@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.repair import repair
 
         with progress("verify") as tell:
-            own = load(args.recipe, command="label") if args.recipe else None
-            mended = repair(args.folder, own=own, trusted=args.trust_recipe, report=tell)
-        say(f"{args.folder}: complete" + (f"; labelled again: {', '.join(mended)}" if mended else ""))
+            recipe = load(args.recipe, command="label") if args.recipe else None
+            mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=tell)
+        say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
         return 0
     with progress("verify") as tell:
         problems = verify_labels(args.folder, report=tell)

@@ -322,23 +322,25 @@ class Cluster:
 
 def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
     """The shadow casters, gathered in the order they were added while they stay close to each other."""
-    found: list[Cluster] = []
+    gathered: list[Cluster] = []
     low, high = np.zeros(3), np.zeros(3)
     for solid in solids:
         if not solid.casts or solid.corners is None:
             continue
         small, large = solid.corners.min(0), solid.corners.max(0)
         alone = float(np.linalg.norm(large - small)) / 2
-        if found:
+        if gathered:
             joined_low, joined_high = np.minimum(low, small), np.maximum(high, large)
             joined = float(np.linalg.norm(joined_high - joined_low)) / 2
-            if joined < 1.5 * max(alone, found[-1].radius) + 0.1 and len(found[-1].solids) < 16:
+            if joined < 1.5 * max(alone, gathered[-1].radius) + 0.1 and len(gathered[-1].solids) < 16:
                 low, high = joined_low, joined_high
-                found[-1] = Cluster((low + high) / 2, joined, (*found[-1].solids, (solid, (small + large) / 2, alone)))
+                gathered[-1] = Cluster(
+                    (low + high) / 2, joined, (*gathered[-1].solids, (solid, (small + large) / 2, alone))
+                )
                 continue
         low, high = small, large
-        found.append(Cluster((low + high) / 2, alone, ((solid, (low + high) / 2, alone),)))
-    return tuple(found)
+        gathered.append(Cluster((low + high) / 2, alone, ((solid, (low + high) / 2, alone),)))
+    return tuple(gathered)
 
 
 def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:

@@ -33,13 +33,13 @@ def _medians(pred: Tensor, part: Tensor, counts: list[Tensor], finest: int) -> l
     """The same of the prediction: ordered by value once, then for each level by context, which is a short key."""
     ordered, index = torch.where(part < finest, pred, torch.inf).sort(dim=1, stable=True)
     context = part.to(torch.uint8 if finest < 256 else torch.int16).gather(1, index)
-    found = []
+    medians = []
     for each in counts:
         places = _places(each, pred.shape[1])
         if each.shape[1] > 1:
             places = (context // (finest // each.shape[1])).sort(dim=1, stable=True).indices.gather(1, places)
-        found.append(ordered.gather(1, places))
-    return found
+        medians.append(ordered.gather(1, places))
+    return medians
 
 
 def _spread(per_context: Tensor, part: Tensor, level: int, finest: int) -> Tensor:

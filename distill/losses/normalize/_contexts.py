@@ -57,7 +57,7 @@ def _image_by_image(
         space = Workspace(pred.shape[1], p.dtype)
         return [one(b, space) for b in images]
 
-    found: list[tuple[float, int]] = [(0.0, 0)] * len(pred)
+    per_image: list[tuple[float, int]] = [(0.0, 0)] * len(pred)
     turns = [range(i, len(pred), threads) for i in range(threads)]
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
@@ -65,8 +65,8 @@ def _image_by_image(
     else:
         done = [several(turns[0])]
     for turn, results in zip(turns, done, strict=True):
-        found[turn.start :: threads] = results
-    losses, live = torch.tensor([f[0] for f in found], dtype=pred.dtype), torch.tensor([f[1] for f in found])
+        per_image[turn.start :: threads] = results
+    losses, live = torch.tensor([f[0] for f in per_image], dtype=pred.dtype), torch.tensor([f[1] for f in per_image])
     return losses, gradient, live.long()
 
 

@@ -1,0 +1,77 @@
+"""Where a recipe's stored features are (train.cache_features), and how they come to be."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.app import build
+from distill.app.console import note, progress
+from distill.app.recipe import Recipe
+from distill.app.strict import RecipeError
+from distill.labelling.lock import mutex
+from distill.shards.features import DONE, FeatureStore, write_features
+from distill.shards.shards import MANIFEST, LabelDataset, hash_keys
+from distill.students import Student
+
+Feature = tuple[Tensor, Tensor]
+
+
+def features_folder(recipe: Recipe, dataset: LabelDataset, student: Student) -> Path:
+    """Beside the labels, under a hash of the regions and of the encoder: labels of other teachers share it.
+
+    A labels folder that was named itself (labels.root) has them inside it.
+    """
+    labels = build.labels_folder(recipe)
+    named = Path(recipe.labels.root or ".") == labels
+    crops = {
+        k: v for k, v in recipe.crops.content.items() if k not in ("patches", "num_patches", "patch_size", "overlap")
+    }
+    what: list[Any] = [[one.content for one in recipe.images], crops, recipe.run.seed, hash_keys(dataset.keys)]
+    what = [labels.name if named else what, student.encoder.digest(), student.encoder.options, recipe.train.precision]
+    address = hashlib.sha256(json.dumps([*what, recipe.train.hflip], sort_keys=True).encode()).hexdigest()[:16]
+    return (labels if (labels / MANIFEST).is_file() and named else labels.parent) / "features" / address
+
+
+def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore | None:
+    """The features that train.cache_features asks for, computed where they are not there; None where it asks for none.
+
+    Raises RecipeError where a recipe has something to change what the encoder sees.
+    """
+    if not recipe.train.cache_features:
+        return None
+    if not isinstance(dataset, LabelDataset):
+        raise RecipeError("train.cache_features needs labels on disk: set labels.online = false")
+    if "feature" in recipe.loss.weights:
+        note("loss.feature compares a frozen encoder with itself: it is nothing here, and is left out")
+    folder, on = features_folder(recipe, dataset, student), build.device(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with mutex(folder):  # one process computes, the others wait and find them
+        if not (folder / DONE).is_file():
+            _compute(recipe, dataset, student, folder, on)
+    return FeatureStore(folder)
+
+
+def _compute(recipe: Recipe, dataset: LabelDataset, student: Student, folder: Path, on: torch.device) -> None:
+    encoder = student.encoder.to(on).eval()
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> list[Feature]:
+        with torch.autocast(on.type, torch.bfloat16, enabled=recipe.train.precision == "bf16"):
+            return list(encoder(images.to(on)))
+
+    with progress("features of the encoder") as report:
+        write_features(
+            folder,
+            dataset.keys,
+            lambda index: dataset.get(index, ()).image,
+            encode,
+            mirrored=recipe.train.hflip,
+            facts={"encoder": encoder.digest(), "precision": recipe.train.precision},
+            report=report,
+        )

@@ -1,0 +1,140 @@
+"""What `distill filter` takes: data sets, tables of pairs, labels folders, and the [[images]] of recipes.
+
+    hypersim=data/hypersim     a data set by its index        data/rgbd/INDEX.tsv     pairs (or their folder)
+    runs/x/labels/HASH         labels, of their first teacher  my.toml                 images with truth of a recipe
+
+Shapes: H, W of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.app.filtering import Scored, Source
+from distill.app.inputs import input_shards
+from distill.app.recipe import load as load_recipe
+from distill.core.depth import DepthMap
+from distill.core.plugins import find, is_path, short_name
+from distill.data import published, sources
+from distill.data.datasets import FOLDER
+from distill.data.photos import safe_key
+from distill.data.sources import Entry, InputShard
+from distill.eval.agreement import alignment_error, to_disparity
+from distill.shards.codec import Sample
+from distill.shards.shards import MANIFEST, LabelDataset
+
+
+def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teacher: str = "") -> list[Source]:
+    """The sources that `words` name, each with a name of its own.
+
+    far: metric truth beyond it is invalid; 0: none. limit: the first so many samples of each; 0: all. teacher: whose
+    labels of a labels folder are scored; by default its first's. Raises FileNotFoundError, ValueError or LookupError.
+    """
+    found: list[Source] = []
+    for word in words:
+        found += _open(word, far, limit, teacher)
+    taken: set[str] = set()
+    for number, source in enumerate(found):
+        name, more = source.name, 2
+        while name in taken:
+            name, more = f"{source.name}_{more}", more + 1
+        taken.add(name)
+        found[number] = Source(name, source.what, source.names, source.load, source.facts)
+    return found
+
+
+def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
+    name, equals, root = word.partition("=")
+    path = Path(word).expanduser()
+    if equals and (is_path(name) or name.isidentifier()):
+        shards = published.dataset(name, root)
+        return [_of_entries(short_name(name), word, shards, far, limit, find(FOLDER, name).FACTS)]
+    if (path / MANIFEST).is_file():
+        return [_of_labels(path, limit, teacher)]
+    if path.suffix.lower() == ".tsv" or (path / "INDEX.tsv").is_file():
+        called = (path if path.is_dir() else path.parent).name
+        return [_of_entries(safe_key(called), word, sources.pairs(path), far, limit, None)]
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"{word}: neither a labels folder ({MANIFEST}) nor pairs (INDEX.tsv); a data set is NAME={word}"
+        )
+    recipe = load_recipe(word, command="label")
+    every = input_shards(recipe)
+    opened = []
+    for number, images in enumerate(recipe.images):
+        if images.may_have_truth:
+            mine = [shard for shard in every if shard.source == number]
+            facts = find(FOLDER, images.dataset).FACTS if images.dataset else None
+            called = short_name(images.dataset) if images.dataset else f"images_{number}"
+            opened.append(_of_entries(called, f"{word}, images[{number}]", mine, far, limit, facts))
+    if not opened:
+        raise ValueError(f"{word}: none of its [[images]] has ground truth; filter its labels folder instead")
+    return opened
+
+
+def _of_entries(name: str, what: str, shards: Sequence[InputShard], far: float, limit: int, facts: Any) -> Source:
+    shards = published.within(shards, far) if far else shards
+    entries = [entry for shard in shards for entry in shard.scan().entries][: limit or None]
+    names = [entry.origin.partition(":")[2] or entry.origin for entry in entries]
+    return Source(name, f"{what}{f', far {far:g}' if far else ''}", names, _Entries(entries), facts)
+
+
+class _Entries:
+    """Loads an image and its truth by number."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = entries
+
+    def __call__(self, number: int) -> Scored:
+        photo = self.entries[number].load()
+        if photo.truth is None:
+            raise ValueError(f"{photo.origin}: no ground truth")
+        image = np.ascontiguousarray(photo.rgb.permute(1, 2, 0).numpy())
+        return Scored(image, *_as_depth(photo.truth))
+
+
+def _as_depth(one: DepthMap) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Values and validity (H,W) of a map, as depth where it can be that, and whether it is disparity still."""
+    if one.kind.quantity == "disparity" and one.kind.unknown != "affine":
+        one = one.convert(f"{one.kind.unknown}_depth")
+    return one.values[0].numpy(), one.valid[0].numpy(), one.kind.quantity == "disparity"
+
+
+def _of_labels(path: Path, limit: int, teacher: str) -> Source:
+    dataset = LabelDataset(path)
+    scored = teacher or dataset.teachers[0]
+    if scored not in dataset.teachers:
+        raise LookupError(f"{path} has no labels by {scored}; it has {', '.join(dataset.teachers)}")
+    names = dataset.keys[: limit or None]
+    return Source(safe_key(f"labels_{path.name}"), f"{path}, {scored}", names, _LabelSamples(dataset, scored))
+
+
+class _LabelSamples:
+    """Loads a region and the label of one teacher by number."""
+
+    def __init__(self, dataset: LabelDataset, teacher: str) -> None:
+        self.dataset, self.teacher = dataset, teacher
+
+    def __call__(self, number: int) -> Scored:
+        sample = self.dataset[number]
+        name = self.teacher if self.teacher in sample.labels else next(iter(sample.labels))
+        image = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
+        return Scored(image, *_as_depth(sample.labels[name].shared), _of_teachers(sample, name))
+
+
+def _of_teachers(sample: Sample, name: str) -> dict[str, float]:
+    """What labels know beyond their map: another teacher's opinion, and how well a fit went."""
+    found: dict[str, float] = {}
+    others = [one for one in sample.labels if one != name]
+    if others:
+        first, second = (to_disparity(sample.labels[one].shared) for one in (name, others[0]))
+        found["disagreement"] = float(alignment_error(first.values, second.values, first.valid & second.valid)[0])
+    for table in sample.record.get("labels", {}).values():
+        for fit in ("bridge", "align"):
+            if fit in table:
+                found[fit] = max(found.get(fit, 0.0), float(table[fit]["shared"]["residual"]))
+    return found

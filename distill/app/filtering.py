@@ -1,0 +1,296 @@
+"""`distill filter`: every sample of data sets, pairs and labels folders is scored once, and then kept or dropped.
+
+    OUT/NAME.scores.jsonl     a line per sample, in the source's order, with every score: appended to, never read twice
+    OUT/NAME.txt              the names that are kept: images.names, or labels.names for a labels folder
+    OUT/filter.json           thresholds, counts, reasons, means
+    OUT/filter.html           distill.app.filter_page
+
+Scoring streams: readers work ahead in processes, lines are written in order, and a killed run goes on behind its last
+whole line. Dropping reads scores alone, so thresholds change in a second. AnyDepth's rule: fewer than 20 % valid pixels
+first; of the rest, source by source, the lowest 20 % of s_dist and the lowest 20 % of s_grad, either of which drops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from distill.core import files
+from distill.core.progress import Report
+from distill.data.photos import BadImageError
+from distill.data.quality import SCORES, depth_scores, image_scores
+
+CHUNK = 16
+"""Samples that a reading process hands over at once."""
+VERSION = 1
+"""Of the scores' file: a higher one is scored anew."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One sample as it is looked at. image: (H,W,3) uint8. depth: (H,W) float32, disparity where `nearer`.
+
+    more: scores that the sample brings along (labels: disagreement, bridge, align).
+    """
+
+    image: np.ndarray
+    depth: np.ndarray
+    valid: np.ndarray
+    nearer: bool
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Samples at random access, by number. name: of the files that are written; table: AnyDepth's of its data set.
+
+    names: one per sample, as lists have them. load raises BadImageError, OSError, ValueError or LookupError.
+    """
+
+    name: str
+    what: str
+    names: Sequence[str]
+    load: Callable[[int], Scored]
+    facts: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What is dropped. valid: the least share of valid pixels. worst: by score, the share that is dropped for it, the
+    lowest or, where low is good, the highest. cuts: (score, "<" or ">", bound), each of which drops.
+    """
+
+    valid: float = 0.2
+    worst: Mapping[str, float] = field(default_factory=lambda: {"s_dist": 0.2, "s_grad": 0.2})
+    cuts: tuple[tuple[str, str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        faults = [f"valid must be in [0, 1], not {self.valid}"] if not 0 <= self.valid <= 1 else []
+        faults += [f"{name} must be a share in [0, 1), not {s}" for name, s in self.worst.items() if not 0 <= s < 1]
+        known = [*self.worst, *(name for name, *_ in self.cuts)]
+        faults += [f"no score {name}; there are {', '.join(SCORES)}" for name in known if name not in SCORES]
+        if faults:
+            raise ValueError("; ".join(faults))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a source. reasons: why each sample is dropped, "" for kept ones. scores: (N,) by name, NaN where
+    unknown. errors: of samples that could not be read, by number.
+    """
+
+    source: Source
+    reasons: tuple[str, ...]
+    scores: Mapping[str, np.ndarray]
+    errors: Mapping[int, str]
+
+    @property
+    def kept(self) -> list[str]:
+        """The names that are kept, in order."""
+        return [name for name, reason in zip(self.source.names, self.reasons, strict=True) if not reason]
+
+
+def cut(text: str) -> tuple[str, str, float]:
+    """`disagreement>0.3` as (score, sign, bound); ValueError for what is none."""
+    found = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+.\deE]+)\s*", text)
+    try:
+        if found:
+            return found[1], found[2], float(found[3])
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r} is no cut; write a score, < or >, and a number: 'disagreement>0.3'")
+
+
+def worst(text: str) -> tuple[str, float]:
+    """`s_dist=0.2` as (score, share); ValueError for what is none."""
+    name, _, share = text.partition("=")
+    try:
+        return name.strip(), float(share)
+    except ValueError:
+        raise ValueError(f"{text!r} is no share; write a score, = and a share: s_dist=0.2") from None
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+class _Chunks(Dataset[list[str]]):
+    """Lines of CHUNK samples at once."""
+
+    def __init__(self, source: Source, first: int, *, with_image: bool) -> None:
+        self.source, self.first, self.with_image = source, first, with_image
+
+    def __len__(self) -> int:
+        return math.ceil((len(self.source.names) - self.first) / CHUNK)
+
+    def __getitem__(self, chunk: int) -> list[str]:
+        if chunk >= len(self):
+            raise IndexError(chunk)
+        start = self.first + chunk * CHUNK
+        stop = min(start + CHUNK, len(self.source.names))
+        return [score_line(self.source, number, with_image=self.with_image) for number in range(start, stop)]
+
+
+def score_line(source: Source, number: int, *, with_image: bool) -> str:
+    """One sample's line: its name and its scores, or the reason that there are none."""
+    line: dict[str, Any] = {"name": source.names[number]}
+    try:
+        one = source.load(number)
+        found = depth_scores(one.depth, one.valid)
+        if with_image:
+            found |= image_scores(one.image, one.depth, one.valid, larger_is_nearer=one.nearer)
+        found |= one.more
+        line |= {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
+    except (BadImageError, OSError, ValueError, LookupError) as error:
+        line["error"] = (str(error) or type(error).__name__).splitlines()[0]
+    return json.dumps(line, ensure_ascii=False)
+
+
+def score_source(
+    source: Source, out: Path, *, workers: int = 0, with_image: bool = True, report: Report | None = None
+) -> int:
+    """Writes OUT/NAME.scores.jsonl, or what of it is missing; gives how many samples an earlier call had done.
+
+    Raises OSError where the disk refuses; lines that are written stay.
+    """
+    path = scores_path(out, source)
+    head = {"version": VERSION, "source": source.what, "samples": len(source.names), "image_scores": with_image}
+    with files.naming(path):
+        out.mkdir(parents=True, exist_ok=True)
+        done = _begun(path, head, source)
+        with path.open("a", encoding="utf-8") as file:
+            if not path.stat().st_size:
+                file.write(json.dumps(head) + "\n")
+            chunks = _Chunks(source, done, with_image=with_image)
+            readers = min(workers, len(chunks))
+            loader: DataLoader[list[str]] = DataLoader(
+                chunks, batch_size=None, num_workers=readers, prefetch_factor=4 if readers else None
+            )
+            count = done
+            for lines in loader:
+                file.write("".join(f"{line}\n" for line in lines))
+                file.flush()
+                count += len(lines)
+                if report:
+                    report(count, len(source.names))
+    return done
+
+
+def scores_path(out: Path, source: Source) -> Path:
+    """Where a source's scores lie."""
+    return out / f"{source.name}.scores.jsonl"
+
+
+def _begun(path: Path, head: Mapping[str, Any], source: Source) -> int:
+    """How many samples the file has whole; what is behind them is cut off. 0, and no file, where it is another's."""
+    if not path.is_file():
+        return 0
+    whole = count = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            table = _table(line)
+            if table is None or (number == 0 and table != head):
+                break
+            if number and (number > len(source.names) or table.get("name") != source.names[number - 1]):
+                break
+            whole, count = whole + len(line), number
+    if not whole:
+        path.unlink()
+        return 0
+    with path.open("r+b") as file:
+        file.truncate(whole)
+    return count
+
+
+def _table(line: bytes) -> dict[str, Any] | None:
+    try:
+        table = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return table if isinstance(table, dict) else None
+
+
+# --- dropping ---------------------------------------------------------------------------------------------------------
+
+
+def judge(source: Source, out: Path, rules: Rules) -> Verdict:
+    """What the rules drop of a scored source. Raises ValueError where not every sample is scored."""
+    path = scores_path(out, source)
+    names = [*SCORES]
+    scores = {name: np.full(len(source.names), np.nan) for name in names}
+    errors: dict[int, str] = {}
+    found = 0
+    for number, table in enumerate(_lines(path)):
+        if number >= len(source.names):
+            break
+        found += 1
+        if "error" in table:
+            errors[number] = str(table["error"])
+        for name in names:
+            scores[name][number] = table.get(name, math.nan)
+    if found != len(source.names):
+        raise ValueError(f"{path}: {found} of {len(source.names)} samples are scored; run the same command again")
+    return Verdict(source, tuple(_reasons(scores, errors, rules)), scores, errors)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        next(file, None)
+        for line in file:
+            yield json.loads(line)
+
+
+def _reasons(scores: Mapping[str, np.ndarray], errors: Mapping[int, str], rules: Rules) -> list[str]:
+    """Why each sample is dropped: the first reason by the order unreadable, valid, the worst of each score, cuts."""
+    count = len(scores["valid"])
+    reasons = [""] * count
+
+    def drop(numbers: Any, why: str) -> None:
+        for number in numbers:
+            reasons[number] = reasons[number] or why
+
+    drop(errors, "unreadable")
+    with np.errstate(invalid="ignore"):
+        drop(np.flatnonzero(scores["valid"] < rules.valid), f"valid < {rules.valid:g}")
+        left = np.array([number for number in range(count) if not reasons[number]], dtype=np.intp)
+        for name, share in rules.worst.items():
+            drop(
+                _worst(scores[name], left, share, high_is_good=SCORES[name].high_is_good),
+                f"worst {share:.0%} of {name}",
+            )
+        for name, sign, bound in rules.cuts:
+            beyond = scores[name] < bound if sign == "<" else scores[name] > bound
+            drop(np.flatnonzero(beyond), f"{name} {sign} {bound:g}")
+    return reasons
+
+
+def _worst(values: np.ndarray, left: np.ndarray, share: float, *, high_is_good: bool) -> np.ndarray:
+    """floor(share * n) of the samples `left` that have this score, worst first; the earlier one of equals."""
+    known = left[np.isfinite(values[left])]
+    order = np.argsort(values[known] if high_is_good else -values[known], kind="stable")
+    return known[order[: int(share * len(known) + 1e-9)]]
+
+
+def write_results(verdicts: Sequence[Verdict], out: Path, rules: Rules) -> dict[str, Any]:
+    """The lists of names and filter.json; gives the latter's table."""
+    sources = []
+    for verdict in verdicts:
+        kept = verdict.kept
+        files.write_text(out / f"{verdict.source.name}.txt", "".join(f"{name}\n" for name in kept))
+        means = {name: float(np.nanmean(v)) for name, v in verdict.scores.items() if np.isfinite(v).any()}
+        reasons = Counter(reason for reason in verdict.reasons if reason)
+        sources.append(
+            {"name": verdict.source.name, "source": verdict.source.what, "samples": len(verdict.reasons)}
+            | {"kept": len(kept), "dropped": dict(reasons.most_common()), "means": means}
+        )
+    table = {"version": VERSION, "rules": asdict(rules), "sources": sources}
+    files.write_json(out / "filter.json", table)
+    return table

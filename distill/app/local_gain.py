@@ -1,0 +1,112 @@
+"""`distill compare RECIPE --local`: would patches help, before a day of labelling?
+
+For every model and every image with truth, AbsRel in the central half of the image: the map of the whole image aligned
+over the whole, the same map aligned over the part (Distill-Any-Depth, Fig. 2), and the map of the part alone (Fig. 5).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.app.comparison import chosen_samples, entrants
+from distill.app.console import note, progress, say, table
+from distill.app.recipe import Recipe
+from distill.app.strict import RecipeError
+from distill.core import files
+from distill.core.depth import DepthMap
+from distill.eval.compare import PROTOCOL
+from distill.eval.fit import NoGroundTruthError
+from distill.eval.local import LocalError, central, local_error
+from distill.eval.verdict import quantile
+
+
+def run_local(recipe: Recipe) -> Path:
+    """Asks every model for the image and for its middle, writes RUN/compare/local.json; returns its path.
+
+    Raises RecipeError where no image has a truth, or there is no model.
+    """
+    samples, rejected = chosen_samples(recipe)
+    known = [sample for sample in samples if bool(sample.truth().valid.any())]
+    if not known:
+        raise RecipeError("compare --local measures against truth, which none of the recipe's images has")
+    found: dict[str, Any] = {}
+    for entrant in entrants(recipe, known):
+        teacher = entrant.load()
+        errors: list[LocalError] = []
+        with progress(f"compare --local {entrant.name}") as report:
+            for done, sample in enumerate(known, 1):
+                one = _ask(teacher, sample)
+                errors += [one] if one else []
+                report(done, len(known))
+        if errors:
+            found[entrant.name] = summary(errors)
+    path = recipe.run.folder / "compare" / "local.json"
+    files.write_json(path, {"version": 1, "models": found, "images": len(known)})
+    head = ["model", "aligned globally", "aligned locally", "gain", "the part alone", "gain of patches", "images"]
+    table(
+        "AbsRel in the middle of the image",
+        head,
+        [[name, *(row[key] for key in ("globally", "locally", "gain", "patch", "patch_gain")), row["images"]]
+         for name, row in ((n, _shown(r)) for n, r in found.items())],
+    )  # fmt: skip
+    for line in rejected[:20]:
+        note(f"  left out {line.origin}: {line.reason}")
+    say(f"local: {path.resolve()}")
+    return path
+
+
+@torch.no_grad()
+def _ask(teacher: Any, sample: Any) -> LocalError | None:
+    image, truth = sample.image(), sample.truth()
+    rows, columns = central(*image.shape[-2:])
+    keys = {"keys": [sample.key]} if teacher.card.seeded else {}
+    whole = teacher.predict(image[None], **keys)
+    # A model that is looked up by key has no map of a part.
+    alone = None if teacher.card.name == "truth" else teacher.predict(image[None, :, rows, columns], **keys)
+    try:
+        patch = None if alone is None else _values(alone)
+        return local_error(_values(whole), truth, whole.kind, PROTOCOL, patch=patch)
+    except (NoGroundTruthError, ValueError) as error:
+        note(f"  left out {sample.key}: {error}")
+        return None
+
+
+def _values(depth: DepthMap) -> np.ndarray:
+    return torch.where(depth.valid, depth.values, torch.nan)[0].float().cpu().numpy()
+
+
+def summary(errors: list[LocalError]) -> dict[str, Any]:
+    """Means over images, and the relative gains with their 90 % interval over images."""
+    table = np.array([[e.globally, e.locally, e.patch] for e in errors])
+    row: dict[str, Any] = dict(zip(("globally", "locally", "patch"), map(fmean, table.T.tolist()), strict=True))
+    row |= {
+        "images": len(errors),
+        "gain": _gain(table[:, 0], table[:, 1]),
+        "patch_gain": _gain(table[:, 0], table[:, 2]),
+    }
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
+
+
+def _gain(before: np.ndarray, after: np.ndarray) -> list[float | None] | None:
+    """The relative gain of the means and the half width of its interval, by the ratio's linearization; None of one."""
+    if np.isnan(after).any():
+        return None
+    ratio = float(after.mean() / before.mean())
+    if len(before) < 2:
+        return [1 - ratio, None]
+    half = quantile(len(before) - 1) * stdev((after - ratio * before).tolist()) / before.mean() / math.sqrt(len(before))
+    return [1 - ratio, float(half)]
+
+
+def _shown(row: dict[str, Any]) -> dict[str, str]:
+    shown = {key: "-" if row[key] is None else f"{row[key]:.4f}" for key in ("globally", "locally", "patch")}
+    for key in ("gain", "patch_gain"):
+        gain, half = row[key] or (None, None)
+        shown[key] = "-" if gain is None else f"{gain:+.1%}" + ("" if half is None else f" ± {half:.1%}")
+    return shown | {"images": str(row["images"])}

@@ -1,0 +1,278 @@
+"""Folders as a model hub takes them: labels with a dataset card, a student with its own; checked without a network.
+
+Images travel only where their licence allows it. Where it does not, or says nothing, the tars hold maps and crops
+alone, and regions.jsonl names each image with what is needed to cut the same region again and hashes to know it by.
+What a licence allows is read off its words (`may_share`); the rule is ours, and no legal advice.
+
+A folder is written aside and renamed. Nothing is uploaded: `hf upload OWNER/NAME FOLDER` does that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shutil
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from distill.app.card_scores import scored
+from distill.app.inputs import input_shards
+from distill.app.recipe import Recipe
+from distill.core import files, hub
+from distill.core.progress import Report
+from distill.shards import shards
+from distill.shards.readme import labels_readme
+from distill.students import checkpoint
+from distill.students.modelcard import model_card, without_package
+from distill.teachers import revision_of
+
+SUMS, LIST = "SHA256SUMS", "regions.jsonl"
+_LFS = ("*.tar", "*.safetensors", "*.onnx", "*.pt2")
+_SHARES = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+_KEEPS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)
+
+Images = Literal["auto", "include", "hashes"]
+
+
+def may_share(terms: str) -> bool:
+    """Whether the words of a licence of images name one that lets crops of them be passed on, and none that forbids."""
+    return bool(_SHARES.search(terms)) and not _KEEPS.search(terms)
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def publish_labels(
+    folder: Path, out: Path, *, images: Images = "auto", sources: Recipe | None = None, report: Report | None = None
+) -> dict[str, Any]:
+    """Writes the finished labels in `folder` to `out`; returns what was done, in plain values.
+
+    images: "include" them, list them by "hashes", or "auto": what their licence allows. sources: a recipe whose images
+    these are, so that the list has the sha256 of each file too.
+    Raises ValueError for labels that are not whole, or an `out` that holds something, OSError where it cannot be
+    written.
+    """
+    if problems := shards.verify(folder, report=report):
+        raise ValueError(f"{folder} is not whole: {problems[0]}; run distill verify {folder} --repair")
+    manifest = shards.read_manifest(folder)
+    shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
+    aside = _begin(out)
+    # Where this machine keeps its photographs is nobody's business.
+    kept_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
+    if shared:
+        for name in [shard["name"] for shard in manifest["shards"]]:
+            shutil.copyfile(folder / name, aside / name)
+            beside = Path(name).with_suffix(".json")
+            shutil.copyfile(folder / beside, aside / beside)
+        if (folder / shards.SETTINGS).is_file():
+            shutil.copyfile(folder / shards.SETTINGS, aside / shards.SETTINGS)
+        listed = 0
+    else:
+        known = _file_hashes(sources) if sources else {}
+        manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], known)
+        files.write_text(aside / LIST, "".join(f"{json.dumps(line)}\n" for line in lines))
+        listed = len(lines)
+    shards.write_manifest(aside, {**manifest, "recipe": kept_recipe})
+    files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
+    _finish(aside, out)
+    return {
+        "out": str(out),
+        "samples": manifest["samples"],
+        "images": "included" if shared else "hashes",
+        "listed": listed,
+    }
+
+
+def _without_images(
+    folder: Path, aside: Path, tars: list[dict[str, Any]], known: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The tars again without their photographs; their entries in the manifest, and a line for each region."""
+    entries, lines = [], []
+    for tar in tars:
+        with tarfile.open(folder / tar["name"]) as old, tarfile.open(aside / tar["name"], "w") as new:
+            region = ""
+            for member in old:
+                file = old.extractfile(member)
+                data = file.read() if file else b""
+                if member.name.endswith(".jpg"):
+                    region = hashlib.sha256(data).hexdigest()
+                    continue
+                plain = tarfile.TarInfo(member.name)
+                plain.size = len(data)
+                new.addfile(plain, io.BytesIO(data))
+                if member.name.endswith(".json"):
+                    lines.append(_line(member.name.removesuffix(".json"), tar["name"], json.loads(data), region, known))
+        path = aside / tar["name"]
+        entries.append({**tar, "sha256": files.file_sha256(path), "bytes": path.stat().st_size})
+    return entries, lines
+
+
+def _line(key: str, tar: str, about: Mapping[str, Any], region: str, known: Mapping[str, str]) -> dict[str, Any]:
+    image = about["image"]
+    line = {"key": key, "tar": tar, "image": image["key"], "height": image.get("height"), "width": image.get("width")}
+    line |= {"crop": about["crop"], "region_sha256": region}
+    return line | ({"file_sha256": known[image["key"]]} if image["key"] in known else {})
+
+
+def _file_hashes(recipe: Recipe) -> dict[str, str]:
+    """The sha256 of each image's file, by its key, of those that lie on this machine."""
+    hashes: dict[str, str] = {}
+    for source in input_shards(recipe):
+        for entry in source.scan().entries:
+            if entry.place is not None and isinstance(entry.place[0], Path):
+                path, start, size = entry.place
+                with Path(path).open("rb") as file:
+                    file.seek(start)
+                    hashes[entry.key] = hashlib.sha256(file.read(size)).hexdigest()
+    return hashes
+
+
+def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
+    """The dataset card: front matter for the hub, then what the labels are, by whom, how to stream and decode them."""
+    _, _, body = labels_readme(manifest).removeprefix("---\n").partition("---\n")
+    crops = manifest["settings"]["crops"]
+    count = manifest["samples"]
+    sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
+    size = sizes[min(len(sizes) - 1, max(0, len(str(max(1, count))) - 3))]
+    teachers = [
+        f"| {teacher} | {card.get('revision', '-')} | {_yes(card.get('commercial'))} |"
+        for teacher, card in manifest["teachers"].items()
+    ]
+    stream = [
+        "import webdataset as wds",
+        "",
+        'data = wds.WebDataset("https://huggingface.co/datasets/OWNER/NAME/resolve/main/'
+        f'{manifest["shards"][0]["name"] if manifest["shards"] else "NAME.tar"}")',
+        "for sample in data:  # maps stay bytes: see Decoding",
+        "    ...",
+    ]
+    lacking = (
+        "The photographs are not here, since their licence does not say that they may be passed on. "
+        f"`{LIST}` has a line for each region: the image's key, its size in pixels, the square that was cut (`crop`: "
+        "top, left, side, then resized to `size`), and hashes by which to know that it is the same (`region_sha256` of "
+        "the JPEG that was labelled; `file_sha256` of the photograph's file, where it was at hand)."
+    )
+    return "\n".join(
+        [
+            *("---", f"pretty_name: {json.dumps(name)}", "license: other", "license_name: see-card"),
+            *("task_categories:", "- depth-estimation", "tags:", "- depth", "- distillation", "- webdataset"),
+            *(f"size_categories:\n- {size}", "configs:", "- config_name: default", '  data_files: "*.tar"', "---"),
+            body.rstrip("\n"),
+            *("", "## Crops", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in crops.items())),
+            *(
+                "",
+                "## Teachers and licences",
+                "",
+                "| teacher | revision | commercial use |",
+                "|---|---|---|",
+                *teachers,
+            ),
+            "",
+            "What may be done with the labels follows from the teachers' and the images' licences together; this is "
+            "what their authors state, and no legal advice.",
+            *("", "## Images", "", "The photographs' regions are in the tars (`KEY.jpg`)." if shared else lacking),
+            *("", "## Streaming", "", "```python", *stream, "```", ""),
+            '`datasets.load_dataset("OWNER/NAME", streaming=True)` works too. With the package that made them, '
+            "`distill.shards.shards.LabelDataset(FOLDER)` is a dataset of decoded samples"
+            + ("." if shared else " where the photographs are."),
+            *(
+                "",
+                "## Decoding",
+                "",
+                f"`{shards.MANIFEST}` has the rule under `format`; `{SUMS}` every file's checksum.",
+                "",
+            ),
+        ]
+    )
+
+
+def _yes(allowed: Any) -> str:
+    return "unknown" if allowed is None else "allowed" if allowed else "not allowed"
+
+
+# --- a student --------------------------------------------------------------------------------------------------------
+
+
+def publish_student(folder: Path, out: Path) -> dict[str, Any]:
+    """Writes the student in `folder`, as it is, to `out` with a card that has its run's scores and costs.
+
+    Raises ValueError or OSError for what is no student, or an `out` that holds something.
+    """
+    about = checkpoint.describe(folder)
+    student = checkpoint.load(folder) if about["encoder_weights"] is None else None
+    card = checkpoint.read_card(folder)
+    card = card | scored(folder, revision_of(folder))
+    aside = _begin(out)
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copyfile(path, aside / path.name)
+    if student is not None:
+        network = {**student.spec, "timm_name": student.encoder.timm_name, "patch_size": student.encoder.patch_size}
+        alone = without_package(network, bits=4 if about["weights"]["dtype"] == "int4" else None)
+        page = model_card(
+            out.name,
+            card,
+            native_size=student.native_size,
+            kind=student.kind,
+            alone=alone,
+            parameters=sum(p.numel() for p in student.parameters()),
+            num_bytes=(folder / checkpoint.WEIGHTS).stat().st_size,
+        )
+        files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
+    if not (aside / checkpoint.CARD).is_file():
+        raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")
+    _finish(aside, out)
+    return {"out": str(out), "commercial": card.get("commercial"), "scores": len(card.get("scores", []))}
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def _begin(out: Path) -> Path:
+    """An empty folder beside `out`; ValueError where `out` holds anything that was not published here."""
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SUMS).is_file())):
+        raise ValueError(f"{out} is there and was not published by this command: give another folder")
+    aside = files.aside(out)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    return aside
+
+
+def _finish(aside: Path, out: Path) -> None:
+    """Checksums, LFS rules and the check; then the folder takes its place."""
+    rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS)
+    files.write_text(aside / ".gitattributes", rules)
+    named = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != ".gitattributes")
+    sums = "".join(f"{files.file_sha256(path)}  {path.relative_to(aside).as_posix()}\n" for path in named)
+    files.write_text(aside / SUMS, sums)
+    if faults := check(aside):
+        raise ValueError(f"{out}: not published: {'; '.join(faults)}")
+    shutil.rmtree(out, ignore_errors=True)
+    files.publish(aside, out)
+
+
+def check(folder: Path) -> list[str]:
+    """What is wrong with a published folder: the card's front matter, checksums, and what is named and not there."""
+    faults = []
+    try:
+        about = hub.card_metadata(folder / "README.md")
+        faults += [f"README.md has no {key}" for key in ("license",) if key not in about]
+    except ValueError as error:
+        faults.append(f"README.md: {error}")
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        return [*faults, f"{SUMS}: {error.strerror or error}"]
+    for line in lines:
+        expected, _, name = line.partition("  ")
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{name} is missing")
+        elif files.file_sha256(path) != expected:
+            faults.append(f"{name} is not what its checksum says")
+    large = [p.name for p in folder.iterdir() if p.stat().st_size > 10**7 and not any(p.match(rule) for rule in _LFS)]
+    return faults + [f"{name} is large, and no rule of .gitattributes gives it to LFS" for name in large]

@@ -1,0 +1,69 @@
+"""What more GPUs of one machine would do, from a probe on one: whichever runs short first, the cards or the cores.
+
+A card brings work to a rate of its own; reading, cutting and encoding are the processor's. With n cards the rate is
+the smaller of n / (card's seconds) and cores / (processor's seconds): an upper bound, for it knows of no waiting,
+no disk and no network.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from distill.core.crop_settings import CropSettings
+from distill.core.findings import Finding
+from distill.data.sources import Photo
+from distill.labelling.annotate import prepare
+from distill.shards.codec import Sample, decode_sample, encode_sample
+
+GPUS = (1, 2, 4, 8)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor_seconds(work: Callable[[], object]) -> float:
+    before = time.process_time()
+    work()
+    return time.process_time() - before
+
+
+def labelling_seconds(photo: Photo, sample: Sample, crops: CropSettings, codec: str) -> float:
+    """Seconds of one core that a sample costs beside the teachers: cutting and encoding, of a photo that is decoded."""
+    return _processor_seconds(lambda: (prepare(photo, crops=crops), encode_sample(sample, codec=codec)))
+
+
+def reading_seconds(sample: Sample, codec: str, teachers: Sequence[str]) -> float:
+    """Seconds of one core that reading a sample from its shard costs a training."""
+    members = {name.removeprefix(f"{sample.key}."): data for name, data in encode_sample(sample, codec=codec)}
+    return _processor_seconds(lambda: decode_sample(members, where="probe", teachers=teachers[:1], coded=True))
+
+
+def rates(card: float, processor: float, cores: int, gpus: Sequence[int] = GPUS) -> list[tuple[int, float, bool]]:
+    """(GPUs, samples/s, whether the cores are what is short) from the seconds that a sample takes each."""
+    by_cores = cores / processor if processor > 0 else math.inf
+    return [(n, min(n / card, by_cores), by_cores < n / card) for n in gpus]
+
+
+def finding(what: str, card: float, processor: float, cores: int) -> Finding:
+    """One line of doctor: the rate on 1, 2, 4 and 8 cards, and from how many on cores run short.
+
+    card, processor: seconds of a card and of a core that one sample takes. cores: of this machine.
+    """
+    table_rows = rates(card, processor, cores)
+    table = ", ".join(f"{n}: {rate:.1f}" for n, rate, _ in table_rows)
+    line = f"{what} at most, samples/s by GPUs of this machine: {table}"
+    line += f" (a sample takes {card * 1e3:.0f} ms of a GPU and {processor * 1e3:.0f} ms of {cores} cores)"
+    short = next((n for n, _, starved in table_rows if starved), None)
+    if short is None:
+        return Finding("ok", line)
+    wanted = math.ceil(short / card * processor)
+    return Finding(
+        "warn" if short == 1 else "ok",
+        f"{line}; from {short} on the cores run short",
+        f"{wanted} cores keep {short} busy" if short == 1 else "",
+    )

@@ -1,0 +1,159 @@
+"""A page on this machine that shows depth: a photo in, the map beside it, files to take along.
+
+Python's own server and one page (assets/serve.html) do: Gradio 6 brings two dozen packages, and holds Pillow below the
+version that this project is tested with. It listens on this machine alone unless told otherwise, keeps the last few
+results in memory and writes nothing.
+
+    GET /                      the page
+    POST /predict              an image file's bytes -> {"id", "width", "height", "kind", "seconds"}
+    GET /ID/colour.png?cmap=   the map in colours; /ID/depth.png, /ID/depth.npy, /ID/depth.glb?fov=, /ID/view.html?fov=
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from PIL import Image
+
+from distill.data.photos import BadImageError
+from distill.inference.api import Depth, Model
+from distill.inference.solid import FOV
+
+MOST_BYTES = 64 << 20
+"""A photo's file may have so many bytes."""
+KEPT = 8
+"""Results that stay in memory."""
+TYPES = {
+    ".png": "image/png",
+    ".npy": "application/octet-stream",
+    ".glb": "model/gltf-binary",
+    ".html": "text/html; charset=utf-8",
+}
+
+
+class DepthServer(ThreadingHTTPServer):
+    """Answers for one model; `results` are the last maps by their number.
+
+    load: called once the port is had, since a model takes a while.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, load: Callable[[], Model], name: str, *, host: str, port: int) -> None:
+        """Raises OSError where the port cannot be had."""
+        self.name = name
+        self.turn = threading.Lock()
+        self.results: OrderedDict[str, Depth] = OrderedDict()
+        self.count = 0
+        super().__init__((host, port), _Answers)
+        try:
+            self.model = load()
+        except BaseException:
+            self.server_close()
+            raise
+
+    def predict(self, data: bytes) -> dict[str, Any]:
+        """Keeps the map of an image file's bytes; its number and what it is. Raises BadImageError, ValueError."""
+        with self.turn:  # one at a time: a model's memory is meant for one image
+            begun = time.perf_counter()
+            depth = self.model(data)
+            seconds = time.perf_counter() - begun
+            self.count += 1
+            key = str(self.count)
+            self.results[key] = depth
+            while len(self.results) > KEPT:
+                self.results.popitem(last=False)
+        height, width = depth.values.shape
+        about = {"id": key, "width": width, "height": height, "kind": str(depth.kind), "seconds": round(seconds, 3)}
+        return {**about, "licence": depth.licence}
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: DepthServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing: the terminal is for the address and for faults."""
+
+    def do_GET(self) -> None:  # noqa: N802
+        """The page, or a result's file."""
+        place = urlsplit(self.path)
+        if place.path == "/":
+            page = resources.files("distill").joinpath("assets/serve.html").read_text(encoding="utf-8")
+            self._send(200, page.replace("[[MODEL]]", self.server.name.replace("<", "&lt;")).encode(), ".html")
+            return
+        _, key, name = [*place.path.split("/"), "", ""][:3]
+        depth = self.server.results.get(key)
+        if depth is None:
+            self._fault(404, "this result is gone: give the photo again")
+            return
+        options = {name_: values[-1] for name_, values in parse_qs(place.query).items()}
+        try:
+            data, suffix = _file(depth, name, options)
+        except (ValueError, LookupError) as error:
+            self._fault(400, str(error))
+            return
+        self._send(200, data, suffix)
+
+    def do_POST(self) -> None:  # noqa: N802
+        """A photo."""
+        origin = self.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+            self._refuse(403, "another site's page may not use this one")
+            return
+        length = self.headers.get("Content-Length", "")
+        if urlsplit(self.path).path != "/predict" or not length.isdecimal() or not 0 < int(length) <= MOST_BYTES:
+            most = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
+            self._refuse(413 if length.isdecimal() else 400, most)
+            return
+        data = self.rfile.read(int(length))
+        try:
+            self._send(200, json.dumps(self.server.predict(data)).encode(), ".json")
+        except (BadImageError, ValueError, OSError) as error:
+            self._fault(400, str(error))
+        except (RuntimeError, MemoryError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            self._fault(500, f"the model failed on it: {reason}")
+
+    def _refuse(self, code: int, text: str) -> None:
+        """A fault before the body was read, which then stands in the way of another request."""
+        self.close_connection = True
+        self._fault(code, text)
+
+    def _fault(self, code: int, text: str) -> None:
+        self._send(code, json.dumps({"error": text}).encode(), ".json")
+
+    def _send(self, code: int, data: bytes, suffix: str) -> None:
+        self.send_response(code)
+        self.send_header("Content-Type", TYPES.get(suffix, "application/json"))
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]:
+    """A result's file and its suffix. Raises LookupError for an unknown name, ValueError for options that cannot be."""
+    if name == "colour.png":
+        file = io.BytesIO()
+        Image.fromarray(depth.colorize(options.get("cmap", "distill"))).save(file, "PNG")
+        return file.getvalue(), ".png"
+    names = {"depth.png": ".png", "depth.npy": ".npy", "depth.glb": ".glb", "view.html": ".html"}
+    if name not in names:
+        raise LookupError(f"no {name}; there are colour.png, {', '.join(names)}")
+    solid = names[name] in (".glb", ".html")
+    with tempfile.TemporaryDirectory() as folder:
+        lens: dict[str, Any] = {"fov": float(options.get("fov", FOV))} if solid else {}
+        return depth.save(Path(folder) / f"depth{names[name]}", **lens).read_bytes(), names[name]

@@ -1,0 +1,34 @@
+"""write down what a published data set holds, once; resumes
+
+distill index hypersim data/hypersim     to data/hypersim/INDEX.hypersim.tsv, which recipes and `distill filter` read
+distill list datasets                    names, depth types, licences, layouts
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="NAME", help="one of `distill list datasets`, or a Python file of yours")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder that it lies in, as its authors pack it")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="another place than ROOT/INDEX.NAME.tsv")
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.app.console import note, progress, say
+    from distill.core.plugins import find
+    from distill.data.datasets import FOLDER, _index
+
+    facts = find(FOLDER, args.dataset).FACTS
+    with progress(f"index {args.dataset} (groups)") as report:
+        done = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
+    published = f"; {facts.images:,} are published" if facts.images else ""
+    say(f"{done.path}: {done.rows:,} images with depth in {done.groups:,} groups{published}")
+    if done.resumed:
+        note(f"{done.resumed} groups were indexed by an earlier call")
+    if done.alone:
+        note(f"{done.alone} images have no depth file and are left out: {', '.join(done.examples)}")
+    note(f"{facts.title}: {facts.kind}; licence: {facts.licence}. {facts.note}")
+    return 0

@@ -1,0 +1,52 @@
+"""a page on this machine: a photo in, its depth beside it with a slider, files to download
+
+distill serve                                   http://127.0.0.1:7860, the built-in model
+distill serve --student runs/own --port 8000
+distill serve --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+from functools import partial
+from typing import Any
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--student", metavar="NAME", help="a run, a student's folder, pocket (default), or OWNER/NAME")
+    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
+    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
+    parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
+    parser.add_argument("--host", default="127.0.0.1", help="who may ask: this machine alone by default; 0.0.0.0: all")
+    parser.add_argument("--port", type=int, default=7860, help="7860; 0 takes a free one")
+
+
+def run(args: argparse.Namespace) -> int:
+    from distill.app.console import note, say
+    from distill.app.serve import DepthServer
+    from distill.inference.api import load, load_teacher
+
+    if args.teacher and args.student:
+        raise ValueError("--student and --teacher both say the model: keep one")
+    if args.weights and not args.teacher:
+        raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
+    name = args.teacher or args.student or "the built-in model"
+    model: Any
+    if args.teacher:
+        model = partial(load_teacher, args.teacher, args.weights, device=args.device)
+    else:
+        model = partial(load, args.student or "pocket", device=args.device)
+    try:
+        server = DepthServer(model, name, host=args.host, port=args.port)
+    except OSError as error:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            raise
+        raise OSError(f"port {args.port} of {args.host}: {error.strerror}; give another --port or --host") from error
+    with server:
+        address = f"http://{args.host}:{server.server_address[1]}"
+        say(f"{address} (Ctrl-C ends it)", address=address)
+        if args.host not in ("127.0.0.1", "localhost", "::1"):
+            note("anybody who reaches this machine may send it photos; there is no password")
+        server.serve_forever()
+    return 0

@@ -1,0 +1,138 @@
+"""Published data sets with ground truth, read as their authors pack them: one file each, named as the data set is.
+
+A file has
+
+    FACTS                   what the data set is: address, licence, kind of its truth, number of published images
+    groups(root)            names of its scenes or sequences below `root`; none where nothing of it lies there
+    rows(root, group)       the image and depth files of one group, as `Row`s; files are named, not opened
+    read(root, row)         the truth of one image: values (H,W) float32 in the units of FACTS.kind, valid (H,W) bool
+
+`distill index NAME ROOT` walks a data set once and writes its rows down (_index.py); recipes say
+`[[images]] dataset = "hypersim", root = "..."`. Formats of files are distill.data.maps'; here are layouts, units, what
+means nothing, and cameras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from distill.core.depth import Kind
+from distill.data import maps
+
+FOLDER = "distill.data.datasets"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a data set is. licence: of its images, in words; commercial: whether it allows commercial use.
+
+    images: how many the authors publish, or AnyDepth counts, 0 where nobody says. kept: how many of them AnyDepth
+    trains on after its filter, 0 where it does not use the set; means: its mean s_dist and s_grad. focal: pixels, of an
+    image `width` wide, for all images; 0 where each has its own or nobody says. note: what surprises.
+    """
+
+    title: str
+    url: str
+    licence: str
+    commercial: bool
+    kind: Kind
+    images: int = 0
+    kept: int = 0
+    means: tuple[float, float] = (0.0, 0.0)
+    focal: float = 0.0
+    width: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One image with its truth, not opened yet.
+
+    name: unique in the data set, words and slashes. rgb, depth: paths below the root. focal: pixels of the image as it
+    is stored, 0 where unknown. split: the authors' own ("train", "val", ...), "" where there is none.
+    """
+
+    name: str
+    rgb: str
+    depth: str
+    focal: float = 0.0
+    split: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rows of one scene or sequence, in order; alone: image files that have no depth file."""
+
+    rows: tuple[Row, ...]
+    alone: tuple[str, ...] = field(default=())
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """The files of a folder by name, sorted; none where there is no such folder. Hidden ones are left out."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_file()}
+
+
+def folders_of(folder: Path) -> Iterator[Path]:
+    """The folders in a folder, sorted, hidden ones left out."""
+    if folder.is_dir():
+        yield from (path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_dir())
+
+
+def paired(
+    root: Path,
+    images: Mapping[str, Path],
+    depths: Mapping[str, Path],
+    *,
+    prefix: str,
+    focal: float = 0.0,
+) -> Group:
+    """Images and depth files by the same frame, as rows named `prefix`/frame; images without depth are named."""
+    rows = [
+        Row(f"{prefix}/{frame}", below(root, path), below(root, depths[frame]), focal)
+        for frame, path in images.items()
+        if frame in depths
+    ]
+    return Group(tuple(rows), tuple(below(root, path) for frame, path in images.items() if frame not in depths))
+
+
+def below(root: Path, path: Path) -> str:
+    """A file's path below the root, with slashes."""
+    return path.relative_to(root).as_posix()
+
+
+def stored(root: Path, row: Row) -> np.ndarray:
+    """(H,W) float32 as the depth file stores it. OSError names the file and the reason."""
+    path = root / row.depth
+    try:
+        return maps.read_map(path).astype(np.float32)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; run `distill index` again, or download it") from error
+    except OSError as error:
+        raise OSError(f"{path}: {error}; download it again") from error
+
+
+def known(values: np.ndarray, *, below: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
+    """Values (H,W) with what they mean nothing at set to 0, and where they are finite, positive and under a bound."""
+    valid = np.isfinite(values) & (values > 0) & (values < below)
+    return np.where(valid, values, np.float32(0)).astype(np.float32), valid
+
+
+def frames(files: Mapping[str, Path], start: str, end: str) -> dict[str, Path]:
+    """Files called start + FRAME + end, by FRAME; in numerical order where frames are numbers without zeros."""
+    found = {
+        name[len(start) : len(name) - len(end)]: path
+        for name, path in files.items()
+        if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
+    }
+    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0]) if item[0].isdigit() else (99, item[0])))
+
+
+def unique(groups: Iterable[str]) -> list[str]:
+    """Names sorted, each once."""
+    return sorted(set(groups))

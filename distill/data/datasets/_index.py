@@ -1,0 +1,168 @@
+"""What a data set holds, written down once: a tab-separated file of names, image and depth files, cameras and splits.
+
+A walk over hundreds of thousands of files takes minutes on a network disk, so the index is made once and read from then
+on. Groups (scenes, sequences) are written as they are walked, each with a line that ends it, to a file aside; a run
+that was killed goes on behind the last whole group, and the finished index has the bytes of one that never was killed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.core import files
+from distill.core.plugins import find, short_name
+from distill.core.progress import Report
+from distill.data.datasets import FOLDER, Group, Row
+
+COLUMNS = ("name", "rgb", "depth", "focal", "split")
+_END = "#end"
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """An index that was written. rows: images with depth; alone: images without, the first of them by name in
+    `examples`; resumed: groups that an earlier call had done.
+    """
+
+    path: Path
+    rows: int
+    groups: int
+    alone: int
+    examples: tuple[str, ...]
+    resumed: int
+
+
+def place(name: str, root: Path) -> Path:
+    """Where a data set's index lies if nobody says otherwise: INDEX.NAME.tsv in its root."""
+    return root / f"INDEX.{short_name(name)}.tsv"
+
+
+def write(name: str, root: Path, out: Path | None = None, *, report: Report | None = None) -> Indexed:
+    """Walks the data set `name` below `root` and writes its index, by default to `place(name, root)`.
+
+    Raises FileNotFoundError where nothing of the data set lies there, LookupError for an unknown name.
+    """
+    plugin = find(FOLDER, name)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder; it should hold {plugin.FACTS.title}")
+    path = out or place(name, root)
+    groups = sorted(set(plugin.groups(root)))
+    if not groups:
+        layout = " ".join((plugin.__doc__ or "").split())
+        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; its layout is: {layout[:400]}")
+    aside = files.aside(path)
+    with files.naming(path):
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        done = _begun(aside, root, groups)
+        with aside.open("a", encoding="utf-8", newline="") as file:
+            if not done:
+                file.write(f"#root\t{root.resolve()}\n")
+            for number, group in enumerate(groups):
+                if group not in done:
+                    file.write(_lines(group, plugin.rows(root, group)))
+                    file.flush()
+                if report:
+                    report(number + 1, len(groups))
+        return _finish(path, aside, groups, len(done))
+
+
+def _lines(group: str, found: Group) -> str:
+    """A group's rows and the line that ends it."""
+    text = io.StringIO()
+    table = csv.writer(
+        text, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, escapechar=None, lineterminator="\n"
+    )
+    for row in found.rows:
+        table.writerow([row.name, row.rgb, row.depth, f"{row.focal:.6g}" if row.focal else "", row.split])
+    table.writerow([_END, group, len(found.rows), len(found.alone), *found.alone[:1]])
+    return text.getvalue()
+
+
+def _begun(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
+    """The groups that an earlier call finished; what it left of another is cut off. None where it was another walk."""
+    if not aside.is_file():
+        return set()
+    text = aside.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines(keepends=True)
+    ends = [i for i, line in enumerate(lines) if line.startswith(f"{_END}\t") and line.endswith("\n")]
+    done = [lines[i].split("\t")[1] for i in ends]
+    if not ends or lines[0] != f"#root\t{root.resolve()}\n" or done != list(groups[: len(done)]):
+        aside.unlink()
+        return set()
+    aside.write_text("".join(lines[: ends[-1] + 1]), encoding="utf-8")
+    return set(done)
+
+
+def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Indexed:
+    """The file aside as an index: rows alone, under its name."""
+    rows = alone = 0
+    examples: list[str] = []
+    seen: set[str] = set()
+    with files.writing(path, suffix=".new") as new:
+        with new.open("w", encoding="utf-8") as out, aside.open(encoding="utf-8") as file:
+            out.write("\t".join(COLUMNS) + "\n")
+            for line in file:
+                cells = line.rstrip("\n").split("\t")
+                if cells[0] == _END:
+                    alone += int(cells[3])
+                    examples += cells[4:5]
+                elif not line.startswith("#"):
+                    if cells[0] in seen:
+                        raise ValueError(f"{path}: two images are called {cells[0]}: take one copy of the data away")
+                    seen.add(cells[0])
+                    out.write(line)
+                    rows += 1
+    aside.unlink()
+    return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed)
+
+
+def read(name: str, root: Path, path: Path | None = None, *, names: Iterable[str] | None = None) -> list[Row]:
+    """The rows of an index in its order, or those that `names` lists in theirs.
+
+    A line of a list is a name of the index, or the image's path as published lists have it (its first word; folders
+    before the root's own may stand before it). Raises FileNotFoundError without an index, ValueError for one that is
+    damaged or for names that it does not have.
+    """
+    path = path or place(name, root)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such index; `distill index {name} {root}` writes it")
+    rows = list(_rows(path))
+    if not rows:
+        raise ValueError(f"{path}: empty; delete it and run `distill index {name} {root}`")
+    return rows if names is None else _chosen(path, rows, list(names))
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as file:
+        head = file.readline().rstrip("\n").split("\t")
+        if head != list(COLUMNS):
+            raise ValueError(f"{path}: its columns are {', '.join(head)[:80]}, not {', '.join(COLUMNS)}; index again")
+        for number, line in enumerate(file, 2):
+            cells = line.rstrip("\n").split("\t")
+            try:
+                name, rgb, depth, focal, split = cells
+                if why := files.leaves_root(rgb) or files.leaves_root(depth):
+                    raise ValueError(why)
+                yield Row(name, rgb, depth, float(focal or 0), split)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is damaged ({error}); index again") from error
+
+
+def _chosen(path: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+    by_name = {row.name: row for row in rows} | {row.rgb: row for row in rows}
+    found, unknown = [], []
+    for name in names:
+        word = name.split()[0].removeprefix("./")
+        while word not in by_name and "/" in word:
+            word = word.partition("/")[2]
+        if word in by_name:
+            found.append(by_name[word])
+        else:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(f"{path} has no {', '.join(unknown[:3])} ({len(unknown)} names unknown, {len(rows)} known)")
+    return found

@@ -1,0 +1,70 @@
+"""BlendedMVS, with its extensions + and ++ (Yao et al., CVPR 2020): reconstructed scenes rendered back, 768 x 576.
+
+PID/blended_images/IIIIIIII.jpg (IIIIIIII_masked.jpg beside it is not read) and PID/rendered_depth_maps/IIIIIIII.pfm;
+PID/cams/IIIIIIII_cam.txt has the camera. A scene's unit is its reconstruction's own: depth up to scale. 0 is nothing.
+The PIDs may lie in folders of their own (dataset_low_res, BlendedMVS++, ...) below the root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from distill.core.depth import Kind
+from distill.data.datasets import Facts, Group, Row, below, files_of, folders_of, frames, known, stored
+
+FACTS = Facts(
+    title="BlendedMVS",
+    url="https://github.com/YoYo000/BlendedMVS",
+    licence="CC BY 4.0",
+    commercial=True,
+    kind=Kind.SCALE_DEPTH,
+    images=115_142,
+    kept=74_838,
+    means=(0.435, 0.590),
+    width=768,
+    note="each scene has a unit of its own; AnyDepth's count is that of BlendedMVS, + and ++ together",
+)
+
+
+def groups(root: Path) -> Iterator[str]:
+    """PID, or dataset_low_res/PID."""
+    for folder in folders_of(root):
+        if (folder / "blended_images").is_dir():
+            yield folder.name
+        else:
+            inner = (inner.name for inner in folders_of(folder) if (inner / "blended_images").is_dir())
+            yield from (f"{folder.name}/{name}" for name in inner)
+
+
+def rows(root: Path, group: str) -> Group:
+    """The views of one scene."""
+    folder = root / group
+    images = frames(files_of(folder / "blended_images"), "", ".jpg")
+    images = {frame: path for frame, path in images.items() if not frame.endswith("_masked")}
+    depths = frames(files_of(folder / "rendered_depth_maps"), "", ".pfm")
+    cameras = frames(files_of(folder / "cams"), "", "_cam.txt")
+    found, alone = [], []
+    for frame, path in images.items():
+        if frame not in depths:
+            alone.append(below(root, path))
+            continue
+        focal = _focal(cameras[frame]) if frame in cameras else 0.0
+        found.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
+    return Group(tuple(found), tuple(alone))
+
+
+def _focal(path: Path) -> float:
+    """fx of a camera file: the first number after the word "intrinsic"; 0 where there is none."""
+    words = path.read_text(encoding="utf-8", errors="replace").split()
+    try:
+        return float(words[words.index("intrinsic") + 1])
+    except (ValueError, IndexError):
+        return 0.0
+
+
+def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Depth in the scene's own unit."""
+    return known(stored(root, row))

@@ -1,0 +1,54 @@
+"""TartanAir (Wang et al., IROS 2020): flights through thirty rendered worlds, 640 x 480.
+
+ENVIRONMENT/DIFFICULTY/PNNN/image_left/IIIIII_left.png beside .../depth_left/IIIIII_left_depth.npy: metres along the
+axis. The sky is a sphere far away ("e.g. 10000" say the authors): from 1000 m on a value is taken for it (ours). Its
+zip files unpack to ENVIRONMENT/ENVIRONMENT/..., which is read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from distill.core.depth import Kind
+from distill.data.datasets import Facts, Group, Row, files_of, folders_of, frames, known, paired, stored
+
+FOCAL, SKY = 320.0, 1000.0
+
+FACTS = Facts(
+    title="TartanAir",
+    url="https://theairlab.org/tartanair-dataset/",
+    licence="CC BY 4.0",
+    commercial=True,
+    kind=Kind.METRIC_DEPTH,
+    images=306_637,
+    kept=186_693,
+    means=(0.328, 0.454),
+    focal=FOCAL,
+    width=640,
+    note="left pictures alone; Depth Anything 3 leaves out the environment `amusement`",
+)
+
+
+def groups(root: Path) -> Iterator[str]:
+    """abandonedfactory/Easy/P000."""
+    for world in folders_of(root):
+        for top in (world, world / world.name):
+            for difficulty in ("Easy", "Hard"):
+                prefix = f"{top.relative_to(root).as_posix()}/{difficulty}"
+                flights = folders_of(top / difficulty)
+                yield from (f"{prefix}/{flight.name}" for flight in flights if (flight / "image_left").is_dir())
+
+
+def rows(root: Path, group: str) -> Group:
+    """The left pictures of one flight."""
+    images = frames(files_of(root / group / "image_left"), "", "_left.png")
+    depths = frames(files_of(root / group / "depth_left"), "", "_left_depth.npy")
+    return paired(root, images, depths, prefix=group, focal=FOCAL)
+
+
+def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
+    """Metres; the sky is invalid."""
+    return known(stored(root, row), below=SKY)

@@ -1,0 +1,325 @@
+"""Where workers meet that share no disk: a folder of an object store (s3://, gs://, az://), by conditional puts.
+
+A worker labels on its own disk and sends each finished part: json first, then the tar, which is there once it is whole.
+A lease is an object that only one can create, and only its last writer can write again, since every put names the
+version that it replaces; its age is how long a watcher has seen the same version, by the watcher's own clock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from distill.core import files
+from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
+from distill.shards.readme import README
+from distill.shards.shards import MANIFEST
+
+ALIKE = 32  # small objects that are asked for at once
+
+
+class _Taken(Exception):  # noqa: N818  (an answer, not a fault)
+    """Somebody else has written the object meanwhile."""
+
+
+@dataclass(slots=True)
+class _Store:
+    """obstore's calls with errors as OSError, and the two conditional puts as one."""
+
+    url: str
+    store: Any
+
+    def get(self, name: str) -> tuple[bytes, dict[str, Any]] | None:
+        import obstore
+
+        try:
+            found = obstore.get(self.store, name)
+            return bytes(found.bytes()), dict(found.meta)
+        except FileNotFoundError:
+            return None
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
+
+    def put(self, name: str, data: bytes | Path) -> None:
+        import obstore
+
+        try:
+            obstore.put(self.store, name, data)
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
+
+    def replace(self, name: str, data: bytes, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Write where nothing is, or over the version `before`; raises _Taken where something else is there."""
+        import obstore
+
+        mode: Any = "create"
+        if before is not None:
+            mode = {key: before[key] for key in ("e_tag", "version") if before.get(key)}
+        try:
+            return dict(obstore.put(self.store, name, data, mode=mode))
+        except (
+            obstore.exceptions.AlreadyExistsError,
+            obstore.exceptions.PreconditionError,
+            FileNotFoundError,
+        ) as error:
+            raise _Taken from error
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
+
+    def names(self, folder: str) -> dict[str, dict[str, Any]]:
+        """What lies in a folder, by name, with size, e_tag and last_modified; not what lies in folders of it."""
+        import obstore
+
+        try:
+            found = obstore.list_with_delimiter(self.store, prefix=folder or None)["objects"]
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
+        return {one["path"].rsplit("/", 1)[-1]: dict(one) for one in found}
+
+    def delete(self, *names: str) -> None:
+        import obstore
+
+        for name in names:
+            try:
+                obstore.delete(self.store, name)
+            except FileNotFoundError:
+                continue
+            except obstore.exceptions.BaseError as error:
+                raise self._error(error) from error
+
+    def _error(self, error: Exception) -> OSError:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        return OSError(f"{self.url} cannot be reached: {line}; what was sent stays, run again")
+
+
+@dataclass(slots=True, eq=False)
+class _Held:
+    """A lease that a thread of its own refreshes."""
+
+    store: _Store
+    name: str
+    token: str
+    seconds: float
+    version: dict[str, Any]
+    lost: bool = False
+    beats: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: threading.Thread | None = None
+
+    @property
+    def suffix(self) -> str:
+        return f".{self.token}"
+
+    def start(self) -> None:
+        self.thread = threading.Thread(target=self._run, name=f"lease-{self.name}", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        heard = time.monotonic()
+        while not self.lost and not self.stop.wait(self.seconds / BEATS):
+            try:
+                self.check()
+                heard = time.monotonic()
+            except LeaseLostError:
+                return
+            except OSError:
+                self.lost = time.monotonic() - heard > self.seconds * (1 - 1 / BEATS)
+
+    def check(self) -> None:
+        """Write it again: that succeeds where nobody else has."""
+        with self.lock:
+            if not self.lost:
+                self.beats += 1
+                try:
+                    self.version = self.store.replace(self.name, _record(self.token, self.beats), self.version)
+                except _Taken:
+                    self.lost = True
+        if self.lost:
+            raise LeaseLostError(f"{self.store.url}/{self.name}: another worker has taken it over")
+
+    def release(self) -> None:
+        """Leave it as nobody's: deleting it could not be made to depend on its version."""
+        self.stop.set()
+        with self.lock, contextlib.suppress(OSError, _Taken):
+            if not self.lost:
+                self.store.replace(self.name, _record("", 0), self.version)
+            self.lost = True
+
+
+def _record(token: str, beats: int) -> bytes:
+    record = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "beats": beats}
+    return json.dumps(record).encode()
+
+
+class Objects:
+    """A meeting place at a URL; `out` is this worker's own folder. See `meeting.Meeting` for the methods.
+
+    store: an obstore store in place of the URL's, for tests. Raises ValueError where the URL cannot be opened.
+    """
+
+    def __init__(self, url: str, out: Path, *, lease_s: float = LEASE_S, store: Any = None) -> None:
+        self.url, self.out, self.lease_s = url.rstrip("/"), out, lease_s
+        self._store = _Store(self.url, store if store is not None else _open(self.url))
+        self._seen: dict[str, tuple[str, float]] = {}
+        self._sizes: dict[str, int] = {}
+
+    def take(self, name: str) -> Claim | None:
+        """As Meeting has it."""
+        path, token, before = f"{NOTES}/{name}{SUFFIX}", secrets.token_hex(16), None
+        if found := self._store.get(path):
+            data, before = found
+            if json.loads(data)["token"]:
+                version, since = self._seen.get(name, ("", 0.0))
+                if version != str(before["e_tag"]):
+                    self._seen[name] = (str(before["e_tag"]), time.monotonic())
+                    return None
+                if time.monotonic() - since < self.lease_s:
+                    return None
+        try:
+            version_now = self._store.replace(path, _record(token, 0), before)
+        except _Taken:
+            return None
+        self._seen.pop(name, None)
+        claim = _Held(self._store, path, token, self.lease_s, version_now)
+        claim.start()
+        return claim
+
+    def holders(self) -> list[Holder]:
+        """As Meeting has it; ages by this machine's clock."""
+        holders = []
+        for name, meta in sorted(self._store.names(NOTES).items()):
+            if not name.endswith(SUFFIX) or (found := self._store.get(f"{NOTES}/{name}")) is None:
+                continue
+            record = json.loads(found[0])
+            age = max(0.0, (datetime.now(UTC) - meta["last_modified"]).total_seconds())
+            if record["token"]:
+                part = name.removesuffix(SUFFIX)
+                holders.append(Holder(part, record["host"], record["pid"], age, age > self.lease_s))
+        return holders
+
+    def finished(self) -> set[str]:
+        """One listing of the folder."""
+        self._sizes = {name: one["size"] for name, one in self._store.names("").items()}
+        return {name for name in self._sizes if name.endswith((".tar", ".json"))}
+
+    def has(self, name: str) -> bool:
+        """A listing that is known to have it is enough: what is finished stays."""
+        return name in self._sizes or self._look(name)
+
+    def _look(self, name: str) -> bool:
+        import obstore
+
+        try:
+            self._sizes[name] = obstore.head(self._store.store, name)["size"]
+        except FileNotFoundError:
+            return False
+        except obstore.exceptions.BaseError as error:
+            raise self._store._error(error) from error
+        return True
+
+    def whole(self, out: Path, tar: Mapping[str, Any]) -> bool:
+        """By its size at the URL."""
+        return self.has(tar["name"]) and self._sizes[tar["name"]] == tar["bytes"]
+
+    def begin(self, part: str, claim: Claim) -> None:
+        """What a killed worker left on this disk goes. One elsewhere cannot send: it checks its claim before."""
+        for name in (part, str(Path(part).with_suffix(".json"))):
+            for left in self.out.glob(f"{files.aside(self.out / name).name}*"):
+                left.unlink(missing_ok=True)
+
+    def deliver(self, part: str, claim: Claim) -> None:
+        """As Meeting has it; the tar does not stay here."""
+        tar, sidecar = self.out / part, (self.out / part).with_suffix(".json")
+        claim.check()
+        self._store.put(sidecar.name, sidecar.read_bytes())
+        if tar.is_file():
+            claim.check()
+            self._store.put(part, tar)
+            tar.unlink()
+
+    def withdraw(self, part: str) -> None:
+        """As Meeting has it."""
+        sidecar = str(Path(part).with_suffix(".json"))
+        self._store.delete(part, sidecar)
+        for name in (part, sidecar):
+            self._sizes.pop(name, None)
+            (self.out / name).unlink(missing_ok=True)
+
+    def bring(self, name: str = "") -> None:
+        """As Meeting has it."""
+        names = [name] if name else [n for n in self.finished() if n.endswith(".json") and n != MANIFEST]
+        with ThreadPoolExecutor(ALIKE) as pool:
+            for one, found in zip(names, pool.map(self._store.get, names), strict=True):
+                if found is not None:
+                    files.write_bytes(self.out / one, found[0], suffix=f".{secrets.token_hex(6)}")
+
+    def share(self, name: str) -> None:
+        """As Meeting has it."""
+        try:
+            self._store.replace(name, (self.out / name).read_bytes(), None)
+        except _Taken:
+            self.bring(name)
+
+    def note(self, name: str) -> dict[str, Any]:
+        """As Meeting has it."""
+        try:
+            found = self._store.get(f"{NOTES}/{name}.json")
+            table = json.loads(found[0]) if found else {}
+        except ValueError:
+            return {}
+        return table if isinstance(table, dict) else {}
+
+    def keep(self, name: str, note: Mapping[str, Any]) -> None:
+        """As Meeting has it."""
+        self._store.put(f"{NOTES}/{name}.json", json.dumps(note).encode())
+
+    def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """As Meeting has it."""
+        there = self._store.names(NOTES)
+        names = [n.removesuffix(".json") for n in there if n.startswith(prefix) and n.endswith(".json")]
+        with ThreadPoolExecutor(ALIKE) as pool:
+            return {n.removeprefix(prefix): note for n, note in zip(names, pool.map(self.note, names), strict=True)}
+
+    def stamp(self) -> str:
+        """As Meeting has it."""
+        found = self._store.get(MANIFEST)
+        return str(found[1]["e_tag"]) if found else ""
+
+    def publish(self) -> None:
+        """The manifest last; it does not stay here, where the tars are not."""
+        self._store.put(README, (self.out / README).read_bytes())
+        self._store.put(MANIFEST, (self.out / MANIFEST).read_bytes())
+        (self.out / MANIFEST).unlink()
+
+    def tidy(self) -> None:
+        """As Meeting has it, here and there."""
+        self._store.delete(*(f"{NOTES}/{name}" for name in self._store.names(NOTES)))
+        for left in self.out.glob(f".*{files.PARTIAL}*"):
+            left.unlink(missing_ok=True)
+        shutil.rmtree(self.out / NOTES, ignore_errors=True)
+
+
+def _open(url: str) -> Any:
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise ValueError(f'{url}: workers that meet at a URL need pip install "depth-distill[objects]"') from error
+    import obstore
+
+    try:
+        return from_url(url)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise ValueError(f"{url} cannot be opened: {str(error).splitlines()[0]}") from error

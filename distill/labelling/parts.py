@@ -1,0 +1,181 @@
+"""The parts of a run, and the json beside each tar: what it says, and how it is made again where it is lost or damaged.
+
+A part's tar takes teachers to make again, its json does not: the tar says what it holds, the scan which images it was
+made from, and the manifest which of those were quarantined.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distill.core import files
+from distill.core.seal import sealed
+from distill.data.sources import Entry, InputShard, Rejected, identity
+from distill.labelling.annotate import Teachers, asked_about
+from distill.labelling.manifest import is_whole
+from distill.shards.codec import VERSION, Sample, dump_json
+from distill.shards.shards import DamagedTableError, read_json, read_shard, walked_index
+
+Tell = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A run of entries that becomes one tar; the first part of a shard also reports what the scan turned away."""
+
+    shard: InputShard
+    number: int
+    of: int
+    entries: tuple[Entry, ...]
+    rejected: tuple[Rejected, ...]
+    passed: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of its tar."""
+        return f"{self.shard.stem}-{self.number:03d}.tar"
+
+
+def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
+    """The parts of a shard: at least one, which then writes no tar but says why."""
+    scan = shard.scan()
+    runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
+    first = (scan.rejected, scan.passed)
+    return [Part(shard, i, len(runs), run, *(first if i == 0 else ((), ()))) for i, run in enumerate(runs)]
+
+
+@dataclass(slots=True)
+class Contents:
+    """What a part's json says of its samples: kinds of labels, and how many a bridge or a fit to truth dropped."""
+
+    kinds: dict[str, set[str]] = field(default_factory=dict)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def note(self, result: Sample) -> None:
+        """Take down a sample."""
+        for name, labels in result.answers.items():
+            self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
+            told = result.record["labels"][name]
+            if fit := told.get("bridge") or told.get("align"):
+                count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
+                count["regions"] += fit["shared"]["dropped"]
+                count["patches"] += sum(patch["dropped"] for patch in fit["local"])
+
+
+def describe(
+    out: Path,
+    part: Part,
+    contents: Contents,
+    *,
+    tar: Mapping[str, Any],
+    samples: Sequence[tuple[str, int, int]],
+    quarantine: Sequence[Mapping[str, str]],
+    suffix: str = "",
+) -> None:
+    """Write the json of a part. tar: what `ShardWriter.close` gave; samples: (key, first byte, bytes). suffix:
+    `files.writing`'s.
+    """
+    sidecar = {
+        "version": VERSION,
+        "part": part.number,
+        "of": part.of,
+        "images": [entry.key for entry in part.entries],
+        "tar": tar if samples else None,
+        "samples": samples,
+        **({"input": found} if (found := identity(part.entries)) else {}),
+        "quarantine": quarantine,
+        "kinds": {name: sorted(values) for name, values in contents.kinds.items()},
+        **({"bridge_dropped": contents.dropped} if contents.dropped else {}),
+        **({"passed": dict(part.passed)} if part.passed else {}),
+    }
+    files.write_bytes((out / part.name).with_suffix(".json"), dump_json(sealed(sidecar)), suffix=suffix)
+
+
+def line_of(rejected: Rejected) -> dict[str, str]:
+    """What is written about an image in quarantine."""
+    # An address in memory would differ from run to run.
+    return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
+
+
+def _describe_again(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:
+    """Write a part's json from its tar, which must be the one in the manifest to the last byte; whether it is."""
+    path = out / part.name
+    tar = next((shard for shard in manifest.get("shards", ()) if shard["name"] == part.name), None)
+    if tar is None or not is_whole(out, tar) or files.file_sha256(path) != tar["sha256"]:
+        return False
+    contents, keys = Contents(), {entry.key for entry in part.entries}
+    for sample in read_shard(path):
+        contents.note(sample)
+        if sample.image_key not in keys:
+            return False
+    first = [line_of(one) for one in part.rejected]
+    places = {entry.origin for entry in part.entries}
+    more = [line for line in manifest["quarantine"] if line["origin"] in places and line not in first]
+    tar = {key: tar[key] for key in ("name", "sha256", "bytes", "samples")}
+    describe(out, part, contents, tar=tar, samples=walked_index(path), quarantine=first + more)
+    return True
+
+
+def is_done(
+    out: Path,
+    part: Part,
+    teachers: Teachers,
+    *,
+    manifest: Mapping[str, Any],
+    tell: Tell,
+    whole: Callable[[Path, Mapping[str, Any]], bool] = is_whole,
+) -> bool:
+    """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
+
+    manifest: the folder's, or nothing. whole: how to see a tar that its json describes. A json that is lost or damaged
+    is made again from its tar, where that is whole.
+    """
+    sidecar = (out / part.name).with_suffix(".json")
+    before = None
+    if sidecar.is_file():
+        try:
+            before = read_json(sidecar)
+        except DamagedTableError as error:
+            tell(f"{str(error).partition(';')[0]}; it is made again")
+    if before is None:
+        if not _describe_again(out, part, manifest):
+            return False
+        before = read_json(sidecar)
+        tell(f"{sidecar} is made again, from its tar")
+    return _is_same(out, part, before, teachers) and (before["tar"] is None or whole(out, before["tar"]))
+
+
+def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teachers) -> bool:
+    """Whether the part was made from the images that are there now, False where it has grown since."""
+    keys = [entry.key for entry in part.entries]
+    delete = f"label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
+    if before["images"] != keys or before["of"] != part.of:
+        grown = before["images"] == keys[: len(before["images"])]
+        if not grown and part.shard.is_tar:
+            there = iter([entry.key for entry in part.shard.scan().entries])
+            grown = all(key in there for key in before["images"])
+        if grown and before["of"] <= part.of:
+            return False
+        why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
+        raise ValueError(
+            f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
+            f"({len(before['images'])} then, {len(keys)} now{why}): {delete} there"
+        )
+    if found := before.get("input"):
+        now = identity(part.entries)
+        if any(now[key] != found[key] for key in found if key in now):
+            raise ValueError(
+                f"{out / part.name} was labelled from other files of the same names than {part.shard.origin} holds "
+                f"now: put those back, {delete} there"
+            )
+    asked = {*asked_about(part.shard, teachers)}
+    if (by := {*before["kinds"]}) and by != asked:
+        raise ValueError(
+            f"{out / part.name} was labelled by {', '.join(sorted(by))}, and {part.shard.origin} is now to be labelled "
+            f"by {', '.join(sorted(asked))}: {delete}"
+        )
+    return True

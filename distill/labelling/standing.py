@@ -1,0 +1,138 @@
+"""How far a labelling run of many workers is, read from its leases and notes without stopping anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.labelling.board import part_name
+from distill.labelling.leases import Holder
+from distill.labelling.meeting import Meeting
+from distill.shards.shards import MANIFEST, read_json
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStanding:
+    """One worker: where it is, what it has (part, "" while it waits) and since when in seconds; its pace.
+
+    state: "running", "waiting", "gone" (it ended, or was killed between parts) or "lost" (it died with a lease).
+    hours: of its device, since it began. lost: parts that were taken from it.
+    """
+
+    name: str
+    host: str
+    device: str
+    state: str
+    part: str
+    part_s: float
+    parts: int
+    images: int
+    images_per_s: float
+    hours: float
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A whole run. images: of all parts, an estimate where not every input tar was scanned yet (`scanned` False).
+
+    eta_s: None where nobody works. lost: parts whose holder is dead, which others will take over.
+    """
+
+    complete: bool
+    parts: int
+    done: int
+    images: int
+    done_images: int
+    scanned: bool
+    running: tuple[Holder, ...]
+    lost: tuple[Holder, ...]
+    workers: tuple[WorkerStanding, ...]
+    eta_s: float | None
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of all workers on a GPU, those that are gone too."""
+        return sum(worker.hours for worker in self.workers if worker.device != "cpu")
+
+    @property
+    def images_per_s(self) -> float:
+        """Of those that run now."""
+        return sum(worker.images_per_s for worker in self.workers if worker.state == "running")
+
+
+def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
+    """The run that meets at `meeting`. stems: of its input shards, as far as they can be named; the notes have others.
+
+    Raises OSError where the meeting place cannot be reached.
+    """
+    there = meeting.finished()
+    plans = {note["stem"]: note["images"] for note in meeting.notes("plan-").values() if "stem" in note}
+    for stem in {*stems} - {*plans}:
+        if f"{stem}-000.json" in there:  # made by a run that writes no notes
+            meeting.bring(f"{stem}-000.json")
+            first = read_json(out / f"{stem}-000.json")
+            plans[stem] = [len(first["images"])] * first["of"]
+    holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
+    taken = {holder.name for holder in holders}
+    done = done_images = 0
+    for stem, counts in plans.items():
+        for number, count in enumerate(counts):
+            name = part_name(stem, number)
+            if name in there or (name not in taken and f"{Path(name).stem}.json" in there):
+                done, done_images = done + 1, done_images + count
+    unknown = len({*stems} - {*plans})
+    parts, images = (sum(map(len, plans.values())), sum(map(sum, plans.values())))
+    if plans:
+        parts += round(unknown * parts / len(plans))
+        images += round(unknown * images / len(plans))
+    cards = meeting.notes("worker-")
+    workers = tuple(_worker(name, card, holders) for name, card in sorted(cards.items()))
+    pace = sum(worker.images_per_s for worker in workers if worker.state == "running")
+    lost = tuple(holder for holder in holders if holder.dead)
+    complete = MANIFEST in there and done == parts and not holders
+    return Standing(
+        complete=complete,
+        parts=parts,
+        done=done,
+        images=images,
+        done_images=done_images,
+        scanned=not unknown,
+        running=tuple(holder for holder in holders if not holder.dead),
+        lost=lost,
+        workers=workers,
+        eta_s=(images - done_images) / pace if pace else None,
+    )
+
+
+def _worker(name: str, card: dict[str, Any], holders: Sequence[Holder]) -> WorkerStanding:
+    mine = [holder for holder in holders if holder.name == card["part"] or _is_of(holder, card)]
+    since = max(0.0, time.time() - card["part_since"])
+    state = "gone"
+    if any(not holder.dead for holder in mine):
+        state = "running"
+    elif mine:
+        state = "lost"
+    elif not card["part"] and since < 60:
+        state = "waiting"
+    alive = state in ("running", "waiting")
+    return WorkerStanding(
+        name=name,
+        host=card["host"],
+        device=card["device"],
+        state=state,
+        part=card["part"] if state in ("running", "lost") else "",
+        part_s=since,
+        parts=card["parts"],
+        images=card.get("images", 0),
+        images_per_s=card.get("images", 0) / card["label_s"] if card.get("label_s") else 0.0,
+        hours=(card["seconds"] + (since if alive else 0.0)) / 3600,
+        lost=card["lost"],
+    )
+
+
+def _is_of(holder: Holder, card: dict[str, Any]) -> bool:
+    return holder.pid == card["pid"] and holder.host.partition("?")[0] == card["host"]

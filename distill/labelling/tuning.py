@@ -1,0 +1,105 @@
+"""What is found out about teachers on this machine before a night of labelling, once, and kept in the labels folder.
+
+A batch size that is tried out, and how far a teacher that is compiled or computes in half precision is from the same
+weights in eager float32. The first process writes both down: every other, and a run that resumes, takes the same
+numbers, so that the bytes of labels do not depend on who timed what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.core import files
+from distill.core.seal import sealed
+from distill.labelling.annotate import Teachers
+from distill.labelling.asking import predict
+from distill.labelling.lock import mutex
+from distill.labelling.settings import LabelSettings
+from distill.shards.codec import VERSION, dump_json
+from distill.shards.shards import DamagedTableError, read_json
+from distill.teachers._precision import compare, probe_images
+
+TUNED = "machine.json"
+GAIN = 1.03  # a larger batch must be so much faster, or it only costs memory
+MOST = 128
+
+References = Mapping[str, Callable[[], Any]]
+
+
+def tune(
+    folder: Path, teachers: Teachers, labels: LabelSettings, *, size: int, device: torch.device, references: References
+) -> tuple[LabelSettings, dict[str, Any]]:
+    """Settings with a batch size that is a number, and what the manifest says of this machine ({}: nothing).
+
+    size: the side of the crops in pixels. references: how to load the eager float32 twin of each teacher that is not
+    one, by the teacher's name. Nothing is tried, and no file written, where no teacher needs it.
+    """
+    if labels.batch_size != "auto" and not references:
+        return labels, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    with mutex(folder):
+        path = folder / TUNED
+        told: dict[str, Any] = _kept(path)
+        networks = {name: teacher for name, teacher in teachers if hasattr(teacher, "predict")}
+        wanted = [name for name in references if name not in told.get("from_float32", {})]
+        if wanted:
+            told.setdefault("from_float32", {}).update(
+                {name: compare(_plain(networks[name]), references[name](), size) for name in wanted}
+            )
+        if labels.batch_size == "auto" and "batch_size" not in told:
+            told["batch_size"] = fastest(list(networks.items()), size, device)
+        if device.type == "cuda":
+            told.setdefault("device", torch.cuda.get_device_name(device))
+        files.write_bytes(path, dump_json(sealed({**told, "version": VERSION})))
+    number = int(told["batch_size"]) if labels.batch_size == "auto" else labels.crops_at_once
+    return labels.with_batch_size(number), told
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What was found out before; nothing where that is damaged, for then it is found out again."""
+    try:
+        table = read_json(path) if path.is_file() else {}
+    except DamagedTableError:
+        return {}
+    return {key: value for key, value in table.items() if key != "version"}
+
+
+def _plain(teacher: Any) -> Any:
+    """The teacher itself, without a bridge and a sky policy."""
+    while hasattr(teacher, "teacher"):
+        teacher = teacher.teacher
+    return teacher
+
+
+def fastest(networks: Teachers, size: int, device: torch.device, *, most: int = MOST) -> int:
+    """The smallest batch of (3,size,size) crops beyond which doubling gains less than GAIN, or memory refuses."""
+    best, rate = 1, 0.0
+    count = 1
+    while count <= most:
+        try:
+            seconds = sum(_seconds(name, teacher, size, count, device) for name, teacher in networks)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if seconds and count / seconds < GAIN * rate:
+            break
+        best, rate = count, count / max(seconds, 1e-9)
+        count *= 2
+    return best
+
+
+def _seconds(name: str, teacher: Any, size: int, count: int, device: torch.device) -> float:
+    """The least of two timings of one batch, after one that warms up (and compiles)."""
+    images: Tensor = probe_images(size).to(device)[torch.arange(count) % 2]
+    keys, took = [str(i) for i in range(count)], []
+    for _ in range(3):
+        before = time.perf_counter()
+        predict(name, teacher, images, keys).values.sum().item()  # waits for the device
+        took.append(time.perf_counter() - before)
+    return min(took[1:])

@@ -1,0 +1,375 @@
+"""One of any number of workers: it takes parts one by one, and may join and leave at any moment.
+
+A part is somebody's by a lease (labelling.leases). It is written aside under a name of the claim's own and renamed, and
+its bytes are the same whoever makes it, so that two who both believe to have it do no harm. Whole parts are taken
+first and short ones last, so that all finish at about one time. Of those that find nothing more to take, a few wait, to
+take over what one leaves; one of them writes the manifest.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from distill.core.crop_settings import CropSettings
+from distill.core.progress import Report
+from distill.data.sources import InputShard, combine
+from distill.labelling.annotate import CPU, Teachers, asked_about
+from distill.labelling.board import Board, Place
+from distill.labelling.crew import Crew, crew
+from distill.labelling.leases import Claim, LeaseLostError
+from distill.labelling.lock import refuse_run
+from distill.labelling.manifest import finish, keep_settings, settings_of
+from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.parts import Tell
+from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, part_sizes
+from distill.labelling.settings import DEFAULTS, LabelSettings
+from distill.shards.shards import SETTINGS, DamagedTableError, read_json
+
+T = TypeVar("T")
+
+LAST = "manifest"
+"""The lease of whoever writes the manifest; no part's name, for those end in .tar."""
+WAIT, SPARE = "wait", 8
+"""Who waits for what others have has a lease wait-N: one, one more for each SPARE parts that are missing and for each
+whose holder is dead. The others leave: machines that wait cost what machines cost that work."""
+POLL_S, LISTED_S = 10.0, 60.0
+"""Seconds between two looks of who waits, and at least between two listings of what is finished by who works."""
+MISSES = 16  # so many parts in a row that others had or have: a listing of what is finished is cheaper than asking on
+WATCHED, GLANCED = 8, 2
+"""So many of other workers' parts are looked at by who waits, at each look, and by who works, before each part."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """A worker's state: what it knows to be done, and what others held when it came by."""
+
+    board: Board
+    meeting: Meeting
+    name: str
+    walk: Iterator[Place]
+    poll_s: float
+    done: set[str] = field(default_factory=set)
+    held: dict[str, Place] = field(default_factory=dict)
+    lost: int = 0
+    parts: int = 0
+    misses: int = 0
+    listed: float = -LISTED_S
+    chair: tuple[int, Claim] | None = None
+    card: dict[str, Any] = field(default_factory=dict)
+    begun: float = field(default_factory=time.monotonic)
+
+    def next(self, team: Crew) -> tuple[Place, Claim] | None:
+        """The next part to label; None where none is left to take. Waits for what others have, where few others do."""
+        while True:
+            for place in list(self.held.values())[:GLANCED]:
+                self.held.pop(place.name)  # looked at in turn: back at the end where it is still held
+                if claim := self._try(place):
+                    return place, claim
+            following = next((p for p in self.walk if p.name not in self.done), None)
+            if following is None:
+                break
+            if claim := self._try(following):
+                self.misses = 0
+                return following, claim
+            self.misses += 1
+            if self.misses >= MISSES and time.monotonic() - self.listed >= LISTED_S:
+                self._note_finished()
+        team.wait()  # our own part that is being finished is nobody else's to wait for
+        while self._left():
+            for place in list(self.held.values())[:WATCHED]:
+                if claim := self._try(place):
+                    self.stand_up()
+                    return place, claim
+            if not self.may_wait(len(self.held)):
+                return None
+            self.tell(part="")
+            time.sleep(self.poll_s)
+        return None
+
+    def may_wait(self, missing: int) -> bool:
+        """Whether this worker is one of the few that wait while so many parts are missing."""
+        chairs = 1 + missing // SPARE
+        if self.chair is not None and self.chair[0] < chairs and not self.chair[1].lost:
+            return True
+        self.stand_up()
+        chairs += sum(holder.dead for holder in self.meeting.holders())
+        for number in random.sample(range(chairs), min(chairs, WATCHED)):
+            if claim := self.meeting.take(f"{WAIT}-{number}"):
+                self.chair = (number, claim)
+                return True
+        return False
+
+    def stand_up(self) -> None:
+        """Wait no more."""
+        if self.chair is not None:
+            self.chair[1].release()
+            self.chair = None
+
+    def _left(self) -> bool:
+        """Whether parts are missing; `held` is then those, in an order of this worker's own."""
+        there = self._note_finished()
+        missing = [place for name, place in self.board.places.items() if name not in self.done]
+        # A part whose images are all in quarantine has a json alone, as has one whose writer is between its two files.
+        for place in [p for p in missing if f"{Path(p.name).stem}.json" in there]:
+            if self._is_empty(place):
+                self.done.add(place.name)
+        kept = {name: place for name, place in self.held.items() if name not in self.done}
+        rest = [place for place in missing if place.name not in self.done and place.name not in kept]
+        random.shuffle(rest)
+        self.held = kept | {place.name: place for place in rest}
+        return bool(self.held)
+
+    def _note_finished(self) -> set[str]:
+        """The names at the meeting place, by one listing of it."""
+        there = self.meeting.finished()
+        self.listed = time.monotonic()
+        self.done |= there
+        return there
+
+    def _is_empty(self, place: Place) -> bool:
+        sidecar = f"{Path(place.name).stem}.json"
+        self.meeting.bring(sidecar)
+        path = self.board.out / sidecar
+        return _tar_of(path) is None
+
+    def _try(self, place: Place) -> Claim | None:
+        """The part's lease, if nobody has it and it is still to be made."""
+        if self._is_there(place):
+            self._drop(place)
+            return None
+        claim = self.meeting.take(place.name)
+        if claim is None:
+            self.held.setdefault(place.name, place)
+            return None
+        try:
+            if not self._is_there(place):
+                self.meeting.begin(place.name, claim)
+                if not self._is_there(place):  # a slow holder may have finished until then, and no later
+                    self.held.pop(place.name, None)
+                    return claim
+        except BaseException:
+            claim.release()
+            raise
+        claim.release()
+        self._drop(place)
+        return None
+
+    def _is_there(self, place: Place) -> bool:
+        if self.meeting.has(place.name):
+            return True
+        return self.meeting.has(f"{Path(place.name).stem}.json") and self._is_empty(place)
+
+    def _drop(self, place: Place) -> None:
+        self.done.add(place.name)
+        self.held.pop(place.name, None)
+
+    def close(self, opened: OpenPart, place: Place, claim: Claim) -> None:
+        """Finish a part and let go of it; a part that was lost meanwhile is somebody else's to finish."""
+        try:
+            try:
+                opened.finish()
+            except OSError as error:
+                # A network disk that repeats a rename whose answer was lost says this of one that it has done.
+                if error.errno != errno.ENOENT:
+                    raise
+                if not self._is_there(place):
+                    raise LeaseLostError(f"{place.name}: its file aside was taken away") from None
+            self.meeting.deliver(place.name, claim)
+            self.parts += 1
+            self.done.add(place.name)
+        except LeaseLostError:
+            self.lose(place)
+        finally:
+            claim.release()
+
+    def lose(self, place: Place) -> None:
+        """Note that another worker has a part that was ours."""
+        self.lost += 1
+        self.held[place.name] = place
+
+    def forget(self) -> None:
+        """What was taken for finished and is not whole is to be made again."""
+        for place in self.board.places.values():
+            self.meeting.bring(sidecar := f"{Path(place.name).stem}.json")
+            tar = _tar_of(self.board.out / sidecar)
+            if tar is not None and (not tar or not self.meeting.whole(self.board.out, tar)):
+                self.meeting.withdraw(place.name)
+                self.done.discard(place.name)
+
+    def tell(self, *, part: str, tally: Tally | None = None) -> None:
+        """Write this worker's card, which `distill status` reads."""
+        if tally is not None:
+            self.card |= {"images": tally.images, "samples": tally.samples, "label_s": round(tally.busy, 3)}
+        self.card |= {"part": part, "part_since": time.time(), "parts": self.parts, "lost": self.lost}
+        self.card |= {"seconds": round(time.monotonic() - self.begun, 3)}
+        self.meeting.keep(f"worker-{self.name}", self.card)
+
+
+def _tar_of(sidecar: Path) -> dict[str, Any] | None:
+    """The tar that a part's json describes: None for a part of no sample, {} where the json is missing or damaged."""
+    try:
+        tar: dict[str, Any] | None = read_json(sidecar)["tar"] if sidecar.is_file() else {}
+    except DamagedTableError:
+        tar = {}
+    return tar
+
+
+def work(
+    shards: Sequence[InputShard],
+    teachers: Teachers,
+    *,
+    out: str | Path,
+    crops: CropSettings,
+    labels: LabelSettings = DEFAULTS,
+    seed: int = 0,
+    device: torch.device = CPU,
+    recipe: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    tell: Tell = lambda line: None,
+    meeting: Meeting | None = None,
+    poll_s: float = POLL_S,
+) -> LabelOutcome:
+    """Label as one of any number of workers, until every part is finished, by whomever; see `label` for the arguments.
+
+    meeting: where the workers meet; by default `out`, which all of them must see then. poll_s: how often it looks for
+    what others leave, in seconds. The outcome's `last` is True for the worker that wrote the manifest; it is not
+    `complete` for those that left before it was written, for others had all that was left.
+
+    Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
+    """
+    out = Path(out)
+    settings = settings_of(teachers, crops, labels, seed=seed)
+    combine(shards)
+    if not shards:
+        raise ValueError("there are no images to label; check [images]")
+    for shard in shards:
+        asked_about(shard, teachers)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+    refuse_run(out)
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    place = meeting or Folder(out)
+    place.bring(SETTINGS)
+    keep_settings(out, settings, tell=tell, suffix=f".{name[-6:]}")
+    place.share(SETTINGS)
+    keep_settings(out, settings, tell=tell)
+    about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+    end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=place.whole, tell=tell)
+    before = place.stamp()
+    if before and _finish(place, end, fresh=False):
+        return LabelOutcome(True, 0, len(place.finished()) // 2, 0, 0, 0, 0)
+    board = Board(shards, part_sizes(shards, crops, labels), out, place, teachers, tell)
+    worker = _Worker(board, place, name, iter(()), min(poll_s, place.lease_s / 4))
+    worker.walk = board.walk(random.Random(name).randrange(len(shards)))
+    worker.card = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
+    tally = Tally(0, 0, report, shared=True)
+    with crew(max(1, labels.threads)) as team:
+        job = Work(teachers, crops, labels, seed, device, (), team.stopping)
+        return _until_all_is_made(worker, team, tally, job, end, before)
+
+
+def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
+    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
+    while (claim := place.take(f"turn-{file.stem}")) is None:
+        time.sleep(min(1.0, place.lease_s / 4))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place.bring(file.name)
+        result = do()
+        if file.is_file():
+            place.share(file.name)
+        return result
+    finally:
+        claim.release()
+
+
+def _until_all_is_made(
+    worker: _Worker, team: Crew, tally: Tally, work: Work, end: partial[bool], before: str
+) -> LabelOutcome:
+    """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
+    place = worker.meeting
+    try:
+        while True:
+            _label_all(worker, team, tally, work)
+            if (now := place.stamp()) and now != before:
+                place.tidy()  # our own card may have come after the last one's tidying
+                return _outcome(worker, tally, last=False)
+            if worker.held:  # others have it, and there are enough who wait for them
+                return _outcome(worker, tally, complete=False, last=False)
+            written = _finish(place, end, fresh=True)
+            if written:
+                return _outcome(worker, tally, last=True)
+            if written is False:
+                worker.forget()
+            elif not worker.may_wait(0):
+                return _outcome(worker, tally, complete=False, last=False)
+            time.sleep(worker.poll_s)
+    finally:
+        worker.stand_up()
+
+
+def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True) -> LabelOutcome:
+    skipped = len(worker.board.places) - worker.parts
+    return LabelOutcome(
+        complete, worker.parts, skipped, tally.images, tally.samples, tally.quarantined, tally.bytes, last=last
+    )
+
+
+def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
+    """Label parts until none is left, by anybody."""
+    while got := worker.next(team):
+        place, claim = got
+        begun = time.monotonic()
+        try:
+            part = worker.board.part(place)
+            tally.total = sum(p.images for p in worker.board.places.values())
+            tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
+            worker.tell(part=place.name, tally=tally)
+            asked = asked_about(part.shard, work.teachers)
+            opened = label_part(worker.board.out, part, replace(work, asked=asked, claim=claim), tally, team)
+        except LeaseLostError:
+            claim.release()
+            worker.lose(place)
+            continue
+        except BaseException:
+            claim.release()
+            raise
+        finally:
+            tally.busy += time.monotonic() - begun
+        try:
+            team.close(partial(worker.close, opened, place, claim))
+        except BaseException:  # of the part before
+            claim.release()
+            with opened.writer:
+                raise
+
+
+def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
+    """Write the manifest if all is there; whether it is written, None where somebody else is at it."""
+    claim = place.take(LAST)
+    if claim is None:
+        return None
+    try:
+        place.bring()
+        if not end(fresh=fresh, suffix=claim.suffix):
+            return False
+        place.publish()
+        place.tidy()
+        return True
+    finally:
+        claim.release()

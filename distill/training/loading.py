@@ -1,0 +1,242 @@
+"""Micro-batches read ahead by processes of their own, and what is said where those die.
+
+A sample that cannot be read comes out as its own one-line error in the training process, not as a worker's traceback.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from distill.core import machine
+from distill.shards.codec import Sample
+from distill.shards.features import Features, FeatureStore, stacked
+from distill.training.batches import (
+    Collate,
+    Item,
+    Labelled,
+    MicroBatch,
+    TaughtRows,
+    alike,
+    check_teachers,
+    finished,
+    groups_of,
+    is_mirrored,
+    joined,
+    labels_to_learn,
+    shares_among,
+)
+from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_patches, choose_teacher, meet_labels
+from distill.training.settings import TrainSettings
+
+_log = logging.getLogger(__name__)
+PREFETCH = 4  # micro-batches per worker that lie ready
+PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
+
+
+@dataclass(frozen=True, slots=True)
+class _Training:
+    """Makes the micro-batch of places of the stream."""
+
+    collate: Collate
+    settings: TrainSettings
+
+    def __call__(self, items: list[Item | Exception]) -> MicroBatch | Exception:
+        read = [item for item in items if isinstance(item, Item)]
+        if len(read) < len(items):
+            return next(item for item in items if isinstance(item, Exception))
+        try:
+            groups = groups_of(read)
+            batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
+            done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
+        except (ValueError, LookupError, OSError) as error:
+            return error
+
+
+@dataclass(frozen=True, slots=True)
+class _HeldOut:
+    """Makes held-out batches: the labels of every teacher that is learnt from, unchanged."""
+
+    collate: Collate
+    settings: TrainSettings
+
+    def __call__(self, items: list[Item | Exception]) -> list[tuple[float, MicroBatch]] | Exception:
+        read = [item for item in items if isinstance(item, Item)]
+        if len(read) < len(items):
+            return next(item for item in items if isinstance(item, Exception))
+        s = self.settings
+        made = []
+        try:
+            for rows in alike(read):
+                batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
+                seen = stacked([read[row].features for row in rows])
+                weights = among if s.strategy == "select" else {s.strategy: 1.0}
+                for name, weight in weights.items():
+                    labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
+                    places = tuple(-1 - read[row].place.index for row in rows)
+                    taught = (TaughtRows(None, labels, name),)
+                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), seen)
+                    made.append((weight / sum(weights.values()), micro))
+            return made
+        except (ValueError, LookupError, OSError) as error:
+            return error
+
+
+class Placed(Dataset[Any]):
+    """The samples at places of the stream; a sample that cannot be read is the error that says why.
+
+    learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
+    coded: with maps that are codes still, from a dataset that stores codes.
+    """
+
+    def __init__(
+        self,
+        dataset: Labelled,
+        settings: TrainSettings,
+        *,
+        learning: bool,
+        coded: bool = False,
+        features: FeatureStore | None = None,
+    ) -> None:
+        self.dataset, self.settings, self.learning, self.features = dataset, settings, learning, features
+        self.more: dict[str, Any] = {"coded": True} if coded else {}
+
+    def __getitem__(self, place: SamplePosition) -> Item | Exception:
+        s = self.settings
+        try:
+            among = shares_among(self.dataset.teachers_of(place.index), s)
+            teacher, asked = "", list(among)
+            if self.learning:
+                teacher = s.strategy
+                if s.strategy == "select":
+                    teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
+                    asked = [teacher]
+            visit, more = None, dict(self.more)
+            if self.learning:
+                visit = place.position
+                if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
+                    more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
+            get: Callable[..., Any] = self.dataset.get
+            sample = get(place.index, asked, visit=visit, **more)
+            if isinstance(
+                sample, Sample
+            ):  # before they are joined: measured depth and rendered disparity are one truth
+                met = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
+                sample = replace(sample, labels=met)
+            return Item(place, among, teacher, sample, self._features(place, sample))
+        except (ValueError, LookupError, OSError) as error:
+            return error
+
+    def _features(self, place: SamplePosition, sample: Any) -> Features | None:
+        if self.features is None:
+            return None
+        turned = self.learning and is_mirrored((place.position,), self.settings)[0]
+        return self.features.get(sample.key, mirrored=turned)
+
+
+def _freeze(_worker: int) -> None:
+    # The parent's objects are moved out of the collector's sight: a collection would copy every page of them.
+    gc.freeze()
+    torch.set_num_threads(1)
+
+
+def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
+    """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
+    ahead = PREFETCH
+    if workers and not machine.is_plentiful():
+        size, tensors = _measure(collate([samples[place] for place in next(iter(batches), [])]))
+        workers, ahead, warning = machine.readers(workers, ahead, size=size, tensors=tensors)
+        if warning:
+            _log.warning("%s", warning)
+    loader: DataLoader[Any] = DataLoader(
+        samples,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
+        timeout=PATIENCE if workers else 0,
+        worker_init_fn=_freeze,
+        pin_memory=pinned,
+    )
+    items = iter(loader)
+    while True:
+        try:
+            item = next(items)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "DataLoader" not in str(error):
+                raise
+            raise OSError(_lost(str(error).splitlines()[0])) from error
+        if isinstance(item, Exception):
+            raise item
+        yield item
+
+
+def _measure(item: Any) -> tuple[int, int]:
+    """Bytes and number of the tensors in what a data worker hands over."""
+    if isinstance(item, Tensor):
+        return item.numel() * item.element_size(), 1
+    if is_dataclass(item):
+        parts: list[Any] = [getattr(item, one.name) for one in fields(item)]
+    else:
+        parts = [*item.values()] if isinstance(item, Mapping) else list(item) if isinstance(item, tuple | list) else []
+    found = [_measure(part) for part in parts]
+    return sum(size for size, _ in found), sum(count for _, count in found)
+
+
+def _lost(reason: str) -> str:
+    """A line about reading processes that died or do not answer."""
+    free = machine.shared_memory()
+    memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
+    return (
+        f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
+        f"{machine.SHARED}{memory}; lower train.workers, 0 reads without them. The same command goes on from the last "
+        "checkpoint"
+    )
+
+
+def training_batches(
+    dataset: Labelled,
+    micro_batches: MicroBatchPositions,
+    *,
+    collate: Collate,
+    settings: TrainSettings,
+    features: FeatureStore | None = None,
+) -> Iterator[MicroBatch]:
+    """This process's micro-batches, in order, read ahead by `settings.workers` processes.
+
+    Raises what `check_teachers` raises, before anything is read.
+    """
+    check_teachers(dataset, micro_batches.order.indices, settings)
+    samples = Placed(dataset, settings, learning=True, features=features)
+    return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
+
+
+def heldout_batches(
+    dataset: Labelled,
+    indices: Sequence[int],
+    *,
+    collate: Collate,
+    settings: TrainSettings,
+    process: int,
+    processes: int,
+    features: FeatureStore | None = None,
+) -> Iterator[list[tuple[float, MicroBatch]]]:
+    """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
+    size = settings.eval_batch_size
+    places = [[SamplePosition(i, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
+    mine = places[process::processes]
+    if not mine:
+        return iter(())
+    samples = Placed(dataset, settings, learning=False, features=features)
+    return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))

@@ -1,0 +1,159 @@
+"""What a model costs: parameters, FLOPs, time of an image, memory; measured while it predicts, the machine named.
+
+    cost = Cost()
+    teacher = cost.watch(load)              # or cost.of(teacher), where it is loaded already
+    predict(cost.timed(teacher), ...)
+    cost.summary(before)                    # plain values, as JSON takes them
+
+The first call warms up and is not timed; its FLOPs are counted (PyTorch's counter: 2 per multiply-add of convolutions,
+matrix products and attention; nothing else counts). A model that computes elsewhere, or not with PyTorch, has none.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.core import machine
+from distill.core.depth import DepthMap
+from distill.teachers import Teacher
+
+
+class Cost:
+    """What a model costs: seconds per image without the first, FLOPs of the first, parameters, memory at its peak."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.seconds: list[float] = []
+        self.first: float | None = None
+        self.flops = 0
+        self.size = ""
+        self.parameters = self.weight_bytes = 0
+        self.device = "cpu"
+        self.compiled = False
+        self.before = _resident("VmRSS")
+        self.held = 0
+
+    def watch(self, load: Callable[[], Teacher]) -> Teacher:
+        """Loads the model with the memory counted from here."""
+        _reset_peak()
+        self.before = _resident("VmRSS")
+        teacher = load()
+        self._look(teacher)
+        return teacher
+
+    def of(self, teacher: Teacher) -> Teacher:
+        """The same for a model that is there: its weights, and what predicting adds from here."""
+        self._look(teacher)
+        if torch.cuda.is_available() and self.device.startswith("cuda"):
+            self.held = torch.cuda.memory_allocated(self.device) - self.weight_bytes
+        _reset_peak()
+        resident = _resident("VmRSS")
+        self.before = None if resident is None else max(0, resident - self.weight_bytes)
+        return teacher
+
+    def _look(self, teacher: Teacher) -> None:
+        modules = [module for part in _values(teacher) for module in _modules(part)]
+        tensors = {id(p): p for module in modules for p in module.parameters()}
+        self.parameters = sum(p.numel() for p in tensors.values())
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in tensors.values())
+        self.device = next((str(p.device) for p in tensors.values()), "cpu")
+        self.compiled = any(
+            getattr(m, "_compiled_call_impl", None) is not None for one in modules for m in one.modules()
+        )
+
+    def timed(self, teacher: Teacher) -> Teacher:
+        """The same teacher with every call counted."""
+        return _Timed(teacher, self)
+
+    def summary(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The numbers as JSON; those of an earlier, interrupted call (a summary) stay where this one predicted less.
+
+        latency_s: the median of single images. memory_bytes: weights and what predicting added, at the peak.
+        """
+        if before and self.images < before.get("images", 0):
+            return dict(before)
+        cuda = self.device.startswith("cuda")
+        peak, start = _resident("VmHWM"), self.before
+        grown = None if peak is None or start is None else max(0, peak - start)
+        total = sum(self.seconds)
+        return {
+            "images": self.images,
+            "images_per_s": self.images / total if total else None,
+            "latency_s": statistics.median(self.seconds) if self.seconds else None,
+            "first_s": self.first,
+            "image": self.size,
+            "flops": self.flops or None,
+            "parameters": self.parameters,
+            "weight_bytes": self.weight_bytes,
+            "device": machine.device_name(self.device),
+            "memory_bytes": torch.cuda.max_memory_allocated(self.device) - self.held if cuda else grown,
+        }
+
+
+class _Timed:
+    def __init__(self, teacher: Teacher, cost: Cost) -> None:
+        self.teacher, self.cost, self.card = teacher, cost, teacher.card
+
+    def predict(self, images: Tensor, *, keys: Any = None) -> DepthMap:
+        """As the teacher does."""
+        more: dict[str, Any] = {"keys": keys} if keys is not None else {}
+        cost = self.cost
+        begun = time.perf_counter()
+        if cost.first is None:  # the first call compiles, allocates and warms up
+            depth = self._counted(images, more)
+            cost.first = time.perf_counter() - begun
+            cost.size = f"{images.shape[-2]} x {images.shape[-1]}"
+            return depth
+        depth = self.teacher.predict(images, **more).to("cpu")  # waits for an accelerator to finish
+        cost.seconds.append((time.perf_counter() - begun) / len(images))
+        cost.images += len(images)
+        return depth
+
+    def _counted(self, images: Tensor, more: Mapping[str, Any]) -> DepthMap:
+        if self.cost.compiled:  # the counter would make every graph compile again
+            return self.teacher.predict(images, **more).to("cpu")
+        with FlopCounterMode(display=False) as counter:
+            depth = self.teacher.predict(images, **more).to("cpu")
+        self.cost.flops = counter.get_total_flops() // len(images)
+        return depth
+
+
+def _values(holder: Any) -> list[Any]:
+    if hasattr(holder, "__dict__"):
+        return list(vars(holder).values())
+    return [getattr(holder, name) for name in getattr(holder, "__slots__", ()) if hasattr(holder, name)]
+
+
+def _modules(part: Any) -> list[torch.nn.Module]:
+    if isinstance(part, torch.nn.Module):
+        return [part]
+    inner = getattr(part, "__dataclass_fields__", {})
+    return [module for name in inner for module in _modules(getattr(part, name))]
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        except OSError:
+            pass  # not allowed everywhere; the peak is then the process's own, and an upper bound
+
+
+def _resident(which: str) -> int | None:
+    """Bytes of memory this process has (VmRSS) or had at most (VmHWM); None where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)

@@ -1,0 +1,72 @@
+"""The report's section on fidelity: the student against each teacher, beside its accuracy, and where they part."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from distill.eval.reports.gallery import UNREADABLE
+from distill.eval.reports.page import missing, table
+from distill.eval.score import Score
+
+_SIDE, _EDGE = 300, 36
+
+
+def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
+    """A line per benchmark and teacher, and a scatter of depths; a line where nothing was measured."""
+    rows, charts = [], []
+    for path in sorted((run_dir / "fidelity").glob("*.json")):
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            names = [found[key] for key in ("benchmark", "student", "teacher")]
+            numbers = [float(found[key]) for key in ("abs_rel", "delta1", "boundary_f1")]
+            points = [(float(a), float(b)) for a, b in found["points"]]
+        except (*UNREADABLE, KeyError, TypeError) as error:
+            return missing(f"{path} cannot be read: {error}.")
+        own = {
+            s.model: s.metrics.get("abs_rel") for s in scores if s.benchmark == names[0] and s.task.main == "abs_rel"
+        }
+        accuracy = ["–" if own.get(n) is None else f"{own[n]:.4f}" for n in names[1:]]
+        rows.append([*map(escape, names), *(f"{v:.4f}" for v in numbers), *accuracy, str(found["images"])])
+        charts.append(scatter(f"{names[1]} against {names[2]}, {names[0]}", points))
+    if not rows:
+        return missing("No student was scored beside a teacher on a benchmark with dense depth.")
+    head = ["benchmark", "student", "teacher", "AbsRel&nbsp;↓", "delta1&nbsp;↑", "boundary&nbsp;F1&nbsp;↑"]
+    head += ["student’s AbsRel to the truth", "teacher’s", "images"]
+    key = (
+        '<p class="key">The student against its teacher, which takes the place of the truth after its own alignment. '
+        "Close to the teacher and far from the truth: the labels are the limit.</p>"
+    )
+    return key + table(head, rows, kind="scores") + f'<div class="charts">{"".join(charts)}</div>'
+
+
+def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
+    """Depths of one map over those of another, both in metres on logarithmic axes, with the line of agreement."""
+    known = [(a, b) for a, b in points if a > 0 and b > 0]
+    if not known:
+        return ""
+    low = math.log(min(min(pair) for pair in known))
+    span = (math.log(max(max(pair) for pair in known)) - low) or 1.0
+
+    def place(value: float) -> float:
+        return (math.log(value) - low) / span * (_SIDE - 2 * _EDGE) + _EDGE
+
+    dots = "".join(
+        f'<circle class="s1" cx="{place(a):.0f}" cy="{_SIDE - place(b):.0f}" r="1.5" fill-opacity=".35"/>'
+        for a, b in known
+    )
+    ends = [math.exp(low), math.exp(low + span)]
+    texts = "".join(
+        f'<text x="{place(v):.0f}" y="{_SIDE - 12}" text-anchor="middle">{v:.3g} m</text>'
+        f'<text x="2" y="{_SIDE - place(v) + 4:.0f}">{v:.3g}</text>'
+        for v in ends
+    )
+    line = f'<path class="line s2" d="M{_EDGE} {_SIDE - _EDGE}L{_SIDE - _EDGE} {_EDGE}"/>'
+    return (
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>'
+        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="{escape(title)}">{line}{dots}{texts}</svg>'
+        "<p>depth of the first over depth of the second; on the line they agree</p></figure>"
+    )

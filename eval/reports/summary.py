@@ -1,0 +1,194 @@
+"""What a run is worth in one sentence, and what its models cost beside their scores: the top of a report.
+
+A score without its cost chooses nothing: the table has each model's size, FLOPs, time and memory first, then its main
+metric on every benchmark with its interval, and a chart shows score against time. Time and memory are of the machine
+that is named; models that were measured on another one say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from distill.core.printable import printable
+from distill.eval.intervals import apart, mean_interval, places
+from distill.eval.reports import figures
+from distill.eval.reports.page import missing, name, table
+from distill.eval.scorefile import Score
+
+TITLES = {"abs_rel": "AbsRel", "delta1": "δ1", "boundary_f1": "boundary F1", "accuracy": "accuracy"}
+PRIOR = "plane prior"
+"""The name of the plane baseline in score files."""
+_COST = ("weights", "parameters", "GFLOPs", "ms an image", "memory")
+
+
+def summary(scores: Sequence[Score]) -> str:
+    """The section: sentence, table and chart; a line where nothing was scored."""
+    if not scores:
+        return missing("Nothing was scored, so there is no verdict yet.")
+    groups = _groups(scores)
+    drawn = "".join(score_against_time(group) for group in groups)
+    charts = f'<div class="charts">{drawn}</div>' if drawn else ""
+    tables = f"<div>{cost_table(scores)}{_cost_note(scores)}</div>"
+    return f'<p class="lead">{escape(verdict(scores))}</p><div class="beside">{tables}{charts}</div>'
+
+
+def _groups(scores: Sequence[Score]) -> list[list[Score]]:
+    """Scores that compare: of one benchmark under one setting."""
+    keys = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
+    return [[s for s in scores if (s.benchmark, s.protocol.setting) == key] for key in keys]
+
+
+# --- the sentence -----------------------------------------------------------------------------------------------------
+
+
+def verdict(scores: Sequence[Score]) -> str:
+    """One sentence: how good the student is beside the best of the others and the plane baseline, and at what cost.
+
+    It is about the first benchmark; without a student, about the leading model.
+    """
+    group = next((g for g in _groups(scores) if any(s.metrics.get(s.task.main) is not None for s in g)), None)
+    if group is None:
+        return "No model has a mean: images are missing or could not be scored; see below."
+    main = group[0].task.main
+    known = [s for s in group if s.metrics.get(main) is not None]
+    about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
+    others = [s for s in known if s is not about and s.model != PRIOR]
+    prior = next((s for s in known if s.model == PRIOR and s is not about), None)
+    parts = [f"On {about.benchmark} ({about.num_images} images), {about.model} has {_value(about, main)}"]
+    if others:
+        parts.append(_against(about, _leading(others, main), main))
+    if prior is not None:
+        better = _is_better(about, prior, main)
+        how = ("better" if better else "worse") if apart(about, prior, main) else "not clearly other"
+        parts.append(f"{how} than the plane baseline ({_number(prior, main)})")
+    if cost := _cost_words(about, others):
+        parts.append(cost)
+    return ", ".join(parts) + "."
+
+
+def _leading(scores: Sequence[Score], metric: str) -> Score:
+    lower = scores[0].task.rows[metric].lower_is_better
+    return min(scores, key=lambda s: (1.0 if lower else -1.0) * float(s.metrics[metric] or 0.0))
+
+
+def _is_better(first: Score, second: Score, metric: str) -> bool:
+    return _leading([first, second], metric) is first
+
+
+def _number(score: Score, metric: str) -> str:
+    return f"{score.metrics[metric]:.3f}"
+
+
+def _value(score: Score, metric: str) -> str:
+    span = mean_interval(score, metric)
+    between = f" (95 % interval {span[0]:.3f} to {span[1]:.3f})" if span else ""
+    return f"{TITLES.get(metric, metric)} {_number(score, metric)}{between}"
+
+
+def _against(about: Score, other: Score, metric: str) -> str:
+    if not apart(about, other, metric):
+        return f"which these images do not tell apart from {other.model}’s {_number(other, metric)}"
+    better = "better" if _is_better(about, other, metric) else "worse"
+    ours, theirs = float(about.metrics[metric] or 0.0), float(other.metrics[metric] or 0.0)
+    by = f"{100 * abs(ours - theirs) / abs(theirs):.0f} % " if theirs else ""
+    return f"{by}{better} than {other.model} ({_number(other, metric)})"
+
+
+def _cost_words(about: Score, others: Sequence[Score]) -> str:
+    cost = about.cost or {}
+    if not cost.get("latency_s"):
+        return ""
+    text = f"at {_ms(cost)} ms an image of {cost.get('image', '?')} on {cost.get('device', '?')}"
+    rival = _leading(others, about.task.main) if others else None
+    theirs = (rival.cost or {}).get("latency_s") if rival else None
+    if rival and theirs and (rival.cost or {}).get("device") == cost.get("device"):
+        text += f", {cost['latency_s'] / theirs:.2g} times as long as {rival.model}"
+    return text
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def cost_table(scores: Sequence[Score]) -> str:
+    """A row per model: what it costs, then its main metric on each benchmark with its interval."""
+    groups = _groups(scores)
+    models = list(dict.fromkeys(s.model for s in scores))
+    head = [*("model", *_COST)]
+    rows = {model: [name(model), *cost_cells(cost_of(scores, model))] for model in models}
+    for group in groups:
+        main, row = group[0].task.main, group[0].task.rows[group[0].task.main]
+        head.append(f"{escape(group[0].benchmark)} {TITLES.get(main, main)}&nbsp;{'↓' if row.lower_is_better else '↑'}")
+        marks = places(group, main, lower_is_better=row.lower_is_better)
+        cells = {s.model: _cell(s, main, mark) for s, mark in zip(group, marks, strict=True)}
+        for model in models:
+            rows[model].append(cells.get(model, '<span class="none">–</span>'))
+    return table(head, rows.values(), kind="scores")
+
+
+def cost_of(scores: Sequence[Score], model: str) -> Mapping[str, Any]:
+    """The fullest measurement of a model's cost among its scores; empty where there is none."""
+    costs = [s.cost for s in scores if s.model == model and s.cost]
+    return max(costs, key=lambda cost: cost.get("images") or 0, default={})
+
+
+def cost_cells(cost: Mapping[str, Any]) -> list[str]:
+    """_COST as text, "–" where it is not known; a model without parameters has no weights to speak of."""
+    parameters, flops = cost.get("parameters"), cost.get("flops")
+    memory = cost.get("memory_bytes")
+    return [
+        f"{cost['weight_bytes'] / 1e6:.3g} MB" if parameters and cost.get("weight_bytes") else "–",
+        f"{parameters / 1e6:.3g} M" if parameters else "–",
+        f"{flops / 1e9:.3g}" if flops else "–",
+        _ms(cost) if cost.get("latency_s") else "–",
+        f"{memory / 1e6:.3g} MB" if parameters and memory else "–",
+    ]
+
+
+def _ms(cost: Mapping[str, Any]) -> str:
+    return f"{1000 * cost['latency_s']:,.3g}" if cost["latency_s"] < 1 else f"{1000 * cost['latency_s']:,.0f}"
+
+
+def _cell(score: Score, metric: str, mark: int) -> str:
+    value, span = score.metrics.get(metric), mean_interval(score, metric)
+    if value is None:
+        return f'<span class="none" title="{score.num_failed} images failed">–</span>'
+    form = score.task.rows[metric].format
+    text = form.format(value)
+    shown = f'<span class="{("best", "second")[mark - 1]}">{text}</span>' if mark else text
+    return shown + (f"<br><small>{form.format(span[0])}–{form.format(span[1])}</small>" if span else "")
+
+
+def _cost_note(scores: Sequence[Score]) -> str:
+    costs = {model: cost_of(scores, model) for model in dict.fromkeys(s.model for s in scores)}
+    known = {model: cost for model, cost in costs.items() if cost}
+    if not known:
+        return (
+            '<p class="key">What the models cost was not measured: their maps were stored before it was. Delete '
+            "predictions/ and score again.</p>"
+        )
+    places_ = dict.fromkeys(f"{cost.get('device', '?')}, images of {cost.get('image', '?')}" for cost in known.values())
+    return (
+        f'<p class="key">Measured on {escape(printable("; ".join(places_)))}: the median time of single images, the '
+        "first one left out; memory: weights and what predicting added, at the peak; weights: as loaded. FLOPs: 2 per "
+        "multiply-add. Below a score its 95 % interval by bootstrap over the images.</p>"
+    )
+
+
+# --- the chart --------------------------------------------------------------------------------------------------------
+
+
+def score_against_time(scores: Sequence[Score]) -> str:
+    """A figure of main metric against milliseconds an image; nothing below two models with both."""
+    main = scores[0].task.main
+    points = [
+        (1000 * float(s.cost["latency_s"]), float(s.metrics[main] or 0.0), s.model)
+        for s in scores
+        if s.cost and s.cost.get("latency_s") and s.cost.get("parameters") and s.metrics.get(main) is not None
+    ]
+    if len(points) < 2:
+        return ""
+    arrow = "lower" if scores[0].task.rows[main].lower_is_better else "higher"
+    title = f"{scores[0].benchmark}: {TITLES.get(main, main)} against ms an image"
+    return figures.scatter(title, points, across="ms", note=f"{arrow} and further left is better")

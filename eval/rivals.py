@@ -1,0 +1,182 @@
+"""Other people's protocols by name, on the same predictions: one model's numbers beside anyone's.
+
+What is reproduced is the arithmetic: which pixels, which fit, which floor and clip, in which space. Images, crops and
+the processing size stay the benchmark's and the prediction's own; a sentence says where a rival's differ. What nobody
+has published is not here: Depth Anything 3 says nothing of how its monocular numbers are aligned, and Ultralytics
+nothing of how its documented ones are (log least squares, several scales and flips); docs/protocols.md has the list.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distill.core.depth import Kind, KindError
+from distill.core.plugins import find
+from distill.core.progress import Report
+from distill.eval.protocol import Protocol, ProtocolError
+from distill.eval.score import score
+from distill.eval.scorefile import Score, require_writable, write_scores
+
+_OF_DISPARITY = frozenset({Kind.AFFINE_DISPARITY, Kind.SCALE_DISPARITY, Kind.METRIC_DISPARITY})
+_OF_KNOWN_SHIFT = frozenset(kind for kind in Kind if kind.unknown != "affine")
+_INVERTIBLE = _OF_DISPARITY | _OF_KNOWN_SHIFT
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """A protocol of someone else.
+
+    make: from a benchmark's own protocol. choice: the alignment, of eval.protocol.CHOICES. kinds: the predictions that
+    it is defined for. differs: in a sentence, from the benchmark's own. source: where it is read from.
+    """
+
+    make: Callable[[Protocol], Protocol]
+    choice: str
+    kinds: frozenset[Kind]
+    differs: str
+    source: str
+
+
+def _zipdepth(own: Protocol) -> Protocol:
+    farthest = {"eth3d": 60.0, "diode": 80.0}.get(own.benchmark, own.max_depth)
+    nearest = {"kitti": 1e-3}.get(own.benchmark, own.min_depth)
+    return replace(
+        own,
+        fit_columns=None,
+        fit_positive=True,
+        disparity_floor=1e-3,
+        min_depth=nearest,
+        max_depth=farthest,
+        clip="range",
+        mask_range=True,
+    )
+
+
+def _moge(own: Protocol) -> Protocol:
+    return replace(
+        own,
+        fit_columns=None,
+        fit_positive=False,
+        disparity_floor=None,
+        min_depth=0.0,
+        max_depth=math.inf,
+        clip="range",
+        mask_range=False,
+    )
+
+
+def _ultralytics(own: Protocol) -> Protocol:
+    farthest = {"nyu": 10.0, "kitti": 80.0}.get(own.benchmark, 100.0)
+    return replace(_moge(own), min_depth=1e-3, max_depth=farthest, mask_range=True)
+
+
+def _depth_anything(own: Protocol) -> Protocol:
+    return replace(_moge(own), space="disparity")
+
+
+RIVALS: Mapping[str, Rival] = {
+    "zipdepth": Rival(
+        _zipdepth,
+        "affine",
+        _OF_DISPARITY,
+        "Marigold's arithmetic, but truth beyond 60 m (ETH3D) or 80 m (DIODE) is left out; fitted on every column",
+        "fabiotosi92/ZipDepth, zipdepth/evaluation/ (b41dd20)",
+    ),
+    "moge_disparity": Rival(
+        _moge,
+        "affine",
+        _OF_DISPARITY,
+        "fitted in disparity on every pixel, the disparity held above one over the image's farthest truth, no range",
+        "microsoft/MoGe, moge/test/metrics.py, disparity_affine_invariant; MoGe re-renders the sets in smaller sizes",
+    ),
+    "moge_scale": Rival(
+        _moge,
+        "l1",
+        _OF_KNOWN_SHIFT,
+        "a scale alone, which makes the mean of |error| / truth least (a weighted median), no range",
+        "microsoft/MoGe, moge/test/metrics.py, depth_scale_invariant; MoGe fits on 64 x 64 pixels, here on all",
+    ),
+    "ultralytics": Rival(
+        _ultralytics,
+        "median",
+        _OF_KNOWN_SHIFT,
+        "a scale by the ratio of the medians, truth and prediction between 1 mm and 100 m (nyu 10, kitti 80)",
+        "ultralytics, utils/metrics.py, DepthMetrics; its documented table is another protocol, unpublished in detail",
+    ),
+    "depth_anything": Rival(
+        _depth_anything,
+        "affine",
+        _OF_DISPARITY,
+        "errors are of disparity, which is never turned into depth: a far pixel no longer weighs what 1/d makes of it",
+        "an author, LiheYoung/Depth-Anything#174; the fit is not said: least squares on all pixels is ours",
+    ),
+}
+"""By name. "marigold" and "clean" are the benchmarks' own (eval.protocol)."""
+
+NAMES = ("marigold", "clean", *RIVALS)
+
+
+def under(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]:
+    """A benchmark's protocol under a name, and the alignment to ask for.
+
+    Raises ProtocolError where the benchmark has no such protocol, KindError where predictions of this kind have not.
+    """
+    if name not in RIVALS:
+        return own.in_mode(name), "auto"
+    rival = RIVALS[name]
+    if own.task != "depth" or own.truth != "metric_depth":
+        raise ProtocolError(f"{own.benchmark} is not scored in metres, which {name} is for")
+    if kind not in rival.kinds:
+        raise KindError(f"{name} is not defined for {kind}, only for {', '.join(sorted(rival.kinds))}")
+    return replace(rival.make(own), mode=name, offset_positive=False), rival.choice
+
+
+def score_under_all(
+    predictions: Path | str,
+    *,
+    kind: str,
+    benchmark: str,
+    root: Path | str | None,
+    list_file: Path | str | None = None,
+    out: Path | None = None,
+    model: str = "",
+    allow_failed: bool = False,
+    names: Sequence[str] = NAMES,
+    report: Report | None = None,
+) -> dict[str, Score | str]:
+    """The same predictions under every protocol of `names`: a score, or why there is none.
+
+    out: FILE.json; each score is written to FILE-NAME.json. Raises what `eval.score.score` raises.
+    """
+    module = find("distill.eval.benchmarks", benchmark)
+    samples = list(module.samples(root, list_file))
+    found: dict[str, Score | str] = {}
+    for done, name in enumerate(names, 1):
+        try:
+            protocol, choice = under(module.PROTOCOL, name, Kind(kind))
+        except (ProtocolError, KindError) as error:
+            found[name] = str(error)
+            continue
+        result = score(
+            predictions, kind, samples, protocol, mode=name, alignment=choice, model=model, allow_failed=allow_failed
+        )
+        if out is not None:
+            path = out.with_name(f"{out.stem}-{name}.json")
+            require_writable(path)
+            write_scores(result, path)
+        found[name] = result
+        if report:
+            report(done, len(names))
+    return found
+
+
+def sentence(name: str) -> str:
+    """What a protocol does, in a sentence."""
+    own = {
+        "marigold": "Marigold's published evaluation: fitted where the prediction is positive, disparity above 0.001",
+        "clean": "the same repaired: fitted on every valid pixel, held inside the range of the image's own truth",
+    }
+    return own.get(name) or RIVALS[name].differs

@@ -1,0 +1,88 @@
+"""A BEiT that takes images of any size, as MiDaS v3.1 made it: its table of relative positions is resized to the grid.
+
+Source: isl-org/MiDaS, midas/backbones/beit.py: the part of the table that belongs to pairs of patches is resampled
+bilinearly, without antialiasing and corners unaligned, to the grid of the image at hand; the three entries of the class
+token stay. On the table's own grid nothing changes. timm's modules are taken as they are found; nothing of timm is
+imported here.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MIDAS_HEAD = ("scratch.", "pretrained.act_postprocess")
+"""What lies beside the encoder in MiDaS's own files."""
+
+
+def pooling(name: str) -> dict[str, str]:
+    """What timm is told of pooling: none, but for a BEiT, whose last norm stands behind its pooling and goes with it.
+
+    A distilled ViT has two class tokens and no choice.
+    """
+    return {} if name.startswith("beit") or "distilled" in name else {"global_pool": ""}
+
+
+def make_flexible(backbone: Any) -> None:
+    """Lets timm's Beit take any size that is a multiple of its patch; the size is seen by its patch embedding.
+
+    Another backbone is left as it is.
+    """
+    if type(backbone).__name__ != "Beit":
+        return
+    backbone.fc_norm = nn.Identity()
+    embed = backbone.patch_embed
+    embed.strict_img_size = False
+    grid = list(embed.grid_size)
+    plain = embed.forward
+
+    def forward(_embed: Any, images: Tensor) -> Tensor:
+        grid[:] = [side // patch for side, patch in zip(images.shape[-2:], embed.patch_size, strict=True)]
+        tokens: Tensor = plain(images)
+        return tokens
+
+    embed.forward = types.MethodType(forward, embed)
+    for block in backbone.blocks:
+        if getattr(block.attn, "relative_position_bias_table", None) is not None:
+            block.attn._get_rel_pos_bias = types.MethodType(functools.partial(_bias_on, grid=grid), block.attn)
+
+
+def _bias_on(attention: Any, *, grid: list[int]) -> Tensor:
+    """The bias (1,heads,1+N,1+N) of an attention on the grid of the image at hand, N = rows * columns."""
+    rows, columns = grid
+    table = resized(attention.relative_position_bias_table, attention.window_size, (rows, columns))
+    index = relative_index(rows, columns).to(table.device)
+    return table[index].permute(2, 0, 1).contiguous()[None]
+
+
+def resized(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """The table ((2h-1)(2w-1)+3, heads) of the grid `own` as that of another grid."""
+    if tuple(own) == tuple(grid):
+        return table
+    (tall, wide), (high, broad) = ((2 * h - 1, 2 * w - 1) for h, w in (own, grid))
+    pairs = table[:-3].reshape(1, tall, wide, -1).permute(0, 3, 1, 2)
+    new = F.interpolate(pairs.float(), size=(high, broad), mode="bilinear", align_corners=False).to(table.dtype)
+    return torch.cat([new.permute(0, 2, 3, 1).reshape(high * broad, -1), table[-3:]])
+
+
+@functools.lru_cache(maxsize=16)
+def relative_index(rows: int, columns: int) -> Tensor:
+    """(1+N,1+N) which entry of the table belongs to two tokens, the class token first; N = rows * columns.
+
+    Pairs of patches by their vertical and horizontal distance; then class to patch, patch to class, class to class.
+    """
+    # On the CPU whatever the default device: what is kept here serves every device.
+    y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    pairs = (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)
+    count = (2 * rows - 1) * (2 * columns - 1)
+    index = torch.full((rows * columns + 1,) * 2, count, device="cpu")
+    index[1:, 1:] = pairs
+    index[1:, 0] = count + 1
+    index[0, 0] = count + 2
+    return index

@@ -1,0 +1,107 @@
+"""MiDaS v3.1 files as isl-org/MiDaS releases them (dpt_beit_*.pt): their names, and the network that their shapes say.
+
+The backbone is timm's BEiT, the decoder MiDaS's own; both are the same network as transformers' DPT on BEiT, which runs
+it. Sources: midas/backbones/beit.py, vit.py, utils.py (hooks at every quarter, act_postprocess), midas/blocks.py.
+
+Shapes: D width, L blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distill.core.weights import WeightsMismatchError
+
+_BLOCK = {
+    "gamma_1": "lambda_1",
+    "gamma_2": "lambda_2",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+    "attn.proj": "attention.output.dense",
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    "attn.relative_position_bias_table": "attention.attention.relative_position_bias.relative_position_bias_table",
+}
+# A table made of the size, and what only a classifier or another pooling has.
+_UNUSED = re.compile(r"pretrained\.model\.(blocks\.\d+\.attn\.relative_position_index|(fc_)?norm\.\w+|head\.\w+)")
+_TABLE = "pretrained.model.blocks.0.attn.relative_position_bias_table"
+
+
+def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """The network that a file holds: width, blocks, heads, mlp, size (pixels), patch, neck (4 widths), fusion.
+
+    Raises WeightsMismatchError for another network of MiDaS's, or a part of one.
+    """
+    if _TABLE not in state:
+        raise WeightsMismatchError(
+            f"{path} lacks {_TABLE}: of MiDaS's own files the v3.1 ones on BEiT are read (dpt_beit_large_512.pt, "
+            "dpt_beit_large_384.pt, dpt_beit_base_384.pt), or the same as a transformers folder, "
+            "Intel/dpt-beit-large-512"
+        )
+    try:
+        table = state[_TABLE]
+        patches = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2 n - 1)**2 offsets, and three of the class token
+        patch = state["pretrained.model.patch_embed.proj.weight"].shape[-1]
+        return {
+            "width": state["pretrained.model.cls_token"].shape[-1],
+            "blocks": len({m[1] for key in state if (m := re.match(r"pretrained\.model\.blocks\.(\d+)\.", key))}),
+            "heads": table.shape[1],
+            "mlp": state["pretrained.model.blocks.0.mlp.fc1.weight"].shape[0],
+            "size": patches * patch,
+            "patch": patch,
+            "neck": [state[f"pretrained.act_postprocess{i}.3.weight"].shape[0] for i in range(1, 5)],
+            "fusion": state["scratch.layer1_rn.weight"].shape[0],
+        }
+    except KeyError as error:
+        raise WeightsMismatchError(f"{path} lacks {error.args[0]}: a part of MiDaS v3.1 alone") from error
+
+
+def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under transformers' names; what the network has no place for keeps its own name."""
+    out: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        if _UNUSED.fullmatch(key):
+            continue
+        if match := re.fullmatch(r"pretrained\.model\.blocks\.(\d+)\.attn\.qkv\.weight", key):
+            attention = f"backbone.encoder.layer.{match[1]}.attention.attention"
+            for name, part in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                out[f"{attention}.{name}.weight"] = part.contiguous()
+        else:
+            out[_name(key)] = tensor
+    return out
+
+
+def _name(key: str) -> str:
+    if match := re.fullmatch(r"pretrained\.model\.blocks\.(\d+)\.(.+)", key):
+        inner = next((new + match[2][len(old) :] for old, new in _BLOCK.items() if match[2].startswith(old)), match[2])
+        return f"backbone.encoder.layer.{match[1]}.{inner}"
+    for pattern, new in _PLACES:
+        if match := re.fullmatch(pattern, key):
+            first, *rest = match.groups() or ("",)
+            return new.format(int(first) - 1 if new.startswith("neck") else first, *rest)  # counted from nought there
+    if match := re.fullmatch(
+        r"scratch\.refinenet([1-4])\.(out_conv|resConfUnit([12])\.conv([12]))\.(weight|bias)", key
+    ):
+        layer = f"neck.fusion_stage.layers.{4 - int(match[1])}"  # transformers counts from the coarsest
+        inner = "projection" if match[2] == "out_conv" else f"residual_layer{match[3]}.convolution{match[4]}"
+        return f"{layer}.{inner}.{match[5]}"
+    return key
+
+
+_PLACES = (
+    (r"pretrained\.model\.cls_token", "backbone.embeddings.cls_token"),
+    (r"pretrained\.model\.patch_embed\.proj\.(weight|bias)", "backbone.embeddings.patch_embeddings.projection.{}"),
+    (r"pretrained\.act_postprocess([1-4])\.0\.project\.0\.(\w+)", "neck.reassemble_stage.readout_projects.{}.0.{}"),
+    (r"pretrained\.act_postprocess([1-4])\.3\.(\w+)", "neck.reassemble_stage.layers.{}.projection.{}"),
+    (r"pretrained\.act_postprocess([1-4])\.4\.(\w+)", "neck.reassemble_stage.layers.{}.resize.{}"),
+    (r"scratch\.layer([1-4])_rn\.(weight)", "neck.convs.{}.{}"),
+    (r"scratch\.output_conv\.(0|2|4)\.(weight|bias)", "head.head.{}.{}"),
+)

@@ -1,0 +1,107 @@
+"""What is published says what it is, keeps photographs back unless their licence lets them go, and is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+
+import pytest
+
+from distill.app import build
+from distill.app.cli import main
+from distill.app.publish import check, may_share
+from distill.app.recipe import load
+from distill.core.hub import card_metadata
+from distill.shards.shards import LabelDataset, verify
+from distill.students import checkpoint
+from tests.app.test_renamed import RECIPE
+from tests.labelling.formula import make_tar
+from tests.students.tiny import tiny
+
+
+@pytest.mark.parametrize(
+    ("terms", "allowed"),
+    [
+        ("my own photographs", True),
+        ("CC BY 4.0", True),
+        ("CC0", True),
+        ("CC BY-ND 4.0", False),
+        ("unknown", False),
+        ("", False),
+        ("SA-1B: research only", False),
+        ("MIT, for academic use", False),
+    ],
+)
+def test_what_a_licence_lets_go(terms, allowed):
+    assert may_share(terms) is allowed
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    make_tar(folder / "sa_0.tar")
+    path = folder / "r.toml"
+    path.write_text(RECIPE.format(out=folder / "run", tars=folder / "sa_0.tar"))
+    assert main(["--quiet", "label", str(path)]) == 0
+    return build.labels_folder(load(path)), path
+
+
+def test_labels_without_their_photographs(labels, tmp_path):
+    folder, recipe = labels
+    out = tmp_path / "out"
+    assert main(["publish", "labels", str(folder), str(out), "--recipe", str(recipe)]) == 0
+    tars = sorted(out.glob("*.tar"))
+    names = [name for tar in tars for name in tarfile.open(tar).getnames()]
+    assert sum(name.endswith(".json") for name in names) == 7 and not any(name.endswith(".jpg") for name in names)
+    lines = [json.loads(line) for line in (out / "regions.jsonl").read_text().splitlines()]
+    assert len(lines) == 7
+    old = tarfile.open(folder / lines[0]["tar"])
+    assert lines[0]["region_sha256"] == hashlib.sha256(old.extractfile(f"{lines[0]['key']}.jpg").read()).hexdigest()
+    source = tarfile.open(recipe.parent / "sa_0.tar")
+    (name,) = [
+        n
+        for n in source.getnames()
+        if n.removeprefix("./").rpartition(".")[0] == lines[0]["image"] and not n.endswith(".json")
+    ]
+    photo = source.extractfile(name).read()
+    assert lines[0]["file_sha256"] == hashlib.sha256(photo).hexdigest() and lines[0]["crop"]["side"] > 0
+    card = card_metadata(out / "README.md")
+    assert card["configs"][0]["data_files"] == "*.tar" and "depth-estimation" in card["task_categories"]
+    text = (out / "README.md").read_text()
+    assert "The photographs are not here" in text and "| analytic |" in text and "WebDataset(" in text
+    assert str(recipe.parent) not in "".join(p.read_text() for p in out.glob("*.*") if p.suffix in (".md", ".json"))
+    assert check(out) == []
+    tars[0].write_bytes(tars[0].read_bytes()[:-1])
+    assert check(out) == [f"{tars[0].name} is not what its checksum says"]
+
+
+def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, capsys):
+    folder, _ = labels
+    out = tmp_path / "out"
+    assert main(["publish", "labels", str(folder), str(out), "--images", "include"]) == 0
+    assert verify(out) == [] and len(LabelDataset(out)) == 7 and check(out) == []
+    assert main(["publish", "labels", str(folder), str(tmp_path)]) == 2
+    assert "was not published by this command" in capsys.readouterr().err and out.is_dir()
+    assert main(["--json", "publish", "labels", str(folder), str(out), "--images", "include"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == "included"
+
+
+def test_a_student_with_scores_and_cost_on_its_card(tmp_path):
+    student = {"name": "mine", "licence": "what its teachers allow", "commercial": False}
+    rows = {"scores": [{"model": "student", "abs_rel": "0.1"}], "cost": [{"model": "student", "GFLOPs": "3"}]}
+    checkpoint.save(tiny("dpt").eval(), tmp_path / "s", card=student | rows)
+    out = tmp_path / "out"
+    assert main(["publish", "student", str(tmp_path / "s"), str(out)]) == 0
+    card = card_metadata(out / "README.md")
+    assert card["pipeline_tag"] == "depth-estimation" and card["license"] == "other" and card["license_name"]
+    text = (out / "README.md").read_text()
+    assert (
+        'load("OWNER/out")' in text
+        and "## Cost" in text
+        and "GFLOPs" in text
+        and "million parameters" in text
+        and "Without this package" in text
+    )
+    checkpoint.load(out)
+    assert "*.safetensors filter=lfs" in (out / ".gitattributes").read_text() and check(out) == []

@@ -1,0 +1,81 @@
+"""The page's server: a photo in, its files out, one line for what is no photo, nothing for strangers."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import threading
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.app import serve
+from distill.app.cli import main
+from distill.inference.api import Model
+from tests.inference.fake import Fake
+
+
+@pytest.fixture(scope="module")
+def address():
+    with serve.DepthServer(lambda: Model(Fake()), "a <model>", host="127.0.0.1", port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def ask(url: str, data: bytes | None = None, **headers: str) -> bytes:
+    with urllib.request.urlopen(urllib.request.Request(url, data, headers)) as answer:
+        return answer.read()
+
+
+def fault(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str]:
+    with pytest.raises(urllib.error.HTTPError) as found:
+        ask(url, data, **headers)
+    with found.value as answer:
+        return answer.code, json.loads(answer.read())["error"]
+
+
+def photo() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_photo_gives_its_files(address):
+    page = ask(address).decode()
+    assert "a &lt;model>" in page and "://" not in page.replace("http://www.w3.org", "")
+    said = json.loads(ask(f"{address}/predict", photo()))
+    assert (said["width"], said["height"], said["kind"], said["licence"]) == (30, 20, "affine_disparity", "CC0")
+    here = f"{address}/{said['id']}"
+    assert Image.open(io.BytesIO(ask(f"{here}/colour.png?cmap=turbo"))).size == (30, 20)
+    assert np.asarray(Image.open(io.BytesIO(ask(f"{here}/depth.png")))).max() == 65535
+    assert np.load(io.BytesIO(ask(f"{here}/depth.npy"))).shape == (20, 30)
+    assert struct.unpack_from("<4sI", ask(f"{here}/depth.glb?fov=70")) == (b"glTF", 2)
+    assert b"70 degrees" in ask(f"{here}/view.html?fov=70")
+
+
+def test_what_cannot_be_is_one_line(address, monkeypatch):
+    assert fault(f"{address}/predict", b"no photo")[0] == 400
+    code, told = fault(f"{address}/predict", photo(), Origin="http://elsewhere.example")
+    assert code == 403 and "another site" in told
+    key = json.loads(ask(f"{address}/predict", photo()))["id"]
+    for path, words in (
+        ("colour.png?cmap=x", "cmap must be"),
+        ("depth.glb?fov=999", "180"),
+        ("../x", "there are colour"),
+    ):
+        assert words in fault(f"{address}/{key}/{path}")[1]
+    for _ in range(serve.KEPT):
+        ask(f"{address}/predict", photo())
+    assert fault(f"{address}/{key}/depth.png") == (404, "this result is gone: give the photo again")
+    monkeypatch.setattr(serve, "MOST_BYTES", 10)
+    assert fault(f"{address}/predict", photo())[0] == 413
+
+
+def test_a_port_that_is_taken_is_told(address, capsys):
+    assert main(["serve", "--port", address.rpartition(":")[2]]) == 2
+    assert "give another --port" in capsys.readouterr().err

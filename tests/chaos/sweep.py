@@ -1,0 +1,101 @@
+"""Many small trials in one forked process: what each input came to, and going on behind one that hangs or crashes."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.trial import trial
+
+TOLD = (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError)
+"""What the command line tells in a line; anything else is a traceback."""
+BAD = ("traceback", "hang", "crash", "wrong")
+MEMORY = 24 << 30  # of address space: torch maps several GB that it never touches
+
+
+class WrongError(Exception):
+    """An input was accepted, and what came of it is not what was put in."""
+
+
+class _HungError(BaseException):
+    pass
+
+
+@dataclass
+class Counts:
+    """Outcomes of a part, and a line for each that is a fault."""
+
+    part: str
+    kinds: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, what: str, said: str = "") -> None:
+        """Count one."""
+        self.kinds[kind] += 1
+        if kind in BAD:
+            self.faults.append(f"{self.part}: {kind}: {what}: {said.strip()[-600:]}")
+
+
+def sweep(counts: Counts, items: Sequence[tuple[str, Any]], judge: Callable[[Any], object], *, limit: int = 20) -> None:
+    """Give each of (name, item) to `judge` in a child, which may take `limit` seconds over one.
+
+    judge: returns for what is accepted, raises WrongError for what is accepted wrongly, and one of TOLD for a refusal.
+    """
+    done = 0
+    while done < len(items):
+        outcome = trial(lambda start=done: _child(items[start:], judge, limit), limit=limit * 3.0 + 2 * len(items))
+        seen = [json.loads(line[1:]) for line in outcome.said.splitlines() if line.startswith("@[")]
+        for (name, _), (kind, said) in zip(items[done:], seen, strict=False):
+            counts.add(kind, name, said)
+        done += len(seen)
+        if done < len(items) and outcome.rc != 0:
+            counts.add("hang" if outcome.kind == "hang" else "crash", items[done][0], outcome.said)
+            done += 1
+
+
+def _child(items: Sequence[tuple[str, Any]], judge: Callable[[Any], object], limit: int) -> int:
+    def hung(*_: object) -> None:
+        raise _HungError
+
+    signal.signal(signal.SIGALRM, hung)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
+    for _, item in items:
+        signal.alarm(limit)
+        kind, said = _judged(item, judge)
+        signal.alarm(0)
+        os.write(1, f"\n@{json.dumps([kind, said])}\n".encode())
+    return 0
+
+
+def _judged(item: Any, judge: Callable[[Any], object]) -> tuple[str, str]:
+    try:
+        judge(item)
+        return "accepted", ""
+    except WrongError as error:
+        return "wrong", str(error)
+    except _HungError:
+        return "hang", ""
+    except TOLD as error:
+        return ("told", "") if str(error) or isinstance(error, MemoryError) else ("traceback", repr(error))
+    except Exception:  # noqa: BLE001, that is what is looked for
+        return "traceback", traceback.format_exc()
+
+
+def rounds(minutes: float, parts: Sequence[Iterator[object]]) -> None:
+    """Take a step of each part in turn, until so many minutes are over or no part has another."""
+    import time
+
+    end, alive = time.monotonic() + 60 * minutes, list(parts)
+    while alive and time.monotonic() < end:
+        for part in list(alive):
+            if time.monotonic() >= end:
+                break
+            if next(part, None) is None:
+                alive.remove(part)

@@ -1,0 +1,243 @@
+"""Labelling workers under everything that a cluster does to them: the labels must be one worker's, to the byte.
+
+    python -m tests.chaos.workers [--kills 100] [--seed 0] [--workers 2]
+
+Two workers at a time label twelve tiny tars and are killed at random moments, put to sleep for longer than their lease
+lasts and woken again; leases are stolen and removed; clocks jump by an hour either way, in the processes and in the
+times of lease files; the disk is full now and then; renames are lost, said to be done and not done, or done and said
+not to be. When the folder is finished it is compared with one worker's, and the next round begins, until so many were
+killed. It prints what happened, and ends in 1 where a byte differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from distill.core import files
+from distill.data import sources
+from distill.labelling.board import Place
+from distill.labelling.leases import NOTES, SUFFIX
+from distill.labelling.meeting import Folder
+from distill.labelling.settings import LabelSettings
+from distill.labelling.worker import work
+from distill.shards import shards
+from distill.shards.shards import read_manifest, verify
+from tests.labelling.formula import CROPS, Formula, contents, make_tar, run
+
+LEASE_S = 1.0
+TARS, PHOTOS = 12, 9
+
+
+def images(root: Path) -> list[sources.InputShard]:
+    return sources.tars(str(root / "sa_*.tar"))
+
+
+# --- in the worker ----------------------------------------------------------------------------------------------------
+
+
+def break_things(rng: random.Random, log: Path) -> None:
+    """Replace what reaches clock and disk by what sometimes goes wrong."""
+    from filelock._soft import _lease
+
+    def count(what: str) -> None:
+        with log.open("a") as file:
+            file.write(f"{what}\n")
+
+    plain_time, plain_publish, plain_write = time.time, files.publish, shards._Hashing.write
+    jump = [0.0]
+
+    def jumping() -> float:
+        if rng.random() < 0.02:
+            jump[0] = rng.choice([-3600.0, 0.0, 3600.0])
+            count("clock jumps")
+        return plain_time() + jump[0]
+
+    def touch(name: str, *, fd: int) -> None:
+        now = jumping()
+        os.utime(fd, (now, now))
+
+    def publish(new: Path, path: Path) -> None:
+        fate = rng.random()
+        if fate < 0.02 and path.suffix in (".tar", ".json"):
+            count("renames lost")
+            return
+        plain_publish(new, path)
+        if fate > 0.98:
+            count("renames done and said not to be")
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(new))
+
+    def write(self: shards._Hashing, data: bytes) -> int:
+        if rng.random() < 0.001:
+            count("full disks")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain_write(self, data)
+
+    time.time, _lease.touch, files.publish = jumping, touch, publish
+    shards._Hashing.write = write  # type: ignore[method-assign]
+
+
+def one(root: str, out: str, seed: int) -> None:
+    """A worker's process."""
+    torch.set_num_threads(1)
+    rng = random.Random(seed)
+    here = Path(out)
+    log = Path(root) / "log"
+    break_things(rng, log)
+    from distill.labelling import worker as module
+
+    plain = module._Worker.close
+
+    def close(self: module._Worker, opened: object, place: Place, claim: object) -> None:
+        before = self.lost
+        plain(self, opened, place, claim)  # type: ignore[arg-type]
+        with log.open("a") as file:
+            file.write("leases noticed lost\n" if self.lost > before else f"made {place.name}\n")
+
+    module._Worker.close = close  # type: ignore[method-assign]
+    try:
+        work(
+            images(Path(root)),
+            [("formula", Formula(wait=0.02))],
+            out=here,
+            crops=CROPS,
+            labels=LabelSettings(samples_per_part=3, threads=1),
+            meeting=Folder(here, lease_s=LEASE_S),
+            poll_s=0.1,
+        )
+    except OSError as error:
+        if "No space left" not in str(error) and "No such file" not in str(error):
+            raise
+        os._exit(3)  # a worker ends; its scheduler starts another
+
+
+# --- in the parent ----------------------------------------------------------------------------------------------------
+
+
+def steal(out: Path, rng: random.Random) -> str:
+    """Take a lease away from whoever has it: its file goes, or is another machine's that will never say a word."""
+    leases = list((out / NOTES).glob(f"*{SUFFIX}")) if (out / NOTES).is_dir() else []
+    if not leases:
+        return ""
+    marker = rng.choice(leases)
+    with contextlib.suppress(OSError):
+        if rng.random() < 0.5:
+            marker.unlink()
+            return "leases removed"
+        other = marker.with_name(f".{marker.name}.other")
+        record = f"filelock/2\npid=7\nhost=elsewhere\nmode=lease\ntoken={rng.random()}\nduration={LEASE_S!r}\n"
+        other.write_text(record)
+        other.replace(marker)
+        return "leases stolen"
+    return ""
+
+
+class Chaos:
+    """Rounds of labelling until so many workers were killed."""
+
+    def __init__(self, root: Path, workers: int, seed: int) -> None:
+        self.root, self.workers, self.rng = root, workers, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["distill.labelling.worker", "tests.labelling.formula"])
+        self.asleep: dict[int, float] = {}
+
+    def start(self, out: Path) -> BaseProcess:
+        process = self.context.Process(target=one, args=(str(self.root), str(out), self.rng.randrange(1 << 30)))
+        process.start()
+        self.counts["workers started"] += 1
+        return process
+
+    def round(self, out: Path, kills: int) -> None:
+        """Until the folder is finished; nobody is killed any more once so many were."""
+        alive: list[BaseProcess] = []
+        while True:
+            ended = [process for process in alive if process.exitcode is not None]
+            alive = [process for process in alive if process.exitcode is None]
+            for process in ended:
+                process.join()
+                self.counts[f"workers that ended with {process.exitcode}"] += process.exitcode not in (0, -9)
+            if (out / "manifest.json").is_file() and not alive:
+                return
+            while len(alive) < self.workers and not (out / "manifest.json").is_file():
+                alive.append(self.start(out))
+            time.sleep(self.rng.uniform(0.02, 0.3))
+            now = time.monotonic()
+            for pid in [pid for pid, until in self.asleep.items() if until < now]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGCONT)
+                del self.asleep[pid]
+            if self.counts["killed"] >= kills or not alive:
+                continue
+            victim, fate = self.rng.choice(alive), self.rng.random()
+            if victim.pid is None or victim.exitcode is not None:
+                continue
+            if fate < 0.35:
+                os.kill(victim.pid, signal.SIGKILL)
+                self.counts["killed"] += 1
+                self.asleep.pop(victim.pid, None)
+            elif fate < 0.45 and victim.pid not in self.asleep:
+                os.kill(victim.pid, signal.SIGSTOP)
+                self.counts["put to sleep beyond their lease"] += 1
+                self.asleep[victim.pid] = now + 2.5 * LEASE_S
+            elif fate < 0.6 and (what := steal(out, self.rng)):
+                self.counts[what] += 1
+
+    def play(self, kills: int) -> bool:
+        for number in range(TARS):
+            make_tar(self.root / f"sa_{number}.tar", count=PHOTOS, first=PHOTOS * number, bad=(PHOTOS * number + 2,))
+        run(images(self.root), self.root / "one", Formula(), crops_per_image=1, samples_per_part=3)
+        whole, good = contents(self.root / "one"), True
+        parts = len([name for name in whole if name.endswith(".json")]) - 2
+        while self.counts["killed"] < kills and good:
+            (self.root / "log").unlink(missing_ok=True)
+            out = self.root / f"out{self.counts['rounds']}"
+            self.round(out, kills)
+            self.counts["rounds"] += 1
+            lines = (self.root / "log").read_text().splitlines()
+            made = Counter(line for line in lines if line.startswith("made "))
+            self.counts.update(line for line in lines if not line.startswith("made "))
+            self.counts["parts made again by another"] += sum(made.values()) - len(made)
+            run(images(self.root), out, Formula(wait=9.0), crops_per_image=1, samples_per_part=3)  # finds nothing to do
+            seen = contents(out)
+            differ = sorted(name for name in {*seen, *whole} if seen.get(name) != whole.get(name))
+            problems = verify(out)
+            keys = read_manifest(out)["images"]["keys"]
+            good = not differ and not problems and len(keys) == len(set(keys)) == TARS * (PHOTOS - 1)
+            self.counts["parts compared"] += parts
+            for line in [*(f"differs: {name}" for name in differ), *problems]:
+                print(line)
+        return good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        chaos = Chaos(Path(folder), args.workers, args.seed)
+        good = chaos.play(args.kills)
+    for what, count in sorted(chaos.counts.items()):
+        if count:
+            print(f"{count:6d}  {what}")
+    print(f"{time.monotonic() - begun:6.0f}  seconds; {'every byte is one worker’s' if good else 'BYTES DIFFER'}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,144 @@
+"""Published data sets: layouts, units, what means nothing, the index, and what bad files say."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+
+from distill.core.depth import Kind
+from distill.core.plugins import find
+from distill.data import published
+from distill.data.datasets import FOLDER, _index
+from distill.data.photos import BadImageError
+from tests.data.layouts import WRITERS, hypersim, hypersim_prepared, tartanair
+
+# Rounded as each format rounds: float16, centimetres, millimetres.
+OFF = {"hypersim": 2e-3, "virtual_kitti2": 6e-3}
+
+
+def frames(count=2, height=24, width=32):
+    """Images that differ, and slanted depth of 1 to 9 m with a hole at the top left: nothing is symmetrical."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        y, x = np.mgrid[:height, :width]
+        depth = (1.0 + number + 0.1 * x + 0.2 * y).astype(np.float32)
+        depth[:4, :6] = 0
+        made.append((rng.integers(0, 255, (height, width, 3), dtype=np.uint8), depth))
+    return made
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_a_data_set_in_its_authors_layout_is_read_in_its_units(name, tmp_path):
+    made = frames()
+    WRITERS[name](tmp_path, made)
+    done = _index.write(name, tmp_path)
+    assert (done.rows, done.groups, done.alone, done.resumed) == (2, 1, 0, 0)
+    [shard] = published.dataset(name, tmp_path)
+    facts = find(FOLDER, name).FACTS
+    for (_, depth), row, entry in zip(made, _index.read(name, tmp_path), shard.scan().entries, strict=True):
+        photo = entry.load()
+        truth = photo.truth
+        assert truth is not None and truth.kind == facts.kind
+        assert np.array_equal(truth.valid[0].numpy(), depth > 0)
+        off = np.abs(truth.values[0].numpy() - depth)[depth > 0]
+        assert off.max() <= OFF.get(name, 1e-5) * depth.max()
+        assert row.focal == pytest.approx(facts.focal or 575.5)
+
+
+def test_hypersim_of_the_prepared_layout_and_its_splits(tmp_path):
+    made = frames(1)
+    hypersim_prepared(tmp_path / "a", made)
+    _index.write("hypersim", tmp_path / "a")
+    [row] = _index.read("hypersim", tmp_path / "a")
+    values, valid = find(FOLDER, "hypersim").read(tmp_path / "a", row)
+    assert np.abs(values - made[0][1])[valid].max() < 6e-4 and row.split == "train"
+
+    hypersim(tmp_path / "b", frames(3))
+    head = "scene_name,camera_name,frame_id,included_in_public_release,exclude_reason,split_partition_name\n"
+    lines = "ai_001_001,cam_00,0,True,,train\nai_001_001,cam_00,1,False,bad,\nai_001_001,cam_00,2,True,,val\n"
+    (tmp_path / "b" / "metadata_images_split_scene_v1.csv").write_text(head + lines)
+    _index.write("hypersim", tmp_path / "b")
+    assert [row.split for row in _index.read("hypersim", tmp_path / "b")] == ["train", "val"]
+
+
+def test_a_killed_walk_goes_on_and_ends_in_the_same_bytes(tmp_path, monkeypatch):
+    for world in ("ocean", "hospital", "soulcity"):
+        tartanair(tmp_path, frames(1), world)
+    whole = _index.write("tartanair", tmp_path).path.read_bytes()
+    plugin = find(FOLDER, "tartanair")
+    asked, rows = [], plugin.rows
+
+    def killed(root, group):
+        asked.append(group)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return rows(root, group)
+
+    monkeypatch.setattr(plugin, "rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        _index.write("tartanair", tmp_path, tmp_path / "again.tsv")
+    aside = tmp_path / ".again.tsv.partial"
+    aside.write_text(aside.read_text() + "half a li")
+    done = _index.write("tartanair", tmp_path, tmp_path / "again.tsv")
+    assert done.resumed == 2 and len(asked) == 4 and done.path.read_bytes() == whole
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_lists_name_images_by_the_index_or_as_published_lists_do(tmp_path):
+    WRITERS["irs"](tmp_path, frames(3))
+    _index.write("irs", tmp_path)
+    line = "IRSDataset/Home/ArchVizInterior03/l_3.png IRSDataset/Home/ArchVizInterior03/r_3.png"
+    chosen = _index.read("irs", tmp_path, names=[line, "IRSDataset/Home/ArchVizInterior03/1"])
+    assert [row.rgb[-7:] for row in chosen] == ["l_3.png", "l_1.png"]
+    with pytest.raises(ValueError, match=r"has no l_9.png \(1 names unknown, 3 known\)"):
+        _index.read("irs", tmp_path, names=["l_9.png"])
+
+
+def test_metres_are_cut_at_the_far_plane_and_unknown_scales_are_not(tmp_path):
+    for name, left in (("tartanair", 0.5), ("blendedmvs", 1.0)):
+        WRITERS[name](tmp_path / name, frames(1))
+        _index.write(name, tmp_path / name)
+        [shard] = published.dataset(name, tmp_path / name)
+        every = shard.scan().entries[0].load().truth
+        [near] = published.within([shard], float(np.median(every.values[every.valid])))
+        share = near.scan().entries[0].load().truth.valid.sum() / every.valid.sum()
+        assert float(share) == pytest.approx(left, abs=0.05)
+    assert find(FOLDER, "blendedmvs").FACTS.kind == Kind.SCALE_DEPTH
+
+
+def test_bad_files_end_in_one_line_that_names_them(tmp_path):
+    hypersim(tmp_path, frames(5))
+    depths = tmp_path / "ai_001_001/images/scene_cam_00_geometry_hdf5"
+    _index.write("hypersim", tmp_path)
+    cut = depths / "frame.0000.depth_meters.hdf5"
+    cut.write_bytes(cut.read_bytes()[:900])
+    (depths / "frame.0001.depth_meters.hdf5").unlink()
+    (depths / "frame.0002.depth_meters.hdf5").write_bytes(b"<html>404</html>")
+    small = frames(1, 12, 32)
+    hypersim(tmp_path / "other", small)
+    odd = tmp_path / "other/ai_001_001/images/scene_cam_00_geometry_hdf5/frame.0000.depth_meters.hdf5"
+    (depths / "frame.0003.depth_meters.hdf5").write_bytes(odd.read_bytes())
+    with h5py.File(depths / "frame.0004.depth_meters.hdf5", "r+") as file:
+        file["dataset"][...] = file["dataset"][()] * 3000
+    said = []
+    for entry in published.dataset("hypersim", tmp_path)[0].scan().entries:
+        with pytest.raises(BadImageError) as error:
+            entry.load()
+        said.append(str(error.value))
+    for number, words in enumerate(
+        ("truncated", "no such file", "not a readable .hdf5", "32 x 12, the image is 32 x 24", "another unit")
+    ):
+        assert f"frame.{number:04d}.depth_meters.hdf5" in said[number] and words in said[number]
+        assert "\n" not in said[number]
+
+
+def test_a_root_or_an_index_that_is_not_there_says_what_to_do(tmp_path):
+    with pytest.raises(FileNotFoundError, match="`distill index irs .*` writes it"):
+        _index.read("irs", tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing of IRS lies there; its layout is: .*l_N.png"):
+        _index.write("irs", tmp_path)
+    (tmp_path / "INDEX.irs.tsv").write_text("name\trgb\tdepth\tfocal\tsplit\na\t../../x.png\td\t\t\n")
+    with pytest.raises(ValueError, match="line 2 is damaged .its path climbs out"):
+        _index.read("irs", tmp_path)

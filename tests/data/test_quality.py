@@ -1,0 +1,104 @@
+"""The data filter's scores: their formulas by another road, their edges, and what each is to find."""
+
+from __future__ import annotations
+
+import math
+
+import cv2
+import numpy as np
+import pytest
+
+from distill.data.quality import SCORES, continuity, depth_scores, image_scores
+
+YES = np.ones((40, 60), bool)
+
+
+def plainly(depth, valid):
+    """s_dist and s_grad by loops over bins and pixels, as the paper writes them."""
+    values = depth[valid].astype(np.float64)
+    count, k = len(values), 20
+    numbers = np.histogram(values, k, (values.min(), values.max()))[0]
+    even = count / k
+    chi2 = sum((n - even) ** 2 / even for n in numbers)
+    peak = max(numbers) / count
+    concentration = 1 if peak <= 2 / k else 1 - min(1, (peak - 2 / k) / (0.5 - 2 / k))
+    s_dist = 0.5 * math.exp(-chi2 / count) + 0.3 * concentration + 0.2 * (numbers > 0).sum() / k
+    lengths = []
+    for y in range(1, depth.shape[0] - 1):
+        for x in range(1, depth.shape[1] - 1):
+            if valid[y, x] and valid[y - 1, x] and valid[y + 1, x] and valid[y, x - 1] and valid[y, x + 1]:
+                across, down = (depth[y, x + 1] - depth[y, x - 1]) / 2, (depth[y + 1, x] - depth[y - 1, x]) / 2
+                lengths.append(math.hypot(across, down))
+    inner = sorted(lengths)[: len(lengths) - len(lengths) // 10]
+    return s_dist, 1 / (1 + np.std(inner) / np.mean(inner))
+
+
+@pytest.mark.parametrize("holes", [0.0, 0.3])
+def test_the_scores_are_the_papers_formulas(holes):
+    rng = np.random.default_rng(1)
+    depth = np.exp(rng.normal(1, 0.5, (40, 60))).astype(np.float32)
+    depth = cv2.GaussianBlur(depth, (0, 0), 2)
+    valid = rng.random(depth.shape) >= holes
+    depth[~valid] = np.nan
+    found = depth_scores(np.where(valid, depth, -5), valid)
+    s_dist, s_grad = plainly(depth, valid)
+    assert found["s_dist"] == pytest.approx(s_dist, abs=2e-3) and found["s_grad"] == pytest.approx(s_grad, abs=1e-4)
+    assert found["total"] == pytest.approx((found["s_dist"] + found["s_grad"]) / 2)
+    assert found["valid"] == pytest.approx(valid.mean())
+
+
+def test_the_ends_of_the_scores():
+    slope = np.linspace(1, 5, 60, dtype=np.float32)[None].repeat(40, 0)
+    even = depth_scores(slope, YES)
+    assert even["s_dist"] == pytest.approx(1.0, abs=1e-3) and even["s_grad"] == pytest.approx(1.0, abs=1e-3)
+    constant = depth_scores(np.full((40, 60), 3, np.float32), YES)
+    assert constant["s_dist"] == pytest.approx(0.5 * math.exp(-19) + 0.2 / 20) and constant["s_grad"] == 0
+    two = depth_scores(np.where(np.arange(60) < 30, 1, 9)[None].repeat(40, 0).astype(np.float32), YES)
+    assert two["concentration"] == pytest.approx(0.0) and two["range"] == 0.1
+    nothing = depth_scores(slope, np.zeros_like(YES))
+    assert nothing["valid"] == 0 and math.isnan(nothing["s_dist"]) and math.isnan(nothing["s_grad"])
+    few = ~YES
+    few[5, ::2] = True  # no pixel has its four neighbours
+    assert math.isnan(continuity(slope, few, int(few.sum())))
+
+
+def test_steps_at_the_largest_tenth_do_not_count_and_noise_does():
+    y, x = np.mgrid[:40, :60]
+    depth = (1 + 0.05 * x).astype(np.float32)
+    stepped = depth + 3 * (x > 30)
+    noisy = depth + np.random.default_rng(0).normal(0, 0.2, depth.shape).astype(np.float32)
+    of = [depth_scores(d.astype(np.float32), YES)["s_grad"] for d in (depth, stepped, noisy)]
+    assert of[0] > 0.99 and of[1] > 0.99 and of[2] < 0.75
+
+
+def test_noise_that_s_grad_likes_is_rough():
+    y, x = np.mgrid[:80, :120]
+    room = np.minimum(2 + 0.01 * x + 0.03 * np.abs(y - 40), 3 + 0.001 * y).astype(np.float32)  # planes of other slopes
+    yes = np.ones(room.shape, bool)
+    noisy = room * np.exp(np.random.default_rng(0).normal(0, 0.3, room.shape)).astype(np.float32)
+    clean, spoilt = (depth_scores(depth, yes) for depth in (room, noisy))
+    assert spoilt["s_grad"] > clean["s_grad"], "so the score keeps what is noise"
+    assert clean["roughness"] < 0.01 and spoilt["roughness"] > 3
+    half = yes.copy()
+    half[:, ::2] = False
+    assert math.isnan(depth_scores(room, half)["roughness"])
+    assert depth_scores(7 * noisy + 3, yes)["roughness"] == pytest.approx(spoilt["roughness"], rel=1e-3)
+
+
+def test_depth_edges_without_image_edges_sky_and_blur_are_seen():
+    y, x = np.mgrid[:80, :120]
+    near = (x > 40) & (x < 80) & (y > 30)
+    depth = np.where(near, 2.0, 8.0).astype(np.float32)
+    valid = y > 10  # above: sky
+    image = np.where(near[..., None], 200, 60).astype(np.uint8).repeat(3, -1)
+    shifted = np.roll(image, 20, axis=1)
+    right, wrong = (image_scores(i, depth, valid, larger_is_nearer=False) for i in (image, shifted))
+    assert right["edges"] < 0.15 < 0.4 < wrong["edges"]
+    flat = image_scores(np.full_like(image, 90), depth, valid, larger_is_nearer=False)
+    assert flat["edges"] == pytest.approx(0.5)
+    blurred = image_scores(cv2.GaussianBlur(image, (0, 0), 4), depth, valid, larger_is_nearer=False)
+    assert blurred["sharpness"] < 0.1 * right["sharpness"]
+    far = image_scores(image, np.where(near, 2.0, 5.0).astype(np.float32) + y / 30, valid, larger_is_nearer=False)
+    assert far["sky"] == pytest.approx(11 / 80, abs=0.02)
+    assert math.isnan(image_scores(image, np.ones_like(depth), valid, larger_is_nearer=True)["edges"])
+    assert {"edges", "sky", "sharpness"} <= set(SCORES)

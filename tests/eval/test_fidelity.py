@@ -1,0 +1,67 @@
+"""Fidelity and local alignment on maps whose answer is known, and what a run's report says of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from distill.app.local_gain import summary
+from distill.core.depth import DepthMap, Kind
+from distill.eval.benchmarks import BenchmarkSample
+from distill.eval.compare import PROTOCOL
+from distill.eval.fidelity import fidelity
+from distill.eval.local import LocalError, central, local_error
+from distill.eval.protocol import Protocol
+from distill.eval.reports.fidelity import fidelity_section, scatter
+
+CLEAN = Protocol(benchmark="maps", max_depth=80.0, num_images=1)
+
+
+def a_sample(depth: np.ndarray) -> BenchmarkSample:
+    truth = DepthMap(torch.tensor(depth)[None], torch.ones(1, *depth.shape, dtype=torch.bool), Kind.METRIC_DEPTH)
+    return BenchmarkSample("a", "a.npy", lambda: torch.zeros(3, *depth.shape), lambda: truth)
+
+
+def stored(folder, values: np.ndarray) -> None:
+    folder.mkdir(parents=True)
+    np.save(folder / "a.npy", values.astype(np.float32))
+    table = {"model": "m", "kind": "affine_disparity", "settings": {}}
+    (folder / "settings.json").write_text(json.dumps(table))
+
+
+def test_a_student_that_copies_its_teacher_is_faithful_and_no_better(tmp_path):
+    rng = np.random.default_rng(0)
+    depth = rng.uniform(1, 9, (16, 16)).astype(np.float32)
+    wrong = 1 / (depth * rng.uniform(0.7, 1.4, depth.shape).astype(np.float32))
+    stored(tmp_path / "teacher", wrong)
+    stored(tmp_path / "copy", 3 * wrong - 7)  # the same but for scale and shift
+    stored(tmp_path / "right", 1 / depth)
+    samples = [a_sample(depth)]
+    copy = fidelity(tmp_path / "copy", tmp_path / "teacher", samples, CLEAN)
+    right = fidelity(tmp_path / "right", tmp_path / "teacher", samples, CLEAN)
+    assert copy["abs_rel"] < 1e-3 and copy["delta1"] == 1.0 and copy["boundary_f1"] == pytest.approx(1.0)
+    assert right["abs_rel"] > 0.1 and right["boundary_f1"] < copy["boundary_f1"]  # right, and so unlike its teacher
+    assert copy["images"] == 1 and all(a == pytest.approx(b, rel=1e-2) for a, b in copy["points"])
+    assert fidelity(tmp_path / "copy", tmp_path / "nobody", samples, CLEAN) is None
+    (tmp_path / "fidelity").mkdir()
+    table = {"benchmark": "maps", "student": "student", "teacher": "dav2", **right}
+    (tmp_path / "fidelity" / "maps--dav2.json").write_text(json.dumps(table))
+    html = fidelity_section(tmp_path, [])
+    assert "dav2" in html and html.count("<circle") > 10 and f"{right['abs_rel']:.4f}" in html
+    assert scatter("nothing", []) == ""
+
+
+def test_a_fault_elsewhere_spoils_the_global_alignment_of_a_part_and_not_the_local_one():
+    rows, columns = central(32, 32)
+    depth = np.linspace(2, 8, 32 * 32, dtype=np.float32).reshape(32, 32)
+    pred = 1 / depth
+    pred[:8] *= 3  # outside of the part
+    truth = DepthMap(torch.tensor(depth)[None], torch.ones(1, 32, 32, dtype=torch.bool), Kind.METRIC_DEPTH)
+    found = local_error(pred, truth, Kind.AFFINE_DISPARITY, PROTOCOL, patch=5 / depth[rows, columns] + 1)
+    assert found.globally > 0.1 and found.locally < 1e-3 and found.patch < 1e-3
+    row = summary([found, found])
+    assert row["gain"][0] == pytest.approx(1 - found.locally / found.globally) and row["gain"][1] < 1e-9
+    assert row["images"] == 2 and summary([LocalError(0.2, 0.1)])["patch"] is None  # a model that is looked up

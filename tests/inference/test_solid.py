@@ -1,0 +1,106 @@
+"""Maps in three dimensions: points where they should be, no skin over a jump, files that strangers' readers open."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.app.cli import main
+from distill.inference import predict, solid
+from tests.inference.fake import Fake, call, grey, shoot, silent
+
+RGB = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+
+
+def two_walls():
+    """A wall at 2 m, and left of column 10 one at 1 m; a hole."""
+    z = np.full((20, 30), 2.0, np.float32)
+    z[:, :10] = 1.0
+    valid = np.ones(z.shape, bool)
+    valid[5, 20] = False
+    return z, valid
+
+
+def test_a_surface_is_cut_at_jumps_and_holes():
+    z, valid = two_walls()
+    shape = solid.surface(z, valid, solid.camera(60, None, 20, 30))
+    depths = shape.points[shape.faces][..., 2]
+    assert np.ptp(depths, axis=1).max() == 0, "no triangle spans the step"
+    # Of 19 x 29 quads, 19 lie on the step; a hole takes six triangles.
+    assert len(shape.faces) == 2 * 19 * 28 - 6 and len(shape.points) == 20 * 30 - 1
+    across = np.cross(*(shape.points[shape.faces[:, k]] - shape.points[shape.faces[:, 0]] for k in (1, 2)))
+    assert (across[:, 2] < 0).all(), "every triangle looks at the camera"
+    slope = np.linspace(1, 3, 20, dtype=np.float32)[:, None].repeat(30, 1)
+    assert len(solid.surface(slope, np.ones_like(slope, bool), solid.camera(60, None, 20, 30), jump=0.2).faces) == 1102
+
+
+def test_glb_is_gltf_and_ply_is_ply():
+    z, valid = two_walls()
+    lens = solid.camera(None, [[20, 0, 15], [0, 20, 10], [0, 0, 1]], 20, 30)
+    data = solid.glb(solid.surface(z, valid, lens), RGB, "metres")
+    magic, version, total, length, kind = struct.unpack_from("<4sIII4s", data)
+    assert (magic, version, total, kind) == (b"glTF", 2, len(data), b"JSON") and length % 4 == 0
+    scene, body = json.loads(data[20 : 20 + length]), data[28 + length :]
+    place, _, faces = scene["accessors"]
+    view = scene["bufferViews"][0]
+    points = np.frombuffer(body, "<f4", 3 * place["count"], view["byteOffset"]).reshape(-1, 3)
+    assert np.allclose(points.min(0), place["min"]) and np.allclose(points.max(0), place["max"])
+    assert (points[:, 2] < 0).all() and points[0, 1] > 0, "y up, z backward"
+    view = scene["bufferViews"][2]
+    index = np.frombuffer(body, "<u4", faces["count"], view["byteOffset"])
+    assert index.max() == place["count"] - 1 and len(body) == scene["buffers"][0]["byteLength"]
+    view = scene["bufferViews"][3]
+    assert Image.open(io.BytesIO(body[view["byteOffset"] :][: view["byteLength"]])).size == (30, 20)
+
+    points = solid.cloud(z, valid, RGB, lens)
+    head, _, rows = solid.ply(points, "a\nb").partition(b"end_header\n")
+    assert b"element vertex 599\n" in head and b"comment a b\n" in head and len(rows) == 15 * 599
+    assert np.allclose(np.frombuffer(rows[:12], "<f4"), points.points[0]) and tuple(rows[12:15]) == tuple(RGB[0, 0])
+
+
+def test_the_camera_is_told_or_read_or_assumed(tmp_path):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA405] = 28
+    Image.fromarray(RGB).save(tmp_path / "phone.jpg", exif=exif)
+    Image.fromarray(RGB).save(tmp_path / "plain.jpg")
+    lens = solid.Lens().of(tmp_path / "phone.jpg", 24, 36)
+    assert lens.fx == pytest.approx(28) and "EXIF: 28 mm" in lens.told  # as large as film: a pixel a millimetre
+    assert "assumed" in solid.Lens().of(tmp_path / "plain.jpg", 24, 36).told
+    assert solid.Lens(fov=90).of(tmp_path / "phone.jpg", 24, 36).fx == pytest.approx(18)
+
+
+def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
+    photo, out = tmp_path / "a <b>.png", tmp_path / "out"
+    Image.fromarray(RGB).save(photo)
+    assert call(Fake(), photo, out=out, formats=["ply", "glb", "view"]) == (1, 0, [])
+    html = (out / "a <b>_view.html").read_text()
+    assert "a &lt;b>" in html and not re.search(r"https?://|src=|import", html)
+    facts = json.loads(re.search(r"const data = (.*);", html)[1])
+    assert facts["count"] == 600 and facts["half"][0] == pytest.approx(np.tan(np.radians(30)))
+    jobs = predict.find([str(photo)], out=out)
+    with pytest.raises(ValueError, match="predictions with another camera"):
+        predict.run(Fake(), jobs, out=out, formats=["ply"], report=silent, lens=solid.Lens(fov=90))
+    assert predict.run(Fake(), jobs, out=out, formats=["npy"], report=silent).written == 1
+    shoot(tmp_path / "v.mp4", 2)
+    assert "a video has no ply" in call(Fake(), tmp_path / "v.mp4", out=out, formats=["ply"])[2][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--fov", "60"], "--fov: of three dimensions"),
+        (["--write", "ply", "--fov", "190"], "between 0 and 180"),
+        (["--write", "ply", "--far", "0.5"], "--far must be above 1"),
+        (["--write", "glb", "--fov", "60", "--intrinsics", "1", "1", "0", "0"], "keep one"),
+    ],
+)
+def test_a_camera_that_cannot_be_is_told(tmp_path, capsys, words, told):
+    grey(tmp_path / "a.png", 9)
+    assert main(["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "o"), *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "o").exists()

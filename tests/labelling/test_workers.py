@@ -1,0 +1,233 @@
+"""Any number of workers, which come, go, die and fall asleep, make one worker's bytes."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from distill.core import files
+from distill.labelling import leases, worker
+from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
+from distill.labelling.lock import RunLockedError, run_lock
+from distill.labelling.meeting import Folder
+from distill.labelling.objects import Objects
+from distill.labelling.run import LabelSettings
+from distill.labelling.standing import standing
+from distill.shards.shards import ShardWriter, verify
+from tests.labelling.formula import CROPS, Formula, contents, run
+
+LEASE = 0.4
+
+
+def work(tars, out, teacher=None, *, lease_s=LEASE, meeting=None, **options):
+    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | given))
+    crops = replace(CROPS, crops_per_image=options.pop("crops_per_image", 2))
+    place = meeting or Folder(Path(out), lease_s=lease_s)
+    told = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
+    return worker.work(tars, [("formula", teacher or Formula())], **told)
+
+
+def no_flock(file, operation):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
+def test_workers_that_join_at_any_time_make_one_runs_bytes_on_a_disk_without_locks(tars, tmp_path, monkeypatch):
+    run(tars, tmp_path / "one", samples_per_part=2)
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    with ThreadPoolExecutor(3) as pool:
+        teachers = [Formula(wait=0.01) for _ in range(3)]
+        begun = [pool.submit(work, tars, tmp_path / "out", t, samples_per_part=2, lease_s=30.0) for t in teachers]
+        outcomes = [one.result() for one in begun]
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert sum(one.last and one.complete for one in outcomes) == 1
+    assert sum(one.parts for one in outcomes) == 10, "nothing twice"
+    late = work(tars, tmp_path / "out", Formula(wait=99), samples_per_part=2)
+    assert late.complete and late.parts == 0 and contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_what_a_dead_worker_had_is_taken_over_and_its_leftovers_go(tars, tmp_path):
+    run(tars, tmp_path / "one")
+    out = tmp_path / "out"
+    out.mkdir()
+    dead = FolderLeases(out / NOTES, seconds=LEASE).take("sa_0-000.tar")
+    dead.lease._stop_heartbeat()  # as a machine without power
+    (out / ".sa_0-000.tar.partial.0123").write_bytes(b"half")
+    (out / NOTES / "sa_1-000.tar.lease").touch()  # killed between making its marker and writing it
+    before = time.monotonic()
+    assert work(tars, out).complete
+    assert time.monotonic() - before >= LEASE
+    assert contents(out) == contents(tmp_path / "one")
+
+
+def test_a_worker_whose_lease_was_stolen_stops_writing(tars, tmp_path):
+    out, stolen = tmp_path / "out", []
+
+    class Slow(Formula):
+        def predict(self, images):
+            if not stolen:
+                (marker,) = (out / NOTES).glob("*.tar.lease")
+                marker.unlink()
+                stolen.append(FolderLeases(out / NOTES, seconds=LEASE).take(marker.name.removesuffix(".lease")))
+            elif len(self.sizes) == 2:  # the other one has finished with it
+                stolen[0].release()
+            return super().predict(images)
+
+    run(tars, tmp_path / "one")
+    checked = []
+    plain = leases._Held.check
+
+    def check(self):
+        try:
+            plain(self)
+        except LeaseLostError:
+            checked.append(self.lease.lock_file)
+            raise
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(leases._Held, "check", check)
+        assert work(tars, out, Slow()).complete
+    assert len(checked) == 1 and contents(out) == contents(tmp_path / "one")
+
+
+def test_a_slow_holder_cannot_rename_what_was_taken_over(tmp_path):
+    place = Folder(tmp_path, lease_s=LEASE)
+    slow = ShardWriter(tmp_path / "a-000.tar", suffix=".slow")
+    slow.add("k", [("k.json", b"{}")])
+    claim = place.take("a-000.tar")
+    place.begin("a-000.tar", claim)
+    slow.close()
+    with slow, pytest.raises(files.WriteError, match=r"cannot write .*a-000.tar"):
+        slow.publish()
+
+
+def test_a_rename_that_was_lost_is_made_good(tars, tmp_path, monkeypatch):
+    run(tars, tmp_path / "one")
+    plain, lost = files.publish, set()
+
+    def publish(new, path):
+        if path.name in ("sa_0-001.tar", "sa_1-000.json") and path.name not in lost:
+            lost.add(path.name)
+            if path.name == "sa_0-001.tar":
+                return  # said to be done
+            plain(new, path)
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", str(new))  # done, said not to be
+        plain(new, path)
+
+    monkeypatch.setattr(files, "publish", publish)
+    assert work(tars, tmp_path / "out").complete
+    assert len(lost) == 2 and contents(tmp_path / "out") == contents(tmp_path / "one")
+    assert verify(tmp_path / "out") == []
+
+
+def test_a_tar_that_has_grown_is_labelled_again_and_other_images_are_refused(tars, tmp_path):
+    whole = (tmp_path / "sa_1.tar").read_bytes()
+    run(tars, tmp_path / "one")
+    (tmp_path / "sa_1.tar").write_bytes(whole[:2500])
+    work(tars, tmp_path / "out")
+    (tmp_path / "sa_1.tar").write_bytes(whole)
+    (tmp_path / "out" / "manifest.json").unlink()
+    assert work(tars, tmp_path / "out").parts == 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    (tmp_path / "out" / "manifest.json").unlink()
+    (tmp_path / "sa_1.tar").write_bytes((tmp_path / "sa_0.tar").read_bytes())
+    with pytest.raises(ValueError, match="labelled from other images than"):
+        work(tars, tmp_path / "out")
+    with pytest.raises(ValueError, match="made with another samples_per_part"):
+        work(tars, tmp_path / "out", samples_per_part=2)
+
+
+def test_workers_and_a_run_that_wants_the_folder_for_itself_keep_apart(tars, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with run_lock(out, rank=0, world=1), pytest.raises(RunLockedError, match="is being labelled by process"):
+        work(tars, out)
+    claim = FolderLeases(out / NOTES).take("sa_0-000.tar")
+    with pytest.raises(RunLockedError, match="join it with distill label"):
+        run(tars, out)
+    claim.release()
+    assert run(tars, out).complete and not (out / NOTES).exists()
+
+
+def test_a_full_disk_ends_a_worker_and_leaves_no_lease(tars, tmp_path, monkeypatch):
+    run(tars, tmp_path / "one")
+    plain = files.publish
+
+    def publish(new, path):
+        if path.name == "sa_0-002.tar":
+            raise OSError(errno.ENOSPC, "No space left on device", str(new))
+        plain(new, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", publish)
+        with pytest.raises(OSError, match=r"sa_0-002.tar: No space left on device"):
+            work(tars, tmp_path / "out")
+    assert not list((tmp_path / "out" / NOTES).glob("*.lease"))
+    assert not list((tmp_path / "out").glob("*.partial*"))
+    assert work(tars, tmp_path / "out").complete and contents(tmp_path / "out") == contents(tmp_path / "one")
+
+
+def test_a_finer_tail_is_the_same_for_one_and_for_many(tars, tmp_path):
+    run(tars, tmp_path / "one", fine_tail=2)
+    work(tars, tmp_path / "out", fine_tail=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "one")
+    of = [json.loads((tmp_path / "one" / f"{stem}-000.json").read_bytes())["of"] for stem in ("sa_0", "sa_1")]
+    assert of == [4, 3]  # 7 images by twos, 3 by ones
+    with pytest.raises(ValueError, match="made with another fine_tail"):
+        run(tars, tmp_path / "one")
+
+
+def test_workers_meet_at_an_object_store(tars, tmp_path):
+    pytest.importorskip("obstore")
+    from obstore.store import MemoryStore
+
+    run(tars, tmp_path / "one")
+    store, folders = MemoryStore(), [tmp_path / "a", tmp_path / "b"]
+    places = [Objects("s3://x/labels", folder, lease_s=LEASE, store=store) for folder in folders]
+    dead = places[0].take("sa_0-000.tar")
+    dead.stop.set()  # its thread refreshes it no more
+    with ThreadPoolExecutor(2) as pool:
+        begun = [pool.submit(work, tars, p.out, Formula(wait=0.01), meeting=p) for p in places]
+        outcomes = [one.result() for one in begun]
+    assert sum(one.parts for one in outcomes) == 6 and any(one.complete for one in outcomes)
+    with pytest.raises(LeaseLostError):
+        dead.check()
+    there = {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()}
+    assert there == contents(tmp_path / "one")
+    assert not [*tmp_path.glob("[ab]/*.tar"), *tmp_path.glob("[ab]/.*"), *tmp_path.glob("[ab]/manifest.json")]
+    assert work(tars, folders[0], meeting=places[0]).parts == 0
+    store.delete("sa_0-001.tar")
+    assert work(tars, folders[1], meeting=places[1]).parts == 1
+    assert {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()} == there
+
+
+def test_the_standing_of_a_run_is_read_without_stopping_it(tars, tmp_path):
+    out, seen = tmp_path / "out", []
+    place = Folder(out, lease_s=LEASE)
+
+    class Watched(Formula):
+        def predict(self, images):
+            if not seen and len(list(out.glob("*.tar"))) >= 2:
+                seen.append(standing(Folder(out, lease_s=LEASE), out, ["sa_0", "sa_1"]))
+            return super().predict(images)
+
+    dead = place.take("sa_1-001.tar")
+    dead.lease._stop_heartbeat()
+    before = out / NOTES / "sa_1-001.tar.lease"
+    os.utime(before, (1, 1))
+    work(tars, out, Watched(), meeting=place)
+    (now,) = seen
+    assert not now.complete and now.parts >= 4 and now.done >= 1 and now.done_images >= 1
+    assert [holder.name for holder in now.lost] == ["sa_1-001.tar"] and len(now.running) >= 1
+    (worker_,) = now.workers
+    assert worker_.state == "running" and worker_.images_per_s > 0 and now.eta_s > 0
+    after = standing(Folder(out), out, ["sa_0", "sa_1"])
+    assert after.complete and after.done == after.parts == 6

@@ -1,0 +1,100 @@
+"""A decoder trained on stored features is the decoder trained beside its frozen encoder, and never runs the encoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from distill import students
+from distill.app import build, commands
+from distill.app.recipe import load
+from distill.shards.features import DONE, FeatureStore
+from distill.training.settings import TrainSettings
+from distill.training.trainlog import read
+
+RECIPE = """
+[run]
+name = "cached"
+out = "{out}"
+[[images]]
+scenes = 5
+size = 48
+[crops]
+size = 32
+min_side = 40
+patches = "none"
+[[teachers]]
+name = "truth"
+options = {{ blur = 1.0, own_range = true }}
+[labels]
+root = "{root}"
+[student]
+encoder = "vit_tiny_patch16_224"
+encoder_options = {{ blocks = [0, 1] }}
+decoder = "dpt"
+norm = "group"
+[student.decoder_options]
+channels = 8
+post_process_channels = [8, 8, 8, 8]
+[loss]
+feature = 0.0
+local_global = 0.0
+[train]
+steps = 4
+batch_size = 2
+lr = 1e-3
+warmup_steps = 1
+freeze_encoder = true
+cache_features = {cached}
+val_fraction = 0.3
+workers = 0
+trackers = []
+"""
+
+
+def trained(tmp_path, monkeypatch, *, cached: bool):
+    path = tmp_path / f"{cached}.toml"
+    path.write_text(RECIPE.format(out=tmp_path / str(cached), root=tmp_path / "labels", cached=str(cached).lower()))
+    recipe = load(str(path), [])
+    if not build.labels_folder(recipe).is_dir():
+        commands.run_label(recipe)
+    seen = []
+    real = students.encoder.Encoder.forward
+    monkeypatch.setattr(students.encoder.Encoder, "forward", lambda self, x: (seen.append(len(x)), real(self, x))[1])
+    commands.run_train(recipe)
+    lines = read(tmp_path / str(cached) / "train" / "log.jsonl")
+    monkeypatch.setattr(students.encoder.Encoder, "forward", real)
+    losses = torch.tensor([line["loss"] for line in lines if "loss" in line])
+    heldout = torch.tensor([line["heldout"] for line in lines if "heldout" in line])
+    return losses, heldout, sum(seen)
+
+
+def test_a_decoder_learns_the_same_from_stored_features(tmp_path, monkeypatch):
+    live, held, _ = trained(tmp_path, monkeypatch, cached=False)
+    cached, held_cached, seen = trained(tmp_path, monkeypatch, cached=True)
+    # Half of the images are mirrored. What float16 rounds off grows from step to step.
+    torch.testing.assert_close(cached[:2], live[:2], rtol=2e-3, atol=0)
+    torch.testing.assert_close(cached, live, rtol=2e-2, atol=0)
+    torch.testing.assert_close(held_cached, held, rtol=2e-2, atol=0)
+    assert seen == 10  # five regions and their mirror images, once
+    [done] = (tmp_path / "labels").glob(f"features/*/{DONE}")
+    store = FeatureStore(done.parent)
+    key = next(iter(store.places))
+    assert store.get(key)[0][0].shape == (192, 2, 2) and store.get(key)[0][0].dtype == torch.float16
+    assert not torch.equal(store.get(key)[3][0], store.get(key, mirrored=True)[3][0])
+    with pytest.raises(LookupError, match="has no features of nobody"):
+        store.get("nobody")
+    tar = next(done.parent.glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:-512])
+    with pytest.raises(OSError, match="missing or damaged; delete its folder"):
+        FeatureStore(done.parent)
+
+
+def test_augmentation_that_changes_what_the_encoder_sees_forbids_it():
+    for given, line in (
+        ({}, "it needs freeze_encoder = true"),
+        ({"freeze_encoder": True, "color_jitter": 0.1}, "color_jitter = 0.0"),
+        ({"freeze_encoder": True, "random_resized_crop": 0.5}, "random_resized_crop = 1.0"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            TrainSettings(cache_features=True, **given)
