@@ -174,3 +174,28 @@ def test_forms_that_need_more_are_refused(tmp_path):
         onnx_graph.write_onnx(student, tmp_path / "m.onnx", options=OnnxOptions(bits=8))
     with pytest.raises(ValueError, match="no native_size"):
         onnx_graph.write_onnx(student, tmp_path / "m.onnx", options=OnnxOptions(with_resize=True))
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8])
+def test_every_precision_is_written_with_its_resize_and_checked(tmp_path, monkeypatch, bits):
+    weights = [conv(3, 16), conv(16, 16, 1), conv(16, 1, 2)]
+    steps = [("Conv", [x, f"w{i}"], f"c{i}", PADS) for i, x in enumerate(("images", "r0", "r1"))]
+    relus = [("Relu", [f"c{i}"], f"r{i}", {}) for i in range(2)]
+    nodes = [steps[0], relus[0], steps[1], relus[1], steps[2], ("Squeeze", ["c2", "axis"], "disparity", {})]
+    model = graph(nodes, {f"w{i}": w for i, w in enumerate(weights)} | {"axis": np.array([1], np.int64)})
+
+    def network(images):
+        for i, weight in enumerate(weights):
+            images = torch.conv2d(images.relu() if i else images, torch.from_numpy(weight), padding=1)
+        return images[:, 0]
+
+    student = small()
+    student.native_size, student.forward = 64, network
+    monkeypatch.setattr(onnx_graph, "traced", lambda *given: model)
+    draw = torch.Generator().manual_seed(0)
+    photos = [torch.randint(0, 256, (3, 80, 80), generator=draw, dtype=torch.uint8) for _ in range(4)]
+    options = OnnxOptions(bits=bits, with_resize=True, crops=photos)
+    assert onnx_graph.write_onnx(student, tmp_path / "m.onnx", options=options) < {32: 1e-4, 16: 5e-3, 8: 0.2}[bits]
+    found = onnx_graph.run_onnx(tmp_path / "m.onnx")(photos[0].permute(1, 2, 0).contiguous())
+    expected = onnx_graph.at_native(student, network, photos[0])
+    assert float((found - expected).abs().mean() / expected.std()) < {32: 1e-4, 16: 5e-3, 8: 0.2}[bits]
