@@ -176,7 +176,9 @@ def _write_native(student: Student, out: Path, options: ExportOptions, card: Map
         raise FileExistsError(f"{out}: holds {others[0]}; an export is only written to a folder of its own")
     with files.writing_folder(out) as aside:
         line = to_transformers.write(student, aside, how="native")
-        page = model_card(out.name, card, native_size=student.native_size, kind=student.kind, library="transformers")
+        about: dict[str, Any] = {"native_size": student.native_size, "kind": student.kind}
+        about["canonical_focal"] = student.canonical_focal
+        page = model_card(out.name, card, library="transformers", **about)
         (aside / checkpoint.CARD).write_text(page, encoding="utf-8")
     say(f"{out}: {line}")
     return out
