@@ -143,7 +143,8 @@ class Model:
         it (estimator.takes_focal); ValueError for another, or for a camera that cannot be.
         """
         told: dict[str, Any] = {"fov": fov, "intrinsics": intrinsics}
-        if not self.estimator.takes_focal and (given := [name for name, v in told.items() if v is not None]):
+        takes = getattr(self.estimator, "takes_focal", False)  # estimators of other people's may not say
+        if not takes and (given := [name for name, v in told.items() if v is not None]):
             raise ValueError(f"{given[0]}: the map of {self.card.weights} does not depend on the camera; leave it out")
         one = partial(self._one, **told)
         if is_batch(images):
@@ -159,8 +160,8 @@ class Model:
     def _one(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
         given = picture(image).cpu()
         told = fov is not None or intrinsics is not None
-        focal = solid.camera(fov, intrinsics, *given.shape[-2:]).focal if told else None
-        made = self.estimator.predict(given, focal=focal)
+        more = {"focal": solid.camera(fov, intrinsics, *given.shape[-2:]).focal} if told else {}
+        made = self.estimator.predict(given, **more)
         photo = given if given.dtype == torch.uint8 else (given.clamp(0, 1) * 255).round().to(torch.uint8)
         return Depth(made.values[0].cpu(), made.valid[0].cpu(), made.kind, photo, str(self.card.licence))
 
