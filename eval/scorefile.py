@@ -179,8 +179,8 @@ def read_scores(path: Path | str) -> Score:
         protocol = from_dict({key: value for key, value in content["protocol"].items() if key != "setting"})
         images = tuple(
             ImageScore(
-                *(row[name] for name in ("key", "group", "metrics", "problem", "failed", "scale", "shift")),
-                row.get("scale_error"),
+                **{name: row[name] for name in ("key", "group", "metrics", "problem", "failed", "scale", "shift")},
+                scale_error=row.get("scale_error"),
             )
             for row in content["images"]
         )

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +145,10 @@ class Model:
         takes = getattr(self.estimator, "takes_focal", False)  # estimators of other people's may not say
         if not takes and (given := [name for name, v in told.items() if v is not None]):
             raise ValueError(f"{given[0]}: the map of {self.card.weights} does not depend on the camera; leave it out")
-        one = partial(self._one, **told)
+
+        def one(image: Any) -> Depth:
+            return self._one(image, **told)
+
         if is_batch(images):
             if isinstance(images, Tensor):
                 checked(images)
@@ -154,7 +156,7 @@ class Model:
         if isinstance(images, list | tuple):
             return [one(image) for image in images]
         if isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray | Tensor):
-            return map(one, images)
+            return (one(image) for image in images)
         return one(images)
 
     def _one(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
