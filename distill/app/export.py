@@ -15,6 +15,7 @@ from distill.app.card_scores import scored
 from distill.app.console import say
 from distill.app.gate import Gate, calibration
 from distill.core import files
+from distill.core.depth import Kind
 from distill.eval.reports.figures import NEARNESS
 from distill.students import Student, checkpoint, export, onnx_graph, to_transformers
 from distill.students.modelcard import model_card, read_card_file
@@ -161,7 +162,9 @@ def _gate(student: Student, network: Callable[[Tensor], Tensor], options: Export
 
     assert options.gate is not None
     with torch.no_grad():
-        return options.gate.check(before, after, student.kind, out)
+        # The camera is not in the graph: of canonical depth the gate fits each image's scale.
+        kind = Kind.SCALE_DEPTH if student.canonical_focal else student.kind
+        return options.gate.check(before, after, kind, out)
 
 
 def _write_native(student: Student, out: Path, options: ExportOptions, card: Mapping[str, Any]) -> Path:
