@@ -102,10 +102,12 @@ class Cost:
 class _Timed:
     def __init__(self, teacher: Teacher, cost: Cost) -> None:
         self.teacher, self.cost, self.card = teacher, cost, teacher.card
+        self.takes_focal = getattr(teacher, "takes_focal", False)
 
-    def predict(self, images: Tensor, *, keys: Any = None) -> DepthMap:
+    def predict(self, images: Tensor, *, keys: Any = None, focal: float | None = None) -> DepthMap:
         """As the teacher does."""
         more: dict[str, Any] = {"keys": keys} if keys is not None else {}
+        more |= {"focal": focal} if focal is not None else {}
         cost = self.cost
         begun = time.perf_counter()
         if cost.first is None:  # the first call compiles, allocates and warms up

@@ -64,6 +64,7 @@ class ImageErrors:
     the prediction was aligned in disparity. scale, shift: of the alignment. notes: what a reader should know.
     nonpositive: the share of scored pixels where an affine disparity is not positive, which Marigold's fit leaves out;
     0 for other kinds. metres: whether the truth is in metres; what is measured in a unit has none otherwise.
+    scale_error: the median of prediction / truth, less 1, of metres scored as they are; None of anything else.
     """
 
     sums: Tensor
@@ -73,6 +74,7 @@ class ImageErrors:
     notes: tuple[str, ...]
     nonpositive: float = 0.0
     metres: bool = True
+    scale_error: float | None = None
 
 
 def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
@@ -131,7 +133,15 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres)
+    error = _scale_error(flat_pred, flat_truth, kind) if path.unknown == "metric" and path.metres else None
+    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres, error)
+
+
+def _scale_error(pred: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
+    """How much too far a metric map is as a whole: the median of depth / truth, less 1."""
+    product = np.maximum(pred, 1e-6) * truth if kind.quantity == "disparity" else None
+    ratio = np.median(pred / truth) if product is None else 1.0 / np.median(product)
+    return float(ratio) - 1.0
 
 
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:

@@ -238,7 +238,8 @@ def _score_image(
         return ImageScore(sample.key, sample.group, None, str(error), True), None
     metrics = _values(TASKS[protocol.task], measured.sums)
     problem = "; ".join([*remarks, *measured.notes]) or None
-    return ImageScore(sample.key, sample.group, metrics, problem, scale=measured.scale, shift=measured.shift), measured
+    fit: dict[str, Any] = {name: getattr(measured, name) for name in ("scale", "shift", "scale_error")}
+    return ImageScore(sample.key, sample.group, metrics, problem, **fit), measured
 
 
 def _summary(
@@ -268,7 +269,9 @@ def _summary(
         pooled |= _of_known_units(task, every, metres)
     if task.group_mean and groups and not withheld:
         metrics[task.group_mean] = _group_mean(task, groups)
+    off = [abs(m.scale_error) for m in measured if m.scale_error is not None and not withheld]
     return {
+        "scale_error": math.fsum(off) / len(off) if off and len(off) == len(measured) else None,
         "metrics": metrics,
         "pooled": pooled,
         "floors": floors,

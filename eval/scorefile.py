@@ -9,9 +9,11 @@ A score file is JSON, with a .csv of the images beside it:
      "pooled": {name: over all pixels of all images},  not comparable with any paper
      "floors": {"0.001" and "1/max truth": {name: mean}},  under either floor; only for fits in disparity
      "nonpositive": share of scored pixels where an affine disparity is <= 0, mean over images,
+     "scale_error": mean over images of |median(prediction / truth) - 1|; null unless metres were scored as they are,
      "groups": {group: {"num_images": n, "num_failed": m, "metrics": {...}}},  {} where a benchmark has no parts
      "cost": {...} or null,                            eval.cost: what predicting cost, and on which machine
-     "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null}]}
+     "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null,
+                 "scale_error": median(prediction / truth) - 1, above 0 is too far; of metres alone}]}
 
 An image with a problem was either not scored (`failed`) or scored with a remark. NaN and infinity are null.
 """
@@ -46,6 +48,7 @@ class ImageScore:
     failed: bool = False
     scale: float | None = None
     shift: float | None = None
+    scale_error: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,7 @@ class Score:
     software: str = ""
     created: str = ""
     cost: Mapping[str, Any] | None = None
+    scale_error: float | None = None
 
     @property
     def task(self) -> Task:
@@ -128,6 +132,7 @@ def write_scores(result: Score, path: Path | str) -> None:
             "shift": image.shift,
             "failed": image.failed,
             "problem": image.problem,
+            **({} if image.scale_error is None else {"scale_error": image.scale_error}),
         }
         for image in result.images
     ]
@@ -146,6 +151,7 @@ def write_scores(result: Score, path: Path | str) -> None:
         "num_extra": result.num_extra,
         "partial": result.partial,
         "nonpositive": result.nonpositive,
+        "scale_error": result.scale_error,
         "metrics": result.metrics,
         "pooled": result.pooled,
         "floors": result.floors,
@@ -173,7 +179,8 @@ def read_scores(path: Path | str) -> Score:
         protocol = from_dict({key: value for key, value in content["protocol"].items() if key != "setting"})
         images = tuple(
             ImageScore(
-                row["key"], row["group"], row["metrics"], row["problem"], row["failed"], row["scale"], row["shift"]
+                **{name: row[name] for name in ("key", "group", "metrics", "problem", "failed", "scale", "shift")},
+                scale_error=row.get("scale_error"),
             )
             for row in content["images"]
         )
@@ -183,6 +190,7 @@ def read_scores(path: Path | str) -> Score:
             images=images,
             **{name: content[name] for name in ("model", "benchmark", "metrics", "pooled", "floors", "groups")},
             nonpositive=content.get("nonpositive", 0.0),
+            scale_error=content.get("scale_error"),
             cost=dict(content["cost"]) if content.get("cost") else None,
             **{name: content[name] for name in ("num_extra", "partial", "software", "created")},
         )

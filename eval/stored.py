@@ -49,9 +49,11 @@ def predict(
     included; written beside them, and never a reason to refuse maps. Maps that are there already are kept, so that
     an interrupted run continues; if they were made with other settings, ValueError says which and what to do. Use one
     folder per benchmark. Each map is written aside and renamed; one that was damaged since is predicted again, of which
-    `tell` hears.
+    `tell` hears. A teacher that takes the camera's focal length is told each image's, where the benchmark knows it.
     """
     store = Path(store)
+    told = getattr(teacher, "takes_focal", False) and any(sample.focal for sample in samples)
+    settings = {**settings, "focal": "each image's own"} if told else settings
     claim = {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)}
     _claim(store, claim, used=dict(used or {}))
     todo = []
@@ -67,9 +69,10 @@ def predict(
     if report:
         report(done, len(samples))
     for sample, image in _images(todo):
-        keys = {"keys": [sample.key]} if teacher.card.seeded else {}
+        more: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
+        more |= {"focal": sample.focal()} if told and sample.focal else {}
         with torch.inference_mode():
-            depth = teacher.predict(image[None], **keys)
+            depth = teacher.predict(image[None], **more)
         if depth.kind != teacher.card.kind or depth.values.shape[-2:] != image.shape[-2:]:
             raise ValueError(
                 f"{teacher.card.name} gave {depth.kind} of {tuple(depth.values.shape[-2:])} for {sample.key}; its card "

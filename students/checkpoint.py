@@ -28,7 +28,7 @@ from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.students import Student
-from distill.students.modelcard import model_card, without_package
+from distill.students.modelcard import canonical_rule, model_card, without_package
 from distill.students.quantize import fits, may_shrink, pack, unpack
 
 VERSION = 1
@@ -91,6 +91,7 @@ def save(
             card,
             native_size=student.native_size,
             kind=student.kind,
+            canonical_focal=student.canonical_focal,
             alone=alone,
             parameters=sum(p.numel() for p in student.parameters()),
             num_bytes=len(weights),
@@ -119,11 +120,17 @@ def _description(
         },
         "encoder_weights": encoder_file,
         "images": _images(student),
-        "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is},
+        "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is, **_camera(student)},
         "card": dict(card or {}),
     }
     plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
     return json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
+
+
+def _camera(student: Student) -> dict[str, str]:
+    """The convention of a canonical camera, for readers that are not this package."""
+    rule = canonical_rule(student.canonical_focal) if student.canonical_focal else ""
+    return {"camera": rule} if rule else {}
 
 
 def _network(student: Student) -> dict[str, Any]:
@@ -286,6 +293,7 @@ _KEYS = {
     "spec.decoder_options": "a table or null",
     "spec.native_size": "a number of pixels or null",
     "spec.max_depth": "a number of metres or null",
+    "spec.canonical_focal": "a focal length or null",
     "native_size": "a number of pixels or null",
     "weights": "a table",
     "weights.sha256": "text",
@@ -302,6 +310,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "a table or null": lambda value: value is None or isinstance(value, dict),
     "text": lambda value: isinstance(value, str),
     "a number of metres or null": lambda value: value is None or (type(value) in (int, float) and value > 0),
+    "a focal length or null": lambda value: value is None or (type(value) in (int, float) and value > 0),
     "a number of pixels or null": lambda value: value is None or (type(value) is int and value > 0),
 }
 

@@ -37,6 +37,7 @@ def model_card(
     *,
     native_size: int | None = None,
     kind: Kind = Kind.AFFINE_DISPARITY,
+    canonical_focal: float | None = None,
     alone: Sequence[str] = (),
     parameters: int = 0,
     num_bytes: int = 0,
@@ -44,19 +45,33 @@ def model_card(
 ) -> str:
     """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
 
-    alone: the lines of `without_package`. library: what opens the folder, "depth-distill" or "transformers".
+    canonical_focal: of its camera convention (core.focal), in pixels. alone: the lines of `without_package`. library:
+    what opens the folder, "depth-distill" or "transformers".
     """
     lines = _top(name, card, library)
     size = f" Made for images whose short side is {native_size} pixels." if native_size else ""
     metric = kind is Kind.METRIC_DEPTH
     what = "depth in metres" if metric else "affine disparity: scale and shift are unknown"
+    use = (
+        [line.replace(')("photo.jpg")', ')("photo.jpg", fov=60)') for line in _DISTILL] if canonical_focal else _DISTILL
+    )
+    camera = [f"Camera: {canonical_rule(canonical_focal)}."] if canonical_focal else []
     lines += [
-        *("", "## Use", "", "```python", *(_DISTILL if library == "depth-distill" else _PIPELINE)),
+        *("", "## Use", "", "```python", *(use if library == "depth-distill" else _PIPELINE)),
         *(f"depth  # H x W, larger is {kind.larger_is}", "```", ""),
         f"It predicts {what}, larger is {kind.larger_is}.{size}",
+        *camera,
         *([f"{parameters / 1e6:.3g} million parameters, {num_bytes / 1e6:.3g} MB on disk."] if parameters else []),
     ]
     return "\n".join([*lines, *alone, *_sections(card), ""])
+
+
+def canonical_rule(focal: float) -> str:
+    """The camera convention of a student of canonical depth, in a sentence."""
+    return (
+        f"the network's output is depth in metres for a focal length of {focal:g} pixels; metres = output * focal / "
+        f"{focal:g}, with the camera's focal length in pixels of the image as the network sees it, after resizing"
+    )
 
 
 def latent_card(name: str, card: Mapping[str, Any], *, teacher: str, kind: Kind) -> str:

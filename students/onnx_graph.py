@@ -128,6 +128,7 @@ def metadata(description: Mapping[str, Any], *, with_resize: bool = False) -> di
     output, size = description["output"], description.get("native_size")
     metric = output["kind"].startswith("metric")
     most = description["spec"].get("max_depth")
+    camera = f"; {output['camera']}" if "camera" in output else ""
     rule = (
         f"short side to {size}, aspect kept, each side to the nearest multiple of {description['images']['multiple']}"
     )
@@ -138,7 +139,7 @@ def metadata(description: Mapping[str, Any], *, with_resize: bool = False) -> di
         "multiple": description["images"]["multiple"],
         "images": "uint8 RGB, 0 to 255, (height, width, 3)" if with_resize else "RGB in [0, 1]",
         "size_rule": "in the graph" if with_resize else f"{rule}; bilinear with antialias" if size else "none",
-        "values": f"metres, 0 to {most}" if metric else "scale and shift unknown; no unit, no fixed range",
+        "values": f"metres, 0 to {most}{camera}" if metric else "scale and shift unknown; no unit, no fixed range",
     }
 
 

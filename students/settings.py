@@ -47,6 +47,10 @@ class StudentSettings:
     max_depth: float = 0.0
     """The farthest that a metric student can see, in metres: it predicts sigmoid * max_depth, with train.kind =
     "metric_depth"; 0 = the student predicts affine disparity. Depth Anything V2: 20 indoors, 80 outdoors."""
+    canonical_focal: float = 0.0
+    """Of a metric student, in pixels: it learns depth * canonical_focal / focal, with the focal length at the size that
+    it sees, and its metres are output * focal / canonical_focal; max_depth is then of the canonical camera. 0 = off:
+    depth as it is. Depth Anything 3 metric: 300."""
     exclude_frozen_encoder: bool = False
     """Write students without their frozen encoder, whose file (`weights`) whoever loads them must have."""
 
@@ -65,7 +69,7 @@ class StudentSettings:
             raise ValueError(
                 "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
             )
-        refuse(below(self, native_size=0, max_depth=0) + above(self, native_size=8192))
+        refuse(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 
     def _of_another_network(self) -> list[str]:
         """Keys that say something about a part that the network does not have."""

@@ -24,6 +24,7 @@ class Student(nn.Module):
     native_size: the side of the squares it was trained on, in pixels; None where nobody has said. decoder_name: what
     `find` knows the decoder by; its module's name by default. max_depth: the farthest it can see, in metres; then it
     gives metric depth, sigmoid(raw) * max_depth, as Depth Anything V2's metric models do. None: affine disparity.
+    canonical_focal: metric depth is that of a camera of so many pixels (core.focal); None: of the image's own.
     """
 
     def __init__(
@@ -34,12 +35,14 @@ class Student(nn.Module):
         native_size: int | None = None,
         decoder_name: str = "",
         max_depth: float | None = None,
+        canonical_focal: float | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
         self.native_size = native_size
         self.max_depth = max_depth
+        self.canonical_focal = canonical_focal
         self.decoder_name = decoder_name or type(decoder).__module__.rpartition(".")[2]
 
     @property
@@ -57,6 +60,7 @@ class Student(nn.Module):
             "decoder_options": dict(self.decoder.options),
             "native_size": self.native_size,
             **({"max_depth": self.max_depth} if self.max_depth else {}),
+            **({"canonical_focal": self.canonical_focal} if self.canonical_focal else {}),
         }
 
     def push_to_hub(
@@ -104,6 +108,7 @@ def build(
     decoder_options: Mapping[str, Any] | None = None,
     native_size: int | None = None,
     max_depth: float | None = None,
+    canonical_focal: float | None = None,
 ) -> Student:
     """A student from plain names and options; `in_channels` and `patch_size` are the encoder's unless given.
 
@@ -113,13 +118,24 @@ def build(
         raise ValueError(f"native_size must be a positive number of pixels, not {native_size!r}")
     if max_depth is not None and not (isinstance(max_depth, int | float) and 0 < max_depth < math.inf):
         raise ValueError(f"max_depth must be a positive number of metres, not {max_depth!r}")
+    if canonical_focal is not None and not (max_depth and 0 < canonical_focal < math.inf):
+        raise ValueError(
+            f"canonical_focal must be a positive number of pixels, with max_depth, not {canonical_focal!r}"
+        )
     plugin = find("distill.students.decoders", decoder).Decoder
     part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
     decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
     taken = inspect.signature(plugin).parameters
     options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
     made = _made(plugin, "decoder_options", options)
-    return Student(part, made, native_size=native_size, decoder_name=decoder, max_depth=max_depth)
+    return Student(
+        part,
+        made,
+        native_size=native_size,
+        decoder_name=decoder,
+        max_depth=max_depth,
+        canonical_focal=canonical_focal,
+    )
 
 
 def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:

@@ -102,6 +102,7 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
     )
     shift = 0.0 if student.max_depth else _shift(student)
     said = {"shift": shift, "kind": str(student.kind), "larger_is": student.kind.larger_is}
+    said |= {"canonical_focal": student.canonical_focal} if student.canonical_focal else {}
     if name == "DepthAnything":
         config = transformers.DepthAnythingConfig(
             backbone_config=backbone,
@@ -276,6 +277,7 @@ def _write_code(student: Student, folder: Path) -> None:
         "max_depth": student.max_depth,
         "kind": str(student.kind),
         "larger_is": student.kind.larger_is,
+        **({"canonical_focal": student.canonical_focal} if student.canonical_focal else {}),
     }
     processor = {
         "image_processor_type": "StudentImageProcessor",

@@ -17,6 +17,7 @@ import distill
 from distill.core import crops
 from distill.core.crops import native_shape
 from distill.core.depth import DepthMap, Kind
+from distill.core.focal import factor, resized
 from distill.teachers import Card, WeightsMissingError, check_images, check_resize, finite, revision_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,11 @@ class Teacher:
         self.card = card
         self.resize = resize
         self.native_size = native_size or card.native_size
+
+    @property
+    def takes_focal(self) -> bool:
+        """Whether `predict` needs the camera's focal length."""
+        return self.student.canonical_focal is not None
 
     @classmethod
     def load(
@@ -92,8 +98,17 @@ class Teacher:
         return cls(student, card, resize=resize, native_size=native_size)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, or depth in metres of a metric student."""
+    def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, or depth in metres of a metric student.
+
+        focal: the camera's focal length in pixels of `images`, which a student of canonical depth needs, and no other;
+        ValueError without it.
+        """
+        if self.takes_focal and focal is None:
+            raise ValueError(
+                f"{self.card.weights} gives metres only with the camera's focal length: give fov=DEGREES or intrinsics "
+                "(distill predict --fov), or images whose source says it"
+            )
         images = check_images(images)
         height, width = images.shape[-2:]
         size = self.native_size if self.resize == "native" else None
@@ -103,6 +118,9 @@ class Teacher:
             sized = images  # the student pads by itself
         parameter = next(self.student.parameters())
         values = self.student(sized.to(device=parameter.device, dtype=parameter.dtype)).float()
+        if self.student.canonical_focal is not None and focal is not None:
+            seen = resized(focal, (height, width), (sized.shape[-2], sized.shape[-1]))
+            values = values * factor(seen, self.student.canonical_focal)
         if size is not None:
             values = crops.resize(values[:, None], height, width)[:, 0]
         return finite(values.to(images.device), self.card.kind)

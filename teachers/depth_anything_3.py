@@ -46,6 +46,7 @@ from distill.teachers._dino import PATCH, normalize
 from distill.teachers._sky import FEW, QUANTILE, quantile
 
 NATIVE = 504
+CANONICAL = 300.0  # pixels: the focal length for which the metric model's output is metres
 SKY = 0.3  # the sky map's threshold; 0.3 itself is sky
 SKIES = ("keep", "far", "invalid")
 
@@ -204,9 +205,25 @@ class Teacher:
             card = replace(card, kind=Kind.METRIC_DEPTH, note=note)
         return cls(network, card, resize=resize, native_size=native_size, sky=sky, focal=focal)
 
+    @property
+    def takes_focal(self) -> bool:
+        """Whether `predict` can be told each image's focal length."""
+        return self.card.kind == Kind.METRIC_DEPTH and self.focal is None
+
+    def assumed_focal(self, height: int, width: int) -> float | None:
+        """The focal length in pixels of an image of this size for which the metric checkpoint's metres hold."""
+        if self.card.kind != Kind.METRIC_DEPTH or self.focal is not None:
+            return self.focal
+        if self.resize != "native":
+            return CANONICAL
+        return CANONICAL * width / native_shapes(height, width, self.native_size)[-1][1]
+
     @torch.no_grad()
-    def predict(self, images: Tensor) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) depth > 0, larger is farther; sky by the option of `load`."""
+    def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
+        """(B,3,H,W) in [0,1] -> (B,H,W) depth > 0, larger is farther; sky by the option of `load`.
+
+        focal: of the metric checkpoint's images, in pixels, in place of the option of `load`.
+        """
         images = check_images(images)
         height, width = images.shape[-2:]
         native = self.resize == "native"
@@ -215,8 +232,9 @@ class Teacher:
         depth, sky = self.network(normalize(sized.to(device)))
         if not native:
             depth, sky = depth[:, :height, :width], None if sky is None else sky[:, :height, :width]
-        if self.focal is not None:
-            depth = depth * (self.focal * (sized.shape[-1] / width if native else 1.0) / 300)
+        focal = self.focal if focal is None else focal
+        if focal is not None:
+            depth = depth * (focal * (sized.shape[-1] / width if native else 1.0) / CANONICAL)
         valid = torch.ones(len(images), height, width, dtype=torch.bool, device=device)
         if sky is not None and self.sky == "far":
             depth = torch.stack([sky_to_far(*pair) for pair in zip(depth, sky, strict=True)])

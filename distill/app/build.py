@@ -170,6 +170,10 @@ def _encoder_decoder(recipe: Recipe) -> Student:
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or _short_side(recipe)
         student.max_depth = spec.max_depth or student.max_depth
+        if student.canonical_focal and spec.canonical_focal != student.canonical_focal:
+            focal = f"{student.canonical_focal:g}"
+            raise RecipeError(f"student.init_from: {spec.init_from} has student.canonical_focal = {focal}: set it too")
+        student.canonical_focal = spec.canonical_focal or None
         return _of_kind(student, recipe)
     options = dict(spec.encoder_options)
     begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
@@ -193,6 +197,7 @@ def _encoder_decoder(recipe: Recipe) -> Student:
             decoder_options=_decoder_options(recipe),
             native_size=spec.native_size or _short_side(recipe),
             max_depth=spec.max_depth or None,
+            canonical_focal=spec.canonical_focal or None,
         )
     if begun is not None:
         student.encoder.load_state_dict(begun.state_dict())
@@ -278,6 +283,7 @@ def train_settings(recipe: Recipe) -> TrainSettings:
         source_weights=weights if {*weights} != {1.0} else (),
         batchnorm=norm if norm in ("sync", "frozen") else train.batchnorm,
         keep_unmet=latent.is_one_step(recipe),
+        canonical_focal=recipe.student.canonical_focal,
     )
 
 
@@ -302,6 +308,8 @@ def identity(recipe: Recipe) -> str:
 def _student_table(recipe: Recipe) -> dict[str, Any]:
     """[student]; of an encoder and a decoder without the keys of other networks, which runs of before do not know."""
     table = as_table(recipe.student)
+    if not table["canonical_focal"]:  # runs that were begun before there was a choice go on
+        del table["canonical_focal"]
     return table if latent.is_one_step(recipe) else {k: v for k, v in table.items() if k not in ("network", "head")}
 
 

@@ -35,6 +35,8 @@ def scored(folder: Path, revision: str) -> dict[str, list[dict[str, str]]]:
 def _score_row(score: Score) -> dict[str, str]:
     metrics = {key: score.metrics[key] for key in ("abs_rel", "delta1") if key in score.metrics}
     shown = {key: "-" if value is None else f"{value:.4f}" for key, value in (metrics or score.metrics).items()}
+    if score.scale_error is not None:
+        shown["scale_error"] = f"{score.scale_error:.4f}"
     about = {"images": str(score.num_images), "protocol": score.protocol.id}
     return {"model": score.model, "benchmark": score.benchmark, **shown, **about}
 

@@ -291,9 +291,18 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
     table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
     for line in side_by_side.notes:
         note(f"  {line}")
-    for line in warned + lost:
+    for line in warned + lost + _scale_errors(results):
         note(line)
     return results
+
+
+def _scale_errors(results: Sequence[scoring.Score]) -> list[str]:
+    """A line for every model whose metres were scored as they are."""
+    return [
+        f"{one.model} on {one.benchmark}: scale error {one.scale_error:.4f}, without alignment"
+        for one in results
+        if one.scale_error is not None
+    ]
 
 
 def _predict(

@@ -15,6 +15,7 @@ from distill.app.card_scores import scored
 from distill.app.console import say
 from distill.app.gate import Gate, calibration
 from distill.core import files
+from distill.core.depth import Kind
 from distill.eval.reports.figures import NEARNESS
 from distill.students import Student, checkpoint, export, onnx_graph, to_transformers
 from distill.students.modelcard import model_card, read_card_file
@@ -161,7 +162,9 @@ def _gate(student: Student, network: Callable[[Tensor], Tensor], options: Export
 
     assert options.gate is not None
     with torch.no_grad():
-        return options.gate.check(before, after, student.kind, out)
+        # The camera is not in the graph: of canonical depth the gate fits each image's scale.
+        kind = Kind.SCALE_DEPTH if student.canonical_focal else student.kind
+        return options.gate.check(before, after, kind, out)
 
 
 def _write_native(student: Student, out: Path, options: ExportOptions, card: Mapping[str, Any]) -> Path:
@@ -176,7 +179,9 @@ def _write_native(student: Student, out: Path, options: ExportOptions, card: Map
         raise FileExistsError(f"{out}: holds {others[0]}; an export is only written to a folder of its own")
     with files.writing_folder(out) as aside:
         line = to_transformers.write(student, aside, how="native")
-        page = model_card(out.name, card, native_size=student.native_size, kind=student.kind, library="transformers")
+        about: dict[str, Any] = {"native_size": student.native_size, "kind": student.kind}
+        about["canonical_focal"] = student.canonical_focal
+        page = model_card(out.name, card, library="transformers", **about)
         (aside / checkpoint.CARD).write_text(page, encoding="utf-8")
     say(f"{out}: {line}")
     return out

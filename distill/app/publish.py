@@ -218,6 +218,7 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
             card,
             native_size=student.native_size,
             kind=student.kind,
+            canonical_focal=student.canonical_focal,
             alone=alone,
             parameters=sum(p.numel() for p in student.parameters()),
             num_bytes=(folder / checkpoint.WEIGHTS).stat().st_size,

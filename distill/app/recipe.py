@@ -159,6 +159,8 @@ def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
         return [f'train.kind = "{train.kind}": a student predicts affine_disparity, or metric_depth']
     if train.kind == "metric_depth" and not (student.max_depth or student.init_from):
         return ['train.kind = "metric_depth" needs student.max_depth, the farthest that the student can see in metres']
+    if student.canonical_focal and train.kind != "metric_depth":
+        return ["student.canonical_focal is of a student that predicts metres: set train.kind and student.max_depth"]
     if student.max_depth and train.kind != "metric_depth":
         return [f'student.max_depth = {student.max_depth} makes a metric student: set train.kind = "metric_depth"']
     return []

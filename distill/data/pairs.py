@@ -1,8 +1,8 @@
 """Photographs with a measured depth or disparity, described by a tab-separated table.
 
 Columns that are read (others are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres,
-invalid, trust, dataset. Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads, shown
-upright; `depth` any map that distill.data.maps reads.
+invalid, trust, dataset, focal. Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads,
+shown upright; `depth` any map that distill.data.maps reads.
 
 - kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
@@ -13,6 +13,7 @@ upright; `depth` any map that distill.data.maps reads.
 - invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
   (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid.
   Values that are not finite or not positive are always invalid.
+- focal: the camera's focal length in pixels of the photograph as it is stored; empty where nobody knows it.
 
 A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect,
 it is an error, unless it lies as the photograph does without its EXIF rotation: then it is turned with it.
@@ -51,7 +52,7 @@ class Pair:
 
     scale: what one stored unit is, in metres (or, for disparity, pixels). baseline: focal length x baseline in
     pixel metres where the truth is stereo disparity that becomes depth, else 0. offset: added to that disparity.
-    photo: the rgb as the table names it.
+    photo: the rgb as the table names it. focal: in pixels of the photograph, 0 where the table does not say it.
     invalid_values, invalid_from: stored values that mean nothing, and the bound from which on they do.
     """
 
@@ -67,6 +68,7 @@ class Pair:
     trust: str = ""
     dataset: str = ""
     photo: str = ""
+    focal: float = 0.0
 
     def rgb(self) -> Tensor:
         """(3,H,W) uint8, sRGB, upright."""
@@ -238,7 +240,19 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         trust=row.get("trust", ""),
         dataset=row.get("dataset", ""),
         photo=row["rgb"],
+        focal=_focal(row.get("focal", "")),
     )
+
+
+def _focal(text: str) -> float:
+    """Pixels; 0 for an empty cell."""
+    try:
+        focal = float(text or 0)
+    except ValueError:
+        focal = -1.0
+    if not (0 < focal < math.inf or not text):
+        raise ValueError(f"focal must be a number of pixels above 0, or empty, not {text!r}")
+    return focal
 
 
 _UNKNOWN = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")

@@ -61,12 +61,14 @@ class Photo:
 
     key: tar-safe name, unique in its source. rgb: (3,H,W) uint8. truth: (1,H,W) ground truth where there is one.
     origin: where it came from, relative to the source (`sa_000000.tar:sa_1.jpg`), the same on every machine.
+    focal: of its camera, in its own pixels; 0 where the source does not say it.
     """
 
     key: str
     rgb: Tensor
     truth: DepthMap | None
     origin: str
+    focal: float = 0.0
 
 
 def squashed(photo: Photo) -> Photo:

@@ -66,7 +66,7 @@ def _load_row(name: str, root: Path, row: Row, key: str, origin: str) -> Photo:
             f"{plugin.FACTS.title}'s"
         )
     truth = DepthMap(torch.from_numpy(values)[None], torch.from_numpy(valid)[None], plugin.FACTS.kind)
-    return Photo(key, photo.rgb, truth, origin)
+    return Photo(key, photo.rgb, truth, origin, row.focal)
 
 
 def within(shards: Sequence[InputShard], far: float) -> list[InputShard]:

@@ -319,7 +319,7 @@ def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: i
 
 def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
     try:
-        return Photo(key, row.rgb(), row.truth(), origin)
+        return Photo(key, row.rgb(), row.truth(), origin, row.focal)
     except DECODE_ERRORS as error:
         raise BadImageError(str(error)) from error
 
@@ -342,7 +342,7 @@ def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) 
     view = procedural.render(number, size=size, kind=kind)
     rgb = (view.image.clamp(0, 1) * 255).round().to(torch.uint8)
     truth = DepthMap(view.depth[None].float(), view.valid[None], Kind.METRIC_DEPTH)
-    return Photo(key, rgb, truth, f"scenes:{number}")
+    return Photo(key, rgb, truth, f"scenes:{number}", view.focal)
 
 
 # Package, folder, files. The left view of the motorcycle comes with its disparity.
@@ -385,4 +385,4 @@ def _load_wheel(path: Path, disparity: Path | None, key: str, package: str) -> P
     valid = torch.isfinite(values) & (values + _OFFSET > 0)
     depth = _FOCAL * _BASELINE / torch.where(valid, values + _OFFSET, 1.0)
     truth = DepthMap(torch.where(valid, depth, 0.0)[None], valid[None], Kind.METRIC_DEPTH)
-    return Photo(photo.key, photo.rgb, truth, photo.origin)
+    return Photo(photo.key, photo.rgb, truth, photo.origin, _FOCAL)

@@ -12,7 +12,7 @@ Shapes: H height, W width.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,28 +134,36 @@ class Model:
         self.estimator = estimator
         self.card = estimator.card
 
-    def __call__(self, images: Any) -> Any:
+    def __call__(self, images: Any, *, fov: float | None = None, intrinsics: Any = None) -> Any:
         """One picture gives a Depth; a batch or a list, a list of them; any other iterable, a generator of them.
 
         A picture: see inference.pictures.picture. Batches are tensors B x 3 x H x W or arrays B x H x W x 3.
+        fov: of the camera, horizontal, in degrees, or intrinsics, 3 x 3 in pixels: for a model whose metres depend on
+        it (estimator.takes_focal); ValueError for another, or for a camera that cannot be.
         """
+        told: dict[str, Any] = {"fov": fov, "intrinsics": intrinsics}
+        takes = getattr(self.estimator, "takes_focal", False)  # estimators of other people's may not say
+        if not takes and (given := [name for name, v in told.items() if v is not None]):
+            raise ValueError(f"{given[0]}: the map of {self.card.weights} does not depend on the camera; leave it out")
+
+        def one(image: Any) -> Depth:
+            return self._one(image, **told)
+
         if is_batch(images):
             if isinstance(images, Tensor):
                 checked(images)
-            return [self._one(image) for image in images]
+            return [one(image) for image in images]
         if isinstance(images, list | tuple):
-            return [self._one(image) for image in images]
+            return [one(image) for image in images]
         if isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray | Tensor):
-            return self._each(images)
-        return self._one(images)
+            return (one(image) for image in images)
+        return one(images)
 
-    def _each(self, images: Iterable[Any]) -> Iterator[Depth]:
-        for image in images:
-            yield self._one(image)
-
-    def _one(self, image: Any) -> Depth:
+    def _one(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
         given = picture(image).cpu()
-        made = self.estimator.predict(given)
+        told = fov is not None or intrinsics is not None
+        more = {"focal": solid.camera(fov, intrinsics, *given.shape[-2:]).focal} if told else {}
+        made = self.estimator.predict(given, **more)
         photo = given if given.dtype == torch.uint8 else (given.clamp(0, 1) * 255).round().to(torch.uint8)
         return Depth(made.values[0].cpu(), made.valid[0].cpu(), made.kind, photo, str(self.card.licence))
 

@@ -53,13 +53,18 @@ class Estimator:
     def __init__(self, teacher: AnyTeacher) -> None:
         self._teacher = teacher
         self.card = teacher.card
+        self.takes_focal: bool = getattr(teacher, "takes_focal", False)
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> DepthMap:
-        """images: (3,H,W) or (B,3,H,W), uint8, or float in [0,1]; RGB. ValueError with advice for anything else."""
+    def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
+        """images: (3,H,W) or (B,3,H,W), uint8, or float in [0,1]; RGB. ValueError with advice for anything else.
+
+        focal: the camera's focal length in pixels of the images, for a model that `takes_focal`.
+        """
         images = checked(images)
         batch = images[None] if images.ndim == 3 else images
-        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch)
+        more: Any = {"focal": focal} if self.takes_focal and focal is not None else {}
+        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch, **more)
 
 
 def load(
@@ -201,13 +206,14 @@ def run(
     outputs = Outputs(out)
     outputs.prepare()
     lens = lens or Lens()
-    _same_settings(estimator, out, lens if SOLID.keys() & set(formats) else None)
+    used = bool(SOLID.keys() & set(formats)) or getattr(estimator, "takes_focal", False)
+    _same_settings(estimator, out, lens if used else None)
     outcome = PredictOutcome()
     for done, job in enumerate(jobs):
         report(done, len(jobs))
         try:
             if job.is_video:
-                new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)))
+                new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)), lens)
             else:
                 new = _photo(estimator, job, outputs, formats, lens)
             outcome.written += new
@@ -266,7 +272,7 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     if not missing:
         return False
     photo = read(job.path)
-    depth = estimator.predict(photo)
+    depth = estimator.predict(photo, **_focal(estimator, job, photo, lens))
     values = _whole(depth)
     span = float(values.min()), float(values.max())
     rgb = photo.permute(1, 2, 0).numpy()
@@ -280,6 +286,12 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
             write_map(path, name, values, rgb, span, str(estimator.card.kind))
     outputs.finish(made, missing)
     return True
+
+
+def _focal(estimator: Estimator, job: PredictionJob, image: Tensor, lens: Lens) -> dict[str, float]:
+    """The focal length of an image (3,H,W), for a model that takes it."""
+    takes = getattr(estimator, "takes_focal", False)
+    return {"focal": lens.of(job.path, *image.shape[-2:]).focal} if takes else {}
 
 
 def _whole(depth: DepthMap) -> np.ndarray:
@@ -346,7 +358,12 @@ def _position(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
 
 def _video(
-    estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], report: Callable[..., None]
+    estimator: Estimator,
+    job: PredictionJob,
+    outputs: Outputs,
+    formats: Sequence[str],
+    report: Callable[..., None],
+    lens: Lens,
 ) -> bool:
     """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where they are there.
 
@@ -370,7 +387,8 @@ def _video(
                 films = {n: stack.enter_context(video.writer(outputs.path(made, n))) for n in missing if n in FILMS}
             single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
             if single or films:
-                values = _whole(estimator.predict(torch.from_numpy(rgb).permute(2, 0, 1)))
+                frame_rgb = torch.from_numpy(rgb).permute(2, 0, 1)
+                values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)))
                 value_range = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)

@@ -53,6 +53,11 @@ class Camera:
     cy: float
     told: str = ""
 
+    @property
+    def focal(self) -> float:
+        """One focal length in pixels: the mean of both."""
+        return (self.fx + self.fy) / 2
+
 
 def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camera:
     """The camera of a horizontal field of view in degrees, or of intrinsics 3 x 3 in pixels; ValueError unless one."""

@@ -23,12 +23,13 @@ from distill.core.codes import CodedLabels, CodedMaps, join
 from distill.core.crop_settings import CropSettings
 from distill.core.crops import ImageTooSmallError, Plan, Square, cut_patches, cut_region, plan
 from distill.core.depth import DepthMap, Kind, cat
+from distill.core.focal import resized
 from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
 from distill.data.photos import squashed
 from distill.data.sources import BadImageError, InputShard, Photo, Rejected
 from distill.labelling.alignment import Aligned, words
-from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError
+from distill.labelling.asking import DeviceAsking, HostAsking, Pending, TeacherFailedError, camera_of
 from distill.labelling.bridge import Bridged
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import CODECS, Sample
@@ -89,13 +90,18 @@ def prepare(
     region. sky: labels.sky, for the record. teachers: who is asked; none: everybody.
 
     The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
+    The record's crop has the focal length in pixels of the region as it is resized, where the photo has one.
     """
     height, width = photo.rgb.shape[1:]
-    squash: dict[str, Any] = {}
+    more: dict[str, Any] = {}
+    focal = photo.focal
     if crops.region == "whole":
-        photo, squash = squashed(photo), {"squashed": True}  # the region is in pixels of the squashed image
+        photo, more = squashed(photo), {"squashed": True}  # the region is in pixels of the squashed image
+        focal = resized(focal, (height, width), (photo.rgb.shape[1], photo.rgb.shape[2]))
     chosen = plan_photo(photo, crops, seed=seed, draw=draw)
     region = chosen.region
+    if focal:
+        more["focal"] = resized(focal, (region.side, region.columns), chosen.shape)
     boxes = chosen.boxes()[None]
     truth = None
     if photo.truth is not None:
@@ -105,7 +111,7 @@ def prepare(
         truth = Labels(shared, cat(local) if local else None, boxes)
     record = {
         "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
-        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **squash},
+        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **more},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
         "sky": None if sky == "teacher" else sky,
@@ -356,7 +362,7 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
         else:
             kind = waiting.predicted[name]
             shared, local = _joined(waiting.maps[name])
-        predicted[name] = {"predicted": str(kind), **_card(teacher)}
+        predicted[name] = {"predicted": str(kind), **_card(teacher), **camera_of(teacher, job.region, kind)}
         if not (shared.count if isinstance(shared, CodedMaps) else shared.valid).any():
             return Rejected(job.origin, job.key, f"{name} has no valid pixel in the region")
         boxes = job.boxes if local is not None else job.boxes[:, :0]

@@ -144,3 +144,12 @@ class DeviceAsking:
             whole = zip(codes, low, high, count, strict=True)
             maps = [CodedMaps(*one, self.coding[0], kind) for one in whole]
         return Answer(maps, predicted, nan.tolist())
+
+
+def camera_of(teacher: Any, region: Tensor, kind: Kind) -> dict[str, float]:
+    """What a label of a region (3,H,W) says of its camera: the focal length that the teacher's metres are for, in the
+    region's pixels, where the teacher assumes one of its own whatever the photo.
+    """
+    assumed = getattr(teacher, "assumed_focal", None) if kind.unknown == "metric" else None
+    focal = assumed(int(region.shape[-2]), int(region.shape[-1])) if assumed else None
+    return {} if focal is None else {"focal": focal}

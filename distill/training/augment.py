@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distill.core.crops import generator, resize
-from distill.core.depth import DepthMap
+from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -35,13 +35,15 @@ def augment(
     color_jitter: float,
     random_resized_crop: float,
     rotation: float = 0.0,
+    canonical: bool = False,
 ) -> Batch:
     """The batch as the student is to see it at these places of the stream, (B,) of them.
 
     hflip: every second image is mirrored, by lot. color_jitter: brightness, contrast and saturation are each multiplied
     by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square of the
-    region; 1 = off. rotation: the largest turn in degrees, either way; 0 = off. Raises ValueError for a turn of labels
-    with patches.
+    region; 1 = off. rotation: the largest turn in degrees, either way; 0 = off. canonical: metric depth is that of the
+    canonical camera (core.focal), so that a crop, which is a longer lens, brings it nearer. Raises ValueError for a
+    turn of labels with patches.
     """
     if not (hflip or color_jitter or rotation or random_resized_crop < 1.0):
         return batch
@@ -51,7 +53,7 @@ def augment(
         squares = [_draw_square(draw, images.shape[-1], random_resized_crop) for draw in draws]
         for b, square in enumerate(squares):
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
-        labels = {name: _crop_labels(part, squares, images.shape[-1]) for name, part in labels.items()}
+        labels = {name: _crop_labels(part, squares, images.shape[-1], canonical) for name, part in labels.items()}
     if rotation:
         angles = [math.radians(rotation * (2.0 * draw.random() - 1.0)) for draw in draws]
         images, labels = _turned(images, labels, angles)
@@ -102,16 +104,21 @@ def _crop_map(values: Tensor, valid: Tensor, square: tuple[int, int, int]) -> tu
     return torch.where(usable, mixed / weight.clamp(min=0.5), 0.0), usable
 
 
-def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: int) -> Labels:
+def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: int, canonical: bool = False) -> Labels:
     shared = labels.shared
     cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
     values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))
+    lens = values.new_tensor(
+        [side / size if canonical and shared.kind is Kind.METRIC_DEPTH else 1.0 for *_, side in squares]
+    )
+    values = values * lens[:, None, None]
     corners = labels.boxes.new_tensor([[top, left, top, left] for top, left, _ in squares])
     sides = labels.boxes.new_tensor([side for *_, side in squares])
     boxes = (labels.boxes * size - corners[:, None]) / sides[:, None, None]
     local = labels.local
     if local is not None:
-        local = DepthMap(local.values, local.valid & _seen(boxes, local.values.shape[-1]), local.kind)
+        each = lens.repeat_interleave(len(local) // len(lens))[:, None, None]
+        local = DepthMap(local.values * each, local.valid & _seen(boxes, local.values.shape[-1]), local.kind)
     return Labels(DepthMap(values, valid, shared.kind), local, boxes, supervision=labels.supervision)
 
 

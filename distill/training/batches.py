@@ -200,6 +200,7 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
         color_jitter=s.color_jitter,
         random_resized_crop=s.random_resized_crop,
         rotation=s.rotation,
+        canonical=s.canonical_focal > 0,
     )
     return labels_to_learn(batch, s, teacher=group.teacher, among=group.among) if averaged else batch
 

@@ -34,6 +34,7 @@ from distill.training.batches import (
     labels_to_learn,
     shares_among,
 )
+from distill.training.canonical import canonical
 from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_patches, choose_teacher, meet_labels
 from distill.training.settings import TrainSettings
 
@@ -127,6 +128,8 @@ class Placed(Dataset[Any]):
                     more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
             get: Callable[..., Any] = self.dataset.get
             sample = get(place.index, asked, visit=visit, **more)
+            if isinstance(sample, Sample) and s.canonical_focal:
+                sample = canonical(sample, s.canonical_focal)
             if isinstance(
                 sample, Sample
             ):  # before they are joined: measured depth and rendered disparity are one truth

@@ -67,6 +67,7 @@ class TrainSettings:
     """Every batch holds each source's share, by images.weight alone, however many images it has: two sources of weight
     1 are half of each batch. FiffDepth: half synthetic, half real."""
     keep_unmet: bool = field(default=False, metadata={"key": False})
+    canonical_focal: float = field(default=0.0, metadata={"key": False})
     strategy: Literal["select", "average", "average_unaligned"] = "select"
     """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
     normalized maps, "average_unaligned" of their maps as they are. Paper: select (Table 4)."""

@@ -38,6 +38,7 @@ class BenchmarkSample:
     truth: () -> the ground truth, (1,H,W), usually metric_depth, valid where it may be scored. Decodes at every call.
     group: a part of the benchmark that is also reported by itself ("indoors"), or "".
     photo: the image's path below the root where the key is another name, or "".
+    focal: () -> the focal length in pixels of the image; None where the benchmark does not say it.
     """
 
     key: str
@@ -47,6 +48,7 @@ class BenchmarkSample:
     group: str = ""
     mark: Callable[[], Any] | None = None
     photo: str = ""
+    focal: Callable[[], float] | None = None
 
     def __post_init__(self) -> None:
         if why := leaves_root(self.prediction_path):

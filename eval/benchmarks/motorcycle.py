@@ -28,7 +28,8 @@ def samples(root: Path | str | None = None, list_file: Path | str | None = None)
     entry = next(
         entry for shard in bundled_photos() for entry in shard.scan().entries if entry.key == "motorcycle_left"
     )
-    return [BenchmarkSample(_KEY, prediction_path(_KEY), partial(_image, entry), partial(_truth, entry))]
+    path, focal = prediction_path(_KEY), partial(_focal, entry)
+    return [BenchmarkSample(_KEY, path, partial(_image, entry), partial(_truth, entry), focal=focal)]
 
 
 @lru_cache(maxsize=1)
@@ -38,6 +39,10 @@ def _photo(entry: Entry) -> Photo:
 
 def _image(entry: Entry) -> Tensor:
     return _photo(entry).rgb.float() / 255.0
+
+
+def _focal(entry: Entry) -> float:
+    return _photo(entry).focal
 
 
 def _truth(entry: Entry) -> DepthMap:

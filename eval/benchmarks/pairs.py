@@ -36,6 +36,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
             pair.truth,
             pair.dataset,
             photo=pair.photo,
+            focal=partial(float, pair.focal) if pair.focal else None,
         )
         for pair in read_pairs(root, names=names)
     ]

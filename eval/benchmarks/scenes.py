@@ -37,7 +37,8 @@ PROTOCOL = Protocol(
 def _sample(seed: int) -> BenchmarkSample:
     key = _key(seed)
     group = "outdoors" if key.startswith(OUTDOORS) else "indoors"
-    return BenchmarkSample(key, prediction_path(key), partial(_image, seed), partial(_truth, seed), group)
+    path, focal = prediction_path(key), partial(_focal, seed)
+    return BenchmarkSample(key, path, partial(_image, seed), partial(_truth, seed), group, focal=focal)
 
 
 def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
@@ -68,6 +69,10 @@ def _view(seed: int) -> View:
 
 def _image(seed: int) -> Tensor:
     return _view(seed).image.clone()
+
+
+def _focal(seed: int) -> float:
+    return _view(seed).focal
 
 
 def _truth(seed: int) -> DepthMap:

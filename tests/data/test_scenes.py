@@ -216,6 +216,7 @@ def test_the_benchmark_is_fixed_and_apart_from_training(tmp_path):
     truth = wide.truth()
     assert wide.image().shape == (3, 192, 256) and truth.values.shape == (1, 192, 256)
     assert truth.kind == "metric_depth"
+    assert wide.focal() == pytest.approx(8 * scenes.render(3, size=(8, 32)).focal) and wide.focal() > 100
     assert torch.equal(truth.values[0], scenes.render(3, size=(192, 256)).depth)
     assert not {s.key for s in benchmark.training_samples(64)} & {s.key for s in found}
     names = tmp_path / "list.txt"

@@ -9,7 +9,8 @@ distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Dep
 Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
 predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
 GIF, the first picture is used. In three dimensions the camera is --fov or --intrinsics, else what the photo's EXIF
-says, else 60 degrees; of a map whose shift is unknown --far says how deep the scene is taken to be.
+says, else 60 degrees, and so are the metres of a model that depends on the camera; of a map whose shift is unknown
+--far says how deep the scene is taken to be.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.core.plugins import allow
     from distill.data import filetypes
     from distill.inference import predict
+    from distill.inference.solid import FOV
 
     student_only = {"--student": args.student, "--size": args.size, "--encoder-weights": args.encoder_weights}
     student_only |= {"--decoder": args.decoder}
@@ -69,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
         name = args.student or "pocket"
         estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{name}: {estimator.card.kind}, larger is {estimator.card.larger_is}; licence: {estimator.card.licence}")
+    _check_used(args, takes_focal=estimator.takes_focal)
+    if estimator.takes_focal and args.fov is None and not args.intrinsics:
+        note(f"its metres depend on the camera: each photo's by EXIF, else {FOV:g} degrees across; --fov says it")
     with progress("predict") as report:
         outcome = predict.run(estimator, jobs, out=args.out, formats=args.formats, report=report, lens=lens)
     outcome.problems[:0] = survey.refused
@@ -88,15 +93,22 @@ def run(args: argparse.Namespace) -> int:
     return 1 if outcome.problems else 0
 
 
-def _lens(args: argparse.Namespace) -> Any:
-    """What the command line says of the camera. Raises ValueError for one that cannot be."""
+def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
+    """Raises ValueError for what is said of the camera or the depth and would not be used."""
     from distill.inference.outputs import SOLID
-    from distill.inference.solid import FAR, Lens, camera
 
-    told = {"--fov": args.fov, "--intrinsics": args.intrinsics, "--far": args.far}
+    told = (
+        {"--far": args.far} if takes_focal else {"--fov": args.fov, "--intrinsics": args.intrinsics, "--far": args.far}
+    )
     given = [name for name, value in told.items() if value is not None]
     if given and not SOLID.keys() & set(args.formats):
         raise ValueError(f"{', '.join(given)}: of three dimensions; ask for --write {' '.join(SOLID)}, or leave it out")
+
+
+def _lens(args: argparse.Namespace) -> Any:
+    """What the command line says of the camera. Raises ValueError for one that cannot be."""
+    from distill.inference.solid import FAR, Lens, camera
+
     if args.fov is not None and args.intrinsics:
         raise ValueError("--fov and --intrinsics both say the camera: keep one")
     far = FAR if args.far is None else args.far

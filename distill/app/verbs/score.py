@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
     means = result.metrics.items()
     rows = result.task.rows
     lines = [[name, "-" if value is None else rows[name].format.format(value)] for name, value in means]
+    if result.scale_error is not None:
+        lines.append(["scale_error", f"{result.scale_error:.4f}"])
     table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], lines)
     for line in result.problems():
         note(f"  {line}")

@@ -43,13 +43,14 @@ class View:
     """What a camera saw.
 
     image: (3,H,W) float32 in [0,1]. depth: (H,W) float32 metres along the optical axis, 0 in the sky.
-    valid: (H,W) bool, False in the sky.
+    valid: (H,W) bool, False in the sky. focal: the camera's, in pixels.
     """
 
     image: Tensor
     depth: Tensor
     valid: Tensor
     kind: str
+    focal: float = 0.0
 
 
 def kind_of(seed: int) -> str:
@@ -109,7 +110,9 @@ def rendered(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None 
     image = _develop(rng, 0.5 * centre + 0.125 * around)
     depth = depth[1, :height, :width]
     valid = torch.isfinite(depth)
-    return View(image, torch.where(valid, depth, 0.0).contiguous(), valid.contiguous(), kind)
+    assert stage.camera is not None
+    focal = stage.camera.focal * width
+    return View(image, torch.where(valid, depth, 0.0).contiguous(), valid.contiguous(), kind, focal)
 
 
 def _light_up(stage: Stage, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
