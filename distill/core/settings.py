@@ -45,7 +45,7 @@ def hints_of(cls: type) -> Mapping[str, Any]:
 
 def unknown_words(table: object) -> list[str]:
     """A clause for every field whose type is a Literal that does not hold its value."""
-    hints = hints_of(type(table))
+    hints = hints_of(typing.cast(Any, type(table)))
     choices = {f.name: words for f in fields(table) if (words := _words(hints[f.name]))}  # type: ignore[arg-type]
     return [
         f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(table, name)!r}"

@@ -70,7 +70,7 @@ def test_labels_that_may_not_be_sold_are_refused_in_training_too(tmp_path, monke
     (tmp_path / "manifest.json").write_text("{}")
     teachers = {"nc": FREE | {"commercial": False, "licence": "CC-BY-NC-4.0"}}
     monkeypatch.setattr(build, "labels_folder", lambda recipe: tmp_path)
-    monkeypatch.setattr(build, "LabelDataset", lambda folder, keys: SimpleNamespace(manifest={"teachers": teachers}))
+    monkeypatch.setattr(build, "LabelDataset", lambda folder, **_: SimpleNamespace(manifest={"teachers": teachers}))
     table = {"run": {"name": "x"}, "labels": {"commercial_only": True}}
     with pytest.raises(RecipeError, match="commercial_only = true refuses the labels in .*nc made them with org/free"):
         build.labelled(parse(table))

@@ -107,7 +107,7 @@ def test_pairs_carry_truth_and_can_be_split(tmp_path):
 def test_scenes_are_exact_and_named_by_seed(monkeypatch):
     def render(seed, *, size, kind):  # the real one draws its textures first, for seconds
         depth = torch.full(size, float(seed))
-        return SimpleNamespace(image=torch.full((3, *size), 0.5), depth=depth, valid=depth > 0, kind=kind)
+        return SimpleNamespace(image=torch.full((3, *size), 0.5), depth=depth, valid=depth > 0, kind=kind, focal=30.0)
 
     monkeypatch.setattr(sources.procedural, "render", render)
     shards = sources.scenes(3, size=(24, 32), seed=5, per_shard=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -75,7 +76,11 @@ def made(tmp_path_factory) -> tuple[Path, Path, Path]:
 
 
 def tars(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_size for path in folder.glob("*.tar")}
+    found = {}
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # it made way for another one
+            found[path.name] = path.stat().st_size
+    return found
 
 
 def begun(far: Path, folder: Path, kept: float) -> tuple[TarCache, list[str]]:
@@ -92,7 +97,10 @@ def fetched(monkeypatch, tmp_path):
 
     def spied(self, name, new):
         real(self, name, new)
-        there = sum(tars(self.folder).values()) + sum(p.stat().st_size for p in self._aside.glob("*.partial"))
+        there = sum(tars(self.folder).values())
+        for partial in self._aside.glob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # another process's, which is whole by now
+                there += partial.stat().st_size
         with log.open("a") as file:
             file.write(f"{name} {there}\n")
 
