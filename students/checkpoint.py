@@ -28,7 +28,7 @@ from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
 from distill.students import Student
-from distill.students.modelcard import canonical_rule, model_card, without_package
+from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
 
 VERSION = 1
@@ -85,17 +85,7 @@ def save(
     text = _description(student, weights, stored=stored, encoder_file=encoder_file, card=card)
     contents = {WEIGHTS: weights, DESCRIPTION: text.encode()}
     if card:
-        alone = without_package(_network(student), bits=bits, has_encoder=encoder_file is None)
-        page = model_card(
-            folder.name,
-            card,
-            native_size=student.native_size,
-            kind=student.kind,
-            canonical_focal=student.canonical_focal,
-            alone=alone,
-            parameters=sum(p.numel() for p in student.parameters()),
-            num_bytes=len(weights),
-        )
+        page = page_of(student, folder.name, card, bits=bits, num_bytes=len(weights), has_encoder=encoder_file is None)
         contents[CARD] = page.encode()
     _write(folder, contents, check)
     return folder
@@ -131,12 +121,6 @@ def _camera(student: Student) -> dict[str, str]:
     """The convention of a canonical camera, for readers that are not this package."""
     rule = canonical_rule(student.canonical_focal) if student.canonical_focal else ""
     return {"camera": rule} if rule else {}
-
-
-def _network(student: Student) -> dict[str, Any]:
-    """What the card says of the network to people who use it without this package."""
-    encoder = student.encoder
-    return {**student.spec, "timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
 
 
 def _spec(student: Student) -> dict[str, Any]:

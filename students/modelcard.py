@@ -74,6 +74,28 @@ def canonical_rule(focal: float) -> str:
     )
 
 
+def page_of(
+    student: Any, name: str, card: Mapping[str, Any], *, bits: int | None, num_bytes: int, has_encoder: bool = True
+) -> str:
+    """README.md of a student's folder. name: the folder's; bits: 4 where matrices are stored so; num_bytes: on disk."""
+    return model_card(
+        name,
+        card,
+        native_size=student.native_size,
+        kind=student.kind,
+        canonical_focal=student.canonical_focal,
+        alone=without_package(_network(student), bits=bits, has_encoder=has_encoder),
+        parameters=sum(p.numel() for p in student.parameters()),
+        num_bytes=num_bytes,
+    )
+
+
+def _network(student: Any) -> dict[str, Any]:
+    """What the card says of the network to people who use it without this package."""
+    encoder = student.encoder
+    return {**student.spec, "timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
+
+
 def latent_card(name: str, card: Mapping[str, Any], *, teacher: str, kind: Kind) -> str:
     """Markdown of `card`, of a latent-diffusion network whose folder the teacher called `teacher` reads."""
     code = [

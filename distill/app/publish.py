@@ -27,7 +27,7 @@ from distill.core.progress import Report
 from distill.shards import shards
 from distill.shards.readme import labels_readme
 from distill.students import checkpoint
-from distill.students.modelcard import model_card, without_package
+from distill.students.modelcard import page_of
 from distill.teachers import revision_of
 
 SUMS, LIST = "SHA256SUMS", "regions.jsonl"
@@ -211,18 +211,9 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
         if path.is_file() and not path.name.startswith("."):
             shutil.copyfile(path, aside / path.name)
     if student is not None:
-        network = {**student.spec, "timm_name": student.encoder.timm_name, "patch_size": student.encoder.patch_size}
-        alone = without_package(network, bits=4 if about["weights"]["dtype"] == "int4" else None)
-        page = model_card(
-            out.name,
-            card,
-            native_size=student.native_size,
-            kind=student.kind,
-            canonical_focal=student.canonical_focal,
-            alone=alone,
-            parameters=sum(p.numel() for p in student.parameters()),
-            num_bytes=(folder / checkpoint.WEIGHTS).stat().st_size,
-        )
+        bits = 4 if about["weights"]["dtype"] == "int4" else None
+        num_bytes = (folder / checkpoint.WEIGHTS).stat().st_size
+        page = page_of(student, out.name, card, bits=bits, num_bytes=num_bytes)
         files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
     if not (aside / checkpoint.CARD).is_file():
         raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")

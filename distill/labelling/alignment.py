@@ -13,7 +13,6 @@ Shapes: B maps, H, W, M points that the fit looks at, T trials.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from distill.core.crops import generator
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
+from distill.labelling.fitted import FittedTeacher
 
 TRIALS = 256
 POINTS = 4096
@@ -135,22 +135,11 @@ def align_maps(
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
+class Aligned(FittedTeacher):
     """A teacher whose labels are fitted to each image's truth. max_residual, min_inliers: see `align_maps`."""
 
-    teacher: Any
     max_residual: float
     min_inliers: float
-
-    @property
-    def card(self) -> Any:
-        """The teacher's own."""
-        return self.teacher.card
-
-    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """What the teacher says."""
-        prediction: DepthMap = self.teacher.predict(images) if keys is None else self.teacher.predict(images, keys=keys)
-        return prediction
 
     def align(
         self, shared: DepthMap, local: DepthMap | None, truth: Labels, key: str

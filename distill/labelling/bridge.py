@@ -12,7 +12,6 @@ Shapes: B maps, H, W, M pixels that the fit looks at.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
+from distill.labelling.fitted import FittedTeacher
 
 # The fit looks at so many pixels of a map, on a regular grid: two numbers need no more.
 PIXELS = 4096
@@ -153,25 +153,14 @@ def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tu
 
 
 @dataclass(frozen=True, slots=True)
-class Bridged:
+class Bridged(FittedTeacher):
     """An assistant of affine depth whose labels become disparity by a fit to those of the teacher named `primary`.
 
     It stands in a list of teachers in the assistant's place, after its primary. max_residual: see `bridge_map`.
     """
 
-    teacher: Any
     primary: str
     max_residual: float
-
-    @property
-    def card(self) -> Any:
-        """The assistant's own."""
-        return self.teacher.card
-
-    def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """What the assistant says: affine depth."""
-        prediction: DepthMap = self.teacher.predict(images) if keys is None else self.teacher.predict(images, keys=keys)
-        return prediction
 
     def bridge(
         self, shared: DepthMap, local: DepthMap | None, primary: Labels

@@ -125,17 +125,8 @@ def label(
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
     other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
     """
-    out = Path(out)
-    settings = settings_of(teachers, crops, labels, seed=seed)
-    combine(shards)
-    if not shards:
-        raise ValueError("there are no images to label; check [images]")
-    for shard in shards:
-        asked_about(shard, teachers)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+    out, settings = Path(out), settings_of(teachers, crops, labels, seed=seed)
+    make_folder(out, shards, teachers)
     with run_lock(out, rank=rank, world=world):
         with mutex(out):
             keep_settings(out, settings, tell=tell)
@@ -148,13 +139,31 @@ def label(
                 work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
                 team.close(label_part(out, part, work, tally, team).finish)
         with mutex(out):
-            about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+            about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
             if complete and (out / NOTES).is_dir():
                 shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
+
+
+def make_folder(out: Path, shards: Sequence[InputShard], teachers: Teachers) -> None:
+    """The labels folder, once the images are known to be named apart and to have teachers. Raises what `label` does."""
+    combine(shards)
+    if not shards:
+        raise ValueError("there are no images to label; check [images]")
+    for shard in shards:
+        asked_about(shard, teachers)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+
+
+def made_by(recipe: Mapping[str, Any] | None, machine: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the manifest says of how labels were made."""
+    return {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
 
 
 def _manifest_there(out: Path) -> dict[str, Any]:

@@ -62,10 +62,18 @@ def tune(
 
 
 def _kept(path: Path) -> dict[str, Any]:
-    """What was found out before; nothing where that is damaged, for then it is found out again."""
+    """What was found out before. A damaged one is found out again, unless parts are finished.
+
+    Raises ValueError then: with another batch size the rest would not be of the bits that one run makes.
+    """
     try:
         table = read_json(path) if path.is_file() else {}
-    except DamagedTableError:
+    except DamagedTableError as error:
+        if any(path.parent.glob("*.tar")):
+            raise ValueError(
+                f"{path} is damaged, and with it the batch size that finished parts were made with: delete it to go "
+                "on with another one, whose maps may differ in their last bits, or label into another folder"
+            ) from error
         return {}
     return {key: value for key, value in table.items() if key != "version"}
 

@@ -24,7 +24,7 @@ import torch
 
 from distill.core.crop_settings import CropSettings
 from distill.core.progress import Report
-from distill.data.sources import InputShard, combine
+from distill.data.sources import InputShard
 from distill.labelling.annotate import CPU, Teachers, asked_about
 from distill.labelling.board import Board, Place
 from distill.labelling.crew import Crew, crew
@@ -33,7 +33,7 @@ from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting
 from distill.labelling.parts import Tell
-from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, part_sizes
+from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, made_by, make_folder, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
 
@@ -250,17 +250,8 @@ def work(
 
     Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
     """
-    out = Path(out)
-    settings = settings_of(teachers, crops, labels, seed=seed)
-    combine(shards)
-    if not shards:
-        raise ValueError("there are no images to label; check [images]")
-    for shard in shards:
-        asked_about(shard, teachers)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+    out, settings = Path(out), settings_of(teachers, crops, labels, seed=seed)
+    make_folder(out, shards, teachers)
     refuse_run(out)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     place = meeting or Folder(out)
@@ -268,7 +259,7 @@ def work(
     keep_settings(out, settings, tell=tell, suffix=f".{name[-6:]}")
     place.share(SETTINGS)
     keep_settings(out, settings, tell=tell)
-    about = {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
+    about = made_by(recipe, machine)
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=place.whole, tell=tell)
     before = place.stamp()
     if before and _finish(place, end, fresh=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from distill.core.depth import DepthMap, Kind
 from distill.labelling import tuning
 from distill.labelling.annotate import CPU
+from distill.labelling.objects import Objects
 from distill.labelling.settings import LabelSettings
+from distill.labelling.worker import in_turn
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +72,29 @@ def test_auto_needs_a_folder_to_be_kept_in():
         LabelSettings(batch_size="most")
     with pytest.raises(ValueError, match="at least 1"):
         LabelSettings(batch_size=0)
+
+
+def test_a_batch_size_that_is_lost_is_not_guessed_beside_finished_parts(tmp_path):
+    labels, teacher = LabelSettings(batch_size="auto"), [("t", Timed(0.01, room=2))]
+    first, _ = tuning.tune(tmp_path, teacher, labels, size=8, device=CPU, references={})
+    (tmp_path / tuning.TUNED).write_text("{")
+    assert tuning.tune(tmp_path, teacher, labels, size=8, device=CPU, references={})[0] == first, (
+        "nothing depends on it"
+    )
+    (tmp_path / "sa_0-000.tar").touch()
+    (tmp_path / tuning.TUNED).write_text("{")
+    with pytest.raises(ValueError, match="machine.json is damaged, and with it the batch size"):
+        tuning.tune(tmp_path, teacher, labels, size=8, device=CPU, references={})
+
+
+def test_workers_that_share_no_disk_take_the_batch_size_of_the_first(tmp_path):
+    """Two folders, one store: the second worker's card would have chosen another size."""
+    store, sizes = pytest.importorskip("obstore.store").MemoryStore(), []
+    for name, room in (("one", 2), ("two", 8)):
+        folder = tmp_path / name
+        place, teachers = Objects("s3://bucket/labels", folder, store=store), [("t", Timed(0.01, room=room))]
+        measure = partial(
+            tuning.tune, folder, teachers, LabelSettings(batch_size="auto"), size=8, device=CPU, references={}
+        )
+        sizes.append(in_turn(place, folder / tuning.TUNED, measure)[0].batch_size)
+    assert sizes == [2, 2]
