@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,46 +47,59 @@ def augment(
     """
     if not (hflip or color_jitter or rotation or random_resized_crop < 1.0):
         return batch
-    draws = [generator("augment", seed, position) for position in positions]
+    lots = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
     images, labels = batch.images.clone(), dict(batch.labels)
     if random_resized_crop < 1.0:
-        squares = [_draw_square(draw, images.shape[-1], random_resized_crop) for draw in draws]
+        squares = [_square(lot.square, images.shape[-1], random_resized_crop) for lot in lots]
         for b, square in enumerate(squares):
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1], canonical) for name, part in labels.items()}
     if rotation:
-        angles = [math.radians(rotation * (2.0 * draw.random() - 1.0)) for draw in draws]
+        angles = [math.radians(rotation * (2.0 * lot.angle - 1.0)) for lot in lots]
         images, labels = _turned(images, labels, angles)
     if hflip:
-        turned = torch.tensor([draw.random() < 0.5 for draw in draws]).to(images.device, non_blocking=True)
+        turned = torch.tensor([lot.mirrored for lot in lots]).to(images.device, non_blocking=True)
         images = _mirror(images, turned)
         labels = {name: _mirror_labels(part, turned) for name, part in labels.items()}
     if color_jitter:
-        for b, draw in enumerate(draws):
-            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.random(3) - 1.0))
+        for b, lot in enumerate(lots):
+            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * lot.rest.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
 
 
 def mirrored(
     positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float, rotation: float = 0.0
 ) -> tuple[bool, ...]:
-    """Which of the images at these places `augment` turns."""
-    if not hflip:
-        return (False,) * len(positions)
-    draws = [generator("augment", seed, position) for position in positions]
-    if random_resized_crop < 1.0:
-        for draw in draws:
-            draw.random(3)  # of its square, which is drawn first
-    if rotation:
-        for draw in draws:
-            draw.random()  # of its angle
-    return tuple(bool(draw.random() < 0.5) for draw in draws)
+    """Which of the images at these places `augment` mirrors."""
+    lots = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
+    return tuple(lot.mirrored for lot in lots)
 
 
-def _draw_square(draw: np.random.Generator, size: int, smallest: float) -> tuple[int, int, int]:
+@dataclass(frozen=True, slots=True)
+class _Lot:
+    """What is drawn for one image, each in [0, 1): its square, its angle, whether it is mirrored; rest: for colours."""
+
+    square: tuple[float, ...]
+    angle: float
+    mirrored: bool
+    rest: np.random.Generator
+
+
+def _lots(positions: Sequence[int], *, seed: int, hflip: bool, crops: bool, turns: bool) -> list[_Lot]:
+    """In this order, and only what is asked for: a new kind of draw stands last, or every old run draws others."""
+    lots = []
+    for position in positions:
+        draw = generator("augment", seed, position)
+        square = tuple(draw.random(3)) if crops else ()
+        angle = draw.random() if turns else 0.5
+        lots.append(_Lot(square, angle, bool(hflip and draw.random() < 0.5), draw))
+    return lots
+
+
+def _square(lot: Sequence[float], size: int, smallest: float) -> tuple[int, int, int]:
     """Top, left and side of a square of a size x size region whose area fraction is uniform in [smallest, 1]."""
-    side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * draw.random())))
-    top, left = (int(draw.random() * (size - side + 1)) for _ in range(2))
+    side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * lot[0])))
+    top, left = (int(one * (size - side + 1)) for one in lot[1:])
     return top, left, side
 
 

@@ -119,3 +119,12 @@ def test_a_path_in_a_table_is_never_cut(monkeypatch):
     path = "teachers/" + "a" * 60 + ".py"
     console.table("teachers", ["name", "from"], [["a", path], ["b", "x"]], text=True)
     assert path in out.getvalue()
+
+
+def test_quiet_is_each_commands_own(shown):
+    """In one process, as a notebook calls them."""
+    for argv, heard in ((["list", "recipes", "--quiet"], False), (["list", "recipes"], True)):
+        out = shown(False)
+        assert main(argv) == 0
+        console.note("by the way")
+        assert ("by the way" in out.getvalue()) is heard, argv

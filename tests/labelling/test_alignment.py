@@ -116,3 +116,12 @@ def test_a_recipe_says_what_lacks():
             parse({"run": {"name": "x"}, "teachers": teachers} | table)
     plain = parse({"run": {"name": "x"}, "teachers": teachers}).labels.content
     assert not {key for key in plain if key.startswith("align")}
+
+
+def test_a_fit_that_few_points_share_is_dropped():
+    """Half of the points are of another scene: what fits the other half well may be no label."""
+    said = DepthMap(DEPTH[None] * 0.5, torch.ones(1, *DEPTH.shape, dtype=torch.bool), Kind.SCALE_DEPTH)
+    for least, dropped in ((0.3, False), (0.6, True)):
+        out, [fit] = align_maps(said, sparse(share=0.5, wrong=0.5), max_residual=0.3, min_inliers=least)
+        assert fit["dropped"] is dropped and bool(out.valid.any()) is not dropped
+        assert fit["residual"] < 0.1 and 0.3 < fit["inliers"] < 0.6

@@ -10,8 +10,9 @@ import torch
 from distill.core.crops import sample_boxes
 from distill.core.depth import DepthMap
 from distill.core.labels import Batch, Labels
-from distill.training.augment import augment
-from tests.training.toys import KIND, Toys, assert_same_run, collate, run
+from distill.training.augment import augment, mirrored
+from distill.training.batches import is_mirrored
+from tests.training.toys import KIND, Toys, assert_same_run, collate, run, settings
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,15 @@ def test_a_turn_moves_image_and_map_alike_and_what_comes_from_outside_is_invalid
     with_patches = Labels(labels.shared, labels.shared, torch.zeros(4, 1, 4))
     with pytest.raises(ValueError, match="labels of patches cannot be turned"):
         augment(Batch(batch.keys, batch.images, {"t": with_patches}), range(4), rotation=5.0, **plain)
+
+
+@pytest.mark.parametrize("rotation", [0.0, 2.0])
+@pytest.mark.parametrize("smallest", [1.0, 0.5])
+def test_what_is_said_to_be_mirrored_is(smallest, rotation):
+    """Stored features and noise are mirrored by what `mirrored` says, the image by what `augment` draws."""
+    ramp = torch.linspace(0, 1, 32).expand(16, 3, 32, 32).contiguous()  # brighter to the right
+    how = {"seed": 3, "hflip": True, "random_resized_crop": smallest, "rotation": rotation}
+    turned = augment(Batch(("k",) * 16, ramp, {}), range(16), color_jitter=0.0, **how).images
+    darker = [bool(one[:, 8:24, 4:14].mean() > one[:, 8:24, 18:28].mean()) for one in turned]
+    assert tuple(darker) == mirrored(range(16), **how) and 0 < sum(darker) < 16
+    assert is_mirrored(range(16), settings(**how)) == tuple(darker)
