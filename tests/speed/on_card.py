@@ -108,6 +108,20 @@ def ours(data: LabelDataset, student: Any, settings: TrainSettings, device: torc
     return (end - start) / (last - first), statistics.mean(waits[1:])
 
 
+def fed(data: LabelDataset, settings: TrainSettings, device: torch.device, batches: int = 40) -> float:
+    """Seconds a batch where nothing is learnt from it: what the workers and the way to the card can do."""
+    order = make_order(list(range(len(data))), data.sources, seed=0, weights=(), temperature=1.0)
+    total = batches + 2 * max(1, settings.workers)
+    positions = MicroBatchPositions(
+        order=order, batch_size=settings.batch_size, accumulate=1, process=0, processes=1, steps=total
+    )
+    start = 0.0
+    for number, _ in enumerate(stored_batches(data, positions, settings=settings, device=device)):
+        if number == total - batches:
+            start = clock(device)
+    return (clock(device) - start) / (batches - 1)
+
+
 def profiled(data: LabelDataset, student: Any, settings: TrainSettings) -> None:
     """Prints, of 40 steps with one line of the log: the lines of code that wait for the card, and its kernels."""
     settings = dataclasses.replace(settings, steps=40, log_every=40)
@@ -163,7 +177,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--crops-per-image", type=int, default=12)
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--patches-per-step", type=int, default=0)
+    parser.add_argument("--patches-per-step", type=int, nargs="+", default=[0], help="0: all")
     parser.add_argument("--no-twice", action="store_true")
     parser.add_argument("--decoders", nargs="+", default=["sdt_fast", "sdt"])
     parser.add_argument("--profile", action="store_true", help="where training waits for the card, and what runs there")
@@ -193,14 +207,16 @@ def main() -> None:
             log_every=20,
             trackers=(),
             workers=given.workers,
-            patches_per_step=given.patches_per_step,
         )
-        for decoder in given.decoders:
+        for patches, decoder in itertools.product(given.patches_per_step, given.decoders):
+            settings = dataclasses.replace(settings, patches_per_step=patches)
+            feed = fed(data, settings, device)
             alone = bare(data, student_of(decoder, given.tiny, True), settings, device, given.steps)
             here, wait = ours(data, student_of(decoder, given.tiny, True), settings, device)
             print(
-                f"ViT-S, frozen, + {decoder}: bare {1e3 * alone:7.1f} ms, train {1e3 * here:7.1f} ms "
-                f"({given.batch_size / here:6.1f} images/s), ratio {here / alone:.3f}, data wait {100 * wait:.1f} %"
+                f"ViT-S, frozen, + {decoder}, {patches or 'all'} patches, {given.workers} workers: bare "
+                f"{1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms ({given.batch_size / here:.1f} images/s), ratio "
+                f"{here / alone:.3f}, data wait {100 * wait:.1f} %; data alone {1e3 * feed:.1f} ms"
             )
             if given.profile and device.type == "cuda":
                 profiled(data, student_of(decoder, given.tiny, True), settings)
