@@ -72,9 +72,10 @@ def run_studies(
     if processes > 1 and not (worker or collect_only):
         _with_workers(every, paths, version, out, processes, overrides)
     elif not collect_only:
-        if worker:  # all seeds at once, or all workers would wait for the one that labels the first
-            _label_all(every)
-        _work(every)
+        with scenes.remembered():  # every cell is scored on the same ones
+            if worker:  # all seeds at once, or all workers would wait for the one that labels the first
+                _label_all(every)
+            _work(every)
     if worker:
         return []
     results = []
@@ -96,15 +97,11 @@ def run_studies(
 
 
 def _label_all(every: Sequence[StudyCell]) -> None:
-    """Labels what these cells learn from, once each; the views that several labellings share are rendered once.
-
-    What other processes are labelling is waited for last.
-    """
+    """Labels what these cells learn from, once each; what other processes are labelling is waited for last."""
     wanted = {build.labels_folder(cell.recipe): cell.recipe for cell in every if not cell.recipe.labels.online}
-    with scenes.remembered():
-        while wanted := {folder: recipe for folder, recipe in wanted.items() if not (folder / MANIFEST).is_file()}:
-            if not any([_labelled(recipe) for recipe in wanted.values()]):
-                time.sleep(POLL)
+    while wanted := {folder: recipe for folder, recipe in wanted.items() if not (folder / MANIFEST).is_file()}:
+        if not any([_labelled(recipe) for recipe in wanted.values()]):
+            time.sleep(POLL)
 
 
 def _labelled(recipe: Recipe) -> bool:
