@@ -77,6 +77,31 @@ def golden_weights(shapes: dict, seed: int) -> dict:
     return {key: torch.from_numpy(value) for key, value in made.items()}
 
 
+@pytest.fixture(scope="session")
+def processes():
+    """A multiprocessing context whose processes inherit nothing of this one, and hash otherwise.
+
+    They are forks of one server, which has done the imports of the command line: seconds, else, for each of them.
+    """
+    from multiprocessing import forkserver, get_context
+
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["distill.app.commands", "distill.eval.fetch"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", "1")
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def elsewhere(processes):
+    """`elsewhere(function, *arguments)` -> what it returns in another process, the same one within a test."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
+        yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()
+
+
 @pytest.fixture(autouse=True)
 def _same_seed():
     import torch
