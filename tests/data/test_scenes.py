@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -185,14 +186,14 @@ def test_a_view_is_repeatable_and_lawful(kind):
 
 
 def test_views_differ_and_most_have_something_to_see():
-    views = [scenes.render(seed, size=SMALL) for seed in range(900, 924)]
+    views = [scenes.render(seed, size=(36, 48)) for seed in range(900, 916)]
     assert {view.kind for view in views} >= {"room", "street", "country"}
-    assert [view.kind for view in views] == [scenes.kind_of(seed) for seed in range(900, 924)]
+    assert [view.kind for view in views] == [scenes.kind_of(seed) for seed in range(900, 916)]
     means = torch.stack([view.image.mean((1, 2)) for view in views])
     assert len({tuple(row.tolist()) for row in means}) == len(views)
     assert means.std(0).min() > 0.04 and 0.25 < means.mean() < 0.65
     ranges = [torch.quantile(v.depth[v.valid], torch.tensor([0.05, 0.95])) for v in views if v.valid.any()]
-    assert sum(float(high / low) > 1.4 for low, high in ranges) >= 20
+    assert sum(float(high / low) > 1.4 for low, high in ranges) >= 13
 
 
 def test_size_changes_the_grid_not_the_place():
@@ -207,7 +208,11 @@ def test_odd_requests_are_refused():
         scenes.render(1, size=(0, 4))
 
 
-def test_the_benchmark_is_fixed_and_apart_from_training(tmp_path):
+def test_the_benchmark_is_fixed_and_apart_from_training(tmp_path, monkeypatch):
+    drawn = functools.cache(scenes.render)
+    monkeypatch.setattr(scenes, "render", drawn)
+    monkeypatch.setattr(benchmark, "render", drawn)
+    benchmark._view.cache_clear()
     assert scenes.BENCHMARK_SEEDS.stop <= scenes.TRAIN_SEEDS.start
     found = benchmark.samples(None)
     assert len(found) == len({s.key for s in found}) == benchmark.PROTOCOL.num_images == 64

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import re
@@ -14,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from distill.data import sources
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.shards import shards
 from distill.shards.shards import LabelDataset, read_manifest, verify
-from tests.labelling.formula import CROPS, Broken, Formula, contents, make_tar, run
+from tests.labelling.formula import CROPS, Broken, contents, make_tar, run, work
 
 
 def test_any_number_of_processes_gives_the_same_bytes(tars, tmp_path):
@@ -30,19 +28,6 @@ def test_any_number_of_processes_gives_the_same_bytes(tars, tmp_path):
         done = [run(tars, out, rank=rank, world=world, threads=1 + rank).complete for rank in reversed(range(world))]
         assert done == [False] * (world - 1) + [True]
         assert contents(out) == contents(tmp_path / "one")
-
-
-def work(root: str, out: str, rank: int, world: int, wait: float):
-    torch.set_num_threads(1)
-    tars = sources.tars(str(Path(root) / "sa_{0..1}.tar"))
-    run(tars, out, Formula(wait=wait), rank=rank, world=world, threads=2)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.labelling.run", "tests.labelling.test_resume"])
-    return context
 
 
 def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, processes):
