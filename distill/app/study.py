@@ -2,7 +2,7 @@
 
     name, title, source
     [full] and [bench]   base recipe, seeds, columns, set: overrides for every row; "{seed}" in one is the cell's seed
-                         a column is a metric of a benchmark (benchmark, group, metric) or a number of the training's log
+                         a column is a metric of a benchmark (benchmark, group, metric) or a loss of the training's log
                          (log, relative_to); it has a name
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
     [[rows]]             or rows one by one

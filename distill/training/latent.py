@@ -29,7 +29,6 @@ from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.latent_cache import LatentCache, stacked
 from distill.training.step import Measured
 
-
 PRIOR_LEVELS = tuple(range(100, 1000, 200))
 """Noise levels at which `latent.watch_prior` asks for the base's own task."""
 

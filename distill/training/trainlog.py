@@ -1,9 +1,10 @@
 """The written record of a training run: a line per step, an alarm when the output's scale runs away, and the bad batch.
 
 log.jsonl holds one JSON object per line, three sorts of them: {"step", "loss", ...} of a training step, {"step",
-"heldout", "heldout_parts", ...} of an evaluation (step 0: before the first), {"step", "alarm"} of a warning. A resumed run cuts the file back to its checkpoint, so
-that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's. Each line ends in a checksum of
-itself, which readers take off; a line with another one is left out.
+"heldout", "heldout_parts", ...} of an evaluation (step 0: before the first), {"step", "alarm"} of a warning. A resumed
+run cuts the file back to its checkpoint, so that apart from the fields in WALL_CLOCK it ends up equal to an
+uninterrupted run's. Each line ends in a checksum of itself, which readers take off; a line with another one is left
+out.
 
 Why an alarm: the gradient of a scale- and shift-invariant loss is orthogonal to the prediction, so each step can only
 lengthen it, and the effective step shrinks as it grows; people who re-implemented Distill-Any-Depth report just that.
