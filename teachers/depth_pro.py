@@ -45,7 +45,7 @@ def _card(weights: str) -> Card:
         name="depth_pro",
         weights=weights,
         kind=Kind.METRIC_DEPTH,
-        licence="Apple AMLR (research only)",
+        licence="apple-amlr",
         code_licence="Apple sample code",
         commercial=False,
         native_size=1536,
