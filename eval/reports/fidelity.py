@@ -74,7 +74,8 @@ def _square(title: str, points: Sequence[tuple[float, float]], ends: tuple[str, 
         return value * (_SIDE - 2 * _EDGE) + _EDGE
 
     dots = "".join(
-        f'<circle class="s1" cx="{place(a):.0f}" cy="{_SIDE - place(b):.0f}" r="1.5" style="stroke:none" fill-opacity=".35"/>'
+        f'<circle class="s1" cx="{place(a):.0f}" cy="{_SIDE - place(b):.0f}" r="1.5" '
+        f'style="stroke:none;fill-opacity:.35"/>'
         for a, b in points
     )
     texts = "".join(
