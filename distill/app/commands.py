@@ -39,11 +39,11 @@ from distill.eval.fidelity import fidelity
 from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
-from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.meeting import Folder, Meeting, in_turn
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import TUNED, tune
-from distill.labelling.worker import in_turn, work
+from distill.labelling.worker import work
 from distill.shards import mirror, shards
 from distill.shards.cache import TarCache
 from distill.shards.tables import CACHED

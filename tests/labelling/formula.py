@@ -8,6 +8,8 @@ from pathlib import Path
 
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
+from distill.labelling import worker
+from distill.labelling.meeting import Folder
 from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.teachers import Card
 from tests.data.pictures import encoded, pack, picture
@@ -63,8 +65,22 @@ def run(sources_, out, teacher=None, **options):
     return label(sources_, [("formula", teacher or Formula())], out=out, crops=crops, labels=labels, **options)
 
 
+LEASE = 0.4
+
+
+def work(sources_, out, teacher=None, *, lease_s=LEASE, meeting=None, **options):
+    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | given))
+    crops = replace(CROPS, crops_per_image=options.pop("crops_per_image", 2))
+    place = meeting or Folder(Path(out), lease_s=lease_s)
+    told = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
+    return worker.work(sources_, [("formula", teacher or Formula())], **told)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All files; beside them there may be a folder with what workers spent, and nothing else."""
+    assert all([*path.iterdir()] == [path / "spent.json"] for path in folder.iterdir() if path.is_dir())
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @dataclass
