@@ -81,11 +81,11 @@ class _Store:
             mode = {key: before[key] for key in ("e_tag", "version") if before.get(key)}
         try:
             return dict(obstore.put(self.store, name, data, mode=mode))
-        except (
-            obstore.exceptions.AlreadyExistsError,
-            obstore.exceptions.PreconditionError,
-            FileNotFoundError,
-        ) as error:
+        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
+            raise _Taken from error
+        except FileNotFoundError as error:
+            if before is None:  # no bucket of this name
+                raise self._error(error) from error
             raise _Taken from error
         except obstore.exceptions.BaseError as error:
             raise self._error(error) from error

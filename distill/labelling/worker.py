@@ -15,7 +15,7 @@ import random
 import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting, turn
-from distill.labelling.parts import Tell
+from distill.labelling.parts import Tell, line_of
 from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, made_by, make_folder, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.labelling.spent import CARD, settle
@@ -240,7 +240,28 @@ def _tar_of(sidecar: Path) -> dict[str, Any] | None:
     return tar
 
 
-def work(
+@dataclass(frozen=True, slots=True)
+class MadePart:
+    """A part that was labelled: its images and samples, and which images were quarantined (origin, key, reason)."""
+
+    name: str
+    images: int
+    samples: int
+    quarantine: tuple[dict[str, str], ...]
+
+
+def work(shards: Sequence[InputShard], teachers: Teachers, **options: Any) -> LabelOutcome:
+    """Label as one of any number of workers, until every part is finished, by whomever; as `by_parts`, at once."""
+    steps = by_parts(shards, teachers, **options)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            outcome: LabelOutcome = end.value
+            return outcome
+
+
+def by_parts(
     shards: Sequence[InputShard],
     teachers: Teachers,
     *,
@@ -255,12 +276,13 @@ def work(
     tell: Tell = lambda line: None,
     meeting: Meeting | None = None,
     poll_s: float = POLL_S,
-) -> LabelOutcome:
-    """Label as one of any number of workers, until every part is finished, by whomever; see `label` for the arguments.
+) -> Generator[MadePart, None, LabelOutcome]:
+    """Label as a worker, with a step for each part; see `label` for the arguments.
 
-    meeting: where the workers meet; by default `out`, which all of them must see then. poll_s: how often it looks for
-    what others leave, in seconds. The outcome's `last` is True for the worker that wrote the manifest; it is not
-    `complete` for those that left before it was written, for others had all that was left.
+    A part is being finished while the next one is labelled. meeting: where the workers meet; by default `out`, which
+    all of them must see then. poll_s: how often it looks for what others leave, in seconds. The outcome's `last` is
+    True for the worker that wrote the manifest; it is not `complete` for those that left before it was written, for
+    others had all that was left.
 
     Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
     """
@@ -285,17 +307,17 @@ def work(
     tally = Tally(0, 0, report, shared=True)
     with crew(max(1, labels.threads)) as team:
         job = Work(teachers, crops, labels, seed, device, (), team.stopping)
-        return _until_all_is_made(worker, team, tally, job, end, before)
+        return (yield from _until_all_is_made(worker, team, tally, job, end, before))
 
 
 def _until_all_is_made(
     worker: _Worker, team: Crew, tally: Tally, work: Work, end: partial[bool], before: str
-) -> LabelOutcome:
+) -> Generator[MadePart, None, LabelOutcome]:
     """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
     place, finished = worker.meeting, False
     try:
         while True:
-            _label_all(worker, team, tally, work)
+            yield from _label_all(worker, team, tally, work)
             if (now := place.stamp()) and now != before:
                 finished = True
                 return _outcome(worker, tally, last=False)
@@ -321,12 +343,12 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
     )
 
 
-def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
+def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterator[MadePart]:
     """Label parts until none is left, by anybody."""
     alone = True
     while got := worker.next(team):
         place, claim = got
-        begun = time.monotonic()
+        begun, before = time.monotonic(), (tally.images, tally.samples)
         try:
             if alone:  # now that our lease is there to be seen by a run that has begun meanwhile
                 refuse_run(worker.board.out)
@@ -352,6 +374,8 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
             claim.release()
             with opened.writer:
                 raise
+        lines = tuple(line_of(one) for one in opened.quarantine)
+        yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
 def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:

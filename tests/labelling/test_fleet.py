@@ -162,6 +162,17 @@ def test_a_conditional_put_whose_answer_was_lost_is_ours(store, tmp_path, monkey
     taken.release()
 
 
+def test_a_bucket_that_is_not_there_is_told(store, tmp_path, monkeypatch):
+    import obstore
+
+    def put(*args, **kwargs):
+        raise FileNotFoundError("Object at location labels/a not found: NoSuchBucket\n\nDebug source")
+
+    monkeypatch.setattr(obstore, "put", put)
+    with pytest.raises(OSError, match=r"s3://x/y cannot be reached: .*NoSuchBucket; what was sent stays"):
+        Objects("s3://x/y", tmp_path, store=store).take("a-000.tar")
+
+
 def test_ages_at_an_object_store_are_by_its_clock(store, tmp_path, monkeypatch):
     class Fast(datetime):
         @classmethod
