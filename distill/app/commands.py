@@ -176,7 +176,7 @@ def run_train(recipe: Recipe) -> TrainResult:
 def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     if isinstance(cache := getattr(dataset, "cache", None), TarCache):
-        note(cache.traffic.sentence(recipe.train.batch_size))
+        note(cache.traffic.sentence)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)
