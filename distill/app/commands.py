@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -39,11 +39,11 @@ from distill.eval.fidelity import fidelity
 from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
-from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.meeting import Folder, Meeting, in_turn
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import TUNED, tune
-from distill.labelling.worker import in_turn, work
+from distill.labelling.worker import MadePart, by_parts, work
 from distill.shards import mirror, shards
 from distill.shards.cache import TarCache
 from distill.shards.tables import CACHED
@@ -87,6 +87,21 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
 
 
 def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
+    job = _made_ready(recipe, folder, worker=worker)
+    with progress("label") as report:
+        outcome: LabelOutcome = job(report=report)
+    tell_labels(recipe, folder, outcome, send=send)
+    return outcome
+
+
+def label_by_parts(recipe: Recipe) -> Iterator[MadePart]:
+    """Labels as a worker, with a step for each part, for who has it done part by part (app.cluster)."""
+    with kept_recipe(recipe):
+        yield from _made_ready(recipe, build.labels_folder(recipe), worker=True, steps=True)()
+
+
+def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False) -> partial[Any]:
+    """Teachers loaded and what else labelling takes; steps: for `by_parts`."""
     if (folder / CACHED).is_dir():
         raise ValueError(
             f"{folder} keeps some tars of finished labels (labels.cache_gb): labelling here would make the others "
@@ -98,30 +113,33 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
     device = build.device(recipe)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
     references = teaching.float32_twins(recipe, on=device)
-    size, make = recipe.crops.size, label
+    size, make = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
         meeting = meeting_of(recipe, folder)
         labels, measured = in_turn(meeting, folder / TUNED, measure)
-        make = partial(work, meeting=meeting)
+        make = partial(by_parts if steps else work, meeting=meeting)
     else:
         labels, measured = measure()
     for name, off in measured.get("from_float32", {}).items():
         note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
-    with progress("label") as report:
-        outcome = make(
-            images,
-            teachers,
-            out=folder,
-            crops=recipe.crops,
-            labels=labels,
-            seed=recipe.run.seed,
-            device=device,
-            recipe=as_table(recipe),
-            machine=measured,
-            report=report,
-            tell=note,
-        )
+    return partial(
+        make,
+        images,
+        teachers,
+        out=folder,
+        crops=recipe.crops,
+        labels=labels,
+        seed=recipe.run.seed,
+        device=device,
+        recipe=as_table(recipe),
+        machine=measured,
+        tell=note,
+    )
+
+
+def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:
+    """Prints what labelling came to; send: to the mirror too, where the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
         at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
         state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
@@ -147,7 +165,6 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
             with progress("send to the mirror") as report:
                 sent = mirror.publish(folder, recipe.labels.mirror, report=report)
             say(f"{recipe.labels.mirror.rstrip('/')}/{folder.name}: {sent} files sent")
-    return outcome
 
 
 def run_train(recipe: Recipe) -> TrainResult:
@@ -159,7 +176,7 @@ def run_train(recipe: Recipe) -> TrainResult:
 def _train(recipe: Recipe) -> TrainResult:
     dataset = build.labelled(recipe)
     if isinstance(cache := getattr(dataset, "cache", None), TarCache):
-        note(cache.traffic.sentence(recipe.train.batch_size))
+        note(cache.traffic.sentence)
     student = build.make_student(recipe)
     if warning := build.batch_norm_note(recipe, student):
         note(warning)

@@ -290,9 +290,9 @@ def _about_labelling(
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
     if limit := recipe.labels.cache_gb * 1e9:
         traffic = Traffic(tars=images.parts, samples=total, size=float(total * each), limit=limit)
-        remedy = "raise labels.cache_gb, or make smaller tars (labels.samples_per_part): a sample not here costs a tar"
+        remedy = "raise labels.cache_gb: what is not kept here is fetched at every visit"
         level: Level = "ok" if traffic.fits else "warn"
-        yield Finding(level, traffic.sentence(recipe.train.batch_size), "" if traffic.fits else remedy)
+        yield Finding(level, traffic.sentence, "" if traffic.fits else remedy)
 
 
 def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, device: torch.device) -> float:

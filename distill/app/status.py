@@ -9,6 +9,9 @@ from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.labelling.standing import Standing, standing
 
+SHOWN = 20
+"""So many lines of workers at least, where there are as many; all that live have one."""
+
 
 def show(recipe: Recipe) -> int:
     """Prints where the recipe's labels stand; 0 where they are complete, else 1."""
@@ -25,21 +28,30 @@ def show(recipe: Recipe) -> int:
     now = standing(meeting_of(recipe, folder), folder, stems)
     at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
     say(f"{at}: {sentence(now)}")
-    if now.workers:
+    order = ("running", "waiting", "lost", "gone", "ended")
+    workers = sorted(now.workers, key=lambda worker: order.index(worker.state))
+    shown = [worker for worker in workers if worker.state in order[:3]]
+    shown = workers[: max(len(shown), SHOWN)]
+    if shown:
         rows = [
             [
                 worker.name,
                 worker.state,
                 worker.part or "-",
-                _time(worker.part_s) if worker.part else "-",
+                _time(worker.part_s) if worker.part and worker.part_s else "-",
                 str(worker.parts),
                 f"{worker.images_per_s:.3g}",
                 f"{worker.hours:.2f} {'h' if worker.device == 'cpu' else 'GPU-h'}",
                 str(worker.lost),
             ]
-            for worker in now.workers
+            for worker in shown
         ]
         table("workers", ["worker", "state", "part", "since", "parts", "images/s", "spent", "taken away"], rows)
+    if more := workers[len(shown) :]:
+        hours = sum(worker.hours for worker in more)
+        note(f"  and {len(more)} workers more that ended or were killed: {hours:.2f} h together")
+    for part, count in now.deadly:
+        note(f"  {part}: {count} workers were killed with it, and it is not made: see their logs")
     for holder in now.lost:
         note(f"  lost: {holder.name}, with {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
     return 0 if now.complete else 1
@@ -57,7 +69,7 @@ def sentence(now: Standing) -> str:
     if now.gpu_hours:
         words.append(f"{now.gpu_hours:.2f} GPU-hours")
     if now.complete:
-        return "complete; " + words[0]
+        return "complete; " + ", ".join([words[0], *words[4:]])
     words.append("nobody works" if now.eta_s is None else f"about {_time(now.eta_s)} left")
     return ", ".join(words)
 

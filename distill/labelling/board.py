@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +88,17 @@ class Board:
             for part in parts:
                 sidecar = f"{Path(part.name).stem}.json"
                 if self.meeting.has(sidecar):
-                    self.meeting.bring(sidecar)
-                    if not is_done(
-                        self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole
-                    ):
-                        self.meeting.withdraw(part.name)
+                    check = partial(self._is_stale, part)
+                    if check():
+                        withdraw(self.meeting, part.name, check)
             self.meeting.keep(key, {"input": now, "images": counts, "stem": one.stem})
         found = [Place(shard, i, count, part_name(one.stem, i)) for i, count in enumerate(counts)]
         self.places.update((place.name, place) for place in found)
         return found
+
+    def _is_stale(self, part: Part) -> bool:
+        self.meeting.bring(f"{Path(part.name).stem}.json")
+        return not is_done(self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole)
 
     def _fingerprint(self, shard: int) -> list[Any]:
         one = self.shards[shard]
@@ -121,6 +124,18 @@ class Board:
                 else:
                     yield place
         yield from sorted(short, key=lambda place: -place.images)
+
+
+def withdraw(meeting: Meeting, name: str, still: Callable[[], bool]) -> None:
+    """Take away a finished part that must be made again, unless somebody is making it: between its json and its tar it
+    looks like one that is broken. still: whether it must, asked once nobody can be.
+    """
+    if (claim := meeting.take(name)) is not None:
+        try:
+            if still():
+                meeting.withdraw(name)
+        finally:
+            claim.release()
 
 
 def part_name(stem: str, number: int) -> str:

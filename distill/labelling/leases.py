@@ -25,7 +25,7 @@ Above the minute for which an NFS client may believe old times of files.
 """
 SUFFIX = ".lease"
 NOTES = ".workers"
-"""The folder of leases and notes beside the tars; the last worker takes it away."""
+"""The folder of leases and notes beside the tars; of them only what the run cost stays (labelling.spent)."""
 
 
 class LeaseLostError(OSError):
@@ -158,7 +158,7 @@ class FolderLeases:
         """
         if not self.folder.is_dir():
             return []
-        now = _disk_time(self.folder)
+        now = disk_time(self.folder)
         holders = []
         for path in sorted(self.folder.glob(f"*{SUFFIX}")):
             try:
@@ -186,8 +186,8 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _disk_time(folder: Path) -> float:
-    """What time a file gets that is written there now."""
+def disk_time(folder: Path) -> float:
+    """What time a file gets that is written there now, in seconds; this machine's where nothing can be written."""
     probe = folder / f".clock-{os.getpid()}"
     try:
         probe.touch()

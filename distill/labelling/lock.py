@@ -27,12 +27,6 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
     Raises RunLockedError where a live process has the same rank, or belongs to a run of another size, or where workers
     have leases.
     """
-    workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
-    if workers:
-        raise RunLockedError(
-            f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill label "
-            f"RECIPE --worker; if it is dead, its lease ends {LEASE_S:.0f} s after its last sign of life"
-        )
     lock_file = folder / f".claim-{rank}-of-{world}"
     lock = _take(lock_file, wait=False)
     if lock is None:
@@ -45,6 +39,13 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
             if stale is None:
                 raise RunLockedError(_said(other))
             stale.release()
+        # Ours can be seen by now: a worker that comes looks for it once it has a lease.
+        workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
+        if workers:
+            raise RunLockedError(
+                f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill "
+                f"label RECIPE --worker; if it is dead, its lease ends {LEASE_S:.0f} s after its last sign of life"
+            )
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:

@@ -8,15 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
-import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from distill.core import files
-from distill.labelling.leases import LEASE_S, NOTES, Claim, FolderLeases, Holder
+from distill.labelling.leases import LEASE_S, NOTES, Claim, FolderLeases, Holder, disk_time
 from distill.labelling.manifest import is_whole
 from distill.shards.shards import MANIFEST
+
+T = TypeVar("T")
+
+SPENT = "spent"
+"""The note that stays when all is finished (labelling.spent)."""
+AGE = "age_s"
+"""What `Meeting.notes` adds to each: seconds since it was written, by the clock of the place."""
 
 
 class Meeting(Protocol):
@@ -73,7 +80,7 @@ class Meeting(Protocol):
         ...
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """All notes whose names begin so, by what follows."""
+        """All notes whose names begin so, by what follows, with their age (AGE); without those that cannot be read."""
         ...
 
     def stamp(self) -> str:
@@ -85,7 +92,7 @@ class Meeting(Protocol):
         ...
 
     def tidy(self) -> None:
-        """All is finished: leases and notes go, and what killed workers left aside."""
+        """All is finished: leases and notes but SPENT go, and what killed workers left aside."""
         ...
 
 
@@ -153,8 +160,13 @@ class Folder:
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
-        names = [path.stem for path in (self.out / NOTES).glob(f"{prefix}*.json")]
-        return {name.removeprefix(prefix): self.note(name) for name in names}
+        found, now = {}, disk_time(self.out / NOTES)
+        for path in (self.out / NOTES).glob(f"{prefix}*.json"):
+            with contextlib.suppress(FileNotFoundError):  # the last worker clears them away while we read
+                age = max(0.0, now - path.stat().st_mtime)
+                if note := self.note(path.stem):
+                    found[path.stem.removeprefix(prefix)] = {**note, AGE: age}
+        return found
 
     def stamp(self) -> str:
         """As Meeting has it."""
@@ -171,5 +183,31 @@ class Folder:
         """As Meeting has it."""
         for left in self.out.glob(f".*{files.PARTIAL}*"):
             left.unlink(missing_ok=True)
+        notes = self.out / NOTES
         with contextlib.suppress(OSError):
-            shutil.rmtree(self.out / NOTES)
+            for path in notes.iterdir():
+                if path.name != f"{SPENT}.json":
+                    path.unlink(missing_ok=True)
+            notes.rmdir()  # where nothing stays
+
+
+@contextlib.contextmanager
+def turn(place: Meeting, name: str) -> Iterator[None]:
+    """By one worker at a time; waits."""
+    while (claim := place.take(name)) is None:
+        time.sleep(min(1.0, place.lease_s / 4))
+    try:
+        yield
+    finally:
+        claim.release()
+
+
+def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
+    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
+    with turn(place, f"turn-{file.stem}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        place.bring(file.name)
+        result = do()
+        if file.is_file():
+            place.share(file.name)
+        return result

@@ -24,6 +24,7 @@ from typing import Any
 
 from distill.core import files
 from distill.labelling.leases import BEATS, LEASE_S, NOTES, SUFFIX, Claim, Holder, LeaseLostError
+from distill.labelling.meeting import AGE, SPENT
 from distill.shards.readme import README
 from distill.shards.shards import MANIFEST
 
@@ -52,6 +53,17 @@ class _Store:
         except obstore.exceptions.BaseError as error:
             raise self._error(error) from error
 
+    def head(self, name: str) -> dict[str, Any]:
+        """Size, e_tag and last_modified; {} where nothing is."""
+        import obstore
+
+        try:
+            return dict(obstore.head(self.store, name))
+        except FileNotFoundError:
+            return {}
+        except obstore.exceptions.BaseError as error:
+            raise self._error(error) from error
+
     def put(self, name: str, data: bytes | Path) -> None:
         import obstore
 
@@ -69,14 +81,39 @@ class _Store:
             mode = {key: before[key] for key in ("e_tag", "version") if before.get(key)}
         try:
             return dict(obstore.put(self.store, name, data, mode=mode))
-        except (
-            obstore.exceptions.AlreadyExistsError,
-            obstore.exceptions.PreconditionError,
-            FileNotFoundError,
-        ) as error:
+        except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError) as error:
+            raise _Taken from error
+        except FileNotFoundError as error:
+            if before is None:  # no bucket of this name
+                raise self._error(error) from error
             raise _Taken from error
         except obstore.exceptions.BaseError as error:
             raise self._error(error) from error
+
+    def lease(self, name: str, token: str, beats: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Write a lease as `replace` does. A put that was done while its answer was lost is repeated, and refused: what
+        is there then is ours.
+        """
+        try:
+            return self.replace(name, _record(token, beats), before)
+        except _Taken:
+            found = self.get(name)
+            if token and found and json.loads(found[0])["token"] == token:
+                return found[1]
+            raise
+
+    def now(self) -> datetime:
+        """What time an object gets that is written there now; this machine's where nothing can be written."""
+        import obstore
+
+        name = f"{NOTES}/clock-{secrets.token_hex(6)}"
+        try:
+            obstore.put(self.store, name, b"")
+            when: datetime = obstore.head(self.store, name)["last_modified"]
+            obstore.delete(self.store, name)
+        except (obstore.exceptions.BaseError, FileNotFoundError):
+            return datetime.now(UTC)
+        return when
 
     def names(self, folder: str) -> dict[str, dict[str, Any]]:
         """What lies in a folder, by name, with size, e_tag and last_modified; not what lies in folders of it."""
@@ -144,7 +181,7 @@ class _Held:
             if not self.lost:
                 self.beats += 1
                 try:
-                    self.version = self.store.replace(self.name, _record(self.token, self.beats), self.version)
+                    self.version = self.store.lease(self.name, self.token, self.beats, self.version)
                 except _Taken:
                     self.lost = True
         if self.lost:
@@ -155,7 +192,7 @@ class _Held:
         self.stop.set()
         with self.lock, contextlib.suppress(OSError, _Taken):
             if not self.lost:
-                self.store.replace(self.name, _record("", 0), self.version)
+                self.store.lease(self.name, "", 0, self.version)
             self.lost = True
 
 
@@ -189,7 +226,7 @@ class Objects:
                 if time.monotonic() - since < self.lease_s:
                     return None
         try:
-            version_now = self._store.replace(path, _record(token, 0), before)
+            version_now = self._store.lease(path, token, 0, before)
         except _Taken:
             return None
         self._seen.pop(name, None)
@@ -198,13 +235,14 @@ class Objects:
         return claim
 
     def holders(self) -> list[Holder]:
-        """As Meeting has it; ages by this machine's clock."""
+        """As Meeting has it; ages by the store's clock."""
+        there, now = self._store.names(NOTES), self._store.now()
         holders = []
-        for name, meta in sorted(self._store.names(NOTES).items()):
+        for name, meta in sorted(there.items()):
             if not name.endswith(SUFFIX) or (found := self._store.get(f"{NOTES}/{name}")) is None:
                 continue
             record = json.loads(found[0])
-            age = max(0.0, (datetime.now(UTC) - meta["last_modified"]).total_seconds())
+            age = max(0.0, (now - meta["last_modified"]).total_seconds())
             if record["token"]:
                 part = name.removesuffix(SUFFIX)
                 holders.append(Holder(part, record["host"], record["pid"], age, age > self.lease_s))
@@ -220,15 +258,9 @@ class Objects:
         return name in self._sizes or self._look(name)
 
     def _look(self, name: str) -> bool:
-        import obstore
-
-        try:
-            self._sizes[name] = obstore.head(self._store.store, name)["size"]
-        except FileNotFoundError:
-            return False
-        except obstore.exceptions.BaseError as error:
-            raise self._store._error(error) from error
-        return True
+        if found := self._store.head(name):
+            self._sizes[name] = found["size"]
+        return bool(found)
 
     def whole(self, out: Path, tar: Mapping[str, Any]) -> bool:
         """By its size at the URL."""
@@ -288,25 +320,29 @@ class Objects:
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
-        there = self._store.names(NOTES)
+        there, now = self._store.names(NOTES), self._store.now()
         names = [n.removesuffix(".json") for n in there if n.startswith(prefix) and n.endswith(".json")]
+        ages = [max(0.0, (now - there[f"{n}.json"]["last_modified"]).total_seconds()) for n in names]
         with ThreadPoolExecutor(ALIKE) as pool:
-            return {n.removeprefix(prefix): note for n, note in zip(names, pool.map(self.note, names), strict=True)}
+            found = zip(names, pool.map(self.note, names), ages, strict=True)
+            return {n.removeprefix(prefix): {**note, AGE: age} for n, note, age in found if note}
 
     def stamp(self) -> str:
         """As Meeting has it."""
-        found = self._store.get(MANIFEST)
-        return str(found[1]["e_tag"]) if found else ""
+        found = self._store.head(MANIFEST)
+        return str(found["e_tag"]) if found else ""
 
     def publish(self) -> None:
         """The manifest last; it does not stay here, where the tars are not."""
-        self._store.put(README, (self.out / README).read_bytes())
-        self._store.put(MANIFEST, (self.out / MANIFEST).read_bytes())
-        (self.out / MANIFEST).unlink()
+        try:
+            self._store.put(README, (self.out / README).read_bytes())
+            self._store.put(MANIFEST, (self.out / MANIFEST).read_bytes())
+        finally:
+            (self.out / MANIFEST).unlink()
 
     def tidy(self) -> None:
         """As Meeting has it, here and there."""
-        self._store.delete(*(f"{NOTES}/{name}" for name in self._store.names(NOTES)))
+        self._store.delete(*(f"{NOTES}/{name}" for name in self._store.names(NOTES) if name != f"{SPENT}.json"))
         for left in self.out.glob(f".*{files.PARTIAL}*"):
             left.unlink(missing_ok=True)
         shutil.rmtree(self.out / NOTES, ignore_errors=True)

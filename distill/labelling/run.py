@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -39,9 +38,11 @@ from distill.labelling.crew import Crew, ahead, crew
 from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, keep_settings, settings_of
+from distill.labelling.meeting import Folder
 from distill.labelling.online import OnlineDataset
 from distill.labelling.parts import Contents, Part, Tell, describe, is_done, line_of, parts_of
 from distill.labelling.settings import DEFAULTS, LabelSettings
+from distill.labelling.spent import settle
 from distill.shards.codec import Sample, encode_sample
 from distill.shards.shards import DamagedTableError, ShardWriter, read_manifest
 
@@ -142,7 +143,7 @@ def label(
             about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
             if complete and (out / NOTES).is_dir():
-                shutil.rmtree(out / NOTES, ignore_errors=True)  # of workers that are dead, or the lock were not ours
+                settle(Folder(out))  # notes of workers that are dead, or the lock were not ours
     return LabelOutcome(
         complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
     )
@@ -283,7 +284,11 @@ class OpenPart:
     contents: Contents = field(default_factory=Contents)
 
     def finish(self) -> None:
-        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours."""
+        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours.
+
+        Asked once: whoever takes it over after that takes its file aside away first (`Meeting.begin`), which then
+        cannot be renamed, and the json is the same from all.
+        """
         with self.writer as writer:
             closed, lines = writer.close(), [line_of(one) for one in self.quarantine]
             self.claim.check()
@@ -297,7 +302,6 @@ class OpenPart:
                 suffix=self.claim.suffix,
             )
             if writer.index:
-                self.claim.check()
                 writer.publish()
 
 

@@ -42,8 +42,8 @@ class LabelSettings:
     here."""
     cache_gb: float = 0.0
     """Gigabytes (1e9 bytes) of tars that training keeps of labels that lie elsewhere (mirror, or a root that is an
-    address): each is fetched when it is first read, and those read longest ago go. 0: all are fetched before training
-    begins, and stay. Less than all labels is for tars of few samples (distill.shards.cache)."""
+    address): each is fetched when it is first read, while there is room; of the others the bytes of a sample are
+    fetched at every visit. 0: all are fetched before training begins, and stay (distill.shards.cache)."""
     online: bool = False
     """Label during training instead of before it."""
     commercial_only: bool = False

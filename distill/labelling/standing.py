@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,21 @@ from typing import Any
 
 from distill.labelling.board import part_name
 from distill.labelling.leases import Holder
-from distill.labelling.meeting import Meeting
+from distill.labelling.meeting import AGE, Meeting
+from distill.labelling.spent import cards
 from distill.shards.shards import MANIFEST, read_json
+
+DEADLY = 3
+"""So many workers that were killed with the same part are not an accident of their machines. Ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStanding:
     """One worker: where it is, what it has (part, "" while it waits) and since when in seconds; its pace.
 
-    state: "running", "waiting", "gone" (it ended, or was killed between parts) or "lost" (it died with a lease).
-    hours: of its device, since it began. lost: parts that were taken from it.
+    state: "running", "waiting", "ended", "gone" (it was killed: without a lease, or it was taken over by another) or
+    "lost" (it died with a lease). hours: of its device, since it began, as far as it gave signs of life. lost: parts
+    that were taken from it. part: what it has, or had when it was killed.
     """
 
     name: str
@@ -39,7 +44,8 @@ class WorkerStanding:
 class Standing:
     """A whole run. images: of all parts, an estimate where not every input tar was scanned yet (`scanned` False).
 
-    eta_s: None where nobody works. lost: parts whose holder is dead, which others will take over.
+    eta_s: None where nobody works. lost: parts whose holder is dead, which others will take over. deadly: parts with
+    which DEADLY workers or more were killed, and how many.
     """
 
     complete: bool
@@ -52,6 +58,7 @@ class Standing:
     lost: tuple[Holder, ...]
     workers: tuple[WorkerStanding, ...]
     eta_s: float | None
+    deadly: tuple[tuple[str, int], ...] = ()
 
     @property
     def gpu_hours(self) -> float:
@@ -73,31 +80,35 @@ def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
     plans = {note["stem"]: note["images"] for note in meeting.notes("plan-").values() if "stem" in note}
     for stem in {*stems} - {*plans}:
         if f"{stem}-000.json" in there:  # made by a run that writes no notes
-            meeting.bring(f"{stem}-000.json")
-            first = read_json(out / f"{stem}-000.json")
-            plans[stem] = [len(first["images"])] * first["of"]
+            first = _json(meeting, out, f"{stem}-000.json")
+            full, of = len(first["images"]), first["of"]
+            last = f"{stem}-{of - 1:03d}.json"
+            rest = len(_json(meeting, out, last)["images"]) if last in there else full
+            plans[stem] = [full] * (of - 1) + [rest]
     holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
     taken = {holder.name for holder in holders}
-    done = done_images = 0
+    finished: set[str] = set()
+    done_images = 0
     for stem, counts in plans.items():
         for number, count in enumerate(counts):
             name = part_name(stem, number)
             if name in there or (name not in taken and f"{Path(name).stem}.json" in there):
-                done, done_images = done + 1, done_images + count
+                finished.add(name)
+                done_images += count
     unknown = len({*stems} - {*plans})
     parts, images = (sum(map(len, plans.values())), sum(map(sum, plans.values())))
     if plans:
         parts += round(unknown * parts / len(plans))
         images += round(unknown * images / len(plans))
-    cards = meeting.notes("worker-")
-    workers = tuple(_worker(name, card, holders) for name, card in sorted(cards.items()))
+    workers = tuple(_worker(name, card, holders) for name, card in sorted(cards(meeting).items()))
+    killed = Counter(worker.part for worker in workers if worker.state in ("gone", "lost"))
     pace = sum(worker.images_per_s for worker in workers if worker.state == "running")
     lost = tuple(holder for holder in holders if holder.dead)
-    complete = MANIFEST in there and done == parts and not holders
+    complete = MANIFEST in there and len(finished) == parts and not holders
     return Standing(
         complete=complete,
         parts=parts,
-        done=done,
+        done=len(finished),
         images=images,
         done_images=done_images,
         scanned=not unknown,
@@ -105,31 +116,42 @@ def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
         lost=lost,
         workers=workers,
         eta_s=(images - done_images) / pace if pace else None,
+        deadly=tuple(
+            (part, n) for part, n in killed.most_common() if part and n >= DEADLY and part not in there | finished
+        ),
     )
 
 
+def _json(meeting: Meeting, out: Path, name: str) -> dict[str, Any]:
+    meeting.bring(name)
+    return read_json(out / name)
+
+
 def _worker(name: str, card: dict[str, Any], holders: Sequence[Holder]) -> WorkerStanding:
-    mine = [holder for holder in holders if holder.name == card["part"] or _is_of(holder, card)]
-    since = max(0.0, time.time() - card["part_since"])
-    state = "gone"
-    if any(not holder.dead for holder in mine):
-        state = "running"
+    mine = [holder for holder in holders if _is_of(holder, card)]
+    since = card.get(AGE)  # its card is written when it begins a part, and again and again while it waits
+    state, heard = "gone", 0.0
+    if card["ended"]:
+        state = "ended"
+    elif since is None:  # of a run that is finished
+        pass
+    elif any(not holder.dead for holder in mine):
+        state, heard = "running", since
     elif mine:
-        state = "lost"
+        state, heard = "lost", max(0.0, since - min(holder.age for holder in mine))
     elif not card["part"] and since < 60:
-        state = "waiting"
-    alive = state in ("running", "waiting")
+        state, heard = "waiting", since
     return WorkerStanding(
         name=name,
         host=card["host"],
         device=card["device"],
         state=state,
-        part=card["part"] if state in ("running", "lost") else "",
-        part_s=since,
+        part=card["part"],
+        part_s=since or 0.0,
         parts=card["parts"],
         images=card.get("images", 0),
         images_per_s=card.get("images", 0) / card["label_s"] if card.get("label_s") else 0.0,
-        hours=(card["seconds"] + (since if alive else 0.0)) / 3600,
+        hours=(card["seconds"] + heard) / 3600,
         lost=card["lost"],
     )
 

@@ -8,17 +8,18 @@ take over what one leaves; one of them writes the manifest.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import random
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -26,18 +27,17 @@ from distill.core.crop_settings import CropSettings
 from distill.core.progress import Report
 from distill.data.sources import InputShard
 from distill.labelling.annotate import CPU, Teachers, asked_about
-from distill.labelling.board import Board, Place
+from distill.labelling.board import Board, Place, withdraw
 from distill.labelling.crew import Crew, crew
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
-from distill.labelling.meeting import Folder, Meeting
-from distill.labelling.parts import Tell
+from distill.labelling.meeting import Folder, Meeting, turn
+from distill.labelling.parts import Tell, line_of
 from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, made_by, make_folder, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
+from distill.labelling.spent import CARD, settle
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
-
-T = TypeVar("T")
 
 LAST = "manifest"
 """The lease of whoever writes the manifest; no part's name, for those end in .tar."""
@@ -202,31 +202,66 @@ class _Worker:
     def forget(self) -> None:
         """What was taken for finished and is not whole is to be made again."""
         for place in self.board.places.values():
-            self.meeting.bring(sidecar := f"{Path(place.name).stem}.json")
-            tar = _tar_of(self.board.out / sidecar)
-            if tar is not None and (not tar or not self.meeting.whole(self.board.out, tar)):
-                self.meeting.withdraw(place.name)
+            if self._is_broken(place):
                 self.done.discard(place.name)
+                withdraw(self.meeting, place.name, partial(self._is_broken, place))
 
-    def tell(self, *, part: str, tally: Tally | None = None) -> None:
+    def _is_broken(self, place: Place) -> bool:
+        self.meeting.bring(sidecar := f"{Path(place.name).stem}.json")
+        tar = _tar_of(self.board.out / sidecar)
+        return tar is not None and (not tar or not self.meeting.whole(self.board.out, tar))
+
+    def tell(self, *, part: str, tally: Tally | None = None, ended: bool = False) -> None:
         """Write this worker's card, which `distill status` reads."""
         if tally is not None:
             self.card |= {"images": tally.images, "samples": tally.samples, "label_s": round(tally.busy, 3)}
-        self.card |= {"part": part, "part_since": time.time(), "parts": self.parts, "lost": self.lost}
+        self.card |= {"part": part, "ended": ended, "parts": self.parts, "lost": self.lost}
         self.card |= {"seconds": round(time.monotonic() - self.begun, 3)}
-        self.meeting.keep(f"worker-{self.name}", self.card)
+        self.meeting.keep(f"{CARD}{self.name}", self.card)
+
+    def leave(self, tally: Tally, *, finished: bool) -> None:
+        """The last card. finished: the manifest is there, and cards are gathered; then by one worker at a time."""
+        self.stand_up()
+        with contextlib.suppress(OSError):  # a full disk is what many leave for, and has been told
+            if not finished:
+                self.tell(part="", tally=tally, ended=True)
+                return
+            with turn(self.meeting, LAST):
+                self.tell(part="", tally=tally, ended=True)
+                settle(self.meeting)
 
 
 def _tar_of(sidecar: Path) -> dict[str, Any] | None:
     """The tar that a part's json describes: None for a part of no sample, {} where the json is missing or damaged."""
     try:
         tar: dict[str, Any] | None = read_json(sidecar)["tar"] if sidecar.is_file() else {}
-    except DamagedTableError:
+    except (DamagedTableError, FileNotFoundError):  # or withdrawn by another at this moment
         tar = {}
     return tar
 
 
-def work(
+@dataclass(frozen=True, slots=True)
+class MadePart:
+    """A part that was labelled: its images and samples, and which images were quarantined (origin, key, reason)."""
+
+    name: str
+    images: int
+    samples: int
+    quarantine: tuple[dict[str, str], ...]
+
+
+def work(shards: Sequence[InputShard], teachers: Teachers, **options: Any) -> LabelOutcome:
+    """Label as one of any number of workers, until every part is finished, by whomever; as `by_parts`, at once."""
+    steps = by_parts(shards, teachers, **options)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            outcome: LabelOutcome = end.value
+            return outcome
+
+
+def by_parts(
     shards: Sequence[InputShard],
     teachers: Teachers,
     *,
@@ -241,12 +276,13 @@ def work(
     tell: Tell = lambda line: None,
     meeting: Meeting | None = None,
     poll_s: float = POLL_S,
-) -> LabelOutcome:
-    """Label as one of any number of workers, until every part is finished, by whomever; see `label` for the arguments.
+) -> Generator[MadePart, None, LabelOutcome]:
+    """Label as a worker, with a step for each part; see `label` for the arguments.
 
-    meeting: where the workers meet; by default `out`, which all of them must see then. poll_s: how often it looks for
-    what others leave, in seconds. The outcome's `last` is True for the worker that wrote the manifest; it is not
-    `complete` for those that left before it was written, for others had all that was left.
+    A part is being finished while the next one is labelled. meeting: where the workers meet; by default `out`, which
+    all of them must see then. poll_s: how often it looks for what others leave, in seconds. The outcome's `last` is
+    True for the worker that wrote the manifest; it is not `complete` for those that left before it was written, for
+    others had all that was left.
 
     Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
     """
@@ -271,39 +307,25 @@ def work(
     tally = Tally(0, 0, report, shared=True)
     with crew(max(1, labels.threads)) as team:
         job = Work(teachers, crops, labels, seed, device, (), team.stopping)
-        return _until_all_is_made(worker, team, tally, job, end, before)
-
-
-def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
-    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
-    while (claim := place.take(f"turn-{file.stem}")) is None:
-        time.sleep(min(1.0, place.lease_s / 4))
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        place.bring(file.name)
-        result = do()
-        if file.is_file():
-            place.share(file.name)
-        return result
-    finally:
-        claim.release()
+        return (yield from _until_all_is_made(worker, team, tally, job, end, before))
 
 
 def _until_all_is_made(
     worker: _Worker, team: Crew, tally: Tally, work: Work, end: partial[bool], before: str
-) -> LabelOutcome:
+) -> Generator[MadePart, None, LabelOutcome]:
     """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
-    place = worker.meeting
+    place, finished = worker.meeting, False
     try:
         while True:
-            _label_all(worker, team, tally, work)
+            yield from _label_all(worker, team, tally, work)
             if (now := place.stamp()) and now != before:
-                place.tidy()  # our own card may have come after the last one's tidying
+                finished = True
                 return _outcome(worker, tally, last=False)
             if worker.held:  # others have it, and there are enough who wait for them
                 return _outcome(worker, tally, complete=False, last=False)
             written = _finish(place, end, fresh=True)
             if written:
+                finished = True
                 return _outcome(worker, tally, last=True)
             if written is False:
                 worker.forget()
@@ -311,7 +333,7 @@ def _until_all_is_made(
                 return _outcome(worker, tally, complete=False, last=False)
             time.sleep(worker.poll_s)
     finally:
-        worker.stand_up()
+        worker.leave(tally, finished=finished)
 
 
 def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True) -> LabelOutcome:
@@ -321,12 +343,16 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
     )
 
 
-def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
+def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterator[MadePart]:
     """Label parts until none is left, by anybody."""
+    alone = True
     while got := worker.next(team):
         place, claim = got
-        begun = time.monotonic()
+        begun, before = time.monotonic(), (tally.images, tally.samples)
         try:
+            if alone:  # now that our lease is there to be seen by a run that has begun meanwhile
+                refuse_run(worker.board.out)
+                alone = False
             part = worker.board.part(place)
             tally.total = sum(p.images for p in worker.board.places.values())
             tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
@@ -348,11 +374,13 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> None:
             claim.release()
             with opened.writer:
                 raise
+        lines = tuple(line_of(one) for one in opened.quarantine)
+        yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
 def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
     """Write the manifest if all is there; whether it is written, None where somebody else is at it."""
-    claim = place.take(LAST)
+    claim, before = place.take(LAST), place.stamp()
     if claim is None:
         return None
     try:
@@ -360,7 +388,12 @@ def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
         if not end(fresh=fresh, suffix=claim.suffix):
             return False
         place.publish()
-        place.tidy()
+        settle(place)
         return True
+    except OSError as error:
+        # Whoever took over from one that slept has taken its file aside away, or a disk repeats a rename that was done.
+        if error.errno != errno.ENOENT or place.stamp() in ("", before):
+            raise
+        return None
     finally:
         claim.release()

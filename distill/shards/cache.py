@@ -1,15 +1,14 @@
-"""Labels at a URL of which this machine keeps no more than it has room for: tars are fetched when they are first read.
+"""Labels at a URL of which this machine keeps no more than it has room for.
 
-The folder has manifest.json, every json of a tar, and some of the tars: as many bytes as `labels.cache_gb` allows.
-What is missing is fetched, checked against the manifest's sha256 and renamed into place; the tars that were read
-longest ago make room. All processes that see the folder share it: a tar is fetched by one of them while the others
-wait. No descriptor stays open between two reads, so that a tar which goes gives its bytes back, and one that another
-process is reading is read to its end.
+The folder has manifest.json, every json of a tar, and some of the tars: as many bytes as `labels.cache_gb` allows. A
+tar that is missing when it is first read is fetched while there is room, checked against the manifest's sha256 and
+renamed into place; once there is none, of the others the bytes of a sample alone are fetched, at every visit. What is
+here stays: training visits samples in an order that is shuffled over all tars, so that none is worth more than another,
+and a tar that would make way for one sample would be missed by the next.
 
-What it costs: training visits samples in an order that is shuffled over all tars, so that a batch of B samples touches
-about n (1 - (1 - 1/n)^B) of n tars (`touched`), 55 of 200 for B = 64, and a sample whose tar is not here costs a whole
-tar (`Traffic`). A cache that holds all of them fetches each once. A smaller one is for tars of few samples
-(labels.samples_per_part): its traffic is proportional to their size.
+All processes that see the folder share it: a tar is fetched by one of them while the others wait. Bytes of a tar that
+is not here are known by their number, by their headers in the tar and by what decodes them, and by the size of the tar
+that they come from; its sha256 takes the whole of it.
 """
 
 from __future__ import annotations
@@ -31,13 +30,7 @@ from distill.shards.tables import CACHED, read_json, read_manifest
 
 IDLE_S = 120.0
 """Seconds after which what a killed process was fetching is taken away, if nobody holds its lock. Ours."""
-_POLL_S = 0.05
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-def touched(tars: int, batch: int) -> float:
-    """How many of `tars` equal tars hold the samples of a batch that is drawn from all of them, in the mean."""
-    return tars * (1.0 - (1.0 - 1.0 / tars) ** batch)
 
 
 def _gb(size: float) -> str:
@@ -63,21 +56,19 @@ class Traffic:
 
     @property
     def bytes_per_epoch(self) -> float:
-        """The bytes that all processes of a node fetch together in an epoch, once the cache is full.
+        """The bytes that all processes of a node fetch together in an epoch, once no further tar has room."""
+        kept = self.size / self.tars * int(self.limit / (self.size / self.tars))
+        return max(0.0, self.size - kept)
 
-        A sample's tar is missing with the probability 1 - limit / size, and then comes whole.
-        """
-        missing = max(0.0, 1.0 - self.limit / self.size)
-        return self.samples * missing * self.size / self.tars
-
-    def sentence(self, batch: int) -> str:
-        """The facts in a line, for batches of so many samples."""
+    @property
+    def sentence(self) -> str:
+        """The facts in a line."""
         line = f"labels: {_gb(self.limit)} of {_gb(self.size)} in {self.tars} tars are kept here"
         if self.fits:
             return f"{line}; each tar is fetched once"
         return (
-            f"{line}; a batch of {batch} touches about {touched(self.tars, batch):.0f} tars, and an epoch fetches "
-            f"about {_gb(self.bytes_per_epoch)}"
+            f"{line}; an epoch fetches about {_gb(self.bytes_per_epoch)} of the others, in "
+            f"{self.samples * self.bytes_per_epoch / self.size:,.0f} reads"
         )
 
 
@@ -85,7 +76,7 @@ class TarCache:
     """Reads from the tars of a labels folder that `mirror.fetch(..., cached=True)` has begun; a `shards.TarReader`.
 
     url: where the folder of this name lies whole; limit: bytes of tars to keep in `folder`, those included that are
-    being fetched. Goes to data workers by fork or pickle. Raises ValueError where the largest tar is larger than that.
+    being fetched. Goes to data workers by fork or pickle.
     """
 
     def __init__(self, url: str, folder: Path, limit: int) -> None:
@@ -93,12 +84,8 @@ class TarCache:
         self._aside = folder / CACHED
         shards = read_manifest(folder)["shards"]
         self._tars: dict[str, tuple[int, str]] = {shard["name"]: (shard["bytes"], shard["sha256"]) for shard in shards}
-        size, largest = max(((bytes_, name) for name, (bytes_, _) in self._tars.items()), default=(0, ""))
-        if size > limit:
-            raise ValueError(
-                f"labels.cache_gb = {limit / 1e9:g} is less than one tar: {largest} of {self.source} has "
-                f"{size / 1e9:.3g} GB; allow that, or label with a smaller labels.samples_per_part"
-            )
+        self._same: set[str] = set()
+        self._left_out: set[str] = set()
         self.traffic = Traffic(
             tars=max(1, len(shards)),
             samples=sum(shard["samples"] for shard in shards),
@@ -106,7 +93,7 @@ class TarCache:
             limit=float(limit),
         )
         with self._locked("room"):
-            self._make_room("", 0)  # the limit may have been a larger one
+            self._shrink()  # the limit may have been a larger one
 
     def index(self, shard: Mapping[str, Any]) -> list[tuple[str, int, int]]:
         """(sample key, first byte, number of bytes) of every sample of one of the manifest's tars, by its json alone.
@@ -123,12 +110,31 @@ class TarCache:
         return listed(sidecar, table, shard["bytes"])
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """So many bytes of the tar `name`, fetched first where it is not here. Raises OSError."""
-        with self._here(name) or self._brought(name) as file:
+        """So many bytes of the tar `name`, which is fetched first where it is not here and has room. Raises OSError."""
+        file = self._here(name) or self._brought(name)
+        if file is None:
+            return self._ranged(name, start, size)
+        with file:
             return os.pread(file.fileno(), size, start)
 
+    def _ranged(self, name: str, start: int, size: int) -> bytes:
+        """So many bytes of a tar that is not kept; what fails is tried once more."""
+        failed: OSError | None = None
+        for _ in range(2):
+            try:
+                system, inside = file_system(f"{self.source}/{name}")
+                if name not in self._same:
+                    if (there := system.size(inside)) != self._tars[name][0]:
+                        raise OSError(f"it has {there} bytes, not the {self._tars[name][0]} that {MANIFEST} says")
+                    self._same.add(name)
+                found: bytes = system.cat_file(inside, start=start, end=start + size)
+                return found
+            except OSError as error:
+                failed = error
+        raise OSError(f"{self.source}/{name} cannot be read: {failed}") from failed
+
     def _here(self, name: str) -> IO[bytes] | None:
-        """The tar, marked as read now; None where it is not here, or not whole."""
+        """The tar; None where it is not here, or not whole."""
         path = self.folder / name
         try:
             file = path.open("rb", buffering=0)
@@ -137,19 +143,23 @@ class TarCache:
         if os.fstat(file.fileno()).st_size != self._tars[name][0]:
             file.close()
             return None
-        now = time.time_ns()  # the kernel's own "now" is that of its last tick
-        with contextlib.suppress(OSError):  # it may have gone by now, and file is it all the same
-            os.utime(path, ns=(now, now))
         return file
 
-    def _brought(self, name: str) -> IO[bytes]:
+    def _brought(self, name: str) -> IO[bytes] | None:
+        """The tar, fetched; None where there is no room for it."""
+        if name in self._left_out:
+            return None
         with self._locked(name):
             if (file := self._here(name)) is not None:  # another process has brought it meanwhile
                 return file
-            new = self._begun(name)
+            with self._locked("room"):
+                if self._size_but(name) + self._tars[name][0] > self.limit:
+                    self._left_out.add(name)
+                    return None
+                new = self._aside / f"{name}.{secrets.token_hex(6)}{PARTIAL}"
+                new.touch()
             try:
                 self._fetch(name, new)
-                # Before others can see it, who may take it away at once.
                 file = new.open("rb", buffering=0)
                 with naming(self.folder / name):
                     publish(new, self.folder / name)
@@ -193,39 +203,30 @@ class TarCache:
     def _lock_file(self, name: str) -> Path:
         return self._aside / f"{name}.lock"
 
-    def _begun(self, name: str) -> Path:
-        """An empty file to fetch the tar to, once there is room for it: what others are fetching is waited for."""
-        new = self._aside / f"{name}.{secrets.token_hex(6)}{PARTIAL}"
-        while True:
-            with self._locked("room"):
-                if self._make_room(name, self._tars[name][0]):
-                    new.touch()
-                    return new
-            time.sleep(_POLL_S)
+    def _size_but(self, name: str) -> int:
+        """The bytes of all tars that are here or being fetched, but this one's, whose lock we have.
 
-    def _make_room(self, name: str, need: int) -> bool:
-        """Take away the tars read longest ago until `need` bytes more are within the limit; False where they cannot be.
-
-        name: the tar that they are for, whose lock we have. Whoever is fetching has its whole tar counted at once.
+        Whoever is fetching has its whole tar counted at once.
         """
         # Before the tars: one that is renamed in between is counted twice and not overlooked.
         coming = sum(self._coming(name))
-        if coming + need > self.limit:
-            return False
-        kept = []
+        return coming + sum(size for tar, size in self._kept().items() if tar != name)
+
+    def _kept(self) -> dict[str, int]:
+        sizes = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
                 if entry.name in self._tars:
                     with contextlib.suppress(FileNotFoundError):
-                        stat = entry.stat()
-                        kept.append((stat.st_mtime_ns, entry.path, stat.st_size))
-        total = coming + need + sum(size for _, _, size in kept)
-        for _, path, size in sorted(kept):
-            if total <= self.limit:
-                break
-            Path(path).unlink(missing_ok=True)
-            total -= size
-        return True
+                        sizes[entry.name] = entry.stat().st_size
+        return sizes
+
+    def _shrink(self) -> None:
+        """Take tars away until the rest is within the limit."""
+        kept = self._kept()
+        while sum(kept.values()) > self.limit:
+            name, _ = kept.popitem()
+            (self.folder / name).unlink(missing_ok=True)
 
     def _coming(self, ours: str) -> Iterator[int]:
         """The sizes of the tars that are being fetched; what was left by the dead goes. ours: whose lock we have."""

@@ -1,12 +1,13 @@
 """Labelling workers under everything that a cluster does to them: the labels must be one worker's, to the byte.
 
-    python -m tests.chaos.workers [--kills 100] [--seed 0] [--workers 2]
+    python -m tests.chaos.workers [--kills 100] [--seed 0] [--workers 2] [--url s3://bucket/labels]
 
-Two workers at a time label twelve tiny tars and are killed at random moments, put to sleep for longer than their lease
-lasts and woken again; leases are stolen and removed; clocks jump by an hour either way, in the processes and in the
-times of lease files; the disk is full now and then; renames are lost, said to be done and not done, or done and said
-not to be. When the folder is finished it is compared with one worker's, and the next round begins, until so many were
-killed. It prints what happened, and ends in 1 where a byte differs.
+Two workers (or more) at a time label twelve tiny tars and are killed at random moments, put to sleep for longer than
+their lease lasts and woken again; leases are stolen and removed; clocks jump by an hour either way, in processes and in
+times of lease files; the disk is full now and then; renames are lost, said to be done and not done, or done and
+said not to be. With --url they meet at an object store (AWS_ENDPOINT and its like name a local one), where answers of
+conditional puts are lost and the network fails. When a round is finished it is compared with one worker's, and the next
+begins, until so many were killed. It prints what happened, and ends in 1 where a byte differs.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Mapping
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from distill.core import files
 from distill.data import sources
+from distill.labelling import objects
 from distill.labelling.board import Place
 from distill.labelling.leases import NOTES, SUFFIX
-from distill.labelling.meeting import Folder
+from distill.labelling.meeting import Folder, Meeting
+from distill.labelling.objects import Objects
 from distill.labelling.settings import LabelSettings
 from distill.labelling.worker import work
 from distill.shards import shards
@@ -41,6 +47,10 @@ LEASE_S = 1.0
 TARS, PHOTOS = 12, 9
 
 
+def meeting_at(url: str, out: Path) -> Meeting:
+    return Objects(f"{url}/{out.name}", out, lease_s=LEASE_S) if url else Folder(out, lease_s=LEASE_S)
+
+
 def images(root: Path) -> list[sources.InputShard]:
     return sources.tars(str(root / "sa_*.tar"))
 
@@ -48,14 +58,40 @@ def images(root: Path) -> list[sources.InputShard]:
 # --- in the worker ----------------------------------------------------------------------------------------------------
 
 
+def note(log: Path, what: str) -> None:
+    with log.open("a") as file:
+        file.write(f"{what}\n")
+
+
+def break_network(rng: random.Random, log: Path) -> None:
+    """The same for what reaches an object store."""
+    plain_replace, plain_put = objects._Store.replace, objects._Store.put
+
+    def unreachable() -> None:
+        if rng.random() < 0.004:
+            note(log, "networks that fail")
+            raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    def put(self: objects._Store, name: str, data: bytes | Path) -> None:
+        unreachable()
+        plain_put(self, name, data)
+
+    def replace(self: objects._Store, name: str, data: bytes, before: Mapping[str, Any] | None) -> dict[str, Any]:
+        unreachable()
+        found = plain_replace(self, name, data, before)
+        if rng.random() < 0.03:
+            note(log, "puts done and said to be refused")
+            raise objects._Taken
+        return found
+
+    objects._Store.replace, objects._Store.put = replace, put  # type: ignore[method-assign]
+
+
 def break_things(rng: random.Random, log: Path) -> None:
     """Replace what reaches clock and disk by what sometimes goes wrong."""
     from filelock._soft import _lease
 
-    def count(what: str) -> None:
-        with log.open("a") as file:
-            file.write(f"{what}\n")
-
+    count = partial(note, log)
     plain_time, plain_publish, plain_write = time.time, files.publish, shards._Hashing.write
     jump = [0.0]
 
@@ -89,13 +125,14 @@ def break_things(rng: random.Random, log: Path) -> None:
     shards._Hashing.write = write  # type: ignore[method-assign]
 
 
-def one(root: str, out: str, seed: int) -> None:
+def one(root: str, out: str, url: str, seed: int) -> None:
     """A worker's process."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
     here = Path(out)
     log = Path(root) / "log"
     break_things(rng, log)
+    break_network(rng, log)
     from distill.labelling import worker as module
 
     plain = module._Worker.close
@@ -103,8 +140,7 @@ def one(root: str, out: str, seed: int) -> None:
     def close(self: module._Worker, opened: object, place: Place, claim: object) -> None:
         before = self.lost
         plain(self, opened, place, claim)  # type: ignore[arg-type]
-        with log.open("a") as file:
-            file.write("leases noticed lost\n" if self.lost > before else f"made {place.name}\n")
+        note(log, "leases noticed lost" if self.lost > before else f"made {place.name}")
 
     module._Worker.close = close  # type: ignore[method-assign]
     try:
@@ -114,11 +150,11 @@ def one(root: str, out: str, seed: int) -> None:
             out=here,
             crops=CROPS,
             labels=LabelSettings(samples_per_part=3, threads=1),
-            meeting=Folder(here, lease_s=LEASE_S),
+            meeting=meeting_at(url, here),
             poll_s=0.1,
         )
     except OSError as error:
-        if "No space left" not in str(error) and "No such file" not in str(error):
+        if not any(word in str(error) for word in ("No space left", "No such file", "Network is unreachable")):
             raise
         os._exit(3)  # a worker ends; its scheduler starts another
 
@@ -144,18 +180,33 @@ def steal(out: Path, rng: random.Random) -> str:
     return ""
 
 
-class Chaos:
-    """Rounds of labelling until so many workers were killed."""
+def steal_at(store: objects._Store, rng: random.Random) -> str:
+    """As `steal`, at an object store."""
+    leases = [name for name in store.names(NOTES) if name.endswith(f".tar{SUFFIX}")]
+    if not leases:
+        return ""
+    name = f"{NOTES}/{rng.choice(leases)}"
+    if rng.random() < 0.5:
+        store.delete(name)
+        return "leases removed"
+    store.put(name, objects._record(f"{rng.random()}", 0))
+    return "leases stolen"
 
-    def __init__(self, root: Path, workers: int, seed: int) -> None:
-        self.root, self.workers, self.rng = root, workers, random.Random(seed)
+
+class Chaos:
+    """Rounds of labelling until so many workers were killed. url: where they meet, or "" for the folder."""
+
+    def __init__(self, root: Path, workers: int, seed: int, url: str = "") -> None:
+        self.root, self.workers, self.rng, self.url = root, workers, random.Random(seed), url
         self.counts: Counter[str] = Counter()
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["distill.labelling.worker", "tests.labelling.formula"])
+        preload = ["distill.labelling.worker", "tests.labelling.formula"]
+        self.context.set_forkserver_preload([*preload, "distill.labelling.objects"])
         self.asleep: dict[int, float] = {}
 
     def start(self, out: Path) -> BaseProcess:
-        process = self.context.Process(target=one, args=(str(self.root), str(out), self.rng.randrange(1 << 30)))
+        given = (str(self.root), str(out), self.url, self.rng.randrange(1 << 30))
+        process = self.context.Process(target=one, args=given)
         process.start()
         self.counts["workers started"] += 1
         return process
@@ -163,15 +214,16 @@ class Chaos:
     def round(self, out: Path, kills: int) -> None:
         """Until the folder is finished; nobody is killed any more once so many were."""
         alive: list[BaseProcess] = []
+        place = meeting_at(self.url, out)
         while True:
             ended = [process for process in alive if process.exitcode is not None]
             alive = [process for process in alive if process.exitcode is None]
             for process in ended:
                 process.join()
                 self.counts[f"workers that ended with {process.exitcode}"] += process.exitcode not in (0, -9)
-            if (out / "manifest.json").is_file() and not alive:
-                return
-            while len(alive) < self.workers and not (out / "manifest.json").is_file():
+            if (finished := place.has("manifest.json")) and not alive:
+                return self.bring(place)
+            while len(alive) < self.workers and not finished:
                 alive.append(self.start(out))
             time.sleep(self.rng.uniform(0.02, 0.3))
             now = time.monotonic()
@@ -192,8 +244,16 @@ class Chaos:
                 os.kill(victim.pid, signal.SIGSTOP)
                 self.counts["put to sleep beyond their lease"] += 1
                 self.asleep[victim.pid] = now + 2.5 * LEASE_S
-            elif fate < 0.6 and (what := steal(out, self.rng)):
+            elif fate < 0.6 and (what := steal_at(place._store, self.rng) if self.url else steal(out, self.rng)):
                 self.counts[what] += 1
+
+    def bring(self, place: Meeting) -> None:
+        """What lies at a URL, into the folder."""
+        if isinstance(place, Objects):
+            for name in place._store.names(""):
+                found = place._store.get(name)
+                assert found is not None
+                (place.out / name).write_bytes(found[0])
 
     def play(self, kills: int) -> bool:
         for number in range(TARS):
@@ -227,10 +287,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--url", default="")
     args = parser.parse_args()
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        chaos = Chaos(Path(folder), args.workers, args.seed)
+        chaos = Chaos(Path(folder), args.workers, args.seed, args.url.rstrip("/"))
         good = chaos.play(args.kills)
     for what, count in sorted(chaos.counts.items()):
         if count:

@@ -10,6 +10,8 @@ import torch
 
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
+from distill.labelling import worker
+from distill.labelling.meeting import Folder
 from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.teachers import Card
 from tests.data.pictures import encoded, pack, picture
@@ -65,15 +67,29 @@ def run(sources_, out, teacher=None, **options):
     return label(sources_, [("formula", teacher or Formula())], out=out, crops=crops, labels=labels, **options)
 
 
-def work(root: Path, out: Path, rank: int, world: int, wait: float) -> None:
+def one_of_several(root: Path, out: Path, rank: int, world: int, wait: float) -> None:
     """What one of several processes does: `two_tars` of `root`."""
     torch.set_num_threads(1)
     tars = sources.tars(str(root / "sa_{0..1}.tar"))
     run(tars, out, Formula(wait=wait), rank=rank, world=world, threads=2)
 
 
+LEASE = 0.4
+
+
+def work(sources_, out, teacher=None, *, lease_s=LEASE, meeting=None, **options):
+    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | given))
+    crops = replace(CROPS, crops_per_image=options.pop("crops_per_image", 2))
+    place = meeting or Folder(Path(out), lease_s=lease_s)
+    told = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
+    return worker.work(sources_, [("formula", teacher or Formula())], **told)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    """All files; beside them there may be a folder with what workers spent, and nothing else."""
+    assert all([*path.iterdir()] == [path / "spent.json"] for path in folder.iterdir() if path.is_dir())
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 @dataclass

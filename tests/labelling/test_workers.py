@@ -8,32 +8,18 @@ import json
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 
 from distill.core import files
-from distill.labelling import leases, worker
+from distill.labelling import leases
 from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
-from distill.labelling.run import LabelSettings
 from distill.labelling.standing import standing
 from distill.shards.shards import ShardWriter, verify
-from tests.labelling.formula import CROPS, Formula, contents, run
-
-LEASE = 0.4
-
-
-def work(tars, out, teacher=None, *, lease_s=LEASE, meeting=None, **options):
-    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
-    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | given))
-    crops = replace(CROPS, crops_per_image=options.pop("crops_per_image", 2))
-    place = meeting or Folder(Path(out), lease_s=lease_s)
-    told = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
-    return worker.work(tars, [("formula", teacher or Formula())], **told)
+from tests.labelling.formula import LEASE, Formula, contents, run, work
 
 
 def no_flock(file, operation):
@@ -200,13 +186,18 @@ def test_workers_meet_at_an_object_store(tars, tmp_path):
     assert sum(one.parts for one in outcomes) == 6 and any(one.complete for one in outcomes)
     with pytest.raises(LeaseLostError):
         dead.check()
-    there = {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()}
-    assert there == contents(tmp_path / "one")
+
+    def stored():
+        found = {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()}
+        assert {w["parts"] for w in json.loads(found.pop(".workers/spent.json"))["workers"].values()} <= {*range(7)}
+        return found
+
+    assert (there := stored()) == contents(tmp_path / "one")
     assert not [*tmp_path.glob("[ab]/*.tar"), *tmp_path.glob("[ab]/.*"), *tmp_path.glob("[ab]/manifest.json")]
     assert work(tars, folders[0], meeting=places[0]).parts == 0
     store.delete("sa_0-001.tar")
     assert work(tars, folders[1], meeting=places[1]).parts == 1
-    assert {one["path"]: bytes(store.get(one["path"]).bytes()) for one in store.list().collect()} == there
+    assert stored() == there
 
 
 def test_the_standing_of_a_run_is_read_without_stopping_it(tars, tmp_path):

@@ -1,4 +1,4 @@
-"""Labels at a URL of which only some tars are kept: the same samples, within the limit, each fetched by one process."""
+"""Labels at a URL of which only some tars are kept: the same samples, within the limit, a tar by one process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.app.commands import run_train
 from distill.app.recipe import load
 from distill.app.strict import RecipeError
 from distill.core.files import take_lock
-from distill.shards import cache, mirror
+from distill.shards import mirror
 from distill.shards.cache import TarCache, Traffic
 from distill.shards.shards import LabelDataset, read_manifest, verify
 from distill.training.trainlog import read
@@ -104,7 +104,14 @@ def fetched(monkeypatch, tmp_path):
         with log.open("a") as file:
             file.write(f"{name} {there}\n")
 
+    def spied_too(self, name, start, size):
+        with log.open("a") as file:
+            file.write(f"{name}:{size} 0\n")
+        return ranged(self, name, start, size)
+
+    ranged = TarCache._ranged
     monkeypatch.setattr(TarCache, "_fetch", spied)
+    monkeypatch.setattr(TarCache, "_ranged", spied_too)
     return lambda: [(n, int(b)) for n, b in map(str.split, log.read_text().splitlines())] if log.exists() else []
 
 
@@ -122,7 +129,9 @@ def test_training_on_a_cache_smaller_than_the_labels_is_the_same_to_the_bit(made
     ours, theirs = (load_file(run.folder / "model.safetensors") for run in (cached, straight))
     assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
     names, bytes_there = zip(*fetched(), strict=True)
-    assert len(names) > len(set(names)) and max(bytes_there) <= limit, "tars went, and came again, within the limit"
+    whole = [name for name in names if ":" not in name]
+    assert len(whole) == len(set(whole)) >= 2 and max(bytes_there) <= limit, "tars are fetched once, within the limit"
+    assert len(whole) < len(names), "the others are read by ranges"
     kept = build.labels_folder(small)
     assert 0 < sum(tars(kept).values()) <= limit < sum(tars(folder).values())
     assert len(list(kept.glob("*-[0-9]*.json"))) == len(tars(folder)) and verify(kept) == []
@@ -145,46 +154,45 @@ def test_processes_share_what_one_of_them_fetches(made, tmp_path, fetched, kept)
     for one in started:
         one.join(timeout=60)
     assert [one.exitcode for one in started] == [0, 0, 0]
+    whole, parts = ([n for n, _ in fetched() if (":" in n) == ranged] for ranged in (False, True))
     if kept > 1:
-        assert sorted(name for name, _ in fetched()) == names, "each once"
+        assert sorted(whole) == names and not parts, "each once"
+    else:
+        assert len(whole) == 1 and {*parts} == {f"{name}:100" for name in names if name not in whole}
     assert max(there for _, there in fetched()) <= shared.limit
     assert not list((shared.folder / ".cached").iterdir()), "neither locks nor halves are left"
 
 
-def test_what_was_read_longest_ago_goes_and_a_reader_keeps_what_it_opened(made, tmp_path):
+def test_what_is_here_stays_and_a_smaller_limit_is_kept_to(made, tmp_path, fetched):
     _, folder, far = made
-    kept, names = begun(far, tmp_path / folder.name, 3.0)
-    first, second, third, fourth, *_ = sorted(names, key=lambda name: tars(folder)[name], reverse=True)
-    for name in (first, second, third, first):
-        kept.read(name, 0, 1)
-    reader = (kept.folder / second).open("rb")
-    kept.read(fourth, 0, 1)
-    assert set(tars(kept.folder)) == {first, third, fourth}
-    assert reader.read() == (folder / second).read_bytes()
-    reader.close()
+    kept, names = begun(far, tmp_path / folder.name, 2.0)
+    first, second, third, *_ = sorted(names, key=lambda name: tars(folder)[name], reverse=True)
+    for name in (first, second, third, first, third):
+        assert kept.read(name, 512, 50) == (folder / name).read_bytes()[512:562]
+    assert [name for name, _ in fetched()] == [first, second, f"{third}:50", f"{third}:50"]
     (kept.folder / first).write_bytes(b"cut")
-    assert kept.read(first, 512, 50) == (folder / first).read_bytes()[512:562]
-    TarCache(f"file://{far}", kept.folder, tars(folder)[first])  # a smaller limit is kept to at once
-    assert sum(tars(kept.folder).values()) <= tars(folder)[first]
+    assert kept.read(first, 512, 50) == (folder / first).read_bytes()[512:562] and tars(kept.folder).keys() == {
+        first,
+        second,
+    }
+    TarCache(f"file://{far}", kept.folder, tars(folder)[first])
+    assert len(tars(kept.folder)) == 1
+    none = TarCache(f"file://{far}", kept.folder, 1)
+    assert not tars(kept.folder) and none.read(first, 512, 50) == (folder / first).read_bytes()[512:562]
 
 
-def test_what_a_killed_process_was_fetching_gives_its_room_back(made, tmp_path, monkeypatch):
+def test_what_a_killed_process_was_fetching_gives_its_room_back(made, tmp_path):
     _, folder, far = made
-    kept, names = begun(far, tmp_path / folder.name, 1.0)
+    kept, names = begun(far, tmp_path / folder.name, 2.0)
     dead, ours, live = (kept.folder / f".cached/{name}.12ab.partial" for name in names[:3])
     for left in (dead, ours, live):
         left.touch()
         os.utime(left, (time.time() - 1000,) * 2)
     lock = take_lock(kept.folder / f".cached/{names[2]}.lock")
     assert lock is not None
-
-    def waited(seconds):
-        assert live.exists() and not dead.exists() and not ours.exists()
-        live.unlink()
-
-    monkeypatch.setattr(cache.time, "sleep", waited)
-    assert kept.read(names[1], 0, 5) == (folder / names[1]).read_bytes()[:5]
-    assert not live.exists(), "there is room for one tar, so a live process was waited for"
+    assert kept.read(names[1], 0, 5) == kept.read(names[3], 0, 5) == (folder / names[1]).read_bytes()[:5]
+    assert live.exists() and not dead.exists() and not ours.exists()
+    assert [*tars(kept.folder)] == [names[1]], "there is room for two, and a live process is fetching one"
     lock.release()
 
 
@@ -192,13 +200,20 @@ def test_damage_and_a_full_disk_are_one_line_each(made, tmp_path, monkeypatch):
     _, folder, far = made
     shutil.copytree(far / folder.name, tmp_path / "bad" / folder.name)
     kept, names = begun(tmp_path / "bad", tmp_path / folder.name, 3.0)
+    none = TarCache(f"file://{tmp_path / 'bad'}", kept.folder, 1)
     there = tmp_path / "bad" / folder.name / names[0]
     there.write_bytes(there.read_bytes()[:-1] + b"x")
     with pytest.raises(OSError, match=rf"^file://.*{names[0]} is damaged, its checksum is not .* fetched again: "):
         kept.read(names[0], 0, 1)
+    there.write_bytes(b"made anew")
+    with pytest.raises(
+        OSError, match=rf"{names[0]} cannot be read: it has 9 bytes, not the \d+ that manifest.json says"
+    ):
+        none.read(names[0], 0, 1)
     there.unlink()
-    with pytest.raises(OSError, match=rf"^file://.*{names[0]} cannot be read: "):
-        kept.read(names[0], 0, 1)
+    for one in (kept, none):
+        with pytest.raises(OSError, match=rf"^file://.*{names[0]} cannot be read: "):
+            one.read(names[0], 0, 1)
     taken, system = [], type(mirror.file_system(f"file://{far}")[0])
     real = system.get_file
 
@@ -217,8 +232,6 @@ def test_damage_and_a_full_disk_are_one_line_each(made, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=rf"cannot write .*/{names[2]}: No space left on device"):
         kept.read(names[2], 0, 1)
     assert len(taken) == 3 and not list((kept.folder / ".cached").iterdir())
-    with pytest.raises(ValueError, match="is less than one tar: "):
-        begun(far, tmp_path / folder.name, 0.9)
 
 
 def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, capsys):
@@ -240,10 +253,10 @@ def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, cap
 
 
 def test_what_a_cache_costs_is_said():
-    traffic = Traffic(tars=200, samples=200_000, size=160e9, limit=80e9)
-    assert traffic.bytes_per_epoch == 100_000 * 0.8e9
-    assert traffic.sentence(64) == (
-        "labels: 80 GB of 160 GB in 200 tars are kept here; a batch of 64 touches about 55 tars, and an epoch fetches "
-        "about 80,000 GB"
+    traffic = Traffic(tars=200, samples=200_000, size=160e9, limit=80.5e9)
+    assert traffic.bytes_per_epoch == 80e9
+    assert traffic.sentence == (
+        "labels: 80.5 GB of 160 GB in 200 tars are kept here; an epoch fetches about 80 GB of the others, in 100,000 "
+        "reads"
     )
-    assert Traffic(tars=2, samples=9, size=1e9, limit=1e9).sentence(64).endswith("each tar is fetched once")
+    assert Traffic(tars=2, samples=9, size=1e9, limit=1e9).sentence.endswith("each tar is fetched once")
