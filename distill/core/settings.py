@@ -56,7 +56,7 @@ def unknown_words(table: object) -> list[str]:
 def _choices(cls: type) -> Sequence[tuple[str, tuple[str, ...], bool]]:
     """The fields of words: the name, the words allowed, and whether nothing else is."""
     hints = hints_of(cls)
-    named = [(f.name, _words(hints[f.name])) for f in fields(cls)]  # type: ignore[arg-type]
+    named = [(f.name, _words(hints[f.name])) for f in fields(cls)]
     return [(name, words, _is_literal(hints[name])) for name, words in named if words]
 
 

@@ -1,4 +1,4 @@
-"""Recipes of these tests share their few scenes, each rendered once, and the benchmark's are a sixteenth of the size."""
+"""Recipes of these tests share their few scenes, each rendered once, and the benchmark's are small."""
 
 from __future__ import annotations
 

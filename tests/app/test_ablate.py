@@ -106,7 +106,7 @@ options = { blur = 1.0, own_range = true }
 name = "truth"
 [student]
 encoder = "vit_tiny_patch16_224"
-encoder_options = { blocks = [0, 1] }
+encoder_options = { timm_options = { depth = 2, embed_dim = 48, num_heads = 2 } }
 decoder = "dpt"
 [student.decoder_options]
 channels = 8

@@ -152,7 +152,7 @@ def test_loss_is_its_definition_and_its_gradient_is_the_definitions(name):
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 @pytest.mark.parametrize("options", [{}, {"trim_top": 0.1}, {"label_only": True}], ids=str)
 def test_gradcheck(name, options):
-    pred, target, valid = example(1, (2, 8, 9))
+    pred, target, valid = example(1, (1, 8, 9))
     pred.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: distillation_loss(x, target, valid, name, **options), (pred,))
 

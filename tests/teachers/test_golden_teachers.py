@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 
 import pytest
@@ -21,6 +20,8 @@ from distill.teachers import (
 )
 from tests.conftest import golden_folder, golden_weights
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 MEAN, STD = (torch.tensor(v).view(1, 3, 1, 1) for v in (_dino.MEAN, _dino.STD))
 
 
@@ -35,15 +36,6 @@ def unwritten(monkeypatch):
     A gigabyte is not written, read and hashed: files of the same formats are, in the small cases.
     """
     return lambda module, state: monkeypatch.setattr(module, "read_state", lambda file, weights_key=None: dict(state))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def parts_read_once():
-    """The networks in a folder are read once for all of its cases' calls."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (marigold, genpercept, fiffdepth):
-            patch.setattr(module, "load_parts", functools.cache(module.load_parts))
-        yield
 
 
 def tensor(data, name):

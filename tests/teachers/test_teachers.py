@@ -15,6 +15,8 @@ from tests import tiny_teachers as tiny
 from tests.teachers.asking import IMAGES, NAMES, NETWORKS, RESIZING, load, one_line, predict
 from tests.tiny_teachers import KEYS, SIZE
 
+pytestmark = pytest.mark.usefixtures("parts_read_once")
+
 
 def test_there_are_teachers():
     assert {"analytic", "checkpoint", "depth_anything_v2", "depth_anything_3", "marigold", "genpercept"} <= set(NAMES)
