@@ -83,9 +83,12 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
         shares = np.zeros(BINS)
         shares[0] = 1.0
     else:
-        # The upper end of OpenCV's ranges is not in them.
-        ends = [low, float(np.nextafter(np.float32(high), np.float32(np.inf)))]
-        shares = cv2.calcHist([depth], [0], mask, [BINS], ends).ravel().astype(np.float64) / count
+        # OpenCV counts bytes twice as fast as it finds the bins of floats; what is not valid may be no number.
+        with np.errstate(invalid="ignore", over="ignore"):
+            bins = ((depth - np.float32(low)) * np.float32(BINS / (high - low))).astype(np.uint8)
+        counts = cv2.calcHist([bins], [0], mask, [BINS + 1], [0, BINS + 1]).ravel().astype(np.float64)
+        counts[BINS - 1] += counts[BINS]  # the upper end belongs to the last bin
+        shares = counts[:BINS] / count
     # sum (n_k - n)^2 / n over N, with n = N / K.
     chi2 = BINS * float(np.square(shares - 1 / BINS).sum())
     peak, even = float(shares.max()), 2 / BINS
@@ -137,8 +140,15 @@ def _roughness(depth: np.ndarray, lengths: np.ndarray, known: np.ndarray | None)
         bends, slopes = bends[known[::step, ::step]], slopes[known[::step, ::step]]
     if slopes.size < LEAST:
         return math.nan
-    slope = float(np.median(slopes))
-    return float(np.median(np.abs(bends))) / slope if slope > 0 else math.nan
+    slope = _median(slopes)
+    return _median(np.abs(bends)) / slope if slope > 0 else math.nan
+
+
+def _median(values: np.ndarray) -> float:
+    """numpy's median, which takes five times as long."""
+    half = values.size // 2
+    parted = np.partition(values.ravel(), half)
+    return float(parted[half]) if values.size % 2 else (float(parted[half]) + float(parted[:half].max())) / 2
 
 
 # --- ours: the map beside its image -----------------------------------------------------------------------------------
