@@ -324,12 +324,18 @@ def _heldout(run: TrainingRun, held: _Held) -> dict[str, Any]:
             for name, values in {"": taught, **found.parts}.items():
                 total = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
                 sums[name] = sums.get(name, 0.0) + weight * total
-    means, counts = {}, {}
+    means: dict[str, float] = {}
+    counts: dict[str, float] = {}
     for name in sorted({*processes.gather(sorted(sums))}):
         total, count = processes.add(sums.get(name, torch.zeros_like(sums[""]))).tolist()
         means[name], counts[name] = total / count if count else math.nan, count
     left_out = len(held.indices) - counts.pop("")
-    line = {"step": run.step, "heldout": means.pop(""), "samples": len(held.indices), "heldout_parts": means}
+    line: dict[str, Any] = {
+        "step": run.step,
+        "heldout": means.pop(""),
+        "samples": len(held.indices),
+        "heldout_parts": means,
+    }
     return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
 
 
