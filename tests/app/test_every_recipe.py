@@ -174,7 +174,10 @@ def _released(student) -> dict:
     """A student's weights under the names of the released files of its layout."""
     vit, head = student.encoder.backbone.state_dict(), student.decoder.state_dict()
     if student.encoder.name == "vggt":
-        return {_of_vggt(key): value[:, None] if key.endswith("r_token") else value for key, value in vit.items()}
+        return {
+            _of_vggt(key): value[:, None] if key in ("camera_token", "register_token") else value
+            for key, value in vit.items()
+        }
     if student.decoder_name == "midas":
         return {f"pretrained.model.{key}": value for key, value in vit.items()} | {
             _of_midas(key): value for key, value in head.items()
