@@ -47,13 +47,13 @@ def _card(weights: str) -> Card:
         name="moge",
         weights=weights,
         kind=Kind.METRIC_DEPTH,
-        licence="MIT",
+        licence="unknown",
         code_licence="MIT",
-        commercial=True,
+        commercial=False,
         multiple=PATCH,
         native_size=NATIVE,
         source="microsoft/MoGe",
-        note="MoGe-2; what its mask leaves out (sky) is invalid",
+        note="MoGe-2; the repository is MIT and says nothing of the weights apart; what its mask leaves out is invalid",
     )
 
 

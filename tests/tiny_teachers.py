@@ -153,8 +153,16 @@ def moge(folder):
     )  # fmt: skip
     network = _randomize(MogeNetwork(layout, description))
     network.mask_head.output_blocks[4].bias.data.fill_(50.0)
-    network.points_head.output_blocks[4].weight.data *= 0.05
-    network.points_head.output_blocks[4].bias.data.zero_()
+    # x / z and y / z are the place in the view, which the finest level is told, and log z is what the network makes of
+    # the image; what comes from below is kept small beside the place.
+    for stack_ in (network.neck, network.points_head):
+        stack_.resamplers[3][1].weight.data *= 0.05
+        stack_.resamplers[3][1].bias.data.zero_()
+        stack_.input_blocks[4].weight.data[:, :, 0, 0] = torch.eye(*stack_.input_blocks[4].weight.shape[:2])
+        stack_.input_blocks[4].bias.data.zero_()
+    last = network.points_head.output_blocks[4]
+    last.weight.data[:2, :, 0, 0], last.bias.data[:] = torch.eye(2, 8), 0.0
+    last.weight.data[2, :2] = 0.0
     state = {**network.state_dict(), "encoder.backbone.mask_token": torch.zeros(1, 32)}
     torch.save({"model_config": description, "model": state}, folder / "model.pt")
     return str(folder), {"native_size": 56}

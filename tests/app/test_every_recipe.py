@@ -46,6 +46,7 @@ LAYOUTS = {
     r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
     r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
     r"apple/DepthPro-hf": "model.safetensors",
+    r"Ruicheng/moge-2-vitl": "model.pt",
     r"checkpoints/fiffdepth|runs/fiffdepth/train/student": "unet/diffusion_pytorch_model.safetensors",
 }
 FILES = {
