@@ -152,7 +152,10 @@ def _tiny_student(table: dict, folder: Path, start: str, base: str) -> dict:
     table = table | {"decoder_options": table.get("decoder_options", {}) | options}
     if "encoder_init_from" in table:
         return table | {"encoder": "test_vit", "encoder_init_from": start}
-    encoder_options = table.get("encoder_options", {}) | {"timm_options": {"embed_dim": 32, "num_heads": 2}}
+    shape = {"embed_dim": 32, "num_heads": 2} | (
+        {"depth": 4} if table["encoder"] == "vggt" else {}
+    )  # thrice the blocks
+    encoder_options = table.get("encoder_options", {}) | {"timm_options": shape}
     if not table.get("weights"):
         return table | {"encoder_options": encoder_options}
     torch.manual_seed(0)
