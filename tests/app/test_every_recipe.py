@@ -46,6 +46,7 @@ LAYOUTS = {
     r"prs-eth/marigold-depth-v1-[01]": "unet/diffusion_pytorch_model.safetensors",
     r"Intel/dpt-beit-(large|base)-\d+": "model.safetensors",
     r"apple/DepthPro-hf": "model.safetensors",
+    r"Ruicheng/moge-2-vitl": "model.pt",
     r"checkpoints/fiffdepth|runs/fiffdepth/train/student": "unet/diffusion_pytorch_model.safetensors",
     r"runs/fiffdepth-bench/\d+": "unet/diffusion_pytorch_model.safetensors",
 }
@@ -183,7 +184,10 @@ def _released(student) -> dict:
     """A student's weights under the names of the released files of its layout."""
     vit, head = student.encoder.backbone.state_dict(), student.decoder.state_dict()
     if student.encoder.name == "vggt":
-        return {_of_vggt(key): value[:, None] if key.endswith("r_token") else value for key, value in vit.items()}
+        return {
+            _of_vggt(key): value[:, None] if key in ("camera_token", "register_token") else value
+            for key, value in vit.items()
+        }
     if student.decoder_name == "midas":
         return {f"pretrained.model.{key}": value for key, value in vit.items()} | {
             _of_midas(key): value for key, value in head.items()
