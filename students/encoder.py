@@ -1,8 +1,7 @@
 """From an image to four feature maps: a timm ViT with its weights, its normalisation and its padding.
 
-The only file that knows timm. Surprises: DINOv3's final norm is not applied (AnyDepth's default); blocks after the last
-one that is read, and an unused final norm, are removed, so that every parameter here gets a gradient; timm resizes a
-learned position table with antialiasing, facebookresearch's code without (they agree on the table's own grid).
+DINOv3's final norm is not applied (AnyDepth's default); blocks after the last one that is read, and an unused final
+norm, are removed; timm resizes a learned position table with antialiasing, facebookresearch's code without.
 
 Shapes: B batch, C channels of the ViT, H W image, h w token grid.
 """
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from distill.core.files import file_sha256
 from distill.core.weights import below_prefix, read_state
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
+from distill.students.positions import remember_positions
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -286,14 +286,14 @@ def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) ->
             raise ValueError(f"pos_grid must be a side or (rows, columns), not {list(grid)}")
         rows, columns = (n * p for n, p in zip(grid, model.patch_embed.patch_size, strict=True))
         model.set_input_size(img_size=(rows, columns))
-    return model
+    return remember_positions(model)
 
 
 def _download(name: str) -> dict[str, Tensor]:
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0, **pooling(name))
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
             f"timm could not fetch weights for {name} (offline, gated, or none published): {reason}. "
             'Download them yourself and give their path as weights="file.safetensors"'

@@ -26,7 +26,7 @@ FOLDERS = [
     "distill.app",
 ]
 OWNERS = {
-    "timm": ["distill.students.encoder", "distill.students.remote_code"],
+    "timm": ["distill.students.encoder", "distill.students.positions", "distill.students.remote_code"],
     "accelerate": ["distill.training.parallel", "distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],

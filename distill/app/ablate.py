@@ -26,6 +26,7 @@ import torch
 
 from distill.app import build, commands
 from distill.app.console import note, progress, say, table
+from distill.app.recipe import Recipe
 from distill.app.shipped import locate
 from distill.app.study import KNOWN, Column, Study, StudyCell, Version, cells, read_study
 from distill.core import files
@@ -69,10 +70,12 @@ def run_studies(
     studies = [(study, cells(study, path, version, out, overrides)) for path in paths for study in [read_study(path)]]
     every = list({cell.folder: cell for _, own in studies for cell in own}.values())
     if processes > 1 and not (worker or collect_only):
-        _label_all(every)
         _with_workers(every, paths, version, out, processes, overrides)
     elif not collect_only:
-        _work(every)
+        with scenes.remembered():  # every cell is scored on the same ones
+            if worker:  # all seeds at once, or all workers would wait for the one that labels the first
+                _label_all(every)
+            _work(every)
     if worker:
         return []
     results = []
@@ -94,20 +97,20 @@ def run_studies(
 
 
 def _label_all(every: Sequence[StudyCell]) -> None:
-    """Labels what these cells learn from, once each; the views that several labellings share are rendered once."""
-    with scenes.remembered():
-        for cell in {build.labels_folder(cell.recipe): cell for cell in every}.values():
-            if not cell.recipe.labels.online:
-                _label(cell)
-
-
-def _label(cell: StudyCell) -> None:
-    folder = build.labels_folder(cell.recipe)
-    while not (folder / "manifest.json").is_file():
-        try:
-            commands.run_label(cell.recipe)
-        except RunLockedError:
+    """Labels what these cells learn from, once each; what other processes are labelling is waited for last."""
+    wanted = {build.labels_folder(cell.recipe): cell.recipe for cell in every if not cell.recipe.labels.online}
+    while wanted := {folder: recipe for folder, recipe in wanted.items() if not (folder / MANIFEST).is_file()}:
+        if not any([_labelled(recipe) for recipe in wanted.values()]):
             time.sleep(POLL)
+
+
+def _labelled(recipe: Recipe) -> bool:
+    """Labels what a recipe learns from, unless another process does."""
+    try:
+        commands.run_label(recipe)
+    except RunLockedError:
+        return False
+    return True
 
 
 def _with_workers(

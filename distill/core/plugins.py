@@ -65,17 +65,24 @@ def names(package: str) -> list[str]:
     return sorted({*_own(package), *_installed(package)})
 
 
+_ours: dict[
+    tuple[str, str], ModuleType
+] = {}  # found before: a loss asks at every step, and looking costs file accesses
+
+
 def find(package: str, name: str) -> ModuleType:
     """The module of plug-in `name`, which may be the path of a file.
 
     Raises LookupError that lists what exists, with a "did you mean"; PluginError for one from outside that cannot be
     imported. One of ours whose own dependency is missing raises that ModuleNotFoundError.
     """
+    if ours := _ours.get((package, name)):
+        return ours
     fault = name_fault(package, name)
     if fault:
         raise LookupError(fault)
     if _is_own(package, name):
-        return importlib.import_module(_module(package, name))
+        return _ours.setdefault((package, name), importlib.import_module(_module(package, name)))
     if is_path(name):
         module = import_file(name)
     else:

@@ -10,6 +10,7 @@ Shapes: B regions, N patches per region, S region size, P patch size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -121,12 +122,12 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
     shared = labels.shared
     cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
     values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))
-    lens = values.new_tensor(
-        [side / size if canonical and shared.kind is Kind.METRIC_DEPTH else 1.0 for *_, side in squares]
+    lens = _sent(
+        [side / size if canonical and shared.kind is Kind.METRIC_DEPTH else 1.0 for *_, side in squares], values
     )
     values = values * lens[:, None, None]
-    corners = labels.boxes.new_tensor([[top, left, top, left] for top, left, _ in squares])
-    sides = labels.boxes.new_tensor([side for *_, side in squares])
+    corners = _sent([[top, left, top, left] for top, left, _ in squares], labels.boxes)
+    sides = _sent([side for *_, side in squares], labels.boxes)
     boxes = (labels.boxes * size - corners[:, None]) / sides[:, None, None]
     local = labels.local
     if local is not None:
@@ -189,10 +190,20 @@ def _mirror_labels(labels: Labels, mirrored: Tensor) -> Labels:
     )
 
 
+def _sent(numbers: Sequence[object], like: Tensor) -> Tensor:
+    """Numbers as a tensor like another. Its new_tensor would let the host wait for all that the GPU has to do."""
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+@functools.lru_cache
+def _luma(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(LUMA, dtype=dtype, device=device)[:, None, None]
+
+
 def _jitter(image: Tensor, strengths: np.ndarray) -> Tensor:
     """(3,H,W) with brightness, contrast (about the mean grey) and saturation multiplied, clamped to [0,1]."""
     brightness, contrast, saturation = (float(s) for s in strengths)
-    weights = image.new_tensor(LUMA)[:, None, None]
+    weights = _luma(image.device, image.dtype)
     image = image * brightness
     mean = (image * weights).sum(0).mean()
     image = mean + (image - mean) * contrast

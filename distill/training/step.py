@@ -207,6 +207,7 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
     run.optimizer.zero_grad(set_to_none=True)
     seen: list[tuple[MicroBatch, Tensor]] = []
     sums: dict[str, Tensor] = {}
+    told = _has_line(run)
     for part in range(s.accumulate):
         before = time.perf_counter()
         micro = next(micros)
@@ -216,14 +217,17 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
         _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)
         last = part == s.accumulate - 1
         with contextlib.nullcontext() if last else processes.without_exchange(run.model):
-            losses, measured = _learn(run, micro)
+            found = _learn(run, micro)
+        losses = found.losses.detach()
         seen.append((micro, losses))
-        for name, value in measured.items():
+        for name, value in (_measured(run, micro, found) if told else {}).items():
             sums[name] = sums[name] + value if name in sums else value
     parameters = run.parameters
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     line = None
-    if _guarded(run, norm):
+    if processes.device.type == "cuda":
+        _guard(run, norm)
+    if told:
         line = _line(run, _reduce(run, sums, norm), rates=rates)
         if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
             _stop(run, line, seen)
@@ -248,20 +252,20 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
     return line | {"images_per_s": rate, "data_wait": waited / seconds, "seconds": seconds / steps}
 
 
-def _guarded(run: TrainingRun, norm: Tensor) -> bool:
-    """Whether this step has a line, and so waits for the device and looks at its numbers itself.
-
-    On a GPU the others leave it to the optimizer's kernel, which changes nothing from the first gradient on that is not
-    finite; the norm of the next line then tells.
-    """
+def _has_line(run: TrainingRun) -> bool:
+    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have."""
     s = run.settings
-    if run.processes.device.type != "cuda":
-        return True
+    return run.processes.device.type != "cuda" or (run.step + 1) % s.log_every == 0 or run.step + 1 == s.steps
+
+
+def _guard(run: TrainingRun, norm: Tensor) -> None:
+    """Lets the optimizer's kernel change nothing from the first gradient on that is not finite; of steps without a
+    line nobody else looks at it, and the norm of the next line then tells.
+    """
     broken = (~torch.isfinite(norm)).float()
     run.broken = broken if run.broken is None else torch.maximum(run.broken, broken)
     run.optimizer.found_inf = run.broken  # type: ignore[attr-defined]
     norm.copy_(torch.where(run.broken > 0, torch.nan, norm))
-    return (run.step + 1) % s.log_every == 0 or run.step + 1 == s.steps
 
 
 def _seed(seed: int, device: torch.device) -> None:
@@ -315,25 +319,30 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
     return Measured(torch.cat([losses for losses, _ in measured])[places], joined, pred)
 
 
-def _learn(run: TrainingRun, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adds a micro-batch's gradient; returns its losses (B,) and the sums over its images of all that is logged."""
+def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
+    """Adds a micro-batch's gradient; returns what was measured on it."""
     found = measure(run, run.model, micro)
-    losses = found.losses
     # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
-    (losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
-    losses = losses.detach()
+    (found.losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
+    return found
+
+
+def _measured(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str, Tensor]:
+    """The sums over a micro-batch's images of all that is logged."""
+    losses = found.losses.detach()
     measured = {"loss": losses.double().sum()} | _statistics(run, micro, found)
+
+    def count(values: Tensor) -> Tensor:
+        return torch.full((), len(values), dtype=torch.float64, device=losses.device)  # new_tensor would wait
+
     for name, value in found.parts.items():
         measured[f"parts/{name}"] = value.detach().double().sum()
-        measured[f"images/parts/{name}"] = measured["loss"].new_tensor(len(value))
+        measured[f"images/parts/{name}"] = count(value)
     for one in micro.taught:
         mine = one.of(losses).double()
-        for name, total in (
-            (f"teachers/{one.teacher}", mine.sum()),
-            (f"images/{one.teacher}", mine.new_tensor(len(mine))),
-        ):
+        for name, total in ((f"teachers/{one.teacher}", mine.sum()), (f"images/{one.teacher}", count(mine))):
             measured[name] = measured[name] + total if name in measured else total
-    return losses, measured
+    return measured
 
 
 def _statistics(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str, Tensor]:

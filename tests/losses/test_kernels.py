@@ -12,6 +12,7 @@ import torch
 
 from distill.core.plugins import find
 from distill.losses import fused
+from distill.losses.kernels import launch
 from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
 from tests.losses.test_losses import LEVELS, example
 
@@ -54,6 +55,36 @@ def test_kernels_with_other_numbers_are_not_trusted(monkeypatch):
     with pytest.warns(UserWarning, match="off by"):
         assert not fused._trusted("wrong", here, lambda _: iter([(right * 1.01, right)]))
     assert not fused._trusted("none", here, lambda _: iter([(right * torch.nan, right)]))
+
+
+class Kernel:
+    """What Triton's are like: called for a grid it compiles, and what comes of that is launched without constants."""
+
+    arg_names = ("values", "out", "size", "BLOCK", "FLAG")
+
+    def __init__(self):
+        self.calls = []
+
+    def __getitem__(self, grid):
+        def first(*args, **constants):
+            self.calls.append(("compile", grid, args, constants))
+            return {(7, 2, 1): lambda *args: self.calls.append(("launch", (7, 2, 1), args))}
+
+        return first
+
+
+def test_a_kernel_is_compiled_once_for_a_kind_of_arguments():
+    values, out = torch.zeros(64), torch.zeros(64)
+    kernel = Kernel()
+    run = launch.Launcher(kernel, {"FLAG": True, "BLOCK": 32, "num_warps": 8})
+    run((7, 2), values, out, 64)
+    assert kernel.calls == [("compile", (7, 2), (values, out, 64), {"FLAG": True, "BLOCK": 32, "num_warps": 8})]
+    run((7, 2), out, values, 64)
+    assert kernel.calls[1] == ("launch", (7, 2, 1), (out, values, 64, 32, True))
+    for other in ((values, out, 63), (values[1:], out, 64)):  # another number; a tensor that is aligned otherwise
+        run((7, 2), *other)
+        assert kernel.calls[-1][0] == "compile"
+    assert [kind for kind, *_ in kernel.calls] == ["compile", "launch", "compile", "compile"]
 
 
 def maps(seed):

@@ -17,6 +17,8 @@ import os
 import statistics
 import tempfile
 import time
+import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,46 @@ def ours(data: LabelDataset, student: Any, settings: TrainSettings, device: torc
     return (end - start) / (last - first), statistics.mean(waits[1:])
 
 
+def fed(data: LabelDataset, settings: TrainSettings, device: torch.device, batches: int = 40) -> float:
+    """Seconds a batch where nothing is learnt from it: what the workers and the way to the card can do."""
+    order = make_order(list(range(len(data))), data.sources, seed=0, weights=(), temperature=1.0)
+    total = batches + 2 * max(1, settings.workers)
+    positions = MicroBatchPositions(
+        order=order, batch_size=settings.batch_size, accumulate=1, process=0, processes=1, steps=total
+    )
+    start = 0.0
+    for number, _ in enumerate(stored_batches(data, positions, settings=settings, device=device)):
+        if number == total - batches:
+            start = clock(device)
+    return (clock(device) - start) / (batches - 1)
+
+
+def profiled(data: LabelDataset, student: Any, settings: TrainSettings) -> None:
+    """Prints, of 40 steps with one line of the log: the lines of code that wait for the card, and its kernels."""
+    settings = dataclasses.replace(settings, steps=40, log_every=40)
+    torch.cuda.set_sync_debug_mode("warn")
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing)
+    torch.cuda.set_sync_debug_mode("default")
+    waits = Counter(f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message))
+    print(f"waits for the card in {settings.steps} steps:")
+    print("\n".join(f"{times:6d}  {place}" for place, times in waits.most_common(12)))
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(activities=activities) as seen:
+        train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing)
+    events = seen.key_averages()
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    print(f"the card works {sum(e.self_device_time_total for e in on_device) / settings.steps / 1e3:.1f} ms a step:")
+    for event in sorted(on_device, key=lambda e: -e.self_device_time_total)[:22]:
+        each = event.self_device_time_total / settings.steps / 1e3
+        print(f"{each:8.3f} ms a step, {event.count / settings.steps:6.1f} launches   {event.key[:100]}")
+    print("the host:")
+    for event in sorted(events, key=lambda e: -e.self_cpu_time_total)[:14]:
+        each = event.self_cpu_time_total / settings.steps / 1e3
+        print(f"{each:8.3f} ms a step, {event.count / settings.steps:6.1f} calls   {event.key[:60]}")
+
+
 def _nothing(model: Any, place: Path, card: Any) -> None:
     place.mkdir(parents=True)
 
@@ -135,8 +177,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--crops-per-image", type=int, default=12)
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--patches-per-step", type=int, default=0)
+    parser.add_argument("--patches-per-step", type=int, nargs="+", default=[0], help="0: all")
     parser.add_argument("--no-twice", action="store_true")
+    parser.add_argument("--decoders", nargs="+", default=["sdt_fast", "sdt"])
+    parser.add_argument("--profile", action="store_true", help="where training waits for the card, and what runs there")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = 64 if given.tiny else given.size
@@ -163,15 +207,19 @@ def main() -> None:
             log_every=20,
             trackers=(),
             workers=given.workers,
-            patches_per_step=given.patches_per_step,
         )
-        for decoder in ("sdt_fast", "sdt"):
+        for patches, decoder in itertools.product(given.patches_per_step, given.decoders):
+            settings = dataclasses.replace(settings, patches_per_step=patches)
+            feed = fed(data, settings, device)
             alone = bare(data, student_of(decoder, given.tiny, True), settings, device, given.steps)
             here, wait = ours(data, student_of(decoder, given.tiny, True), settings, device)
             print(
-                f"ViT-S, frozen, + {decoder}: bare {1e3 * alone:7.1f} ms, train {1e3 * here:7.1f} ms "
-                f"({given.batch_size / here:6.1f} images/s), ratio {here / alone:.3f}, data wait {100 * wait:.1f} %"
+                f"ViT-S, frozen, + {decoder}, {patches or 'all'} patches, {given.workers} workers: bare "
+                f"{1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms ({given.batch_size / here:.1f} images/s), ratio "
+                f"{here / alone:.3f}, data wait {100 * wait:.1f} %; data alone {1e3 * feed:.1f} ms"
             )
+            if given.profile and device.type == "cuda":
+                profiled(data, student_of(decoder, given.tiny, True), settings)
         if not given.no_twice:
             short = dataclasses.replace(settings, steps=20, freeze_encoder=False)
             plain = twice(data, short, given, device)

@@ -1,5 +1,6 @@
 """Triton kernels for the losses on CUDA: the numbers of the torch code, which stays the reference, in a few launches.
 
+    launch    a compiled kernel, launched with little work of the host
     keys      floats in the order of integers; the contexts of a pixel
     select    medians and mean deviations of all contexts of both maps
     small     the same of small maps, one launch

@@ -13,12 +13,15 @@ is kept. Shapes: B images, N pixels of each, C contexts.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.losses.kernels.keys import HEADER, cut_of, fold_least, fold_sum, header_of, label_of, spread
+from distill.losses.kernels.keys import HEADER, Cut, cut_of, fold_least, fold_sum, header_of, label_of, spread
+from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
 
 
@@ -205,31 +208,41 @@ def _level_slope(
     return tl.where(live, slope, 0.0)
 
 
+@functools.lru_cache(maxsize=64)
+def _kernels(cut: Cut, weighted: bool, label_only: bool, floor: float, trimmed: bool) -> dict[str, Launcher]:
+    """By name, in the order of their launches."""
+    options = {"LABEL_ONLY": label_only, "FLOOR": floor, "ROWS": ROWS}
+    visit = {"WEIGHTED": weighted, "HEADER": HEADER, "BLOCK": BLOCK, **options, **cut.constants, **CROWDED}
+    return {
+        "each pixel": Launcher(_residual, visit | {"TRIM": 1}),
+        "residual": Launcher(_residual, visit | {"TRIM": 2 if trimmed else 0}),
+        "close": Launcher(_close, options | {"CONTEXTS": cut.contexts, "CHUNK": CHUNK, **HOW}),
+        "slope": Launcher(_slope, visit | {"TRIMMED": trimmed}),
+    }
+
+
 class _ContextLoss(torch.autograd.Function):
     """Per-image loss of `statistics`; differentiable once, in `pred`."""
 
     @staticmethod
-    def forward(ctx, pred, target, valid, weight, found, cut, how, trim_top):
-        (images, pixels), blocks, contexts = pred.shape, found.blocks, cut.contexts
-        given = (pred, target, valid, target if weight is None else weight)
+    def forward(ctx, pred, target, valid, weight, found, kernels, trim_top):
+        (images, pixels), blocks, contexts = pred.shape, found.blocks, found.statistics.shape[-1]
+        given, grid = (pred, target, valid, target if weight is None else weight), (blocks, images)
         sums = pred.new_empty(images, 2 * contexts + 2, blocks)
         firsts = torch.empty(images, contexts, blocks, dtype=torch.int32, device=pred.device)
         pixel_loss, threshold = pred, found.statistics
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
             rest = (alive, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-            _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=1, **how)
+            kernels["each pixel"](grid, *given, pixel_loss, *rest)
             threshold = find(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
         rest = (valid, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-        _residual[(blocks, images)](*given, pixel_loss, *rest, TRIM=2 if trim_top > 0.0 else 0, **how)
+        kernels["residual"](grid, *given, pixel_loss, *rest)
         losses, live = pred.new_empty(images), torch.empty(images, dtype=torch.int64, device=pred.device)
         medians = torch.empty(images, contexts, dtype=torch.int32, device=pred.device)
-        _close[(contexts, images)](
-            found.statistics, sums, firsts, losses, live, medians, blocks, LABEL_ONLY=how["LABEL_ONLY"],
-            FLOOR=how["FLOOR"], CONTEXTS=contexts, ROWS=ROWS, CHUNK=CHUNK, **HOW,
-        )  # fmt: skip
+        kernels["close"]((contexts, images), found.statistics, sums, firsts, losses, live, medians, blocks)
         ctx.save_for_backward(*given, pixel_loss, threshold, found.headers, found.statistics, medians)
-        ctx.how, ctx.trimmed, ctx.blocks = how, trim_top > 0.0, blocks
+        ctx.slope, ctx.grid = kernels["slope"], grid
         ctx.mark_non_differentiable(live)
         return losses, live
 
@@ -238,10 +251,8 @@ class _ContextLoss(torch.autograd.Function):
     def backward(ctx, upstream, _live):
         pred, *rest = ctx.saved_tensors
         slopes = torch.empty_like(pred)
-        _slope[(ctx.blocks, len(pred))](
-            pred, *rest, upstream.contiguous(), slopes, pred.shape[1], TRIMMED=ctx.trimmed, **ctx.how
-        )  # fmt: skip
-        return slopes, None, None, None, None, None, None, None
+        ctx.slope(ctx.grid, pred, *rest, upstream.contiguous(), slopes, pred.shape[1])
+        return slopes, None, None, None, None, None, None
 
 
 def context_loss(
@@ -265,7 +276,6 @@ def context_loss(
     cut = cut_of(levels)
     seen = None if label_only else pred.detach()
     found = find(target, seen, valid, cut, flat=flat, min_pixels=min_pixels)
-    how = {"WEIGHTED": weight is not None, "LABEL_ONLY": label_only, "FLOOR": floor, "HEADER": HEADER, "ROWS": ROWS}
-    how |= {"BLOCK": BLOCK, **cut.constants, **CROWDED}
-    losses, live = _ContextLoss.apply(pred, target, valid, weight, found, cut, how, trim_top)
+    kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0)
+    losses, live = _ContextLoss.apply(pred, target, valid, weight, found, kernels, trim_top)
     return losses, live, found

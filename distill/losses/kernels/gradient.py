@@ -13,12 +13,15 @@ deviation alone. Shapes: B images, H rows, W columns, N = H W pixels.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from distill.losses.kernels.keys import fold_least, fold_sum
+from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
 
 ABSENT = float(torch.finfo(torch.float32).max)
@@ -148,6 +151,19 @@ def _slopes(
     tl.store(slopes + start + at, tl.where(counts, slope * tl.load(upstream + image), 0.0), mask=at < pixels)
 
 
+@functools.lru_cache(maxsize=64)
+def _kernels(scales: int, floor: float, normalize: bool) -> dict[str, Launcher]:
+    """By name, in the order of their launches."""
+    options = {"NORMALIZE": normalize, "ROWS": ROWS}
+    visit = {"ABSENT": ABSENT, "BLOCK": BLOCK, **options}
+    return {
+        "differences": Launcher(_differences, visit | {"SCALES": scales, "FLOOR": floor, **HOW}),
+        "edges": Launcher(_edges, visit | {"SCALES": scales, "CHUNK": CHUNK, **CROWDED}),
+        "close": Launcher(_close, options | {"FLOOR": floor, "CHUNK": CHUNK, **HOW}),
+        "slopes": Launcher(_slopes, visit | {"FLOOR": floor, **HOW}),
+    }
+
+
 class _GradientLoss(torch.autograd.Function):
     """Per-image loss; differentiable once, in `pred`."""
 
@@ -160,20 +176,12 @@ class _GradientLoss(torch.autograd.Function):
         losses, pulls = pred.new_empty(images), pred.new_empty(images)
         firsts = torch.empty(images, blocks, dtype=torch.int32, device=pred.device)
         medians = torch.empty(images, dtype=torch.int32, device=pred.device)
-        how = {"NORMALIZE": normalize, "ROWS": ROWS}
-        visit, size = {"ABSENT": ABSENT, "BLOCK": BLOCK, **how}, (stride, height, width, blocks)
-        _differences[(blocks, images)](
-            pred, target, valid, statistics, differences, numbers, firsts, *size,
-            SCALES=scales, FLOOR=floor, **visit, **HOW,
-        )  # fmt: skip
-        _edges[(blocks, images)](
-            pred, statistics, differences, numbers, pushes, sums, *size, SCALES=scales, CHUNK=CHUNK, **visit, **CROWDED
-        )  # fmt: skip
-        _close[(images,)](
-            statistics, sums, firsts, losses, pulls, medians, stride, blocks, FLOOR=floor, CHUNK=CHUNK, **how, **HOW
-        )  # fmt: skip
+        size, grid, kernels = (stride, height, width, blocks), (blocks, images), _kernels(scales, floor, normalize)
+        kernels["differences"](grid, pred, target, valid, statistics, differences, numbers, firsts, *size)
+        kernels["edges"](grid, pred, statistics, differences, numbers, pushes, sums, *size)
+        kernels["close"]((images,), statistics, sums, firsts, losses, pulls, medians, stride, blocks)
         ctx.save_for_backward(pred, statistics, pushes, pulls, medians)
-        ctx.how, ctx.blocks = {"FLOOR": floor, **visit, **HOW}, blocks
+        ctx.slopes, ctx.grid = kernels["slopes"], grid
         return losses
 
     @staticmethod
@@ -181,9 +189,7 @@ class _GradientLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         pred, statistics, *rest = ctx.saved_tensors
         slopes, pixels = torch.empty_like(pred), pred.shape[1] * pred.shape[2]
-        _slopes[(ctx.blocks, len(pred))](
-            pred, statistics, *rest, upstream.contiguous(), slopes, statistics.shape[-1], pixels, **ctx.how
-        )  # fmt: skip
+        ctx.slopes(ctx.grid, pred, statistics, *rest, upstream.contiguous(), slopes, statistics.shape[-1], pixels)
         return slopes, None, None, None, None, None, None
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -45,6 +44,7 @@ from distill.losses.kernels.keys import (
     raised,
     spread,
 )
+from distill.losses.kernels.launch import Launcher
 
 WHOLE = Cut((1,))
 BLOCK = 2048
@@ -346,20 +346,25 @@ class Found:
 
 
 @functools.lru_cache(maxsize=64)
-def _told(cut: Cut, maps: int, label: bool, keep: float, block: int) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Words of an image's histograms, and what each kernel is told when it is compiled; made once: hosts are slow."""
+def _kernels(cut: Cut, maps: int, label: bool, keep: float, block: int) -> tuple[int, dict[str, Launcher]]:
+    """Words of an image's histograms, and the kernels for it, in the order of their launches."""
     finest = max(cut.levels)
     lows = maps * ((finest + cut.contexts) * BINS + cut.contexts * LAST_BINS)
     size = {"SIZE": lows + maps * finest, "MAPS": maps}
     visit, digits = {"CHECK": label, "BLOCK": block, **size}, {"BINS": BINS, "HEADER": HEADER}
+    first = visit | digits | {"GATE": label, "FINEST": finest, "LOWS": lows, "CHUNK": CHUNK, **HOW}
+    pick = size | digits | {"KEEP": keep, "LOWS": lows, **cut.constants, **HOW}
+    more = visit | digits | {"LAST_BINS": LAST_BINS, **cut.constants, **CROWDED}
+    moments = {"LOWS": lows, "LAST_BINS": LAST_BINS, "ROWS": ROWS, "CHUNK": CHUNK, **cut.constants, **HOW}
     return lows + maps * finest, {
-        "range": visit | HOW,
-        "first": visit | digits | {"GATE": label, "FINEST": finest, "LOWS": lows, "CHUNK": CHUNK, **HOW},
-        "pick": size | digits | {"KEEP": keep, "LOWS": lows, **cut.constants, **HOW},
-        "next": visit | digits | {"LAST_BINS": LAST_BINS, **cut.constants, **CROWDED},
-        "moments": size | digits
-        | {"LOWS": lows, "LAST_BINS": LAST_BINS, "ROWS": ROWS, "CHUNK": CHUNK, **cut.constants, **HOW},
-    }  # fmt: skip
+        "range": Launcher(_range, visit | HOW),
+        "first": Launcher(_first, first),
+        "pick first": Launcher(_pick, pick | {"STAGE": 1}),
+        "second": Launcher(_next, more | {"STAGE": 2}),
+        "pick second": Launcher(_pick, pick | {"STAGE": 2}),
+        "third": Launcher(_next, more | {"STAGE": 3}),
+        "moments": Launcher(_moments, size | digits | moments),
+    }
 
 
 def find(
@@ -380,7 +385,7 @@ def find(
     `_pick`; deviations mean nothing then.
     """
     (images, pixels), maps = target.shape, 1 if pred is None else 2
-    blocks, (size, told) = -(-pixels // BLOCK), _told(cut, maps, label, keep, BLOCK)
+    blocks, (size, kernels) = -(-pixels // BLOCK), _kernels(cut, maps, label, keep, BLOCK)
 
     def space(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty((images, *shape), dtype=dtype, device=target.device)
@@ -391,15 +396,13 @@ def find(
     images_of = (target if pred is None else pred, target, valid)
     each = (*images_of, headers, histograms, states, sums, pixels, blocks)
     grid, contexts = (blocks, images), (cut.contexts, maps, images)
-    _range[grid](*images_of, ranges, histograms, pixels, blocks, **told["range"])
-    _first[grid](*images_of, ranges, headers, histograms, pixels, blocks, flat, **told["first"])
-    _pick[contexts](headers, histograms, states, STAGE=1, **told["pick"])
-    _next[grid](*each, STAGE=2, **told["next"])
-    _pick[contexts](headers, histograms, states, STAGE=2, **told["pick"])
-    _next[grid](*each, STAGE=3, **told["next"])
-    _moments[(cut.contexts, images)](
-        headers, histograms, states, sums, statistics, blocks, min_pixels, **told["moments"]
-    )  # fmt: skip
+    kernels["range"](grid, *images_of, ranges, histograms, pixels, blocks)
+    kernels["first"](grid, *images_of, ranges, headers, histograms, pixels, blocks, flat)
+    kernels["pick first"](contexts, headers, histograms, states)
+    kernels["second"](grid, *each)
+    kernels["pick second"](contexts, headers, histograms, states)
+    kernels["third"](grid, *each)
+    kernels["moments"]((cut.contexts, images), headers, histograms, states, sums, statistics, blocks, min_pixels)
     return Found(statistics, headers, blocks)
 
 
