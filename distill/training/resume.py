@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from distill.core import files, machine
 from distill.core.seal import sealed
@@ -45,12 +46,32 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         if run.log.damaged:
             tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
+        if saved is not None and (line := _other_statistics(run)):
+            tell(line)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
         facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
         plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
         files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
+
+
+def _other_statistics(run: TrainingRun) -> str:
+    """What to know where BatchNorm sees another number of images at once than it did before this resume, or nothing."""
+    try:
+        before = int(json.loads((run.out / "run.json").read_bytes())["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    settings, now = run.settings, run.processes.count
+    learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.student.modules())
+    if not learns or settings.batchnorm != "batch" or before == now:
+        return ""
+    seen = [settings.batch_size // (settings.accumulate * count) for count in (before, now)]
+    return (
+        f"this run had {before} processes before and has {now} now: BatchNorm sees {seen[1]} images at once where it "
+        f"saw {seen[0]}, and the student becomes another one than it would have; the same number of processes, "
+        'student.norm = "group" or train.batchnorm = "frozen" keeps it'
+    )
 
 
 def check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training.trainlog import StepLog, damaged, read
-from tests.training.toys import l1, losses_of, newest, run, save, steps_of
+from tests.training.toys import Toy, l1, losses_of, newest, run, save, steps_of
 
 
 def test_the_best_and_the_last_checkpoints_are_kept(tmp_path):
@@ -89,6 +89,22 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
     named = path if damage in ("header", "tensors", "student") else last
     assert str(named) in told[0] and "passed over" in told[0] and told[1].endswith("damaged lines left out: 1")
+
+
+@pytest.mark.parametrize(("before", "given"), [(2, {}), (1, {}), (2, {"batchnorm": "frozen"})])
+def test_a_resume_on_another_number_of_processes_says_what_batchnorm_makes_of_it(tmp_path, before, given):
+    def stop(done, total, **numbers):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, student=Toy(batchnorm=True), save_every=4, report=stop, **given)
+    table = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**table, "processes": before}))
+    told = []
+    run(tmp_path, student=Toy(batchnorm=True), save_every=4, tell=told.append, **given)
+    said = "this run had 2 processes before and has 1 now: BatchNorm sees 8 images at once where it saw 4"
+    assert [line.startswith(said) for line in told] == ([True] if before == 2 and not given else [])
 
 
 def test_a_checkpoint_of_a_newer_version_is_not_thrown_away(tmp_path):
