@@ -41,9 +41,10 @@ def commands(name: str, args: argparse.Namespace, processes: int) -> list[list[s
     made_by, study, _ = STUDIES[name]
     prepare = [sys.executable, "-m", f"tests.evidence.{made_by}", "--seeds", args.seeds, "--processes", str(processes)]
     prepare += ["--labels", str(args.out / name)] if name == "fiffdepth" else []
+    labels = [sys.executable, "-m", "tests.evidence.labels", study, "--out", str(args.out / name)]
     ablate = [sys.executable, "-m", "distill", "ablate", study, "--out", str(args.out / name)]
     ablate += [part for assignment in args.set for part in ("--set", assignment)]
-    return [prepare, [*ablate, "--processes", str(processes)]]
+    return [prepare, [*labels, "--processes", str(processes)], [*ablate, "--processes", str(processes)]]
 
 
 def environment() -> dict[str, str]:
@@ -85,7 +86,7 @@ def collect(names: list[str], args: argparse.Namespace) -> None:
     """Tables of what is done, side by side, and what to carry away."""
     started = []
     for name in names:
-        prepare, ablate = commands(name, args, 1)
+        prepare, _, ablate = commands(name, args, 1)
         every = [[*ablate, "--collect"]] + ([[*prepare, "--collect"]] if name == "filter" else [])
         with (args.out / f"{name}.log").open("ab") as log:
             for command in every:
