@@ -16,6 +16,7 @@ from PIL import Image
 from distill.core.depth import Kind
 from distill.data import sources
 from distill.data.photos import BadImageError
+from distill.data.settings import ImageSettings
 from tests.data.pictures import encoded, pack, picture
 
 
@@ -122,6 +123,10 @@ def test_scenes_are_exact_and_named_by_seed(monkeypatch):
     assert [e.key for e in sources.scenes(1, kind="street")[0].scan().entries] == ["scene_street_000000"]
     varied = sources.scenes(1, size=(24, 32), seed=5, variety=True)[0].scan().entries[0]
     assert varied.key == "scene_varied_000005" and varied.load().rgb[0, 0, 0] == 191
+    plain, asked = (ImageSettings(scenes=3, variety=variety).content for variety in (False, True))
+    assert "variety" not in plain and asked == plain | {"variety": True}  # old labels keep their address
+    with pytest.raises(ValueError, match="variety goes with scenes"):
+        ImageSettings(pairs="a.tsv", variety=True)
 
 
 def test_wheels_have_seven_photos_and_one_truth():
