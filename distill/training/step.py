@@ -313,13 +313,14 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
             )
         measured.append((losses, parts))
-        known.append(one.labels.known | (losses.detach() != 0))  # features teach without a label
+        if not module.training:  # what nobody asks of a step costs it nothing
+            known.append(one.labels.known | (losses.detach() != 0))  # features teach without a label
     if len(measured) == 1:
-        return Measured(*measured[0], pred, taught=known[0])
+        return Measured(*measured[0], pred, taught=known[0] if known else None)
     places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
     joined = {name: torch.cat([p[name] for _, p in measured if name in p]) for _, parts in measured for name in parts}
     losses = torch.cat([losses for losses, _ in measured])[places]
-    return Measured(losses, joined, pred, taught=torch.cat(known)[places])
+    return Measured(losses, joined, pred, taught=torch.cat(known)[places] if known else None)
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
