@@ -10,6 +10,8 @@ neither contains the other); the interval is Student's, its degrees of freedom b
     equivalent               it holds zero, and lies within the margin that the study states beforehand
     undecided                none of these
 
+A claim of "not worse" allows the margin: it is decided by where the interval lies of minus the margin, not of zero.
+
 The rules are ours; the papers give one run each.
 """
 
@@ -24,7 +26,9 @@ import numpy as np
 
 SAME, OPPOSITE = "same sign, decided", "opposite, decided"
 EQUIVALENT, UNDECIDED, UNKNOWN = "equivalent", "undecided", "not run"
-CLAIMS = ("better", "close", "gap_grows")
+BOUNDED = ("below", "above")
+"""Claims about rows by themselves: each lies below, or above, a number that the study states beforehand."""
+CLAIMS = ("better", "not_worse", "close", "gap_grows", *BOUNDED)
 LEVEL = 0.10
 """Intervals are of 90 %; a claim survives a correction at this level."""
 DRAWS = 2000
@@ -156,7 +160,11 @@ def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim
     p = chance(mean)
     # Two one-sided tests: the margin that is nearer decides.
     p_same = chance(equivalence - abs(mean)) / 2 if abs(mean) < equivalence else 1.0
-    if claim == "close":
+    if claim == "not_worse":
+        word = SAME if low > -equivalence else OPPOSITE if high < -equivalence else UNDECIDED
+        p = chance(mean + equivalence) / 2
+        p = p if mean > -equivalence or word == OPPOSITE else 1 - p
+    elif claim == "close":
         apart = low > equivalence or high < -equivalence
         word, p = (EQUIVALENT if inside else OPPOSITE if apart else UNDECIDED), (p if apart else p_same)
     elif low > 0:
@@ -178,11 +186,14 @@ def judge(
     *,
     lower_is_better: bool = True,
     equivalence: float = 0.05,
+    bound: float = 0.0,
 ) -> Verdict:
     """One claim about rows. Every pair of `first` and `second` must hold; the weakest decides, and is named.
 
-    better: each of `first` is better than each of `second`. close: they are equivalent. gap_grows: `first` and `second`
-    are rows in step (by data size, say); the relative gap of the last pair is wider than that of the first pair.
+    better: each of `first` is better than each of `second`. not_worse: none is worse by more than the margin. close:
+    they are equivalent. gap_grows: `first` and `second` are rows in step (by data size, say); the relative gap of the
+    last pair is wider than that of the first pair. below, above: each of `first` is so beside `bound`, whichever is
+    better; `second` is empty.
     """
     named = list(dict.fromkeys((*first, *second)))
     seeds = sorted(set.intersection(*(set(values.get(row, {})) for row in named)))
@@ -206,11 +217,24 @@ def judge(
         (a, *_, c), (b, *_, d) = first, second
         wider = None if drawn is None else gain(drawn, c, d) - gain(drawn, a, b)
         return decided(gain(plain, c, d) - gain(plain, a, b), wider)
+    if claim in BOUNDED:
+        sign = 1.0 if claim == "below" else -1.0
+
+        def room(of: np.ndarray, a: str) -> np.ndarray:
+            return sign * (bound - of[..., place[a], :]) / bound
+
+        alone = [decided(room(plain, a), None if drawn is None else room(drawn, a)) for a in first]
+        verdicts = [replace(one, pair=(a, f"{bound:g}")) for a, one in zip(first, alone, strict=True)]
+        return _weakest(verdicts)
     verdicts = [
         replace(decided(gain(plain, a, b), None if drawn is None else gain(drawn, a, b)), pair=(a, b))
         for a, b in itertools.product(first, second)
         if a != b
     ]
+    return _weakest(verdicts)
+
+
+def _weakest(verdicts: Sequence[Verdict]) -> Verdict:
     worst = min(verdicts, key=lambda v: ((OPPOSITE, UNDECIDED, EQUIVALENT, SAME).index(v.word), v.effect))
     return replace(worst, p=max(v.p for v in verdicts)) if worst.word == SAME else worst
 
@@ -219,7 +243,7 @@ def paper_effect(
     claim: str, first: Sequence[str], second: Sequence[str], paper: Mapping[str, float], pair: tuple[str, str]
 ) -> float | None:
     """The same effect in a paper's own errors by row: of `pair`, or of its weakest pair; None where it has none."""
-    if any(row not in paper for row in (*first, *second)):
+    if claim in BOUNDED or any(row not in paper for row in (*first, *second)):
         return None
     if claim == "gap_grows":
         return margin(paper[first[-1]], paper[second[-1]]) - margin(paper[first[0]], paper[second[0]])

@@ -27,8 +27,10 @@ from torch.nn import functional as F
 
 from distill.core.files import file_sha256
 from distill.core.weights import below_prefix, read_state
+from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
+from distill.students.vit_keys import facebook_keys, timm_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -48,6 +50,7 @@ ALIASES = {
     "dinov3_vitb16": "vit_base_patch16_dinov3_qkvb",
     "dinov3_vitl16": "vit_large_patch16_dinov3_qkvb",
     "dinov3_vith16plus": "vit_huge_plus_patch16_dinov3_qkvb",
+    vggt.NAME: "vit_large_patch14_reg4_dinov2",  # the part of it that is a plain ViT (students/vggt.py)
 }
 
 Feature = tuple[Tensor, Tensor]
@@ -56,7 +59,7 @@ Feature = tuple[Tensor, Tensor]
 class Encoder(nn.Module):
     """A plain ViT that reads four of its blocks.
 
-    name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14".
+    name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14"; "vggt" is VGGT on one view.
     weights: None (random), "pretrained" (timm's hub download), or a local .safetensors / .pth file in
         facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: every
         parameter is claimed, or the error names it.
@@ -93,6 +96,8 @@ class Encoder(nn.Module):
         super().__init__()
         grid = (pos_grid, pos_grid) if isinstance(pos_grid, int) else tuple(pos_grid or ()) or None
         backbone = _create(_timm_name(name), grid, dict(timm_options or {}))
+        if name == vggt.NAME:
+            backbone = vggt.Backbone(backbone, final_norm=final_norm, weights=str(weights))
         self.weights_sha256: str | None = None
         self.weights_name: str | None = None
         if weights == "pretrained":
@@ -238,6 +243,8 @@ def _preprocessor(weights: Path) -> dict[str, Any]:
 
 def licence_of(name: str) -> str:
     """The licence that timm states for its pretrained weights of this name or alias, in lower case, or "unknown"."""
+    if name == vggt.NAME:
+        return "unknown"
     result = timm.get_pretrained_cfg(ALIASES.get(name, name), allow_unregistered=True)
     return (result and result.license) or "unknown"
 
@@ -314,11 +321,13 @@ _UNUSED = re.compile(
 
 def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
+    if isinstance(backbone, vggt.Backbone):
+        return _load(backbone.vit, backbone.load_own(state, source), source)
     anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
     state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS)
-    state = {key: value for key, value in _facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
+    state = {key: value for key, value in facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     wanted = backbone.state_dict()
-    state = _timm_keys(state, wanted, source)
+    state = timm_keys(state, wanted, source)
     if "pos_embed" in wanted and "pos_embed" in state:
         state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
 
@@ -338,76 +347,6 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
 
 def _some(keys: list[str]) -> str:
     return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
-
-
-# transformers' DINOv2 and DINOv3 names as facebookresearch's; q, k and v are joined afterwards.
-_TRANSFORMERS = [
-    (r"^(model\.|dinov2\.)", ""),
-    (r"^encoder\.layer\.|^(model\.)?layer\.", "blocks."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
-    (r"^embeddings\.", ""),
-    (r"^layernorm\.", "norm."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.attention\.(?:attention\.)?([qkv])(?:uery|ey|alue|_proj)\.", r".attn.\1."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
-]
-
-
-def _facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names as facebookresearch's; anything else as it is."""
-    if not any(key.endswith("embeddings.cls_token") for key in state):
-        return state
-    named: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, name in _TRANSFORMERS:
-            key = re.sub(pattern, name, key)
-        named[key] = value
-    if "pos_embed" not in named and "register_tokens" in named:  # DINOv3: rotary positions
-        named["storage_tokens"] = named.pop("register_tokens")
-    gated = any(".mlp.gate_proj." in key for key in named)
-    ways = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
-    out: dict[str, Tensor] = {}
-    for key, value in named.items():
-        for theirs, ours in ways.items():
-            key = key.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
-        out[key] = value
-    for key in [key for key in out if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
-        query = out.pop(key)
-        content = out.pop(key.replace(".q.", ".v."), query[:0])
-        absent = torch.zeros_like(query) if key.endswith(".bias") else query[:0]  # a DINOv3 has no key bias
-        out[key.replace(".q.", ".qkv.")] = torch.cat([query, out.pop(key.replace(".q.", ".k."), absent), content])
-    return out
-
-
-def _timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """facebookresearch's DINOv2 and DINOv3 names as timm's; names that are timm's already pass through."""
-    out: dict[str, Tensor] = {}
-    dinov3 = "storage_tokens" in state
-    for key, value in state.items():
-        if dinov3 and key.endswith("attn.qkv.bias"):
-            query, _, content = value.chunk(3)
-            q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
-            if q_bias in wanted:
-                out[q_bias], out[v_bias] = query, content
-            elif query.any() or content.any():
-                raise ValueError(
-                    f"{source}: {key} is not zero, so it needs the encoder with that bias: add _qkvb to its name"
-                )
-            continue
-        key = re.sub(r"^(storage|register)_tokens$", "reg_token", key)
-        if dinov3:
-            key = re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key)
-        for gated, plain in (("mlp.w12.", "mlp.fc1."), ("mlp.w1.", "mlp.fc1_g."), ("mlp.w2.", "mlp.fc1_x.")):
-            key = key.replace(gated, plain)
-        out[key.replace("mlp.w3.", "mlp.fc2.")] = value
-    if "register_tokens" in state and "pos_embed" in out and "cls_token" in out:
-        # timm's table of a DINOv2 with registers has no place for cls, so cls carries its position itself.
-        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
-        out["pos_embed"] = out["pos_embed"][:, 1:]
-    return out
 
 
 def _resized_table(table: Tensor, backbone: Any) -> Tensor:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.core.depth import Kind
+from distill.students import vggt
 
 # What goes under a heading of its own; every other value is a row of the first table.
 _SECTIONS = {
@@ -144,7 +145,10 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
     """The card's paragraph for people who have timm and safetensors alone.
 
     network: a student's `spec`, with the ViT's "timm_name" and "patch_size". bits: 4 where matrices are stored so.
+    Nothing for VGGT, which timm has not.
     """
+    if network["encoder"] == vggt.NAME:
+        return []
     options, patch = network["encoder_options"], network["patch_size"]
     given: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
     given |= {} if "distilled" in network["timm_name"] else {"global_pool": ""}

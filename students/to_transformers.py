@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from distill.core import crops
 from distill.core.optional import optional
 from distill.core.plugins import find
-from distill.students import Student, checkpoint
+from distill.students import Student, checkpoint, vggt
 
 CODE = "modeling_student.py"
 TOLERANCE = 1e-4
@@ -64,6 +64,8 @@ def write(student: Student, folder: Path, *, how: str = "auto") -> str:
     matches, or where what was written differs from the student by more than 1e-4 of its map's spread.
     """
     optional("transformers", "teachers")
+    if student.encoder.name == vggt.NAME:
+        raise ValueError(f"{folder}: the encoder vggt is no ViT of timm or transformers; export a program instead")
     name = native(student)
     if how == "native" and not name:
         raise ValueError(f"{folder}: no class of transformers is this student; use --transformers code")

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.core.positions import patch_positions, rotate, rotation_tables, uv_embedding
 from distill.teachers._dino import PATCH, position_table
 
 
@@ -188,29 +189,6 @@ class Transformer(nn.Module):
         return taken
 
 
-def patch_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(1+N,2) row and column of every token, from 1; the class token is at 0, 0."""
-    grid = torch.cartesian_prod(torch.arange(rows, device=device), torch.arange(columns, device=device)) + 1
-    return torch.cat([grid.new_zeros(1, 2), grid])
-
-
-def rotation_tables(positions: Tensor, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (N,size): rows turn the first half of a head's channels, columns the second; base 100."""
-    half = size // 2
-    periods = 100.0 ** (torch.arange(0, half, 2, device=positions.device).float() / half)
-    angles = positions[:, :, None].float() / periods
-    angles = torch.cat([angles, angles], dim=-1).flatten(1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rotate(vectors: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """(B,heads,N,size) turned by its tables; each half is rotated on its own, first quarter against second."""
-    cosine, sine = rotation
-    halves = vectors.unflatten(-1, (2, 2, -1))
-    turned = torch.stack([-halves[..., 1, :], halves[..., 0, :]], dim=-2).flatten(-3)
-    return vectors * cosine + turned * sine
-
-
 class Backbone(nn.Module):
     """The transformer under the name that the released files give it."""
 
@@ -313,25 +291,6 @@ class Head(nn.Module):
         depth = self.scratch.output_conv2(maps)[:, 0].exp()
         sky = F.relu(self.scratch.sky_output_conv2(maps)[:, 0]) if hasattr(self.scratch, "sky_output_conv2") else None
         return depth, sky
-
-
-def uv_embedding(maps: Tensor, height: int, width: int) -> Tensor:
-    """(1,C,h,w) sines and cosines of the place in the image, x in the first half of the channels, times 0.1.
-
-    The image's diagonal spans [-1, 1] in both directions together, so the aspect ratio is seen.
-    """
-    channels, rows, columns = maps.shape[-3:]
-    diagonal = (height**2 + width**2) ** 0.5
-    frequencies = 100.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels / 4))
-
-    def waves(side: int, count: int) -> Tensor:
-        end = side / diagonal * (count - 1) / count
-        angles = torch.linspace(-end, end, count, dtype=torch.float32).double()[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1).T.to(maps)  # small here, large once expanded
-
-    across = waves(width, columns)[:, None, :].expand(-1, rows, -1)
-    down = waves(height, rows)[:, :, None].expand(-1, -1, columns)
-    return 0.1 * torch.cat([across, down])[None]
 
 
 class Network(nn.Module):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+# Containers forbid it: every process of pytest-xdist and every child of a test would compile the package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -15,10 +20,6 @@ os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="distill-tests
 
 import numpy as np
 import pytest
-import torch
-
-# Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one.
-torch.set_num_threads(1)
 
 CARD = "cuda"  # the marker of a test that needs one, and the only selection in which a card can be seen
 
@@ -29,6 +30,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    import torch  # here and not above: pytest-xdist's first process, which only hands out tests, needs none
+
+    # Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one.
+    torch.set_num_threads(1)
     needing = [item for item in items if item.get_closest_marker(CARD)]
     if needing and not torch.cuda.is_available():
         for item in needing:
@@ -38,6 +43,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def card(monkeypatch):
     """The card of a test that is marked cuda, with float32 as exact as a CPU's: convolutions take TF32 else."""
+    import torch
+
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return torch.device("cuda")
 
@@ -65,6 +72,43 @@ def golden():
     return load
 
 
+def golden_weights(shapes: dict, seed: int) -> dict:
+    """Golden weights of {key: (shape, dtype)}, but for the keys that stay as constructed."""
+    import torch
+
+    from tests.golden import weights_rule
+
+    made = weights_rule.synth_state({key: tuple(entry[0]) for key, entry in shapes.items()}, seed)
+    return {key: torch.from_numpy(value) for key, value in made.items()}
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """A multiprocessing context whose processes inherit nothing of this one, and hash otherwise.
+
+    They are forks of one server, which has done the imports of the command line: seconds, else, for each of them.
+    """
+    from multiprocessing import forkserver, get_context
+
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["distill.app.commands", "distill.eval.fetch"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONHASHSEED", "1")
+        forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture
+def elsewhere(processes):
+    """`elsewhere(function, *arguments)` -> what it returns in another process, the same one within a test."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(1, mp_context=processes) as pool:
+        yield lambda function, *arguments, **named: pool.submit(function, *arguments, **named).result()
+
+
 @pytest.fixture(autouse=True)
 def _same_seed():
+    import torch
+
     torch.manual_seed(0)

@@ -181,8 +181,9 @@ def test_promised_names_are_found_and_the_door_is_light():
 
 @each_module
 def test_teachers_import_heavy_libraries_only_when_loading(module, path):
-    if module.startswith("distill.teachers."):
-        heavy = {name.split(".")[0] for name in imported(path, at_top=True)} & {"transformers", "diffusers", "scipy"}
+    if module.startswith("distill.teachers.") or module == "distill.core.hub":
+        at_top = {name.split(".")[0] for name in imported(path, at_top=True)}
+        heavy = at_top & {"transformers", "diffusers", "scipy", "huggingface_hub"}
         assert not heavy, f"{module} imports {heavy} at the top: import it inside load"
 
 

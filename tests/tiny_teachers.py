@@ -15,6 +15,7 @@ from distill import students
 from distill.students import checkpoint as checkpoints
 from distill.teachers import _dpt_head
 from distill.teachers._da3_network import Network, NetworkLayout
+from distill.teachers._moge_network import Network as MogeNetwork
 
 SIZE = (37, 53)  # of the images that the contract is tested with: a multiple of nothing
 KEYS = ("scene/a.png", "scene/b.png")
@@ -108,6 +109,63 @@ def midas(folder):
     )  # fmt: skip
     _randomize(DPTForDepthEstimation(config)).save_pretrained(folder)
     return str(folder), {}
+
+
+def depth_pro(folder):
+    """Squares of 512 from patches of 128; a field of view near 55 degrees, and an inverse depth that is seldom 0."""
+    from transformers import DepthProConfig, DepthProForDepthEstimation
+
+    vit = {
+        "model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 128, "patch_size": 16, "use_mask_token": False,
+    }  # fmt: skip
+    config = DepthProConfig(
+        patch_size=128, fusion_hidden_size=8, intermediate_hook_ids=[1, 0], intermediate_feature_dims=[8, 8],
+        scaled_images_feature_dims=[16, 16, 8], merge_padding_value=1, use_fov_model=True,
+        **{f"{name}_model_config": dict(vit) for name in ("image", "patch", "fov")},
+    )  # fmt: skip
+    model = _randomize(DepthProForDepthEstimation(config))
+    model.fov_model.head.layers[4].bias.data.fill_(55.0)
+    model.head.layers[4].bias.data.fill_(2.0)
+    model.save_pretrained(folder)
+    return str(folder), {}
+
+
+def moge(folder):
+    """Points near a plane before the camera, and a mask that leaves out none of them."""
+    stack = {
+        "dim_res_blocks": [16, 8, 8, 8, 8], "num_res_blocks": [0, 1, 1, 1, 0], "res_block_in_norm": "none",
+        "res_block_hidden_norm": "none", "resamplers": [*["conv_transpose"] * 3, "bilinear"],
+    }  # fmt: skip
+    into, out = [16, 8, 8, 8, 8], [None, None, None, None]
+    description = {
+        "encoder": {"backbone": "tiny", "intermediate_layers": 2, "dim_out": 16},
+        "neck": stack | {"dim_in": [18, 2, 2, 2, 2], "dim_out": None},
+        "points_head": stack | {"dim_in": into, "dim_out": [*out, 3]},
+        "mask_head": stack | {"dim_in": into, "dim_out": [*out, 1]},
+        "scale_head": {"dims": [32, 16, 1]},
+        "remap_output": "exp",
+        "num_tokens_range": [4, 16],
+    }
+    layout = NetworkLayout(
+        width=32, blocks=2, heads=1, hidden=64, swiglu=False, positions=26, taps=(0, 1), main_from=None, features=0,
+        channels=(), sky=False,
+    )  # fmt: skip
+    network = _randomize(MogeNetwork(layout, description))
+    network.mask_head.output_blocks[4].bias.data.fill_(50.0)
+    # x / z and y / z are the place in the view, which the finest level is told, and log z is what the network makes of
+    # the image; what comes from below is kept small beside the place.
+    for stack_ in (network.neck, network.points_head):
+        stack_.resamplers[3][1].weight.data *= 0.05
+        stack_.resamplers[3][1].bias.data.zero_()
+        stack_.input_blocks[4].weight.data[:, :, 0, 0] = torch.eye(*stack_.input_blocks[4].weight.shape[:2])
+        stack_.input_blocks[4].bias.data.zero_()
+    last = network.points_head.output_blocks[4]
+    last.weight.data[:2, :, 0, 0], last.bias.data[:] = torch.eye(2, 8), 0.0
+    last.weight.data[2, :2] = 0.0
+    state = {**network.state_dict(), "encoder.backbone.mask_token": torch.zeros(1, 32)}
+    torch.save({"model_config": description, "model": state}, folder / "model.pt")
+    return str(folder), {"native_size": 56}
 
 
 def diffusion(folder, *, channels, scheduler=None, blocks=2, index=None):

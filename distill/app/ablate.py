@@ -28,12 +28,12 @@ from distill.app import build, commands
 from distill.app.console import note, progress, say, table
 from distill.app.recipe import Recipe
 from distill.app.shipped import locate
-from distill.app.study import KNOWN, Column, Study, StudyCell, Version, cells, read_study
+from distill.app.study import Column, Study, StudyCell, Version, cells, read_study
 from distill.core import files
 from distill.data import scenes
 from distill.eval.labels import LabelQuality, label_quality
 from distill.eval.reports.ablation import CLAIM_HEAD, AblationRow, Claim, Table, markdown, together, write_page
-from distill.eval.score import Score, read_scores
+from distill.eval.score import read_scores
 from distill.eval.verdict import UNDECIDED, UNKNOWN, holm, judge, paper_effect
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.shards.shards import MANIFEST, LabelDataset
@@ -208,23 +208,24 @@ def _run(cell: StudyCell) -> None:
 # --- what came out ----------------------------------------------------------------------------------------------------
 
 
-def _scores(cell: StudyCell, column: Column) -> Score | None:
+Shown = tuple[float | None, np.ndarray]
+"""A cell's number in a column, None where it has none, and the numbers (n,) float64 of the images that it is a mean of,
+in the order of the benchmark; of a number of the log itself alone."""
+
+
+def _shown(cell: StudyCell, column: Column) -> Shown:
+    if column.log:
+        value = trainlog.number(cell.folder / "train" / "log.jsonl", column.log, relative=bool(column.relative_to))
+        return value, np.array([] if value is None else [value], dtype=np.float64)
     path = cell.folder / "scores" / f"{column.scores}.json"
-    return read_scores(path) if path.is_file() else None
-
-
-def _value(score: Score | None, column: Column) -> float | None:
+    score = read_scores(path) if path.is_file() else None
     if score is None:
-        return None
+        return None, np.array([])
     means = score.groups.get(column.group, {}).get("metrics", {}) if column.group else score.metrics
     value = means.get(column.metric)
-    return None if value is None or not math.isfinite(value) else value
-
-
-def _by_image(score: Score, column: Column) -> np.ndarray:
-    """The metric of every image of the column, in the order of the benchmark."""
     inside = [image for image in score.images if not column.group or image.group == column.group]
-    return np.array([image.metrics[column.metric] for image in inside if image.metrics], dtype=np.float64)
+    each = np.array([image.metrics[column.metric] for image in inside if image.metrics], dtype=np.float64)
+    return (None if value is None or not math.isfinite(value) else value), each
 
 
 def collect(study: Study, version: Literal["full", "bench"], every: Sequence[StudyCell]) -> Table:
@@ -232,17 +233,17 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
     chosen: Version = study.full if version == "full" else study.bench
     columns = chosen.columns
     published = {p.row: p.values for p in study.paper}
-    rows, images = [], {metric: dict[str, dict[int, Any]]() for metric in dict.fromkeys(c.metric for c in columns)}
+    rows, images = [], {one: dict[str, dict[int, Any]]() for one in dict.fromkeys(c.measure for c in columns)}
     for row in study.all_rows():
         done_cells = [cell for cell in every if cell.row == row.name and is_done(cell)]
         values: dict[int, list[float | None]] = {}
         for cell in done_cells:
-            scores = [_scores(cell, column) for column in columns]
-            values[cell.seed] = [_value(score, column) for score, column in zip(scores, columns, strict=True)]
-            for metric, by_row in images.items():
-                own = [(s, c) for s, c in zip(scores, columns, strict=True) if c.metric == metric]
-                if all(_value(s, c) is not None for s, c in own):
-                    by_row.setdefault(row.name, {})[cell.seed] = [_by_image(s, c) for s, c in own if s is not None]
+            shown = [_shown(cell, column) for column in columns]
+            values[cell.seed] = [value for value, _ in shown]
+            for measure, by_row in images.items():
+                own = [one for one, column in zip(shown, columns, strict=True) if column.measure == measure]
+                if all(value is not None for value, _ in own):
+                    by_row.setdefault(row.name, {})[cell.seed] = [each for _, each in own]
         failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in done_cells]
         curves = {cell.seed: _curves(cell) for cell in done_cells}
         rows.append(
@@ -264,7 +265,7 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
         lower_is_better=[column.lower_is_better for column in columns],
         paper_columns=[column.title for column in study.full.columns],
         rows=rows,
-        claims=_claims(study, images),
+        claims=_claims(study, images, columns),
         labels=_label_quality(every),
         equivalence=study.equivalence,
         benchmarks=[(b.alias_or_name, b.name, b.root, b.list) for recipe in recipes for b in recipe.benchmarks],
@@ -272,21 +273,41 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
     )
 
 
-def _claims(study: Study, images: Mapping[str, Any]) -> list[Claim]:
-    """Every claim in every metric; the paper's effect stands by the metric that its own columns show."""
+def _claims(study: Study, images: Mapping[str, Any], columns: Sequence[Column]) -> list[Claim]:
+    """Every claim in every metric that it is about; the paper's effect stands by the metric that its own columns
+    show.
+    """
     paper = {p.row: sum(p.values) / len(p.values) for p in study.paper}
-    printed = {column.metric for column in study.full.columns[: len(study.paper[0].values)]} if study.paper else set()
+    printed = {column.measure for column in study.full.columns[: len(study.paper[0].values)]} if study.paper else set()
     found = []
+    lower = {column.measure: column.lower_is_better for column in columns}
     for metric, values in images.items():
         for o in study.orderings:
-            lower = KNOWN[metric].lower_is_better
-            ours = judge(o.kind, o.first, o.second, values, lower_is_better=lower, equivalence=study.equivalence)
+            if o.metrics and metric not in o.metrics:
+                continue
+            ours = judge(
+                o.kind,
+                o.first,
+                o.second,
+                values,
+                lower_is_better=lower[metric],
+                equivalence=study.equivalence,
+                bound=o.bound,
+            )
             theirs = paper_effect(o.kind, o.first, o.second, paper, ours.pair) if printed == {metric} else None
             found.append((o, metric, ours, theirs))
     # What is undecided has not been claimed, whatever its p.
     lasting = holm([ours.p for *_, ours, _ in found])
     return [
-        Claim(o.claim, o.source or study.source, metric, ours, theirs, last and ours.word not in (UNDECIDED, UNKNOWN))
+        Claim(
+            o.claim,
+            o.source or study.source,
+            metric,
+            ours,
+            theirs,
+            last and ours.word not in (UNDECIDED, UNKNOWN),
+            bool(o.bound),
+        )
         for (o, metric, ours, theirs), last in zip(found, lasting, strict=True)
     ]
 

@@ -25,7 +25,7 @@ def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
         names = read_names(images.names) if images.names else None
         return published.dataset(images.dataset, images.root, index=images.index or None, names=names)
     if images.scenes:
-        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene)
+        return sources.scenes(images.scenes, size=(images.size, images.size), seed=first_scene, variety=images.variety)
     return sources.bundled_photos()
 
 

@@ -21,16 +21,20 @@ import cv2
 import numpy as np
 
 from distill.core import files
+from distill.core.align import fit_affine
 from distill.core.depth import DepthMap
 from distill.core.labels import Labels
 from distill.core.progress import Report
 from distill.eval.agreement import alignment_error, to_disparity
+from distill.eval.reports.fidelity import agreement
 from distill.eval.reports.figures import BINS, NEARNESS, bars, colourise, histogram, legend, own_range, shrink, tile
 from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
 WORST = 6  # samples shown for their teachers' disagreement
+PIXELS = 40  # of a sample, in the chart of two teachers' agreement
+POINTS = 4000  # that such a chart draws at most
 _PATCHES = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in the order of the patches
 
 
@@ -43,6 +47,7 @@ class _Seen:
     valid: dict[str, float]
     shape: dict[str, np.ndarray]  # a map's histogram between its lowest and highest value
     apart: dict[tuple[str, str], float]
+    pixels: dict[tuple[str, str], list[tuple[float, float]]]  # of two teachers, the second brought to the first
 
 
 def write_contact(
@@ -91,13 +96,32 @@ def _look(sample: Sample) -> _Seen:
             1, values.size
         )
     apart = {pair: _apart(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
+    pixels = {pair: _pixels(*(maps[name] for name in pair)) for pair in apart}
     valid = {name: float(one.valid.float().mean()) for name, one in maps.items()}
-    return _Seen(sample.key, float(sample.record["crop"]["side"]), valid, shape, apart)
+    return _Seen(sample.key, float(sample.record["crop"]["side"]), valid, shape, apart, pixels)
 
 
 def _apart(first: DepthMap, second: DepthMap) -> float:
     one, two = to_disparity(first), to_disparity(second)
     return float(alignment_error(one.values, two.values, one.valid & two.valid)[0])
+
+
+def _pixels(first: DepthMap, second: DepthMap) -> list[tuple[float, float]]:
+    """Nearness by two maps of some pixels, 0 and 1 at the ends of the first's own range, to which the second is fitted
+    (least squares in disparity).
+    """
+    one = to_disparity(first)
+    two = to_disparity(second, one)
+    both = one.valid & two.valid
+    values = one.values[both].numpy()
+    if not len(values):
+        return []
+    scale, shift = fit_affine(two.values, one.values, both)
+    brought = (scale * two.values[both] + shift).numpy()
+    low, high = (float(v) for v in np.percentile(values, [2, 98]))
+    few = np.linspace(0, len(values) - 1, min(PIXELS, len(values))).astype(int)
+    span = max(high - low, 1e-12)
+    return list(zip(((values[few] - low) / span).tolist(), ((brought[few] - low) / span).tolist(), strict=True))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
@@ -148,20 +172,23 @@ def _samples(samples: Sequence[Sample]) -> str:
 
 
 def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[str, int]) -> str:
-    rows, pictures = [], []
+    rows, pictures, charts = [], [], []
     for pair in combinations(dataset.teachers, 2):
         known = sorted((one for one in seen if np.isfinite(one.apart[pair])), key=lambda one: -one.apart[pair])
         if not known:
             continue
         values = np.array([one.apart[pair] for one in known])
         rows.append([escape(" and ".join(pair)), *(f"{np.quantile(values, q):.3f}" for q in (0.5, 0.9, 1.0))])
+        points = [point for one in seen for point in one.pixels[pair]]
+        charts.append(agreement(pair, points[:: -(-len(points) // POINTS)]))
         pictures += [_strip(dataset[places[one.key]], f"apart by {one.apart[pair]:.3f}") for one in known[:WORST]]
     lead = (
         '<p class="key">What is left between two teachers’ maps of a region after the best scale and shift, as a '
         "fraction of the map’s spread: 0 is the same map, 1 has nothing in common.</p>"
     )
     head = ["teachers", "median", "9 in 10 below", "most"]
-    return lead + table(head, rows, kind="scores") + "<h3>The most disagreement</h3>" + "".join(pictures)
+    drawn = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
+    return lead + table(head, rows, kind="scores") + drawn + "<h3>The most disagreement</h3>" + "".join(pictures)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

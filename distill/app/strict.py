@@ -6,6 +6,7 @@ It knows no recipe: give it a dataclass. `set_key` writes one `a.b.0.c=value` in
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import tomllib
 import types
@@ -42,6 +43,18 @@ def _expected(hint: Any) -> str:
     return {str: "a string", int: "an integer", float: "a number", bool: "true or false"}.get(hint, "a table")
 
 
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What a type is made of: asked once a type, for typing takes longer to say it than all the rest."""
+    return typing.get_origin(hint), typing.get_args(hint)
+
+
+@functools.cache
+def _fields(cls: type) -> Mapping[str, dataclasses.Field[Any]]:
+    """The keys of a table."""
+    return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Reading:
     """What a reading knows besides the table, and the faults that it has met."""
@@ -52,7 +65,7 @@ class _Reading:
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as a `hint`, or None and a fault."""
-        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        origin, inner = _parts(hint)
         if fault := _too_much(value):
             self.faults.append(f"{path} {fault}")
             return None
@@ -60,7 +73,7 @@ class _Reading:
             return value
         if origin in (typing.Union, types.UnionType):  # an integer or a word
             hint = next((one for one in inner if type(value) is one or value in typing.get_args(one)), hint)
-            origin, inner = typing.get_origin(hint), typing.get_args(hint)
+            origin, inner = _parts(hint)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self.table(typing.cast(type, hint), value, path)
         if origin is tuple and isinstance(value, list):
@@ -90,7 +103,7 @@ class _Reading:
     def table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
         """`table` as a `cls`, or None and its faults."""
         hints = hints_of(cls)
-        known = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
+        known = _fields(cls)
         prefix = f"{path}." if path else ""
         before = len(self.faults)
         values = {}

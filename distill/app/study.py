@@ -1,12 +1,14 @@
 """An ablation as a file: a base recipe, the axes that vary, the paper's numbers, and the orderings it claims.
 
     name, title, source
-    [full] and [bench]   base recipe, seeds, columns (benchmark, group, metric, name), set: overrides for every row
+    [full] and [bench]   base recipe, seeds, columns, set: overrides for every row; "{seed}" in one is the cell's seed
+                         a column is a metric of a benchmark (benchmark, group, metric) or a loss of the training's log
+                         (log, relative_to); it has a name
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
     [[rows]]             or rows one by one
     [[paper]]            row, values: the paper's, one per column of `full`; model, table: where eval/papers.toml has it
     equivalence          rows whose relative difference lies within it are one; stated before anything runs
-    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second
+    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second or a bound; metrics: by which alone
 
 A cell is a row with a seed. Its address is a hash of all that makes it what it is, so that tables share cells.
 """
@@ -27,35 +29,54 @@ from distill.app.strict import parse_into, read_toml, set_key
 from distill.core.plugins import file_hashes
 from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
-from distill.eval.verdict import CLAIMS
+from distill.eval.verdict import BOUNDED, CLAIMS
 
-EDGES = "boundary_f1"
-KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES]}
-"""What a column may show. boundary_f1 needs edges = true on its benchmark."""
+EDGES, ORDER = "boundary_f1", "accuracy"
+KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES], ORDER: TASKS["order"].rows[ORDER]}
+"""What a column may show. boundary_f1 needs edges = true on its benchmark, accuracy one of point pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Column:
-    """One number of a table: a metric of a benchmark, of all its images or of one of its groups."""
+    """One number of a table: a metric of a benchmark, of all its images or of one of its groups; or a loss of the log.
 
-    benchmark: str
+    log: the path of a number in lines of log.jsonl: "heldout", "heldout_parts.mae"; the last line that has it counts.
+    relative_to: "start" divides it by what the first line has, which `train.eval_start` makes the untrained network's.
+    """
+
+    benchmark: str = ""
     metric: str = "abs_rel"
     group: str = ""
     name: str = ""
+    log: str = ""
+    relative_to: Literal["", "start"] = ""
 
     def __post_init__(self) -> None:
+        if bool(self.log) == bool(self.benchmark):
+            raise ValueError("a column shows a benchmark or a number of the log: give benchmark or log")
+        if self.benchmark and self.relative_to:
+            raise ValueError("relative_to goes with log")
+        if self.relative_to not in ("", "start"):
+            raise ValueError(f'relative_to must be "start" or left out, not {self.relative_to!r}')
         if self.metric not in KNOWN:
             raise ValueError(f"no metric {self.metric!r}; there are {', '.join(KNOWN)}")
 
     @property
     def title(self) -> str:
         """What stands above it."""
+        if self.log:
+            return self.name or f"{self.log}{f' / its {self.relative_to}' if self.relative_to else ''}"
         return self.name or f"{self.group or self.benchmark} {self.metric}"
 
     @property
+    def measure(self) -> str:
+        """What claims are judged in: the metric, whose columns are taken together, or this column of the log."""
+        return self.title if self.log else self.metric
+
+    @property
     def lower_is_better(self) -> bool:
-        """Whether the metric is an error."""
-        return KNOWN[self.metric].lower_is_better
+        """Whether the number is an error; a loss is one."""
+        return bool(self.log) or KNOWN[self.metric].lower_is_better
 
     @property
     def scores(self) -> str:
@@ -117,17 +138,26 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ordering:
-    """A claim: in words, and as distill.eval.verdict.judge takes it. source: where it is claimed."""
+    """A claim: in words, and as distill.eval.verdict.judge takes it. source: where it is claimed.
+
+    bound: of "below" and "above", in place of second. metrics: metrics, or names of the log's columns, in which it is
+    judged; all by default.
+    """
 
     claim: str
     kind: str
     first: tuple[str, ...]
-    second: tuple[str, ...]
+    second: tuple[str, ...] = ()
+    bound: float = 0.0
+    metrics: tuple[str, ...] = ()
     source: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in CLAIMS:
             raise ValueError(f"kind must be one of {', '.join(CLAIMS)}, not {self.kind!r}")
+        bounded = self.kind in BOUNDED
+        if bounded != (self.bound > 0) or bounded == bool(self.second):
+            raise ValueError(f"{self.kind} takes {'a bound above 0 and no' if bounded else 'no bound and a'} second")
         if self.kind == "gap_grows" and len(self.first) != len(self.second):
             raise ValueError("gap_grows compares rows in step: first and second must be of one length")
 
@@ -155,6 +185,9 @@ class Study:
         unknown = sorted({row for row in named if row not in names})
         if unknown or len(set(names)) < len(names):
             raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(names)}")
+        shown = list(dict.fromkeys(column.measure for column in (*self.bench.columns, *self.full.columns)))
+        if lost := [metric for o in self.orderings for metric in o.metrics if metric not in shown]:
+            raise ValueError(f"no column shows {', '.join(lost)}; columns show {', '.join(shown)}")
 
     def all_rows(self) -> tuple[Choice, ...]:
         """The rows in order."""
@@ -201,7 +234,7 @@ def cells(
             table = copy.deepcopy(base)
             version_set = row.full if version == "full" else row.bench
             for key, value in {**chosen.set, **row.set, **version_set, chosen.seed_key: seed}.items():
-                set_value(table, key, value)
+                set_value(table, key, value.replace("{seed}", str(seed)) if isinstance(value, str) else value)
             for assignment in overrides:
                 set_key(table, assignment)
             table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}

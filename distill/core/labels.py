@@ -62,6 +62,12 @@ class Labels:
     local_weight: Tensor | None = None
     supervision: Supervision = Supervision()  # noqa: RUF009  (frozen)
 
+    @property
+    def known(self) -> Tensor:
+        """(B,) bool: the regions of which any pixel is labelled, in the region's map or in a patch's."""
+        known = self.shared.valid.flatten(1).any(1)
+        return known if self.local is None else known | self.local.valid.reshape(len(known), -1).any(1)
+
     def to(self, device: torch.device | str) -> Labels:
         """The same labels on another device."""
         local = None if self.local is None else self.local.to(device)

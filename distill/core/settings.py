@@ -45,13 +45,19 @@ def hints_of(cls: type) -> Mapping[str, Any]:
 
 def unknown_words(table: object) -> list[str]:
     """A clause for every field whose type is a Literal that does not hold its value."""
-    hints = hints_of(typing.cast(Any, type(table)))
-    choices = {f.name: words for f in fields(table) if (words := _words(hints[f.name]))}  # type: ignore[arg-type]
     return [
         f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(table, name)!r}"
-        for name, allowed in choices.items()
-        if getattr(table, name) not in allowed and (isinstance(getattr(table, name), str) or _is_literal(hints[name]))
+        for name, allowed, only in _choices(typing.cast(Any, type(table)))
+        if getattr(table, name) not in allowed and (only or isinstance(getattr(table, name), str))
     ]
+
+
+@cache
+def _choices(cls: type) -> Sequence[tuple[str, tuple[str, ...], bool]]:
+    """The fields of words: the name, the words allowed, and whether nothing else is."""
+    hints = hints_of(cls)
+    named = [(f.name, _words(hints[f.name])) for f in fields(cls)]
+    return [(name, words, _is_literal(hints[name])) for name, words in named if words]
 
 
 def _words(hint: object) -> tuple[str, ...]:

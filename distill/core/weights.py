@@ -126,6 +126,23 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
     return _plain_names(_choose(tables, path, weights_key), path)
 
 
+def read_described(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a torch file, and the table of plain values that it holds under `key` beside them.
+
+    Raises as `read_state` does, and WeightsMismatchError where there is no such table.
+    """
+    if not path.is_file():
+        raise WeightsMissingError(f"{path}: no such weights file")
+    nested = _read(path)
+    described = nested.get(key) if isinstance(nested, dict) else None
+    if not isinstance(described, dict):
+        raise WeightsMismatchError(f"{path} has no {key}, which says what network its tensors are of")
+    tables = dict(_tables({name: value for name, value in nested.items() if name != key}))
+    if not tables:
+        raise WeightsMismatchError(f"{path} holds no table of named tensors")
+    return _plain_names(_choose(tables, path, None), path), described
+
+
 def _read(path: Path) -> Any:
     import safetensors.torch
     import torch

@@ -39,6 +39,9 @@ class ImageSettings:
     """Of ground truth in metres: what is farther is invalid; 0 = no bound. AnyDepth: 100."""
     size: int = 224
     """Of scenes: side in pixels of a rendered view."""
+    variety: bool = False
+    """Of scenes: more in each view (clutter, thin structures, people, window frames, repeated texture), and some by
+    night or in fog; the views without it stay what they were. Ours."""
     teachers: tuple[str, ...] = ()
     """Who teaches on these images, by alias: ["dav2", "truth"]; an image that one of them cannot label is quarantined.
     By default every teacher of the recipe, but "truth" only where a source can have it."""
@@ -50,7 +53,7 @@ class ImageSettings:
     def content(self) -> dict[str, Any]:
         """The settings that decide what is in a labels folder; where nobody is named, as before anybody could be."""
         left_out = {"weight"} if self.teachers else {"weight", "teachers"}
-        later = {"dataset", "root", "index", "far"}
+        later = {"dataset", "root", "index", "far", "variety"}
         found = {key: value for key, value in asdict(self).items() if key not in left_out}
         return {key: value for key, value in found.items() if value or key not in later}
 
@@ -62,6 +65,7 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
+        refuse(["variety goes with scenes"] if self.variety and not self.scenes else [])
         refuse(self._dataset_faults())
         refuse(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
 

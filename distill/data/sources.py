@@ -325,21 +325,29 @@ def _load_pair(row: depth_pairs.Pair, key: str, origin: str) -> Photo:
 
 
 def scenes(
-    count: int, *, size: tuple[int, int] = (480, 640), kind: str | None = None, seed: int = 0, per_shard: int = 100
+    count: int,
+    *,
+    size: tuple[int, int] = (480, 640),
+    kind: str | None = None,
+    seed: int = 0,
+    per_shard: int = 100,
+    variety: bool = False,
 ) -> list[InputShard]:
-    """`count` rendered views with exact depth, seeds `seed` to `seed + count - 1`; kind as data.scenes.render's."""
+    """`count` rendered views with exact depth, seeds `seed` to `seed + count - 1`; kind and variety as
+    data.scenes.render's."""
     if count < 1:
         raise ValueError(f"the number of scenes must be at least 1, not {count}")
     entries = []
+    words = ("varied_" if variety else "") + (f"{kind}_" if kind else "")
     for number in range(seed, seed + count):
-        key = f"scene_{kind}_{number:06d}" if kind else f"scene_{number:06d}"
-        entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key)))
-    stem = f"scenes_{kind}_{seed}" if kind else f"scenes_{seed}"
+        key = f"scene_{words}{number:06d}"
+        entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key, variety)))
+    stem = f"scenes_{words}{seed}"
     return in_shards(stem, stem, entries, per_shard)
 
 
-def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str) -> Photo:
-    view = procedural.render(number, size=size, kind=kind)
+def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str, variety: bool = False) -> Photo:
+    view = procedural.render(number, size=size, kind=kind, variety=variety)
     rgb = (view.image.clamp(0, 1) * 255).round().to(torch.uint8)
     truth = DepthMap(view.depth[None].float(), view.valid[None], Kind.METRIC_DEPTH)
     return Photo(key, rgb, truth, f"scenes:{number}", view.focal)

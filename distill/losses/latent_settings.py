@@ -14,6 +14,10 @@ STEPS = 1000
 """DDPM's noise levels, 0 to 999."""
 
 
+UNSEEN = ("cache", "cache_folder", "watch_prior")
+"""What changes no number of a run."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentSettings:
     """What a network of latents (student.network = "one_step_unet") learns. The defaults are FiffDepth's."""
@@ -78,6 +82,9 @@ class LatentSettings:
     """"denoise": the strength falls to 0 with the noise level. Marigold: true."""
     zero_snr: bool = True
     """"denoise": the noise schedule is rescaled so that its last level has no signal. Marigold v1-1: true."""
+    watch_prior: bool = False
+    """At every evaluation also how well the network still does what its base was trained for: the loss of the velocity
+    of noised image latents, in the log as heldout_parts.prior; it teaches nothing. Ours."""
     cache: bool = True
     """Keep the VAE's latents on disk, each computed once; with the training's colours and crops unchanged. Ours."""
     cache_folder: str = ""
@@ -121,4 +128,4 @@ class LatentSettings:
     @property
     def content(self) -> dict[str, Any]:
         """What decides the mathematics of a run."""
-        return {key: value for key, value in asdict(self).items() if key not in ("cache", "cache_folder")}
+        return {key: value for key, value in asdict(self).items() if key not in UNSEEN}

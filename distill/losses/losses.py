@@ -129,6 +129,17 @@ def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor)
     return torch.where(usable, normal - label, 0.0), usable
 
 
+def squared_loss(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None) -> Tensor:
+    """mean (N_glo(pred) - N_glo(target))^2, (B,): `distillation_loss` "global" with a square in place of the absolute.
+
+    weight: (B,H,W) not negative, how much each pixel counts; None: all alike. Flat labels give 0. Ours.
+    """
+    difference, usable = _globally_normalized_difference(pred, target, valid)
+    each = usable.to(difference.dtype) if weight is None else torch.where(usable, weight.to(difference.dtype), 0.0)
+    total = each.sum((-2, -1))
+    return (difference.square() * each).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
+
+
 def gradient_loss(
     pred: Tensor, target: Tensor, valid: Tensor, *, scales: int = 4, normalize: bool = True, whole: Any = None
 ) -> Tensor:

@@ -29,6 +29,9 @@ from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.latent_cache import LatentCache, stacked
 from distill.training.step import Measured
 
+PRIOR_LEVELS = tuple(range(100, 1000, 200))
+"""Noise levels at which `latent.watch_prior` asks for the base's own task."""
+
 
 class LatentNetwork(Protocol):
     """teachers._latent_student.LatentStudent: `module(inputs, timesteps)` is the UNet's output, or the head's map."""
@@ -96,7 +99,10 @@ class LatentLesson:
         with bf16:
             if self.settings.method == "denoise":
                 return self._denoise(module, micro, rows)
-            return self._feed_forward(module, micro, rows)
+            found = self._feed_forward(module, micro, rows)
+            if self.settings.watch_prior and not module.training and self.network.head is None:
+                found.parts["prior"] = self._prior(module, micro, rows)
+            return found
 
     # --- what is learnt from ------------------------------------------------------------------------------------------
 
@@ -116,7 +122,10 @@ class LatentLesson:
         image = self._latents(micro, [""] * count, lambda at: self.network.encode(micro.images[at]))
         target = self._latents(micro, teachers, lambda at: self.network.encode_maps(maps[at]))
         pseudo = ~truth if s.pseudo == "filter" else torch.zeros_like(truth)
-        return _Rows(image, target, maps, pixels, maths.pooled(pixels, self.network.factor), truth, pseudo)
+        valid = maths.pooled(pixels, self.network.factor)
+        # Nothing is asked of an image without a valid pixel: its loss of 0 would be taken for a good one.
+        usable = (valid if self.network.head is None else pixels).flatten(1).any(1)
+        return _Rows(image, target, maps, pixels, valid, truth & usable, pseudo & usable)
 
     def _map_of(self, one: TaughtRows) -> tuple[Tensor, Tensor]:
         """A supervision's maps as the VAE takes them, of the quantity that is learnt; (b,S,S) each."""
@@ -206,6 +215,24 @@ class LatentLesson:
         ]
         return torch.tensor(drawn, device=micro.images.device)
 
+    def _prior(self, module: nn.Module, micro: MicroBatch, rows: _Rows) -> Tensor:
+        """The loss (B,) of the base's own task, a mean over PRIOR_LEVELS; each image's noise is the same for ever."""
+        total = rows.image.new_zeros(len(rows.image))
+        for level in PRIOR_LEVELS:
+            noises = [
+                torch.randn(
+                    (1, *rows.image.shape[1:]),
+                    generator=torch.Generator().manual_seed(int(generator("prior", level, place).integers(2**62))),
+                )
+                for place in (max(p, -1 - p) for p in micro.positions)
+            ]
+            noise = torch.cat(noises).to(rows.image)
+            levels = torch.full((len(noise),), level, device=noise.device)
+            alphas = self.network.alphas.to(noise.device)[levels]
+            out = module(maths.add_noise(rows.image, noise, alphas), levels).float()
+            total = total + (out - maths.velocity(rows.image, noise, alphas)).square().mean((1, 2, 3))
+        return total / len(PRIOR_LEVELS)
+
     def _against_truth(self, rows: _Rows, found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses (B,) of what the one pass found, 0 where its image is not taught so, and their parts."""
         s, mine = self.settings, rows.truth.nonzero()[:, 0]
@@ -274,6 +301,7 @@ class LatentLesson:
         return self._measured(rows, found, each, {"velocity": each})
 
     def _measured(self, rows: _Rows, found: Tensor, losses: Tensor, parts: dict[str, Tensor]) -> Measured:
+        taught = rows.truth | rows.pseudo
         if found.ndim == 3:
-            return Measured(losses, parts, found.detach(), rows.maps, rows.pixels)
-        return Measured(losses, parts, found.detach().mean(1), rows.target.mean(1), rows.valid)
+            return Measured(losses, parts, found.detach(), rows.maps, rows.pixels, taught)
+        return Measured(losses, parts, found.detach().mean(1), rows.target.mean(1), rows.valid, taught)

@@ -53,8 +53,8 @@ def factor(step: int, settings: TrainSettings) -> float:
     return 1.0
 
 
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|stages|layers)\.(\d+)\.")
-_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope")
+_BLOCK = re.compile(r"(?:^|\.)(?<!vit\.)(?:blocks|stages|layers)\.(\d+)\.")
+_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope|(?:^|\.)vit\.")  # VGGT's blocks stand behind a whole ViT
 
 
 def _depths(encoder: nn.Module) -> dict[int, int]:

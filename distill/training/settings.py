@@ -80,6 +80,8 @@ class TrainSettings:
     alone, so that runs of every seed keep the same ones. Ours."""
     eval_every: int = 500
     """Steps between evaluations on the held-out images; 0 = at the end alone."""
+    eval_start: bool = False
+    """Evaluate before the first step too, for the log alone, which has it as step 0. Ours."""
     eval_batch_size: int = 8
     """Held-out images that a process sees at once."""
     save_every: int = 500

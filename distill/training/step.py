@@ -50,7 +50,7 @@ class Measured:
     """What a micro-batch of B images says. losses: (B,). parts: by name, as many values as images that it speaks of.
 
     pred: (B,H,W), what is predicted; target, valid: (B,H,W), what it should be; None: the labels' own maps. For the log
-    alone. All float32.
+    alone. All float32. taught: (B,) bool, the images whose loss says anything; None: all.
     """
 
     losses: Tensor
@@ -58,6 +58,7 @@ class Measured:
     pred: Tensor
     target: Tensor | None = None
     valid: Tensor | None = None
+    taught: Tensor | None = None
 
 
 class Lesson(Protocol):
@@ -303,7 +304,7 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
             with torch.no_grad():
                 wanted = run.reference(images)[-1][0].float()
     pred = pred.float()
-    measured, plain = [], cast(ObjectiveLike, objective)
+    measured, plain, known = [], cast(ObjectiveLike, objective), []
     for one in micro.taught:
         mine = [None if values is None else one.of(values) for values in (features, wanted)]
         losses, parts = plain(one.of(pred), one.labels, mine[0], mine[1])
@@ -312,11 +313,14 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
                 f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
             )
         measured.append((losses, parts))
+        if not module.training:  # what nobody asks of a step costs it nothing
+            known.append(one.labels.known | (losses.detach() != 0))  # features teach without a label
     if len(measured) == 1:
-        return Measured(*measured[0], pred)
+        return Measured(*measured[0], pred, taught=known[0] if known else None)
     places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
     joined = {name: torch.cat([p[name] for _, p in measured if name in p]) for _, parts in measured for name in parts}
-    return Measured(torch.cat([losses for losses, _ in measured])[places], joined, pred)
+    losses = torch.cat([losses for losses, _ in measured])[places]
+    return Measured(losses, joined, pred, taught=torch.cat(known)[places] if known else None)
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:

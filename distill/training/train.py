@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from distill.core.progress import Report
 from distill.shards import shards
@@ -233,6 +233,8 @@ def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
 
 def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: Report | None) -> None:
     s = run.settings
+    if run.step == 0 and s.eval_start and held.indices:
+        _write(run, _heldout(run, held))
     set_mode(run)
     while run.step < s.steps and not _out_of_patience(run):
         if run.step == s.freeze_steps:
@@ -286,9 +288,22 @@ def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
 # --- held-out labels and checkpoints ----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def _evaluate(run: TrainingRun, held: _Held) -> bool:
-    """Logs the held-out loss of the kept weights, a mean over images; True where it is the lowest so far."""
+    """Logs the held-out loss of the kept weights; True where it is the lowest so far."""
+    line = _heldout(run, held)
+    better = math.isfinite(line["heldout"]) and (run.best is None or line["heldout"] < run.best["heldout"])
+    if better:
+        run.best = {"step": run.step, "heldout": line["heldout"]}
+    run.evaluations_since_best = 0 if better else run.evaluations_since_best + 1
+    _write(run, line)
+    return better
+
+
+@torch.no_grad()
+def _heldout(run: TrainingRun, held: _Held) -> dict[str, Any]:
+    """The line of an evaluation of the kept weights: the loss and its parts, each a mean over the images that it says
+    something of. NaN where that is none.
+    """
     processes = run.processes
     batches = heldout_batches(
         held.dataset,
@@ -300,17 +315,28 @@ def _evaluate(run: TrainingRun, held: _Held) -> bool:
         features=run.features,
     )
     run.kept.eval()
-    total = torch.zeros((), dtype=torch.float64, device=processes.device)
+    sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
     for batch in batches:
         for weight, micro in batch:
-            total += weight * measure(run, run.kept, micro.to(processes.device)).losses.double().sum()
-    loss = float(processes.add(total)) / len(held.indices)
-    better = math.isfinite(loss) and (run.best is None or loss < run.best["heldout"])
-    if better:
-        run.best = {"step": run.step, "heldout": loss}
-    run.evaluations_since_best = 0 if better else run.evaluations_since_best + 1
-    _write(run, {"step": run.step, "heldout": loss, "samples": len(held.indices)})
-    return better
+            found = measure(run, run.kept, micro.to(processes.device))
+            # An image without a usable label has loss 0, which says nothing.
+            taught = found.losses if found.taught is None else found.losses[found.taught]
+            for name, values in {"": taught, **found.parts}.items():
+                total = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
+                sums[name] = sums.get(name, 0.0) + weight * total
+    means: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for name in sorted({*processes.gather(sorted(sums))}):
+        total, count = processes.add(sums.get(name, torch.zeros_like(sums[""]))).tolist()
+        means[name], counts[name] = total / count if count else math.nan, count
+    left_out = len(held.indices) - counts.pop("")
+    line: dict[str, Any] = {
+        "step": run.step,
+        "heldout": means.pop(""),
+        "samples": len(held.indices),
+        "heldout_parts": means,
+    }
+    return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
 
 
 def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The written record of a training run: a line per step, an alarm when the output's scale runs away, and the bad batch.
 
 log.jsonl holds one JSON object per line, three sorts of them: {"step", "loss", ...} of a training step, {"step",
-"heldout", ...} of an evaluation, {"step", "alarm"} of a warning. A resumed run cuts the file back to its checkpoint, so
-that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted run's. Each line ends in a checksum of
-itself, which readers take off; a line with another one is left out.
+"heldout", "heldout_parts", ...} of an evaluation (step 0: before the first), {"step", "alarm"} of a warning. A resumed
+run cuts the file back to its checkpoint, so that apart from the fields in WALL_CLOCK it ends up equal to an
+uninterrupted run's. Each line ends in a checksum of itself, which readers take off; a line with another one is left
+out.
 
 Why an alarm: the gradient of a scale- and shift-invariant loss is orthogonal to the prediction, so each step can only
 lengthen it, and the effective step shrinks as it grows; people who re-implemented Distill-Any-Depth report just that.
@@ -61,7 +62,7 @@ class StepLog:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
         self.damaged = damaged(path)
-        kept = [line for line in _lines(path) if line["step"] <= last_step]
+        kept = [line for line in _lines(path) if line["step"] <= last_step and last_step]
         with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
             file.writelines(_encode(line) for line in kept)
         self._file = path.open("a", encoding="utf-8")
@@ -89,6 +90,23 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not lines and path.exists() and b"\n" in path.read_bytes():
         raise ValueError("no line of it is one of a log's")
     return lines
+
+
+def number(path: Path, name: str, *, relative: bool = False) -> float | None:
+    """What the last line that has it says of `name` ("heldout", "parts.mae"); None where no line has a number there.
+
+    relative: as a multiple of what the first line says; None where that is 0 or the only line.
+    """
+    found = []
+    for line in _lines(path):
+        here: Any = line
+        for part in name.split("."):
+            here = here.get(part) if isinstance(here, Mapping) else None
+        if isinstance(here, int | float) and not isinstance(here, bool):
+            found.append(float(here))
+    if not found or (relative and (len(found) == 1 or not found[0])):
+        return None
+    return found[-1] / found[0] if relative else found[-1]
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:

@@ -61,7 +61,8 @@ class AblationRow:
 class Claim:
     """A claim of a paper, in one metric. paper: the effect in the paper's own numbers, where they are of this metric.
 
-    survives: whether it is decided even after Holm's correction for all claims of the table.
+    survives: whether it is decided even after Holm's correction for all claims of the table. bounded: whether it is
+    about a number, not about other rows.
     """
 
     text: str
@@ -70,6 +71,7 @@ class Claim:
     ours: Verdict
     paper: float | None
     survives: bool
+    bounded: bool = False
 
     @property
     def here(self) -> str:
@@ -79,7 +81,8 @@ class Claim:
             return ours.why
         if not math.isfinite(ours.low):
             return f"{ours.effect:+.1%} ({ours.why})"
-        pair = f", {ours.pair[0]} over {ours.pair[1]}" if ours.pair[0] else ""
+        between = "beside" if self.bounded else "over"
+        pair = f", {ours.pair[0]} {between} {ours.pair[1]}" if ours.pair[0] else ""
         return f"{ours.effect:+.1%} [{ours.low:+.1%}, {ours.high:+.1%}] ({ours.seeds} seeds{pair})"
 
     @property

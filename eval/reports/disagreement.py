@@ -94,7 +94,7 @@ def _column(
     zoom = cut.repeat(times, 0).repeat(times, 1)
     return (
         f"<div>{figures.tile(caption, figures.shrink(whole), note=note, photo=photo_like)}"
-        f"{figures.tile(f'× {times}', zoom, photo=photo_like)}</div>"
+        f"{figures.tile(f'{caption} × {times}', zoom, photo=photo_like)}</div>"
     )
 
 

@@ -45,28 +45,47 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
 
 def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
     """Depths of one map over those of another, both in metres on logarithmic axes, with the line of agreement."""
-    known = [(a, b) for a, b in points if a > 0 and b > 0]
+    known = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
     if not known:
         return ""
-    low = math.log(min(min(pair) for pair in known))
-    span = (math.log(max(max(pair) for pair in known)) - low) or 1.0
+    low = min(min(pair) for pair in known)
+    span = (max(max(pair) for pair in known) - low) or 1.0
+    ends = (f"{math.exp(low):.3g}", f"{math.exp(low + span):.3g}")
+    placed = [((a - low) / span, (b - low) / span) for a, b in known]
+    return _square(title, placed, ends, " m", "depth of the first over depth of the second; on the line they agree")
+
+
+def agreement(teachers: tuple[str, str], points: Sequence[tuple[float, float]]) -> str:
+    """Nearness by two teachers, each pixel a dot (Distill-Any-Depth, Fig. 9, where the second is the ground truth).
+
+    points: (first's, second's), 0 and 1 at the ends of the first's range; what lies far beyond is drawn at the edge.
+    """
+    placed = [(min(max(b, -0.05), 1.05), min(max(a, -0.05), 1.05)) for a, b in points]
+    if not placed:
+        return ""
+    note = f"across: {teachers[1]}, fitted to {teachers[0]}; upwards: {teachers[0]}; on the line they agree"
+    return _square(f"{teachers[0]} against {teachers[1]}", placed, ("far", "near"), "", note)
+
+
+def _square(title: str, points: Sequence[tuple[float, float]], ends: tuple[str, str], unit: str, note: str) -> str:
+    """Dots in a square whose axes go from 0 to 1, named by their ends, with the diagonal."""
 
     def place(value: float) -> float:
-        return (math.log(value) - low) / span * (_SIDE - 2 * _EDGE) + _EDGE
+        return value * (_SIDE - 2 * _EDGE) + _EDGE
 
     dots = "".join(
-        f'<circle class="s1" cx="{place(a):.0f}" cy="{_SIDE - place(b):.0f}" r="1.5" fill-opacity=".35"/>'
-        for a, b in known
+        f'<circle class="s1" cx="{place(a):.0f}" cy="{_SIDE - place(b):.0f}" r="1.5" '
+        f'style="stroke:none;fill-opacity:.35"/>'
+        for a, b in points
     )
-    ends = [math.exp(low), math.exp(low + span)]
     texts = "".join(
-        f'<text x="{place(v):.0f}" y="{_SIDE - 12}" text-anchor="middle">{v:.3g} m</text>'
-        f'<text x="2" y="{_SIDE - place(v) + 4:.0f}">{v:.3g}</text>'
-        for v in ends
+        f'<text x="{place(at):.0f}" y="{_SIDE - 12}" text-anchor="middle">{word}{unit}</text>'
+        f'<text x="2" y="{_SIDE - place(at) + 4:.0f}">{word}</text>'
+        for at, word in zip((0.0, 1.0), ends, strict=True)
     )
     line = f'<path class="line s2" d="M{_EDGE} {_SIDE - _EDGE}L{_SIDE - _EDGE} {_EDGE}"/>'
     return (
         f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>'
-        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="{escape(title)}">{line}{dots}{texts}</svg>'
-        "<p>depth of the first over depth of the second; on the line they agree</p></figure>"
+        f'<svg viewBox="0 0 {_SIDE} {_SIDE}" role="img" aria-label="{escape(title)}">{dots}{line}{texts}</svg>'
+        f"<p>{escape(note)}</p></figure>"
     )

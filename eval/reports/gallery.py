@@ -86,12 +86,13 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
     places = np.unique(np.linspace(len(ranked) - 1, 0, min(pictures, len(ranked))).round().astype(int))[::-1]
-    order = f"images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first"
-    parts = [f"<h3>{escape(label)} <small>{order}</small></h3>"]
+    order = f" <small>images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first</small>"
+    parts = [f"<h3>{escape(label)}{order if len(ranked) > 1 else ''}</h3>"]
     for place in places:
         key, rank = ranked[place], len(ranked) - int(place)
         name = {1: "the worst of", len(ranked): "the best of"}.get(rank, f"number {rank} of")
-        parts.append(f"<h4>{escape(key)} <small>{name} {len(ranked)}</small></h4>")
+        said = f" <small>{name} {len(ranked)}</small>" if len(ranked) > 1 else ""
+        parts.append(f"<h4>{escape(key)}{said}</h4>")
         parts.append(_strip(run_dir, label, samples[key], scores))
     return "".join(parts)
 

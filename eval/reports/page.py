@@ -78,7 +78,8 @@ color:var(--soft)}
 @media(max-width:560px){body{padding:0 14px 32px}h1{font-size:1.55rem}.strip{grid-template-columns:1fr 1fr}
 .strip>div{flex-basis:calc(50% - 5px);
 max-width:none}
-.facts{grid-template-columns:1fr 1fr}th,td{padding:6px 8px}tbody th{min-width:8.5rem;max-width:9rem;white-space:normal}}
+.facts{grid-template-columns:1fr 1fr}th,td{padding:6px 8px}tbody th{min-width:8.5rem;max-width:9rem;white-space:normal}
+table{width:max-content}td{max-width:17rem}}
 @media print{.wide{max-height:none}nav{display:none}}
 .s1{stroke:var(--s1);fill:none}circle.s1,.chart i.s1{fill:var(--s1);background:var(--s1)}.s2{stroke:var(--s2);
 fill:none}circle.s2,.chart i.s2{fill:var(--s2);background:var(--s2)}.s3{stroke:var(--s3);fill:none}circle.s3,
@@ -91,6 +92,11 @@ background:var(--s4)}.s5{stroke:var(--s5);fill:none}circle.s5,.chart i.s5{fill:v
 def name(text: str) -> str:
     """A name as HTML that may break after its underscores and slashes, and nowhere else."""
     return escape(text).replace("_", "_<wbr>").replace("/", "/<wbr>")
+
+
+def short(span: tuple[float, float]) -> str:
+    """An interval in three digits, which are more than it knows; a table with one below every mean must fit a page."""
+    return "–".join(f"{end:#.3g}".rstrip(".") for end in span)
 
 
 def missing(text: str) -> str:

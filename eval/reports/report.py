@@ -147,7 +147,7 @@ def _facts(recipe: Recipe, scores: Sequence[Score], log: Sequence[Mapping[str, A
     student, train = recipe.get("student", {}), recipe.get("train", {})
     teachers = [t.get("alias") or t.get("name", "") for t in recipe.get("teachers", [])]
     held = [line for line in log if line.get("heldout") is not None]
-    best = min(held, key=lambda line: line["heldout"], default=None)
+    best = min((line for line in held if line["step"]), key=lambda line: line["heldout"], default=None)
     steps = max((line["step"] for line in log if line.get("loss") is not None), default=0)
     samples = sum(int(_manifest(folder)[0].get("samples", 0)) for folder in folders)
     planned = train.get("steps", 0)
@@ -178,7 +178,7 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
     parts = list(dict.fromkeys(name for line in steps for name in line.get("parts", {})))
     shares = [_line(steps, x, name, i, part=True) for i, name in enumerate(parts, 2)]
     loss = [line["loss"] for line in steps]
-    best = min(held, key=lambda line: line["heldout"], default=None)
+    best = min((line for line in held if line["step"]), key=lambda line: line["heldout"], default=None)
     charts = [
         figures.chart(
             "Loss",

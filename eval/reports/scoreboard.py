@@ -14,7 +14,7 @@ from html import escape
 from distill.eval.intervals import mean_interval, places
 from distill.eval.metrics import MetricRow
 from distill.eval.papers import PaperVerdict
-from distill.eval.reports.page import details, missing, name, pairs, table
+from distill.eval.reports.page import details, missing, name, pairs, short, table
 from distill.eval.scorefile import Score
 
 
@@ -81,8 +81,8 @@ def _number(value: float | None, row: MetricRow, rank: int = 0, score: Score | N
 
 def _span(score: Score, metric: str) -> str:
     """The mean's interval, in a line of its own below it."""
-    span, form = mean_interval(score, metric), score.task.rows[metric].format
-    return "" if span is None else f"<br><small>{form.format(span[0])}–{form.format(span[1])}</small>"
+    span = mean_interval(score, metric)
+    return "" if span is None else f"<br><small>{short(span)}</small>"
 
 
 def _group_table(scores: Sequence[Score]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from distill.core.printable import printable
 from distill.eval.intervals import apart, mean_interval, places
 from distill.eval.reports import figures
-from distill.eval.reports.page import missing, name, table
+from distill.eval.reports.page import missing, name, short, table
 from distill.eval.scorefile import Score
 
 TITLES = {"abs_rel": "AbsRel", "delta1": "δ1", "boundary_f1": "boundary F1", "accuracy": "accuracy"}
@@ -46,9 +46,10 @@ def _groups(scores: Sequence[Score]) -> list[list[Score]]:
 def verdict(scores: Sequence[Score]) -> str:
     """One sentence: how good the student is beside the best of the others and the plane baseline, and at what cost.
 
-    It is about the first benchmark; without a student, about the leading model.
+    It is about the benchmark with the most images; without a student, about the leading model.
     """
-    group = next((g for g in _groups(scores) if any(s.metrics.get(s.task.main) is not None for s in g)), None)
+    scored = [g for g in _groups(scores) if any(s.metrics.get(s.task.main) is not None for s in g)]
+    group = max(scored, key=lambda g: g[0].num_images, default=None)
     if group is None:
         return "No model has a mean: images are missing or could not be scored; see below."
     main = group[0].task.main
@@ -56,12 +57,13 @@ def verdict(scores: Sequence[Score]) -> str:
     about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
     others = [s for s in known if s is not about and s.model != PRIOR]
     prior = next((s for s in known if s.model == PRIOR and s is not about), None)
-    parts = [f"On {about.benchmark} ({about.num_images} images), {about.model} has {_value(about, main)}"]
+    count = f"{about.num_images} image{'s' * (about.num_images != 1)}"
+    parts = [f"On {about.benchmark} ({count}), {about.model} has {_value(about, main)}"]
     if others:
         parts.append(_against(about, _leading(others, main), main))
     if prior is not None:
         better = _is_better(about, prior, main)
-        how = ("better" if better else "worse") if apart(about, prior, main) else "not clearly other"
+        how = ("better" if better else "worse") if apart(about, prior, main) else "not clearly better or worse"
         parts.append(f"{how} than the plane baseline ({_number(prior, main)})")
     if cost := _cost_words(about, others):
         parts.append(cost)
@@ -112,11 +114,13 @@ def _cost_words(about: Score, others: Sequence[Score]) -> str:
 
 
 def cost_table(scores: Sequence[Score]) -> str:
-    """A row per model: what it costs, then its main metric on each benchmark with its interval."""
+    """A row per model: what it costs, as far as that was measured, then its main metric on each benchmark."""
     groups = _groups(scores)
     models = list(dict.fromkeys(s.model for s in scores))
-    head = [*("model", *_COST)]
-    rows = {model: [name(model), *cost_cells(cost_of(scores, model))] for model in models}
+    costs = [cost_cells(cost_of(scores, model)) for model in models]
+    known = [i for i in range(len(_COST)) if any(cells[i] != "–" for cells in costs)]
+    head = ["model", *(_COST[i] for i in known)]
+    rows = {model: [name(model), *(cells[i] for i in known)] for model, cells in zip(models, costs, strict=True)}
     for group in groups:
         main, row = group[0].task.main, group[0].task.rows[group[0].task.main]
         head.append(f"{escape(group[0].benchmark)} {TITLES.get(main, main)}&nbsp;{'↓' if row.lower_is_better else '↑'}")
@@ -157,7 +161,7 @@ def _cell(score: Score, metric: str, mark: int) -> str:
     form = score.task.rows[metric].format
     text = form.format(value)
     shown = f'<span class="{("best", "second")[mark - 1]}">{text}</span>' if mark else text
-    return shown + (f"<br><small>{form.format(span[0])}–{form.format(span[1])}</small>" if span else "")
+    return shown + (f"<br><small>{short(span)}</small>" if span else "")
 
 
 def _cost_note(scores: Sequence[Score]) -> str:

@@ -93,11 +93,11 @@ class Decoder(nn.Module):
 class Fusion(nn.Module):
     """Adds a level to the coarser result and brings the sum to a given size."""
 
-    def __init__(self, channels: int, *, lateral: bool) -> None:
+    def __init__(self, channels: int, *, lateral: bool, rectified_skip: bool = False) -> None:
         super().__init__()
         self.out_conv = nn.Conv2d(channels, channels, 1)
-        self.resConfUnit1 = ResidualUnit(channels) if lateral else None
-        self.resConfUnit2 = ResidualUnit(channels)
+        self.resConfUnit1 = ResidualUnit(channels, rectified_skip=rectified_skip) if lateral else None
+        self.resConfUnit2 = ResidualUnit(channels, rectified_skip=rectified_skip)
 
     def forward(self, x: Tensor, level: Tensor | None, size: tuple[int, int]) -> Tensor:
         """(B,C,h,w) and a level of the same size -> (B,C,*size)."""
@@ -107,16 +107,18 @@ class Fusion(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """x + conv(ReLU(conv(ReLU(x)))), with biases."""
+    """x + conv(ReLU(conv(ReLU(x)))), with biases; rectified_skip: ReLU(x) + ..., as where a ReLU works in place."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, rectified_skip: bool = False) -> None:
         super().__init__()
+        self.rectified_skip = rectified_skip
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) -> (B,C,h,w)."""
-        return x + self.conv2(torch.relu(self.conv1(torch.relu(x))))
+        positive = torch.relu(x)
+        return (positive if self.rectified_skip else x) + self.conv2(torch.relu(self.conv1(positive)))
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

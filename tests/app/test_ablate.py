@@ -12,6 +12,7 @@ from distill.app.cli import main
 from distill.app.strict import RecipeError
 from distill.app.study import cells, read_study
 from distill.eval.verdict import UNKNOWN, paper_effect
+from distill.training import trainlog
 from tests.app.test_recipes import STUDIES
 
 
@@ -22,6 +23,11 @@ def test_every_cell_of_every_study_is_a_recipe(path, version, tmp_path):
     made = cells(study, path, version, tmp_path, [])
     assert {cell.row for cell in made} == {row.name for row in study.all_rows()}
     assert len({cell.folder for cell in made}) == len(made)  # no two cells are one by mistake
+
+
+def test_a_seed_stands_in_what_is_set(tiny):
+    made = cells(read_study(tiny), tiny, "bench", Path("out"), [])
+    assert {(cell.seed, cell.recipe.labels.licence) for cell in made} == {(s, f"of seed {s}") for s in (0, 1)}
 
 
 def test_tables_share_their_equal_cells(tmp_path):
@@ -59,7 +65,12 @@ columns = [{ benchmark = "scenes" }]
 [bench]
 base = "base.toml"
 seeds = [0, 1]
-columns = [{ benchmark = "scenes" }, { benchmark = "scenes", metric = "boundary_f1" }]
+columns = [
+    { benchmark = "scenes" },
+    { benchmark = "scenes", metric = "boundary_f1" },
+    { log = "loss", relative_to = "start", name = "loss / start's" },
+]
+set = { "labels.licence" = "of seed {seed}" }
 [[axes]]
 name = "normalization"
 key = "loss.normalization"
@@ -69,6 +80,13 @@ claim = "global beats none"
 kind = "better"
 first = ["global"]
 second = ["none"]
+metrics = ["abs_rel", "boundary_f1"]
+[[orderings]]
+claim = "the loss stays below ten times its start"
+kind = "below"
+first = ["global", "none"]
+bound = 10.0
+metrics = ["loss / start's"]
 """
 BASE = """
 [run]
@@ -88,7 +106,7 @@ options = { blur = 1.0, own_range = true }
 name = "truth"
 [student]
 encoder = "vit_tiny_patch16_224"
-encoder_options = { blocks = [0, 1] }
+encoder_options = { timm_options = { depth = 2, embed_dim = 48, num_heads = 2 } }
 decoder = "dpt"
 [student.decoder_options]
 channels = 8
@@ -137,7 +155,13 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
     assert [(c["metric"], c["here"]["seeds"], c["here"]["images"]) for c in result["claims"]] == [
         ("abs_rel", 2, 2),
         ("boundary_f1", 2, 2),
+        ("loss / start's", 2, 1),
     ]
+    logs = {row["name"]: [trainlog.read(Path(c) / "train/log.jsonl") for c in row["cells"]] for row in result["rows"]}
+    for row, steps in logs.items():
+        shown = [v[2] for _, v in sorted(values[row].items())]
+        assert shown == [pytest.approx(log[-1]["loss"] / log[0]["loss"]) for log in steps], row
+    assert " beside 10)" in Path("out/tiny-bench/table.md").read_text()
     [quality] = result["labels"]  # of regions; there are no patches
     assert quality["teacher"] == "blurred" and 0 < quality["abs_rel"] < 0.5 and quality["maps"] == 4
     page, table = Path("out/tiny-bench/index.html").read_text(), Path("out/tiny-bench/table.md").read_text()
@@ -175,6 +199,9 @@ def test_faults_of_a_study_are_lines(tiny, tmp_path):
             '{ benchmark = "scenes", metric = "delta9" }',
             "no metric 'delta9'; there are",
         ),
+        ('{ log = "loss", relative', '{ log = "loss", benchmark = "scenes", relative', "give benchmark or log"),
+        ("bound = 10.0", "", "below takes a bound above 0 and no second"),
+        ('metrics = ["loss / start\'s"]', 'metrics = ["los"]', "no column shows los; columns show abs_rel"),
     ):
         tiny.write_text(STUDY.replace(old, new))
         with pytest.raises(RecipeError, match=message.replace("?", r"\?")):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -188,17 +187,9 @@ def test_an_export_carries_the_scores_of_these_weights_alone(straight, tmp_path)
     assert "scores" not in checkpoint.read_card(tmp_path / "later")
 
 
-@pytest.fixture(scope="module")
-def fresh():
-    """Processes like a command line's, of a server that has done the imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.app.commands"])
-    return context
-
-
-def killed_after(fresh, command: list[str], done: Path, pattern: str) -> None:
+def killed_after(processes, command: list[str], done: Path, pattern: str) -> None:
     """Runs a verb in a process of its own and kills it once a file has appeared."""
-    process = fresh.Process(target=main, args=(command,))
+    process = processes.Process(target=main, args=(command,))
     process.start()
     deadline = time.monotonic() + 90
     while process.is_alive() and time.monotonic() < deadline:
@@ -209,15 +200,15 @@ def killed_after(fresh, command: list[str], done: Path, pattern: str) -> None:
     process.join()
 
 
-def test_killed_half_way_and_resumed_is_the_same_to_the_byte(world, straight, fresh):
+def test_killed_half_way_and_resumed_is_the_same_to_the_byte(world, straight, processes):
     path = str(recipe(world, "killed"))
-    killed_after(fresh, ["label", path], world / "killed", "labels/*/sa_000000-000.tar")
+    killed_after(processes, ["label", path], world / "killed", "labels/*/sa_000000-000.tar")
     assert main(["label", path]) == 0
     one, other = labels_of(straight), labels_of(world / "killed")
     assert one.name == other.name
     tars = sorted(p.name for p in one.glob("*.tar"))
     assert tars and all((one / t).read_bytes() == (other / t).read_bytes() for t in tars)
-    killed_after(fresh, ["train", path], world / "killed", "train/checkpoints/*10*")
+    killed_after(processes, ["train", path], world / "killed", "train/checkpoints/*10*")
     assert main(["train", path]) == 0
     ours, theirs = (run / "train" / "student" / "model.safetensors" for run in (straight, world / "killed"))
     assert ours.read_bytes() == theirs.read_bytes()

@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[2]
 KEYS = [(part.name, key) for part in explain.parts() for key in part.keys]
 
 
-@pytest.mark.parametrize(("part", "key"), KEYS, ids=[f"{part}.{key.name}" for part, key in KEYS])
-def test_every_key_has_a_meaning(part, key):
-    assert len(key.meaning) > 10 and key.meaning.endswith(".")
+def test_every_key_has_a_meaning():
+    said = {f"{part}.{key.name}": key.meaning for part, key in KEYS}
+    assert not [key for key, meaning in said.items() if len(meaning) <= 10 or not meaning.endswith(".")]
 
 
 def test_the_reference_page_is_the_code_s():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.app.cli import main
-from distill.app.label_preview import write_contact
+from distill.app.label_preview import PIXELS, _pixels, write_contact
 from distill.core.depth import DepthMap, Kind
 from distill.labelling.run import label
 from tests.labelling.formula import CROPS, Formula, two_tars
@@ -46,6 +46,7 @@ def test_the_page_shows_pictures_quarantine_and_the_photo_on_which_teachers_disa
     assert re.findall(r"sa_[0-9]+.jpg", worst)[:2] == ["sa_3.jpg", "sa_8.jpg"] and float(second) > 0.5
     assert [float(v) for v in re.findall(r"apart by ([0-9.]+)", worst)][2] < 0.01, "scale and shift are no disagreement"
     assert "not an image: it is text" in html
+    assert "one against two" in html and "across: two, fitted to one" in html and html.count("<circle") > 100
     assert "http" not in html.replace("http://www.w3.org", ""), "it is read offline"
 
 
@@ -53,3 +54,20 @@ def test_the_verb_writes_it_into_the_folder(folder, capsys):
     assert main(["inspect", str(folder), "--shown", "1"]) == 0
     assert (folder / "contact.html").exists() and "contact.html" in capsys.readouterr().out
     assert main(["inspect", str(folder / "nowhere")]) == 2
+
+
+def test_a_scale_and_a_shift_leave_every_pixel_on_the_line():
+    """What the chart of agreement draws (Fig. 9 of Distill-Any-Depth), of two maps that say the same, and of noise."""
+    values = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 20, 20, dtype=torch.bool)
+    valid[:, :3] = False
+    one = DepthMap(values, valid, Kind.AFFINE_DISPARITY)
+    two = DepthMap(3 + 0.1 * values, torch.ones_like(valid), Kind.AFFINE_DISPARITY)
+    points = torch.tensor(_pixels(one, two))
+    assert len(points) == PIXELS and (points[:, 0] - points[:, 1]).abs().max() < 1e-4
+    assert points.min() < 0.1 and points.max() > 0.9
+    noise = torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(1))
+    apart = torch.tensor(_pixels(one, DepthMap(noise, valid, Kind.AFFINE_DISPARITY)))
+    assert (apart[:, 0] - apart[:, 1]).abs().max() > 0.3
+    nothing = DepthMap(values, torch.zeros_like(valid), Kind.AFFINE_DISPARITY)
+    assert _pixels(one, nothing) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -30,15 +31,30 @@ samples_per_part = 3
 """
 
 
-@pytest.fixture
-def labels(tmp_path):
-    """A finished folder of five tars, and what it held."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where two tars, a recipe and its labels lie, and a copy of it all from before anything was spoilt."""
+    place = tmp_path_factory.mktemp("mend") / "place"
+    place.mkdir()
     for i in range(2):
-        make_tar(tmp_path / f"sa_{i}.tar", first=10 * i)
-    path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.format(out=tmp_path / "run", tars=tmp_path / "sa_{0..1}.tar"))
+        make_tar(place / f"sa_{i}.tar", first=10 * i)
+    path = place / "recipe.toml"
+    path.write_text(RECIPE.format(out=place / "run", tars=place / "sa_{0..1}.tar"))
     assert main(["label", str(path)]) == 0
-    folder = build.labels_folder(load(path))
+    return place, shutil.copytree(place, place.with_name("copy"))
+
+
+@pytest.fixture
+def place(made):
+    """The same place for every test, as it was."""
+    shutil.rmtree(made[0])
+    return shutil.copytree(made[1], made[0])
+
+
+@pytest.fixture
+def labels(place):
+    """A finished folder of six tars, and what it held."""
+    folder = build.labels_folder(load(place / "recipe.toml"))
     return folder, contents(folder)
 
 
@@ -66,7 +82,7 @@ def test_only_what_is_bad_is_made_again(labels, capsys):
     assert repair.repair(folder, relabel=lambda *_: pytest.fail("nothing is bad")) == []
 
 
-def test_a_damaged_table_is_made_again_and_no_tar_is(labels, tmp_path):
+def test_a_damaged_table_is_made_again_and_no_tar_is(labels, place):
     folder, before = labels
     tars = {tar: tar.stat().st_mtime_ns for tar in folder.glob("*.tar")}
 
@@ -89,7 +105,7 @@ def test_a_damaged_table_is_made_again_and_no_tar_is(labels, tmp_path):
     for names in (("manifest.json", "settings.json"), ("sa_0-000.json",)):  # labelling alone does it too
         for name in names:
             (folder / name).write_bytes(b"[1]")
-        assert main(["label", str(tmp_path / "recipe.toml")]) == 0
+        assert main(["label", str(place / "recipe.toml")]) == 0
         assert is_as_before(), names
 
 
@@ -120,11 +136,11 @@ def test_somebody_elses_tar_is_set_aside_and_kept(labels, capsys):
     assert contents(folder) == before | {"holiday.tar.bad": b"mine"}
 
 
-def test_labels_without_a_recipe_or_with_other_images_say_so(labels, tmp_path):
+def test_labels_without_a_recipe_or_with_other_images_say_so(labels, place):
     folder, _ = labels
     tar = sorted(folder.glob("*.tar"))[0]
     flip(tar, 2000)
-    make_tar(tmp_path / "sa_1.tar", count=9, first=20)
+    make_tar(place / "sa_1.tar", count=9, first=20)
     with pytest.raises(ValueError, match="labelled from other images"):
         repair.repair(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -133,14 +149,14 @@ def test_labels_without_a_recipe_or_with_other_images_say_so(labels, tmp_path):
         repair.repair(folder)
 
 
-def test_a_recipe_that_never_ran_here_is_not_run(labels, capsys, monkeypatch, tmp_path):
+def test_a_recipe_that_never_ran_here_is_not_run(labels, capsys, monkeypatch, place, tmp_path):
     folder, before = labels
     flip(sorted(folder.glob("*.tar"))[0], 3000)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
     assert main(["verify", str(folder), "--repair"]) == 2
     assert "--trust-recipe" in (said := capsys.readouterr().err) and 'name = "mend"' in said
     assert not list(folder.glob("*.bad"))  # nothing was touched
-    assert main(["verify", str(folder), "--repair", "--recipe", str(tmp_path / "recipe.toml")]) == 0
+    assert main(["verify", str(folder), "--repair", "--recipe", str(place / "recipe.toml")]) == 0
     assert contents(folder) == before
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import h5py
 import numpy as np
-import OpenEXR
 from PIL import Image
 
 Frame = tuple[np.ndarray, np.ndarray]
@@ -36,6 +34,8 @@ def distances(depth: np.ndarray, focal: float = 886.81) -> np.ndarray:
 
 
 def hypersim(root: Path, frames: Sequence[Frame], scene: str = "ai_001_001") -> None:
+    import h5py
+
     images = root / scene / "images"
     for number, (pixels, depth) in enumerate(frames):
         _image(images / "scene_cam_00_final_preview" / f"frame.{number:04d}.tonemap.jpg", pixels)
@@ -90,6 +90,8 @@ def irs(root: Path, frames: Sequence[Frame]) -> None:
         _image(folder / f"l_{number}.png", pixels)
         _image(folder / f"r_{number}.png", pixels)
         disparity = np.where(depth > 0, 480.0 * 0.1 / np.maximum(depth, 1e-6), 0).astype(np.float32)
+        import OpenEXR
+
         kind = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
         OpenEXR.File(kind, {"Y": disparity}).write(str(folder / f"d_{number}.exr"))
 

@@ -16,6 +16,7 @@ from PIL import Image
 from distill.core.depth import Kind
 from distill.data import sources
 from distill.data.photos import BadImageError
+from distill.data.settings import ImageSettings
 from tests.data.pictures import encoded, pack, picture
 
 
@@ -105,9 +106,11 @@ def test_pairs_carry_truth_and_can_be_split(tmp_path):
 
 
 def test_scenes_are_exact_and_named_by_seed(monkeypatch):
-    def render(seed, *, size, kind):  # the real one draws its textures first, for seconds
+    def render(seed, *, size, kind, variety):  # the real one draws its textures first, for seconds
         depth = torch.full(size, float(seed))
-        return SimpleNamespace(image=torch.full((3, *size), 0.5), depth=depth, valid=depth > 0, kind=kind, focal=30.0)
+        return SimpleNamespace(
+            image=torch.full((3, *size), 0.75 if variety else 0.5), depth=depth, valid=depth > 0, kind=kind, focal=30.0
+        )
 
     monkeypatch.setattr(sources.procedural, "render", render)
     shards = sources.scenes(3, size=(24, 32), seed=5, per_shard=2)
@@ -118,6 +121,12 @@ def test_scenes_are_exact_and_named_by_seed(monkeypatch):
     assert photo.rgb.dtype == torch.uint8 and photo.rgb.shape == (3, 24, 32) and photo.rgb[0, 0, 0] == 128
     assert photo.truth.kind == Kind.METRIC_DEPTH and (photo.truth.values == 6).all() and photo.truth.valid.all()
     assert [e.key for e in sources.scenes(1, kind="street")[0].scan().entries] == ["scene_street_000000"]
+    varied = sources.scenes(1, size=(24, 32), seed=5, variety=True)[0].scan().entries[0]
+    assert varied.key == "scene_varied_000005" and varied.load().rgb[0, 0, 0] == 191
+    plain, asked = (ImageSettings(scenes=3, variety=variety).content for variety in (False, True))
+    assert "variety" not in plain and asked == plain | {"variety": True}  # old labels keep their address
+    with pytest.raises(ValueError, match="variety goes with scenes"):
+        ImageSettings(pairs="a.tsv", variety=True)
 
 
 def test_wheels_have_seven_photos_and_one_truth():

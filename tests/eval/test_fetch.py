@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -222,18 +218,17 @@ def test_a_full_disk_is_seen_before_and_while_writing(host, tmp_path, monkeypatc
     assert kept > 0 and fetch(host.url, tmp_path / "a.tar").resumed == kept
 
 
-def test_a_killed_download_goes_on(host, tmp_path):
+def test_a_killed_download_goes_on(host, tmp_path, processes):
     host.pause = 0.02
-    code = "import sys, pathlib; from distill.eval.fetch import fetch; fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
-    command = [sys.executable, "-c", code, host.url, str(tmp_path / "a.tar")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    process = processes.Process(target=fetch, args=(host.url, tmp_path / "a.tar"))
+    process.start()
     part = tmp_path / "a.tar.part"
     for _ in range(3000):
         if part.is_file() and part.stat().st_size > 500_000:
             break
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     kept = part.stat().st_size
     assert 0 < kept < len(DATA) and not (tmp_path / "a.tar").exists()
     host.pause = 0.0

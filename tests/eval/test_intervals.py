@@ -64,6 +64,21 @@ def test_the_verdict_is_one_sentence_with_cost():
     assert "was not measured" in summary([a_model("student", hard)])
 
 
+def test_the_verdict_is_about_the_benchmark_with_most_images_and_no_column_is_empty():
+    rng = np.random.default_rng(4)
+    many = rng.uniform(0.1, 0.3, 30)
+    one = [a_model("student", [0.09], benchmark="motorcycle")]
+    lots = [
+        a_model("student", many),
+        a_model("plane prior", many + rng.normal(0, 0.1, 30)),
+    ]
+    said = verdict([*one, *lots])
+    assert said.startswith(f"On {lots[0].benchmark} (30 images)") and "not clearly better or worse than the pl" in said
+    assert verdict(one).startswith("On motorcycle (1 image), ")
+    page = summary([*one, *lots])
+    assert "GFLOPs" not in page.partition("<p")[2].partition("<table>")[2].partition("</table>")[0]
+
+
 def test_cost_counts_flops_time_and_memory():
     class Tiny:
         def __init__(self) -> None:

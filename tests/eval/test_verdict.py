@@ -104,6 +104,26 @@ def test_the_bootstrap_draws_the_same_images_for_all_rows_and_weighs_columns_ali
     assert drawn[:, 0].std() == pytest.approx(one.std() / math.sqrt(10) / 2, rel=0.1)
 
 
+def test_a_bound_is_judged_whichever_side_is_better():
+    values = rows(a=[0.40, 0.42, 0.41], b=[0.7, 0.7, 0.71], c=[0.3, 0.7, 0.5])
+    under = judge("below", ["a"], [], values, bound=0.5, lower_is_better=False)
+    assert (under.word, under.pair) == (SAME, ("a", "0.5")) and under.effect == pytest.approx(0.18)
+    assert judge("below", ["a", "b"], [], values, bound=0.5).word == OPPOSITE, "the weakest row decides"
+    assert judge("above", ["b"], [], values, bound=0.5).word == SAME
+    assert judge("above", ["c"], [], values, bound=0.5).word == UNDECIDED
+    assert judge("below", ["d"], [], values, bound=0.5).word == UNKNOWN
+    assert paper_effect("below", ["a"], [], {"a": 1.0}, ("a", "0.5")) is None
+
+
+def test_not_worse_allows_the_margin():
+    values = rows(a=[1.02, 1.0, 1.01], b=[1.0, 1.0, 1.0], c=[1.2, 1.21, 1.22], d=[0.7, 1.4, 1.0])
+    same = judge("not_worse", ["a"], ["b"], values)
+    assert same.word == SAME and same.effect == pytest.approx(-0.01) and same.p < 0.05
+    assert judge("not_worse", ["c"], ["b"], values).word == OPPOSITE
+    assert judge("not_worse", ["d"], ["b"], values).word == UNDECIDED
+    assert judge("not_worse", ["b"], ["c"], values).word == SAME
+
+
 def test_a_gap_that_grows():
     values = rows(o1=[0.10, 0.11, 0.10], b1=[0.10, 0.11, 0.10], o2=[0.05, 0.05, 0.05], b2=[0.10, 0.11, 0.10])
     assert judge("gap_grows", ["o1", "o2"], ["b1", "b2"], values).word == SAME

@@ -1,10 +1,17 @@
-"""Two tars of photos."""
+"""Two tars of photos; scenes are drawn once."""
 
 from __future__ import annotations
 
 import pytest
 
+from distill.data import scenes
 from tests.labelling.formula import two_tars
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scenes_drawn_once():
+    with scenes.remembered():
+        yield
 
 
 @pytest.fixture

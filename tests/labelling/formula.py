@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import torch
+
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.labelling import worker
@@ -63,6 +65,13 @@ def run(sources_, out, teacher=None, **options):
     given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
     labels = LabelSettings(**({"samples_per_part": 4} | given))
     return label(sources_, [("formula", teacher or Formula())], out=out, crops=crops, labels=labels, **options)
+
+
+def one_of_several(root: Path, out: Path, rank: int, world: int, wait: float) -> None:
+    """What one of several processes does: `two_tars` of `root`."""
+    torch.set_num_threads(1)
+    tars = sources.tars(str(root / "sa_{0..1}.tar"))
+    run(tars, out, Formula(wait=wait), rank=rank, world=world, threads=2)
 
 
 LEASE = 0.4

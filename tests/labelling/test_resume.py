@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import random
 import re
@@ -14,13 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from distill.data import sources
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.shards import shards
 from distill.shards.shards import LabelDataset, read_manifest, verify
-from tests.labelling.formula import CROPS, Broken, Formula, contents, make_tar, run
+from tests.labelling.formula import CROPS, Broken, contents, make_tar, one_of_several, run
 
 
 def test_any_number_of_processes_gives_the_same_bytes(tars, tmp_path):
@@ -32,19 +30,6 @@ def test_any_number_of_processes_gives_the_same_bytes(tars, tmp_path):
         assert contents(out) == contents(tmp_path / "one")
 
 
-def work(root: str, out: str, rank: int, world: int, wait: float):
-    torch.set_num_threads(1)
-    tars = sources.tars(str(Path(root) / "sa_{0..1}.tar"))
-    run(tars, out, Formula(wait=wait), rank=rank, world=world, threads=2)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["distill.labelling.run", "tests.labelling.test_resume"])
-    return context
-
-
 def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, processes):
     run(tars, tmp_path / "whole")
     whole, out = contents(tmp_path / "whole"), tmp_path / "out"
@@ -52,7 +37,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, p
     killed = 0
     for attempt in range(9):
         world = 1 + attempt % 3
-        begun = [processes.Process(target=work, args=(tmp_path, out, r, world, 0.05)) for r in range(world)]
+        begun = [processes.Process(target=one_of_several, args=(tmp_path, out, r, world, 0.05)) for r in range(world)]
         for process in begun:
             process.start()
         time.sleep(rng.uniform(0.02, 0.25))
@@ -71,7 +56,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(tars, tmp_path, p
 
 def test_two_live_processes_finish_with_one_manifest(tars, tmp_path, processes):
     run(tars, tmp_path / "whole")
-    begun = [processes.Process(target=work, args=(tmp_path, tmp_path / "out", r, 2, 0.0)) for r in range(2)]
+    begun = [processes.Process(target=one_of_several, args=(tmp_path, tmp_path / "out", r, 2, 0.0)) for r in range(2)]
     for process in begun:
         process.start()
     for process in begun:

@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 from distill.losses import fused
@@ -152,10 +153,18 @@ def check_the_losses_take_them() -> None:
 
 
 def mend_the_interpreter() -> None:
-    """It replaces Triton's functions anew at every call of a device function, where once is enough; and that of Triton
-    3.6 wants a number of an array of one, which numpy 2.4 no longer gives.
+    """It replaces Triton's functions anew at every call of a device function, where once is enough; it makes a table of
+    all types to look one up; it computes of every sum of integers whether it overflows and then, without the debug
+    option, asks nobody. Half of its time goes there. And that of Triton 3.6 wants a number of an array of one, which
+    numpy 2.4 no longer gives.
     """
     replaced, patch = set(), interpreter._patch_lang_tensor
+    dtypes, look_up = {}, interpreter._get_np_dtype
+
+    def np_dtype(of):
+        if (name := str(of)) not in dtypes:  # a pointer's type cannot be hashed
+            dtypes[name] = look_up(of)
+        return dtypes[name]
 
     def patch_tensor(tensor, scope):
         patch(tensor, scope)
@@ -169,6 +178,8 @@ def mend_the_interpreter() -> None:
         return self.rewrite()(*args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = np_dtype
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda self, *operands: None
     interpreter._patch_lang_tensor = patch_tensor
 
 

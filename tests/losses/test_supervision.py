@@ -51,6 +51,21 @@ def test_log_l1_is_the_relative_error_where_it_is_small():
     assert torch.equal(usable, VALID) and not g[~VALID].any()
 
 
+def test_squared_is_the_square_of_what_global_normalization_leaves():
+    """Where two answers take turns, its least value lies between them, that of the absolute difference at one."""
+    objective = Objective(LossSettings(**OFF, squared=1.0))
+    random = torch.Generator().manual_seed(0)
+    pred, target = torch.rand(2, 6, 7, generator=random), torch.rand(2, 6, 7, generator=random)
+    valid = torch.ones_like(pred, dtype=torch.bool)
+    valid[0, 0], target[0, 0] = False, torch.nan
+    valid[1] = False
+    shared = DepthMap(target, valid, Kind.AFFINE_DISPARITY)
+    total, _ = objective(pred, Labels(shared, None, torch.zeros(2, 0, 4)))
+    p, t = pred[0, 1:].flatten(), target[0, 1:].flatten()
+    normal = [(x - x.median()) / (x - x.median()).abs().mean() for x in (p, t)]
+    torch.testing.assert_close(total, torch.stack([(normal[0] - normal[1]).square().mean(), torch.tensor(0.0)]))
+
+
 def test_truth_has_settings_of_its_own():
     settings = LossSettings(
         **{**OFF, "shared": 2.0}, normalization="none", truth={"normalization": "global", "shared": 1.0}

@@ -13,14 +13,9 @@ from safetensors.torch import load_file, save_file
 from distill import students
 from distill.core import files, plugins
 from distill.students import checkpoint
+from tests.students.tiny import SMALL
 
 DECODERS = plugins.names("distill.students.decoders")
-SMALL = {
-    "sdt": {"fusion_channels": 16},
-    "sdt_fast": {"fusion_channels": 16, "widths": [16, 8, 8, 8]},
-    "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
-    "dav2": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
-}
 IMAGES = torch.rand(1, 3, 40, 30, generator=torch.Generator().manual_seed(1))
 
 

@@ -9,19 +9,13 @@ from distill.students import Student
 from distill.students.decoders import dav2, dpt, sdt
 from distill.students.dysample import DySample
 from distill.students.encoder import Encoder
-from tests.golden import weights_rule
+from tests.conftest import golden_weights as synth
 
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # golden inputs are already normalised
 PAPER_COUNTS = {
     "sdt": {384: 5_517_381, 768: 9_451_077, 1024: 13_384_261},
     "dpt": {384: 50_825_153, 768: 76_047_425, 1024: 99_579_713},
 }
-
-
-def synth(shapes, seed):
-    """Golden weights of {key: (shape, dtype)}, but for the keys that stay as constructed."""
-    made = weights_rule.synth_state({key: tuple(entry[0]) for key, entry in shapes.items()}, seed)
-    return {key: torch.from_numpy(value) for key, value in made.items()}
 
 
 def tensor(data, name):
@@ -135,7 +129,8 @@ def test_parameter_counts_of_the_paper(name):
 def dinov3(tmp_path, shapes, seed, prefix="", **options):
     """Our DINOv3 ViT-S/16 with golden weights, read from a file in facebookresearch's names."""
     path = tmp_path / "dinov3.pth"
-    torch.save(synth({key: entry for key, entry in shapes.items() if key.startswith(prefix)}, seed), path)
+    if not path.exists():
+        torch.save(synth({key: entry for key, entry in shapes.items() if key.startswith(prefix)}, seed), path)
     return Encoder("dinov3_vits16", weights=path, **RAW, **options)
 
 

@@ -11,6 +11,8 @@ SMALL = {
     "sdt_fast": {"fusion_channels": 16, "widths": [16, 8, 8, 8]},
     "dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
     "dav2": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+    "dual_dpt": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
+    "midas": {"channels": 16, "post_process_channels": [8, 8, 16, 16]},
 }
 
 DINOV3 = {"depth": 2, "embed_dim": 24, "num_heads": 2}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from distill.core.plugins import find, names
 from tests.tiny_teachers import KEYS, SIZE
 
 NAMES = names("distill.teachers")
-RESIZING = [name for name in NAMES if name not in ("analytic", "stored")]
+NETWORKS = [name for name in NAMES if name not in ("analytic", "stored")]
+# Those that can work at more than one size; Depth Pro cannot.
+RESIZING = [n for n in NETWORKS if "resize" in inspect.signature(find("distill.teachers", n).Teacher.load).parameters]
 IMAGES = torch.rand(2, 3, *SIZE, generator=torch.Generator().manual_seed(3))
 _LOADED: dict[str, object] = {}
 

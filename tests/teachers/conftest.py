@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import pytest
 
+from distill.teachers import fiffdepth, genpercept, marigold
 from tests import tiny_teachers as tiny
 
 
@@ -20,6 +22,15 @@ def made(tmp_path_factory):
         return written[name]
 
     return make
+
+
+@pytest.fixture(scope="module")
+def parts_read_once():
+    """The diffusion networks in a folder are read once for all tests of a file that spoils none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (marigold, genpercept, fiffdepth):
+            patch.setattr(module, "load_parts", functools.cache(module.load_parts))
+        yield
 
 
 @pytest.fixture

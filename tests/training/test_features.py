@@ -30,7 +30,7 @@ options = {{ blur = 1.0, own_range = true }}
 root = "{root}"
 [student]
 encoder = "vit_tiny_patch16_224"
-encoder_options = {{ blocks = [0, 1] }}
+encoder_options = {{ timm_options = {{ depth = 2 }} }}
 decoder = "dpt"
 norm = "group"
 [student.decoder_options]

@@ -14,9 +14,9 @@ from distill.losses import latent as maths
 from distill.losses.latent_settings import LatentSettings
 from distill.losses.losses import gradient_loss
 from distill.teachers import _latent_student
-from distill.training import checkpoints, schedule
+from distill.training import checkpoints, schedule, trainlog
 from distill.training.latent import LatentLesson
-from distill.training.sampling import make_order
+from distill.training.sampling import hold_out, make_order
 from tests.conftest import golden_folder
 from tests.training import latent_toys, toys
 
@@ -178,6 +178,25 @@ def straight(tmp_path_factory):
     out = tmp_path_factory.mktemp("straight")
     latent_toys.run(out, ema=0.9)
     return out
+
+
+def test_held_out_images_that_teach_nothing_are_no_part_of_the_mean(tmp_path):
+    """Their loss of 0 would halve it. And what the untrained network does is written down, the base's own task too."""
+    given = {"steps": 2, "val_fraction": 0.4, "eval_start": True, "eval_every": 0, "save_every": 0}
+    result, _ = latent_toys.run(tmp_path, latent={"pseudo": "off", "watch_prior": True}, **given)
+    start, end = (line for line in trainlog.read(result.log) if "heldout" in line)
+    assert (start["step"], end["step"], result.selected_step) == (0, 2, 2)
+    odd = [i for i in hold_out(latent_toys.Photos().image_keys, 0.4)[1] if i % 2]
+    for line in (start, end):
+        assert line["left_out"] == len(odd) > 0 and len(odd) < line["samples"]
+        parts = line["heldout_parts"]
+        whole = parts["mae"] + 0.5 * parts["gradient"] + 0.2 * parts["trajectory"]
+        assert line["heldout"] == pytest.approx(whole, rel=1e-5)
+    assert start["heldout_parts"]["prior"] != end["heldout_parts"]["prior"]
+    assert trainlog.number(result.log, "heldout_parts.mae", relative=True) == pytest.approx(
+        end["heldout_parts"]["mae"] / start["heldout_parts"]["mae"]
+    )
+    assert trainlog.number(result.log, "heldout_parts.nothing") is None
 
 
 class _Killed(Exception):

@@ -21,6 +21,7 @@ from distill.data.scenes.cast import Surfaces, cast, clusters, shadow, surfaces
 from distill.data.scenes.indoors import corridor, hall, room, table
 from distill.data.scenes.outdoors import country, street
 from distill.data.scenes.stage import Stage
+from distill.data.scenes.variety import vary
 
 _LAYOUTS: dict[str, tuple[Callable[[Stage], None], float]] = {
     "room": (room, 0.34),
@@ -34,6 +35,8 @@ _LAYOUTS: dict[str, tuple[Callable[[Stage], None], float]] = {
 KINDS = tuple(_LAYOUTS)
 OUTDOORS = ("street", "country")
 _STREAM = 7919
+_VARIETY = 1
+"""Of the second generator of a seed: what `variety` adds."""
 TRAIN_SEEDS = range(1_000_000, 2_000_000_000)
 BENCHMARK_SEEDS = range(0, 64)
 
@@ -62,7 +65,7 @@ def _draw_kind(rng: np.random.Generator) -> str:
     return str(rng.choice(KINDS, p=[share for _, share in _LAYOUTS.values()]))
 
 
-_kept: dict[tuple[int, tuple[int, int], str | None], View] | None = None
+_kept: dict[tuple[int, tuple[int, int], str | None, bool], View] | None = None
 
 
 @contextmanager
@@ -76,18 +79,21 @@ def remembered() -> Iterator[None]:
         _kept = before
 
 
-def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None) -> View:
+def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None, variety: bool = False) -> View:
     """As `rendered`, or what was kept of it (see `remembered`); nobody may write into a view."""
     if _kept is None:
-        return rendered(seed, size=size, kind=kind)
-    place = (seed, size, kind)
+        return rendered(seed, size=size, kind=kind, variety=variety)
+    place = (seed, size, kind, variety)
     if place not in _kept:
-        _kept[place] = rendered(seed, size=size, kind=kind)
+        _kept[place] = rendered(seed, size=size, kind=kind, variety=variety)
     return _kept[place]
 
 
-def rendered(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None) -> View:
-    """The view of this seed, (height, width) = `size`; `kind` is drawn from the seed too unless it is given."""
+def rendered(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None, variety: bool = False) -> View:
+    """The view of this seed, (height, width) = `size`; `kind` is drawn from the seed too unless it is given.
+
+    variety: the same view with more in it, and sometimes by night or in fog (distill.data.scenes.variety).
+    """
     if kind is not None and kind not in _LAYOUTS:
         raise LookupError(f"no kind of view is called {kind!r}; there are: {', '.join(_LAYOUTS)}")
     if min(size) < 1:
@@ -97,6 +103,9 @@ def rendered(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None 
     kind = drawn if kind is None else kind
     stage = Stage(rng=rng)
     _LAYOUTS[kind][0](stage)
+    if variety:
+        stage.rng = np.random.default_rng([_STREAM, seed, _VARIETY])
+        vary(stage)
     threads = torch.get_num_threads()
     # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
     torch.set_num_threads(1)

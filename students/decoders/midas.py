@@ -1,0 +1,89 @@
+"""MiDaS v3.1's head on a BEiT or another plain ViT, so that a student can begin as MiDaS, encoder and head.
+
+Against Depth Anything V2's head, which came of it: the class token is read (every patch token with it beside it,
+brought back to its width), and the last map is doubled instead of brought to the image's size. Widths: 256 and
+[256, 512, 1024, 1024] (BEiT-L, read at blocks 5, 11, 17, 23) or [96, 192, 384, 768] (BEiT-B, at 2, 5, 8, 11); the
+authors resize images so that both sides are multiples of 32.
+
+Source: isl-org/MiDaS midas/dpt_depth.py, midas/blocks.py, midas/backbones/utils.py. The released ReLU at the end is
+left to the reader of the map, and refinenet4.resConfUnit1, which is stored and never used, is not there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distill.core.resample import resize_bilinear
+from distill.students.decoders import Features, four_channels, load_released
+from distill.students.decoders.dav2 import Fusion
+from distill.students.decoders.dpt import Reassemble
+
+_UNUSED = "scratch.refinenet4.resConfUnit1."
+# What stands in act_postprocess1 to 4, the four levels: the readout, a projection, and what changes the size.
+_PARTS = {"0.project.0": "readout_projects.{}.0", "3": "projects.{}.conv", "4": "resize_layers.{}"}
+
+
+class Decoder(nn.Module):
+    """Four (patch map (B,C,h,w), cls (B,C)) pairs to a raw map (B,1,16h,16w).
+
+    in_channels: C, one number or four. channels: the fusion width. post_process_channels: the width of each level.
+    """
+
+    def __init__(
+        self,
+        in_channels: int | Sequence[int],
+        channels: int = 256,
+        post_process_channels: Sequence[int] = (256, 512, 1024, 1024),
+    ) -> None:
+        super().__init__()
+        inputs, levels = four_channels(in_channels), four_channels(post_process_channels, "post_process_channels")
+        self.options: dict[str, Any] = {
+            "in_channels": inputs,
+            "channels": channels,
+            "post_process_channels": levels,
+        }
+        self.reassemble = Reassemble(inputs, levels, readout="project", norm="none")
+        scratch: dict[str, nn.Module] = {}
+        for i, level in enumerate(levels, start=1):
+            scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
+            scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4)
+        scratch["output_conv"] = nn.ModuleDict(
+            {
+                "0": nn.Conv2d(channels, channels // 2, 3, padding=1),
+                "2": nn.Conv2d(channels // 2, 32, 3, padding=1),
+                "4": nn.Conv2d(32, 1, 1),
+            }
+        )
+        self.scratch = nn.ModuleDict(scratch)
+
+    def forward(self, features: Features) -> Tensor:
+        """(B,1,16h,16w), before the final activation."""
+        levels = [self.scratch[f"layer{i}_rn"](x) for i, x in enumerate(self.reassemble(features), start=1)]
+        x: Tensor | None = None
+        for i in (4, 3, 2, 1):
+            level = levels[i - 1]
+            size = levels[i - 2].shape[-2:] if i > 1 else [2 * side for side in level.shape[-2:]]
+            fuse = self.scratch[f"refinenet{i}"]
+            x = fuse(level, None, size) if x is None else fuse(x, level, size)
+        assert x is not None
+        head = self.scratch["output_conv"]
+        x = head["0"](x)
+        x = resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
+        return head["4"](torch.relu(head["2"](x)))
+
+    def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
+        """Fill from MiDaS's own file (dpt_beit_*.pt), whose encoder is left out; ValueError names a misfit."""
+        state: dict[str, Any] = {}
+        for key, value in state_dict.items():
+            match = re.fullmatch(r"pretrained\.act_postprocess([1-4])\.(0\.project\.0|3|4)\.(weight|bias)", key)
+            if match:
+                state[f"reassemble.{_PARTS[match[2]].format(int(match[1]) - 1)}.{match[3]}"] = value
+            elif not key.startswith(("pretrained.", _UNUSED)):
+                state[key] = value
+        load_released(self, state)
+        return self

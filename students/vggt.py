@@ -1,0 +1,198 @@
+"""VGGT on one view as a student's encoder: a DINOv2 with registers, then pairs of blocks that attend alternately.
+
+On several views the first block of a pair attends within each and the second across all; of one view both see the same
+tokens. A pair gives both blocks' tokens side by side, so a feature is twice as wide as a token. Its pairs 4, 11, 17 and
+23 are read, as VGGT's own heads do; the token in the class token's place is the camera's.
+
+Surprises: the DINOv2's norms have eps 1e-6, those of the pairs and of their queries and keys 1e-5; patches are counted
+from 1, camera and registers stand at 0; of the two camera tokens and sets of registers one view takes the first.
+
+Source: facebookresearch/vggt vggt/models/aggregator.py, vggt/layers (block.py, attention.py, rope.py). timm's DINOv2 is
+given by whoever builds one; nothing of timm is imported here.
+Shapes: B batch, N patches, C channels of a token, h x w patches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.core.positions import patch_positions, rotate, rotation_tables
+
+NAME = "vggt"
+REGISTERS = 4
+_INSIDE = "aggregator."
+_VIT = "patch_embed."
+_PARTS = {"frame_blocks": "frame", "global_blocks": "across"}
+
+
+class Backbone(nn.Module):
+    """What students.encoder.Encoder asks of a ViT, by VGGT. vit: timm's DINOv2 with registers, whole.
+
+    The pairs are as many, as wide and with as many heads as the ViT's blocks. Raises ValueError for a final norm, which
+    VGGT has not, and for weights that nobody publishes under a name of timm's.
+    """
+
+    def __init__(self, vit: Any, *, final_norm: bool = False, weights: str = "") -> None:
+        super().__init__()
+        if final_norm:
+            raise ValueError("the encoder vggt has no final norm: leave final_norm out")
+        if weights == "pretrained":
+            raise ValueError(
+                'timm has no weights of VGGT: give the authors\' file, weights = "facebook/VGGT-1B/model.pt" (not for '
+                "commercial use; facebook/VGGT-1B-Commercial asks for a form)"
+            )
+        first, width = vit.blocks[0], vit.embed_dim
+        heads, hidden = first.attn.num_heads, first.mlp.fc1.out_features
+        self.vit = vit
+        self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 1, width))
+        self.register_token = nn.Parameter(1e-6 * torch.randn(1, REGISTERS, width))
+        self.blocks = nn.ModuleList(Pair(width, heads, hidden) for _ in vit.blocks)
+        self.norm: nn.Module = nn.Identity()
+        self.embed_dim = 2 * width
+        self.num_prefix_tokens = 1 + REGISTERS
+
+    @property
+    def patch_embed(self) -> Any:
+        """The ViT's."""
+        return self.vit.patch_embed
+
+    @property
+    def cls_token(self) -> Tensor:
+        """The camera's token, which stands first."""
+        return self.camera_token
+
+    def forward_intermediates(
+        self, images: Tensor, *, indices: Sequence[int], **_asked: Any
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(patch map (B,2C,h,w), camera and register tokens (B,5,2C)) of the pairs `indices`, in rising order.
+
+        images: (B,3,H,W), normalized, sides multiples of the patch.
+        """
+        rows, columns = (
+            side // patch for side, patch in zip(images.shape[-2:], self.patch_embed.patch_size, strict=True)
+        )
+        patches = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        special = torch.cat([self.camera_token, self.register_token], 1).expand(len(images), -1, -1)
+        tokens = torch.cat([special.to(patches.dtype), patches], 1)
+        positions = patch_positions(rows, columns, tokens.device, special=special.shape[1])
+        rotation = rotation_tables(positions, tokens.shape[-1] // self.blocks[0].frame.attn.heads, tokens.dtype)
+        taken = []
+        for i, pair in enumerate(self.blocks):
+            frame = pair.frame(tokens, rotation)
+            tokens = pair.across(frame, rotation)
+            if i in indices:
+                both = torch.cat([frame, tokens], -1)
+                maps = both[:, special.shape[1] :].transpose(1, 2).unflatten(2, (rows, columns))
+                taken.append((maps, both[:, : special.shape[1]]))
+        return taken
+
+    def load_own(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+        """Fills all but the ViT from a released file (or a part of one); the ViT's tensors under their own names.
+
+        VGGT's heads are left out. Raises ValueError naming what is missing, left over or misshapen.
+        """
+        if not any(key.startswith(_INSIDE) for key in state):
+            state = {f"{_INSIDE}{key}": value for key, value in state.items()}
+        own: dict[str, Tensor] = {}
+        inner: dict[str, Tensor] = {}
+        for key, value in state.items():
+            name = key.removeprefix(_INSIDE)
+            if name == key:
+                continue  # a head
+            if name.startswith(_VIT):
+                inner[name.removeprefix(_VIT)] = value
+            elif match := re.fullmatch(r"(frame_blocks|global_blocks)\.(\d+)\.(.+)", name):
+                own[f"blocks.{match[2]}.{_PARTS[match[1]]}.{match[3]}"] = value
+            else:
+                own[name] = value[:, 0] if name in ("camera_token", "register_token") else value
+        wanted = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
+        faults = [
+            f"{what} {', '.join(keys[:3])}"
+            for what, keys in {
+                "lacks": [key for key in wanted if key not in own],
+                "has unclaimed": [key for key in own if key not in wanted],
+                "has another shape for": [k for k in wanted if k in own and wanted[k].shape != own[k].shape],
+            }.items()
+            if keys
+        ]
+        if faults:
+            raise ValueError(f"{source}: not the weights of VGGT: it {'; it '.join(faults)}")
+        self.load_state_dict(own, strict=False)  # the ViT's are loaded by whoever knows timm's names
+        return inner
+
+
+class Pair(nn.Module):
+    """A block within a view and a block across views."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.frame = Block(width, heads, hidden)
+        self.across = Block(width, heads, hidden)
+
+
+class Block(nn.Module):
+    """One transformer block with rotary positions."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, hidden)
+        self.ls2 = LayerScale(width)
+
+    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """(B,N,C) -> (B,N,C); rotation: cosines and sines (N, C/heads)."""
+        tokens = tokens + self.ls1(self.attn(self.norm1(tokens), rotation))
+        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
+
+
+class Attention(nn.Module):
+    """Self-attention with normalized queries and keys, turned by their positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """(B,N,C) -> (B,N,C)."""
+        batch, count, width = tokens.shape
+        query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key = rotate(self.q_norm(query), rotation), rotate(self.k_norm(key), rotation)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
+
+
+class LayerScale(nn.Module):
+    """A learnt factor per channel, 0.01 at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 0.01))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B,N,C) -> (B,N,C)."""
+        return tokens * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear maps with an exact GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B,N,C) -> (B,N,C)."""
+        return self.fc2(F.gelu(self.fc1(tokens)))
