@@ -76,14 +76,14 @@ class _Console:
 
     parts: Counter[str] = field(default_factory=Counter)
     images: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
     quarantined: int = 0
     died: int = 0
 
     def take(self, node: str, seconds: float, made: MadePart) -> None:
         self.parts[node] += 1
         self.images[node] += made.images
-        self.seconds[node] += seconds
+        self.seconds[node] = self.seconds.get(node, 0.0) + seconds
         for line in made.quarantine[: max(0, QUARANTINED - self.quarantined)]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
         self.quarantined += len(made.quarantine)

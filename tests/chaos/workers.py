@@ -244,8 +244,11 @@ class Chaos:
                 os.kill(victim.pid, signal.SIGSTOP)
                 self.counts["put to sleep beyond their lease"] += 1
                 self.asleep[victim.pid] = now + 2.5 * LEASE_S
-            elif fate < 0.6 and (what := steal_at(place._store, self.rng) if self.url else steal(out, self.rng)):
+            elif fate < 0.6 and (what := self.steal(place, out)):
                 self.counts[what] += 1
+
+    def steal(self, place: Meeting, out: Path) -> str:
+        return steal_at(place._store, self.rng) if isinstance(place, Objects) else steal(out, self.rng)
 
     def bring(self, place: Meeting) -> None:
         """What lies at a URL, into the folder."""

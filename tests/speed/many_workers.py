@@ -9,28 +9,40 @@ time that machines are held, from their start (loading the teachers) until they 
 are counted as the code makes them: a lease's heartbeat is two, a try of a held one four, a part begun and finished
 twenty, a listing one for a hundred names.
 
-Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); a scan of such
-a tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 %
-and of parts by 5 % (one sigma), 30 s to start, 60 s for the manifest, 0.1 s to read another's note of a scan.
+Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); how many maps
+a part has is drawn from the crop plans of PLANNED photos of 1500 x 2250, by the code that plans them; a scan of such a
+tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 % and
+of one machine from part to part by 5 % (one sigma), 30 s to start, 60 s for the manifest, 0.1 s to read another's note
+of a scan.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import random
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
+from distill.core.crop_settings import CropSettings
+from distill.core.crops import plan
 from distill.labelling.leases import BEATS, LEASE_S
 from distill.labelling.run import TAIL
 from distill.labelling.worker import GLANCED, LISTED_S, MISSES, POLL_S, SPARE, WATCHED
 
-TARS, PHOTOS, PER_PART = 1000, 11_186, 1000
+TARS, PHOTOS, PER_PART, PLANNED = 1000, 11_186, 1000, 20_000
 SCAN_S, NOTE_S, START_S, MANIFEST_S = 2.9, 0.1, 30.0, 60.0
 LIFE_S, AWAY_S = 7200.0, 300.0
 OPS = {"beat": 2, "try": 4, "part": 20, "look": 1}
+
+
+@functools.cache
+def maps_per_photo() -> list[int]:
+    plans = (plan(1500, 2250, CropSettings(), key=f"sa_{i}") for i in range(PLANNED))
+    return [1 + len(one.patches) for one in plans]
 
 
 @dataclass(slots=True)
@@ -63,7 +75,7 @@ class Run:
     def __init__(self, workers: int, photos_per_s: float, fine_tail: int, seed: int = 0) -> None:
         self.random = random.Random(seed)
         self.rate, self.now, self.ops, self.paid, self.lost, self.beats = photos_per_s, 0.0, 0.0, 0.0, 0, 0.0
-        self.useful, self.waiting = 0.0, 0
+        self.useful, self.waiting, self.maps = 0.0, 0, maps_per_photo()
         self.noted: set[int] = set()
         self.parts: list[Part] = []
         for tar in range(TARS):
@@ -183,7 +195,8 @@ class Run:
             worker.scanned.add(part.tar)
             scan = NOTE_S if part.tar in self.noted else SCAN_S
             self.noted.add(part.tar)
-        seconds = part.images / self.rate / worker.speed * max(0.5, self.random.gauss(1.0, 0.05))
+        work = sum(self.random.choices(self.maps, k=part.images)) / statistics.fmean(self.maps)
+        seconds = work / self.rate / worker.speed * max(0.5, self.random.gauss(1.0, 0.05))
         self.at(self.now + scan + seconds, partial(self.done, worker, i, seconds))
 
     def done(self, worker: Worker, i: int, seconds: float) -> None:
@@ -225,6 +238,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 8, 64, 128, 256, 512])
     parser.add_argument("--fine-tail", type=int, nargs="+", default=[1, 4])
     args = parser.parse_args()
+    maps = maps_per_photo()
+    mean, spread = statistics.fmean(maps), statistics.pstdev(maps)
+    print(f"maps a photo: {mean:.2f} +- {spread:.2f}; of a part of {PER_PART}: +- {spread / mean / PER_PART**0.5:.2%}")
     print("photos/s  fine_tail  workers  hours  machine-hours  efficiency  parts lost  beats/s  metadata ops/s")
     for rate in args.photos_per_s:
         for fine in args.fine_tail:
