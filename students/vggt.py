@@ -79,17 +79,17 @@ class Backbone(nn.Module):
             side // patch for side, patch in zip(images.shape[-2:], self.patch_embed.patch_size, strict=True)
         )
         patches = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        special = torch.cat([self.camera_token, self.register_token], 1).expand(len(images), -1, -1)
+        special = torch.cat([self.camera_token, self.register_token], 1).expand(images.shape[0], -1, -1)
         tokens = torch.cat([special.to(patches.dtype), patches], 1)
-        positions = patch_positions(rows, columns, tokens.device, special=special.shape[1])
+        positions = patch_positions(rows, columns, tokens.device, special=self.num_prefix_tokens)
         rotation = rotation_tables(positions, tokens.shape[-1] // self.heads, tokens.dtype)
         taken = []
         for i, pair in enumerate(self.blocks):
             frame, tokens = pair(tokens, rotation)
             if i in indices:
                 both = torch.cat([frame, tokens], -1)
-                maps = both[:, special.shape[1] :].transpose(1, 2).unflatten(2, (rows, columns))
-                taken.append((maps, both[:, : special.shape[1]]))
+                maps = both[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
+                taken.append((maps, both[:, : self.num_prefix_tokens]))
         return taken
 
     def load_own(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
