@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         first, width = vit.blocks[0], vit.embed_dim
         heads, hidden = first.attn.num_heads, first.mlp.fc1.out_features
         self.vit = vit
+        self.heads: int = heads
         self.camera_token = nn.Parameter(1e-6 * torch.randn(1, 1, width))
         self.register_token = nn.Parameter(1e-6 * torch.randn(1, REGISTERS, width))
         self.blocks = nn.ModuleList(Pair(width, heads, hidden) for _ in vit.blocks)
@@ -78,18 +79,17 @@ class Backbone(nn.Module):
             side // patch for side, patch in zip(images.shape[-2:], self.patch_embed.patch_size, strict=True)
         )
         patches = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        special = torch.cat([self.camera_token, self.register_token], 1).expand(len(images), -1, -1)
+        special = torch.cat([self.camera_token, self.register_token], 1).expand(images.shape[0], -1, -1)
         tokens = torch.cat([special.to(patches.dtype), patches], 1)
-        positions = patch_positions(rows, columns, tokens.device, special=special.shape[1])
-        rotation = rotation_tables(positions, tokens.shape[-1] // self.blocks[0].frame.attn.heads, tokens.dtype)
+        positions = patch_positions(rows, columns, tokens.device, special=self.num_prefix_tokens)
+        rotation = rotation_tables(positions, tokens.shape[-1] // self.heads, tokens.dtype)
         taken = []
         for i, pair in enumerate(self.blocks):
-            frame = pair.frame(tokens, rotation)
-            tokens = pair.across(frame, rotation)
+            frame, tokens = pair(tokens, rotation)
             if i in indices:
                 both = torch.cat([frame, tokens], -1)
-                maps = both[:, special.shape[1] :].transpose(1, 2).unflatten(2, (rows, columns))
-                taken.append((maps, both[:, : special.shape[1]]))
+                maps = both[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
+                taken.append((maps, both[:, : self.num_prefix_tokens]))
         return taken
 
     def load_own(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
@@ -134,6 +134,11 @@ class Pair(nn.Module):
         super().__init__()
         self.frame = Block(width, heads, hidden)
         self.across = Block(width, heads, hidden)
+
+    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(B,N,C) after either block."""
+        frame = self.frame(tokens, rotation)
+        return frame, self.across(frame, rotation)
 
 
 class Block(nn.Module):

@@ -10,7 +10,7 @@ Shapes: B batch, N tokens, C channels, h x w patches.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,12 @@ from distill.teachers._dino import MEAN, PATCH, STD, position_table
 
 LEVELS = 5
 HEADS = ("points_head", "mask_head", "normal_head")
-_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "elu": nn.ELU, "leaky_relu": lambda: nn.LeakyReLU(0.2)}
+_ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "leaky_relu": lambda: nn.LeakyReLU(0.2),
+}
 
 
 class Backbone(nn.Module):

@@ -112,15 +112,15 @@ def midas(folder):
 
 
 def depth_pro(folder):
-    """Squares of 512 from patches of 128; a field of view near 55 degrees, and an inverse depth that is seldom 0."""
+    """Squares of 256 from patches of 64; a field of view near 55 degrees, and an inverse depth that is seldom 0."""
     from transformers import DepthProConfig, DepthProForDepthEstimation
 
     vit = {
         "model_type": "dinov2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "image_size": 128, "patch_size": 16, "use_mask_token": False,
+        "image_size": 64, "patch_size": 16, "use_mask_token": False,
     }  # fmt: skip
     config = DepthProConfig(
-        patch_size=128, fusion_hidden_size=8, intermediate_hook_ids=[1, 0], intermediate_feature_dims=[8, 8],
+        patch_size=64, fusion_hidden_size=8, intermediate_hook_ids=[1, 0], intermediate_feature_dims=[8, 8],
         scaled_images_feature_dims=[16, 16, 8], merge_padding_value=1, use_fov_model=True,
         **{f"{name}_model_config": dict(vit) for name in ("image", "patch", "fov")},
     )  # fmt: skip

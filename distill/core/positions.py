@@ -44,8 +44,9 @@ def uv_embedding(maps: Tensor, height: int, width: int) -> Tensor:
     frequencies = 100.0 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels / 4))
 
     def waves(side: int, count: int) -> Tensor:
-        end = side / diagonal * (count - 1) / count
-        angles = torch.linspace(-end, end, count, dtype=torch.float32).double()[:, None] * frequencies
+        # Not linspace, which a tracer takes for one length alone.
+        middles = (2.0 * torch.arange(count, dtype=torch.float64) + 1.0 - count) * (side / diagonal / count)
+        angles = middles.float().double()[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1).T.to(maps)  # small here, large once expanded
 
     across = waves(width, columns)[:, None, :].expand(-1, rows, -1)

@@ -52,13 +52,7 @@ class Decoder(nn.Module):
         for i, level in enumerate(levels, start=1):
             scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
             scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4)
-        scratch["output_conv"] = nn.ModuleDict(
-            {
-                "0": nn.Conv2d(channels, channels // 2, 3, padding=1),
-                "2": nn.Conv2d(channels // 2, 32, 3, padding=1),
-                "4": nn.Conv2d(32, 1, 1),
-            }
-        )
+        scratch["output_conv"] = _Head(channels)
         self.scratch = nn.ModuleDict(scratch)
 
     def forward(self, features: Features) -> Tensor:
@@ -71,10 +65,7 @@ class Decoder(nn.Module):
             fuse = self.scratch[f"refinenet{i}"]
             x = fuse(level, None, size) if x is None else fuse(x, level, size)
         assert x is not None
-        head = self.scratch["output_conv"]
-        x = head["0"](x)
-        x = resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
-        return head["4"](torch.relu(head["2"](x)))
+        return self.scratch["output_conv"](x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
         """Fill from MiDaS's own file (dpt_beit_*.pt), whose encoder is left out; ValueError names a misfit."""
@@ -87,3 +78,22 @@ class Decoder(nn.Module):
                 state[key] = value
         load_released(self, state)
         return self
+
+
+class _Head(nn.ModuleDict):
+    """Convolution, x2, convolution, ReLU, one channel; counted as the authors' Sequential is."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            {
+                "0": nn.Conv2d(channels, channels // 2, 3, padding=1),
+                "2": nn.Conv2d(channels // 2, 32, 3, padding=1),
+                "4": nn.Conv2d(32, 1, 1),
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,C,h,w) -> (B,1,2h,2w)."""
+        x = self["0"](x)
+        x = resize_bilinear(x, (2 * x.shape[-2], 2 * x.shape[-1]), align_corners=True)
+        return self["4"](torch.relu(self["2"](x)))
