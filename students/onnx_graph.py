@@ -34,13 +34,14 @@ class OnnxOptions:
 
     bits: 32, 16 (float16 inside, float32 images and maps) or 8 (static INT8, QDQ). with_resize: photo (H,W,3) uint8 in,
     map (H,W) out, the size rule in the graph. browser: no Resize with antialias in the network. crops: images (3,H,W)
-    float in [0,1] or uint8 for the calibration of 8 bits.
+    float in [0,1] or uint8 for the calibration of 8 bits. matrices: of 8 bits, "int8" or "weights" (`quantized`).
     """
 
     bits: int = 32
     with_resize: bool = False
     browser: bool = False
     crops: Sequence[Tensor] = ()
+    matrices: str = "int8"
 
 
 def write_onnx(
@@ -80,7 +81,9 @@ def write_onnx(
             model = (
                 half(model, _samples(student))
                 if options.bits == 16
-                else quantized(model, [_at_native(student, image) for image in options.crops])
+                else quantized(
+                    model, [_at_native(student, image) for image in options.crops], matrices=options.matrices
+                )
             )
             onnx.save(model, new)
             # Eight bits hold what the calibration saw: noise tells nothing about photographs.

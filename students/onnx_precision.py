@@ -22,6 +22,8 @@ from distill.core.optional import optional
 
 _MOVES = {"Concat", "Expand", "Gather", "Identity", "Pad", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
 _MOVES |= {"Resize", "Unsqueeze"}  # what gives no larger value than it takes: bicubic's few percent are in the room
+BLOCK = 32
+"""Rows of a matrix's column that share a scale where only its weights are in eight bits."""
 _LARGEST = 65504 / 4  # of float16, with room for images that were not tried
 
 
@@ -174,12 +176,17 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     return tops
 
 
-def quantized(model: Any, images: Sequence[Tensor]) -> Any:
+def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> Any:
     """A float32 graph with its convolutions and matrices in INT8 (QDQ: activations uint8, weights int8 per channel).
 
     images: those of the calibration, (1,3,H,W) each. The patches' embedding and
-    the last convolution stay float32: what they lose, everything has lost (ours).
+    the last convolution stay float32: what they lose, everything has lost (ours). So do the products of matrices, whose
+    output's rounding would double the noise, while what takes them is float32 anyhow; attention's, of two activations,
+    are not quantized at all. matrices: "int8"; or "weights": their weights alone, in eight bits, for most of what
+    INT8 loses in a ViT is its activations', where a few values are many times larger than the rest and share its step.
     """
+    if matrices not in ("int8", "weights"):
+        raise ValueError(f'matrices must be "int8" or "weights", not {matrices!r}')
     quantization = optional("onnxruntime.quantization")
     onnx = optional("onnx")
     sized = iter([{model.graph.input[0].name: image.numpy()} for image in images])
@@ -203,8 +210,54 @@ def quantized(model: Any, images: Sequence[Tensor]) -> Any:
             weight_type=quantization.QuantType.QInt8,
             per_channel=True,
             reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"] if matrices == "int8" else ["Conv"],
             nodes_to_exclude=[convolutions[0], convolutions[-1]],
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
         )
-        return onnx.load(after)
+        made = onnx.load(after)
+    if matrices == "weights":
+        _eight_bit_weights(made)
+    return made
+
+
+def _eight_bit_weights(model: Any) -> None:
+    """Every matrix (in, out) that multiplies from the right as int8, a scale for BLOCK of a column, in place.
+
+    A Cast and a Mul, not a DequantizeLinear: from that onnxruntime makes a product of its own whose activations it
+    rounds to eight bits after all. Those two are folded when a session begins, and the product is float32's.
+    """
+    onnx = optional("onnx")
+    graph = model.graph
+    stored = {t.name: t for t in graph.initializer}
+    nodes: list[Any] = []
+    made: dict[str, str] = {}
+
+    def weight(name: str) -> str:
+        values = onnx.numpy_helper.to_array(stored[name])
+        rows = values.shape[0] if values.shape[0] % BLOCK else BLOCK
+        blocks = values.reshape(-1, rows, values.shape[1])
+        scale = np.abs(blocks).max(1, keepdims=True).astype(np.float32) / np.float32(127)
+        scale[scale == 0] = 1
+        parts = {"codes": np.round(blocks / scale).astype(np.int8), "scale": scale, "shape": np.array(values.shape)}
+        graph.initializer.extend(onnx.numpy_helper.from_array(array, f"{name}:{key}") for key, array in parts.items())
+        for op, inputs, key, options in (
+            ("Cast", ["codes"], "cast", {"to": onnx.TensorProto.FLOAT}),
+            ("Mul", ["cast", "scale"], "blocks", {}),
+            ("Reshape", ["blocks", "shape"], "single", {}),
+        ):
+            given, out = [f"{name}:{one}" for one in inputs], f"{name}:{key}"
+            nodes.append(onnx.helper.make_node(op, given, [out], name=out, **options))
+        return f"{name}:single"
+
+    for node in graph.node:
+        name = node.input[1] if node.op_type == "MatMul" else ""
+        if name in stored and len(stored[name].dims) == 2:
+            made[name] = made.get(name) or weight(name)
+            node.input[1] = made[name]
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {x for node in nodes for x in node.input}
+    left = [t for t in graph.initializer if t.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from distill.app.card_scores import scored
-from distill.app.console import say
-from distill.app.gate import Gate, calibration
+from distill.app.console import note, say
+from distill.app.gate import Gate, QualityError, calibration
 from distill.core import files
 from distill.core.depth import Kind
 from distill.eval.reports.figures import NEARNESS
@@ -132,12 +132,23 @@ def _write_graphs(
         form = OnnxOptions(bits=bits, with_resize=options.with_resize, browser=options.browser, crops=crops)
         said = onnx_graph.metadata(checkpoint.describe(aside), with_resize=options.with_resize)
         path, named = aside / ONNX, out / ONNX
-        off = onnx_graph.write_onnx(again, path, options=form, metadata=said, program=program, named=named)
-        line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
-        if gate := options.gate or (Gate() if bits == 8 else None):
-            network = onnx_graph.run_onnx(path, named=named)
-            line += f"; {_gate(student, network, replace(options, gate=gate), out)}"
-        lines.append(line)
+        gate = options.gate or (Gate() if bits == 8 else None)
+
+        def written(form: OnnxOptions) -> str:
+            off = onnx_graph.write_onnx(again, path, options=form, metadata=said, program=program, named=named)
+            line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
+            if gate:
+                network = onnx_graph.run_onnx(path, named=named)
+                line += f"; {_gate(student, network, replace(options, gate=gate), out)}"
+            return line
+
+        try:
+            lines.append(written(form))
+        except QualityError as error:
+            if bits != 8:
+                raise
+            note(f"all in INT8 is refused ({error}); now with the encoder's activations in float32")
+            lines.append(written(replace(form, matrices="weights")))
     if options.browser:
         page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")
         page = page.replace("__ANCHORS__", json.dumps(NEARNESS))

@@ -27,6 +27,11 @@ MAY_DROP = 0.001
 MOST = 64
 """Images of a labels folder or calibration that are looked at: evenly spread over it."""
 
+
+class QualityError(ValueError):
+    """An export loses too much."""
+
+
 Run = Callable[[Tensor], Tensor]
 
 
@@ -44,7 +49,7 @@ class Gate:
     allow_drop: bool = False
 
     def check(self, before: Run, after: Run, kind: Kind, out: str | Path) -> str:
-        """A line with both delta1; ValueError naming `out` where `after` loses too much.
+        """A line with both delta1; QualityError naming `out` where `after` loses too much.
 
         before, after: an image (3,H,W) in [0,1] to its map (H,W), of the float32 student and of the export.
         """
@@ -53,7 +58,7 @@ class Gate:
         line = f"delta1 {now:.4f}, float32 {was:.4f} ({self.benchmark}, {len(samples)} images)"
         if not now >= was - MAY_DROP and not self.allow_drop:
             drop = 100 * (was - now)
-            raise ValueError(
+            raise QualityError(
                 f"{out}: not written, for its {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
                 "another precision, more calibration images, or --allow-drop"
             )

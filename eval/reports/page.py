@@ -32,7 +32,7 @@ dl{margin:0}dt{color:var(--soft);font-size:.84rem}dd{margin:0;overflow-wrap:brea
 .facts dd{font-weight:600;font-size:.95rem}
 .plain{display:grid;grid-template-columns:repeat(auto-fill,minmax(240px,1fr));gap:10px 24px}
 .lead{font-size:1.12rem;max-width:82ch;margin:4px 0 14px}
-@media(min-width:1000px){.beside{display:grid;grid-template-columns:minmax(0,1fr) 400px;gap:0 20px;align-items:start}
+@media(min-width:1000px){.beside{display:grid;grid-template-columns:minmax(0,1fr) 360px;gap:0 20px;align-items:start}
 .beside>:only-child{grid-column:1/-1}.beside .charts{margin-top:8px}}
 .key,.missing,footer{color:var(--soft);font-size:.92rem;max-width:76ch}.missing{font-style:italic}
 footer{margin-top:56px;padding-top:12px;border-top:1px solid var(--line)}

@@ -123,7 +123,9 @@ def cost_table(scores: Sequence[Score]) -> str:
     rows = {model: [name(model), *(cells[i] for i in known)] for model, cells in zip(models, costs, strict=True)}
     for group in groups:
         main, row = group[0].task.main, group[0].task.rows[group[0].task.main]
-        head.append(f"{escape(group[0].benchmark)} {TITLES.get(main, main)}&nbsp;{'↓' if row.lower_is_better else '↑'}")
+        head.append(
+            f"{escape(group[0].benchmark)}<br>{TITLES.get(main, main)}&nbsp;{'↓' if row.lower_is_better else '↑'}"
+        )
         marks = places(group, main, lower_is_better=row.lower_is_better)
         cells = {s.model: _cell(s, main, mark) for s, mark in zip(group, marks, strict=True)}
         for model in models:

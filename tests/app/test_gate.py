@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from distill.app import export as verb
 from distill.app import gate
 from distill.core.depth import DepthMap, Kind
 from distill.eval.benchmarks import BenchmarkSample
@@ -55,3 +56,33 @@ def test_many_samples_are_spread_evenly():
     assert gate._spread(3) == [0, 1, 2]
     spread = gate._spread(1000)
     assert len(set(spread)) == gate.MOST and spread[0] == 0 and spread[-1] == 999
+
+
+def test_int8_that_is_refused_is_tried_again_with_the_weights_alone(tmp_path, monkeypatch):
+    tried: list[str] = []
+
+    def write(student, path, *, options, **_):
+        tried.append(options.matrices)
+        path.write_bytes(b"graph")
+        return 0.01
+
+    def judged(*_):
+        if tried[-1] == refused:
+            raise gate.QualityError("out: not written")
+        return "delta1"
+
+    for name, value in (("write_onnx", write), ("run_onnx", lambda *_, **__: None), ("metadata", lambda *_, **__: {})):
+        monkeypatch.setattr(verb.onnx_graph, name, value)
+    monkeypatch.setattr(verb.checkpoint, "describe", lambda folder: {})
+    monkeypatch.setattr(verb.export, "to_program", lambda student: None)
+    monkeypatch.setattr(verb, "_gate", judged)
+    for refused, expected in (("int8", ["int8", "weights"]), ("none", ["int8"])):
+        tried.clear()
+        options = verb.ExportOptions(onnx=True, int8="LABELS")
+        (line,) = verb._write_graphs(None, None, tmp_path, tmp_path, options, [torch.zeros(3, 2, 2)])
+        assert tried == expected and line.endswith("delta1")
+    refused = "int8"
+    tried.clear()
+    with pytest.raises(gate.QualityError):  # another precision has no second form
+        verb._write_graphs(None, None, tmp_path, tmp_path, verb.ExportOptions(onnx=True, bits=16, gate=gate.Gate()), [])
+    assert tried == ["int8"]

@@ -1,7 +1,7 @@
-// node runtimes.js FOLDER NODE_MODULES CASES CHROMIUM: see runtimes.py, which calls it and compares what it writes.
+// node runtimes.js FOLDER NODE_MODULES CASES ONLY CHROMIUM: see runtimes.py, which calls it and compares what it writes.
 "use strict";
 const fs = require("fs"), http = require("http"), path = require("path");
-const [folder, modules, work, chromium] = process.argv.slice(2);
+const [folder, modules, work, only, chromium] = process.argv.slice(2);
 const cases = JSON.parse(fs.readFileSync(path.join(work, "cases.json")));
 const read = (name) => { const b = fs.readFileSync(path.join(work, name)); return b.buffer.slice(b.byteOffset, b.byteOffset + b.length); };
 const write = (name, array) => fs.writeFileSync(path.join(work, name), Buffer.from(array.buffer, array.byteOffset, array.byteLength));
@@ -39,6 +39,7 @@ async function inBrowser(kind) {
   const server = await served(folder);
   try {
     const page = await browser.newPage();
+    page.setDefaultTimeout(300000); // WebGPU on a processor takes minutes
     page.on("pageerror", (error) => console.log(`${kind}: ${error.message}`));
     await page.goto(`http://127.0.0.1:${server.address().port}/${kind === "webgpu" ? "?webgpu" : ""}`);
     if (kind === "webgpu") {
@@ -49,7 +50,6 @@ async function inBrowser(kind) {
       if (!there) return console.log("webgpu  this Chromium has no adapter: not run");
       console.log(`webgpu  adapter: ${there}`);
     }
-    await page.waitForFunction(() => window.ready);
     const told = await page.evaluate(async () => { await window.ready; return document.getElementById("status").textContent; });
     console.log(`${kind.padEnd(7)} page says: ${told}`);
     for (const { case: i, height, width } of cases) {
@@ -71,9 +71,10 @@ async function inBrowser(kind) {
 
 (async () => {
   const there = (name) => fs.existsSync(path.join(modules, name));
-  if (there("onnxruntime-node")) await inNode();
-  else console.log("node    onnxruntime-node is not installed: not run");
-  for (const kind of ["wasm", "webgpu"]) {
+  const asked = (name) => only === "all" || only === name;
+  if (asked("node") && there("onnxruntime-node")) await inNode();
+  else if (asked("node")) console.log("node    onnxruntime-node is not installed: not run");
+  for (const kind of ["wasm", "webgpu"].filter(asked)) {
     if (!chromium || !there("playwright-core") || !there("onnxruntime-web")) console.log(`${kind.padEnd(7)} no Chromium, playwright-core or onnxruntime-web: not run`);
     else await inBrowser(kind).catch((error) => console.log(`${kind.padEnd(7)} failed: ${error.message.split("\n")[0]}`));
   }

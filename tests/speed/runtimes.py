@@ -1,7 +1,7 @@
 """An exported student in runtimes that are not Python's: onnxruntime-node, and headless Chromium by wasm and WebGPU.
 
 npm install --ignore-scripts onnxruntime-node onnxruntime-web playwright-core
-python -m tests.speed.runtimes FOLDER NODE_MODULES [--chromium /usr/bin/chromium]
+python -m tests.speed.runtimes FOLDER NODE_MODULES [--chromium /usr/bin/chromium] [--only webgpu]
 
 FOLDER is what `distill export STUDENT FOLDER --browser` wrote. Two images go through the network in Node, and through
 the page itself; each map is compared with `distill predict`'s. It prints the mean difference in deviations of the map,
@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("node_modules", type=Path)
     parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome") or "")
+    parser.add_argument("--only", choices=["all", "node", "wasm", "webgpu"], default="all")
     args = parser.parse_args()
     student = checkpoint.load(args.folder)
     draw = torch.Generator().manual_seed(0)
@@ -51,7 +52,7 @@ def main() -> None:
                 whole = onnx_graph.at_native(student, student, photo).numpy()
             expected["wasm", i] = expected["webgpu", i] = whole
         Path(folder, "cases.json").write_text(json.dumps(cases))
-        command = ["node", SCRIPT, args.folder.resolve(), args.node_modules.resolve(), folder, args.chromium]
+        command = ["node", SCRIPT, args.folder.resolve(), args.node_modules.resolve(), folder, args.only, args.chromium]
         subprocess.run([str(word) for word in command], check=True)
         for runtime in ("node", "wasm", "webgpu"):
             for case in cases:
