@@ -10,7 +10,8 @@ neither contains the other); the interval is Student's, its degrees of freedom b
     equivalent               it holds zero, and lies within the margin that the study states beforehand
     undecided                none of these
 
-A claim of "not worse" allows the margin: it is decided by where the interval lies of minus the margin, not of zero.
+A claim of "non_inferior" (a non-inferiority test) allows the margin: its interval is held against minus the margin, not
+against zero.
 
 The rules are ours; the papers give one run each.
 """
@@ -28,7 +29,7 @@ SAME, OPPOSITE = "same sign, decided", "opposite, decided"
 EQUIVALENT, UNDECIDED, UNKNOWN = "equivalent", "undecided", "not run"
 BOUNDED = ("below", "above")
 """Claims about rows by themselves: each lies below, or above, a number that the study states beforehand."""
-CLAIMS = ("better", "not_worse", "close", "gap_grows", *BOUNDED)
+CLAIMS = ("better", "non_inferior", "close", "gap_grows", *BOUNDED)
 LEVEL = 0.10
 """Intervals are of 90 %; a claim survives a correction at this level."""
 DRAWS = 2000
@@ -160,7 +161,7 @@ def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim
     p = chance(mean)
     # Two one-sided tests: the margin that is nearer decides.
     p_same = chance(equivalence - abs(mean)) / 2 if abs(mean) < equivalence else 1.0
-    if claim == "not_worse":
+    if claim == "non_inferior":
         word = SAME if low > -equivalence else OPPOSITE if high < -equivalence else UNDECIDED
         p = chance(mean + equivalence) / 2
         p = p if mean > -equivalence or word == OPPOSITE else 1 - p
@@ -190,7 +191,7 @@ def judge(
 ) -> Verdict:
     """One claim about rows. Every pair of `first` and `second` must hold; the weakest decides, and is named.
 
-    better: each of `first` is better than each of `second`. not_worse: none is worse by more than the margin. close:
+    better: each of `first` is better than each of `second`. non_inferior: none is worse by more than the margin. close:
     they are equivalent. gap_grows: `first` and `second` are rows in step (by data size, say); the relative gap of the
     last pair is wider than that of the first pair. below, above: each of `first` is so beside `bound`, whichever is
     better; `second` is empty.

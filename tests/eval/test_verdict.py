@@ -115,13 +115,13 @@ def test_a_bound_is_judged_whichever_side_is_better():
     assert paper_effect("below", ["a"], [], {"a": 1.0}, ("a", "0.5")) is None
 
 
-def test_not_worse_allows_the_margin():
+def test_non_inferior_allows_the_margin():
     values = rows(a=[1.02, 1.0, 1.01], b=[1.0, 1.0, 1.0], c=[1.2, 1.21, 1.22], d=[0.7, 1.4, 1.0])
-    same = judge("not_worse", ["a"], ["b"], values)
+    same = judge("non_inferior", ["a"], ["b"], values)
     assert same.word == SAME and same.effect == pytest.approx(-0.01) and same.p < 0.05
-    assert judge("not_worse", ["c"], ["b"], values).word == OPPOSITE
-    assert judge("not_worse", ["d"], ["b"], values).word == UNDECIDED
-    assert judge("not_worse", ["b"], ["c"], values).word == SAME
+    assert judge("non_inferior", ["c"], ["b"], values).word == OPPOSITE
+    assert judge("non_inferior", ["d"], ["b"], values).word == UNDECIDED
+    assert judge("non_inferior", ["b"], ["c"], values).word == SAME
 
 
 def test_a_gap_that_grows():
