@@ -240,5 +240,5 @@ def test_what_is_no_plugin(project, capsys):
     assert contracts.main(["empty.py"]) == 2
     assert "empty.py has none of Teacher (teachers), Decoder (decoders)" in capsys.readouterr().err
     assert contracts.main(["nothing"]) == 2
-    assert contracts.main(["midas"]) == 0
+    assert contracts.main(["marigold"]) == 0
     assert "needs weights: --weights PATH" in capsys.readouterr().err

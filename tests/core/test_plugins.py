@@ -37,6 +37,7 @@ def installed(tmp_path, monkeypatch):
         (site / f"{package.replace('-', '_')}.py").write_text(code)
         monkeypatch.syspath_prepend(str(site))
         plugins._installed.cache_clear()
+        monkeypatch.setattr(plugins, "_ours", {})  # a process's packages stay what they were, but for this test's
 
     yield install
     plugins._installed.cache_clear()

@@ -13,7 +13,7 @@ from distill.labelling import tuning
 from distill.labelling.annotate import CPU
 from distill.labelling.objects import Objects
 from distill.labelling.settings import LabelSettings
-from distill.labelling.worker import in_turn
+from distill.labelling.meeting import in_turn
 
 
 @pytest.fixture(autouse=True)
