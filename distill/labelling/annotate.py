@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -336,7 +336,7 @@ class BatchQueue:
 
 def _crop(job: CropJob | Rejected, slot: int) -> Tensor:
     assert isinstance(job, CropJob)
-    return job.region if slot == 0 else job.patches[slot - 1]
+    return job.patches[slot - 1] if slot else job.region
 
 
 def _context(slot: int) -> str:
@@ -350,14 +350,12 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
     labels: dict[str, Labels] = {}
     coded: dict[str, CodedLabels] = {}
     predicted: dict[str, dict[str, Any]] = {}
-    for name, teacher in ((name, teacher) for name, teacher in teachers if job.asks(name)):
-        truth = isinstance(teacher, str | Corruptions)
+    for name, teacher in (one for one in teachers if job.asks(one[0])):
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
             given = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
-            kind = given.shared.kind
-            shared = stored(given.shared, settings.store)
+            kind, shared = given.shared.kind, stored(given.shared, settings.store)
             local = None if given.local is None else stored(given.local, settings.store)
         else:
             kind = waiting.predicted[name]
@@ -379,8 +377,8 @@ def _finish(job: CropJob, waiting: _Waiting, teachers: Teachers, settings: Label
             shared, local, fit = teacher.align(shared, local, job.truth, f"{name}.{job.key}")
             shared, local = stored(shared, settings.store), None if local is None else stored(local, settings.store)
             predicted[name]["align"] = fit
-        supervision = Supervision.of(shared, teacher=name, truth=truth)
-        labels[name] = Labels(shared, local, boxes, supervision=supervision)
+        by = Supervision.of(shared, teacher=name, truth=isinstance(teacher, str))
+        labels[name] = Labels(shared, local, boxes, supervision=by)
     fits = [f"{name} {words(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
     if fits and not any(one.shared.valid.any() for one in labels.values()):
         return Rejected(job.origin, job.key, "; ".join(fits))
@@ -397,8 +395,10 @@ def _joined(maps: Sequence[Any]) -> tuple[Any, Any]:
 
 def _card(teacher: Any) -> dict[str, Any]:
     """What a sample says of its teacher; the whole card stands in the manifest."""
+    if isinstance(teacher, Corruptions):  # spoilt truth is an opinion too
+        return {"corruptions": {key: value for key, value in asdict(teacher).items() if value}}
     card = getattr(teacher, "card", None)
-    return {"card": {key: getattr(card, key) for key in ("weights", "revision", "licence")}} if card else {}
+    return {} if card is None else {"card": {key: getattr(card, key) for key in ("weights", "revision", "licence")}}
 
 
 def label_photo(

@@ -274,8 +274,8 @@ def _read_labels(
 
     shared = read([("shared", info["shared"])])
     spans = [(f"local{i}", info["local"][i]) for i in chosen if info["local"]]
-    # Every network has a card; ground truth has none.
-    truth = "card" not in info
+    # Every network has a card, and truth that was spoilt to stand for one says how; ground truth has neither.
+    truth = "card" not in info and "corruptions" not in info
     dense = not truth or int(shared.count) >= DENSE * shared.codes.numel()
     supervision = Supervision(name, kind, truth, dense)
     return CodedLabels(shared, read(spans) if spans else None, boxes[:, chosen if spans else []], supervision)

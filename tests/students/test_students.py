@@ -27,7 +27,11 @@ def test_options_of_the_wrong_kind_are_named():
     [
         ({"encoder": "dinov3_vits61"}, LookupError, "did you mean dinov3_vits16"),
         ({"encoder": "resnet18"}, LookupError, "resnet18 is not a plain ViT"),
-        ({"decoder": "dpt1"}, LookupError, r"did you mean dpt\?; students/decoders/ has: dav2, dpt, dual_dpt, midas, sdt"),
+        (
+            {"decoder": "dpt1"},
+            LookupError,
+            r"did you mean dpt\?; students/decoders/ has: dav2, dpt, dual_dpt, midas, sdt",
+        ),
         ({"encoder_options": {"block": [1]}}, ValueError, "unknown key encoder_options.block; did you mean blocks"),
         ({"decoder_options": {"width": 3}}, ValueError, "unknown key decoder_options.width"),
         ({"encoder_options": {"timm_options": {"checkpoint_path": "x"}}}, ValueError, "may not hold checkpoint_path"),
