@@ -11,9 +11,9 @@ import torch
 from distill.core.depth import DepthMap, Kind
 from distill.labelling import tuning
 from distill.labelling.annotate import CPU
+from distill.labelling.meeting import in_turn
 from distill.labelling.objects import Objects
 from distill.labelling.settings import LabelSettings
-from distill.labelling.meeting import in_turn
 
 
 @pytest.fixture(autouse=True)
