@@ -14,6 +14,7 @@ include_patterns = [
     "docs/**",
     "eval/README.md",
     "students/README.md",
+    "students/efficiency.md",
     "recipes/README.md",
     "recipes/*/README.md",
 ]
