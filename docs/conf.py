@@ -14,7 +14,6 @@ include_patterns = [
     "docs/**",
     "eval/README.md",
     "students/README.md",
-    "students/efficiency.md",
     "recipes/README.md",
     "recipes/*/README.md",
 ]
