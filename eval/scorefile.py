@@ -83,6 +83,11 @@ class Score:
         return len(self.images)
 
     @property
+    def count_text(self) -> str:
+        """ "24 images", "1 image"."""
+        return f"{self.num_images} image{'' if self.num_images == 1 else 's'}"
+
+    @property
     def num_failed(self) -> int:
         """Images that should have been scored and were not."""
         return sum(image.failed for image in self.images)

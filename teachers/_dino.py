@@ -1,8 +1,12 @@
-"""What every DINOv2-based teacher shares: ImageNet normalization and the authors' position-table interpolation."""
+"""What every DINOv2-based teacher shares: ImageNet normalization, the authors' position-table interpolation, and what
+transformers calls their tensors.
+"""
 
 from __future__ import annotations
 
 import functools
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -39,3 +43,35 @@ def position_table(table: Tensor, rows: int, columns: int) -> Tensor:
     factors = ((rows + 0.1) / side, (columns + 0.1) / side)
     grid = F.interpolate(grid, scale_factor=factors, mode="bicubic", antialias=False)
     return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+TRANSFORMERS_NAMES = [
+    (r"cls_token", "embeddings.cls_token"),
+    (r"pos_embed", "embeddings.position_embeddings"),
+    (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
+    (r"norm\.(weight|bias)", r"layernorm.\1"),
+    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"encoder.layer.\1.norm\2.\3"),
+    (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
+    (r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"encoder.layer.\1.mlp.fc\2.\3"),
+    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
+    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.attention.{}.\2"),
+]
+"""facebookresearch's names of a ViT's tensors, and transformers'; {} is each of query, key and value."""
+
+
+def to_transformers(
+    state: Mapping[str, Tensor], rules: Sequence[tuple[re.Pattern[str], str]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by the names that the first rule which fits gives them, a joint q, k, v cut in three; the rest's keys."""
+    renamed: dict[str, Tensor] = {}
+    unknown = []
+    for key, tensor in state.items():
+        rule = next(((new, match) for old, new in rules if (match := old.fullmatch(key))), None)
+        if rule is None:
+            unknown.append(key)
+        elif "{}" in (name := rule[1].expand(rule[0])):
+            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                renamed[name.format(part)] = piece.contiguous()
+        else:
+            renamed[name] = tensor
+    return renamed, unknown

@@ -42,7 +42,7 @@ from distill.teachers import (
     resolve,
     revision_of,
 )
-from distill.teachers._dino import PATCH, normalize, position_table
+from distill.teachers._dino import PATCH, TRANSFORMERS_NAMES, normalize, position_table, to_transformers
 from distill.teachers._resize import resize_cubic
 
 NATIVE = 518
@@ -89,17 +89,6 @@ CARDS: tuple[Card, ...] = (
 # (width, blocks) -> blocks whose tokens the decoder reads, counted from 1 as transformers does.
 _TAPS = {(384, 12): (3, 6, 9, 12), (768, 12): (3, 6, 9, 12), (1024, 24): (5, 12, 18, 24)}
 
-_VIT = [
-    (r"(cls_token|mask_token)", r"embeddings.\1"),
-    (r"pos_embed", r"embeddings.position_embeddings"),
-    (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
-    (r"norm\.(weight|bias)", r"layernorm.\1"),
-    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"encoder.layer.\1.norm\2.\3"),
-    (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
-    (r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"encoder.layer.\1.mlp.fc\2.\3"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.attention.{}.\2"),
-]
 _HEAD = [
     (r"projects\.(\d)\.(weight|bias)", r"neck.reassemble_stage.layers.\1.projection.\2"),
     (r"resize_layers\.([013])\.(weight|bias)", r"neck.reassemble_stage.layers.\1.resize.\2"),
@@ -120,7 +109,8 @@ _HEAD = [
     ),
 ]
 _RULES = [
-    *((re.compile(rf"pretrained\.{old}"), f"backbone.{new}") for old, new in _VIT),
+    (re.compile(r"pretrained\.mask_token"), "backbone.embeddings.mask_token"),
+    *((re.compile(rf"pretrained\.{old}"), f"backbone.{new}") for old, new in TRANSFORMERS_NAMES),
     *((re.compile(rf"depth_head\.{old}"), new) for old, new in _HEAD),
 ]
 
@@ -131,19 +121,11 @@ def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
 
     Distill-Any-Depth's ViT-L chunks its blocks (`backbone.blocks.0.7.` is block 7); a `module.` in front is dropped.
     """
-    renamed: dict[str, Tensor] = {}
-    unknown = []
+    plain = {}
     for key, tensor in state.items():
-        plain = re.sub(r"^(module\.)?(backbone\.|pretrained\.)", "pretrained.", key.removeprefix("module."))
-        plain = re.sub(r"^pretrained\.blocks\.\d+\.(\d+\.)", r"pretrained.blocks.\1", plain)
-        rule = next(((new, m) for old, new in _RULES if (m := old.fullmatch(plain))), None)
-        if rule is None:
-            unknown.append(key)
-        elif "{}" in (name := rule[1].expand(rule[0])):
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[name.format(part)] = piece.contiguous()
-        else:
-            renamed[name] = tensor
+        name = re.sub(r"^(module\.)?(backbone\.|pretrained\.)", "pretrained.", key.removeprefix("module."))
+        plain[re.sub(r"^pretrained\.blocks\.\d+\.(\d+\.)", r"pretrained.blocks.\1", name)] = tensor
+    renamed, unknown = to_transformers(plain, _RULES)
     check_claimed((), unknown, where, what="Depth Anything V2")
     return renamed
 

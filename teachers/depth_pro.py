@@ -33,6 +33,7 @@ from distill.teachers import (
     resolve,
     revision_of,
 )
+from distill.teachers._dino import TRANSFORMERS_NAMES, to_transformers
 
 SCALES = 4
 """The network's side is so many times a patch's."""
@@ -159,17 +160,6 @@ _VITS = {
     r"encoder\.image_encoder": "depth_pro.encoder.image_encoder.model",
     r"fov\.encoder\.0": "fov_model.fov_encoder.model",
 }
-_VIT = [
-    (r"cls_token", "embeddings.cls_token"),
-    (r"pos_embed", "embeddings.position_embeddings"),
-    (r"patch_embed\.proj\.(weight|bias)", r"embeddings.patch_embeddings.projection.\1"),
-    (r"norm\.(weight|bias)", r"layernorm.\1"),
-    (r"blocks\.(\d+)\.norm([12])\.(weight|bias)", r"encoder.layer.\1.norm\2.\3"),
-    (r"blocks\.(\d+)\.ls([12])\.gamma", r"encoder.layer.\1.layer_scale\2.lambda1"),
-    (r"blocks\.(\d+)\.mlp\.fc([12])\.(weight|bias)", r"encoder.layer.\1.mlp.fc\2.\3"),
-    (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
-    (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.attention.{}.\2"),
-]
 _NECK = "depth_pro.neck.feature_upsample"
 _LAYERS = [f"fusion_stage.{name}" for name in ("final", "intermediate.3", "intermediate.2", "intermediate.1")]
 _LAYERS += ["fusion_stage.intermediate.0"]  # theirs count from the finest, transformers' from the coarsest
@@ -204,24 +194,18 @@ _REST = [
     (r"fov\.head\.([024])\.(weight|bias)", r"fov_model.head.layers.\1.\2"),
 ]
 _RULES = [
-    *((re.compile(rf"{old}\.{key}"), f"{new}.{name}") for old, new in _VITS.items() for key, name in _VIT),
+    *(
+        (re.compile(rf"{old}\.{key}"), f"{new}.{name}")
+        for old, new in _VITS.items()
+        for key, name in TRANSFORMERS_NAMES
+    ),
     *((re.compile(old), new) for old, new in _REST),
 ]
 
 
 def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
     """Apple's tensors under transformers' names; raises WeightsMismatchError for a key that no rule knows."""
-    renamed: dict[str, Tensor] = {}
-    unknown = []
-    for key, tensor in state.items():
-        rule = next(((new, match) for old, new in _RULES if (match := old.fullmatch(key))), None)
-        if rule is None:
-            unknown.append(key)
-        elif "{}" in (name := rule[1].expand(rule[0])):
-            for part, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                renamed[name.format(part)] = piece.contiguous()
-        else:
-            renamed[name] = tensor
+    renamed, unknown = to_transformers(state, _RULES)
     check_claimed((), unknown, where, what="Depth Pro")
     return renamed
 

@@ -61,7 +61,7 @@ def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     folded += details(f"Remarks on images ({len(lines)})", f'<ul class="lines">{problems}</ul>' if lines else "")
     protocol = [(k, str(v)) for k, v in first.protocol.as_dict().items() if k != "alignment"]
     folded += details("The protocol in full", f'<dl class="plain">{pairs(protocol)}</dl>')
-    title = f"{escape(benchmark)} <small>{escape(first.protocol.mode)} protocol, {first.num_images} images</small>"
+    title = f"{escape(benchmark)} <small>{escape(first.protocol.mode)} protocol, {first.count_text}</small>"
     return f"<h3>{title}</h3>{table(head, rows, kind='scores')}{folded}"
 
 

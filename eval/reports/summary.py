@@ -57,8 +57,7 @@ def verdict(scores: Sequence[Score]) -> str:
     about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
     others = [s for s in known if s is not about and s.model != PRIOR]
     prior = next((s for s in known if s.model == PRIOR and s is not about), None)
-    count = f"{about.num_images} image{'s' * (about.num_images != 1)}"
-    parts = [f"On {about.benchmark} ({count}), {about.model} has {_value(about, main)}"]
+    parts = [f"On {about.benchmark} ({about.count_text}), {about.model} has {_value(about, main)}"]
     if others:
         parts.append(_against(about, _leading(others, main), main))
     if prior is not None:

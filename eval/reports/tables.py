@@ -54,8 +54,7 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
             head.append(f"{title} {metric} {'↓' if row.lower_is_better else '↑'}")
             columns.append(_column([by_row.get((model, (benchmark, setting))) for model in models], metric, row))
         notes.append(
-            f"{title}: {first.protocol.mode} protocol, {first.num_images} images, {first.protocol.pooling}, "
-            f"setting {setting}"
+            f"{title}: {first.protocol.mode} protocol, {first.count_text}, {first.protocol.pooling}, setting {setting}"
         )
     rows = []
     for i, (model, unusual) in enumerate(models):

@@ -47,24 +47,7 @@ class Decoder(nn.Module):
             "patch_size": patch_size,
         }
         self.patch_size = patch_size
-        self.projects = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(inputs, levels, strict=True))
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(levels[0], levels[0], 4, stride=4),
-                nn.ConvTranspose2d(levels[1], levels[1], 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(levels[3], levels[3], 3, stride=2, padding=1),
-            ]
-        )
-        scratch: dict[str, nn.Module] = {}
-        for i, level in enumerate(levels, start=1):
-            scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
-            scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4)
-        scratch["output_conv1"] = nn.Conv2d(channels, channels // 2, 3, padding=1)
-        scratch["output_conv2"] = nn.Sequential(
-            nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1)
-        )
-        self.scratch = nn.ModuleDict(scratch)
+        self.projects, self.resize_layers, self.scratch = trunk(inputs, levels, channels)
 
     def forward(self, features: Features) -> Tensor:
         """(B,1,patch*h,patch*w), before the final activation."""
@@ -73,11 +56,7 @@ class Decoder(nn.Module):
         levels = [
             self.scratch[f"layer{i + 1}_rn"](self.resize_layers[i](self.projects[i](x))) for i, x in enumerate(maps)
         ]
-        x = self.scratch["refinenet4"](levels[3], None, levels[2].shape[-2:])
-        x = self.scratch["refinenet3"](x, levels[2], levels[1].shape[-2:])
-        x = self.scratch["refinenet2"](x, levels[1], levels[0].shape[-2:])
-        x = self.scratch["refinenet1"](x, levels[0], (2 * levels[0].shape[-2], 2 * levels[0].shape[-1]))
-        x = self.scratch["output_conv1"](x)
+        x = self.scratch["output_conv1"](fused(self.scratch, levels))
         x = _resize(x, (rows * self.patch_size, columns * self.patch_size))
         return self.scratch["output_conv2"](x)
 
@@ -88,6 +67,36 @@ class Decoder(nn.Module):
             state = {key.removeprefix("depth_head."): v for key, v in state.items() if key.startswith("depth_head.")}
         load_released(self, {key: value for key, value in state.items() if not key.startswith(_UNUSED)})
         return self
+
+
+def trunk(
+    inputs: Sequence[int], levels: Sequence[int], channels: int, *, rectified_skip: bool = False
+) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleDict]:
+    """projects, resize_layers and scratch, by the released names, of this head and of those that descend from it."""
+    projects = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(inputs, levels, strict=True))
+    resize_layers = nn.ModuleList(
+        [
+            nn.ConvTranspose2d(levels[0], levels[0], 4, stride=4),
+            nn.ConvTranspose2d(levels[1], levels[1], 2, stride=2),
+            nn.Identity(),
+            nn.Conv2d(levels[3], levels[3], 3, stride=2, padding=1),
+        ]
+    )
+    scratch: dict[str, nn.Module] = {}
+    for i, level in enumerate(levels, start=1):
+        scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
+        scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4, rectified_skip=rectified_skip)
+    scratch["output_conv1"] = nn.Conv2d(channels, channels // 2, 3, padding=1)
+    scratch["output_conv2"] = nn.Sequential(nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1))
+    return projects, resize_layers, nn.ModuleDict(scratch)
+
+
+def fused(scratch: nn.ModuleDict, levels: Sequence[Tensor]) -> Tensor:
+    """Four levels (B,channels,h,w), fine to coarse, as one of twice the finest's size."""
+    x = scratch["refinenet4"](levels[3], None, levels[2].shape[-2:])
+    x = scratch["refinenet3"](x, levels[2], levels[1].shape[-2:])
+    x = scratch["refinenet2"](x, levels[1], levels[0].shape[-2:])
+    return scratch["refinenet1"](x, levels[0], (2 * levels[0].shape[-2], 2 * levels[0].shape[-1]))
 
 
 class Fusion(nn.Module):

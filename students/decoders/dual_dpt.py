@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from distill.core.positions import uv_embedding
 from distill.core.resample import resize_bilinear
 from distill.students.decoders import Features, four_channels, load_released, split
-from distill.students.decoders.dav2 import Fusion
+from distill.students.decoders.dav2 import fused, trunk
 
 _OTHER_BRANCH = re.compile(r"scratch\.(refinenet\d|output_conv\d)_aux\.")
 _LAST = "scratch.output_conv2.2."
@@ -64,24 +64,7 @@ class Decoder(nn.Module):
         }
         self.patch_size = patch_size
         self.norm = nn.LayerNorm(inputs[0])
-        self.projects = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(inputs, levels, strict=True))
-        self.resize_layers = nn.ModuleList(
-            [
-                nn.ConvTranspose2d(levels[0], levels[0], 4, stride=4),
-                nn.ConvTranspose2d(levels[1], levels[1], 2, stride=2),
-                nn.Identity(),
-                nn.Conv2d(levels[3], levels[3], 3, stride=2, padding=1),
-            ]
-        )
-        scratch: dict[str, nn.Module] = {}
-        for i, level in enumerate(levels, start=1):
-            scratch[f"layer{i}_rn"] = nn.Conv2d(level, channels, 3, padding=1, bias=False)
-            scratch[f"refinenet{i}"] = Fusion(channels, lateral=i < 4, rectified_skip=rectified_skip)
-        scratch["output_conv1"] = nn.Conv2d(channels, channels // 2, 3, padding=1)
-        scratch["output_conv2"] = nn.Sequential(
-            nn.Conv2d(channels // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1)
-        )
-        self.scratch = nn.ModuleDict(scratch)
+        self.projects, self.resize_layers, self.scratch = trunk(inputs, levels, channels, rectified_skip=rectified_skip)
 
     def forward(self, features: Features) -> Tensor:
         """(B,1,patch*h,patch*w), larger is nearer."""
@@ -91,11 +74,8 @@ class Decoder(nn.Module):
         for i, x in enumerate(maps):
             x = self.projects[i](self.norm(x.movedim(1, -1)).movedim(-1, 1))
             levels.append(self.scratch[f"layer{i + 1}_rn"](self.resize_layers[i](x + uv_embedding(x, height, width))))
-        x = self.scratch["refinenet4"](levels[3], None, levels[2].shape[-2:])
-        x = self.scratch["refinenet3"](x, levels[2], levels[1].shape[-2:])
-        x = self.scratch["refinenet2"](x, levels[1], levels[0].shape[-2:])
-        x = self.scratch["refinenet1"](x, levels[0], (2 * levels[0].shape[-2], 2 * levels[0].shape[-1]))
-        x = resize_bilinear(self.scratch["output_conv1"](x), (height, width), align_corners=True)
+        x = self.scratch["output_conv1"](fused(self.scratch, levels))
+        x = resize_bilinear(x, (height, width), align_corners=True)
         return self.scratch["output_conv2"](x + uv_embedding(x, height, width))
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
