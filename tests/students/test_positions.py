@@ -35,9 +35,21 @@ def test_they_are_timms_and_computed_once_for_a_grid(student, monkeypatch):
 
 
 def test_inference_first_and_training_after(student):
+    """What inference mode made cannot be learnt through."""
     image = torch.rand(1, 3, 32, 48)
+    student.eval()
     with torch.inference_mode():
         before = student(image)
-    after = copy.deepcopy(student)(image)
-    after.sum().backward()
-    torch.testing.assert_close(after, before)
+    for one in (student, copy.deepcopy(student)):
+        after = one(image)
+        after.sum().backward()
+        torch.testing.assert_close(after, before)
+
+
+def test_an_embedding_that_is_drawn_is_drawn_anew(student):
+    rope = student.encoder.backbone.rope
+    rope.shift_coords, rope.aug_active = 0.5, True
+    torch.manual_seed(0)
+    first, second = rope.train().get_embed([2, 3]), rope.get_embed([2, 3])
+    assert not torch.equal(first, second)
+    assert torch.equal(rope.eval().get_embed([2, 3]), rope.get_embed([2, 3]))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.training import checkpoints
+from distill.training import checkpoints, step
 from tests.training.toys import Forgetful, Toy, Toys, assert_same_run, losses_of, newest, run, steps_of
 
 
@@ -205,3 +205,18 @@ def test_only_the_labels_that_a_step_learns_from_are_decoded(straight, tmp_path)
     assert dataset.asked == [name for name in used for _ in range(8)] and set(used) == {"primary", "assistant"}
     with pytest.raises(LookupError, match="no labels by third; the labels hold: primary, assistant"):
         run(tmp_path / "third", dataset=Choosing(), teacher_shares={"primary": 0.99, "third": 0.01})
+
+
+def test_a_step_without_a_line_learns_what_one_with_a_line_does(tmp_path, monkeypatch):
+    """As on a GPU, where a step between the log's lines measures nothing; off it every step has one."""
+    run(tmp_path / "all", steps=10)
+    monkeypatch.setattr(step, "_has_line", lambda now: (now.step + 1) % 5 == 0)
+    asked: list[int] = []
+    measured = step._measured
+    monkeypatch.setattr(step, "_measured", lambda now, *rest: asked.append(now.step) or measured(now, *rest))
+    run(tmp_path / "few", steps=10)
+    assert asked == [4, 9]
+    for name, value in newest(tmp_path / "all").items():
+        assert torch.equal(newest(tmp_path / "few")[name], value), name
+    every, few = ([line for line in steps_of(tmp_path / way) if "loss" in line] for way in ("all", "few"))
+    assert few == [every[4], every[9]]
