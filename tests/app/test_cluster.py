@@ -121,7 +121,7 @@ class FakeRay:
             raise error
         try:
             return call.call()
-        except Exception as error:
+        except Exception as error:  # as Ray does with whatever a task raises
             raise self.exceptions.RayTaskError from error
 
     def kill(self, actor):

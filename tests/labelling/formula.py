@@ -94,7 +94,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Broken(Formula):
-    error: Exception = field(default_factory=lambda: RuntimeError("no kernel image"))
+    error: BaseException = field(default_factory=lambda: RuntimeError("no kernel image"))
 
     def predict(self, images):
         raise self.error

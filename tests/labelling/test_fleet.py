@@ -19,7 +19,7 @@ from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
 from distill.labelling.standing import standing
 from distill.labelling.worker import LAST
-from tests.labelling.formula import LEASE, Formula, contents, run, work
+from tests.labelling.formula import LEASE, Broken, Formula, contents, run, work
 
 CARD = {"host": "a", "pid": 1, "device": "cuda", "part": "", "ended": False, "parts": 0, "lost": 0, "seconds": 1800.0}
 
@@ -204,3 +204,11 @@ def test_a_manifest_that_could_not_be_sent_does_not_stay_where_no_tars_are(store
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert work(tars, tmp_path / "out", Formula(wait=99), meeting=place).last
     assert json.loads(bytes(store.get("manifest.json").bytes()))["samples"] == 18
+
+
+def test_a_worker_that_is_stopped_leaves_no_lease(tars, tmp_path):
+    """Its part would else wait until the lease ends: minutes, with a lease that suits a cluster."""
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        work(tars, out, Broken(error=KeyboardInterrupt()), lease_s=600.0)
+    assert not [holder for holder in Folder(out, lease_s=600.0).holders() if holder.name.endswith(".tar")]
