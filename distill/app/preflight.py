@@ -102,7 +102,8 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
             findings += _about_training(recipe, student, step, device, count)
             if device.type != "cpu":
                 processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
-                findings.append(scaling.finding("training", step / recipe.train.batch_size, processor, scaling.cores()))
+                card, codec = step / recipe.train.batch_size, recipe.labels.codec
+                findings.append(scaling.finding("training", card, processor, scaling.cores(), codec))
     return _worst_last(findings)
 
 
@@ -286,7 +287,7 @@ def _about_labelling(
     )
     if device.type != "cpu" and images.photos:
         processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
-        yield scaling.finding("labelling", seconds, processor, scaling.cores())
+        yield scaling.finding("labelling", seconds, processor, scaling.cores(), recipe.labels.codec)
     yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
     if limit := recipe.labels.cache_gb * 1e9:
         traffic = Traffic(tars=images.parts, samples=total, size=float(total * each), limit=limit)

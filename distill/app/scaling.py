@@ -49,10 +49,10 @@ def rates(card: float, processor: float, cores: int, gpus: Sequence[int] = GPUS)
     return [(n, min(n / card, by_cores), by_cores < n / card) for n in gpus]
 
 
-def finding(what: str, card: float, processor: float, cores: int) -> Finding:
+def finding(what: str, card: float, processor: float, cores: int, codec: str = "zst") -> Finding:
     """One line of doctor: the rate on 1, 2, 4 and 8 cards, and from how many on cores run short.
 
-    card, processor: seconds of a card and of a core that one sample takes. cores: of this machine.
+    card, processor: seconds of a card and of a core that one sample takes. cores: of this machine. codec: the labels'.
     """
     table_rows = rates(card, processor, cores)
     table = ", ".join(f"{n}: {rate:.1f}" for n, rate, _ in table_rows)
@@ -62,8 +62,7 @@ def finding(what: str, card: float, processor: float, cores: int) -> Finding:
     if short is None:
         return Finding("ok", line)
     wanted = math.ceil(short / card * processor)
-    return Finding(
-        "warn" if short == 1 else "ok",
-        f"{line}; from {short} on the cores run short",
-        f"{wanted} cores keep {short} busy" if short == 1 else "",
-    )
+    if short > 1:
+        return Finding("ok", f"{line}; from {short} on the cores run short")
+    cheaper = "" if codec == "zst" else ', and labels.codec = "zst" needs fewer'
+    return Finding("warn", f"{line}; from 1 on the cores run short", f"{wanted} cores keep 1 busy{cheaper}")

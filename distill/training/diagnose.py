@@ -178,7 +178,7 @@ def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
     wait = sum(line["data_wait"] * line["seconds"] for line in timed) / sum(line["seconds"] for line in timed)
     what = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
     if wait > 0.05:
-        remedy = "raise train.workers; keep the labels on a local disk; store them as jls (labels.codec)"
+        remedy = 'raise train.workers; keep the labels on a local disk; store them with labels.codec = "zst"'
         return Finding("bad" if wait > 0.3 else "warn", f"data wait: {what}", remedy)
     return Finding("ok", f"data wait: {what}")
 

@@ -148,7 +148,8 @@ def test_more_cards_help_until_the_cores_run_short():
     line = scaling.finding("labelling", 0.025, 0.065, 16)
     assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
     starved = scaling.finding("labelling", 0.001, 0.065, 16)
-    assert starved.level == "warn" and "65 cores keep 1 busy" in starved.remedy
+    assert starved.level == "warn" and starved.remedy == "65 cores keep 1 busy"
+    assert 'labels.codec = "zst" needs fewer' in scaling.finding("labelling", 0.001, 0.065, 16, "jls").remedy
     assert scaling.finding("training", 0.1, 0.0, 2).level == "ok"
 
 

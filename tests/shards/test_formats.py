@@ -18,10 +18,22 @@ from tests.shards.samples import make_sample, write
 PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 
 
-def test_the_reader_of_the_page_reads_what_we_read(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def python_of_the_page():
     scope: dict = {}
-    exec(code, scope)
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
+        exec(code, scope)
+    return scope
+
+
+def test_the_pages_decoder_of_zst_gives_our_codes():
+    values = torch.randn(31, 45).cumsum(0) + 100 * (torch.rand(31, 45) > 0.98)  # jumps of more than a byte, and holes
+    data, _ = encode_map(values, torch.rand(31, 45) > 0.1, codec="zst")
+    codes = CODECS["zst"].read(data)
+    assert (codes == 0).any() and np.array_equal(python_of_the_page()["zst_decode"](data), codes)
+
+
+def test_the_reader_of_the_page_reads_what_we_read(tmp_path):
+    scope = python_of_the_page()
     folder = write(tmp_path / "labels", [make_sample(kind=Kind.METRIC_DISPARITY)])
     (sample,) = LabelDataset(folder)
     for teacher, labels in sample.labels.items():

@@ -39,7 +39,7 @@ from distill.labelling.annotate import prepare
 from distill.labelling.asking import Answer
 from distill.labelling.run import label
 from distill.labelling.settings import LabelSettings
-from distill.shards.codec import CODECS, DEFAULT_CODEC, encode_map, encode_sample
+from distill.shards.codec import CODECS, encode_map, encode_sample
 from distill.shards.shards import read_manifest
 from distill.teachers import Card
 from distill.teachers import Teacher as TeacherLike
@@ -146,7 +146,7 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
     ready = ready[: max(given.batch, 32)].to(device).float() / 255
     ready = ready.contiguous(memory_format=torch.channels_last)  # as labelling sends them, so that one compile serves
     each = np.mean([1 + len(job.patches) for job in jobs])
-    labels = LabelSettings(batch_size=given.batch, threads=given.threads, samples_per_part=10_000)
+    labels = LabelSettings(batch_size=given.batch, threads=given.threads, samples_per_part=10_000, codec=given.codec)
     ratios = []
     with tempfile.TemporaryDirectory() as temporary:
         for turn in range(given.turns + 1):
@@ -201,13 +201,13 @@ class FreeAsking:
 
     in_flight = 0
 
-    def __init__(self, codes: Tensor) -> None:
-        self.codes = codes
+    def __init__(self, codes: Tensor, codec: str) -> None:
+        self.codes, self.codec = codes, codec
 
     def __call__(self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str]) -> Any:
         one, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         count = torch.tensor([self.codes.numel()])
-        maps = [CodedMaps(self.codes[None], low, one, count, DEFAULT_CODEC, Kind.AFFINE_DISPARITY) for _ in crops]
+        maps = [CodedMaps(self.codes[None], low, one, count, self.codec, Kind.AFFINE_DISPARITY) for _ in crops]
         return lambda: Answer(maps, Kind.AFFINE_DISPARITY, [0] * len(maps))
 
 
@@ -236,21 +236,22 @@ def feeding(entries: list[Entry], given: argparse.Namespace) -> None:
     crops = CropSettings(size=given.size)
     torch.set_num_threads(1)
     depth = a_map(entries[0], crops)
-    codes = torch.from_numpy(CODECS[DEFAULT_CODEC].read(encode_map(depth.values[0], depth.valid[0])[0]).copy())
-    free = FreeAsking(codes)
+    data, _ = encode_map(depth.values[0], depth.valid[0], codec=given.codec)
+    free = FreeAsking(torch.from_numpy(CODECS[given.codec].read(data).copy()), given.codec)
     photos = timed("read and decode, a photo", lambda e: e.load(), entries)
     jobs = timed("cut region and patches, a photo", lambda p: prepare(p, crops=crops, seed=0, draw=0), photos)
     print(f"{'maps a photo':40}{np.mean([1 + len(job.patches) for job in jobs]):9.1f}")
     annotate.asking = lambda *_: free  # type: ignore[assignment,misc]
-    samples = list(annotate.annotate(jobs, [("free", Nobody())]))
-    timed("encode codes and jpg, a photo", encode_sample, samples)
-    timed("encode one map from values", lambda _: encode_map(depth.values[0], depth.valid[0]), range(4))
+    samples = list(annotate.annotate(jobs, [("free", Nobody())], labels=LabelSettings(codec=given.codec)))
+    timed("encode codes and jpg, a photo", partial(encode_sample, codec=given.codec), samples)
+    from_values = partial(encode_map, depth.values[0], depth.valid[0], codec=given.codec)
+    timed("encode one map from values", lambda _: from_values(), range(4))
     cores = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as temporary:
         for threads in [n for n in (1, 2, 4, 8, 12, 16, 32) if n <= max(2, cores)]:
             shards = repeated(entries, max(16, given.photos // 16 * threads), f"threads{threads}")
             start, cpu = time.perf_counter(), time.process_time()
-            labels = LabelSettings(threads=threads, samples_per_part=10_000)
+            labels = LabelSettings(threads=threads, samples_per_part=10_000, codec=given.codec)
             outcome = label(
                 shards, [("free", Nobody())], out=Path(temporary) / str(threads), crops=crops, labels=labels
             )
@@ -269,6 +270,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--no-teacher", action="store_true")
     parser.add_argument("--size", type=int, default=560)
+    parser.add_argument("--codec", choices=list(CODECS), default="zst")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--photos", type=int, default=12)
     parser.add_argument("--turns", type=int, default=2)
@@ -280,7 +282,7 @@ def main() -> None:
         entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:24]
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-        print(f"{name}, {os.cpu_count()} cores, {len(entries)} photos repeated, crops of {given.size}, {DEFAULT_CODEC}")
+        print(f"{name}, {os.cpu_count()} cores, {len(entries)} photos repeated, crops of {given.size}, {given.codec}")
         if given.no_teacher:
             feeding(entries, given)
             return

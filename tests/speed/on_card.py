@@ -30,6 +30,7 @@ from distill.data import sources
 from distill.labelling.run import label
 from distill.labelling.settings import LabelSettings
 from distill.losses.objective import Objective
+from distill.shards.codec import CODECS
 from distill.shards.shards import LabelDataset
 from distill.teachers.checkpoint import Teacher
 from distill.training.sampling import MicroBatchPositions, make_order
@@ -45,14 +46,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, crops_per_image: int) -> LabelDataset:
+def labels_of(
+    tars: list[str], folder: Path, size: int, device: torch.device, crops_per_image: int, codec: str
+) -> LabelDataset:
     entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
     entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:12]
     shards = repeated(entries, len(entries), "photo")
     crops = CropSettings(size=size, crops_per_image=crops_per_image)
     if size < 224:
         crops = dataclasses.replace(crops, patches="random", num_patches=2)
-    settings = LabelSettings(batch_size=16, threads=os.cpu_count() or 1)
+    settings = LabelSettings(batch_size=16, threads=os.cpu_count() or 1, codec=codec)
     teacher = Teacher.load("pocket", device=device, native_size=min(size, 224))
     label(shards, [("pocket", teacher)], out=folder, crops=crops, labels=settings, device=device)
     return LabelDataset(folder)
@@ -176,6 +179,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--crops-per-image", type=int, default=12)
+    parser.add_argument("--codec", choices=list(CODECS), default="zst")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--patches-per-step", type=int, nargs="+", default=[0], help="0: all")
     parser.add_argument("--no-twice", action="store_true")
@@ -190,7 +194,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as temporary:
         tars = given.tars or [str(make_tar(Path(temporary) / "sa_0.tar"))]
-        data = labels_of(tars, Path(temporary) / "labels", size, device, given.crops_per_image)
+        data = labels_of(tars, Path(temporary) / "labels", size, device, given.crops_per_image, given.codec)
         start = time.process_time()
         for i in range(8):
             data.get(i, ["pocket"], coded=True)
