@@ -171,7 +171,7 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
     resized = f"resize the image's short side to {size} (each side a multiple of {patch}), " if size else ""
     four_bits = (
         "Matrices are in four bits: KEY:codes holds two a byte, the lower half first (KEY:codes of eight bits where "
-        "there are as many codes as values), in groups of 128 over the flattened tensor, value = code x step + low. "
+        "there are as many codes as values), in groups of 64 over the flattened tensor, value = code x step + low. "
         "`distill export THIS_FOLDER OUT --bits 32` writes them plainly."
     )
     max_depth = network.get("max_depth")
