@@ -141,7 +141,7 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return tmp_path / "tiny.toml"
 
 
-def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
+def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch, uncounted):
     ran = []
     real = ablate.commands.run_train
     monkeypatch.setattr(ablate.commands, "run_train", lambda recipe: (ran.append(recipe.run.name), real(recipe))[1])
@@ -182,7 +182,7 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
     assert not ran and "one seed decides nothing" in Path("out/tiny-bench/table.md").read_text()
 
 
-def test_a_training_that_diverges_is_a_result(tiny):
+def test_a_training_that_diverges_is_a_result(tiny, uncounted):
     assert main(["ablate", str(tiny), "--out", "out", "--set", "train.lr=1e30", "--set", "train.clip_norm=0.0"]) == 0
     result = json.loads(Path("out/tiny-bench/study.json").read_text())
     assert any(row["failures"] for row in result["rows"])
