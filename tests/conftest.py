@@ -39,6 +39,10 @@ def pytest_collection_finish(session):
     gc.enable()
 
 
+def pytest_unconfigure(config):
+    gc.unfreeze()  # what is never collected, extension modules report as leaks when the process ends
+
+
 def pytest_collection_modifyitems(items):
     import torch  # here and not above: pytest-xdist's first process, which only hands out tests, needs none
 
