@@ -1,6 +1,7 @@
 # Everything from a machine with only Python 3.11+ and make.
 #   make demo    the whole loop on the embedded default: label, train, score, report
-#   make test    the test suite
+#   make test    the test suite, but for the few slow ones
+#   make test-all  all of it: make test, then make test-slow
 #   make chaos   kill loops and fuzzers, MINUTES=10 of them, and what they came to
 #   make test-gpu the tests that need a CUDA card, which `make test` does not use
 #   make docs    the documentation as pages, into build/docs; any broken link or heading is an error
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal --durations=10
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-gpu chaos docs check format speed clean
+.PHONY: demo test test-slow test-all test-gpu chaos docs check format speed clean
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed, this is " + sys.version.split()[0])'
@@ -35,6 +36,11 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(PYTEST)
 
+test-slow: $(VENV)/.dev
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
 test-gpu: $(VENV)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m cuda
 
@@ -51,6 +57,7 @@ check: $(VENV)/.dev docs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+	$(PYTEST) -m slow
 
 format: $(VENV)/.dev
 	$(BIN)/ruff format .

@@ -1,4 +1,4 @@
-"""Who teaches: the Teacher protocol, the card that every teacher carries, and the strict reading of weights.
+"""Who teaches: the Teacher protocol, the card that every teacher carries, and what their files share.
 
 One file in this folder is one teacher; its name is the file's name. Each offers `class Teacher` and `CARDS`, the
 published checkpoints it knows, the default first. Upstream packages are imported inside `load`, so importing a
@@ -12,35 +12,30 @@ Shapes: B batch, H height, W width.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import safetensors
+from typing import TYPE_CHECKING, Protocol
 
 from distill.core import hub
-from distill.core.files import file_sha256
 from distill.core.weights import (
-    INDEX,
     WeightsMismatchError,
     WeightsMissingError,
     below_prefix,
     find_weights,
     read_state,
 )
+from distill.teachers._strictly import check_claimed, load_checked, load_strictly
+from distill.teachers._where import WEIGHT_SUFFIXES, read_config, resolve, revision_of, to_download
 
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from distill.core.depth import DepthMap, Kind
 
 __all__ = [
+    "WEIGHT_SUFFIXES",
     "Card",
     "Teacher",
     "WeightsMismatchError",
@@ -66,8 +61,6 @@ __all__ = [
 
 TRAINED = "distill.json"
 """Beside the parts of a latent network that was trained here: what it is, of whom it learnt, under which licence."""
-
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,141 +183,9 @@ def trained_card(card: Card, folder: Path) -> Card:
     )
 
 
-def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
-    """The local file or folder that `weights` names: a path, or a hub id `org/name[/file or folder][@revision]`.
-
-    files: patterns of what is needed from a hub repository. Raises WeightsMissingError in one line that says what to
-    do.
-    """
-    text = str(weights)
-    if text and (path := Path(text).expanduser()).exists():
-        return path
-    repository, inside, revision = _hub_id(text)
-    try:
-        folder = hub.download(repository, files=_below(inside, files), revision=revision)
-    except hub.HubError as error:
-        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
-    if not (folder / inside).exists():
-        raise WeightsMissingError(
-            f"weights {text!r}: {repository} has no {inside}; see https://huggingface.co/{repository}/tree/main"
-        )
-    return folder / inside
-
-
-def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
-    """What `resolve` would fetch first, names with bytes; nothing where it is here. Raises as `resolve` does."""
-    text = str(weights)
-    if text and Path(text).expanduser().exists():
-        return {}
-    repository, inside, revision = _hub_id(text)
-    try:
-        return hub.to_download(repository, files=_below(inside, files), revision=revision)
-    except hub.HubError as error:
-        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
-
-
-def _hub_id(text: str) -> tuple[str, str, str | None]:
-    """(org/name, what is inside of it, revision) of a hub id; WeightsMissingError where it is none."""
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
-    if match is None or (Path(text).suffix in WEIGHT_SUFFIXES and not match[2]):
-        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
-    return match[1], match[2].lstrip("/"), match[3]
-
-
-def _below(inside: str, files: Sequence[str]) -> list[str]:
-    return [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
-
-
-def revision_of(path: Path) -> str:
-    """The hub's commit where `path` is a snapshot of it, else "sha256:" and the start of the weights' digest."""
-    parts = path.absolute().parts
-    if "snapshots" in parts[:-1] and re.fullmatch("[0-9a-f]{40}", commit := parts[parts.index("snapshots") + 1]):
-        return commit
-    path = path.parent if path.name.endswith(INDEX) else path
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(bytes.fromhex(file_sha256(file)))
-    return f"sha256:{digest.hexdigest()[:16]}"
-
-
 def revision_here(card: Card) -> str:
     """The revision of a card's weights on this machine, read from the hub's cache; empty where they are not here."""
     if card.revision != "unknown":
         return card.revision
     owner, _, rest = card.weights.partition("/")
     return hub.cached_commit(f"{owner}/{rest.partition('/')[0]}")
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The table in a json file, empty where there is no such file; WeightsMismatchError where it is no table."""
-    if not path.is_file():
-        return {}
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise WeightsMismatchError(f"{path} is not readable JSON ({error}): download it again") from error
-    if not isinstance(table, dict):
-        raise WeightsMismatchError(f"{path} holds no JSON table: download it again")
-    return table
-
-
-def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
-    """Raises WeightsMismatchError that names the first keys, unless both are empty."""
-    faults = []
-    for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
-        if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            faults.append(f"{label} {', '.join(keys[:3])}{more}")
-    if faults:
-        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
-
-
-def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, what: str) -> None:
-    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatchError names what does
-    not.
-    """
-    wanted = module.state_dict()
-    check_claimed(wanted.keys() - state.keys(), state.keys() - wanted.keys(), where, what=what)
-    for key, tensor in wanted.items():
-        if tensor.shape != state[key].shape:
-            raise WeightsMismatchError(
-                f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
-            )
-    module.load_state_dict(dict(state), assign=True)
-    module.requires_grad_(False)
-
-
-def load_checked(
-    build: Callable[[], tuple[Any, Any]], where: str | Path, *, what: str, optional: tuple[str, ...] = ()
-) -> Any:
-    """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
-
-    Both report what did not match and go on with random weights; here that is WeightsMismatchError. optional: parts of
-    names that may be missing or superfluous. Silences the progress bars and reports while building.
-    """
-    libraries = [sys.modules[name].utils.logging for name in ("transformers", "diffusers") if name in sys.modules]
-    before = [library.get_verbosity() for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        model, info = build()
-    except (RuntimeError, ValueError, safetensors.SafetensorError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsMismatchError(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
-    finally:
-        for library, verbosity, had_bar in zip(libraries, before, bars, strict=True):
-            library.set_verbosity(verbosity)
-            if had_bar:
-                library.enable_progress_bar()
-    missing, unexpected = (
-        [key for key in info[name] if not any(part in key for part in optional)]
-        for name in ("missing_keys", "unexpected_keys")
-    )
-    check_claimed(missing, unexpected, where, what=what)
-    if info["mismatched_keys"]:
-        key = sorted(map(str, info["mismatched_keys"]))[0]
-        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: another shape at {key}")
-    return model

@@ -2,6 +2,7 @@
 
     python tests/compare_commits.py BASELINE THIS                  e.g. ../base .
     python tests/compare_commits.py BASELINE THIS --sa1b DIR       also damaged tars as SA-1B packs them
+    python tests/compare_commits.py BASELINE . --only losses hdn   sections whose name has one of these words
 
 Each checkout labels, trains, scores, predicts and exports in a process and a folder of its own; then both read what
 BASELINE wrote (labels, students, predictions). What is compared: every map and image of every label shard, json records
@@ -53,10 +54,11 @@ class Side:
         return json.loads(order.read_text()) if order.is_file() else []
 
 
-def start(side: Side, phase: str) -> subprocess.Popen[bytes]:
+def start(side: Side, phase: str, only: Sequence[str]) -> subprocess.Popen[bytes]:
     """The probe of one checkout, running."""
     # -P: neither the probe's folder nor the current one comes before the checkout.
     command = [sys.executable, "-P", str(COMMITS / "probe.py"), phase, str(side.checkout)]
+    command += ["--only", *only] if only else []
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, (side.checkout, COMMITS))), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -64,9 +66,9 @@ def start(side: Side, phase: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, cwd=side.folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
-def run(sides: Sequence[Side], phase: str) -> list[str]:
+def run(sides: Sequence[Side], phase: str, only: Sequence[str] = ()) -> list[str]:
     """Both checkouts beside each other; what went wrong beyond single items."""
-    processes = [start(side, phase) for side in sides]
+    processes = [start(side, phase, only) for side in sides]
     faults = []
     try:
         for side, process in zip(sides, processes, strict=True):
@@ -175,6 +177,9 @@ def main() -> int:
     parser.add_argument("this", metavar="THIS", type=Path, help="a checkout of the commit that must compute the same")
     parser.add_argument("--sa1b", metavar="DIR", type=Path, help="a folder with sa_000000.tar and damaged ones")
     parser.add_argument("--golden", metavar="DIR", type=Path, help="golden cases (BASELINE's tests/golden)")
+    parser.add_argument(
+        "--only", metavar="WORDS", nargs="+", default=[], help="sections that have one of these in their name"
+    )
     parser.add_argument("--keep", metavar="DIR", type=Path, help="work there, and leave everything for a look")
     args = parser.parse_args()
     started = time.monotonic()
@@ -193,7 +198,7 @@ def main() -> int:
             (side.folder / "old").symlink_to(work / "old")
             if args.sa1b:
                 (side.folder / "sa1b").symlink_to(args.sa1b.resolve())
-        faults = [fault for phase in ("write", "read") for fault in run(sides, phase)]
+        faults = [fault for phase in ("write", "read") for fault in run(sides, phase, args.only)]
         equal = report(sides[0], sides[1], faults)
         print(f"{time.monotonic() - started:.0f} s" + (f"; everything is in {work}" if args.keep else ""))
         return 0 if equal else 1

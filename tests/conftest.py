@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -22,11 +23,24 @@ import numpy as np
 import pytest
 
 CARD = "cuda"  # the marker of a test that needs one, and the only selection in which a card can be seen
+SLOW = "slow"  # the marker of the few whose setting cannot be made small; pyproject.toml says what they are
 
 
 def pytest_configure(config):
     if config.option.markexpr != CARD:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every other test means the CPU, whatever its machine has
+    if not config.option.markexpr and not any(".py" in word for word in config.args):
+        config.option.markexpr = f"not {SLOW}"  # whoever names a file means all of it
+    gc.disable()  # imports make millions of objects that stay, and each round of the collector visits all of them
+
+
+def pytest_collection_finish(session):
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()  # what is never collected, extension modules report as leaks when the process ends
 
 
 def pytest_collection_modifyitems(items):

@@ -122,6 +122,7 @@ def test_wheel_and_source_hold_every_file_once(built):
     assert {name.partition("/")[0] for name in in_wheel} == {"distill", "depth_distill-0.1.0.dist-info"}
 
 
+@pytest.mark.slow
 def test_every_command_works_beside_a_users_own_modules(python, user):
     """README's snippet and the verbs, with those folders both in the working directory and on PYTHONPATH."""
     whose = run(python, "-c", WHOSE.format(tops=TOPS), cwd=user, path=user)

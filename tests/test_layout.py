@@ -207,3 +207,10 @@ def test_tests_are_short_too():
 def test_no_drawers_for_everything():
     forbidden = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
     assert not [str(path) for path in ALL.values() if path.name in forbidden]
+
+
+def test_what_a_newcomer_reads_stays_short():
+    from tests import reading
+
+    read = {task: (sum(map(reading.lines, files)), most) for task, (most, files) in reading.TASKS.items()}
+    assert not {task: found for task, found in read.items() if found[0] > found[1]}

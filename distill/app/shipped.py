@@ -21,8 +21,12 @@ FOLDER = Path(distill.__file__).parent / "recipes"
 
 def shipped(sort: Sort = "recipe") -> dict[str, Path]:
     """Every shipped recipe, or study, by the name that `locate` takes, sorted."""
-    names = {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.toml"))}
-    return {name: path for name, path in names.items() if _sort(path) == sort}
+    return {name: path for name, path in _files().items() if _sort(path) == sort}
+
+
+def _files() -> dict[str, Path]:
+    """Every TOML that ships by its name, unread: reading them all, to find one, takes half a second."""
+    return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.toml"))}
 
 
 def locate(name: str | Path, sort: Sort = "recipe") -> Path:
@@ -32,11 +36,12 @@ def locate(name: str | Path, sort: Sort = "recipe") -> Path:
     """
     plain = Path(name).as_posix().removeprefix("recipes/").removesuffix(".toml")
     local = next((file for file in (Path(name), Path(f"{name}.toml")) if file.is_file()), None)
-    file = local or next((all_[plain] for all_ in (shipped("recipe"), shipped("study")) if plain in all_), None)
-    if file is None:
+    file = local or _files().get(plain)
+    found = _sort(file) if file else ""
+    if file is None or (not local and found not in ("recipe", "study")):
         raise RecipeError(_missing(Path(name), plain, list(shipped(sort)), sort))
     other: Sort = "study" if sort == "recipe" else "recipe"
-    if _sort(file) == other:
+    if found == other:
         verbs = "ablate" if other == "study" else "show, label, train and score"
         raise RecipeError(f"{file} is a {other}: that is for distill {verbs}")
     return file

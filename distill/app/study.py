@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,9 +239,10 @@ def cells(
                 set_key(table, assignment)
             table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}
             table.setdefault("labels", {})["root"] = str(out / "labels")
-            address = _address(parse(table, where=f"{path}, row {row.name}"))
-            table["run"]["out"] = str(out / "cells" / address)
-            made.append(StudyCell(row.name, seed, parse(table), out / "cells" / address))
+            recipe = parse(table, where=f"{path}, row {row.name}")
+            folder = out / "cells" / _address(recipe)
+            recipe = replace(recipe, run=replace(recipe.run, out=str(folder)))
+            made.append(StudyCell(row.name, seed, recipe, folder))
     return made
 
 

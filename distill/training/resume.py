@@ -1,9 +1,12 @@
-"""Going on from the newest whole checkpoint of a run: the same run, bit for bit, or a refusal that says why not."""
+"""What a checkpoint of a run holds, and going on from the newest whole one: the same run, bit for bit, or a refusal
+that says why not. How it lies on disk, checkpoints.py knows.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +16,7 @@ from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training.parallel import same_checkpoint
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
-from distill.training.step import TrainingRun
+from distill.training.step import TrainingRun, is_lesson
 from distill.training.trainlog import ScaleAlarm, StepLog
 
 
@@ -54,6 +57,42 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
         plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
         files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
+
+
+def keep(run: TrainingRun) -> None:
+    """Writes a checkpoint of this step: all that `resume` gives back."""
+    if is_lesson(run.objective):
+        run.objective.keep()
+    if not run.processes.main:
+        return
+    assert run.log is not None
+    run.log.sync()
+    card = card_of(run, "a checkpoint on the way", run.step)
+    checkpoints.save(
+        run.out,
+        state={
+            "step": run.step,
+            "loss": run.loss,
+            "best": run.best,
+            "evaluations_since_best": run.evaluations_since_best,
+            "alarm": run.alarm.state(),
+            **run.facts,
+            "settings": run.settings.as_dict(),
+        },
+        student=run.student,
+        optimizer=run.optimizer,
+        ema=run.ema,
+        save_student=lambda folder: run.save_student(run.kept, folder, card=card),
+        keep_last=run.settings.keep_last,
+    )
+
+
+def card_of(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
+    """The student's card with how it was trained; chosen: why it is the student of this step."""
+    heldout = run.best["heldout"] if run.best is not None and run.best["step"] == step else None
+    facts = {"chosen": chosen, "step": step, "heldout_loss": heldout, "averaged": run.ema is not None}
+    facts |= {"samples": run.facts["samples"], "settings": run.settings.as_dict()}
+    return {**run.card, "training": facts}
 
 
 def _other_statistics(run: TrainingRun) -> str:

@@ -33,7 +33,7 @@ from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.loading import heldout_batches, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
-from distill.training.resume import resume
+from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import TrainSettings
@@ -43,7 +43,6 @@ from distill.training.step import (
     TrainingRun,
     TrainingStoppedError,
     averaged,
-    is_lesson,
     make_ready,
     measure,
     set_mode,
@@ -250,7 +249,7 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: R
             better = _evaluate(run, held)
             set_mode(run)
         if better or last or _out_of_patience(run) or (s.save_every and run.step % s.save_every == 0):
-            _save(run)
+            keep(run)
         if report and run.processes.main and line is not None:
             best = {} if run.best is None else {"heldout": run.best["heldout"]}
             parts = {f"parts/{name}": value for name, value in line["parts"].items()}
@@ -285,7 +284,7 @@ def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
         run.processes.track(flat, line["step"])
 
 
-# --- held-out labels and checkpoints ----------------------------------------------------------------------------------
+# --- held-out labels and the end --------------------------------------------------------------------------------------
 
 
 def _evaluate(run: TrainingRun, held: _Held) -> bool:
@@ -339,40 +338,6 @@ def _heldout(run: TrainingRun, held: _Held) -> dict[str, Any]:
     return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
 
 
-def _card(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
-    heldout = run.best["heldout"] if run.best is not None and run.best["step"] == step else None
-    facts = {"chosen": chosen, "step": step, "heldout_loss": heldout, "averaged": run.ema is not None}
-    facts |= {"samples": run.facts["samples"], "settings": run.settings.as_dict()}
-    return {**run.card, "training": facts}
-
-
-def _save(run: TrainingRun) -> None:
-    if is_lesson(run.objective):
-        run.objective.keep()
-    if not run.processes.main:
-        return
-    assert run.log is not None
-    run.log.sync()
-    card = _card(run, "a checkpoint on the way", run.step)
-    checkpoints.save(
-        run.out,
-        state={
-            "step": run.step,
-            "loss": run.loss,
-            "best": run.best,
-            "evaluations_since_best": run.evaluations_since_best,
-            "alarm": run.alarm.state(),
-            **run.facts,
-            "settings": run.settings.as_dict(),
-        },
-        student=run.student,
-        optimizer=run.optimizer,
-        ema=run.ema,
-        save_student=lambda folder: run.save_student(run.kept, folder, card=card),
-        keep_last=run.settings.keep_last,
-    )
-
-
 def _finish(run: TrainingRun) -> TrainResult:
     """Writes out/student from the chosen checkpoint, on disk already, and leaves its weights in the student."""
     run.processes.wait()
@@ -384,7 +349,7 @@ def _finish(run: TrainingRun) -> TrainResult:
     run.student.eval()
     folder = run.out / "student"
     if run.processes.main:
-        run.save_student(run.student, folder, card=_card(run, chosen, step))
+        run.save_student(run.student, folder, card=card_of(run, chosen, step))
     run.processes.wait()
     return TrainResult(
         step=run.step,

@@ -8,6 +8,7 @@ import pytest
 
 from distill.data import scenes
 from distill.eval.benchmarks import scenes as benchmark
+from distill.eval.cost import _Timed
 
 drawn = functools.cache(scenes.render)
 
@@ -22,3 +23,9 @@ def scenes_drawn_once():
         patch.setattr(scenes, "render", drawn)
         patch.setattr(benchmark, "_view", small)
         yield
+
+
+@pytest.fixture
+def uncounted(monkeypatch):
+    """Scoring counts no FLOPs: of tiny networks that is half the time. test_commands.py and test_every_recipe.py do."""
+    monkeypatch.setattr(_Timed, "_counted", lambda self, images, more: self.teacher.predict(images, **more))

@@ -141,7 +141,7 @@ def tiny(tmp_path, monkeypatch) -> Path:
     return tmp_path / "tiny.toml"
 
 
-def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
+def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch, uncounted):
     ran = []
     real = ablate.commands.run_train
     monkeypatch.setattr(ablate.commands, "run_train", lambda recipe: (ran.append(recipe.run.name), real(recipe))[1])
@@ -167,6 +167,7 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
     page, table = Path("out/tiny-bench/index.html").read_text(), Path("out/tiny-bench/table.md").read_text()
     assert page.count("<svg") >= 3 and "data:image" in page and "| global |" in table
     assert not list(Path("out/cells").glob("*/train/checkpoints"))
+    monkeypatch.setattr(ablate, "write_page", lambda result, path: path)  # it was read above, and takes its time
     # A cell whose result is lost is run again, alone; the others are not touched.
     lost = next(Path("out/cells").glob("*/cell.json"))
     lost.unlink()
@@ -181,7 +182,7 @@ def test_a_study_from_labels_to_its_page(tiny, capsys, monkeypatch):
     assert not ran and "one seed decides nothing" in Path("out/tiny-bench/table.md").read_text()
 
 
-def test_a_training_that_diverges_is_a_result(tiny):
+def test_a_training_that_diverges_is_a_result(tiny, uncounted):
     assert main(["ablate", str(tiny), "--out", "out", "--set", "train.lr=1e30", "--set", "train.clip_norm=0.0"]) == 0
     result = json.loads(Path("out/tiny-bench/study.json").read_text())
     assert any(row["failures"] for row in result["rows"])

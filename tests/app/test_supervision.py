@@ -142,7 +142,7 @@ def absolute_error(recipe, student) -> float:
     return sum(found) / len(found)
 
 
-def test_a_metric_student_learns_metres_and_is_scored_without_alignment(tmp_path):
+def test_a_metric_student_learns_metres_and_is_scored_without_alignment(tmp_path, uncounted):
     recipe = metric(tmp_path)
     run_label(recipe)
     dataset = build.labelled(recipe)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -21,43 +23,39 @@ from probe_golden import golden  # noqa: E402
 from probe_maths import maths  # noqa: E402
 from probe_record import Record  # noqa: E402
 
+Sections = Iterator[tuple[str, Callable[[], None]]]
 
-def write(record: Record) -> None:
+
+def write(record: Record) -> Sections:
     """Everything that needs nothing of the other checkout."""
-    names = [*recipes.LABELS, *(["sa1b"] if Path("sa1b").exists() else [])]
-    for name in names:
-        with record.section(f"label {name}"):
-            runs.label(record, name)
+    for name in [*recipes.LABELS, *(["sa1b"] if Path("sa1b").exists() else [])]:
+        yield f"label {name}", partial(runs.label, record, name)
     for name in recipes.TRAININGS:
-        with record.section(f"train {name}"):
-            runs.train(record, name)
-    with record.section("resume"):
-        runs.resume(record)
-    with record.section("predict"):
-        first = f"runs/{runs.FIRST}/train/student"
-        runs.predict(record, "student", first, "inputs/photos", "inputs/clip.mp4", size=84)
-        runs.predict(record, "pocket", "pocket", "inputs/photos/inside")
-    with record.section("export"):
-        runs.export(record, "first", f"runs/{runs.FIRST}/train/student")
+        yield f"train {name}", partial(runs.train, record, name)
+    yield "resume", partial(runs.resume, record)
+    yield "predict", partial(predict, record)
+    yield "export", partial(runs.export, record, "first", f"runs/{runs.FIRST}/train/student")
     for name in recipes.SCORES:
-        with record.section(f"score {name}"):
-            runs.score(record, name)
-    with record.section("score stored"):
-        runs.score_stored(record)
-    with record.section("compare"):
-        runs.compare(record)
-    maths(record)
-    golden(record, Path("golden"))
+        yield f"score {name}", partial(runs.score, record, name)
+    yield "score stored", partial(runs.score_stored, record)
+    yield "compare", partial(runs.compare, record)
+    yield from maths(record)
+    yield from golden(record, Path("golden"))
 
 
-def read(record: Record) -> None:
+def predict(record: Record) -> None:
+    """Maps of photographs and of a video, by the first student and by the built-in one."""
+    first = f"runs/{runs.FIRST}/train/student"
+    runs.predict(record, "student", first, "inputs/photos", "inputs/clip.mp4", size=84)
+    runs.predict(record, "pocket", "pocket", "inputs/photos/inside")
+
+
+def read(record: Record) -> Sections:
     """Everything that the old checkout's folder is good for."""
     for name in recipes.LABELS:
-        with record.section(f"read labels {name}"):
-            runs.read_labels(record, name)
+        yield f"read labels {name}", partial(runs.read_labels, record, name)
     for take in (runs.train_on_old, runs.label_from_old, runs.use_old_students, runs.score_old):
-        with record.section(take.__name__):
-            take(record)
+        yield take.__name__, partial(take, record)
 
 
 def foreign(checkout: Path) -> list[str]:
@@ -75,13 +73,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("phase", choices=["write", "read"])
     parser.add_argument("checkout", type=Path)
+    parser.add_argument("--only", nargs="+", default=[""])
     args = parser.parse_args()
     torch.set_num_threads(1)
     record = Record(Path(args.phase))
-    if args.phase == "write":
-        write(record)
-    else:
-        read(record)
+    for name, take in (write if args.phase == "write" else read)(record):
+        if any(words in name for words in args.only):
+            with record.section(name):
+                take()
     if files := foreign(args.checkout.resolve()):
         sys.exit(f"{args.checkout}: {len(files)} modules came from elsewhere, the first {files[0]}")
 

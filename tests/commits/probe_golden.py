@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,10 @@ from probe_record import Record
 from torch import Tensor
 
 
-def golden(record: Record, folder: Path) -> None:
-    """Every case that is in the tree."""
+def golden(record: Record, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Every case that is in the tree, as sections."""
     for name, take in {"hdn": _hdn, "students": _students, "teachers": _teachers}.items():
-        with record.section(f"golden {name}"):
-            take(record, folder)
+        yield f"golden {name}", partial(take, record, folder)
 
 
 def _case(golden: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -6,7 +6,8 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def maths(record: Record) -> None:
-    """Everything that needs no file."""
+def maths(record: Record) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Everything that needs no file, as sections."""
     sections: dict[str, Callable[..., None]] = {
         "names": _names,
         "losses": _losses,
@@ -46,8 +47,7 @@ def maths(record: Record) -> None:
         "metrics": _metrics,
     }
     for name, take in sections.items():
-        with record.section(name):
-            take(record)
+        yield name, partial(take, record)
 
 
 def _maps(height: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -104,7 +104,7 @@ def test_the_oddities(contexts):
 def test_gradcheck_and_half_precision_and_nothing_valid(contexts):
     pred, target, valid = maps(5)
     pred.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: hdn_loss(x, target, valid, contexts=contexts), (pred,))
+    assert torch.autograd.gradcheck(lambda x: hdn_loss(x, target, valid, contexts=contexts), (pred,), fast_mode=True)
     nothing = hdn_loss(pred, target, valid & ~valid, contexts=contexts)
     assert nothing.tolist() == [0.0, 0.0]
     assert torch.equal(torch.autograd.grad(nothing.sum(), pred)[0], torch.zeros_like(pred))

@@ -17,6 +17,7 @@ from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_de
 from tests.losses.test_losses import LEVELS, example
 
 
+@pytest.mark.slow
 def test_the_interpreted_kernels_give_the_numbers_of_the_torch_code():
     pytest.importorskip("triton")
     here = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -102,6 +102,7 @@ def test_other_rotary_positions_are_refused():
         export._Rotary(Other(), "rope_vit")
 
 
+@pytest.mark.slow
 def test_both_graphs_are_written_beside_the_student_and_checked(tmp_path, capsys, monkeypatch):
     """One student for both, with every part that is hard to trace: tracing is most of this test's time."""
     onnx = pytest.importorskip("onnx")

@@ -1,13 +1,14 @@
 """What surfaces look like: a bank of tileable grey patterns with mipmaps, coloured by four-colour ramps.
 
-Patterns are drawn once per process from a fixed seed, as two channels: a ramp position and a fine detail. A material
-picks a pattern, a scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps keep far texture from
-aliasing. Per-pixel code uses no sin, exp or pow: their last bits depend on how a loop is split over threads.
+Patterns are drawn when they are first seen, each from a seed of its own, as two channels: a ramp position and a fine
+detail. A material picks a pattern, a scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps
+keep far texture from aliasing. Per-pixel code uses no sin, exp or pow: their last bits depend on how a loop is split
+over threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -219,34 +220,36 @@ def pattern(rng: np.random.Generator, *names: str) -> int:
     return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
 
 
-def _bank() -> Tensor:
-    # lru_cache does not wait: without the lock, threads that render together would each draw the bank for seconds.
-    with _DRAWING:
-        return _drawn_bank()
-
-
 @lru_cache(maxsize=1)
-def _drawn_bank() -> Tensor:
-    """(patterns * texels, 2) float32: every pattern's mipmaps, level after level, rows from the top."""
-    drawn = []
-    for name, (draw, count) in _DRAW.items():
-        for index in range(count):
-            rng = np.random.default_rng([20240229, _FIRST[name] + index])
-            level = np.stack(draw(rng), axis=-1)
+def _bank() -> np.ndarray:
+    """(patterns * texels, 2) float32: each pattern's mipmaps, level after level, rows from the top; see `_have`.
+
+    An array: a tensor that was made in inference mode could not be added to outside of it.
+    """
+    return np.zeros((sum(count for _, count in _DRAW.values()) * _STRIDE, 2), dtype=np.float32)
+
+
+_drawn: set[int] = set()
+
+
+def _have(patterns: Iterable[int]) -> None:
+    """Draws those that this process has not drawn: all of them take seconds, and a view has a dozen."""
+    with _DRAWING:  # threads that render together wait for each other's
+        bank = _bank()
+        for number in sorted({*patterns} - _drawn):
+            name = next(name for name in reversed(_FIRST) if _FIRST[name] <= number)
+            level = np.stack(_DRAW[name][0](np.random.default_rng([20240229, number])), axis=-1)
             level = np.round(np.clip(level, 0, 1) * 255) / 255
-            for _ in range(LEVELS):
-                drawn.append(level.reshape(-1, 2))
-                level = (
-                    (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4
-                    if len(level) > 1
-                    else level
-                )
-    return torch.tensor(np.concatenate(drawn), dtype=torch.float32)
+            for k, offset in enumerate(_OFFSETS):
+                start = number * _STRIDE + offset
+                bank[start : start + (SIZE >> k) ** 2] = level.reshape(-1, 2)
+                level = (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4
+            _drawn.add(number)
 
 
 def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Bilinear texels (N,2) of one mip level per point."""
-    bank = _bank()
+    bank = torch.from_numpy(_bank())
     size = torch.tensor([SIZE >> k for k in range(LEVELS)])[level]
     start = base + torch.tensor(_OFFSETS)[level]
     x, y = u * size - 0.5, v * size - 0.5
@@ -266,6 +269,7 @@ def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth:
 
     smooth mixes two mip levels; without it the finer one is read alone, at half the cost.
     """
+    _have(patterns.bincount().nonzero()[:, 0].tolist())
     mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
     level = (exponent - 1) + (2 * mantissa - 1)
     low = level.floor().long().clamp(0, LEVELS - 1)

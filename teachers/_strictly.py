@@ -1,0 +1,76 @@
+"""The strict reading of weights: every parameter is claimed by the file, and everything in the file by the network."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+
+from distill.core.weights import WeightsMismatchError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
+    """Raises WeightsMismatchError that names the first keys, unless both are empty."""
+    faults = []
+    for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            faults.append(f"{label} {', '.join(keys[:3])}{more}")
+    if faults:
+        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, what: str) -> None:
+    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatchError names what does
+    not.
+    """
+    wanted = module.state_dict()
+    check_claimed(wanted.keys() - state.keys(), state.keys() - wanted.keys(), where, what=what)
+    for key, tensor in wanted.items():
+        if tensor.shape != state[key].shape:
+            raise WeightsMismatchError(
+                f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
+            )
+    module.load_state_dict(dict(state), assign=True)
+    module.requires_grad_(False)
+
+
+def load_checked(
+    build: Callable[[], tuple[Any, Any]], where: str | Path, *, what: str, optional: tuple[str, ...] = ()
+) -> Any:
+    """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
+
+    Both report what did not match and go on with random weights; here that is WeightsMismatchError. optional: parts of
+    names that may be missing or superfluous. Silences the progress bars and reports while building.
+    """
+    libraries = [sys.modules[name].utils.logging for name in ("transformers", "diffusers") if name in sys.modules]
+    before = [library.get_verbosity() for library in libraries]
+    bars = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        model, info = build()
+    except (RuntimeError, ValueError, safetensors.SafetensorError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsMismatchError(f"{where} cannot be loaded as a {what} checkpoint: {reason}") from error
+    finally:
+        for library, verbosity, had_bar in zip(libraries, before, bars, strict=True):
+            library.set_verbosity(verbosity)
+            if had_bar:
+                library.enable_progress_bar()
+    missing, unexpected = (
+        [key for key in info[name] if not any(part in key for part in optional)]
+        for name in ("missing_keys", "unexpected_keys")
+    )
+    check_claimed(missing, unexpected, where, what=what)
+    if info["mismatched_keys"]:
+        key = sorted(map(str, info["mismatched_keys"]))[0]
+        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: another shape at {key}")
+    return model

@@ -1,0 +1,87 @@
+"""Where a teacher's weights lie: a path or a hub id to a file here, its revision, and the settings beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.core import hub
+from distill.core.files import file_sha256
+from distill.core.weights import INDEX, WeightsMismatchError, WeightsMissingError
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
+def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
+    """The local file or folder that `weights` names: a path, or a hub id `org/name[/file or folder][@revision]`.
+
+    files: patterns of what is needed from a hub repository. Raises WeightsMissingError in one line that says what to
+    do.
+    """
+    text = str(weights)
+    if text and (path := Path(text).expanduser()).exists():
+        return path
+    repository, inside, revision = _hub_id(text)
+    try:
+        folder = hub.download(repository, files=_below(inside, files), revision=revision)
+    except hub.HubError as error:
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
+    if not (folder / inside).exists():
+        raise WeightsMissingError(
+            f"weights {text!r}: {repository} has no {inside}; see https://huggingface.co/{repository}/tree/main"
+        )
+    return folder / inside
+
+
+def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
+    """What `resolve` would fetch first, names with bytes; nothing where it is here. Raises as `resolve` does."""
+    text = str(weights)
+    if text and Path(text).expanduser().exists():
+        return {}
+    repository, inside, revision = _hub_id(text)
+    try:
+        return hub.to_download(repository, files=_below(inside, files), revision=revision)
+    except hub.HubError as error:
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
+
+
+def _hub_id(text: str) -> tuple[str, str, str | None]:
+    """(org/name, what is inside of it, revision) of a hub id; WeightsMissingError where it is none."""
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
+    if match is None or (Path(text).suffix in WEIGHT_SUFFIXES and not match[2]):
+        raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")
+    return match[1], match[2].lstrip("/"), match[3]
+
+
+def _below(inside: str, files: Sequence[str]) -> list[str]:
+    return [inside, *(f"{inside}/{f}" for f in files)] if inside else list(files)
+
+
+def revision_of(path: Path) -> str:
+    """The hub's commit where `path` is a snapshot of it, else "sha256:" and the start of the weights' digest."""
+    parts = path.absolute().parts
+    if "snapshots" in parts[:-1] and re.fullmatch("[0-9a-f]{40}", commit := parts[parts.index("snapshots") + 1]):
+        return commit
+    path = path.parent if path.name.endswith(INDEX) else path
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in WEIGHT_SUFFIXES)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(bytes.fromhex(file_sha256(file)))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The table in a json file, empty where there is no such file; WeightsMismatchError where it is no table."""
+    if not path.is_file():
+        return {}
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsMismatchError(f"{path} is not readable JSON ({error}): download it again") from error
+    if not isinstance(table, dict):
+        raise WeightsMismatchError(f"{path} holds no JSON table: download it again")
+    return table
