@@ -44,6 +44,7 @@ thead th{color:var(--soft);font-weight:500;white-space:nowrap;position:sticky;to
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);white-space:nowrap}
 thead th:first-child{left:0;z-index:2}
 .scores td,.scores thead th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.scores th,.scores td{padding-inline:7px}
 .scores thead th:first-child,.scores .text{text-align:left}.reasons{max-height:30rem}.reasons td{min-width:14rem}
 .best{font-weight:700;background:var(--best);color:var(--bestink);border-radius:4px;padding:2px 6px;margin:-2px -6px}
 .second{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;
