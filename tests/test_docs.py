@@ -64,6 +64,13 @@ def test_every_command_has_a_row():
     assert told == set(names("distill.app.verbs"))
 
 
+def test_every_extra_is_in_the_pages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = (ROOT / "docs" / "install.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    told = re.findall(r"`([a-z]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE)
+    assert sorted(told) == sorted(project["optional-dependencies"])
+
+
 def test_the_teachers_of_the_readme_are_those_of_the_cards():
     table = (ROOT / "README.md").read_text().partition("| teacher |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
