@@ -6,6 +6,7 @@ variables with a light and a dark value. Charts (distill.eval.reports.figures) u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -98,6 +99,17 @@ def name(text: str) -> str:
 def short(span: tuple[float, float]) -> str:
     """An interval in three digits, which are more than it knows; a table with one below every mean must fit a page."""
     return "–".join(f"{end:#.3g}".rstrip(".") for end in span)
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number in `count` significant digits and never with an exponent: 0.0123, 4.5, 1,276 (all digits before the
+    point stay). Costs of a large teacher are thousands of what a student's are.
+    """
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, count - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def missing(text: str) -> str:
