@@ -10,8 +10,10 @@ passes through float16; hence one of our own.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -207,20 +209,32 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         onnx.save(onnx.shape_inference.infer_shapes(model), before)
-        quantization.quantize_static(
-            before,
-            after,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-            nodes_to_exclude=whole,
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
-        )
+        with _without_warnings():
+            quantization.quantize_static(
+                before,
+                after,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                nodes_to_exclude=whole,
+                extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+            )
         return onnx.load(after)
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """onnxruntime advises a preparation that a traced graph does not need, on the root logger: on the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _eight_bit_weights(model: Any, whole: Sequence[str]) -> None:
