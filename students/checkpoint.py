@@ -348,7 +348,9 @@ def _encoder_file(student: Student, folder: Path) -> dict[str, str]:
 def _needed_file(folder: Path, needed: Mapping[str, str], given: str | Path | None) -> Path:
     want = f"{needed['name']} (sha256 {needed['sha256'][:12]}...)"
     if given is None:
-        raise ValueError(f"{folder}: its frozen encoder was left out; give encoder_weights=, the file {want}")
+        raise ValueError(
+            f"{folder}: its frozen encoder was left out; give --encoder-weights (encoder_weights=), the file {want}"
+        )
     path = Path(given)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; {folder} needs the encoder weights {want}")

@@ -25,6 +25,13 @@ _SECTIONS = {
 }
 
 
+_CLASSES = {
+    "sdt": "AnyDepth's SDTHead",
+    "dpt": "AnyDepth's DPTHead, which is DINOv3's",
+    "dav2": "Depth Anything V2's DPTHead, without the refinenet4.resConfUnit1 that it never calls",
+}
+"""Whose parameter names a decoder has."""
+
 _DISTILL = ("from distill import load", "", 'depth = load("THIS FOLDER")("photo.jpg").numpy()')
 _PIPELINE = (
     *("from transformers import pipeline", ""),
@@ -126,7 +133,10 @@ def _top(name: str, card: Mapping[str, Any], library: str = "depth-distill") -> 
         *("tags:", "- depth", "- distillation", "---", ""),
     ]
     held = _held(card)
-    rows = _rows({key: value for key, value in card.items() if key not in held})
+    plain = {key: value for key, value in card.items() if key not in held}
+    if isinstance(training := plain.get("training"), Mapping):  # its settings are those of the recipe, which follows
+        plain["training"] = {key: value for key, value in training.items() if key != "settings"}
+    rows = _rows(plain)
     return [*block, f"# {card.get('name', name)}", "", *rows]
 
 
@@ -175,13 +185,15 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
         "`distill export THIS_FOLDER OUT --bits 32` writes them plainly."
     )
     max_depth = network.get("max_depth")
+    theirs = _CLASSES.get(network["decoder"])
+    named = f", by the names of {theirs}" if theirs else ""
     return [
         *("", "## Without this package", "", "```python"),
         *("import timm, torch", "from safetensors.torch import load_file", "", *code, "```", ""),
         f"Then {resized}scale it to [0,1], subtract the mean {options['mean']} and divide by {options['std']}. "
-        "The decoder "
-        f"({network['decoder']}; `decoder.*` in the file; its class is in distill/students/decoders) reads blocks "
-        f"{options['indices']} as patch maps with their class tokens, and gives one channel, "
+        f"The decoder ({network['decoder']}; `decoder.*` in the file{named}; its class is in "
+        f"distill/students/decoders) reads blocks {options['indices']} as patch maps with their class tokens, "
+        "and gives one channel, "
         f"{f'sigmoid of it times {max_depth} is metres; ' if max_depth else ''}resized bilinearly "
         "(align_corners=False) to the image.",
         *(["", four_bits] if bits == 4 else []),
@@ -202,8 +214,19 @@ def _rows(table: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return _words(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _words(value: Any) -> str:
+    """A value for people: of a table "key: value; ...", of a list its entries; numbers and switches as in JSON."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        inner = ((key, f"({_words(v)})" if isinstance(v, Mapping) else _words(v)) for key, v in value.items())
+        return "; ".join(f"{key}: {text}" for key, text in inner)
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_words, value))
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _section(key: str, value: Any) -> list[str]:

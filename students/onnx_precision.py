@@ -10,8 +10,10 @@ passes through float16; hence one of our own.
 from __future__ import annotations
 
 import copy
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -182,8 +184,9 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
     images: those of the calibration, (1,3,H,W) each. The patches' embedding and
     the last convolution stay float32: what they lose, everything has lost (ours). So do the products of matrices, whose
     output's rounding would double the noise, while what takes them is float32 anyhow; attention's, of two activations,
-    are not quantized at all. matrices: "int8"; or "weights": their weights alone, in eight bits, for most of what
-    INT8 loses in a ViT is its activations', where a few values are many times larger than the rest and share its step.
+    are not quantized at all. matrices: "int8"; or "weights": the weights alone, of matrices and convolutions, in eight
+    bits, for what INT8 loses is its activations', where a few values are many times larger than the rest and share its
+    step. Nothing is calibrated then, and everything is computed in float32.
     """
     if matrices not in ("int8", "weights"):
         raise ValueError(f'matrices must be "int8" or "weights", not {matrices!r}')
@@ -198,30 +201,45 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    whole = [convolutions[0], convolutions[-1]]
+    if matrices == "weights":
+        made = copy.deepcopy(model)
+        _eight_bit_weights(made, whole)
+        return made
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         onnx.save(onnx.shape_inference.infer_shapes(model), before)
-        quantization.quantize_static(
-            before,
-            after,
-            Reader(),
-            quant_format=quantization.QuantFormat.QDQ,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            per_channel=True,
-            reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
-            op_types_to_quantize=["Conv", "MatMul", "Gemm"] if matrices == "int8" else ["Conv"],
-            nodes_to_exclude=[convolutions[0], convolutions[-1]],
-            extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
-        )
-        made = onnx.load(after)
-    if matrices == "weights":
-        _eight_bit_weights(made)
-    return made
+        with _without_warnings():
+            quantization.quantize_static(
+                before,
+                after,
+                Reader(),
+                quant_format=quantization.QuantFormat.QDQ,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                per_channel=True,
+                reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+                nodes_to_exclude=whole,
+                extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
+            )
+        return onnx.load(after)
 
 
-def _eight_bit_weights(model: Any) -> None:
-    """Every matrix (in, out) that multiplies from the right as int8, a scale for BLOCK of a column, in place.
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """onnxruntime advises a preparation that a traced graph does not need, on the root logger: on the screen."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _eight_bit_weights(model: Any, whole: Sequence[str]) -> None:
+    """Every matrix (in, out) that multiplies from the right as int8, a scale for BLOCK of a column, in place; and every
+    convolution's kernel (out, in, h, w) but those of the nodes called as in `whole`, a scale for an output's.
 
     A Cast and a Mul, not a DequantizeLinear: with that onnxruntime was off by .034 where weights and convolutions
     explain .014, as if it rounded the product's activations after all (inferred, not seen in its graph).
@@ -234,8 +252,10 @@ def _eight_bit_weights(model: Any) -> None:
 
     def weight(name: str) -> str:
         values = onnx.numpy_helper.to_array(stored[name])
-        rows = values.shape[0] if values.shape[0] % BLOCK else BLOCK
-        blocks = values.reshape(-1, rows, values.shape[1])
+        if values.ndim == 2:
+            blocks = values.reshape(-1, values.shape[0] if values.shape[0] % BLOCK else BLOCK, values.shape[1])
+        else:
+            blocks = values.reshape(values.shape[0], -1, 1)
         scale = np.abs(blocks).max(1, keepdims=True).astype(np.float32) / np.float32(127)
         scale[scale == 0] = 1
         parts = {"codes": np.round(blocks / scale).astype(np.int8), "scale": scale, "shape": np.array(values.shape)}
@@ -250,8 +270,9 @@ def _eight_bit_weights(model: Any) -> None:
         return f"{name}:single"
 
     for node in graph.node:
-        name = node.input[1] if node.op_type == "MatMul" else ""
-        if name in stored and len(stored[name].dims) == 2:
+        shrinks = {"MatMul": 2, "Conv": 4}.get(node.op_type) if node.name not in whole else None
+        name = node.input[1] if shrinks else ""
+        if name in stored and len(stored[name].dims) == shrinks:
             made[name] = made.get(name) or weight(name)
             node.input[1] = made[name]
         nodes.append(node)

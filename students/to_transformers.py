@@ -16,7 +16,8 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -343,12 +344,25 @@ def _images(student: Student) -> list[Tensor]:
     return [nn.functional.interpolate(seed, size, mode="bicubic", align_corners=False).clamp(0, 1) for size in shapes]
 
 
+@contextmanager
+def _without_bars(logging: Any) -> Iterator[None]:
+    """transformers draws its own progress, which --quiet and --json promise not to."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def _compare(student: Student, folder: Path, shift: float) -> tuple[float, float]:
     """The largest difference on a square image, and on a wide one, in units of the map's spread."""
     transformers = optional("transformers", "teachers")
-    model, loaded = transformers.AutoModelForDepthEstimation.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True
-    )
+    with _without_bars(transformers.utils.logging):
+        model, loaded = transformers.AutoModelForDepthEstimation.from_pretrained(
+            folder, trust_remote_code=True, output_loading_info=True
+        )
     for what, keys in loaded.items():
         if keys:
             raise ValueError(f"{folder}: transformers reads it with {what.replace('_', ' ')}: {sorted(keys)[:3]}")

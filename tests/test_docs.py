@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.app.cli import _parser
+from distill.app.cli import parser
 from distill.app.recipe import Recipe, load, parse
 from distill.app.shipped import shipped
+from distill.core.plugins import find, names
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -54,7 +55,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize(("page", "words"), COMMANDS, ids=[" ".join(words) for _, words in COMMANDS])
 def test_every_command_is_one(page, words):
-    args = _parser().parse_args(words)
+    args = parser().parse_args(words)
     overrides = getattr(args, "set", [])
     name = getattr(args, "recipe", None) or ""
     if overrides or name in every_shipped():
@@ -62,6 +63,40 @@ def test_every_command_is_one(page, words):
             name if name in every_shipped() else "demo",
             [text for text in overrides if not text.startswith("teachers.")],
         )
+
+
+def test_every_command_has_a_row():
+    rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "commands.md").read_text().replace("\\|", "/"), re.MULTILINE)
+    told = {name for row in rows for name in re.findall(r"`distill ([a-z]+)", row)}
+    assert told == set(names("distill.app.verbs"))
+
+
+def test_every_extra_is_in_the_pages():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    table = (ROOT / "docs" / "install.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
+    told = re.findall(r"`([a-z]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE)
+    assert sorted(told) == sorted(project["optional-dependencies"])
+
+
+def test_the_teachers_of_the_readme_are_those_of_the_cards():
+    table = (ROOT / "README.md").read_text().partition("| teacher |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    told = {
+        re.sub(r"\W+", "_", name.lower()): (output, allowed)
+        for names_, output, allowed in rows
+        for name in names_.split(", ")
+    }
+    for teacher in names("distill.teachers"):
+        cards = find("distill.teachers", teacher).CARDS
+        if teacher in ("analytic", "checkpoint", "stored"):  # ours, and other people's maps
+            continue
+        (output, allowed), *_ = [said for name, said in told.items() if name.startswith(teacher)]
+        for card in cards:
+            words = {"metric": "metric", "scale": "up to scale", "affine": f"{card.kind.quantity}"}
+            assert words[str(card.kind).partition("_")[0]] in output, (teacher, card.kind)
+        sold = {card.commercial for card in cards}
+        expected = {"no": {False}, "yes": {True}}.get(allowed.partition(" ")[0].strip(":,"))
+        assert expected is None or sold == expected, (teacher, allowed)
 
 
 def keys() -> set[str]:

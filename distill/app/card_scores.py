@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from distill.eval.reports.page import digits
 from distill.eval.scorefile import Score, read_scores
 
 
@@ -43,7 +44,7 @@ def _score_row(score: Score) -> dict[str, str]:
 
 def _cost_row(model: str, cost: dict[str, Any]) -> dict[str, str]:
     def number(key: str, scale: float) -> str:
-        return f"{cost[key] * scale:.4g}" if cost.get(key) else "-"
+        return digits(cost[key] * scale, 4).replace(",", "") if cost.get(key) else "-"
 
     return {
         "model": model,

@@ -46,16 +46,17 @@ EPILOG = """examples:
 """
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The whole command line; each command's own help is in its file."""
+    whole = argparse.ArgumentParser(
         prog="distill",
         description="Distil heavy depth teachers into small students, and compare them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    _switches(parser, default=False)
-    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    whole.add_argument("--version", action="version", version=__version__)
+    _switches(whole, default=False)
+    verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
     present = names("distill.app.verbs")
     for name in sorted(present, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
         verb = find("distill.app.verbs", name)
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         verb.arguments(sub)
         _switches(sub, default=argparse.SUPPRESS)  # before the command or behind it
         sub.set_defaults(verb=verb.run)
-    return parser
+    return whole
 
 
 def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
     debug = False
     try:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         debug = args.debug
         from distill.app import console
 
@@ -103,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            message = f"{os.fspath(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
         console.fail((message or type(error).__name__) + way_out)
         return 2
     except KeyboardInterrupt:

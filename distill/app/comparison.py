@@ -35,6 +35,7 @@ from distill.data.sources import BadImageError, Entry, Rejected
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import Entrant, ModelComparison, compare, gather, write_comparison
 from distill.eval.reports.compare_page import sentences, write_page
+from distill.eval.reports.page import digits
 from distill.eval.timing import RunTime, paper_run_times, run_time
 from distill.labelling.run import TRUTH
 from distill.teachers import Card, revision_of
@@ -73,7 +74,7 @@ def _compare(recipe: Recipe) -> Path:
             ("longer side", f"at most {recipe.compare.side} pixels"),
             ("images’ licence", recipe.labels.licence),
             *(
-                (f"run time of {name} at {t.size} × {t.size}", f"{t.seconds:.3g} s ({t.device})")
+                (f"run time of {name} at {t.size} × {t.size}", f"{digits(t.seconds)} s ({t.device})")
                 for name, t in timed.items()
             ),
         ],
@@ -121,12 +122,11 @@ def _tell_times(timed: Mapping[str, RunTime]) -> None:
         return
     size = next(iter(timed.values())).size
     ours = [
-        [name, f"{t.seconds:.3g}", f"{t.fastest:.3g} to {t.slowest:.3g}", t.device, ""] for name, t in timed.items()
+        [name, digits(t.seconds), f"{digits(t.fastest)} to {digits(t.slowest)}", t.device, ""]
+        for name, t in timed.items()
     ]
     printed = [
-        [p.model, f"{p.seconds:.3g}", "", p.device, f"{p.paper}, {p.where}"]
-        for p in paper_run_times()
-        if p.size == size
+        [p.model, digits(p.seconds), "", p.device, f"{p.paper}, {p.where}"] for p in paper_run_times() if p.size == size
     ]
     head = ["model", "seconds", "range", "device", "from"]
     table(f"run time of one image of {size} x {size} pixels", head, [*ours, *printed])

@@ -1,7 +1,7 @@
 """What each key of a recipe means, read from the settings classes: the string below each field.
 
 `distill show RECIPE --explain` prints a recipe with the meaning above each key, `--explain KEY` one key or one table;
-`python -m distill.app.explain` prints the reference page, docs/reference/recipe.md.
+`python -m distill.app.explain` prints the reference page, docs/reference/recipe.md; distill.app.handbook writes all.
 """
 
 from __future__ import annotations

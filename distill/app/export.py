@@ -22,6 +22,7 @@ from distill.students.modelcard import model_card, read_card_file
 from distill.students.onnx_graph import OnnxOptions
 from distill.teachers import revision_of
 
+_WORDS = {32: "float32", 16: "float16", "int8": "INT8", "weights": "weights in eight bits, computed in float32"}
 ONNX, PROGRAM, PAGE = "model.onnx", "model.pt2", "index.html"
 
 
@@ -110,7 +111,9 @@ def _rows(student: Student, options: ExportOptions) -> dict[str, str]:
     rows = {}
     if options.onnx:
         size, multiple = student.native_size, student.encoder.patch_size
-        precision = "INT8" if options.int8 else "float16" if options.bits == 16 else "float32"
+        precision = "float16" if options.bits == 16 else "float32"
+        if options.int8:
+            precision = "eight bits (INT8, or the weights alone where the gate refused that; `precision` in the file)"
         how = "takes the photo, uint8 H x W x 3, and gives its map H x W"
         if not options.with_resize:
             how = f"resize first: short side to {size}, each side the nearest multiple of {multiple}, antialias"
@@ -135,7 +138,8 @@ def _write_graphs(
         gate = options.gate or (Gate() if bits == 8 else None)
 
         def written(form: OnnxOptions) -> str:
-            off = onnx_graph.write_onnx(again, path, options=form, metadata=said, program=program, named=named)
+            about = said | {"precision": _WORDS[form.matrices if bits == 8 else bits]}
+            off = onnx_graph.write_onnx(again, path, options=form, metadata=about, program=program, named=named)
             line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
             if gate:
                 network = onnx_graph.run_onnx(path, named=named)
@@ -147,7 +151,7 @@ def _write_graphs(
         except QualityError as error:
             if bits != 8:
                 raise
-            note(f"all in INT8 is refused ({error}); now with the encoder's activations in float32")
+            note(f"all in INT8 is refused ({error}); now the weights alone in eight bits, computed in float32")
             lines.append(written(replace(form, matrices="weights")))
     if options.browser:
         page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")

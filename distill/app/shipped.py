@@ -6,6 +6,7 @@ recipe too where there is no such file. Nothing is written beside them: a run go
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,19 @@ def locate(name: str | Path, sort: Sort = "recipe") -> Path:
         verbs = "ablate" if other == "study" else "show, label, train and score"
         raise RecipeError(f"{file} is a {other}: that is for distill {verbs}")
     return file
+
+
+def headline(path: Path) -> str:
+    """What a recipe or study is: the first sentence of the comment that it begins with, however many lines that has."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines()
+    said = first.lstrip("# ")
+    for line in lines:
+        if said.endswith((".", ")", "?")) or not line.startswith("# ") or line.startswith("#  "):
+            break
+        said += f" {line[2:].strip()}"
+        if end := re.search(r"(?<=[a-z0-9)])\. (?=[A-Z])", said):
+            said = said[: end.start() + 1]
+    return said
 
 
 def _missing(asked: Path, plain: str, known: list[str], sort: Sort) -> str:

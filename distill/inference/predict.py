@@ -79,6 +79,8 @@ def load(
     device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
     Raises ValueError for a device that cannot be used here, or a size that is less than one patch.
     """
+    if size is not None and size < 1:
+        raise ValueError(f"size must be a positive number of pixels, not {size}")
     on = machine.usable_device(device)
     folder = checkpoint.fetch(student)
     teacher = Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from distill.core.codes import CodedLabels, CodedMaps
+from distill.core.codes import LAST, CodedLabels, CodedMaps
 from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import DENSE, Batch, Labels, Supervision
 from distill.shards.codecs import CODECS as CODECS
@@ -155,6 +155,20 @@ def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, wher
     return codes
 
 
+UNITS = {"metric_depth": "m", "metric_disparity": "1/m"}
+"""Of the depth types whose values have one."""
+
+
+def code_rule(codec: str) -> dict[str, int]:
+    """How a reader without this package turns codes into values, in each sample's json; {} where codes are no numbers.
+
+    Below `invalid_below` a pixel has no value; `first` is the map's lowest value, `last` its highest.
+    """
+    how = CODECS[codec]
+    invalid = int(np.isnan(how.units).sum())
+    return {"invalid_below": invalid, "first": how.first, "last": LAST} if how.first else {}
+
+
 def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[str, bytes]]:
     """The tar members of a sample, in their order. Its record must have "image", "crop" and "patches"."""
     picture = io.BytesIO()
@@ -178,8 +192,11 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
         patches = labels.local
         local = [] if patches is None else [add(f"{name}.local{i}", patches, i) for i in range(len(patches))]
         before = sample.record.get("labels", {}).get(name, {})
-        described[name] = {**before, "kind": str(labels.shared.kind), "shared": shared, "local": local}
+        kind = str(labels.shared.kind)
+        unit = {"unit": UNITS[kind]} if kind in UNITS else {}
+        described[name] = {**before, "kind": kind, **unit, "shared": shared, "local": local}
     record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
+    record |= {"decode": rule} if (rule := code_rule(codec)) else {}
     record["jpg"] = {"crc32": zlib.crc32(picture.getvalue())}
     record["crc32"] = zlib.crc32(dump_json(record))
     members.append((f"{sample.key}.json", dump_json(record)))

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from distill.core.codes import LAST
-from distill.shards.codec import CODECS
+from distill.shards.codec import CODECS, UNITS, code_rule
 
 README = "README.md"
 
@@ -33,8 +30,8 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
             f"Licence of the images: {manifest['licence']['images'] or 'unknown'}.",
             "",
             f"Maps (`.{form['suffix']}`, codec {form['codec']}) are 16-bit codes with the range that each "
-            f"sample's json gives: value = {form['value']}; {rule}. The same stands in manifest.json under `format`; "
-            "docs/formats.md of depth-distill has a reader of ten lines.",
+            f"sample's json gives: value = {form['value']}; {rule}. Each sample's json has them under `decode`, "
+            "manifest.json under `format`; docs/formats.md of depth-distill has a reader of ten lines.",
             "",
         ]
     )
@@ -47,15 +44,9 @@ def describe_format(codec: str) -> dict[str, Any]:
         "codec": codec,
         "suffix": how.suffix,
         "max_error": how.bound,
-        "units": {"metric_depth": "m", "metric_disparity": "1/m"},
+        "units": UNITS,
         "patches": "[top, left, side] in the photograph's pixels, from the region's top left corner",
     }
-    if not how.first:
+    if not (rule := code_rule(codec)):
         return {**described, "invalid": "NaN", "value": "low + (x + 1) / 2 * (high - low)"}
-    return {
-        **described,
-        "invalid_below": int(np.isnan(how.units).sum()),
-        "first": how.first,
-        "last": LAST,
-        "value": "low + clip((code - first) / (last - first), 0, 1) * (high - low)",
-    }
+    return {**described, **rule, "value": "low + clip((code - first) / (last - first), 0, 1) * (high - low)"}

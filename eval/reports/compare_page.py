@@ -16,7 +16,7 @@ from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.compare import PROTOCOL, TRUTH, ModelComparison
 from distill.eval.reports import figures
 from distill.eval.reports.disagreement import gallery
-from distill.eval.reports.page import details, name, page, pairs, table
+from distill.eval.reports.page import details, digits, name, page, pairs, table
 
 WORTH = 0.05
 """An addition below this is called none."""
@@ -145,8 +145,8 @@ def models_table(comparison: ModelComparison) -> str:
                 *(truth if with_truth else []),
                 _show(numbers.get("sharpness"), "{:.3f}"),
                 _show(numbers.get("on_image"), "{:.0%}"),
-                _show(1000 * cost["latency_s"] if cost.get("latency_s") else None, "{:,.3g}"),
-                _show(cost["flops"] / 1e9 if cost.get("flops") else None, "{:,.3g}"),
+                digits(1000 * cost["latency_s"]) if cost.get("latency_s") else "–",
+                digits(cost["flops"] / 1e9) if cost.get("flops") else "–",
                 _millions(cost["parameters"]),
                 _bytes(cost["memory_bytes"]),
             ]

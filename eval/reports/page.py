@@ -6,6 +6,7 @@ variables with a light and a dark value. Charts (distill.eval.reports.figures) u
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -44,6 +45,7 @@ thead th{color:var(--soft);font-weight:500;white-space:nowrap;position:sticky;to
 tbody th{font-weight:600;position:sticky;left:0;background:var(--card);white-space:nowrap}
 thead th:first-child{left:0;z-index:2}
 .scores td,.scores thead th{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.scores th,.scores td{padding-inline:7px}
 .scores thead th:first-child,.scores .text{text-align:left}.reasons{max-height:30rem}.reasons td{min-width:14rem}
 .best{font-weight:700;background:var(--best);color:var(--bestink);border-radius:4px;padding:2px 6px;margin:-2px -6px}
 .second{text-decoration:underline;text-decoration-thickness:2px;text-underline-offset:3px;
@@ -97,6 +99,17 @@ def name(text: str) -> str:
 def short(span: tuple[float, float]) -> str:
     """An interval in three digits, which are more than it knows; a table with one below every mean must fit a page."""
     return "–".join(f"{end:#.3g}".rstrip(".") for end in span)
+
+
+def digits(value: float, count: int = 3) -> str:
+    """A number in `count` significant digits and never with an exponent: 0.0123, 4.5, 1,276 (all digits before the
+    point stay). Costs of a large teacher are thousands of what a student's are.
+    """
+    if not value or not math.isfinite(value):
+        return f"{value:g}"
+    places = max(0, count - 1 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def missing(text: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from distill.core.printable import printable
 from distill.eval.intervals import apart, mean_interval, places
 from distill.eval.reports import figures
-from distill.eval.reports.page import missing, name, short, table
+from distill.eval.reports.page import digits, missing, name, short, table
 from distill.eval.scorefile import Score
 
 TITLES = {"abs_rel": "AbsRel", "delta1": "δ1", "boundary_f1": "boundary F1", "accuracy": "accuracy"}
@@ -105,7 +105,7 @@ def _cost_words(about: Score, others: Sequence[Score]) -> str:
     rival = _leading(others, about.task.main) if others else None
     theirs = (rival.cost or {}).get("latency_s") if rival else None
     if rival and theirs and (rival.cost or {}).get("device") == cost.get("device"):
-        text += f", {cost['latency_s'] / theirs:.2g} times as long as {rival.model}"
+        text += f", {digits(cost['latency_s'] / theirs, 2)} times as long as {rival.model}"
     return text
 
 
@@ -143,16 +143,16 @@ def cost_cells(cost: Mapping[str, Any]) -> list[str]:
     parameters, flops = cost.get("parameters"), cost.get("flops")
     memory = cost.get("memory_bytes")
     return [
-        f"{cost['weight_bytes'] / 1e6:.3g} MB" if parameters and cost.get("weight_bytes") else "–",
-        f"{parameters / 1e6:.3g} M" if parameters else "–",
-        f"{flops / 1e9:.3g}" if flops else "–",
+        f"{digits(cost['weight_bytes'] / 1e6)} MB" if parameters and cost.get("weight_bytes") else "–",
+        f"{digits(parameters / 1e6)} M" if parameters else "–",
+        digits(flops / 1e9) if flops else "–",
         _ms(cost) if cost.get("latency_s") else "–",
-        f"{memory / 1e6:.3g} MB" if parameters and memory else "–",
+        f"{digits(memory / 1e6)} MB" if parameters and memory else "–",
     ]
 
 
 def _ms(cost: Mapping[str, Any]) -> str:
-    return f"{1000 * cost['latency_s']:,.3g}" if cost["latency_s"] < 1 else f"{1000 * cost['latency_s']:,.0f}"
+    return digits(1000 * cost["latency_s"])
 
 
 def _cell(score: Score, metric: str, mark: int) -> str:

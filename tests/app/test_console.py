@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from distill.app import console
 from distill.app.cli import main
+from distill.app.verbs import show
 
 NUMBERS = {
     "loss": 0.5,
@@ -128,3 +130,45 @@ def test_quiet_is_each_commands_own(shown):
         assert main(argv) == 0
         console.note("by the way")
         assert ("by the way" in out.getvalue()) is heard, argv
+
+
+def test_what_the_system_refuses_names_the_file_first(monkeypatch, capsys):
+    def run(args):
+        Path("no", "such.toml").read_text()
+
+    monkeypatch.setattr(show, "run", run)
+    assert main(["show", "demo"]) == 2
+    assert capsys.readouterr().err == "error: no/such.toml: no such file or directory\n"
+
+
+def test_a_name_that_is_no_run_gets_the_runs_that_are_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/own").mkdir(parents=True)
+    Path("runs/own/recipe.toml").touch()
+    assert main(["report", "won"]) == 2
+    assert capsys.readouterr().err == "error: won: no such run, nor a recipe of that name; here are runs/own\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("score demo --protocol clean --out x.json", "--protocol, --out: of --predictions"),
+        ("score demo --alignment median", "--alignment: of --predictions"),
+        (
+            "score --predictions maps --kind affine_disparity --benchmark nyu --set train.steps=1",
+            "--set: changes a recipe",
+        ),
+        ("doctor demo --root data/nyu", "--root: of a benchmark"),
+        ("doctor runs/demo --set train.steps=1", "--set: changes a recipe"),
+        ("doctor --benchmark nyu --set train.steps=1", "--set: changes a recipe"),
+        ("verify labels/HASH --recipe own.toml", "--recipe: of a repair"),
+        ("verify labels/HASH --trust-recipe", "--trust-recipe: of a repair"),
+        ("report runs/demo --metrics rmse", "--metrics: of a table"),
+        ("show --explain crops --set train.steps=1", "--set: changes a recipe"),
+        ("compare demo --local --size 512", "--size: times whole images"),
+        ("label demo --worker --ray", "--worker: one of several workers"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused(capsys, words, said):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err.startswith(f"error: {said}")

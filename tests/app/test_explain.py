@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.app import explain, recipe
+from distill.app import explain, handbook, recipe
 from distill.app.cli import main
+from distill.app.shipped import headline, shipped
 from distill.app.strict import RecipeError
 
 ROOT = Path(__file__).parents[2]
@@ -21,9 +22,17 @@ def test_every_key_has_a_meaning():
     assert not [key for key, meaning in said.items() if len(meaning) <= 10 or not meaning.endswith(".")]
 
 
-def test_the_reference_page_is_the_code_s():
-    page = (ROOT / "docs" / "reference" / "recipe.md").read_text()
-    assert page == explain.reference(), "run: python -m distill.app.explain > docs/reference/recipe.md"
+@pytest.mark.parametrize("name", handbook.PAGES)
+def test_a_reference_page_is_the_code_s(name):
+    page = (ROOT / "docs" / "reference" / name).read_text()
+    assert page == handbook.PAGES[name](), "run: python -m distill.app.handbook"
+
+
+def test_a_recipe_s_headline_is_a_whole_sentence(tmp_path):
+    lines = [headline(path) for path in (shipped() | shipped("study")).values()]
+    assert not [line for line in lines if not line.endswith((".", ")", "?"))]
+    (tmp_path / "r.toml").write_text("# What it is,\n# in ViT-S/14 and Fig. 7. More of it.\n#   distill label r.toml\n")
+    assert headline(tmp_path / "r.toml") == "What it is, in ViT-S/14 and Fig. 7."
 
 
 @pytest.mark.parametrize("name", ["demo", "pocket/pocket", "sa1b_dav2_genpercept", "compare"])

@@ -7,6 +7,7 @@ import torch
 
 from distill.app import export as verb
 from distill.app import gate
+from distill.app.cli import main
 from distill.core.depth import DepthMap, Kind
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
@@ -62,8 +63,11 @@ def test_int8_that_is_refused_is_tried_again_with_the_weights_alone(tmp_path, mo
     tried: list[str] = []
     refused: set[str] = {"int8"}
 
-    def write(student, path, *, options, **_):
+    said: list[str] = []
+
+    def write(student, path, *, options, metadata, **_):
         tried.append(options.matrices)
+        said.append(metadata["precision"])
         path.write_bytes(b"graph")
         return 0.01
 
@@ -82,9 +86,26 @@ def test_int8_that_is_refused_is_tried_again_with_the_weights_alone(tmp_path, mo
         tried.clear()
         (line,) = verb._write_graphs(None, None, tmp_path, tmp_path, options, [torch.zeros(3, 2, 2)])
         assert tried == expected and line.endswith("delta1")
+        assert said.pop() == ("INT8" if expected[-1] == "int8" else "weights in eight bits, computed in float32")
         refused.clear()
     refused.add("int8")
     tried.clear()
     with pytest.raises(gate.QualityError):  # another precision has no second form
         verb._write_graphs(None, None, tmp_path, tmp_path, verb.ExportOptions(onnx=True, bits=16, gate=gate.Gate()), [])
     assert tried == ["int8"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--gate scenes", "nothing here is one"),
+        ("--gate scenes --transformers", "nothing here is one"),
+        ("--onnx --root data/nyu", "--root: of a gate: give --gate BENCHMARK, or leave it out"),
+        ("--allow-drop --list nyu.txt", "--list, --allow-drop: of a gate: give --gate BENCHMARK"),
+        ("--int8 LABELS --root data/nyu", "--root: of a gate"),
+    ],
+)
+def test_what_would_not_be_used_of_a_gate_is_refused_before_anything_is_loaded(capsys, monkeypatch, words, said):
+    monkeypatch.setattr(verb.checkpoint, "fetch", lambda name: pytest.fail("loaded"))
+    assert main(["export", "pocket", "out", *words.split()]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -158,6 +158,8 @@ def test_the_built_in_model_and_a_run(tmp_path):
     assert torch.equal(again.values, depth.values)
     with pytest.raises(ValueError, match="less than one patch"):
         distill.load("pocket", device="cpu", size=5)
+    with pytest.raises(ValueError, match="^size must be a positive number of pixels, not 0"):
+        distill.load("pocket", device="cpu", size=0)
 
 
 def test_a_teacher_by_name():

@@ -42,6 +42,9 @@ def test_the_reader_of_the_page_reads_what_we_read(tmp_path):
             ours, i = (labels.shared, 0) if patch is None else (labels.local, patch)
             assert kind == ours.kind and (np.isfinite(values) == ours.valid[i].numpy()).all()
             assert np.allclose(np.nan_to_num(values), ours.values[i].numpy(), atol=1e-6)
+        # The rule stands in the sample itself, for whoever has one tar and no manifest.
+        assert sample.record["decode"] == {"invalid_below": 8, "first": 16, "last": 65535}
+        assert sample.record["labels"][teacher]["unit"] == "1/m"
 
 
 @pytest.mark.parametrize("codec", list(CODECS))

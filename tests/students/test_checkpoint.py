@@ -139,7 +139,9 @@ class TestFrozenEncoderLeftOut:
 
     def test_without_its_file(self, tmp_path, parts):
         file, _, folder = parts
-        with pytest.raises(ValueError, match=r"give encoder_weights=, the file vit\.safetensors \(sha256 "):
+        with pytest.raises(
+            ValueError, match=r"give --encoder-weights \(encoder_weights=\), the file vit\.safetensors \(sha256 "
+        ):
             checkpoint.load(folder)
         with pytest.raises(FileNotFoundError, match=r"none\.pth: no such file; .* needs .* vit\.safetensors"):
             checkpoint.load(folder, encoder_weights=tmp_path / "none.pth")

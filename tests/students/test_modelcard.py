@@ -9,6 +9,7 @@ import torch
 
 from distill import students
 from distill.students import checkpoint
+from distill.students.modelcard import model_card
 from tests.students.tiny import tiny
 
 
@@ -45,3 +46,18 @@ def test_a_card_of_four_bits_says_how_they_are_stored(tmp_path):
     checkpoint.save(tiny("dpt"), tmp_path / "s", card={"name": "x"}, bits=4)
     page = (tmp_path / "s" / "README.md").read_text()
     assert "groups of 128" in page and "load_file" in page
+    assert "(dpt; `decoder.*` in the file, by the names of AnyDepth's DPTHead, which is DINOv3's;" in page
+
+
+def test_the_tables_of_a_card_are_for_people():
+    card = {
+        "name": "x",
+        "training": {"step": 100, "averaged": False, "settings": {"steps": 100}},
+        "made_by": ["a", "b"],
+        "teachers": {"t": {"licence": "MIT", "stored": ["affine_disparity"], "fit": {"scale": 2.0}}},
+        "recipe": {"train": {"steps": 100}},
+    }
+    page, _, recipe = model_card("x", card).partition("## Training recipe")
+    assert "| training | step: 100; averaged: false |" in page and "| made_by | a, b |" in page
+    assert "| t | licence: MIT; stored: affine_disparity; fit: (scale: 2.0) |" in page
+    assert '"' not in page.partition("## Lineage")[2] and '"steps": 100' in recipe

@@ -57,13 +57,14 @@ def photo():
 
 
 @pytest.mark.parametrize("name", ["DepthAnything", "metric", "DPT"])
-def test_a_native_class_has_the_same_map(tmp_path, photo, name):
+def test_a_native_class_has_the_same_map(tmp_path, photo, name, capsys):
     options = NATIVE["DPT" if name == "DPT" else "DepthAnything"]
     student = made(**options, **({"max_depth": 20} if name == "metric" else {}))
     expected = to_transformers.native(student)
     assert expected == ("DPT" if name == "DPT" else "DepthAnything")
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny"})
     assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--transformers"]) == 0
+    assert capsys.readouterr().err == "", "no progress bar of somebody else's"
     assert not list((tmp_path / "o").glob("*.py"))
     assert "library_name: transformers" in (tmp_path / "o" / "README.md").read_text()
     pipe = transformers.pipeline("depth-estimation", model=str(tmp_path / "o"))

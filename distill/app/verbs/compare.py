@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from distill.app.verbs._recipe import take_recipe
+from distill.app.verbs._recipe import refuse, take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = [*args.set, *([f"compare.time_at={args.size}"] if args.size is not None else [])]
     recipe = load(args.recipe, overrides, command="compare")
     if args.local:
+        refuse({"--size": args.size}, "times whole images: give it without --local")
         from distill.app.local_gain import run_local
 
         run_local(recipe)

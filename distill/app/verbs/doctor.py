@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill.app.verbs._recipe import take_overrides
+from distill.app.verbs._recipe import refuse, take_overrides
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,10 @@ def run(args: argparse.Namespace) -> int:
 
     if bool(args.target) == bool(args.benchmark):
         raise ValueError("doctor takes a recipe, a run's folder or its log; or --benchmark NAME with --root DIR")
+    if not args.benchmark:
+        refuse({"--root": args.root, "--list": args.list}, "of a benchmark: give --benchmark NAME")
+    if args.benchmark or not _is_recipe(args.target):
+        refuse({"--set": args.set}, "changes a recipe: give one")
     if args.benchmark:
         from distill.eval.completeness import check_benchmark
 

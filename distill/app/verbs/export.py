@@ -21,9 +21,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distill.app.verbs._recipe import refuse
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("student", metavar="STUDENT", help="a student's folder, such as RUN/train/student, or pocket")
+    parser.add_argument("student", metavar="STUDENT", help="a run, a student's folder, or pocket")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the student that OUT holds")
     parser.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.int8 and args.bits != 32:
         raise ValueError(f"--int8 is a precision of the ONNX graph, and --bits {args.bits} another: give one of them")
 
+    _check_gate(args, changed=onnx or args.bits != 32)
     from distill.app.export import ExportOptions, run_export
     from distill.app.gate import Gate
     from distill.core.plugins import allow
@@ -70,10 +73,8 @@ def run(args: argparse.Namespace) -> int:
     if args.decoder:
         allow(args.decoder)
     gate = None
-    if args.gate or args.root or args.list or args.int8:
+    if args.gate or args.int8:
         gate = Gate(args.gate or "scenes", args.root, args.list, args.allow_drop)
-    elif args.allow_drop:
-        raise ValueError("--allow-drop is for a gate: give --gate BENCHMARK too")
     options = ExportOptions(
         bits=args.bits,
         onnx=onnx,
@@ -93,3 +94,15 @@ def run(args: argparse.Namespace) -> int:
         encoder_weights=args.encoder_weights,
     )
     return 0
+
+
+def _check_gate(args: argparse.Namespace, *, changed: bool) -> None:
+    """Raises ValueError for what is said of a gate and would not be used; changed: something is written to score."""
+    told = {"--root": args.root, "--list": args.list, "--allow-drop": args.allow_drop and not args.int8}
+    if not args.gate:
+        refuse(told, "of a gate: give --gate BENCHMARK")
+    if args.gate and not changed:
+        raise ValueError(
+            "--gate compares another precision or an ONNX graph with the float32 student, and nothing here is one: "
+            "give --bits 16 or 4, --onnx or --int8, or leave it out"
+        )

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from distill.app.verbs._recipe import take_recipe
+from distill.app.verbs._recipe import refuse, take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.commands import run_label
     from distill.app.recipe import load
 
+    if args.ray is not None:
+        refuse({"--worker": args.worker}, "one of several workers, which --ray starts by itself: give one of the two")
     recipe = load(args.recipe, args.set, command="label")
     if args.ray is not None:
         from distill.app.cluster import label_on

@@ -7,7 +7,6 @@ distill list recipes      names that `distill show`, `label`, `train` and `score
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from distill.core.plugins import KINDS
@@ -19,13 +18,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import table
-    from distill.app.shipped import shipped
+    from distill.app.shipped import headline, shipped
     from distill.core.plugins import names, where_from
 
     for what in [args.what] if args.what else [*KINDS, "recipes", "studies"]:
         if what in ("recipes", "studies"):
             files = shipped("recipe" if what == "recipes" else "study")
-            table(what, ["name", "what it is"], [[name, _headline(file)] for name, file in files.items()], text=True)
+            table(what, ["name", "what it is"], [[name, headline(file)] for name, file in files.items()], text=True)
         elif what == "teachers" and args.what:
             _teachers()
         elif what == "datasets" and args.what:
@@ -59,7 +58,8 @@ def _teachers() -> None:
     ):
         members = list(group)
         licences = {c.licence for c in members}
-        sides = f"native size {size}, sides multiples of {members[0].multiple}" if size else "any size"
+        multiple = f", sides multiples of {members[0].multiple}" if members[0].multiple > 1 else ""
+        sides = f"native size {size}{multiple}" if size else "any size"
         if licences == {code}:
             stated = f"licence of weights and code: {code}"
         else:
@@ -120,7 +120,3 @@ def _cards(name: str) -> list[Any]:
     if not places[0].startswith("distill."):
         note(f"{name}: {places[0]}")
     return cards
-
-
-def _headline(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")

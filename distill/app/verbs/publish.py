@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["labels", "student"])
+    parser.add_argument("what", choices=["labels", "student"], help="what the folder holds")
     parser.add_argument("folder", metavar="FOLDER", help="a labels folder; or a run, a student's folder or pocket")
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the folder to write; an earlier one of this command goes"

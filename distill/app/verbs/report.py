@@ -9,20 +9,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill.app.verbs._recipe import take_recipe
+from distill.app.verbs._recipe import refuse, take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser, what="a recipe, or a run's folder")
     parser.add_argument("--format", choices=["html", "md", "latex", "text"], default="html", help="default: html")
-    parser.add_argument("--metrics", metavar="NAMES", default="abs_rel,delta1", help="of the table, with commas")
+    parser.add_argument("--metrics", metavar="NAMES", help="of the table, with commas (abs_rel,delta1)")
 
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import fail, note, say, table
     from distill.app.recipe import differences, load
 
+    if args.format == "html":
+        refuse({"--metrics": args.metrics}, "of a table: give --format md, latex or text")
     folder = Path(args.recipe)
+    if not folder.is_dir() and folder.suffix != ".toml":
+        _check_name(args.recipe)
     recipe = None if folder.is_dir() else load(args.recipe, args.set, command="report")
     run = folder if recipe is None else recipe.run.folder
     if not run.is_dir():
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         fail(fault)
     if not scores:
         raise FileNotFoundError(f"{run / 'scores'}: no scores; run distill score with this run's recipe")
-    metrics = [name.strip() for name in args.metrics.split(",")]
+    metrics = [name.strip() for name in (args.metrics or "abs_rel,delta1").split(",")]
     known = dict.fromkeys(name for score in scores for name in score.task.rows)
     if unknown := [name for name in metrics if name not in known]:
         raise ValueError(f"--metrics: none of these scores has {', '.join(unknown)}; there are {', '.join(known)}")
@@ -57,3 +61,16 @@ def run(args: argparse.Namespace) -> int:
     else:
         say({"md": as_markdown, "latex": as_latex}[args.format](table_of_scores).rstrip())
     return 1 if faults else 0
+
+
+def _check_name(name: str) -> None:
+    """Raises FileNotFoundError for a name that is neither a run nor a recipe, with the runs that are here."""
+    from distill.app.shipped import locate
+    from distill.app.strict import RecipeError
+
+    try:
+        locate(name)
+    except RecipeError as error:
+        runs = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/recipe.toml")))
+        there = f"; here are {runs}" if runs else ""
+        raise FileNotFoundError(f"{name}: no such run, nor a recipe of that name{there}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from distill.app.verbs._recipe import take_recipe
+from distill.app.verbs._recipe import refuse, take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,11 +49,16 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.recipe) == bool(args.predictions):
         raise ValueError("score takes a recipe, or --predictions with --kind, --benchmark, --root and --out")
     if args.recipe:
+        of_maps = ("kind", "benchmark", "root", "list", "protocol", "offset_positive", "model", "allow_failed", "out")
+        given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in of_maps}
+        given["--alignment"] = None if args.alignment == "auto" else args.alignment
+        refuse(given, "of --predictions; a recipe says it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)")
         from distill.app.commands import run_score
         from distill.app.recipe import load
 
         results = run_score(load(args.recipe, args.set, command="score"))
         return 1 if any(result.num_failed for result in results) else 0
+    refuse({"--set": args.set}, "changes a recipe: give one")
     if not args.benchmark:
         raise ValueError("--predictions needs --benchmark NAME: what the predictions are predictions of")
     from distill.app.console import note, progress, say, table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from distill.app.verbs._recipe import take_recipe
+from distill.app.verbs._recipe import refuse, take_recipe
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,8 @@ def run(args: argparse.Namespace) -> int:
 
     if not (args.recipe or args.explain):
         raise ValueError("show takes a recipe, or --explain KEY with a key such as crops.size")
+    if not args.recipe:
+        refuse({"--set": args.set}, "changes a recipe: give one")
     recipe = load(args.recipe, args.set) if args.recipe else None
     if args.explain:
         text = explain_key(args.explain, recipe)

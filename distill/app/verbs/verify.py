@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from distill.app.verbs._recipe import refuse
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="LABELS", help="a labels folder")
@@ -27,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
             mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=tell)
         say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
         return 0
+    refuse({"--recipe": args.recipe, "--trust-recipe": args.trust_recipe}, "of a repair: give --repair")
     with progress("verify") as tell:
         problems = verify_labels(args.folder, report=tell)
     if problems:

@@ -19,7 +19,9 @@ from distill.eval.benchmarks import pairs as pairs_benchmark
 from distill.eval.metrics import METRICS
 from distill.eval.reports import figures
 from distill.eval.reports.gallery import aligned, error_position
+from distill.eval.reports.page import digits
 from distill.eval.reports.report import write_report
+from distill.eval.reports.summary import cost_cells
 from distill.eval.score import score, write_scores
 from distill.labelling.run import LabelSettings, label
 from distill.teachers.analytic import Teacher
@@ -300,3 +302,22 @@ def test_a_run_where_nothing_of_the_papers_was_run_has_no_papers(report):
     assert "#papers" not in page.addresses and "numbers of the papers" not in text
     assert page.addresses.index("#short") < page.addresses.index("#scores")
     assert "On pairs (5 images), student has AbsRel" in text and "torch 2" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.01234, "0.0123"), (4.5, "4.5"), (22.0, "22"), (999.7, "1,000"), (1276.4, "1,276"), (0.0, "0")],
+)
+def test_costs_have_three_digits_and_no_exponent(value, text):
+    assert digits(value) == text
+
+
+def test_a_large_teachers_costs_can_be_read():
+    cost = {
+        "weight_bytes": 1.34e9,
+        "parameters": 1.13e9,
+        "flops": 1.276e12,
+        "latency_s": 12.3456,
+        "memory_bytes": 2.5e9,
+    }
+    assert cost_cells(cost) == ["1,340 MB", "1,130 M", "1,276", "12,346", "2,500 MB"]
