@@ -363,7 +363,7 @@ def _about_training(
     need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
     if isinstance(student, LatentStudent):
-        yield from latent_costs.about(recipe, student, seconds, device.type.upper())
+        yield from latent_costs.about(replace(recipe, train=train), student, seconds, device.type.upper(), samples)
 
 
 def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:
