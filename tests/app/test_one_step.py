@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from distill.app import commands, latent_costs, lineage, preflight
+from distill.app import commands, latent, latent_costs, lineage, preflight
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
@@ -65,6 +66,7 @@ def test_the_chain(made, capsys):
     commands.run_label(recipe)
     result = commands.run_train(recipe)
     (made / "fiffdepth" / "train" / "student" / ".note").write_text("mine")
+    assert list((made / "fiffdepth" / "latents").rglob("part-*.safetensors")), "the VAE's latents are kept"
     steps = [line for line in trainlog.read(result.log) if "parts" in line]
     assert {"mae", "gradient", "trajectory", "filter_mae", "filter_gradient"} == steps[-1]["parts"].keys()
     assert steps[-1]["teachers"].keys() == {"dav2", "truth"} and all(
@@ -166,6 +168,16 @@ def test_doctor_says_memory_and_hours(made, small_sizes):
     assert "EMA" in memory and "GB" in memory
     (other,) = [line for line in found if line.startswith("SD 2.1's UNet")]
     assert "512 px" in other and "768 px" in other and "GB on 8" in other
+
+
+def test_a_base_that_predicts_noise_has_no_velocity_to_keep(made, tmp_path):
+    base = shutil.copytree(made / "sd", tmp_path / "sd", dirs_exist_ok=True)
+    (base / "scheduler").mkdir(exist_ok=True)
+    for own, told in (("epsilon", "epsilon"), ("v_prediction", "")):
+        (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": own}))
+        recipe = parse(table(made, "x", student={"weights": str(base)}))
+        assert latent.another_prediction(recipe, latent.make(recipe, 0)) == told
+    assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), latent.make(recipe, 0))
 
 
 def test_memory_is_of_all_that_a_step_holds(made, small_sizes):
