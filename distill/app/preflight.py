@@ -366,8 +366,8 @@ def _about_training(
         if own := latent.another_prediction(recipe, student):
             yield Finding(
                 "warn",
-                f"student.weights: by its scheduler the network predicts {own}, and is taught velocity, which it has to "
-                "learn anew: there is no trajectory to keep",
+                f"student.weights: by its scheduler the network predicts {own}, and is taught velocity, which it has "
+                "to learn anew: there is no trajectory to keep",
                 "take a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
             )
         yield from latent_costs.about(replace(recipe, train=train), student, seconds, device.type.upper(), samples)

@@ -161,23 +161,23 @@ def small_sizes(monkeypatch):
     monkeypatch.setattr(_unet_costs, "VAE", SMALL_VAE)
 
 
-def test_doctor_says_memory_and_hours(made, small_sizes):
-    found = [one.what for one in preflight.check_recipe(parse(table(made, "doctor")))]
+def test_doctor_says_memory_and_hours_and_what_the_base_predicts(made, small_sizes, tmp_path):
+    base = shutil.copytree(made / "sd", tmp_path / "sd")
+    (base / "scheduler").mkdir()
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text('{"prediction_type": "epsilon"}')
+    recipe = parse(table(made, "doctor", student={"weights": str(base)}))
+    found = [one.what for one in preflight.check_recipe(recipe)]
+    assert any("the network predicts epsilon, and is taught velocity" in line for line in found), found
+    student = latent.make(recipe, 0)
+    assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), student)
+    config.write_text('{"prediction_type": "v_prediction"}')
+    assert not latent.another_prediction(recipe, student)
     assert any(line.startswith("training 2 steps of 2 at") for line in found), found
     (memory,) = [line for line in found if line.startswith("memory of the network")]
     assert "EMA" in memory and "GB" in memory
     (other,) = [line for line in found if line.startswith("SD 2.1's UNet")]
     assert "512 px" in other and "768 px" in other and "GB on 8" in other
-
-
-def test_a_base_that_predicts_noise_has_no_velocity_to_keep(made, tmp_path):
-    base = shutil.copytree(made / "sd", tmp_path / "sd", dirs_exist_ok=True)
-    (base / "scheduler").mkdir(exist_ok=True)
-    for own, told in (("epsilon", "epsilon"), ("v_prediction", "")):
-        (base / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": own}))
-        recipe = parse(table(made, "x", student={"weights": str(base)}))
-        assert latent.another_prediction(recipe, latent.make(recipe, 0)) == told
-    assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), latent.make(recipe, 0))
 
 
 def test_memory_is_of_all_that_a_step_holds(made, small_sizes):
