@@ -217,8 +217,8 @@ def _shown(cell: StudyCell, column: Column) -> Shown:
     if column.log:
         value = trainlog.number(cell.folder / "train" / "log.jsonl", column.log, relative=bool(column.relative_to))
         return value, np.array([] if value is None else [value], dtype=np.float64)
-    path = cell.folder / "scores" / f"{column.scores}.json"
-    score = read_scores(path) if path.is_file() else None
+    paths = [cell.folder / "scores" / f"{name}.json" for name in column.scores]
+    score = next((read_scores(path) for path in paths if path.is_file()), None)
     if score is None:
         return None, np.array([])
     means = score.groups.get(column.group, {}).get("metrics", {}) if column.group else score.metrics

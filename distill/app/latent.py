@@ -54,6 +54,16 @@ def make(recipe: Recipe, seed: int) -> LatentStudent:
     return student
 
 
+def another_prediction(recipe: Recipe, student: LatentStudent) -> str:
+    """What the base's scheduler says that its UNet predicts, where [latent] asks it for a velocity and it never gave
+    one (Stable Diffusion 1.5 and 2-base predict the noise); "" where that is well, or the base does not say.
+    """
+    spec = recipe.latent
+    asked = spec.method == "denoise" or (spec.trajectory > 0 and recipe.student.head == "vae")
+    own = read_config(student.fixed.base / "scheduler" / "scheduler_config.json").get("prediction_type", "")
+    return str(own) if asked and own and own != "v_prediction" else ""
+
+
 def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentLesson:
     """[latent] as the trainer takes it. labels: the name of their folder, which is a hash of what is in them."""
     spec, train = recipe.latent, recipe.train

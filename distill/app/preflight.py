@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from distill.app import build, latent_costs, scaling, teaching, weights
+from distill.app import build, latent, latent_costs, scaling, teaching, weights
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -364,7 +364,14 @@ def _about_training(
     need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
     yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
     if isinstance(student, LatentStudent):
-        yield from latent_costs.about(recipe, student, seconds, device.type.upper())
+        if own := latent.another_prediction(recipe, student):
+            yield Finding(
+                "warn",
+                f"student.weights: by its scheduler the network predicts {own}, and is taught velocity, which it has "
+                "to learn anew: there is no trajectory to keep",
+                "take a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
+            )
+        yield from latent_costs.about(replace(recipe, train=train), student, seconds, device.type.upper(), samples)
 
 
 def _time(what: str, seconds: float, device: torch.device, most: int, remedy: str) -> Finding:

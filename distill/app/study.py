@@ -31,9 +31,10 @@ from distill.eval.metrics import METRICS
 from distill.eval.tasks import TASKS
 from distill.eval.verdict import BOUNDED, CLAIMS
 
-EDGES, ORDER = "boundary_f1", "accuracy"
-KNOWN = {**METRICS, EDGES: TASKS[EDGES].rows[EDGES], ORDER: TASKS["order"].rows[ORDER]}
-"""What a column may show. boundary_f1 needs edges = true on its benchmark, accuracy one of point pairs."""
+EDGES, RECALL, ORDER = "boundary_f1", "boundary_recall", "accuracy"
+KNOWN = {**METRICS, **{name: TASKS[name].rows[name] for name in (EDGES, RECALL)}, ORDER: TASKS["order"].rows[ORDER]}
+"""What a column may show. boundary_f1 needs a benchmark of edges or edges = true on its own, boundary_recall one of
+mattes, accuracy one of point pairs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +80,10 @@ class Column:
         return bool(self.log) or KNOWN[self.metric].lower_is_better
 
     @property
-    def scores(self) -> str:
-        """The name of the score file, without its ending."""
-        return f"{self.benchmark}{'.edges' if self.metric == EDGES else ''}--student"
+    def scores(self) -> tuple[str, ...]:
+        """The names that the score file may have, without their ending; of edges, beside a score of depth or alone."""
+        edges = (f"{self.benchmark}.edges--student",) if self.metric == EDGES else ()
+        return (*edges, f"{self.benchmark}--student")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,14 @@ import pytest
 from distill.app import ablate
 from distill.app.cli import main
 from distill.app.strict import RecipeError
-from distill.app.study import cells, read_study
+from distill.app.study import Column, cells, read_study
+from distill.core.plugins import find
+from distill.eval.score import score_predictions
+from distill.eval.tasks import TASKS
 from distill.eval.verdict import UNKNOWN, paper_effect
 from distill.training import trainlog
 from tests.app.test_recipes import STUDIES
+from tests.eval import test_boundary
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda p: p.stem)
@@ -23,6 +27,25 @@ def test_every_cell_of_every_study_is_a_recipe(path, version, tmp_path):
     made = cells(study, path, version, tmp_path, [])
     assert {cell.row for cell in made} == {row.name for row in study.all_rows()}
     assert len({cell.folder for cell in made}) == len(made)  # no two cells are one by mistake
+    asked = {spec.alias_or_name: spec for spec in made[0].recipe.benchmarks}
+    for column in (column for column in getattr(study, version).columns if column.benchmark):
+        spec = asked[column.benchmark]
+        task = find("distill.eval.benchmarks", spec.name).PROTOCOL.task
+        assert column.metric in (*TASKS[task].rows, *(("boundary_f1",) if spec.edges else ())), column
+
+
+def test_a_boundary_sets_own_score_is_a_column(tmp_path):
+    """It has no score of depth beside it, as a benchmark with edges = true has."""
+    path = next(p for p in STUDIES if p.stem == "fiffdepth")
+    cell = cells(read_study(path), path, "full", tmp_path / "out", [])[0]
+    root, depth = test_boundary.sintel(tmp_path, test_boundary.step()), test_boundary.step()
+    predictions = test_boundary.store(tmp_path / "pred", {test_boundary.FRAME: depth})
+    out = cell.folder / "scores" / "sintel--student.json"
+    out.parent.mkdir(parents=True)
+    score_predictions(predictions, kind="metric_depth", benchmark="sintel", root=root, out=out)
+    shown, each = ablate._shown(cell, Column(benchmark="sintel", metric="boundary_f1"))
+    assert (shown, each.tolist()) == (1.0, [1.0])
+    assert Column(benchmark="am2k", metric="boundary_recall").lower_is_better is False
 
 
 def test_a_seed_stands_in_what_is_set(tiny):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from distill.app import commands, lineage, preflight
+from distill.app import commands, latent, latent_costs, lineage, preflight
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.core.depth import Kind
@@ -65,6 +66,7 @@ def test_the_chain(made, capsys):
     commands.run_label(recipe)
     result = commands.run_train(recipe)
     (made / "fiffdepth" / "train" / "student" / ".note").write_text("mine")
+    assert list((made / "fiffdepth" / "latents").rglob("part-*.safetensors")), "the VAE's latents are kept"
     steps = [line for line in trainlog.read(result.log) if "parts" in line]
     assert {"mae", "gradient", "trajectory", "filter_mae", "filter_gradient"} == steps[-1]["parts"].keys()
     assert steps[-1]["teachers"].keys() == {"dav2", "truth"} and all(
@@ -146,11 +148,31 @@ def test_a_base_that_is_known_brings_its_licence(made):
     assert lineage.lineage(parse(table(made, "x")), {})[0]["start"]["licence"] == "unknown"
 
 
-def test_doctor_says_memory_and_hours(made, monkeypatch):
-    small = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "cross_attention_dim": 16}
-    small |= {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 4}
-    monkeypatch.setattr(_unet_costs, "SIZES", {"SD 2.1": small})  # its own takes seconds to count
-    found = [one.what for one in preflight.check_recipe(parse(table(made, "doctor")))]
+SMALL = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "cross_attention_dim": 16}
+SMALL |= {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 4}
+SMALL_VAE = {"block_out_channels": (32,), "down_block_types": ["DownEncoderBlock2D"]}
+SMALL_VAE |= {"up_block_types": ["UpDecoderBlock2D"]}
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """Stable Diffusion's own sizes take seconds to count."""
+    monkeypatch.setattr(_unet_costs, "SIZES", {"SD 2.1": SMALL})
+    monkeypatch.setattr(_unet_costs, "VAE", SMALL_VAE)
+
+
+def test_doctor_says_memory_and_hours_and_what_the_base_predicts(made, small_sizes, tmp_path):
+    base = shutil.copytree(made / "sd", tmp_path / "sd")
+    (base / "scheduler").mkdir()
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text('{"prediction_type": "epsilon"}')
+    recipe = parse(table(made, "doctor", student={"weights": str(base)}))
+    found = [one.what for one in preflight.check_recipe(recipe)]
+    assert any("the network predicts epsilon, and is taught velocity" in line for line in found), found
+    student = latent.make(recipe, 0)
+    assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), student)
+    config.write_text('{"prediction_type": "v_prediction"}')
+    assert not latent.another_prediction(recipe, student)
     assert any(line.startswith("training 2 steps of 2 at") for line in found), found
     (memory,) = [line for line in found if line.startswith("memory of the network")]
     assert "EMA" in memory and "GB" in memory
@@ -158,6 +180,47 @@ def test_doctor_says_memory_and_hours(made, monkeypatch):
     assert "512 px" in other and "768 px" in other and "GB on 8" in other
 
 
+def test_memory_is_of_all_that_a_step_holds(made, small_sizes):
+    """Weights, gradients, two moments, EMA; bfloat16's copies; the buckets of several processes; what passes keep."""
+    unet, vae = _unet_costs.stable_diffusion("SD 2.1"), _unet_costs.stable_diffusion_vae()
+    plain = _unet_costs.cost(unet, 8)
+    half, again = _unet_costs.cost(unet, 8, bf16=True), _unet_costs.cost(unet, 8, checkpointing=True)
+    assert 0.5 < half.saved / plain.saved < 0.9, "norms stay in float32, as under autocast"
+    assert again.saved < plain.saved / 2 and 0 < again.inside < plain.saved and half.flops == plain.flops
+    assert plain == _unet_costs.cost(unet, 8), "counting leaves the network as it was"
+
+    def cost(**more):
+        given = {"ema": 0.0, "precision": "fp32", "batch_size": 16, "gradient_checkpointing": False, "hflip": False}
+        recipe = parse(table(made, "cost", train=given | more.pop("train", {}), **more))
+        return latent_costs.StepCost(recipe, plain, _unet_costs.vae_cost(vae, 32))
+
+    weights, frozen = 4.0 * plain.parameters, 4.0 * cost().vae.parameters
+    assert cost().memory(1) == (4 * weights + frozen, 16 * 2 * plain.saved)
+    assert cost().memory(8) == (5 * weights + frozen, 2 * 2 * plain.saved)
+    assert cost(train={"ema": 0.9, "precision": "bf16"}).memory(1)[0] == 5.5 * weights + frozen
+    images = {"image_mse": 1.0, "trajectory": 0.0, "pseudo": "off"}
+    assert cost(latent=images).memory(1)[1] == 16 * (plain.saved + cost().vae.saved) > 16 * plain.saved
+    assert cost(latent=images).learning > cost(latent=images | {"image_mse": 0.0}).learning
+    cached, anew = cost(), cost(latent={"cache": False})
+    assert cached.learning == 16 * plain.flops * 2 * 3
+    assert anew.run(10, 20) - cached.run(10, 20) == pytest.approx(2 * cached.vae.encode * (160 - 20))
+
+
+def test_what_passes_keep_is_what_autograd_saves(small_sizes):
+    """The count on the meta device against a pass that is computed."""
+    meta = _unet_costs.stable_diffusion("SD 2.1")
+    unet, seen = type(meta).from_config(meta.config), {}
+    own = {p.untyped_storage().data_ptr() for p in unet.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        out = unet(torch.rand(1, 4, 8, 8), torch.zeros(1), encoder_hidden_states=torch.zeros(1, 2, 16)).sample
+    assert out.requires_grad
+    real = sum(t.untyped_storage().nbytes() for place, t in seen.items() if place not in own)
+    assert _unet_costs.cost(meta, 8).saved == pytest.approx(real, rel=0.01)
+
+
 def test_a_pass_is_counted_without_computing_it():
-    unet = _unet_costs.stable_diffusion("SD 2.1")
+    unet, vae = _unet_costs.stable_diffusion("SD 2.1"), _unet_costs.stable_diffusion_vae()
     assert sum(p.numel() for p in unet.parameters()) == 865_910_724, "the published UNet's number"
+    assert sum(p.numel() for p in vae.parameters()) == 83_653_863, "and its VAE's"

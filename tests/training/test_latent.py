@@ -151,6 +151,24 @@ def test_the_other_ways(given, passes, parts):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_genpercepts_output_is_minus_the_map_and_marigolds_input_begins_with_the_image():
+    """Neither shows in a loss that falls, but the teachers that read the folders take them so."""
+    network, batch = latent_toys.Network(), latent_toys.micro()
+    given = LatentSettings(negated=True, timestep=1, distance="mse", gradient=0.0, trajectory=0.0, pseudo="off")
+    found = LatentLesson(network, given, 0)(network, batch, precision="fp32")
+    maps, _ = maths.to_unit_range(batch.images[2:3, 0] * 5 + 1, batch.taught[0].labels.shared.valid[1:], 0.02)
+    inside = maths.pooled(batch.taught[0].labels.shared.valid[1:], 4)
+    out = -network(network.encode(batch.images[2:3]), torch.ones(1))
+    wanted = maths.latent_distance(out, network.encode_maps(maps), inside, squared=True)
+    assert found.parts["mse"][1].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+    network = latent_toys.Network(channels=8)
+    seen = []
+    network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    LatentLesson(network, LatentSettings(method="denoise"), 0)(network, batch, precision="fp32")
+    assert torch.equal(seen[0][:, :4], network.encode(batch.images))
+
+
 def test_the_filter_moves_the_map_only_where_it_shall():
     for through in (True, False):
         network, batch = latent_toys.Network(), latent_toys.micro()
@@ -282,7 +300,11 @@ def test_checkpoints_hold_what_learns_alone(tmp_path, tiny_base):
     eight = student.unet.conv_in(torch.cat([latents, latents], 1))
     torch.testing.assert_close(eight, four.unet.conv_in(latents), atol=1e-5, rtol=1e-5)
     four.set_grad_checkpointing()
+    ran = []
+    four.unet.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: ran.append(1))
     out = four.train()(latents, torch.tensor([-1]))
+    out.sum().backward()
+    assert len(ran) == 2, "the backward pass computes its activations again"
     again = _latent_student.begin(tiny_base, _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH))
     torch.testing.assert_close(out, again(latents, torch.tensor([-1])))
     assert checkpoints.VERSION == 1
