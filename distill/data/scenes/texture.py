@@ -19,8 +19,9 @@ from torch import Tensor
 SIZE = 256
 _DRAWING = Lock()
 LEVELS = 9
-_OFFSETS = [sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS)]
-_STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
+OFFSETS = tuple(sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS))
+STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
+"""Texels before a mip level of a pattern, and of a whole pattern."""
 
 _Drawn = tuple[np.ndarray, np.ndarray]
 _GRID = (np.arange(SIZE) + 0.5) / SIZE
@@ -219,7 +220,17 @@ def pattern(rng: np.random.Generator, *names: str) -> int:
     return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
 
 
-def _bank() -> Tensor:
+STAINS = _FIRST["noise"]
+"""The pattern of stains."""
+
+
+def cloud_pattern(cover: float) -> int:
+    """The pattern of clouds that cover so much of the sky."""
+    return _FIRST["noise"] + int(cover * 97) % _DRAW["noise"][1]
+
+
+def bank() -> Tensor:
+    """(patterns * STRIDE, 2) float32: ramp position and detail, drawn at the first call, which takes seconds."""
     # lru_cache does not wait: without the lock, threads that render together would each draw the bank for seconds.
     with _DRAWING:
         return _drawn_bank()
@@ -246,9 +257,9 @@ def _drawn_bank() -> Tensor:
 
 def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Bilinear texels (N,2) of one mip level per point."""
-    bank = _bank()
+    texels = bank()
     size = torch.tensor([SIZE >> k for k in range(LEVELS)])[level]
-    start = base + torch.tensor(_OFFSETS)[level]
+    start = base + torch.tensor(OFFSETS)[level]
     x, y = u * size - 0.5, v * size - 0.5
     x0, y0 = x.floor(), y.floor()
     fx, fy = (x - x0)[:, None], (y - y0)[:, None]
@@ -256,8 +267,8 @@ def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     left, top = x0.long() & mask, y0.long() & mask
     right, bottom = (left + 1) & mask, (top + 1) & mask
     top, bottom = start + top * size, start + bottom * size
-    upper = bank.index_select(0, top + left) * (1 - fx) + bank.index_select(0, top + right) * fx
-    lower = bank.index_select(0, bottom + left) * (1 - fx) + bank.index_select(0, bottom + right) * fx
+    upper = texels.index_select(0, top + left) * (1 - fx) + texels.index_select(0, top + right) * fx
+    lower = texels.index_select(0, bottom + left) * (1 - fx) + texels.index_select(0, bottom + right) * fx
     return upper * (1 - fy) + lower * fy
 
 
@@ -269,7 +280,7 @@ def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth:
     mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
     level = (exponent - 1) + (2 * mantissa - 1)
     low = level.floor().long().clamp(0, LEVELS - 1)
-    base = patterns * _STRIDE
+    base = patterns * STRIDE
     if not smooth:
         return _lookup(base, low, u, v)
     high = (low + 1).clamp(max=LEVELS - 1)
@@ -330,7 +341,7 @@ def paint(patterns: Tensor, numbers: Tensor, u: Tensor, v: Tensor, footprint: Te
     albedo = weights[0] * numbers[:, 0:3].T
     for k in (1, 2, 3):
         albedo = albedo + weights[k] * numbers[:, 3 * k : 3 * k + 3].T
-    stain_pattern = torch.full_like(patterns, _FIRST["noise"])
+    stain_pattern = torch.full_like(patterns, STAINS)
     coarse = sample(stain_pattern, u * 0.23 + 0.37, v * 0.23 + 0.11, footprint * 0.23, smooth=False)[:, 0]
     light = (1 + numbers[:, 14] * (detail - 0.5)) * (1 + numbers[:, 15] * (coarse - 0.5))
     return albedo * light, texel
