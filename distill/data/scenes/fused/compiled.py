@@ -22,5 +22,8 @@ def kernel(function: Callable) -> Callable:
 
 
 def part(function: Callable) -> Callable:
-    """A function that kernels of the same file call, compiled with them; Python cannot call it."""
-    return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)
+    """A function that kernels of the same file call, compiled into them; Python cannot call it.
+
+    Into them: a call would push every array of the tables on the stack, which costs more than most parts do.
+    """
+    return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)

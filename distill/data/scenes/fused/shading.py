@@ -82,111 +82,97 @@ def _paint(looks, air, number, pattern, u, v, footprint):
 
 
 @part
-def _meets_lamp(casters, lamps, lamp, k, x, y, z):
-    """Whether caster k stands between a lamp and a point at x, y, z from it."""
-    enter, leave = -_INF, _INF
-    for q in range(casters.first[k], casters.first[k + 1]):
-        plane = lamps.planes[lamp, q]
-        slope = x * plane[0] + y * plane[1] + z * plane[2]
-        at = (_ONE / slope) * plane[3]
-        if lamps.outside[lamp, q]:
-            if not slope < _ZERO or not at < _ONE:
-                return False
-            enter = at if at > enter else enter
-        elif slope > _ZERO:
-            if not at > _ZERO:
-                return False
-            leave = at if at < leave else leave
-        if enter > leave:
-            return False
-    if casters.round[k]:
-        m, eye = casters.quadric[k], lamps.eye[lamp, k]
-        dx = m[0, 0] * x + m[0, 1] * y + m[0, 2] * z
-        dy = m[1, 0] * x + m[1, 1] * y + m[1, 2] * z
-        dz = m[2, 0] * x + m[2, 1] * y + m[2, 2] * z
-        squared = max(dx * dx + dy * dy + dz * dz, _TINY)
-        nearest = -(eye[0] * dx + eye[1] * dy + eye[2] * dz) / squared
-        ex, ey, ez = eye[0] + nearest * dx, eye[1] + nearest * dy, eye[2] + nearest * dz
-        chord = _ONE - (ex * ex + ey * ey + ez * ez)
-        if not chord > _ZERO:
-            return False
-        reach = np.sqrt(chord / squared)
-        enter, leave = max(enter, nearest - reach), min(leave, nearest + reach)
-    return enter <= leave and enter < _ONE and leave > _ZERO and enter > _ZERO
+def _chord(ox, oy, oz, dx, dy, dz, squared):
+    """Where a line enters and leaves the unit sphere (the frame of a quadric); enters after it leaves: it misses."""
+    nearest = -(ox * dx + oy * dy + oz * dz) / squared
+    ex, ey, ez = ox + nearest * dx, oy + nearest * dy, oz + nearest * dz
+    chord = _ONE - (ex * ex + ey * ey + ez * ez)
+    reach = np.sqrt(max(chord, _ZERO) / squared) if chord > _ZERO else -_INF
+    return nearest - reach, nearest + reach
 
 
+# Both take plain arrays and call nothing with them: each array handed on would be counted, atomically, at every call.
 @part
-def _meets_sun(casters, lamps, lamp, k, x, y, z):
-    """Whether caster k stands between the sun and the point x, y, z."""
-    enter, leave = -_INF, _INF
-    for q in range(casters.first[k], casters.first[k + 1]):
-        plane = lamps.planes[lamp, q]
-        at = (plane[3] - (x * plane[0] + y * plane[1] + z * plane[2])) / lamps.slope[lamp, q]
-        if at != at:
-            return False
-        if lamps.outside[lamp, q]:
-            enter = at if at > enter else enter
-        else:
-            leave = at if at < leave else leave
-        if enter > leave or leave <= _ZERO:
-            return False
-    if casters.round[k]:
-        m, d, squared = casters.quadric[k], lamps.eye[lamp, k], lamps.squared[lamp, k]
-        x, y, z = x - casters.centre[k, 0], y - casters.centre[k, 1], z - casters.centre[k, 2]
-        ox = m[0, 0] * x + m[0, 1] * y + m[0, 2] * z
-        oy = m[1, 0] * x + m[1, 1] * y + m[1, 2] * z
-        oz = m[2, 0] * x + m[2, 1] * y + m[2, 2] * z
-        nearest = -(ox * d[0] + oy * d[1] + oz * d[2]) / squared
-        ex, ey, ez = ox + nearest * d[0], oy + nearest * d[1], oz + nearest * d[2]
-        chord = _ONE - (ex * ex + ey * ey + ez * ez)
-        if not chord > _ZERO:
-            return False
-        reach = np.sqrt(chord / squared)
-        enter, leave = max(enter, nearest - reach), min(leave, nearest + reach)
-    return enter <= leave and leave > _ZERO and enter > _EARLY
-
-
-@part
-def _meets(casters, lamps, lamp, k, way, line):
-    """Whether caster k hides the lamp: its bounding sphere first, as `cast.shadow`."""
-    ball = lamps.members[lamp, k]
-    if lamps.sun[lamp]:
-        a, b = way[0] - ball[0], way[1] - ball[1]
-        return a * a + b * b < ball[2] and _meets_sun(casters, lamps, lamp, k, line[0], line[1], line[2])
-    if way[0] * ball[0] + way[1] * ball[1] + way[2] * ball[2] > ball[3]:
-        return _meets_lamp(casters, lamps, lamp, k, line[0], line[1], line[2])
+def _hidden_from_lamp(group, first, round_, m, place, balls, members, planes, outside, eye, lamp, x, y, z, hint, near):
+    """Whether a lamp is hidden from a point. hint (L,2): the cluster and caster that hid it last; near: (G,)."""
+    x, y, z = x - place[lamp, 0], y - place[lamp, 1], z - place[lamp, 2]
+    length = np.sqrt(x * x + y * y + z * z)
+    wx, wy, wz = x / length, y / length, z / length
+    for g in range(len(near)):
+        near[g] = wx * balls[lamp, 0, g] + wy * balls[lamp, 1, g] + wz * balls[lamp, 2, g] > balls[lamp, 3, g]
+    # What hid the neighbour hides this point too, more often than not; asked first, in whatever order torch asks.
+    for turn in range(-1, len(near)):
+        g = hint[lamp, 0] if turn < 0 else turn
+        if g < 0 or not near[g]:
+            continue
+        low = hint[lamp, 1] if turn < 0 else group[g]
+        for k in range(low, low + 1 if turn < 0 else group[g + 1]):
+            cosine = wx * members[lamp, k, 0] + wy * members[lamp, k, 1] + wz * members[lamp, k, 2]
+            if not cosine > members[lamp, k, 3]:
+                continue
+            enter, leave = -_INF, _INF
+            for q in range(first[k], first[k + 1]):
+                slope = x * planes[lamp, q, 0] + y * planes[lamp, q, 1] + z * planes[lamp, q, 2]
+                at = (_ONE / slope) * planes[lamp, q, 3]
+                if outside[lamp, q]:
+                    enter = max(enter, at) if slope < _ZERO else _INF
+                elif slope > _ZERO:
+                    leave = min(leave, at)
+                if enter > leave or enter >= _ONE or leave <= _ZERO:
+                    break
+            if round_[k]:
+                dx = m[k, 0, 0] * x + m[k, 0, 1] * y + m[k, 0, 2] * z
+                dy = m[k, 1, 0] * x + m[k, 1, 1] * y + m[k, 1, 2] * z
+                dz = m[k, 2, 0] * x + m[k, 2, 1] * y + m[k, 2, 2] * z
+                squared = max(dx * dx + dy * dy + dz * dz, _TINY)
+                into, out = _chord(eye[lamp, k, 0], eye[lamp, k, 1], eye[lamp, k, 2], dx, dy, dz, squared)
+                enter, leave = max(enter, into), min(leave, out)
+            if enter <= leave and enter < _ONE and leave > _ZERO and enter > _ZERO:
+                hint[lamp, 0], hint[lamp, 1] = g, k
+                return True
     return False
 
 
 @part
-def _hidden(casters, lamps, lamp, x, y, z, hint, near):
-    """Whether a lamp is hidden from a point. hint (L,2): the cluster and caster that hid it last; near: (G,)."""
-    balls = lamps.spheres[lamp]
-    if lamps.sun[lamp]:
-        axes = lamps.axes[lamp]
-        line = (x, y, z)
-        first = x * axes[0, 0] + y * axes[0, 1] + z * axes[0, 2]
-        second = x * axes[1, 0] + y * axes[1, 1] + z * axes[1, 2]
-        way = (first, second, _ZERO)
-        for g in range(len(near)):
-            a, b = first - balls[0, g], second - balls[1, g]
-            near[g] = a * a + b * b < balls[2, g]
-    else:
-        place = lamps.place[lamp]
-        line = (x - place[0], y - place[1], z - place[2])
-        length = np.sqrt(line[0] * line[0] + line[1] * line[1] + line[2] * line[2])
-        way = (line[0] / length, line[1] / length, line[2] / length)
-        for g in range(len(near)):
-            near[g] = way[0] * balls[0, g] + way[1] * balls[1, g] + way[2] * balls[2, g] > balls[3, g]
-    # What hid the neighbour hides this point too, more often than not; asked first, in whatever order torch asks.
-    if hint[lamp, 1] >= 0 and near[hint[lamp, 0]] and _meets(casters, lamps, lamp, hint[lamp, 1], way, line):
-        return True
+def _hidden_from_sun(
+    group, first, round_, m, centre, axes, balls, members, planes, slope, eye, squared, lamp, x, y, z, hint, near
+):
+    """Whether the sun is hidden from a point; as `_hidden_from_lamp`."""
+    wx = x * axes[lamp, 0, 0] + y * axes[lamp, 0, 1] + z * axes[lamp, 0, 2]
+    wy = x * axes[lamp, 1, 0] + y * axes[lamp, 1, 1] + z * axes[lamp, 1, 2]
     for g in range(len(near)):
-        if near[g]:
-            for k in range(casters.group[g], casters.group[g + 1]):
-                if _meets(casters, lamps, lamp, k, way, line):
-                    hint[lamp, 0], hint[lamp, 1] = g, k
-                    return True
+        a, b = wx - balls[lamp, 0, g], wy - balls[lamp, 1, g]
+        near[g] = a * a + b * b < balls[lamp, 2, g]
+    for turn in range(-1, len(near)):
+        g = hint[lamp, 0] if turn < 0 else turn
+        if g < 0 or not near[g]:
+            continue
+        low = hint[lamp, 1] if turn < 0 else group[g]
+        for k in range(low, low + 1 if turn < 0 else group[g + 1]):
+            a, b = wx - members[lamp, k, 0], wy - members[lamp, k, 1]
+            if not a * a + b * b < members[lamp, k, 2]:
+                continue
+            enter, leave = -_INF, _INF
+            for q in range(first[k], first[k + 1]):
+                below = x * planes[lamp, q, 0] + y * planes[lamp, q, 1] + z * planes[lamp, q, 2]
+                at = (planes[lamp, q, 3] - below) / slope[lamp, q]
+                if slope[lamp, q] < _ZERO:
+                    enter = max(enter, at)
+                else:
+                    leave = min(leave, at)
+                if enter > leave or leave <= _ZERO:
+                    break
+            if round_[k]:
+                px, py, pz = x - centre[k, 0], y - centre[k, 1], z - centre[k, 2]
+                ox = m[k, 0, 0] * px + m[k, 0, 1] * py + m[k, 0, 2] * pz
+                oy = m[k, 1, 0] * px + m[k, 1, 1] * py + m[k, 1, 2] * pz
+                oz = m[k, 2, 0] * px + m[k, 2, 1] * py + m[k, 2, 2] * pz
+                dx, dy, dz = eye[lamp, k, 0], eye[lamp, k, 1], eye[lamp, k, 2]
+                into, out = _chord(ox, oy, oz, dx, dy, dz, squared[lamp, k])
+                enter, leave = max(enter, into), min(leave, out)
+            if enter <= leave and leave > _ZERO and enter > _EARLY:
+                hint[lamp, 0], hint[lamp, 1] = g, k
+                return True
     return False
 
 
@@ -213,10 +199,10 @@ def _ambient(air, bend, level, x, y, z):
 @part
 def _towards(lamps, lamp, x, y, z):
     """The unit direction (three numbers) from a point to a lamp, and its strength there."""
-    place = lamps.place[lamp]
+    px, py, pz = lamps.place[lamp, 0], lamps.place[lamp, 1], lamps.place[lamp, 2]
     if lamps.sun[lamp]:
-        return place[0], place[1], place[2], _ONE
-    x, y, z = place[0] - x, place[1] - y, place[2] - z
+        return px, py, pz, _ONE
+    x, y, z = px - x, py - y, pz - z
     power = (_ONE / (x * x + y * y + z * z + lamps.reach[lamp])) * lamps.reach[lamp]
     x, y, z = _unit(x, y, z)
     return x, y, z, power
@@ -249,6 +235,8 @@ def _surface(flat, x, y, z):
 @part
 def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light):
     """Adds the lights to light (6,): what a surface reflects of its colour, and what it shines."""
+    group, first, round_, m, centre = casters
+    sun, place, _, _, axes, balls, members, planes, flat, outside, eye, size = lamps
     lift = t * _LIFT + _LIFT
     x, y, z = point[0] + normal[0] * lift, point[1] + normal[1] * lift, point[2] + normal[2] * lift
     for lamp in range(len(lamps.sun)):
@@ -256,11 +244,38 @@ def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light)
         if not normal[0] * tx + normal[1] * ty + normal[2] * tz > _ZERO:
             continue
         slope = bent[0] * tx + bent[1] * ty + bent[2] * tz
-        if not slope > _ZERO or _hidden(casters, lamps, lamp, x, y, z, hint, near):
+        if not slope > _ZERO:
             continue
-        flat = slope * power
+        if sun[lamp]:
+            hidden = _hidden_from_sun(
+                group,
+                first,
+                round_,
+                m,
+                centre,
+                axes,
+                balls,
+                members,
+                planes,
+                flat,
+                eye,
+                size,
+                lamp,
+                x,
+                y,
+                z,
+                hint,
+                near,
+            )
+        else:
+            hidden = _hidden_from_lamp(
+                group, first, round_, m, place, balls, members, planes, outside, eye, lamp, x, y, z, hint, near
+            )
+        if hidden:
+            continue
+        strength = slope * power
         for i in range(3):
-            light[i] += lamps.colour[lamp, i] * flat
+            light[i] += lamps.colour[lamp, i] * strength
         if gloss != _ZERO:
             hx, hy, hz = _unit(tx - view[0], ty - view[1], tz - view[2])
             gleam = max(hx * bent[0] + hy * bent[1] + hz * bent[2], _ZERO)
