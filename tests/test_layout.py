@@ -46,6 +46,7 @@ OWNERS = {
     "ray": ["distill.app.cluster"],
     "tomli_w": ["distill.app.recipe", "distill.app.explain"],
     "triton": ["distill.losses.kernels."],
+    "numba": ["distill.data.scenes.fused.compiled"],
     "argparse": ["distill.app.cli", "distill.app.contracts", "distill.app.handbook", "distill.app.verbs."],
 }
 # The maths: pure functions of tensors. No files, no processes, no recipes.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -259,6 +261,45 @@ def _after(add, kind):
     old = len(stage.solids)
     add(stage)
     return stage.solids[old:]
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_compiled_loops_give_the_bits_of_the_torch_path(kind, monkeypatch):
+    """Image, depth and sky, in views with and without variety."""
+    pytest.importorskip("numba")
+    fused = pytest.importorskip("distill.data.scenes.fused")
+    assert scenes._path() is fused.light_up
+    asked = [dict(seed=31, size=(26, 35), kind=kind), dict(seed=24, size=(21, 30), kind=kind, variety=True)]
+    compiled = [scenes.rendered(**what) for what in asked]
+    monkeypatch.setattr(scenes, "_path", lambda: scenes._light_up)
+    for view, what in zip(compiled, asked, strict=True):
+        again = scenes.rendered(**what)
+        assert torch.equal(view.depth, again.depth) and torch.equal(view.valid, again.valid), what
+        assert torch.equal(view.image, again.image), what
+
+
+def test_a_stage_without_lights_has_its_ambient_light_on_both_paths():
+    fused = pytest.importorskip("distill.data.scenes.fused")
+    stage = stage_of(5, "table")
+    stage.lights = []
+    (depth, colour), (depth2, colour2) = scenes._light_up(stage, (9, 12)), fused.light_up(stage, (9, 12))
+    # The fused path leaves out the spare row and column of the centres, which no pixel reads.
+    assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0]) and colour.max() > 0
+    assert torch.equal(colour[:, 1, :-1, :-1], colour2[:, 1, :-1, :-1])
+
+
+@pytest.mark.parametrize(("numba", "warned"), [(None, False), ("broken", True)])
+def test_without_numba_torch_casts_the_rays(numba, warned, monkeypatch):
+    monkeypatch.setattr(scenes, "find_spec", lambda name: numba)
+    monkeypatch.setitem(sys.modules, "distill.data.scenes.fused", None)
+    scenes._path.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert scenes._path() is scenes._light_up
+        assert bool(said) == warned
+    finally:
+        scenes._path.cache_clear()
 
 
 def test_odd_requests_are_refused():

@@ -1,4 +1,4 @@
-"""Views per minute that distill.data.scenes renders. Run: python tests/speed/scenes.py [COUNT]"""
+"""Views per minute that distill.data.scenes renders, compiled and in torch: python tests/speed/scenes.py [COUNT]"""
 
 from __future__ import annotations
 
@@ -8,17 +8,56 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from distill.data import scenes
+import torch
 
-count = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-started = time.perf_counter()
-scenes.render(scenes.TRAIN_SEEDS[0])
-print(f"first view, with the texture bank: {time.perf_counter() - started:.2f} s")
-started, cpu = time.perf_counter(), time.process_time()
-for index in range(count):
-    scenes.render(scenes.TRAIN_SEEDS[index])
-wall, cpu = time.perf_counter() - started, time.process_time() - cpu
-print(
-    f"{count * 60 / wall:.0f} views of 224 x 224 per minute, {count * 60 / cpu:.0f} per minute of CPU time "
-    f"({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
-)
+from distill.data import scenes
+from distill.data.scenes import texture
+
+SEED = scenes.TRAIN_SEEDS[0]
+
+
+def clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(started: tuple[float, float]) -> tuple[float, float]:
+    now = clock()
+    return now[0] - started[0], now[1] - started[1]
+
+
+def main(count: int) -> None:
+    started = clock()
+    texture.bank()
+    print("texture bank: {:.2f} s wall, {:.2f} s CPU".format(*since(started)))
+    chosen = scenes._path()
+    paths = {"torch": scenes._light_up}
+    if chosen is not scenes._light_up:
+        started = clock()
+        scenes.rendered(SEED)
+        scenes.rendered(SEED, kind="street")
+        spent = since(started)
+        print("compiled, first two views (loaded where numba kept it): {:.2f} s wall, {:.2f} s CPU".format(*spent))
+        paths["compiled"] = chosen
+    views, each = {}, {}
+    spent = dict.fromkeys(paths, (0.0, 0.0))
+    for index in range(count):  # in turns, so that whatever else the machine does falls on both
+        for name, path in paths.items():
+            scenes._path = lambda path=path: path  # type: ignore[assignment]
+            started = clock()
+            views[name] = scenes.rendered(SEED + index)
+            took = since(started)
+            spent[name] = (spent[name][0] + took[0], spent[name][1] + took[1])
+        for view in views.values():
+            assert torch.equal(view.image, views["torch"].image) and torch.equal(view.depth, views["torch"].depth)
+    for name, (wall, cpu) in spent.items():
+        each[name] = cpu / count
+        print(
+            f"{name}: {count * 60 / wall:.0f} views of 224 x 224 a minute, {count * 60 / cpu:.0f} per minute of CPU "
+            f"time ({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
+        )
+    if "compiled" in each:
+        print(f"compiled is {each['torch'] / each['compiled']:.1f} times as fast in CPU time, with the same bits")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)

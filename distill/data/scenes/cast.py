@@ -181,6 +181,11 @@ class Hits:
     surface: Tensor
 
 
+def root(x: Tensor) -> Tensor:
+    """The square root, correctly rounded. torch's own comes from MKL, and its last bit from the make of processor."""
+    return torch.as_tensor(np.sqrt(x.numpy()))
+
+
 def span(
     solid: Solid, origin: Sequence[_Component], ray: Sequence[_Component], *, faces: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -218,29 +223,39 @@ def span(
     nearest = -sum(a * b for a, b in zip(o, d, strict=True)) / squared
     chord = 1.0 - sum((a + nearest * b).square() for a, b in zip(o, d, strict=True))
     reach = torch.where(chord > 0, chord.clamp(min=0) / squared, -1.0)
-    reach = torch.where(reach >= 0, reach.clamp(min=0).sqrt(), -torch.inf)
+    reach = torch.where(reach >= 0, root(reach.clamp(min=0)), -torch.inf)
     if face is not None:
         face = torch.where(nearest - reach > enter, len(solid.planes), face)
     return torch.maximum(enter, nearest - reach), torch.minimum(leave, nearest + reach), face
 
 
-def _window(solid: Solid, camera: Camera, height: int, width: int) -> tuple[slice, slice] | None:
-    """The rows and columns of the sample grid that the solid can touch; None where it lies behind."""
-    everything = (slice(0, height + 1), slice(0, width + 1))
-    if solid.corners is None or solid.shell:
-        return everything
-    seen = (solid.corners - np.asarray(camera.position)) @ camera.axes.T
-    if seen[:, 2].max() < NEAR:
-        return None
-    if seen[:, 2].min() < NEAR:
-        return everything
-    columns = seen[:, 0] / seen[:, 2] * camera.focal * width + width / 2
-    rows = height / 2 - seen[:, 1] / seen[:, 2] * camera.focal * width
-    top, bottom = math.floor(rows.min()) - 1, math.ceil(rows.max()) + 1
-    left, right = math.floor(columns.min()) - 1, math.ceil(columns.max()) + 1
-    if bottom <= 0 or right <= 0 or top > height or left > width:
-        return None
-    return slice(max(top, 0), bottom + 1), slice(max(left, 0), right + 1)
+def windows(solids: Sequence[Solid], camera: Camera, height: int, width: int) -> np.ndarray:
+    """The part of the sample grid that each solid can touch: (P,4) int64, rows [0] to [1], columns [2] to [3].
+
+    A pixel more on every side; empty where the solid lies behind the camera or outside the picture.
+    """
+    found = np.tile(np.array([0, height + 1, 0, width + 1]), (len(solids), 1))
+    bounded = [i for i, solid in enumerate(solids) if solid.corners is not None and not solid.shell]
+    if not bounded:
+        return found
+    corners = np.array([solids[i].corners for i in bounded])
+    seen = (corners - np.asarray(camera.position)) @ camera.axes.T
+    near, far = seen[..., 2].min(1), seen[..., 2].max(1)
+    ahead = np.where(near[:, None] < NEAR, 1.0, seen[..., 2])
+    columns = seen[..., 0] / ahead * camera.focal * width + width / 2
+    rows = height / 2 - seen[..., 1] / ahead * camera.focal * width
+    limits = np.stack(
+        [
+            np.clip(np.floor(rows.min(1)) - 1, 0, height + 1),
+            np.clip(np.ceil(rows.max(1)) + 2, 0, height + 1),
+            np.clip(np.floor(columns.min(1)) - 1, 0, width + 1),
+            np.clip(np.ceil(columns.max(1)) + 2, 0, width + 1),
+        ],
+        axis=1,
+    ).astype(np.int64)
+    limits = np.where(near[:, None] < NEAR, found[bounded], limits)
+    found[bounded] = np.where(far[:, None] < NEAR, 0, limits)
+    return found
 
 
 def cast(solids: Sequence[Solid], camera: Camera, rays: tuple[Tensor, Tensor, Tensor]) -> Hits:
@@ -249,10 +264,10 @@ def cast(solids: Sequence[Solid], camera: Camera, rays: tuple[Tensor, Tensor, Te
     depth = torch.full(shape, torch.inf)
     surface = torch.full(shape, -1, dtype=torch.int64)
     first = 0
-    for solid in solids:
-        window = _window(solid, camera, shape[1] - 1, shape[2] - 1)
-        if window is not None:
-            at = (slice(None), *window)
+    grid = windows(solids, camera, shape[1] - 1, shape[2] - 1).tolist()
+    for solid, (top, bottom, left, right) in zip(solids, grid, strict=True):
+        if top < bottom and left < right:
+            at = (slice(None), slice(top, bottom), slice(left, right))
             enter, leave, face = span(solid, camera.position, [r[at] for r in rays], faces=True)
             assert face is not None
             reached = leave if solid.shell else enter
@@ -343,6 +358,13 @@ def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
     return tuple(gathered)
 
 
+def across(light: _Vector) -> np.ndarray:
+    """(2,3): two unit axes across the direction of a sun's light, and across each other."""
+    first = np.cross(light, (1.0, 0.0, 0.0) if abs(light[0]) < 0.7 else (0.0, 1.0, 0.0))
+    first /= np.linalg.norm(first)
+    return np.array([first, np.cross(light, first)])
+
+
 def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:
     """Whether each point (x, y, z each (N,)) is hidden from the light: (N,) bool.
 
@@ -350,14 +372,12 @@ def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, 
     """
     hidden = torch.zeros_like(points[0], dtype=torch.bool)
     if sun:
-        first = np.cross(light, (1.0, 0.0, 0.0) if abs(light[0]) < 0.7 else (0.0, 1.0, 0.0))
-        first /= np.linalg.norm(first)
-        axes = np.array([first, np.cross(light, first)])  # two axes across the light
+        axes = across(light)
         ways = [points[0] * a[0] + points[1] * a[1] + points[2] * a[2] for a in axes.tolist()]
         lines = list(points)
     else:
         lines = [points[i] - light[i] for i in range(3)]
-        length = (lines[0] * lines[0] + lines[1] * lines[1] + lines[2] * lines[2]).sqrt()
+        length = root(lines[0] * lines[0] + lines[1] * lines[1] + lines[2] * lines[2])
         ways = [line / length for line in lines]
 
     def reach(middle: np.ndarray, radius: float, way: Sequence[Tensor]) -> Tensor:

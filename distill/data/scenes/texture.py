@@ -20,8 +20,9 @@ from torch import Tensor
 SIZE = 256
 _DRAWING = Lock()
 LEVELS = 9
-_OFFSETS = [sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS)]
-_STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
+OFFSETS = tuple(sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS))
+STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
+"""Texels before a mip level of a pattern, and of a whole pattern."""
 
 _Drawn = tuple[np.ndarray, np.ndarray]
 _GRID = (np.arange(SIZE) + 0.5) / SIZE
@@ -220,38 +221,51 @@ def pattern(rng: np.random.Generator, *names: str) -> int:
     return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
 
 
+STAINS = _FIRST["noise"]
+"""The pattern of stains."""
+
+
+def cloud_pattern(cover: float) -> int:
+    """The pattern of clouds that cover so much of the sky."""
+    return _FIRST["noise"] + int(cover * 97) % _DRAW["noise"][1]
+
+
 @lru_cache(maxsize=1)
 def _bank() -> np.ndarray:
-    """(patterns * texels, 2) float32: each pattern's mipmaps, level after level, rows from the top; see `_have`.
+    """(patterns * texels, 2) float32: each pattern's mipmaps, level after level, rows from the top; see `bank`.
 
     An array: a tensor that was made in inference mode could not be added to outside of it.
     """
-    return np.zeros((sum(count for _, count in _DRAW.values()) * _STRIDE, 2), dtype=np.float32)
+    return np.zeros((sum(count for _, count in _DRAW.values()) * STRIDE, 2), dtype=np.float32)
 
 
 _drawn: set[int] = set()
 
 
-def _have(patterns: Iterable[int]) -> None:
-    """Draws those that this process has not drawn: all of them take seconds, and a view has a dozen."""
+def bank(patterns: Iterable[int]) -> np.ndarray:
+    """(all patterns * STRIDE, 2) float32, ramp position and detail, with at least these drawn.
+
+    Those that this process has not drawn are drawn now: all of them take seconds, and a view has a dozen.
+    """
     with _DRAWING:  # threads that render together wait for each other's
-        bank = _bank()
+        texels = _bank()
         for number in sorted({*patterns} - _drawn):
             name = next(name for name in reversed(_FIRST) if _FIRST[name] <= number)
             level = np.stack(_DRAW[name][0](np.random.default_rng([20240229, number])), axis=-1)
             level = np.round(np.clip(level, 0, 1) * 255) / 255
-            for k, offset in enumerate(_OFFSETS):
-                start = number * _STRIDE + offset
-                bank[start : start + (SIZE >> k) ** 2] = level.reshape(-1, 2)
+            for k, offset in enumerate(OFFSETS):
+                start = number * STRIDE + offset
+                texels[start : start + (SIZE >> k) ** 2] = level.reshape(-1, 2)
                 level = (level[::2, ::2] + level[1::2, ::2] + level[::2, 1::2] + level[1::2, 1::2]) / 4
             _drawn.add(number)
+    return texels
 
 
 def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Bilinear texels (N,2) of one mip level per point."""
-    bank = torch.from_numpy(_bank())
+    texels = torch.from_numpy(_bank())
     size = torch.tensor([SIZE >> k for k in range(LEVELS)])[level]
-    start = base + torch.tensor(_OFFSETS)[level]
+    start = base + torch.tensor(OFFSETS)[level]
     x, y = u * size - 0.5, v * size - 0.5
     x0, y0 = x.floor(), y.floor()
     fx, fy = (x - x0)[:, None], (y - y0)[:, None]
@@ -259,8 +273,8 @@ def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
     left, top = x0.long() & mask, y0.long() & mask
     right, bottom = (left + 1) & mask, (top + 1) & mask
     top, bottom = start + top * size, start + bottom * size
-    upper = bank.index_select(0, top + left) * (1 - fx) + bank.index_select(0, top + right) * fx
-    lower = bank.index_select(0, bottom + left) * (1 - fx) + bank.index_select(0, bottom + right) * fx
+    upper = texels.index_select(0, top + left) * (1 - fx) + texels.index_select(0, top + right) * fx
+    lower = texels.index_select(0, bottom + left) * (1 - fx) + texels.index_select(0, bottom + right) * fx
     return upper * (1 - fy) + lower * fy
 
 
@@ -269,11 +283,11 @@ def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth:
 
     smooth mixes two mip levels; without it the finer one is read alone, at half the cost.
     """
-    _have(patterns.bincount().nonzero()[:, 0].tolist())
+    bank(patterns.bincount().nonzero()[:, 0].tolist())
     mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
     level = (exponent - 1) + (2 * mantissa - 1)
     low = level.floor().long().clamp(0, LEVELS - 1)
-    base = patterns * _STRIDE
+    base = patterns * STRIDE
     if not smooth:
         return _lookup(base, low, u, v)
     high = (low + 1).clamp(max=LEVELS - 1)
@@ -334,7 +348,7 @@ def paint(patterns: Tensor, numbers: Tensor, u: Tensor, v: Tensor, footprint: Te
     albedo = weights[0] * numbers[:, 0:3].T
     for k in (1, 2, 3):
         albedo = albedo + weights[k] * numbers[:, 3 * k : 3 * k + 3].T
-    stain_pattern = torch.full_like(patterns, _FIRST["noise"])
+    stain_pattern = torch.full_like(patterns, STAINS)
     coarse = sample(stain_pattern, u * 0.23 + 0.37, v * 0.23 + 0.11, footprint * 0.23, smooth=False)[:, 0]
     light = (1 + numbers[:, 14] * (detail - 0.5)) * (1 + numbers[:, 15] * (coarse - 0.5))
     return albedo * light, texel
