@@ -27,7 +27,7 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
 
 def main(count: int) -> None:
     started = clock()
-    texture.bank()
+    texture.bank(range(texture.COUNT))
     print("texture bank: {:.2f} s wall, {:.2f} s CPU".format(*since(started)))
     chosen = scenes._path()
     paths = {"torch": scenes._light_up}

@@ -135,7 +135,7 @@ def _path() -> Callable[[Stage, tuple[int, int]], tuple[Tensor, Tensor]]:
         return _light_up
     try:
         from distill.data.scenes.fused import light_up
-    except ImportError as error:  # numba refuses a numpy newer than itself so
+    except (ImportError, KeyError) as error:  # numba refuses so a numpy newer than itself, and an option it lacks
         warnings.warn(f"numba does not load, so scenes render several times slower: {error}", stacklevel=2)
         return _light_up
     return light_up

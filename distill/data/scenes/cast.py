@@ -24,6 +24,8 @@ _Vector = tuple[float, float, float]
 Vector = Sequence[float] | np.ndarray
 _Component = Tensor | float
 _EYE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+_SIGNS = np.array([[x, y, z] for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
+_FLAT = np.zeros((3, 3))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +57,14 @@ def turn(yaw: float = 0.0, pitch: float = 0.0, roll: float = 0.0) -> np.ndarray:
 
 
 def _around(centre: Vector, half: Vector, axes: np.ndarray) -> np.ndarray:
-    signs = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
-    return np.asarray(centre) + (signs * np.asarray(half)) @ axes
+    return np.asarray(centre) + (_SIGNS * np.asarray(half)) @ axes
 
 
 def _world_planes(local: np.ndarray, centre: Vector, axes: np.ndarray) -> tuple:
     normals = local[:, :3] @ axes
     length = np.linalg.norm(normals, axis=1)
     offsets = (local[:, 3] + normals @ np.asarray(centre)) / length
-    return tuple(map(tuple, np.column_stack([normals / length[:, None], offsets]).tolist()))
+    return tuple(map(tuple, np.concatenate([normals / length[:, None], offsets[:, None]], axis=1).tolist()))
 
 
 def block(
@@ -182,7 +183,7 @@ class Hits:
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded. torch's own comes from MKL, and its last bit from the make of processor."""
+    """The square root, correctly rounded. torch's own is MKL's, and off in its last bit at times."""
     return torch.as_tensor(np.sqrt(x.numpy()))
 
 
@@ -307,8 +308,8 @@ def surfaces(solids: Sequence[Solid]) -> Surfaces:
     for solid in solids:
         sign = -1.0 if solid.shell else 1.0
         for plane in solid.planes:
-            rows.gradient.append(np.zeros((3, 3)))
-            rows.constant.append([sign * value for value in plane[:3]])
+            rows.gradient.append(_FLAT)
+            rows.constant.append((sign * plane[0], sign * plane[1], sign * plane[2]))
             rows.owner.append(solid)
         if solid.quadric is not None:
             rows.gradient.append(sign * solid.quadric.T @ solid.quadric)
@@ -335,6 +336,10 @@ class Cluster:
     solids: tuple[tuple[Solid, np.ndarray, float], ...]
 
 
+def _length(vector: np.ndarray) -> float:
+    return math.sqrt(vector.dot(vector))
+
+
 def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
     """The shadow casters, gathered in the order they were added while they stay close to each other."""
     gathered: list[Cluster] = []
@@ -343,10 +348,10 @@ def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
         if not solid.casts or solid.corners is None:
             continue
         small, large = solid.corners.min(0), solid.corners.max(0)
-        alone = float(np.linalg.norm(large - small)) / 2
+        alone = _length(large - small) / 2
         if gathered:
             joined_low, joined_high = np.minimum(low, small), np.maximum(high, large)
-            joined = float(np.linalg.norm(joined_high - joined_low)) / 2
+            joined = _length(joined_high - joined_low) / 2
             if joined < 1.5 * max(alone, gathered[-1].radius) + 0.1 and len(gathered[-1].solids) < 16:
                 low, high = joined_low, joined_high
                 gathered[-1] = Cluster(

@@ -212,6 +212,8 @@ _DRAW: dict[str, tuple[Callable[[np.random.Generator], _Drawn], int]] = {
     "print": (_print, 2),
     "spines": (_spines, 4),
 }
+COUNT = sum(count for _, count in _DRAW.values())
+"""Patterns in the bank."""
 _FIRST = {name: sum(count for _, count in list(_DRAW.values())[:i]) for i, name in enumerate(_DRAW)}
 
 
@@ -236,7 +238,7 @@ def _bank() -> np.ndarray:
 
     An array: a tensor that was made in inference mode could not be added to outside of it.
     """
-    return np.zeros((sum(count for _, count in _DRAW.values()) * STRIDE, 2), dtype=np.float32)
+    return np.zeros((COUNT * STRIDE, 2), dtype=np.float32)
 
 
 _drawn: set[int] = set()

@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import numba
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
-"""Lets go of the interpreter's lock; divides by nought as numpy does. No fast maths, so nothing is contracted."""
+_OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
+"""Lets go of the interpreter's lock; divides by nought as numpy does. No fast maths, so nothing is contracted. No counts
+of references (the option has no public name): the kernels make no array and keep none, and counting at each use of a
+table takes longer than all that they compute. So whoever calls one gives it the memory that it works in.
+"""
 
 
 def kernel(function: Callable) -> Callable:
@@ -22,8 +25,5 @@ def kernel(function: Callable) -> Callable:
 
 
 def part(function: Callable) -> Callable:
-    """A function that kernels of the same file call, compiled into them; Python cannot call it.
-
-    Into them: a call would push every array of the tables on the stack, which costs more than most parts do.
-    """
+    """A function that kernels of the same file call, compiled into them; Python cannot call it."""
     return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)

@@ -65,10 +65,12 @@ def _row_quadric(solids, p, x, y, z, enter, leave, face):
 
 
 @kernel
-def first_hit(solids, x, y, z, depth, surface):
-    """Fills depth (V) and surface (V) int32 with what `cast.cast` finds along the rays x, y, z (V)."""
+def first_hit(solids, x, y, z, depth, surface, enter, leave, face):
+    """Fills depth (V) and surface (V) int32 with what `cast.cast` finds along the rays x, y, z (V).
+
+    Memory to work in, a row each: enter, leave float32, face int32.
+    """
     width = x.shape[2]
-    enter, leave, face = np.empty(width, np.float32), np.empty(width, np.float32), np.empty(width, np.int32)
     depth[:] = _INF
     surface[:] = -1
     for p in range(len(solids.windows)):

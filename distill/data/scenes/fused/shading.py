@@ -91,7 +91,6 @@ def _chord(ox, oy, oz, dx, dy, dz, squared):
     return nearest - reach, nearest + reach
 
 
-# Both take plain arrays and call nothing with them: each array handed on would be counted, atomically, at every call.
 @part
 def _hidden_from_lamp(group, first, round_, m, place, balls, members, planes, outside, eye, lamp, x, y, z, hint, near):
     """Whether a lamp is hidden from a point. hint (L,2): the cluster and caster that hid it last; near: (G,)."""
@@ -311,10 +310,11 @@ def _shade(looks, casters, lamps, air, row, t, ray, eye, hint, near, light):
 
 
 @kernel
-def shade(looks, casters, lamps, air, eye, x, y, z, depth, surface, colour):
-    """Fills colour (3,V) where the rays x, y, z (V) from eye (3,) meet a surface; the spare pixels stay black."""
-    hint = np.full((len(lamps.sun), 2), -1, np.int64)
-    near, light = np.empty(lamps.spheres.shape[2], np.bool_), np.empty(6, np.float32)
+def shade(looks, casters, lamps, air, eye, x, y, z, depth, surface, colour, hint, near, light):
+    """Fills colour (3,V) where the rays x, y, z (V) from eye (3,) meet a surface; the spare pixels stay black.
+
+    Memory to work in: hint (L,2) int64, -1 at first, near (G,) bool, light (6,) float32.
+    """
     for grid in range(2):
         for row in range(x.shape[1] - grid):
             for c in range(x.shape[2] - grid):
