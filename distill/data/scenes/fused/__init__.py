@@ -28,7 +28,7 @@ def light_up(stage: Stage, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     rays = tuple(ray.numpy() for ray in camera.rays(*size, corners=True))
     depth, surface = np.empty(rays[0].shape, np.float32), np.empty(rays[0].shape, np.int32)
     colour = np.zeros((3, *rays[0].shape), np.float32)
-    (enter, leave), face = np.empty((2, depth.shape[2]), np.float32), np.empty(depth.shape[2], np.int32)
+    (enter, leave), face = np.empty((2, size[1] + 1), np.float32), np.empty(size[1] + 1, np.int32)
     first_hit(pack_solids(stage.solids, camera, *size), *rays, depth, surface, enter, leave, face)
     looks, air = pack_looks(stage), pack_air(stage, 1.0 / (camera.focal * size[1]))
     casters, lamps = pack_lamps(stage)

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numba
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
-"""Lets go of the interpreter's lock; divides by nought as numpy does. No fast maths, so nothing is contracted. No counts
-of references (the option has no public name): the kernels make no array and keep none, and counting at each use of a
-table takes longer than all that they compute. So whoever calls one gives it the memory that it works in.
+"""Lets go of the interpreter's lock; divides by nought as numpy does. No fast maths, so nothing is contracted.
+
+No counts of references (the option has no public name): the kernels make no array and keep none, and counting at each
+use of a table takes longer than all that they compute. So whoever calls one gives it the memory that it works in.
 """
 
 

@@ -116,7 +116,10 @@ def _sums(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))]).astype(np.int64)
 
 
-def _weighted(rows: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+_Number = np.ndarray | np.float64
+
+
+def _weighted(rows: np.ndarray, x: _Number, y: _Number, z: _Number) -> np.ndarray:
     """rows (...,3) times a point, added up from the left as Python and torch do."""
     return rows[..., 0] * x + rows[..., 1] * y + rows[..., 2] * z
 
@@ -144,7 +147,8 @@ def _shapes(solids: Sequence[Solid]) -> _Shapes:
 
 def _below(shapes: _Shapes, eye: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """How far a point is below each plane (K,), and where it is in each quadric's frame (P,3)."""
-    height = shapes.planes[:, 3] - _weighted(shapes.planes, *(np.float64(e) for e in eye))
+    x, y, z = (np.float64(e) for e in eye)
+    height = shapes.planes[:, 3] - _weighted(shapes.planes, x, y, z)
     away = np.asarray(eye, dtype=np.float64) - shapes.centre
     return height, _weighted(shapes.quadric, *(away[:, None, j] for j in range(3)))
 
