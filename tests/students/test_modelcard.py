@@ -45,7 +45,7 @@ def test_the_lines_of_the_card_build_the_encoder_without_us(tmp_path, monkeypatc
 def test_a_card_of_four_bits_says_how_they_are_stored(tmp_path):
     checkpoint.save(tiny("dpt"), tmp_path / "s", card={"name": "x"}, bits=4)
     page = (tmp_path / "s" / "README.md").read_text()
-    assert "groups of 128" in page and "load_file" in page
+    assert "groups of 64" in page and "load_file" in page
     assert "(dpt; `decoder.*` in the file, by the names of AnyDepth's DPTHead, which is DINOv3's;" in page
 
 
