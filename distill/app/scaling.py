@@ -49,7 +49,7 @@ def rates(card: float, processor: float, cores: int, gpus: Sequence[int] = GPUS)
     return [(n, min(n / card, by_cores), by_cores < n / card) for n in gpus]
 
 
-def finding(what: str, card: float, processor: float, cores: int, codec: str = "zst") -> Finding:
+def finding(what: str, card: float, processor: float, cores: int, codec: str) -> Finding:
     """One line of doctor: the rate on 1, 2, 4 and 8 cards, and from how many on cores run short.
 
     card, processor: seconds of a card and of a core that one sample takes. cores: of this machine. codec: the labels'.

@@ -145,12 +145,12 @@ def test_more_cards_help_until_the_cores_run_short():
     assert scaling.rates(0.025, 0.065, 16) == [
         (1, 40.0, False), (2, 80.0, False), (4, 160.0, False), (8, 16 / 0.065, True)
     ]  # fmt: skip
-    line = scaling.finding("labelling", 0.025, 0.065, 16)
+    line = scaling.finding("labelling", 0.025, 0.065, 16, "zst")
     assert line.level == "ok" and "8: 246.2" in line.what and "from 8 on the cores run short" in line.what
-    starved = scaling.finding("labelling", 0.001, 0.065, 16)
+    starved = scaling.finding("labelling", 0.001, 0.065, 16, "zst")
     assert starved.level == "warn" and starved.remedy == "65 cores keep 1 busy"
     assert 'labels.codec = "zst" needs fewer' in scaling.finding("labelling", 0.001, 0.065, 16, "jls").remedy
-    assert scaling.finding("training", 0.1, 0.0, 2).level == "ok"
+    assert scaling.finding("training", 0.1, 0.0, 2, "jls").level == "ok"
 
 
 def test_what_a_sample_costs_the_processor_is_measured(tmp_path):

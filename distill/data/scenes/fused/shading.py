@@ -92,8 +92,10 @@ def _chord(ox, oy, oz, dx, dy, dz, squared):
 
 
 @part
-def _hidden_from_lamp(group, first, round_, m, place, balls, members, planes, outside, eye, lamp, x, y, z, hint, near):
+def _hidden_from_lamp(casters, lamps, lamp, x, y, z, hint, near):
     """Whether a lamp is hidden from a point. hint (L,2): the cluster and caster that hid it last; near: (G,)."""
+    group, first, round_, m, _ = casters
+    _, place, _, _, _, balls, members, planes, _, outside, eye, _ = lamps
     x, y, z = x - place[lamp, 0], y - place[lamp, 1], z - place[lamp, 2]
     length = np.sqrt(x * x + y * y + z * z)
     wx, wy, wz = x / length, y / length, z / length
@@ -133,10 +135,10 @@ def _hidden_from_lamp(group, first, round_, m, place, balls, members, planes, ou
 
 
 @part
-def _hidden_from_sun(
-    group, first, round_, m, centre, axes, balls, members, planes, slope, eye, squared, lamp, x, y, z, hint, near
-):
+def _hidden_from_sun(casters, lamps, lamp, x, y, z, hint, near):
     """Whether the sun is hidden from a point; as `_hidden_from_lamp`."""
+    group, first, round_, m, centre = casters
+    _, _, _, _, axes, balls, members, planes, slope, _, eye, squared = lamps
     wx = x * axes[lamp, 0, 0] + y * axes[lamp, 0, 1] + z * axes[lamp, 0, 2]
     wy = x * axes[lamp, 1, 0] + y * axes[lamp, 1, 1] + z * axes[lamp, 1, 2]
     for g in range(len(near)):
@@ -234,8 +236,6 @@ def _surface(flat, x, y, z):
 @part
 def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light):
     """Adds the lights to light (6,): what a surface reflects of its colour, and what it shines."""
-    group, first, round_, m, centre = casters
-    sun, place, _, _, axes, balls, members, planes, flat, outside, eye, size = lamps
     lift = t * _LIFT + _LIFT
     x, y, z = point[0] + normal[0] * lift, point[1] + normal[1] * lift, point[2] + normal[2] * lift
     for lamp in range(len(lamps.sun)):
@@ -245,31 +245,10 @@ def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light)
         slope = bent[0] * tx + bent[1] * ty + bent[2] * tz
         if not slope > _ZERO:
             continue
-        if sun[lamp]:
-            hidden = _hidden_from_sun(
-                group,
-                first,
-                round_,
-                m,
-                centre,
-                axes,
-                balls,
-                members,
-                planes,
-                flat,
-                eye,
-                size,
-                lamp,
-                x,
-                y,
-                z,
-                hint,
-                near,
-            )
+        if lamps.sun[lamp]:
+            hidden = _hidden_from_sun(casters, lamps, lamp, x, y, z, hint, near)
         else:
-            hidden = _hidden_from_lamp(
-                group, first, round_, m, place, balls, members, planes, outside, eye, lamp, x, y, z, hint, near
-            )
+            hidden = _hidden_from_lamp(casters, lamps, lamp, x, y, z, hint, near)
         if hidden:
             continue
         strength = slope * power
