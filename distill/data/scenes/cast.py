@@ -344,10 +344,9 @@ def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
     """The shadow casters, gathered in the order they were added while they stay close to each other."""
     gathered: list[Cluster] = []
     low, high = np.zeros(3), np.zeros(3)
-    for solid in solids:
-        if not solid.casts or solid.corners is None:
-            continue
-        small, large = solid.corners.min(0), solid.corners.max(0)
+    casting = [(solid, solid.corners) for solid in solids if solid.casts and solid.corners is not None]
+    corners = np.array([its for _, its in casting]).reshape(-1, 8, 3)
+    for (solid, _), small, large in zip(casting, corners.min(1), corners.max(1), strict=True):
         alone = _length(large - small) / 2
         if gathered:
             joined_low, joined_high = np.minimum(low, small), np.maximum(high, large)

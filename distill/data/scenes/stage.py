@@ -44,8 +44,8 @@ class Stage:
     taken: list[tuple[float, float, float]] = field(default_factory=list)
 
     def uniform(self, low: float, high: float) -> float:
-        """A plain float."""
-        return float(self.rng.uniform(low, high))
+        """A plain float: what `rng.uniform` gives, without its checks, which take most of its time."""
+        return low + (high - low) * self.rng.random()
 
     def chance(self, probability: float) -> bool:
         """True with this probability."""
