@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -215,3 +218,10 @@ def test_what_a_newcomer_reads_stays_short():
 
     read = {task: (sum(map(reading.lines, files)), most) for task, (most, files) in reading.TASKS.items()}
     assert not {task: found for task, found in read.items() if found[0] > found[1]}
+
+
+@pytest.mark.parametrize("name", ["speed", "evidence", "chaos"])
+def test_every_script_beside_the_tests_can_be_imported(name):
+    """No test runs them, and what they import moves: documented commands would break unseen."""
+    for path in sorted((ROOT / "tests" / name).glob("[!_]*.py")):
+        importlib.import_module(f"tests.{name}.{path.stem}")

@@ -31,8 +31,9 @@ from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.losses.objective import Objective
 from distill.shards.codec import CODECS
 from distill.shards.shards import LabelDataset
+from distill.teachers import analytic
 from distill.training.train import TrainSettings, train
-from tests.speed.labelling import Formula, make_tar
+from tests.speed.labelling import make_tar
 
 BLOCK = 5  # steps that run before the other loop has its turn
 
@@ -169,7 +170,7 @@ def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> N
         crops = CropSettings(size=size, min_side=size, patches="random", num_patches=2, crops_per_image=4)
         label(
             found,
-            [("one", Formula()), ("two", Formula())],
+            [("one", analytic.Teacher.load()), ("two", analytic.Teacher.load(rgb=(0.1, 0.3, 0.6)))],
             out=folder / "labels",
             crops=crops,
             labels=LabelSettings(codec=codec),
@@ -177,7 +178,7 @@ def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> N
         dataset = LabelDataset(folder / "labels")
         start = time.process_time()
         for i in range(16):
-            dataset[i]
+            dataset.get(i, ["one", "two"], coded=True)  # as training takes them: codes, decoded on the device
         read = (time.process_time() - start) / 16
         waits: list[float] = []
 
@@ -190,7 +191,7 @@ def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> N
             dataset,
             Objective(),
             out=folder / "run",
-            settings=dataclasses.replace(settings, teachers={"one": 0.7, "two": 0.3}),
+            settings=dataclasses.replace(settings, teacher_shares={"one": 0.7, "two": 0.3}),
             save=lambda model, place, card: place.mkdir(parents=True),
             report=report,
         )
