@@ -278,6 +278,17 @@ def test_compiled_loops_give_the_bits_of_the_torch_path(kind, monkeypatch):
         assert torch.equal(view.image, again.image), what
 
 
+def test_a_lamp_shines_through_the_shade_that_it_hangs_in_on_both_paths():
+    fused = pytest.importorskip("distill.data.scenes.fused")
+    stage = stage_of(5, "table")
+    lamp = next(light.place for light in stage.lights if not light.sun)
+    _, plain = scenes._light_up(stage, (20, 27))
+    stage.add(ellipsoid(lamp, (0.2, 0.3, 0.2), 0), block(lamp, (0.3, 0.2, 0.3), 0))
+    (depth, colour), (depth2, colour2) = scenes._light_up(stage, (20, 27)), fused.light_up(stage, (20, 27))
+    assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0])
+    assert colour.mean() > 0.8 * plain.mean()
+
+
 def test_a_stage_without_lights_has_its_ambient_light_on_both_paths():
     fused = pytest.importorskip("distill.data.scenes.fused")
     stage = stage_of(5, "table")

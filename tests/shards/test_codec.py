@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 
+import imagecodecs
 import numpy as np
 import pytest
 import torch
@@ -88,6 +89,12 @@ def test_infinity_does_not_stretch_the_range():
 def test_a_map_that_does_not_decode_is_named(data, codec):
     with pytest.raises(OSError, match="sa_1 one.shared is damaged"):
         decode_map(data, {"low": 0, "high": 1}, codec=codec, where="sa_1 one.shared")
+
+
+@pytest.mark.parametrize("plain", [b"", b"\0" * 8, b"\2\0\0\0\2\0\0\0short", b"\2\0\0\0\1\0\0\0too long"])
+def test_zstandard_that_holds_no_map_is_named(plain):
+    with pytest.raises(OSError, match="x is damaged: not a map in zst; "):
+        decode_map(bytes(imagecodecs.zstd_encode(plain)), {"low": 0, "high": 1}, codec="zst", where="x")
 
 
 def test_a_damaged_map_never_reaches_its_decoder(monkeypatch):
