@@ -230,8 +230,9 @@ def main() -> None:
     )
     print(f"{device}, {torch.get_num_threads()} threads, batches of {given.batch_size}, {data.images.shape[-1]} pixels")
     if given.shards:
+        settings = dataclasses.replace(plain, precision="bf16" if device.type == "cuda" else "fp32")
         for codec in CODECS:
-            from_shards(data.images.shape[-1], codec, dataclasses.replace(plain, precision="bf16"), given.tiny)
+            from_shards(data.images.shape[-1], codec, settings, given.tiny)
         return
     show("fp32", compare(data, plain, given.tiny, device), given.batch_size)
     if given.options or device.type == "cuda":
