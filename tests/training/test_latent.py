@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from distill.training.latent import LatentLesson
 from distill.training.sampling import hold_out, make_order
 from tests.conftest import golden_folder
 from tests.training import latent_toys, toys
+from tests.training.ranks import ended_as, ranks_of_two
 
 
 def tensor(data, name):
@@ -251,19 +250,9 @@ def _process(out, environment) -> None:
     latent_toys.run(out, ema=0.9, cache=out.parent / "latents")
 
 
-def test_two_processes_are_one(straight, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    fork = multiprocessing.get_context("fork")
-    ranks = [{**world, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"} for r in ("0", "1")]
-    started = [fork.Process(target=_process, args=(tmp_path / "two", rank)) for rank in ranks]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=120)
-    assert [one.exitcode for one in started] == [0, 0]
+def test_two_processes_are_one(straight, tmp_path, processes):
+    runs = [(_process, tmp_path / "two", rank) for rank in ranks_of_two()]
+    assert ended_as(runs, processes) == [0, 0]
     toys.assert_same_run(tmp_path / "two", straight)
 
 

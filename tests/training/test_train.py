@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
 from distill.training import checkpoints, step
+from tests.training.ranks import ended_as, ranks_of_two
 from tests.training.toys import Forgetful, Toy, Toys, assert_same_run, losses_of, newest, run, steps_of
 
 
@@ -27,40 +26,13 @@ def process(out: Path, environment: dict[str, str], die_at: int | None) -> None:
     run(out, report=report)
 
 
-def two_machines(folders: list[Path]) -> None:
-    """A run of two gloo processes, each with its own folder, as on machines that share none."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    fork = multiprocessing.get_context("fork")
-    ranks = [{**world, "RANK": r, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for r in ("0", "1")]
-    started = [fork.Process(target=process, args=(out, rank, None)) for out, rank in zip(folders, ranks, strict=True)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=120)
-    assert [one.exitcode for one in started] == [0, 0]
-
-
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory):
+def elsewhere(tmp_path_factory, processes):
     """Runs in processes of their own, at once: two gloo processes x 4 images, and one that is killed in step 13."""
     root = tmp_path_factory.mktemp("runs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-    ranks = [{**world, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"} for r in ("0", "1")]
-    # Forked, for importing everything anew takes far longer than the runs; this process has no card (see conftest).
-    fork = multiprocessing.get_context("fork")
-    started = [fork.Process(target=process, args=(root / "two", rank, None)) for rank in ranks]
-    started.append(fork.Process(target=process, args=(root / "killed", {}, 13)))
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=120)
-    assert [one.exitcode for one in started] == [0, 0, -signal.SIGKILL]
+    runs = [(process, root / "two", rank, None) for rank in ranks_of_two()]
+    ended = ended_as([*runs, (process, root / "killed", {}, 13)], processes)
+    assert ended == [0, 0, -signal.SIGKILL]
     return root
 
 
@@ -100,7 +72,7 @@ def test_killed_and_resumed_is_the_same_to_the_last_bit(straight, elsewhere):
     assert (out / "student/model.safetensors").read_bytes() == (straight / "student/model.safetensors").read_bytes()
 
 
-def test_two_machines_without_a_common_folder_go_on_from_what_one_process_left(straight, tmp_path):
+def test_two_machines_without_a_common_folder_go_on_from_what_one_process_left(straight, tmp_path, processes):
     def stop(done, total, **numbers):
         if done == 13:
             raise KeyboardInterrupt
@@ -108,7 +80,8 @@ def test_two_machines_without_a_common_folder_go_on_from_what_one_process_left(s
     main, other = tmp_path / "main", tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
         run(main, report=stop)
-    two_machines([main, other])
+    ranks = ranks_of_two(machines=2)
+    assert ended_as([(process, main, ranks[0], None), (process, other, ranks[1], None)], processes) == [0, 0]
     assert_same_run(main, straight)
     chosen = [saved.folder.name for saved in checkpoints.find(other)]
     assert "step-00000010" in chosen and not (other / "student").exists()

@@ -1,0 +1,43 @@
+"""Runs of several processes: gloo ranks, each in a process of the test's own."""
+
+from __future__ import annotations
+
+import faulthandler
+import socket
+from collections.abc import Callable
+from multiprocessing.context import BaseContext
+
+PATIENCE = 120.0  # seconds until processes count as hung: they print where, and are killed
+
+
+def ranks_of_two(machines: int = 1) -> list[dict[str, str]]:
+    """What accelerate reads in each of two gloo processes, on one machine or one on each of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    local = {"LOCAL_WORLD_SIZE": str(2 // machines)}
+    return [{**world, **local, "RANK": r, "LOCAL_RANK": r if machines == 1 else "0"} for r in ("0", "1")]
+
+
+def _call(function: Callable, *arguments: object) -> None:
+    faulthandler.dump_traceback_later(PATIENCE - 10)
+    function(*arguments)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def ended_as(calls: list[tuple], processes: BaseContext) -> list[int | None]:
+    """Exit codes of (function, *arguments), each in a process of its own, all at once.
+
+    `processes` is the fixture: forks of this process would inherit locks held by its threads, pytest-xdist's among
+    them, and wait for them for ever, once in hundreds of runs.
+    """
+    started = [processes.Process(target=_call, args=call) for call in calls]
+    for one in started:
+        one.start()
+    for one in started:
+        one.join(timeout=PATIENCE)
+    ended = [one.exitcode for one in started]
+    for one in started:
+        one.kill()
+    return ended
