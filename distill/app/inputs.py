@@ -11,7 +11,7 @@ from distill.data.pairs import read_names
 from distill.data.scenes import TRAIN_SEEDS
 from distill.data.settings import SOURCES, ImageSettings
 from distill.data.sources import InputShard, Scan
-from distill.labelling.annotate import TRUTH
+from distill.labelling.jobs import TRUTH
 
 
 def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:

@@ -23,7 +23,8 @@ from distill.app.recipe import Recipe
 from distill.core import machine
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
-from distill.labelling.annotate import TRUTH, label_photo, plan_photo
+from distill.labelling.annotate import label_photo
+from distill.labelling.jobs import TRUTH, plan_photo
 from distill.shards.cache import Traffic
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from distill.core.crop_settings import CropSettings
 from distill.core.findings import Finding
 from distill.data.sources import Photo
-from distill.labelling.annotate import prepare
+from distill.labelling.jobs import prepare
 from distill.shards.codec import Sample, decode_sample, encode_sample
 
 GPUS = (1, 2, 4, 8)

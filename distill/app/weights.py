@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
 from distill.core.plugins import find
-from distill.labelling.annotate import TRUTH
+from distill.labelling.jobs import TRUTH
 from distill.students import checkpoint
 from distill.teachers import WEIGHT_SUFFIXES, WeightsMissingError, _latent_student, to_download
 

@@ -12,7 +12,7 @@ from typing import Any
 from distill.data.scans import scan_from, scan_table
 from distill.data.sources import InputShard, Scan
 from distill.data.storage import is_url
-from distill.labelling.annotate import Teachers
+from distill.labelling.jobs import Teachers
 from distill.labelling.meeting import Meeting
 from distill.labelling.parts import Part, Tell, is_done, parts_of
 from distill.shards.shards import hash_keys

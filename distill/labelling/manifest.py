@@ -17,8 +17,9 @@ from distill.core.seal import sealed
 from distill.data.corruptions import Corruptions
 from distill.data.sources import InputShard
 from distill.labelling.alignment import Aligned
-from distill.labelling.annotate import TRUTH, Teachers, stored_kind
 from distill.labelling.bridge import Bridged
+from distill.labelling.finishing import stored_kind
+from distill.labelling.jobs import TRUTH, Teachers
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json
 from distill.shards.readme import README, describe_format, labels_readme

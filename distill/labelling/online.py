@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from distill.core.crop_settings import CropSettings
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected
-from distill.labelling.annotate import Teachers, asked_about, label_photo, teachers_for
+from distill.labelling.annotate import label_photo
+from distill.labelling.jobs import Teachers, asked_about, teachers_for
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import Sample
 

@@ -15,7 +15,7 @@ from typing import Any
 from distill.core import files
 from distill.core.seal import sealed
 from distill.data.sources import Entry, InputShard, Rejected, identity
-from distill.labelling.annotate import Teachers, asked_about
+from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.manifest import is_whole
 from distill.shards.codec import VERSION, Sample, dump_json
 from distill.shards.shards import DamagedTableError, read_json, read_shard, walked_index

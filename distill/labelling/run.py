@@ -24,17 +24,9 @@ from distill.core.crop_settings import CropSettings
 from distill.core.plugins import file_hashes
 from distill.core.progress import Report
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
-from distill.labelling.annotate import (
-    CPU,
-    TRUTH,
-    CropJob,
-    Teachers,
-    annotate,
-    asked_about,
-    label_photo,
-    prepare,
-)
+from distill.labelling.annotate import CPU, annotate, label_photo
 from distill.labelling.crew import Crew, ahead, crew
+from distill.labelling.jobs import TRUTH, CropJob, Teachers, asked_about, prepare
 from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
 from distill.labelling.manifest import finish, keep_settings, settings_of

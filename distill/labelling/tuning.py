@@ -17,8 +17,8 @@ from torch import Tensor
 
 from distill.core import files
 from distill.core.seal import sealed
-from distill.labelling.annotate import Teachers
 from distill.labelling.asking import predict
+from distill.labelling.jobs import Teachers
 from distill.labelling.lock import mutex
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import VERSION, dump_json

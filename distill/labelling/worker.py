@@ -26,9 +26,10 @@ import torch
 from distill.core.crop_settings import CropSettings
 from distill.core.progress import Report
 from distill.data.sources import InputShard
-from distill.labelling.annotate import CPU, Teachers, asked_about
+from distill.labelling.annotate import CPU
 from distill.labelling.board import Board, Place, withdraw
 from distill.labelling.crew import Crew, crew
+from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of

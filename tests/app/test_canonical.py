@@ -18,7 +18,8 @@ from distill.core.crop_settings import CropSettings
 from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels
 from distill.data import sources
-from distill.labelling.annotate import TRUTH, label_photo
+from distill.labelling.annotate import label_photo
+from distill.labelling.jobs import TRUTH
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import decode_sample, encode_sample
 from distill.students import checkpoint

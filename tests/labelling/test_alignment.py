@@ -14,7 +14,8 @@ from distill.core.depth import DepthMap, Kind
 from distill.data.photos import Photo
 from distill.data.sources import Entry, Rejected, in_shards
 from distill.labelling.alignment import Aligned, align_maps, fit_robustly
-from distill.labelling.annotate import annotate, prepare
+from distill.labelling.annotate import annotate
+from distill.labelling.jobs import prepare
 from distill.labelling.run import CropSettings, LabelSettings, label
 from distill.shards.shards import LabelDataset, read_manifest
 from tests.labelling.formula import Formula

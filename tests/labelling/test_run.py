@@ -12,7 +12,7 @@ from distill.core import crops
 from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.data.sources import Photo
-from distill.labelling.annotate import plan_photo
+from distill.labelling.jobs import plan_photo
 from distill.labelling.run import TRUTH, LabelSettings, label, label_photo, labels_hash
 from distill.shards.codec import MAX_ERROR
 from distill.shards.shards import LabelDataset, read_manifest, verify

@@ -23,9 +23,10 @@ import imagecodecs
 import numpy as np
 import torch
 
+from distill.core.crop_settings import CropSettings
 from distill.data import sources
 from distill.data.photos import BadImageError
-from distill.labelling.annotate import CropSettings, prepare
+from distill.labelling.jobs import prepare
 from distill.shards.codec import CODECS, DEFAULT_CODEC, MAX_ERROR, decode_map, encode_map
 from distill.teachers.checkpoint import Teacher
 

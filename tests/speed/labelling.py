@@ -35,8 +35,8 @@ from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.data.sources import Entry, InputShard, Scan
 from distill.labelling import annotate
-from distill.labelling.annotate import prepare
 from distill.labelling.asking import Answer
+from distill.labelling.jobs import prepare
 from distill.labelling.run import label
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import CODECS, encode_map, encode_sample

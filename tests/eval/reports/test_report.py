@@ -132,7 +132,7 @@ def run(tmp_path_factory):
 
 
 def crops():
-    from distill.labelling.annotate import CropSettings
+    from distill.core.crop_settings import CropSettings
 
     return CropSettings(size=28, min_side=28, patches="none")
 
