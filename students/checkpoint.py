@@ -37,7 +37,7 @@ EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor
 """Made from the weights (students.export, onnx_graph, to_transformers): a new save takes the old ones away."""
 
 LATENT = "distill.json"
-"""What a latent network's folder holds instead (distill.teachers.TRAINED)."""
+"""What a latent network's folder holds instead (distill.teachers._trained.TRAINED)."""
 EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""

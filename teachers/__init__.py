@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from distill.core import hub
 from distill.core.weights import (
     WeightsMismatchError,
     WeightsMissingError,
@@ -26,7 +25,7 @@ from distill.core.weights import (
     read_state,
 )
 from distill.teachers._strictly import check_claimed, load_checked, load_strictly
-from distill.teachers._where import WEIGHT_SUFFIXES, read_config, resolve, revision_of, to_download
+from distill.teachers._where import WEIGHT_SUFFIXES, cached_revision, read_config, resolve, revision_of, to_download
 
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ __all__ = [
     "WeightsMismatchError",
     "WeightsMissingError",
     "below_prefix",
+    "cached_revision",
     "card_for",
     "check_claimed",
     "check_images",
@@ -53,14 +53,9 @@ __all__ = [
     "read_config",
     "read_state",
     "resolve",
-    "revision_here",
     "revision_of",
     "to_download",
-    "trained_card",
 ]
-
-TRAINED = "distill.json"
-"""Beside the parts of a latent network that was trained here: what it is, of whom it learnt, under which licence."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,31 +156,3 @@ def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
     return replace(
         cards[0], weights=str(weights), licence="unknown", commercial=False, note="weights of unknown origin"
     )
-
-
-def trained_card(card: Card, folder: Path) -> Card:
-    """The card of a latent network that was trained here, by the folder's own word; any other as it is."""
-    from distill.core.depth import Kind
-
-    told = read_config(folder / TRAINED)
-    if not told:
-        return card
-    made = told.get("card") if isinstance(told.get("card"), dict) else {}
-    assert isinstance(made, dict)
-    if told.get("kind") not in Kind._value2member_map_:
-        raise WeightsMismatchError(f"{folder / TRAINED}: kind is {told.get('kind')!r}, which is no kind of map")
-    return replace(
-        card,
-        kind=Kind(told["kind"]),
-        licence=str(made.get("licence", "unknown")),
-        commercial=made.get("commercial") is True,
-        note=str(made.get("name", "")),
-    )
-
-
-def revision_here(card: Card) -> str:
-    """The revision of a card's weights on this machine, read from the hub's cache; empty where they are not here."""
-    if card.revision != "unknown":
-        return card.revision
-    owner, _, rest = card.weights.partition("/")
-    return hub.cached_commit(f"{owner}/{rest.partition('/')[0]}")

@@ -28,7 +28,6 @@ from distill.core import files
 from distill.core.depth import Kind
 from distill.students.modelcard import latent_card
 from distill.teachers import (
-    TRAINED,
     WeightsMismatchError,
     WeightsMissingError,
     find_weights,
@@ -39,6 +38,7 @@ from distill.teachers import (
 )
 from distill.teachers import _latent as latent
 from distill.teachers._dpt_head import DptHead
+from distill.teachers._trained import TRAINED
 
 FILES = (*latent.FILES, f"{latent.HEAD}/*")
 BASES = ("vae", "text_encoder", "tokenizer")

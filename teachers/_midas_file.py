@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.core.weights import WeightsMismatchError
+from distill.teachers import WeightsMismatchError, load_checked, read_state
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -33,6 +33,41 @@ _BLOCK = {
 # A table made of the size, and what only a classifier or another pooling has.
 _UNUSED = re.compile(r"pretrained\.model\.(blocks\.\d+\.attn\.relative_position_index|(fc_)?norm\.\w+|head\.\w+)")
 _TABLE = "pretrained.model.blocks.0.attn.relative_position_bias_table"
+
+
+def network(path: Path) -> Any:
+    """transformers' DPT on BEiT with a file's weights; every one of them is claimed. Raises as `described` does."""
+    from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
+
+    state = read_state(path)
+    net = described(state, path)
+    backbone = BeitConfig(
+        hidden_size=net["width"],
+        num_hidden_layers=net["blocks"],
+        num_attention_heads=net["heads"],
+        intermediate_size=net["mlp"],
+        image_size=net["size"],
+        patch_size=net["patch"],
+        layer_norm_eps=1e-6,  # timm's
+        use_relative_position_bias=True,
+        reshape_hidden_states=False,
+        out_features=[f"stage{net['blocks'] * quarter // 4}" for quarter in range(1, 5)],
+    )
+    config = DPTConfig(
+        backbone_config=backbone,
+        hidden_size=net["width"],
+        neck_hidden_sizes=net["neck"],
+        fusion_hidden_size=net["fusion"],
+    )
+    tensors = renamed(state)
+    return load_checked(
+        lambda: DPTForDepthEstimation.from_pretrained(
+            None, config=config, state_dict=tensors, output_loading_info=True
+        ),
+        path,
+        what="MiDaS v3.1",
+        optional=("relative_position_index",),
+    )
 
 
 def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

@@ -74,6 +74,12 @@ def revision_of(path: Path) -> str:
     return f"sha256:{digest.hexdigest()[:16]}"
 
 
+def cached_revision(weights: str) -> str:
+    """The hub's commit of the weights that a hub id names, read from its cache here; "" where they are not here."""
+    owner, _, rest = weights.partition("/")
+    return hub.cached_commit(f"{owner}/{rest.partition('/')[0]}")
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The table in a json file, empty where there is no such file; WeightsMismatchError where it is no table."""
     if not path.is_file():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
-from distill.teachers import Card, card_for, check_images, check_resize, revision_of, trained_card
+from distill.teachers import Card, card_for, check_images, check_resize, revision_of
 from distill.teachers._latent import (
     FILES,
     MULTIPLE,
@@ -31,6 +31,7 @@ from distill.teachers._latent import (
     restore,
     run_unet,
 )
+from distill.teachers._trained import trained_card
 
 CARDS: tuple[Card, ...] = (
     Card(

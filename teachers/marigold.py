@@ -32,7 +32,6 @@ from distill.teachers import (
     check_resize,
     read_config,
     revision_of,
-    trained_card,
 )
 from distill.teachers._ensemble import ensemble as combine
 from distill.teachers._latent import (
@@ -49,6 +48,7 @@ from distill.teachers._latent import (
     restore,
     run_unet,
 )
+from distill.teachers._trained import trained_card
 
 MEMBERS_AT_ONCE = 4  # on an accelerator; on a CPU one, as the authors do: the ensemble is then theirs to the last bit
 

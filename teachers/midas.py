@@ -29,7 +29,6 @@ from distill.teachers import (
     load_checked,
     pad_to_multiple,
     read_config,
-    read_state,
     resolve,
     revision_of,
 )
@@ -98,7 +97,7 @@ class Teacher:
         if not path.is_file() and not (path / "config.json").is_file():
             raise WeightsMissingError(f"{path} is not a transformers folder: it has no config.json")
         find_weights(path, ("*.safetensors", "*.bin"))
-        model = _from_file(path) if path.is_file() else _from_folder(path)
+        model = _midas_file.network(path) if path.is_file() else _from_folder(path)
         size = native_size or _trained_at(model)
         card = replace(card_for(CARDS, weights), revision=revision_of(path), native_size=size)
         return cls(
@@ -129,40 +128,6 @@ class Teacher:
 def _trained_at(model: Any) -> int:
     size = model.config.backbone_config.image_size
     return int(size if isinstance(size, int) else max(size))
-
-
-def _from_file(path: Path) -> Any:
-    from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
-
-    state = read_state(path)
-    net = _midas_file.described(state, path)
-    backbone = BeitConfig(
-        hidden_size=net["width"],
-        num_hidden_layers=net["blocks"],
-        num_attention_heads=net["heads"],
-        intermediate_size=net["mlp"],
-        image_size=net["size"],
-        patch_size=net["patch"],
-        layer_norm_eps=1e-6,  # timm's
-        use_relative_position_bias=True,
-        reshape_hidden_states=False,
-        out_features=[f"stage{net['blocks'] * quarter // 4}" for quarter in range(1, 5)],
-    )
-    config = DPTConfig(
-        backbone_config=backbone,
-        hidden_size=net["width"],
-        neck_hidden_sizes=net["neck"],
-        fusion_hidden_size=net["fusion"],
-    )
-    tensors = _midas_file.renamed(state)
-    return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True
-        ),
-        path,
-        what="MiDaS v3.1",
-        optional=("relative_position_index",),
-    )
 
 
 def _from_folder(folder: Path) -> Any:

@@ -14,8 +14,9 @@ from distill.app.strict import RecipeError
 from distill.core.depth import Kind
 from distill.core.files import file_sha256
 from distill.core.plugins import find
-from distill.teachers import TRAINED, _latent_student, find_weights, read_config
+from distill.teachers import _latent_student, find_weights, read_config
 from distill.teachers._latent_student import LatentStudent
+from distill.teachers._trained import TRAINED
 from distill.training.latent import LatentLesson
 from distill.training.latent_cache import LatentCache
 

@@ -55,8 +55,7 @@ class Kind(StrEnum):
 
     def can_become(self, kind: Kind) -> bool:
         """Whether `DepthMap.convert` does it: knowledge may be forgotten, 1/x needs a known shift."""
-        forgets = ("metric", "scale", "affine")
-        if forgets.index(kind.unknown) < forgets.index(self.unknown):
+        if _FORGETS[kind.unknown] < _FORGETS[self.unknown]:
             return False
         return self.quantity == kind.quantity or self.unknown != "affine"
 

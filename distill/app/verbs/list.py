@@ -48,7 +48,7 @@ def _teachers() -> None:
 
     from distill.app.console import note, table
     from distill.core.plugins import names
-    from distill.teachers import revision_here, revision_of
+    from distill.teachers import cached_revision, revision_of
     from distill.teachers.checkpoint import pocket
 
     cards = [card for name in names("distill.teachers") for card in _cards(name)]
@@ -68,7 +68,9 @@ def _teachers() -> None:
         title = f"{name}: {kind}, larger is {kind.larger_is}; {sides}\n{stated}"
         rows = []
         for card in members:
-            revision = revision_of(pocket()) if card.weights == "pocket" else revision_here(card)
+            revision = revision_of(pocket()) if card.weights == "pocket" else card.revision
+            if revision == "unknown":
+                revision = cached_revision(card.weights)
             rows.append(
                 [card.weights, "yes" if card.commercial else "no", revision.removeprefix("sha256:")[:10] or "-"]
             )
