@@ -22,8 +22,9 @@ TASKS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "a resume bug": (
-        750,
+        910,
         [
+            "distill/training/train.py",
             "distill/training/resume.py",
             "distill/training/checkpoints.py",
             "distill/training/sampling.py",

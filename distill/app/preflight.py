@@ -31,8 +31,8 @@ from distill.students import Student
 from distill.teachers._latent_student import LatentStudent
 from distill.training import checkpoints
 from distill.training.batches import MicroBatch, TaughtRows
+from distill.training.label_choice import meet_labels
 from distill.training.latent import LatentLesson
-from distill.training.sampling import meet_labels
 from distill.training.schedule import in_steps
 
 T = TypeVar("T")

@@ -21,11 +21,8 @@ from distill.core.labels import Batch, Labels
 from distill.shards.codec import Sample
 from distill.shards.features import Features, StackedFeatures, moved
 from distill.training.augment import augment, mirrored
-from distill.training.sampling import (
-    AVERAGES,
-    SamplePosition,
-    learnt_labels,
-)
+from distill.training.label_choice import AVERAGES, learnt_labels
+from distill.training.sampling import SamplePosition
 from distill.training.settings import TrainSettings
 
 

@@ -35,7 +35,8 @@ from distill.training.batches import (
     shares_among,
 )
 from distill.training.canonical import canonical
-from distill.training.sampling import MicroBatchPositions, SamplePosition, choose_patches, choose_teacher, meet_labels
+from distill.training.label_choice import choose_patches, choose_teacher, meet_labels
+from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
 
 _log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Which samples a step learns from, and whose labels: pure functions of (seed, step).
+"""Which samples a step learns from: a pure function of (seed, step).
 
 The stream of a run is a permutation of the training samples, then another, end to end; global batch t is its t-th
 slice. So an epoch holds every sample exactly once, and a last partial batch is completed from the next epoch's order.
@@ -12,17 +12,12 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from distill.core.crops import generator
-from distill.core.depth import DepthMap, Kind
-from distill.core.labels import Labels, Supervision
-from distill.losses.losses import median_and_mean_abs_dev
 
 
 def _hash(key: str) -> int:
@@ -196,91 +191,6 @@ class MicroBatchPositions:
             for part in range(self.accumulate):
                 start = (part * self.processes + self.process) * micro
                 yield places[start : start + micro]
-
-
-def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> str:
-    """Whose labels 0-based `step` learns from, drawn by share from (seed, step): the same on every process."""
-    drawn = generator("teacher", seed, step).random() * sum(teachers.values())
-    for name, share in teachers.items():
-        if drawn < share:
-            return name
-        drawn -= share
-    return next(name for name, share in reversed(list(teachers.items())) if share > 0)
-
-
-def _average_maps(
-    maps: Sequence[DepthMap], shares: Sequence[float], *, aligned: bool = True
-) -> tuple[DepthMap, Tensor]:
-    """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations if aligned)."""
-    valid = torch.stack([m.valid for m in maps]).all(0)
-    normal = []
-    for m in maps:
-        median, deviation = median_and_mean_abs_dev(m.values, valid)
-        centred = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
-        normal.append(torch.where(valid, centred if aligned else m.values, 0.0))
-    mean = torch.stack([share / sum(shares) * one for share, one in zip(shares, normal, strict=True)]).sum(0)
-    # Of two teachers, whatever their shares, this is the distance between them.
-    distance = torch.stack([(one - mean).abs() for one in normal]).sum(0)
-    kind = Kind.AFFINE_DISPARITY if maps[0].kind.quantity == "disparity" else Kind.AFFINE_DEPTH
-    return DepthMap(mean, valid, kind), torch.where(valid, 1.0 / (1.0 + distance), 0.0)
-
-
-def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], *, aligned: bool = True) -> Labels:
-    """The mean of the teachers' maps by share, with weights for the loss: more where the teachers agree.
-
-    Distill-Any-Depth, Sec. 4.2 and Table 4: "a weighted averaging approach (Avg.), which assigns greater weight to
-    pixels where the two teachers exhibit high agreement". No formula is given; inferred: each map is first brought to
-    median 0 and mean deviation 1, for maps known up to scale and shift cannot be averaged as they are; a pixel's weight
-    in L_Dis is 1 / (1 + |a - b|). A pixel counts where every teacher's does. The teachers' patches must lie in the
-    same places. aligned: False averages the maps as they are, each in its own scale and shift.
-    """
-    parts = [labels[name] for name, share in teachers.items() if share > 0]
-    shares = [share for share in teachers.values() if share > 0]
-    local = [part.local for part in parts if part.local is not None]
-    shared, weight = _average_maps([part.shared for part in parts], shares, aligned=aligned)
-    taught = [part.supervision for part in parts]
-    truth, dense = (all(flags) for flags in zip(*((one.truth, one.dense) for one in taught), strict=True))
-    supervision = Supervision("average", shared.kind, truth, dense)
-    if len(local) != len(parts):
-        return Labels(shared, None, parts[0].boxes, weight, supervision=supervision)
-    if any(not torch.equal(part.boxes, parts[0].boxes) for part in parts):
-        raise ValueError(
-            'strategy = "average" needs labels of the same patches from every teacher; label them in one run'
-        )
-    patches, patch_weight = _average_maps(local, shares, aligned=aligned)
-    return Labels(shared, patches, parts[0].boxes, weight, patch_weight, supervision)
-
-
-def choose_patches(count: int, seed: int, position: int, number: int) -> list[int]:
-    """Which `count` of a region's `number` patches are learnt from at this place of the stream; all of fewer."""
-    if number <= count:
-        return list(range(number))
-    return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
-
-
-def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> Labels:
-    """The labels as the kind that the student predicts, or as they are where they know less than it does.
-
-    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet;
-    keep_unmet: those stay as they are too.
-    """
-    kind, stored = Kind(kind), labels.shared.kind
-    if keep_unmet and not stored.can_become(kind):
-        return labels
-    return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
-
-
-AVERAGES = ("average", "average_unaligned")
-"""The strategies that learn from a mean of all teachers' maps; in place of a teacher's name they mean it."""
-
-
-def learnt_labels(
-    labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str, keep_unmet: bool = False
-) -> Labels:
-    """The labels that one step learns from: those of `name`, or the average of all where name is one of AVERAGES."""
-    wanted = list(teachers) if name in AVERAGES else [name]
-    met = {n: meet_labels(labels[n], kind, keep_unmet) for n in wanted}
-    return average_labels(met, teachers, aligned=name == "average") if name in AVERAGES else met[name]
 
 
 def fingerprint(keys: Sequence[str], indices: Sequence[int]) -> str:

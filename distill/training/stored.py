@@ -29,8 +29,9 @@ from distill.training.batches import (
     groups_of,
     joined,
 )
+from distill.training.label_choice import meet_labels
 from distill.training.loading import Placed, loader_of
-from distill.training.sampling import MicroBatchPositions, meet_labels
+from distill.training.sampling import MicroBatchPositions
 from distill.training.settings import TrainSettings
 
 

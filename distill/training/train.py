@@ -15,7 +15,6 @@ student/.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from distill.core.progress import Report
 from distill.shards import shards
@@ -31,7 +30,8 @@ from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
-from distill.training.loading import heldout_batches, training_batches
+from distill.training.heldout import Held, is_best, measured
+from distill.training.loading import training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
@@ -44,7 +44,6 @@ from distill.training.step import (
     TrainingStoppedError,
     averaged,
     make_ready,
-    measure,
     set_mode,
     take_step,
 )
@@ -127,7 +126,7 @@ def train(
             resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
             micros = _micros(run, dataset, batches.after(run.step), collate)
-            _loop(run, micros, _Held(dataset if heldout is None else heldout, held, collate), report)
+            _loop(run, micros, Held(dataset if heldout is None else heldout, held, collate), report)
             return _finish(run)
         finally:
             if run.log:
@@ -185,15 +184,6 @@ def _micros(
     return training_batches(dataset, positions, collate=collate, settings=run.settings, features=run.features)
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    """The samples that choose the checkpoint."""
-
-    dataset: Labelled
-    indices: Sequence[int]
-    collate: Collate
-
-
 # --- before the first step --------------------------------------------------------------------------------------------
 
 
@@ -230,10 +220,10 @@ def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: Report | None) -> None:
+def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: Held, report: Report | None) -> None:
     s = run.settings
     if run.step == 0 and s.eval_start and held.indices:
-        _write(run, _heldout(run, held))
+        _write(run, measured(run, held))
     set_mode(run)
     while run.step < s.steps and not _out_of_patience(run):
         if run.step == s.freeze_steps:
@@ -246,7 +236,9 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: _Held, report: R
             _tell(run, line, last=last)
         better = False
         if held.indices and (last or (s.eval_every and run.step % s.eval_every == 0)):
-            better = _evaluate(run, held)
+            evaluation = measured(run, held)
+            better = is_best(run, evaluation)
+            _write(run, evaluation)
             set_mode(run)
         if better or last or _out_of_patience(run) or (s.save_every and run.step % s.save_every == 0):
             keep(run)
@@ -282,60 +274,6 @@ def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
         flat = {name: value for name, value in line.items() if isinstance(value, float)}
         flat |= {f"parts/{name}": value for name, value in line.get("parts", {}).items()}
         run.processes.track(flat, line["step"])
-
-
-# --- held-out labels and the end --------------------------------------------------------------------------------------
-
-
-def _evaluate(run: TrainingRun, held: _Held) -> bool:
-    """Logs the held-out loss of the kept weights; True where it is the lowest so far."""
-    line = _heldout(run, held)
-    better = math.isfinite(line["heldout"]) and (run.best is None or line["heldout"] < run.best["heldout"])
-    if better:
-        run.best = {"step": run.step, "heldout": line["heldout"]}
-    run.evaluations_since_best = 0 if better else run.evaluations_since_best + 1
-    _write(run, line)
-    return better
-
-
-@torch.no_grad()
-def _heldout(run: TrainingRun, held: _Held) -> dict[str, Any]:
-    """The line of an evaluation of the kept weights: the loss and its parts, each a mean over the images that it says
-    something of. NaN where that is none.
-    """
-    processes = run.processes
-    batches = heldout_batches(
-        held.dataset,
-        held.indices,
-        collate=held.collate,
-        settings=run.settings,
-        process=processes.index,
-        processes=processes.count,
-        features=run.features,
-    )
-    run.kept.eval()
-    sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
-    for batch in batches:
-        for weight, micro in batch:
-            found = measure(run, run.kept, micro.to(processes.device))
-            # An image without a usable label has loss 0, which says nothing.
-            taught = found.losses if found.taught is None else found.losses[found.taught]
-            for name, values in {"": taught, **found.parts}.items():
-                total = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
-                sums[name] = sums.get(name, 0.0) + weight * total
-    means: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    for name in sorted({*processes.gather(sorted(sums))}):
-        total, count = processes.add(sums.get(name, torch.zeros_like(sums[""]))).tolist()
-        means[name], counts[name] = total / count if count else math.nan, count
-    left_out = len(held.indices) - counts.pop("")
-    line: dict[str, Any] = {
-        "step": run.step,
-        "heldout": means.pop(""),
-        "samples": len(held.indices),
-        "heldout_parts": means,
-    }
-    return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
 
 
 def _finish(run: TrainingRun) -> TrainResult:

@@ -239,7 +239,8 @@ def _scenes(record: Record) -> None:
 def _sampling(record: Record) -> None:
     sampling = part("sampling")
     shares = {"primary": 0.7, "assistant": 0.3}
-    drawn = [sampling.choose_teacher(shares, seed=7, step=step)[0] for step in range(20_000)]
+    choose_teacher = one("label choice", "choose_teacher")
+    drawn = [choose_teacher(shares, seed=7, step=step)[0] for step in range(20_000)]
     text = "".join(drawn)
     record.json(
         "sampling/teachers of 20000 steps", [text.count("p"), hashlib.sha256(text.encode()).hexdigest(), text[:99]]

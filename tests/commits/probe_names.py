@@ -67,6 +67,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     "crops": ("distill.core.crops", "distill.crops"),
     "crop settings": ("distill.core.crop_settings", "distill.core.crops"),
     "depth": ("distill.core.depth", "distill.depth"),
+    "label choice": ("distill.training.label_choice", "distill.training.sampling", "distill.order"),
     "labels": ("distill.core.labels", "distill.labels"),
     "losses": ("distill.losses.losses", "distill.losses", "distill.losses.terms"),
     "sampling": ("distill.training.sampling", "distill.order"),

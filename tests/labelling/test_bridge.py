@@ -20,7 +20,7 @@ from distill.labelling.bridge import Bridged, bridge_map, fit_reciprocal
 from distill.labelling.run import TRUTH, CropSettings, LabelSettings, OnlineDataset, label, label_photo
 from distill.shards.shards import LabelDataset, collate, read_manifest
 from distill.teachers import Card
-from distill.training.sampling import average_labels, choose_teacher, learnt_labels
+from distill.training.label_choice import average_labels, choose_teacher, learnt_labels
 
 CROPS = CropSettings(size=28, min_side=28, patches="random", num_patches=2, patch_size=20)
 

@@ -13,7 +13,7 @@ from distill.labelling.bridge import Bridged
 from distill.labelling.online import OnlineDataset
 from distill.labelling.run import TRUTH, LabelSettings, label
 from distill.shards.shards import LabelDataset, read_manifest, verify
-from distill.training.sampling import meet_labels
+from distill.training.label_choice import meet_labels
 from tests.labelling.formula import CROPS, Formula, make_tar
 
 

@@ -10,7 +10,8 @@ import torch
 from distill import students
 from distill.core.depth import DepthMap
 from distill.core.labels import Labels
-from distill.training.sampling import MicroBatchPositions, Order, average_labels, choose_teacher, hold_out
+from distill.training.label_choice import average_labels, choose_teacher
+from distill.training.sampling import MicroBatchPositions, Order, hold_out
 from distill.training.schedule import factor, make_optimizer, set_rates
 from tests.training.toys import KIND, settings
 

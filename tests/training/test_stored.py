@@ -8,9 +8,10 @@ from torch import nn
 
 from distill.core.depth import Kind
 from distill.shards.shards import LabelDataset, collate
+from distill.training.label_choice import choose_patches
 from distill.training.loading import training_batches
 from distill.training.parallel import every_parameter_learns
-from distill.training.sampling import MicroBatchPositions, choose_patches, make_order
+from distill.training.sampling import MicroBatchPositions, make_order
 from distill.training.settings import TrainSettings
 from distill.training.stored import stored_batches
 from tests.labelling.formula import Formula, run, two_tars

@@ -1,0 +1,73 @@
+"""Held-out labels: the loss of a run's kept weights on samples that it does not learn from, and which step was best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill.training.batches import Collate, Labelled
+from distill.training.loading import heldout_batches
+from distill.training.step import TrainingRun, measure
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The samples that choose the checkpoint."""
+
+    dataset: Labelled
+    indices: Sequence[int]
+    collate: Collate
+
+
+@torch.no_grad()
+def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
+    """The line of an evaluation of the kept weights: the loss and its parts, each a mean over the images that it says
+    something of. NaN where that is none.
+    """
+    processes = run.processes
+    batches = heldout_batches(
+        held.dataset,
+        held.indices,
+        collate=held.collate,
+        settings=run.settings,
+        process=processes.index,
+        processes=processes.count,
+        features=run.features,
+    )
+    run.kept.eval()
+    sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
+    for batch in batches:
+        for weight, micro in batch:
+            found = measure(run, run.kept, micro.to(processes.device))
+            # An image without a usable label has loss 0, which says nothing.
+            taught = found.losses if found.taught is None else found.losses[found.taught]
+            for name, values in {"": taught, **found.parts}.items():
+                total = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
+                sums[name] = sums.get(name, 0.0) + weight * total
+    means: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for name in sorted({*processes.gather(sorted(sums))}):
+        total, count = processes.add(sums.get(name, torch.zeros_like(sums[""]))).tolist()
+        means[name], counts[name] = total / count if count else math.nan, count
+    left_out = len(held.indices) - counts.pop("")
+    line: dict[str, Any] = {
+        "step": run.step,
+        "heldout": means.pop(""),
+        "samples": len(held.indices),
+        "heldout_parts": means,
+    }
+    return line | ({"left_out": round(left_out, 3)} if left_out > 1e-6 else {})
+
+
+def is_best(run: TrainingRun, line: Mapping[str, Any]) -> bool:
+    """Whether an evaluation's line has the lowest loss so far; the run keeps it, and counts the worse ones since."""
+    better = math.isfinite(line["heldout"]) and (run.best is None or line["heldout"] < run.best["heldout"])
+    if better:
+        run.best = {"step": run.step, "heldout": line["heldout"]}
+    run.evaluations_since_best = 0 if better else run.evaluations_since_best + 1
+    return better
