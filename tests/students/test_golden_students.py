@@ -134,6 +134,7 @@ def dinov3(tmp_path, shapes, seed, prefix="", **options):
     return Encoder("dinov3_vits16", weights=path, **RAW, **options)
 
 
+@pytest.mark.slow
 def test_dinov3_features(golden, tmp_path):
     facts, data = golden("dinov3_vits16")
     for norm, feature, cls in (("prenorm", "feat", "cls"), ("norm", "featnorm", "clsnorm")):
@@ -148,6 +149,7 @@ def test_dinov3_features(golden, tmp_path):
                 close(token, tensor(data, f"{cls}{i}_L{layer['layer']}"), tolerance)
 
 
+@pytest.mark.slow
 def test_encoder_pads_as_anydepth(golden, tmp_path):
     facts, data = golden("anydepth_encoder_vits16")
     whole = golden("anydepth_sdt_vits")[0]["state_dict"]
@@ -165,6 +167,7 @@ def test_encoder_pads_as_anydepth(golden, tmp_path):
             close(token, tensor(data, f"cls{i}_{j}"), allowed["max_abs"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["anydepth_sdt_vits", "anydepth_dpt_vits"])
 def test_whole_model(golden, tmp_path, case):
     facts, data = golden(case)
