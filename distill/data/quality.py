@@ -138,7 +138,8 @@ def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
     # Rows lie end to end, so that one long subtraction does for all; it is wrong in the outer columns alone.
     flat, size = depth.ravel(), (height - 2) * width
     across = (flat[width + 1 :][:size] - flat[width - 1 :][:size]).reshape(-1, width)
-    twice = cv2.magnitude(across, depth[2:] - depth[:-2])
+    down = depth[2:] - depth[:-2]
+    twice = cv2.magnitude(across, down, down)
     known, number = None, (height - 2) * (width - 2)
     if count < valid.size:
         mask = cv2.erode(_mask(valid), _CROSS)[1:-1]
@@ -155,7 +156,7 @@ def _continuity(slopes: _Slopes) -> float:
         return math.nan
     kept = slopes.count - int(EDGES * slopes.count)
     flat = slopes.twice.ravel()
-    flat.partition(kept - 1)
+    _as_order(flat).partition(kept - 1)
     mean, variance = _moments(flat[:kept])
     return 1.0 / (1.0 + math.sqrt(variance) / mean) if mean > 0 else 0.0
 
@@ -164,6 +165,11 @@ def _moments(values: np.ndarray) -> tuple[float, float]:
     """Mean and variance by sums of doubles: cv2.meanStdDev's numbers in a third of its time."""
     mean = cv2.sumElems(values)[0] / values.size
     return mean, max(0.0, cv2.norm(values, cv2.NORM_L2SQR) / values.size - mean**2)
+
+
+def _as_order(values: np.ndarray) -> np.ndarray:
+    """The same float32, none of them negative, as whole numbers: of one order, and sooner compared."""
+    return values.view(np.int32)
 
 
 def _roughness(depth: np.ndarray, slopes: _Slopes) -> float:
@@ -190,9 +196,9 @@ def _roughness(depth: np.ndarray, slopes: _Slopes) -> float:
 
 
 def _median(values: np.ndarray) -> float:
-    """numpy's median, which takes five times as long."""
+    """The median of values that are not negative. numpy's takes five times as long."""
     half = values.size // 2
-    parted = np.partition(values.ravel(), half)
+    parted = np.partition(_as_order(values.ravel()), half).view(np.float32)
     return float(parted[half]) if values.size % 2 else (float(parted[half]) + float(parted[:half].max())) / 2
 
 
@@ -229,16 +235,13 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
     pixels) is above that of a depth edge, the mean over depth edges. Edges are Canny's with 50 and 100 in a map whose
     2nd to 98th percentile is 0 to 255; one between valid and not is none.
     """
-    known = _sample(nearness, valid)
     if np.count_nonzero(valid) < LEAST:
         return math.nan
-    low, high = np.quantile(known, (0.02, 0.98))
+    low, high = np.quantile(_sample(nearness, valid), (0.02, 0.98))
     if not high > low:
         return math.nan
-    edges = cv2.Canny(_bytes(nearness, valid, low, high), 50, 100) > 0
-    inside = cv2.erode(_mask(valid), _AROUND).view(bool)
-    edges &= inside
-    at = np.flatnonzero(edges)
+    inside = valid if valid.all() else cv2.erode(_mask(valid), _AROUND).view(bool)
+    at = np.flatnonzero((cv2.Canny(_bytes(nearness, valid, low, high), 50, 100) > 0) & inside)
     if at.size < LEAST:
         return math.nan
     steep = _steepness(grey)
@@ -263,10 +266,10 @@ def _steepness(grey: np.ndarray) -> np.ndarray:
     """The square of the image's largest gradient within two pixels (H,W), float32: ranks need no root."""
     # A kernel of 5 is all that uint8 can tell of this width.
     across, down = cv2.spatialGradient(cv2.GaussianBlur(grey, (5, 5), 0.8))
-    squared = np.zeros(grey.shape, np.float32)
-    for one in (across, down):
-        cv2.accumulateSquare(np.abs(one).view(np.uint16), squared)
-    return cv2.dilate(squared, _AROUND)
+    squared = across.astype(np.float32)
+    squared *= squared
+    cv2.accumulateSquare(np.abs(down).view(np.uint16), squared)
+    return cv2.dilate(squared, _AROUND, squared)
 
 
 def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
