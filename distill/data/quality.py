@@ -30,7 +30,6 @@ LEAST = 16
 """Fewer pixels than this have no score. Ours."""
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _AROUND = np.ones((5, 5), np.uint8)
-_NO_BIN = BINS + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +87,9 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
             scaled = np.subtract(depth, np.float32(low))
             scaled *= np.float32(BINS / (high - low))
             bins = scaled.astype(np.uint8)
-        if count < valid.size:
-            bins = cv2.copyTo(bins, _mask(valid), np.full(bins.shape, _NO_BIN, np.uint8))
-        counts = _counts(bins)
+        # OpenCV counts bytes twice as fast as it finds the bins of floats.
+        mask = None if count == valid.size else _mask(valid)
+        counts = cv2.calcHist([bins], [0], mask, [BINS + 1], [0, BINS + 1]).ravel().astype(np.float64)
         counts[BINS - 1] += counts[BINS]  # the upper end belongs to the last bin
         shares = counts[:BINS] / count
     # sum (n_k - n)^2 / n over N, with n = N / K.
@@ -98,19 +97,6 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
     peak, even = float(shares.max()), 2 / BINS
     concentration = 1.0 if peak <= even else 1.0 - min(1.0, (peak - even) / (0.5 - even))
     return {"chi2": math.exp(-chi2), "concentration": concentration, "range": int(np.count_nonzero(shares)) / BINS}
-
-
-def _counts(bins: np.ndarray) -> np.ndarray:
-    """How often each of 0 .. _NO_BIN is among the bytes (H,W): pixels are counted in pairs, one of each half of the map.
-
-    A pixel's count waits for that of the pixel before, which is in the same bin as a rule: half as many are counted
-    sooner. OpenCV counts bytes twice as fast as it finds the bins of floats.
-    """
-    flat, half = bins.ravel(), bins.size // 2
-    pairs = cv2.calcHist([flat[:half], flat[half : 2 * half]], [0, 1], None, [_NO_BIN + 1] * 2, [0, _NO_BIN + 1] * 2)
-    counts = pairs.sum(0, dtype=np.float64) + pairs.sum(1, dtype=np.float64)
-    counts[flat[2 * half :]] += 1
-    return counts
 
 
 def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
@@ -123,7 +109,7 @@ class _Slopes:
     """Lengths of the gradients of a map (H,W).
 
     twice: (H-2,W) float32, their doubles, of the rows inside the border; inf where unknown, as in the outer columns.
-    known: (H-2,W) bool where they are known, the outer columns aside; None: everywhere. count: of the known ones.
+    known: (H-2,W) bool where they are known; None: everywhere but in the outer columns. count: of the known ones.
     """
 
     twice: np.ndarray
@@ -140,14 +126,13 @@ def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
     across = (flat[width + 1 :][:size] - flat[width - 1 :][:size]).reshape(-1, width)
     down = depth[2:] - depth[:-2]
     twice = cv2.magnitude(across, down, down)
-    known, number = None, (height - 2) * (width - 2)
-    if count < valid.size:
-        mask = cv2.erode(_mask(valid), _CROSS)[1:-1]
-        twice = cv2.copyTo(twice, mask, np.full(twice.shape, np.inf, np.float32))
-        known = mask.view(bool)
-        number = int(np.count_nonzero(known[:, 1:-1]))
-    twice[:, [0, -1]] = np.inf
-    return _Slopes(twice, known, number)
+    if count == valid.size:
+        twice[:, [0, -1]] = np.inf
+        return _Slopes(twice, None, (height - 2) * (width - 2))
+    mask = cv2.erode(_mask(valid), _CROSS)[1:-1]
+    mask[:, [0, -1]] = 0
+    twice = cv2.copyTo(twice, mask, np.full(twice.shape, np.inf, np.float32))
+    return _Slopes(twice, mask.view(bool), int(np.count_nonzero(mask)))
 
 
 def _continuity(slopes: _Slopes) -> float:
@@ -209,7 +194,8 @@ def image_scores(
     image: np.ndarray, depth: np.ndarray, valid: np.ndarray, *, larger_is_nearer: bool
 ) -> dict[str, float]:
     """edges, sky and sharpness of an image (H,W,3) uint8 and the map (H,W) of it."""
-    grey, valid = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), np.ascontiguousarray(valid, dtype=bool)
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    valid = np.ascontiguousarray(valid, dtype=bool)
     nearness = np.ascontiguousarray(depth, dtype=np.float32) if larger_is_nearer else _inverse(depth, valid)
     return {
         "edges": misalignment(grey, nearness, valid),
@@ -237,7 +223,7 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
     """
     if np.count_nonzero(valid) < LEAST:
         return math.nan
-    low, high = np.quantile(_sample(nearness, valid), (0.02, 0.98))
+    low, high = _quantiles(_sample(nearness, valid), 0.02, 0.98)
     if not high > low:
         return math.nan
     inside = valid if valid.all() else cv2.erode(_mask(valid), _AROUND).view(bool)
@@ -277,12 +263,12 @@ def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
     count = int(np.count_nonzero(valid))
     # A row of sky above the map joins what touches its top, so that one filling finds all.
     height, width = valid.shape
-    far = np.ones((height + 1, width), np.uint8)
-    np.logical_not(valid, out=far[1:].view(bool))
+    far = np.ones((height + 1, width), bool)
+    np.logical_not(valid, out=far[1:])
     if count:
         low, high = (np.float32(end) for end in _ends(nearness, valid, count))
         far[1:] |= nearness <= low + 0.01 * (high - low)
-    area, *_ = cv2.floodFill(far, None, (0, 0), 2)
+    area, *_ = cv2.floodFill(_mask(far), None, (0, 0), 2)
     return (area - width) / valid.size
 
 
@@ -302,7 +288,20 @@ def _ends(values: np.ndarray, valid: np.ndarray, count: int) -> tuple[float, flo
 
 def _sample(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     """About 4096 of the values (H,W) where a mask is, evenly by their number in it."""
-    flat = values.ravel()
     places = None if where.all() else np.flatnonzero(where)
+    flat = values.ravel()
     step = max(1, (flat if places is None else places).size // 4096)
     return flat[::step] if places is None else flat[places[::step]]
+
+
+def _quantiles(values: np.ndarray, *shares: float) -> list[float]:
+    """np.quantile's numbers, sooner."""
+    ordered = np.sort(values)
+    found = []
+    for share in shares:
+        place = share * (ordered.size - 1)
+        below, part = int(place), place % 1
+        first, second = ordered[below], ordered[min(below + 1, ordered.size - 1)]
+        step = second - first
+        found.append(float(first + step * np.float64(part) if part < 0.5 else second - step * np.float64(1 - part)))
+    return found
