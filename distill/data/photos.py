@@ -48,6 +48,8 @@ DECODE_ERRORS = (
     *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
+_PNG_TURNS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+"""What a PNG that says its orientation has in it, be it in front of the pixels or behind."""
 _COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_BYTES = 259, 262, 273, 279  # of a TIFF
 
 
@@ -162,7 +164,9 @@ def upright(data: bytes) -> tuple[int, int, int]:
             before = int(image.tag_v2.get(_ORIENTATION, 1))  # type: ignore[attr-defined]
             image.load()  # Pillow turns it then
             return image.height, image.width, before if 1 <= before <= 8 else 1
-        orientation = _orientation(image)
+        # Where the header says nothing, Pillow decodes a PNG to see what stands behind the pixels.
+        silent = image.format == "PNG" and not any(word in data for word in _PNG_TURNS)
+        orientation = 1 if silent else _orientation(image)
         sides = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
         return *sides, orientation
 

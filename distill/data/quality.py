@@ -29,6 +29,7 @@ EDGES = 0.1
 LEAST = 16
 """Fewer pixels than this have no score. Ours."""
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
+_AROUND = np.ones((5, 5), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,15 +60,15 @@ SCORES: Mapping[str, Meaning] = MappingProxyType(
 
 def depth_scores(depth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
     """valid, s_dist with its three parts, s_grad, total and roughness of a map (H,W)."""
-    depth = np.ascontiguousarray(depth, dtype=np.float32)
+    depth, valid = np.ascontiguousarray(depth, dtype=np.float32), np.ascontiguousarray(valid, dtype=bool)
     count = int(np.count_nonzero(valid))
     found = {"valid": count / max(1, valid.size)}
     parts = distribution(depth, valid, count)
     s_dist = 0.5 * parts["chi2"] + 0.3 * parts["concentration"] + 0.2 * parts["range"]
-    lengths, known = _slopes(depth, valid, count)
-    s_grad = _continuity(lengths, known)
-    found |= {"s_dist": s_dist, "s_grad": s_grad, "total": (s_dist + s_grad) / 2, **parts}
-    return found | {"roughness": _roughness(depth, lengths, known)}
+    slopes = _slopes(depth, valid, count)
+    roughness = _roughness(depth, slopes)
+    s_grad = _continuity(slopes)
+    return found | {"s_dist": s_dist, "s_grad": s_grad, "total": (s_dist + s_grad) / 2, **parts, "roughness": roughness}
 
 
 def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, float]:
@@ -77,15 +78,17 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
     """
     if count < LEAST:
         return dict.fromkeys(("chi2", "concentration", "range"), math.nan)
-    mask = None if count == valid.size else valid.view(np.uint8) if valid.dtype == np.bool_ else valid.astype(np.uint8)
-    low, high, _, _ = cv2.minMaxLoc(depth, mask)
+    low, high = _ends(depth, valid, count)
     if not high > low:
         shares = np.zeros(BINS)
         shares[0] = 1.0
     else:
-        # OpenCV counts bytes twice as fast as it finds the bins of floats; what is not valid may be no number.
-        with np.errstate(invalid="ignore", over="ignore"):
-            bins = ((depth - np.float32(low)) * np.float32(BINS / (high - low))).astype(np.uint8)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not valid may be no number
+            scaled = np.subtract(depth, np.float32(low))
+            scaled *= np.float32(BINS / (high - low))
+            bins = scaled.astype(np.uint8)
+        # OpenCV counts bytes twice as fast as it finds the bins of floats.
+        mask = None if count == valid.size else _mask(valid)
         counts = cv2.calcHist([bins], [0], mask, [BINS + 1], [0, BINS + 1]).ravel().astype(np.float64)
         counts[BINS - 1] += counts[BINS]  # the upper end belongs to the last bin
         shares = counts[:BINS] / count
@@ -98,56 +101,89 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
 
 def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
     """s_grad: 1 / (1 + std / mean) of the gradient's length where it is no edge; NaN of fewer than LEAST gradients."""
-    return _continuity(*_slopes(depth, valid, count))
+    return _continuity(_slopes(depth, valid, count))
 
 
-def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The gradient's length inside the border, (H-2,W-2), and where it is known, None for everywhere."""
-    if min(depth.shape) < 3:
-        return np.zeros((0, 0), np.float32), None
-    across = np.subtract(depth[1:-1, 2:], depth[1:-1, :-2])
-    down = np.subtract(depth[2:, 1:-1], depth[:-2, 1:-1])
-    lengths = cv2.magnitude(across, down)
-    lengths *= 0.5
-    return lengths, None if count == valid.size else cv2.erode(valid.astype(np.uint8), _CROSS)[1:-1, 1:-1] > 0
+@dataclass(frozen=True, slots=True)
+class _Slopes:
+    """Lengths of the gradients of a map (H,W).
+
+    twice: (H-2,W) float32, their doubles, of the rows inside the border; inf where unknown, as in the outer columns.
+    known: (H-2,W) bool where they are known; None: everywhere but in the outer columns. count: of the known ones.
+    """
+
+    twice: np.ndarray
+    known: np.ndarray | None
+    count: int
 
 
-def _continuity(lengths: np.ndarray, known: np.ndarray | None) -> float:
-    flat = lengths.ravel() if known is None else lengths[known]
-    if flat.size < LEAST:
+def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
+    height, width = depth.shape
+    if min(height, width) < 3:
+        return _Slopes(np.zeros((0, width), np.float32), None, 0)
+    # Rows lie end to end, so that one long subtraction does for all; it is wrong in the outer columns alone.
+    flat, size = depth.ravel(), (height - 2) * width
+    across = (flat[width + 1 :][:size] - flat[width - 1 :][:size]).reshape(-1, width)
+    down = depth[2:] - depth[:-2]
+    twice = cv2.magnitude(across, down, down)
+    if count == valid.size:
+        twice[:, [0, -1]] = np.inf
+        return _Slopes(twice, None, (height - 2) * (width - 2))
+    mask = cv2.erode(_mask(valid), _CROSS)[1:-1]
+    mask[:, [0, -1]] = 0
+    twice = cv2.copyTo(twice, mask, np.full(twice.shape, np.inf, np.float32))
+    return _Slopes(twice, mask.view(bool), int(np.count_nonzero(mask)))
+
+
+def _continuity(slopes: _Slopes) -> float:
+    """s_grad; orders slopes.twice anew, a copy of which would take as long as all else here."""
+    if slopes.count < LEAST:
         return math.nan
-    kept = flat.size - int(EDGES * flat.size)
-    inner = np.partition(flat, kept - 1)[:kept] if kept < flat.size else flat
-    mean, std = (float(value.ravel()[0]) for value in cv2.meanStdDev(inner))
-    return 1.0 / (1.0 + std / mean) if mean > 0 else 0.0
+    kept = slopes.count - int(EDGES * slopes.count)
+    flat = slopes.twice.ravel()
+    _as_order(flat).partition(kept - 1)
+    mean, variance = _moments(flat[:kept])
+    return 1.0 / (1.0 + math.sqrt(variance) / mean) if mean > 0 else 0.0
 
 
-def _roughness(depth: np.ndarray, lengths: np.ndarray, known: np.ndarray | None) -> float:
+def _moments(values: np.ndarray) -> tuple[float, float]:
+    """Mean and variance by sums of doubles: cv2.meanStdDev's numbers in a third of its time."""
+    mean = cv2.sumElems(values)[0] / values.size
+    return mean, max(0.0, cv2.norm(values, cv2.NORM_L2SQR) / values.size - mean**2)
+
+
+def _as_order(values: np.ndarray) -> np.ndarray:
+    """The same float32, none of them negative, as whole numbers: of one order, and sooner compared."""
+    return values.view(np.int32)
+
+
+def _roughness(depth: np.ndarray, slopes: _Slopes) -> float:
     """Median of the Laplacian's size over the median of the gradient's length, every 16th pixel; NaN without slopes.
 
     Ours. s_grad cannot see noise: the gradients of noise are all alike in length (CV 0.52, so s_grad 0.66), more so
     than those of a room's planes. A plane has no Laplacian; white noise has about five times its gradient.
     """
-    if not lengths.size:
+    if slopes.count < LEAST:
         return math.nan
     # Every fourth row and column, but for small maps, which have too few.
     step = 4 if min(depth.shape) >= 256 else 1
     inside, before, after = slice(1, -1, step), slice(0, -2, step), slice(2, None, step)
     bends = depth[before, inside] + depth[after, inside] + depth[inside, before] + depth[inside, after]
     bends -= 4 * depth[inside, inside]
-    slopes = lengths[::step, ::step]
-    if known is not None:
-        bends, slopes = bends[known[::step, ::step]], slopes[known[::step, ::step]]
-    if slopes.size < LEAST:
+    lengths = slopes.twice[::step, inside]
+    if slopes.known is not None:
+        known = slopes.known[::step, inside]
+        bends, lengths = bends[known], lengths[known]
+    if lengths.size < LEAST:
         return math.nan
-    slope = _median(slopes)
+    slope = _median(lengths) / 2
     return _median(np.abs(bends)) / slope if slope > 0 else math.nan
 
 
 def _median(values: np.ndarray) -> float:
-    """numpy's median, which takes five times as long."""
+    """The median of values that are not negative. numpy's takes five times as long."""
     half = values.size // 2
-    parted = np.partition(values.ravel(), half)
+    parted = np.partition(_as_order(values.ravel()), half).view(np.float32)
     return float(parted[half]) if values.size % 2 else (float(parted[half]) + float(parted[:half].max())) / 2
 
 
@@ -159,20 +195,21 @@ def image_scores(
 ) -> dict[str, float]:
     """edges, sky and sharpness of an image (H,W,3) uint8 and the map (H,W) of it."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    nearness = depth if larger_is_nearer else _inverse(depth, valid)
+    valid = np.ascontiguousarray(valid, dtype=bool)
+    nearness = np.ascontiguousarray(depth, dtype=np.float32) if larger_is_nearer else _inverse(depth, valid)
     return {
         "edges": misalignment(grey, nearness, valid),
         "sky": sky_share(nearness, valid),
-        "sharpness": float(cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_32F))[1].ravel()[0] ** 2),
+        "sharpness": _moments(cv2.Laplacian(grey, cv2.CV_16S))[1],
     }
 
 
 def _inverse(depth: np.ndarray, valid: np.ndarray) -> np.ndarray:
     """One over the depth, 0 where it is unknown."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = np.reciprocal(depth)
-    found[~(valid & (depth > 0))] = 0.0
-    return found
+        found, known = np.reciprocal(depth, dtype=np.float32), depth > 0
+    known &= valid
+    return found if known.all() else cv2.copyTo(found, _mask(known), np.zeros_like(found))
 
 
 def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> float:
@@ -184,38 +221,87 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
     pixels) is above that of a depth edge, the mean over depth edges. Edges are Canny's with 50 and 100 in a map whose
     2nd to 98th percentile is 0 to 255; one between valid and not is none.
     """
-    known = nearness.ravel() if valid.all() else nearness[valid]
-    if known.size < LEAST:
+    if np.count_nonzero(valid) < LEAST:
         return math.nan
-    low, high = np.quantile(known[:: max(1, known.size // 4096)], (0.02, 0.98))
+    low, high = _quantiles(_sample(nearness, valid), 0.02, 0.98)
     if not high > low:
         return math.nan
-    scaled = ((np.where(valid, nearness, low) - low) * (255.0 / (high - low))).clip(0, 255).astype(np.uint8)
-    around = np.ones((5, 5), np.uint8)
-    everywhere = known.size == valid.size
-    inside = valid if everywhere else cv2.erode(valid.astype(np.uint8), around) > 0
-    edges = (cv2.Canny(scaled, 50, 100) > 0) & inside
-    if np.count_nonzero(edges) < LEAST:
+    inside = valid if valid.all() else cv2.erode(_mask(valid), _AROUND).view(bool)
+    at = np.flatnonzero((cv2.Canny(_bytes(nearness, valid, low, high), 50, 100) > 0) & inside)
+    if at.size < LEAST:
         return math.nan
-    smooth = cv2.GaussianBlur(grey, (0, 0), 0.8)
-    steep = cv2.magnitude(cv2.Sobel(smooth, cv2.CV_32F, 1, 0, ksize=3), cv2.Sobel(smooth, cv2.CV_32F, 0, 1, ksize=3))
-    steep = cv2.dilate(steep, around)
-    every = steep.ravel() if everywhere else steep[inside]
-    every = np.sort(every[:: max(1, every.size // 4096)])
-    at = steep[edges]
+    steep = _steepness(grey)
+    every = np.sort(_sample(steep, inside))
     # Ties count half: a flat image says nothing.
-    ranks = np.searchsorted(every, at, "left") + np.searchsorted(every, at, "right")
+    found = steep.ravel()[at]
+    ranks = np.searchsorted(every, found, "left") + np.searchsorted(every, found, "right")
     return 1.0 - float(ranks.mean()) / (2 * every.size)
+
+
+def _bytes(values: np.ndarray, valid: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Values (H,W) as uint8, low as 0 and high as 255, what is beyond as the nearer of them; 0 where not valid."""
+    with np.errstate(invalid="ignore"):
+        scaled = np.subtract(values, low, dtype=np.float64)
+        scaled *= 255.0 / (high - low)
+        found = np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
+    found *= valid
+    return found
+
+
+def _steepness(grey: np.ndarray) -> np.ndarray:
+    """The square of the image's largest gradient within two pixels (H,W), float32: ranks need no root."""
+    # A kernel of 5 is all that uint8 can tell of this width.
+    across, down = cv2.spatialGradient(cv2.GaussianBlur(grey, (5, 5), 0.8))
+    squared = across.astype(np.float32)
+    squared *= squared
+    cv2.accumulateSquare(np.abs(down).view(np.uint16), squared)
+    return cv2.dilate(squared, _AROUND, squared)
 
 
 def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
     """The share of pixels that are unknown, or no nearer than a hundredth of the range, and joined to the top row."""
-    known = nearness[valid]
-    far = ~valid
-    if known.size:
-        far = far | (nearness <= known.min() + 0.01 * (known.max() - known.min()))
-    if not far[0].any():
-        return 0.0
-    _, parts = cv2.connectedComponents(far.astype(np.uint8), connectivity=4)
-    top = np.unique(parts[0][far[0]])
-    return float(np.isin(parts, top).mean())
+    count = int(np.count_nonzero(valid))
+    # A row of sky above the map joins what touches its top, so that one filling finds all.
+    height, width = valid.shape
+    far = np.ones((height + 1, width), bool)
+    np.logical_not(valid, out=far[1:])
+    if count:
+        low, high = (np.float32(end) for end in _ends(nearness, valid, count))
+        far[1:] |= nearness <= low + 0.01 * (high - low)
+    area, *_ = cv2.floodFill(_mask(far), None, (0, 0), 2)
+    return (area - width) / valid.size
+
+
+# --- masks ------------------------------------------------------------------------------------------------------------
+
+
+def _mask(valid: np.ndarray) -> np.ndarray:
+    """A bool map as OpenCV wants it: the same bytes, 0 and 1."""
+    return valid.view(np.uint8)
+
+
+def _ends(values: np.ndarray, valid: np.ndarray, count: int) -> tuple[float, float]:
+    """The least and the largest of the valid values (H,W), of which there are `count`."""
+    low, high, _, _ = cv2.minMaxLoc(values, None if count == valid.size else _mask(valid))
+    return low, high
+
+
+def _sample(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """About 4096 of the values (H,W) where a mask is, evenly by their number in it."""
+    places = None if where.all() else np.flatnonzero(where)
+    flat = values.ravel()
+    step = max(1, (flat if places is None else places).size // 4096)
+    return flat[::step] if places is None else flat[places[::step]]
+
+
+def _quantiles(values: np.ndarray, *shares: float) -> list[float]:
+    """np.quantile's numbers, sooner."""
+    ordered = np.sort(values)
+    found = []
+    for share in shares:
+        place = share * (ordered.size - 1)
+        below, part = int(place), place % 1
+        first, second = ordered[below], ordered[min(below + 1, ordered.size - 1)]
+        step = second - first
+        found.append(float(first + step * np.float64(part) if part < 0.5 else second - step * np.float64(1 - part)))
+    return found

@@ -9,9 +9,9 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from distill.data.photos import BadImageError, decode
+from distill.data.photos import BadImageError, decode, upright
 from tests.data.pictures import close, encoded, noise, picture
 
 
@@ -33,6 +33,26 @@ def test_exif_rotation_is_applied_once(orientation, form):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_size_of_a_png_needs_no_decoding_unless_its_orientation_may_stand_behind_the_pixels(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = PngImagePlugin.PngInfo()
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    photo = Image.new("RGB", (12, 8))
+    plain, first = encoded(photo, "PNG"), encoded(photo, "PNG", exif=exif)
+    at = first.index(b"eXIf") - 4
+    chunk = first[at : at + 12 + int.from_bytes(first[at : at + 4], "big")]
+    last = plain[:-12] + chunk + plain[-12:]
+    for turned in (first, last, encoded(photo, "PNG", pnginfo=xmp)):
+        assert upright(turned) == (12, 8, 6) and decode(turned).shape == (3, 12, 8)
+
+    def never(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    assert upright(plain) == (8, 12, 1)
+
+
 def test_broken_exif_does_not_cost_the_image():
     assert close(decode(encoded(exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01garbage", quality=95)), picture(), 12)
 

@@ -8,9 +8,40 @@ import cv2
 import numpy as np
 import pytest
 
-from distill.data.quality import SCORES, continuity, depth_scores, image_scores
+from distill.data.quality import SCORES, _quantiles, _steepness, continuity, depth_scores, image_scores
 
 YES = np.ones((40, 60), bool)
+GOLDEN = {
+    (40, 61): {
+        "valid": 0.774590164,
+        "s_dist": 0.446974305,
+        "s_grad": 0.834619921,
+        "total": 0.640797113,
+        "chi2": 0.199504166,
+        "concentration": 0.824074074,
+        "range": 0.5,
+        "roughness": 1.92952778,
+        "edges": 0.166840278,
+        "sky": 0.156557377,
+        "sharpness": 1755.18067,
+        "sky if nearer": 0.160245902,
+    },
+    (260, 300): {
+        "valid": 0.806102564,
+        "s_dist": 0.857307742,
+        "s_grad": 0.834461034,
+        "total": 0.845884388,
+        "chi2": 0.714615485,
+        "concentration": 1.0,
+        "range": 1.0,
+        "roughness": 1.92952778,
+        "edges": 0.217061044,
+        "sky": 0.129076923,
+        "sharpness": 3071.54458,
+        "sky if nearer": 0.129371795,
+    },
+}
+"""By the code of 2872e8d, which had not been made fast."""
 
 
 def plainly(depth, valid):
@@ -102,3 +133,39 @@ def test_depth_edges_without_image_edges_sky_and_blur_are_seen():
     assert far["sky"] == pytest.approx(11 / 80, abs=0.02)
     assert math.isnan(image_scores(image, np.ones_like(depth), valid, larger_is_nearer=True)["edges"])
     assert {"edges", "sky", "sharpness"} <= set(SCORES)
+
+
+def odd_map(height, width):
+    """A map by whole numbers alone, with holes of NaN, and an image that knows its one step."""
+    y, x = np.mgrid[:height, :width]
+    depth = 2 + x / 64 + y / 128 + 2 * (x > width // 2) + ((7 * x + 13 * y) % 11) / 256
+    valid = (y > height // 8) & ((x // 8 + 3 * (y // 8)) % 13 != 0)
+    image = np.stack([(3 * x + y) % 256, (2 * x * (x > width // 2) + 5 * y) % 256, x * y % 256], -1)
+    return image.astype(np.uint8), np.where(valid, depth, np.nan).astype(np.float32), valid
+
+
+@pytest.mark.parametrize(("size", "known"), GOLDEN.items())
+def test_the_scores_are_what_they_were(size, known):
+    image, depth, valid = odd_map(*size)
+    kept = depth.copy()
+    found = depth_scores(depth, valid) | image_scores(image, depth, valid, larger_is_nearer=False)
+    found["sky if nearer"] = image_scores(image, depth, valid, larger_is_nearer=True)["sky"]
+    assert found.pop("edges") == pytest.approx(known["edges"], abs=2e-3)  # rounding told its ties apart
+    assert found == pytest.approx({name: value for name, value in known.items() if name != "edges"}, rel=1e-6)
+    assert np.array_equal(depth, kept, equal_nan=True)
+
+
+def test_equal_gradients_are_equal_ranks_wherever_they_stand():
+    """Gradients are compared as whole numbers: their lengths are rounded differently from place to place."""
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (97, 131), dtype=np.uint8)
+    smooth = cv2.GaussianBlur(grey, (0, 0), 0.8)
+    squares = sum(np.square(cv2.Sobel(smooth, cv2.CV_64F, *of, ksize=3)) for of in ((1, 0), (0, 1)))
+    assert np.array_equal(_steepness(grey), cv2.dilate(squares, np.ones((5, 5), np.uint8)))
+
+
+def test_quantiles_are_numpys():
+    rng = np.random.default_rng(0)
+    for size in (16, 17, 50, 51, 4096, 5000):
+        values = np.exp(rng.normal(0, 2, size)).astype(np.float32)
+        assert _quantiles(values, 0.02, 0.98) == [*np.quantile(values, (0.02, 0.98))]

@@ -1,6 +1,10 @@
 """Samples per second that the data filter scores, from memory: 512 x 512 maps, one process per core.
 
-python tests/speed/filter.py [SAMPLES] [PROCESSES]
+python tests/speed/filter.py [SAMPLES] [PROCESSES] [SOURCE]
+
+First the whole, as wall and processor time have it. Then score by score, the least of its times on each map, which a
+busy machine spoils least; their sum says what a core would do alone. With a SOURCE of `distill filter` also what its
+samples cost end to end: read and decoded, then scored, at their own sizes.
 """
 
 from __future__ import annotations
@@ -8,14 +12,19 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import cv2
 import numpy as np
 
+from distill.data import quality
 from distill.data.quality import depth_scores, image_scores
+
+MAPS = 8
 
 
 def made(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,27 +42,94 @@ def made(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def work(samples: int, with_image: bool, answers: multiprocessing.Queue) -> None:
     cv2.setNumThreads(1)
-    held = [made(seed) for seed in range(8)]
+    held = [made(seed) for seed in range(MAPS)]
     start, cpu = time.perf_counter(), time.process_time()
     for number in range(samples):
-        image, depth, valid = held[number % 8]
+        image, depth, valid = held[number % MAPS]
         depth_scores(depth, valid)
         if with_image:
             image_scores(image, depth, valid, larger_is_nearer=False)
     answers.put((time.perf_counter() - start, time.process_time() - cpu))
 
 
+def whole(samples: int, processes: int, with_image: bool) -> str:
+    answers: multiprocessing.Queue = multiprocessing.Queue()
+    crew = [multiprocessing.Process(target=work, args=(samples, with_image, answers)) for _ in range(processes)]
+    for one in crew:
+        one.start()
+    told = [answers.get() for _ in crew]
+    wall, cpu = max(w for w, _ in told), sum(c for _, c in told)
+    return (
+        f"{'every score' if with_image else 's_dist and s_grad'}: {processes * samples / wall:.0f} samples/s with "
+        f"{processes} processes, {1e3 * cpu / samples / processes:.2f} ms of CPU each"
+    )
+
+
+class Watch:
+    """The least time of each step on each map, in ms."""
+
+    def __init__(self) -> None:
+        self.least: dict[str, dict[int, float]] = {}
+        self.map = 0
+
+    def __call__(self, name: str, step: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        found = step(*args)
+        spent = 1e3 * (time.perf_counter() - start)
+        times = self.least.setdefault(name, {})
+        times[self.map] = min(times.get(self.map, spent), spent)
+        return found
+
+
+def by_score(rounds: int) -> str:
+    """Every step of the two functions, in their order, so that each finds the caches as it does there."""
+    cv2.setNumThreads(1)
+    held, watch = [made(seed) for seed in range(MAPS)], Watch()
+    for _ in range(rounds):
+        for watch.map, (image, depth, valid) in enumerate(held):
+            count = watch("valid", lambda valid=valid: int(np.count_nonzero(valid)))
+            watch("s_dist", quality.distribution, depth, valid, count)
+            slopes = watch("gradients", quality._slopes, depth, valid, count)
+            watch("roughness", quality._roughness, depth, slopes)
+            watch("s_grad", quality._continuity, slopes)
+            grey = watch("grey", cv2.cvtColor, image, cv2.COLOR_RGB2GRAY)
+            nearness = watch("1 / depth", quality._inverse, depth, valid)
+            watch("edges", quality.misalignment, grey, nearness, valid)
+            watch("sky", quality.sky_share, nearness, valid)
+            watch("sharpness", lambda grey=grey: quality._moments(cv2.Laplacian(grey, cv2.CV_16S)))
+    means = {name: sum(times.values()) / MAPS for name, times in watch.least.items()}
+    each = ", ".join(f"{name} {mean:.2f}" for name, mean in means.items())
+    return f"least ms: {each}; in all {sum(means.values()):.2f}, {1e3 / sum(means.values()):.0f} samples/s a core"
+
+
+def end_to_end(word: str, samples: int) -> str:
+    """What a sample of a source costs to read and to score in this process."""
+    from distill.app.filter_sources import open_sources  # noqa: PLC0415 - the rest needs no torch
+
+    cv2.setNumThreads(1)
+    [source] = open_sources([word], limit=samples)
+    read = scored = 0.0
+    pixels = []
+    for number in range(len(source.names)):
+        start = time.process_time()
+        one = source.load(number)
+        middle = time.process_time()
+        depth_scores(one.depth, one.valid)
+        image_scores(one.image, one.depth, one.valid, larger_is_nearer=one.nearer)
+        read, scored = read + middle - start, scored + time.process_time() - middle
+        pixels.append(one.depth.size)
+    count = len(source.names)
+    return (
+        f"{source.name}: {count} samples of {np.mean(pixels) / 1e6:.2f} Mpx, {1e3 * read / count:.1f} ms of CPU to "
+        f"read and decode, {1e3 * scored / count:.1f} to score, {count / (read + scored):.0f} samples/s a core"
+    )
+
+
 if __name__ == "__main__":
     samples = int(sys.argv[1]) if len(sys.argv) > 1 else 400
     processes = int(sys.argv[2]) if len(sys.argv) > 2 else 2
-    for with_image in (False, True):
-        answers: multiprocessing.Queue = multiprocessing.Queue()
-        crew = [multiprocessing.Process(target=work, args=(samples, with_image, answers)) for _ in range(processes)]
-        for one in crew:
-            one.start()
-        told = [answers.get() for _ in crew]
-        wall, cpu = max(w for w, _ in told), sum(c for _, c in told)
-        print(
-            f"{'every score' if with_image else 's_dist and s_grad'}: {processes * samples / wall:.0f} samples/s with "
-            f"{processes} processes, {1e3 * cpu / samples / processes:.2f} ms of CPU each"
-        )
+    print(whole(samples, processes, False))
+    print(whole(samples, processes, True))
+    print(by_score(max(1, samples // 10)))
+    if len(sys.argv) > 3:
+        print(end_to_end(sys.argv[3], samples))
