@@ -241,8 +241,8 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
 def _bytes(values: np.ndarray, valid: np.ndarray, low: float, high: float) -> np.ndarray:
     """Values (H,W) as uint8, low as 0 and high as 255, what is beyond as the nearer of them; 0 where not valid."""
     with np.errstate(invalid="ignore"):
-        scaled = np.subtract(values, low, dtype=np.float64)
-        scaled *= 255.0 / (high - low)
+        scaled = np.subtract(values, np.float32(low), dtype=np.float32)
+        scaled *= np.float32(255.0 / (high - low))
         found = np.clip(scaled, 0, 255, out=scaled).astype(np.uint8)
     found *= valid
     return found
