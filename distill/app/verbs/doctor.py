@@ -16,7 +16,7 @@ from distill.app.verbs._recipe import refuse, take_overrides
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RECIPE|RUN|LOG", nargs="?", help="a recipe, a run's folder or its log")
     take_overrides(parser)
-    parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
+    parser.add_argument("--benchmark", metavar="NAME", help="a name of `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="its data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
 
