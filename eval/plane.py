@@ -1,7 +1,7 @@
 """A baseline that never looks at the image: what a score is worth must be read against it.
 
-`PlaneBaseline` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon): the
-mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
+`PlaneBaseline` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon):
+the mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
 disparity, aligned at scoring as any other prediction. A model that does not beat it has learnt where a camera is held,
 not what it sees.
 """

@@ -170,12 +170,14 @@ class _Lines:
         self._began = self._told = time.monotonic()
         self._first: int | None = None
         self._last: tuple[int, int, dict[str, float]] | None = None
+        self._closing = True
 
     def __call__(self, done: int, total: int, **numbers: float) -> None:
         if self._first is None:
             self._first, self._began = done, time.monotonic()
         self._last = (done, total, numbers)
         now = time.monotonic()
+        self._closing = now - self._told < EVERY_S or done < total
         if now - self._told >= EVERY_S:
             self._told = now
             pace = self._pace(done, total, now)
@@ -199,7 +201,7 @@ class _Lines:
 
     def close(self) -> None:
         """The last line, without a rate: the work's own numbers have it."""
-        if self._last is not None:
+        if self._last is not None and self._closing:  # at its end the work has said so
             done, total, numbers = self._last
             self._tell(done, total, _without_eta(numbers))
 

@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         from distill.training.diagnose import check_run
 
         title, findings = args.target, check_run(Path(args.target))
-    table(f"doctor: {title}", ["level", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
+    head = ["level", "what", "remedy"] if any(f.remedy for f in findings) else ["level", "what"]
+    table(f"doctor: {title}", head, [[f.level, f.what, f.remedy][: len(head)] for f in findings], text=True)
     return 1 if any(f.level == "bad" for f in findings) else 0
 
 

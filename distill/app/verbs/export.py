@@ -50,7 +50,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", metavar="BENCHMARK", help="score on a benchmark or labels folder (INT8: scenes)")
     parser.add_argument("--root", metavar="DIR", help="where the gate's benchmark lies")
     parser.add_argument("--list", metavar="FILE", help="which of its images")
-    parser.add_argument("--allow-drop", action="store_true", help="report a loss at the gate, and write the file all the same")
+    parser.add_argument(
+        "--allow-drop", action="store_true", help="report a loss at the gate, and write the file all the same"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
