@@ -218,7 +218,7 @@ def _cell(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value for people: of a table "key: value; ...", of a list its entries; numbers (six digits) and switches as in JSON."""
+    """A value for people: of a table "key: value; ...", of a list its entries; else as JSON, numbers in six digits."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
