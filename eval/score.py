@@ -25,7 +25,7 @@ from distill.core.progress import Report
 from distill.data.maps import stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
-from distill.eval.prior import fit_plane
+from distill.eval.plane import fit_plane
 from distill.eval.protocol import Protocol, require_same
 from distill.eval.scorefile import ImageScore, Means, Score, finite, read_scores, require_writable, write_scores
 from distill.eval.stored import BadPredictionError, find_prediction, predict, read_prediction, read_settings

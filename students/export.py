@@ -182,3 +182,21 @@ def difference(
             raise ValueError(f"{path}: not written, for its outputs would not be finite")
         worst = max(worst, float((actual - expected).abs().mean() / expected.std().clamp(min=1e-9)))
     return worst
+
+
+_FLAT = 0.05
+
+
+def flatness(student: Callable[[Tensor], Tensor]) -> str:
+    """What an error may add where the map hardly varies on a fixed image; else nothing.
+
+    The map of a decoder that was trained for a few steps is a level and next to nothing around it. float16 is true
+    to the level, to three digits, and what varies lies below them: a difference that says nothing of float16.
+    """
+    with torch.no_grad():
+        values = student(torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0)))
+    level, deviation = float(values.mean().abs()), float(values.std())
+    if deviation > _FLAT * level:
+        return ""
+    said = f"its map deviates by {deviation:.2g} from a level of {level:.2g}"
+    return f", which is small: {said}; train it for longer, or keep 32 bits"

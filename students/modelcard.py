@@ -218,7 +218,7 @@ def _cell(value: Any) -> str:
 
 
 def _words(value: Any) -> str:
-    """A value for people: of a table "key: value; ...", of a list its entries; numbers and switches as in JSON."""
+    """A value for people: of a table "key: value; ...", of a list its entries; else as JSON, numbers in six digits."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
@@ -226,6 +226,8 @@ def _words(value: Any) -> str:
         return "; ".join(f"{key}: {text}" for key, text in inner)
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
+    if isinstance(value, float):
+        value = float(f"{value:.6g}")  # student.json keeps them all
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -325,7 +325,7 @@ def benchmark(spec: BenchmarkSettings) -> tuple[Protocol, list[BenchmarkSample]]
 
 
 def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
-    """What the image-plane prior of this benchmark is fitted on: its `prior` list, or 64 scenes of no benchmark."""
+    """What the plane baseline of this benchmark is fitted on: its `prior` list, or 64 scenes of no benchmark."""
     if spec.prior:
         return list(find("distill.eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
     return list(find("distill.eval.benchmarks", "scenes").training_samples(64))

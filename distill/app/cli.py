@@ -39,7 +39,7 @@ ORDER = [
 STOPPED = 130
 
 EPILOG = """examples:
-  distill demo                                     the whole loop on the embedded default
+  distill demo                                     the whole loop on the recipe that ships
   distill label demo --set crops.crops_per_image=2  a recipe that ships (`distill list recipes`), or a file of yours
   accelerate launch --num_processes 8 -m distill label sa1b_dav2_genpercept
   distill score --predictions preds/ --kind affine_disparity --benchmark nyu --root data/nyu.tar --out nyu.json

@@ -268,7 +268,7 @@ def _score(recipe: Recipe) -> list[scoring.Score]:
                 prior = build.prior_samples(spec)
                 priors[fitted_on] = scoring.fit_plane(prior) if prior else None
             if priors[fitted_on] is not None:
-                scored.append(("plane prior", priors[fitted_on]))
+                scored.append(("plane baseline", priors[fitted_on]))
         for name, teacher in scored:
             slug = name.replace(" ", "_")
             store = recipe.run.folder / "predictions" / slug / spec.alias_or_name

@@ -142,7 +142,10 @@ def _word(name: str, value: float) -> str:
         return f"{scaled:.3g} {unit}{label}" if label.startswith("/") else f"{label} {scaled:.3g} {unit}"
     if name.endswith("_s") and not name.endswith("per_s"):
         return f"{label.removesuffix(' s')} {int(value // 3600)}:{int(value % 3600 // 60):02d}:{int(value % 60):02d}"
-    return f"{label} {value:,.0f}" if abs(value) >= 1000 else f"{label} {value:.4g}"
+    if name == "data_wait":
+        return f"{label} {100 * value:.1f} %"
+    digits = ".3g" if name.endswith("per_s") else ".4g"
+    return f"{label} {value:,.0f}" if abs(value) >= 1000 else f"{label} {value:{digits}}"
 
 
 def _bar() -> Progress:
@@ -167,24 +170,26 @@ class _Lines:
         self._began = self._told = time.monotonic()
         self._first: int | None = None
         self._last: tuple[int, int, dict[str, float]] | None = None
+        self._closing = True
 
     def __call__(self, done: int, total: int, **numbers: float) -> None:
         if self._first is None:
             self._first, self._began = done, time.monotonic()
         self._last = (done, total, numbers)
         now = time.monotonic()
+        self._closing = now - self._told < EVERY_S or done < total
         if now - self._told >= EVERY_S:
             self._told = now
             pace = self._pace(done, total, now)
             if "images_per_s" in numbers:
                 pace.pop("items_per_s", None)
-            self._tell(done, total, pace | numbers)
+            self._tell(done, total, pace | _without_eta(numbers))
 
     def _tell(self, done: int, total: int, numbers: dict[str, float]) -> None:
         if _json and _notes:
             _object(_err, {"progress": self._what, "done": done, "total": total, **numbers})
         elif not _json:
-            note(f"{self._what}: {done}/{total}  {_words(numbers)}")
+            note(f"{self._what}: {done}/{total}  {_words(numbers)}".rstrip())
 
     def _pace(self, done: int, total: int, now: float) -> dict[str, float]:
         """How fast the work is and how long it will take; what was there before the start is not counted."""
@@ -196,8 +201,14 @@ class _Lines:
 
     def close(self) -> None:
         """The last line, without a rate: the work's own numbers have it."""
-        if self._last is not None:
-            self._tell(*self._last)
+        if self._last is not None and self._closing:  # at its end the work has said so
+            done, total, numbers = self._last
+            self._tell(done, total, _without_eta(numbers))
+
+
+def _without_eta(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The work's own end counts from its start, loading of models and all: an hour after the first image."""
+    return {name: value for name, value in numbers.items() if name != "eta_s"}
 
 
 @contextmanager
@@ -235,13 +246,12 @@ def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
         return _words({name: numbers[name] for name in names if name in numbers})
 
     parts = {name.removeprefix("parts/"): value for name, value in numbers.items() if name.startswith("parts/")}
-    wait = f"data wait {100 * numbers['data_wait']:.1f} %" if "data_wait" in numbers else ""
     for head, text in (
         ("loss", f"{pick('loss', 'heldout').removeprefix('loss ')}  {_curve(losses) if losses else ''}"),
         ("parts", _words(parts)),
         ("scale", pick("output_median", "output_deviation", "grad_norm")),
         ("rate", pick("lr", "encoder_lr")),
-        ("speed", "  ".join(filter(None, (pick("images_per_s"), wait, pick("memory_bytes"))))),
+        ("speed", pick("images_per_s", "data_wait", "memory_bytes")),
     ):
         if text.strip():
             drawn.add_row(f"[dim]{head}[/dim]", escape(text))

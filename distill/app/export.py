@@ -82,7 +82,10 @@ def run_export(
         again = checkpoint.load(aside, encoder_weights=encoder_weights)
         off = export.difference(student, again, out)
         if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[options.bits]:
-            raise ValueError(f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread")
+            why = export.flatness(student)
+            raise ValueError(
+                f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread{why}"
+            )
         size = (aside / checkpoint.WEIGHTS).stat().st_size
         line = f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread"
         if options.gate and options.bits != 32:

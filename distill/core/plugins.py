@@ -19,7 +19,6 @@ import importlib
 import inspect
 import keyword
 import os
-import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
@@ -126,8 +125,8 @@ def name_fault(package: str, name: str) -> str:
         return _file_fault(name)
     places = where_from(package, name)
     if not places:
-        folder, known = _folder(package), names(package)
-        return f"no {folder}/{name}.py{did_you_mean(name, known)}; {folder}/ has: {', '.join(known)}"
+        kind, known = _kind(package) or package, names(package)
+        return f"{name} is none of the {kind}{did_you_mean(name, known)}; there are {', '.join(known)}"
     if len(places) > 1:
         return f"{name} is {' and '.join(places)}: rename or uninstall one, or give a file's path in place of the name"
     return ""
@@ -169,10 +168,6 @@ def _own(package: str) -> list[str]:
 
 def _module(package: str, name: str) -> str:
     return f"{package}.{name}{'_' * keyword.iskeyword(name)}"
-
-
-def _folder(package: str) -> str:
-    return re.sub(r"^distill/(?=teachers|students|eval)", "", package.replace(".", "/"))
 
 
 # --- from outside -----------------------------------------------------------------------------------------------------

@@ -159,6 +159,9 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             what = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
+            if not files and not Path(given).expanduser().exists():
+                reason = "matches no file" if set(given) & set("*?[") else "no such file or folder"
+                raise FileNotFoundError(f"{given}: {reason}")
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
         chosen |= {file: stem for file, stem in photos.items() if file not in chosen}
     return Survey(

@@ -88,7 +88,7 @@ def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
         except UNREADABLE as error:
             faults.append(str(error))
     # The student first, what knows nothing of the image last.
-    place = {"student": 0, "plane prior": 2}
+    place = {"student": 0, "plane baseline": 2}
     return sorted(rows_found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
 
 

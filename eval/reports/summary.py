@@ -18,7 +18,7 @@ from distill.eval.reports.page import digits, missing, name, short, table
 from distill.eval.scorefile import Score
 
 TITLES = {"abs_rel": "AbsRel", "delta1": "δ1", "boundary_f1": "boundary F1", "accuracy": "accuracy"}
-PRIOR = "plane prior"
+PLANE = "plane baseline"
 """The name of the plane baseline in score files."""
 _COST = ("weights", "parameters", "GFLOPs", "ms an image", "memory")
 
@@ -55,8 +55,8 @@ def verdict(scores: Sequence[Score]) -> str:
     main = group[0].task.main
     known = [s for s in group if s.metrics.get(main) is not None]
     about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
-    others = [s for s in known if s is not about and s.model != PRIOR]
-    prior = next((s for s in known if s.model == PRIOR and s is not about), None)
+    others = [s for s in known if s is not about and s.model != PLANE]
+    prior = next((s for s in known if s.model == PLANE and s is not about), None)
     parts = [f"On {about.benchmark} ({about.count_text}), {about.model} has {_value(about, main)}"]
     if others:
         parts.append(_against(about, _leading(others, main), main))

@@ -153,7 +153,7 @@ def test_a_report_refuses_unknown_metrics_and_says_where_the_recipe_differs(stra
 
 def test_scores_and_report_are_written(straight):
     scores = {p.name for p in (straight / "scores").glob("*.json")}
-    assert {"scenes--student.json", "scenes--analytic.json", "scenes--plane_prior.json"} <= scores
+    assert {"scenes--student.json", "scenes--analytic.json", "scenes--plane_baseline.json"} <= scores
     html = (straight / "report.html").read_text()
     faithful = json.loads((straight / "fidelity" / "scenes--analytic.json").read_text())
     own = json.loads((straight / "scores" / "scenes--student.json").read_text())["metrics"]

@@ -74,10 +74,11 @@ def test_off_a_terminal_long_work_says_where_it_is(shown, monkeypatch):
     monkeypatch.setattr(console.time, "monotonic", lambda: float(next(clock)))
     with console.progress("label") as report:
         for done in range(100, 106):
-            report(done, 200, quarantined=1.0)
+            report(done, 200, quarantined=1.0, eta_s=7200.0)  # what the work counts from its start, loading and all
     lines = out.getvalue().splitlines()
     assert 2 <= len(lines) <= 6 and lines[-1] == "label: 105/200  quarantined 1"
     assert "items/s 0.0" in lines[1] and "eta 0:" in lines[1] and "quarantined 1" in lines[1]
+    assert not any("eta 2:" in line for line in lines)
 
 
 def test_quiet_leaves_results_and_errors(shown, monkeypatch):

@@ -95,11 +95,10 @@ BAD = {
         "train.precision must be 'fp32' or 'bf16', not 'fp16'",
     ),
     "table for array": ('[teachers]\nname = "midas"', "teachers must be an array, not a table"),
-    "unknown decoder": ('[student]\ndecoder = "std"', "student: no students/decoders/std.py; did you mean sdt?"),
+    "unknown decoder": ('[student]\ndecoder = "std"', "student: std is none of the decoders; did you mean sdt?"),
     "unknown normalization": (
         '[loss]\nnormalization = "globl"',
-        "loss: no distill/losses/normalize/globl.py; did you mean global?; "
-        "distill/losses/normalize/ has: global, hybrid, local, none",
+        "loss: globl is none of the normalizations; did you mean global?; there are global, hybrid, local, none",
     ),
     "two sources in one": (
         '[[images]]\nphotos = "a"\nscenes = 3',
@@ -380,6 +379,13 @@ def test_a_name_that_is_none_says_what_there_is(name, sort, words, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     with pytest.raises(strict.RecipeError, match=words):
         shipped.locate(name, sort)
+
+
+def test_list_says_what_each_thing_is(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["list", "decoders"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert rows["sdt"].startswith("AnyDepth's Simple Depth Transformer decoder") and all(map(len, rows.values()))
 
 
 def test_what_list_prints_can_be_typed(capsys, tmp_path, monkeypatch):

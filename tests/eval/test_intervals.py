@@ -54,7 +54,7 @@ def test_the_verdict_is_one_sentence_with_cost():
     scores = [
         a_model("student", hard + 0.02, cost=cost),
         a_model("teacher", hard, cost=cost | {"latency_s": 0.2}),
-        a_model("plane prior", hard + 0.2 + rng.normal(0, 0.01, 30)),
+        a_model("plane baseline", hard + 0.2 + rng.normal(0, 0.01, 30)),
     ]
     said = verdict(scores)
     assert "worse than teacher" in said and "better than the plane baseline" in said and said.count(". ") == 0
@@ -70,7 +70,7 @@ def test_the_verdict_is_about_the_benchmark_with_most_images_and_no_column_is_em
     one = [a_model("student", [0.09], benchmark="motorcycle")]
     lots = [
         a_model("student", many),
-        a_model("plane prior", many + rng.normal(0, 0.1, 30)),
+        a_model("plane baseline", many + rng.normal(0, 0.1, 30)),
     ]
     said = verdict([*one, *lots])
     assert said.startswith(f"On {lots[0].benchmark} (30 images)") and "not clearly better or worse than the pl" in said

@@ -16,7 +16,7 @@ from distill.app.recipe import parse
 from distill.app.scoring import options_on, prediction_settings
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.prior import fit_plane
+from distill.eval.plane import fit_plane
 from distill.eval.score import predict, score, score_predictions
 from distill.eval.settings import BenchmarkSettings
 from distill.eval.stored import read_settings
@@ -182,7 +182,7 @@ def ground(seed: int) -> BenchmarkSample:
     )
 
 
-def test_the_plane_prior_is_what_images_have_in_common(tmp_path):
+def test_the_plane_baseline_is_what_images_have_in_common(tmp_path):
     corridor = DepthMap(
         1e-3 / torch.linspace(0.02, 1.0, 64).expand(1, 48, 64), torch.ones(1, 48, 64) > 0, Kind.METRIC_DEPTH
     )

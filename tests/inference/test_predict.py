@@ -21,8 +21,10 @@ def test_inputs_are_folders_globs_and_files_once_each(photos, tmp_path):
     jobs = predict.find([str(photos), str(photos / "*.png"), str(photos / "a.jpg")], out=out)
     assert [(j.path.name, j.stem) for j in jobs] == [("a.jpg", "a"), ("a.png", "a_png"), ("b.png", "sub/b")]
     assert [j.stem for j in predict.find([str(photos / "**" / "b.*")], out=out)] == ["b"]
-    with pytest.raises(FileNotFoundError, match="nope.*: no photo or video there"):
+    with pytest.raises(FileNotFoundError, match=r"nope\*: matches no file"):
         predict.find([str(photos / "nope*")], out=out)
+    with pytest.raises(FileNotFoundError, match=r"nope.jpg: no such file or folder"):
+        predict.find([str(photos / "nope.jpg")], out=out)
 
 
 def test_all_formats_hold_the_prediction(photos, tmp_path):

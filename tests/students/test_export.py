@@ -214,6 +214,19 @@ def test_an_export_that_differs_leaves_what_was_there(tmp_path, monkeypatch, cap
         assert checkpoint.read_card(tmp_path / "o") == {"name": "old"}
 
 
+def test_a_map_that_hardly_varies_is_named_as_the_reason(tmp_path, capsys):
+    student = small()
+    with torch.no_grad():
+        last = student.decoder.conv_depth.head.get_submodule("4")
+        last.weight.mul_(1e-7)
+        last.bias.fill_(0.5)
+    checkpoint.save(student, tmp_path / "s")
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--bits", "16"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"of their spread, which is small: its map deviates by .* from a level of 0\.5; train it", said)
+    assert not (tmp_path / "o").exists()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -61,3 +61,9 @@ def test_the_tables_of_a_card_are_for_people():
     assert "| training | step: 100; averaged: false |" in page and "| made_by | a, b |" in page
     assert "| t | licence: MIT; stored: affine_disparity; fit: (scale: 2.0) |" in page
     assert '"' not in page.partition("## Lineage")[2] and '"steps": 100' in recipe
+
+
+def test_numbers_of_a_card_have_six_digits():
+    page = model_card("s", {"training": {"heldout_loss": 1.1454723477363586, "step": 1234567}})
+    assert "heldout_loss: 1.14547;" in page or "| heldout_loss | 1.14547 |" in page
+    assert "1234567" in page and "1.14547234" not in page

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-RECIPE = "a recipe: a TOML file, or a name of `distill list`"
+RECIPE = "a recipe: a TOML file, or a name of `distill list recipes`"
 
 
 def take_recipe(parser: argparse.ArgumentParser, *, optional: bool = False, what: str = RECIPE) -> None:

@@ -1,4 +1,4 @@
-"""the whole loop on the embedded default: label, train, score, report"""
+"""the whole loop on the recipe that ships: label, train, score, report"""
 
 from __future__ import annotations
 

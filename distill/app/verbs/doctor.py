@@ -16,7 +16,7 @@ from distill.app.verbs._recipe import refuse, take_overrides
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="RECIPE|RUN|LOG", nargs="?", help="a recipe, a run's folder or its log")
     take_overrides(parser)
-    parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
+    parser.add_argument("--benchmark", metavar="NAME", help="a name of `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="its data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
 
@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
         from distill.training.diagnose import check_run
 
         title, findings = args.target, check_run(Path(args.target))
-    table(f"doctor: {title}", ["level", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings], text=True)
+    head = ["level", "what", "remedy"] if any(f.remedy for f in findings) else ["level", "what"]
+    table(f"doctor: {title}", head, [[f.level, f.what, f.remedy][: len(head)] for f in findings], text=True)
     return 1 if any(f.level == "bad" for f in findings) else 0
 
 

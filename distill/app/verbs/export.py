@@ -11,7 +11,7 @@ distill export pocket shipped --transformers               for pipeline("depth-e
 
 It is written aside, read back and compared with the student before it takes its place: nothing that differs, or whose
 outputs are not finite, stays, and what was there before does. --gate scores what was written on a benchmark: it is
-refused where delta1 falls by more than a tenth of a point below float32's; INT8 always meets a gate. model.onnx takes
+refused where delta1 falls by more than a tenth of a point below float32's; INT8 must always pass it. model.onnx takes
 any batch and any size; model.pt2 any batch, and images of at least two patches and one pixel on both sides (29 with
 patches of 14, 33 with 16).
 """
@@ -50,7 +50,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gate", metavar="BENCHMARK", help="score on a benchmark or labels folder (INT8: scenes)")
     parser.add_argument("--root", metavar="DIR", help="where the gate's benchmark lies")
     parser.add_argument("--list", metavar="FILE", help="which of its images")
-    parser.add_argument("--allow-drop", action="store_true", help="say a loss at the gate, and write all the same")
+    parser.add_argument(
+        "--allow-drop", action="store_true", help="report a loss at the gate, and write the file all the same"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

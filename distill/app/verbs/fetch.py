@@ -10,10 +10,10 @@ import argparse
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("benchmarks", metavar="BENCHMARK", nargs="+", help="files of eval/benchmarks")
+    parser.add_argument("benchmarks", metavar="BENCHMARK", nargs="+", help="names of `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", required=True, help="the folder of all benchmarks")
     parser.add_argument("--url", metavar="URL", default="", help="a mirror: the file's address, or a folder's with /")
-    parser.add_argument("--sha256", metavar="HEX", default="", help="what the archive must have")
+    parser.add_argument("--sha256", metavar="HEX", default="", help="the archive's SHA-256, checked after the download")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,12 +1,13 @@
-"""what there is and where it comes from: teachers (with kinds and licences), decoders, ..., recipes, studies
+"""what there is: teachers (depth types, licences), decoders, loss terms, data sets, benchmarks, recipes, studies
 
-distill list teachers     kinds, sizes, licences, commercial use, revisions on this machine
+distill list teachers     depth types, sizes, licences, commercial use, revisions on this machine
 distill list recipes      names that `distill show`, `label`, `train` and `score` take from anywhere
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 from typing import Any
 
 from distill.core.plugins import KINDS
@@ -19,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import table
     from distill.app.shipped import headline, shipped
-    from distill.core.plugins import names, where_from
+    from distill.core.plugins import names
 
     for what in [args.what] if args.what else [*KINDS, "recipes", "studies"]:
         if what in ("recipes", "studies"):
@@ -30,9 +31,24 @@ def run(args: argparse.Namespace) -> int:
         elif what == "datasets" and args.what:
             _datasets()
         else:
-            rows = [[name, " and ".join(where_from(KINDS[what], name))] for name in names(KINDS[what])]
-            table(what, ["name", "from"], rows + (_ALSO if what == "teachers" else []), text=True)
+            rows = [[name, _what(KINDS[what], name)] for name in names(KINDS[what])]
+            table(what, ["name", "what it is"], rows + (_ALSO if what == "teachers" else []), text=True)
     return 0
+
+
+def _what(package: str, name: str) -> str:
+    """A plug-in in a line: the first of its own description; and where one from outside comes from."""
+    from distill.core.plugins import source, where_from
+
+    places = where_from(package, name)
+    if len(places) > 1:
+        return " and ".join(places)
+    try:
+        described = ast.get_docstring(ast.parse(source(package, name))) or ""
+    except (LookupError, OSError, SyntaxError, ValueError):
+        described = ""
+    first = " ".join(described.partition("\n\n")[0].split())
+    return first if places[0].startswith("distill.") else f"{places[0]}: {first}" if first else places[0]
 
 
 _ALSO = [

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         fail("\n".join(outcome.problems))
     if survey.passed:
         note(f"ignored: {filetypes.counted(survey.passed)}")
-    before = f", {outcome.present} were there" if outcome.present else ""
+    before = f", {outcome.present} already there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
     say(
         f"{args.out}: {outcome.written} of {len(jobs) + len(survey.refused)} predicted{before}{failed}",

@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     take_recipe(parser, optional=True)
     parser.add_argument("--predictions", metavar="DIR", help="stored predictions (.npy float32, Marigold's naming)")
     parser.add_argument("--kind", metavar="KIND", help="what they are: affine_disparity, scale_depth, ...")
-    parser.add_argument("--benchmark", metavar="NAME", help="a file of eval/benchmarks")
+    parser.add_argument("--benchmark", metavar="NAME", help="a name of `distill list benchmarks`")
     parser.add_argument("--root", metavar="DIR", help="the benchmark's data: a folder or the published tar")
     parser.add_argument("--list", metavar="FILE", help="other samples, in the published list's columns")
     parser.add_argument(

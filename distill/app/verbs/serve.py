@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         model = partial(load_teacher, args.teacher, args.weights, device=args.device)
     else:
         model = partial(load, args.student or "pocket", device=args.device)
+    note(f"loading {name} ...")
     try:
         server = DepthServer(model, name, host=args.host, port=args.port)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""how far labelling is, from any machine: parts done, running and lost, workers, images/s, GPU-hours, the end"""
+"""how far labelling is, from any machine: parts done, running and lost, workers, images/s, GPU-hours, time left"""
 
 from __future__ import annotations
 

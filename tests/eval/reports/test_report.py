@@ -99,7 +99,7 @@ def run(tmp_path_factory):
     for name, kind, noise in [
         ("student", "affine_disparity", 0.9),
         ("big <teacher>", "affine_disparity", 0.02),
-        ("plane prior", "affine_depth", 2.0),
+        ("plane baseline", "affine_depth", 2.0),
     ]:
         slug = name.replace(" ", "_")
         store = folder / "run" / "predictions" / slug / "ours"
@@ -109,7 +109,7 @@ def run(tmp_path_factory):
             values = values * (1 + noise * rng.random(values.shape)) * 3 - 1
             path = store / sample.prediction_path
             path.parent.mkdir(parents=True, exist_ok=True)
-            if name != "plane prior" or sample.key != "p3":
+            if name != "plane baseline" or sample.key != "p3":
                 np.save(path, values.astype(np.float32))
         result = score(store, kind, samples, pairs_benchmark.PROTOCOL, model=name, workers=1)
         write_scores(result, folder / "run" / "scores" / f"ours--{slug.replace('<', '').replace('>', '')}.json")
@@ -171,7 +171,7 @@ def test_scores_stand_beside_their_protocol_and_the_best_are_marked(run, report)
     assert [re.sub("<.*?>", "", name) for name, _ in rows[:3]] == [
         "studentscale and shift in disparity",
         "big &lt;teacher&gt;scale and shift in disparity",
-        "plane priorscale and shift in depth",
+        "plane baselinescale and shift in depth",
     ]
     student, best, prior = (body for _, body in rows)
     value = METRICS["abs_rel"].format.format(content["metrics"]["abs_rel"])

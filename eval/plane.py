@@ -1,7 +1,7 @@
 """A baseline that never looks at the image: what a score is worth must be read against it.
 
-`PlanePrior` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon): the
-mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
+`PlaneBaseline` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon):
+the mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
 disparity, aligned at scoring as any other prediction. A model that does not beat it has learnt where a camera is held,
 not what it sees.
 """
@@ -23,7 +23,7 @@ ROWS, COLUMNS = 24, 32
 
 
 @dataclass(frozen=True, slots=True)
-class PlanePrior:
+class PlaneBaseline:
     """A fixed disparity map over the image plane, (ROWS, COLUMNS), stretched to any image."""
 
     grid: Tensor
@@ -33,13 +33,13 @@ class PlanePrior:
     def card(self) -> Card:
         """As a teacher's."""
         return Card(
-            name="plane_prior",
+            name="plane_baseline",
             weights="",
             kind=Kind.AFFINE_DISPARITY,
             licence="none: a table of numbers",
             code_licence="Apache-2.0",
             commercial=True,
-            note=f"image-plane prior of {self.num_images} training truths; ignores the image",
+            note=f"fitted to {self.num_images} training truths; ignores the image",
         )
 
     def predict(self, images: Tensor) -> DepthMap:
@@ -50,8 +50,8 @@ class PlanePrior:
         return DepthMap(values, torch.ones_like(values, dtype=torch.bool), Kind.AFFINE_DISPARITY)
 
 
-def fit_plane(samples: Sequence[BenchmarkSample]) -> PlanePrior:
-    """The plane prior of the samples' truths.
+def fit_plane(samples: Sequence[BenchmarkSample]) -> PlaneBaseline:
+    """The plane baseline of the samples' truths.
 
     Each truth becomes disparity (an affine depth cannot: KindError), is standardised over its valid pixels, and
     averaged in each cell of the grid; cells are averaged over images, weighted by how much of the cell is valid. A
@@ -74,4 +74,4 @@ def fit_plane(samples: Sequence[BenchmarkSample]) -> PlanePrior:
         raise ValueError(f"none of the {len(samples)} truths has two different valid values: no plane can be fitted")
     rows = total.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-9)
     grid = torch.where(weight > 0, total / weight.clamp(min=1e-9), rows)
-    return PlanePrior(grid.float(), used)
+    return PlaneBaseline(grid.float(), used)
