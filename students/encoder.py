@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.files import file_sha256
-from distill.core.weights import below_prefix, read_state
+from distill.core.weights import ANY, below_prefix, find_weights, read_state
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
@@ -103,9 +103,10 @@ class Encoder(nn.Module):
         if weights == "pretrained":
             _load(backbone, _download(_timm_name(name)), f"timm's {_timm_name(name)}")
         elif weights is not None:
-            _load(backbone, read_state(Path(weights), weights_key=weights_key), str(weights))
-            self.weights_sha256 = file_sha256(Path(weights))
-            self.weights_name = Path(weights).name
+            weights = find_weights(Path(weights), ANY) if Path(weights).is_dir() else Path(weights)
+            _load(backbone, read_state(weights, weights_key=weights_key), str(weights))
+            self.weights_sha256 = file_sha256(weights)
+            self.weights_name = weights.name
 
         kept = _checked_blocks(name, len(backbone.blocks), blocks)
         read = _checked_indices(len(kept), indices)
@@ -342,6 +343,8 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     ]
     if faults:
         raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}")
+    if infinite := [key for key in wanted if not torch.isfinite(state[key]).all()]:
+        raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
 
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
+from distill.core.standins import fault_of_start, fault_of_zip
+
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,22 +67,17 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     if matching[0].name.endswith(".json"):
         shards(matching[0])
         return matching[0]
-    with matching[0].open("rb") as stream:
-        start = stream.read(64).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsMismatchError(
-            f"{matching[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
-        )
-    if start.startswith(b"<"):
-        raise WeightsMismatchError(
-            f"{matching[0]} is a web page, not weights: download it again, logged in where it is gated"
-        )
+    if reason := fault_of_start(matching[0]):
+        raise WeightsMismatchError(f"{matching[0]} {reason}")
     return matching[0]
 
 
+# What trainers and systems put beside weights under the same suffixes.
+_BESIDE_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
+
 def _matching(folder: Path, name: str) -> list[Path]:
     """The files of a pattern; where they are shards, their index alone."""
-    files = sorted(folder.glob(name))
+    files = sorted(file for file in folder.glob(name) if not _BESIDE_WEIGHTS.fullmatch(file.name))
     if files and not all(_SHARD.search(file.name) for file in files):
         return [file for file in files if not _SHARD.search(file.name)]
     variant = name.replace(".fp16.safetensors", f".safetensors{INDEX[:-5]}.fp16.json")
@@ -102,6 +99,10 @@ def shards(index: Path) -> dict[str, Path]:
     return places
 
 
+ANY = ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
+"""Patterns of weights in a folder that may hold them in any form."""
+
+
 def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, or of an index of shards, on the CPU.
 
@@ -120,9 +121,11 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
         if lost := sorted(places.keys() - state.keys()):
             raise WeightsMismatchError(f"{index} names {lost[0]}, which no shard holds: download them again")
         return _plain_names(state, path)
-    tables = dict(_tables(_read(path)))
+    nested = _read(path)
+    tables = dict(_tables(nested))
     if not tables:
-        raise WeightsMismatchError(f"{path} holds no table of named tensors")
+        there = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
+        raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
 
@@ -147,13 +150,17 @@ def _read(path: Path) -> Any:
     import safetensors.torch
     import torch
 
+    if reason := fault_of_start(path) or fault_of_zip(path):
+        raise WeightsMismatchError(f"{path} {reason}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
-        if path.suffix == ".safetensors" or (head[8:9] == b"{" and head[:2] != b"PK"):
+        zipped = head[:2] == b"PK"
+        if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in _records(path)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # by its name torch would take one called .safetensors for that
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (
         safetensors.SafetensorError,
         pickle.UnpicklingError,
