@@ -25,6 +25,24 @@ PARTIAL, OLD = ".partial", ".old"
 _EARLIER = ((".", ".tmp"), (".", ".part"), (".", ".new"), (".new.", ""))
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file of a folder to the bottom, sorted: links to files, links to nothing and pipes too.
+
+    Links to folders are followed, each folder once, so that a circle ends; hidden ones are among them.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)  # noqa: PTH116
+        if (here.st_dev, here.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        inner.sort()
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
 class WriteError(OSError):
     """A file or folder that cannot be written; `filename` is the target, `strerror` the reason."""
 

@@ -18,6 +18,7 @@ import re
 import struct
 import tempfile
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
@@ -304,19 +305,23 @@ def stored_stems(key: str) -> list[str]:
     """The names, without suffix, under which the map of an image may be stored, the most particular first.
 
     key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
-    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do).
+    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do), then
+    a/rgb_0001_depth and a/rgb_0001_disp.
     """
     path = PurePosixPath(key)
     stem = path.stem if len(path.suffix) > 1 else path.name
     plain = stem.removeprefix("rgb_")
     names = [path.name, f"{stem}_{path.suffix[1:].lower()}" if len(path.suffix) > 1 else stem, stem]
-    names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}"]
+    names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}", f"{stem}_depth", f"{stem}_disp"]
     return list(dict.fromkeys(str(path.with_name(name)) for name in names))
 
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:
     """The stored map of an image that goes by one of `keys`, in any format that is read; None where there is none."""
-    for stem in dict.fromkeys(stem for key in keys for stem in stored_stems(key)):
+    stems = dict.fromkeys(stem for key in keys for stem in stored_stems(key))
+    # A folder that came from a Mac spells accents in two characters, where a table has one.
+    spelt = dict.fromkeys(unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems)
+    for stem in [*stems, *(spelt.keys() - stems.keys())]:
         for suffix in SUFFIXES:
             for spelled in (suffix, suffix.upper()):
                 if (path := folder / f"{stem}{spelled}").is_file():

@@ -25,11 +25,12 @@ from torch import Tensor
 
 from distill.core import files, machine
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import files_below
 from distill.core.plugins import find as find_plugin
 from distill.core.plugins import option_faults
 from distill.core.progress import Report
 from distill.data import filetypes
-from distill.data.photos import BadImageError, decode
+from distill.data.photos import BadImageError, decode, not_a_file
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import solid, video
 from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
@@ -143,7 +144,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
     outputs = Outputs(out)
-    chosen: dict[Path, str] = {}
+    photos: dict[Path, str] = {}
     refused: dict[str, None] = {}
     passed: dict[Path, str] = {}
     for given in inputs:
@@ -151,33 +152,43 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
         files = list(_files(Path(given).expanduser()))
         mine = [one for one in files if not outputs.holds(one[0])]
-        photos = {file.resolve(): stem for file, stem, _ in mine if stem}
-        others = [(file, name, filetypes.refusal(name)) for file, stem, name in mine if not stem]
-        refused |= {f"{file}: {reason}": None for file, _, reason in others if reason}
-        passed |= {file.resolve(): filetypes.sort_of(name) for file, name, reason in others if not reason}
-        if not photos:
+        for file, stem, name in mine:
+            if stem:
+                photos.setdefault(file.absolute(), stem)
+            elif reason := filetypes.refusal(name):
+                refused[f"{file}: {reason}"] = None
+            else:
+                passed[file.absolute()] = filetypes.sort_of(name)
+        if not any(stem for _, stem, _ in mine):
             what = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
-        chosen |= {file: stem for file, stem in photos.items() if file not in chosen}
-    return Survey(
-        [PredictionJob(path, outputs.stem(path, chosen[path])) for path in chosen],
-        list(refused),
-        Counter(sort for path, sort in passed.items() if path not in chosen),
-    )
+    # A photo that is there by its name and by a link goes by its name, and is predicted once.
+    chosen: dict[Path, Path] = {}
+    for file in photos:
+        if reason := not_a_file(file):
+            refused[f"{file}: {reason}"] = None
+            continue
+        real = file.resolve()
+        passed.pop(file, None)
+        if real in chosen:
+            passed[file] = "linked twice"
+        if real not in chosen or chosen[real].is_symlink():
+            chosen[real] = file
+    jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
+    return Survey(jobs, list(refused), Counter(passed.values()))
 
 
 def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
     """Files behind one path or glob: each, the stem that it would like, "" for no photo or video, and its name."""
     for path in [given] if given.exists() else _glob(given):
         if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    inside = file.relative_to(path)
-                    name = inside.as_posix()
-                    ours = filetypes.is_photo(name) or filetypes.is_film(name)
-                    yield file, inside.with_suffix("").as_posix() if ours else "", name
+            for file in files_below(path):
+                inside = file.relative_to(path)
+                name = inside.as_posix()
+                ours = filetypes.is_photo(name) or filetypes.is_film(name)
+                yield file, inside.with_suffix("").as_posix() if ours else "", name
         elif path.is_file():
             yield path, path.stem, path.name
 
