@@ -1,4 +1,4 @@
-"""Files that only stand where weights should: pointers, web pages, archives, downloads with holes; each with its reason.
+"""Files that only stand where weights should: pointers, web pages, archives, downloads with holes; and why they do.
 
 Each function gives a clause that follows the file's name, or "" where nothing is wrong.
 """

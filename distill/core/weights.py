@@ -75,6 +75,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
 # What trainers and systems put beside weights under the same suffixes.
 _BESIDE_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
 
+
 def _matching(folder: Path, name: str) -> list[Path]:
     """The files of a pattern; where they are shards, their index alone."""
     files = sorted(file for file in folder.glob(name) if not _BESIDE_WEIGHTS.fullmatch(file.name))

@@ -178,7 +178,10 @@ def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
     profile: bytes | None = None
     text = 0
     for at, name, body in _chunks(data):
-        if name[:1].islower() and zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") != data[at + 8 + len(body) :][:4]:
+        if (
+            name[:1].islower()
+            and zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") != data[at + 8 + len(body) :][:4]
+        ):
             cut.append((at, at + 12 + len(body)))
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
             size = max(len(body), _inflated(name, body))

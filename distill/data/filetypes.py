@@ -155,7 +155,11 @@ def text(data: bytes) -> str:
     """`text, beginning '<!DOCTYPE'` of bytes that are words: a web page, an error of a server; "" of anything else."""
     head = bytes(data[:512]).removeprefix(b"\xef\xbb\xbf").lstrip()
     readable = head.decode("utf-8", errors="ignore")
-    if len(head) < 3 or len(readable.encode()) < len(head) - 3 or not all(c.isprintable() or c.isspace() for c in readable):
+    if (
+        len(head) < 3
+        or len(readable.encode()) < len(head) - 3
+        or not all(c.isprintable() or c.isspace() for c in readable)
+    ):
         return ""
     if re.match(r"P[1-3]\s+\d", readable):  # pictures and maps in plain digits
         return ""

@@ -1,8 +1,9 @@
 """Photographs with a measured depth or disparity, described by a table.
 
-Columns are separated by tabs, or by commas or semicolons where the first line has no tab. Columns that are read (others are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres,
-invalid, trust, dataset, focal. Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads,
-shown upright; `depth` any map that distill.data.maps reads.
+Columns are separated by tabs, or by commas or semicolons where the first line has no tab. Those that are read (others
+are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres, invalid, trust, dataset, focal.
+Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads, shown upright; `depth` any map
+that distill.data.maps reads.
 
 - kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
@@ -170,7 +171,7 @@ def _columns(path: Path, given: Sequence[str]) -> list[str]:
     if missing := {"name", "rgb", "depth"} - set(columns):
         there = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
         raise ValueError(
-            f"{path}: no column {', '.join(sorted(missing))}{there} (columns are separated by tabs, commas or semicolons)"
+            f"{path}: no column {', '.join(sorted(missing))}{there} (they are separated by tabs, commas or semicolons)"
         )
     scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
     if scales and "scale_to_metres" not in columns:
