@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from distill.data import damage, filetypes
+from distill.data import damage, filetypes, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
@@ -84,7 +84,7 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
 
 def _said(kind: str, error: BaseException) -> str:
     if "allow_pickle" in str(error) or "Python objects" in str(error):
-        return f"a .{kind} of pickled Python objects, which are not opened: save the array of numbers alone"
+        return f"not a readable .{kind} (pickled Python objects, which are not opened: save the array of numbers alone)"
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
 
 
@@ -143,7 +143,7 @@ def _picture(data: bytes) -> np.ndarray:
         values = np.array(image)
         if values.ndim == 3:
             if data[24] == 16:  # Pillow keeps eight bits of colours
-                values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+                values = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
             return _grey(values, f"has {len(image.getbands())} channels: a picture, not a map")
         if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
             low, high = float(image.info["low"]), float(image.info["high"])
@@ -203,15 +203,13 @@ def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
 
 
 def _tiff(data: bytes) -> np.ndarray:
-    import imagecodecs  # Pillow knows no float16 or float64
-
     with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
         pages = [_page_shape(image, number) for number in range(min(2, getattr(image, "n_frames", 1)))]
         if len(pages) > 1 and pages[0] == pages[1]:
             raise BadMapError(f"holds {getattr(image, 'n_frames', 2)} pictures of one size: one map is needed")
-    return np.asarray(imagecodecs.tiff_decode(data))
+    return tiffs.numbers(data)  # Pillow knows no float16 or float64
 
 
 def _page_shape(image: Any, number: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""TIFFs that Pillow has no mode for, or reads at less than their depth, decoded by libtiff: 16 bits in planes, LA, ...
+"""TIFFs by libtiff: maps' numbers, and photographs that Pillow has no mode for or reads at less than their depth.
 
 Shapes: H height, W width of the pixels as they are stored.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 
-import imagecodecs
 import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -20,6 +19,16 @@ _PHOTOS = (0, 1, 2)
 """Photometric interpretations whose numbers are grey or RGB as they stand: white is zero, black is zero, RGB."""
 
 
+def numbers(data: bytes) -> np.ndarray:
+    """The first picture's samples as they are stored, any dtype: (H,W), (H,W,C), or (C,H,W) of one in planes.
+
+    Raises RuntimeError or ValueError for what libtiff cannot decode.
+    """
+    import imagecodecs  # a hundred codecs, each a library: only where there is a TIFF
+
+    return np.asarray(imagecodecs.tiff_decode(data))
+
+
 def by_libtiff(data: bytes) -> Image.Image:
     """The first picture of a TIFF, 8 or 16 bits of grey or RGB with or without alpha; ValueError says what it is."""
     tags = _tags(data)
@@ -30,8 +39,8 @@ def by_libtiff(data: bytes) -> Image.Image:
     if sort != 1 or bits not in (8, 16) or meaning not in _PHOTOS:
         raise UnusablePixelsError(f"{what}: save it with 8 or 16 bits of grey or RGB")
     try:
-        pixels = np.asarray(imagecodecs.tiff_decode(data))
-    except (imagecodecs.TiffError, ValueError, RuntimeError, OSError, IndexError) as error:
+        pixels = numbers(data)
+    except (ValueError, RuntimeError, OSError, IndexError) as error:
         raise UnusablePixelsError(f"{what}: {str(error).splitlines()[0] if str(error) else 'damaged'}") from error
     if pixels.ndim == 3 and int(_first(tags, 284, 1)) == 2:
         pixels = np.moveaxis(pixels, 0, -1)

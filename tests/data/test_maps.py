@@ -144,7 +144,7 @@ def test_what_lies_beside_a_map_is_no_map(tmp_path):
     with pytest.raises(BadMapError, match=r"holds depth \(2, 8, 9\), K \(3, 3\)"):
         read_map(tmp_path / "b.npz")
     np.save(tmp_path / "c.npy", np.array([big], object))
-    with pytest.raises(BadMapError, match="pickled Python objects, which are not opened"):
+    with pytest.raises(BadMapError, match=r"not a readable .npy .pickled Python objects, which are not opened"):
         read_map(tmp_path / "c.npy")
     Image.fromarray(big).save(tmp_path / "d.tif", save_all=True, append_images=[Image.fromarray(big)])
     with pytest.raises(BadMapError, match="holds 2 pictures of one size"):
