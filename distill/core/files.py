@@ -25,6 +25,17 @@ PARTIAL, OLD = ".partial", ".old"
 _EARLIER = ((".", ".tmp"), (".", ".part"), (".", ".new"), (".new.", ""))
 
 
+def decoded(data: bytes) -> str:
+    """Text as people save it: UTF-8, with a mark or without, or the UTF-16 of Excel and PowerShell.
+
+    Raises UnicodeDecodeError, a ValueError, for any other encoding.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    zero = data[:2].find(0)  # UTF-16 without a mark
+    return data.decode("utf-8-sig" if zero < 0 else "utf-16-le" if zero else "utf-16-be")
+
+
 def files_below(folder: Path) -> list[Path]:
     """Every file of a folder to the bottom, sorted: links to files, links to nothing and pipes too.
 

@@ -269,7 +269,8 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
         exact = [n for n in tables if n == wanted] or [n for n in tables if f".{n}.".find(f".{wanted}.") >= 0]
         if len(exact) == 1:
             return tables[exact[0]]
-        flat = {k[len(wanted) + 1 :]: v for t in tables.values() for k, v in t.items() if k.startswith(f"{wanted}.")}
+        named = [(_plain_name(k), v) for t in tables.values() for k, v in t.items()]
+        flat = {k[len(wanted) + 1 :]: v for k, v in named if k.startswith(f"{wanted}.")}
         if flat:
             return flat
         raise WeightsMismatchError(f"{path} has no weights_key {key!r}; it holds {', '.join(tables) or 'one table'}")
@@ -284,10 +285,16 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+def _plain_name(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        name = _plain_name(key)
+        if name == "n_averaged":  # how often torch's AveragedModel took the mean
+            continue
         if name in plain:
             raise WeightsMismatchError(f"{path} holds {name} twice, once inside a wrapper: save one network alone")
         plain[name] = tensor
@@ -316,13 +323,19 @@ _BESIDE = re.compile(
 
 
 def below_prefix(
-    state: Mapping[str, Tensor], anchors: Sequence[str], where: str | Path = "weights", *, beside: Sequence[str] = ()
+    state: Mapping[str, Tensor],
+    anchors: Sequence[str],
+    where: str | Path = "weights",
+    *,
+    beside: Sequence[str] = (),
+    is_part: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors behind the prefix that stands before an anchor, without it; `state` as it is where none is found.
 
     anchors: names that the network must have; the first that is found decides. Of several prefixes one is taken as
     `read_state` takes tables. What lies beside it stays, for the caller to refuse, unless it is known for another part
-    of a trainer or begins with one of `beside`.
+    of a trainer or begins with one of `beside`. is_part: the network is a part of larger ones, whose other parts are
+    left out; those that nobody knows are named aloud.
     """
     for anchor in anchors:
         prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
@@ -334,9 +347,14 @@ def below_prefix(
         if others:
             _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
         left = tuple(beside) + tuple(others)
-        return {
-            key[len(first) :] if key.startswith(first) else key: tensor
+        mine = {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
+        unknown = {
+            key: tensor
             for key, tensor in state.items()
-            if key.startswith(first) or not (_BESIDE.match(key) or key.startswith(left))
+            if not (key.startswith(first) or _BESIDE.match(key) or key.startswith(left))
         }
+        if is_part and unknown:
+            _log.warning('%s: took "%s" and left out %s', where, first, ", ".join(sorted(unknown)[:3]))
+            return mine
+        return mine | unknown
     return dict(state)

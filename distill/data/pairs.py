@@ -40,6 +40,7 @@ from torch import Tensor
 
 import distill
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import decoded
 from distill.data import maps
 from distill.data.photos import BadImageError, decode, turn, upright
 
@@ -156,8 +157,12 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     first = text.lstrip("\r\n").splitlines()[:1] or [""]
     # A comma is part of many a path and word: it separates columns only where no tab does.
     separator = "\t" if "\t" in first[0] else max(",;", key=first[0].count)
-    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting)
+    lines = io.StringIO(text, newline="")
+    reader = (
+        csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+        if separator == "\t"
+        else csv.DictReader(lines, delimiter=separator)
+    )
     reader.fieldnames = _columns(path, reader.fieldnames or ())
     for row in reader:
         cells = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
@@ -202,12 +207,7 @@ def read_names(path: Path | str) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        # Excel's "Unicode text" is UTF-16, and its UTF-8 begins with a mark; some write UTF-16 without one.
-        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            return data.decode("utf-16")
-        zeros = data[:2].find(0)
-        return data.decode("utf-8-sig" if zeros < 0 else "utf-16-le" if zeros else "utf-16-be")
+        return decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
 

@@ -65,6 +65,10 @@ def test_of_two_tables_the_raw_one_is_taken_aloud_or_the_one_asked_for(tmp_path,
     assert below_prefix(read_state(path), ("a.weight",))["a.weight"][0] == 1
     with pytest.raises(WeightsMismatchError, match="no weights_key 'other'"):
         read_state(path, weights_key="other")
+    torch.save(prefixed("module.one.") | prefixed("module.two.", AVERAGED) | {"n_averaged": torch.tensor(3)}, path)
+    with pytest.raises(WeightsMismatchError, match="holds one., two.: give one as weights_key"):
+        below_prefix(read_state(path), ("a.weight",), path)
+    assert read_state(path, weights_key="two")["a.weight"][0] == 2
     torch.save({"left": RAW, "right": AVERAGED}, path)
     with pytest.raises(WeightsMismatchError, match="holds left, right: give one as weights_key"):
         read_state(path)
@@ -83,11 +87,14 @@ def test_nothing_pickled_runs(tmp_path, zipped):
     assert not Path("/tmp/evil-was-run").exists() and "weights_only" not in str(error.value)
 
 
-def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused():
+def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused(caplog):
     teacher = prefixed("teacher.backbone.") | {"teacher.dino_head.x": torch.ones(1)} | prefixed("student.backbone.")
     assert below_prefix(teacher, ("a.weight",)).keys() == RAW.keys()
     stray = prefixed("model.") | {"more.weight": torch.ones(1)}
     assert "more.weight" in below_prefix(stray, ("a.weight",)), "for the caller to refuse"
+    with caplog.at_level(logging.WARNING):
+        assert below_prefix(stray, ("a.weight",), is_part=True).keys() == RAW.keys()
+    assert "left out more.weight" in caplog.text
 
 
 def test_chunks_of_blocks_are_joined():
