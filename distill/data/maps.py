@@ -37,9 +37,22 @@ SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".ma
 """Where several files would do, the first of these is the map."""
 MAPPED = 1 << 22
 """Bytes from which a .npy is mapped instead of read: fresh memory for it costs more time than reading it."""
+_PAGES = 16
 _MATRIX = 4
 """Sides up to which an array beside others is a camera's matrix."""
-_NAMES = ("depth", "disparity", "disp", "depth_map", "depthmap", "pred", "prediction", "arr_0", "dataset")
+_NAMES = (
+    "depth",
+    "disparity",
+    "disp",
+    "depth_map",
+    "depthmap",
+    "pred",
+    "prediction",
+    "pred_depth",
+    "predicted_depth",
+    "arr_0",
+    "dataset",
+)
 READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
 """What NumPy and the other readers raise on damaged files."""
 
@@ -203,16 +216,18 @@ def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
 
 
 def _tiff(data: bytes) -> np.ndarray:
+    page = 0  # the first may be a thumbnail
     with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
-        pages = [_page_shape(image, number) for number in range(min(2, getattr(image, "n_frames", 1)))]
-        if len(pages) > 1 and pages[0] == pages[1]:
-            raise BadMapError(f"holds {getattr(image, 'n_frames', 2)} pictures of one size: one map is needed")
-    return tiffs.numbers(data)  # Pillow knows no float16 or float64
+        sizes = [_page_size(image, number) for number in range(min(_PAGES, getattr(image, "n_frames", 1)))]
+        page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
+        if sizes.count(sizes[page]) > 1:
+            raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
+    return tiffs.numbers(data, page)  # Pillow knows no float16 or float64
 
 
-def _page_shape(image: Any, number: int) -> tuple[int, int]:
+def _page_size(image: Any, number: int) -> tuple[int, int]:
     image.seek(number)
     return image.width, image.height
 

@@ -19,14 +19,14 @@ _PHOTOS = (0, 1, 2)
 """Photometric interpretations whose numbers are grey or RGB as they stand: white is zero, black is zero, RGB."""
 
 
-def numbers(data: bytes) -> np.ndarray:
-    """The first picture's samples as they are stored, any dtype: (H,W), (H,W,C), or (C,H,W) of one in planes.
+def numbers(data: bytes, page: int = 0) -> np.ndarray:
+    """One picture's samples as they are stored, any dtype: (H,W), (H,W,C), or (C,H,W) of one in planes.
 
     Raises RuntimeError or ValueError for what libtiff cannot decode.
     """
     import imagecodecs  # a hundred codecs, each a library: only where there is a TIFF
 
-    return np.asarray(imagecodecs.tiff_decode(data))
+    return np.asarray(imagecodecs.tiff_decode(data, index=page))
 
 
 def by_libtiff(data: bytes) -> Image.Image:

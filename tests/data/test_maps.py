@@ -149,6 +149,8 @@ def test_what_lies_beside_a_map_is_no_map(tmp_path):
     Image.fromarray(big).save(tmp_path / "d.tif", save_all=True, append_images=[Image.fromarray(big)])
     with pytest.raises(BadMapError, match="holds 2 pictures of one size"):
         read_map(tmp_path / "d.tif")
+    Image.fromarray(big[:4, :4]).save(tmp_path / "e.tif", save_all=True, append_images=[Image.fromarray(big)])
+    assert read_map(tmp_path / "e.tif").shape == (8, 9), "the first is a thumbnail"
 
 
 def test_several_arrays_need_a_name(tmp_path):
