@@ -20,9 +20,10 @@ from torch import Tensor
 
 from distill.core import machine
 from distill.core.depth import Kind
+from distill.core.files import files_below
 from distill.core.plugins import find
 from distill.core.progress import Report
-from distill.data.maps import stored_stems
+from distill.data.maps import SUFFIXES, stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
 from distill.eval.plane import fit_plane
@@ -214,9 +215,11 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
     if not places:
         first = samples[0]
         stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
+        there = [path.relative_to(store).as_posix() for path in files_below(store) if path.suffix.lower() in SUFFIXES]
+        listed = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
         raise FileNotFoundError(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
-            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too)"
+            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too); there is {listed or 'no map'}"
         )
     return places
 

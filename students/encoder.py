@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.core.files import file_sha256
-from distill.core.weights import below_prefix, read_state
+from distill.core.weights import ANY, below_prefix, find_weights, read_state
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
@@ -103,9 +103,10 @@ class Encoder(nn.Module):
         if weights == "pretrained":
             _load(backbone, _download(_timm_name(name)), f"timm's {_timm_name(name)}")
         elif weights is not None:
-            _load(backbone, read_state(Path(weights), weights_key=weights_key), str(weights))
-            self.weights_sha256 = file_sha256(Path(weights))
-            self.weights_name = Path(weights).name
+            weights = find_weights(Path(weights), ANY) if Path(weights).is_dir() else Path(weights)
+            _load(backbone, read_state(weights, weights_key=weights_key), str(weights))
+            self.weights_sha256 = file_sha256(weights)
+            self.weights_name = weights.name
 
         kept = _checked_blocks(name, len(backbone.blocks), blocks)
         read = _checked_indices(len(kept), indices)
@@ -312,10 +313,10 @@ def _download(name: str) -> dict[str, Tensor]:
 _WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
-# zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed).
+# zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
 _UNUSED = re.compile(
     r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
-    r"head\.(weight|bias)|head_dist\..*"
+    r"head\.(weight|bias)|head_dist\..*|decoder_(embed|blocks|norm|pred)\..*|decoder_pos_embed"
 )
 
 
@@ -324,7 +325,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
     anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
-    state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS)
+    state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     wanted = backbone.state_dict()
     state = timm_keys(state, wanted, source)
@@ -342,6 +343,10 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     ]
     if faults:
         raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}")
+    if whole := [key for key in wanted if wanted[key].is_floating_point() and not state[key].is_floating_point()]:
+        raise ValueError(f"{source}: {_some(whole)} is {state[whole[0]].dtype}: give weights that are not quantized")
+    if infinite := [key for key in wanted if not torch.isfinite(state[key].float()).all()]:
+        raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
 
 

@@ -37,6 +37,8 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | P
             raise WeightsMismatchError(
                 f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
             )
+        if tensor.is_floating_point() and not state[key].is_floating_point():
+            raise WeightsMismatchError(f"{where}: {key} is {state[key].dtype}: give weights that are not quantized")
     module.load_state_dict(dict(state), assign=True)
     module.requires_grad_(False)
 

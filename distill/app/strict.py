@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from distill.core.files import decoded
 from distill.core.plugins import did_you_mean
 from distill.core.settings import hints_of
 
@@ -194,7 +195,7 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         near = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise RecipeError(f"{path}: no such recipe" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        table = tomllib.loads(decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n"))
     except RecursionError as error:
         raise RecipeError(f"{path}: not a recipe: its tables or arrays lie in each other without end") from error
     except ValueError as error:  # of tomllib, of a byte that is no UTF-8, and of a number of more than 4300 digits

@@ -25,6 +25,35 @@ PARTIAL, OLD = ".partial", ".old"
 _EARLIER = ((".", ".tmp"), (".", ".part"), (".", ".new"), (".new.", ""))
 
 
+def decoded(data: bytes) -> str:
+    """Text as people save it: UTF-8, with a mark or without, or the UTF-16 of Excel and PowerShell.
+
+    Raises UnicodeDecodeError, a ValueError, for any other encoding.
+    """
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16")
+    zero = data[:2].find(0)  # UTF-16 without a mark
+    return data.decode("utf-8-sig" if zero < 0 else "utf-16-le" if zero else "utf-16-be")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file of a folder to the bottom, sorted: links to files, links to nothing and pipes too.
+
+    Links to folders are followed, each folder once, so that a circle ends; hidden ones are among them.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        here = os.stat(place)  # noqa: PTH116
+        if (here.st_dev, here.st_ino) in seen:
+            inner.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        inner.sort()
+        found += [Path(place, name) for name in names]
+    return sorted(found)
+
+
 class WriteError(OSError):
     """A file or folder that cannot be written; `filename` is the target, `strerror` the reason."""
 

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
+from distill.core.standins import fault_of_start, fault_of_zip
+
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,22 +67,18 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     if matching[0].name.endswith(".json"):
         shards(matching[0])
         return matching[0]
-    with matching[0].open("rb") as stream:
-        start = stream.read(64).lstrip()
-    if start.startswith(b"version https://git-lfs"):
-        raise WeightsMismatchError(
-            f"{matching[0]} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"
-        )
-    if start.startswith(b"<"):
-        raise WeightsMismatchError(
-            f"{matching[0]} is a web page, not weights: download it again, logged in where it is gated"
-        )
+    if reason := fault_of_start(matching[0]):
+        raise WeightsMismatchError(f"{matching[0]} {reason}")
     return matching[0]
+
+
+# What trainers and systems put beside weights under the same suffixes.
+_BESIDE_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
 
 
 def _matching(folder: Path, name: str) -> list[Path]:
     """The files of a pattern; where they are shards, their index alone."""
-    files = sorted(folder.glob(name))
+    files = sorted(file for file in folder.glob(name) if not _BESIDE_WEIGHTS.fullmatch(file.name))
     if files and not all(_SHARD.search(file.name) for file in files):
         return [file for file in files if not _SHARD.search(file.name)]
     variant = name.replace(".fp16.safetensors", f".safetensors{INDEX[:-5]}.fp16.json")
@@ -102,6 +100,10 @@ def shards(index: Path) -> dict[str, Path]:
     return places
 
 
+ANY = ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
+"""Patterns of weights in a folder that may hold them in any form."""
+
+
 def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, or of an index of shards, on the CPU.
 
@@ -120,9 +122,11 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
         if lost := sorted(places.keys() - state.keys()):
             raise WeightsMismatchError(f"{index} names {lost[0]}, which no shard holds: download them again")
         return _plain_names(state, path)
-    tables = dict(_tables(_read(path)))
+    nested = _read(path)
+    tables = dict(_tables(nested))
     if not tables:
-        raise WeightsMismatchError(f"{path} holds no table of named tensors")
+        there = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
+        raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
 
@@ -147,13 +151,17 @@ def _read(path: Path) -> Any:
     import safetensors.torch
     import torch
 
+    if reason := fault_of_start(path) or fault_of_zip(path):
+        raise WeightsMismatchError(f"{path} {reason}")
     try:
         with path.open("rb") as file:
             head = file.read(9)
-        if path.suffix == ".safetensors" or (head[8:9] == b"{" and head[:2] != b"PK"):
+        zipped = head[:2] == b"PK"
+        if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in _records(path)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with path.open("rb") as file:  # by its name torch would take one called .safetensors for that
+                return torch.load(file, map_location="cpu", weights_only=True)
     except (
         safetensors.SafetensorError,
         pickle.UnpicklingError,
@@ -261,7 +269,8 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
         exact = [n for n in tables if n == wanted] or [n for n in tables if f".{n}.".find(f".{wanted}.") >= 0]
         if len(exact) == 1:
             return tables[exact[0]]
-        flat = {k[len(wanted) + 1 :]: v for t in tables.values() for k, v in t.items() if k.startswith(f"{wanted}.")}
+        named = [(_plain_name(k), v) for t in tables.values() for k, v in t.items()]
+        flat = {k[len(wanted) + 1 :]: v for k, v in named if k.startswith(f"{wanted}.")}
         if flat:
             return flat
         raise WeightsMismatchError(f"{path} has no weights_key {key!r}; it holds {', '.join(tables) or 'one table'}")
@@ -276,10 +285,16 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
+def _plain_name(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
 def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+        name = _plain_name(key)
+        if name == "n_averaged":  # how often torch's AveragedModel took the mean
+            continue
         if name in plain:
             raise WeightsMismatchError(f"{path} holds {name} twice, once inside a wrapper: save one network alone")
         plain[name] = tensor
@@ -308,13 +323,19 @@ _BESIDE = re.compile(
 
 
 def below_prefix(
-    state: Mapping[str, Tensor], anchors: Sequence[str], where: str | Path = "weights", *, beside: Sequence[str] = ()
+    state: Mapping[str, Tensor],
+    anchors: Sequence[str],
+    where: str | Path = "weights",
+    *,
+    beside: Sequence[str] = (),
+    is_part: bool = False,
 ) -> dict[str, Tensor]:
     """The tensors behind the prefix that stands before an anchor, without it; `state` as it is where none is found.
 
     anchors: names that the network must have; the first that is found decides. Of several prefixes one is taken as
     `read_state` takes tables. What lies beside it stays, for the caller to refuse, unless it is known for another part
-    of a trainer or begins with one of `beside`.
+    of a trainer or begins with one of `beside`. is_part: the network is a part of larger ones, whose other parts are
+    left out; those that nobody knows are named aloud.
     """
     for anchor in anchors:
         prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
@@ -326,9 +347,14 @@ def below_prefix(
         if others:
             _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
         left = tuple(beside) + tuple(others)
-        return {
-            key[len(first) :] if key.startswith(first) else key: tensor
+        mine = {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
+        unknown = {
+            key: tensor
             for key, tensor in state.items()
-            if key.startswith(first) or not (_BESIDE.match(key) or key.startswith(left))
+            if not (key.startswith(first) or _BESIDE.match(key) or key.startswith(left))
         }
+        if is_part and unknown:
+            _log.warning('%s: took "%s" and left out %s', where, first, ", ".join(sorted(unknown)[:3]))
+            return mine
+        return mine | unknown
     return dict(state)

@@ -37,6 +37,10 @@ def srgb(image: Image.Image, *, white_is_zero: bool = False, bits: int = 16, icc
     pixels, integers beyond 16 bits, and pictures of which nothing shows.
     """
     profile = icc if icc is not None else image.info.get("icc_profile")
+    if image.mode == "I;16B":  # of which Pillow knows no extremes
+        swapped = Image.fromarray(np.asarray(image).astype(np.uint16))
+        swapped.info = image.info
+        image = swapped
     if image.mode == "F":
         raise UnusablePixelsError("floating-point pixels: not a photograph")
     if image.mode.startswith("I"):
@@ -91,9 +95,12 @@ def _deep_grey(image: Image.Image, white_is_zero: bool, bits: int, profile: byte
     if low < 0 or high > 65535:
         raise UnusablePixelsError(f"integers from {low} to {high}: not an 8 or 16-bit image")
     top = top if high <= top else 65535
+    if bits > 16:  # how much of 32 bits is filled nobody says
+        top = 255 if high <= 255 else 65535
     levels = np.clip(np.arange(65536) / top, 0, 1)
     levels = 1 - levels if white_is_zero else levels
     grey = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    grey.info = image.info
     curve = np.asarray(_converter(grey, profile)(grey))[0].astype(np.float64)  # (256,3)
     table = np.stack([np.interp(levels * 255, np.arange(256), curve[:, c]) for c in range(3)], axis=-1)
     table = np.floor(table + 0.5).astype(np.uint8)

@@ -171,13 +171,19 @@ def _numbers(value: Any) -> tuple[int, ...]:
 def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
     """(a PNG without its oversized text and profile, that profile): Pillow refuses the pixels for what is beside them.
 
-    Anything else, and a PNG without such chunks, comes back as it is.
+    So it does where a checksum of something beside them is wrong, which goes too. Anything else, and a PNG without such
+    chunks, comes back as it is.
     """
     cut: list[tuple[int, int]] = []
     profile: bytes | None = None
     text = 0
     for at, name, body in _chunks(data):
-        if name in (b"tEXt", b"zTXt", b"iTXt"):
+        if (
+            name[:1].islower()
+            and zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") != data[at + 8 + len(body) :][:4]
+        ):
+            cut.append((at, at + 12 + len(body)))
+        elif name in (b"tEXt", b"zTXt", b"iTXt"):
             size = max(len(body), _inflated(name, body))
             text += size
             if size > _TEXT or text > 16 * _TEXT:

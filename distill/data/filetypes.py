@@ -7,12 +7,13 @@ read), refused with a reason (pictures of kinds that are not read), or not ours 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 
 PHOTOS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".heic", ".heif", ".hif"),
 )
 """Suffixes of photographs that can be read (HEIC needs an extra package); of a moving one the first picture."""
@@ -84,6 +85,8 @@ def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
 def sniff(data: bytes) -> str:
     """What the first bytes say: "JPEG", "HEIC", "camera raw", "a video (MP4)", ..., "" where they say nothing."""
     head = bytes(data[:64])
+    if bytes(data[128:132]) == b"DICM":
+        return "DICOM"
     if head[4:8] == b"ftyp":
         return _brand(head)
     for magic, kind in _MAGIC:
@@ -130,7 +133,37 @@ _MAGIC = (
     (b"\x1f\x8b", "compressed (gzip)"),
     (b"\0\5\x16\7", "macOS's notes on a file (AppleDouble)"),
     (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
+    (b"\x89HDF\r\n\x1a\n", "HDF5"),
+    (b"MATLAB", "a .mat"),
+    (b"Rar!", "a RAR archive"),
+    (b"7z\xbc\xaf", "a 7z archive"),
+    (b"\x80\2", "a Python pickle"),
+    (b"DDS ", "a DirectDraw texture (DDS)"),
+    (b"qoif", "QOI"),
+    (b"gimp xcf", "GIMP's XCF"),
+    (b"%!PS", "PostScript"),
+    (b"\0\0\1\0", "an icon (ICO)"),
+    (b"SIMPLE  =", "FITS"),
+    (b"P7\n", "PAM"),
+    (b"Pf\n", "PFM"),
+    (b"PF\n", "PFM"),
+    (b"PIEH", "Sintel's .dpt"),
 )
+
+
+def text(data: bytes) -> str:
+    """`text, beginning '<!DOCTYPE'` of bytes that are words: a web page, an error of a server; "" of anything else."""
+    head = bytes(data[:512]).removeprefix(b"\xef\xbb\xbf").lstrip()
+    readable = head.decode("utf-8", errors="ignore")
+    if (
+        len(head) < 3
+        or len(readable.encode()) < len(head) - 3
+        or not all(c.isprintable() or c.isspace() for c in readable)
+    ):
+        return ""
+    if re.match(r"P[1-3]\s+\d", readable):  # pictures and maps in plain digits
+        return ""
+    return f"text, beginning {readable[:24]!r}"
 
 
 def _brand(head: bytes) -> str:

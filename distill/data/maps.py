@@ -5,6 +5,8 @@ are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, 
 are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
 `distill predict` carries its range and is given back as values.
 
+A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused.
+
 Shapes: H height, W width of the map as stored.
 """
 
@@ -12,19 +14,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 import struct
 import tempfile
 import tokenize
+import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
-from distill.data import damage, filetypes
+from distill.data import damage, filetypes, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
@@ -32,7 +37,22 @@ SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".ma
 """Where several files would do, the first of these is the map."""
 MAPPED = 1 << 22
 """Bytes from which a .npy is mapped instead of read: fresh memory for it costs more time than reading it."""
-_NAMES = ("depth", "disparity", "disp", "depth_map", "depthmap", "pred", "prediction", "arr_0", "dataset")
+_PAGES = 16
+_MATRIX = 4
+"""Sides up to which an array beside others is a camera's matrix."""
+_NAMES = (
+    "depth",
+    "disparity",
+    "disp",
+    "depth_map",
+    "depthmap",
+    "pred",
+    "prediction",
+    "pred_depth",
+    "predicted_depth",
+    "arr_0",
+    "dataset",
+)
 READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
 """What NumPy and the other readers raise on damaged files."""
 
@@ -66,11 +86,18 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
                 raise
             except READ_ERRORS as error:
                 raise BadMapError(_said(kind, error)) from error
-    what = filetypes.sniff(data) or ("of no known format" if data else "empty")
-    raise BadMapError(f"not a readable {PurePosixPath(name).suffix or 'map'} ({what}); read are {READ}")
+    suffix = PurePosixPath(name).suffix
+    if suffix.lower() == ".mat" and data[:4] in (b"\0\0\0\0", b"\0\0\3\xe8", b"\n\0\0\0"):  # version 4 has no signature
+        with contextlib.suppress(*READ_ERRORS):
+            return _plane(_mat(data))
+    what = filetypes.sniff(data) or filetypes.text(data) or ("of no known format" if data else "empty")
+    what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
+    raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
 
 
 def _said(kind: str, error: BaseException) -> str:
+    if "allow_pickle" in str(error) or "Python objects" in str(error):
+        return f"not a readable .{kind} (pickled Python objects, which are not opened: save the array of numbers alone)"
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
 
 
@@ -88,54 +115,128 @@ def _npz(data: bytes) -> np.ndarray:
         sizes = {info.filename: info.file_size for info in archive.zip.infolist()}
         if sum(sizes.values()) > 1 << 32:
             raise BadMapError(f"unpacks to {sum(sizes.values())} bytes: not one map")
-        return _chosen({name: archive[name] for name in archive.files})
+        if any(name.endswith("/data.pkl") for name in sizes):
+            raise BadMapError(f"a torch file, not a map: save its tensor as .npy (read are {READ})")
+        arrays: dict[str, Any] = {}
+        for name in archive.files:
+            try:
+                arrays[name] = archive[name]
+            except ValueError as error:  # notes beside the map may be pickled: they stay closed
+                if "allow_pickle" not in str(error):
+                    raise
+                arrays[name] = "pickled"
+        return _chosen(arrays)
 
 
 def _chosen(arrays: Mapping[str, Any]) -> np.ndarray:
-    """The one map of several arrays: the only one of two axes, or the one that is called as a map is."""
-    planes = {
-        name: array
-        for name, array in arrays.items()
-        if isinstance(array, np.ndarray) and array.dtype.kind in "fiu" and sum(side != 1 for side in array.shape) == 2
-    }
-    named = [name for wanted in _NAMES for name in planes if name.rpartition("/")[2].lower() == wanted]
-    if len(planes) != 1 and not named:
-        listed = ", ".join(f"{name} {getattr(array, 'shape', '')}" for name, array in list(arrays.items())[:5])
+    """The one map of several arrays: the one that is called as a map is, or the only one that can be one.
+
+    What is called depth and has several planes is an error: a camera's 3 x 3 matrix beside it is no map.
+    """
+    numbers = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) and a.dtype.kind in "fiu"}
+    planes = {name: array for name, array in numbers.items() if sum(side != 1 for side in array.shape) == 2}
+    called = [name for wanted in _NAMES for name in numbers if name.rpartition("/")[2].lower() == wanted]
+    if called and called[0] in planes:
+        return planes[called[0]]
+    if len(numbers) > 1:
+        planes = {name: array for name, array in planes.items() if sorted(array.shape)[-2] > _MATRIX}
+    if len(planes) != 1 or called:
+        listed = ", ".join(f"{name} {getattr(array, 'shape', array)}" for name, array in list(arrays.items())[:5])
         raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one that is called depth or disparity")
-    return planes[named[0] if named else next(iter(planes))]
+    return next(iter(planes.values()))
 
 
 def _picture(data: bytes) -> np.ndarray:
-    if data.startswith(b"\x89PNG") and (reason := damage.png_damage(data)):
+    if reason := damage.png_damage(data):
         raise BadMapError(reason)
-    with Image.open(io.BytesIO(data), formats=("PNG", "PPM")) as image:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.load()
         if image.mode == "P":
-            palette = np.array(image.convert("RGB"))
-            if (palette[..., 0] != palette[..., 1]).any() or (palette[..., 0] != palette[..., 2]).any():
-                raise BadMapError("a palette of colours: a picture of a map, not a map; store its numbers")
-            return palette[..., 0]
+            return _grey(np.array(image.convert("RGB")), "a palette of colours: a picture of a map, not a map")
         values = np.array(image)
-        if values.ndim != 2:
-            raise BadMapError(f"has {values.shape[-1]} channels: a picture, not a map; a depth map has one channel")
+        if values.ndim == 3:
+            if data[24] == 16:  # Pillow keeps eight bits of colours
+                values = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
+            return _grey(values, f"has {len(image.getbands())} channels: a picture, not a map")
         if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
             low, high = float(image.info["low"]), float(image.info["high"])
             return (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
         return values
 
 
-def _tiff(data: bytes) -> np.ndarray:
-    import imagecodecs  # Pillow knows no float16 or float64
+def _grey(values: np.ndarray, otherwise: str) -> np.ndarray:
+    """The one channel of a picture (H,W,C) whose colours are all the same; BadMapError says `otherwise`."""
+    colours = values[..., : -1 if values.shape[-1] in (2, 4) else None]
+    if (colours != colours[..., :1]).any():
+        raise BadMapError(f"{otherwise}; a depth map has one channel: store its numbers")
+    alpha = values[..., -1]
+    if values.shape[-1] in (2, 4) and alpha.min() < np.iinfo(alpha.dtype).max:
+        raise BadMapError("is transparent in places, and a map has no alpha: store what is invalid as 0")
+    return np.ascontiguousarray(colours[..., 0])
 
+
+_PFM = re.compile(rb"(Pf|PF)\s+(?:#[^\n]*\s+)*(\d+)\s+(\d+)\s+([-+.\deE]+)[ \t]*(\r\n|\n|\r|\s)")
+_PGM = re.compile(rb"P([25])\s+(?:#[^\n]*\s+)*(\d+)\s+(?:#[^\n]*\s+)*(\d+)\s+(?:#[^\n]*\s+)*(\d+)\s")
+
+
+def _pfm(data: bytes) -> np.ndarray:
+    """Rows from the bottom up; the sign of the scale is the order of bytes, its size says nothing."""
+    if not (head := _PFM.match(data)):
+        raise BadMapError("not a readable .pfm (its header is not PFM's)")
+    width, height, planes = int(head[2]), int(head[3]), 3 if head[1] == b"PF" else 1
+    kind = "<f4" if float(head[4]) < 0 else ">f4"
+    start = head.end()
+    if len(data) - start == 4 * width * height * planes - 1 and head[5] == b"\r\n":
+        start -= 1  # a lone CR ended the header, and the first number begins with a byte like LF
+    _check_length(data, start, 4 * width * height * planes, "pfm")
+    values = np.frombuffer(data, kind, width * height * planes, start).reshape(height, width, planes)[::-1]
+    if not np.array_equal(values, np.broadcast_to(values[..., :1], values.shape), equal_nan=True):
+        raise BadMapError(f"has {planes} channels: a picture, not a map; a depth map has one channel")
+    return values[..., 0]
+
+
+def _pgm(data: bytes) -> np.ndarray:
+    """The numbers as they stand, whatever the greatest may be: Pillow stretches them to eight or sixteen bits."""
+    if not (head := _PGM.match(data)):
+        raise BadMapError("not a readable .pgm (its header is not PGM's)")
+    width, height, top = (int(head[i]) for i in (2, 3, 4))
+    if head[1] == b"2":
+        plain = np.array(re.sub(rb"#[^\n]*", b"", data[head.end() - 1 :]).split()[: width * height], dtype=np.int64)
+        if plain.size != width * height:
+            raise BadMapError(f"not a whole .pgm: {plain.size} numbers for {width} x {height}")
+        return plain.reshape(height, width)
+    kind = np.dtype(">u2" if top > 255 else "u1")
+    _check_length(data, head.end(), kind.itemsize * width * height, "pgm")
+    return np.frombuffer(data, kind, width * height, head.end()).reshape(height, width)
+
+
+def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
+    if size <= 0 or len(data) - start < size:
+        raise BadMapError(f"not a whole .{kind}: {len(data) - start} bytes of pixels, and its header says {size}")
+
+
+def _tiff(data: bytes) -> np.ndarray:
+    page = 0  # the first may be a thumbnail
     with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
-    return np.asarray(imagecodecs.tiff_decode(data))
+        sizes = [_page_size(image, number) for number in range(min(_PAGES, getattr(image, "n_frames", 1)))]
+        page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
+        if sizes.count(sizes[page]) > 1:
+            raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
+    return tiffs.numbers(data, page)  # Pillow knows no float16 or float64
+
+
+def _page_size(image: Any, number: int) -> tuple[int, int]:
+    image.seek(number)
+    return image.width, image.height
 
 
 def _dpt(data: bytes) -> np.ndarray:
     """Sintel's: the number 202021.25, width, height, then float32, all little-endian."""
     width, height = struct.unpack("<ii", data[4:12])
+    if min(width, height) > 0 and len(data) == 12 + 8 * width * height:
+        raise BadMapError("optical flow (.flo), two numbers a pixel: not a map")
     if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
         raise BadMapError(f"not a whole .dpt: {len(data)} bytes for {width} x {height} float32")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width)
@@ -199,9 +300,10 @@ _READERS = (
     (b"\x93NUMPY", "npy", lambda data: np.load(io.BytesIO(data), allow_pickle=False)),
     (b"PK\3\4", "npz", _npz),
     (b"\x89PNG", "png", _picture),
-    (b"Pf", "pfm", _picture),
-    (b"PF", "pfm", _picture),
-    (b"P5", "pgm", _picture),
+    (b"Pf", "pfm", _pfm),
+    (b"PF", "pfm", _pfm),
+    (b"P5", "pgm", _pgm),
+    (b"P2", "pgm", _pgm),
     (b"II*\0", "tif", _tiff),
     (b"MM\0*", "tif", _tiff),
     (b"II+\0", "tif", _tiff),
@@ -216,19 +318,23 @@ def stored_stems(key: str) -> list[str]:
     """The names, without suffix, under which the map of an image may be stored, the most particular first.
 
     key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
-    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do).
+    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do), then
+    a/rgb_0001_depth and a/rgb_0001_disp.
     """
     path = PurePosixPath(key)
     stem = path.stem if len(path.suffix) > 1 else path.name
     plain = stem.removeprefix("rgb_")
     names = [path.name, f"{stem}_{path.suffix[1:].lower()}" if len(path.suffix) > 1 else stem, stem]
-    names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}"]
+    names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}", f"{stem}_depth", f"{stem}_disp"]
     return list(dict.fromkeys(str(path.with_name(name)) for name in names))
 
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:
     """The stored map of an image that goes by one of `keys`, in any format that is read; None where there is none."""
-    for stem in dict.fromkeys(stem for key in keys for stem in stored_stems(key)):
+    stems = dict.fromkeys(stem for key in keys for stem in stored_stems(key))
+    # A folder that came from a Mac spells accents in two characters, where a table has one.
+    spelt = dict.fromkeys(unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems)
+    for stem in [*stems, *(spelt.keys() - stems.keys())]:
         for suffix in SUFFIXES:
             for spelled in (suffix, suffix.upper()):
                 if (path := folder / f"{stem}{spelled}").is_file():

@@ -1,17 +1,19 @@
-"""Photographs with a measured depth or disparity, described by a tab-separated table.
+"""Photographs with a measured depth or disparity, described by a table.
 
-Columns that are read (others are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres,
-invalid, trust, dataset, focal. Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads,
-shown upright; `depth` any map that distill.data.maps reads.
+Columns are separated by tabs, or by commas or semicolons where the first line has no tab. Those that are read (others
+are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres, invalid, trust, dataset, focal.
+Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads, shown upright; `depth` any map
+that distill.data.maps reads.
 
 - kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
   `Z[m]=f*b/disp` or `Z[m]=f*b/(disp+offset)` with its numbers filled in, which makes metric depth of disparity; a
-  unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown. What looks like a number and is none ("0,001")
-  is an error. Then depth becomes scale_depth, and disparity affine_disparity, since
+  unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown. What looks like a number or a unit and is none
+  ("0,001", "ft") is an error. Of an unknown scale depth becomes scale_depth, and disparity affine_disparity, since
   a disparity of unknown calibration also has an unknown offset.
 - invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
-  (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid.
+  (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid. A
+  number beyond 16 bits (1e10) is a bound too.
   Values that are not finite or not positive are always invalid.
 - focal: the camera's focal length in pixels of the photograph as it is stored; empty where nobody knows it.
 
@@ -24,8 +26,10 @@ from __future__ import annotations
 import csv
 import io
 import math
+import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +40,7 @@ from torch import Tensor
 
 import distill
 from distill.core.depth import DepthMap, Kind
+from distill.core.files import decoded
 from distill.data import maps
 from distill.data.photos import BadImageError, decode, turn, upright
 
@@ -131,11 +136,8 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     path = path / "INDEX.tsv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    reader.fieldnames = _columns(path, reader.fieldnames or ())
-    rows = [(reader.line_num, {k: _cell(v or "") for k, v in row.items() if isinstance(k, str)}) for row in reader]
     pairs, faults = {}, []
-    for line, row in rows:
+    for line, row in _rows(path):
         try:
             pair = _pair(row, path.parent)
         except ValueError as error:
@@ -149,11 +151,33 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     return _choose(path, pairs, names)
 
 
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number of each line that says something, and its cells by the names of their columns."""
+    text = _text(path)
+    first = text.lstrip("\r\n").splitlines()[:1] or [""]
+    # A comma is part of many a path and word: it separates columns only where no tab does.
+    separator = "\t" if "\t" in first[0] else max(",;", key=first[0].count)
+    lines = io.StringIO(text, newline="")
+    reader = (
+        csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+        if separator == "\t"
+        else csv.DictReader(lines, delimiter=separator)
+    )
+    reader.fieldnames = _columns(path, reader.fieldnames or ())
+    for row in reader:
+        cells = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
+        if any(cells.values()) and not next(iter(cells.values())).startswith("# "):
+            yield reader.line_num, cells
+
+
 def _columns(path: Path, given: Sequence[str]) -> list[str]:
     """The names of the columns as they are read; ValueError where one is missing, or is meant and not read."""
     columns = [_cell(name).lower().replace("meters", "metres") for name in given]
     if missing := {"name", "rgb", "depth"} - set(columns):
-        raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; columns are separated by tabs")
+        there = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
+        raise ValueError(
+            f"{path}: no column {', '.join(sorted(missing))}{there} (they are separated by tabs, commas or semicolons)"
+        )
     scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
     if scales and "scale_to_metres" not in columns:
         raise ValueError(f"{path}: the column {scales[0]} is not read: metres per stored unit are scale_to_metres")
@@ -183,9 +207,7 @@ def read_names(path: Path | str) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        data = path.read_bytes()
-        # Excel's "Unicode text" is UTF-16, and its UTF-8 begins with a mark.
-        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        return decoded(path.read_bytes())
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
 
@@ -229,8 +251,8 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     bounds, values = _invalid(row.get("invalid", ""))
     return Pair(
         name=row["name"],
-        rgb_path=folder / row["rgb"],
-        depth_path=folder / row["depth"],
+        rgb_path=_place(folder, row["rgb"]),
+        depth_path=_place(folder, row["depth"]),
         kind=kind,
         scale=scale,
         baseline=baseline,
@@ -244,8 +266,18 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     )
 
 
+def _place(folder: Path, text: str) -> Path:
+    """The file of a cell: as it is written, else with the slashes or the form of accents that its name has here."""
+    plain = folder / os.path.expanduser(text)  # noqa: PTH111  (Path's raises for ~nobody)
+    if plain.exists():
+        return plain
+    ways = [unicodedata.normalize(form, text.replace("\\", "/")) for form in ("NFC", "NFD")]
+    return next((folder / way for way in ways if (folder / way).is_file()), plain)
+
+
 def _focal(text: str) -> float:
     """Pixels; 0 for an empty cell."""
+    text = "" if text.lower() in ("nan", "n/a", "na", "none", "null", "unknown", "-") else text
     try:
         focal = float(text or 0)
     except ValueError:
@@ -256,7 +288,16 @@ def _focal(text: str) -> float:
 
 
 _UNKNOWN = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
-_UNITS = {"m": 1.0, "metre": 1.0, "metres": 1.0, "meter": 1.0, "meters": 1.0, "cm": 0.01, "mm": 0.001}
+_UNITS = {
+    short + many: unit
+    for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
+    for short in words.split()
+    for many in ("", "s")
+}
+_MEANT = re.compile(  # a number or a unit that is not understood: never "unknown" without a word
+    r"[-+.,\d\u2212*/\u00f7=]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)|[a-z_]+\s*[/*]\s*\d"
+    r"|(\w*met(re|er)s?|[cmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
+)
 
 
 def _number(text: str) -> float | None:
@@ -273,13 +314,14 @@ def _number(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
-    if "disp" not in plain and re.match(r"[-+.,\d\u2212]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)", plain):
+    if plain and "disp" not in plain and _MEANT.match(plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
     return None
 
 
 def _kind(text: str, *, known: bool) -> Kind:
+    text = text.lower()
     if text == "depth":
         return Kind.METRIC_DEPTH if known else Kind.SCALE_DEPTH
     if text == "disparity":
@@ -292,10 +334,14 @@ def _kind(text: str, *, known: bool) -> Kind:
 
 def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
     """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
+    if low := re.search(rf"<=?\s*({_NUMBER})", text):
+        if float(low[1]) > 0:
+            raise ValueError(f"invalid {text!r}: bounds are >=NUMBER; values below one are no rule here")
+        text = text.replace(low[0], "")
     bounds = [float(number) for number in re.findall(rf">=?\s*({_NUMBER})", text)]
     values = [float(number) for number in re.findall(rf"(?<![\w.-])({_NUMBER})", re.sub(rf">=?\s*{_NUMBER}", "", text))]
-    if max(values, default=0.0) >= _CEILING:
-        bounds.append(_CEILING)
+    if beyond := [value for value in values if value >= _CEILING]:
+        bounds.append(_CEILING if min(beyond) < 1 << 16 else min(beyond))
     return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _CEILING}))
 
 

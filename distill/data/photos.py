@@ -16,6 +16,7 @@ import os
 import re
 import stat
 import struct
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,10 @@ from torch.nn import functional as F
 
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
-from distill.data import colour, damage, filetypes
+from distill.data import colour, damage, filetypes, tiffs
+
+# Broken notes in good photographs are common, and Pillow would tell the terminal of each.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Parsers that a photo may reach. Pillow knows forty more; among them is one that starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
@@ -183,7 +187,7 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit:
         Image.MAX_IMAGE_PIXELS = limit  # its own warning would come on the terminal before our word
     try:
-        with _heic(data) if kind == "HEIC" else Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _heic(data) if kind == "HEIC" else _plain(data, kind) as image:
             deep = _page(image, data) if image.format == "TIFF" else {}
             _check_size(image, len(data), limit)
             if (kind == "BMP" and damage.bmp_is_cut(data)) or (
@@ -210,10 +214,9 @@ def _kind(data: bytes) -> str:
     """What the bytes are; BadImageError where that is known to be no photo, or an unfinished one."""
     if not data:
         raise BadImageError("empty file")
-    head = data[:512].lstrip()
-    if head[:1] in (b"<", b"{"):
-        raise BadImageError(f"not an image: it is text, beginning {head[:24].decode('latin-1')!r}")
     kind = filetypes.sniff(data)
+    if not kind and (words := filetypes.text(data)):
+        raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _READ:
@@ -221,6 +224,19 @@ def _kind(data: bytes) -> str:
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind
+
+
+def _plain(data: bytes, kind: str) -> Image.Image:
+    """What Pillow opens; a TIFF that it has no mode for is decoded by libtiff."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        if kind != "TIFF":
+            raise
+        return tiffs.by_libtiff(data)
+    # Pillow reads samples of 16 bits in planes of their own as eight.
+    deep = image.format == "TIFF" and int(image.tag_v2.get(284, 1)) == 2 and max(image.tag_v2.get(258, (8,))) > 8  # type: ignore[attr-defined]
+    return tiffs.by_libtiff(data) if deep else image
 
 
 def _heic(data: bytes) -> Image.Image:
@@ -282,7 +298,7 @@ def _page(image: Any, data: bytes) -> dict[str, Any]:
         raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
     depth = tags.get(258, 16)
     bits = int(depth[0] if isinstance(depth, tuple) else depth)
-    return {"white_is_zero": tags.get(262) == 0, "bits": bits if 8 < bits <= 16 else 16}
+    return {"white_is_zero": tags.get(262) == 0, "bits": bits if bits > 8 else 16}
 
 
 def _misread(image: TiffImageFile) -> bool:

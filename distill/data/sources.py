@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from distill.core.depth import DepthMap, Kind
-from distill.core.files import leaves_root
+from distill.core.files import files_below, leaves_root
 from distill.core.printable import printable
 from distill.data import filetypes, photos, storage
 from distill.data import pairs as depth_pairs
@@ -251,7 +251,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         if not path.is_dir():
             files[printable(f"{path.parent.name}/{path.name}")] = path
             continue
-        for file in (f for f in sorted(path.rglob("*")) if not f.is_dir()):
+        for file in files_below(path):
             inside = file.relative_to(path).as_posix()
             name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
             if not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused):

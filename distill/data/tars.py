@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from distill.data import storage
+from distill.data import filetypes, storage
 from distill.data.photos import MAX_BYTES
 
 
@@ -23,9 +23,13 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
     with storage.open_place(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        start = file.read(6)
+        start = file.read(512)
         if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
             yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
+            return
+        words = "" if b"ustar" in start else filetypes.sniff(start) or filetypes.text(start)
+        if not start or words:
+            yield None, f"not a tar: it is {words or 'empty'}; download it again"
             return
         at: int | None = 0
         while at is not None:

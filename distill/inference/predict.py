@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,10 +27,10 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.plugins import find as find_plugin
 from distill.core.plugins import option_faults
 from distill.core.progress import Report
-from distill.data import filetypes
 from distill.data.photos import BadImageError, decode
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import solid, video
+from distill.inference.inputs import Survey, find, survey
 from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
 from distill.inference.pictures import checked
 from distill.inference.solid import Lens
@@ -39,8 +38,21 @@ from distill.students import checkpoint
 from distill.teachers import Teacher as AnyTeacher
 from distill.teachers.checkpoint import Teacher
 
-PHOTOS, VIDEOS = filetypes.PHOTOS, filetypes.FILMS
-"""Suffixes that a folder is searched for; of a moving picture the first is taken."""
+__all__ = [
+    "Estimator",
+    "PredictOutcome",
+    "PredictionJob",
+    "Survey",
+    "coloured",
+    "find",
+    "load",
+    "load_teacher",
+    "nearness",
+    "read",
+    "run",
+    "survey",
+    "write_map",
+]
 
 
 class Estimator:
@@ -117,80 +129,6 @@ class PredictOutcome:
     written: int = 0
     present: int = 0
     problems: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Survey:
-    """What was found: read + refused + not ours = found.
-
-    jobs: photos and videos to predict. refused: "path: reason" of pictures of a kind that is not read. passed: how many
-    other files there are, by suffix. Nothing that was made in the output folder is among them.
-    """
-
-    jobs: list[PredictionJob]
-    refused: list[str]
-    passed: Counter[str]
-
-
-def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
-    """The photos and videos of `survey`."""
-    return survey(inputs, out=out).jobs
-
-
-def survey(inputs: Sequence[str], *, out: Path) -> Survey:
-    """What lies behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
-
-    Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
-    """
-    outputs = Outputs(out)
-    chosen: dict[Path, str] = {}
-    refused: dict[str, None] = {}
-    passed: dict[Path, str] = {}
-    for given in inputs:
-        if not given.strip():
-            raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
-        files = list(_files(Path(given).expanduser()))
-        mine = [one for one in files if not outputs.holds(one[0])]
-        photos = {file.resolve(): stem for file, stem, _ in mine if stem}
-        others = [(file, name, filetypes.refusal(name)) for file, stem, name in mine if not stem]
-        refused |= {f"{file}: {reason}": None for file, _, reason in others if reason}
-        passed |= {file.resolve(): filetypes.sort_of(name) for file, name, reason in others if not reason}
-        if not photos:
-            what = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
-            rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
-            rest += "".join(f"; {line}" for line in list(refused)[:2])
-            if not files and not Path(given).expanduser().exists():
-                reason = "matches no file" if set(given) & set("*?[") else "no such file or folder"
-                raise FileNotFoundError(f"{given}: {reason}")
-            raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
-        chosen |= {file: stem for file, stem in photos.items() if file not in chosen}
-    return Survey(
-        [PredictionJob(path, outputs.stem(path, chosen[path])) for path in chosen],
-        list(refused),
-        Counter(sort for path, sort in passed.items() if path not in chosen),
-    )
-
-
-def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
-    """Files behind one path or glob: each, the stem that it would like, "" for no photo or video, and its name."""
-    for path in [given] if given.exists() else _glob(given):
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file():
-                    inside = file.relative_to(path)
-                    name = inside.as_posix()
-                    ours = filetypes.is_photo(name) or filetypes.is_film(name)
-                    yield file, inside.with_suffix("").as_posix() if ours else "", name
-        elif path.is_file():
-            yield path, path.stem, path.name
-
-
-def _glob(pattern: Path) -> list[Path]:
-    # What exists is meant as it is written: a folder may be called "b [1]".
-    base, parts = Path(pattern.anchor or "."), list(pattern.relative_to(pattern.anchor).parts)
-    while parts and (base / parts[0]).exists():
-        base /= parts.pop(0)
-    return sorted(base.glob("/".join(parts))) if parts else []
 
 
 def run(
@@ -278,7 +216,7 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
         return False
     photo = read(job.path)
     depth = estimator.predict(photo, **_focal(estimator, job, photo, lens))
-    values = _whole(depth)
+    values = _whole(depth, photo)
     span = float(values.min()), float(values.max())
     rgb = photo.permute(1, 2, 0).numpy()
     made = outputs.begin(made, missing)
@@ -299,13 +237,18 @@ def _focal(estimator: Estimator, job: PredictionJob, image: Tensor, lens: Lens) 
     return {"focal": lens.of(job.path, *image.shape[-2:]).focal} if takes else {}
 
 
-def _whole(depth: DepthMap) -> np.ndarray:
-    """The map's values (H,W); BadImageError where some are not finite, as of a student whose training diverged."""
+def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
+    """The map's values (H,W); BadImageError where they say nothing, as of a student whose training diverged.
+
+    photo: (3,H,W), whose map may be the same everywhere where it is so itself.
+    """
     values: np.ndarray = depth.values[0].numpy()
     usable = np.isfinite(values) & depth.valid[0].numpy()
     if not usable.all():
         share = 100 * float(usable.mean())
         raise BadImageError(f"the student's map is not finite ({share:.0f} % of it is): its training has diverged")
+    if values.size > 1 and values.min() == values.max() and photo.min() < photo.max():
+        raise BadImageError(f"the student's map is {values.flat[0]:g} everywhere: its training has collapsed")
     return values
 
 
@@ -393,7 +336,7 @@ def _video(
             single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
             if single or films:
                 frame_rgb = torch.from_numpy(rgb).permute(2, 0, 1)
-                values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)))
+                values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)), frame_rgb)
                 value_range = float(values.min()), float(values.max())
                 for name in single:
                     frame = outputs.path(made, name, count)

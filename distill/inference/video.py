@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from av.stream import Disposition
 
 from distill.core import files
+from distill.data import filetypes
 from distill.data.photos import BadImageError
 
 av.logging.set_level(av.logging.PANIC)
@@ -30,7 +32,7 @@ _CUT = "it is cut, and what says how it is encoded is lost: copy it again"
 
 
 class Film:
-    """The frames that a player would show of a film: edit lists and rotation applied, in their order.
+    """The frames that a player would show of a film: edit lists, rotation and oblong pixels applied, in their order.
 
     rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
     problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
@@ -42,6 +44,8 @@ class Film:
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
+            if what := _other(path):
+                raise BadImageError(f"not a video: it is {what}") from error
             cut = path.is_file() and _lacks_boxes(path)
             raise BadImageError(_CUT if cut else f"not a video that can be opened ({_short(error)})") from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -57,14 +61,16 @@ class Film:
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
         self.total = max(0, self._stream.frames)
         self._edited = "mov" in self._container.format.name
-        self._cut, self._counted = _is_cut(path), self.total > 0
+        self._cut = _is_cut(path)
+        self._size: tuple[int, int] | None = None
         if self._edited and self._stream.duration and self._stream.time_base:
             # The number of frames in the header counts those that an edit list hides.
             self._end = float((self._stream.start_time or 0) + self._stream.duration) * float(self._stream.time_base)
             shown = round(float(self._stream.duration * self._stream.time_base) * self.rate)
             self.total = min(self.total, shown) if self.total and shown else self.total
         else:
-            self._end = 0.0
+            # mkvmerge's and FFmpeg's word on this track; the container's duration is that of the longest, often sound.
+            self._end = _seconds(self._stream.metadata.get("DURATION", ""))
             if self._container.duration and not self.total:
                 self.total = round(self._container.duration / av.time_base * self.rate)
 
@@ -81,12 +87,25 @@ class Film:
                     lost += count > 0  # a cut film may begin with pictures that lean on earlier ones
                     continue
                 for frame in decoded:
-                    last = max(last, float(frame.time or 0.0) + 1 / self.rate)
+                    shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+                    last = max(last, float(frame.time or 0.0) + max(shown, 1 / self.rate))
                     count += 1
-                    yield _upright(frame)
+                    yield self._shown(frame)
         finally:
             self._container.close()
         self.problem = self._judge(count, lost, last)
+
+    def _shown(self, frame: Any) -> np.ndarray:
+        """(H,W,3) uint8 RGB as it is to be shown: square pixels, upright, every frame of the size of the first."""
+        aspect = float(self._stream.sample_aspect_ratio or 1)
+        aspect = aspect if 0.2 < aspect < 5 else 1.0
+        # Wider pixels are stretched, taller ones make the picture higher: nothing is thrown away.
+        size = round(frame.width * max(1.0, aspect)), round(frame.height / min(1.0, aspect))
+        self._size = self._size or size
+        if (frame.width, frame.height) == self._size:
+            return _upright(frame, frame.to_ndarray(format="rgb24"))
+        width, height = self._size
+        return _upright(frame, frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC"))
 
     def _packets(self) -> Iterator[Any]:
         try:
@@ -99,22 +118,55 @@ class Film:
             return f"no frame of this video can be decoded (its codec is {self._codec})"
         if lost:
             return f"{lost} of its frames are damaged; {count} could be decoded"
-        if self._edited:  # the header's count is of what is stored, its end of what is shown
-            whole = not self._end or last >= self._end - 2 / self.rate
-        else:  # Matroska's end is the longest track's, and sound may last a little longer
-            whole = not self._cut and (self._counted or count >= self.total - self.rate)
+        # A header's count of frames is of what is stored and at an even rate: its end alone is held against the film.
+        whole = not self._cut and (not self._end or last >= self._end - 2 / self.rate)
         return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
 
 
 def _is_cut(path: Path) -> bool:
-    """Whether a film is shorter than its header says that the file is: AVI and Windows Media."""
+    """Whether a film is shorter than it says that it is, or ends in the middle of something: not MP4 and MPEG."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1 << 16)
-    size = path.stat().st_size
+        if head[:4] == b"\x1a\x45\xdf\xa3":
+            return _segment_end(head) > size
+        if head[:3] == b"FLV" and size > 16:  # every tag is followed by its length
+            file.seek(size - 4)
+            length = int.from_bytes(file.read(4), "big")
+            file.seek(max(0, size - 4 - length))
+            return not 11 <= length <= size or file.read(1)[0] & 31 not in (8, 9, 18)
     if head[:4] == b"RIFF":
         return int.from_bytes(head[4:8], "little") + 8 > size
     at = head.find(bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365"))  # the object of the file's properties
     return at >= 0 and int.from_bytes(head[at + 40 : at + 48], "little") > size
+
+
+def _segment_end(head: bytes) -> int:
+    """Where a Matroska file ends by its segment's length; 0 where it does not say, as a live recording."""
+    at = 0
+    for wanted in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        if head[at : at + 4] != wanted or at + 5 > len(head) or not head[at + 4]:
+            return 0
+        width = 9 - head[at + 4].bit_length()  # of the length, in bytes
+        length = int.from_bytes(head[at + 4 : at + 4 + width], "big") & ((1 << 7 * width) - 1)
+        at += 4 + width + (length if wanted[0] == 0x1A else 0)
+    return 0 if length == (1 << 7 * width) - 1 else at + length
+
+
+def _seconds(clock: str) -> float:
+    """Of `00:00:05.300000000`; 0 for anything else."""
+    parts = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", clock)
+    return int(parts[1]) * 3600 + int(parts[2]) * 60 + float(parts[3]) if parts else 0.0
+
+
+def _other(path: Path) -> str:
+    """What a file is that is known to be no film, or ""."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        head = file.read(512)
+    kind = filetypes.sniff(head) or filetypes.text(head) or ("" if head else "empty")
+    return "" if kind.startswith("a video") else kind
 
 
 def _lacks_boxes(path: Path) -> bool:
@@ -132,9 +184,7 @@ def _lacks_boxes(path: Path) -> bool:
     return at > size
 
 
-def _upright(frame: Any) -> np.ndarray:
-    """(H,W,3) uint8 RGB as it is to be shown."""
-    rgb: np.ndarray = frame.to_ndarray(format="rgb24")
+def _upright(frame: Any, rgb: np.ndarray) -> np.ndarray:
     turns = round((frame.rotation or 0) / 90) % 4
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
 

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
-from distill.core.files import inside, leaves_root
+from distill.core.files import decoded, files_below, inside, leaves_root
 from distill.data import maps
 from distill.data.photos import BadImageError, decode
 from distill.eval.protocol import Protocol, list_hash
@@ -93,8 +93,7 @@ class Files:
         """Every file's path relative to the root."""
         if self._tar is not None:
             return set(self._members)
-        paths = (Path(folder) / name for folder, _, names in os.walk(self.root, followlinks=True) for name in names)
-        return {path.relative_to(self.root).as_posix() for path in paths}
+        return {path.relative_to(self.root).as_posix() for path in files_below(self.root)}
 
     def call(self, names: Mapping[str, str]) -> None:
         """Let files go by other names too: the name that is asked for -> the file's own."""
@@ -299,7 +298,11 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
         raise FileNotFoundError(f"{path}: no such list")
     rows, faults = [], []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = decoded(path.read_bytes()).splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
+    for number, line in enumerate(lines, 1):
         row = tuple(line.split())[:columns]
         if row and columns == 1:  # a name may hold spaces
             row = layout.row(line.strip().removeprefix(layout.strip)) or ()

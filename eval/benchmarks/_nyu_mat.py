@@ -38,12 +38,15 @@ _lock = threading.Lock()
 
 
 def find(root: Path | str | None) -> Path | None:
-    """The file, where `root` is it or a folder that holds it and nothing of the benchmark unpacked."""
+    """The file, where `root` is it or a folder that holds it, or whose folder does, and nothing of it unpacked."""
     path = Path(root or "")
     if path.is_file():
         return path if path.suffix.lower() == ".mat" else None
-    unpacked = (path / "test").is_dir() or any(path.glob("*nyu_labeled_extracted*")) or (path / "nyuv2").is_dir()
-    return path / NAME if (path / NAME).is_file() and not unpacked else None
+    unpacked = (path / "test").is_dir() or any(path.glob("*nyu_labeled_extracted*"))
+    unpacked = unpacked or any((path / "nyuv2").glob("*nyu_labeled_extracted*")) or (path / "nyuv2" / "test").is_dir()
+    if unpacked:
+        return None
+    return next((one for one in (path / NAME, *sorted(path.glob(f"*/{NAME}"))) if one.is_file()), None)
 
 
 def names(path: Path) -> list[str]:

@@ -8,6 +8,7 @@ disparity becomes 1000 m. Source: prs-eth/Marigold, src/dataset/eth3d_dataset.py
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,26 @@ def _size(name: str) -> int | None:
     return 4 * HEIGHT * WIDTH if name.startswith("depth/") else None
 
 
-LAYOUT = FileLayout("eth3d/eth3d.tar", columns=2, row=_row, size=_size)
+_SHIPPED = re.compile(r"(?:^|/)(\w+)/(images|ground_truth_depth)/(dslr_images/[^/]+)$")
+
+
+def _canonical(name: str) -> str | None:
+    """ETH3D's own folders: SCENE/images and SCENE/ground_truth_depth, wherever its archives were unpacked."""
+    shipped = _SHIPPED.search(name)
+    if shipped is None:
+        return None
+    scene, sort, file = shipped.groups()
+    return f"rgb/{scene}/{sort}/{file}" if sort == "images" else f"depth/{scene}_dslr_depth/{scene}/{sort}/{file}"
+
+
+LAYOUT = FileLayout(
+    "eth3d/eth3d.tar",
+    columns=2,
+    row=_row,
+    size=_size,
+    shape="rgb/SCENE/images/dslr_images/X.JPG with depth/SCENE_dslr_depth/SCENE/ground_truth_depth/dslr_images/X.JPG",
+    canonical=_canonical,
+)
 DOWNLOAD = Download(archive=LAYOUT.archive, url=MARIGOLD_HOST + LAYOUT.archive)
 
 

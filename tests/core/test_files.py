@@ -150,3 +150,8 @@ def test_a_file_system_without_locks_refuses_nobody(tmp_path, monkeypatch):
     assert first is not None and second is not None
     first.release()
     second.release()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_text_as_people_save_it(encoding):
+    assert files.decoded("a\u00e9".encode(encoding)) == "a\u00e9"

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,10 @@ def test_of_two_tables_the_raw_one_is_taken_aloud_or_the_one_asked_for(tmp_path,
     assert below_prefix(read_state(path), ("a.weight",))["a.weight"][0] == 1
     with pytest.raises(WeightsMismatchError, match="no weights_key 'other'"):
         read_state(path, weights_key="other")
+    torch.save(prefixed("module.one.") | prefixed("module.two.", AVERAGED) | {"n_averaged": torch.tensor(3)}, path)
+    with pytest.raises(WeightsMismatchError, match="holds one., two.: give one as weights_key"):
+        below_prefix(read_state(path), ("a.weight",), path)
+    assert read_state(path, weights_key="two")["a.weight"][0] == 2
     torch.save({"left": RAW, "right": AVERAGED}, path)
     with pytest.raises(WeightsMismatchError, match="holds left, right: give one as weights_key"):
         read_state(path)
@@ -82,11 +87,14 @@ def test_nothing_pickled_runs(tmp_path, zipped):
     assert not Path("/tmp/evil-was-run").exists() and "weights_only" not in str(error.value)
 
 
-def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused():
+def test_what_a_prefix_hides_is_found_and_what_lies_beside_is_refused(caplog):
     teacher = prefixed("teacher.backbone.") | {"teacher.dino_head.x": torch.ones(1)} | prefixed("student.backbone.")
     assert below_prefix(teacher, ("a.weight",)).keys() == RAW.keys()
     stray = prefixed("model.") | {"more.weight": torch.ones(1)}
     assert "more.weight" in below_prefix(stray, ("a.weight",)), "for the caller to refuse"
+    with caplog.at_level(logging.WARNING):
+        assert below_prefix(stray, ("a.weight",), is_part=True).keys() == RAW.keys()
+    assert "left out more.weight" in caplog.text
 
 
 def test_chunks_of_blocks_are_joined():
@@ -113,3 +121,56 @@ def test_shards_are_read_through_their_index(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "../../etc/x.safetensors"}}))
     with pytest.raises(WeightsMismatchError, match="other folders"):
         read_state(index)
+
+
+@pytest.mark.parametrize(
+    ("start", "reason"),
+    [
+        (b"<!DOCTYPE html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b'{"error": "denied"}', "is JSON"),
+        (b"\x1f\x8b\x08", "compressed with gzip"),
+        (bytes(600), "begins with zeros"),
+        (b"", "it is empty"),
+        (b"\x89HDF\r\n", "HDF5"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
+def test_what_stands_in_the_place_of_weights_is_named(tmp_path, name, start, reason):
+    (tmp_path / name).write_bytes(start)
+    with pytest.raises(WeightsMismatchError, match=f"{name} .*{reason}"):
+        read_state(tmp_path / name)
+
+
+def test_the_first_bytes_tell_whatever_the_suffix_says(tmp_path):
+    torch.save(RAW, tmp_path / "w.safetensors")
+    assert read_state(tmp_path / "w.safetensors").keys() == RAW.keys()
+    header = {"a.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode().ljust(0x3C20)  # whose length reads " <"
+    (tmp_path / "w.pth").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    assert find_weights(tmp_path, ["*.pth"]) and read_state(tmp_path / "w.pth").keys() == {"a.weight"}
+
+
+def test_a_hole_in_a_download_is_no_weights(tmp_path):
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.ones(4096), "b": torch.ones(9)}, path)
+    data = path.read_bytes()
+    at = data.index(torch.ones(99).numpy().tobytes())
+    path.write_bytes(data[:at] + bytes(4096) + data[at + 4096 :])
+    with pytest.raises(WeightsMismatchError, match="is damaged: 1 of its .* checksum"):
+        read_state(path)
+
+
+def test_a_zip_of_something_else_is_named(tmp_path):
+    for member, reason in (("a.safetensors", r"a zip archive \(a.safetensors\)"), ("x/constants.pkl", "TorchScript")):
+        with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+            archive.writestr(member, b"1")
+        with pytest.raises(WeightsMismatchError, match=reason):
+            read_state(tmp_path / "w.pt")
+
+
+def test_what_systems_and_trainers_put_beside_weights_is_passed_over(tmp_path):
+    torch.save(RAW, tmp_path / "pytorch_model.bin")
+    for name in ("._pytorch_model.bin", "training_args.bin", "optimizer.bin"):
+        (tmp_path / name).write_bytes(b"1")
+    assert find_weights(tmp_path, ["*.safetensors", "*.bin"]).name == "pytorch_model.bin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
@@ -78,7 +79,9 @@ def test_a_grey_palette_means_its_greys_and_colours_are_no_map(tmp_path):
         (b"PK\3\4" + bytes(90), r"not a readable \.npz"),
         (b"\x93NUMPY\1\0\xff\xff{", r"not a readable \.npy"),
         (b"PIEH" + struct.pack("<ii", 1 << 30, 4), "not a whole .dpt"),
-        (b"\xff\xd8\xff\xe0" + bytes(30), "JPEG"),
+        (b"\xff\xd8\xff\xe0" + bytes(30), "JPEG, which changes the numbers"),
+        (b"<!DOCTYPE html><html>", r"\(text, beginning '<!DOCTYPE html><html>'\)"),
+        (b"PIEH" + struct.pack("<ii", 4, 3) + bytes(96), "optical flow"),
     ],
 )
 def test_what_is_no_map_says_what_is(tmp_path, data, reason):
@@ -87,17 +90,90 @@ def test_what_is_no_map_says_what_is(tmp_path, data, reason):
         read_map(tmp_path / "a.npy")
 
 
+def header(kind, *more):
+    return b"\n".join([kind, *more])
+
+
+def pgm(top, values):
+    return header(b"P5", b"4 3", b"%d\n" % top) + values.astype(">u2" if top > 255 else "u1").tobytes()
+
+
+CODES = np.arange(1, 13).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(pgm(top, CODES) for top in (100, 255, 4095, 65535)),
+        header(b"P2", b"# by hand", b"4 3", b"4095", *(b" ".join(b"%d" % v for v in row) for row in CODES)),
+        *(
+            header(b"Pf", b"4 3", b"%s\n" % s) + CODES[::-1].astype(d).tobytes()
+            for s, d in ((b"-3", "<f4"), (b"1", ">f4"))
+        ),
+        b"Pf\r\n4 3\r\n-1.0\r\n" + CODES[::-1].astype("<f4").tobytes(),
+        header(b"PF", b"4 3", b"-1\n") + np.dstack([CODES] * 3)[::-1].astype("<f4").tobytes(),
+    ],
+    ids=["100", "255", "4095", "65535", "P2", "little", "big", "crlf", "grey in three"],
+)
+def test_numbers_stand_as_they_are_whatever_the_header_promises(tmp_path, data):
+    (tmp_path / "a.pgm").write_bytes(data)
+    assert read_map(tmp_path / "a.pgm").tolist() == CODES.tolist()
+    (tmp_path / "a.pgm").write_bytes(data[:-3])
+    with pytest.raises(BadMapError, match="not a whole"):
+        read_map(tmp_path / "a.pgm")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_map_in_three_equal_channels_is_its_grey(tmp_path, dtype):
+    full = np.iinfo(dtype).max
+    for channels in (3, 4):
+        picture = np.dstack([CODES.astype(dtype) * 20] * 3 + [np.full((3, 4), full, dtype)] * (channels - 3))
+        cv2.imwrite(str(tmp_path / "a.png"), picture)
+        assert read_map(tmp_path / "a.png").tolist() == (CODES * 20).tolist()
+    picture[0, 0, 3] = 0
+    cv2.imwrite(str(tmp_path / "a.png"), picture)
+    with pytest.raises(BadMapError, match="store what is invalid as 0"):
+        read_map(tmp_path / "a.png")
+
+
+def test_what_lies_beside_a_map_is_no_map(tmp_path):
+    camera, big = np.eye(3), np.ones((8, 9), np.float32)
+    np.savez(tmp_path / "a.npz", predicted_depth=big[None], K=camera, notes=np.array({"a": 1}, object))
+    assert read_map(tmp_path / "a.npz").shape == (8, 9)
+    np.savez(tmp_path / "b.npz", depth=np.stack([big, big]), K=camera)
+    with pytest.raises(BadMapError, match=r"holds depth \(2, 8, 9\), K \(3, 3\)"):
+        read_map(tmp_path / "b.npz")
+    np.save(tmp_path / "c.npy", np.array([big], object))
+    with pytest.raises(BadMapError, match=r"not a readable .npy .pickled Python objects, which are not opened"):
+        read_map(tmp_path / "c.npy")
+    Image.fromarray(big).save(tmp_path / "d.tif", save_all=True, append_images=[Image.fromarray(big)])
+    with pytest.raises(BadMapError, match="holds 2 pictures of one size"):
+        read_map(tmp_path / "d.tif")
+    Image.fromarray(big[:4, :4]).save(tmp_path / "e.tif", save_all=True, append_images=[Image.fromarray(big)])
+    assert read_map(tmp_path / "e.tif").shape == (8, 9), "the first is a thumbnail"
+
+
 def test_several_arrays_need_a_name(tmp_path):
     np.savez(tmp_path / "two.npz", one=MAP, two=MAP)
     with pytest.raises(BadMapError, match="one map is needed, or one that is called depth"):
         read_map(tmp_path / "two.npz")
 
 
-@pytest.mark.parametrize("stored", ["x/rgb_1.npy", "x/rgb_1.png.npy", "x/pred_1.npy", "x/1_pred.npz", "x/rgb_1.NPY"])
+@pytest.mark.parametrize(
+    "stored", ["x/rgb_1.npy", "x/rgb_1.png.npy", "x/pred_1.npy", "x/1_pred.npz", "x/rgb_1.NPY", "x/rgb_1_depth.npy"]
+)
 def test_names(tmp_path, stored):
     (tmp_path / "x").mkdir()
     (tmp_path / stored).write_bytes(b"1")
     assert find_map(tmp_path, ["x/rgb_1.png"]) == tmp_path / stored
+
+
+def test_accents_in_two_characters_are_the_same_name(tmp_path):
+    for table, disk in (("\u00e9.png", "e\u0301.npy"), ("e\u0301.png", "\u00e9.npy")):
+        (tmp_path / disk).write_bytes(b"1")
+        found = find_map(tmp_path, [table])
+        assert found == tmp_path / disk and found.exists()
+        found.unlink()
 
 
 def test_the_most_particular_name_wins(tmp_path):
@@ -139,7 +215,8 @@ def test_tables_of_a_spreadsheet_are_read(tmp_path, encoding):
 
 
 @pytest.mark.parametrize(
-    ("scale", "metres"), [("1/1000", 0.001), ("mm", 0.001), ("1e-3 m", 0.001), ("0.5 cm", 0.005), ("unknown", None)]
+    ("scale", "metres"),
+    [("1/1000", 0.001), ("mm", 0.001), ("1e-3 m", 0.001), ("0.5 cm", 0.005), ("Millimeters", 0.001), ("unknown", None)],
 )
 def test_scales_are_understood(tmp_path, scale, metres):
     one = pair(tmp_path, Image.new("RGB", (4, 3)), MAP, scale=scale)
@@ -147,7 +224,43 @@ def test_scales_are_understood(tmp_path, scale, metres):
     assert one.scale == pytest.approx(metres or 1.0)
 
 
-@pytest.mark.parametrize("scale", ["0,001", "1.000,5", "-", "1/0", "3 feet"])
+@pytest.mark.parametrize(
+    "scale", ["0,001", "1.000,5", "-", "1/0", "3 feet", "ft", "/1000", "depth/1000", "mm (Kinect)"]
+)
 def test_what_looks_like_a_number_and_is_none_is_an_error(tmp_path, scale):
     with pytest.raises(ValueError, match="is no number"):
         pair(tmp_path, Image.new("RGB", (4, 3)), MAP, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("invalid", "usable"),
+    [
+        ("0 and 65535", [60000, 70000 * 0]),
+        ("1e10", [60000, 70000]),
+        (">=65000", [60000]),
+        ("<=0", [60000, 70000, 1e10]),
+    ],
+)
+def test_what_is_invalid(tmp_path, invalid, usable):
+    np.save(tmp_path / "d.npy", np.array([[60000, 70000, 1e10, 0]], np.float32))
+    Image.new("RGB", (4, 1)).save(tmp_path / "a.png")
+    (tmp_path / "INDEX.tsv").write_text(f"name\trgb\tdepth\tinvalid\nx\ta.png\td.npy\t{invalid}\n")
+    truth = read_pairs(tmp_path)[0].truth()
+    assert truth.values[truth.valid].tolist() == [value for value in usable if value]
+
+
+@pytest.mark.parametrize("comma", [",", ";"])
+def test_a_table_as_people_write_it(tmp_path, comma):
+    (tmp_path / "sub").mkdir()
+    Image.new("RGB", (4, 3)).save(tmp_path / "sub" / "e\u0301.png")
+    np.save(tmp_path / "sub" / "d.npy", MAP)
+    rows = ["Name,RGB,Depth,kind,focal", "# old,x,y,,", 'x,"sub\\\u00e9.png",sub\\d.npy,Disparity,nan', ",,,,"]
+    (tmp_path / "t.csv").write_text("\r\n".join(rows).replace(",", comma), encoding="utf-8")
+    (one,) = read_pairs(tmp_path / "t.csv")
+    assert one.rgb().shape == (3, 3, 4) and one.truth().kind == Kind.AFFINE_DISPARITY and not one.focal
+    (tmp_path / "t.csv").write_text("name,image,depth\n")
+    with pytest.raises(ValueError, match="no column rgb; it has name, image, depth"):
+        read_pairs(tmp_path / "t.csv")
+    (tmp_path / "t.csv").write_text("name,rgb,depth,invalid\nx,a,b,<100\n")
+    with pytest.raises(ValueError, match="'<100': bounds are >=NUMBER"):
+        read_pairs(tmp_path / "t.csv")

@@ -137,3 +137,61 @@ def test_a_letterbox_is_no_unfinished_download(form):
     boxed = np.asarray(textured()).copy()
     boxed[:8] = boxed[-8:] = 0
     assert close(decode(encoded(Image.fromarray(boxed), form)), Image.fromarray(boxed), 0)
+
+
+RAMP = np.linspace(0, 65535, 24 * 36).reshape(24, 36).astype(np.uint16)
+COLOURS = np.stack([RAMP, RAMP[::-1], RAMP // 2], -1)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        (RAMP, {"byteorder": ">"}),
+        (65535 - RAMP, {"byteorder": ">", "photometric": "miniswhite"}),
+        (
+            np.stack([RAMP, np.full_like(RAMP, 65535)], -1),
+            {"photometric": "minisblack", "extrasamples": ["unassalpha"]},
+        ),
+        ((RAMP >> 8).astype(np.uint32), {}),
+        (np.moveaxis(COLOURS, 2, 0).copy(), {"photometric": "rgb", "planarconfig": "separate"}),
+    ],
+    ids=["big-endian", "white is zero", "alpha", "8 of 32 bits", "planes"],
+)
+def test_deep_tiffs_as_scanners_and_microscopes_write_them(pixels, options):
+    out = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(out, pixels, **options)
+    wanted = COLOURS if "planarconfig" in options else np.stack([RAMP] * 3, -1)
+    assert np.abs(decode(out.getvalue()).permute(1, 2, 0).numpy() - wanted / 257.0).max() <= 1
+
+
+def test_a_tiff_that_is_no_photograph_says_what_it_is():
+    out = io.BytesIO()
+    pytest.importorskip("tifffile").imwrite(out, np.ones((4, 5, 3), np.float32), photometric="rgb")
+    with pytest.raises(BadImageError, match="floating-point 32-bit samples, 3 a pixel, .*: save it with 8 or 16 bits"):
+        decode(out.getvalue())
+
+
+def test_a_wrong_checksum_beside_the_pixels_costs_nothing():
+    data = encoded(form="PNG")
+    note = struct.pack(">I", 4) + b"tEXt" + b"abcd" + bytes(4)
+    assert close(decode(data[:33] + note + data[33:]), picture(), 0)
+
+
+def test_gamma_is_that_of_deep_grey_too():
+    data = encoded(Image.fromarray(np.full((4, 4), 55 * 257, np.uint16)), "PNG")
+    chunk = b"gAMA" + struct.pack(">I", 100000)
+    data = data[:33] + struct.pack(">I", 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    assert abs(int(decode(data)[0, 0, 0]) - 128) <= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"\xef\xbb\xbf<svg/>", "text, beginning '<svg/>'"),
+        (b"Access denied", "text, beginning 'Access denied'"),
+        (bytes(128) + b"DICM" + bytes(99), "DICOM"),
+    ],
+)
+def test_what_stands_in_a_photos_place_is_named(data, reason):
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)

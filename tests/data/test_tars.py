@@ -314,3 +314,13 @@ def test_two_tars_of_one_name_are_refused(tmp_path):
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match="would both write sa_1-000.tar"):
         sources.tars([pack(tmp_path / "sa_1.tar", []), pack(tmp_path / "b" / "sa_1.tar", [])])
+
+
+@pytest.mark.parametrize(
+    ("data", "what"),
+    [(b"<!DOCTYPE html>", "text, beginning"), (b"version https://git-lfs.g", "git lfs"), (b"", "empty")],
+)
+def test_a_page_in_a_tars_place_is_named(tmp_path, data, what):
+    (tmp_path / "a.tar").write_bytes(data)
+    (one,) = sources.tars(tmp_path / "a.tar")[0].scan().rejected
+    assert one.reason.startswith("not a tar: it is ") and what in one.reason

@@ -178,7 +178,7 @@ def test_damaged_files_name_the_root_and_themselves(tmp_path, small_eth3d):
     for name, bad, message in [
         ("nyu", b"\x89PNG", "depth_0001.png: truncated: it has no end"),
         ("nyu", b"", "depth_0001.png: not a readable .png"),
-        ("nyu", image(np.zeros((480, 640, 3), np.uint8)), "has 3 channels"),
+        ("nyu", image(np.full((480, 640, 3), (1, 2, 3), np.uint8)), "has 3 channels"),
         ("eth3d", b"1234", "has 4 bytes; raw float32 of 12 x 18 has 864"),
         ("diode", b"1234", "_depth.npy: not a readable .npy"),
         ("diode", npy(np.zeros((4, 4))), "and its mask have the shapes"),

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from distill.eval.benchmarks import _nyu_mat, diode, kitti, nyu
+from distill.eval.benchmarks import _nyu_mat, diode, eth3d, kitti, nyu
 from distill.eval.completeness import check_benchmark
 
 
@@ -40,6 +40,15 @@ def test_kitti_as_it_is_shipped(tmp_path):
         sample.image()
 
 
+@pytest.mark.parametrize("jpgs", ["multi_view_training_dslr_jpg", "."])
+def test_eth3d_as_it_is_shipped(tmp_path, jpgs):
+    rgb, depth = ("courtyard/images/dslr_images/X.JPG", "courtyard/ground_truth_depth/dslr_images/X.JPG")
+    (tmp_path / "list.txt").write_text(f"rgb/{rgb} depth/courtyard_dslr_depth/{depth}\n")
+    touch(tmp_path / "root", f"{jpgs}/{rgb}", depth)
+    (sample,) = eth3d.samples(tmp_path / "root", tmp_path / "list.txt")
+    assert sample.key == f"rgb/{rgb}"
+
+
 def labelled_mat(path, scenes, first=0):
     """A file such as the authors', with as many images as there are names, of 8 x 12 pixels."""
     with h5py.File(path, "w") as file:
@@ -54,9 +63,10 @@ def labelled_mat(path, scenes, first=0):
 
 
 def test_nyu_as_it_is_shipped(tmp_path, monkeypatch):
-    mat = labelled_mat(tmp_path / "nyu_depth_v2_labeled.mat", ["kitchen_0004", "kitchen_0004", "office_0005"])
+    (tmp_path / "nyu").mkdir()
+    mat = labelled_mat(tmp_path / "nyu" / "nyu_depth_v2_labeled.mat", ["kitchen_0004", "kitchen_0004", "office_0005"])
     monkeypatch.setattr(_nyu_mat, "_TEST", "1 3")
-    for root in (mat, tmp_path):
+    for root in (mat, tmp_path / "nyu", tmp_path):
         first, last = nyu.samples(root)
     assert (first.key, last.key) == ("test/kitchen_0004/rgb_0001.png", "test/office_0005/rgb_0003.png")
     with h5py.File(mat) as file:

@@ -216,6 +216,11 @@ def test_a_file_that_was_not_made_here_is_never_overwritten(tmp_path):
 
 
 def test_a_map_that_is_declared_invalid_is_no_map():
-    values = torch.zeros(1, 4, 4)  # what a teacher writes where it has no number
-    with pytest.raises(predict.BadImageError, match=r"not finite \(75 % of it is\)"):
-        predict._whole(DepthMap(values, torch.arange(16).reshape(1, 4, 4) >= 4, Kind.AFFINE_DISPARITY))
+    values, photo = torch.zeros(1, 4, 4), torch.arange(48).reshape(3, 4, 4)
+    some = torch.arange(16).reshape(1, 4, 4) >= 4
+    with pytest.raises(predict.BadImageError, match=r"not finite \(75 % of it is\)"):  # a teacher without a number
+        predict._whole(DepthMap(values, some, Kind.AFFINE_DISPARITY), photo)
+    everywhere = DepthMap(values, torch.ones_like(some), Kind.AFFINE_DISPARITY)
+    with pytest.raises(predict.BadImageError, match="is 0 everywhere: its training has collapsed"):
+        predict._whole(everywhere, photo)
+    assert predict._whole(everywhere, photo * 0).shape == (4, 4), "of a plain picture it may be"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from distill.app import cli
+from distill.data import sources
 from distill.inference import predict
 from distill.teachers.checkpoint import native_shape
 from tests.inference.fake import Fake, call, grey
@@ -137,3 +140,19 @@ def test_read_and_refused_and_not_ours_are_all_that_was_found(tmp_path):
         job.path.unlink()
     with pytest.raises(FileNotFoundError, match=r"no photo or video there.*2 \.txt.*raw\.NEF: a camera raw"):
         predict.survey([str(photos)], out=tmp_path / "o")
+
+
+def test_links_are_followed_once_counted_and_never_name_the_map(tmp_path):
+    photos = tmp_path / "photos"
+    grey(photos / "b.png", 9)
+    grey(tmp_path / "elsewhere" / "c.png", 9)
+    (photos / "a.png").symlink_to(photos / "b.png")
+    (photos / "dead.png").symlink_to(tmp_path / "nothing")
+    (photos / "far").symlink_to(tmp_path / "elsewhere")
+    (photos / "circle").symlink_to(photos)
+    os.mkfifo(photos / "pipe.png")
+    found = predict.survey([str(photos), str(photos / "b.png")], out=tmp_path / "o")
+    assert [job.stem for job in found.jobs] == ["b", "far/c"] and found.passed == {"linked twice": 1}
+    assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "pipe.png"]
+    scan = sources.folders(photos)[0].scan()
+    assert len(scan.entries) == 3 and len(scan.rejected) == 2

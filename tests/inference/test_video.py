@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 
+import av
+import numpy as np
 import pytest
 
 from distill.data.photos import BadImageError
@@ -103,4 +106,63 @@ def test_a_film_whose_index_is_cut_is_told_as_cut(tmp_path):
     data = (tmp_path / "v.mp4").read_bytes()
     (tmp_path / "v.mp4").write_bytes(data[: data.index(b"stsd") + 20])
     with pytest.raises(BadImageError, match="it is cut"):
+        video.Film(tmp_path / "v.mp4")
+
+
+def film(path, times, *, sides=(32, 24), aspect=None, sound=0.0, codec="mpeg4"):
+    """A film with frames at these milliseconds, and seconds of silence beside it."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = *sides, "yuv420p"
+        if codec != "mpeg2video":  # which has rates of its own
+            stream.codec_context.time_base = Fraction(1, 1000)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        audio = out.add_stream("aac", rate=8000) if sound else None
+        for time in times:
+            noise = np.random.default_rng(time).integers(0, 256, (sides[1], sides[0], 3), np.uint8)
+            frame = av.VideoFrame.from_ndarray(noise, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 1000)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+        for i in range(int(sound * 8000 / 1024) if audio else 0):
+            silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            silence.sample_rate, silence.pts = 8000, 1024 * i
+            out.mux(audio.encode(silence))
+        if audio:
+            out.mux(audio.encode(None))
+    return path
+
+
+UNEVEN = [0, 33, 66, 5000, 5033, 5066, 60000]
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.flv"])
+def test_a_whole_film_is_whole_at_any_rate_and_with_longer_sound(tmp_path, name):
+    codec = "flv1" if name.endswith("flv") else "mpeg4"
+    for times, sound in ((UNEVEN, 0.0), ([0, 100, 200], 6.0)):
+        shown = video.Film(film(tmp_path / name, times, sound=0 if codec == "flv1" else sound, codec=codec))
+        assert len(list(shown)) == len(times) and not shown.problem
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.flv"])
+def test_a_cut_film_is_not_whole(tmp_path, name):
+    path = film(tmp_path / name, range(0, 900, 100), codec="flv1" if name.endswith("flv") else "mpeg4")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shown = video.Film(path)
+    assert len(list(shown)) < 9 and shown.problem.startswith("stops at frame")
+
+
+def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):
+    (shown,) = list(video.Film(film(tmp_path / "v.mp4", [0], aspect=Fraction(4, 3))))
+    assert shown.shape == (24, 43, 3)
+    parts = [film(tmp_path / f"{w}.ts", [0, 40, 80], sides=(w, 32), codec="mpeg2video").read_bytes() for w in (32, 48)]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    assert {frame.shape for frame in video.Film(tmp_path / "both.ts")} == {(32, 32, 3)}
+
+
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_page_in_a_films_place_is_named(tmp_path, data):
+    (tmp_path / "v.mp4").write_bytes(data)
+    with pytest.raises(BadImageError, match="not a video: it is (text, beginning|a git-lfs)"):
         video.Film(tmp_path / "v.mp4")
