@@ -7,12 +7,14 @@ does. The rest of a damaged file's faults the decoders find themselves.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 ZEROS = 16
 """Zero bytes at the end of compressed pixels that no encoder writes: arithmetic coders flush a few."""
@@ -166,6 +168,36 @@ def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def with_end(data: bytes) -> bytes:
+    """A JPEG that lacks its end marker and nothing else, with it; anything else as it is.
+
+    Cameras that cut films into pictures leave it out, and Pillow refuses them. Of pixels that never arrived a decoder
+    makes something up, from whatever follows: where two endings give one picture, none are missing. A progressive one
+    may lack a whole scan without a trace, and stays as it is.
+    """
+    at = 2
+    components = 0
+    while (marker := data[at : at + 2])[:1] == b"\xff" and marker != b"\xff\xda":
+        if marker in (b"\xff\xc0", b"\xff\xc1"):
+            components = data[at + 9] if at + 9 < len(data) else 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    scan = data[at:]
+    if marker != b"\xff\xda" or not components or scan[4:5] != bytes([components]) or _END in scan:
+        return data
+    body = data.removesuffix(b"\xff")
+    pictures = []
+    for ending in (b"", b"\xa5\x5a" * 64):
+        try:
+            with Image.open(io.BytesIO(body + ending + _END), formats=("JPEG",)) as image:
+                pictures.append(image.tobytes())
+        except OSError:
+            return data
+    return body + _END if pictures[0] == pictures[1] else data
+
+
+_END = b"\xff\xd9"
 
 
 def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:

@@ -132,6 +132,17 @@ def test_an_unfinished_download_is_never_another_picture(form, options, share):
     decode(whole)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_whole(mode):
+    whole = encoded(textured().convert(mode), "JPEG")
+    assert torch.equal(decode(whole[:-2]), decode(whole)) and torch.equal(decode(whole[:-1]), decode(whole))
+    for lacking in (3, 4, 9, 100):
+        with pytest.raises(BadImageError, match="truncated"):
+            decode(whole[:-lacking])
+    with pytest.raises(BadImageError, match="truncated"):  # of which a whole scan may be missing
+        decode(encoded(textured().convert(mode), "JPEG", progressive=True)[:-2])
+
+
 @pytest.mark.parametrize("form", ["BMP", "PPM", "TIFF"])
 def test_a_letterbox_is_no_unfinished_download(form):
     boxed = np.asarray(textured()).copy()
