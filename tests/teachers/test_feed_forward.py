@@ -54,10 +54,10 @@ def test_depth_anything_v2_metric(made, tmp_path):
     metric = load(made, "depth_anything_v2", max_depth=20.0)
     out = metric.predict(IMAGES)
     assert out.kind == Kind.METRIC_DEPTH and 0 < out.values.min() and out.values.max() < 20
-    (tmp_path / "depth_anything_v2_metric_hypersim_vits.pth").touch()
+    (tmp_path / "depth_anything_v2_metric_hypersim_vits.pth").write_bytes(b"PK")
     with pytest.raises(ValueError, match="give max_depth"):
         depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_v2_metric_hypersim_vits.pth"))
-    (tmp_path / "depth_anything_vits14.pth").touch()
+    (tmp_path / "depth_anything_vits14.pth").write_bytes(b"PK")
     with pytest.raises(ValueError, match="Depth Anything V1"):
         depth_anything_v2.Teacher.load(str(tmp_path / "depth_anything_vits14.pth"))
 
