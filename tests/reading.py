@@ -22,7 +22,7 @@ TASKS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
     "a resume bug": (
-        910,
+        900,
         [
             "distill/training/train.py",
             "distill/training/resume.py",

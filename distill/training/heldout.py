@@ -12,6 +12,8 @@ from torch import Tensor
 
 from distill.training.batches import Collate, Labelled
 from distill.training.loading import heldout_batches
+from distill.training.sampling import hold_out
+from distill.training.settings import TrainSettings
 from distill.training.step import TrainingRun, measure
 
 
@@ -22,6 +24,17 @@ class Held:
     dataset: Labelled
     indices: Sequence[int]
     collate: Collate
+
+
+def split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
+    """The samples of `dataset` to train on and those that choose the checkpoint, of sources that are learnt from."""
+    if heldout is None:
+        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
+        heldout = dataset
+    else:
+        kept, held = list(range(len(dataset))), list(range(len(heldout)))
+    idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
+    return kept, [index for index in held if heldout.sources[index] not in idle]
 
 
 @torch.no_grad()

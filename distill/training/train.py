@@ -30,11 +30,11 @@ from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
-from distill.training.heldout import Held, is_best, measured
+from distill.training.heldout import Held, is_best, measured, split
 from distill.training.loading import training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
-from distill.training.sampling import MicroBatchPositions, Order, fingerprint, hold_out, make_order
+from distill.training.sampling import MicroBatchPositions, Order, fingerprint, make_order
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import TrainSettings
 from distill.training.step import (
@@ -114,7 +114,7 @@ def train(
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
     _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
-    kept, held = _split(dataset, heldout, settings)
+    kept, held = split(dataset, heldout, settings)
     settings = in_steps(settings, len(kept))
     batches = _positions(accelerator, dataset, kept, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
@@ -139,17 +139,6 @@ def train(
 def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
     if settings.cache_features != (features is not None) or (features is not None and reference is not None):
         raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
-
-
-def _split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
-    """The samples of `dataset` to train on and those that choose the checkpoint, of sources that are learnt from."""
-    if heldout is None:
-        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
-        heldout = dataset
-    else:
-        kept, held = list(range(len(dataset))), list(range(len(heldout)))
-    idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
-    return kept, [index for index in held if heldout.sources[index] not in idle]
 
 
 def _positions(

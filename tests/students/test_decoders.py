@@ -81,6 +81,7 @@ def test_learns_one_picture(decoder):
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_exports_as_plain_modules(decoder):
     """Alone: an encoder, and sizes that are not the example's, are for test_export.py."""
