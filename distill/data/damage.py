@@ -183,8 +183,8 @@ def with_end(data: bytes) -> bytes:
         if marker in (b"\xff\xc0", b"\xff\xc1"):
             components = data[at + 9] if at + 9 < len(data) else 0
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    scan = data[at:]
-    if marker != b"\xff\xda" or not components or scan[4:5] != bytes([components]) or _END in scan:
+    one_scan = marker == b"\xff\xda" and components and data[at + 4 : at + 5] == bytes([components])
+    if not one_scan or data.find(_END, at) >= 0:
         return data
     body = data.removesuffix(b"\xff")
     pictures = []

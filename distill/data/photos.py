@@ -36,7 +36,8 @@ from distill.core.crops import resize
 from distill.core.depth import DepthMap
 from distill.data import colour, damage, filetypes, tiffs
 
-# Broken notes in good photographs are common, and Pillow would tell the terminal of each.
+# Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
+# filter around each photograph is not safe where several threads read.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 # Parsers that a photo may reach. Pillow knows forty more; among them is one that starts Ghostscript.

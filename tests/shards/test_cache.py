@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ from distill.shards import mirror
 from distill.shards.cache import TarCache, Traffic
 from distill.shards.shards import LabelDataset, read_manifest, verify
 from distill.training.trainlog import read
+from tests.ranks import ended_as
 
 pytest.importorskip("fsspec")
 
@@ -90,10 +90,9 @@ def begun(far: Path, folder: Path, kept: float) -> tuple[TarCache, list[str]]:
     return TarCache(f"file://{far}", folder, int(kept * max(sizes.values()))), sorted(sizes)
 
 
-@pytest.fixture
-def fetched(monkeypatch, tmp_path):
-    """What has been fetched by all processes: (name, bytes of tars then in the folder) each."""
-    log, real = tmp_path / "fetched", TarCache._fetch
+def spies(log: Path):
+    """TarCache's two ways to the far tars, which also write into `log` what was asked for."""
+    real, ranged = TarCache._fetch, TarCache._ranged
 
     def spied(self, name, new):
         real(self, name, new)
@@ -109,9 +108,15 @@ def fetched(monkeypatch, tmp_path):
             file.write(f"{name}:{size} 0\n")
         return ranged(self, name, start, size)
 
-    ranged = TarCache._ranged
-    monkeypatch.setattr(TarCache, "_fetch", spied)
-    monkeypatch.setattr(TarCache, "_ranged", spied_too)
+    return spied, spied_too
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """What has been fetched by all processes: (name, bytes of tars then in the folder) each."""
+    log = tmp_path / "fetched"
+    for name, spy in zip(("_fetch", "_ranged"), spies(log), strict=True):
+        monkeypatch.setattr(TarCache, name, spy)
     return lambda: [(n, int(b)) for n, b in map(str.split, log.read_text().splitlines())] if log.exists() else []
 
 
@@ -137,23 +142,19 @@ def test_training_on_a_cache_smaller_than_the_labels_is_the_same_to_the_bit(made
     assert len(list(kept.glob("*-[0-9]*.json"))) == len(tars(folder)) and verify(kept) == []
 
 
-def read_all(cache_: TarCache, names: list[str], wanted: dict[str, bytes]) -> None:
+def read_all(cache_: TarCache, names: list[str], wanted: dict[str, bytes], log: Path) -> None:
+    TarCache._fetch, TarCache._ranged = spies(log)
     wrong = [name for name in names if cache_.read(name, 512, 100) != wanted[name]]
     os._exit(len(wrong))
 
 
 @pytest.mark.parametrize("kept", [100.0, 1.0])
-def test_processes_share_what_one_of_them_fetches(made, tmp_path, fetched, kept):
+def test_processes_share_what_one_of_them_fetches(made, tmp_path, fetched, kept, processes):
     _, folder, far = made
     shared, names = begun(far, tmp_path / folder.name, kept)
     wanted = {name: (folder / name).read_bytes()[512:612] for name in names}
-    context = multiprocessing.get_context("fork")
-    started = [context.Process(target=read_all, args=(shared, order, wanted)) for order in (names, names[::-1], names)]
-    for one in started:
-        one.start()
-    for one in started:
-        one.join(timeout=60)
-    assert [one.exitcode for one in started] == [0, 0, 0]
+    orders = (names, names[::-1], names)
+    assert ended_as([(read_all, shared, order, wanted, tmp_path / "fetched") for order in orders], processes) == [0] * 3
     whole, parts = ([n for n, _ in fetched() if (":" in n) == ranged] for ranged in (False, True))
     if kept > 1:
         assert sorted(whole) == names and not parts, "each once"

@@ -16,8 +16,8 @@ from distill.training import checkpoints, schedule, trainlog
 from distill.training.latent import LatentLesson
 from distill.training.sampling import hold_out, make_order
 from tests.conftest import golden_folder
+from tests.ranks import ended_as, ranks_of_two
 from tests.training import latent_toys, toys
-from tests.training.ranks import ended_as, ranks_of_two
 
 
 def tensor(data, name):

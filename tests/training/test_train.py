@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from distill.training import checkpoints, step
-from tests.training.ranks import ended_as, ranks_of_two
+from tests.ranks import ended_as, ranks_of_two
 from tests.training.toys import Forgetful, Toy, Toys, assert_same_run, losses_of, newest, run, steps_of
 
 

@@ -1,4 +1,4 @@
-"""Runs of several processes: gloo ranks, each in a process of the test's own."""
+"""Calls in processes of their own, at once; among them the gloo ranks of one run."""
 
 from __future__ import annotations
 
