@@ -155,6 +155,23 @@ def test_the_scores_are_what_they_were(size, known):
     assert np.array_equal(depth, kept, equal_nan=True)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("unknown", [math.nan, math.inf, -7.0, 1e9])
+def test_what_stands_where_nothing_is_known_changes_no_score(unknown):
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 256, (96, 128, 3), dtype=np.uint8)
+    depth = cv2.resize(rng.uniform(1, 9, (6, 8)).astype(np.float32), (128, 96), interpolation=cv2.INTER_NEAREST)
+    valid = rng.random((96, 128)) > 0.002
+    valid[20:50, 30:70] = False
+    scores = [
+        depth_scores(d, valid) | image_scores(image, d, valid, larger_is_nearer=nearer)
+        for nearer in (False, True)
+        for d in (np.where(valid, depth, np.float32(0)), np.where(valid, depth, np.float32(unknown)))
+    ]
+    for empty, filled in (scores[:2], scores[2:]):
+        assert filled == pytest.approx(empty, abs=1e-8, nan_ok=True) and 0 < empty["edges"] < 1
+
+
 def test_equal_gradients_are_equal_ranks_wherever_they_stand():
     """Gradients are compared as whole numbers: their lengths are rounded differently from place to place."""
     rng = np.random.default_rng(0)
