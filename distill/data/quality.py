@@ -87,9 +87,9 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
             scaled = np.subtract(depth, np.float32(low))
             scaled *= np.float32(BINS / (high - low))
             bins = scaled.astype(np.uint8)
-        # OpenCV counts bytes twice as fast as it finds the bins of floats.
-        mask = None if count == valid.size else _mask(valid)
-        counts = cv2.calcHist([bins], [0], mask, [BINS + 1], [0, BINS + 1]).ravel().astype(np.float64)
+        if count < valid.size:
+            np.copyto(bins, 255, where=~valid)
+        counts = _counts(bins)
         counts[BINS - 1] += counts[BINS]  # the upper end belongs to the last bin
         shares = counts[:BINS] / count
     # sum (n_k - n)^2 / n over N, with n = N / K.
@@ -97,6 +97,18 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
     peak, even = float(shares.max()), 2 / BINS
     concentration = 1.0 if peak <= even else 1.0 - min(1.0, (peak - even) / (0.5 - even))
     return {"chi2": math.exp(-chi2), "concentration": concentration, "range": int(np.count_nonzero(shares)) / BINS}
+
+
+def _counts(bins: np.ndarray) -> np.ndarray:
+    """How often 0 to BINS stand in bytes, as (BINS + 1,) float64."""
+    flat, quarter = bins.ravel(), bins.size // 4
+    # Neighbours are alike, and a counter waits for itself: four places far apart in turn take half the time.
+    shuffled = cv2.merge([flat[part * quarter :][:quarter] for part in range(4)]) if quarter else flat
+    found = np.zeros(BINS + 1)
+    for part in (shuffled.reshape(1, -1), flat[4 * quarter :].reshape(1, -1)):
+        if part.size:
+            found += cv2.calcHist([part], [0], None, [BINS + 1], [0, BINS + 1]).ravel()
+    return found
 
 
 def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
