@@ -31,6 +31,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every other test means the CPU, whatever its machine has
     if not config.option.markexpr and not any(".py" in word for word in config.args):
         config.option.markexpr = f"not {SLOW}"  # whoever names a file means all of it
+    os.fsync = os.fstat  # no test pulls the plug, and a fifth of the wait was for the disk
     gc.disable()  # imports make millions of objects that stay, and each round of the collector visits all of them
 
 
