@@ -11,6 +11,12 @@ from distill.data.scenes.cast import Camera, Solid, block, turn
 from distill.data.scenes.texture import Material, pattern
 
 _Colour = tuple[float, float, float]
+_THIRDS = np.array([0.0, 4.0, 2.0])
+
+
+def _between(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """np.clip, whose checks take longer than four numbers do."""
+    return np.minimum(np.maximum(values, low), high)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +78,16 @@ class Stage:
         if wild:
             colours = np.stack([self.paint(vivid=0.6) for _ in range(4)])
         else:
-            shades = 1 + contrast * np.sort(self.rng.uniform(-1, 1, 4))
-            colours = base * np.clip(shades, 0.05, 2.0)[:, None] * self.rng.uniform(0.92, 1.08, (4, 3))
+            shades = 1 + contrast * np.sort(-1.0 + 2.0 * self.rng.random(4))
+            tints = 0.92 + (1.08 - 0.92) * self.rng.random((4, 3))
+            colours = base * _between(shades, 0.05, 2.0)[:, None] * tints
             if self.chance(0.25):
                 colours[0] = self.paint() * 0.7
         self.materials.append(
             Material(
                 pattern=pattern(self.rng, *patterns),
                 repeat=self.uniform(*repeat),
-                colours=np.clip(colours, 0.01, 0.95),
+                colours=_between(colours, 0.01, 0.95),
                 tall=tall,
                 detail=self.uniform(0.05, 0.6) * wear,
                 stains=self.uniform(0.0, 0.5) * wear,
@@ -93,12 +100,12 @@ class Stage:
 
     def paint(self, *, vivid: float | None = None) -> np.ndarray:
         """A linear RGB colour: mostly muted, now and then vivid, light or dark."""
-        value = self.rng.uniform(0.2, 0.95) ** 1.8
+        value = self.uniform(0.2, 0.95) ** 1.8
         # Most of what people build and live with is a shade of wood, stone, cloth or paint: warm and muted.
         hue = self.rng.normal(0.08, 0.06) % 1.0 if self.chance(0.55) else self.rng.random()
         saturation = self.rng.random() ** (1.0 if self.chance(0.15 if vivid is None else vivid) else 2.5) * 0.9
-        ramp = np.abs((hue * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1
-        return value * (1 - saturation * (1 - np.clip(ramp, 0, 1)))
+        ramp = np.abs((hue * 6 + _THIRDS) % 6 - 3) - 1
+        return value * (1 - saturation * (1 - _between(ramp, 0, 1)))
 
     def warmth(self, power: float) -> _Colour:
         """White light of this power, somewhere between a bulb and a cloudy day."""
