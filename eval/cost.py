@@ -144,7 +144,9 @@ def _modules(part: Any) -> list[torch.nn.Module]:
 
 def _reset_peak() -> None:
     if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.init()
+        for card in range(torch.cuda.device_count()):  # the model's need not be the current one
+            torch.cuda.reset_peak_memory_stats(card)
     if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

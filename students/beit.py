@@ -56,7 +56,7 @@ def _bias_on(attention: Any, *, grid: list[int]) -> Tensor:
     """The bias (1,heads,1+N,1+N) of an attention on the grid of the image at hand, N = rows * columns."""
     rows, columns = grid
     table = resized(attention.relative_position_bias_table, attention.window_size, (rows, columns))
-    index = relative_index(rows, columns).to(table.device)
+    index = _index_on(rows, columns, table.device)
     return table[index].permute(2, 0, 1).contiguous()[None]
 
 
@@ -71,6 +71,12 @@ def resized(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tenso
 
 
 @functools.lru_cache(maxsize=16)
+def _index_on(rows: int, columns: int, device: torch.device) -> Tensor:
+    """`relative_index` on a device, copied there once: every block of every forward pass asks for these megabytes."""
+    with torch.inference_mode(False):  # else nothing could be learnt through what was first asked for in it
+        return relative_index(rows, columns).to(device)
+
+
 def relative_index(rows: int, columns: int) -> Tensor:
     """(1+N,1+N) which entry of the table belongs to two tokens, the class token first; N = rows * columns.
 

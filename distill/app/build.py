@@ -63,6 +63,8 @@ def device(recipe: Recipe) -> torch.device:
         count = 1 if asked.type == "cpu" else torch.get_device_module(asked).device_count()
         if (asked.index or 0) >= count:
             raise RecipeError(f'run.device = "{asked}": torch finds {count} of {asked.type} here; take "auto" or "cpu"')
+        if asked.type == "cuda" and asked.index is None:  # else all processes of a machine would share its first card
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % count)
         return asked
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -58,6 +58,7 @@ def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore 
 
 
 def _compute(recipe: Recipe, dataset: LabelDataset, student: Student, folder: Path, on: torch.device) -> None:
+    home = next(student.encoder.parameters()).device
     encoder = student.encoder.to(on).eval()
 
     @torch.no_grad()
@@ -75,3 +76,4 @@ def _compute(recipe: Recipe, dataset: LabelDataset, student: Student, folder: Pa
             facts={"encoder": encoder.digest(), "precision": recipe.train.precision},
             report=report,
         )
+    encoder.to(home)  # a student in two places looks to `train` as if parameters of it were idle, in this process alone

@@ -127,24 +127,29 @@ class BatchQueue:
         if at_least == 1:
             self._take(0)
 
-    def _ask(self, name: str, teacher: Teacher, crops: _Crops) -> Pending | None:
-        """The answer to come; None where it has been written already, crop by crop, for the batch failed."""
+    def _ask(self, name: str, teacher: Teacher, crops: _Crops, *, filled: bool = True) -> Pending | None:
+        """The answer to come; None where it has been written already, crop by crop, for the batch failed.
+
+        filled: small batches are filled up, where they ever are; not once a whole one had not enough memory.
+        """
         keys = [f"{w.job.key}.{'shared' if slot == 0 else f'local{slot - 1}'}" for w, slot in crops]
         try:
-            return self.ask(name, teacher, [_crop(w.job, slot) for w, slot in crops], keys)
+            return self.ask(name, teacher, [_crop(w.job, slot) for w, slot in crops], keys, filled=filled)
         except TeacherFailedError:
             raise
         except _TEACHER_ERRORS as error:
-            if len(crops) > 1:
-                for crop in crops:
-                    self._write(name, [crop], self._ask(name, teacher, [crop]))
+            scarce = isinstance(error, torch.OutOfMemoryError)
+            if len(crops) == 1 and not (scarce and filled):
+                if scarce:
+                    raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
+                waiting, slot = crops[0]
+                line = (str(error) or type(error).__name__).splitlines()[0]
+                waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
                 return None
-            if isinstance(error, torch.OutOfMemoryError):
-                raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
-            waiting, slot = crops[0]
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
-            return None
+        # Not above: an error holds, through its traceback, all that the batch left on the device.
+        for crop in crops:
+            self._write(name, [crop], self._ask(name, teacher, [crop], filled=filled and not scarce))
+        return None
 
     def _take(self, left: int) -> None:
         """Take the answers of all but the last `left` batches."""

@@ -61,8 +61,10 @@ class HostAsking:
     store: Callable[[DepthMap], DepthMap]
     in_flight: int = 0
 
-    def __call__(self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str]) -> Pending:
-        """Crops (3,S,S) uint8 as the teacher's maps of them."""
+    def __call__(
+        self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
+    ) -> Pending:
+        """Crops (3,S,S) uint8 as the teacher's maps of them. filled: of no meaning here."""
         depth = predict(name, teacher, torch.stack(list(crops)).float() / 255.0, keys).to("cpu")
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1).tolist()
         kept = self.store(depth)
@@ -93,11 +95,16 @@ class DeviceAsking:
         self.up: Any = torch.cuda.Stream(device) if self.cuda else None
         self.down: Any = torch.cuda.Stream(device) if self.cuda else None
 
-    def __call__(self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str]) -> Pending:
-        """As HostAsking; raises what the teacher raises when asked, and what the device reports when taken."""
-        missing = max(0, self.pad_to - len(crops))
-        filled, named = [*crops, *[crops[-1]] * missing], [*keys, *[keys[-1]] * missing]
-        depth = predict(name, teacher, self._send(filled), named)[: len(crops)]
+    def __call__(
+        self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
+    ) -> Pending:
+        """As HostAsking; raises what the teacher raises when asked, and what the device reports when taken.
+
+        filled: False asks about these crops alone, where a whole batch has not enough memory.
+        """
+        missing = max(0, self.pad_to - len(crops)) if filled else 0
+        sent, named = [*crops, *[crops[-1]] * missing], [*keys, *[keys[-1]] * missing]
+        depth = predict(name, teacher, self._send(sent), named)[: len(crops)]
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1)
         kept = self.store(depth)
         coded = None if self.coding is None else encode_linear(kept.values, kept.valid, self.coding[1])

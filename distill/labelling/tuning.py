@@ -93,6 +93,8 @@ def fastest(networks: Teachers, size: int, device: torch.device, *, most: int = 
         try:
             seconds = sum(_seconds(name, teacher, size, count, device) for name, teacher in networks)
         except torch.OutOfMemoryError:
+            seconds = -1.0
+        if seconds < 0:  # not above, where the error still holds what the batch left on the device
             torch.cuda.empty_cache()
             break
         if seconds and count / seconds < GAIN * rate:

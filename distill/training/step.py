@@ -167,16 +167,6 @@ def make_ready(student: nn.Module, settings: TrainSettings, *, device: torch.dev
         nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
-def averaged(student: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the student that follows it by an exponential moving average; buffers are copied."""
-
-    def follow(averages: Any, current: Any, count: Any) -> None:
-        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
-        torch._foreach_lerp_(averages, current, 1.0 - now)
-
-    return AveragedModel(student, multi_avg_fn=follow)
-
-
 def set_mode(run: TrainingRun) -> None:
     """Training mode, except for what is frozen; called again where that changes."""
     run.student.train()
@@ -409,7 +399,13 @@ def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatc
     keys = [key for batch in batches for key in batch.keys]
     bad = [key for key, finite in zip(keys, torch.cat(losses).isfinite().tolist(), strict=True) if not finite]
     named = f" (not finite: {', '.join(bad[:3])})" if bad else ""
+    advice = f"The batch is in {folder}{named}: look at its labels, lower lr, or leave its images out"
+    if not bad and run.settings.log_every > 1:  # on a GPU the steps without a line are not looked at
+        advice = (
+            f"It may have begun in one of the {run.settings.log_every - 1} steps before, whose batches are not kept: "
+            "the same command with train.log_every = 1 goes on from the last checkpoint and stops at the very step"
+        )
     raise TrainingStoppedError(
         f"step {line['step']}: the loss is {line['loss']}, the gradient's norm {line['grad_norm']}; nothing of it was "
-        f"applied. The batch is in {folder}{named}: look at its labels, lower lr, or leave its images out"
+        f"applied. {advice}"
     )

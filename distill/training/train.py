@@ -29,6 +29,7 @@ from distill.shards import shards
 from distill.shards.features import FeatureStore
 from distill.students import checkpoint
 from distill.training import checkpoints
+from distill.training.averages import Averages
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.heldout import Held, is_best, measured, split
 from distill.training.loading import training_batches
@@ -42,7 +43,6 @@ from distill.training.step import (
     ObjectiveLike,
     TrainingRun,
     TrainingStoppedError,
-    averaged,
     make_ready,
     set_mode,
     take_step,
@@ -194,7 +194,7 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
         model=model,
         optimizer=make_optimizer(student, settings),
         save_student=checkpoint.save,
-        ema=averaged(student, settings.ema) if settings.ema else None,
+        ema=Averages(student, settings.ema) if settings.ema else None,
         alarm=ScaleAlarm(settings.alarm_growth),
         **given,
     )

@@ -223,6 +223,15 @@ def test_a_device_that_is_not_here_is_a_line_when_it_is_used(tmp_path, monkeypat
             build.device(loaded)
 
 
+def test_each_process_of_a_machine_takes_a_card_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked = recipes.load(write(tmp_path, GOOD), ["run.device=cuda"])
+    assert build.device(asked) == torch.device("cuda", 0)
+    for rank, card in (("1", 1), ("2", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert build.device(asked) == torch.device("cuda", card)
+
+
 def test_a_teacher_named_twice_needs_an_alias(tmp_path):
     twice = '[[teachers]]\nname = "midas"\n[[teachers]]\nname = "midas"\n'
     assert faults(tmp_path, f'[run]\nname = "x"\n{twice}') == [

@@ -8,7 +8,7 @@ import torch
 
 from distill.core.depth import DepthMap, Kind
 from distill.eval.benchmarks import BenchmarkSample, pairs
-from distill.eval.cost import Cost
+from distill.eval.cost import Cost, _reset_peak
 from distill.eval.intervals import apart, interval, places
 from distill.eval.reports.summary import summary, verdict
 from distill.eval.score import score
@@ -114,3 +114,14 @@ def test_metres_and_unknown_units_have_no_common_mean(tmp_path):
     assert got.groups["m"]["metrics"]["rmse"] > 0 and got.groups["u"]["metrics"]["rmse"] is None
     assert all(image.metrics["rmse"] > 0 for image in got.images), "each image keeps its own"
     assert score(tmp_path, "scale_depth", samples[:1], pairs.PROTOCOL, workers=1).metrics["rmse"] > 0
+
+
+def test_the_peak_of_every_card_is_forgotten(monkeypatch):
+    """The model may be on another one than the current."""
+    forgotten = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
+    _reset_peak()
+    assert forgotten == [0, 1]

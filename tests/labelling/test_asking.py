@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -81,3 +83,31 @@ def test_maps_of_another_size_stop_the_run():
 
     with pytest.raises(TeacherFailedError, match="gave maps"):
         DeviceAsking(CPU, lambda depth: depth, coding=None)("x", Cropping(), [torch.zeros(3, 8, 8).byte()], ["a"])
+
+
+class Cramped(Formula):
+    """Has memory for two crops, and counts how often it is asked while a batch that was refused is still held."""
+
+    held_on = 0
+    refused: tuple[weakref.ref, ...] = ()
+
+    def predict(self, images):
+        self.held_on += any(one() is not None for one in self.refused)
+        activations = torch.zeros(1)
+        if len(images) > 2:
+            self.refused += (weakref.ref(activations),)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().predict(images)
+
+
+@pytest.mark.parametrize("count", [5, 1])
+def test_a_batch_that_memory_refuses_is_asked_crop_by_crop_not_filled_up_and_after_it_is_gone(
+    tmp_path, by_device, count
+):
+    tars = sources.tars(str(make_tar(tmp_path / "sa_0.tar", count)))
+    run(tars, tmp_path / "host", batch_size=8)
+    by_device()
+    teacher = Cramped()
+    run(tars, tmp_path / "device", teacher, batch_size=8)
+    assert contents(tmp_path / "host") == contents(tmp_path / "device")
+    assert teacher.refused and teacher.held_on == 0 and set(teacher.sizes) == {1}

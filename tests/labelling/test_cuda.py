@@ -22,7 +22,8 @@ def test_labels_are_those_of_a_cpu(tars, tmp_path, card, name):
     weights, options = getattr(tiny_teachers, name)(tmp_path / "weights")
     teacher = find("distill.teachers", name).Teacher
     for where in ("cpu", "cuda"):
-        outcome = run(tars, tmp_path / where, teacher.load(weights, device=where, **options))
+        loaded, device = teacher.load(weights, device=where, **options), torch.device(where)
+        outcome = run(tars, tmp_path / where, loaded, device=device)
         assert outcome.complete and verify(tmp_path / where) == []
     here, there = LabelDataset(tmp_path / "cpu"), LabelDataset(tmp_path / "cuda")
     assert here.keys == there.keys and len(here) == 18
@@ -41,6 +42,6 @@ def test_labels_made_twice_are_the_same_bytes(tars, tmp_path, card):
     weights, options = tiny_teachers.checkpoint(tmp_path / "weights")
     teacher = find("distill.teachers", "checkpoint").Teacher.load(weights, device=card, **options)
     for folder in ("one", "two"):
-        run(tars, tmp_path / folder, teacher)
+        run(tars, tmp_path / folder, teacher, device=card)
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one == two

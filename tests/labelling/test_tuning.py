@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -46,6 +47,22 @@ def test_the_smallest_batch_that_nothing_larger_beats():
     assert tuning.fastest([("t", Timed(0.0, 0.004))], 8, CPU) == 1, "no gain: no larger batch"
     assert tuning.fastest([("t", Timed(0.01))], 8, CPU, most=8) == 8, "all gain"
     assert tuning.fastest([("t", Timed(0.01, room=4))], 8, CPU) == 4, "memory"
+
+
+def test_memory_is_given_back_once_nothing_holds_the_batch_that_was_refused(monkeypatch):
+    held = []
+
+    class Cramped(Timed):
+        def predict(self, images):
+            activations = torch.zeros(1)
+            if len(images) > 2:
+                held.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().predict(images)
+
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append([one() is None for one in held]))
+    assert tuning.fastest([("t", Cramped(0.01))], 8, CPU) == 2 and freed == [[True]]
 
 
 def test_what_was_found_is_kept_and_taken_again(tmp_path):

@@ -204,7 +204,9 @@ class FreeAsking:
     def __init__(self, codes: Tensor, codec: str) -> None:
         self.codes, self.codec = codes, codec
 
-    def __call__(self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str]) -> Any:
+    def __call__(
+        self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
+    ) -> Any:
         one, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         count = torch.tensor([self.codes.numel()])
         maps = [CodedMaps(self.codes[None], low, one, count, self.codec, Kind.AFFINE_DISPARITY) for _ in crops]

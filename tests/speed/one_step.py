@@ -91,8 +91,9 @@ def bare_loop(
     student = _latent_student.begin(base, ASKED).to(device)
     half = batch // 2
     image = student.encode(data.images[:batch].to(device))
-    unit, valid = maths.to_unit_range(data.maps[:batch].to(device), torch.ones_like(data.maps[:batch]).bool(), 0.02)
-    target, inside = student.encode_maps(unit), maths.pooled(valid.to(device), student.factor)
+    maps = data.maps[:batch].to(device)
+    unit, valid = maths.to_unit_range(maps, torch.ones_like(maps, dtype=torch.bool), 0.02)
+    target, inside = student.encode_maps(unit), maths.pooled(valid, student.factor)
     optimizer = torch.optim.AdamW(student.parameters(), 1e-5)
     took = 0.0
     for step in range(steps + 1):

@@ -91,7 +91,8 @@ def bare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.devic
     model, objective = student(tiny).to(device).train(), Objective()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     size = settings.batch_size
-    batches = [data.collate([data[j] for j in range(i, i + size)]) for i in range(0, len(data) - size + 1, size)]
+    samples = [data.get(i, ["teacher"]) for i in range(len(data))]
+    batches = [data.collate(samples[i : i + size]) for i in range(0, len(data) - size + 1, size)]
     while True:
         for batch in batches:
             images, labels = batch.images.to(device), batch.labels["teacher"].to(device)

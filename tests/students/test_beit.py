@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import students
-from distill.students.beit import relative_index, resized
+from distill.students.beit import _bias_on, relative_index, resized
 from distill.students.encoder import Encoder
 
 TINY = {"timm_options": {"depth": 4, "embed_dim": 32, "num_heads": 2, "img_size": 64}}
@@ -47,6 +50,35 @@ def test_elsewhere_the_table_is_resized_as_midas_does_it():
         torch.testing.assert_close(bias[:, 1 + first, 1 + second], pairs[:, y1 - y2 + 5, x1 - x2 + 2])
     assert torch.equal(bias[:, 0, 3], table[-3]) and torch.equal(bias[:, 3, 0], table[-2])
     assert torch.equal(bias[:, 0, 0], table[-1]) and resized(table, (4, 4), (4, 4)) is table
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies from one device to another."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_index_is_copied_to_a_device_once():
+    table = torch.empty(52, 2, device="meta")
+    attention = SimpleNamespace(relative_position_bias_table=table, window_size=(4, 4))
+    copies = []
+    for _ in range(2):
+        with Copies() as mode:
+            _bias_on(attention, grid=[4, 4])
+        copies.append(mode.count)
+    assert copies == [1, 0]
+
+
+def test_a_grid_that_was_first_seen_in_inference_can_be_learnt_on():
+    encoder, image = beit(), torch.rand(1, 3, 80, 48)
+    with torch.inference_mode():
+        encoder(image)
+    encoder(image)[3][0].sum().backward()
+    assert encoder.backbone.blocks[0].attn.relative_position_bias_table.grad.isfinite().all()
 
 
 def test_midas_own_file_gives_the_encoder(tmp_path):

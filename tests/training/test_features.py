@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from distill import students
-from distill.app import build, commands
+from distill.app import build, commands, features
 from distill.app.recipe import load
 from distill.shards.features import DONE, FeatureStore
 from distill.training.settings import TrainSettings
@@ -98,3 +100,25 @@ def test_augmentation_that_changes_what_the_encoder_sees_forbids_it():
     ):
         with pytest.raises(ValueError, match=line):
             TrainSettings(cache_features=True, **given)
+
+
+def test_the_encoder_is_brought_back_from_where_it_computed(tmp_path, monkeypatch):
+    """In the one process that stores features a student in two places would look otherwise than in the others."""
+    places = []
+
+    class Encoder(torch.nn.Linear):
+        def to(self, place):
+            places.append(str(place))
+            return self
+
+        def digest(self):
+            return ""
+
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(out=tmp_path, root=tmp_path, cached="true"))
+    monkeypatch.setattr(features, "write_features", lambda *args, **given: None)
+    labels = SimpleNamespace(keys=[])
+    features._compute(
+        load(str(path), []), labels, SimpleNamespace(encoder=Encoder(1, 1)), tmp_path, torch.device("cuda")
+    )
+    assert places == ["cuda", "cpu"]

@@ -13,7 +13,8 @@ from distill import students
 from distill.losses.objective import Objective
 from distill.students import checkpoint
 from distill.training.train import train
-from tests.training.toys import Toys, collate, losses_of, newest, settings, steps_of
+from tests.speed import training as bench
+from tests.training.toys import Toy, Toys, collate, losses_of, newest, settings, steps_of
 
 
 def real_student():
@@ -121,3 +122,10 @@ def test_a_frozen_encoder_may_be_left_to_others(tmp_path):
     real_run(tmp_path, student=student, steps=2, freeze_encoder=True)
     assert student.encoder.frozen and all(torch.equal(before[n], v) for n, v in student.encoder.state_dict().items())
     assert not any(name.startswith("optimizer/encoder") for name in newest(tmp_path))
+
+
+def test_the_benchmark_of_a_step_has_a_bare_loop_beside_it(monkeypatch):
+    monkeypatch.setattr(bench, "student", lambda tiny: Toy())
+    steps = bench.bare(bench.Regions(4, 16), settings(batch_size=2), True, torch.device("cpu"))
+    for _ in range(3):
+        next(steps)

@@ -36,6 +36,15 @@ def test_a_number_that_is_not_finite_stops_before_it_is_applied(tmp_path):
     assert not tensors["0/primary/shared/values"][bad[0]].isfinite().all() and len(tensors["0/images"]) == 8
 
 
+def test_a_batch_without_a_fault_is_not_blamed_for_a_step_that_nobody_looked_at(tmp_path, monkeypatch):
+    """As on a GPU, where the line's norm tells what an earlier step met."""
+    monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.nan))
+    with pytest.raises(TrainingStoppedError, match=r"one of the 4 steps before.*train.log_every = 1 goes on from"):
+        run(tmp_path / "few", log_every=5)
+    with pytest.raises(TrainingStoppedError, match="look at its labels"):
+        run(tmp_path / "all")
+
+
 def test_the_scale_alarm_warns_once():
     grows, falls, steady, learns = (ScaleAlarm(growth=10.0) for _ in range(4))
     scale = {"label_deviation": 1.0, "warmup_end": 20}
