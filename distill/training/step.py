@@ -316,8 +316,10 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
 def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
     """Adds a micro-batch's gradient; returns what was measured on it."""
     found = measure(run, run.model, micro)
-    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
-    (found.losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
+    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number; no
+    # number at all where the loss is not finite: |x - inf| has a finite gradient, and a GPU looks at nothing else.
+    total = found.losses.sum()
+    (total * (run.processes.count / run.settings.batch_size + 0.0 * total.detach())).backward()
     return found
 
 

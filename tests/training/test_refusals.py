@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -14,7 +15,8 @@ from torch import nn
 from distill.core import machine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Batch, Labels
-from distill.training import checkpoints
+from distill.training import checkpoints, step
+from distill.training import train as train_module
 from distill.training.schedule import make_optimizer
 from distill.training.train import TrainingStoppedError, train
 from distill.training.trainlog import ScaleAlarm, map_statistics
@@ -43,6 +45,26 @@ def test_a_batch_without_a_fault_is_not_blamed_for_a_step_that_nobody_looked_at(
         run(tmp_path / "few", log_every=5)
     with pytest.raises(TrainingStoppedError, match="look at its labels"):
         run(tmp_path / "all")
+
+
+def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    """As on a GPU, where the gradient's norm alone is looked at; that of |x - inf| is finite."""
+    runs, take, norm = [], train_module.take_step, nn.utils.get_total_norm
+
+    def guarded(gradients):
+        found = norm(gradients)
+        step._guard(runs[-1], found)
+        return found
+
+    monkeypatch.setattr(train_module, "take_step", lambda run, micros: (runs.append(run), take(run, micros))[1])
+    monkeypatch.setattr(step, "_has_line", lambda run: run.step + 1 == run.settings.steps)
+    monkeypatch.setattr(nn.utils, "get_total_norm", guarded)
+    given = {"val_fraction": 0.0, "save_every": 1, "keep_last": 20, "teacher_shares": {"primary": 1.0}, "log_every": 20}
+    with pytest.raises(TrainingStoppedError, match="step 20: .* nothing of it was applied"):
+        run(tmp_path, dataset=Toys(poisoned=3), fused=True, **given)
+    weights = [load_file(saved.folder / "student" / "model.safetensors") for saved in checkpoints.find(tmp_path)]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert len(weights) == 19 and any(same) and same == sorted(same), "it learns, and then no more"
 
 
 def test_the_scale_alarm_warns_once():
