@@ -244,9 +244,13 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
 
 
 def _has_line(run: TrainingRun) -> bool:
-    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have."""
-    s = run.settings
-    return run.processes.device.type != "cuda" or (run.step + 1) % s.log_every == 0 or run.step + 1 == s.steps
+    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have.
+
+    So has one that a checkpoint or an evaluation follows: a run that goes on there must not have left out steps.
+    """
+    s, number = run.settings, run.step + 1
+    looked_at = (every for every in (s.log_every, s.save_every, s.eval_every) if every)
+    return run.processes.device.type != "cuda" or number == s.steps or any(number % every == 0 for every in looked_at)
 
 
 def _guard(run: TrainingRun, norm: Tensor) -> None:

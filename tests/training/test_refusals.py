@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,17 @@ def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_fini
     weights = [load_file(saved.folder / "student" / "model.safetensors") for saved in checkpoints.find(tmp_path)]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
     assert len(weights) == 19 and any(same) and same == sorted(same), "it learns, and then no more"
+
+
+def test_on_a_gpu_what_is_kept_has_been_looked_at():
+    """Else a checkpoint would be of a step whose numbers were refused, and a resume would leave steps out."""
+    asked = settings(log_every=10, save_every=4, eval_every=7, steps=25)
+    card, cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    looked_at = [i + 1 for i in range(25) if step._has_line(SimpleNamespace(settings=asked, processes=card, step=i))]
+    assert looked_at == [4, 7, 8, 10, 12, 14, 16, 20, 21, 24, 25]
+    assert all(step._has_line(SimpleNamespace(settings=asked, processes=cpu, step=i)) for i in range(25))
+    none = settings(log_every=10, save_every=0, eval_every=0, steps=25)
+    assert not step._has_line(SimpleNamespace(settings=none, processes=card, step=0))
 
 
 def test_the_scale_alarm_warns_once():
