@@ -16,7 +16,8 @@ from torch import nn
 from distill.core import machine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Batch, Labels
-from distill.training import checkpoints, step
+from distill.training import checkpoints
+from distill.training import step as step_module
 from distill.training import train as train_module
 from distill.training.schedule import make_optimizer
 from distill.training.train import TrainingStoppedError, train
@@ -54,11 +55,11 @@ def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_fini
 
     def guarded(gradients):
         found = norm(gradients)
-        step._guard(runs[-1], found)
+        step_module._guard(runs[-1], found)
         return found
 
     monkeypatch.setattr(train_module, "take_step", lambda run, micros: (runs.append(run), take(run, micros))[1])
-    monkeypatch.setattr(step, "_has_line", lambda run: run.step + 1 == run.settings.steps)
+    monkeypatch.setattr(step_module, "_has_line", lambda run: run.step + 1 == run.settings.steps)
     monkeypatch.setattr(nn.utils, "get_total_norm", guarded)
     given = {"val_fraction": 0.0, "save_every": 1, "keep_last": 20, "teacher_shares": {"primary": 1.0}, "log_every": 20}
     with pytest.raises(TrainingStoppedError, match="step 20: .* nothing of it was applied"):
@@ -72,11 +73,13 @@ def test_on_a_gpu_what_is_kept_has_been_looked_at():
     """Else a checkpoint would be of a step whose numbers were refused, and a resume would leave steps out."""
     asked = settings(log_every=10, save_every=4, eval_every=7, steps=25)
     card, cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
-    looked_at = [i + 1 for i in range(25) if step._has_line(SimpleNamespace(settings=asked, processes=card, step=i))]
+    looked_at = [
+        i + 1 for i in range(25) if step_module._has_line(SimpleNamespace(settings=asked, processes=card, step=i))
+    ]
     assert looked_at == [4, 7, 8, 10, 12, 14, 16, 20, 21, 24, 25]
-    assert all(step._has_line(SimpleNamespace(settings=asked, processes=cpu, step=i)) for i in range(25))
+    assert all(step_module._has_line(SimpleNamespace(settings=asked, processes=cpu, step=i)) for i in range(25))
     none = settings(log_every=10, save_every=0, eval_every=0, steps=25)
-    assert not step._has_line(SimpleNamespace(settings=none, processes=card, step=0))
+    assert not step_module._has_line(SimpleNamespace(settings=none, processes=card, step=0))
 
 
 def test_the_scale_alarm_warns_once():
