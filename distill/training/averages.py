@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
@@ -21,7 +21,8 @@ class Averages(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Follows `model` by one step; the first one copies it."""
         count = int(self.n_averaged)  # on the host, wherever the weights are
-        ours, theirs = list(self.module.parameters()), list(model.parameters())
+        ours: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
         if count:
             torch._foreach_lerp_(ours, theirs, 1.0 - min(self.decay, (1.0 + count) / (10.0 + count)))
         else:

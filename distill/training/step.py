@@ -244,9 +244,13 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
 
 
 def _has_line(run: TrainingRun) -> bool:
-    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have."""
-    s = run.settings
-    return run.processes.device.type != "cuda" or (run.step + 1) % s.log_every == 0 or run.step + 1 == s.steps
+    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have.
+
+    So has one that a checkpoint or an evaluation follows: a run that goes on there must not have left out steps.
+    """
+    s, number = run.settings, run.step + 1
+    looked_at = (every for every in (s.log_every, s.save_every, s.eval_every) if every)
+    return run.processes.device.type != "cuda" or number == s.steps or any(number % every == 0 for every in looked_at)
 
 
 def _guard(run: TrainingRun, norm: Tensor) -> None:
@@ -316,8 +320,10 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
 def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
     """Adds a micro-batch's gradient; returns what was measured on it."""
     found = measure(run, run.model, micro)
-    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number.
-    (found.losses.sum() * (run.processes.count / run.settings.batch_size)).backward()
+    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number; no
+    # number at all where the loss is not finite: |x - inf| has a finite gradient, and a GPU looks at nothing else.
+    total = found.losses.sum()
+    (total * (run.processes.count / run.settings.batch_size + 0.0 * total.detach())).backward()
     return found
 
 

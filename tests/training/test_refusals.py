@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ from distill.core import machine
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Batch, Labels
 from distill.training import checkpoints
+from distill.training import step as step_module
+from distill.training import train as train_module
 from distill.training.schedule import make_optimizer
 from distill.training.train import TrainingStoppedError, train
 from distill.training.trainlog import ScaleAlarm, map_statistics
@@ -43,6 +47,39 @@ def test_a_batch_without_a_fault_is_not_blamed_for_a_step_that_nobody_looked_at(
         run(tmp_path / "few", log_every=5)
     with pytest.raises(TrainingStoppedError, match="look at its labels"):
         run(tmp_path / "all")
+
+
+def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_finite(tmp_path, monkeypatch):
+    """As on a GPU, where the gradient's norm alone is looked at; that of |x - inf| is finite."""
+    runs, take, norm = [], train_module.take_step, nn.utils.get_total_norm
+
+    def guarded(gradients):
+        found = norm(gradients)
+        step_module._guard(runs[-1], found)
+        return found
+
+    monkeypatch.setattr(train_module, "take_step", lambda run, micros: (runs.append(run), take(run, micros))[1])
+    monkeypatch.setattr(step_module, "_has_line", lambda run: run.step + 1 == run.settings.steps)
+    monkeypatch.setattr(nn.utils, "get_total_norm", guarded)
+    given = {"val_fraction": 0.0, "save_every": 1, "keep_last": 20, "teacher_shares": {"primary": 1.0}, "log_every": 20}
+    with pytest.raises(TrainingStoppedError, match="step 20: .* nothing of it was applied"):
+        run(tmp_path, dataset=Toys(poisoned=3), fused=True, **given)
+    weights = [load_file(saved.folder / "student" / "model.safetensors") for saved in checkpoints.find(tmp_path)]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
+    assert len(weights) == 19 and any(same) and same == sorted(same), "it learns, and then no more"
+
+
+def test_on_a_gpu_what_is_kept_has_been_looked_at():
+    """Else a checkpoint would be of a step whose numbers were refused, and a resume would leave steps out."""
+    asked = settings(log_every=10, save_every=4, eval_every=7, steps=25)
+    card, cpu = (SimpleNamespace(device=torch.device(name)) for name in ("cuda", "cpu"))
+    looked_at = [
+        i + 1 for i in range(25) if step_module._has_line(SimpleNamespace(settings=asked, processes=card, step=i))
+    ]
+    assert looked_at == [4, 7, 8, 10, 12, 14, 16, 20, 21, 24, 25]
+    assert all(step_module._has_line(SimpleNamespace(settings=asked, processes=cpu, step=i)) for i in range(25))
+    none = settings(log_every=10, save_every=0, eval_every=0, steps=25)
+    assert not step_module._has_line(SimpleNamespace(settings=none, processes=card, step=0))
 
 
 def test_the_scale_alarm_warns_once():
