@@ -10,6 +10,10 @@ from typing import Any
 
 from torch import nn
 
+SHAPES = 64
+"""Shapes that one kind of network is compiled for; at one more it computes uncompiled, and nothing says so. torch's own
+number is 8, which the trial of batch sizes uses up."""
+
 
 def networks(teacher: Any) -> list[nn.Module]:
     """What of a teacher computes: its modules, or those of its diffusion parts (UNet, the VAE's two halves, a head)."""
@@ -28,6 +32,9 @@ def compile_networks(teacher: Any) -> None:
     parts = networks(teacher)
     if not parts:
         raise ValueError(f"teachers.compile: {teacher.card.name} has no network to compile; leave it out")
+    from torch._dynamo import config  # noqa: PLC0415 - seconds, which only those who compile are to wait
+
+    config.recompile_limit = max(SHAPES, config.recompile_limit)
     for part in parts:
         part.compile(dynamic=False)
 
