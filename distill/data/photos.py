@@ -209,6 +209,7 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
 
 
 _ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
+_PICTURES = ("JPEG", "PNG", "WebP", "AVIF", "HEIC")
 _READ = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
 
 
@@ -217,6 +218,12 @@ def _kind(data: bytes) -> str:
     if not data:
         raise BadImageError("empty file")
     kind = filetypes.sniff(data)
+    inside = next((at for at in range(1, 32) if filetypes.sniff(data[at : at + 64]) in _PICTURES), 0) if not kind else 0
+    if inside:
+        what = f"{filetypes.sniff(data[inside:])} begins {inside} bytes in"
+        raise BadImageError(
+            f"damaged: a {what}, behind {bytes(data[:inside])!r}, which is none of it: download it again"
+        )
     if not kind and (words := filetypes.text(data)):
         raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):

@@ -201,6 +201,7 @@ def test_gamma_is_that_of_deep_grey_too():
         (b"\xef\xbb\xbf<svg/>", "text, beginning '<svg/>'"),
         (b"Access denied", "text, beginning 'Access denied'"),
         (bytes(128) + b"DICM" + bytes(99), "DICOM"),
+        (b"\r\n\xff\xd8\xff\xe0" + bytes(99), r"a JPEG begins 2 bytes in, behind b'\\r\\n'"),
     ],
 )
 def test_what_stands_in_a_photos_place_is_named(data, reason):
