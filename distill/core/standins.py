@@ -28,6 +28,8 @@ _STARTS = (
     (b"\x89HDF", "is HDF5 (Keras), not weights of a torch network"),
     (b"GGUF", "is GGUF, not weights of a torch network"),
     (b"\x93NUMPY", "is a NumPy array, not weights"),
+    (b"\xff\xd8\xff", "is a JPEG, not weights"),
+    (b"\x89PNG", "is a PNG, not weights"),
 )
 _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
 """The number that torch's own pickles of the time before zip files begin with, behind the protocol."""

@@ -150,6 +150,8 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
         pairs[pair.name] = pair
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
+    if not pairs:
+        raise ValueError(f"{path}: names columns and no pair below them")
     return _choose(path, pairs, names)
 
 

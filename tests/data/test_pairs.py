@@ -233,6 +233,7 @@ def test_lines_before_the_columns_are_passed_over_and_counted(tmp_path, before):
         (b"\r\n<!DOCTYPE html>", "a web page"),
         ((HEAD + "x" * (1 << 18) + "\ta.png\td.npy\t1\n").encode(), "line 1: not a table"),
         (HEAD.replace("scale_to_metres", "depth").encode(), "two columns are called depth"),
+        (HEAD.encode(), "no pair below them"),
     ],
 )
 def test_what_stands_in_a_tables_place_is_named(tmp_path, data, said):
