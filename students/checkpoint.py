@@ -27,6 +27,7 @@ from distill.core.files import file_sha256
 from distill.core.plugins import allowed, is_path, origins
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
+from distill.core.standins import fault_of_start
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
@@ -251,7 +252,7 @@ def describe(folder: str | Path) -> dict[str, Any]:
             other = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
             raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{other}")
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(files.decoded(path.read_bytes()))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     version = description.get("version") if isinstance(description, dict) else None
@@ -362,6 +363,8 @@ def _needed_file(folder: Path, needed: Mapping[str, str], given: str | Path | No
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     content = path.read_bytes()
     if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        if reason := fault_of_start(path):
+            raise ValueError(f"{path} {reason}")
         raise ValueError(
             f"{path}: sha256 {found[:12]}... is not {sha256[:12]}..., which {DESCRIPTION} names; "
             "the file is damaged or from another student"

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, JustifyMethod
@@ -28,6 +29,9 @@ from distill.core.printable import printable
 from distill.core.progress import Report
 
 _quiet = os.environ.get("RANK", "0") != "0"
+# A service or a scheduler may start it with its streams closed: what it says then goes nowhere.
+sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (open for as long as the process is there)
+sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
 # A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, quiet=_quiet, soft_wrap=True)

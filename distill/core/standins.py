@@ -5,9 +5,15 @@ Each function gives a clause that follows the file's name, or "" where nothing i
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STARTS = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"),
@@ -22,7 +28,11 @@ _STARTS = (
     (b"\x89HDF", "is HDF5 (Keras), not weights of a torch network"),
     (b"GGUF", "is GGUF, not weights of a torch network"),
     (b"\x93NUMPY", "is a NumPy array, not weights"),
+    (b"\xff\xd8\xff", "is a JPEG, not weights"),
+    (b"\x89PNG", "is a PNG, not weights"),
 )
+_TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
+"""The number that torch's own pickles of the time before zip files begin with, behind the protocol."""
 
 
 def fault_of_start(path: Path) -> str:
@@ -39,6 +49,10 @@ def fault_of_start(path: Path) -> str:
         return what
     if start[257:262] == b"ustar":
         return "is a tar archive: unpack it"
+    if start[:1] == b"\x80" and _TORCH not in start[:32]:
+        return "is a plain Python pickle, which is not opened: store its state_dict() by torch.save"
+    if re.fullmatch(rb"[\t\r\n -~]{4,}", start):
+        return f"cannot be read as weights: it is text, beginning {start[:24].decode()!r}; download it again"
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
 
 
@@ -54,6 +68,8 @@ def fault_of_zip(path: Path) -> str:
         names = archive.namelist()
         if any(name.endswith("/constants.pkl") for name in names):
             return "is a TorchScript program: give the weights that it was made from"
+        if all(name.endswith(".npy") for name in names):
+            return "holds NumPy's arrays (.npz), not weights of a torch network"
         if not any(name.endswith("data.pkl") for name in names):
             return f"is a zip archive ({', '.join(names[:2])}), not weights: unpack it, and give the file in it"
         damaged = [name for name in names if not _is_whole(archive, name)]
@@ -73,3 +89,30 @@ def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
     except (zipfile.BadZipFile, zlib.error, OSError):
         return False
     return True
+
+
+# Names that libraries give to tensors which are not the network's own numbers.
+_KINDS = (
+    (r"(.*\.)?lora_(embedding_)?[AB]\b.*|.*\.lora_(up|down)\.weight", "an adapter (LoRA): merge it with its network"),
+    (r".*\.(SCB|weight_format)|.*\.(absmax|quant_map|quant_state\.\w+)", "quantised by bitsandbytes: give"),
+    (r".*\.(qweight|qzeros|g_idx)", "quantised (GPTQ, AWQ): give"),
+    (r".*\.weight_scale(_inv)?|.*\.input_scale", "quantised to eight bits: give"),
+)
+
+
+def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
+    """Of a table of tensors that a network cannot take as they are, which another library would make its weights of."""
+    import torch
+
+    packed = any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in state.values())
+    for pattern, what in _KINDS if packed else _KINDS[:-1]:
+        if name := next((name for name in state if re.fullmatch(pattern, name)), ""):
+            rest = ", and save that" if what.endswith("its network") else " the weights that it was made from"
+            return f"holds {name}: {what}{rest}"
+    for name, tensor in state.items():
+        if tensor.is_meta:
+            return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
+        if tensor.is_quantized or tensor.layout != torch.strided:
+            sort = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+            return f"holds {name} as {sort}: save plain floating-point tensors"
+    return ""

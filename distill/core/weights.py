@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import fault_of_start, fault_of_zip
+from distill.core.standins import fault_of_start, fault_of_tensors, fault_of_zip
 
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     if not matching:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
+            + _below(path)
         )
     if len(matching) > 1:
         if all(_SHARD.search(file.name) for file in matching):
@@ -72,6 +73,15 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     return matching[0]
 
 
+def _below(folder: Path) -> str:
+    """What in a folder and the folders in it may be the weights: `; there is checkpoint-500/model.safetensors`."""
+    files = [file for depth in ("*", "*/*") for file in sorted(folder.glob(depth)) if _LIKE_WEIGHTS.search(file.name)]
+    there = [file.relative_to(folder).as_posix() for file in files if not _BESIDE_WEIGHTS.fullmatch(file.name)]
+    more = f" and {len(there) - 3} more" if len(there) > 3 else ""
+    return f"; there is {', '.join(there[:3])}{more}" if there else ""
+
+
+_LIKE_WEIGHTS = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|pkl|tar|distcp|msgpack|h5|onnx|gguf)$", re.IGNORECASE)
 # What trainers and systems put beside weights under the same suffixes.
 _BESIDE_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
 
@@ -282,6 +292,8 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
     return tables[first]
 
 
+_COUNTS = {"n_averaged", "initted", "step", "num_updates", "decay"}
+"""What averages of weights count beside them: torch's AveragedModel, ema-pytorch, LDM's LitEma."""
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -293,11 +305,13 @@ def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     plain: dict[str, Tensor] = {}
     for key, tensor in state.items():
         name = _plain_name(key)
-        if name == "n_averaged":  # how often torch's AveragedModel took the mean
+        if name in _COUNTS and tensor.numel() == 1:
             continue
         if name in plain:
             raise WeightsMismatchError(f"{path} holds {name} twice, once inside a wrapper: save one network alone")
         plain[name] = tensor
+    if reason := fault_of_tensors(plain):
+        raise WeightsMismatchError(f"{path} {reason}")
     return unchunked(plain)
 
 

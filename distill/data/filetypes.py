@@ -137,7 +137,7 @@ _MAGIC = (
     (b"MATLAB", "a .mat"),
     (b"Rar!", "a RAR archive"),
     (b"7z\xbc\xaf", "a 7z archive"),
-    (b"\x80\2", "a Python pickle"),
+    *((b"\x80" + bytes([protocol]), "a Python pickle") for protocol in range(2, 6)),
     (b"DDS ", "a DirectDraw texture (DDS)"),
     (b"qoif", "QOI"),
     (b"gimp xcf", "GIMP's XCF"),

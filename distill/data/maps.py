@@ -73,11 +73,14 @@ def read_map(path: Path) -> np.ndarray:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
                 except READ_ERRORS as error:
                     raise BadMapError(_said("npy", error)) from error
-    return decode_map(path.read_bytes(), path.name)
+    plane = decode_map(path.read_bytes(), path.name)
+    if plane.dtype.kind == "b":
+        raise BadMapError("holds true and false alone: a mask, not a map")
+    return plane
 
 
 def decode_map(data: bytes, name: str = "") -> np.ndarray:
-    """`read_map` of a file's bytes; name: of the file, for what is said of one of no known format."""
+    """`read_map` of a file's bytes, masks included; name: of the file, for what is said of one of no known format."""
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:

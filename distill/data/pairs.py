@@ -7,7 +7,8 @@ that distill.data.maps reads.
 
 - kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
-  `Z[m]=f*b/disp` or `Z[m]=f*b/(disp+offset)` with its numbers filled in, which makes metric depth of disparity; a
+  `Z[m]=f*b/disp`, `Z[m]=f*b/(disp+offset)` or, as KITTI stores it, `Z[m]=f*b/(disp/256)` with its numbers filled in,
+  which makes metric depth of disparity; a
   unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown. What looks like a number or a unit and is none
   ("0,001", "ft") is an error. Of an unknown scale depth becomes scale_depth, and disparity affine_disparity, since
   a disparity of unknown calibration also has an unknown offset.
@@ -47,7 +48,8 @@ from distill.data.photos import BadImageError, decode, turn, upright
 _CEILING = 65000.0
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _STEREO = re.compile(
-    rf"(?:Z\[m\]\s*=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*\(?\s*disp\w*\s*(?:([+-])\s*({_NUMBER}))?\s*\)?$"
+    rf"(?:Z\[m\]\s*=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*"
+    rf"(?:\(\s*disp\w*\s*/\s*(?P<parts>{_NUMBER})|\(?\s*disp\w*)\s*(?:(?P<sign>[+-])\s*(?P<offset>{_NUMBER}))?\s*\)?$"
 )
 
 
@@ -148,36 +150,48 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
         pairs[pair.name] = pair
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
+    if not pairs:
+        raise ValueError(f"{path}: names columns and no pair below them")
     return _choose(path, pairs, names)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """The number of each line that says something, and its cells by the names of their columns."""
-    text = _text(path)
-    first = text.lstrip("\r\n").splitlines()[:1] or [""]
+    written = _text(path).splitlines(keepends=True)
+    before = next((i for i, line in enumerate(written) if not _PREAMBLE.match(line)), 0)
+    first = written[before] if written else ""
     # A comma is part of many a path and word: it separates columns only where no tab does.
-    separator = "\t" if "\t" in first[0] else max(",;", key=first[0].count)
-    lines = io.StringIO(text, newline="")
+    separator = "\t" if "\t" in first else max(",;", key=first.count)
+    lines = io.StringIO("".join(written[before:]), newline="")
     reader = (
         csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
         if separator == "\t"
         else csv.DictReader(lines, delimiter=separator)
     )
-    reader.fieldnames = _columns(path, reader.fieldnames or ())
-    for row in reader:
-        cells = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
-        if any(cells.values()) and not next(iter(cells.values())).startswith("# "):
-            yield reader.line_num, cells
+    try:
+        reader.fieldnames = _columns(path, reader.fieldnames or ())
+        for row in reader:
+            cells = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
+            if any(cells.values()) and not next(iter(cells.values())).startswith("# "):
+                yield before + reader.line_num, cells
+    except csv.Error as error:
+        raise ValueError(f"{path}: line {before + reader.line_num}: not a table ({error})") from error
+
+
+_PREAMBLE = re.compile(r"\s*$|\"?sep=|#(?!\s*\"?name\b)", re.IGNORECASE)
+"""What may stand before the columns' names: nothing, Excel's word on the separator, a comment."""
 
 
 def _columns(path: Path, given: Sequence[str]) -> list[str]:
     """The names of the columns as they are read; ValueError where one is missing, or is meant and not read."""
-    columns = [_cell(name).lower().replace("meters", "metres") for name in given]
+    columns = [_cell(name).lstrip("# ").lower().replace("meters", "metres") for name in given]
     if missing := {"name", "rgb", "depth"} - set(columns):
         there = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
         raise ValueError(
             f"{path}: no column {', '.join(sorted(missing))}{there} (they are separated by tabs, commas or semicolons)"
         )
+    if double := [name for name in _READ if columns.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are called {double[0]}: take one of them out")
     scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
     if scales and "scale_to_metres" not in columns:
         raise ValueError(f"{path}: the column {scales[0]} is not read: metres per stored unit are scale_to_metres")
@@ -205,9 +219,22 @@ def read_names(path: Path | str) -> list[str]:
     return names
 
 
+_READ = ("name", "rgb", "depth", "kind", "scale_to_metres", "invalid", "trust", "dataset", "focal")
+_NO_TEXT = (
+    (b"PK\3\4", "an Excel workbook or another zip archive: save it as CSV"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook: save it as CSV"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it"),
+    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
+    (b"<", "a web page: download the file itself"),
+)
+
+
 def _text(path: Path) -> str:
+    data = path.read_bytes()
+    if what := next((what for magic, what in _NO_TEXT if data.lstrip()[:64].startswith(magic)), ""):
+        raise ValueError(f"{path}: not a text file but {what}")
     try:
-        return decoded(path.read_bytes())
+        return decoded(data)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 (byte {error.start}: {error.reason}); save it as UTF-8 text") from error
 
@@ -237,10 +264,11 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     stereo = _STEREO.match(scale_text)
     scale, baseline, offset = 1.0, 0.0, 0.0
     if stereo:
-        baseline = float(stereo[1]) * float(stereo[2])
+        parts = float(stereo["parts"] or 1)  # stored units of a pixel
+        baseline = float(stereo[1]) * float(stereo[2]) * parts
         if not 0 < baseline < math.inf:
             raise ValueError(f"scale_to_metres must have f*b finite and above 0, not {scale_text}")
-        offset = float(stereo[4] or 0) * (-1.0 if stereo[3] == "-" else 1.0)
+        offset = float(stereo["offset"] or 0) * parts * (-1.0 if stereo["sign"] == "-" else 1.0)
         kind = Kind.METRIC_DEPTH
     else:
         number = _number(scale_text)
@@ -314,6 +342,8 @@ def _number(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
+    if "disp" in plain and re.search(r"[\d.]\s*\*|\*\s*\d", plain):
+        raise ValueError(f"scale_to_metres {text!r}: a formula that is not understood; write Z[m]=f*b/(disp+offset)")
     if plain and "disp" not in plain and _MEANT.match(plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")

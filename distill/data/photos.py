@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
-from distill.data import colour, damage, filetypes, tiffs
+from distill.data import colour, damage, filetypes, hdr, tiffs
 
 # Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
 # filter around each photograph is not safe where several threads read.
@@ -209,6 +209,7 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
 
 
 _ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
+_PICTURES = ("JPEG", "PNG", "WebP", "AVIF", "HEIC")
 _READ = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
 
 
@@ -217,6 +218,12 @@ def _kind(data: bytes) -> str:
     if not data:
         raise BadImageError("empty file")
     kind = filetypes.sniff(data)
+    inside = next((at for at in range(1, 32) if filetypes.sniff(data[at : at + 64]) in _PICTURES), 0) if not kind else 0
+    if inside:
+        what = f"{filetypes.sniff(data[inside:])} begins {inside} bytes in"
+        raise BadImageError(
+            f"damaged: a {what}, behind {bytes(data[:inside])!r}, which is none of it: download it again"
+        )
     if not kind and (words := filetypes.text(data)):
         raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
@@ -253,7 +260,16 @@ def _heic(data: bytes) -> Image.Image:
     if width * height > max_pixels():
         raise BadImageError(_too_large(width, height))
     image: Image.Image = file.to_pillow()
-    return image
+    said = file.info.get("nclx_profile") or {}
+    if said.get("transfer_characteristics") not in (hdr.PQ, hdr.HLG) or "icc_profile" in image.info:
+        return image
+    deep = np.asarray(pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False))
+    if deep.dtype != np.uint16 or deep.shape[:2] != (image.height, image.width):
+        return image
+    shown = hdr.to_srgb(deep[..., :3], said["transfer_characteristics"], primaries=said["color_primaries"])
+    bright = Image.fromarray(shown)
+    bright.info = image.info
+    return bright
 
 
 def _check_size(image: Image.Image, size: int, limit: int) -> None:

@@ -209,7 +209,7 @@ def _member_problem(member: tarfile.TarInfo) -> str:
     if reason := leaves_root(member.name, "the archive") if member.name.strip("./") else "":
         return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        return "not a plain file (a link or a device)"
+        return f"not a plain file ({'it is stored sparse' if member.issparse() else 'a link or a device'})"
     if reason := filetypes.refusal(member.name):
         return reason
     if not PurePosixPath(member.name).name:

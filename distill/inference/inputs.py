@@ -61,6 +61,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             if not files and not Path(given).expanduser().exists():
                 reason = "matches no file" if set(given) & set("*?[") else "no such file or folder"
+                reason = "an address, and files of this machine are read: download it" if "://" in given else reason
                 raise FileNotFoundError(f"{given}: {reason}")
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
     # A photo that is there by its name and by a link goes by its name, and is predicted once.

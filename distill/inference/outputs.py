@@ -112,7 +112,8 @@ class Outputs:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / SOURCES).touch()
         except OSError as error:
-            raise OSError(f"{self.folder}: cannot be written ({error.strerror}); give another --out") from error
+            reason = "a link to nothing" if self.folder.is_symlink() and not self.folder.exists() else error.strerror
+            raise OSError(f"{self.folder}: cannot be written ({reason}); give another --out") from error
 
     def holds(self, file: Path) -> bool:
         """True for a file that was made here, by the record."""

@@ -25,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
+from distill.core.printable import printable
 
 FAR = 10.0
 """The farthest over the nearest distance that is assumed of a map whose shift is unknown. Ours."""
@@ -275,6 +276,6 @@ def viewer(points: PointCloud, lens: Camera, size: tuple[int, int], *, stride: i
         "rgb": base64.b64encode(np.ascontiguousarray(points.colors).tobytes()).decode(),
     }
     page = resources.files("distill").joinpath("assets/viewer.html").read_text(encoding="utf-8")
-    for key, text in {"TITLE": title, "COMMENT": comment}.items():
+    for key, text in {"TITLE": printable(title), "COMMENT": comment}.items():
         page = page.replace(f"[[{key}]]", text.replace("&", "&amp;").replace("<", "&lt;"))
     return page.replace('"[[POINTS]]"', json.dumps(facts))

@@ -22,7 +22,7 @@ import numpy as np
 from av.stream import Disposition
 
 from distill.core import files
-from distill.data import filetypes
+from distill.data import filetypes, hdr
 from distill.data.photos import BadImageError
 
 av.logging.set_level(av.logging.PANIC)
@@ -32,7 +32,7 @@ _CUT = "it is cut, and what says how it is encoded is lost: copy it again"
 
 
 class Film:
-    """The frames that a player would show of a film: edit lists, rotation and oblong pixels applied, in their order.
+    """The frames that a player would show of a film: edit lists, rotation, oblong pixels and HDR applied, in order.
 
     rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
     problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
@@ -96,16 +96,18 @@ class Film:
         self.problem = self._judge(count, lost, last)
 
     def _shown(self, frame: Any) -> np.ndarray:
-        """(H,W,3) uint8 RGB as it is to be shown: square pixels, upright, every frame of the size of the first."""
+        """(H,W,3) uint8 sRGB as it is to be shown: square pixels, upright, every frame of the size of the first."""
         aspect = float(self._stream.sample_aspect_ratio or 1)
         aspect = aspect if 0.2 < aspect < 5 else 1.0
         # Wider pixels are stretched, taller ones make the picture higher: nothing is thrown away.
         size = round(frame.width * max(1.0, aspect)), round(frame.height / min(1.0, aspect))
         self._size = self._size or size
-        if (frame.width, frame.height) == self._size:
-            return _upright(frame, frame.to_ndarray(format="rgb24"))
-        width, height = self._size
-        return _upright(frame, frame.to_ndarray(format="rgb24", width=width, height=height, interpolation="BICUBIC"))
+        bright = frame.color_trc in (hdr.PQ, hdr.HLG)
+        given: dict[str, Any] = {"format": "rgb48le" if bright else "rgb24"}
+        if (frame.width, frame.height) != self._size:
+            given |= {"width": self._size[0], "height": self._size[1], "interpolation": "BICUBIC"}
+        rgb = frame.to_ndarray(**given)
+        return _upright(frame, hdr.to_srgb(rgb, frame.color_trc, primaries=frame.color_primaries) if bright else rgb)
 
     def _packets(self) -> Iterator[Any]:
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,12 @@ def test_a_name_that_is_no_run_gets_the_runs_that_are_there(tmp_path, monkeypatc
 def test_an_option_that_would_change_nothing_is_refused(capsys, words, said):
     assert main(words.split()) == 2
     assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
+def test_a_process_without_streams_has_a_console(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    made = runpy.run_path(console.__file__)
+    made["say"]("nobody hears it")
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()

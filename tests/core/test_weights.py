@@ -40,6 +40,7 @@ WRAPPED = {
     "ema.module": {"ema": {"module": RAW}},
     "ddp": {"model": prefixed("module."), "optimizer": {"state": {0: {"exp_avg": torch.ones(9)}}}},
     "compiled": prefixed("_orig_mod.module."),
+    "ema-pytorch": RAW | {"initted": torch.tensor(True), "step": torch.tensor([7])},
     "counted": {"model": RAW, "step": torch.tensor(3)},
     "path": {"state_dict": RAW, "config": {"out": Path("x")}},
 }
@@ -133,6 +134,8 @@ def test_shards_are_read_through_their_index(tmp_path):
         (bytes(600), "begins with zeros"),
         (b"", "it is empty"),
         (b"\x89HDF\r\n", "HDF5"),
+        (b"Entry not found", "it is text, beginning 'Entry not found'"),
+        (b"\x80\4\x95" + bytes(9), "is a plain Python pickle"),
     ],
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
@@ -174,3 +177,31 @@ def test_what_systems_and_trainers_put_beside_weights_is_passed_over(tmp_path):
     for name in ("._pytorch_model.bin", "training_args.bin", "optimizer.bin"):
         (tmp_path / name).write_bytes(b"1")
     assert find_weights(tmp_path, ["*.safetensors", "*.bin"]).name == "pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("x.lora_A.default.weight", torch.ones(1, 2), "an adapter .LoRA.: merge it"),
+        ("x.SCB", torch.ones(2), "quantised by bitsandbytes: give the weights that it was made from"),
+        ("x.weight_scale", torch.ones(1), ""),
+        ("x.weight", torch.empty(2, device="meta"), "without its numbers"),
+        ("x.weight", torch.eye(2).to_sparse(), "as sparse_coo: save plain"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse")
+def test_tensors_that_are_no_weights_as_they_stand(tmp_path, name, tensor, said):
+    torch.save(RAW | {name: tensor}, tmp_path / "w.pth")
+    if not said:
+        assert name in read_state(tmp_path / "w.pth"), "a name alone is no evidence"
+        torch.save(RAW | {name: tensor, "x.weight": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsMismatchError, match=f"w.pth holds {name}.*{said}"):
+        read_state(tmp_path / "w.pth")
+
+
+def test_a_folder_without_weights_says_what_there_is(tmp_path):
+    (tmp_path / "checkpoint-500").mkdir()
+    for name in ("best.pth.tar", "checkpoint-500/model.safetensors", "checkpoint-500/optimizer.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(WeightsMissingError, match=r"; there is best.pth.tar, checkpoint-500/model.safetensors$"):
+        find_weights(tmp_path, ["*.safetensors", "*.pth"])

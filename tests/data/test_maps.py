@@ -82,6 +82,7 @@ def test_a_grey_palette_means_its_greys_and_colours_are_no_map(tmp_path):
         (b"\xff\xd8\xff\xe0" + bytes(30), "JPEG, which changes the numbers"),
         (b"<!DOCTYPE html><html>", r"\(text, beginning '<!DOCTYPE html><html>'\)"),
         (b"PIEH" + struct.pack("<ii", 4, 3) + bytes(96), "optical flow"),
+        (b"\x80\4\x95" + bytes(30), "a Python pickle"),
     ],
 )
 def test_what_is_no_map_says_what_is(tmp_path, data, reason):
@@ -264,3 +265,11 @@ def test_a_table_as_people_write_it(tmp_path, comma):
     (tmp_path / "t.csv").write_text("name,rgb,depth,invalid\nx,a,b,<100\n")
     with pytest.raises(ValueError, match="'<100': bounds are >=NUMBER"):
         read_pairs(tmp_path / "t.csv")
+
+
+def test_a_mask_is_no_map(tmp_path):
+    np.save(tmp_path / "m.npy", MAP > 2)
+    Image.fromarray(MAP > 2).save(tmp_path / "m.png")
+    for name in ("m.npy", "m.png"):
+        with pytest.raises(BadMapError, match="a mask, not a map"):
+            read_map(tmp_path / name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from distill.data import photos
+from distill.data import hdr, photos
 from distill.data.photos import BadImageError, decode
 from tests.data.pictures import close, encoded, picture
 
@@ -201,8 +201,51 @@ def test_gamma_is_that_of_deep_grey_too():
         (b"\xef\xbb\xbf<svg/>", "text, beginning '<svg/>'"),
         (b"Access denied", "text, beginning 'Access denied'"),
         (bytes(128) + b"DICM" + bytes(99), "DICOM"),
+        (b"\r\n\xff\xd8\xff\xe0" + bytes(99), r"a JPEG begins 2 bytes in, behind b'\\r\\n'"),
     ],
 )
 def test_what_stands_in_a_photos_place_is_named(data, reason):
     with pytest.raises(BadImageError, match=reason):
         decode(data)
+
+
+def graded(transfer):
+    """sRGB colours (H,W,3) below the shoulder, and their numbers of 16 bits on the curve of PQ or HLG, paper at 203."""
+    shown = np.random.default_rng(0).integers(0, 225, (8, 9, 3))
+    code = shown / 255
+    light = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    # The inverse of BT.2087's matrix: BT.2020's share of each of sRGB's primaries.
+    wide = light @ np.array(
+        [[0.627404, 0.069097, 0.016391], [0.329283, 0.919540, 0.088013], [0.043313, 0.011362, 0.895595]]
+    )
+    if transfer == hdr.PQ:
+        power = (wide * 203 / 10000) ** 0.1593017578125
+        signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375
+    else:
+        screen = wide * 203 / 1000
+        luminance = screen @ np.array([[0.2627], [0.6780], [0.0593]])
+        scene = screen * np.maximum(luminance, 1e-9) ** (1 / 1.2 - 1)
+        log = 0.17883277 * np.log(np.maximum(12 * scene - 0.28466892, 1e-9)) + 0.55991073
+        signal = np.where(scene <= 1 / 12, np.sqrt(3 * scene), log)
+    return shown, np.round(signal * 65535).astype(np.uint16)
+
+
+@pytest.mark.parametrize("transfer", [hdr.PQ, hdr.HLG])
+def test_high_dynamic_range_is_shown_as_it_was_graded(transfer):
+    shown, signal = graded(transfer)
+    assert np.abs(hdr.to_srgb(signal, transfer).astype(int) - shown).max() <= 1
+    ramp = np.repeat(np.arange(0, 65536, 16, dtype=np.uint16)[None, :, None], 3, 2)
+    grey = hdr.to_srgb(ramp, transfer).astype(int)
+    assert np.ptp(grey, -1).max() <= 1 and np.diff(grey[0, :, 1]).min() >= 0, "grey stays grey, brighter is brighter"
+    assert (grey[0, 0] == 0).all() and (grey[0, -1] >= 254).all()
+
+
+def test_a_photo_in_high_dynamic_range_is_no_pale_one():
+    pillow_heif = pytest.importorskip("pillow_heif")
+    shown, signal = graded(hdr.PQ)
+    plain = np.broadcast_to(signal[0, 0], (48, 64, 3)).copy()
+    stream = io.BytesIO()
+    pillow_heif.from_bytes(mode="RGB;16", size=(64, 48), data=plain.tobytes()).save(
+        stream, quality=95, color_primaries=9, transfer_characteristics=16, matrix_coefficients=9, full_range_flag=1
+    )
+    assert np.abs(decode(stream.getvalue())[:, 20, 20].numpy().astype(int) - shown[0, 0]).max() <= 6

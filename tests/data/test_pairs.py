@@ -70,15 +70,12 @@ def test_values_that_are_not_finite_or_not_positive_are_invalid(tmp_path):
         ("Z[m]=700*0.2/disp", 140 / 1000),
         ("700*0.2/(disp+400)", 140 / 1400),
         ("Z[m] = 700 * 2e-1 / ( disp - 400 )", 140 / 600),
-        ("7.0*20/(disp+doffs 400)", None),
+        ("Z[m]=700*0.2/(disp/256)", 140 * 256 / 1000),
+        ("700*0.2/(disp/256+10)", 140 / (1000 / 256 + 10)),
     ],
 )
 def test_a_stereo_formula_makes_metric_depth_of_disparity(tmp_path, formula, metres):
-    pair = one(tmp_path, formula, "0", "disparity")
-    truth = pair.truth()
-    if metres is None:
-        assert pair.kind == Kind.AFFINE_DISPARITY
-        return
+    truth = one(tmp_path, formula, "0", "disparity").truth()
     assert truth.kind == Kind.METRIC_DEPTH and float(truth.values[0, 0, 1]) == pytest.approx(metres)
     assert not truth.valid[0, 0, 0]
     if "-" in formula:
@@ -205,3 +202,41 @@ def test_a_scale_is_understood_or_refused_whatever_a_spreadsheet_made_of_it(tmp_
     else:
         (pair,) = read_pairs(path)
         assert pair.kind == Kind.METRIC_DEPTH and float(pair.truth().values.max()) == 2.5
+
+
+@pytest.mark.parametrize("scale", ["7.0*20/(disp+doffs 400)", "700*0.2/disp/256", "baseline*700/disparity"])
+def test_a_formula_that_is_not_understood_never_means_an_unknown_scale(tmp_path, scale):
+    with pytest.raises(ValueError, match="a formula that is not understood"):
+        one(tmp_path, scale, "0", "disparity")
+
+
+HEAD, ROW = "name\trgb\tdepth\tscale_to_metres\n", "x\ta.png\td.npy\t1\n"
+
+
+@pytest.mark.parametrize("before", ["\r\n \n", "# my photos, May\n", "sep=;\n", '"sep=,"\r\n'])
+def test_lines_before_the_columns_are_passed_over_and_counted(tmp_path, before):
+    one(tmp_path, "1", "0", "depth")
+    separator = ";" if "sep" in before else "\t"
+    (tmp_path / "INDEX.tsv").write_text((before + HEAD + ROW + "y\n").replace("\t", separator), newline="")
+    with pytest.raises(ValueError, match=f"line {before.count(chr(10)) + 3}: rgb, depth is empty"):
+        read_pairs(tmp_path)
+    (tmp_path / "INDEX.tsv").write_text((before + "#" + HEAD + ROW).replace("\t", separator), newline="")
+    assert [pair.name for pair in read_pairs(tmp_path)] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"PK\3\4" + bytes(9), "an Excel workbook"),
+        (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"\r\n<!DOCTYPE html>", "a web page"),
+        ((HEAD + "x" * (1 << 18) + "\ta.png\td.npy\t1\n").encode(), "line 1: not a table"),
+        (HEAD.replace("scale_to_metres", "depth").encode(), "two columns are called depth"),
+        (HEAD.encode(), "no pair below them"),
+    ],
+)
+def test_what_stands_in_a_tables_place_is_named(tmp_path, data, said):
+    (tmp_path / "INDEX.tsv").write_bytes(data)
+    with pytest.raises(ValueError, match=f"INDEX.tsv: .*{said}"):
+        read_pairs(tmp_path)

@@ -85,6 +85,14 @@ def test_an_out_that_is_a_file_or_below_one_is_named(tmp_path):
         call(Fake(), tmp_path / "a.png", out=tmp_path / "file")
     with pytest.raises(OSError, match=r"^[^[].*file.below: cannot be written .*; give another --out"):
         call(Fake(), tmp_path / "a.png", out=tmp_path / "file" / "below")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError, match=r"link: cannot be written \(a link to nothing\)"):
+        call(Fake(), tmp_path / "a.png", out=tmp_path / "link")
+
+
+def test_an_address_is_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="https://a.org/b.jpg: an address, and files of this machine are read"):
+        call(Fake(), "https://a.org/b.jpg", out=tmp_path)
 
 
 @pytest.mark.parametrize("given", ["", " "])

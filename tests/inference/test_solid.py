@@ -91,6 +91,17 @@ def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
     assert "a video has no ply" in call(Fake(), tmp_path / "v.mp4", out=out, formats=["ply"])[2][0]
 
 
+def test_a_page_of_a_photo_whose_name_is_not_utf8(tmp_path):
+    photo = tmp_path / "caf\udce9.png"
+    try:
+        with photo.open("wb") as file:
+            Image.fromarray(RGB).save(file, "PNG")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    assert call(Fake(), photo, out=tmp_path / "out", formats=["view"]) == (1, 0, [])
+    assert r"caf\udce9.png" in (tmp_path / "out" / "caf\udce9_view.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

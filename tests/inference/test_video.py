@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 
+from distill.data import hdr
 from distill.data.photos import BadImageError
 from distill.inference import predict, video
 from tests.inference.fake import Fake, call, names, shoot, silent
@@ -159,6 +160,21 @@ def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):
     parts = [film(tmp_path / f"{w}.ts", [0, 40, 80], sides=(w, 32), codec="mpeg2video").read_bytes() for w in (32, 48)]
     (tmp_path / "both.ts").write_bytes(b"".join(parts))
     assert {frame.shape for frame in video.Film(tmp_path / "both.ts")} == {(32, 32, 3)}
+
+
+@pytest.mark.parametrize(("transfer", "code", "paper"), [(hdr.PQ, 0.5807, 244), (hdr.HLG, 0.75, 244), (2, 0.75, 191)])
+def test_a_film_in_high_dynamic_range_is_shown_in_the_range_of_screens(tmp_path, transfer, code, paper):
+    with av.open(str(tmp_path / "v.mkv"), "w") as out:
+        stream = out.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv444p10le"
+        stream.codec_context.color_trc, stream.codec_context.color_primaries = transfer, hdr.WIDE
+        grey = np.full((24, 32, 3), round(code * 65535), np.uint16)
+        frame = av.VideoFrame.from_ndarray(grey, format="rgb48le").reformat(format="yuv444p10le")
+        frame.color_trc, frame.color_primaries = transfer, hdr.WIDE
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    (shown,) = list(video.Film(tmp_path / "v.mkv"))
+    assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - paper).max() <= 2
 
 
 @pytest.mark.parametrize("data", [b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\n"])

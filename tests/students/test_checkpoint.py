@@ -326,6 +326,13 @@ class TestFaults:
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
         self.fails(folder, ValueError, "damaged or from another student")
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n")
+        self.fails(folder, ValueError, "git lfs pull")
+
+    def test_a_description_that_an_editor_saved_with_its_mark(self, folder):
+        path = folder / "student.json"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert checkpoint.describe(folder)["version"]
 
     def test_missing_and_unclaimed_parameters(self, folder):
         path = folder / "model.safetensors"
