@@ -342,8 +342,6 @@ def _number(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
-    if "disp" in plain and re.search(r"[\d.]\s*\*|\*\s*\d", plain):
-        raise ValueError(f"scale_to_metres {text!r}: a formula that is not understood; write Z[m]=f*b/(disp+offset)")
     if plain and "disp" not in plain and _MEANT.match(plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
