@@ -51,7 +51,7 @@ def fault_of_start(path: Path) -> str:
         return "is a tar archive: unpack it"
     if start[:1] == b"\x80" and _TORCH not in start[:32]:
         return "is a plain Python pickle, which is not opened: store its state_dict() by torch.save"
-    if re.fullmatch(rb"[\t\r\n -~]{4,}", start):
+    if re.fullmatch(rb"[\t\r\n -~]{12,}", start):
         return f"cannot be read as weights: it is text, beginning {start[:24].decode()!r}; download it again"
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
 

@@ -110,7 +110,7 @@ def test_distill_any_depth_is_used_under_its_own_resizing(dav2, tmp_path, known_
 def test_distill_any_depth(golden, tmp_path, unwritten):
     facts, data = golden("distill_any_depth_large")
     file = tmp_path / "model.safetensors"
-    file.write_bytes(b"unread")
+    file.write_bytes(b"\0 not read")
     unwritten(depth_anything_v2, synth(facts))
     teacher = depth_anything_v2.Teacher.load(str(file), resize="none")
     for i, run in enumerate(facts["runs"]):
@@ -136,7 +136,7 @@ def test_depth_anything_3_network(golden, tmp_path, case, unwritten):
     facts, data = golden(case)
     state = {f"model.{key}": value for key, value in synth(facts).items()}
     if case == "da3_mono_large":
-        (tmp_path / "model.safetensors").write_bytes(b"unread")
+        (tmp_path / "model.safetensors").write_bytes(b"\0 not read")
         unwritten(depth_anything_3, state)
     else:
         safetensors.torch.save_file(state, tmp_path / "model.safetensors")
