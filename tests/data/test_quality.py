@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 import pytest
 
-from distill.data.quality import SCORES, _quantiles, _steepness, continuity, depth_scores, image_scores
+from distill.data.quality import SCORES, _quantiles, _steepness, continuity, depth_scores, distribution, image_scores
 
 YES = np.ones((40, 60), bool)
 GOLDEN = {
@@ -188,3 +188,17 @@ def test_quantiles_are_numpys():
     for size in (16, 17, 50, 51, 4096, 5000):
         values = np.exp(rng.normal(0, 2, size)).astype(np.float32)
         assert _quantiles(values, 0.02, 0.98) == [*np.quantile(values, (0.02, 0.98))]
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (5, 5), (1, 17), (4, 8)])
+@pytest.mark.parametrize("holes", [False, True])
+def test_every_pixel_is_counted_whatever_the_number_of_them(shape, holes):
+    depth = np.ones(shape, np.float32)
+    depth.ravel()[0], depth.ravel()[-1] = 0.5, 9.0  # the last pixel alone is in its bin
+    valid = np.ones(shape, bool)
+    valid.ravel()[1] = not holes
+    counts, _ = np.histogram(depth[valid], bins=20)
+    shares = counts / valid.sum()
+    found = distribution(depth, valid, int(valid.sum()))
+    assert found["chi2"] == pytest.approx(math.exp(-20 * np.square(shares - 0.05).sum()))
+    assert found["range"] == np.count_nonzero(counts) / 20
