@@ -31,6 +31,7 @@ from distill.core.standins import fault_of_start
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
+from distill.students.undrawn import Undrawn
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
@@ -155,7 +156,8 @@ def load(
         raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
     try:
         decoder = allowed(spec["decoder"]) if is_path(spec["decoder"]) else spec["decoder"]
-        student = students.build(**(spec | {"encoder_options": options, "decoder": decoder}))
+        with Undrawn():
+            student = students.build(**(spec | {"encoder_options": options, "decoder": decoder}))
     except LookupError as error:
         raise LookupError(f"{folder / DESCRIPTION}: {error}") from error
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

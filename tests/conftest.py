@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -38,10 +39,8 @@ def pytest_configure(config):
 def pytest_collection_finish(session):
     gc.freeze()
     gc.enable()
-
-
-def pytest_unconfigure(config):
-    gc.unfreeze()  # what is never collected, extension modules report as leaks when the process ends
+    # What is never collected, extension modules report as leaks when the process ends; pytest collects before.
+    atexit.register(gc.unfreeze)
 
 
 def pytest_collection_modifyitems(items):

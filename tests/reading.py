@@ -6,10 +6,9 @@ the change is made; tests/test_layout.py holds each to its bound.
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
-from tests.test_layout import ALL, ROOT, folder, imported
+from tests.test_layout import ALL, ROOT, folder, text
 
 TASKS: dict[str, tuple[int, list[str]]] = {
     "a teacher": (450, ["distill/core/depth.py", "teachers/__init__.py", "teachers/midas.py"]),
@@ -56,14 +55,16 @@ def upwards() -> list[str]:
         f"{module} imports {name}"
         for module, path in ALL.items()
         if module not in ("distill", "distill.__main__", "distill.contracts")
-        for name in imported(path)
+        for name in text(path).imports
         if name in ALL and name != "distill" and folder(name) > folder(module)
     ]
 
 
 def circular() -> list[str]:
     """Modules that import each other in a circle, or what does. The front door imports its rooms when it is asked."""
-    later = {m: {n for n in imported(path) if n in ALL} - {m, "distill"} for m, path in ALL.items() if m != "distill"}
+    later = {
+        m: {n for n in text(path).imports if n in ALL} - {m, "distill"} for m, path in ALL.items() if m != "distill"
+    }
     while free := {m for m, names in later.items() if not names}:
         later = {m: names - free for m, names in later.items() if m not in free}
     return sorted(later)
@@ -72,10 +73,9 @@ def circular() -> list[str]:
 def longest() -> tuple[int, str]:
     """The longest function, in lines, and where it is."""
     return max(
-        ((node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}")
+        (length, f"{path.relative_to(ROOT)}:{line} {name}")
         for path in ALL.values()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef)
+        for name, line, length in text(path).functions
     )
 
 

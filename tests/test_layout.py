@@ -7,6 +7,7 @@ import functools
 import importlib
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -113,19 +114,40 @@ def owned(module: str, entries: list[str]) -> bool:
     return any(module == e or (e.endswith(".") and (module + ".").startswith(e)) for e in entries)
 
 
+@dataclass(frozen=True, slots=True)
+class Text:
+    """What the tests ask of a file. The trees themselves would be a hundred megabytes."""
+
+    lines: int
+    docstring: str | None
+    functions: list[tuple[str, int, int]]
+    """Name, line and length in lines."""
+    imports: list[str]
+    """Every absolute module name imported anywhere in the file, inside functions too."""
+    at_top: list[str]
+    """Those outside functions alone."""
+
+
 @functools.cache
-def imported(path: Path, *, at_top: bool = False) -> list[str]:
-    """Every absolute module name imported anywhere in the file, inside functions too (at_top: outside them alone)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = []
-    for node in tree.body if at_top else ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import on line {node.lineno}"
-            full = [f"{node.module}.{alias.name}" for alias in node.names]
-            names += [name if name in ALL else str(node.module) for name in full]
-    return names
+def text(path: Path) -> Text:
+    source = path.read_text(encoding="utf-8")
+    tree = ast.parse(source)
+    nodes = [*ast.walk(tree)]
+    functions = [
+        (n.name, n.lineno, (n.end_lineno or 0) - n.lineno + 1) for n in nodes if isinstance(n, ast.FunctionDef)
+    ]
+    everywhere, at_top = ([name for n in part for name in imported_by(n, path)] for part in (nodes, tree.body))
+    return Text(source.count("\n"), ast.get_docstring(tree), functions, everywhere, at_top)
+
+
+def imported_by(node: ast.AST, path: Path) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    assert node.level == 0, f"{path}: relative import on line {node.lineno}"
+    full = [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name if name in ALL else str(node.module) for name in full]
 
 
 def test_there_is_something_to_check():
@@ -136,14 +158,14 @@ def test_there_is_something_to_check():
 def test_a_folder_imports_only_what_stands_above_it(module, path):
     if module in ("distill", "distill.__main__", "distill.contracts"):
         return
-    for name in imported(path):
+    for name in text(path).imports:
         if name.startswith("distill.") and name in ALL:
             assert folder(name) <= folder(module), f"{module} imports {name}, which is read later"
 
 
 def test_no_circle():
     # The front door imports its rooms only when somebody asks it for one.
-    later = {m: {n for n in imported(path) if n in ALL and n != m} for m, path in ALL.items() if m != "distill"}
+    later = {m: {n for n in text(path).imports if n in ALL and n != m} for m, path in ALL.items() if m != "distill"}
     later = {m: names - {"distill"} for m, names in later.items()}
     while free := {m for m, names in later.items() if not names}:
         later = {m: names - free for m, names in later.items() if m not in free}
@@ -154,7 +176,7 @@ def test_only_distill_is_importable():
     outside = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in [*ALL.values(), *(ROOT / "tests").rglob("*.py")]
-        for name in imported(path)
+        for name in text(path).imports
         if name.split(".")[0] in ("students", "teachers", "eval", "recipes")
     ]
     assert not outside
@@ -162,7 +184,7 @@ def test_only_distill_is_importable():
 
 @each_module
 def test_one_owner_per_dependency(module, path):
-    for name in imported(path):
+    for name in text(path).imports:
         owners = OWNERS.get(name.split(".")[0])
         assert not owners or owned(module, owners), f"{module} imports {name}; only {owners} may"
 
@@ -170,7 +192,7 @@ def test_one_owner_per_dependency(module, path):
 @each_module
 def test_maths_is_pure(module, path):
     if owned(module, MATHS):
-        assert not {name.split(".")[0] for name in imported(path)} & IMPURE, f"{module} is maths"
+        assert not {name.split(".")[0] for name in text(path).imports} & IMPURE, f"{module} is maths"
 
 
 def test_promised_names_are_found_and_the_door_is_light():
@@ -186,21 +208,18 @@ def test_promised_names_are_found_and_the_door_is_light():
 @each_module
 def test_teachers_import_heavy_libraries_only_when_loading(module, path):
     if module.startswith("distill.teachers.") or module == "distill.core.hub":
-        at_top = {name.split(".")[0] for name in imported(path, at_top=True)}
+        at_top = {name.split(".")[0] for name in text(path).at_top}
         heavy = at_top & {"transformers", "diffusers", "scipy", "huggingface_hub"}
         assert not heavy, f"{module} imports {heavy} at the top: import it inside load"
 
 
 @each_module
 def test_sizes_and_docstrings(module, path):
-    text = path.read_text(encoding="utf-8")
-    tree = ast.parse(text)
-    assert text.count("\n") <= 420, f"{path} has {text.count(chr(10))} lines"
-    assert ast.get_docstring(tree), f"{path} does not say what it is for"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= 65, f"{path}:{node.lineno} {node.name} has {lines} lines"
+    found = text(path)
+    assert found.lines <= 420, f"{path} has {found.lines} lines"
+    assert found.docstring, f"{path} does not say what it is for"
+    for name, line, length in found.functions:
+        assert length <= 65, f"{path}:{line} {name} has {length} lines"
 
 
 def test_tests_are_short_too():

@@ -145,7 +145,7 @@ warmup_steps = 1
 val_fraction = 0.0
 workers = 0
 eval_every = 0
-save_every = 1
+save_every = 0
 [[benchmarks]]
 name = "scenes"
 limit = 2

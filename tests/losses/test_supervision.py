@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 
 import pytest
 import torch
@@ -152,21 +150,23 @@ NEEDS = frozenset()
 def term(given, *, power=2.0):
     return given.pred.pow(power).mean((-2, -1))
 '''
-READ = """
-import torch
-from distill.app import explain
-from distill.app.recipe import parse
-from distill.core.depth import DepthMap
-from distill.core.labels import Labels
-from distill.losses.objective import Objective
-loss = parse({"run": {"name": "x"}, "loss": {"mine": 0.5, "mine_power": 3.0}}).loss
-shared = DepthMap(torch.rand(2, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool), "affine_disparity")
-parts = Objective(loss)(torch.full((2, 8, 8), 2.0), Labels(shared, None, torch.zeros(2, 0, 4)))[1]
-print(parts["mine"].tolist(), explain.explain_key("loss.mine_power"))
-"""
 
 
-def test_a_term_of_an_installed_package_is_a_key_a_part_and_explained(tmp_path):
+def learnt_elsewhere(folder: str) -> tuple[list[float], str]:
+    """What a process that finds an installed package in `folder` makes of its term: parts of a loss, and its words."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "distill"]:
+        del sys.modules[name]  # this process comes with a distill that has looked around already
+    sys.path.insert(0, folder)
+    explain, parse = import_module("distill.app.explain"), import_module("distill.app.recipe").parse
+    loss = parse({"run": {"name": "x"}, "loss": {"mine": 0.5, "mine_power": 3.0}}).loss
+    depth, maps = import_module("distill.core.depth"), import_module("distill.core.labels")
+    shared = depth.DepthMap(torch.rand(2, 8, 8), torch.ones(2, 8, 8, dtype=torch.bool), "affine_disparity")
+    objective = import_module("distill.losses.objective").Objective(loss)
+    parts = objective(torch.full((2, 8, 8), 2.0), maps.Labels(shared, None, torch.zeros(2, 0, 4)))[1]
+    return parts["mine"].tolist(), explain.explain_key("loss.mine_power")
+
+
+def test_a_term_of_an_installed_package_is_a_key_a_part_and_explained(tmp_path, elsewhere):
     """Nothing here but its file: that is all there is to a term. One that breaks its contract is no key."""
     info = tmp_path / "their_terms-1.0.dist-info"
     info.mkdir()
@@ -174,14 +174,6 @@ def test_a_term_of_an_installed_package_is_a_key_a_part_and_explained(tmp_path):
     (info / "entry_points.txt").write_text("[distill.terms]\nmine = their_mine\nbroken = their_broken\n")
     (tmp_path / "their_mine.py").write_text(TERM)
     (tmp_path / "their_broken.py").write_text("WEIGHT = 1.0\n")
-    paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", ""), str(Path(__file__).parents[2])])
-    done = subprocess.run(
-        [sys.executable, "-c", READ],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[8.0, 8.0] loss.mine_power: number, default 2.0")
-    assert "What it is raised to." in done.stdout
+    part, words = elsewhere(learnt_elsewhere, str(tmp_path))
+    assert part == [8.0, 8.0] and words.startswith("loss.mine_power: number, default 2.0")
+    assert "What it is raised to." in words

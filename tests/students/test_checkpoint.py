@@ -53,7 +53,9 @@ class TestRoundTrip:
     def test_outputs_are_bit_identical(self, tmp_path, decoder):
         student = tiny(decoder, blocks=[0, 2], pos_grid=4)
         checkpoint.save(student, tmp_path / "s", card={"licence": "Apache-2.0"})
+        before = torch.get_rng_state()
         again = checkpoint.load(tmp_path / "s")
+        assert torch.equal(torch.get_rng_state(), before), "numbers were drawn, which the file's have replaced"
         assert torch.equal(again(IMAGES), student(IMAGES))
         assert again.spec == student.spec and again.native_size == 64 and not again.training
 
