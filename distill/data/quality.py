@@ -243,7 +243,9 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
     if not high > low:
         return math.nan
     inside = valid if count == valid.size else cv2.erode(_mask(valid), _AROUND).view(bool)
-    edges = cv2.bitwise_and(cv2.Canny(_bytes(nearness, low, high), 50, 100), _mask(inside)).view(bool)
+    # The gradients that Canny would find for itself, in half of its time.
+    slopes = cv2.spatialGradient(_bytes(nearness, low, high), borderType=cv2.BORDER_REPLICATE)
+    edges = cv2.bitwise_and(cv2.Canny(*slopes, 50, 100), _mask(inside)).view(bool)
     contrast = cv2.subtract(cv2.dilate(grey, _AROUND), cv2.erode(grey, _AROUND))
     found = contrast[edges]
     if found.size < LEAST:

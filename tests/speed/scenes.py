@@ -1,14 +1,20 @@
-"""Views per minute that distill.data.scenes renders, compiled and in torch: python tests/speed/scenes.py [COUNT]"""
+"""Views per minute that distill.data.scenes renders, compiled and in torch: python tests/speed/scenes.py [COUNT]
+
+And how many operators a view takes in torch, without those that only look at a tensor otherwise: each would be a kernel
+on a card, which is why none renders.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.data import scenes
 from distill.data.scenes import texture
@@ -23,6 +29,26 @@ def clock() -> tuple[float, float]:
 def since(started: tuple[float, float]) -> tuple[float, float]:
     now = clock()
     return now[0] - started[0], now[1] - started[1]
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators that compute: their result is no view of what they are given."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not views
+        return func(*args, **(kwargs or {}))
+
+
+def operators(count: int) -> float:
+    """Operators of a view on torch's path, the mean of some."""
+    scenes._path = lambda: scenes._light_up  # type: ignore[assignment]
+    with Operators() as counted:
+        for index in range(count):
+            scenes.rendered(SEED + index)
+    return counted.count / count
 
 
 def main(count: int) -> None:
@@ -56,6 +82,11 @@ def main(count: int) -> None:
             f"time ({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
         )
     if "compiled" in each:
+        per_view = operators(min(count, 10))
+        print(
+            f"torch: {per_view:.0f} operators a view; a card would have to begin one every "
+            f"{1e6 * each['compiled'] / per_view:.1f} us to be as fast as one core with compiled loops"
+        )
         print(f"compiled is {each['torch'] / each['compiled']:.1f} times as fast in CPU time, with the same bits")
 
 
