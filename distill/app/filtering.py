@@ -31,7 +31,7 @@ from distill.data.quality import SCORES, depth_scores, image_scores
 
 CHUNK = 16
 """Samples that a reading process hands over at once."""
-VERSION = 1
+VERSION = 2
 """Of the scores' file: a higher one is scored anew."""
 
 
