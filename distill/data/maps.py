@@ -5,7 +5,8 @@ are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, 
 are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
 `distill predict` carries its range and is given back as values.
 
-A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused.
+A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused. Where a TIFF
+says that there is no data (GDAL's tag), the value is NaN.
 
 Shapes: H height, W width of the map as stored.
 """
@@ -227,7 +228,7 @@ def _tiff(data: bytes) -> np.ndarray:
         page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
         if sizes.count(sizes[page]) > 1:
             raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
-    return tiffs.numbers(data, page)  # Pillow knows no float16 or float64
+    return tiffs.without_nodata(tiffs.numbers(data, page), data, page)  # Pillow knows no float16 or float64
 
 
 def _page_size(image: Any, number: int) -> tuple[int, int]:

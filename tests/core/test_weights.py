@@ -43,6 +43,8 @@ WRAPPED = {
     "ema-pytorch": RAW | {"initted": torch.tensor(True), "step": torch.tensor([7])},
     "counted": {"model": RAW, "step": torch.tensor(3)},
     "path": {"state_dict": RAW, "config": {"out": Path("x")}},
+    "numpy": {"model": {key: value.numpy() for key, value in RAW.items()}, "rng_state": {"keys": np.arange(4)}},
+    "numpy among tensors": {"model": {"a.weight": RAW["a.weight"], "b.bias": np.zeros(3, ">f4")}, "best": np.zeros(9)},
 }
 
 

@@ -7,7 +7,7 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from distill.core.depth import Kind
 from distill.data.maps import BadMapError, find_map, read_map, stored_stems
@@ -273,3 +273,14 @@ def test_a_mask_is_no_map(tmp_path):
     for name in ("m.npy", "m.png"):
         with pytest.raises(BadMapError, match="a mask, not a map"):
             read_map(tmp_path / name)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("u2", "65535"), ("u1", "255\0"), ("f4", "-3.4028234663852886e+38")])
+def test_where_a_tiff_says_that_there_is_no_data_there_is_none(tmp_path, kind, said):
+    values = np.arange(1, 13).reshape(3, 4).astype(kind)
+    values[0, 0] = np.float32(said.strip("\0"))
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[42113] = said
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    read = read_map(tmp_path / "a.tif")
+    assert np.isnan(read[0, 0]) and read.ravel()[1:].tolist() == list(range(2, 13))
