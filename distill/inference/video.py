@@ -12,10 +12,12 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import av.filter
 import av.logging
 import cv2
 import numpy as np
@@ -33,6 +35,8 @@ _CUT = "it is cut, and what says how it is encoded is lost: copy it again"
 
 class Film:
     """The frames that a player would show of a film: edit lists, rotation, oblong pixels and HDR applied, in order.
+
+    Interlaced ones are made whole.
 
     rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
     problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
@@ -76,6 +80,7 @@ class Film:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count, lost, last = 0, 0, 0.0
+        fields = _Fields()
         try:
             for packet in self._packets():
                 try:
@@ -89,8 +94,12 @@ class Film:
                 for frame in decoded:
                     shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
                     last = max(last, float(frame.time or 0.0) + max(shown, 1 / self.rate))
-                    count += 1
-                    yield self._shown(frame)
+                    for whole in fields.of(frame):
+                        count += 1
+                        yield self._shown(whole)
+            for whole in fields.rest():
+                count += 1
+                yield self._shown(whole)
         finally:
             self._container.close()
         self.problem = self._judge(count, lost, last)
@@ -123,6 +132,46 @@ class Film:
         # A header's count of frames is of what is stored and at an even rate: its end alone is held against the film.
         whole = not self._cut and (not self._end or last >= self._end - 2 / self.rate)
         return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
+
+
+class _Fields:
+    """Frames that hold two moments, as cameras of television and camcorders write them, as one each: FFmpeg's bwdif.
+
+    Their every second row is of another moment: combs where something moves. Others pass as they are. The filter looks
+    a frame ahead, so that each call gives the frame before.
+    """
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._form: tuple[Any, ...] = ()
+
+    def of(self, frame: Any) -> Iterator[Any]:
+        form = frame.width, frame.height, frame.format.name
+        if self._graph is not None and form != self._form:
+            yield from self.rest()
+        if self._graph is None and not frame.interlaced_frame:
+            yield frame
+            return
+        if self._graph is None:
+            self._graph, self._form = av.filter.Graph(), form
+            base = frame.time_base or Fraction(1, 1000)
+            source = self._graph.add_buffer(width=form[0], height=form[1], format=form[2], time_base=base)
+            combed = self._graph.add("bwdif", "mode=send_frame:deint=interlaced")
+            self._graph.link_nodes(source, combed, self._graph.add("buffersink")).configure()
+        self._graph.vpush(frame)
+        yield from self._pulled()
+
+    def rest(self) -> Iterator[Any]:
+        """What the filter still holds."""
+        if self._graph is not None:
+            self._graph.vpush(None)
+            yield from self._pulled()
+            self._graph = None
+
+    def _pulled(self) -> Iterator[Any]:
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+            while True:
+                yield self._graph.vpull()
 
 
 def _is_cut(path: Path) -> bool:

@@ -182,3 +182,25 @@ def test_a_page_in_a_films_place_is_named(tmp_path, data):
     (tmp_path / "v.mp4").write_bytes(data)
     with pytest.raises(BadImageError, match="not a video: it is (text, beginning|a git-lfs)"):
         video.Film(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("turned", [0, 90])
+def test_an_interlaced_film_has_no_combs(tmp_path, turned):
+    with av.open(str(tmp_path / "v.mp4"), "w") as out:
+        stream = out.add_stream("mpeg2video", rate=25, options={"flags": "+ildct+ilme"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
+        if turned:
+            stream.set_display_rotation(turned)
+        for time in range(6):
+            woven = np.zeros((64, 96, 3), np.uint8)
+            for field in (0, 1):  # the second is of a moment later: the bar has moved on
+                woven[field::2, 10 + 4 * (2 * time + field) :][:, :20] = 255
+            frame = av.VideoFrame.from_ndarray(woven, format="rgb24")
+            frame.pts = time
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    film = video.Film(tmp_path / "v.mp4")
+    shown = list(film)
+    assert len(shown) == 6 and not film.problem and shown[0].shape == ((96, 64, 3) if turned else (64, 96, 3))
+    rows = np.rot90(shown[3], -1 if turned else 0)[1:-1].astype(int)
+    assert np.abs(np.diff(rows, axis=0)).mean() < 1, "every second row is of another moment"
