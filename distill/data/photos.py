@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
-from distill.data import colour, damage, filetypes, hdr, tiffs
+from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
 
 # Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
 # filter around each photograph is not safe where several threads read.
@@ -153,6 +153,9 @@ def decode(data: bytes) -> Tensor:
     with _opened(data) as (image, profile, deep):
         if isinstance(image, TiffImageFile) and _misread(image):
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
+        shown = cicp.bright(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
+        if shown is not None and shown.shape[:2] == (image.height, image.width):
+            return torch.from_numpy(np.ascontiguousarray(turn(shown, _orientation(image)))).permute(2, 0, 1)
         image.load()
         try:
             array = colour.srgb(image, **deep, icc=profile)

@@ -60,6 +60,9 @@ class Film:
                 what = _CUT
             self._container.close()
             raise BadImageError(what)
+        if _of_dolby(path):
+            self._container.close()
+            raise BadImageError(_DOLBY)
         self._stream, self._codec = streams[0], codec.name
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
@@ -132,6 +135,40 @@ class Film:
         # A header's count of frames is of what is stored and at an even rate: its end alone is held against the film.
         whole = not self._cut and (not self._end or last >= self._end - 2 / self.rate)
         return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
+
+
+_DOLBY = (
+    "Dolby Vision of profile 5, whose colours are of a space of its own (decoded here they are green and purple): "
+    "convert it with `ffmpeg -init_hw_device vulkan -i FILM -vf libplacebo=colorspace=bt709:format=yuv420p NEW.mp4`"
+)
+
+
+def _of_dolby(path: Path) -> bool:
+    """Whether an MP4, MOV or Matroska says that it is Dolby Vision without a picture for other players.
+
+    By its configuration record (dvcC, dvvC; Dolby's "Streams within the ISO base media file format", 3.2): profile 5,
+    and 10 of AV1 where nothing is compatible.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        if head[:4] != b"\x1a\x45\xdf\xa3":
+            head = b""
+            at, size = 0, path.stat().st_size
+            while at + 8 <= size and not head:
+                file.seek(at)
+                box = file.read(16)
+                length = int.from_bytes(box[:4], "big")
+                length = int.from_bytes(box[8:16], "big") if length == 1 else length or size - at
+                if length < 8:
+                    break
+                head = box[8:] + file.read(min(length, 1 << 22)) if box[4:8] == b"moov" else b""
+                at += length
+    # Matroska has the name as a number, then the record as another element.
+    record = re.search(rb"dv[cv]C(?:.{0,16}?\x41\xed[\x80-\xff])?([\1\2]\0.{3})", head, re.DOTALL)
+    if not record:
+        return False
+    profile, compatible = record[1][2] >> 1, record[1][4] >> 4
+    return profile == 5 or (profile == 10 and not compatible)
 
 
 class _Fields:

@@ -204,3 +204,23 @@ def test_an_interlaced_film_has_no_combs(tmp_path, turned):
     assert len(shown) == 6 and not film.problem and shown[0].shape == ((96, 64, 3) if turned else (64, 96, 3))
     rows = np.rot90(shown[3], -1 if turned else 0)[1:-1].astype(int)
     assert np.abs(np.diff(rows, axis=0)).mean() < 1, "every second row is of another moment"
+
+
+@pytest.mark.parametrize(("profile", "compatible", "read"), [(5, 0, False), (8, 4, True), (10, 0, False)])
+def test_dolby_vision_without_a_picture_for_others_is_refused(tmp_path, profile, compatible, read):
+    record = bytes([1, 0, profile << 1, 0x35, compatible << 4])
+    shoot(tmp_path / "v.mp4", 3)
+    data = (tmp_path / "v.mp4").read_bytes()
+    box = (32).to_bytes(4, "big") + b"dvcC" + record.ljust(24, b"\0")
+    moov = data.index(b"moov") - 4
+    size = int.from_bytes(data[moov : moov + 4], "big")
+    data = data[:moov] + (size + 32).to_bytes(4, "big") + data[moov + 4 : moov + size] + box + data[moov + size :]
+    (tmp_path / "v.mp4").write_bytes(data)
+    if read:
+        assert len(list(video.Film(tmp_path / "v.mp4"))) == 3
+    else:
+        with pytest.raises(BadImageError, match="Dolby Vision of profile 5.*convert it with"):
+            video.Film(tmp_path / "v.mp4")
+    named = b"\x41\xe7\x84dvcC\x41\xed\x98"
+    (tmp_path / "v.mkv").write_bytes(b"\x1a\x45\xdf\xa3" + named + record.ljust(24, b"\0"))
+    assert video._of_dolby(tmp_path / "v.mkv") is not read
