@@ -164,3 +164,15 @@ def test_links_are_followed_once_counted_and_never_name_the_map(tmp_path):
     assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "pipe.png"]
     scan = sources.folders(photos)[0].scan()
     assert len(scan.entries) == 3 and len(scan.rejected) == 2
+
+
+def test_a_numbered_pattern_is_its_pictures_in_order(tmp_path):
+    for name in ("f_0001.png", "f_0010.png", "f_10000.png", "f_01.png", "f_0002_depth.png"):
+        grey(tmp_path / "a" / name, 50)
+    found = predict.survey([str(tmp_path / "a" / "f_%04d.png")], out=tmp_path / "o")
+    assert [job.path.name for job in found.jobs] == ["f_0001.png", "f_0010.png", "f_10000.png"]
+    assert "each picture is predicted on its own" in found.notes[0] and "ffmpeg" in found.notes[0]
+    with pytest.raises(FileNotFoundError, match=r"b_%d.png: matches no file"):
+        predict.survey([str(tmp_path / "a" / "b_%d.png")], out=tmp_path / "o")
+    grey(tmp_path / "100%d.png", 50)
+    assert not predict.survey([str(tmp_path / "100%d.png")], out=tmp_path / "o").notes
