@@ -200,6 +200,20 @@ def with_end(data: bytes) -> bytes:
 _END = b"\xff\xd9"
 
 
+def odd_jpeg(data: bytes) -> str:
+    """What a JPEG is that no decoder of photographs reads, by its frame header, or ""."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, bits, height = data[at + 1], data[at + 4], int.from_bytes(data[at + 5 : at + 7], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
+            kind = "JPEG-LS" if marker == 0xF7 else "a lossless JPEG" if marker in (0xC3, 0xC7) else "a JPEG"
+            many = f"{kind} of {bits} bits a sample" if bits != 8 or kind != "a JPEG" else ""
+            many = many or ("a JPEG whose header says a height of 0" if not height else "")
+            return many and f"{many}, which is not read here: convert it to PNG or TIFF"
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return ""
+
+
 def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
     """(a PNG without its oversized text and profile, that profile): Pillow refuses the pixels for what is beside them.
 

@@ -151,6 +151,18 @@ _MAGIC = (
 )
 
 
+def way_out(kind: str) -> str:
+    """What to do about a file of a kind that is no photo here, as `sniff` says it; "" where that says it itself."""
+    if kind.startswith("a video"):
+        return ": give it the name of a film (.mp4, .mkv, .avi), or take pictures out of it"
+    if "archive" in kind or kind.startswith("compressed"):
+        return ": unpack it"
+    pictures = ("JPEG", "Photoshop", "Radiance", "OpenEXR", "a DirectDraw", "QOI", "GIMP", "PostScript", "an icon")
+    if kind.startswith((*pictures, "FITS", "PAM", "PFM", "DICOM", "a PDF")):
+        return ": convert it to JPEG, PNG or TIFF"
+    return "" if ":" in kind else ": take it out"
+
+
 def text(data: bytes) -> str:
     """`text, beginning '<!DOCTYPE'` of bytes that are words: a web page, an error of a server; "" of anything else."""
     head = bytes(data[:512]).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -161,7 +173,7 @@ def text(data: bytes) -> str:
         or not all(c.isprintable() or c.isspace() for c in readable)
     ):
         return ""
-    if re.match(r"P[1-3]\s+\d", readable):  # pictures and maps in plain digits
+    if re.match(r"P[1-3]\s+[\d#]", readable):  # pictures and maps in plain digits
         return ""
     return f"text, beginning {readable[:24]!r}"
 

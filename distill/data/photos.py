@@ -206,9 +206,11 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
         raise BadImageError(f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
         what = f"it begins as {kind}" if kind in _READ else kind or "not an image in any known format"
+        what = (damage.odd_jpeg(data) if kind == "JPEG" else "") or what
         raise BadImageError(f"cannot be decoded: {what}" if kind else what) from error
     except DECODE_ERRORS as error:
-        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        again = ": download or copy it again" if "truncated" in str(error) else ""
+        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}{again}") from error
 
 
 _ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
@@ -232,7 +234,7 @@ def _kind(data: bytes) -> str:
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _READ:
-        raise BadImageError(f"not a photo that is read here: it is {kind}")
+        raise BadImageError(f"not a photo that is read here: it is {kind}{filetypes.way_out(kind)}")
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind
