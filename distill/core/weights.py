@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import fault_of_start, fault_of_tensors, fault_of_zip
+from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, way_out_of
 
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
             + _below(path)
+            + way_out_of(path)
         )
     if len(matching) > 1:
         if all(_SHARD.search(file.name) for file in matching):
@@ -136,6 +137,7 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
     tables = _tables_of(nested)
     if not tables:
         there = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
+        there += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
         raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
@@ -179,7 +181,13 @@ def _read(path: Path) -> Any:
             what = f"a pickled {wanted[1]}" if wanted else "more than tensors in it"
             what = "another protocol of pickle than torch.save's own" if "operand" in str(error) else what
             reason = f"{what}, or not a torch file; save its state_dict() alone"
+        if any(words in reason for words in _CUT):
+            raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error
         raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
+
+
+_CUT = ("central directory", "not fully covered", "Ran out of input")
+"""What the readers of torch's and safetensors' files say of one that ends too early."""
 
 
 class _Inert(dict[str, Any]):

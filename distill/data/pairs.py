@@ -317,7 +317,7 @@ def _place(folder: Path, text: str) -> Path:
 @lru_cache(maxsize=8)
 def _names(folder: Path) -> tuple[str, ...]:
     try:
-        return tuple(os.listdir(folder))
+        return tuple(path.name for path in folder.iterdir())
     except OSError:
         return ()
 
