@@ -45,6 +45,9 @@ class Film:
 
     def __init__(self, path: Path) -> None:
         self.problem = ""
+        self._path = path
+        if (what := _other(path)).startswith("text"):  # a list of films, which FFmpeg would follow to any other file
+            raise BadImageError(f"not a video: it is {what}")
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
@@ -56,7 +59,7 @@ class Film:
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:
             what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
-            if streams and _lacks_boxes(path):
+            if (streams or not self._container.streams) and _lacks_boxes(path):
                 what = _CUT
             self._container.close()
             raise BadImageError(what)
@@ -128,6 +131,8 @@ class Film:
             return  # the file ends in the middle of one
 
     def _judge(self, count: int, lost: int, last: float) -> str:
+        if not count and (what := _other(self._path)):
+            return f"not a video: it is {what}"
         if not count:
             return f"no frame of this video can be decoded (its codec is {self._codec})"
         if lost:
@@ -254,7 +259,7 @@ def _other(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     kind = filetypes.sniff(head) or filetypes.text(head) or ("" if head else "empty")
-    return "" if kind.startswith("a video") else kind
+    return "" if kind.startswith("a video") or head.startswith(b"YUV4MPEG2") else kind
 
 
 def _lacks_boxes(path: Path) -> bool:

@@ -177,9 +177,28 @@ def test_a_film_in_high_dynamic_range_is_shown_in_the_range_of_screens(tmp_path,
     assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - paper).max() <= 2
 
 
-@pytest.mark.parametrize("data", [b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_film_without_its_index_is_told_as_cut_and_a_picture_as_one(tmp_path):
+    shoot(tmp_path / "v.mp4", 12, size=(320, 240))
+    data = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(data[: data.index(b"moov") - 40])
+    with pytest.raises(BadImageError, match="it is cut"):
+        video.Film(tmp_path / "v.mp4")
+    (tmp_path / "p.mp4").write_bytes(b"\xff\xd8\xff" + bytes(50))
+    picture = video.Film(tmp_path / "p.mp4")
+    assert not list(picture) and picture.problem == "not a video: it is JPEG"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!DOCTYPE html><html></html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"ffconcat version 1.0\nfile v.avi\n",
+    ],
+)
 def test_a_page_in_a_films_place_is_named(tmp_path, data):
     (tmp_path / "v.mp4").write_bytes(data)
+    shoot(tmp_path / "v.avi", 2, codec="MJPG")
     with pytest.raises(BadImageError, match="not a video: it is (text, beginning|a git-lfs)"):
         video.Film(tmp_path / "v.mp4")
 
