@@ -68,6 +68,18 @@ def is_film(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in FILMS and not is_litter(name)
 
 
+_FIELDS = re.compile(
+    r"\.(depth|disp|disparity|masks?|seg|segmentation|semantic|instances?|normals?|flow|pred\w*|valid)\.\w+$",
+    re.IGNORECASE,
+)
+
+
+def field(name: str) -> str:
+    """`.depth.png` of a tar's member that is another field of its sample than the photograph; "" of any other."""
+    found = _FIELDS.search(PurePosixPath(name).name)
+    return found[0].lower() if found else ""
+
+
 def sort_of(name: str) -> str:
     """How a file that is not ours is counted: by its suffix, or as one of the system's own."""
     if is_litter(name):
@@ -87,6 +99,8 @@ def sniff(data: bytes) -> str:
     head = bytes(data[:64])
     if bytes(data[128:132]) == b"DICM":
         return "DICOM"
+    if bytes(data[257:262]) == b"ustar":
+        return "a tar archive"
     if head[4:8] == b"ftyp":
         return _brand(head)
     for magic, kind in _MAGIC:
