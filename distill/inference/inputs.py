@@ -55,7 +55,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
         for file, stem, name in mine:
             if stem:
                 photos.setdefault(file.absolute(), stem)
-            elif reason := filetypes.refusal(name):
+            elif reason := _list_of(file, given) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
                 passed[file.absolute()] = filetypes.sort_of(name)
@@ -66,6 +66,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             if not files and not Path(given).expanduser().exists():
                 pattern = set(given) & set("*?[") or _NUMBER.search(given)
                 reason = "matches no file" if pattern else "no such file or folder"
+                reason = "a link to nothing" if Path(given).expanduser().is_symlink() else reason
                 reason = "an address, and files of this machine are read: download it" if "://" in given else reason
                 raise FileNotFoundError(f"{given}: {reason}")
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
@@ -86,6 +87,15 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     return Survey(jobs, list(refused), Counter(passed.values()), tuple(notes))
 
 
+_LISTS = (".txt", ".lst", ".csv")
+_LIST = "a text file, not a photo: give the photos that it lists (`xargs -d '\\n' -a {} distill predict`)"
+
+
+def _list_of(file: Path, given: str) -> str:
+    """Why a text file that is given by its own name is none of the inputs; "" of any other."""
+    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == Path(given).expanduser() else ""
+
+
 _NUMBER = re.compile(r"%0?(\d*)d")
 _SEQUENCE = (
     "{0}: each picture is predicted on its own, with colours of its own range; as a film they keep one: "
@@ -102,8 +112,8 @@ def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
                 name = inside.as_posix()
                 ours = filetypes.is_photo(name) or filetypes.is_film(name)
                 yield file, inside.with_suffix("").as_posix() if ours else "", name
-        elif path.is_file():
-            yield path, path.stem, path.name
+        else:
+            yield path, "" if path.suffix.lower() in _LISTS else path.stem, path.name
 
 
 def _glob(pattern: Path) -> list[Path]:

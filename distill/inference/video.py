@@ -54,7 +54,8 @@ class Film:
             if what := _other(path):
                 raise BadImageError(f"not a video: it is {what}") from error
             cut = path.is_file() and _lacks_boxes(path)
-            raise BadImageError(_CUT if cut else f"not a video that can be opened ({_short(error)})") from error
+            reason = f"not a video that can be opened ({_short(error)}): copy it again, or convert it to H.264"
+            raise BadImageError(_CUT if cut else reason) from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:

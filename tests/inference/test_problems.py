@@ -176,3 +176,16 @@ def test_a_numbered_pattern_is_its_pictures_in_order(tmp_path):
         predict.survey([str(tmp_path / "a" / "b_%d.png")], out=tmp_path / "o")
     grey(tmp_path / "100%d.png", 50)
     assert not predict.survey([str(tmp_path / "100%d.png")], out=tmp_path / "o").notes
+
+
+def test_pipes_links_and_lists_are_named_for_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "p.jpg")
+    (tmp_path / "l.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    grey(tmp_path / "a.jpg", 9)
+    found = predict.survey([str(tmp_path / name) for name in ("p.jpg", "a.jpg")], out=tmp_path / "o")
+    assert len(found.jobs) == 1 and "p.jpg: not a plain file (a named pipe" in found.refused[0]
+    with pytest.raises(FileNotFoundError, match="l.jpg: a link to nothing"):
+        predict.survey([str(tmp_path / "l.jpg")], out=tmp_path / "o")
+    with pytest.raises(FileNotFoundError, match="list.txt: a text file, not a photo: give the photos that it lists"):
+        predict.survey([str(tmp_path / "list.txt")], out=tmp_path / "o")
