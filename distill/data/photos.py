@@ -157,6 +157,8 @@ def decode(data: bytes) -> Tensor:
         if shown is not None and shown.shape[:2] == (image.height, image.width):
             return torch.from_numpy(np.ascontiguousarray(turn(shown, _orientation(image)))).permute(2, 0, 1)
         image.load()
+        if image.format == "JPEG" and damage.ends_early(data, image):
+            raise BadImageError("truncated: its pixels end before its last row, in grey: download or copy it again")
         try:
             array = colour.srgb(image, **deep, icc=profile)
         except colour.UnusablePixelsError as error:

@@ -269,3 +269,12 @@ def test_a_refusal_says_what_to_do(data, reason):
 
 def test_plain_digits_with_a_comment_are_a_picture():
     assert decode(b"P3\n# by hand\n1 1\n255\n9 8 7\n").ravel().tolist() == [9, 8, 7]
+
+
+def test_an_end_behind_half_a_photo_makes_no_grey_foot():
+    data = encoded(textured(), quality=90)
+    with pytest.raises(BadImageError, match="pixels end before its last row"):
+        decode(data[: len(data) // 2] + b"\xff\xd9")
+    image = np.asarray(textured()).copy()
+    image[30:] = 128
+    assert (decode(encoded(Image.fromarray(image), quality=90))[:, -8:] == 128).all(), "grey that was photographed"
