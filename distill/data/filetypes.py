@@ -69,7 +69,7 @@ def is_film(name: str) -> bool:
 
 
 _FIELDS = re.compile(
-    r"\.(depth|disp|disparity|masks?|seg|segmentation|semantic|instances?|normals?|flow|pred\w*|valid)\.\w+$",
+    r"\.(depth|disp|disparity|masks?|seg|segmentation|semantic|instances?|normals?|flow|pred\w*)\.\w+$",
     re.IGNORECASE,
 )
 
