@@ -94,8 +94,9 @@ def run(args: argparse.Namespace) -> int:
     failed = sum(image.failed for image in result.images)
     if failed:
         say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
-    if not failed and all(value is None for _, value in means):
-        say("no image has a pixel of truth to be scored by")
+    if all(value is None for _, value in means):
+        if not failed:
+            say("no image has a pixel of truth to be scored by")
         return 1
     return 1 if failed and not args.allow_failed else 0
 
