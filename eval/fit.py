@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.core.depth import DepthMap, Kind, KindError
+from distill.core.depth import UNKNOWNS, DepthMap, Kind, KindError
 from distill.eval.metrics import NUM_SUMS, block_sums
 from distill.eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
-_FORGETS = ("metric", "scale", "affine")
 # How an alignment of distill.eval.protocol begins, and what it fits.
 _FITTED = {
     "scale and shift": "affine",
@@ -85,7 +84,7 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     wanted = next((fit for words, fit in _FITTED.items() if alignment.startswith(words)), kind.unknown)
     if wanted in ("median", "l1") and truth.unknown == "affine":
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
-    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=_FORGETS.index)
+    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=UNKNOWNS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
