@@ -36,6 +36,7 @@ def test_silog_is_the_root_of_the_variance_that_is_left(focus):
     g = [(p.log() - d.log())[v].double() for p, d, v in zip(PRED, DEPTH, VALID, strict=True)]
     expected = torch.stack([((one**2).mean() - focus * one.mean() ** 2).sqrt() for one in g]).float()
     torch.testing.assert_close(objective(PRED, labels())[0], expected)
+    assert LossSettings(silog=1.0).options("silog") == {"variance_focus": 0.5}
     scaled = objective(3 * PRED, labels())[0]
     assert torch.allclose(scaled, expected, atol=1e-5) is (focus == 1.0)
     perfect = DEPTH.clone().requires_grad_()
