@@ -305,7 +305,8 @@ def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, devi
     settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
     assert not isinstance(objective, LatentLesson)
     micro = max(1, settings.batch_size // settings.accumulate)
-    tried = min(micro, 4)  # the time grows with the batch, and memory may not bear the whole of it beside a teacher
+    # The time grows with the batch, and memory may not bear the whole of it beside a teacher; a CPU is busy with one.
+    tried = min(micro, 1 if device.type == "cpu" else 4)
     batch = collate([sample] * tried)
     student.to(device).train()
     images, labels = batch.images.to(device), next(iter(batch.labels.values())).to(device)
