@@ -109,9 +109,13 @@ def test_half_a_torch_file_and_several_files(tmp_path):
     file = tmp_path / "depth_anything_v2_vits.pth"
     torch.save({"pretrained.cls_token": torch.zeros(1, 1, 384), "x": torch.zeros(1000)}, file)
     whole = file.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"no weights at all"):
+    for content, fault in (
+        (whole[: len(whole) // 2], "is cut short: download or copy it again"),
+        (b"", "cannot be read as weights"),
+        (b"no weights at all", "cannot be read as weights"),
+    ):
         file.write_bytes(content)
-        with pytest.raises(teachers.WeightsMismatchError, match="vits.pth cannot be read as weights") as error:
+        with pytest.raises(teachers.WeightsMismatchError, match=f"vits.pth {fault}") as error:
             depth_anything_v2.Teacher.load(str(tmp_path))
         assert "weights_only" not in one_line(error)
     (tmp_path / "depth_anything_v2_vitl.pth").touch()
