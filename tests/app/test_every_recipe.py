@@ -165,6 +165,18 @@ def test_recipes_have_the_numbers_that_their_papers_print(name):
     assert {key: said(key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
+def test_what_recipes_should_score_is_what_papers_toml_says():
+    """Five numbers in a row of a recipe's first lines are some row's AbsRel, in this order."""
+    order, printed = ("nyu", "kitti", "eth3d", "scannet", "diode"), {}
+    for n in paper_numbers():
+        if n.metric == "abs_rel":
+            printed.setdefault((n.paper, n.where, n.model), {})[n.benchmark] = f"{n.value:.3f}"[1:]
+    known = {tuple(row.get(name) for name in order) for row in printed.values()}
+    for path in RECIPES:
+        said = re.findall(r"(?:\.\d{3} ){4}\.\d{3}", path.read_text())
+        assert {tuple(one.split()) for one in said} <= known, path
+
+
 def test_who_teaches_is_what_the_papers_say():
     """GenPercept's disparity 3 in 10 times for the best student; DAv2-L alone in Table 5, as its footnote says."""
 
