@@ -254,8 +254,8 @@ def about() -> str:
         "Millions of parameters; GFLOPs of one image; milliseconds of one float32 image and the highest memory of a "
         f"pass, weights included, on {device()}. AnyDepth's published numbers stand in brackets, its milliseconds are "
         "of an H100: its DPT FLOPs count transposed convolutions 4 to 16 times, its SDT parameters are those without "
-        "the detail enhancer. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of an "
-        "encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
+        "the detail enhancer. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of "
+        "an encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
     )
 
 
