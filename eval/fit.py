@@ -19,15 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.core.depth import DepthMap, Kind, KindError
+from distill.core.depth import UNKNOWNS, DepthMap, Kind, KindError
 from distill.eval.metrics import NUM_SUMS, block_sums
 from distill.eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
-_FORGETS = ("metric", "scale", "affine")
 # How an alignment of distill.eval.protocol begins, and what it fits.
-_SAID = {
+_FITTED = {
     "scale and shift": "affine",
     "scale by medians": "median",
     "scale of least relative error": "l1",
@@ -45,7 +44,7 @@ class AlignmentPlan:
 
     quantity: what the metrics compare, "depth" or "disparity". fit: the quantity in which the prediction is aligned.
     invert: the prediction is inverted before the fit. unknown: what the fit finds: "metric" (nothing), "scale",
-    "affine", or "median" (a scale by the medians alone).
+    "affine", "median" (a scale by the medians alone) or "l1" (the scale of least relative error).
     metres: the truth is in metres, so that the protocol's range means something.
     """
 
@@ -82,10 +81,10 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
 
     alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
     """
-    wanted = next((fit for words, fit in _SAID.items() if alignment.startswith(words)), kind.unknown)
+    wanted = next((fit for words, fit in _FITTED.items() if alignment.startswith(words)), kind.unknown)
     if wanted in ("median", "l1") and truth.unknown == "affine":
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
-    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=_FORGETS.index)
+    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=UNKNOWNS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
@@ -191,8 +190,8 @@ def _notes(
 def _fewer_columns(pred: np.ndarray, truth: np.ndarray, valid: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """The valid pixels of every n-th column: Marigold's `--alignment_max_res`.
 
-    Its nn.Upsample gets a 3-D tensor and so decimates the width alone, by the ratio of `most` to the LONGER side; all
-    rows stay. Column i of the result is column floor(i * longer / most), in float32 as torch computes it.
+    Its nn.Upsample gets a 3-D tensor and so decimates the width alone, by the ratio of `limit` to the LONGER side; all
+    rows stay. Column i of the result is column floor(i * longer / limit), in float32 as torch computes it.
     """
     longer = max(pred.shape)
     if longer <= limit:

@@ -23,6 +23,7 @@ from distill.core.depth import Kind
 from distill.core.files import files_below
 from distill.core.plugins import find
 from distill.core.progress import Report
+from distill.data.filetypes import counted, sort_of
 from distill.data.maps import SUFFIXES, stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
 from distill.eval.fit import ImageErrors, NoGroundTruthError
@@ -131,7 +132,9 @@ def score_predictions(
     if out is not None:
         require_writable(out)
     if not Path(predictions).is_dir():
-        raise FileNotFoundError(f"{predictions}: no such folder of predictions")
+        is_file = Path(predictions).is_file()
+        what = "a file: give the folder of the maps (unpacked)" if is_file else "no such folder of predictions"
+        raise FileNotFoundError(f"{predictions}: {what}")
     module = find("distill.eval.benchmarks", benchmark)
     samples = list(module.samples(root, list_file))
     result = score(
@@ -215,11 +218,14 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
     if not places:
         first = samples[0]
         stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
-        there = [path.relative_to(store).as_posix() for path in files_below(store) if path.suffix.lower() in SUFFIXES]
+        every = [path.relative_to(store).as_posix() for path in files_below(store)]
+        there = [name for name in every if Path(name).suffix.lower() in SUFFIXES]
+        others = counted(map(sort_of, every))
         listed = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
         raise FileNotFoundError(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
-            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too); there is {listed or 'no map'}"
+            f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too); there is "
+            + (listed or (f"no map, but {others}: store the numbers as .npy" if others else "nothing in it"))
         )
     return places
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.teachers import WeightsMismatchError, load_checked, read_state
+from distill.teachers import TOLD, WeightsMismatchError, load_checked, read_state
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -61,9 +61,7 @@ def network(path: Path) -> Any:
     )
     tensors = renamed(state)
     return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=tensors, output_loading_info=True
-        ),
+        lambda: DPTForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **TOLD),
         path,
         what="MiDaS v3.1",
         optional=("relative_position_index",),

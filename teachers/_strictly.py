@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+TOLD: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""With which `from_pretrained` of transformers tells what did not match, shapes too, and leaves the word to us."""
+
+
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
     """Raises WeightsMismatchError that names the first keys, unless both are empty."""
     faults = []
@@ -73,6 +77,6 @@ def load_checked(
     )
     check_claimed(missing, unexpected, where, what=what)
     if info["mismatched_keys"]:
-        key = sorted(map(str, info["mismatched_keys"]))[0]
-        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: another shape at {key}")
+        key, stored, wanted = sorted(info["mismatched_keys"])[0]
+        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: {key} is {tuple(stored)}, not {tuple(wanted)}")
     return model

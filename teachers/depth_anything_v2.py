@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
+    TOLD,
     Card,
     WeightsMismatchError,
     below_prefix,
@@ -306,9 +307,7 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 
     config = _config(state, where, metric=max_depth is not None)
     return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(
-            None, config=config, state_dict=state, output_loading_info=True
-        ),
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(None, config=config, state_dict=state, **TOLD),
         where,
         what="Depth Anything V2",
     )
@@ -324,7 +323,7 @@ def _from_folder(folder: Path, max_depth: float | None) -> Any:
     if max_depth is not None:
         config.depth_estimation_type = "metric"
     return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, output_loading_info=True),
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, **TOLD),
         folder,
         what="Depth Anything V2",
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
+    TOLD,
     Card,
     WeightsMismatchError,
     WeightsMissingError,
@@ -142,7 +143,7 @@ def _from_folder(folder: Path) -> Any:
         )
     config = DPTConfig.from_pretrained(folder)
     return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, output_loading_info=True),
+        lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, **TOLD),
         folder,
         what="MiDaS v3.1",
         optional=("relative_position_index",),  # a fixed table that older files carry

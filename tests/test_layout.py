@@ -34,7 +34,7 @@ OWNERS = {
     "accelerate": ["distill.training.parallel", "distill.training.train"],
     "rich": ["distill.app.console"],
     "webdataset": ["distill.shards.shards"],
-    "imagecodecs": ["distill.shards.codecs", "distill.data.tiffs"],
+    "imagecodecs": ["distill.shards.codecs", "distill.data.tiffs", "distill.data.cicp"],
     "av": ["distill.inference.video"],
     "pillow_heif": ["distill.data.photos"],
     "OpenEXR": ["distill.data.maps"],

@@ -160,7 +160,8 @@ def _write_graphs(
         page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")
         page = page.replace("__ANCHORS__", json.dumps(NEARNESS))
         (aside / PAGE).write_text(page, encoding="utf-8")
-        lines.append(f"{out / PAGE}: in {out}, npm install onnxruntime-web, then python -m http.server")
+        serve = f"python -m http.server --bind 127.0.0.1, then open http://localhost:8000/{out.resolve().name}/"
+        lines.append(f"{out / PAGE}: in the folder above, npm install onnxruntime-web and {serve}")
     if options.program:
         off = export.write_program(again, aside / PROGRAM, program=program, named=out / PROGRAM)
         lines.append(f"{out / PROGRAM}: within {off:.1g} of torch's outputs (of their spread)")

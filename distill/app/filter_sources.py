@@ -51,8 +51,12 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
     name, equals, root = word.partition("=")
     path = Path(word).expanduser()
     if equals and (is_path(name) or name.isidentifier()):
-        shards = published.dataset(name, root)
-        return [_of_entries(short_name(name), word, shards, far, limit, find(FOLDER, name).FACTS)]
+        if Path(root).expanduser().is_file():
+            raise ValueError(
+                f"{word}: a data set's root is a folder; pairs need no name, their table is enough: {root}"
+            )
+        facts = find(FOLDER, name).FACTS
+        return [_of_entries(short_name(name), word, published.dataset(name, root), far, limit, facts)]
     if (path / MANIFEST).is_file():
         return [_of_labels(path, limit, teacher)]
     if path.suffix.lower() == ".tsv" or (path / "INDEX.tsv").is_file():

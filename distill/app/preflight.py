@@ -158,7 +158,7 @@ def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[F
         why = images.rejected[0] if images.rejected else "the source is empty"
         yield Finding("bad", f"no images: {why}", "fix the file, or name others in [[images]]")
         return
-    yield Finding("ok", f"{about}{images.count} images in {about}{images.parts} parts")
+    yield Finding("ok", f"{about}{images.count} images; parts to label: {about}{images.parts}")
     if images.bad:
         tried = len(images.bad) + len(images.photos)
         level: Level = "warn" if images.photos else "bad"
@@ -170,7 +170,7 @@ def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[F
         wanted = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
         yield Finding(
             "warn",
-            f"{images.parts} parts keep no more than {images.parts} processes busy",
+            f"parts to label: {images.parts}; processes beyond that number would be idle",
             f"with {idle[0]} processes or more set labels.samples_per_part = {wanted}",
         )
     if recipe.labels.licence == "unknown":

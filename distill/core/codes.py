@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.core.depth import DepthMap, Kind, KindError
+from distill.core.depth import DepthMap, Kind, KindError, least_known
 from distill.core.labels import Labels, Supervision
 
 INVALID = 0
@@ -120,7 +120,7 @@ def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
     What is known of the kind is what is known of all: metric beside scale is scale. Raises KindError where depth meets
     disparity.
     """
-    kind = max((one.shared.kind for one in labels), key=lambda k: ("metric", "scale", "affine").index(k.unknown))
+    kind = least_known(one.shared.kind for one in labels)
     shared = join([_as(one.shared, kind) for one in labels])
     supervision = replace(labels[0].supervision, kind=kind)
     counts = [0 if one.local is None else len(one.local) for one in labels]

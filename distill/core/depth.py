@@ -9,7 +9,7 @@ Shapes: B batch, H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -19,6 +19,10 @@ from torch import Tensor
 
 class KindError(ValueError):
     """Two kinds were asked to meet that cannot; the message names both and the way out."""
+
+
+UNKNOWNS = ("metric", "scale", "affine")
+"""What may be unknown about a map, from least to most: nothing, the scale, the scale and the shift."""
 
 
 class Kind(StrEnum):
@@ -55,12 +59,9 @@ class Kind(StrEnum):
 
     def can_become(self, kind: Kind) -> bool:
         """Whether `DepthMap.convert` does it: knowledge may be forgotten, 1/x needs a known shift."""
-        if _FORGETS[kind.unknown] < _FORGETS[self.unknown]:
+        if UNKNOWNS.index(kind.unknown) < UNKNOWNS.index(self.unknown):
             return False
         return self.quantity == kind.quantity or self.unknown != "affine"
-
-
-_FORGETS = {"metric": 0, "scale": 1, "affine": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class DepthMap:
         kind = Kind(kind)
         if kind == self.kind:
             return self
-        if _FORGETS[kind.unknown] < _FORGETS[self.kind.unknown]:
+        if UNKNOWNS.index(kind.unknown) < UNKNOWNS.index(self.kind.unknown):
             missing = "scale" if self.kind.unknown == "scale" else "scale and shift"
             raise KindError(
                 f"{self.kind} cannot become {kind}: its {missing} would have to be invented. "
@@ -123,6 +124,11 @@ class DepthMap:
         usable = self.valid & torch.isfinite(self.values) & (self.values > 0)
         inverted = torch.where(usable, 1.0 / torch.where(usable, self.values, 1.0), 0.0)
         return DepthMap(inverted, usable, kind)
+
+
+def least_known(kinds: Iterable[Kind]) -> Kind:
+    """Of several kinds the one of which least is known, the first of equals: metric beside scale is scale."""
+    return max(kinds, key=lambda kind: UNKNOWNS.index(kind.unknown))
 
 
 def cat(maps: Sequence[DepthMap]) -> DepthMap:

@@ -64,9 +64,8 @@ def names(package: str) -> list[str]:
     return sorted({*_own(package), *_installed(package)})
 
 
-_ours: dict[
-    tuple[str, str], ModuleType
-] = {}  # found before: a loss asks at every step, and looking costs file accesses
+# Found before: a loss asks at every step, and looking costs file accesses.
+_ours: dict[tuple[str, str], ModuleType] = {}
 
 
 def find(package: str, name: str) -> ModuleType:

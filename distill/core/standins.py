@@ -56,6 +56,17 @@ def fault_of_start(path: Path) -> str:
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
 
 
+def way_out_of(folder: Path) -> str:
+    """How the shards that trainers leave in a folder become weights, or ""."""
+    names = [path.name for depth in ("*", "*/*") for path in folder.glob(depth)]
+    if any(name.endswith("_optim_states.pt") or name == "zero_to_fp32.py" for name in names):
+        return f"; these are DeepSpeed's shards: {ZERO}"
+    if any(name.endswith(".distcp") for name in names):
+        join = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth"
+        return f"; these are shards of torch.distributed.checkpoint: `{join}` joins them"
+    return ""
+
+
 def fault_of_zip(path: Path) -> str:
     """Of a zip: one that is no torch file, or whose bytes are not those that were written.
 
@@ -100,10 +111,19 @@ _KINDS = (
 )
 
 
+_NUMBERS = (".weight", ".bias")
+ZERO = "run the zero_to_fp32.py that lies beside it, and give the file that it writes"
+"""How DeepSpeed's shards become weights."""
+
+
 def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
-    """Of a table of tensors that a network cannot take as they are, which another library would make its weights of."""
+    """Of a table of tensors that a network cannot take as they are, which another library would make its weights of.
+
+    Of diverged ones too: of NaN a network makes maps of NaN.
+    """
     import torch
 
+    eight = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
     packed = any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in state.values())
     for pattern, what in _KINDS if packed else _KINDS[:-1]:
         if name := next((name for name in state if re.fullmatch(pattern, name)), ""):
@@ -112,7 +132,15 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
     for name, tensor in state.items():
         if tensor.is_meta:
             return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
+        if not tensor.numel() and tensor.ndim and name.endswith(_NUMBERS):
+            return f"holds {name} empty, as DeepSpeed's ZeRO leaves it: {ZERO}"
+        if name.endswith(_NUMBERS) and tensor.dtype in eight:
+            return (
+                f"holds {name} as {str(tensor.dtype)[6:]}: quantised to eight bits: give the weights it was made from"
+            )
         if tensor.is_quantized or tensor.layout != torch.strided:
             sort = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
             return f"holds {name} as {sort}: save plain floating-point tensors"
+        if name.endswith(_NUMBERS) and tensor.is_floating_point() and bool(tensor.isnan().any()):
+            return f"holds {name} with numbers that are NaN: its training has diverged; give an earlier checkpoint"
     return ""

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import fault_of_start, fault_of_tensors, fault_of_zip
+from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, way_out_of
 
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
         raise WeightsMissingError(
             f"{path} holds none of {', '.join(names)}: give the weights file itself, or complete the folder"
             + _below(path)
+            + way_out_of(path)
         )
     if len(matching) > 1:
         if all(_SHARD.search(file.name) for file in matching):
@@ -133,9 +134,10 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
             raise WeightsMismatchError(f"{index} names {lost[0]}, which no shard holds: download them again")
         return _plain_names(state, path)
     nested = _read(path)
-    tables = dict(_tables(nested))
+    tables = _tables_of(nested)
     if not tables:
         there = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
+        there += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
         raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
@@ -151,7 +153,7 @@ def read_described(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, A
     described = nested.get(key) if isinstance(nested, dict) else None
     if not isinstance(described, dict):
         raise WeightsMismatchError(f"{path} has no {key}, which says what network its tensors are of")
-    tables = dict(_tables({name: value for name, value in nested.items() if name != key}))
+    tables = _tables_of({name: value for name, value in nested.items() if name != key})
     if not tables:
         raise WeightsMismatchError(f"{path} holds no table of named tensors")
     return _plain_names(_choose(tables, path, None), path), described
@@ -169,23 +171,23 @@ def _read(path: Path) -> Any:
         zipped = head[:2] == b"PK"
         if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in _records(path)]):
+        with torch.serialization.safe_globals(_known(_records(path))):
             with path.open("rb") as file:  # by its name torch would take one called .safetensors for that
                 return torch.load(file, map_location="cpu", weights_only=True)
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-    ) as error:
+    except _READ_ERRORS as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
             wanted = re.search(r"GLOBAL (\S+)", str(error))
             what = f"a pickled {wanted[1]}" if wanted else "more than tensors in it"
+            what = "another protocol of pickle than torch.save's own" if "operand" in str(error) else what
             reason = f"{what}, or not a torch file; save its state_dict() alone"
+        if any(words in reason for words in _CUT):
+            raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error
         raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
+
+
+_CUT = ("central directory", "not fully covered", "Ran out of input")
+"""What the readers of torch's and safetensors' files say of one that ends too early."""
 
 
 class _Inert(dict[str, Any]):
@@ -229,6 +231,17 @@ def _records(path: Path) -> list[str]:
     return [name for name in wanted if _RECORDS.fullmatch(name)]
 
 
+def _known(records: Sequence[str]) -> list[Any]:
+    """What stands for each record: nothing, but for what NumPy's arrays are made of, which may be weights."""
+    import numpy as np
+
+    arrays = {"multiarray._reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
+    known: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
+    if "numpy.dtype" in records:  # a dtype is of a class of its own, which no pickle names
+        known += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
+    return known
+
+
 _ASIDE = re.compile(
     r"optim|sched|scaler|rng|random|callback|loop|hyper|hparam|arg|config|cfg|amp|grad|loss|metric|buffer"
 )
@@ -247,8 +260,18 @@ _RAW = (
 _AVERAGED = re.compile(r"(^|[._])(ema|ema\w*|\w*_ema|swa\w*|averag\w*|shadow\w*)($|[._])")
 
 
-def _tables(nested: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every table of named tensors in nested mappings, by its dotted place; optimizers' are passed over."""
+def _tables_of(nested: Any) -> dict[str, dict[str, Tensor]]:
+    """The tables of named tensors by their dotted places; where there is none, those of NumPy's arrays alone."""
+    return dict(_tables(nested)) or dict(_tables(nested, arrays=True))
+
+
+def _tables(nested: Any, name: str = "", *, arrays: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every table of named tensors in nested mappings, by its dotted place; optimizers' are passed over.
+
+    NumPy's arrays among tensors are tensors too; arrays: also where they are no tensor's neighbours.
+    """
+    import numpy as np
+    import torch
     from torch import Tensor
 
     if not isinstance(nested, Mapping) or name.count(".") > 3:
@@ -257,9 +280,16 @@ def _tables(nested: Any, name: str = "") -> Iterator[tuple[str, dict[str, Tensor
         table
         for key, value in nested.items()
         if isinstance(key, str) and isinstance(value, Mapping) and not _ASIDE.search(key.lower())
-        for table in _tables(value, f"{name}.{key}".lstrip("."))
+        for table in _tables(value, f"{name}.{key}".lstrip("."), arrays=arrays)
     ]
     tensors = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors or arrays:
+        plain = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, np.ndarray)}
+        tensors |= {
+            key: torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
+            for key, value in plain.items()
+            if value.dtype.kind in "fiub"
+        }
     if tensors and len(tensors) >= max((len(table) for _, table in inner), default=0):
         yield name, tensors
     else:

@@ -42,7 +42,7 @@ def srgb(image: Image.Image, *, white_is_zero: bool = False, bits: int = 16, icc
         swapped.info = image.info
         image = swapped
     if image.mode == "F":
-        raise UnusablePixelsError("floating-point pixels: not a photograph")
+        raise UnusablePixelsError("floating-point pixels: not a photograph; save it with 8 or 16 bits")
     if image.mode.startswith("I"):
         return _deep_grey(image, white_is_zero, bits, profile)
     transparent = image.mode in _ALPHA or (image.mode == "P" and "transparency" in image.info)

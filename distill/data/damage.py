@@ -177,14 +177,8 @@ def with_end(data: bytes) -> bytes:
     makes something up, from whatever follows: where two endings give one picture, none are missing. A progressive one
     may lack a whole scan without a trace, and stays as it is.
     """
-    at = 2
-    components = 0
-    while (marker := data[at : at + 2])[:1] == b"\xff" and marker != b"\xff\xda":
-        if marker in (b"\xff\xc0", b"\xff\xc1"):
-            components = data[at + 9] if at + 9 < len(data) else 0
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    one_scan = marker == b"\xff\xda" and components and data[at + 4 : at + 5] == bytes([components])
-    if not one_scan or data.find(_END, at) >= 0:
+    at = _only_scan(data)
+    if at < 0 or data.find(_END, at) >= 0:
         return data
     body = data.removesuffix(b"\xff")
     pictures = []
@@ -198,6 +192,49 @@ def with_end(data: bytes) -> bytes:
 
 
 _END = b"\xff\xd9"
+
+
+def _only_scan(data: bytes) -> int:
+    """Where the one scan of a JPEG that is not progressive begins; -1 of any other."""
+    at = 2
+    components = 0
+    while (marker := data[at : at + 2])[:1] == b"\xff" and marker != b"\xff\xda":
+        if marker in (b"\xff\xc0", b"\xff\xc1"):
+            components = data[at + 9] if at + 9 < len(data) else 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    one_scan = marker == b"\xff\xda" and components and data[at + 4 : at + 5] == bytes([components])
+    return at if one_scan else -1
+
+
+def ends_early(data: bytes, image: Image.Image) -> bool:
+    """Whether a decoded JPEG's end marker stands before its last pixels, as where one was put behind a cut download.
+
+    The decoder's word for what is missing is a grey of 128. Grey may be what was photographed: then more bytes before
+    the end change nothing.
+    """
+    foot = image.crop((0, max(0, image.height - 8), image.width, image.height))
+    if image.mode not in ("L", "RGB") or (np.asarray(foot) != 128).any() or (at := _only_scan(data)) < 0:
+        return False
+    end = data.find(_END, at)
+    try:
+        with Image.open(io.BytesIO(data[:end] + b"\xa5\x5a" * 64 + data[end:]), formats=("JPEG",)) as longer:
+            return end > 0 and longer.tobytes() != image.tobytes()
+    except OSError:
+        return False
+
+
+def odd_jpeg(data: bytes) -> str:
+    """What a JPEG is that no decoder of photographs reads, by its frame header, or ""."""
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, bits, height = data[at + 1], data[at + 4], int.from_bytes(data[at + 5 : at + 7], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
+            kind = "JPEG-LS" if marker == 0xF7 else "a lossless JPEG" if marker in (0xC3, 0xC7) else "a JPEG"
+            many = f"{kind} of {bits} bits a sample" if bits != 8 or kind != "a JPEG" else ""
+            many = many or ("a JPEG whose header says a height of 0" if not height else "")
+            return many and f"{many}, which is not read here: convert it to PNG or TIFF"
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return ""
 
 
 def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:

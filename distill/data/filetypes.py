@@ -68,6 +68,18 @@ def is_film(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in FILMS and not is_litter(name)
 
 
+_FIELDS = re.compile(
+    r"\.(depth|disp|disparity|masks?|seg|segmentation|semantic|instances?|normals?|flow|pred\w*)\.\w+$",
+    re.IGNORECASE,
+)
+
+
+def field(name: str) -> str:
+    """`.depth.png` of a tar's member that is another field of its sample than the photograph; "" of any other."""
+    found = _FIELDS.search(PurePosixPath(name).name)
+    return found[0].lower() if found else ""
+
+
 def sort_of(name: str) -> str:
     """How a file that is not ours is counted: by its suffix, or as one of the system's own."""
     if is_litter(name):
@@ -87,6 +99,8 @@ def sniff(data: bytes) -> str:
     head = bytes(data[:64])
     if bytes(data[128:132]) == b"DICM":
         return "DICOM"
+    if bytes(data[257:262]) == b"ustar":
+        return "a tar archive"
     if head[4:8] == b"ftyp":
         return _brand(head)
     for magic, kind in _MAGIC:
@@ -151,6 +165,18 @@ _MAGIC = (
 )
 
 
+def way_out(kind: str) -> str:
+    """What to do about a file of a kind that is no photo here, as `sniff` says it; "" where that says it itself."""
+    if kind.startswith("a video"):
+        return ": give it the name of a film (.mp4, .mkv, .avi), or take pictures out of it"
+    if "archive" in kind or kind.startswith("compressed"):
+        return ": unpack it"
+    pictures = ("JPEG", "Photoshop", "Radiance", "OpenEXR", "a DirectDraw", "QOI", "GIMP", "PostScript", "an icon")
+    if kind.startswith((*pictures, "FITS", "PAM", "PFM", "DICOM", "a PDF")):
+        return ": convert it to JPEG, PNG or TIFF"
+    return "" if ":" in kind else ": take it out"
+
+
 def text(data: bytes) -> str:
     """`text, beginning '<!DOCTYPE'` of bytes that are words: a web page, an error of a server; "" of anything else."""
     head = bytes(data[:512]).removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -161,7 +187,7 @@ def text(data: bytes) -> str:
         or not all(c.isprintable() or c.isspace() for c in readable)
     ):
         return ""
-    if re.match(r"P[1-3]\s+\d", readable):  # pictures and maps in plain digits
+    if re.match(r"P[1-3]\s+[\d#]", readable):  # pictures and maps in plain digits
         return ""
     return f"text, beginning {readable[:24]!r}"
 

@@ -5,7 +5,8 @@ viewer shows them. So light is computed from them, relative to the white of pape
 primaries, and what is brighter than paper is compressed into the last quarter of the range.
 
 Sources: ITU-R BT.2100-2, tables 4 and 5 (both curves, HLG's OOTF at 1000 cd/m2); BT.2408, section 2 (203 cd/m2);
-BT.2087 (the matrix). The shoulder is ours: BT.2390's needs to know the screen that a film was graded on.
+BT.2087 and SMPTE EG 432-1 (the matrices). The shoulder is ours: BT.2390's needs to know the screen that a film was
+graded on.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ WIDE = 9
 _PAPER = 203.0
 _KNEE = 0.75
 _LUMINANCE = np.array([[0.2627, 0.6780, 0.0593]], np.float32)
-_TO_SRGB = np.array(
-    [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]], np.float32
-)
+P3 = 12
+"""Those of Display P3."""
+_TO_SRGB = {
+    WIDE: [[1.660491, -0.587641, -0.072850], [-0.124550, 1.132900, -0.008349], [-0.018151, -0.100579, 1.118730]],
+    P3: [[1.224940, -0.224940, 0.0], [-0.042057, 1.042057, 0.0], [-0.019638, -0.078636, 1.098274]],
+}
 
 
 def to_srgb(rgb: np.ndarray, transfer: int, *, primaries: int = WIDE) -> np.ndarray:
@@ -32,8 +36,8 @@ def to_srgb(rgb: np.ndarray, transfer: int, *, primaries: int = WIDE) -> np.ndar
     light = _curve(transfer)[rgb]
     if transfer == HLG:  # of the scene; a screen shows it with more contrast
         light *= cv2.transform(light, _LUMINANCE)[..., None] ** np.float32(0.2) * np.float32(1000 / _PAPER)
-    if primaries == WIDE:
-        light = np.maximum(cv2.transform(light, _TO_SRGB), 0)
+    if primaries in _TO_SRGB:
+        light = np.maximum(cv2.transform(light, np.array(_TO_SRGB[primaries], np.float32)), 0)
     brightest = light.max(-1, keepdims=True)
     beyond = np.maximum(brightest - _KNEE, 0)
     shown = np.minimum(brightest, _KNEE) + (1 - _KNEE) * (1 - np.exp(-beyond / (1 - _KNEE)))

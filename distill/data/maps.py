@@ -1,11 +1,12 @@
 """Stored maps: the numbers of one depth or disparity map, whatever it was written as, and the names that it goes by.
 
 One reader for ground truth, benchmarks and predictions. The format is told by the first bytes, not by the suffix. Read
-are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5 and MATLAB's mat. Pictures of maps
-are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A 16-bit PNG of
-`distill predict` carries its range and is given back as values.
+are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5, MATLAB's mat and COLMAP's bin.
+Pictures of maps are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A
+16-bit PNG of `distill predict` carries its range and is given back as values.
 
-A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused.
+A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused. Where a TIFF
+or HDF5 file says that there is no data (GDAL's tag, netCDF's _FillValue), the value is NaN.
 
 Shapes: H height, W width of the map as stored.
 """
@@ -32,7 +33,7 @@ from PIL import Image
 from distill.data import damage, filetypes, tiffs
 from distill.data.photos import DECODE_ERRORS
 
-READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5 and .mat"
+READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
 SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".mat", ".png")
 """Where several files would do, the first of these is the map."""
 MAPPED = 1 << 22
@@ -81,6 +82,8 @@ def read_map(path: Path) -> np.ndarray:
 
 def decode_map(data: bytes, name: str = "") -> np.ndarray:
     """`read_map` of a file's bytes, masks included; name: of the file, for what is said of one of no known format."""
+    if head := _COLMAP.match(data):
+        return _plane(_colmap(data, head))
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
@@ -95,6 +98,7 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
             return _plane(_mat(data))
     what = filetypes.sniff(data) or filetypes.text(data) or ("of no known format" if data else "empty")
     what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
+    what += ": unpack it" if what.startswith("compressed") else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
 
 
@@ -227,7 +231,7 @@ def _tiff(data: bytes) -> np.ndarray:
         page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
         if sizes.count(sizes[page]) > 1:
             raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
-    return tiffs.numbers(data, page)  # Pillow knows no float16 or float64
+    return tiffs.without_nodata(tiffs.numbers(data, page), data, page)  # Pillow knows no float16 or float64
 
 
 def _page_size(image: Any, number: int) -> tuple[int, int]:
@@ -243,6 +247,16 @@ def _dpt(data: bytes) -> np.ndarray:
     if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
         raise BadMapError(f"not a whole .dpt: {len(data)} bytes for {width} x {height} float32")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width)
+
+
+_COLMAP = re.compile(rb"(\d{1,6})&(\d{1,6})&(\d{1,3})&")
+
+
+def _colmap(data: bytes, head: re.Match[bytes]) -> np.ndarray:
+    """COLMAP's .bin: width&height&channels&, then float32, little-endian, a channel after the other."""
+    width, height, planes = (int(head[i]) for i in (1, 2, 3))
+    _check_length(data, head.end(), 4 * width * height * planes, "bin")
+    return np.frombuffer(data, "<f4", width * height * planes, head.end()).reshape(planes, height, width)
 
 
 def _exr(data: bytes) -> np.ndarray:
@@ -271,11 +285,22 @@ def _hdf5(data: bytes) -> np.ndarray:
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and item.size < 1 << 30:
             # MATLAB writes columns first.
-            arrays[name] = item[()].T if "MATLAB_class" in item.attrs else item[()]
+            stored = item[()].T if "MATLAB_class" in item.attrs else item[()]
+            arrays[name] = _filled(np.asarray(stored), item.attrs)
 
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(collect)
     return _chosen({name: np.asarray(array) for name, array in arrays.items()})
+
+
+def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
+    """NaN where netCDF's notes say that nothing was written; integers become floats then."""
+    for name in ("_FillValue", "missing_value"):
+        said = np.asarray(notes.get(name, np.nan)).ravel()
+        if said.size == 1 and said.dtype.kind in "fiu" and (values == said[0]).any():
+            wide = values if values.dtype.kind == "f" else values.astype(np.float64)
+            values = np.where(values == said[0], wide.dtype.type(np.nan), wide)
+    return values
 
 
 def open_hdf5(path: Path) -> Any:

@@ -15,7 +15,7 @@ that distill.data.maps reads.
 - invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
   (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid. A
   number beyond 16 bits (1e10) is a bound too.
-  Values that are not finite or not positive are always invalid.
+  Values that are not finite, not positive, or 1e10 and more (a renderer's background) are always invalid.
 - focal: the camera's focal length in pixels of the photograph as it is stored; empty where nobody knows it.
 
 A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect,
@@ -32,6 +32,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,11 @@ from distill.data import maps
 from distill.data.photos import BadImageError, decode, turn, upright
 
 _CEILING = 65000.0
+_NOTHING = 9.9e9
+"""From here on a value is a renderer's word for the background: 1e10 is Blender's, others take the largest float."""
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _STEREO = re.compile(
-    rf"(?:Z\[m\]\s*=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*"
+    rf"(?:[A-Za-z]\w*\s*(?:\[m\]\s*)?=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*"
     rf"(?:\(\s*disp\w*\s*/\s*(?P<parts>{_NUMBER})|\(?\s*disp\w*)\s*(?:(?P<sign>[+-])\s*(?P<offset>{_NUMBER}))?\s*\)?$"
 )
 
@@ -92,7 +95,7 @@ class Pair:
         ValueError where its aspect is another than the photograph's.
         """
         raw, size = self._upright(_read_map(self.depth_path).astype(np.float64))
-        usable = np.isfinite(raw) & (raw > 0) & (raw < self.invalid_from)
+        usable = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _NOTHING))
         for value in self.invalid_values:
             usable &= raw != value
         if self.baseline:
@@ -138,6 +141,7 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     path = path / "INDEX.tsv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
+    _names.cache_clear()
     pairs, faults = {}, []
     for line, row in _rows(path):
         try:
@@ -246,6 +250,8 @@ def _choose(path: Path, pairs: dict[str, Pair], names: list[str] | None) -> list
         raise ValueError(f"{path} has no {', '.join(unknown[:5])} ({len(unknown)} names unknown, {len(pairs)} known)")
     chosen = list(pairs.values()) if names is None else [pairs[name] for name in names]
     absent = [str(p) for pair in chosen for p in (pair.rgb_path, pair.depth_path) if not p.is_file()]
+    if addresses := [pair.photo for pair in chosen if "://" in pair.photo and not pair.rgb_path.is_file()]:
+        raise FileNotFoundError(f"{path}: {addresses[0]} is an address, and paths are read: download the files")
     if absent:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {2 * len(chosen)} files are missing: {', '.join(absent[:3])}"
@@ -300,7 +306,20 @@ def _place(folder: Path, text: str) -> Path:
     if plain.exists():
         return plain
     ways = [unicodedata.normalize(form, text.replace("\\", "/")) for form in ("NFC", "NFD")]
-    return next((folder / way for way in ways if (folder / way).is_file()), plain)
+    if found := next((folder / way for way in ways if (folder / way).is_file()), None):
+        return found
+    # A table from Windows or a Mac, where Photo.JPG and photo.jpg are one file.
+    place = folder / ways[0]
+    alike = [path for path in _names(place.parent) if path.casefold() == place.name.casefold()]
+    return place.with_name(alike[0]) if len(alike) == 1 else plain
+
+
+@lru_cache(maxsize=8)
+def _names(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(path.name for path in folder.iterdir())
+    except OSError:
+        return ()
 
 
 def _focal(text: str) -> float:
@@ -362,6 +381,7 @@ def _kind(text: str, *, known: bool) -> Kind:
 
 def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
     """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
+    text = text.replace("\u2265", ">=").replace("\u2264", "<=")
     if low := re.search(rf"<=?\s*({_NUMBER})", text):
         if float(low[1]) > 0:
             raise ValueError(f"invalid {text!r}: bounds are >=NUMBER; values below one are no rule here")

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
-from distill.data import colour, damage, filetypes, hdr, tiffs
+from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
 
 # Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
 # filter around each photograph is not safe where several threads read.
@@ -153,7 +153,12 @@ def decode(data: bytes) -> Tensor:
     with _opened(data) as (image, profile, deep):
         if isinstance(image, TiffImageFile) and _misread(image):
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
+        shown = cicp.bright(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
+        if shown is not None and shown.shape[:2] == (image.height, image.width):
+            return torch.from_numpy(np.ascontiguousarray(turn(shown, _orientation(image)))).permute(2, 0, 1)
         image.load()
+        if image.format == "JPEG" and damage.ends_early(data, image):
+            raise BadImageError("truncated: its pixels end before its last row, in grey: download or copy it again")
         try:
             array = colour.srgb(image, **deep, icc=profile)
         except colour.UnusablePixelsError as error:
@@ -203,9 +208,11 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
         raise BadImageError(f"decompression bomb: {error}") from error
     except Image.UnidentifiedImageError as error:
         what = f"it begins as {kind}" if kind in _READ else kind or "not an image in any known format"
+        what = (damage.odd_jpeg(data) if kind == "JPEG" else "") or what
         raise BadImageError(f"cannot be decoded: {what}" if kind else what) from error
     except DECODE_ERRORS as error:
-        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        again = ": download or copy it again" if "truncated" in str(error) else ""
+        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}{again}") from error
 
 
 _ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
@@ -229,7 +236,7 @@ def _kind(data: bytes) -> str:
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _READ:
-        raise BadImageError(f"not a photo that is read here: it is {kind}")
+        raise BadImageError(f"not a photo that is read here: it is {kind}{filetypes.way_out(kind)}")
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind

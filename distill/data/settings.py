@@ -16,7 +16,7 @@ class ImageSettings:
     """One source of images: exactly one of tars, photos, pairs, dataset, scenes, bundled_photos."""
 
     tars: str = ""
-    """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs."""
+    """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs; their folder."""
     photos: str = ""
     """A folder of photos, or a glob."""
     pairs: str = ""

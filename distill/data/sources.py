@@ -129,6 +129,8 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
         if not matches:
             missing.append(name)
+        if what == "tar" and Path(name).is_dir() and not (matches := sorted(glob.glob(f"{glob.escape(name)}/*.tar"))):  # noqa: PTH207
+            raise FileNotFoundError(f"{name}: no .tar in this folder; photographs that lie in it are `photos`")
         paths_found.update(dict.fromkeys(map(Path, matches)))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -141,9 +143,11 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     """One input shard per tar of images, packed as SA-1B packs them (`./sa_1.jpg`, `./sa_1.json`; json is ignored).
 
-    patterns: paths, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, for a run that goes on
-    where it was killed begins in the middle of a tar. Raises FileNotFoundError for a tar that is named but absent,
-    ValueError for two tars of one name.
+    Members that say another field (KEY.depth.png, KEY.mask.png) are passed over, and counted.
+
+    patterns: paths, folders of tars, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, for a
+    run that goes on where it was killed begins in the middle of a tar. Raises FileNotFoundError for a tar that is named
+    but absent, ValueError for two tars of one name.
     """
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     if pipes := [p for p in listed if str(p).startswith("pipe:")]:
@@ -175,8 +179,9 @@ def _scan_tar(path: Path | str) -> Scan:
             if not problem and member.isdir():
                 continue
             ours = filetypes.is_photo(member.name) or filetypes.refusal(member.name) or not pure.name
-            if not problem and not ours:
-                passed[filetypes.sort_of(member.name)] += 1
+            beside = filetypes.field(member.name)
+            if not problem and (beside or not ours):
+                passed[beside or filetypes.sort_of(member.name)] += 1
                 continue
             name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
@@ -262,6 +267,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
                 files[name] = file
     if not files:
         there = f"; there are {filetypes.counted(passed)}" if passed else ""
+        there += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
         there += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
         raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){there}")
     names = sorted(files)

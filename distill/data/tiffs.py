@@ -6,6 +6,7 @@ Shapes: H height, W width of the pixels as they are stored.
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,7 @@ from distill.data.colour import UnusablePixelsError
 
 _WORDS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 _MODES = {2: "LA", 3: "RGB", 4: "RGBA"}
+_NODATA = 42113
 _PHOTOS = (0, 1, 2)
 """Photometric interpretations whose numbers are grey or RGB as they stand: white is zero, black is zero, RGB."""
 
@@ -27,6 +29,21 @@ def numbers(data: bytes, page: int = 0) -> np.ndarray:
     import imagecodecs  # a hundred codecs, each a library: only where there is a TIFF
 
     return np.asarray(imagecodecs.tiff_decode(data, index=page))
+
+
+def without_nodata(values: np.ndarray, data: bytes, page: int = 0) -> np.ndarray:
+    """Samples with NaN where the file says that there is no data (GDAL's tag); integers become floats then."""
+    try:
+        said = float(str(_tags(data, page).get(_NODATA, "nan")).strip(" \0"))
+    except (ValueError, OSError, LookupError, TypeError, struct.error):
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):
+        # Of float32 the text has more digits than the sample: what is compared is what it would be stored as.
+        empty = values == (values.dtype.type(said) if values.dtype.kind == "f" else said)
+    if not empty.any():
+        return values
+    wide = values if values.dtype.kind == "f" else values.astype(np.float32 if values.itemsize < 4 else np.float64)
+    return np.where(empty, wide.dtype.type(np.nan), wide)
 
 
 def by_libtiff(data: bytes) -> Image.Image:
@@ -60,13 +77,14 @@ def by_libtiff(data: bytes) -> Image.Image:
     return image
 
 
-def _tags(data: bytes) -> ImageFileDirectory_v2:
-    """The tags of the first picture; ValueError, OSError or struct.error where there are none."""
+def _tags(data: bytes, page: int = 0) -> ImageFileDirectory_v2:
+    """The tags of one picture; ValueError, OSError or struct.error where there are none."""
     head = data[:8] if data[2] != 43 and data[3] != 43 else data[:16]
     tags = ImageFileDirectory_v2(head)
     stream = io.BytesIO(data)
-    stream.seek(tags.next or 0)
-    tags.load(stream)
+    for _ in range(page + 1):
+        stream.seek(tags.next or 0)
+        tags.load(stream)
     return tags
 
 

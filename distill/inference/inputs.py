@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ class Survey:
     """What was found: read + refused + not ours = found.
 
     jobs: photos and videos to predict. refused: "path: reason" of pictures of a kind that is not read. passed: how many
-    other files there are, by suffix. Nothing that was made in the output folder is among them.
+    other files there are, by suffix. Nothing that was made in the output folder is among them. notes: lines on how an
+    input was understood.
     """
 
     jobs: list[PredictionJob]
     refused: list[str]
     passed: Counter[str]
+    notes: tuple[str, ...] = ()
 
 
 def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
@@ -35,7 +38,8 @@ def find(inputs: Sequence[str], *, out: Path) -> list[PredictionJob]:
 
 
 def survey(inputs: Sequence[str], *, out: Path) -> Survey:
-    """What lies behind files, folders (searched to the bottom) and globs, but not what was made in `out`.
+    """What lies behind files, folders (searched to the bottom), globs and FFmpeg's numbered patterns (frames/%04d.png:
+    each picture is a photo), but not what was made in `out`.
 
     Raises FileNotFoundError for an input that matches nothing, ValueError for an empty one, and what Outputs raises.
     """
@@ -51,7 +55,7 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
         for file, stem, name in mine:
             if stem:
                 photos.setdefault(file.absolute(), stem)
-            elif reason := filetypes.refusal(name):
+            elif reason := _list_of(file, given) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
                 passed[file.absolute()] = filetypes.sort_of(name)
@@ -60,7 +64,9 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             rest = f"; there are {filetypes.counted(passed.values())}" if passed and not what else ""
             rest += "".join(f"; {line}" for line in list(refused)[:2])
             if not files and not Path(given).expanduser().exists():
-                reason = "matches no file" if set(given) & set("*?[") else "no such file or folder"
+                pattern = set(given) & set("*?[") or _NUMBER.search(given)
+                reason = "matches no file" if pattern else "no such file or folder"
+                reason = "a link to nothing" if Path(given).expanduser().is_symlink() else reason
                 reason = "an address, and files of this machine are read: download it" if "://" in given else reason
                 raise FileNotFoundError(f"{given}: {reason}")
             raise FileNotFoundError(f"{given}: no photo or video there{what} ({', '.join((*PHOTOS, *VIDEOS))}){rest}")
@@ -77,7 +83,24 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
         if real not in chosen or chosen[real].is_symlink():
             chosen[real] = file
     jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
-    return Survey(jobs, list(refused), Counter(passed.values()))
+    notes = [_SEQUENCE.format(given) for given in inputs if _NUMBER.search(given) and not Path(given).exists()]
+    return Survey(jobs, list(refused), Counter(passed.values()), tuple(notes))
+
+
+_LISTS = (".txt", ".lst", ".csv")
+_LIST = "a text file, not a photo: give the photos that it lists (`xargs -d '\\n' -a {} distill predict`)"
+
+
+def _list_of(file: Path, given: str) -> str:
+    """Why a text file that is given by its own name is none of the inputs; "" of any other."""
+    return _LIST.format(file) if file.suffix.lower() in _LISTS and file == Path(given).expanduser() else ""
+
+
+_NUMBER = re.compile(r"%0?(\d*)d")
+_SEQUENCE = (
+    "{0}: each picture is predicted on its own, with colours of its own range; as a film they keep one: "
+    "ffmpeg -framerate 25 -i {0} film.mp4"
+)
 
 
 def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
@@ -89,8 +112,8 @@ def _files(given: Path) -> Iterator[tuple[Path, str, str]]:
                 name = inside.as_posix()
                 ours = filetypes.is_photo(name) or filetypes.is_film(name)
                 yield file, inside.with_suffix("").as_posix() if ours else "", name
-        elif path.is_file():
-            yield path, path.stem, path.name
+        else:
+            yield path, "" if path.suffix.lower() in _LISTS else path.stem, path.name
 
 
 def _glob(pattern: Path) -> list[Path]:
@@ -98,4 +121,16 @@ def _glob(pattern: Path) -> list[Path]:
     base, parts = Path(pattern.anchor or "."), list(pattern.relative_to(pattern.anchor).parts)
     while parts and (base / parts[0]).exists():
         base /= parts.pop(0)
-    return sorted(base.glob("/".join(parts))) if parts else []
+    if not parts:
+        return []
+    rest = "/".join(parts)
+    if not _NUMBER.search(rest):
+        return sorted(base.glob(rest))
+    words = re.split(r"%0?\d*d", rest)
+    widths = [int(width or 1) for width in _NUMBER.findall(rest)]
+    digits = [rf"(\d{{{width},}})" for width in widths]
+    numbered = re.compile("".join(re.escape(w) + d for w, d in zip(words, [*digits, ""], strict=True)))
+    found = [
+        (numbered.fullmatch(path.relative_to(base).as_posix()), path) for path in base.glob(_NUMBER.sub("*", rest))
+    ]
+    return [path for _, path in sorted(([int(n) for n in match.groups()], path) for match, path in found if match)]

@@ -12,10 +12,12 @@ import contextlib
 import errno
 import re
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
+import av.filter
 import av.logging
 import cv2
 import numpy as np
@@ -34,6 +36,8 @@ _CUT = "it is cut, and what says how it is encoded is lost: copy it again"
 class Film:
     """The frames that a player would show of a film: edit lists, rotation, oblong pixels and HDR applied, in order.
 
+    Interlaced ones are made whole.
+
     rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
     problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
     Raises BadImageError for what cannot be opened or has no picture that is decoded here, naming its codec.
@@ -41,21 +45,28 @@ class Film:
 
     def __init__(self, path: Path) -> None:
         self.problem = ""
+        self._path = path
+        if (what := _other(path)).startswith("text"):  # a list of films, which FFmpeg would follow to any other file
+            raise BadImageError(f"not a video: it is {what}")
         try:
             self._container = av.open(str(path), metadata_errors="ignore")
         except (av.error.FFmpegError, OSError, ValueError) as error:
             if what := _other(path):
                 raise BadImageError(f"not a video: it is {what}") from error
             cut = path.is_file() and _lacks_boxes(path)
-            raise BadImageError(_CUT if cut else f"not a video that can be opened ({_short(error)})") from error
+            reason = f"not a video that can be opened ({_short(error)}): copy it again, or convert it to H.264"
+            raise BadImageError(_CUT if cut else reason) from error
         streams = [s for s in self._container.streams.video if not s.disposition & Disposition.attached_pic]
         codec = getattr(streams[0], "codec_context", None) if streams else None
         if codec is None:
             what = f"its codec {_codec(path)} has no decoder here: convert it to H.264" if streams else "no video in it"
-            if streams and _lacks_boxes(path):
+            if (streams or not self._container.streams) and _lacks_boxes(path):
                 what = _CUT
             self._container.close()
             raise BadImageError(what)
+        if _of_dolby(path):
+            self._container.close()
+            raise BadImageError(_DOLBY)
         self._stream, self._codec = streams[0], codec.name
         rates = (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate)
         self.rate = next((float(rate) for rate in rates if rate and 0.01 <= rate <= 1000), 25.0)
@@ -76,6 +87,7 @@ class Film:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count, lost, last = 0, 0, 0.0
+        fields = _Fields()
         try:
             for packet in self._packets():
                 try:
@@ -89,8 +101,12 @@ class Film:
                 for frame in decoded:
                     shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
                     last = max(last, float(frame.time or 0.0) + max(shown, 1 / self.rate))
-                    count += 1
-                    yield self._shown(frame)
+                    for whole in fields.of(frame):
+                        count += 1
+                        yield self._shown(whole)
+            for whole in fields.rest():
+                count += 1
+                yield self._shown(whole)
         finally:
             self._container.close()
         self.problem = self._judge(count, lost, last)
@@ -116,6 +132,8 @@ class Film:
             return  # the file ends in the middle of one
 
     def _judge(self, count: int, lost: int, last: float) -> str:
+        if not count and (what := _other(self._path)):
+            return f"not a video: it is {what}"
         if not count:
             return f"no frame of this video can be decoded (its codec is {self._codec})"
         if lost:
@@ -123,6 +141,80 @@ class Film:
         # A header's count of frames is of what is stored and at an even rate: its end alone is held against the film.
         whole = not self._cut and (not self._end or last >= self._end - 2 / self.rate)
         return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
+
+
+_DOLBY = (
+    "Dolby Vision of profile 5, whose colours are of a space of its own (decoded here they are green and purple): "
+    "convert it with `ffmpeg -init_hw_device vulkan -i FILM -vf libplacebo=colorspace=bt709:format=yuv420p NEW.mp4`"
+)
+
+
+def _of_dolby(path: Path) -> bool:
+    """Whether an MP4, MOV or Matroska says that it is Dolby Vision without a picture for other players.
+
+    By its configuration record (dvcC, dvvC; Dolby's "Streams within the ISO base media file format", 3.2): profile 5,
+    and 10 of AV1 where nothing is compatible.
+    """
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        if head[:4] != b"\x1a\x45\xdf\xa3":
+            head = b""
+            at, size = 0, path.stat().st_size
+            while at + 8 <= size and not head:
+                file.seek(at)
+                box = file.read(16)
+                length = int.from_bytes(box[:4], "big")
+                length = int.from_bytes(box[8:16], "big") if length == 1 else length or size - at
+                if length < 8:
+                    break
+                head = box[8:] + file.read(min(length, 1 << 22)) if box[4:8] == b"moov" else b""
+                at += length
+    # Matroska has the name as a number, then the record as another element.
+    record = re.search(rb"dv[cv]C(?:.{0,16}?\x41\xed[\x80-\xff])?([\1\2]\0.{3})", head, re.DOTALL)
+    if not record:
+        return False
+    profile, compatible = record[1][2] >> 1, record[1][4] >> 4
+    return profile == 5 or (profile == 10 and not compatible)
+
+
+class _Fields:
+    """Frames that hold two moments, as cameras of television and camcorders write them, as one each: FFmpeg's bwdif.
+
+    Their every second row is of another moment: combs where something moves. Others pass as they are. The filter looks
+    a frame ahead, so that each call gives the frame before.
+    """
+
+    def __init__(self) -> None:
+        self._graph: Any = None
+        self._form: tuple[Any, ...] = ()
+
+    def of(self, frame: Any) -> Iterator[Any]:
+        form = frame.width, frame.height, frame.format.name
+        if self._graph is not None and form != self._form:
+            yield from self.rest()
+        if self._graph is None and not frame.interlaced_frame:
+            yield frame
+            return
+        if self._graph is None:
+            self._graph, self._form = av.filter.Graph(), form
+            base = frame.time_base or Fraction(1, 1000)
+            source = self._graph.add_buffer(width=form[0], height=form[1], format=form[2], time_base=base)
+            combed = self._graph.add("bwdif", "mode=send_frame:deint=interlaced")
+            self._graph.link_nodes(source, combed, self._graph.add("buffersink")).configure()
+        self._graph.vpush(frame)
+        yield from self._pulled()
+
+    def rest(self) -> Iterator[Any]:
+        """What the filter still holds."""
+        if self._graph is not None:
+            self._graph.vpush(None)
+            yield from self._pulled()
+            self._graph = None
+
+    def _pulled(self) -> Iterator[Any]:
+        with contextlib.suppress(av.error.BlockingIOError, av.error.EOFError):
+            while True:
+                yield self._graph.vpull()
 
 
 def _is_cut(path: Path) -> bool:
@@ -168,7 +260,7 @@ def _other(path: Path) -> str:
     with path.open("rb") as file:
         head = file.read(512)
     kind = filetypes.sniff(head) or filetypes.text(head) or ("" if head else "empty")
-    return "" if kind.startswith("a video") else kind
+    return "" if kind.startswith("a video") or head.startswith(b"YUV4MPEG2") else kind
 
 
 def _lacks_boxes(path: Path) -> bool:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.core.codes import LAST, CodedLabels, CodedMaps
-from distill.core.depth import DepthMap, Kind, cat
+from distill.core.depth import DepthMap, Kind, cat, least_known
 from distill.core.labels import DENSE, Batch, Labels, Supervision
 from distill.shards.codecs import CODECS as CODECS
 from distill.shards.codecs import DEFAULT_CODEC as DEFAULT_CODEC
@@ -81,7 +81,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _stack(labels: Sequence[Labels]) -> Labels:
-    kind = max((one.shared.kind for one in labels), key=lambda k: ("metric", "scale", "affine").index(k.unknown))
+    kind = least_known(one.shared.kind for one in labels)
     if len({one.shared.kind.quantity for one in labels}) > 1:
         cat([one.shared for one in labels])  # raises, naming the kinds
     shared = cat([one.shared.convert(kind) for one in labels])

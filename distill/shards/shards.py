@@ -36,7 +36,7 @@ from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
-from distill.shards.tables import CACHED
+from distill.shards.tables import CACHED, pointer_line
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
 from distill.shards.tables import DamagedTableError as DamagedTableError
@@ -254,6 +254,8 @@ class LabelDataset(Dataset[Sample]):
                 way_out = "the folder keeps some tars alone (labels.cache_gb), distill train with 0 fetches all"
             raise FileNotFoundError(f"{path} is missing, but {MANIFEST} lists it: {way_out}")
         if path.stat().st_size != shard["bytes"]:
+            if pointer := pointer_line(path):
+                raise OSError(pointer)
             raise OSError(
                 f"{path} is damaged: {path.stat().st_size} bytes, not the {shard['bytes']} that {MANIFEST} says; "
                 "delete it and run distill label again"
@@ -332,7 +334,7 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
     problems_of: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):
-        if path.name not in listed:
+        if path.name not in listed and not path.name.startswith("._"):  # macOS's twins of files
             problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
@@ -390,6 +392,8 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tup
     """The keys of a tar's samples, None where they cannot be read, and what is wrong with the tar."""
     if not path.is_file():
         return None, [f"{path} is missing"]
+    if pointer := pointer_line(path):
+        return None, [pointer]
     problems = []
     if file_sha256(path) != shard["sha256"]:
         problems.append(f"{path}: its checksum is not the one in {MANIFEST}")

@@ -11,6 +11,7 @@ from typing import Any
 from distill.core import files
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
+from distill.data import filetypes
 from distill.shards.codec import REPAIR, VERSION, check_version
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -35,9 +36,24 @@ def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        reason = "no such folder" if not path.parent.is_dir() else "labelling has not finished there; run distill label"
-        raise FileNotFoundError(f"{path} is missing: {reason}")
+        raise FileNotFoundError(f"{path} is missing: {_no_labels(path.parent)}")
     return read_json(path, whole=whole)
+
+
+def _no_labels(folder: Path) -> str:
+    """Why a folder has no manifest."""
+    if not folder.is_dir():
+        return f"{folder} is a file; give the folder that it lies in" if folder.is_file() else "no such folder"
+    if inside := sorted([*folder.glob(f"labels/*/{MANIFEST}"), *folder.glob(f"*/{MANIFEST}")]):
+        return f"the labels lie in {', '.join(str(path.parent) for path in inside[:3])}; give that folder"
+    return "labelling has not finished there; run distill label"
+
+
+def pointer_line(path: Path) -> str:
+    """The line of a tar that is a git-lfs pointer, as a clone without git-lfs leaves it; "" of any other."""
+    with path.open("rb") as file:
+        what = filetypes.sniff(file.read(64))
+    return f"{path} is {what}" if "git-lfs" in what else ""
 
 
 def _check_keys(path: Path, value: dict[str, Any]) -> None:

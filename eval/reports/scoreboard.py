@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from distill.eval.intervals import mean_interval, places
+from distill.eval.intervals import FEWEST, mean_interval, places
 from distill.eval.metrics import MetricRow
 from distill.eval.papers import PaperVerdict
 from distill.eval.reports.page import details, missing, name, pairs, short, table
@@ -27,8 +27,8 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
     parts = [
         '<p class="key"><span class="best">best</span> of a column, where the images tell it apart from every other; '
         'else those that <span class="second">share the lead</span>. Arrows say which way is better. A number is a '
-        "mean over all images of the list, below it its 95 % interval by bootstrap over the images; DA-2K’s is over "
-        "all pairs. A mean in metres is not given where a truth has no metres. "
+        "mean over all images of the list, below it its 95 % interval by bootstrap over the images "
+        f"(from {FEWEST} on); DA-2K’s is over all pairs. A mean in metres is not given where a truth has no metres. "
         "Numbers compare only inside one table: its rows share everything but the alignment, and each ends with the id "
         "of its protocol.</p>"
     ]

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from distill.core.printable import printable
-from distill.eval.intervals import apart, mean_interval, places
+from distill.eval.intervals import FEWEST, apart, mean_interval, places
 from distill.eval.reports import figures
 from distill.eval.reports.page import digits, missing, name, short, table
 from distill.eval.scorefile import Score
@@ -177,7 +177,7 @@ def _cost_note(scores: Sequence[Score]) -> str:
     return (
         f'<p class="key">Measured on {escape(printable("; ".join(places_)))}: the median time of single images, the '
         "first one left out; memory: weights and what predicting added, at the peak; weights: as loaded. FLOPs: 2 per "
-        "multiply-add. Below a score its 95 % interval by bootstrap over the images.</p>"
+        f"multiply-add. Below a score its 95 % interval by bootstrap over the images, from {FEWEST} images on.</p>"
     )
 
 

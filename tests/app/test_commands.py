@@ -227,6 +227,7 @@ MISTAKES = {
         "unknown key teachers[0].options.offst; did you mean offset?",
     ),
     "report of nothing": (["report", "nowhere"], "nowhere"),
+    "report of another folder": (["report", str(Path(__file__).parent)], "nothing of a run lies there"),
     "verify nothing": (["verify", "nowhere"], "nowhere"),
     "score of nothing": (["score"], "score takes a recipe, or --predictions"),
 }

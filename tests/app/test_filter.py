@@ -102,6 +102,16 @@ def test_ties_errors_and_bad_rules():
         filtering.cut("edges=0.4")
 
 
+def test_a_name_that_is_no_data_sets_says_so(tmp_path):
+    """Not that its index is missing: `distill index` could not write that."""
+    table = tmp_path / "INDEX.tsv"
+    table.write_text("name\trgb\tdepth\n")
+    with pytest.raises(ValueError, match="pairs need no name, their table is enough"):
+        open_sources([f"mine={table}"])
+    with pytest.raises(LookupError, match="mine is none of the datasets"):
+        open_sources([f"mine={tmp_path}"])
+
+
 def test_recipes_take_the_lists_and_labels_are_filtered_too(flight, tmp_path):
     (tmp_path / "kept.txt").write_text("\n".join(names(flight)[:4]))
     images = {"dataset": "tartanair", "root": str(flight), "names": str(tmp_path / "kept.txt"), "far": 9.0}

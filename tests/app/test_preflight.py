@@ -60,7 +60,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
     said = check()
     assert said["bad"] == ""
     for line in (
-        "7 images in 1 parts",
+        "7 images; parts to label: 1",
         "teacher analytic: weights",
         "labelling 7 samples of 1 maps at",
         "labels: 0.00 GB needed",
@@ -70,7 +70,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
     ):
         assert line in said["ok"], line
     assert "1 of the first 3 images cannot be used: sa_0.tar:sa_0.jpg: not an image" in said["warn"]
-    assert "1 parts keep no more than 1 processes busy" in said["warn"]
+    assert "parts to label: 1; processes beyond" in said["warn"]
     assert "min_side = 28 < size = 32" in said["warn"]
     assert "accumulate = 1: trains on 1, 2, 4 of 1, 2, 4, 8" in said["warn"]
     assert not (tmp_path / "run").exists(), "nothing is written"

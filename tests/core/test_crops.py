@@ -47,7 +47,7 @@ def test_regions_that_are_no_squares_have_the_shape_asked_for(height, width, acr
     plan = crops.plan(height, width, CropSettings(**how), key="a")
     r = plan.region
     assert r.top + r.side <= height and r.left + r.columns <= width and plan.shape == (28, across)
-    assert abs(r.columns / r.side - across / 28) <= 0.5 / r.side + 1e-9 or r.columns == width
+    assert abs(r.columns / r.side - across / 28) <= 0.5 / r.side + 1e-9
     assert crops.cut_region(torch.rand(3, height, width), plan).shape == (3, 28, across)
     square = crops.plan(height, width, CropSettings(**how | {"width": 0}), key="a")
     assert set(square.region.record) == {"top", "left", "side"} and square.shape == (28, 28)
@@ -79,6 +79,16 @@ def test_sides_are_uniform_between_the_smallest_and_the_whole():
     sides = torch.tensor([planned(1500, 2250, key=str(i)).region.side for i in range(1000)]).float()
     assert sides.min() < 660 and sides.max() > 1485
     assert abs(sides.mean() - (644 + 1500) / 2) < 15
+
+
+def test_every_square_that_fits_is_drawn_those_at_the_far_edges_too():
+    how = {"size": 14, "min_side": 20, "patches": "random", "num_patches": 1, "patch_size": 19}
+    plans = [planned(21, 22, key=str(i), **how) for i in range(300)]
+    assert {(p.region.side, p.region.top, p.region.left) for p in plans} == {
+        (side, top, left) for side in (20, 21) for top in range(22 - side) for left in range(23 - side)
+    }
+    corners = {(p.region.side, q.top, q.left) for p in plans for q in p.patches}
+    assert corners == {(s, top, left) for s in (20, 21) for top in range(s - 18) for left in range(s - 18)}
 
 
 def test_small_images_are_refused_by_name_or_used_whole():
@@ -151,6 +161,14 @@ def test_sampling_the_whole_box_at_the_same_size_is_the_identity():
     values, inside = crops.sample_boxes(maps, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]).expand(2, 1, 4), 7)
     torch.testing.assert_close(values[:, 0], maps)
     assert inside.all()
+
+
+def test_a_centre_beyond_the_outermost_centres_is_outside():
+    """Of six centres across four pixels the first lies a sixth of a pixel beyond the first pixel's."""
+    _, inside = crops.sample_boxes(torch.rand(1, 4, 4), torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]), 6)
+    expected = torch.zeros(6, 6, dtype=torch.bool)
+    expected[1:-1, 1:-1] = True
+    assert torch.equal(inside[0, 0], expected)
 
 
 def brute_force(image, size):

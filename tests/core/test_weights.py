@@ -43,6 +43,8 @@ WRAPPED = {
     "ema-pytorch": RAW | {"initted": torch.tensor(True), "step": torch.tensor([7])},
     "counted": {"model": RAW, "step": torch.tensor(3)},
     "path": {"state_dict": RAW, "config": {"out": Path("x")}},
+    "numpy": {"model": {key: value.numpy() for key, value in RAW.items()}, "rng_state": {"keys": np.arange(4)}},
+    "numpy among tensors": {"model": {"a.weight": RAW["a.weight"], "b.bias": np.zeros(3, ">f4")}, "best": np.zeros(9)},
 }
 
 
@@ -187,6 +189,10 @@ def test_what_systems_and_trainers_put_beside_weights_is_passed_over(tmp_path):
         ("x.weight_scale", torch.ones(1), ""),
         ("x.weight", torch.empty(2, device="meta"), "without its numbers"),
         ("x.weight", torch.eye(2).to_sparse(), "as sparse_coo: save plain"),
+        ("x.weight", torch.ones(2).to(torch.float8_e5m2), "as float8_e5m2: quantised to eight bits"),
+        ("x.weight", torch.ones(2, dtype=torch.int8), "as int8: quantised to eight bits"),
+        ("x.weight", torch.empty(0), "empty, as DeepSpeed's ZeRO leaves it: run the zero_to_fp32.py"),
+        ("x.bias", torch.tensor([1, torch.nan]), "that are NaN: its training has diverged"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Validating sparse")
@@ -205,3 +211,26 @@ def test_a_folder_without_weights_says_what_there_is(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(WeightsMissingError, match=r"; there is best.pth.tar, checkpoint-500/model.safetensors$"):
         find_weights(tmp_path, ["*.safetensors", "*.pth"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("step5/zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_to_fp32.py"), ("__0_0.distcp", "dcp_to_torch")],
+)
+def test_shards_of_a_trainer_say_how_they_are_joined(tmp_path, name, said):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    torch.save({"module": {}, "optimizer_state_dict": {}}, tmp_path / name)
+    with pytest.raises(WeightsMissingError, match=said):
+        find_weights(tmp_path, ["*.safetensors"])
+    if name.endswith(".pt"):
+        with pytest.raises(WeightsMismatchError, match=said):
+            read_state(tmp_path / name)
+
+
+def test_a_cut_file_says_that_it_is_cut(tmp_path):
+    torch.save(RAW, tmp_path / "w.pth")
+    safetensors.torch.save_file(RAW, tmp_path / "w.safetensors")
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
+        with pytest.raises(WeightsMismatchError, match="is cut short: download or copy it again"):
+            read_state(tmp_path / name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 import h5py
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ def test_a_data_set_in_its_authors_layout_is_read_in_its_units(name, tmp_path):
     made = frames()
     WRITERS[name](tmp_path, made)
     done = _index.write(name, tmp_path)
-    assert (done.rows, done.groups, done.alone, done.resumed) == (2, 1, 0, 0)
+    assert (done.rows, done.groups, done.alone, done.spare, done.resumed) == (2, 1, 0, 0, 0)
     [shard] = published.dataset(name, tmp_path)
     facts = find(FOLDER, name).FACTS
     for (_, depth), row, entry in zip(made, _index.read(name, tmp_path), shard.scan().entries, strict=True):
@@ -45,6 +47,20 @@ def test_a_data_set_in_its_authors_layout_is_read_in_its_units(name, tmp_path):
         off = np.abs(truth.values[0].numpy() - depth)[depth > 0]
         assert off.max() <= OFF.get(name, 1e-5) * depth.max()
         assert row.focal == pytest.approx(facts.focal or 575.5)
+
+
+@pytest.mark.parametrize("name", list(WRITERS))
+def test_what_lacks_its_image_or_its_depth_is_counted(name, tmp_path, capsys):
+    WRITERS[name](tmp_path, frames(4))
+    _index.write(name, tmp_path)
+    first, second, third, _ = _index.read(name, tmp_path)
+    for path in (first.rgb, second.depth, third.depth):
+        (tmp_path / path).unlink()
+    index = find("distill.app.verbs", "index")
+    index.run(argparse.Namespace(dataset=name, root=tmp_path, out=None))
+    said = capsys.readouterr()
+    assert "1 images with depth in 1 groups (left out: 2 images without depth, 1 depth files without" in said.out
+    assert first.depth in said.err and second.rgb in said.err
 
 
 def test_hypersim_of_the_prepared_layout_and_its_splits(tmp_path):

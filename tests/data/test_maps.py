@@ -7,7 +7,7 @@ import struct
 import cv2
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, TiffImagePlugin
 
 from distill.core.depth import Kind
 from distill.data.maps import BadMapError, find_map, read_map, stored_stems
@@ -51,6 +51,7 @@ WRITERS = {
     "a.exr": exr,
     "a.h5": hdf5,
     "a.png": png16,
+    "a.bin": lambda path, value: path.write_bytes(b"4&3&1&" + value.astype("<f4").tobytes()),
 }
 
 
@@ -239,7 +240,8 @@ def test_what_looks_like_a_number_and_is_none_is_an_error(tmp_path, scale):
         ("0 and 65535", [60000, 70000 * 0]),
         ("1e10", [60000, 70000]),
         (">=65000", [60000]),
-        ("<=0", [60000, 70000, 1e10]),
+        ("<=0", [60000, 70000]),
+        ("\u2265 65000", [60000]),
     ],
 )
 def test_what_is_invalid(tmp_path, invalid, usable):
@@ -273,3 +275,30 @@ def test_a_mask_is_no_map(tmp_path):
     for name in ("m.npy", "m.png"):
         with pytest.raises(BadMapError, match="a mask, not a map"):
             read_map(tmp_path / name)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("u2", "65535"), ("u1", "255\0"), ("f4", "-3.4028234663852886e+38")])
+def test_where_a_tiff_says_that_there_is_no_data_there_is_none(tmp_path, kind, said):
+    values = np.arange(1, 13).reshape(3, 4).astype(kind)
+    values[0, 0] = np.float32(said.strip("\0"))
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[42113] = said
+    Image.fromarray(values).save(tmp_path / "a.tif", tiffinfo=tags)
+    read = read_map(tmp_path / "a.tif")
+    assert np.isnan(read[0, 0]) and read.ravel()[1:].tolist() == list(range(2, 13))
+
+
+def test_what_nothing_was_written_to_in_hdf5_is_nothing(tmp_path):
+    with pytest.importorskip("h5py").File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("depth", data=CODES.astype("i2")).attrs["_FillValue"] = np.int16(5)
+    read = read_map(tmp_path / "a.h5")
+    assert np.isnan(read[1, 0]) and np.isfinite(read).sum() == 11
+
+
+def test_a_renderers_background_is_no_depth(tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "a.png")
+    for background in (1e10, np.finfo(np.float32).max):
+        np.save(tmp_path / "a.npy", np.where(CODES == 5, background, CODES).astype(np.float32))
+        (tmp_path / "INDEX.tsv").write_text("name\trgb\tdepth\tscale_to_metres\na\ta.png\ta.npy\t1\n")
+        truth = read_pairs(tmp_path)[0].truth()
+        assert not truth.valid[0, 1, 0] and truth.valid.sum() == 11 and truth.values.max() == 12

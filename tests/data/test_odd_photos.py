@@ -249,3 +249,32 @@ def test_a_photo_in_high_dynamic_range_is_no_pale_one():
         stream, quality=95, color_primaries=9, transfer_characteristics=16, matrix_coefficients=9, full_range_flag=1
     )
     assert np.abs(decode(stream.getvalue())[:, 20, 20].numpy().astype(int) - shown[0, 0]).max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded().replace(b"\xff\xc0\0\x11\x08", b"\xff\xc1\0\x11\x0c"), "a JPEG of 12 bits a sample.*convert it"),
+        (b"\xff\xd8\xff\xf7\0\x0b\x08\0\x10\0\x10\1\1\x11\0" + bytes(9), "JPEG-LS.*convert it"),
+        (b"\xff\x0a" + bytes(40), "JPEG XL: convert it"),
+        (b"\0\0\0\x18ftypisom" + bytes(40), "a video .MP4.: give it the name of a film"),
+        (b"PK\3\4" + bytes(40), "a zip archive: unpack it"),
+        (encoded(textured())[:-900], "truncated.*download or copy it again"),
+    ],
+)
+def test_a_refusal_says_what_to_do(data, reason):
+    with pytest.raises(BadImageError, match=reason):
+        decode(data)
+
+
+def test_plain_digits_with_a_comment_are_a_picture():
+    assert decode(b"P3\n# by hand\n1 1\n255\n9 8 7\n").ravel().tolist() == [9, 8, 7]
+
+
+def test_an_end_behind_half_a_photo_makes_no_grey_foot():
+    data = encoded(textured(), quality=90)
+    with pytest.raises(BadImageError, match="pixels end before its last row"):
+        decode(data[: len(data) // 2] + b"\xff\xd9")
+    image = np.asarray(textured()).copy()
+    image[30:] = 128
+    assert (decode(encoded(Image.fromarray(image), quality=90))[:, -8:] == 128).all(), "grey that was photographed"

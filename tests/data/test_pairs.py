@@ -239,3 +239,14 @@ def test_what_stands_in_a_tables_place_is_named(tmp_path, data, said):
     (tmp_path / "INDEX.tsv").write_bytes(data)
     with pytest.raises(ValueError, match=f"INDEX.tsv: .*{said}"):
         read_pairs(tmp_path)
+
+
+def test_a_name_in_other_letters_is_found_and_an_address_is_named(tmp_path):
+    Image.new("RGB", (4, 3)).save(tmp_path / "photo.jpg")
+    np.save(tmp_path / "d.npy", np.ones((3, 4)))
+    table = "name\trgb\tdepth\tscale_to_metres\na\t{}\td.NPY\tz = 2*0.5/disp\n"
+    (tmp_path / "INDEX.tsv").write_text(table.format("Photo.JPG"))
+    assert read_pairs(tmp_path)[0].truth().values.max() == 1
+    (tmp_path / "INDEX.tsv").write_text(table.format("https://a.b/photo.jpg"))
+    with pytest.raises(FileNotFoundError, match=r"https://a.b/photo.jpg is an address.*download"):
+        read_pairs(tmp_path)

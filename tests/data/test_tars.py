@@ -324,3 +324,21 @@ def test_a_page_in_a_tars_place_is_named(tmp_path, data, what):
     (tmp_path / "a.tar").write_bytes(data)
     (one,) = sources.tars(tmp_path / "a.tar")[0].scan().rejected
     assert one.reason.startswith("not a tar: it is ") and what in one.reason
+
+
+def test_a_folder_is_its_tars_and_other_fields_of_a_sample_are_no_photos(tmp_path):
+    data = encoded()
+    pack(tmp_path / "a.tar", [("1.jpg", data), ("1.depth.png", data), ("2.rgb.jpg", data), ("2.Mask.png", data)])
+    pack(tmp_path / "b.tar", [("3.jpg", data)])
+    (tmp_path / "a_stats.json").touch()
+    scans = [shard.scan() for shard in sources.tars(tmp_path)]
+    assert [entry.key for scan in scans for entry in scan.entries] == ["1", "2_rgb", "3"]
+    assert dict(scans[0].passed) == {".depth.png": 1, ".mask.png": 1}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"none: no .tar in this folder"):
+        sources.tars(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match=r'there are 2 .tar.* give the tars as tars = "FOLDER/\*.tar"'):
+        sources.folders(tmp_path)
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.tar").read_bytes())
+    with pytest.raises(BadImageError, match="a tar archive: unpack it"):
+        sources.folders(tmp_path)[0].scan().entries[0].load()

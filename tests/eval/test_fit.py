@@ -8,6 +8,7 @@ import torch
 
 from distill.core.align import fit_affine
 from distill.core.depth import DepthMap, Kind, KindError
+from distill.eval import fit
 from distill.eval.fit import measure, way
 from distill.eval.metrics import all_metrics, from_sums
 from distill.eval.protocol import ProtocolError
@@ -182,3 +183,18 @@ def test_a_median_that_is_not_positive_is_remarked_on(store):
     np.save(store / "part/pred_01.npy", -noisy(1))
     got = score(store, "scale_depth", samples(), CLEAN, alignment="median")
     assert got.images[1].scale == 0.0 and "scored pixels are not positive" in got.images[1].problem
+
+
+def test_the_scale_of_medians_leaves_out_what_is_not_positive_where_marigold_does():
+    pred, truth = np.float32([-3, -2, -1, 1, 2, 4]), np.float32([9, 9, 9, 1, 1, 1])
+    assert fit._median_scale(pred, truth, invert=True, positive=True) == 0.5
+    assert fit._median_scale(pred, truth, invert=True, positive=False) == 0.0
+
+
+def test_the_scale_of_least_relative_error_is_the_least_of_all():
+    draw = np.random.default_rng(0)
+    pred, truth = draw.uniform(0.1, 5, (2, 41)).astype(np.float32)
+    found = fit._l1_scale(pred, truth, invert=False)
+    tried = found * np.linspace(0.5, 2, 301)
+    errors = (np.abs(tried[:, None] * pred - truth) / truth).sum(1)
+    assert (np.abs(found * pred - truth) / truth).sum() <= errors.min() + 1e-5

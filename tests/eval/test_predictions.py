@@ -202,6 +202,9 @@ def test_the_plane_baseline_is_what_images_have_in_common(tmp_path):
 def test_the_command_lines_function_names_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder of predictions"):
         score_predictions(tmp_path / "none", kind="affine_depth", benchmark="nyu", root=tmp_path)
+    (tmp_path / "maps.tar").touch()
+    with pytest.raises(FileNotFoundError, match="a file: give the folder of the maps"):
+        score_predictions(tmp_path / "maps.tar", kind="affine_depth", benchmark="nyu", root=tmp_path)
     with pytest.raises(LookupError, match="nyu"):
         score_predictions(tmp_path, kind="affine_depth", benchmark="nyu2", root=tmp_path)
     with pytest.raises(ValueError, match="nyu needs a root"):

@@ -178,6 +178,10 @@ def test_extra_files_are_counted_and_an_empty_folder_is_an_error(store, tmp_path
         score(
             tmp_path, "affine_depth", [replace(s, prediction_path="x/" + s.prediction_path) for s in samples()], CLEAN
         )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.jpg").touch()
+    with pytest.raises(FileNotFoundError, match=r"there is no map, but 1 .jpg: store the numbers as .npy"):
+        score(tmp_path / "other", "affine_depth", samples(), CLEAN)
     with pytest.raises(ValueError, match="two images would be stored as part/pred_00.npy"):
         score(store, "affine_depth", [*samples(), samples()[0]], CLEAN)
 

@@ -164,3 +164,28 @@ def test_links_are_followed_once_counted_and_never_name_the_map(tmp_path):
     assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "pipe.png"]
     scan = sources.folders(photos)[0].scan()
     assert len(scan.entries) == 3 and len(scan.rejected) == 2
+
+
+def test_a_numbered_pattern_is_its_pictures_in_order(tmp_path):
+    for name in ("f_0001.png", "f_0010.png", "f_10000.png", "f_01.png", "f_0002_depth.png"):
+        grey(tmp_path / "a" / name, 50)
+    found = predict.survey([str(tmp_path / "a" / "f_%04d.png")], out=tmp_path / "o")
+    assert [job.path.name for job in found.jobs] == ["f_0001.png", "f_0010.png", "f_10000.png"]
+    assert "each picture is predicted on its own" in found.notes[0] and "ffmpeg" in found.notes[0]
+    with pytest.raises(FileNotFoundError, match=r"b_%d.png: matches no file"):
+        predict.survey([str(tmp_path / "a" / "b_%d.png")], out=tmp_path / "o")
+    grey(tmp_path / "100%d.png", 50)
+    assert not predict.survey([str(tmp_path / "100%d.png")], out=tmp_path / "o").notes
+
+
+def test_pipes_links_and_lists_are_named_for_what_they_are(tmp_path):
+    os.mkfifo(tmp_path / "p.jpg")
+    (tmp_path / "l.jpg").symlink_to(tmp_path / "gone.jpg")
+    (tmp_path / "list.txt").write_text("a.jpg\n")
+    grey(tmp_path / "a.jpg", 9)
+    found = predict.survey([str(tmp_path / name) for name in ("p.jpg", "a.jpg")], out=tmp_path / "o")
+    assert len(found.jobs) == 1 and "p.jpg: not a plain file (a named pipe" in found.refused[0]
+    with pytest.raises(FileNotFoundError, match="l.jpg: a link to nothing"):
+        predict.survey([str(tmp_path / "l.jpg")], out=tmp_path / "o")
+    with pytest.raises(FileNotFoundError, match="list.txt: a text file, not a photo: give the photos that it lists"):
+        predict.survey([str(tmp_path / "list.txt")], out=tmp_path / "o")

@@ -177,8 +177,69 @@ def test_a_film_in_high_dynamic_range_is_shown_in_the_range_of_screens(tmp_path,
     assert shown.dtype == np.uint8 and np.abs(shown.astype(int) - paper).max() <= 2
 
 
-@pytest.mark.parametrize("data", [b"<!DOCTYPE html><html></html>", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_film_without_its_index_is_told_as_cut_and_a_picture_as_one(tmp_path):
+    shoot(tmp_path / "v.mp4", 12, size=(320, 240))
+    data = (tmp_path / "v.mp4").read_bytes()
+    (tmp_path / "v.mp4").write_bytes(data[: data.index(b"moov") - 40])
+    with pytest.raises(BadImageError, match="it is cut"):
+        video.Film(tmp_path / "v.mp4")
+    (tmp_path / "p.mp4").write_bytes(b"\xff\xd8\xff" + bytes(50))
+    picture = video.Film(tmp_path / "p.mp4")
+    assert not list(picture) and picture.problem == "not a video: it is JPEG"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<!DOCTYPE html><html></html>",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"ffconcat version 1.0\nfile v.avi\n",
+    ],
+)
 def test_a_page_in_a_films_place_is_named(tmp_path, data):
     (tmp_path / "v.mp4").write_bytes(data)
+    shoot(tmp_path / "v.avi", 2, codec="MJPG")
     with pytest.raises(BadImageError, match="not a video: it is (text, beginning|a git-lfs)"):
         video.Film(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("turned", [0, 90])
+def test_an_interlaced_film_has_no_combs(tmp_path, turned):
+    with av.open(str(tmp_path / "v.mp4"), "w") as out:
+        stream = out.add_stream("mpeg2video", rate=25, options={"flags": "+ildct+ilme"})
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 96, 64, "yuv420p", 4_000_000
+        if turned:
+            stream.set_display_rotation(turned)
+        for time in range(6):
+            woven = np.zeros((64, 96, 3), np.uint8)
+            for field in (0, 1):  # the second is of a moment later: the bar has moved on
+                woven[field::2, 10 + 4 * (2 * time + field) :][:, :20] = 255
+            frame = av.VideoFrame.from_ndarray(woven, format="rgb24")
+            frame.pts = time
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    film = video.Film(tmp_path / "v.mp4")
+    shown = list(film)
+    assert len(shown) == 6 and not film.problem and shown[0].shape == ((96, 64, 3) if turned else (64, 96, 3))
+    rows = np.rot90(shown[3], -1 if turned else 0)[1:-1].astype(int)
+    assert np.abs(np.diff(rows, axis=0)).mean() < 1, "every second row is of another moment"
+
+
+@pytest.mark.parametrize(("profile", "compatible", "read"), [(5, 0, False), (8, 4, True), (10, 0, False)])
+def test_dolby_vision_without_a_picture_for_others_is_refused(tmp_path, profile, compatible, read):
+    record = bytes([1, 0, profile << 1, 0x35, compatible << 4])
+    shoot(tmp_path / "v.mp4", 3)
+    data = (tmp_path / "v.mp4").read_bytes()
+    box = (32).to_bytes(4, "big") + b"dvcC" + record.ljust(24, b"\0")
+    moov = data.index(b"moov") - 4
+    size = int.from_bytes(data[moov : moov + 4], "big")
+    data = data[:moov] + (size + 32).to_bytes(4, "big") + data[moov + 4 : moov + size] + box + data[moov + size :]
+    (tmp_path / "v.mp4").write_bytes(data)
+    if read:
+        assert len(list(video.Film(tmp_path / "v.mp4"))) == 3
+    else:
+        with pytest.raises(BadImageError, match="Dolby Vision of profile 5.*convert it with"):
+            video.Film(tmp_path / "v.mp4")
+    named = b"\x41\xe7\x84dvcC\x41\xed\x98"
+    (tmp_path / "v.mkv").write_bytes(b"\x1a\x45\xdf\xa3" + named + record.ljust(24, b"\0"))
+    assert video._of_dolby(tmp_path / "v.mkv") is not read

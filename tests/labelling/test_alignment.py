@@ -54,6 +54,31 @@ def test_sparse_wrong_points_make_a_dense_metric_map(kind):
     assert abs(least[0] * 0.37 - 1) > 0.05, "plain least squares would have done"
 
 
+def test_points_are_taken_from_the_whole_map():
+    """Three tenths of the rows are of another scale, and the first POINTS pixels are mostly theirs."""
+    seen = torch.rand(100, 100, generator=G) + 1
+    truth = torch.where(torch.arange(100)[:, None] < 30, seen * 5, seen * 2)
+    fit = fit_robustly(seen, truth, torch.ones_like(seen, dtype=torch.bool))
+    assert fit.scale == pytest.approx(2) and fit.inliers == pytest.approx(0.7, abs=0.01) and fit.points == 10_000
+
+
+def test_a_rounded_truth_is_no_outlier():
+    """Where most points fit exactly, an error below a hundredth of the truth's spread is still an inlier."""
+    off = (torch.rand(48, 64, generator=G) < 0.4) * 0.005 * (DEPTH - DEPTH.median()).abs().mean()
+    fit = fit_robustly(DEPTH, DEPTH + off, torch.ones_like(DEPTH, dtype=torch.bool))
+    assert fit.inliers == 1 and fit.scale == pytest.approx(1, abs=0.01)
+
+
+def test_what_would_lie_behind_the_camera_is_invalid():
+    said = DEPTH.clone()
+    said[0, 0] = -50.0
+    truth = sparse(wrong=0.0)
+    truth.valid[0, 0, 0] = False
+    label_ = DepthMap(said[None], torch.ones_like(said[None], dtype=torch.bool), Kind.AFFINE_DEPTH)
+    out, _ = align_maps(label_, truth, max_residual=0.3, min_inliers=0.5)
+    assert not out.valid[0, 0, 0] and int(out.valid.sum()) == DEPTH.numel() - 1
+
+
 def test_what_does_not_fit_is_nowhere_valid():
     noise = torch.rand(3, 48, 64, generator=G)
     noise[1] = 1 / (DEPTH * 2) * -1  # the wrong way round

@@ -34,6 +34,7 @@ def test_silog_is_the_root_of_the_variance_that_is_left(focus):
     g = [(p.log() - d.log())[v].double() for p, d, v in zip(PRED, DEPTH, VALID, strict=True)]
     expected = torch.stack([((one**2).mean() - focus * one.mean() ** 2).sqrt() for one in g]).float()
     torch.testing.assert_close(objective(PRED, labels())[0], expected)
+    assert LossSettings(silog=1.0).options("silog") == {"variance_focus": 0.5}
     scaled = objective(3 * PRED, labels())[0]
     assert torch.allclose(scaled, expected, atol=1e-5) is (focus == 1.0)
     perfect = DEPTH.clone().requires_grad_()
@@ -131,6 +132,29 @@ def test_what_a_student_cannot_see_is_left_out():
     assert (objective(within, labels())[0] < 1e-6).all()
     everything = Objective(LossSettings(**OFF, log_l1=1.0), Kind.METRIC_DEPTH)
     assert (everything(within, labels())[0] > 0.1).all()
+    objective = Objective(
+        LossSettings(**{**OFF, "shared": 1.0}, normalization="none"), Kind.METRIC_DEPTH, max_depth=3.0
+    )
+    inverse = labels(1 / DEPTH, kind=Kind.METRIC_DISPARITY)
+    assert (objective(within, inverse)[0] < 1e-6).all(), "labels of disparity have the same bound"
+
+
+def test_a_prediction_in_the_camera_is_held_a_millimetre_away():
+    """Its disparity would be infinite otherwise, and one pixel the whole loss."""
+    objective = Objective(LossSettings(**{**OFF, "shared": 1.0}, normalization="none"), Kind.METRIC_DEPTH)
+    near = labels(torch.full_like(DEPTH, 1000.0), kind=Kind.METRIC_DISPARITY)
+    assert (objective(torch.zeros_like(DEPTH), near)[0] < 0.1).all()
+
+
+def test_patches_are_brought_to_the_unit_range_of_their_own_region():
+    random = torch.Generator().manual_seed(0)
+    maps = torch.rand(2, 24, 24, generator=random) + torch.tensor([0.0, 9.0])[:, None, None]
+    valid, box = torch.ones_like(maps, dtype=torch.bool), torch.tensor([0.0, 0.0, 1.0, 1.0])
+    both = DepthMap(maps.repeat_interleave(2, 0), valid.repeat_interleave(2, 0), Kind.AFFINE_DISPARITY)
+    one = Labels(DepthMap(maps, valid, Kind.AFFINE_DISPARITY), both, box.expand(2, 2, 4))
+    low, high = (getattr(maps.flatten(1), end)(1)[:, None, None] for end in ("amin", "amax"))
+    objective = Objective(LossSettings(**{**OFF, "local_global": 1.0}, normalization="none", label_range="unit"))
+    assert (objective((maps - low) / (high - low), one)[0] < 1e-5).all()
 
 
 def test_the_losses_are_had_from_the_package():

@@ -54,6 +54,22 @@ def test_a_folder_without_manifest_says_that_labelling_has_not_finished(folder, 
         LabelDataset(folder)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         LabelDataset(tmp_path / "nowhere")
+    (folder / "a-000.tar").touch()
+    with pytest.raises(FileNotFoundError, match=r"a-000.tar is a file; give the folder"):
+        LabelDataset(folder / "a-000.tar")
+
+
+def test_a_run_names_its_labels_and_a_pointer_is_named(folder, tmp_path):
+    (tmp_path / "run" / "labels").mkdir(parents=True)
+    (tmp_path / "run" / "labels" / "0123").symlink_to(folder)
+    with pytest.raises(FileNotFoundError, match=r"the labels lie in .*run/labels/0123; give that folder"):
+        verify(tmp_path / "run")
+    (folder / "._sa_0-000.tar").write_bytes(b"x")
+    (folder / "sa_0-000.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    said = f"{folder / 'sa_0-000.tar'} is a git-lfs pointer: run `git lfs pull`"
+    assert verify(folder) == [said]
+    with pytest.raises(OSError, match="is a git-lfs pointer"):
+        LabelDataset(folder)
 
 
 def test_a_newer_format_and_a_foreign_file_are_refused(folder):

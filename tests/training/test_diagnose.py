@@ -89,3 +89,13 @@ def test_the_verb_says_it_and_fails_on_what_is_bad(tmp_path, capsys):
     assert main(["doctor", str(write(tmp_path / "good"))]) == 0
     assert main(["doctor", str(write(tmp_path / "bad", loss=lambda t: 0.5 + t))]) == 1
     assert "learning rate too high" in capsys.readouterr().out
+
+
+def test_contexts_are_those_of_the_normalization_and_a_file_of_one_is_not_run(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("raise SystemExit")
+    for number, (name, says) in enumerate(
+        (("hybrid", "2.00 of 7"), ("local", "2.00 of 4"), (str(mine), "2.00 contexts"))
+    ):
+        run = write(tmp_path / str(number), normalization=name, dead=lambda t: 2.0)
+        assert any(f"contexts: {says}" in finding.what for finding in check_run(run)), name

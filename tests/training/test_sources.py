@@ -47,6 +47,12 @@ def test_every_block_gives_each_source_its_share_and_no_sample_twice_before_all(
         assert all(len({*epoch}) == count for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def test_a_source_of_less_than_a_place_in_a_block_still_has_its_turn():
+    """A quarter of a place: about one block of 16 in four has one."""
+    rare = Order((0, 1), 3, (((0,), 63 / 64), ((1,), 1 / 64)), block=16)
+    assert sum(stream(rare, 0, 160)) == pytest.approx(160 * 8 / 64, abs=8)
+
+
 def test_any_place_can_be_asked_for_first():
     """What a resumed run sees far into the stream is what the run that got there saw."""
     whole = stream(order(temperature=2.0), 0, 600)

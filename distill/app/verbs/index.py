@@ -25,10 +25,15 @@ def run(args: argparse.Namespace) -> int:
     with progress(f"index {args.dataset} (groups)") as report:
         done = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
     published = f"; {facts.images:,} are published" if facts.images else ""
-    say(f"{done.path}: {done.rows:,} images with depth in {done.groups:,} groups{published}")
+    left = [f"{done.alone:,} images without depth"] if done.alone else []
+    left += [f"{done.spare:,} depth files without an image"] if done.spare else []
+    beside = f" (left out: {', '.join(left)})" if left else ""
+    say(f"{done.path}: {done.rows:,} images with depth in {done.groups:,} groups{beside}{published}")
     if done.resumed:
         note(f"{done.resumed} groups were indexed by an earlier call")
     if done.alone:
-        note(f"{done.alone} images have no depth file and are left out: {', '.join(done.examples)}")
+        note(f"without a depth file, among others: {', '.join(done.examples)}")
+    if done.spare:
+        note(f"without an image, among others: {', '.join(done.spare_examples)}")
     note(f"{facts.title}: {facts.kind}; licence: {facts.licence}. {facts.note}")
     return 0

@@ -21,7 +21,7 @@ from typing import Any
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGES", nargs="+", help="photos, videos, folders or globs")
+    parser.add_argument("images", metavar="IMAGES", nargs="+", help="photos, videos, folders, globs, frames/%%04d.png")
     parser.add_argument(
         "--student",
         metavar="NAME",
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
     note(f"{name}: {estimator.card.kind}, larger is {estimator.card.larger_is}; licence: {estimator.card.licence}")
     _check_used(args, takes_focal=estimator.takes_focal)
+    for line in survey.notes:
+        note(line)
     if estimator.takes_focal and args.fov is None and not args.intrinsics:
         note(f"its metres depend on the camera: each photo's by EXIF, else {FOV:g} degrees across; --fov says it")
     with progress("predict") as report:

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.format == "html":
         from distill.eval.reports.report import write_report
 
+        _check_run(run)
         path = write_report(run).resolve()
         say(f"report: {path}", report=str(path))
         return 0
@@ -61,6 +62,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         say({"md": as_markdown, "latex": as_latex}[args.format](table_of_scores).rstrip())
     return 1 if faults else 0
+
+
+_OF_A_RUN = ("recipe.toml", "scores", "train", "labels*", "predictions", "fidelity", "compare")
+
+
+def _check_run(run: Path) -> None:
+    """Raises FileNotFoundError for a folder of something else: a page of nothing would only lie in the way there."""
+    if not any(next(run.glob(name), None) for name in _OF_A_RUN):
+        raise FileNotFoundError(f"{run}: nothing of a run lies there; give a run's folder or its recipe")
 
 
 def _check_name(name: str) -> None:

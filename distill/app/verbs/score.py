@@ -89,15 +89,23 @@ def run(args: argparse.Namespace) -> int:
     if result.scale_error is not None:
         lines.append(["scale_error", f"{result.scale_error:.4f}"])
     table(f"{result.model} on {result.benchmark}, protocol {result.protocol.id}", ["metric", "mean"], lines)
-    for line in result.problems():
+    for line in _few(result.problems()):
         note(f"  {line}")
     failed = sum(image.failed for image in result.images)
     if failed:
         say(f"{failed} of {len(result.images)} images could not be scored" + ("" if args.allow_failed else "; no mean"))
-    if not failed and all(value is None for _, value in means):
-        say("no image has a pixel of truth to be scored by")
+    if all(value is None for _, value in means):
+        if not failed:
+            say("no image has a pixel of truth to be scored by")
         return 1
     return 1 if failed and not args.allow_failed else 0
+
+
+def _few(lines: list[str], most: int = 12) -> list[str]:
+    """The first and the last of many lines."""
+    if len(lines) <= most:
+        return lines
+    return [*lines[: most - 2], f"... and {len(lines) - most + 1} more", lines[-1]]
 
 
 def _under_rivals(args: argparse.Namespace) -> int:

@@ -65,10 +65,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rows of one scene or sequence, in order; alone: image files that have no depth file."""
+    """The rows of one scene or sequence, in order; alone: image files that have no depth file.
+
+    spare: depth files that have no image.
+    """
 
     rows: tuple[Row, ...]
     alone: tuple[str, ...] = field(default=())
+    spare: tuple[str, ...] = field(default=())
 
 
 def files_of(folder: Path) -> dict[str, Path]:
@@ -92,13 +96,14 @@ def paired(
     prefix: str,
     focal: float = 0.0,
 ) -> Group:
-    """Images and depth files by the same frame, as rows named `prefix`/frame; images without depth are named."""
+    """Images and depth files by the same frame, as rows named `prefix`/frame; those without the other are named."""
     rows = [
         Row(f"{prefix}/{frame}", below(root, path), below(root, depths[frame]), focal)
         for frame, path in images.items()
         if frame in depths
     ]
-    return Group(tuple(rows), tuple(below(root, path) for frame, path in images.items() if frame not in depths))
+    alone = tuple(below(root, path) for frame, path in images.items() if frame not in depths)
+    return Group(tuple(rows), alone, tuple(below(root, path) for frame, path in depths.items() if frame not in images))
 
 
 def below(root: Path, path: Path) -> str:

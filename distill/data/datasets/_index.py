@@ -24,8 +24,8 @@ _END = "#end"
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """An index that was written. rows: images with depth; alone: images without, the first of them by name in
-    `examples`; resumed: groups that an earlier call had done.
+    """An index that was written. rows: images with depth; alone: images without, and spare: depth files without an
+    image, the first of them by name in `examples` and `spare_examples`; resumed: groups that an earlier call had done.
     """
 
     path: Path
@@ -34,6 +34,8 @@ class Indexed:
     alone: int
     examples: tuple[str, ...]
     resumed: int
+    spare: int = 0
+    spare_examples: tuple[str, ...] = ()
 
 
 def place(name: str, root: Path) -> Path:
@@ -78,7 +80,8 @@ def _lines(group: str, found: Group) -> str:
     )
     for row in found.rows:
         table.writerow([row.name, row.rgb, row.depth, f"{row.focal:.6g}" if row.focal else "", row.split])
-    table.writerow([_END, group, len(found.rows), len(found.alone), *found.alone[:1]])
+    ends = [cell for left in (found.alone, found.spare) for cell in (len(left), *(left[:1] or ("",)))]
+    table.writerow([_END, group, len(found.rows), *ends])
     return text.getvalue()
 
 
@@ -99,8 +102,9 @@ def _begun(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
 
 def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Indexed:
     """The file aside as an index: rows alone, under its name."""
-    rows = alone = 0
+    rows = alone = spare = 0
     examples: list[str] = []
+    spares: list[str] = []
     seen: set[str] = set()
     with files.writing(path, suffix=".new") as new:
         with new.open("w", encoding="utf-8") as out, aside.open(encoding="utf-8") as file:
@@ -109,7 +113,9 @@ def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Ind
                 cells = line.rstrip("\n").split("\t")
                 if cells[0] == _END:
                     alone += int(cells[3])
-                    examples += cells[4:5]
+                    examples += filter(None, cells[4:5])
+                    spare += int("".join(cells[5:6]) or 0)  # an older version's line has no such cell
+                    spares += filter(None, cells[6:7])
                 elif not line.startswith("#"):
                     if cells[0] in seen:
                         raise ValueError(f"{path}: two images are called {cells[0]}: take one copy of the data away")
@@ -117,7 +123,7 @@ def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Ind
                     out.write(line)
                     rows += 1
     aside.unlink()
-    return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed)
+    return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed, spare, tuple(spares[:3]))
 
 
 def read(name: str, root: Path, path: Path | None = None, *, names: Iterable[str] | None = None) -> list[Row]:

@@ -53,7 +53,8 @@ def rows(root: Path, group: str) -> Group:
             continue
         focal = _focal(cameras[frame]) if frame in cameras else 0.0
         found.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
-    return Group(tuple(found), tuple(alone))
+    spare = tuple(below(root, path) for frame, path in depths.items() if frame not in images)
+    return Group(tuple(found), tuple(alone), spare)
 
 
 def _focal(path: Path) -> float:

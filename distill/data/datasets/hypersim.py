@@ -18,6 +18,7 @@ import csv
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def rows(root: Path, group: str) -> Group:
         files = files_of(root / group)
         images, depths = frames(files, "rgb_", ".png"), frames(files, "depth_plane_", ".png")
         found = paired(root, images, depths, prefix=group, focal=FOCAL)
-        return Group(tuple(Row(r.name, r.rgb, r.depth, r.focal, first) for r in found.rows), found.alone)
+        return replace(found, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, first) for r in found.rows))
     folder = root / first / "images"
     images = frames(files_of(folder / f"scene_{second}_final_preview"), "frame.", ".tonemap.jpg")
     depths = frames(files_of(folder / f"scene_{second}_geometry_hdf5"), "frame.", ".depth_meters.hdf5")
@@ -70,7 +71,7 @@ def rows(root: Path, group: str) -> Group:
     if splits is None:
         return found
     released = [(row, splits.get((first, second, int(row.name.rpartition("/")[2])))) for row in found.rows]
-    return Group(tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split), found.alone)
+    return replace(found, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split))
 
 
 @functools.lru_cache(maxsize=4)

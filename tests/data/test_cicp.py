@@ -1,0 +1,69 @@
+"""PNG and AVIF that say their colours by numbers: those of HDR are shown in the range of screens."""
+
+from __future__ import annotations
+
+import io
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.data import hdr
+from distill.data.photos import decode
+
+PAPER = {hdr.PQ: 0.5807, hdr.HLG: 0.75}
+"""The signal of white paper, which a screen shows as 244."""
+
+
+def png(codes: np.ndarray, primaries: int, transfer: int) -> bytes:
+    """codes: uint8 or uint16 as cv2 writes them."""
+    data = cv2.imencode(".png", codes)[1].tobytes()
+    body = b"cICP" + bytes([primaries, transfer, 0, 1])
+    return data[:33] + (4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big") + data[33:]
+
+
+def avif(signal: float, transfer: int, *, bits: int = 10) -> bytes:
+    import imagecodecs
+
+    codes = np.full((24, 32, 3), round(signal * (2**bits - 1)), np.uint16)
+    codes[:12] = 0
+    return imagecodecs.avif_encode(codes, 100, speed=10, bitspersample=bits, primaries=9, transfer=transfer, matrix=9)
+
+
+@pytest.mark.parametrize("transfer", [hdr.PQ, hdr.HLG])
+def test_white_paper_is_paper(transfer):
+    codes = np.zeros((24, 32, 3), np.uint16)
+    codes[12:] = round(PAPER[transfer] * 65535)
+    eight = np.full((24, 32), round(PAPER[transfer] * 255), np.uint8)
+    for shown in (
+        decode(png(codes, hdr.WIDE, transfer))[:, 12:],
+        decode(png(eight, hdr.P3, transfer)),
+        decode(avif(PAPER[transfer], transfer))[:, 12:],
+        decode(avif(PAPER[transfer], transfer, bits=12))[:, 12:],
+    ):
+        assert np.abs(shown.numpy().astype(int) - 244).max() <= 3
+
+
+def test_colours_keep_their_order_transparency_and_turn():
+    exif = Image.Exif()
+    exif[274] = 6
+    out = io.BytesIO()
+    Image.fromarray(np.zeros((24, 32, 4), np.uint8)).save(out, "PNG", exif=exif)
+    turned = out.getvalue()[33 : out.getvalue().index(b"IDAT") - 4]
+    codes = np.zeros((24, 32, 4), np.uint16)
+    codes[..., 2], codes[..., 3] = 30000, 65535  # red, in OpenCV's order
+    codes[:, :16, 3] = 0
+    data = png(codes, hdr.WIDE, hdr.PQ)
+    rgb = decode(data[:33] + turned + data[33:])
+    assert rgb.shape == (3, 32, 24)
+    assert (rgb[:, :16] == 255).all() and rgb[0, 20, 0] > 100 > rgb[1:, 20, 0].max()
+
+
+def test_other_numbers_change_nothing():
+    codes = np.arange(24 * 32 * 3, dtype=np.uint16).reshape(24, 32, 3) * 20
+    plain = decode(cv2.imencode(".png", codes)[1].tobytes())
+    assert (decode(png(codes, 1, 13)) == plain).all()
+    grey = decode(avif(0.5, 13))[:, 12:].numpy().astype(int)
+    assert np.abs(grey - 128).max() <= 2

@@ -1,0 +1,67 @@
+"""Losses at the edges of their definitions: the smallest context, labels that are flat for their size, rounding."""
+
+from __future__ import annotations
+
+import torch
+
+from distill.losses.losses import anchor_loss, compare, distillation_loss, gradient_loss, squared_loss
+
+G = torch.Generator().manual_seed(0)
+
+
+def row(*values: float) -> torch.Tensor:
+    """(1,1,N)."""
+    return torch.tensor(values)[None, None]
+
+
+def everywhere(values: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(values, dtype=torch.bool)
+
+
+def test_a_context_of_five_pixels_counts_and_one_of_four_does_not():
+    target = row(0.0, 0.05, 0.1, 0.15, 0.2, 0.8, 0.9, 0.95, 1.0)
+    found = compare(torch.rand(target.shape, generator=G), target, everywhere(target), "local")
+    assert (found.live.item(), found.dead.item()) == (1, 3)
+
+
+def test_a_label_is_flat_by_its_magnitude_whatever_its_sign():
+    far = row(*[-1e6] * 9, *torch.linspace(-0.1, 0.1, 9).tolist())
+    assert compare(torch.rand(far.shape, generator=G), far, everywhere(far), "local").live.item() == 0
+    rounding = 1000 + 1e-4 * torch.rand(1, 8, 8, generator=G)
+    assert anchor_loss(torch.rand(1, 8, 8, generator=G), rounding, everywhere(rounding)).item() == 0
+
+
+def test_a_prediction_that_is_nearly_constant_has_the_gradient_of_a_fixed_scale():
+    pred = (1e-9 * torch.rand(1, 6, 6, generator=G, dtype=torch.float64)).requires_grad_()
+    target = torch.rand(1, 6, 6, generator=G, dtype=torch.float64)
+    normal = [(x - x.median()) / (x - x.median()).abs().mean().clamp(min=1e-6) for x in (pred, target)]
+    expected = torch.autograd.grad((normal[0] - normal[1]).abs().mean(), pred)[0]
+    found = torch.autograd.grad(distillation_loss(pred, target, everywhere(target), "global").sum(), pred)[0]
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_prediction_a_thousand_times_smaller_is_the_same():
+    pred, target = torch.rand(2, 1, 16, 16, generator=G)
+    for loss in (squared_loss, gradient_loss):
+        torch.testing.assert_close(
+            loss(1e-3 * pred, target, everywhere(target)), loss(pred, target, everywhere(target))
+        )
+
+
+def test_each_scale_of_the_gradient_is_divided_by_its_own_valid_pixels():
+    pred, target = torch.rand(2, 9, 10, generator=G, dtype=torch.float64)
+    valid = torch.rand(9, 10, generator=G) > 0.4
+    expected = 0.0
+    for step in (1, 2, 4, 8):
+        d, v = (pred - target)[::step, ::step], valid[::step, ::step]
+        places = [(i, j) for i in range(v.shape[0]) for j in range(v.shape[1]) if v[i, j]]
+        pairs = [((i, j), n) for i, j in places for n in ((i + 1, j), (i, j + 1)) if n in places]
+        expected += sum(abs(d[a] - d[b]).item() for a, b in pairs) / max(1, len(places))
+    found = gradient_loss(pred[None], target[None], valid[None], normalize=False)
+    torch.testing.assert_close(found, torch.tensor([expected], dtype=torch.float64))
+
+
+def test_raw_losses_are_trimmed_to_the_nearest_number_of_pixels():
+    """A quarter of five: 3.75 stay, that is four."""
+    pred = row(1.0, 2.0, 3.0, 4.0, 5.0)
+    assert distillation_loss(pred, 0 * pred, everywhere(pred), "none", trim_top=0.25).item() == 2.5
