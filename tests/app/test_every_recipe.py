@@ -9,6 +9,7 @@ import inspect
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,8 +157,8 @@ PUBLISHED = {
 def test_recipes_have_the_numbers_that_their_papers_print(name):
     recipe = parse(read(ROOT / f"recipes/{name}.toml"))
 
-    def said(key: str):
-        found = recipe
+    def said(key: str) -> Any:
+        found: Any = recipe
         for part in key.split("."):
             found = found[int(part)] if part.isdigit() else getattr(found, part)
         return found
