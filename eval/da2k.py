@@ -1,4 +1,4 @@
-"""DA-2K's annotations, and what a right order is (Depth Anything V2, Sec. 6: 1.1K photographs, eight kinds of scene).
+"""DA-2K's annotations, and what a right order is (Depth Anything V2, Sec. 6: 1K photographs, eight kinds of scene).
 
 annotations.json, as published: {image path: [{"point1": [row, column], "point2": [row, column], "closer_point":
 "point1"}, ...]}. No scoring code is published. Here a pair is right where the nearer point is strictly nearer in the

@@ -67,8 +67,8 @@ def _card(weights: str, licence: str, *, note: str = "") -> Card:
     )
 
 
-def _distilled(weights: str, native_size: int) -> Card:
-    card = _card(f"xingyang1/{weights}", "MIT", note=_FROM)
+def _distilled(weights: str, native_size: int, *, teachers: str = "several teachers") -> Card:
+    card = _card(f"xingyang1/{weights}", "MIT", note=f"{_FROM}; taught by {teachers}")
     return replace(card, code_licence="MIT", native_size=native_size, source="Westlake-AGI-Lab/Distill-Any-Depth")
 
 
@@ -85,6 +85,11 @@ CARDS: tuple[Card, ...] = (
     _distilled("Distill-Any-Depth/base/model.safetensors", SQUARE),
     _distilled("Distill-Any-Depth/small/model.safetensors", SQUARE),
     _distilled("Distill-Any-Depth-Large-hf", NATIVE),
+    _distilled(
+        "Distill-Any-Depth/Distill-Any-Depth-Dav2-Teacher-Large-2w-iter/model.safetensors",
+        SQUARE,
+        teachers="Depth Anything V2-Large alone, as in the paper's Table 5",
+    ),
 )
 
 # (width, blocks) -> blocks whose tokens the decoder reads, counted from 1 as transformers does.

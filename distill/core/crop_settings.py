@@ -23,8 +23,8 @@ class CropSettings:
     crops_per_image: int = 1
     """Regions drawn from each image, each a sample of its own. Ours."""
     redraw: bool = False
-    """An image's region is drawn anew whenever it is learnt from, which needs labels.online = true. Paper: true; false
-    here, for labels on disk have their crops."""
+    """An image's region is drawn anew whenever it is learnt from, which needs labels.online = true. Inferred: true;
+    false here, for labels on disk have their crops."""
     region: Literal["random", "whole"] = "random"
     """"random" draws a square of the image; "whole" takes the image itself, squashed to a square of its short side,
     with nothing left out: the paper's baseline "with no random cropping". How it becomes a square is ours."""

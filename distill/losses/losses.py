@@ -174,9 +174,10 @@ def _gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, scales: int, nor
 
 def feature_loss(features: Tensor, reference: Tensor, *, margin: float = 0.85) -> Tensor:
     """1 - cosine between student and reference features (B,C,h,w), over tokens below `margin`
-    (Depth Anything, Sec. 3.4).
+    (Depth Anything, Sec. 3.3).
 
-    A token already above the margin is left alone: the student keeps what the frozen encoder does not know.
+    A token already above the margin is left alone: the student keeps what the frozen encoder does not know. That the
+    mean is over the other tokens, and not over all, is inferred.
     """
     cosine = F.cosine_similarity(features.float(), reference.detach().float(), dim=1)
     below = cosine < margin

@@ -1,4 +1,4 @@
-"""The weighted sum of the terms that apply: L = L_sc + 0.5 L_lg + 1.0 L_feat + 2.0 L_grad (Distill-Any-Depth, Sec. 4).
+"""The weighted sum of the terms that apply: L = L_sc + 0.5 L_lg + 1.0 L_feat + 2.0 L_grad (Distill-Any-Depth, 4.1).
 
 Labels carry their supervision, and the objective is chosen by it: [loss.truth] where ground truth teaches, and of the
 terms (distill/losses/terms) those whose needs are met. Every part is one value per image; the trainer alone averages,

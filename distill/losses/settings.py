@@ -85,8 +85,8 @@ class _LossSettings:
     """How prediction and label are normalized: one of `distill list normalizations`, or a Python file of yours
     ("./mine.py"). Paper: hybrid."""
     trim_top: float = 0.0
-    """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1; off, as in the
-    paper."""
+    """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1, of pseudo-labels;
+    off, as in the paper."""
     label_range: Literal["as_is", "unit"] = "as_is"
     """"unit" brings every label to [0, 1] by its own lowest and highest value before anything is compared; a
     normalization that ignores scale and shift does not see it. AnyDepth: unit."""

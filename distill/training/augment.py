@@ -2,7 +2,7 @@
 
 Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch, and alike on any
 number of processes and after a resume. Geometry moves image, shared map, patches and boxes together; colour changes the
-image alone, for the teacher saw the true ones (Depth Anything, Sec. 3.3). A random crop keeps the square's shape; a
+image alone, for the teacher saw the true ones (Depth Anything, Sec. 3.2). A random crop keeps the square's shape; a
 patch that reaches beyond it keeps its place (its box may leave [0,1]) and is valid where the student still sees it.
 
 Shapes: B regions, N patches per region, S region size, P patch size.

@@ -9,6 +9,7 @@ import inspect
 import re
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,77 @@ def test_the_full_studies_start_like_the_paper():
             assert (student.weights, student.decoder, student.decoder_weights) == (large, "dav2", large)
     table5 = parse(read(ROOT / "recipes/students/table5_dav2l_encoder_only.toml")).student
     assert (table5.weights, table5.decoder, table5.decoder_weights) == (large, "dav2", "")
+
+
+DISTILL_ANY_DEPTH = {
+    "images.0.limit": 200_000, "crops.min_side": 644, "crops.size": 560, "train.steps": 20_000, "train.batch_size": 8,
+    "train.lr": 5e-5, "train.primary_ratio": 0.7, "loss.normalization": "hybrid", "loss.shared": 1.0,
+    "loss.local_global": 0.5, "loss.feature": 1.0, "loss.gradient": 2.0, "loss.trim_top": 0.0,
+}  # fmt: skip
+"""Sec. 4.1."""
+ANYDEPTH = {
+    "train.epochs": 5, "train.warmup_epochs": 2, "train.schedule": "poly", "train.lr": 1e-3, "images.0.far": 100.0,
+    "train.freeze_encoder": True, "loss.normalization": "global", "loss.label_range": "unit", "loss.shared": 1.0,
+    "loss.gradient": 2.0, "loss.trim_top": 0.0, "loss.local_global": 0.0, "loss.feature": 0.0,
+}  # fmt: skip
+LATENT = {"train.batch_size": 32, "train.lr": 3e-5, "train.steps": 30_000, "train.schedule_steps": 25_000,
+          "train.warmup_steps": 100, "images.0.weight": 0.9, "images.1.weight": 0.1}  # fmt: skip
+"""Of Marigold's and GenPercept's configurations."""
+PUBLISHED = {
+    "sa1b_dav2_genpercept": DISTILL_ANY_DEPTH,
+    "students/table5_dav2l_encoder_only": DISTILL_ANY_DEPTH,
+    "students/table3_dal_das": DISTILL_ANY_DEPTH | {"images.0.limit": 50_000},
+    "students/table3_dal_midasl": DISTILL_ANY_DEPTH | {"images.0.limit": 50_000},
+    "students/table3_midasl_midass": DISTILL_ANY_DEPTH | {"images.0.limit": 50_000},
+    "anydepth/sdt": ANYDEPTH | {"crops.size": 768},
+    "anydepth/dpt": ANYDEPTH | {"crops.size": 768},
+    "anydepth/dav2_encoder": ANYDEPTH,
+    "anydepth/da3_encoder": ANYDEPTH,
+    "anydepth/vggt_encoder": ANYDEPTH,
+    "fiffdepth/fiffdepth": {
+        "latent.blend": 0.5, "latent.distance": "mae", "latent.distance_weight": 1.0, "latent.gradient": 0.5,
+        "latent.gradient_scales": 1, "latent.trajectory": 0.2, "latent.timestep": 0, "latent.filter_timestep": -1,
+        "latent.quantile": 0.02, "images.1.limit": 200_000, "train.even_batches": True,
+    },
+    "fiffdepth/genpercept": LATENT | {"latent.image_mse": 1.0, "latent.image_ssi": 0.5, "latent.image_gradient": 2.0},
+    "fiffdepth/marigold": LATENT | {"latent.noise_strength": 0.9, "latent.noise_annealed": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipes_have_the_numbers_that_their_papers_print(name):
+    recipe = parse(read(ROOT / f"recipes/{name}.toml"))
+
+    def said(key: str) -> Any:
+        found: Any = recipe
+        for part in key.split("."):
+            found = found[int(part)] if part.isdigit() else getattr(found, part)
+        return found
+
+    assert {key: said(key) for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_what_recipes_should_score_is_what_papers_toml_says():
+    """Five numbers in a row of a recipe's first lines are some row's AbsRel, in this order."""
+    order, printed = ("nyu", "kitti", "eth3d", "scannet", "diode"), {}
+    for n in paper_numbers():
+        if n.metric == "abs_rel":
+            printed.setdefault((n.paper, n.where, n.model), {})[n.benchmark] = f"{n.value:.3f}"[1:]
+    known = {tuple(row.get(name) for name in order) for row in printed.values()}
+    for path in RECIPES:
+        said = re.findall(r"(?:\.\d{3} ){4}\.\d{3}", path.read_text())
+        assert {tuple(one.split()) for one in said} <= known, path
+
+
+def test_who_teaches_is_what_the_papers_say():
+    """GenPercept's disparity 3 in 10 times for the best student; DAv2-L alone in Table 5, as its footnote says."""
+
+    def teachers(name: str) -> list[str]:
+        return [spec.weights for spec in parse(read(ROOT / f"recipes/{name}.toml")).teachers]
+
+    large, genpercept = "depth-anything/Depth-Anything-V2-Large", "guangkaixu/genpercept-models/unet_disparity_v2"
+    assert teachers("sa1b_dav2_genpercept") == [large, genpercept]
+    assert teachers("students/table5_dav2l_encoder_only") == [large]
 
 
 # --- every recipe, run ------------------------------------------------------------------------------------------------

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from distill.app.cli import main
 from distill.core.depth import Kind
-from distill.core.plugins import find
+from distill.core.plugins import find, names
 from distill.eval.papers import PaperNumber, Scored, paper_numbers, verdicts
 from distill.eval.reports.scoreboard import paper_table
 from distill.eval.reports.tables import as_latex, as_markdown, as_text, grid
 from distill.eval.scorefile import ImageScore, Score, write_scores
 from distill.eval.tasks import TASKS
 
+ROOT = Path(__file__).parents[2]
 LARGE = "depth-anything/Depth-Anything-V2-Large"
 USED = {"benchmark": "nyu", "resize": "native", "native_size": 518, "dtype": "float32"}
 
@@ -52,7 +54,8 @@ def of(found, benchmark: str, metric: str = "abs_rel", paper: str = "Distill Any
 
 def test_the_numbers_are_the_papers():
     numbers = paper_numbers()
-    assert len(numbers) > 400 and len({n.paper for n in numbers}) == 4
+    said = re.search(r"holds (\d+) numbers of four papers", (ROOT / "eval/README.md").read_text())
+    assert said and len(numbers) == int(said[1]) and len({n.paper for n in numbers}) == 4
 
     def value(paper: str, where: str, model: str, benchmark: str, metric: str = "abs_rel") -> float:
         (found,) = [
@@ -72,6 +75,14 @@ def test_the_numbers_are_the_papers():
     assert value("FiffDepth", "Table 1", "GeoWizard", "da2k", "accuracy") == pytest.approx(0.881)
     assert value("FiffDepth", "Table 2", "Depth Pro", "p3m10k", "boundary_recall") == 0.168
     assert all(0 < n.value < 1 and 0 < n.tolerance < 0.05 for n in numbers)
+
+
+def test_released_weights_of_rows_are_those_of_cards():
+    """And Table 5's student is the file that begins with DAv2-L's encoder and is taught by it, not the demo."""
+    cards = {card.weights for name in names("distill.teachers") for card in find("distill.teachers", name).CARDS}
+    assert {w for n in paper_numbers() for w in n.weights} - cards == {"depth_anything_v2_vitl.pth"}
+    ours = "Distill-Any-Depth, Depth Anything V2-L"
+    assert all("Dav2-Teacher-Large-2w-iter" in n.weights[0] for n in paper_numbers() if n.model == ours)
 
 
 @pytest.mark.parametrize(

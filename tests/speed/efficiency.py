@@ -10,7 +10,7 @@ parts, its peak the higher of them. What is measured goes to a file beside the p
 and is not measured again: such a run may be stopped and called again.
 
 AnyDepth's published FLOPs count a transposed convolution at every output element, 4 to 16 times too much, so that its
-DPT column is not a true cost; its parameters of SDT leave the detail enhancer out.
+DPT column is not a true cost; its parameters of SDT are those without the detail enhancer.
 """
 
 from __future__ import annotations
@@ -253,9 +253,9 @@ def about() -> str:
     return (
         "Millions of parameters; GFLOPs of one image; milliseconds of one float32 image and the highest memory of a "
         f"pass, weights included, on {device()}. AnyDepth's published numbers stand in brackets, its milliseconds are "
-        "of an H100: its DPT FLOPs count transposed convolutions 4 to 16 times, its SDT parameters leave the detail "
-        "enhancer out. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of an "
-        "encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
+        "of an H100: its DPT FLOPs count transposed convolutions 4 to 16 times, its SDT parameters are those without "
+        "the detail enhancer. On a Jetson Orin Nano it says 213 ms (DPT: 306) at 256 and 831 ms (DPT: 1108) at 512, of "
+        "an encoder it does not name. Images are padded to the patch size: 256 is 259 pixels for a patch of 14."
     )
 
 
