@@ -292,7 +292,7 @@ def _ends(values: np.ndarray, valid: np.ndarray, count: int) -> tuple[float, flo
 
 def _sample(values: np.ndarray, where: np.ndarray) -> np.ndarray:
     """About 4096 of the values (H,W) where a mask is, evenly spread."""
-    step = max(1, np.count_nonzero(where) // 4096)
+    step = max(1, int(np.count_nonzero(where)) // 4096)
     while math.gcd(step, values.shape[1]) > 1:  # it would keep to a few columns
         step += 1
     return values.ravel()[::step][where.ravel()[::step]]
