@@ -86,7 +86,7 @@ CARDS: tuple[Card, ...] = (
     _distilled("Distill-Any-Depth/small/model.safetensors", SQUARE),
     _distilled("Distill-Any-Depth-Large-hf", NATIVE),
     _distilled(
-        "Distill-Any-Depth/Distill-Any-Depth-Dav2-Teacher-Large-2w-iter/model.safetensors",
+        "Distill-Any-Depth/Distill-Any-Depth-Dav2-Teacher-Large-2w-iter",
         SQUARE,
         teachers="Depth Anything V2-Large alone, as in the paper's Table 5",
     ),

@@ -48,6 +48,9 @@ def pytest_collection_modifyitems(items):
 
     # Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one.
     torch.set_num_threads(1)
+    # pytest-xdist gives a worker neighbours: of two, one has then every file that asks for processes, and their server.
+    served = {item.module for item in items if "processes" in item.fixturenames}
+    items.sort(key=lambda item: item.module not in served)
     needing = [item for item in items if item.get_closest_marker(CARD)]
     if needing and not torch.cuda.is_available():
         for item in needing:
