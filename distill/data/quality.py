@@ -46,7 +46,7 @@ SCORES: Mapping[str, Meaning] = MappingProxyType(
         "s_dist": Meaning("Depth Distribution Score (AnyDepth)"),
         "s_grad": Meaning("Gradient Continuity Score (AnyDepth)"),
         "total": Meaning("the mean of the two, with which AnyDepth ranks data sets"),
-        "edges": Meaning("how little the image is steep at the depth's edges: 0.5 is chance", high_is_good=False),
+        "edges": Meaning("how little contrast the image has at the depth's edges: 0.5 is chance", high_is_good=False),
         "roughness": Meaning("bends over slopes: what noise has and surfaces have not", high_is_good=False),
         "sky": Meaning("share of the image that is sky: unknown or farthest, from the top down", high_is_good=False),
         "sharpness": Meaning("variance of the image's Laplacian: low is blurred"),
