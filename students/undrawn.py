@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import init
+from torch.nn import Parameter, init
 from torch.overrides import TorchFunctionMode
 
 _DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.uniform_, init.normal_, init.kaiming_uniform_)
@@ -15,15 +16,20 @@ numbers of even ones by the inverse error function."""
 
 
 class Undrawn(TorchFunctionMode):
-    """Within it tensors keep what their memory held instead of random numbers, and no random state moves.
+    """Within it parameters are zero instead of random numbers, and no random state moves for most of them.
 
-    Only for a network of which every parameter is replaced afterwards, and seen to be.
+    Only for a network of which every parameter is replaced afterwards, and seen to be. Buffers are drawn: a file need
+    not hold them.
     """
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
-        if func not in _DRAWS:
-            return func(*args, **given)
-        return args[0] if args else given["tensor"]
+        if func in _DRAWS:
+            drawn = args[0] if args else given["tensor"]
+            if isinstance(drawn, Parameter):
+                # Not as the memory was: torch's trunc_normal_ draws again what lies out of its bounds.
+                with torch.no_grad():
+                    return drawn.zero_()
+        return func(*args, **given)

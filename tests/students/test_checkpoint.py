@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from distill import students
 from distill.core import files, plugins
 from distill.students import checkpoint
+from distill.students.undrawn import Undrawn
 from tests.students.tiny import SMALL
 
 DECODERS = plugins.names("distill.students.decoders")
@@ -46,6 +47,19 @@ def test_a_changed_description_is_seen(tmp_path):
     path.write_text(path.read_text().replace('"MIT"', '"MIS"'))
     with pytest.raises(ValueError, match=r"student.json: does not agree with its own checksum.*remove its line"):
         checkpoint.load(tmp_path / "s")
+
+
+def test_only_what_a_file_replaces_is_left_undrawn():
+    def draw() -> torch.Tensor:
+        return torch.empty(4).normal_(generator=torch.Generator().manual_seed(1))
+
+    before, known = torch.get_rng_state(), draw()
+    with Undrawn():
+        for layer in (torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3)):
+            torch.nn.init.trunc_normal_(layer.weight)
+            torch.nn.init.xavier_uniform_(layer.weight)
+        assert torch.equal(draw(), known)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
