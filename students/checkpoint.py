@@ -31,7 +31,7 @@ from distill.core.standins import fault_of_start
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
-from distill.students.undrawn import Undrawn
+from distill.students.skip_init import SkipInit
 
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
@@ -156,7 +156,7 @@ def load(
         raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
     try:
         decoder = allowed(spec["decoder"]) if is_path(spec["decoder"]) else spec["decoder"]
-        with Undrawn():
+        with SkipInit():
             student = students.build(**(spec | {"encoder_options": options, "decoder": decoder}))
     except LookupError as error:
         raise LookupError(f"{folder / DESCRIPTION}: {error}") from error

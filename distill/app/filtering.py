@@ -32,7 +32,7 @@ from distill.data.quality import SCORES, depth_scores, image_scores
 CHUNK = 16
 """Samples that a reading process hands over at once."""
 VERSION = 2
-"""Of the scores' file: a higher one is scored anew."""
+"""Of a scores file; one of another version is not resumed but scored again."""
 
 
 @dataclass(frozen=True, slots=True)

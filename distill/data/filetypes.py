@@ -60,7 +60,7 @@ def is_litter(name: str) -> bool:
 
 def is_photo(name: str) -> bool:
     """Whether a search takes a name for a photo that can be read."""
-    return PurePosixPath(name).suffix.lower() in PHOTOS and not is_litter(name)
+    return PurePosixPath(name).suffix.lower() in PHOTOS and not is_litter(name) and not field(name)
 
 
 def is_film(name: str) -> bool:
@@ -75,16 +75,16 @@ _FIELDS = re.compile(
 
 
 def field(name: str) -> str:
-    """`.depth.png` of a tar's member that is another field of its sample than the photograph; "" of any other."""
+    """`.depth.png` of a file that is another field of its sample than the photograph; "" of any other."""
     found = _FIELDS.search(PurePosixPath(name).name)
     return found[0].lower() if found else ""
 
 
 def sort_of(name: str) -> str:
-    """How a file that is not ours is counted: by its suffix, or as one of the system's own."""
+    """How a file that is not ours is counted: by its suffix, its field's with it, or as one of the system's own."""
     if is_litter(name):
         return "of the system (._*, .DS_Store, Thumbs.db)"
-    return PurePosixPath(name).suffix.lower()[:12] or "without a suffix"
+    return field(name) or PurePosixPath(name).suffix.lower()[:12] or "without a suffix"
 
 
 def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:

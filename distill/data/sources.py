@@ -179,9 +179,8 @@ def _scan_tar(path: Path | str) -> Scan:
             if not problem and member.isdir():
                 continue
             ours = filetypes.is_photo(member.name) or filetypes.refusal(member.name) or not pure.name
-            beside = filetypes.field(member.name)
-            if not problem and (beside or not ours):
-                passed[beside or filetypes.sort_of(member.name)] += 1
+            if not problem and (filetypes.field(member.name) or not ours):
+                passed[filetypes.sort_of(member.name)] += 1
                 continue
             name, origin = str(pure), f"{tar}:{printable(member.name.removeprefix('./'))}"
             key = safe_key(str(pure.with_suffix("")) if pure.name else name)
@@ -259,7 +258,8 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         for file in files_below(path):
             inside = file.relative_to(path).as_posix()
             name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
-            if not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused):
+            other = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
+            if filetypes.field(inside) or other:
                 passed[filetypes.sort_of(inside)] += 1
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))

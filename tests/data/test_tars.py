@@ -12,6 +12,7 @@ import pytest
 
 from distill.data import sources, storage, tars
 from distill.data.photos import BadImageError
+from distill.inference.inputs import survey
 from tests.data.pictures import close, encoded, noise, pack, picture
 
 
@@ -342,3 +343,16 @@ def test_a_folder_is_its_tars_and_other_fields_of_a_sample_are_no_photos(tmp_pat
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.tar").read_bytes())
     with pytest.raises(BadImageError, match="a tar archive: unpack it"):
         sources.folders(tmp_path)[0].scan().entries[0].load()
+
+
+def test_a_folder_of_photos_has_no_other_fields_of_a_sample_either(tmp_path):
+    data = encoded()
+    for name in ("1.jpg", "1.depth.png", "1.depth.exr"):
+        (tmp_path / name).write_bytes(data)
+    (scan,) = [shard.scan() for shard in sources.folders(tmp_path)]
+    assert [entry.key for entry in scan.entries] == ["1"] and not scan.rejected
+    assert dict(scan.passed) == {".depth.png": 1, ".depth.exr": 1}, "a folder is read as a tar of it"
+    found = survey([str(tmp_path)], out=tmp_path / "out")
+    assert [job.path.name for job in found.jobs] == ["1.jpg"] and found.passed[".depth.png"] == 1
+    (by_name,) = survey([str(tmp_path / "1.depth.png")], out=tmp_path / "out").jobs
+    assert by_name.path.name == "1.depth.png", "whoever names it means it"

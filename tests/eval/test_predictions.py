@@ -14,6 +14,7 @@ from distill.app import commands
 from distill.app.cli import main
 from distill.app.recipe import parse
 from distill.app.scoring import options_on, prediction_settings
+from distill.app.verbs import score as score_verb
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.plane import fit_plane
@@ -209,3 +210,9 @@ def test_the_command_lines_function_names_what_is_wrong(tmp_path):
         score_predictions(tmp_path, kind="affine_depth", benchmark="nyu2", root=tmp_path)
     with pytest.raises(ValueError, match="nyu needs a root"):
         score_predictions(tmp_path, kind="affine_depth", benchmark="nyu", root=None)
+
+
+def test_of_many_faults_the_first_and_the_last_are_told():
+    lines = [f"fault {i}" for i in range(30)]
+    assert score_verb._few(lines[:12]) == lines[:12]
+    assert score_verb._few(lines) == [*lines[:10], "... and 19 more", lines[29]]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from distill import students
 from distill.core import files, plugins
 from distill.students import checkpoint
-from distill.students.undrawn import Undrawn
+from distill.students.skip_init import SkipInit
 from tests.students.tiny import SMALL
 
 DECODERS = plugins.names("distill.students.decoders")
@@ -49,12 +49,12 @@ def test_a_changed_description_is_seen(tmp_path):
         checkpoint.load(tmp_path / "s")
 
 
-def test_only_what_a_file_replaces_is_left_undrawn():
+def test_only_what_a_file_replaces_is_not_initialized():
     def draw() -> torch.Tensor:
         return torch.empty(4).normal_(generator=torch.Generator().manual_seed(1))
 
     before, known = torch.get_rng_state(), draw()
-    with Undrawn():
+    with SkipInit():
         for layer in (torch.nn.Linear(4, 4), torch.nn.Conv2d(4, 4, 3)):
             torch.nn.init.trunc_normal_(layer.weight)
             torch.nn.init.xavier_uniform_(layer.weight)

@@ -1,4 +1,4 @@
-"""Building a network whose weights a file will give, without drawing them first, which takes longer than the file."""
+"""Building a network without its random initialization, which takes longer than reading the file that replaces it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.uniform_, init.n
 numbers of even ones by the inverse error function."""
 
 
-class Undrawn(TorchFunctionMode):
-    """Within it parameters are zero instead of random numbers, and no random state moves for most of them.
+class SkipInit(TorchFunctionMode):
+    """A context in which parameters are zero instead of random, and most of them do not move the random state.
 
     Only for a network of which every parameter is replaced afterwards, and seen to be. Buffers are drawn: a file need
     not hold them.
