@@ -67,3 +67,28 @@ def test_other_numbers_change_nothing():
     assert (decode(png(codes, 1, 13)) == plain).all()
     grey = decode(avif(0.5, 13))[:, 12:].numpy().astype(int)
     assert np.abs(grey - 128).max() <= 2
+
+
+def to_xyz(*corners: tuple[float, float]) -> np.ndarray:
+    """Linear RGB of these primaries (x, y) and white D65 to XYZ."""
+    columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in (*corners, (0.3127, 0.3290))]).T
+    return columns[:, :3] * np.linalg.solve(columns[:, :3], columns[:, 3])
+
+
+SRGB = to_xyz((0.640, 0.330), (0.300, 0.600), (0.150, 0.060))
+OF = {
+    1: SRGB,
+    hdr.WIDE: to_xyz((0.708, 0.292), (0.170, 0.797), (0.131, 0.046)),
+    hdr.P3: to_xyz((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)),
+}
+
+
+@pytest.mark.parametrize("primaries", OF)
+def test_a_colour_is_the_same_in_any_primaries(primaries):
+    light = np.array([0.5, 0.2, 0.1])  # linear sRGB, of paper's 203 cd/m2
+    there = np.linalg.solve(OF[primaries], SRGB @ light) * 203 / 10_000
+    power = there**0.1593017578125
+    signal = ((0.8359375 + 18.8515625 * power) / (1 + 18.6875 * power)) ** 78.84375  # ST 2084
+    codes = np.broadcast_to(np.round(signal[::-1] * 65535).astype(np.uint16), (24, 32, 3)).copy()
+    shown = decode(png(codes, primaries, hdr.PQ)).numpy().reshape(3, -1)[:, 0]
+    assert shown == pytest.approx(255 * (1.055 * light ** (1 / 2.4) - 0.055), abs=1.5)
