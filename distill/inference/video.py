@@ -36,7 +36,7 @@ _CUT = "it is cut, and what says how it is encoded is lost: copy it again"
 class Film:
     """The frames that a player would show of a film: edit lists, rotation, oblong pixels and HDR applied, in order.
 
-    Interlaced ones are made whole.
+    Interlaced ones are deinterlaced.
 
     rate: frames per second. total: how many frames are to be expected, 0 where the file does not say: a claim.
     problem: after the last frame, why there are fewer than should be, or "". Damaged packets are passed over, counted.
@@ -87,7 +87,7 @@ class Film:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         count, lost, last = 0, 0, 0.0
-        fields = _Fields()
+        deinterlacer = _Deinterlacer()
         try:
             for packet in self._packets():
                 try:
@@ -101,10 +101,10 @@ class Film:
                 for frame in decoded:
                     shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
                     last = max(last, float(frame.time or 0.0) + max(shown, 1 / self.rate))
-                    for whole in fields.of(frame):
+                    for whole in deinterlacer.of(frame):
                         count += 1
                         yield self._shown(whole)
-            for whole in fields.rest():
+            for whole in deinterlacer.rest():
                 count += 1
                 yield self._shown(whole)
         finally:
@@ -177,11 +177,11 @@ def _of_dolby(path: Path) -> bool:
     return profile == 5 or (profile == 10 and not compatible)
 
 
-class _Fields:
-    """Frames that hold two moments, as cameras of television and camcorders write them, as one each: FFmpeg's bwdif.
+class _Deinterlacer:
+    """FFmpeg's bwdif on the frames that are flagged as interlaced, as television and camcorders write them.
 
-    Their every second row is of another moment: combs where something moves. Others pass as they are. The filter looks
-    a frame ahead, so that each call gives the frame before.
+    Every second row of theirs is of another moment: combs where something moves. A film before its first such frame
+    passes as it is. The filter looks a frame ahead, so that each call gives the frame before.
     """
 
     def __init__(self) -> None:

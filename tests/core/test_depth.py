@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.core.align import apply_affine, fit_affine
-from distill.core.depth import DepthMap, Kind, KindError, cat
+from distill.core.depth import DepthMap, Kind, KindError, cat, least_known
 
 
 def some_map(kind: str) -> DepthMap:
@@ -51,6 +51,12 @@ def test_every_pair_of_kinds_is_either_lawful_or_refused_with_both_names(frm, to
 
 def test_kinds_are_members_by_the_names_that_files_use():
     assert all(getattr(Kind, str(kind)) is kind for kind in Kind)
+
+
+def test_of_several_kinds_the_least_known_is_what_all_can_become():
+    metric, scale, affine = (Kind(f"{unknown}_disparity") for unknown in ("metric", "scale", "affine"))
+    assert least_known([metric, affine, scale]) is affine and least_known([scale, metric]) is scale
+    assert all(kind.can_become(affine) for kind in (metric, scale, affine)) and not affine.can_become(scale)
 
 
 def test_maps_of_two_kinds_do_not_join():

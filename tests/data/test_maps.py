@@ -288,9 +288,10 @@ def test_where_a_tiff_says_that_there_is_no_data_there_is_none(tmp_path, kind, s
     assert np.isnan(read[0, 0]) and read.ravel()[1:].tolist() == list(range(2, 13))
 
 
-def test_what_nothing_was_written_to_in_hdf5_is_nothing(tmp_path):
+@pytest.mark.parametrize("note", ["_FillValue", "missing_value"])
+def test_what_nothing_was_written_to_in_hdf5_is_nothing(tmp_path, note):
     with pytest.importorskip("h5py").File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("depth", data=CODES.astype("i2")).attrs["_FillValue"] = np.int16(5)
+        file.create_dataset("depth", data=CODES.astype("i2")).attrs[note] = np.int16(5)
     read = read_map(tmp_path / "a.h5")
     assert np.isnan(read[1, 0]) and np.isfinite(read).sum() == 11
 
