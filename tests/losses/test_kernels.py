@@ -27,6 +27,19 @@ def test_the_interpreted_kernels_give_the_numbers_of_the_torch_code():
     assert len(done.stdout.split()) == 7
 
 
+@pytest.mark.slow
+def test_the_kernels_compile_for_an_h100_and_add_no_floats_in_any_order():
+    """With the Triton that is installed, and no card. That they gave the same bits twice was seen on one."""
+    pytest.importorskip("triton")
+    here = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "tests.losses.compiled_kernels", "90"]
+    done = subprocess.run(command, env=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    kernels = {line.split()[1].rstrip(":"): line for line in done.stdout.splitlines()}
+    assert len(kernels) == 12
+    assert "stack 0" in kernels["_edges"]  # others spill a few bytes at most
+
+
 def test_where_the_kernels_cannot_run_torch_does_their_work_after_one_warning(monkeypatch):
     """Here they cannot: there is no card, or no Triton."""
     pred, target, valid = example(1, dtype=torch.float32)

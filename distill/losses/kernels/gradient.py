@@ -22,8 +22,10 @@ from torch import Tensor
 
 from distill.losses.kernels.keys import fold_least, fold_sum
 from distill.losses.kernels.launch import Launcher
-from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
+from distill.losses.kernels.select import BLOCK, CHUNK, HOW, ROWS, WHOLE, Found, find
 
+# Of a block's pixels each of 256 threads would hold more than 128 registers can, and spill them to memory.
+SPREAD = {**HOW, "num_warps": 16}
 ABSENT = float(torch.finfo(torch.float32).max)
 
 
@@ -158,7 +160,7 @@ def _kernels(scales: int, floor: float, normalize: bool) -> dict[str, Launcher]:
     visit = {"ABSENT": ABSENT, "BLOCK": BLOCK, **options}
     return {
         "differences": Launcher(_differences, visit | {"SCALES": scales, "FLOOR": floor, **HOW}),
-        "edges": Launcher(_edges, visit | {"SCALES": scales, "CHUNK": CHUNK, **CROWDED}),
+        "edges": Launcher(_edges, visit | {"SCALES": scales, "CHUNK": CHUNK, **SPREAD}),
         "close": Launcher(_close, options | {"FLOOR": floor, "CHUNK": CHUNK, **HOW}),
         "slopes": Launcher(_slopes, visit | {"FLOOR": floor, **HOW}),
     }

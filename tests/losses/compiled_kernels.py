@@ -1,0 +1,116 @@
+"""The kernels of the losses compiled for cards that are not here: run by test_kernels.py, in a process of its own.
+
+Triton needs no card to compile for one, only a driver that says which. The one here takes the launches as well, so all
+but the card's own work happens as it would there. `python -m tests.losses.compiled_kernels [CAPABILITY]` (80: A100; 90:
+H100, H200, the default; 100: B200) prints each kernel's registers a thread, its stack (what registers did not hold) and
+shared memory, in bytes, and fails on what could differ between two runs.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from distill.losses import fused
+from distill.losses.kernels.small import LARGEST
+from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
+
+ATOMIC_FLOAT = re.compile(r"\b(?:ATOM|RED)\w*\.\S*F(?:16|32|64)\S*")
+"""A sum of floats in memory, in whatever order the threads come: the one instruction by which two runs can differ."""
+
+
+class Card:
+    """Triton's driver for a card of this capability: binaries go into `binaries`, launches are counted."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.launches = capability, 0
+        self.binaries: dict[str, list[bytes]] = {}
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+            load_binary=self.load,
+            unload_module=lambda module: None,
+        )
+
+    def load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, int, int, int, int]:
+        kept = self.binaries.setdefault(name, [])
+        if binary not in kept:
+            kept.append(binary)
+        return object(), 1, 0, 0, 1024
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        def launch(x: int, y: int, z: int, stream: int, function: int, packed: Any, seen: Any, *rest: Any) -> None:
+            entered, left, *args = rest
+            assert min(x, y, z) > 0 and len(args) == len(source.fn.arg_names), source.fn.arg_names
+            self.launches += 1
+
+        return launch
+
+
+def losses() -> Iterator[torch.Tensor]:
+    """By every kernel, each differentiated; as no kernel does its work, the numbers mean nothing."""
+    pred, target = torch.rand(2, 2, 64, 96)
+    valid, weight = torch.ones(2, 64, 96, dtype=torch.bool), torch.rand(2, 64, 96)
+    pred.requires_grad_()
+    for name in ("none", "global", "hybrid", "local"):
+        seen = compare(pred, target, valid, name)
+        yield seen.loss
+        yield gradient_loss(pred, target, valid, whole=seen.whole)
+    yield compare(pred, target, valid, "hybrid", weight=weight, trim_top=0.1).loss
+    yield compare(pred, target, valid, "hybrid", label_only=True).loss
+    for normalize in (True, False):
+        yield gradient_loss(pred, target, valid, normalize=normalize)
+    large = torch.rand(1, LARGEST // 64 + 1, 64, requires_grad=True)
+    for values in (pred, large):
+        yield median_and_mean_abs_dev(values, torch.ones_like(values, dtype=torch.bool))[1]
+
+
+def dump(binary: bytes, *what: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        return subprocess.run([tool, *what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def main(capability: int) -> None:
+    fused.wanted, fused.loud = lambda values: values.dtype == torch.float32, True
+    fused._trusted = lambda name, device, trial: True  # type: ignore[assignment]
+    card = Card(capability)
+    triton.runtime.driver.set_active(card)
+    launches = []
+    for _ in range(2):  # the second time every kernel is compiled
+        card.launches = 0
+        for loss in losses():
+            loss.sum().backward()
+        launches.append(card.launches)
+    assert launches[0] == launches[1] > 100, launches
+    for name, variants in sorted(card.binaries.items()):
+        dumps = [dump(variant, "--dump-resource-usage") for variant in variants]
+        usage = [dict(re.findall(r"(REG|STACK|SHARED):(\d+)", text)) for text in dumps]
+        text = ", ".join(f"{key.lower()} {max(int(u[key]) for u in usage)}" for key in ("REG", "STACK", "SHARED"))
+        atomics = {found for v in variants for found in ATOMIC_FLOAT.findall(dump(v, "--dump-sass"))}
+        print(f"sm_{capability} {name}: {len(variants)} variants, at most {text}", flush=True)  # noqa: T201
+        assert not atomics, f"{name} adds floats in any order: {sorted(atomics)}"
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 90)
