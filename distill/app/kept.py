@@ -8,11 +8,18 @@ from contextlib import contextmanager
 
 from distill.app import build
 from distill.app.console import note
-from distill.app.recipe import Recipe, differences, dumps
+from distill.app.recipe import USES, Recipe, differences, dumps
 from distill.core import files
 
 NAME = "recipe.toml"
 _TOLD = 6
+
+
+def _mattering(changed: list[str], recipe: Recipe) -> list[str]:
+    """The keys by which something in the run's folder was made; where that is labels alone, those of labels."""
+    if {path.name for path in recipe.run.folder.iterdir()} <= {NAME, "labels"}:
+        return [key for key in changed if key.partition(".")[0] in USES["label"]]
+    return changed
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def kept_recipe(recipe: Recipe) -> Iterator[None]:
         return
     path = recipe.run.folder / NAME
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    if before is not None and (changed := differences(recipe, recipe.run.folder)):
+    if before is not None and (changed := _mattering(differences(recipe, recipe.run.folder), recipe)):
         more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
         note(
             f"{recipe.run.folder} was made with other values of {', '.join(changed[:_TOLD])}{more}: an experiment of "

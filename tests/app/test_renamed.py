@@ -129,7 +129,9 @@ def test_a_command_that_cannot_be_done_leaves_the_runs_recipe(tmp_path, capsys):
     assert main(["label", str(path)]) == 0
     before = kept.read_text()
     assert "other values" not in capsys.readouterr().err
-    assert main(["score", str(path), "--set", "benchmarks=[{name='scenes'}]", "--set", "run.seed=7"]) == 2
+    changed = ["--set", "run.seed=7", "--set", "train.steps=9"]
+    assert main(["score", str(path), "--set", "benchmarks=[{name='scenes'}]", *changed]) == 2
     told = " ".join(capsys.readouterr().err.split())
+    assert "train.steps" not in told  # nothing has been trained
     assert "no student yet" in told and "was made with other values of run.seed" in told and "run.name=NAME" in told
     assert kept.read_text() == before

@@ -1,7 +1,7 @@
 """Views per minute that distill.data.scenes renders, compiled and in torch: python tests/speed/scenes.py [COUNT]
 
-And how many operators a view takes in torch, without those that only look at a tensor otherwise: each would be a kernel
-on a card, which is why none renders.
+And why no card renders: the share of a compiled view that its loops over pixels take, which is all that a card could
+save, and the operators of a view in torch (without those that only look at a tensor otherwise), each a kernel there.
 """
 
 from __future__ import annotations
@@ -51,6 +51,30 @@ def operators(count: int) -> float:
     return counted.count / count
 
 
+def loops(count: int) -> float:
+    """The share of a compiled view's processor time that passes in the loops over its pixels."""
+    from distill.data.scenes import fused  # wants numba
+
+    inside = 0.0
+
+    def timed(kernel: Any) -> Any:
+        def call(*args: Any) -> None:
+            nonlocal inside
+            started = clock()
+            kernel(*args)
+            inside += since(started)[1]
+
+        return call
+
+    for name in ("first_hit", "shade", "sky"):
+        setattr(fused, name, timed(getattr(fused, name)))
+    scenes._path = lambda: fused.light_up  # type: ignore[assignment]
+    started = clock()
+    for index in range(count):
+        scenes.rendered(SEED + index)
+    return inside / since(started)[1]
+
+
 def main(count: int) -> None:
     started = clock()
     texture.bank(range(texture.COUNT))
@@ -82,6 +106,10 @@ def main(count: int) -> None:
             f"time ({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
         )
     if "compiled" in each:
+        share = loops(count)
+        print(
+            f"compiled: {share:.0%} of a view are loops: without them it would be {1 / (1 - share):.1f} times as fast"
+        )
         per_view = operators(min(count, 10))
         print(
             f"torch: {per_view:.0f} operators a view; a card would have to begin one every "
