@@ -37,6 +37,7 @@ from distill.teachers import (
     find_weights,
     finite,
     load_checked,
+    mentions,
     pad_to_multiple,
     read_config,
     read_state,
@@ -276,9 +277,14 @@ def _is_distilled(weights: str, state: dict[str, Tensor]) -> bool:
 
 
 def _check_name(file: Path, max_depth: float | None) -> None:
-    """Refuse what only its name tells apart: other networks have the same tensors."""
+    """Refuse what its tensors do not tell apart: other networks have the same."""
     if "metric" in file.name and max_depth is None:
         raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
+    if max_depth is None and mentions(file, "previous_best", "silog"):
+        raise ValueError(
+            f"{file} is a metric checkpoint by the errors in metres that its trainer stored (previous_best): give "
+            "max_depth, as in its training (20 indoor, 80 outdoor)"
+        )
     if re.match(r"depth_anything_(metric_depth|vit[sbl]14)", file.name):
         raise WeightsMismatchError(
             f"{file} is Depth Anything V1 by its name, which reads other blocks: use a V2 checkpoint"

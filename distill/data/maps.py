@@ -96,10 +96,13 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
     if suffix.lower() == ".mat" and data[:4] in (b"\0\0\0\0", b"\0\0\3\xe8", b"\n\0\0\0"):  # version 4 has no signature
         with contextlib.suppress(*READ_ERRORS):
             return _plane(_mat(data))
-    what = filetypes.sniff(data) or filetypes.text(data) or ("of no known format" if data else "empty")
+    what = filetypes.sniff(data) or filetypes.text(data) or (_UNKNOWN if data else "empty")
     what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
     what += ": unpack it" if what.startswith("compressed") else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
+
+
+_UNKNOWN = "of no known format: numbers without a header, as ETH3D's and RealSense's, are to be stored as .npy"
 
 
 def _said(kind: str, error: BaseException) -> str:

@@ -246,9 +246,9 @@ def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
     usable = np.isfinite(values) & depth.valid[0].numpy()
     if not usable.all():
         share = 100 * float(usable.mean())
-        raise BadImageError(f"the student's map is not finite ({share:.0f} % of it is): its training has diverged")
+        raise BadImageError(f"the model's map is not finite ({share:.0f} % of it is): its training has diverged")
     if values.size > 1 and values.min() == values.max() and photo.min() < photo.max():
-        raise BadImageError(f"the student's map is {values.flat[0]:g} everywhere: its training has collapsed")
+        raise BadImageError(f"the model's map is {values.flat[0]:g} everywhere: its training has collapsed")
     return values
 
 
