@@ -113,13 +113,19 @@ def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
 
 
 def read_prediction(
-    path: Path, size: tuple[int, int] | None, kind: Kind | None = None, *, crop: str = "none"
+    path: Path,
+    size: tuple[int, int] | None,
+    kind: Kind | None = None,
+    *,
+    crop: str = "none",
+    image: Callable[[], Tensor] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
     """A stored map as (H,W) float32, and remarks on how it was stored; BadPredictionError says why it is no such map.
 
     size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any format of distill.data.maps and
     any real dtype is read; below float32 the loss of precision is remarked on. kind: of the map; a metric one may not
-    be integers, whose unit nobody knows. crop: what the protocol cuts out of image and truth, in words.
+    be integers, whose unit nobody knows. crop: what the protocol cuts out of image and truth, in words. image: to be
+    looked at, (3,H,W), where sizes differ: the truth may be of another than its image's.
     """
     try:
         values = read_map(path)
@@ -128,6 +134,8 @@ def read_prediction(
     except OSError as error:
         raise BadPredictionError(str(error)) from error
     if size not in (None, values.shape):
+        if image is not None and tuple(image().shape[-2:]) == values.shape:
+            raise BadPredictionError(f"the truth is {size}, and its image {values.shape} as the map: store one size")
         way = "resize to the image" if crop == "none" else f"scored is the {crop}: cut the map alike"
         raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: {way} before storing")
     whole = values.dtype.kind != "f"

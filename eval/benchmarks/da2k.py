@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
 from torch import Tensor
 
 from distill.core.files import inside
+from distill.data.photos import upright
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
 from distill.eval.benchmarks._files import Files
 from distill.eval.da2k import PointPair, Points, read_annotations, scene
@@ -75,5 +75,4 @@ def _points(folder: Path, name: str, pairs: tuple[PointPair, ...]) -> Points:
     path = inside(folder, name)
     if not path.is_file():
         return Points(pairs)
-    with Image.open(path) as opened:
-        return Points(pairs, (opened.height, opened.width))
+    return Points(pairs, upright(path.read_bytes())[:2])

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from distill.eval.benchmarks import _nyu_mat, diode, eth3d, kitti, nyu
+from distill.eval.benchmarks import _nyu_mat, diode, eth3d, kitti, nyu, sintel
 from distill.eval.completeness import check_benchmark
 
 
@@ -29,6 +29,18 @@ def test_a_folder_above_will_do(tmp_path, above):
     touch(tmp_path / "root", *(above + name for name in DIODE))
     (sample,) = diode.samples(tmp_path / "root", tmp_path / "list.txt")
     assert sample.key == DIODE[0]
+
+
+def test_doctor_looks_where_scoring_does_and_says_how_files_should_lie(tmp_path):
+    """Sintel's archives unpacked apart, as jiah-cloud/Align3R#27 has them; a root of something else."""
+    touch(tmp_path / "root", "MPI-Sintel-complete/training/final/alley_1/frame_0001.png")
+    touch(tmp_path / "root", "MPI-Sintel-depth/training/depth/alley_1/frame_0001.dpt")
+    assert [sample.key for sample in sintel.samples(tmp_path / "root")] == ["training/final/alley_1/frame_0001.png"]
+    said = check_benchmark("sintel", tmp_path / "root")
+    assert any(finding.level == "ok" and finding.what.startswith("1 images") for finding in said)
+    touch(tmp_path / "other", "a.txt")
+    (bad,) = (finding for finding in check_benchmark("nyu", tmp_path / "other") if finding.level == "bad")
+    assert bad.what.startswith("0 images") and bad.remedy == "they should lie as test/SCENE/rgb_N.png with depth_N.png"
 
 
 def test_kitti_as_it_is_shipped(tmp_path):
