@@ -210,6 +210,19 @@ def test_a_metric_checkpoint_is_known_by_the_errors_that_its_trainer_stored(tmp_
         depth_anything_v2.Teacher.load(str(tmp_path / "latest.pth"), max_depth=20.0)
 
 
+def test_the_first_depth_anything_is_known_by_its_folder(tmp_path):
+    """As LiheYoung/Depth-Anything#19 lays it: its tensors have V2's names and shapes, and mean others."""
+    folder = tmp_path / "checkpoints/depth_anything_vitl14"
+    folder.mkdir(parents=True)
+    torch.save({"pretrained.cls_token": torch.zeros(1, 1, 4)}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsMismatchError, match="pytorch_model.bin is Depth Anything V1 by its name"):
+        depth_anything_v2.Teacher.load(str(folder / "pytorch_model.bin"))
+    other = folder.rename(tmp_path / "v1")
+    (other / "config.json").write_text('{"encoder": "vitl", "features": 256, "out_channels": [256, 512, 1024, 1024]}')
+    with pytest.raises(WeightsMismatchError, match="v1 is Depth Anything V1 by its name or config.json"):
+        depth_anything_v2.Teacher.load(str(other))
+
+
 def test_cards_are_recognised_by_name():
     cards = depth_anything_v2.CARDS
     small = "depth-anything/Depth-Anything-V2-Small"
