@@ -73,6 +73,12 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     fx, fy, cx, cy = (float(matrix[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    if fx < 0.1 * width or fy < 0.1 * height:
+        seen = math.degrees(2 * math.atan(width / 2 / fx))
+        raise ValueError(
+            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.0f} degrees of an image of {width} x {height}: they are "
+            "in its pixels, not in millimetres or parts of its sides"
+        )
     return Camera(fx, fy, cx, cy, "intrinsics")
 
 
