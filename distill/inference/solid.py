@@ -76,8 +76,8 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     if fx < 0.1 * width or fy < 0.1 * height:
         seen = math.degrees(2 * math.atan(width / 2 / fx))
         raise ValueError(
-            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.0f} degrees of an image of {width} x {height}: they are "
-            "in its pixels, not in millimetres or parts of its sides"
+            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.0f} degrees of an image of {width} x {height}: they "
+            "are in its pixels, not in millimetres or parts of its sides"
         )
     return Camera(fx, fy, cx, cy, "intrinsics")
 
