@@ -350,14 +350,16 @@ def stored_stems(key: str) -> list[str]:
 
     key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
     `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do), then
-    a/rgb_0001_depth and a/rgb_0001_disp.
+    a/rgb_0001_depth and a/rgb_0001_disp, a/rgb_0001_raw_depth_meter (Depth Anything V2's metric run.py) and
+    a/rgb_0001/depth (MoGe's infer).
     """
     path = PurePosixPath(key)
     stem = path.stem if len(path.suffix) > 1 else path.name
     plain = stem.removeprefix("rgb_")
     names = [path.name, f"{stem}_{path.suffix[1:].lower()}" if len(path.suffix) > 1 else stem, stem]
     names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}", f"{stem}_depth", f"{stem}_disp"]
-    return list(dict.fromkeys(str(path.with_name(name)) for name in names))
+    places = [path.with_name(name) for name in (*names, f"{stem}_raw_depth_meter")]
+    return list(dict.fromkeys(map(str, (*places, path.with_name(stem) / "depth"))))
 
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:

@@ -218,7 +218,7 @@ def test_weights_of_another_encoder_name_theirs(monkeypatch):
     made = {}
     for name in ("dinov2_vits14", "dinov2_vits14_reg"):
         with torch.device("meta"):
-            made[name] = encoder._create(encoder.ALIASES[name], None, {})
+            made[name] = encoder._create(encoder.ALIASES[name], None, {"depth": 1})
     monkeypatch.setattr(encoder, "_create", lambda name, *_: made["dinov2_vits14" + "_reg" * ("reg4" in name)])
     with pytest.raises(ValueError, match=r"w.pth: .* has unclaimed reg_token; .*; they are of dinov2_vits14_reg"):
         encoder._load(made["dinov2_vits14"], made["dinov2_vits14_reg"].state_dict(), "w.pth")
