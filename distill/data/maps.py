@@ -330,7 +330,7 @@ def _mat(data: bytes) -> np.ndarray:
 _READERS = (
     (b"\x93NUMPY", "npy", lambda data: np.load(io.BytesIO(data), allow_pickle=False)),
     (b"PK\3\4", "npz", _npz),
-    (b"\x89PNG", "png", _picture),
+    (b"\x89PNG\r\n\x1a\n", "png", _picture),
     (b"Pf", "pfm", _pfm),
     (b"PF", "pfm", _pfm),
     (b"P5", "pgm", _pgm),
