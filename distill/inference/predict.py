@@ -32,7 +32,7 @@ from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import solid, video
 from distill.inference.inputs import Survey, find, survey
 from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
-from distill.inference.pictures import checked
+from distill.inference.pictures import checked, within_jpeg
 from distill.inference.solid import Lens
 from distill.students import checkpoint
 from distill.teachers import Teacher as AnyTeacher
@@ -278,7 +278,8 @@ def write_map(
             if name == "colour":
                 Image.fromarray(picture).save(file, "PNG")
             else:
-                Image.fromarray(np.concatenate([rgb, picture], axis=1)).save(file, "JPEG", quality=92)
+                side = within_jpeg(np.concatenate([rgb, picture], axis=1))
+                Image.fromarray(np.ascontiguousarray(side)).save(file, "JPEG", quality=92)
 
 
 def nearness(values: np.ndarray, kind: str) -> np.ndarray:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.core.printable import printable
+from distill.inference.pictures import within_jpeg
 
 FAR = 10.0
 """The farthest over the nearest distance that is assumed of a map whose shift is unknown. Ours."""
@@ -220,7 +221,7 @@ def ply(points: PointCloud, comment: str = "") -> bytes:
 def glb(shape: Surface, rgb: np.ndarray, comment: str = "") -> bytes:
     """A binary glTF 2.0 of a surface with the photo (H,W,3) uint8 as its texture, unlit and seen from both sides."""
     texture = io.BytesIO()
-    Image.fromarray(rgb).save(texture, "JPEG", quality=90)
+    Image.fromarray(np.ascontiguousarray(within_jpeg(rgb))).save(texture, "JPEG", quality=90)
     points = shape.points * np.array([1, -1, -1], np.float32)
     parts = [points.tobytes(), shape.at.tobytes(), shape.faces.tobytes(), texture.getvalue()]
     views, body = [], b""
