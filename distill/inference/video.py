@@ -315,15 +315,23 @@ def frames(path: Path) -> Iterator[tuple[np.ndarray, float, int]]:
         yield rgb, film.rate, film.total
 
 
+_MP4V_SIDE = 8190  # MPEG-4 has 13 bits for a side; an 8K film beside its depth is wider
+
+
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[Callable[[np.ndarray, float], None]]:
-    """write((H,W,3) frame, frames per second) to an mp4, which appears when the block ends well."""
+    """write((H,W,3) frame, frames per second) to an mp4, which appears when the block ends well.
+
+    Frames with a side past what MPEG-4 holds are written at every second pixel (third, ...).
+    """
     film: Any = None
 
     with files.writing(path, suffix=path.suffix) as new:  # OpenCV knows a format by its suffix alone
 
         def write(rgb: np.ndarray, rate: float) -> None:
             nonlocal film
+            step = -(-max(rgb.shape[:2]) // _MP4V_SIDE)
+            rgb = rgb[::step, ::step]
             # mp4v's chroma wants even sides; one row or column is repeated.
             even = np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)), mode="edge")
             if film is None:

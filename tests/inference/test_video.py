@@ -227,6 +227,12 @@ def test_a_film_is_shown_as_its_matrix_says(tmp_path, matrix, shown):
     assert np.array_equal(next(iter(video.Film(tmp_path / "v.mp4"))), shown(plain))
 
 
+def test_frames_wider_than_the_format_are_written_smaller(tmp_path):
+    with video.writer(tmp_path / "v.mp4") as write:
+        write(np.full((8, 8200, 3), 90, np.uint8), 10)
+    assert next(iter(video.Film(tmp_path / "v.mp4"))).shape == (4, 4100, 3)
+
+
 @pytest.mark.parametrize("turned", [0, 90])
 def test_an_interlaced_film_has_no_combs(tmp_path, turned):
     with av.open(str(tmp_path / "v.mp4"), "w") as out:
