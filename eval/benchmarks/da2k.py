@@ -44,7 +44,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
         BenchmarkSample(
             name,
             prediction_path(name),
-            partial(_image, folder, name),
+            partial(_image, folder, name, names),
             partial(_no_depth, name),
             scene(name),
             mark=partial(_points, folder, name, tuple(annotations[name])),
@@ -63,7 +63,13 @@ def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
     return names
 
 
-def _image(folder: Path, name: str) -> Tensor:
+def _image(folder: Path, name: str, names: list[str]) -> Tensor:
+    if not inside(folder, name).is_file():
+        missing = sum(not inside(folder, other).is_file() for other in names)
+        raise FileNotFoundError(
+            f"{folder}: {missing} of {len(names)} images are not there, {name} for one; unpack the data set again, "
+            "or name the others in a file for list, one per line"
+        )
     return Files(folder).rgb(name)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import h5py
 import numpy as np
 import pytest
 
-from distill.eval.benchmarks import _nyu_mat, diode, eth3d, kitti, nyu, sintel
+from distill.eval.benchmarks import _nyu_mat, da2k, diode, eth3d, kitti, nyu, sintel
 from distill.eval.completeness import check_benchmark
 
 
@@ -103,3 +105,11 @@ def test_what_is_not_found_is_said_with_what_was_looked_for(tmp_path):
     touch(tmp_path, "labeled.mat")
     with pytest.raises(ValueError, match=r"test/SCENE/rgb_N\.png.*looked here and.*below.*only NYU's nyu_depth_v2"):
         nyu.samples(tmp_path)
+
+
+def test_an_annotated_image_that_is_not_there_says_how_many_are_not(tmp_path):
+    pair = [{"point1": [1, 2], "point2": [3, 4], "closer_point": "point1"}]
+    touch(tmp_path, "images/indoor/a.jpg")
+    (tmp_path / "annotations.json").write_text(json.dumps({f"images/indoor/{name}.jpg": pair for name in "abc"}))
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 images are not there, images/indoor/b.jpg for one"):
+        da2k.samples(tmp_path)[1].image()
