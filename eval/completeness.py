@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 
@@ -19,7 +20,7 @@ import numpy as np
 from distill.core.findings import Finding
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, read_list
+from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, rows_found, rows_of_list
 from distill.eval.protocol import Protocol, list_hash
 from distill.eval.tasks import size_of
 
@@ -42,12 +43,15 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
     files = Files(locate(root, name, layout), tolerant=True)
     findings = [_root(files), *_unfinished(Path(root or ""), layout)]
     if list_file is not None:
-        rows = read_list(list_file, layout)
+        rows = rows_of_list(files, list_file, layout)
         whole = [row for row in rows if all(files.has(file) for file in row)]
         broken = [row for row in rows if not all(files.has(file) for file in row)]
     else:
-        whole, broken = layout.rows(files.names())
-    findings.append(_count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file))
+        whole, broken = rows_found(files, module.PROTOCOL, layout)
+    count = _count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file)
+    if not whole and not broken and layout.shape:
+        count = replace(count, remedy=f"they should lie as {layout.shape}")
+    findings.append(count)
     findings += _parts(layout, whole)
     findings += _missing(files, broken, name, listed=list_file is not None, total=len(whole) + len(broken))
     damaged = _damaged(files, layout, whole)

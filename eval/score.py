@@ -238,7 +238,7 @@ def _score_image(
         if not path.is_file():
             raise BadPredictionError(f"missing: no {sample.prediction_path}")
         truth = sample.mark() if sample.mark is not None else sample.truth()
-        pred, remarks = read_prediction(path, size_of(truth), kind)
+        pred, remarks = read_prediction(path, size_of(truth), kind, crop=protocol.crop, image=sample.image)
         measured = TASKS[protocol.task].measure(pred, truth, kind, protocol)
     except NoGroundTruthError as error:
         # The official mean becomes NaN with such an image; in the clean mode it does not count for anybody.

@@ -112,12 +112,20 @@ def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
     return find_map(store, filter(None, keys)) or named
 
 
-def read_prediction(path: Path, size: tuple[int, int] | None, kind: Kind | None = None) -> tuple[np.ndarray, list[str]]:
+def read_prediction(
+    path: Path,
+    size: tuple[int, int] | None,
+    kind: Kind | None = None,
+    *,
+    crop: str = "none",
+    image: Callable[[], Tensor] | None = None,
+) -> tuple[np.ndarray, list[str]]:
     """A stored map as (H,W) float32, and remarks on how it was stored; BadPredictionError says why it is no such map.
 
     size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any format of distill.data.maps and
     any real dtype is read; below float32 the loss of precision is remarked on. kind: of the map; a metric one may not
-    be integers, whose unit nobody knows.
+    be integers, whose unit nobody knows. crop: what the protocol cuts out of image and truth, in words. image: to be
+    looked at, (3,H,W), where sizes differ: the truth may be of another than its image's.
     """
     try:
         values = read_map(path)
@@ -126,7 +134,10 @@ def read_prediction(path: Path, size: tuple[int, int] | None, kind: Kind | None 
     except OSError as error:
         raise BadPredictionError(str(error)) from error
     if size not in (None, values.shape):
-        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: resize to the image before storing")
+        if image is not None and tuple(image().shape[-2:]) == values.shape:
+            raise BadPredictionError(f"the truth is {size}, and its image {values.shape} as the map: store one size")
+        way = "resize to the image" if crop == "none" else f"scored is the {crop}: cut the map alike"
+        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: {way} before storing")
     whole = values.dtype.kind != "f"
     if whole and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
         raise BadPredictionError(

@@ -8,6 +8,7 @@ Shapes: B batch, C channels of the ViT, H W image, h w token grid.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
@@ -272,6 +273,10 @@ def _timm_name(name: str) -> str:
         if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit", "beit")):
             raise LookupError(f"encoder {name} is not a plain ViT; take one such as dinov3_vits16 or dinov2_vits14")
         return known
+    # The hub's facebook/dinov3-vits16-pretrain-lvd1689m.
+    plain = name.rpartition("/")[2].lower().replace("-", "_")
+    if meant := max((alias for alias in ALIASES if plain.startswith(alias)), key=len, default=""):
+        raise LookupError(f"no encoder {name!r}; did you mean {meant}, with its file as weights?")
     vits = [*ALIASES, *timm.list_models(["vit_*", "deit*", "beit*"])]
     close = difflib.get_close_matches(name, vits, n=3, cutoff=0.5) or list(ALIASES)
     raise LookupError(f"no encoder {name!r}; did you mean {', '.join(close)}? Any plain ViT of timm will do")
@@ -327,7 +332,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
     state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
-    wanted = backbone.state_dict()
+    given, wanted = state, backbone.state_dict()
     state = timm_keys(state, wanted, source)
     if "pos_embed" in wanted and "pos_embed" in state:
         state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
@@ -342,12 +347,32 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
         if keys
     ]
     if faults:
-        raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}")
+        meant = _encoder_of(given, source)
+        raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}{meant}")
     if whole := [key for key in wanted if wanted[key].is_floating_point() and not state[key].is_floating_point()]:
         raise ValueError(f"{source}: {_some(whole)} is {state[whole[0]].dtype}: give weights that are not quantized")
     if infinite := [key for key in wanted if not torch.isfinite(state[key].float()).all()]:
         raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
+
+
+_WIDTHS = {384: "vits", 768: "vitb", 1024: "vitl", 1280: "vith", 1536: "vitg"}
+
+
+def _encoder_of(state: dict[str, Tensor], source: str) -> str:
+    """`; they are of dinov2_vits14_reg`: the alias whose network these tensors fill, "" where there is none."""
+    patches = state.get("patch_embed.proj.weight", torch.empty(0, 0, 0, 0))
+    size = f"{_WIDTHS.get(patches.shape[0], '?')}{patches.shape[3]}"
+    for alias in (alias for alias in ALIASES if size in alias):
+        with torch.device("meta"):
+            wanted = _create(ALIASES[alias], None, {}).state_dict()
+        with contextlib.suppress(ValueError):
+            here = timm_keys(state, wanted, source)
+            if here.keys() == wanted.keys() and all(
+                here[key].shape == wanted[key].shape for key in wanted if key != "pos_embed"
+            ):
+                return f"; they are of {alias}"
+    return ""
 
 
 def _some(keys: list[str]) -> str:

@@ -22,6 +22,7 @@ from distill.core.weights import (
     WeightsMissingError,
     below_prefix,
     find_weights,
+    mentions,
     read_state,
 )
 from distill.teachers._strictly import TOLD, check_claimed, load_checked, load_strictly
@@ -52,6 +53,7 @@ __all__ = [
     "load_strictly",
     "pad_to_multiple",
     "read_config",
+    "mentions",
     "read_state",
     "resolve",
     "revision_of",

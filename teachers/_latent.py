@@ -82,6 +82,11 @@ def find_folder(weights: str, *, files: Sequence[str] = FILES, part: str = "unet
     folder = resolve(weights, files=files)
     if not (folder / part / "config.json").is_file():
         raise WeightsMissingError(f"{folder} is not a diffusers folder: it has no {part}/config.json")
+    if absent := [name for name in ("vae", "text_encoder", "tokenizer") if not (folder / name).is_dir()]:
+        raise WeightsMissingError(
+            f"{folder} lacks {', '.join(absent)}: copy them from the checkpoint that its training began with (trainers "
+            "store the UNet alone), and scheduler and model_index.json"
+        )
     return folder
 
 
@@ -104,6 +109,8 @@ def load_parts(
     if torch.device(device).type == "cpu":
         # One image of a batch after the other: a third of the memory at the same speed (tests/speed/teachers.py).
         vae.enable_slicing()
+    if unet.config.class_embed_type or unet.config.num_class_embeds:
+        raise WeightsMismatchError(f"{folder}: its UNet wants a task beside the image, as Lotus's: it is no {what}")
     prompt = _empty_prompt(folder, what)
     return Parts(
         unet=unet.eval().requires_grad_(False).to(device),

@@ -24,7 +24,7 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     """
     text = str(weights)
     if text and (path := Path(text).expanduser()).exists():
-        return path
+        return _snapshot(path)
     repository, inside, revision = _hub_id(text)
     try:
         folder = hub.download(repository, files=_below(inside, files), revision=revision)
@@ -49,8 +49,21 @@ def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
         raise WeightsMissingError(f"weights {text!r}: no such file or folder here, and {error}") from error
 
 
+def _snapshot(path: Path) -> Path:
+    """`path`, or where it is the hub's cache of one repository (models--org--name) the snapshot of its main branch."""
+    main = path / "refs" / "main"
+    kept = [path / "snapshots" / main.read_text(encoding="utf-8").strip()] if main.is_file() else []
+    kept = kept or [inner for inner in (path / "snapshots").glob("*") if inner.is_dir()]
+    return kept[0] if len(kept) == 1 and kept[0].is_dir() else path
+
+
 def _hub_id(text: str) -> tuple[str, str, str | None]:
-    """(org/name, what is inside of it, revision) of a hub id; WeightsMissingError where it is none."""
+    """(org/name, what is inside of it, revision) of a hub id, also as the address of its page or of a file.
+
+    WeightsMissingError where it is none.
+    """
+    if page := re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([^?#]+?)/?(?:[?#].*)?", text):
+        text = re.sub(r"^([^/]+/[^/]+)/(?:resolve|blob|tree)/([^/]+)(.*)", r"\1\3@\2", page[1])
     match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w.-]+))?", text)
     if match is None or (Path(text).suffix in WEIGHT_SUFFIXES and not match[2]):
         raise WeightsMissingError(f"weights {text!r}: no such file or folder, and not a hub id (org/name)")

@@ -37,6 +37,7 @@ from distill.teachers import (
     find_weights,
     finite,
     load_checked,
+    mentions,
     pad_to_multiple,
     read_config,
     read_state,
@@ -275,14 +276,21 @@ def _is_distilled(weights: str, state: dict[str, Tensor]) -> bool:
     )
 
 
+_V1 = "is Depth Anything V1 by its name or config.json, which reads other blocks: use a V2 checkpoint"
+
+
 def _check_name(file: Path, max_depth: float | None) -> None:
-    """Refuse what only its name tells apart: other networks have the same tensors."""
+    """Refuse what its tensors do not tell apart: other networks have the same."""
     if "metric" in file.name and max_depth is None:
         raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
-    if re.match(r"depth_anything_(metric_depth|vit[sbl]14)", file.name):
-        raise WeightsMismatchError(
-            f"{file} is Depth Anything V1 by its name, which reads other blocks: use a V2 checkpoint"
+    if max_depth is None and mentions(file, "previous_best", "silog"):
+        raise ValueError(
+            f"{file} is a metric checkpoint by the errors in metres that its trainer stored (previous_best): give "
+            "max_depth, as in its training (20 indoor, 80 outdoor)"
         )
+    # Its authors' repositories hold depth_anything_vitl14/pytorch_model.bin.
+    if re.search(r"depth_anything_(metric_depth|vit[sbl]14)", "/".join(file.absolute().parts[-4:])):
+        raise WeightsMismatchError(f"{file} {_V1}")
 
 
 def _published(weights: str) -> Card:
@@ -316,7 +324,10 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 def _from_folder(folder: Path, max_depth: float | None) -> Any:
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
-    described = read_config(folder / "config.json").get("model_type")
+    own = read_config(folder / "config.json")
+    described = own.get("model_type")
+    if described is None and {"encoder", "features", "out_channels"} <= own.keys():
+        raise WeightsMismatchError(f"{folder} {_V1}")
     if described != "depth_anything":
         raise WeightsMismatchError(f"{folder / 'config.json'} describes a {described} model, not depth_anything")
     config = DepthAnythingConfig.from_pretrained(folder)

@@ -13,6 +13,7 @@ Source: prs-eth/Marigold marigold/marigold_depth_pipeline.py.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,9 @@ class Teacher:
         their median taken. seed: of the noise, 1234 as in the authors' scripts.
         """
         folder = find_folder(weights, files=FILES)
+        made = str(read_config(folder / "model_index.json").get("_class_name", ""))
+        if re.search(r"Normals|Intrinsics|IID", made):  # the same parts, of the same sizes
+            raise WeightsMismatchError(f"{folder} is a {made} by its model_index.json, which gives no depth")
         scheduler = load_scheduler(folder / "scheduler")
         parts = load_parts(folder, device=device, dtype=dtype, what="Marigold", channels=8)
         size = default_size(native_size, parts)

@@ -112,6 +112,8 @@ class Teacher:
         file = find_weights(resolve(weights, files=FILES), ("model.pt", "*.pt", "*.pth"))
         state, description = read_described(file, "model_config")
         state = {key: tensor for key, tensor in state.items() if key != "encoder.backbone.mask_token"}
+        if isinstance(description.get("encoder"), str):
+            raise WeightsMismatchError(f"{file} is of MoGe-1, by its model_config: take a MoGe-2 checkpoint")
         try:
             network = Network(_layout(state, description, file), description)
         except (ValueError, KeyError, TypeError) as error:

@@ -35,8 +35,13 @@ _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
 """The number that torch's own pickles of the time before zip files begin with, behind the protocol."""
 
 
+_JOIN = "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`"
+
+
 def fault_of_start(path: Path) -> str:
     """By the first bytes."""
+    if path.suffix == ".distcp":  # torch's files end to end, of which its reader would take the last tensor
+        return f"is a shard of torch.distributed.checkpoint: {_JOIN} joins its folder's"
     with path.open("rb") as stream:
         start = stream.read(512)
     if start[8:9] == b"{" and len(start) > 9:
@@ -62,8 +67,7 @@ def way_out_of(folder: Path) -> str:
     if any(name.endswith("_optim_states.pt") or name == "zero_to_fp32.py" for name in names):
         return f"; these are DeepSpeed's shards: {ZERO}"
     if any(name.endswith(".distcp") for name in names):
-        join = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth"
-        return f"; these are shards of torch.distributed.checkpoint: `{join}` joins them"
+        return f"; these are shards of torch.distributed.checkpoint: {_JOIN} joins them"
     return ""
 
 

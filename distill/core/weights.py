@@ -16,6 +16,7 @@ import logging
 import pickle
 import pickletools
 import re
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +70,8 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
     if matching[0].name.endswith(".json"):
         shards(matching[0])
         return matching[0]
+    if not matching[0].exists():
+        raise WeightsMissingError(f"{matching[0]} is a link to nothing, as of a half emptied cache: download it again")
     if reason := fault_of_start(matching[0]):
         raise WeightsMismatchError(f"{matching[0]} {reason}")
     return matching[0]
@@ -140,6 +143,15 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
         there += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
         raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
     return _plain_names(_choose(tables, path, weights_key), path)
+
+
+def mentions(path: Path, *words: str) -> bool:
+    """Whether all these words stand in what a torch file (a zip) says beside its tensors' numbers."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        said = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    return any(all(word.encode() in text for word in words) for text in said)
 
 
 def read_described(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -114,6 +114,9 @@ def sniff(data: bytes) -> str:
 _MAGIC = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"\x89PNG\n", "a PNG whose line ends were changed, as in a transfer as text: copy it again as binary"),
+    (b"\x89PNG\r\r", "a PNG whose line ends were changed, as in a transfer as text: copy it again as binary"),
+    (b"\xef\xbf\xbd", "a file of bytes that was read and stored as text: copy it again as binary"),
     (b"GIF8", "GIF"),
     (b"BM", "BMP"),
     (b"FUJIFILMCCD-RAW", "camera raw"),

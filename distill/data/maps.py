@@ -96,10 +96,13 @@ def decode_map(data: bytes, name: str = "") -> np.ndarray:
     if suffix.lower() == ".mat" and data[:4] in (b"\0\0\0\0", b"\0\0\3\xe8", b"\n\0\0\0"):  # version 4 has no signature
         with contextlib.suppress(*READ_ERRORS):
             return _plane(_mat(data))
-    what = filetypes.sniff(data) or filetypes.text(data) or ("of no known format" if data else "empty")
+    what = filetypes.sniff(data) or filetypes.text(data) or (_UNKNOWN if data else "empty")
     what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
     what += ": unpack it" if what.startswith("compressed") else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
+
+
+_UNKNOWN = "of no known format: numbers without a header, as ETH3D's and RealSense's, are to be stored as .npy"
 
 
 def _said(kind: str, error: BaseException) -> str:
@@ -327,7 +330,7 @@ def _mat(data: bytes) -> np.ndarray:
 _READERS = (
     (b"\x93NUMPY", "npy", lambda data: np.load(io.BytesIO(data), allow_pickle=False)),
     (b"PK\3\4", "npz", _npz),
-    (b"\x89PNG", "png", _picture),
+    (b"\x89PNG\r\n\x1a\n", "png", _picture),
     (b"Pf", "pfm", _pfm),
     (b"PF", "pfm", _pfm),
     (b"P5", "pgm", _pgm),
@@ -347,14 +350,16 @@ def stored_stems(key: str) -> list[str]:
 
     key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
     `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do), then
-    a/rgb_0001_depth and a/rgb_0001_disp.
+    a/rgb_0001_depth and a/rgb_0001_disp, a/rgb_0001_raw_depth_meter (Depth Anything V2's metric run.py) and
+    a/rgb_0001/depth (MoGe's infer).
     """
     path = PurePosixPath(key)
     stem = path.stem if len(path.suffix) > 1 else path.name
     plain = stem.removeprefix("rgb_")
     names = [path.name, f"{stem}_{path.suffix[1:].lower()}" if len(path.suffix) > 1 else stem, stem]
     names += [f"pred_{plain}", f"{plain}_pred", f"{stem}_pred", f"pred_{stem}", f"{stem}_depth", f"{stem}_disp"]
-    return list(dict.fromkeys(str(path.with_name(name)) for name in names))
+    places = [path.with_name(name) for name in (*names, f"{stem}_raw_depth_meter")]
+    return list(dict.fromkeys(map(str, (*places, path.with_name(stem) / "depth"))))
 
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:

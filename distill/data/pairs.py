@@ -49,6 +49,8 @@ from distill.data.photos import BadImageError, decode, turn, upright
 _CEILING = 65000.0
 _NOTHING = 9.9e9
 """From here on a value is a renderer's word for the background: 1e10 is Blender's, others take the largest float."""
+_FARTHEST = 1e5
+"""Metres: where even the nearest point is farther, a scale was written upside down."""
 _NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _STEREO = re.compile(
     rf"(?:[A-Za-z]\w*\s*(?:\[m\]\s*)?=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*"
@@ -92,7 +94,7 @@ class Pair:
     def truth(self) -> DepthMap:
         """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric.
 
-        ValueError where its aspect is another than the photograph's.
+        ValueError where its aspect is another than the photograph's, or its metres are of no photograph.
         """
         raw, size = self._upright(_read_map(self.depth_path).astype(np.float64))
         usable = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _NOTHING))
@@ -103,6 +105,11 @@ class Pair:
             values = self.baseline / np.where(usable, raw + self.offset, 1.0)
         else:
             values = raw * self.scale
+        if self.kind is Kind.METRIC_DEPTH and usable.any() and (nearest := values[usable].min()) > _FARTHEST:
+            raise ValueError(
+                f"{self.depth_path}: its nearest point comes to {nearest:g} m: scale_to_metres is metres per stored "
+                f"unit, 0.001 for millimetres, and {self.scale:g} is perhaps its inverse"
+            )
         values = np.where(usable, values, 0.0).astype(np.float32)
         return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(usable), size), self.kind)
 

@@ -130,7 +130,7 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
         if not matches:
             missing.append(name)
         if what == "tar" and Path(name).is_dir() and not (matches := sorted(glob.glob(f"{glob.escape(name)}/*.tar"))):  # noqa: PTH207
-            raise FileNotFoundError(f"{name}: no .tar in this folder; photographs that lie in it are `photos`")
+            raise FileNotFoundError(f"{name}: no .tar in this folder{_instead(Path(name))}")
         paths_found.update(dict.fromkeys(map(Path, matches)))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -138,6 +138,15 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
     if not paths_found:
         raise FileNotFoundError(f"[images] names no {what}")
     return list(paths_found)
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without tars holds, and the way out."""
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
+    there = f", but {filetypes.counted(map(filetypes.sort_of, names))}" if names else ""
+    if meant := next((name for name in names if ".tar" in name.lower()), ""):
+        return f"{there}: {meant} should be unpacked or joined into a .tar, or get a name that ends in .tar"
+    return f"{there}; photographs that lie in it are `photos`"
 
 
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:

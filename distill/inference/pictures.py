@@ -26,6 +26,16 @@ SLACK = 0.25
 Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
 
 
+JPEG_SIDE = 65500
+"""Pixels: the longest side that libjpeg writes."""
+
+
+def within_jpeg(rgb: np.ndarray) -> np.ndarray:
+    """(H,W,3) as it is, or of a panorama every so many pixels, so that a JPEG can hold it."""
+    step = -(-max(rgb.shape[:2]) // JPEG_SIDE)
+    return rgb[::step, ::step]
+
+
 def is_batch(image: Any) -> bool:
     """True for an array or a tensor with a batch dimension in front."""
     return isinstance(image, np.ndarray | Tensor) and image.ndim == 4

@@ -32,7 +32,7 @@ from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import solid, video
 from distill.inference.inputs import Survey, find, survey
 from distill.inference.outputs import FILMS, SETTINGS, SOLID, Outputs, PredictionJob
-from distill.inference.pictures import checked
+from distill.inference.pictures import checked, within_jpeg
 from distill.inference.solid import Lens
 from distill.students import checkpoint
 from distill.teachers import Teacher as AnyTeacher
@@ -246,9 +246,9 @@ def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
     usable = np.isfinite(values) & depth.valid[0].numpy()
     if not usable.all():
         share = 100 * float(usable.mean())
-        raise BadImageError(f"the student's map is not finite ({share:.0f} % of it is): its training has diverged")
+        raise BadImageError(f"the model's map is not finite ({share:.0f} % of it is): its training has diverged")
     if values.size > 1 and values.min() == values.max() and photo.min() < photo.max():
-        raise BadImageError(f"the student's map is {values.flat[0]:g} everywhere: its training has collapsed")
+        raise BadImageError(f"the model's map is {values.flat[0]:g} everywhere: its training has collapsed")
     return values
 
 
@@ -278,7 +278,8 @@ def write_map(
             if name == "colour":
                 Image.fromarray(picture).save(file, "PNG")
             else:
-                Image.fromarray(np.concatenate([rgb, picture], axis=1)).save(file, "JPEG", quality=92)
+                side = within_jpeg(np.concatenate([rgb, picture], axis=1))
+                Image.fromarray(np.ascontiguousarray(side)).save(file, "JPEG", quality=92)
 
 
 def nearness(values: np.ndarray, kind: str) -> np.ndarray:

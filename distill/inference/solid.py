@@ -26,6 +26,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.core.printable import printable
+from distill.inference.pictures import within_jpeg
 
 FAR = 10.0
 """The farthest over the nearest distance that is assumed of a map whose shift is unknown. Ours."""
@@ -73,6 +74,12 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     fx, fy, cx, cy = (float(matrix[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    if fx < 0.1 * width or fy < 0.1 * height:
+        seen = math.degrees(2 * math.atan(width / 2 / fx))
+        raise ValueError(
+            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.0f} degrees of an image of {width} x {height}: they "
+            "are in its pixels, not in millimetres or parts of its sides"
+        )
     return Camera(fx, fy, cx, cy, "intrinsics")
 
 
@@ -214,7 +221,7 @@ def ply(points: PointCloud, comment: str = "") -> bytes:
 def glb(shape: Surface, rgb: np.ndarray, comment: str = "") -> bytes:
     """A binary glTF 2.0 of a surface with the photo (H,W,3) uint8 as its texture, unlit and seen from both sides."""
     texture = io.BytesIO()
-    Image.fromarray(rgb).save(texture, "JPEG", quality=90)
+    Image.fromarray(np.ascontiguousarray(within_jpeg(rgb))).save(texture, "JPEG", quality=90)
     points = shape.points * np.array([1, -1, -1], np.float32)
     parts = [points.tobytes(), shape.at.tobytes(), shape.faces.tobytes(), texture.getvalue()]
     views, body = [], b""

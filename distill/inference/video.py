@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ import av.filter
 import av.logging
 import cv2
 import numpy as np
+from av.sidedata.sidedata import Type as DataType
 from av.stream import Disposition
 
 from distill.core import files
@@ -279,8 +281,19 @@ def _lacks_boxes(path: Path) -> bool:
 
 
 def _upright(frame: Any, rgb: np.ndarray) -> np.ndarray:
-    turns = round((frame.rotation or 0) / 90) % 4
-    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+    """The picture (H,W,3) under the film's display matrix, to the nearest quarter turn, mirrored where that says so.
+
+    Not by PyAV's angle, which is 180 degrees of a mirrored film, and a large number of a matrix of zeros, as mp4box.js
+    writes it (its issue 284): that one says nothing.
+    """
+    said = next((bytes(data) for data in frame.side_data if data.type == DataType.DISPLAYMATRIX), b"")
+    if len(said) < 36:
+        return rgb
+    right_x, right_y, _, down_x, down_y = np.frombuffer(said, "<i4" if sys.byteorder == "little" else ">i4", 5)
+    if abs(right_y) > abs(right_x):
+        rgb, right_x, down_y = rgb.swapaxes(0, 1), down_x, right_y
+    rgb = rgb[:, ::-1] if right_x < 0 else rgb
+    return np.ascontiguousarray(rgb[::-1] if down_y < 0 else rgb)
 
 
 def _codec(path: Path) -> str:
@@ -302,15 +315,23 @@ def frames(path: Path) -> Iterator[tuple[np.ndarray, float, int]]:
         yield rgb, film.rate, film.total
 
 
+_MP4V_SIDE = 8190  # MPEG-4 has 13 bits for a side; an 8K film beside its depth is wider
+
+
 @contextlib.contextmanager
 def writer(path: Path) -> Iterator[Callable[[np.ndarray, float], None]]:
-    """write((H,W,3) frame, frames per second) to an mp4, which appears when the block ends well."""
+    """write((H,W,3) frame, frames per second) to an mp4, which appears when the block ends well.
+
+    Frames with a side past what MPEG-4 holds are written at every second pixel (third, ...).
+    """
     film: Any = None
 
     with files.writing(path, suffix=path.suffix) as new:  # OpenCV knows a format by its suffix alone
 
         def write(rgb: np.ndarray, rate: float) -> None:
             nonlocal film
+            step = -(-max(rgb.shape[:2]) // _MP4V_SIDE)
+            rgb = rgb[::step, ::step]
             # mp4v's chroma wants even sides; one row or column is repeated.
             even = np.pad(rgb, ((0, rgb.shape[0] % 2), (0, rgb.shape[1] % 2), (0, 0)), mode="edge")
             if film is None:

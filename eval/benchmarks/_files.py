@@ -193,24 +193,36 @@ def published(
     """
     files = Files(locate(root, protocol.benchmark, layout))
     if list_file is not None:
-        rows = read_list(list_file, layout)
-        if not all(files.has(name) for row in rows for name in row):
-            files.call(_inner(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
+        rows = rows_of_list(files, list_file, layout)
     else:
-        there = files.names()
-        rows, _ = layout.rows(there)
-        if not _is_published(protocol, rows):
-            inner = _inner(there, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
-            if inner:
-                files.call(inner)
-                rows, _ = layout.rows(set(inner))
-        _prove(files.root, protocol, layout, there, [row[0] for row in rows])
+        rows, _ = rows_found(files, protocol, layout)
+        _prove(files.root, protocol, layout, files.names(), [row[0] for row in rows])
     names = [name for row in rows for name in row]
     missing = [name for name in names if not files.has(name)]
     if missing:
         listed = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise FileNotFoundError(f"{files.root}: {len(missing)} of the {len(names)} files listed are missing: {listed}")
     return files, rows
+
+
+def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Rows:
+    """The rows of a list, whose names the files go by from now on, wherever below the root they lie."""
+    rows = read_list(list_file, layout)
+    if not all(files.has(name) for row in rows for name in row):
+        files.call(_inner(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
+    return rows
+
+
+def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Rows, Rows]:
+    """The rows that the layout's rule finds, and those that lack a file; the files go by these names from now on."""
+    there = files.names()
+    rows = layout.rows(there)
+    if not _is_published(protocol, rows[0]):
+        inner = _inner(there, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
+        if inner:
+            files.call(inner)
+            return layout.rows(set(inner))
+    return rows
 
 
 def _inner(there: set[str], layout: FileLayout, worth: Callable[[set[str]], int]) -> dict[str, str]:

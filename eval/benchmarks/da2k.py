@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from PIL import Image
 from torch import Tensor
 
 from distill.core.files import inside
+from distill.data.photos import upright
 from distill.eval.benchmarks import BenchmarkSample, Download, prediction_path
 from distill.eval.benchmarks._files import Files
 from distill.eval.da2k import PointPair, Points, read_annotations, scene
@@ -44,7 +44,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
         BenchmarkSample(
             name,
             prediction_path(name),
-            partial(_image, folder, name),
+            partial(_image, folder, name, names),
             partial(_no_depth, name),
             scene(name),
             mark=partial(_points, folder, name, tuple(annotations[name])),
@@ -63,7 +63,13 @@ def _names(path: Path, annotations: dict[str, list[PointPair]]) -> list[str]:
     return names
 
 
-def _image(folder: Path, name: str) -> Tensor:
+def _image(folder: Path, name: str, names: list[str]) -> Tensor:
+    if not inside(folder, name).is_file():
+        missing = sum(not inside(folder, other).is_file() for other in names)
+        raise FileNotFoundError(
+            f"{folder}: {missing} of {len(names)} images are not there, {name} for one; unpack the data set again, "
+            "or name the others in a file for list, one per line"
+        )
     return Files(folder).rgb(name)
 
 
@@ -75,5 +81,4 @@ def _points(folder: Path, name: str, pairs: tuple[PointPair, ...]) -> Points:
     path = inside(folder, name)
     if not path.is_file():
         return Points(pairs)
-    with Image.open(path) as opened:
-        return Points(pairs, (opened.height, opened.width))
+    return Points(pairs, upright(path.read_bytes())[:2])

@@ -26,7 +26,9 @@ def _row(rgb: str) -> ListRow | None:
     return rgb, f"depth/{name}", f"mask_invalid/{name}", f"mask_transp/{name}"
 
 
-LAYOUT = FileLayout("ibims1_core_raw.tar", columns=1, row=_row)
+LAYOUT = FileLayout(
+    "ibims1_core_raw.tar", columns=1, row=_row, shape="rgb/, depth/, mask_invalid/ and mask_transp/ with NAME.png"
+)
 DOWNLOAD = Download(
     archive=LAYOUT.archive, manual="take ibims1_core_raw from the page of iBims-1 at mediaTUM, and unpack it"
 )

@@ -35,7 +35,9 @@ def _row(rgb: str) -> ListRow | None:
     return rgb, rgb.replace("/color/", "/depth/").removesuffix(".jpg") + ".png"
 
 
-LAYOUT = FileLayout("scannet/scannet_val_sampled_800_1.tar", columns=2, row=_row)
+LAYOUT = FileLayout(
+    "scannet/scannet_val_sampled_800_1.tar", columns=2, row=_row, shape="SCENE/color/N.jpg with SCENE/depth/N.png"
+)
 DOWNLOAD = Download(
     archive=LAYOUT.archive,
     manual="ScanNet is given to those who signed its terms of use: ask for access at http://www.scan-net.org, then "

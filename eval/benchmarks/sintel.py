@@ -1,13 +1,15 @@
 """MPI Sintel, the training frames of the animated film with their rendered depth: boundary F1.
 
 Root: the folder that holds training/final/SCENE/frame_N.png (MPI-Sintel-complete) and training/depth/SCENE/frame_N.dpt
-(MPI-Sintel-depth), unpacked into one. A .dpt is the float32 202021.25, width and height as int32, and float32 metres,
-all little-endian. list_file: frames to use, one per line. Which frames and which pass (final, clean) were scored is not
-published; the final pass of all training frames is ours. The sky is rendered far away and is left out of the fit.
+(MPI-Sintel-depth), unpacked into one or beside each other. A .dpt is the float32 202021.25, width and height as int32,
+and float32 metres, all little-endian. list_file: frames to use, one per line. Which frames and which pass (final,
+clean) were scored is not published; the final pass of all training frames is ours. The sky is rendered far away and is
+left out of the fit.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,22 @@ def _row(rgb: str) -> ListRow | None:
     return rgb, f"training/depth/{parts[2]}/{parts[3].removesuffix('.png')}.dpt"
 
 
-LAYOUT = FileLayout("MPI-Sintel.tar", columns=1, row=_row)
+_SHIPPED = re.compile(r"(?:^|/)((?:final|depth)/[^/]+/frame_\d+\.(?:png|dpt))$")
+
+
+def _canonical(name: str) -> str | None:
+    """Sintel's own folders, whose archives may be unpacked apart from each other."""
+    shipped = _SHIPPED.search(name)
+    return f"training/{shipped[1]}" if shipped and "test/" not in name else None
+
+
+LAYOUT = FileLayout(
+    "MPI-Sintel.tar",
+    columns=1,
+    row=_row,
+    shape="training/final/SCENE/frame_N.png with training/depth/SCENE/frame_N.dpt",
+    canonical=_canonical,
+)
 DOWNLOAD = Download(
     archive=LAYOUT.archive, manual="take the images and the depth from http://sintel.is.tue.mpg.de, unpacked into one"
 )

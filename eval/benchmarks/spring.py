@@ -41,7 +41,13 @@ def _row(rgb: str) -> ListRow | None:
     return rgb, f"{folder}/disp1_left/disp1_left_{number}.dsp5", f"{folder}/cam_data/intrinsics.txt"
 
 
-LAYOUT = FileLayout("spring.tar", columns=1, row=_row, strip="spring/")
+LAYOUT = FileLayout(
+    "spring.tar",
+    columns=1,
+    row=_row,
+    strip="spring/",
+    shape="train/SEQ/ with frame_left/frame_left_N.png, disp1_left/disp1_left_N.dsp5 and cam_data/intrinsics.txt",
+)
 DOWNLOAD = Download(
     archive=LAYOUT.archive,
     manual="take train_frame_left, train_disp1_left and train_cam_data from spring-benchmark.org",

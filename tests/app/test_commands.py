@@ -229,6 +229,10 @@ MISTAKES = {
     "report of nothing": (["report", "nowhere"], "nowhere"),
     "report of another folder": (["report", str(Path(__file__).parent)], "nothing of a run lies there"),
     "verify nothing": (["verify", "nowhere"], "nowhere"),
+    "file of a recipe's scores": (
+        ["score", "{recipe}", "--out", "s.json"],
+        "a recipe's scores lie in its run's folder",
+    ),
     "score of nothing": (["score"], "score takes a recipe, or --predictions"),
 }
 

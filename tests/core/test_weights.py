@@ -222,9 +222,8 @@ def test_shards_of_a_trainer_say_how_they_are_joined(tmp_path, name, said):
     torch.save({"module": {}, "optimizer_state_dict": {}}, tmp_path / name)
     with pytest.raises(WeightsMissingError, match=said):
         find_weights(tmp_path, ["*.safetensors"])
-    if name.endswith(".pt"):
-        with pytest.raises(WeightsMismatchError, match=said):
-            read_state(tmp_path / name)
+    with pytest.raises(WeightsMismatchError, match=said):
+        read_state(tmp_path / name)
 
 
 def test_a_cut_file_says_that_it_is_cut(tmp_path):

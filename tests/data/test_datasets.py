@@ -13,7 +13,7 @@ from distill.core.plugins import find
 from distill.data import published
 from distill.data.datasets import FOLDER, _index
 from distill.data.photos import BadImageError
-from tests.data.layouts import WRITERS, hypersim, hypersim_prepared, tartanair
+from tests.data.layouts import WRITERS, hypersim, hypersim_prepared, tartanair, virtual_kitti2
 
 # Rounded as each format rounds: float16, centimetres, millimetres.
 OFF = {"hypersim": 2e-3, "virtual_kitti2": 6e-3}
@@ -158,3 +158,42 @@ def test_a_root_or_an_index_that_is_not_there_says_what_to_do(tmp_path):
     (tmp_path / "INDEX.irs.tsv").write_text("name\trgb\tdepth\tfocal\tsplit\na\t../../x.png\td\t\t\n")
     with pytest.raises(ValueError, match="line 2 is damaged .its path climbs out"):
         _index.read("irs", tmp_path)
+
+
+def test_a_root_above_below_or_still_packed_is_said(tmp_path):
+    """As SeasonDepth/SeasonDepth#5 has it of DIODE, and DepthAnything/Depth-Anything-V2#138 of Virtual KITTI 2."""
+    virtual_kitti2(tmp_path / "data/vkitti2", frames(1, 12, 32))
+    for root, words in (
+        ("data", "it lies in .*/data/vkitti2: give that"),
+        ("data/vkitti2/Scene01", "it is a part of what lies in .*/data/vkitti2: give that"),
+    ):
+        with pytest.raises(FileNotFoundError, match=words):
+            _index.write("virtual_kitti2", tmp_path / root)
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/vkitti_2.0.3_rgb.tar").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"vkitti_2.0.3_rgb.tar should be unpacked; its layout is: SceneXX/"):
+        _index.write("virtual_kitti2", tmp_path / "packed")
+
+
+def test_an_index_of_images_without_any_depth_is_not_written(tmp_path):
+    virtual_kitti2(tmp_path, frames(1, 12, 32))
+    depth = tmp_path / "Scene01/clone/frames/depth"
+    depth.rename(tmp_path / "aside")
+    with pytest.raises(ValueError, match=r"without images .such as .*rgb_00000.jpg., and no pair: unpack the other"):
+        _index.write("virtual_kitti2", tmp_path)
+    assert not list(tmp_path.glob("*INDEX*"))
+    (tmp_path / "aside").rename(depth)
+    assert _index.write("virtual_kitti2", tmp_path).rows == 1
+
+
+def test_tartanair_whose_archives_lie_each_in_a_folder_of_its_own(tmp_path):
+    """As princeton-vl/DROID-SLAM#124 has it."""
+    tartanair(tmp_path / "plain", frames(2, 12, 32))
+    top, flight = tmp_path / "root/abandonedfactory/Easy", "abandonedfactory/Easy/P000"
+    for sort in ("image_left", "depth_left"):
+        (top / sort / flight).mkdir(parents=True)
+        (tmp_path / "plain" / flight / sort).rename(top / sort / flight / sort)
+    assert _index.write("tartanair", tmp_path / "root").rows == 2
+    row = _index.read("tartanair", tmp_path / "root")[1]
+    assert row.name == "abandonedfactory/Easy/image_left/abandonedfactory/Easy/P000/000001"
+    assert (tmp_path / "root" / row.depth).is_file()

@@ -162,10 +162,14 @@ def test_several_arrays_need_a_name(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "stored", ["x/rgb_1.npy", "x/rgb_1.png.npy", "x/pred_1.npy", "x/1_pred.npz", "x/rgb_1.NPY", "x/rgb_1_depth.npy"]
+    "stored",
+    [
+        *("x/rgb_1.npy", "x/rgb_1.png.npy", "x/pred_1.npy", "x/1_pred.npz", "x/rgb_1.NPY", "x/rgb_1_depth.npy"),
+        *("x/rgb_1_raw_depth_meter.npy", "x/rgb_1/depth.exr"),  # of Depth Anything V2's and MoGe's own scripts
+    ],
 )
 def test_names(tmp_path, stored):
-    (tmp_path / "x").mkdir()
+    (tmp_path / stored).parent.mkdir(parents=True)
     (tmp_path / stored).write_bytes(b"1")
     assert find_map(tmp_path, ["x/rgb_1.png"]) == tmp_path / stored
 

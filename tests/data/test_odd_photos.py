@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
 from distill.data import hdr, photos
+from distill.data.maps import BadMapError, decode_map
 from distill.data.photos import BadImageError, decode
 from tests.data.pictures import close, encoded, picture
 
@@ -278,3 +279,19 @@ def test_an_end_behind_half_a_photo_makes_no_grey_foot():
     image = np.asarray(textured()).copy()
     image[30:] = 128
     assert (decode(encoded(Image.fromarray(image), quality=90))[:, -8:] == 128).all(), "grey that was photographed"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda data: data.replace(b"\r\n", b"\n"), "line ends were changed"),
+        (lambda data: data.replace(b"\n", b"\r\n"), "line ends were changed"),
+        (lambda data: data.decode("utf-8", "replace").encode(), "read and stored as text"),
+    ],
+)
+def test_a_png_that_went_through_text_is_said(change, said):
+    data = change(encoded(form="PNG"))
+    with pytest.raises(BadImageError, match=f"{said}.*: copy it again as binary"):
+        decode(data)
+    with pytest.raises(BadMapError, match=said):
+        decode_map(data, "d.png")

@@ -96,6 +96,13 @@ def test_what_is_not_known_of_the_scale_becomes_the_kind(tmp_path, scale, kind, 
     assert one(tmp_path, scale, kind=kind).truth().kind == expected
 
 
+def test_a_scale_that_is_upside_down_is_said(tmp_path):
+    """As `png_depth_scale` of cvg/nice-slam#45 and Open3D's `depth_scale` (its #1225) are written: units per metre."""
+    with pytest.raises(ValueError, match=r"d.png: its nearest point comes to 210000 m: .* 5000 is perhaps its inverse"):
+        one(tmp_path, "5000", "0").truth()
+    assert one(tmp_path, "1/5000", "0").truth().values.max() < 14
+
+
 def test_a_map_of_another_size_takes_the_photographs_by_nearest_neighbour(tmp_path):
     pair = one(tmp_path, "1", "0")
     Image.fromarray(np.zeros((4, 8, 3), np.uint8)).save(tmp_path / "a.png")

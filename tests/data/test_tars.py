@@ -356,3 +356,11 @@ def test_a_folder_of_photos_has_no_other_fields_of_a_sample_either(tmp_path):
     assert [job.path.name for job in found.jobs] == ["1.jpg"] and found.passed[".depth.png"] == 1
     (by_name,) = survey([str(tmp_path / "1.depth.png")], out=tmp_path / "out").jobs
     assert by_name.path.name == "1.depth.png", "whoever names it means it"
+
+
+@pytest.mark.parametrize("name", ["sa_000000.tar.gz", "sa.tar.aa", "10000000_1_n.tar?_nc_cat=1&oh=00_AB"])
+def test_what_a_folder_has_in_place_of_tars_is_said(tmp_path, name):
+    """As SA-1B's links download it (facebookresearch/segment-anything#802), packed, split or under the link's name."""
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} should be unpacked or joined into a .tar"):
+        sources.tars(tmp_path)

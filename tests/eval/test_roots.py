@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import h5py
 import numpy as np
 import pytest
 
-from distill.eval.benchmarks import _nyu_mat, diode, eth3d, kitti, nyu
+from distill.eval.benchmarks import _nyu_mat, da2k, diode, eth3d, kitti, nyu, sintel
 from distill.eval.completeness import check_benchmark
 
 
@@ -29,6 +31,18 @@ def test_a_folder_above_will_do(tmp_path, above):
     touch(tmp_path / "root", *(above + name for name in DIODE))
     (sample,) = diode.samples(tmp_path / "root", tmp_path / "list.txt")
     assert sample.key == DIODE[0]
+
+
+def test_doctor_looks_where_scoring_does_and_says_how_files_should_lie(tmp_path):
+    """Sintel's archives unpacked apart, as jiah-cloud/Align3R#27 has them; a root of something else."""
+    touch(tmp_path / "root", "MPI-Sintel-complete/training/final/alley_1/frame_0001.png")
+    touch(tmp_path / "root", "MPI-Sintel-depth/training/depth/alley_1/frame_0001.dpt")
+    assert [sample.key for sample in sintel.samples(tmp_path / "root")] == ["training/final/alley_1/frame_0001.png"]
+    said = check_benchmark("sintel", tmp_path / "root")
+    assert any(finding.level == "ok" and finding.what.startswith("1 images") for finding in said)
+    touch(tmp_path / "other", "a.txt")
+    (bad,) = (finding for finding in check_benchmark("nyu", tmp_path / "other") if finding.level == "bad")
+    assert bad.what.startswith("0 images") and bad.remedy == "they should lie as test/SCENE/rgb_N.png with depth_N.png"
 
 
 def test_kitti_as_it_is_shipped(tmp_path):
@@ -91,3 +105,11 @@ def test_what_is_not_found_is_said_with_what_was_looked_for(tmp_path):
     touch(tmp_path, "labeled.mat")
     with pytest.raises(ValueError, match=r"test/SCENE/rgb_N\.png.*looked here and.*below.*only NYU's nyu_depth_v2"):
         nyu.samples(tmp_path)
+
+
+def test_an_annotated_image_that_is_not_there_says_how_many_are_not(tmp_path):
+    pair = [{"point1": [1, 2], "point2": [3, 4], "closer_point": "point1"}]
+    touch(tmp_path, "images/indoor/a.jpg")
+    (tmp_path / "annotations.json").write_text(json.dumps({f"images/indoor/{name}.jpg": pair for name in "abc"}))
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 images are not there, images/indoor/b.jpg for one"):
+        da2k.samples(tmp_path)[1].image()

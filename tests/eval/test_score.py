@@ -136,6 +136,23 @@ def test_a_prediction_that_cannot_be_scored_takes_the_mean_away(store, tmp_path,
     assert read_scores(tmp_path / "s.json") == got
 
 
+def test_a_map_of_what_the_protocol_cuts_off_is_to_be_cut_and_not_resized(store):
+    """As aliyun/NeWCRFs#7 and cleinc/bts#125 have it of KITTI: a resized map would be scored, and wrongly."""
+    broken(store / "part/pred_02.npy", "size")
+    got = score(store, "affine_depth", samples(), replace(CLEAN, crop="middle of image and truth"))
+    assert "truth (40, 56): scored is the middle of image and truth: cut the map alike before" in got.problems()[0]
+
+
+def test_a_truth_of_another_size_than_its_image_is_not_the_maps_fault(store):
+    """As ScanNet's exported frames are (ScanNet/ScanNet#109): colour of 1296 x 968, depth of 640 x 480."""
+    broken(store / "part/pred_02.npy", "size")
+    odd = [replace(sample, image=lambda: torch.zeros(3, 39, 56)) for sample in samples()]
+    assert (
+        "the truth is (40, 56), and its image (39, 56) as the map"
+        in score(store, "affine_depth", odd, CLEAN).problems()[0]
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "remark"),
     [

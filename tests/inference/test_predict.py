@@ -224,3 +224,10 @@ def test_a_map_that_is_declared_invalid_is_no_map():
     with pytest.raises(predict.BadImageError, match="is 0 everywhere: its training has collapsed"):
         predict._whole(everywhere, photo)
     assert predict._whole(everywhere, photo * 0).shape == (4, 4), "of a plain picture it may be"
+
+
+def test_beside_a_panorama_that_no_jpeg_holds_the_picture_is_smaller(tmp_path):
+    rgb, values = np.zeros((4, 33000, 3), np.uint8), np.zeros((4, 33000), np.float32)
+    predict.write_map(tmp_path / "side.jpg", "side", values, rgb, (0.0, 1.0), "affine_disparity")
+    with Image.open(tmp_path / "side.jpg") as side:
+        assert side.size == (33000, 2)

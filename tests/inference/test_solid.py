@@ -75,6 +75,13 @@ def test_the_camera_is_told_or_read_or_assumed(tmp_path):
     assert solid.Lens(fov=90).of(tmp_path / "phone.jpg", 24, 36).fx == pytest.approx(18)
 
 
+@pytest.mark.parametrize("focal", [18, 0.9])
+def test_intrinsics_in_millimetres_or_parts_of_the_sides_are_said(tmp_path, focal):
+    """As DepthAnything/Depth-Anything-V2#52 gives them: 18 of 6000 x 4000; MoGe's own are parts of the sides."""
+    with pytest.raises(ValueError, match=r"see 1\d\d degrees of an image of 6000 x 4000: they are in its pixels"):
+        solid.Lens(intrinsics=(focal, focal, 0.5, 0.5)).of(tmp_path / "a.jpg", 4000, 6000)
+
+
 def test_predict_writes_them_and_a_page_that_asks_for_nothing(tmp_path):
     photo, out = tmp_path / "a <b>.png", tmp_path / "out"
     Image.fromarray(RGB).save(photo)

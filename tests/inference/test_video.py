@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from fractions import Fraction
 
 import av
@@ -201,6 +202,35 @@ def test_a_page_in_a_films_place_is_named(tmp_path, data):
     shoot(tmp_path / "v.avi", 2, codec="MJPG")
     with pytest.raises(BadImageError, match="not a video: it is (text, beginning|a git-lfs)"):
         video.Film(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize(
+    ("matrix", "shown"),
+    [
+        ((0, 0, 0, 0), lambda rgb: rgb),  # of mp4box.js (its issue 284): no player turns such a film
+        ((-1, 0, 0, 1), lambda rgb: rgb[:, ::-1]),  # mirrored, which PyAV's angle calls 180 degrees
+        ((1, 0, 0, -1), lambda rgb: rgb[::-1]),
+        ((-1, 0, 0, -1), lambda rgb: rgb[::-1, ::-1]),
+        ((0, 1, -1, 0), lambda rgb: np.rot90(rgb, -1)),
+        ((0, -1, 1, 0), np.rot90),
+    ],
+)
+def test_a_film_is_shown_as_its_matrix_says(tmp_path, matrix, shown):
+    with video.writer(tmp_path / "v.mp4") as write:
+        write((np.arange(30 * 40 * 3).reshape(30, 40, 3) // 15).astype(np.uint8), 10)
+    data = bytearray((tmp_path / "v.mp4").read_bytes())
+    plain = next(iter(video.Film(tmp_path / "v.mp4")))
+    start = data.index(b"tkhd") + 44
+    a, b, c, d = (entry << 16 for entry in matrix)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "v.mp4").write_bytes(data)
+    assert np.array_equal(next(iter(video.Film(tmp_path / "v.mp4"))), shown(plain))
+
+
+def test_frames_wider_than_the_format_are_written_smaller(tmp_path):
+    with video.writer(tmp_path / "v.mp4") as write:
+        write(np.full((8, 8200, 3), 90, np.uint8), 10)
+    assert next(iter(video.Film(tmp_path / "v.mp4"))).shape == (4, 4100, 3)
 
 
 @pytest.mark.parametrize("turned", [0, 90])

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from distill import students
+from distill.students import encoder
 from distill.students.decoders import sdt
 from distill.students.encoder import Encoder, default_indices, statistics
 from tests.students.tiny import DINOV3, randomised, tiny
@@ -210,3 +211,19 @@ def test_unread_blocks_are_removed():
     assert len(encoder.backbone.blocks) == 4
     pairs = encoder(torch.rand(1, 3, 32, 32))
     assert torch.equal(pairs[0][0], pairs[1][0]) and not torch.equal(pairs[1][0], pairs[2][0])
+
+
+def test_weights_of_another_encoder_name_theirs(monkeypatch):
+    """As facebookresearch/dinov2#218 and its kin: registers, sizes and versions are easily taken for another."""
+    made = {}
+    for name in ("dinov2_vits14", "dinov2_vits14_reg"):
+        with torch.device("meta"):
+            made[name] = encoder._create(encoder.ALIASES[name], None, {"depth": 1})
+    monkeypatch.setattr(encoder, "_create", lambda name, *_: made["dinov2_vits14" + "_reg" * ("reg4" in name)])
+    with pytest.raises(ValueError, match=r"w.pth: .* has unclaimed reg_token; .*; they are of dinov2_vits14_reg"):
+        encoder._load(made["dinov2_vits14"], made["dinov2_vits14_reg"].state_dict(), "w.pth")
+
+
+def test_a_hub_id_in_place_of_an_encoder_is_told_its_name():
+    with pytest.raises(LookupError, match="did you mean dinov3_vits16plus, with its file as weights"):
+        Encoder("facebook/dinov3-vits16plus-pretrain-lvd1689m")

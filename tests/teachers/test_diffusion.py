@@ -13,6 +13,8 @@ import torch
 from distill import teachers
 from distill.core.depth import Kind
 from distill.teachers import (
+    WeightsMismatchError,
+    WeightsMissingError,
     fiffdepth,
     genpercept,
     marigold,
@@ -211,3 +213,32 @@ def test_a_vae_that_does_not_fit_works_image_by_image_and_then_in_tiles(made):
     assert within_memory(vae, work) == 1
     assert tried == [(False, False), (True, False), (True, True)]
     vae.disable_tiling()
+
+
+def test_a_trainers_folder_says_what_it_lacks(copy):
+    """As prs-eth/Marigold#89 has it: output/checkpoint/latest/unet and nothing else."""
+    folder = copy("marigold")
+    for part in ("vae", "text_encoder", "tokenizer"):
+        shutil.rmtree(folder / part)
+    with pytest.raises(WeightsMissingError, match="lacks vae, text_encoder, tokenizer: copy them from the checkpoint"):
+        marigold.Teacher.load(str(folder))
+
+
+def test_networks_of_the_same_parts_that_give_no_depth_are_refused(copy):
+    folder = copy("marigold")
+    (folder / "model_index.json").write_text('{"_class_name": "MarigoldNormalsPipeline"}')
+    with pytest.raises(WeightsMismatchError, match="is a MarigoldNormalsPipeline by its model_index.json"):
+        marigold.Teacher.load(str(folder))
+    folder = copy("genpercept")
+    config = json.loads((folder / "unet/config.json").read_text())
+    config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 4}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    state = safetensors.torch.load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    for layer, width in (("linear_1", 4), ("linear_2", 32)):
+        state |= {
+            f"class_embedding.{layer}.weight": torch.zeros(32, width),
+            f"class_embedding.{layer}.bias": torch.zeros(32),
+        }
+    safetensors.torch.save_file(state, folder / "unet/diffusion_pytorch_model.safetensors")
+    with pytest.raises(WeightsMismatchError, match="its UNet wants a task beside the image, as Lotus's"):
+        genpercept.Teacher.load(str(folder))

@@ -62,6 +62,12 @@ def test_a_view_of_known_camera_is_found_again():
     assert [one.item() for one in moge.camera(points, ~every)] == [1.0, 0.0]
 
 
+def test_the_first_moge_is_named(tmp_path):
+    torch.save({"model_config": {"encoder": "dinov2_vitl14"}, "model": {"a": torch.zeros(1)}}, tmp_path / "model.pt")
+    with pytest.raises(WeightsMismatchError, match="model.pt is of MoGe-1, by its model_config"):
+        moge.Teacher.load(str(tmp_path / "model.pt"))
+
+
 def test_weights_are_claimed_one_by_one(made, tmp_path):
     teacher = load(made, "moge")
     assert teacher.takes_focal and teacher.field_of_view(IMAGES).shape == (2,)

@@ -10,8 +10,11 @@ import safetensors.torch
 import torch
 
 from distill import teachers
+from distill.core import hub
 from distill.core.plugins import find
 from distill.teachers import (
+    WeightsMismatchError,
+    WeightsMissingError,
     depth_anything_v2,
     marigold,
 )
@@ -170,6 +173,54 @@ def test_a_hub_id_may_name_a_file_and_a_revision(monkeypatch, tmp_path):
     assert asked == [("org/name", "abc", "large/model.safetensors")]
     with pytest.raises(teachers.WeightsMissingError, match="org/name has no small/model.safetensors"):
         teachers.resolve("org/name/small/model.safetensors", files=())
+
+
+@pytest.mark.parametrize("place", ["tree/main/small", "resolve/main/small/model.safetensors?download=true"])
+def test_the_address_of_a_page_is_a_hub_id(monkeypatch, tmp_path, place):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small/model.safetensors").write_bytes(b"")
+    asked = []
+
+    def download(repository, *, files, revision):
+        asked.append((repository, revision))
+        return tmp_path
+
+    monkeypatch.setattr(hub, "download", download)
+    found = teachers.resolve(f"https://huggingface.co/org/name/{place}", files=("*",))
+    assert found.is_relative_to(tmp_path / "small") and asked == [("org/name", "main")]
+
+
+def test_a_folder_of_the_hubs_cache_is_its_snapshot_and_a_link_to_nothing_is_said(tmp_path):
+    """As PozzettiAndrea/ComfyUI-TRELLIS2#71 and huggingface/huggingface_hub#4550 have them."""
+    snapshot = tmp_path / "models--org--name/snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    assert teachers.resolve(tmp_path / "models--org--name", files=()) == snapshot
+    (snapshot / "model.safetensors").symlink_to("../../blobs/gone")
+    with pytest.raises(WeightsMissingError, match=r"model.safetensors is a link to nothing, .*: download it again"):
+        teachers.find_weights(snapshot, ("*.safetensors",))
+
+
+def test_a_metric_checkpoint_is_known_by_the_errors_that_its_trainer_stored(tmp_path):
+    """As Depth Anything V2's metric_depth/train.py writes it: the names and shapes are the relative ones'."""
+    best = dict.fromkeys(("d1", "abs_rel", "silog"), 0.1)
+    torch.save({"model": {"module.a": torch.zeros(1)}, "epoch": 1, "previous_best": best}, tmp_path / "latest.pth")
+    with pytest.raises(ValueError, match=r"latest.pth is a metric checkpoint by .*: give max_depth"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "latest.pth"))
+    with pytest.raises(WeightsMismatchError, match="is not a Depth Anything V2 checkpoint"):
+        depth_anything_v2.Teacher.load(str(tmp_path / "latest.pth"), max_depth=20.0)
+
+
+def test_the_first_depth_anything_is_known_by_its_folder(tmp_path):
+    """As LiheYoung/Depth-Anything#19 lays it: its tensors have V2's names and shapes, and mean others."""
+    folder = tmp_path / "checkpoints/depth_anything_vitl14"
+    folder.mkdir(parents=True)
+    torch.save({"pretrained.cls_token": torch.zeros(1, 1, 4)}, folder / "pytorch_model.bin")
+    with pytest.raises(WeightsMismatchError, match="pytorch_model.bin is Depth Anything V1 by its name"):
+        depth_anything_v2.Teacher.load(str(folder / "pytorch_model.bin"))
+    other = folder.rename(tmp_path / "v1")
+    (other / "config.json").write_text('{"encoder": "vitl", "features": 256, "out_channels": [256, 512, 1024, 1024]}')
+    with pytest.raises(WeightsMismatchError, match="v1 is Depth Anything V1 by its name or config.json"):
+        depth_anything_v2.Teacher.load(str(other))
 
 
 def test_cards_are_recognised_by_name():

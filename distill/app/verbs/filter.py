@@ -75,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
     for verdict in verdicts:
         for number, error in list(verdict.errors.items())[:3]:
             note(f"{verdict.source.names[number]}: {error}")
+        if verdict.errors and len(verdict.errors) == len(verdict.reasons):
+            raise ValueError(f"{verdict.source.what}: none of its {len(verdict.errors)} samples can be read (above)")
         if not verdict.kept:
             raise ValueError(f"{verdict.source.what}: nothing is left; lower --valid, --worst or --cut")
     if not args.no_page:

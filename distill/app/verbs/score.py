@@ -49,8 +49,11 @@ def run(args: argparse.Namespace) -> int:
     if bool(args.recipe) == bool(args.predictions):
         raise ValueError("score takes a recipe, or --predictions with --kind, --benchmark, --root and --out")
     if args.recipe:
-        of_maps = ("kind", "benchmark", "root", "list", "protocol", "offset_positive", "model", "allow_failed", "out")
-        given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in of_maps}
+        refuse({"--out": args.out}, "of --predictions; a recipe's scores lie in its run's folder")
+        of_maps = ("kind", "model", "allow_failed")
+        refuse({f"--{name.replace('_', '-')}": getattr(args, name) for name in of_maps}, "of --predictions")
+        of_data = ("benchmark", "root", "list", "protocol", "offset_positive")
+        given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in of_data}
         given["--alignment"] = None if args.alignment == "auto" else args.alignment
         refuse(given, "of --predictions; a recipe says it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)")
         from distill.app.commands import run_score

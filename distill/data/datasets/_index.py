@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from distill.core import files
 from distill.core.plugins import find, short_name
 from distill.core.progress import Report
-from distill.data.datasets import FOLDER, Group, Row
+from distill.data.datasets import FOLDER, Group, Row, folders_of
 
 COLUMNS = ("name", "rgb", "depth", "focal", "split")
 _END = "#end"
@@ -46,7 +49,8 @@ def place(name: str, root: Path) -> Path:
 def write(name: str, root: Path, out: Path | None = None, *, report: Report | None = None) -> Indexed:
     """Walks the data set `name` below `root` and writes its index, by default to `place(name, root)`.
 
-    Raises FileNotFoundError where nothing of the data set lies there, LookupError for an unknown name.
+    Raises FileNotFoundError where nothing of the data set lies there, ValueError where no image has its depth,
+    LookupError for an unknown name.
     """
     plugin = find(FOLDER, name)
     if not root.is_dir():
@@ -54,8 +58,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     path = out or place(name, root)
     groups = sorted(set(plugin.groups(root)))
     if not groups:
-        layout = " ".join((plugin.__doc__ or "").split())
-        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; its layout is: {layout[:400]}")
+        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; {_whereabouts(plugin, root)}")
     aside = files.aside(path)
     with files.naming(path):
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +72,50 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
                     file.flush()
                 if report:
                     report(number + 1, len(groups))
-        return _finish(path, aside, groups, len(done))
+        return _finish(path, aside, groups, len(done), partial(_no_pair, plugin, root))
+
+
+def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]) -> ValueError:
+    """Of images that all lack their depth, or the other way round: an archive that was not unpacked."""
+    first = next(iter([*alone, *spare]), "")
+    return ValueError(
+        f"{root}: images of {plugin.FACTS.title} without depth, or depth without images (such as {first}), and no "
+        f"pair: unpack the other archive too; {_layout(plugin)}"
+    )
+
+
+def _layout(plugin: Any) -> str:
+    """`its layout is: SCENE/...`: what a plug-in says of its files, without its title."""
+    told = (plugin.__doc__ or "").strip().partition("\n\n")
+    return f"its layout is: {' '.join((told[2] or told[0]).split())[:300]}"
+
+
+def _whereabouts(plugin: Any, root: Path) -> str:
+    """Where the data set lies instead, what is to be unpacked, or how it should lie."""
+    looked = root.resolve()
+    if there := next((inner for inner in _inner(looked) if _holds(plugin, inner, inner)), None):
+        return f"it lies in {there}: give that"
+    if above := next((above for above in looked.parents[:2] if _holds(plugin, above, looked)), None):
+        return f"it is a part of what lies in {above}: give that"
+    packed = sorted(path.name for path in looked.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
+    if packed:
+        more = f" and {len(packed) - 1} more" if packed[1:] else ""
+        return f"{packed[0]}{more} should be unpacked; {_layout(plugin)}"
+    return _layout(plugin)
+
+
+def _holds(plugin: Any, root: Path, within: Path) -> bool:
+    """Whether the first groups of `root` that lie in the folder `within` have rows."""
+    groups = (group for group in plugin.groups(root) if (root / group).is_relative_to(within))
+    return any(plugin.rows(root, group).rows for group in islice(groups, 3))
+
+
+def _inner(folder: Path) -> Iterator[Path]:
+    """The folders in it, three levels down, those above first; of wide ones the first few."""
+    level = [folder]
+    for _ in range(3):
+        level = [inner for outer in level for inner in islice(folders_of(outer), 20)][:100]
+        yield from level
 
 
 def _lines(group: str, found: Group) -> str:
@@ -100,8 +146,14 @@ def _begun(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
     return set(done)
 
 
-def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Indexed:
-    """The file aside as an index: rows alone, under its name."""
+def _finish(
+    path: Path,
+    aside: Path,
+    groups: Sequence[str],
+    resumed: int,
+    no_pair: Callable[[Sequence[str], Sequence[str]], Exception],
+) -> Indexed:
+    """The file aside as an index: rows alone, under its name; no_pair: what to raise where there is none."""
     rows = alone = spare = 0
     examples: list[str] = []
     spares: list[str] = []
@@ -122,6 +174,9 @@ def _finish(path: Path, aside: Path, groups: Sequence[str], resumed: int) -> Ind
                     seen.add(cells[0])
                     out.write(line)
                     rows += 1
+        if not rows:
+            aside.unlink()  # what is missing may lie there the next time
+            raise no_pair(examples, spares)
     aside.unlink()
     return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed, spare, tuple(spares[:3]))
 

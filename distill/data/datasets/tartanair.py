@@ -2,7 +2,8 @@
 
 ENVIRONMENT/DIFFICULTY/PNNN/image_left/IIIIII_left.png beside .../depth_left/IIIIII_left_depth.npy: metres along the
 axis. The sky is a sphere far away ("e.g. 10000" say the authors): from 1000 m on a value is taken for it (ours). Its
-zip files unpack to ENVIRONMENT/ENVIRONMENT/..., which is read too.
+zip files unpack to ENVIRONMENT/ENVIRONMENT/..., or each into a folder of its own name (image_left/ENVIRONMENT/...
+and depth_left/ENVIRONMENT/... below DIFFICULTY), which is read too.
 """
 
 from __future__ import annotations
@@ -35,17 +36,19 @@ FACTS = Facts(
 def groups(root: Path) -> Iterator[str]:
     """abandonedfactory/Easy/P000."""
     for world in folders_of(root):
-        for top in (world, world / world.name):
-            for difficulty in ("Easy", "Hard"):
-                prefix = f"{top.relative_to(root).as_posix()}/{difficulty}"
-                flights = folders_of(top / difficulty)
+        for difficulty in ("Easy", "Hard"):
+            own = f"{difficulty}/image_left/{world.name}/{difficulty}"  # image_left.zip in a folder of its name
+            for inner in (difficulty, f"{world.name}/{difficulty}", own, f"{world.name}/{own}"):
+                flights = folders_of(world / inner)
+                prefix = f"{world.name}/{inner}"
                 yield from (f"{prefix}/{flight.name}" for flight in flights if (flight / "image_left").is_dir())
 
 
 def rows(root: Path, group: str) -> Group:
     """The left pictures of one flight."""
     images = frames(files_of(root / group / "image_left"), "", "_left.png")
-    depths = frames(files_of(root / group / "depth_left"), "", "_left_depth.npy")
+    beside = group.replace("/image_left/", "/depth_left/")
+    depths = frames(files_of(root / beside / "depth_left"), "", "_left_depth.npy")
     return paired(root, images, depths, prefix=group, focal=FOCAL)
 
 
