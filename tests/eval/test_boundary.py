@@ -16,14 +16,16 @@ from PIL import Image
 from distill.app import commands
 from distill.app.cli import main
 from distill.app.recipe import parse
-from distill.core.depth import Kind
+from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.plugins import find
 from distill.eval.benchmarks import prediction_path
 from distill.eval.boundary import boundary_f1, boundary_recall, thin
 from distill.eval.completeness import check_benchmark
 from distill.eval.da2k import read_annotations
+from distill.eval.protocol import Protocol
 from distill.eval.reports.report import write_report
 from distill.eval.score import Score, read_scores, score_predictions
+from distill.eval.tasks import TASKS
 from tests.conftest import golden_folder
 from tests.eval.known_maps import Echo
 
@@ -200,6 +202,26 @@ def test_an_unknown_shift_is_fitted_before_edges_are_compared(tmp_path):
     assert got.metrics["boundary_f1"] > 0.9 and got.num_failed == 0
     with pytest.raises(ValueError, match="sintel takes no other alignment"):
         scored(tmp_path, "sintel", "affine_disparity", {FRAME: pred}, root, alignment="median")
+
+
+@pytest.mark.parametrize("kind", [*Kind])
+def test_a_disparity_or_a_scale_is_a_truth_of_edges_and_an_unknown_shift_is_none(kind):
+    depth = torch.full((1, 12, 12), 400.0)
+    depth[:, 4:8, 4:8] = 100.0
+
+    def map_of(one: Kind) -> torch.Tensor:
+        return depth if one.quantity == "depth" else 1 / depth
+
+    truth = DepthMap(map_of(kind), torch.ones_like(depth, dtype=torch.bool), kind)
+    # A range in metres is of a truth in metres.
+    protocol = Protocol(benchmark="pairs", max_depth=1000.0 if kind.unknown == "metric" else 80.0).of_edges()
+    for predicted in Kind:
+        given = (map_of(predicted)[0].numpy(), truth, predicted, protocol.with_kind(predicted))
+        if kind.unknown == "affine":
+            with pytest.raises(KindError, match="says no ratio of depths"):
+                TASKS["boundary_f1"].measure(*given)
+        else:
+            assert float(TASKS["boundary_f1"].measure(*given).sums[1]) == 1.0, predicted
 
 
 def test_a_cut_depth_file_is_a_line(tmp_path):
