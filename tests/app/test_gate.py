@@ -53,6 +53,17 @@ def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
         gate.Gate("ramp").check(exact, lambda image: exact(image) * torch.nan, Kind.AFFINE_DISPARITY, "out")
 
 
+def test_a_tenth_of_a_point_is_the_most_that_may_be_lost(monkeypatch):
+    monkeypatch.setattr(gate.Gate, "samples", lambda self: ([ramp(0)], PROTOCOL))
+    scores = {"before": 0.95, "just": 0.9491, "more": 0.9489, "none": float("nan")}
+    monkeypatch.setattr(gate, "delta1", lambda run, *_: scores[run])
+    gate.Gate("ramp").check("before", "just", Kind.AFFINE_DISPARITY, "out")
+    gate.Gate("ramp").check("more", "before", Kind.AFFINE_DISPARITY, "out")
+    for name in ("more", "none"):
+        with pytest.raises(gate.QualityError, match="not written"):
+            gate.Gate("ramp").check("before", name, Kind.AFFINE_DISPARITY, "out")
+
+
 def test_many_samples_are_spread_evenly():
     assert gate._spread(3) == [0, 1, 2]
     spread = gate._spread(1000)

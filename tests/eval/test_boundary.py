@@ -24,7 +24,7 @@ from distill.eval.completeness import check_benchmark
 from distill.eval.da2k import read_annotations
 from distill.eval.protocol import Protocol
 from distill.eval.reports.report import write_report
-from distill.eval.score import Score, read_scores, score_predictions
+from distill.eval.score import Score, _group_mean, read_scores, score_predictions
 from distill.eval.tasks import TASKS
 from tests.conftest import golden_folder
 from tests.eval.known_maps import Echo
@@ -347,6 +347,12 @@ def test_order_is_strict_and_failures_take_the_accuracy_away(tmp_path):
     (tmp_path / "list.txt").write_text("images/indoor/a.jpg\n")
     assert got(list_file=tmp_path / "list.txt").num_images == 1
     assert [f.level for f in check_benchmark("da2k", tmp_path)][0] == "ok"
+
+
+def test_the_mean_over_scenes_is_of_all_scenes_or_none():
+    groups = {name: {"num_images": 1, "metrics": {"accuracy": value}} for name, value in (("a", 1.0), ("b", None))}
+    assert _group_mean(TASKS["order"], groups) is None
+    assert _group_mean(TASKS["order"], {"a": groups["a"]}) == 1.0
 
 
 @pytest.mark.parametrize("name", ["da2k", "sintel", "am2k"])
