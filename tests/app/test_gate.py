@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -41,6 +43,16 @@ def worse(image):
 
 def test_delta1_is_one_for_the_truth_itself(samples):
     assert gate.delta1(exact, samples, PROTOCOL, Kind.AFFINE_DISPARITY) == 1.0
+
+
+def test_an_image_without_truth_counts_for_nobody_and_none_is_a_line(samples):
+    plain = samples[0].truth()
+    nowhere = DepthMap(plain.values, torch.zeros_like(plain.valid), plain.kind)
+    samples.append(replace(samples[0], truth=lambda: nowhere))
+    assert gate.delta1(exact, samples, PROTOCOL, Kind.AFFINE_DISPARITY) == 1.0
+    for none in (samples[-1:], []):
+        with pytest.raises(ValueError, match="none of the images that the gate looks at has a valid truth"):
+            gate.delta1(exact, none, PROTOCOL, Kind.AFFINE_DISPARITY)
 
 
 def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
