@@ -27,11 +27,12 @@ from distill.core import files, hub
 from distill.core.progress import Report
 from distill.shards import shards
 from distill.shards.readme import labels_readme
+from distill.shards.tables import REGIONS
 from distill.students import checkpoint
 from distill.students.modelcard import page_of
 from distill.teachers import revision_of
 
-SUMS, LIST = "SHA256SUMS", "regions.jsonl"
+SUMS, LIST = "SHA256SUMS", REGIONS
 _LFS = ("*.tar", "*.safetensors", "*.onnx", "*.pt2")
 _SHARES = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
 _KEEPS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)

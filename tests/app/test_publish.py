@@ -68,6 +68,9 @@ def test_labels_without_their_photographs(labels, tmp_path):
     ]
     photo = source.extractfile(name).read()
     assert lines[0]["file_sha256"] == hashlib.sha256(photo).hexdigest() and lines[0]["crop"]["side"] > 0
+    for read in (LabelDataset, verify):
+        with pytest.raises(ValueError, match="out was published without its photographs, which training needs"):
+            read(out)
     card = card_metadata(out / "README.md")
     assert card["configs"][0]["data_files"] == "*.tar" and "depth-estimation" in card["task_categories"]
     text = (out / "README.md").read_text()
