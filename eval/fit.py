@@ -103,7 +103,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
     """
     path = way(kind, truth.kind, protocol.alignment)
     if truth.kind.unknown != "affine":
-        truth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
+        truth = as_depth(truth)
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     flat_pred, flat_truth = _gather(valid, pred, values)
     if protocol.mask_range and path.metres:
@@ -143,11 +143,20 @@ def _scale_error(pred: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
     return float(ratio) - 1.0
 
 
+def as_depth(truth: DepthMap) -> DepthMap:
+    """A truth (1,H,W) as depth; KindError where its shift is unknown."""
+    if truth.kind.unknown == "affine":
+        raise KindError(f"{truth.kind} says no ratio of depths, since its shift is unknown: it needs another truth")
+    return truth.convert(Kind(f"{truth.kind.unknown}_depth"))
+
+
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
     """A prediction (H,W) as depth (H,W), and how it was aligned: fitted where its shift is unknown, else as it is.
 
     The fit sees the valid truth inside the protocol's range; the map is clipped as the protocol says. Sums are empty.
+    Raises KindError for a truth whose shift is unknown.
     """
+    truth = as_depth(truth)
     fitted = protocol.with_kind(kind)
     path = way(kind, truth.kind, fitted.alignment)
     if path.unknown != "affine":
@@ -157,14 +166,15 @@ def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Proto
         return depth, ImageErrors(torch.zeros(0), {}, 1.0, 0.0, ())
     measured = measure(pred, truth, kind, fitted)
     line = pred * np.float32(measured.scale) + np.float32(measured.shift)
-    metres, inside = truth.values[0].numpy(), truth.valid[0].numpy()
-    inside = inside & (metres > protocol.min_depth) & (metres < protocol.max_depth)
-    low, high = max(1e-6, protocol.min_depth), protocol.max_depth
+    depths, inside = truth.values[0].numpy(), truth.valid[0].numpy()
+    low, high = (max(1e-6, protocol.min_depth), protocol.max_depth) if path.metres else (1e-6, float("inf"))
+    if path.metres:
+        inside = inside & (depths > protocol.min_depth) & (depths < protocol.max_depth)
     if path.fit == "disparity":
-        floor = 1.0 / float(metres[inside].max()) if protocol.disparity_floor is None else protocol.disparity_floor
+        floor = 1.0 / float(depths[inside].max()) if protocol.disparity_floor is None else protocol.disparity_floor
         line = 1.0 / np.maximum(line, floor)
     if protocol.clip == "truth":
-        low, high = max(low, float(metres[inside].min())), min(high, float(metres[inside].max()))
+        low, high = max(low, float(depths[inside].min())), min(high, float(depths[inside].max()))
     return np.clip(line, low, high), measured
 
 

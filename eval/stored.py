@@ -47,15 +47,19 @@ def predict(
     settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as JSON takes
     it; it is written to settings.json with the teacher's name and kind. used: how the teacher works in effect, defaults
     included; written beside them, and never a reason to refuse maps. Maps that are there already are kept, so that
-    an interrupted run continues; if they were made with other settings, ValueError says which and what to do. Use one
-    folder per benchmark. Each map is written aside and renamed; one that was damaged since is predicted again, of which
-    `tell` hears. A teacher that takes the camera's focal length is told each image's, where the benchmark knows it.
+    an interrupted run continues; if they were made with other settings, ValueError says which and what to do, and if
+    `used` has another "root" than they were made of, `tell` hears of it. Use one folder per benchmark. Each map is
+    written aside and renamed; one that was damaged since is predicted again, of which `tell` hears. A teacher that
+    takes the camera's focal length is told each image's, where the benchmark knows it.
     """
     store = Path(store)
     told = getattr(teacher, "takes_focal", False) and any(sample.focal for sample in samples)
     settings = {**settings, "focal": "each image's own"} if told else settings
     claim = {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)}
-    _claim(store, claim, used=dict(used or {}))
+    before = _claim(store, claim, used=dict(used or {}))
+    root, now = before.get("root"), (used or {}).get("root")
+    if tell and root and now and root != now:
+        tell(f"{store}: its maps are of the images in {root}, now in {now}: where those are others, delete it")
     todo = []
     for sample in samples:
         path = store / sample.prediction_path
@@ -161,8 +165,8 @@ def _unreadable(error: Exception) -> str:
     return f"not a readable .npy ({str(error).splitlines()[0] if str(error) else 'empty'})"
 
 
-def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> None:
-    """Make the folder ours for these settings, or raise ValueError where it is not.
+def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder ours for these settings, or raise ValueError where it is not; what was `used` for maps in it.
 
     Maps of the same weights and settings were made in the same way: what an older settings.json lacks is added.
     """
@@ -172,7 +176,7 @@ def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> None
     if settings_there == wanted:
         if used and not known:
             files.write_json(store / SETTINGS, {**wanted, "used": used}, sort_keys=True, allow_nan=True)
-        return
+        return known
     if settings_there is not None:
         a, b = ({**table, **table["settings"]} for table in (settings_there, wanted))
         names = sorted(key for key in a.keys() | b.keys() if key != "settings" and a.get(key) != b.get(key))
@@ -184,6 +188,7 @@ def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> None
         raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
     whole = {**wanted, "used": used} if used else wanted
     files.write_json(store / SETTINGS, whole, sort_keys=True, allow_nan=True)
+    return {}
 
 
 def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from distill.core.depth import DepthMap, Kind
 from distill.eval.boundary import boundary_f1, boundary_recall
 from distill.eval.da2k import Points, num_right
-from distill.eval.fit import ImageErrors, NoGroundTruthError, aligned_depth, measure
+from distill.eval.fit import ImageErrors, NoGroundTruthError, aligned_depth, as_depth, measure
 from distill.eval.metrics import METRICS, MetricRow, from_sums
 from distill.eval.protocol import Protocol
 
@@ -56,6 +56,7 @@ def _measure_f1(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protoco
     """Boundary F1 of the prediction as depth; affine kinds are aligned to the truth first."""
     if not bool(truth.valid.any()):
         raise NoGroundTruthError("the truth has no valid pixel")
+    truth = as_depth(truth)
     depth, aligned = aligned_depth(pred, truth, kind, protocol)
     value = boundary_f1(torch.from_numpy(depth)[None], truth.values, truth.valid)
     return ImageErrors(_one(value), {}, aligned.scale, aligned.shift, aligned.notes)

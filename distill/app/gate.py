@@ -6,6 +6,7 @@ where it loses more than MAY_DROP, which is a tenth of a point: less than seeds 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor
 from distill.core.depth import Kind
 from distill.core.plugins import find
 from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.fit import measure
+from distill.eval.fit import NoGroundTruthError, measure
 from distill.eval.metrics import from_sums
 from distill.eval.protocol import Protocol
 from distill.shards.shards import MANIFEST, LabelDataset
@@ -75,9 +76,13 @@ class Gate:
 
 
 def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kind: Kind) -> float:
-    """The mean over images; run: (3,H,W) in [0,1] to (H,W), a map of `kind`."""
-    fitted = protocol.with_kind(kind)
-    sums = [measure(run(sample.image()).numpy(), sample.truth(), kind, fitted).sums for sample in samples]
+    """The mean over images; run: (3,H,W) in [0,1] to (H,W), a map of `kind`. ValueError where no image has a truth."""
+    fitted, sums = protocol.with_kind(kind), []
+    for sample in samples:
+        with contextlib.suppress(NoGroundTruthError):  # a label whose fit was dropped is nowhere valid
+            sums.append(measure(run(sample.image()).numpy(), sample.truth(), kind, fitted).sums)
+    if not sums:
+        raise ValueError("none of the images that the gate looks at has a valid truth: give another --gate")
     return float(from_sums(torch.stack(sums))["delta1"].mean())
 
 

@@ -69,7 +69,7 @@ def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) ->
     """[latent] as the trainer takes it. labels: the name of their folder, which is a hash of what is in them."""
     spec, train = recipe.latent, recipe.train
     cache = None
-    if spec.cache and not (recipe.crops.redraw or train.color_jitter or train.random_resized_crop < 1.0):
+    if spec.cache and not (recipe.crops.redraw or train.redraws):
         vae = find_weights(student.fixed.base / "vae", ("*.safetensors", "*.bin"))
         identity = {
             "labels": labels,

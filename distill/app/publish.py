@@ -9,13 +9,14 @@ A folder is written aside and renamed. Nothing is uploaded: `hf upload OWNER/NAM
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,11 +27,12 @@ from distill.core import files, hub
 from distill.core.progress import Report
 from distill.shards import shards
 from distill.shards.readme import labels_readme
+from distill.shards.tables import REGIONS
 from distill.students import checkpoint
 from distill.students.modelcard import page_of
 from distill.teachers import revision_of
 
-SUMS, LIST = "SHA256SUMS", "regions.jsonl"
+SUMS, LIST = "SHA256SUMS", REGIONS
 _LFS = ("*.tar", "*.safetensors", "*.onnx", "*.pt2")
 _SHARES = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
 _KEEPS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)
@@ -60,25 +62,24 @@ def publish_labels(
         raise ValueError(f"{folder} is not whole: {problems[0]}; run distill verify {folder} --repair")
     manifest = shards.read_manifest(folder)
     shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
-    aside = _begin(out)
     # Where this machine keeps its photographs is nobody's business.
     kept_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
-    if shared:
-        for name in [shard["name"] for shard in manifest["shards"]]:
-            shutil.copyfile(folder / name, aside / name)
-            beside = Path(name).with_suffix(".json")
-            shutil.copyfile(folder / beside, aside / beside)
-        if (folder / shards.SETTINGS).is_file():
-            shutil.copyfile(folder / shards.SETTINGS, aside / shards.SETTINGS)
-        listed = 0
-    else:
-        known = _file_hashes(sources) if sources else {}
-        manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], known)
-        files.write_text(aside / LIST, "".join(f"{json.dumps(line)}\n" for line in lines))
-        listed = len(lines)
-    shards.write_manifest(aside, {**manifest, "recipe": kept_recipe})
-    files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
-    _finish(aside, out)
+    listed = 0
+    with _writing(out) as aside:
+        if shared:
+            for name in [shard["name"] for shard in manifest["shards"]]:
+                shutil.copyfile(folder / name, aside / name)
+                beside = Path(name).with_suffix(".json")
+                shutil.copyfile(folder / beside, aside / beside)
+            if (folder / shards.SETTINGS).is_file():
+                shutil.copyfile(folder / shards.SETTINGS, aside / shards.SETTINGS)
+        else:
+            known = _file_hashes(sources) if sources else {}
+            manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], known)
+            files.write_text(aside / LIST, "".join(f"{json.dumps(line)}\n" for line in lines))
+            listed = len(lines)
+        shards.write_manifest(aside, {**manifest, "recipe": kept_recipe})
+        files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
     return {
         "out": str(out),
         "samples": manifest["samples"],
@@ -206,45 +207,40 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
     student = checkpoint.load(folder) if about["encoder_weights"] is None else None
     card = checkpoint.read_card(folder)
     card = card | scored(folder, revision_of(folder))
-    aside = _begin(out)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            shutil.copyfile(path, aside / path.name)
-    if student is not None:
-        bits = 4 if about["weights"]["dtype"] == "int4" else None
-        num_bytes = (folder / checkpoint.WEIGHTS).stat().st_size
-        page = page_of(student, out.name, card, bits=bits, num_bytes=num_bytes)
-        files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
-    if not (aside / checkpoint.CARD).is_file():
-        raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")
-    _finish(aside, out)
+    with _writing(out) as aside:
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and not path.name.startswith("."):
+                shutil.copyfile(path, aside / path.name)
+        if student is not None:
+            bits = 4 if about["weights"]["dtype"] == "int4" else None
+            num_bytes = (folder / checkpoint.WEIGHTS).stat().st_size
+            page = page_of(student, out.name, card, bits=bits, num_bytes=num_bytes)
+            files.write_text(aside / checkpoint.CARD, page.replace("THIS FOLDER", f"OWNER/{out.name}"))
+        if not (aside / checkpoint.CARD).is_file():
+            raise ValueError(f"{folder}: has no card; give it one first: distill export {folder} OUT --card FILE.toml")
     return {"out": str(out), "commercial": card.get("commercial"), "scores": len(card.get("scores", []))}
 
 
 # --- both -------------------------------------------------------------------------------------------------------------
 
 
-def _begin(out: Path) -> Path:
-    """An empty folder beside `out`; ValueError where `out` holds anything that was not published here."""
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` with checksums and LFS rules, once it is checked.
+
+    ValueError where `out` holds anything that was not published here.
+    """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SUMS).is_file())):
         raise ValueError(f"{out} is there and was not published by this command: give another folder")
-    aside = files.aside(out)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    return aside
-
-
-def _finish(aside: Path, out: Path) -> None:
-    """Checksums, LFS rules and the check; then the folder takes its place."""
-    rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS)
-    files.write_text(aside / ".gitattributes", rules)
-    named = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != ".gitattributes")
-    sums = "".join(f"{files.file_sha256(path)}  {path.relative_to(aside).as_posix()}\n" for path in named)
-    files.write_text(aside / SUMS, sums)
-    if faults := check(aside):
-        raise ValueError(f"{out}: not published: {'; '.join(faults)}")
-    shutil.rmtree(out, ignore_errors=True)
-    files.publish(aside, out)
+    with files.writing_folder(out) as aside:
+        yield aside
+        rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS)
+        files.write_text(aside / ".gitattributes", rules)
+        named = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != ".gitattributes")
+        sums = "".join(f"{files.file_sha256(path)}  {path.relative_to(aside).as_posix()}\n" for path in named)
+        files.write_text(aside / SUMS, sums)
+        if faults := check(aside):
+            raise ValueError(f"{out}: not published: {'; '.join(faults)}")
 
 
 def check(folder: Path) -> list[str]:

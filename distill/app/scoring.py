@@ -92,4 +92,5 @@ def how_used(recipe: Recipe, model: str, teacher: Any, benchmark: BenchmarkSetti
     """How a model works in effect, defaults included: what a paper's number is compared by (eval.papers)."""
     spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
     effect = {key: getattr(teacher, key) for key in USED if hasattr(teacher, key)}
+    effect |= {"root": benchmark.root} if benchmark.root else {}
     return {"benchmark": benchmark.name, "dtype": spec.dtype if spec else "float32", **effect}

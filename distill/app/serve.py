@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tempfile
 import threading
 import time
@@ -63,6 +64,11 @@ class DepthServer(ThreadingHTTPServer):
             self.server_close()
             raise
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tells of a fault, but not of a browser that went away before its answer."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     def predict(self, data: bytes) -> dict[str, Any]:
         """Keeps the map of an image file's bytes; its number and what it is. Raises BadImageError, ValueError."""
         with self.turn:  # one at a time: a model's memory is meant for one image
@@ -104,6 +110,9 @@ class _Answers(BaseHTTPRequestHandler):
         except (ValueError, LookupError) as error:
             self._fault(400, str(error))
             return
+        except OSError as error:  # a file is made in a folder of the system's for such
+            self._fault(500, str(error))
+            return
         self._send(200, data, suffix)
 
     def do_POST(self) -> None:  # noqa: N802
@@ -113,18 +122,21 @@ class _Answers(BaseHTTPRequestHandler):
             self._refuse(403, "another site's page may not use this one")
             return
         length = self.headers.get("Content-Length", "")
-        if urlsplit(self.path).path != "/predict" or not length.isdecimal() or not 0 < int(length) <= MOST_BYTES:
+        size = int(length[:20]) if length.isdecimal() else 0  # Python refuses numbers of thousands of digits
+        if urlsplit(self.path).path != "/predict" or not 0 < size <= MOST_BYTES:
             most = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
             self._refuse(413 if length.isdecimal() else 400, most)
             return
-        data = self.rfile.read(int(length))
+        data = self.rfile.read(size)
         try:
-            self._send(200, json.dumps(self.server.predict(data)).encode(), ".json")
+            about = self.server.predict(data)
         except (BadImageError, ValueError, OSError) as error:
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             self._fault(500, f"the model failed on it: {reason}")
+        else:
+            self._send(200, json.dumps(about).encode(), ".json")
 
     def _refuse(self, code: int, text: str) -> None:
         """A fault before the body was read, which then stands in the way of another request."""

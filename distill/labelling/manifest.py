@@ -20,7 +20,7 @@ from distill.labelling.alignment import Aligned
 from distill.labelling.bridge import Bridged
 from distill.labelling.finishing import stored_kind
 from distill.labelling.jobs import TRUTH, Teachers
-from distill.labelling.settings import LabelSettings
+from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.shards.codec import VERSION, dump_json
 from distill.shards.readme import README, describe_format, labels_readme
 from distill.shards.shards import (
@@ -131,8 +131,8 @@ def finish(
 ) -> bool:
     """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine.
 
-    fresh: also where the manifest there lists these tars already. whole: how to see a tar, by default `is_whole`.
-    suffix: as `files.writing` has it.
+    fresh: also where the manifest there lists these tars, of images under this licence, already. whole: how to see a
+    tar, by default `is_whole`. suffix: as `files.writing` has it.
     """
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
@@ -153,7 +153,10 @@ def finish(
             number, of = number + 1, entry["of"]
     if not fresh and (out / MANIFEST).is_file():
         try:
-            if read_manifest(out)["shards"] == _tars(sidecars, settings, sources):
+            before = read_manifest(out)
+            # A recipe that says no licence takes none away.
+            same = licence in (before["licence"]["images"], DEFAULTS.licence)
+            if same and before["shards"] == _tars(sidecars, settings, sources):
                 return True
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")

@@ -86,7 +86,8 @@ class LatentSettings:
     """At every evaluation also how well the network still does what its base was trained for: the loss of the velocity
     of noised image latents, in the log as heldout_parts.prior; it teaches nothing. Ours."""
     cache: bool = True
-    """Keep the VAE's latents on disk, each computed once; with the training's colours and crops unchanged. Ours."""
+    """Keep the VAE's latents on disk, each computed once; where training changes no colours, crops nor turns.
+    Ours."""
     cache_folder: str = ""
     """Where; RUN/latents by default. Runs with the same labels and VAE may share it."""
 

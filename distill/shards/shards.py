@@ -36,7 +36,7 @@ from distill.core.seal import is_broken
 from distill.data.tars import walk_tar
 from distill.shards.codec import REPAIR, Sample, decode_sample, disagreements
 from distill.shards.codec import collate as collate
-from distill.shards.tables import CACHED, pointer_line
+from distill.shards.tables import CACHED, pointer_line, require_photographs
 from distill.shards.tables import MANIFEST as MANIFEST
 from distill.shards.tables import SETTINGS as SETTINGS
 from distill.shards.tables import DamagedTableError as DamagedTableError
@@ -219,6 +219,7 @@ class LabelDataset(Dataset[Sample]):
     ) -> None:
         self.folder, self.cache = Path(folder), cache
         self.manifest = read_manifest(folder)
+        require_photographs(self.folder)
         known = list(self.manifest["teachers"])
         self.teachers = known if teachers is None else list(teachers)
         for name in self.teachers:
@@ -331,6 +332,7 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
     """
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
+    require_photographs(folder)
     problems_of: dict[str, list[str]] = {}
     listed = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):

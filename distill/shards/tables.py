@@ -17,6 +17,8 @@ from distill.shards.codec import REPAIR, VERSION, check_version
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 CACHED = ".cached"
 """The folder in a labels folder that says that only some of its tars are there (distill.shards.cache)."""
+REGIONS = "regions.jsonl"
+"""The list of regions beside tars that were published without their photographs (distill.app.publish)."""
 
 
 class DamagedTableError(ValueError):
@@ -47,6 +49,15 @@ def _no_labels(folder: Path) -> str:
     if inside := sorted([*folder.glob(f"labels/*/{MANIFEST}"), *folder.glob(f"*/{MANIFEST}")]):
         return f"the labels lie in {', '.join(str(path.parent) for path in inside[:3])}; give that folder"
     return "labelling has not finished there; run distill label"
+
+
+def require_photographs(folder: Path) -> None:
+    """Raise ValueError for labels that were published without their photographs: whole, and nothing to learn from."""
+    if (folder / REGIONS).is_file():
+        raise ValueError(
+            f"{folder} was published without its photographs, which training needs ({REGIONS} names each region): get "
+            f"them and label them, or labels with them; sha256sum -c SHA256SUMS says whether the rest is whole"
+        )
 
 
 def pointer_line(path: Path) -> str:

@@ -5,6 +5,7 @@ A sample that cannot be read comes out as its own one-line error in the training
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,17 @@ PREFETCH = 4  # micro-batches per worker that lie ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Without workers as with them: the mean of a map, which colours and averages need, is another on more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True, slots=True)
 class _Training:
     """Makes the micro-batch of places of the stream."""
@@ -58,7 +70,8 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            with _one_thread():
+                done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
             return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
@@ -83,7 +96,8 @@ class _HeldOut:
                 seen = stacked([read[row].features for row in rows])
                 weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
-                    labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
+                    with _one_thread():
+                        labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
                     places = tuple(-1 - read[row].place.index for row in rows)
                     taught = (TaughtRows(None, labels, name),)
                     micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), seen)

@@ -31,8 +31,9 @@ def accelerator_of(
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     if missing := [name for name in settings.trackers if name not in installed]:
         raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
-    # To look for idle parameters costs every step a walk over its graph.
-    idle = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not every_parameter_learns(student)
+    # To look for idle parameters costs every step a walk over its graph. An encoder that waits is idle until it begins.
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    idle = several and (settings.freeze_steps > 0 or not every_parameter_learns(student))
     asked = None if device is None else torch.device(device)
     if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
         AcceleratorState._reset_state(reset_partial_state=True)  # else the device of this process's first run stays

@@ -146,6 +146,11 @@ class TrainSettings:
     def __post_init__(self) -> None:
         refuse(_faults(self))
 
+    @property
+    def redraws(self) -> bool:
+        """Whether a region looks otherwise at every visit, beyond being mirrored or not."""
+        return self.color_jitter > 0 or self.random_resized_crop < 1.0 or self.rotation > 0
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON would give them back: lists for tuples."""
         plain = asdict(self)

@@ -115,8 +115,9 @@ def train(
     _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     kept, held = split(dataset, heldout, settings)
-    settings = in_steps(settings, len(kept))
-    batches = _positions(accelerator, dataset, kept, settings)
+    order = _order(dataset, kept, settings)
+    settings = in_steps(settings, len(order.indices))
+    batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock:
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
@@ -141,12 +142,10 @@ def _check_features(settings: TrainSettings, features: FeatureStore | None, refe
         raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
 
 
-def _positions(
-    accelerator: Accelerator, dataset: Labelled, kept: Sequence[int], settings: TrainSettings
-) -> MicroBatchPositions:
+def _positions(accelerator: Accelerator, order: Order, settings: TrainSettings) -> MicroBatchPositions:
     """This process's share of the stream."""
     return MicroBatchPositions(
-        order=_order(dataset, kept, settings),
+        order=order,
         batch_size=settings.batch_size,
         accumulate=settings.accumulate,
         process=accelerator.process_index,

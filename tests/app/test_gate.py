@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,6 +45,16 @@ def test_delta1_is_one_for_the_truth_itself(samples):
     assert gate.delta1(exact, samples, PROTOCOL, Kind.AFFINE_DISPARITY) == 1.0
 
 
+def test_an_image_without_truth_counts_for_nobody_and_none_is_a_line(samples):
+    plain = samples[0].truth()
+    nowhere = DepthMap(plain.values, torch.zeros_like(plain.valid), plain.kind)
+    samples.append(replace(samples[0], truth=lambda: nowhere))
+    assert gate.delta1(exact, samples, PROTOCOL, Kind.AFFINE_DISPARITY) == 1.0
+    for none in (samples[-1:], []):
+        with pytest.raises(ValueError, match="none of the images that the gate looks at has a valid truth"):
+            gate.delta1(exact, none, PROTOCOL, Kind.AFFINE_DISPARITY)
+
+
 def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
     line = gate.Gate("ramp").check(exact, exact, Kind.AFFINE_DISPARITY, "out")
     assert line == "delta1 1.0000, float32 1.0000 (ramp, 3 images)"
@@ -51,6 +63,17 @@ def test_a_loss_is_refused_and_allowed_where_that_is_asked(samples):
     assert "delta1 0." in gate.Gate("ramp", allow_drop=True).check(exact, worse, Kind.AFFINE_DISPARITY, "out")
     with pytest.raises(ValueError, match="NaN"):  # a map that is not finite is no map
         gate.Gate("ramp").check(exact, lambda image: exact(image) * torch.nan, Kind.AFFINE_DISPARITY, "out")
+
+
+def test_a_tenth_of_a_point_is_the_most_that_may_be_lost(monkeypatch):
+    monkeypatch.setattr(gate.Gate, "samples", lambda self: ([ramp(0)], PROTOCOL))
+    scores = {"before": 0.95, "just": 0.9491, "more": 0.9489, "none": float("nan")}
+    monkeypatch.setattr(gate, "delta1", lambda run, *_: scores[run])
+    gate.Gate("ramp").check("before", "just", Kind.AFFINE_DISPARITY, "out")
+    gate.Gate("ramp").check("more", "before", Kind.AFFINE_DISPARITY, "out")
+    for name in ("more", "none"):
+        with pytest.raises(gate.QualityError, match="not written"):
+            gate.Gate("ramp").check("before", name, Kind.AFFINE_DISPARITY, "out")
 
 
 def test_many_samples_are_spread_evenly():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def table(root, name: str, **more) -> dict:
     for key, value in more.items():
         recipe[key] = recipe.get(key, {}) | value if isinstance(value, dict) else value
     return recipe
+
+
+@pytest.mark.parametrize(
+    ("train", "kept"),
+    [({}, True), ({"rotation": 5.0}, False), ({"color_jitter": 0.1}, False), ({"random_resized_crop": 0.5}, False)],
+)
+def test_latents_are_kept_where_every_visit_sees_the_same(made, train, kept):
+    recipe = parse(table(made, "kept", train=train))
+    network = SimpleNamespace(fixed=SimpleNamespace(base=made / "sd"))
+    assert (latent.lesson(recipe, network, seed=0, labels="labels").cache is not None) is kept
 
 
 def test_the_chain(made, capsys):

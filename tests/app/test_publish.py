@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 
-from distill.app import build
+from distill.app import build, publish
 from distill.app.cli import main
 from distill.app.publish import check, may_share
 from distill.app.recipe import load
@@ -66,6 +68,9 @@ def test_labels_without_their_photographs(labels, tmp_path):
     ]
     photo = source.extractfile(name).read()
     assert lines[0]["file_sha256"] == hashlib.sha256(photo).hexdigest() and lines[0]["crop"]["side"] > 0
+    for read in (LabelDataset, verify):
+        with pytest.raises(ValueError, match="out was published without its photographs, which training needs"):
+            read(out)
     card = card_metadata(out / "README.md")
     assert card["configs"][0]["data_files"] == "*.tar" and "depth-estimation" in card["task_categories"]
     text = (out / "README.md").read_text()
@@ -85,6 +90,21 @@ def test_labels_with_their_photographs_are_a_labels_folder(labels, tmp_path, cap
     assert "was not published by this command" in capsys.readouterr().err and out.is_dir()
     assert main(["--json", "publish", "labels", str(folder), str(out), "--images", "include"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == "included"
+
+
+def test_a_full_disk_leaves_what_was_published_and_nothing_beside_it(labels, tmp_path, capsys, monkeypatch):
+    folder, _ = labels
+    out = tmp_path / "out"
+    assert main(["publish", "labels", str(folder), str(out), "--images", "include"]) == 0
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(publish.shutil, "copyfile", full)
+    assert main(["publish", "labels", str(folder), str(out), "--images", "include"]) == 2
+    assert f"{out / 'sa_0-000.tar'}: no space left" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == [out] and check(out) == []
 
 
 def test_a_student_with_scores_and_cost_on_its_card(tmp_path):

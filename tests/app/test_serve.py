@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import socket
+import socketserver
 import struct
 import threading
 import urllib.error
@@ -79,3 +81,31 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
 def test_a_port_that_is_taken_is_told(address, capsys):
     assert main(["serve", "--port", address.rpartition(":")[2]]) == 2
     assert "give another --port" in capsys.readouterr().err
+
+
+def test_a_browser_that_goes_away_and_a_length_of_no_number_are_no_faults_here(address, monkeypatch):
+    faults, gone = [], threading.Event()
+    monkeypatch.setattr(socketserver.BaseServer, "handle_error", lambda *_: faults.append(1))
+    closed = serve.DepthServer.shutdown_request
+    monkeypatch.setattr(serve.DepthServer, "shutdown_request", lambda *told: (closed(*told), gone.set()))
+    place = address.rpartition("/")[2].split(":")
+    head = f"POST /predict HTTP/1.1\r\nHost: {address}\r\nContent-Length: "
+    for length, body in (("100000", b"half"), (str(len(photo())), photo())):
+        gone.clear()
+        with socket.create_connection((place[0], int(place[1]))) as browser:
+            browser.sendall(f"{head}{length}\r\n\r\n".encode() + body)
+            browser.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closes with a reset
+        assert gone.wait(10) and not faults
+    with socket.create_connection((place[0], int(place[1]))) as browser:
+        browser.sendall(f"{head}{'9' * 5000}\r\n\r\n".encode())
+        assert browser.recv(12) == b"HTTP/1.1 413"
+
+
+def test_a_full_disk_is_one_line(address, monkeypatch):
+    key = json.loads(ask(f"{address}/predict", photo()))["id"]
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(serve.tempfile, "TemporaryDirectory", full)
+    assert fault(f"{address}/{key}/depth.npy") == (500, "[Errno 28] No space left on device")

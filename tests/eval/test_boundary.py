@@ -16,14 +16,16 @@ from PIL import Image
 from distill.app import commands
 from distill.app.cli import main
 from distill.app.recipe import parse
-from distill.core.depth import Kind
+from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.plugins import find
 from distill.eval.benchmarks import prediction_path
 from distill.eval.boundary import boundary_f1, boundary_recall, thin
 from distill.eval.completeness import check_benchmark
 from distill.eval.da2k import read_annotations
+from distill.eval.protocol import Protocol
 from distill.eval.reports.report import write_report
-from distill.eval.score import Score, read_scores, score_predictions
+from distill.eval.score import Score, _group_mean, read_scores, score_predictions
+from distill.eval.tasks import TASKS
 from tests.conftest import golden_folder
 from tests.eval.known_maps import Echo
 
@@ -202,6 +204,26 @@ def test_an_unknown_shift_is_fitted_before_edges_are_compared(tmp_path):
         scored(tmp_path, "sintel", "affine_disparity", {FRAME: pred}, root, alignment="median")
 
 
+@pytest.mark.parametrize("kind", [*Kind])
+def test_a_disparity_or_a_scale_is_a_truth_of_edges_and_an_unknown_shift_is_none(kind):
+    depth = torch.full((1, 12, 12), 400.0)
+    depth[:, 4:8, 4:8] = 100.0
+
+    def map_of(one: Kind) -> torch.Tensor:
+        return depth if one.quantity == "depth" else 1 / depth
+
+    truth = DepthMap(map_of(kind), torch.ones_like(depth, dtype=torch.bool), kind)
+    # A range in metres is of a truth in metres.
+    protocol = Protocol(benchmark="pairs", max_depth=1000.0 if kind.unknown == "metric" else 80.0).of_edges()
+    for predicted in Kind:
+        given = (map_of(predicted)[0].numpy(), truth, predicted, protocol.with_kind(predicted))
+        if kind.unknown == "affine":
+            with pytest.raises(KindError, match="says no ratio of depths"):
+                TASKS["boundary_f1"].measure(*given)
+        else:
+            assert float(TASKS["boundary_f1"].measure(*given).sums[1]) == 1.0, predicted
+
+
 def test_a_cut_depth_file_is_a_line(tmp_path):
     root = sintel(tmp_path, step())
     path = root / FRAME.replace("final", "depth").replace(".png", ".dpt")
@@ -325,6 +347,12 @@ def test_order_is_strict_and_failures_take_the_accuracy_away(tmp_path):
     (tmp_path / "list.txt").write_text("images/indoor/a.jpg\n")
     assert got(list_file=tmp_path / "list.txt").num_images == 1
     assert [f.level for f in check_benchmark("da2k", tmp_path)][0] == "ok"
+
+
+def test_the_mean_over_scenes_is_of_all_scenes_or_none():
+    groups = {name: {"num_images": 1, "metrics": {"accuracy": value}} for name, value in (("a", 1.0), ("b", None))}
+    assert _group_mean(TASKS["order"], groups) is None
+    assert _group_mean(TASKS["order"], {"a": groups["a"]}) == 1.0
 
 
 @pytest.mark.parametrize("name", ["da2k", "sintel", "am2k"])

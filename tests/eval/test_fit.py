@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval import fit
 from distill.eval.fit import measure, way
 from distill.eval.metrics import all_metrics, from_sums
-from distill.eval.protocol import ProtocolError
+from distill.eval.protocol import Protocol, ProtocolError
 from distill.eval.score import read_scores, score, table, write_scores
 from tests.eval.known_maps import CLEAN, DEPTHS, DISPARITIES, MARIGOLD, SIZE, as_kind, noisy, numbers, samples, truth
 
@@ -108,6 +110,39 @@ def test_both_floors_are_reported_and_the_protocol_chooses():
     low, high = (float(from_sums(marigold.floors[f][None])["abs_rel"]) for f in ("1/max truth", "0.001"))
     assert low < high
     assert measure(as_kind(target, "affine_depth"), target, Kind.AFFINE_DEPTH, MARIGOLD).floors == {}
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_each_clip_is_applied_where_it_alone_reaches(far):
+    disparity = np.linspace(0.01, 1.0, 400, dtype=np.float32).reshape(20, 20)
+    depth = DepthMap(torch.from_numpy(1 / disparity)[None], torch.ones(1, 20, 20, dtype=torch.bool), Kind.METRIC_DEPTH)
+    pred = disparity.copy()
+    pred[(0, 0) if far else (19, 19)] = 0.005 if far else 1.5  # beyond the truth's range at one of its ends
+    protocol = Protocol(benchmark="test", max_depth=1000.0)
+    got = measure(pred, depth, Kind.AFFINE_DISPARITY, protocol)
+    line, target = (got.scale * pred + got.shift).astype(np.float64), 1.0 / disparity.astype(np.float64)
+
+    def abs_rel(floor: float, low: float, high: float) -> float:
+        return float((np.abs(np.clip(1 / np.maximum(line, floor), low, high) - target) / target).mean())
+
+    found = {name: float(from_sums(sums[None])["abs_rel"]) for name, sums in {**got.floors, "": got.sums}.items()}
+    wanted = {"0.001": abs_rel(1e-3, 1e-6, 1e3), "1/max truth": abs_rel(0.01, 1e-6, 1e3), "": abs_rel(0.01, 1.0, 100.0)}
+    assert found == pytest.approx(wanted, rel=1e-4) and wanted["0.001"] > wanted[""]
+
+
+def test_a_truth_at_the_ends_of_the_range_is_not_scored():
+    ends = torch.tensor([[[0.1, 0.2, 50.0, 80.0]]])
+    target = DepthMap(ends, torch.ones_like(ends, dtype=torch.bool), Kind.METRIC_DEPTH)
+    assert measure(ends[0].numpy(), target, Kind.METRIC_DEPTH, CLEAN).sums[0] == 2
+
+
+def test_marigolds_fit_sees_the_columns_that_its_upsampling_takes():
+    target = truth(size=(4, 10))
+    pred = as_kind(target, "affine_depth")
+    taken = [0, 2, 5, 7]  # of 10 columns for 4: floor(i * 2.5)
+    pred[:, [i for i in range(10) if i not in taken]] = 77.0
+    got = measure(pred, target, Kind.AFFINE_DEPTH, replace(MARIGOLD, fit_columns=4))
+    assert (got.scale, got.shift) == pytest.approx((1 / 0.3, -2.0 / 0.3), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -13,7 +13,7 @@ from PIL import Image
 from distill.app import commands
 from distill.app.cli import main
 from distill.app.recipe import parse
-from distill.app.scoring import options_on, prediction_settings
+from distill.app.scoring import how_used, options_on, prediction_settings
 from distill.app.verbs import score as score_verb
 from distill.core.depth import DepthMap, Kind, KindError
 from distill.eval.benchmarks import BenchmarkSample
@@ -160,6 +160,18 @@ def test_how_a_teacher_worked_is_kept_and_refuses_nothing(tmp_path):
     assert read_settings(tmp_path / "p")["used"] == {}
     predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5}, used={"steps": 4})
     assert read_settings(tmp_path / "p")["used"] == {"steps": 4}
+
+
+def test_maps_of_another_roots_images_are_told_of(tmp_path):
+    on, recipe = BenchmarkSettings(name="pairs", root="/data/a"), parse({"run": {"name": "x"}})
+    told: list[str] = []
+    for root in ("/data/a", "/data/a", "/data/b", "/data/a"):
+        used = how_used(recipe, "student", Echo(), replace(on, root=root))
+        predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5}, used=used, tell=told.append)
+    other = (
+        f"{tmp_path / 'p'}: its maps are of the images in /data/a, now in /data/b: where those are others, delete it"
+    )
+    assert told == [other]
 
 
 def test_a_seeded_teacher_is_told_the_image(tmp_path):

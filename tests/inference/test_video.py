@@ -13,7 +13,7 @@ import pytest
 from distill.data import hdr
 from distill.data.photos import BadImageError
 from distill.inference import predict, video
-from tests.inference.fake import Fake, call, names, shoot, silent
+from tests.inference.fake import Fake, call, grey, names, shoot, silent
 
 
 def test_a_video_becomes_frames_and_films(tmp_path):
@@ -69,6 +69,25 @@ def test_formats_of_a_video_add_up(tmp_path):
     assert json.loads((out / "v.json").read_text()) == {"frames": 3, "formats": ["colour", "npy"]}
     (out / "v" / "000001.npy").unlink()
     assert call(estimator, tmp_path / "v.mp4", out=out) == (1, 0, []) and estimator.calls == 7
+
+
+def test_photos_that_are_called_as_frames_are_keep_apart_from_a_film_that_came_first(tmp_path):
+    shoot(tmp_path / "v.mp4", 2)
+    for i in range(2):
+        grey(tmp_path / "photos" / "v" / f"{i:06d}.png", 10 * i)
+    given = (tmp_path / "v.mp4", tmp_path / "photos")
+    assert call(Fake(), *given, out=tmp_path / "o") == (3, 0, [])
+    assert call(Fake(), *given, out=tmp_path / "o") == (0, 3, [])
+    assert len([name for name in names(tmp_path / "o") if name.endswith(".npy")]) == 4
+
+
+def test_the_range_of_a_films_colours_moves_slowly(tmp_path, monkeypatch):
+    shoot(tmp_path / "v.mp4", 3)
+    seen, plain = [], predict.coloured
+    monkeypatch.setattr(predict, "_shown", lambda near: (0.0, float(10 * (1 + len(seen) // 2))))
+    monkeypatch.setattr(predict, "coloured", lambda near, span: (seen.append(span), plain(near, span))[1])
+    call(Fake(), tmp_path / "v.mp4", out=tmp_path / "o", formats=("colour",))
+    assert [span[1] for span in seen] == pytest.approx([10.0, 10.0, 11.0])  # a tenth of the way to 20
 
 
 def test_a_video_tells_every_frame(tmp_path):

@@ -69,6 +69,17 @@ def test_a_teacher_that_fails_on_everything_stops_the_run(tars, tmp_path):
         assert not list((tmp_path / str(samples_per_part)).glob("*.tar"))
 
 
+def test_failures_that_are_not_in_a_row_do_not_stop_a_run():
+    queue = annotate.BatchQueue([], annotate.DEFAULTS, None)
+    for _ in range(annotate.FAILURES_IN_A_ROW):
+        for problem in (*["odd"] * (annotate.FAILURES_IN_A_ROW - 1), ""):
+            queue._count(problem)
+    queue.check_all_failed()
+    with pytest.raises(annotate.TeacherFailedError, match="20 samples in a row failed"):
+        for _ in range(annotate.FAILURES_IN_A_ROW):
+            queue._count("odd")
+
+
 def test_contract_breaches_and_lack_of_memory_stop_the_run(tars, tmp_path):
     with pytest.raises(annotate.TeacherFailedError, match="not enough memory for one crop"):
         run(tars, tmp_path / "a", Broken(error=torch.OutOfMemoryError("12 GiB")))

@@ -13,7 +13,7 @@ from distill.core import files
 from distill.core.files import take_lock
 from distill.labelling import lock, objects
 from distill.labelling.board import Board, withdraw
-from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
+from distill.labelling.leases import NOTES, Alone, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
@@ -160,6 +160,23 @@ def test_a_conditional_put_whose_answer_was_lost_is_ours(store, tmp_path, monkey
     with pytest.raises(LeaseLostError):
         claim.check()
     taken.release()
+
+
+def test_a_tar_is_not_sent_once_its_part_is_lost(store, tmp_path):
+    place = Objects("s3://x/y", tmp_path, store=store)
+    (tmp_path / "a-000.tar").write_bytes(b"tar")
+    (tmp_path / "a-000.json").write_bytes(b"{}")
+    asked = []
+
+    class Lost(Alone):
+        def check(self):
+            asked.append(place.has("a-000.json"))
+            if asked[-1]:  # taken over while the json was on its way
+                raise LeaseLostError("another worker has taken it over")
+
+    with pytest.raises(LeaseLostError):
+        place.deliver("a-000.tar", Lost())
+    assert asked == [False, True] and not place.has("a-000.tar")
 
 
 def test_a_bucket_that_is_not_there_is_told(store, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from distill.labelling.run import TRUTH, LabelSettings, label, label_photo, labe
 from distill.shards.codec import MAX_ERROR
 from distill.shards.shards import LabelDataset, read_manifest, verify
 from tests.data.pictures import encoded, pack, picture
-from tests.labelling.formula import CROPS, Formula, contents, make_tar, run
+from tests.labelling.formula import CROPS, Formula, contents, make_tar, run, work
 
 
 def test_labels_are_the_teachers_answer_on_the_same_pixels(tars, tmp_path):
@@ -177,3 +177,13 @@ def test_labels_have_an_address_that_depends_on_what_made_them():
     assert len(address) == 16 and address == labels_hash({"n": 1, "tars": "a"}, CROPS, teachers)
     assert address != labels_hash({"tars": "b", "n": 1}, CROPS, teachers)
     assert address != labels_hash({"tars": "a", "n": 1}, replace(CROPS, size=14), teachers)
+
+
+def test_a_licence_that_is_said_later_is_written_down_and_none_is_taken_away(tars, tmp_path):
+    def licence(make, **options):
+        assert make(tars, tmp_path / "out", **options).complete
+        return read_manifest(tmp_path / "out")["licence"]["images"]
+
+    assert licence(run) == "unknown"
+    assert licence(run, licence="CC BY 4.0") == "CC BY 4.0" == licence(run)
+    assert licence(work, licence="CC0") == "CC0" == licence(work)

@@ -84,6 +84,18 @@ def test_a_worker_whose_lease_was_stolen_stops_writing(tars, tmp_path):
     assert len(checked) == 1 and contents(out) == contents(tmp_path / "one")
 
 
+def test_a_lease_that_another_has_is_known_as_lost_before_the_next_heartbeat(tmp_path):
+    slow, other = (FolderLeases(tmp_path, seconds=600.0) for _ in range(2))
+    claim = slow.take("a-000.tar")
+    claim.check()
+    (tmp_path / "a-000.tar.lease").unlink()
+    theirs = other.take("a-000.tar")
+    with pytest.raises(LeaseLostError, match="another worker has taken it over"):
+        claim.check()
+    theirs.check()
+    theirs.release()
+
+
 def test_a_slow_holder_cannot_rename_what_was_taken_over(tmp_path):
     place = Folder(tmp_path, lease_s=LEASE)
     slow = ShardWriter(tmp_path / "a-000.tar", suffix=".slow")

@@ -12,6 +12,8 @@ from distill.core.depth import DepthMap
 from distill.core.labels import Batch, Labels
 from distill.training.augment import augment, mirrored
 from distill.training.batches import is_mirrored
+from distill.training.loading import training_batches
+from distill.training.sampling import MicroBatchPositions, make_order
 from tests.training.toys import KIND, Toys, assert_same_run, collate, run, settings
 
 
@@ -65,6 +67,28 @@ def test_augmented_training_is_cut_like_any_other(tmp_path):
     run(tmp_path / "whole", **changes)
     run(tmp_path / "parts", accumulate=2, workers=1, **changes)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+class Large(Toys):
+    """Two regions whose means are of so many pixels that torch shares them among threads."""
+
+    def get(self, index: int, teachers, *, visit=None):
+        image = torch.rand(3, 400, 400, generator=torch.Generator().manual_seed(index))
+        return str(index), image, {"primary": image[0] * 2, "assistant": image[2] - image[0]}
+
+
+def test_a_process_that_reads_for_itself_makes_what_a_worker_makes_on_its_one_thread():
+    dataset, order = Large(2), make_order(range(2), [0, 0], seed=0, weights=(), temperature=1.0)
+    given = settings(batch_size=1, steps=4, workers=0, color_jitter=0.3, strategy="average")
+    places = MicroBatchPositions(order=order, batch_size=1, accumulate=1, process=0, processes=1, steps=4)
+    made = []
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        made.append(list(training_batches(dataset, places, collate=collate, settings=given)))
+        assert torch.get_num_threads() == threads
+    for one, several in zip(*made, strict=True):
+        assert torch.equal(one.images, several.images)
+        assert torch.equal(one.taught[0].labels.shared.values, several.taught[0].labels.shared.values)
 
 
 @pytest.mark.parametrize("size", [(48, 48), (40, 64)])

@@ -91,6 +91,31 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert str(named) in told[0] and "passed over" in told[0] and told[1].endswith("damaged lines left out: 1")
 
 
+def test_the_best_checkpoint_that_is_damaged_is_no_longer_the_best(tmp_path):
+    def worse_later(pred, labels, features=None, teacher_features=None):
+        loss, parts = l1(pred, labels)
+        if not pred.requires_grad:
+            calls.append(1)
+        return loss + (0.0 if pred.requires_grad else float(len(calls))), parts
+
+    def stop(done, total, **numbers):
+        if done == 9:
+            raise KeyboardInterrupt
+
+    calls: list = []
+    given = {"eval_every": 2, "save_every": 2, "keep_last": 1, "steps": 10, "objective": worse_later}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, report=stop, **given)
+    assert [saved.step for saved in checkpoints.find(tmp_path)] == [2, 8]
+    path = checkpoints.folder_of(tmp_path, 2) / "training.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 64
+    path.write_bytes(data)
+    told: list = []
+    result, _ = run(tmp_path, tell=told.append, **given)
+    assert result.selected_step == 10 and "the checkpoint of step 2 is passed over" in told[0]
+
+
 @pytest.mark.parametrize(("before", "given"), [(2, {}), (1, {}), (2, {"batchnorm": "frozen"})])
 def test_a_resume_on_another_number_of_processes_says_what_batchnorm_makes_of_it(tmp_path, before, given):
     def stop(done, total, **numbers):

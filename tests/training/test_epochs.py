@@ -6,7 +6,7 @@ import pytest
 
 from distill.training.schedule import factor, in_steps
 from distill.training.settings import TrainSettings
-from tests.training.toys import run, steps_of
+from tests.training.toys import Toys, run, steps_of
 
 
 def test_an_epoch_is_every_sample_once(tmp_path):
@@ -22,3 +22,10 @@ def test_an_epoch_is_every_sample_once(tmp_path):
     assert result.step == 4 and len(steps_of(tmp_path)) == 4  # 24 samples by 8, one and a half times, rounded
     with pytest.raises(ValueError, match="warmup_epochs .2. must be fewer than epochs .1."):
         TrainSettings(epochs=1, warmup_epochs=2)
+
+
+def test_an_epoch_is_of_the_sources_that_are_learnt_from(tmp_path):
+    dataset = Toys(24)
+    dataset.sources = [0] * 6 + [1] * 18
+    given = {"val_fraction": 0.0, "batch_size": 2, "source_weights": (1.0, 0.0)}
+    assert run(tmp_path, dataset=dataset, epochs=2, **given)[0].step == 6

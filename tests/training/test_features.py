@@ -10,7 +10,7 @@ import torch
 from distill import students
 from distill.app import build, commands, features
 from distill.app.recipe import load
-from distill.shards.features import DONE, FeatureStore
+from distill.shards.features import DONE, FeatureStore, write_features
 from distill.training.settings import TrainSettings
 from distill.training.trainlog import read
 
@@ -90,6 +90,24 @@ def test_a_decoder_learns_the_same_from_stored_features(tmp_path, monkeypatch):
     tar.write_bytes(tar.read_bytes()[:-512])
     with pytest.raises(OSError, match="missing or damaged; delete its folder"):
         FeatureStore(done.parent)
+
+
+def test_a_tar_that_is_missing_is_computed_again_and_what_float16_cannot_hold_is_refused(tmp_path):
+    def write(scale: float = 1.0) -> FeatureStore:
+        def encode(images):
+            level = (scale * images[:, :, :2, :2], images.mean((2, 3)))
+            return [level] * 4
+
+        region = torch.full((3, 4, 4), 255, dtype=torch.uint8)
+        write_features(tmp_path, ["a", "b"], lambda index: region, encode, mirrored=False, facts={})
+        return FeatureStore(tmp_path)
+
+    with pytest.raises(ValueError, match="features of a or one beside it do not fit into 16 bits"):
+        write(1e6)
+    assert not list(tmp_path.glob("*.tar"))
+    write()
+    (tmp_path / "features_00000.tar").unlink()  # as a kill between a json and its tar leaves it
+    assert write().get("b")[0][0].shape == (3, 2, 2)
 
 
 def test_augmentation_that_changes_what_the_encoder_sees_forbids_it():

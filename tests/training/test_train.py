@@ -26,11 +26,17 @@ def process(out: Path, environment: dict[str, str], die_at: int | None) -> None:
     run(out, report=report)
 
 
+def two_runs(root: Path, environment: dict[str, str]) -> None:
+    """One of two processes, which make a run, and then one whose encoder waits."""
+    process(root / "two", environment, None)
+    run(root / "two_wait", freeze_steps=8, accumulate=2)
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory, processes):
     """Runs in processes of their own, at once: two gloo processes x 4 images, and one that is killed in step 13."""
     root = tmp_path_factory.mktemp("runs")
-    runs = [(process, root / "two", rank, None) for rank in ranks_of_two()]
+    runs = [(two_runs, root, rank) for rank in ranks_of_two()]
     ended = ended_as([*runs, (process, root / "killed", {}, 13)], processes)
     assert ended == [0, 0, -signal.SIGKILL]
     return root
@@ -132,7 +138,7 @@ def test_dropout_is_drawn_from_the_step(tmp_path):
 # --- which part learns how fast ---------------------------------------------------------------------------------------
 
 
-def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path):
+def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path, elsewhere):
     first = {k: v.clone() for k, v in Toy().encoder.state_dict().items()}
     run(tmp_path / "early", steps=8, freeze_steps=8, warmup_steps=2, val_fraction=0.0)
     waited = newest(tmp_path / "early")
@@ -140,6 +146,7 @@ def test_an_encoder_that_waits_begins_at_its_step_and_resumes_alike(tmp_path):
     assert not any(name.startswith("optimizer/encoder") for name in waited)
     assert not torch.equal(waited["student/decoder.weight"], Toy().decoder.weight)
     result, student = run(tmp_path / "whole", freeze_steps=8)
+    assert_same_run(elsewhere / "two_wait", tmp_path / "whole")
     assert not torch.equal(student.encoder[0].weight, first["0.weight"])
     assert all(p.requires_grad for p in student.parameters())
 
