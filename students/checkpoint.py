@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from distill.core.standins import fault_of_start
 from distill.students import Student
 from distill.students.modelcard import canonical_rule, page_of
 from distill.students.quantize import fits, may_shrink, pack, unpack
+from distill.students.rounding import calibrated
 from distill.students.skip_init import SkipInit
 
 VERSION = 1
@@ -52,6 +53,7 @@ def save(
     card: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
     bits: int | None = None,
+    calibration: Sequence[Tensor] = (),
     exclude_frozen_encoder: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
@@ -61,6 +63,8 @@ def save(
     dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
     so does a tensor with a value that float16 cannot hold (above 65504).
     bits: 4 stores large matrices and kernels in four bits (students.quantize); the outputs then change a little.
+    calibration: images (3,H,W), uint8 or in [0,1], on which the four bits are to change them least
+    (students.rounding).
     exclude_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
     check: called with the folder aside, complete, before it takes its place; it may add files, and what it raises ends
     the save.
@@ -81,7 +85,8 @@ def save(
         if encoder_file is None or not key.startswith("encoder.")
     }
     if bits == 4:
-        tensors = pack(tensors, {key: value.shape for key, value in student.state_dict().items()})
+        shapes = {key: value.shape for key, value in student.state_dict().items()}
+        tensors = pack(tensors, shapes, calibrated=calibrated(student, calibration) if calibration else None)
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     stored = "int4" if bits else str(dtype).removeprefix("torch.")
     text = _description(student, weights, stored=stored, encoder_file=encoder_file, card=card)

@@ -36,15 +36,25 @@ def quantize(values: Tensor, *, bits: int = 4) -> dict[str, Tensor]:
         raise ValueError("a value is NaN, infinite or above 65504, so low and step, float16, cannot store it")
     flat = values.detach().float().flatten()
     filled = torch.cat([flat, flat[-1:].expand(-len(flat) % GROUP)]).reshape(-1, GROUP)
-    codes, lows, steps = _fit(filled, 2**bits - 1)
-    packed = codes.to(torch.uint8).flatten()
+    return packed(*fitted(filled, bits=bits), bits=bits)
+
+
+def packed(codes: Tensor, lows: Tensor, steps: Tensor, *, bits: int) -> dict[str, Tensor]:
+    """The parts as they are stored, of codes (N,GROUP) and each row's lowest value and step (N,1)."""
+    flat = codes.to(torch.uint8).flatten()
     if bits == 4:
-        packed = packed[0::2] | (packed[1::2] << 4)
-    return {"codes": packed, "low": lows[:, 0].half(), "step": steps[:, 0].half()}
+        flat = flat[0::2] | (flat[1::2] << 4)
+    return {"codes": flat, "low": lows[:, 0].half(), "step": steps[:, 0].half()}
 
 
-def _fit(rows: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(values: Tensor, low: Tensor, step: Tensor, *, bits: int) -> Tensor:
+    """The codes, as floats, that are nearest to the values."""
+    return ((values - low) / step).round().clamp(0, 2**bits - 1)
+
+
+def fitted(rows: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes like `rows`, and the lowest value and step (N,1) of each row, of the least squared error that was met."""
+    levels = 2**bits - 1
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     mean = rows.mean(1, keepdim=True)
     best = torch.full_like(low, torch.inf)
@@ -54,7 +64,7 @@ def _fit(rows: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
         for _ in range(_TURNS):
             # Through float16 first: the codes must fit the numbers that will be read back.
             a, step = a.half().float(), step.half().float().clamp(min=1e-7)
-            tried = ((rows - a) / step).round().clamp(0, levels)
+            tried = rounded(rows, a, step, bits=bits)
             error = (tried * step + a - rows).square().sum(1, keepdim=True)
             better = error < best
             codes, lows, steps = (torch.where(better, n, o) for n, o in ((tried, codes), (a, lows), (step, steps)))
@@ -79,17 +89,26 @@ def dequantize(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
 
 
 # Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
-_QUANTIZED_FROM = 4096
-_EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
+QUANTIZED_FROM = 4096
+EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
 _PARTS = ("codes", "low", "step")
 
 
-def pack(tensors: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step."""
+def pack(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    *,
+    calibrated: Mapping[str, dict[str, Tensor]] | None = None,
+) -> dict[str, Tensor]:
+    """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step.
+
+    calibrated: parts of some, rounded otherwise (students.rounding).
+    """
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():
-        if may_shrink(value) and shapes[key].numel() > _QUANTIZED_FROM and fits(value):
-            parts = quantize(value, bits=8 if key.endswith(_EIGHT_BITS) else 4)
+        if may_shrink(value) and shapes[key].numel() > QUANTIZED_FROM and fits(value):
+            known = (calibrated or {}).get(key)
+            parts = known or quantize(value, bits=8 if key.endswith(EIGHT_BITS) else 4)
             out |= {f"{key}:{part}": stored for part, stored in parts.items()}
         else:
             out[key] = value

@@ -30,13 +30,15 @@ ONNX, PROGRAM, PAGE = "model.onnx", "model.pt2", "index.html"
 class ExportOptions:
     """What is written beside a student, and how.
 
-    bits: 32, 16 (matrices in float16, the ONNX graph too) or 4 (large ones in four bits). onnx, program: also as
-    model.onnx, model.pt2. int8: a labels folder on whose crops the ONNX graph is calibrated for INT8. with_resize,
-    browser: forms of the ONNX graph (students.onnx_graph.OnnxOptions); browser also writes index.html. transformers:
-    "", "auto", "native" or "code" (students.to_transformers). gate: what outputs are scored on before and after.
+    bits: 32, 16 (matrices in float16, the ONNX graph too) or 4 (large ones in four bits). calibrate: a labels folder
+    on whose crops the four bits are to change the outputs least. onnx, program: also as model.onnx, model.pt2. int8: a
+    labels folder on whose crops the ONNX graph is calibrated for INT8. with_resize, browser: forms of the ONNX graph
+    (students.onnx_graph.OnnxOptions); browser also writes index.html. transformers: "", "auto", "native" or "code"
+    (students.to_transformers). gate: what outputs are scored on before and after.
     """
 
     bits: int = 32
+    calibrate: str = ""
     onnx: bool = False
     program: bool = False
     int8: str = ""
@@ -67,6 +69,7 @@ def run_export(
     if (out / checkpoint.WEIGHTS).is_file() and not overwrite and out.resolve() != folder.resolve():
         raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
     crops = calibration(options.int8) if options.int8 else []
+    seen = calibration(options.calibrate) if options.calibrate else []
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
     metadata = scored(folder, revision_of(folder)) | metadata
@@ -101,6 +104,7 @@ def run_export(
         card=metadata,
         dtype=torch.float32 if options.bits == 32 else torch.float16,
         bits=4 if options.bits == 4 else None,
+        calibration=seen,
         exclude_frozen_encoder=encoder_weights is not None,
         check=check,
     )

@@ -327,10 +327,16 @@ def _mat(data: bytes) -> np.ndarray:
     return _chosen({name: array for name, array in table.items() if not name.startswith("__")})
 
 
+def _png(data: bytes) -> np.ndarray:
+    if changed := filetypes.sniff(data[:8].ljust(8)).removeprefix("PNG"):
+        raise BadMapError(f"not a readable .png ({changed})")
+    return _picture(data)
+
+
 _READERS = (
     (b"\x93NUMPY", "npy", lambda data: np.load(io.BytesIO(data), allow_pickle=False)),
     (b"PK\3\4", "npz", _npz),
-    (b"\x89PNG\r\n\x1a\n", "png", _picture),
+    (b"\x89PNG", "png", _png),
     (b"Pf", "pfm", _pfm),
     (b"PF", "pfm", _pfm),
     (b"P5", "pgm", _pgm),

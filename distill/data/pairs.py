@@ -223,7 +223,7 @@ def read_names(path: Path | str) -> list[str]:
     shipped = Path(path).parts[:1] == ("recipes",) and not Path(path).is_file()
     file = Path(distill.__file__).parent / path if shipped else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such list; it is a text file with one name per line, as `distill filter` writes")
+        raise FileNotFoundError(f"{path}: no such list; a text file with one name a line, as `distill filter` writes")
     names = [line.strip() for line in _text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: empty; it should have one name per line")

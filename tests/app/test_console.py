@@ -155,7 +155,9 @@ def test_a_name_that_is_no_run_gets_the_runs_that_are_there(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("score demo --protocol clean --out x.json", "--protocol, --out: of --predictions"),
+        ("score demo --protocol clean --list x.txt", "--list, --protocol: of --predictions"),
+        ("score demo --out x.json", "--out: of --predictions; a recipe's scores lie in"),
+        ("export pocket shipped --calibrate labels/HASH", "--calibrate says how the weights are rounded to four bits"),
         ("score demo --alignment median", "--alignment: of --predictions"),
         (
             "score --predictions maps --kind affine_disparity --benchmark nyu --set train.steps=1",

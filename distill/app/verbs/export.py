@@ -1,6 +1,7 @@
 """write a student to a folder of its own: smaller, as ONNX, for transformers, for a browser; and check it
 
 distill export runs/demo/train/student shipped --bits 16
+distill export runs/own shipped --bits 4 --calibrate labels/HASH   four bits that change its maps least on such crops
 distill export runs/demo/train/student shipped --onnx      also shipped/model.onnx: any batch, any size
 distill export pocket shipped --onnx --bits 16             float16; positions and large values stay float32
 distill export pocket shipped --onnx --int8 labels/HASH    INT8, calibrated on the crops of a labels folder
@@ -29,6 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace the student that OUT holds")
     parser.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
+    parser.add_argument("--calibrate", metavar="LABELS", help="--bits 4 rounded for the crops of a labels folder")
     parser.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")
     parser.add_argument("--encoder-weights", metavar="FILE", help="of a frozen encoder that stays outside the folder")
     parser.add_argument("--decoder", metavar="FILE.py", help="the student's decoder, where it is a file of your own")
@@ -65,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
         require(("transformers",), "teachers")
     if args.int8 and args.bits != 32:
         raise ValueError(f"--int8 is a precision of the ONNX graph, and --bits {args.bits} another: give one of them")
-
+    if args.calibrate and args.bits != 4:
+        raise ValueError("--calibrate says how the weights are rounded to four bits: give it with --bits 4")
     _check_gate(args, changed=onnx or args.bits != 32)
     from distill.app.export import ExportOptions, run_export
     from distill.app.gate import Gate
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         gate = Gate(args.gate or "scenes", args.root, args.list, args.allow_drop)
     options = ExportOptions(
         bits=args.bits,
+        calibrate=args.calibrate or "",
         onnx=onnx,
         program=args.program,
         int8=args.int8 or "",

@@ -1,0 +1,95 @@
+"""Codes that keep what a layer gives, not what its weights are: four bits calibrated on images.
+
+GPTQ (Frantar et al., ICLR 2023, Algorithm 1): the columns of a matrix are rounded one after the other, and the loss of
+each is made good by the columns still to come, as least squares over the layer's inputs has it. The inputs are those of
+the float32 student, and lowest value and step of a group of columns are `quantize.fitted`'s (ours); 1 % of the mean
+second moment is added to each, as the paper does.
+
+O outputs, K inputs of a layer (of a convolution: channels times the kernel's places).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distill.students.quantize import EIGHT_BITS, GROUP, QUANTIZED_FROM, fits, fitted, packed, rounded
+
+_ROWS = 4096
+"""Places of an image that a layer's inputs are taken from at most, evenly spread."""
+_DAMPING = 0.01
+
+
+def calibrated(student: nn.Module, images: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
+    """What `quantize.quantize` gives in four bits, for the student's linear and convolutional weights by their keys.
+
+    images: (3,H,W) uint8 or float in [0,1]; any size that the student takes. Weights whose rows are no multiple of a
+    group, and those that are left at more bits, are not among them.
+    """
+    layers = {name: module for name, module in student.named_modules() if _calibrates(f"{name}.weight", module)}
+    moments = {name: torch.zeros(2 * [module.weight[0].numel()]) for name, module in layers.items()}
+    hooks = [module.register_forward_pre_hook(partial(_count, into=moments[name])) for name, module in layers.items()]
+    device = next(student.parameters()).device
+    try:
+        with torch.inference_mode():
+            for image in images:
+                unit = image.float() / 255.0 if image.dtype == torch.uint8 else image
+                student(unit[None].to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        f"{name}.weight": compensated(module.weight.detach().cpu().float().flatten(1), moments[name])
+        for name, module in layers.items()
+    }
+
+
+def _calibrates(key: str, module: nn.Module) -> bool:
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
+        return False
+    weight = module.weight
+    whole = weight[0].numel() % GROUP == 0 and weight.numel() > QUANTIZED_FROM and not key.endswith(EIGHT_BITS)
+    return whole and fits(weight)
+
+
+def _count(module: Any, inputs: tuple[Tensor, ...], *, into: Tensor) -> None:
+    """Adds the second moments (K,K) of what a layer is given."""
+    x = inputs[0].detach().float()
+    if isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros" or isinstance(module.padding, str):
+            raise ValueError(f"a convolution with padding {module.padding_mode}, {module.padding} is not calibrated")
+        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows[:: -(-len(rows) // _ROWS)]
+    into += (rows.T @ rows / len(rows)).cpu()
+
+
+def compensated(weight: Tensor, moments: Tensor) -> dict[str, Tensor]:
+    """Four-bit parts of a weight (O,K) whose inputs have the second moments (K,K); K is a multiple of GROUP."""
+    left = weight.clone()
+    moments = moments.double()
+    idle = moments.diagonal() == 0  # inputs that are always 0: any code will do
+    moments = moments + torch.diag(idle + _DAMPING * moments.diagonal().mean())
+    # Row k of the factor says how the error of column k is spread over those after it.
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
+    codes, lows, steps = torch.zeros_like(left), [], []
+    for first in range(0, left.shape[1], GROUP):
+        among = slice(first, first + GROUP)
+        columns, own = left[:, among].clone(), factor[among, among]
+        _, low, step = fitted(columns, bits=4)
+        errors = torch.zeros_like(columns)
+        for k in range(GROUP):
+            code = rounded(columns[:, k : k + 1], low, step, bits=4)
+            codes[:, first + k] = code[:, 0]
+            errors[:, k] = (columns[:, k] - (code * step + low)[:, 0]) / own[k, k]
+            columns[:, k:] -= errors[:, k : k + 1] * own[k, k:]
+        left[:, first + GROUP :] -= errors @ factor[among, first + GROUP :]
+        lows.append(low)
+        steps.append(step)
+    groups = codes.reshape(-1, GROUP)
+    return packed(groups, torch.cat(lows, 1).reshape(-1, 1), torch.cat(steps, 1).reshape(-1, 1), bits=4)

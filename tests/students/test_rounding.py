@@ -1,0 +1,81 @@
+"""Four bits rounded for a layer's inputs: what it gives changes less than by rounding each weight to its nearest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from distill import students
+from distill.app import export
+from distill.students import checkpoint, rounding
+from distill.students.quantize import GROUP, dequantize, quantize
+
+
+def drawn(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_inputs_that_say_nothing_of_each_other_leave_every_weight_at_its_nearest():
+    weight = drawn(5, 2 * GROUP)
+    ours, nearest = rounding.compensated(weight, torch.eye(2 * GROUP)), quantize(weight)
+    assert all(torch.equal(ours[part], nearest[part]) for part in nearest)
+
+
+def test_with_inputs_that_go_together_the_outputs_lose_less():
+    weight = drawn(16, 2 * GROUP)
+    inputs = drawn(1000, 8) @ drawn(8, 2 * GROUP) + 0.1 * drawn(1000, 2 * GROUP)
+    inputs[:, 3] = 0.0
+    ours, nearest = rounding.compensated(weight, inputs.T @ inputs / 1000), quantize(weight)
+    losses = [(inputs @ (dequantize(parts, weight.shape) - weight).T).square().mean() for parts in (ours, nearest)]
+    assert losses[0] < 0.2 * losses[1]
+
+
+def test_a_convolution_sees_its_kernel_of_places_in_the_order_of_its_weights():
+    layer = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
+    image, moments = drawn(1, 2, 9, 11), torch.zeros(18, 18)
+    rounding._count(layer, (image,), into=moments)
+    with torch.no_grad():
+        outputs = F.conv2d(image, layer.weight, stride=2, padding=1)
+    flat = layer.weight.detach().flatten(1)
+    torch.testing.assert_close((flat @ moments @ flat.T).diagonal(), outputs.square().mean((0, 2, 3)))
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return students.build(
+        encoder="vit_tiny_patch16_224",
+        decoder="dpt",
+        encoder_options={"blocks": [0, 1]},
+        decoder_options={"channels": 64, "post_process_channels": [16, 16, 16, 64], "readout": "ignore"},
+    ).eval()
+
+
+def test_a_calibrated_student_is_as_small_and_closer(student, tmp_path, monkeypatch):
+    blurred = F.interpolate(drawn(8, 3, 8, 10).sigmoid(), (64, 80), mode="bicubic").clamp(0, 1)
+    photos = list((blurred * 255).to(torch.uint8))
+    monkeypatch.setattr(export, "calibration", lambda labels: photos)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    checkpoint.save(student, tmp_path / "whole")
+    for name, labels in (("nearest", ""), ("calibrated", "LABELS")):
+        export.run_export(tmp_path / "whole", tmp_path / name, options=export.ExportOptions(bits=4, calibrate=labels))
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("nearest", "calibrated")]
+    assert sizes[0] == sizes[1]
+    images, maps = torch.stack(photos).float() / 255, {}
+    for name in ("whole", "nearest", "calibrated"):
+        with torch.no_grad():
+            found = checkpoint.load(tmp_path / name)(images)
+        maps[name] = found - found.mean((1, 2), keepdim=True)  # a shift means nothing
+    off = {name: float((found - maps["whole"]).square().mean()) for name, found in maps.items()}
+    assert 0 < off["calibrated"] < 0.7 * off["nearest"]
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_what_is_kept_at_more_bits_or_fills_no_groups_is_left_alone(student):
+    modules = {f"{name}.weight": module for name, module in student.named_modules()}
+    keys = {key for key, module in modules.items() if rounding._calibrates(key, module)}
+    assert (
+        "encoder.backbone.blocks.0.attn.qkv.weight" in keys and "encoder.backbone.patch_embed.proj.weight" not in keys
+    )
+    assert not any(modules[key].weight[0].numel() % GROUP for key in keys)
