@@ -231,6 +231,8 @@ def _tiny_student(table: dict, folder: Path, tiny) -> dict:
     """
     if table.get("network") == "one_step_unet":
         return table | {"weights": tiny("fiffdepth")[0], "native_size": 32}
+    if "init_from" in table:
+        return table | {"init_from": tiny("checkpoint")[0]}
     decoder = inspect.signature(find("distill.students.decoders", table["decoder"]).Decoder).parameters
     narrow = {"fusion_channels": 8, "channels": 8, "post_process_channels": [8, 8, 8, 8]}
     options = {key: value for key, value in narrow.items() if key in decoder}
