@@ -23,6 +23,7 @@ from distill.app.recipe import Recipe
 from distill.core import machine
 from distill.core.findings import Finding
 from distill.data.sources import BadImageError, InputShard, Photo
+from distill.eval.completeness import check_benchmark
 from distill.labelling.annotate import label_photo
 from distill.labelling.jobs import TRUTH, plan_photo
 from distill.shards.cache import Traffic
@@ -62,10 +63,11 @@ class _Images:
     rejected: list[str]
 
 
-def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
+def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") -> list[Finding]:
     """One line per thing looked at, worst last; raises nothing that a recipe can cause.
 
-    compares: the recipe is for `distill compare`, which neither cuts crops nor trains.
+    only: the recipe is for `distill compare`, which neither cuts crops nor trains, or for `distill score`, which does
+    without images too.
     """
     findings: list[Finding] = []
     if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
@@ -75,14 +77,15 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(findings, "images", lambda: _images(recipe, crops=not compares))
+    images = _try(findings, "images", lambda: _images(recipe, crops=not only)) if only != "score" else None
     if images is not None:
-        findings += _about_images(recipe, images, crops=not compares)
+        findings += _about_images(recipe, images, crops=not only)
     teachers: Any = None
     if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
         teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         findings += _about_teachers(recipe, teachers or [])
-    if compares:
+    if only:
+        findings += _about_benchmarks(recipe, findings) if only == "score" else []
         return _worst_last(findings)
     findings += _about_start(recipe)
     student = None
@@ -106,6 +109,16 @@ def check_recipe(recipe: Recipe, *, compares: bool = False) -> list[Finding]:
                 card, codec = step / recipe.train.batch_size, recipe.labels.codec
                 findings.append(scaling.finding("training", card, processor, scaling.cores(), codec))
     return _worst_last(findings)
+
+
+def _about_benchmarks(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
+    """What `distill doctor --benchmark` says of each, by the recipe's name for it."""
+    found: list[Finding] = []
+    for spec in recipe.benchmarks:
+        name = spec.alias_or_name
+        told = _try(findings, name, lambda: check_benchmark(spec.name, spec.root or None, spec.list or None))  # noqa: B023
+        found += [replace(one, what=f"{name}: {one.what}") for one in told or []]
+    return found
 
 
 def _worst_last(findings: list[Finding]) -> list[Finding]:

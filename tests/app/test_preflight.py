@@ -185,3 +185,15 @@ def test_a_recipe_that_compares_is_not_judged_by_crops(tmp_path, capsys):
     assert main(["doctor", str(tmp_path / "c.toml")]) == 0
     told = capsys.readouterr().out
     assert "teacher a2" in told and not any(word in told for word in ("crops", "train", "student.encoder", "bad"))
+
+
+def test_a_recipe_that_only_scores_is_asked_for_teachers_and_data_and_for_no_images(tmp_path, capsys):
+    path = tmp_path / "score.toml"
+    path.write_text(
+        '[run]\nname = "s"\n[[teachers]]\nname = "checkpoint"\nweights = "pocket"\n'
+        '[[benchmarks]]\nname = "scenes"\n[[benchmarks]]\nname = "nyu"\nroot = "nowhere"\nalias = "mine"\n'
+    )
+    assert main(["doctor", str(path)]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "scenes: 64 of the 64 images" in told and "mine: nowhere: no such file or folder" in told
+    assert "[[images]]" not in told and "student" not in told.replace("students of it", "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from distill.app.verbs._recipe import refuse, take_overrides
 
@@ -38,9 +39,9 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.preflight import check_recipe
         from distill.app.recipe import load
 
-        compares = _only_compares(args.target)
-        recipe = load(args.target, args.set, command="compare" if compares else "")
-        title, findings = args.target, check_recipe(recipe, compares=compares)
+        only = _only(args.target)
+        recipe = load(args.target, args.set, command=only)
+        title, findings = args.target, check_recipe(recipe, only=only)
     else:
         from distill.training.diagnose import check_run
 
@@ -50,13 +51,15 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(f.level == "bad" for f in findings) else 0
 
 
-def _only_compares(target: str) -> bool:
-    """Whether a recipe is for `distill compare` alone: it has [compare], and nothing of what is labelled or trained."""
+def _only(target: str) -> Literal["", "compare", "score"]:
+    """The one command that a recipe is for, where it has nothing of what is labelled or trained."""
     from distill.app.shipped import locate
     from distill.app.strict import read_toml
 
     given = read_toml(locate(target)).keys()
-    return "compare" in given and not given & {"crops", "student", "loss", "train"}
+    if given & {"crops", "student", "loss", "train"}:
+        return ""
+    return "compare" if "compare" in given else "score" if "benchmarks" in given and "images" not in given else ""
 
 
 def _is_recipe(target: str) -> bool:
