@@ -257,12 +257,12 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
 
     Raises FileNotFoundError where nothing matches.
     """
-    files: dict[str, Path] = {}
+    given: list[tuple[Path, str, Path]] = []  # the folder that was searched, the name in it, the file
     rejected: list[Rejected] = []
     passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
-            files[printable(f"{path.parent.name}/{path.name}")] = path
+            given.append((path.parent, path.name, path))
             continue
         for file in files_below(path):
             inside = file.relative_to(path).as_posix()
@@ -273,7 +273,8 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
-                files[name] = file
+                given.append((path, inside, file))
+    files = _named(given)
     if not files:
         there = f"; there are {filetypes.counted(passed)}" if passed else ""
         there += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
@@ -289,6 +290,22 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         for key, name in zip(keys, names, strict=True)
     ]
     return in_shards(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+
+
+def _named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
+    """Files (folder, name in it, file) by folder and name, after as many of the folders above as tell them apart.
+
+    a/images/1.jpg and b/images/1.jpg are two photographs; one that two patterns name is one.
+    """
+    for above in range(max((len(folder.parts) for folder, _, _ in given), default=0) or 1):
+        files: dict[str, Path] = {}
+        for folder, inside, file in given:
+            name = printable("/".join([*folder.parts[-1 - above : -1], folder.name, inside]))
+            if files.setdefault(name, file).absolute() != file.absolute():
+                break
+        else:
+            return files
+    return {printable(str(file)): file for _, _, file in given}
 
 
 def _size(path: Path) -> int:

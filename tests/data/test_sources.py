@@ -50,6 +50,17 @@ def test_glob_of_photos_and_no_photos(tmp_path):
         sources.folders(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("pattern", ["*/images", "*/images/*.png"])
+def test_folders_of_one_name_are_told_apart_by_the_folders_above(tmp_path, pattern):
+    for scene, side in (("a", 8), ("b", 9)):
+        (tmp_path / scene / "images").mkdir(parents=True)
+        (tmp_path / scene / "images" / "0.png").write_bytes(encoded(picture(side, side)))
+    [shard] = sources.folders([str(tmp_path / pattern), str(tmp_path / "a" / "images" / "0.png")])
+    entries = shard.scan().entries
+    assert [entry.key for entry in entries] == ["a_images_0", "b_images_0"]
+    assert [entry.load().rgb.shape[-1] for entry in entries] == [8, 9]
+
+
 def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     entry = sources.folders(tmp_path)[0].scan().entries[0]
