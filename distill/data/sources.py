@@ -274,7 +274,7 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
                 given.append((path, inside, file))
-    files = _named(given)
+    files = photos.named(given)
     if not files:
         there = f"; there are {filetypes.counted(passed)}" if passed else ""
         there += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
@@ -290,22 +290,6 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
         for key, name in zip(keys, names, strict=True)
     ]
     return in_shards(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
-
-
-def _named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
-    """Files (folder, name in it, file) by folder and name, after as many of the folders above as tell them apart.
-
-    a/images/1.jpg and b/images/1.jpg are two photographs; one that two patterns name is one.
-    """
-    for above in range(max((len(folder.parts) for folder, _, _ in given), default=0) or 1):
-        files: dict[str, Path] = {}
-        for folder, inside, file in given:
-            name = printable("/".join([*folder.parts[-1 - above : -1], folder.name, inside]))
-            if files.setdefault(name, file).absolute() != file.absolute():
-                break
-        else:
-            return files
-    return {printable(str(file)): file for _, _, file in given}
 
 
 def _size(path: Path) -> int:

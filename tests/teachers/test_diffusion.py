@@ -158,7 +158,6 @@ class TestGenPercept:
             part.bias.data.zero_()
         assert (same.predict(IMAGES).values - other.predict(IMAGES).values).abs().max() > 1e-3
 
-    @pytest.mark.parametrize("own_config", [True, False])
     def test_one_that_was_trained_here_is_asked_at_the_index_that_it_learnt(self, copy):
         folder = copy("genpercept")
         assert genpercept.Teacher.load(str(folder)).timestep == 1
@@ -166,6 +165,7 @@ class TestGenPercept:
         assert genpercept.Teacher.load(str(folder)).timestep == 200
         assert genpercept.Teacher.load(str(folder), timestep=0).timestep == 0
 
+    @pytest.mark.parametrize("own_config", [True, False])
     def test_lone_unet(self, made, tmp_path, own_config):
         whole = made("genpercept")[0]
         lone = tmp_path / "unet_disparity_v2"
