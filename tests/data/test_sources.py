@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.core.depth import Kind
-from distill.data import sources
-from distill.data.photos import BadImageError
+from distill.core.depth import DepthMap, Kind
+from distill.data import published, sources
+from distill.data.photos import BadImageError, Photo
 from distill.data.settings import ImageSettings
 from tests.data.pictures import encoded, pack, picture
 
@@ -165,3 +165,12 @@ def test_everything_goes_to_worker_processes(tmp_path):
     shards = sources.combine(sources.tars(tar), sources.folders(tmp_path / "a.png"), sources.pairs(tmp_path / "rgbd"))
     for shard in pickle.loads(pickle.dumps(shards)):
         assert pickle.loads(pickle.dumps(shard.scan().entries[0])).load().rgb.dtype == torch.uint8
+
+
+def test_a_bound_of_metres_holds_for_disparity_too():
+    values = torch.tensor([[[0.01, 0.02, 0.5, 0.0]]])
+    for kind, known in ((Kind.METRIC_DISPARITY, [0, 1, 1, 0]), (Kind.SCALE_DISPARITY, [1, 1, 1, 1])):
+        photo = Photo("a", torch.zeros(3, 1, 4, dtype=torch.uint8), DepthMap(values, values >= 0, kind), "a")
+        shard = sources.in_shards("a", "a", [sources.Entry("a", "a", lambda photo=photo: photo)], 1)
+        [near] = published.within(shard, 50.0)
+        assert near.scan().entries[0].load().truth.valid.flatten().int().tolist() == known
