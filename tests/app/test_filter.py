@@ -117,6 +117,7 @@ def test_a_name_that_is_no_data_sets_says_so(tmp_path):
 def test_the_worst_are_the_lowest_or_the_highest_of_those_that_have_the_score():
     values, left = np.array([3.0, np.nan, 1.0, 9.0, 2.0]), np.array([0, 1, 2, 4])
     assert filtering._worst(values, left, 0.34, high_is_good=True).tolist() == [2]  # a third of three
+    assert filtering._worst(values, left, 0.27, high_is_good=True).tolist() == []  # less than one of three
     assert filtering._worst(values, left, 0.67, high_is_good=False).tolist() == [0, 4]
 
 
