@@ -126,6 +126,11 @@ BAD = {
     ),
     "loss.shared": ("[loss]\nshared = -1", "loss: shared must be finite and at least 0, not -1.0"),
     "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),
+    "two beginnings": (
+        '[student]\ninit_from = "pocket"\ndecoder_init_from = "other"',
+        "student: init_from takes a whole student: encoder_init_from and decoder_init_from would be passed over, leave "
+        "them out",
+    ),
     "native_size": ("[student]\nnative_size = -4", "student: native_size must be at least 0, not -4"),
     "lr": ("[train]\nlr = -1", "train: lr must be finite and above 0, not -1.0"),
     "lr inf": ("[train]\nlr = inf", "train: lr must be finite and above 0, not inf"),

@@ -32,6 +32,13 @@ def test_one_step_teachers_take_the_diffusion_teachers_options(made, name):
         load(made, name, ensemble=5)
 
 
+@pytest.mark.parametrize("name", ["marigold", "genpercept", "fiffdepth"])
+@pytest.mark.parametrize(("native_size", "shape"), [(48, (3, 90)), (0, (60, 2))])
+def test_a_strip_is_at_least_one_latent_high(made, name, native_size, shape):
+    found = load(made, name, native_size=native_size).predict(torch.rand(1, 3, *shape))
+    assert found.values.shape == (1, *shape) and found.valid.all()
+
+
 class TestMarigold:
     def test_noise_belongs_to_the_key(self, made):
         teacher = load(made, "marigold")
