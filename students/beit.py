@@ -55,15 +55,21 @@ def make_flexible(backbone: Any) -> None:
 def _bias_on(attention: Any, *, grid: list[int]) -> Tensor:
     """The bias (1,heads,1+N,1+N) of an attention on the grid of the image at hand, N = rows * columns."""
     rows, columns = grid
-    table = resized(attention.relative_position_bias_table, attention.window_size, (rows, columns))
-    index = _index_on(rows, columns, table.device)
+    table = attention.relative_position_bias_table
+    if torch.compiler.is_exporting():  # sides are symbols: neither compared, for the graph would keep that, nor hashed
+        table, index = _interpolated(table, attention.window_size, (rows, columns)), relative_index(rows, columns)
+    else:
+        table = resized(table, attention.window_size, (rows, columns))
+        index = _index_on(rows, columns, table.device)
     return table[index].permute(2, 0, 1).contiguous()[None]
 
 
 def resized(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """The table ((2h-1)(2w-1)+3, heads) of the grid `own` as that of another grid."""
-    if tuple(own) == tuple(grid):
-        return table
+    return table if tuple(own) == tuple(grid) else _interpolated(table, own, grid)
+
+
+def _interpolated(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     (tall, wide), (high, broad) = ((2 * h - 1, 2 * w - 1) for h, w in (own, grid))
     pairs = table[:-3].reshape(1, tall, wide, -1).permute(0, 3, 1, 2)
     new = F.interpolate(pairs.float(), size=(high, broad), mode="bilinear", align_corners=False).to(table.dtype)

@@ -10,13 +10,13 @@ O outputs, K inputs of a layer (of a convolution: channels times the kernel's pl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from distill.students.quantize import EIGHT_BITS, GROUP, QUANTIZED_FROM, fits, fitted, packed, rounded
 
@@ -32,19 +32,14 @@ def calibrated(student: nn.Module, images: Sequence[Tensor]) -> dict[str, dict[s
     group, and those that are left at more bits, are not among them.
     """
     layers = {name: module for name, module in student.named_modules() if _calibrates(f"{name}.weight", module)}
-    moments = {name: torch.zeros(2 * [module.weight[0].numel()]) for name, module in layers.items()}
-    hooks = [module.register_forward_pre_hook(partial(_count, into=moments[name])) for name, module in layers.items()]
+    moments = {id(module.weight): torch.zeros(2 * [module.weight[0].numel()]) for module in layers.values()}
     device = next(student.parameters()).device
-    try:
-        with torch.inference_mode():
-            for image in images:
-                unit = image.float() / 255.0 if image.dtype == torch.uint8 else image
-                student(unit[None].to(device))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.inference_mode(), _Counting(moments):
+        for image in images:
+            unit = image.float() / 255.0 if image.dtype == torch.uint8 else image
+            student(unit[None].to(device))
     return {
-        f"{name}.weight": compensated(module.weight.detach().cpu().float().flatten(1), moments[name])
+        f"{name}.weight": compensated(module.weight.detach().cpu().float().flatten(1), moments[id(module.weight)])
         for name, module in layers.items()
     }
 
@@ -57,16 +52,39 @@ def _calibrates(key: str, module: nn.Module) -> bool:
     return whole and fits(weight)
 
 
-def _count(module: Any, inputs: tuple[Tensor, ...], *, into: Tensor) -> None:
-    """Adds the second moments (K,K) of what a layer is given."""
-    x = inputs[0].detach().float()
-    if isinstance(module, nn.Conv2d):
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            raise ValueError(f"a convolution with padding {module.padding_mode}, {module.padding} is not calibrated")
-        x = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride).transpose(1, 2)
+class _Counting(TorchFunctionMode):
+    """Adds the second moments (K,K) of all that meets a weight, which `into` knows by its id.
+
+    At the function and not at the module: timm's attention of DINOv3 and BEiT hands its qkv's weight to F.linear.
+    """
+
+    def __init__(self, into: Mapping[int, Tensor]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in (F.linear, F.conv2d):
+            names = ("input", "weight", "bias", "stride", "padding", "dilation")
+            said = dict(zip(names, args, strict=False)) | given
+            if (moments := self.into.get(id(said["weight"]))) is not None:
+                moments += _second_moments(func, said)
+        return func(*args, **given)
+
+
+def _second_moments(func: Any, said: Mapping[str, Any]) -> Tensor:
+    x = said["input"].detach().float()
+    if func is F.conv2d:
+        padding = said.get("padding", 0)
+        if isinstance(padding, str):
+            raise ValueError(f"a convolution with padding {padding} is not calibrated: give it in pixels")
+        kernel = said["weight"].shape[2:]
+        x = F.unfold(x, kernel, said.get("dilation", 1), padding, said.get("stride", 1)).transpose(1, 2)
     rows = x.reshape(-1, x.shape[-1])
     rows = rows[:: -(-len(rows) // _ROWS)]
-    into += (rows.T @ rows / len(rows)).cpu()
+    return (rows.T @ rows / len(rows)).cpu()
 
 
 def compensated(weight: Tensor, moments: Tensor) -> dict[str, Tensor]:

@@ -69,6 +69,11 @@ class StudentSettings:
             raise ValueError(
                 "decoder_weights beside init_from or decoder_init_from: the decoder can begin from one place only"
             )
+        if self.init_from and (self.encoder_init_from or self.decoder_init_from):
+            raise ValueError(
+                "init_from takes a whole student: encoder_init_from and decoder_init_from would be passed over, leave "
+                "them out"
+            )
         refuse(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 
     def _of_another_network(self) -> list[str]:

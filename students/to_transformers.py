@@ -67,6 +67,8 @@ def write(student: Student, folder: Path, *, how: str = "auto") -> str:
     optional("transformers", "teachers")
     if student.encoder.name == vggt.NAME:
         raise ValueError(f"{folder}: the encoder vggt is no ViT of timm or transformers; export a program instead")
+    if type(student.encoder.backbone).__name__ == "Beit":
+        raise ValueError(f"{folder}: timm's BEiT alone takes images of one size; export a program or ONNX instead")
     name = native(student)
     if how == "native" and not name:
         raise ValueError(f"{folder}: no class of transformers is this student; use --transformers code")

@@ -177,13 +177,14 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
         return encoder.eval()(torch.tensor([tokens])).last_hidden_state
 
 
-def resize_long_side(images: Tensor, size: int) -> Tensor:
-    """(B,3,H,W) in [0,1] with its long side at `size` (0: as given), rounded to 8-bit steps, unclamped."""
-    if size == 0:
-        return images
+def resize_long_side(images: Tensor, size: int, *, least: int = 1) -> Tensor:
+    """(B,3,H,W) in [0,1] with its long side at `size` (0: as given), rounded to 8-bit steps, unclamped.
+
+    least: a strip's short side becomes this many pixels, for a VAE fails on fewer than one latent. Ours.
+    """
     height, width = images.shape[-2:]
-    scale = min(size / width, size / height)
-    shape = (int(height * scale), int(width * scale))
+    scale = min(size / width, size / height) if size else 1.0
+    shape = (max(least, int(height * scale)), max(least, int(width * scale)))
     if shape == (height, width):
         return images
     steps = (images * 255).round()
@@ -194,7 +195,7 @@ def resize_long_side(images: Tensor, size: int) -> Tensor:
 def prepare(images: Tensor, *, resize: str, native_size: int, factor: int) -> Tensor:
     """Images as the VAE will see them, in [0,1]: by the authors' rule, or padded to the latents' multiple."""
     if resize == "native":
-        return resize_long_side(images, native_size)
+        return resize_long_side(images, native_size, least=factor)
     return pad_to_multiple(images, factor)
 
 

@@ -124,7 +124,7 @@ class Teacher:
         mode: str | None = None,
         base: str = BASE,
         head: str | None = None,
-        timestep: int = 1,
+        timestep: int | None = None,
         steps: int = 1,
         ensemble: int = 1,
     ) -> Teacher:
@@ -133,7 +133,8 @@ class Teacher:
         mode: what the checkpoint was trained for, "depth" or "disparity"; None reads it off the name, and takes depth
         where that says nothing. base: Stable Diffusion 2.1, for the rest of a lone UNet. head: file or folder of a DPT
         head; found by itself in `dpt_head_identity/` beside the UNet. native_size: the long side (0: as given,
-        unpadded). timestep: 1 as published; others exist as ablations. steps, ensemble: 1, it denoises nothing.
+        unpadded). timestep: None takes that with which a folder of `distill train` was trained, else 1 as published;
+        others exist as ablations. steps, ensemble: 1, it denoises nothing.
         """
         check_one_step("GenPercept", steps, ensemble)
         check_resize(resize, native_size, zero_is_given=True)
@@ -163,6 +164,7 @@ class Teacher:
             native_size=default_size(native_size, parts),
             multiple=parts.factor,
         )
+        timestep = int(own.get("timestep", 1)) if timestep is None else timestep
         return cls(parts, neck, card, resize=resize, native_size=native_size, timestep=timestep)
 
     @torch.no_grad()

@@ -44,6 +44,7 @@ from distill.students import Student, checkpoint
 from distill.students.settings import StudentSettings
 from distill.teachers import resolve
 from distill.teachers._latent_student import LatentStudent
+from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 from distill.training.latent import LatentLesson
 from distill.training.settings import TrainSettings
 
@@ -331,6 +332,16 @@ def prior_samples(spec: BenchmarkSettings) -> list[BenchmarkSample]:
     if spec.prior:
         return list(find("distill.eval.benchmarks", spec.name).samples(spec.root or None, spec.prior))
     return list(find("distill.eval.benchmarks", "scenes").training_samples(64))
+
+
+def trained(recipe: Recipe, *, on: torch.device) -> Any:
+    """The student that the recipe trained, as a teacher, to be scored or compared. Raises as their `load` does."""
+    folder, spec = recipe.run.folder / "train" / "student", recipe.student
+    if latent.is_folder(folder):
+        return latent.load_teacher(folder, device=on)
+    # A student that holds its encoder takes no file of it.
+    file = weights_file(spec.weights) if spec.exclude_frozen_encoder else None
+    return CheckpointTeacher.load(str(folder), device=on, encoder_weights=file)
 
 
 def saver(recipe: Recipe) -> Callable[..., object]:

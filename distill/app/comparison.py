@@ -10,18 +10,17 @@ carries its revision, so that a student trained on is another model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.app import build, latent, teaching
+from distill.app import build, teaching
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
@@ -29,6 +28,7 @@ from distill.app.recipe import Recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind
+from distill.core.focal import resized
 from distill.core.plugins import file_hashes
 from distill.data.corruptions import Corruptions
 from distill.data.sources import BadImageError, Entry, Rejected
@@ -112,7 +112,11 @@ def _timed(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:
         teacher = entrant.load()
         if getattr(teacher, "card", None) is not None and teacher.card.name != TRUTH:
             with progress(f"time {entrant.name}"):
-                found[entrant.name] = run_time(teacher.predict, size, on)
+                # Time does not depend on the camera, but a student of canonical depth asks for one.
+                predict: Callable[[Tensor], DepthMap] = teacher.predict
+                if isinstance(teacher, CheckpointTeacher) and teacher.takes_focal:
+                    predict = partial(teacher.predict, focal=float(size))
+                found[entrant.name] = run_time(predict, size, on)
         del teacher  # before the next one takes its memory
     return found
 
@@ -148,12 +152,12 @@ def chosen_samples(recipe: Recipe) -> tuple[list[BenchmarkSample], list[Rejected
     for place in places:
         stem, entry = every[int(place)]
         try:
-            _view(entry, recipe.compare.side)
+            *_, focal = _view(entry, recipe.compare.side)
         except BadImageError as error:
             rejected.append(Rejected(entry.origin, entry.key, str(error)))
             continue
         key = f"{stem}/{entry.key}" if twice else entry.key
-        samples.append(_sample(entry, key, f"{stem}/{entry.key}.npy", recipe.compare.side))
+        samples.append(_sample(entry, key, f"{stem}/{entry.key}.npy", recipe.compare.side, focal))
     if not samples:
         first = f" (the first: {rejected[0].origin}: {rejected[0].reason})" if rejected else ""
         raise RecipeError(
@@ -162,27 +166,32 @@ def chosen_samples(recipe: Recipe) -> tuple[list[BenchmarkSample], list[Rejected
     return samples, rejected
 
 
-def _sample(entry: Entry, key: str, path: str, side: int) -> BenchmarkSample:
-    return BenchmarkSample(key, path, partial(_image, entry, side), partial(_truth, entry, side))
+def _sample(entry: Entry, key: str, path: str, side: int, focal: float) -> BenchmarkSample:
+    told = (lambda: focal) if focal else None
+    return BenchmarkSample(key, path, partial(_image, entry, side), partial(_truth, entry, side), focal=told)
 
 
 @lru_cache(maxsize=128)  # at 640 x 480 not much over 2 MB each; every model, the measures and the page ask for them
-def _view(entry: Entry, side: int) -> tuple[Tensor, DepthMap]:
-    """A photo (3,h,w) uint8 and its truth, its longer side at most `side`; without truth one that is nowhere valid."""
+def _view(entry: Entry, side: int) -> tuple[Tensor, DepthMap, float]:
+    """A photo (3,h,w) uint8 and its truth, its longer side at most `side`; without truth one that is nowhere valid.
+
+    And the focal length in pixels of that size, 0 where nobody knows it.
+    """
     photo = entry.load()
     height, width = photo.rgb.shape[1:]
     scale = min(1.0, side / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    image = photo.rgb
+    image, focal = photo.rgb, photo.focal and resized(photo.focal, (height, width), size)
     if size != (height, width):
         image = crops.resize(image[None].float(), *size)[0].round().clamp(0, 255).to(torch.uint8)
     if photo.truth is None:
-        return image, DepthMap(torch.zeros(1, *size), torch.zeros(1, *size, dtype=torch.bool), Kind.METRIC_DEPTH)
+        nowhere = DepthMap(torch.zeros(1, *size), torch.zeros(1, *size, dtype=torch.bool), Kind.METRIC_DEPTH)
+        return image, nowhere, focal
     values, valid = photo.truth.values, photo.truth.valid
     if size != (height, width):
         values = F.interpolate(values[None], size=size, mode="nearest-exact")[0]
         valid = F.interpolate(valid[None].float(), size=size, mode="nearest-exact")[0] > 0.5
-    return image, DepthMap(values, valid, photo.truth.kind)
+    return image, DepthMap(values, valid, photo.truth.kind), focal
 
 
 def _image(entry: Entry, side: int) -> Tensor:
@@ -213,13 +222,8 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
         revision = revision_of(folder)
-        load_student: Any = partial(
-            CheckpointTeacher.load, str(folder), device=on, encoder_weights=recipe.student.weights or None
-        )
-        if latent.is_folder(folder):
-            load_student = partial(latent.load_teacher, folder, device=on)
         name = f"student-{revision.rpartition(':')[2][:6]}"
-        sources_found.append(Entrant(name, load_student, {"revision": revision, **shared}))
+        sources_found.append(Entrant(name, partial(build.trained, recipe, on=on), {"revision": revision, **shared}))
     if not sources_found:
         raise RecipeError("there is nothing to compare: add [[teachers]], or train the student first")
     return sources_found

@@ -9,6 +9,7 @@ Shapes: H, W of an image.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teac
         while name in taken:
             name, more = f"{source.name}_{more}", more + 1
         taken.add(name)
-        found[number] = Source(name, source.what, source.names, source.load, source.facts)
+        found[number] = replace(source, name=name)
     return found
 
 
@@ -59,7 +60,7 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
         return [_of_entries(short_name(name), word, published.dataset(name, root), far, limit, facts)]
     if (path / MANIFEST).is_file():
         return [_of_labels(path, limit, teacher)]
-    if path.suffix.lower() == ".tsv" or (path / "INDEX.tsv").is_file():
+    if path.suffix.lower() in (".tsv", ".csv") or (path / "INDEX.tsv").is_file():
         called = (path if path.is_dir() else path.parent).name
         return [_of_entries(safe_key(called), word, sources.pairs(path), far, limit, None)]
     if path.is_dir():
@@ -74,7 +75,8 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
             mine = [shard for shard in every if shard.source == number]
             facts = find(FOLDER, images.dataset).FACTS if images.dataset else None
             called = short_name(images.dataset) if images.dataset else f"images_{number}"
-            opened.append(_of_entries(called, f"{word}, images[{number}]", mine, far, limit, facts))
+            one = _of_entries(called, f"{word}, images[{number}]", mine, far, limit, facts)
+            opened.append(one if images.pairs or images.dataset else replace(one, key=""))
     if not opened:
         raise ValueError(f"{word}: none of its [[images]] has ground truth; filter its labels folder instead")
     return opened
@@ -114,7 +116,8 @@ def _of_labels(path: Path, limit: int, teacher: str) -> Source:
     if scored not in dataset.teachers:
         raise LookupError(f"{path} has no labels by {scored}; it has {', '.join(dataset.teachers)}")
     names = dataset.keys[: limit or None]
-    return Source(safe_key(f"labels_{path.name}"), f"{path}, {scored}", names, _LabelSamples(dataset, scored))
+    load = _LabelSamples(dataset, scored)
+    return Source(safe_key(f"labels_{path.name}"), f"{path}, {scored}", names, load, key="labels.names")
 
 
 class _LabelSamples:

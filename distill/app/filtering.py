@@ -53,7 +53,8 @@ class Scored:
 class Source:
     """Samples at random access, by number. name: of the files that are written; table: AnyDepth's of its data set.
 
-    names: one per sample, as lists have them. load raises BadImageError, OSError, ValueError or LookupError.
+    names: one per sample, as lists have them. load raises BadImageError, OSError, ValueError or LookupError. key: the
+    recipe's that takes such a list; "" where none does.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Source:
     names: Sequence[str]
     load: Callable[[int], Scored]
     facts: Any = None
+    key: str = "images.names"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

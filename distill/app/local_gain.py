@@ -65,10 +65,12 @@ def run_local(recipe: Recipe) -> Path:
 def _ask(teacher: Any, sample: Any) -> LocalError | None:
     image, truth = sample.image(), sample.truth()
     rows, columns = central(*image.shape[-2:])
-    keys = {"keys": [sample.key]} if teacher.card.seeded else {}
-    whole = teacher.predict(image[None], **keys)
+    more: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
+    more |= {"focal": sample.focal()} if sample.focal and getattr(teacher, "takes_focal", False) else {}
+    whole = teacher.predict(image[None], **more)
     # A model that is looked up by key has no map of a part.
-    alone = None if teacher.card.name == "truth" else teacher.predict(image[None, :, rows, columns], **keys)
+    looked_up = teacher.card.name in ("truth", "stored")
+    alone = None if looked_up else teacher.predict(image[None, :, rows, columns], **more)
     try:
         patch = None if alone is None else _values(alone)
         return local_error(_values(whole), truth, whole.kind, PROTOCOL, patch=patch)

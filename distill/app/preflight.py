@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from distill.app import build, latent, latent_costs, scaling, teaching, weights
+from distill.app.enough import about_samples
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core import machine
@@ -188,6 +189,8 @@ def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[F
         )
     if recipe.labels.licence == "unknown":
         yield Finding("warn", "labels.licence is unknown", "say it: it goes into the manifest and the student's card")
+    if crops:
+        yield from about_samples(recipe, images.count if images.scanned else None)
 
 
 def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:

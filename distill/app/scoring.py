@@ -10,13 +10,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from distill.app import build, latent, teaching
+from distill.app import build, teaching
 from distill.app.recipe import Recipe
 from distill.core.plugins import file_hashes, find
 from distill.eval.settings import BenchmarkSettings
 from distill.labelling.run import TRUTH
 from distill.teachers._settings import TeacherSettings
-from distill.teachers.checkpoint import Teacher as CheckpointTeacher
 
 USED = ("resize", "native_size", "steps", "ensemble")
 """What a teacher says of how it works, where it has it."""
@@ -61,15 +60,7 @@ class Models:
 
     def _student(self) -> Any:
         if "student" not in self._loaded:
-            if latent.is_folder(self.folder):
-                self._loaded["student"] = ({}, latent.load_teacher(self.folder, device=self.on))
-                return self._loaded["student"][1]
-            # A student that holds its encoder takes no file of it.
-            apart, weights = self.recipe.student.exclude_frozen_encoder, self.recipe.student.weights
-            student = CheckpointTeacher.load(
-                str(self.folder), device=self.on, encoder_weights=build.weights_file(weights) if apart else None
-            )
-            self._loaded["student"] = ({}, student)
+            self._loaded["student"] = ({}, build.trained(self.recipe, on=self.on))
         return self._loaded["student"][1]
 
     def _teacher(self, spec: TeacherSettings, benchmark: BenchmarkSettings) -> Any:

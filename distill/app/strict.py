@@ -67,7 +67,9 @@ class _Reading:
     def value(self, hint: Any, value: Any, path: str) -> Any:
         """`value` as a `hint`, or None and a fault."""
         origin, inner = _parts(hint)
-        if fault := _too_much(value):
+        # Of a table or an array of known form each part is looked at for itself, so that the fault names its key.
+        whole = hint is Any or not isinstance(value, Mapping | list)
+        if whole and (fault := _too_much(value)):
             self.faults.append(f"{path} {fault}")
             return None
         if hint is Any:

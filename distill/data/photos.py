@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
+from distill.core.printable import printable
 from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
 
 # Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
@@ -99,6 +100,22 @@ def safe_key(name: str) -> str:
 def with_hash(key: str, name: str) -> str:
     """`key` with a hash of the name that it stands for, which may hold lone surrogates (not UTF-8)."""
     return f"{key}-{hashlib.blake2b(name.encode(errors='surrogatepass'), digest_size=5).hexdigest()}"
+
+
+def named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
+    """Files (folder, name in it, file) by folder and name, after as many of the folders above as tell them apart.
+
+    a/images/1.jpg and b/images/1.jpg are two photographs; one that two patterns name is one.
+    """
+    for above in range(max((len(folder.parts) for folder, _, _ in given), default=0) or 1):
+        files: dict[str, Path] = {}
+        for folder, inside, file in given:
+            name = printable("/".join([*folder.parts[-1 - above : -1], folder.name, inside]))
+            if files.setdefault(name, file).absolute() != file.absolute():
+                break
+        else:
+            return files
+    return {printable(str(file)): file for _, _, file in given}
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:

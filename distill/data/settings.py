@@ -66,6 +66,7 @@ class ImageSettings:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
         refuse(["variety goes with scenes"] if self.variety and not self.scenes else [])
+        refuse(["names goes with pairs or a dataset"] if self.names and not (self.pairs or self.dataset) else [])
         refuse(self._dataset_faults())
         refuse(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
 

@@ -257,12 +257,12 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
 
     Raises FileNotFoundError where nothing matches.
     """
-    files: dict[str, Path] = {}
+    given: list[tuple[Path, str, Path]] = []  # the folder that was searched, the name in it, the file
     rejected: list[Rejected] = []
     passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
-            files[printable(f"{path.parent.name}/{path.name}")] = path
+            given.append((path.parent, path.name, path))
             continue
         for file in files_below(path):
             inside = file.relative_to(path).as_posix()
@@ -273,7 +273,8 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
-                files[name] = file
+                given.append((path, inside, file))
+    files = photos.named(given)
     if not files:
         there = f"; there are {filetypes.counted(passed)}" if passed else ""
         there += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_boundary_sets_own_score_is_a_column(tmp_path):
 def test_a_seed_stands_in_what_is_set(tiny):
     made = cells(read_study(tiny), tiny, "bench", Path("out"), [])
     assert {(cell.seed, cell.recipe.labels.licence) for cell in made} == {(s, f"of seed {s}") for s in (0, 1)}
+
+
+def test_a_row_has_the_last_word_and_the_command_line_behind_it(tiny):
+    study = read_study(tiny)
+    bench = replace(study.bench, set={**study.bench.set, "loss.normalization": "local"})
+    for overrides, expected in (((), {"global", "none"}), (["loss.normalization=hybrid"], {"hybrid"})):
+        made = cells(replace(study, bench=bench), tiny, "bench", Path("out"), overrides)
+        assert {cell.recipe.loss.normalization for cell in made} == expected
 
 
 def test_tables_share_their_equal_cells(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from distill import load
 from distill.app import build
 from distill.app.commands import run_label, run_score
+from distill.app.comparison import chosen_samples
+from distill.app.local_gain import _ask
 from distill.app.recipe import parse
 from distill.app.strict import RecipeError
 from distill.core.crop_settings import CropSettings
@@ -137,3 +140,26 @@ def test_predictions_are_metres_of_the_camera_that_is_said(tmp_path):
         told = model(sample.image(), intrinsics=[[36, 0, 24], [0, 36, 20], [0, 0, 1]]).values[None]
         errors.append(abs(float(np.median((told / truth.values)[truth.valid])) - 1))
     assert score.scale_error == pytest.approx(np.mean(errors), rel=1e-4) and score.protocol.alignment == "none"
+
+
+class Asking:
+    """A model of canonical depth or of stored maps, which notes what it is told."""
+
+    def __init__(self, name: str):
+        self.card, self.takes_focal, self.told = SimpleNamespace(name=name, seeded=False), True, []
+
+    def predict(self, images, *, focal):
+        self.told.append((tuple(images.shape[-2:]), focal))
+        return DepthMap(1.0 + torch.rand(images.shape[:1] + images.shape[2:]), images[:, 0] >= 0, Kind.METRIC_DEPTH)
+
+
+def test_a_comparison_tells_each_photo_s_focal_length(tmp_path):
+    pair_photo(tmp_path, "36")
+    given = {"images": [{"pairs": str(tmp_path / "pairs.tsv")}], "compare": {"side": 36}}
+    [sample], _ = chosen_samples(parse({"run": {"name": "x", "out": str(tmp_path)}, **given}))
+    assert sample.image().shape == (3, 30, 36) and sample.focal() == 27
+    model = Asking("checkpoint")
+    assert np.isfinite(_ask(model, sample).patch)
+    assert model.told == [((30, 36), 27), ((15, 18), 27)]
+    stored = Asking("stored")
+    assert np.isnan(_ask(stored, sample).patch) and len(stored.told) == 1  # it has no map of a part

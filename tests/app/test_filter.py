@@ -14,7 +14,9 @@ from distill.app.filter_sources import open_sources
 from distill.app.recipe import parse
 from distill.data.datasets import _index
 from distill.data.quality import SCORES
+from distill.data.settings import ImageSettings
 from distill.shards.shards import verify
+from tests.app.test_supervision import write_pairs
 from tests.data.layouts import tartanair
 
 BAD = {2: "constant", 5: "one bin", 7: "hardly valid"}
@@ -110,6 +112,25 @@ def test_a_name_that_is_no_data_sets_says_so(tmp_path):
         open_sources([f"mine={table}"])
     with pytest.raises(LookupError, match="mine is none of the datasets"):
         open_sources([f"mine={tmp_path}"])
+
+
+def test_the_worst_are_the_lowest_or_the_highest_of_those_that_have_the_score():
+    values, left = np.array([3.0, np.nan, 1.0, 9.0, 2.0]), np.array([0, 1, 2, 4])
+    assert filtering._worst(values, left, 0.34, high_is_good=True).tolist() == [2]  # a third of three
+    assert filtering._worst(values, left, 0.27, high_is_good=True).tolist() == []  # less than one of three
+    assert filtering._worst(values, left, 0.67, high_is_good=False).tolist() == [0, 4]
+
+
+def test_each_source_says_which_key_takes_its_list(tmp_path):
+    (tmp_path / "scenes.toml").write_text('run.name = "x"\n[[images]]\nscenes = 2\n')
+    [scenes] = open_sources([str(tmp_path / "scenes.toml")])
+    table = write_pairs(tmp_path, 2)
+    comma = table.with_suffix(".csv")
+    comma.write_text(table.read_text().replace("\t", ","))
+    tabs, commas = open_sources([str(table), str(comma)])
+    assert (scenes.key, tabs.key) == ("", "images.names") and commas.names == tabs.names
+    with pytest.raises(ValueError, match="names goes with pairs or a dataset"):
+        ImageSettings(photos="photos", names="kept.txt")  # it would be read and mean nothing
 
 
 def test_recipes_take_the_lists_and_labels_are_filtered_too(flight, tmp_path):

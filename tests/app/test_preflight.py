@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from distill.app import commands, preflight, scaling
 from distill.app.cli import main
+from distill.app.enough import about_samples
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
 from distill.core import machine
+from distill.data.settings import ImageSettings
+from tests.app.test_supervision import metric, write_pairs
 from tests.labelling.formula import make_tar
 
 RECIPE = """
@@ -130,6 +135,14 @@ def test_sizes_disk_and_licence(check, monkeypatch):
     assert "labels.licence is unknown" in said["warn"]
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1, folder))
     assert "free some, or put labels.root or run.out on another disk" in check()["bad"]
+
+
+def test_what_training_would_refuse_is_said_before_labelling(check, tmp_path):
+    assert "batch_size = 7, and 7 images make at most 6 training samples" in check("train.batch_size=7")["bad"]
+    recipe = metric(tmp_path, student={"canonical_focal": 50.0})
+    tables = [replace(recipe.images[0], scenes=1), ImageSettings(pairs=str(write_pairs(tmp_path)))]
+    [found] = about_samples(replace(recipe, images=tuple(tables)), None)
+    assert found.what.startswith("images[1]: ") and "has no focal length" in found.what  # scenes have one
 
 
 def test_training_looks_at_the_disk_before_it_begins(monkeypatch):

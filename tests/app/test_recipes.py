@@ -126,6 +126,20 @@ BAD = {
     ),
     "loss.shared": ("[loss]\nshared = -1", "loss: shared must be finite and at least 0, not -1.0"),
     "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),
+    "crops redrawn of labels on disk": (
+        "[crops]\nredraw = true",
+        "crops.redraw needs labels.online = true: labels on disk have their crops",
+    ),
+    "squares out of regions that are none": (
+        '[crops]\nwidth = 640\npatches = "none"\n[train]\nrandom_resized_crop = 0.5',
+        "train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out",
+    ),
+    "a number beyond all": ("[train]\nsteps = 3000000000", "train.steps must be a whole number below 2,147,483,648"),
+    "two beginnings": (
+        '[student]\ninit_from = "pocket"\ndecoder_init_from = "other"',
+        "student: init_from takes a whole student: encoder_init_from and decoder_init_from would be passed over, leave "
+        "them out",
+    ),
     "native_size": ("[student]\nnative_size = -4", "student: native_size must be at least 0, not -4"),
     "lr": ("[train]\nlr = -1", "train: lr must be finite and above 0, not -1.0"),
     "lr inf": ("[train]\nlr = inf", "train: lr must be finite and above 0, not inf"),

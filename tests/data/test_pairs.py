@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from distill.core.depth import Kind
-from distill.data.pairs import read_pairs
+from distill.data.pairs import _fits, read_pairs
 from distill.eval.benchmarks import pairs as benchmark
 from distill.eval.score import score
 
@@ -257,3 +257,8 @@ def test_a_name_in_other_letters_is_found_and_an_address_is_named(tmp_path):
     (tmp_path / "INDEX.tsv").write_text(table.format("https://a.b/photo.jpg"))
     with pytest.raises(FileNotFoundError, match=r"https://a.b/photo.jpg is an address.*download"):
         read_pairs(tmp_path)
+
+
+@pytest.mark.parametrize(("shape", "fits"), [((240, 320), True), ((239, 320), True), ((240, 426), False)])
+def test_a_map_of_another_aspect_is_told_from_one_of_another_size(shape, fits):
+    assert _fits(shape, (480, 640)) is fits  # 4:3, and 16:9 of it

@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.core.depth import Kind
-from distill.data import sources
-from distill.data.photos import BadImageError
+from distill.core.depth import DepthMap, Kind
+from distill.data import published, sources
+from distill.data.photos import BadImageError, Photo
 from distill.data.settings import ImageSettings
 from tests.data.pictures import encoded, pack, picture
 
@@ -48,6 +48,17 @@ def test_glob_of_photos_and_no_photos(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no photos"):
         sources.folders(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("pattern", ["*/images", "*/images/*.png"])
+def test_folders_of_one_name_are_told_apart_by_the_folders_above(tmp_path, pattern):
+    for scene, side in (("a", 8), ("b", 9)):
+        (tmp_path / scene / "images").mkdir(parents=True)
+        (tmp_path / scene / "images" / "0.png").write_bytes(encoded(picture(side, side)))
+    [shard] = sources.folders([str(tmp_path / pattern), str(tmp_path / "a" / "images" / "0.png")])
+    entries = shard.scan().entries
+    assert [entry.key for entry in entries] == ["a_images_0", "b_images_0"]
+    assert [entry.load().rgb.shape[-1] for entry in entries] == [8, 9]
 
 
 def test_a_file_that_vanishes_is_a_bad_image(tmp_path):
@@ -154,3 +165,12 @@ def test_everything_goes_to_worker_processes(tmp_path):
     shards = sources.combine(sources.tars(tar), sources.folders(tmp_path / "a.png"), sources.pairs(tmp_path / "rgbd"))
     for shard in pickle.loads(pickle.dumps(shards)):
         assert pickle.loads(pickle.dumps(shard.scan().entries[0])).load().rgb.dtype == torch.uint8
+
+
+def test_a_bound_of_metres_holds_for_disparity_too():
+    values = torch.tensor([[[0.01, 0.02, 0.5, 0.0]]])
+    for kind, known in ((Kind.METRIC_DISPARITY, [0, 1, 1, 0]), (Kind.SCALE_DISPARITY, [1, 1, 1, 1])):
+        photo = Photo("a", torch.zeros(3, 1, 4, dtype=torch.uint8), DepthMap(values, values >= 0, kind), "a")
+        shard = sources.in_shards("a", "a", [sources.Entry("a", "a", lambda photo=photo: photo)], 1)
+        [near] = published.within(shard, 50.0)
+        assert near.scan().entries[0].load().truth.valid.flatten().int().tolist() == known

@@ -274,7 +274,8 @@ def test_the_student_joins_once_it_is_trained(tmp_path):
     folder, _ = tiny_teachers.checkpoint(tmp_path)
     (tmp_path / "run" / "train").mkdir(parents=True)
     shutil.copytree(folder, tmp_path / "run" / "train" / "student")
-    recipe = recipes.load(path, ["compare.limit=2"])
+    # Its encoder began from a file, and lies in the student's folder all the same.
+    recipe = recipes.load(path, ["compare.limit=2", "student.weights=pretrained"])
     chosen, rejected = comparison.chosen_samples(recipe)
     *_, student = comparison.entrants(recipe, chosen)
     assert student.name.startswith("student-") and len(rejected) == 1

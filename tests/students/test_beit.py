@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill import students
+from distill.students import to_transformers
 from distill.students.beit import _bias_on, relative_index, resized
 from distill.students.encoder import Encoder
 
@@ -102,3 +103,34 @@ def test_a_student_on_it_learns():
     assert not without, without
     with pytest.raises(LookupError, match="no encoder 'beit_larg_patch16'"):
         Encoder("beit_larg_patch16")
+
+
+class Side(int):
+    """A side as a tracer has it: whoever compares or hashes it ties the graph to the example's size."""
+
+    def __eq__(self, other):
+        raise AssertionError("compared")
+
+    def __hash__(self):
+        raise AssertionError("hashed")
+
+
+def test_a_tracer_keeps_the_sides_free(monkeypatch):
+    attention = beit().backbone.blocks[0].attn
+    grids = ((2, 7), (4, 4))
+    expected = [_bias_on(attention, grid=list(grid)) for grid in grids]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    for grid, bias in zip(grids, expected, strict=True):
+        torch.testing.assert_close(_bias_on(attention, grid=[Side(n) for n in grid]), bias)
+
+
+def test_a_beit_is_refused_where_transformers_would_open_it(tmp_path):
+    pytest.importorskip("transformers")
+    student = students.build(
+        encoder="beit_large_patch16_512",
+        decoder="midas",
+        encoder_options=TINY,
+        decoder_options={"channels": 8, "post_process_channels": [8, 8, 8, 8]},
+    )
+    with pytest.raises(ValueError, match="BEiT alone takes images of one size"):
+        to_transformers.write(student, tmp_path)

@@ -34,11 +34,19 @@ def test_with_inputs_that_go_together_the_outputs_lose_less():
 def test_a_convolution_sees_its_kernel_of_places_in_the_order_of_its_weights():
     layer = torch.nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
     image, moments = drawn(1, 2, 9, 11), torch.zeros(18, 18)
-    rounding._count(layer, (image,), into=moments)
-    with torch.no_grad():
-        outputs = F.conv2d(image, layer.weight, stride=2, padding=1)
+    with torch.no_grad(), rounding._Counting({id(layer.weight): moments}):
+        outputs = layer(image)
     flat = layer.weight.detach().flatten(1)
     torch.testing.assert_close((flat @ moments @ flat.T).diagonal(), outputs.square().mean((0, 2, 3)))
+
+
+def test_attention_that_hands_its_weight_to_the_function_is_calibrated_too():
+    layer, moments = torch.nn.Linear(6, 9), torch.zeros(6, 6)
+    inputs = drawn(4, 7, 6)
+    with torch.no_grad(), rounding._Counting({id(layer.weight): moments}):
+        F.linear(inputs, weight=layer.weight, bias=None)  # timm's qkv of DINOv3 and BEiT: no hook sees it
+    rows = inputs.reshape(-1, 6)
+    torch.testing.assert_close(moments, rows.T @ rows / len(rows))
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,13 @@ def test_one_step_teachers_take_the_diffusion_teachers_options(made, name):
         load(made, name, ensemble=5)
 
 
+@pytest.mark.parametrize("name", ["marigold", "genpercept", "fiffdepth"])
+@pytest.mark.parametrize(("native_size", "shape"), [(48, (3, 90)), (0, (60, 2))])
+def test_a_strip_is_at_least_one_latent_high(made, name, native_size, shape):
+    found = load(made, name, native_size=native_size).predict(torch.rand(1, 3, *shape))
+    assert found.values.shape == (1, *shape) and found.valid.all()
+
+
 class TestMarigold:
     def test_noise_belongs_to_the_key(self, made):
         teacher = load(made, "marigold")
@@ -157,6 +164,13 @@ class TestGenPercept:
         for part in (same.parts.vae.decoder.conv_out, other.parts.vae.decoder.conv_out):
             part.bias.data.zero_()
         assert (same.predict(IMAGES).values - other.predict(IMAGES).values).abs().max() > 1e-3
+
+    def test_one_that_was_trained_here_is_asked_at_the_index_that_it_learnt(self, copy):
+        folder = copy("genpercept")
+        assert genpercept.Teacher.load(str(folder)).timestep == 1
+        (folder / "distill.json").write_text('{"teacher": "genpercept", "kind": "affine_depth", "timestep": 200}')
+        assert genpercept.Teacher.load(str(folder)).timestep == 200
+        assert genpercept.Teacher.load(str(folder), timestep=0).timestep == 0
 
     @pytest.mark.parametrize("own_config", [True, False])
     def test_lone_unet(self, made, tmp_path, own_config):

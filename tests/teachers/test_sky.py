@@ -112,6 +112,13 @@ class TestOneSkyPolicy:
         assert torch.equal(_sky.apply_sky(depth, everywhere, "far").values, depth.values)
         assert not _sky.apply_sky(depth, everywhere, "invalid").valid.any()
 
+    @pytest.mark.parametrize(("pixels", "changed"), [(10, 0), (11, 11)])
+    def test_a_few_pixels_of_sky_are_left_alone(self, pixels, changed):
+        depth, sky = DepthMap(torch.rand(1, 9, 9), torch.ones(1, 9, 9) > 0, Kind.SCALE_DEPTH), torch.zeros(1, 9, 9)
+        sky.view(-1)[:pixels] = 1
+        after = _sky.apply_sky(depth, sky > 0, "far").values
+        assert int((after != depth.values).sum()) == changed
+
     def test_the_eye_is_asked_once_for_a_batch(self, made, monkeypatch):
         teachers_, eye = self.both(made, "invalid")
         asked = []

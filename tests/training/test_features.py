@@ -140,3 +140,13 @@ def test_the_encoder_is_brought_back_from_where_it_computed(tmp_path, monkeypatc
         load(str(path), []), labels, SimpleNamespace(encoder=Encoder(1, 1)), tmp_path, torch.device("cuda")
     )
     assert places == ["cuda", "cpu"]
+
+
+def test_features_of_what_the_encoder_sees_otherwise_lie_elsewhere(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(out=tmp_path, root=tmp_path, cached="true"))
+    student = SimpleNamespace(encoder=SimpleNamespace(digest=lambda: "", options={}))
+    keys = ("train.hflip=true", "train.hflip=false", "train.precision=bf16", "crops.size=64")
+    recipes = [load(str(path), [key]) for key in keys]
+    folders = {features.features_folder(one, SimpleNamespace(keys=["a"]), student) for one in recipes}
+    assert len(folders) == len(keys)

@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_page:
         say(f"page: {write_page(verdicts, args.out, rules).resolve()}")
     for verdict in verdicts:
-        key = "labels.names" if verdict.source.name.startswith("labels_") else "images.names"
-        say(f'{key} = "{args.out / verdict.source.name}.txt"   {len(verdict.kept)} names')
+        written = f'"{args.out / verdict.source.name}.txt"'
+        said = f"{verdict.source.key} = {written}" if verdict.source.key else f"{written} (no key takes names of these)"
+        say(f"{said}   {len(verdict.kept)} names")
     return 0
