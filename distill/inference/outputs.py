@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,7 +118,8 @@ class Outputs:
 
     def holds(self, file: Path) -> bool:
         """True for a file that was made here, by the record."""
-        file, folder = file.resolve(), self.folder.resolve()
+        # Path.resolve raises RuntimeError for a link to itself before Python 3.13.
+        file, folder = Path(os.path.realpath(file)), self.folder.resolve()
         if not file.is_relative_to(folder):
             return False
         inside = file.relative_to(folder).with_name(files.meant(file.name))
