@@ -31,7 +31,7 @@ from distill.core.weights import ANY, below_prefix, find_weights, read_state
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
-from distill.students.vit_keys import facebook_keys, timm_keys
+from distill.students.vit_keys import anchors, facebook_keys, timm_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -317,10 +317,10 @@ def _download(name: str) -> dict[str, Tensor]:
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
 _WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
-# Present in released files and not used: masked-image token, rotary table (recomputed), key-bias masks (key biases are
-# zero by construction), the 7B model's norm for local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
+# Present in released files and not used: masked-image token, rotary table (recomputed), the 7B model's norm for
+# local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
 _UNUSED = re.compile(
-    r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
+    r"mask_token|rope_embed\.periods|.*\.relative_position_index|(local_cls|fc)_norm\..*|"
     r"head\.(weight|bias)|head_dist\..*|decoder_(embed|blocks|norm|pred)\..*|decoder_pos_embed"
 )
 
@@ -329,8 +329,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
-    anchors = ("embeddings.cls_token", "patch_embed.proj.weight")
-    state = below_prefix(state, anchors, source, beside=_WHOLE_MODELS, is_part=True)
+    state = below_prefix(state, anchors(), source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
     given, wanted = state, backbone.state_dict()
     state = timm_keys(state, wanted, source)

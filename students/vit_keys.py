@@ -1,4 +1,4 @@
-"""A ViT's tensors under other people's names: transformers' as facebookresearch's, those as timm's.
+"""A ViT's tensors under other people's names: transformers' and OpenMMLab's as facebookresearch's, those as timm's.
 
 Shapes: C channels of the ViT.
 """
@@ -6,7 +6,8 @@ Shapes: C channels of the ViT.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,16 +27,42 @@ _TRANSFORMERS = [
     (r"\.mlp\.weights_out\.", ".mlp.w3."),
 ]
 
+# mmpretrain's and mmsegmentation's names of a ViT, as their converters write them.
+_OPENMMLAB = [
+    (r"^patch_embed\.projection\.", "patch_embed.proj."),
+    (r"^layers\.", "blocks."),
+    (r"^ln1\.", "norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+    (r"\.(attn\.gamma1|ffn\.gamma2)\.weight$", lambda found: f".ls{found[1][-1]}.gamma"),
+    (r"\.ffn\.(w12|w3)\.", r".mlp.\1."),
+]
+
+
+def anchors() -> tuple[str, ...]:
+    """Names that one of these ViTs has, whoever named it."""
+    return ("embeddings.cls_token", "patch_embed.proj.weight", "patch_embed.projection.weight")
+
+
+def _masked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without facebookresearch's masks of a bias, which its networks multiply it by: DINOv3's keys have none."""
+    masks = {key.removesuffix("_mask"): mask for key, mask in state.items() if key.endswith(".bias_mask")}
+    out = {key: value for key, value in state.items() if not key.endswith(".bias_mask")}
+    for key, mask in masks.items():
+        if key in out and mask.shape == out[key].shape and bool(torch.isfinite(mask).all()):  # NaN: never filled in
+            out[key] = out[key] * mask.to(out[key].dtype)
+    return out
+
 
 def facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' names as facebookresearch's; anything else as it is."""
+    """transformers' and OpenMMLab's names as facebookresearch's; anything else as it is."""
+    state = _masked(state)
+    if "patch_embed.projection.weight" in state:
+        return {_renamed(key, _OPENMMLAB): value for key, value in state.items()}
     if not any(key.endswith("embeddings.cls_token") for key in state):
         return state
-    named: dict[str, Tensor] = {}
-    for key, value in state.items():
-        for pattern, name in _TRANSFORMERS:
-            key = re.sub(pattern, name, key)
-        named[key] = value
+    named = {_renamed(key, _TRANSFORMERS): value for key, value in state.items()}
     if "pos_embed" not in named and "register_tokens" in named:  # DINOv3: rotary positions
         named["storage_tokens"] = named.pop("register_tokens")
     gated = any(".mlp.gate_proj." in key for key in named)
@@ -53,13 +80,21 @@ def facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def _renamed(key: str, rules: Sequence[tuple[str, Any]]) -> str:
+    for pattern, name in rules:
+        key = re.sub(pattern, name, key)
+    return key
+
+
 def timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """facebookresearch's DINOv2 and DINOv3 names as timm's; names that are timm's already pass through."""
     out: dict[str, Tensor] = {}
     dinov3 = "storage_tokens" in state
     for key, value in state.items():
         if dinov3 and key.endswith("attn.qkv.bias"):
-            query, _, content = value.chunk(3)
+            query, keys, content = value.chunk(3)
+            if keys.any():
+                raise ValueError(f"{source}: {key} is not zero for the keys, and a DINOv3 here has no bias of its keys")
             q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
             if q_bias in wanted:
                 out[q_bias], out[v_bias] = query, content

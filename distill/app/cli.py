@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
     debug = False
     try:
-        args = parser().parse_args(argv)
+        args = parser().parse_args([_from_home(word) for word in (sys.argv[1:] if argv is None else argv)])
         debug = args.debug
         from distill.app import console
 
@@ -113,6 +113,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console.note("stopped; rerun the same command to resume")
         return STOPPED
+
+
+def _from_home(word: str) -> str:
+    """`--out=~/depth` and `hypersim=~/data` as they are meant: shells leave a "~" behind a "=", or in quotes."""
+    named = re.fullmatch(r"((?:--[\w-]+|[\w.]+)=|)(~(?:/.*)?)", word, re.DOTALL)
+    return named[1] + os.path.expanduser(named[2]) if named else word  # noqa: PTH111  (Path's raises without a home)
 
 
 def entry() -> NoReturn:

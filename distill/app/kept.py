@@ -16,7 +16,11 @@ _TOLD = 6
 
 
 def _mattering(changed: list[str], recipe: Recipe) -> list[str]:
-    """The keys by which something in the run's folder was made; where that is labels alone, those of labels."""
+    """The keys by which something in the run's folder was made; where that is labels alone, those of labels.
+
+    run.out is none of them: a folder that was moved is the same run.
+    """
+    changed = [key for key in changed if key != "run.out"]
     if {path.name for path in recipe.run.folder.iterdir()} <= {NAME, "labels"}:
         return [key for key in changed if key.partition(".")[0] in USES["label"]]
     return changed

@@ -196,7 +196,30 @@ def load(path: Path | str, overrides: Sequence[str] = (), *, command: str = "") 
     command: the verb it is read for, which is spared the faults of tables that it does not use.
     """
     file = locate(path)
-    return parse(read_toml(file, overrides), where=str(file), uses=USES.get(command))
+    return parse(_from_home(read_toml(file, overrides)), where=str(file), uses=USES.get(command))
+
+
+_PATHS = {
+    "run": ("out",),
+    "labels": ("root", "names"),
+    "images": ("pairs", "names"),
+    "benchmarks": ("root", "list", "prior"),
+}
+"""Keys whose "~" nobody else reads; the other paths keep theirs, which is part of the address of labels."""
+
+
+def _from_home(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with "~/data" as the folder below the home directory that it means, not one that is called "~"."""
+
+    def expanded(value: Any, keys: Sequence[str]) -> Any:
+        if isinstance(value, list):
+            return [expanded(item, keys) for item in value]
+        if not isinstance(value, Mapping):
+            return value
+        found = {key: value[key] for key in keys if isinstance(value.get(key), str) and value[key].startswith("~/")}
+        return {**value, **{key: str(Path(text).expanduser()) for key, text in found.items()}}
+
+    return {name: expanded(value, _PATHS.get(name, ())) for name, value in table.items()}
 
 
 def as_table(settings: Any) -> dict[str, Any]:

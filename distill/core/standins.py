@@ -81,6 +81,8 @@ def fault_of_zip(path: Path) -> str:
             return ""  # another format, or cut: its reader says so
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+        if any(name.endswith("/archive_format") for name in names):
+            return "is a torch.export program (.pt2): give the weights that it was made from"
         if any(name.endswith("/constants.pkl") for name in names):
             return "is a TorchScript program: give the weights that it was made from"
         if all(name.endswith(".npy") for name in names):

@@ -173,11 +173,11 @@ def _numbers(value: Any) -> tuple[int, ...]:
 def with_end(data: bytes) -> bytes:
     """A JPEG that lacks its end marker and nothing else, with it; anything else as it is.
 
-    Cameras that cut films into pictures leave it out, and Pillow refuses them. Of pixels that never arrived a decoder
-    makes something up, from whatever follows: where two endings give one picture, none are missing. A progressive one
-    may lack a whole scan without a trace, and stays as it is.
+    Cameras that cut films into pictures leave it out, and so do some phones; Pillow refuses them. Of pixels that never
+    arrived a decoder makes something up, from whatever follows: where two endings give one picture, none are missing.
+    A progressive one may lack a whole scan without a trace: its scans must bring every coefficient to its last bit.
     """
-    at = _only_scan(data)
+    at = _last_scan(data)
     if at < 0 or data.find(_END, at) >= 0:
         return data
     body = data.removesuffix(b"\xff")
@@ -204,6 +204,41 @@ def _only_scan(data: bytes) -> int:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     one_scan = marker == b"\xff\xda" and components and data[at + 4 : at + 5] == bytes([components])
     return at if one_scan else -1
+
+
+def _last_scan(data: bytes) -> int:
+    """Where the last scan of a JPEG begins, of those that all its pixels need; -1 where one of them is not there.
+
+    ITU-T T.81, G.1.1.1: a progressive scan holds the coefficients Ss to Se of its components, to the bit Al.
+    """
+    if (at := _only_scan(data)) >= 0:
+        return at
+    at, last, components = 2, -1, 0
+    missing: dict[tuple[int, int], int] = {}  # (component, coefficient) -> bits to come
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        body = data[at + 4 : at + 2 + length]
+        if marker == 0xC2 and len(body) >= 6:
+            components = body[5]
+            missing = {(one, k): 1 for one in body[6 : 6 + 3 * components : 3] for k in range(64)}
+        if marker == 0xDA:
+            count = body[0] if body else 0
+            if not components or len(body) < 4 + 2 * count:
+                return -1
+            last, (first, to, bits) = at, body[1 + 2 * count : 4 + 2 * count]
+            missing |= {(one, k): bits & 15 for one in body[1 : 1 + 2 * count : 2] for k in range(first, to + 1)}
+            at += 2 + length
+            while (at := data.find(b"\xff", at)) >= 0 and (data[at + 1 : at + 2] or b"\0")[0] in _IN_SCAN:
+                at += 2
+            if at < 0:
+                break
+        else:
+            at += 2 + length
+    return last if components and not any(missing.values()) else -1
+
+
+_IN_SCAN = {0, *range(0xD0, 0xD8)}
+"""What follows 0xFF within a scan: a zero where the byte is meant, or a restart."""
 
 
 def ends_early(data: bytes, image: Image.Image) -> bool:

@@ -26,7 +26,7 @@ from distill.core import files
 from distill.core.depth import Kind
 from distill.eval.reports.figures import NEARNESS, colourise
 from distill.inference import outputs, predict, solid
-from distill.inference.pictures import checked, is_batch, picture
+from distill.inference.pictures import checked, is_batch, is_file, picture
 
 COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet", "gray")
 
@@ -155,7 +155,8 @@ class Model:
             return [one(image) for image in images]
         if isinstance(images, list | tuple):
             return [one(image) for image in images]
-        if isinstance(images, Iterable) and not isinstance(images, str | bytes | np.ndarray | Tensor):
+        single = isinstance(images, str | bytes | bytearray | memoryview | np.ndarray | Tensor) or is_file(images)
+        if isinstance(images, Iterable) and not single:
             return (one(image) for image in images)
         return one(images)
 

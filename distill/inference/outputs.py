@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -85,7 +87,7 @@ class Outputs:
         self.folder = folder
         self._made: dict[str, OutputRecord] = {}
         self._own = {SETTINGS, SOURCES}
-        self._taken = {SETTINGS, SOURCES}
+        self._taken = {SETTINGS, SOURCES}  # as `_folded` has them
         self._films: set[str] = set()  # the folders of videos' frames
         self._numbered: set[str] = set()  # folders with photos whose maps are called as frames are
         self._cut = False
@@ -117,7 +119,8 @@ class Outputs:
 
     def holds(self, file: Path) -> bool:
         """True for a file that was made here, by the record."""
-        file, folder = file.resolve(), self.folder.resolve()
+        # Path.resolve raises RuntimeError for a link to itself before Python 3.13.
+        file, folder = Path(os.path.realpath(file)), self.folder.resolve()
         if not file.is_relative_to(folder):
             return False
         inside = file.relative_to(folder).with_name(files.meant(file.name))
@@ -139,7 +142,7 @@ class Outputs:
         return name
 
     def _take(self, stem: str, source: str) -> None:
-        self._taken |= OutputRecord(stem, source, 0, 0).names() | {stem}
+        self._taken |= {_folded(name) for name in (*OutputRecord(stem, source, 0, 0).names(), stem)}
         folder, _, last = stem.rpartition("/")
         if is_video(source):
             self._films.add(stem)
@@ -153,7 +156,8 @@ class Outputs:
             met = stem in self._numbered or any(p.stem.isdecimal() for p in (self.folder / stem).glob("*"))
         else:
             met = last.isdecimal() and folder in self._films
-        return not met and not self._taken & {*names, stem} and not any(_exists(self.folder / name) for name in names)
+        taken = any(_folded(name) in self._taken for name in (*names, stem))
+        return not met and not taken and not any(_exists(self.folder / name) for name in names)
 
     def now(self, job: PredictionJob) -> OutputRecord:
         """What the input has made as it is now: nothing where it is new or has changed; OSError where it is gone."""
@@ -210,6 +214,11 @@ class Outputs:
         if made.has_frames(name):
             return [frame for frame in path.parent.glob(f"*{path.suffix}") if frame.stem.isdecimal()]
         return [path] if path.is_file() else []
+
+
+def _folded(name: str) -> str:
+    """A name as macOS and Windows tell it from others: there IMG.png is img.png, and accents have one spelling."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _exists(path: Path) -> bool:

@@ -8,9 +8,10 @@ Shapes: H height, W width, C channels (1 grey, 3 RGB, 4 RGBA, whose transparency
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ CHANNELS = (1, 3, 4)
 SLACK = 0.25
 """How far beyond [0,1] a float image may go: what bicubic resizing and light jitter leave, far below 0..255."""
 
-Picture = str | Path | bytes | Image.Image | np.ndarray | Tensor
+Picture = str | Path | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 
 
 JPEG_SIDE = 65500
@@ -41,12 +42,31 @@ def is_batch(image: Any) -> bool:
     return isinstance(image, np.ndarray | Tensor) and image.ndim == 4
 
 
+def is_file(image: Any) -> bool:
+    """True for what is open to be read: a file, BytesIO, the upload of a web framework."""
+    return callable(getattr(image, "read", None))
+
+
+def _contents(file: Any) -> bytes:
+    """All of an open file, wherever it was read to before; TypeError for one that is open as text."""
+    if callable(getattr(file, "seek", None)):
+        with contextlib.suppress(OSError):  # a pipe has one end
+            file.seek(0)
+    try:
+        data = file.read()
+    except UnicodeDecodeError:
+        data = ""
+    if not isinstance(data, bytes):
+        raise TypeError('a picture\'s file is to be open in binary: open(path, "rb")')
+    return data
+
+
 def picture(image: Picture) -> Tensor:
     """(3,H,W) RGB, uint8 or float32 in [0,1], of one picture.
 
-    A path or the bytes of an image file (EXIF rotation applied), a PIL image, a numpy array (H,W) or (H,W,C), a tensor
-    (C,H,W); arrays are uint8, or float in [0,1]. Raises TypeError or ValueError with advice, BadImageError for a file
-    that cannot be decoded, OSError for one that is not there.
+    A path, the bytes of an image file or one that is open (EXIF rotation applied), a PIL image, a numpy array (H,W) or
+    (H,W,C), a tensor (C,H,W); arrays are uint8, or float in [0,1]. Raises TypeError or ValueError with advice,
+    BadImageError for a file that cannot be decoded, OSError for one that is not there.
     """
     if isinstance(image, str | Path):
         path = Path(image).expanduser()
@@ -55,8 +75,10 @@ def picture(image: Picture) -> Tensor:
         if fault := not_a_file(path) if path.exists() else "":
             raise ValueError(f"{path}: {fault}")
         return decode(path.read_bytes())
-    if isinstance(image, bytes):
-        return decode(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode(bytes(image))
+    if is_file(image):
+        return decode(_contents(image))
     if isinstance(image, Image.Image):
         return _pil(image)
     if isinstance(image, np.ndarray):

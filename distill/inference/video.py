@@ -138,11 +138,12 @@ class Film:
             return f"not a video: it is {what}"
         if not count:
             return f"no frame of this video can be decoded (its codec is {self._codec})"
-        if lost:
-            return f"{lost} of its frames are damaged; {count} could be decoded"
         # A header's count of frames is of what is stored and at an even rate: its end alone is held against the film.
         whole = not self._cut and (not self._end or last >= self._end - 2 / self.rate)
-        return "" if whole else f"stops at frame {count} of {self.total if self.total > count else 'more'}"
+        if not whole:
+            more = f"; {lost} frames are damaged too" if lost > 1 else ""  # one: the picture that the cut goes through
+            return f"stops at frame {count} of {self.total if self.total > count else 'more'}{more}"
+        return f"{lost} of its frames are damaged; {count} could be decoded" if lost else ""
 
 
 _DOLBY = (

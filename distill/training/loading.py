@@ -185,19 +185,30 @@ def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned:
         worker_init_fn=_freeze,
         pin_memory=pinned,
     )
-    items = iter(loader)
+    items, over = iter(loader), object()
     while True:
-        try:
-            item = next(items)
-        except StopIteration:
+        with told_of_readers():
+            item = next(items, over)
+        if item is over:
             return
-        except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise OSError(_lost(str(error).splitlines()[0])) from error
         if isinstance(item, Exception):
             raise item
         yield item
+
+
+@contextlib.contextmanager
+def told_of_readers(option: str = "train.workers") -> Iterator[None]:
+    """Says in one line (OSError) that a reading process died; option: what sets how many there are.
+
+    PyTorch tells of it by a signal, so that its RuntimeError comes out of whatever line is at work then: not of the
+    loader alone, but of the middle of a step.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise OSError(_lost(str(error).splitlines()[0], option)) from error
 
 
 def _measure(item: Any) -> tuple[int, int]:
@@ -212,14 +223,14 @@ def _measure(item: Any) -> tuple[int, int]:
     return sum(size for size, _ in found), sum(count for _, count in found)
 
 
-def _lost(reason: str) -> str:
+def _lost(reason: str, option: str) -> str:
     """A line about reading processes that died or do not answer."""
     free = machine.shared_memory()
     memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
     return (
         f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
-        f"{machine.SHARED}{memory}; lower train.workers, 0 reads without them. The same command goes on from the last "
-        "checkpoint"
+        f"{machine.SHARED}{memory}; lower {option}, 0 reads without them. The same command goes on from what was "
+        "saved"
     )
 
 

@@ -32,7 +32,7 @@ from distill.training import checkpoints
 from distill.training.averages import Averages
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.heldout import Held, is_best, measured, split
-from distill.training.loading import training_batches
+from distill.training.loading import told_of_readers, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, make_order
@@ -119,7 +119,7 @@ def train(
     settings = in_steps(settings, len(order.indices))
     batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
-    with reproducible(settings.deterministic), lock:
+    with reproducible(settings.deterministic), lock, told_of_readers():
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
         run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}

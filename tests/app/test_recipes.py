@@ -174,6 +174,15 @@ def test_bad_recipe_gives_exactly_the_expected_message(case, tmp_path):
     assert found[0] == message or (message.endswith("?") and found[0].startswith(message))
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.toml").write_text(GOOD + '[[benchmarks]]\nname = "nyu"\nroot = "~/nyu"\n')
+    loaded = recipes.load(tmp_path / "own.toml", ["run.out=~/runs/x"])
+    assert (loaded.run.out, loaded.benchmarks[0].root) == (f"{tmp_path}/runs/x", f"{tmp_path}/nyu")
+    assert main(["predict", "~/none.jpg", "--out=~/depth"]) == 2 and f"{tmp_path}/none.jpg" in capsys.readouterr().err
+    assert main(["show", "~/own.toml"]) == 0
+
+
 def test_every_fault_is_reported_at_once(tmp_path):
     found = faults(tmp_path, '[run]\nnam = "x"\n[train]\nlr = "fast"\nsteps = "many"\n[loss]\nnormalization = 3\n')
     assert found == [

@@ -135,3 +135,6 @@ def test_a_command_that_cannot_be_done_leaves_the_runs_recipe(tmp_path, capsys):
     assert "train.steps" not in told  # nothing has been trained
     assert "no student yet" in told and "was made with other values of run.seed" in told and "run.name=NAME" in told
     assert kept.read_text() == before
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(["label", str(path), "--set", f"run.out={tmp_path / 'moved'}"]) == 0
+    assert "other values" not in capsys.readouterr().err

@@ -233,3 +233,11 @@ def test_a_cut_file_says_that_it_is_cut(tmp_path):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-9])
         with pytest.raises(WeightsMismatchError, match="is cut short: download or copy it again"):
             read_state(tmp_path / name)
+
+
+def test_an_exported_program_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as archive:
+        archive.writestr("model/archive_format", "pt2")
+        archive.writestr("model/data/weights/weight_0", bytes(8))
+    with pytest.raises(WeightsMismatchError, match=r"is a torch\.export program"):
+        read_state(tmp_path / "model.pt2")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ def forms(tmp_path):
         "path": path,
         "text": str(path),
         "bytes": path.read_bytes(),
+        "bytearray": bytearray(path.read_bytes()),
+        "open file": io.BytesIO(path.read_bytes()),
         "pil": Image.fromarray(RGB),
         "pil rgba": Image.fromarray(alpha),
         "numpy": RGB,

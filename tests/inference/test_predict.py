@@ -21,6 +21,11 @@ def test_inputs_are_folders_globs_and_files_once_each(photos, tmp_path):
     jobs = predict.find([str(photos), str(photos / "*.png"), str(photos / "a.jpg")], out=out)
     assert [(j.path.name, j.stem) for j in jobs] == [("a.jpg", "a"), ("a.png", "a_png"), ("b.png", "sub/b")]
     assert [j.stem for j in predict.find([str(photos / "**" / "b.*")], out=out)] == ["b"]
+    grey(photos / "sub" / "A.png", 3)  # a file system that takes A for a must not lose one of them
+    assert [j.stem for j in predict.find([str(photos / "a.jpg"), str(photos / "sub" / "A.png")], out=out)] == [
+        "a",
+        "A_png",
+    ]
     with pytest.raises(FileNotFoundError, match=r"nope\*: matches no file"):
         predict.find([str(photos / "nope*")], out=out)
     with pytest.raises(FileNotFoundError, match=r"nope.jpg: no such file or folder"):

@@ -158,12 +158,13 @@ def test_links_are_followed_once_counted_and_never_name_the_map(tmp_path):
     (photos / "dead.png").symlink_to(tmp_path / "nothing")
     (photos / "far").symlink_to(tmp_path / "elsewhere")
     (photos / "circle").symlink_to(photos)
+    (photos / "itself.png").symlink_to(photos / "itself.png")
     os.mkfifo(photos / "pipe.png")
     found = predict.survey([str(photos), str(photos / "b.png")], out=tmp_path / "o")
     assert [job.stem for job in found.jobs] == ["b", "far/c"] and found.passed == {"linked twice": 1}
-    assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "pipe.png"]
+    assert [line.rsplit("/", 1)[1].split(":")[0] for line in found.refused] == ["dead.png", "itself.png", "pipe.png"]
     scan = sources.folders(photos)[0].scan()
-    assert len(scan.entries) == 3 and len(scan.rejected) == 2
+    assert len(scan.entries) == 3 and len(scan.rejected) == 3
 
 
 def test_a_numbered_pattern_is_its_pictures_in_order(tmp_path):

@@ -130,9 +130,9 @@ def test_a_film_whose_index_is_cut_is_told_as_cut(tmp_path):
         video.Film(tmp_path / "v.mp4")
 
 
-def film(path, times, *, sides=(32, 24), aspect=None, sound=0.0, codec="mpeg4"):
+def film(path, times, *, sides=(32, 24), aspect=None, sound=0.0, codec="mpeg4", options=None):
     """A film with frames at these milliseconds, and seconds of silence beside it."""
-    with av.open(str(path), "w") as out:
+    with av.open(str(path), "w", options=options or {}) as out:
         stream = out.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = *sides, "yuv420p"
         if codec != "mpeg2video":  # which has rates of its own
@@ -172,6 +172,14 @@ def test_a_cut_film_is_not_whole(tmp_path, name):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     shown = video.Film(path)
     assert len(list(shown)) < 9 and shown.problem.startswith("stops at frame")
+
+
+def test_a_film_that_is_cut_in_the_middle_of_a_frame_stops_there(tmp_path):
+    path = film(tmp_path / "v.mp4", range(0, 900, 100), codec="libx264", options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shown = video.Film(path)
+    count = len(list(shown))
+    assert 0 < count < 9 and shown.problem == f"stops at frame {count} of 9"
 
 
 def test_oblong_pixels_and_a_change_of_size_are_shown_as_players_do(tmp_path):

@@ -135,6 +135,20 @@ class TestEncoderWeights:
         for key, value in encoder.backbone.state_dict().items():
             torch.testing.assert_close(got.backbone.state_dict()[key], value)
 
+    def test_openmmlab_names(self, tmp_path):
+        encoder = randomised(Encoder("dinov2_vits14", timm_options=DINOV3, pos_grid=3))
+        state = {k: v.clone() for k, v in encoder.backbone.state_dict().items()}
+        state |= {"norm.weight": torch.ones(24), "norm.bias": torch.zeros(24), "mask_token": torch.zeros(1, 24)}
+        for ours, theirs in (
+            ("patch_embed.proj", "patch_embed.projection"), (r"^blocks", "layers"), (r"^norm\.", "ln1."),
+            (r"\.norm", ".ln"), (r"mlp\.fc1", "ffn.layers.0.0"), (r"mlp\.fc2", "ffn.layers.1"),
+            (r"ls1\.gamma", "attn.gamma1.weight"), (r"ls2\.gamma", "ffn.gamma2.weight"),
+        ):  # fmt: skip
+            state = {re.sub(ours, theirs, key): value for key, value in state.items()}
+        torch.save({"state_dict": {f"backbone.{k}": v for k, v in state.items()}}, tmp_path / "w.pth")
+        got = Encoder("dinov2_vits14", timm_options=DINOV3, pos_grid=3, weights=tmp_path / "w.pth")
+        assert all(torch.equal(v, got.backbone.state_dict()[k]) for k, v in encoder.backbone.state_dict().items())
+
     def dinov3_file(self, encoder, names):
         """`encoder`'s weights in facebookresearch's or transformers' names."""
         width, state = encoder.channels, {}
@@ -144,7 +158,7 @@ class TestEncoderWeights:
             at = f"blocks.{i}.attn"
             query, content = state.pop(f"{at}.q_bias"), state.pop(f"{at}.v_bias")
             state[f"{at}.qkv.bias"] = torch.cat([query, torch.rand(width), content])
-            state[f"{at}.qkv.bias_mask"] = torch.ones(3 * width)
+            state[f"{at}.qkv.bias_mask"] = torch.cat([torch.ones(width), torch.zeros(width), torch.ones(width)])
         state |= {
             "norm.weight": torch.ones(width),
             "norm.bias": torch.zeros(width),
@@ -180,6 +194,11 @@ class TestEncoderWeights:
         save_file(state, tmp_path / "w.safetensors")
         got = Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
         assert all(torch.equal(v, got.backbone.state_dict()[k]) for k, v in encoder.backbone.state_dict().items())
+        if names == "facebook":
+            save_file({k: v for k, v in state.items() if not k.endswith("bias_mask")}, tmp_path / "w.safetensors")
+            with pytest.raises(ValueError, match="is not zero for the keys"):  # of which nothing may be lost unsaid
+                Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
+            save_file(state, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match="add _qkvb to its name"):
             Encoder("vit_small_patch16_dinov3", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
         del state[next(key for key in state if re.search(r"1\.att.*(qkv|q_proj)\.weight", key))]

@@ -244,6 +244,14 @@ def test_a_reading_process_that_dies_ends_the_run_in_a_line(tmp_path):
     assert "\n" not in str(got.value)
 
 
+def test_a_reading_process_that_dies_in_the_middle_of_a_step_is_told_of_too(tmp_path):
+    def struck(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with pytest.raises(OSError, match=r"a process that reads samples died .*pid 7.*lower train.workers"):
+        run(tmp_path, steps=4, objective=struck)
+
+
 def test_where_shared_memory_is_scarce_nobody_else_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "open_files", lambda: None)
     monkeypatch.setattr(machine, "shared_memory", lambda: 64_000_000)
