@@ -317,10 +317,10 @@ def _download(name: str) -> dict[str, Tensor]:
 # What lies beside the encoder in a whole depth model, and is not ours to claim.
 _WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
-# Present in released files and not used: masked-image token, rotary table (recomputed), the 7B model's norm for
-# local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
+# Present in released files and not used: masked-image token, rotary table (recomputed), masks of the keys' bias, the
+# 7B model's norm for local crops, classifiers, a BEiT's index (recomputed), MAE's decoder.
 _UNUSED = re.compile(
-    r"mask_token|rope_embed\.periods|.*\.relative_position_index|(local_cls|fc)_norm\..*|"
+    r"mask_token|rope_embed\.periods|.*\.(bias_mask|relative_position_index)|(local_cls|fc)_norm\..*|"
     r"head\.(weight|bias)|head_dist\..*|decoder_(embed|blocks|norm|pred)\..*|decoder_pos_embed"
 )
 
@@ -330,7 +330,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
     state = below_prefix(state, anchors(), source, beside=_WHOLE_MODELS, is_part=True)
-    state = {key: value for key, value in facebook_keys(state).items() if not _UNUSED.fullmatch(key)}
+    state = {key: value for key, value in facebook_keys(state, source).items() if not _UNUSED.fullmatch(key)}
     given, wanted = state, backbone.state_dict()
     state = timm_keys(state, wanted, source)
     if "pos_embed" in wanted and "pos_embed" in state:

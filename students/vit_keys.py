@@ -45,19 +45,11 @@ def anchors() -> tuple[str, ...]:
     return ("embeddings.cls_token", "patch_embed.proj.weight", "patch_embed.projection.weight")
 
 
-def _masked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without facebookresearch's masks of a bias, which its networks multiply it by: DINOv3's keys have none."""
-    masks = {key.removesuffix("_mask"): mask for key, mask in state.items() if key.endswith(".bias_mask")}
-    out = {key: value for key, value in state.items() if not key.endswith(".bias_mask")}
-    for key, mask in masks.items():
-        if key in out and mask.shape == out[key].shape and bool(torch.isfinite(mask).all()):  # NaN: never filled in
-            out[key] = out[key] * mask.to(out[key].dtype)
-    return out
+def facebook_keys(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """transformers' and OpenMMLab's names as facebookresearch's; anything else as it is.
 
-
-def facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' and OpenMMLab's names as facebookresearch's; anything else as it is."""
-    state = _masked(state)
+    ValueError, naming the source, for a DINOv3 whose keys have a bias, as transformers' key_bias = true makes it.
+    """
     if "patch_embed.projection.weight" in state:
         return {_renamed(key, _OPENMMLAB): value for key, value in state.items()}
     if not any(key.endswith("embeddings.cls_token") for key in state):
@@ -76,7 +68,12 @@ def facebook_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
         query = out.pop(key)
         content = out.pop(key.replace(".q.", ".v."), query[:0])
         absent = torch.zeros_like(query) if key.endswith(".bias") else query[:0]  # a DINOv3 has no key bias
-        out[key.replace(".q.", ".qkv.")] = torch.cat([query, out.pop(key.replace(".q.", ".k."), absent), content])
+        keys = out.pop(key.replace(".q.", ".k."), absent)
+        if "storage_tokens" in out and key.endswith(".bias") and keys.any():
+            raise ValueError(
+                f"{source}: {key.replace('.q.', '.k.')} is not zero, and a DINOv3's keys have no bias here"
+            )
+        out[key.replace(".q.", ".qkv.")] = torch.cat([query, keys, content])
     return out
 
 
@@ -92,9 +89,7 @@ def timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: st
     dinov3 = "storage_tokens" in state
     for key, value in state.items():
         if dinov3 and key.endswith("attn.qkv.bias"):
-            query, keys, content = value.chunk(3)
-            if keys.any():
-                raise ValueError(f"{source}: {key} is not zero for the keys, and a DINOv3 here has no bias of its keys")
+            query, _, content = value.chunk(3)  # facebookresearch's network multiplies that of the keys by 0
             q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
             if q_bias in wanted:
                 out[q_bias], out[v_bias] = query, content

@@ -194,9 +194,9 @@ class TestEncoderWeights:
         save_file(state, tmp_path / "w.safetensors")
         got = Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
         assert all(torch.equal(v, got.backbone.state_dict()[k]) for k, v in encoder.backbone.state_dict().items())
-        if names == "facebook":
-            save_file({k: v for k, v in state.items() if not k.endswith("bias_mask")}, tmp_path / "w.safetensors")
-            with pytest.raises(ValueError, match="is not zero for the keys"):  # of which nothing may be lost unsaid
+        if names == "transformers":  # key_bias = true: nothing of it may be lost unsaid
+            save_file(state | {"layer.0.attention.k_proj.bias": torch.rand(24)}, tmp_path / "w.safetensors")
+            with pytest.raises(ValueError, match="k.bias is not zero"):
                 Encoder("dinov3_vits16", timm_options=DINOV3, weights=tmp_path / "w.safetensors")
             save_file(state, tmp_path / "w.safetensors")
         with pytest.raises(ValueError, match="add _qkvb to its name"):
