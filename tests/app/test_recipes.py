@@ -12,13 +12,12 @@ import torch
 from torch import nn
 
 from distill import students
-from distill.app import build, shipped, strict
+from distill.app import build, strict
 from distill.app import recipe as recipes
 from distill.app.cli import main
 from distill.app.reference import feature_reference
 from distill.core.depth import Kind
 from distill.core.plugins import find
-from distill.data.pairs import read_names
 from distill.labelling.settings import LabelSettings
 from distill.shards.codec import CODECS
 from distill.students.decoders import FrozenBatchNorm
@@ -382,47 +381,3 @@ def test_features_of_another_width_are_refused(tmp_path, monkeypatch):
 def test_outputs_go_to_paths(override):
     with pytest.raises(strict.RecipeError, match="local path|mount it"):
         recipes.load(ROOT / "recipes" / "demo.toml", [override])
-
-
-def test_shipped_recipes_open_by_name_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("demo", "demo.toml", "recipes/demo.toml"):
-        assert recipes.load(name) == recipes.load(ROOT / "recipes" / "demo.toml")
-    for name in shipped.shipped():
-        assert recipes.load(name).run.name
-    assert set(shipped.shipped("study")) == {f"{path.parent.name}/{path.stem}" for path in STUDIES}
-    (tmp_path / "demo.toml").write_text('[run]\nname = "local"\n')
-    assert recipes.load("demo").run.name == "local", "a local file of that name wins"
-    assert read_names("recipes/pocket/train_pairs.txt")
-
-
-@pytest.mark.parametrize(
-    ("name", "sort", "words"),
-    [
-        ("students/table3_dal_da", "recipe", "did you mean students/table3_dal_das[?]"),
-        ("dmeo", "recipe", "dmeo: no such recipe; did you mean demo[?]; recipes that ship: .*pocket/pocket"),
-        ("ablations/table1", "recipe", "table1.toml is a study: that is for distill ablate"),
-        ("demo", "study", "demo.toml is a recipe: that is for distill show"),
-        ("../../assets/x", "recipe", "no such recipe"),
-        ("pocket/pocket_card", "recipe", "no such recipe"),
-    ],
-)
-def test_a_name_that_is_none_says_what_there_is(name, sort, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(strict.RecipeError, match=words):
-        shipped.locate(name, sort)
-
-
-def test_list_says_what_each_thing_is(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["list", "decoders"]) == 0
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
-    assert rows["sdt"].startswith("AnyDepth's Simple Depth Transformer decoder") and all(map(len, rows.values()))
-
-
-def test_what_list_prints_can_be_typed(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert main(["list", "recipes"]) == 0
-    for line in capsys.readouterr().out.splitlines()[2:]:
-        if line and not line.startswith(" "):
-            assert main(["show", line.split()[0]]) == 0
