@@ -6,6 +6,7 @@ import atexit
 import gc
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -16,9 +17,12 @@ sys.dont_write_bytecode = False
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="distill-tests-")  # recipes run by tests are not the person's
-
-os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="distill-tests-"))  # of transformers' remote code
+if "DISTILL_TESTS_FOLDER" not in os.environ:  # pytest-xdist's workers make theirs within that of the first process
+    os.environ["DISTILL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="distill-tests-")
+    atexit.register(shutil.rmtree, os.environ["DISTILL_TESTS_FOLDER"], ignore_errors=True)
+_own = tempfile.mkdtemp(dir=os.environ["DISTILL_TESTS_FOLDER"])
+os.environ["XDG_STATE_HOME"] = _own  # recipes run by tests are not the person's
+os.environ.setdefault("HF_MODULES_CACHE", _own)  # of transformers' remote code
 
 import numpy as np
 import pytest
