@@ -31,7 +31,7 @@ from distill.core.weights import ANY, below_prefix, find_weights, read_state
 from distill.students import vggt
 from distill.students.beit import MIDAS_HEAD, make_flexible, pooling
 from distill.students.positions import remember_positions
-from distill.students.vit_keys import anchors, facebook_keys, timm_keys
+from distill.students.vit_keys import ANCHORS, facebook_keys, timm_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -329,7 +329,7 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
     """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
-    state = below_prefix(state, anchors(), source, beside=_WHOLE_MODELS, is_part=True)
+    state = below_prefix(state, ANCHORS, source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state, source).items() if not _UNUSED.fullmatch(key)}
     given, wanted = state, backbone.state_dict()
     state = timm_keys(state, wanted, source)

@@ -40,9 +40,8 @@ _OPENMMLAB = [
 ]
 
 
-def anchors() -> tuple[str, ...]:
-    """Names that one of these ViTs has, whoever named it."""
-    return ("embeddings.cls_token", "patch_embed.proj.weight", "patch_embed.projection.weight")
+ANCHORS = ("embeddings.cls_token", "patch_embed.proj.weight", "patch_embed.projection.weight")
+"""Names of which every ViT has one, whoever named it."""
 
 
 def facebook_keys(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:

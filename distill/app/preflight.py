@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -117,7 +118,7 @@ def _about_benchmarks(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
     found: list[Finding] = []
     for spec in recipe.benchmarks:
         name = spec.alias_or_name
-        told = _try(findings, name, lambda: check_benchmark(spec.name, spec.root or None, spec.list or None))  # noqa: B023
+        told = _try(findings, name, partial(check_benchmark, spec.name, spec.root or None, spec.list or None))
         found += [replace(one, what=f"{name}: {one.what}") for one in told or []]
     return found
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from distill import students
 from distill.app import export
 from distill.students import checkpoint, rounding
-from distill.students.quantize import GROUP, dequantize, quantize
+from distill.students.quantize import GROUP, dequantize, fitted, quantize, rounded
 
 
 def drawn(*shape):
@@ -29,6 +29,23 @@ def test_with_inputs_that_go_together_the_outputs_lose_less():
     ours, nearest = rounding.compensated(weight, inputs.T @ inputs / 1000), quantize(weight)
     losses = [(inputs @ (dequantize(parts, weight.shape) - weight).T).square().mean() for parts in (ours, nearest)]
     assert losses[0] < 0.2 * losses[1]
+
+
+def test_the_codes_are_those_of_the_inverse_eliminated_column_by_column():
+    """Optimal brain quantization in one order, which GPTQ's Cholesky factor is a faster way to."""
+    weight, inputs = drawn(3, GROUP), drawn(500, 40) @ drawn(40, GROUP)
+    moments = inputs.T @ inputs / 500
+    left = weight.double()
+    inverse = torch.linalg.inv(moments.double() + 0.01 * moments.double().diagonal().mean() * torch.eye(GROUP))
+    _, low, step = fitted(weight, bits=4)
+    codes = torch.zeros_like(weight)
+    for k in range(GROUP):
+        codes[:, k : k + 1] = code = rounded(left[:, k : k + 1], low, step, bits=4)
+        error = (left[:, k : k + 1] - (code * step + low)) / inverse[k, k]
+        left = left - error * inverse[k]
+        inverse = inverse - inverse[:, k : k + 1] * inverse[k] / inverse[k, k]
+    ours = rounding.compensated(weight, moments)
+    assert torch.equal(dequantize(ours, weight.shape), codes * step + low)
 
 
 def test_a_convolution_sees_its_kernel_of_places_in_the_order_of_its_weights():

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.preflight import check_recipe
         from distill.app.recipe import load
 
-        only = _only(args.target)
+        only = _only(args.target, args.set)
         recipe = load(args.target, args.set, command=only)
         title, findings = args.target, check_recipe(recipe, only=only)
     else:
@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(f.level == "bad" for f in findings) else 0
 
 
-def _only(target: str) -> Literal["", "compare", "score"]:
+def _only(target: str, overrides: list[str]) -> Literal["", "compare", "score"]:
     """The one command that a recipe is for, where it has nothing of what is labelled or trained."""
     from distill.app.shipped import locate
     from distill.app.strict import read_toml
 
-    given = read_toml(locate(target)).keys()
+    given = read_toml(locate(target), overrides).keys()
     if given & {"crops", "student", "loss", "train"}:
         return ""
     return "compare" if "compare" in given else "score" if "benchmarks" in given and "images" not in given else ""
