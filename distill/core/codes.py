@@ -49,30 +49,16 @@ class CodedMaps:
         codes, low, high, count = (x.to(device, non_blocking=True) for x in self.tensors)
         return CodedMaps(codes, low, high, count, self.codec, self.kind)
 
-    def pin_memory(self) -> CodedMaps:
-        """The same maps in page-locked memory, from where a copy to a GPU runs beside the host's work."""
-        codes, low, high, count = (x.pin_memory() for x in self.tensors)
-        return CodedMaps(codes, low, high, count, self.codec, self.kind)
-
     def decode(self) -> DepthMap:
         """The values in float32, zero where invalid: bit for bit those of `distill.shards.codec.decode_map`."""
-        if self.codes.device.type == "cpu":
-            return self._by_tables()
-        unit = units_of(self.codec, self.codes.device)[self.codes.to(torch.int32)]
-        span = (self.high - self.low)[:, None, None]
-        valid = torch.isfinite(unit)
-        values = torch.nan_to_num(unit * span + self.low[:, None, None]).float()
-        return DepthMap(values, valid, self.kind)
-
-    def _by_tables(self) -> DepthMap:
-        """`decode` on the CPU: a table of float32 values for each map costs less than float64 for each pixel."""
+        # A table of float32 values for each map costs less than float64 for each pixel.
         units = units_of(self.codec, self.codes.device)
-        known = torch.isfinite(units)
-        values = []
-        for codes, low, high in zip(self.codes, self.low, self.high, strict=True):
-            table = torch.nan_to_num(low + units * (high - low)).float()
-            values.append(table[codes.long()])
-        return DepthMap(torch.stack(values), known[self.codes.long()], self.kind)
+        span = (self.high - self.low)[:, None]
+        tables = torch.nan_to_num(self.low[:, None] + units * span).float()
+        codes = self.codes.to(torch.int32)
+        starts = torch.arange(len(codes), dtype=torch.int32, device=codes.device) * len(units)
+        values = tables.flatten()[codes + starts[:, None, None]]
+        return DepthMap(values, torch.isfinite(units)[codes], self.kind)
 
 
 def join(maps: Sequence[CodedMaps]) -> CodedMaps:
@@ -98,20 +84,10 @@ class CodedLabels:
         local = None if self.local is None else self.local.to(device)
         return replace(self, shared=self.shared.to(device), local=local, boxes=self.boxes.to(device, non_blocking=True))
 
-    def pin_memory(self) -> CodedLabels:
-        """The same labels in page-locked memory."""
-        local = None if self.local is None else self.local.pin_memory()
-        return replace(self, shared=self.shared.pin_memory(), local=local, boxes=self.boxes.pin_memory())
-
     def decode(self) -> Labels:
         """The labels, on the device where the codes are."""
         local = None if self.local is None else self.local.decode()
         return Labels(self.shared.decode(), local, self.boxes, supervision=self.supervision)
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that a stream must know it uses."""
-        maps = [self.shared] if self.local is None else [self.shared, self.local]
-        return [self.boxes, *(x for m in maps for x in m.tensors)]
 
 
 def stack(labels: Sequence[CodedLabels]) -> CodedLabels:

@@ -25,6 +25,16 @@ def shared_memory() -> int | None:
         return None
 
 
+def has_shared_memory(size: int) -> bool:
+    """Whether each of this machine's training processes may take so many bytes of it."""
+    free = shared_memory()
+    return free is not None and size * _processes() <= free
+
+
+def _processes() -> int:
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def open_files() -> int | None:
     """How many files a process may hold open; None where the system does not say, or has no bound."""
     try:
@@ -61,8 +71,7 @@ def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, 
     it is handed over. The processes of one machine share its memory.
     """
     memory, files = shared_memory(), open_files()
-    together = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    bounds = [] if memory is None else [(int(0.8 * memory / together) // max(1, size), "memory")]
+    bounds = [] if memory is None else [(int(0.8 * memory / _processes()) // max(1, size), "memory")]
     bounds += [] if files is None else [((files - _OWN_FILES) // max(1, tensors), "files")]
     if not workers or not bounds:
         return workers, ahead, ""

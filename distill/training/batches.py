@@ -77,7 +77,8 @@ class MicroBatch:
 
     features: what a frozen encoder sees in the images, float16, where it is stored; else None.
     positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
-    held-out images -1 - their index. mirrored: which of them the augmentation has turned.
+    held-out images -1 - their index. mirrored: which of them the augmentation has turned. waited: seconds that the
+    training process stood still for its data; None: as long as it took to get it.
     """
 
     keys: tuple[str, ...]
@@ -86,6 +87,7 @@ class MicroBatch:
     positions: tuple[int, ...] = ()
     mirrored: tuple[bool, ...] = ()
     features: StackedFeatures | None = None
+    waited: float | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""

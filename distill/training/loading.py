@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distill.core import machine
@@ -36,6 +35,7 @@ from distill.training.batches import (
     shares_among,
 )
 from distill.training.canonical import canonical
+from distill.training.handover import tensors_of
 from distill.training.label_choice import choose_patches, choose_teacher, meet_labels
 from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
@@ -167,20 +167,38 @@ def _freeze(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def loader_of(samples: Any, batches: Any, collate: Any, workers: int, *, pinned: bool = False) -> Iterator[Any]:
-    """What `collate` makes of each batch of places, read ahead by so many processes; raises an Exception among it."""
-    ahead = PREFETCH
-    if workers and not machine.is_plentiful():
-        size, tensors = _measure(collate([samples[place] for place in next(iter(batches), [])]))
-        workers, ahead, warning = machine.readers(workers, ahead, size=size, tensors=tensors)
-        if warning:
-            _log.warning("%s", warning)
+@dataclass(frozen=True, slots=True)
+class Readers:
+    """How many processes read, how many batches each may have ready, and bytes of a batch, 0 where nobody measured."""
+
+    processes: int
+    ahead: int = PREFETCH
+    size: int = 0
+
+
+def readers_of(samples: Any, batches: Any, collate: Any, workers: int, *, measured: bool = False) -> Readers:
+    """As many as are asked for, or fewer, with a line of the log, where memory or files are short.
+
+    measured: one batch is read here and now even where nothing is short.
+    """
+    if not workers or (machine.is_plentiful() and not measured):
+        return Readers(workers)
+    size, tensors = _measure(collate([samples[place] for place in next(iter(batches), [])]))
+    few, ahead, warning = machine.readers(workers, PREFETCH, size=size, tensors=tensors)
+    if warning:
+        _log.warning("%s", warning)
+    return Readers(few, ahead, size)
+
+
+def loader_of(samples: Any, batches: Any, collate: Any, readers: Readers, *, pinned: bool = False) -> Iterator[Any]:
+    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it."""
+    workers = readers.processes
     loader: DataLoader[Any] = DataLoader(
         samples,
         batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
-        prefetch_factor=ahead if workers else None,
+        prefetch_factor=readers.ahead if workers else None,
         timeout=PATIENCE if workers else 0,
         worker_init_fn=_freeze,
         pin_memory=pinned,
@@ -213,14 +231,8 @@ def told_of_readers(option: str = "train.workers") -> Iterator[None]:
 
 def _measure(item: Any) -> tuple[int, int]:
     """Bytes and number of the tensors in what a data worker hands over."""
-    if isinstance(item, Tensor):
-        return item.numel() * item.element_size(), 1
-    if is_dataclass(item):
-        parts: list[Any] = [getattr(item, one.name) for one in fields(item)]
-    else:
-        parts = [*item.values()] if isinstance(item, Mapping) else list(item) if isinstance(item, tuple | list) else []
-    found = [_measure(part) for part in parts]
-    return sum(size for size, _ in found), sum(count for _, count in found)
+    found = tensors_of(item)
+    return sum(tensor.nbytes for tensor in found), len(found)
 
 
 def _lost(reason: str, option: str) -> str:
@@ -247,8 +259,8 @@ def training_batches(
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples = Placed(dataset, settings, learning=True, features=features)
-    return loader_of(samples, micro_batches, _Training(collate, settings), settings.workers)
+    samples, made = Placed(dataset, settings, learning=True, features=features), _Training(collate, settings)
+    return loader_of(samples, micro_batches, made, readers_of(samples, micro_batches, made, settings.workers))
 
 
 def heldout_batches(
@@ -267,5 +279,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    samples = Placed(dataset, settings, learning=False, features=features)
-    return loader_of(samples, mine, _HeldOut(collate, settings), min(settings.workers, len(mine)))
+    samples, made = Placed(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
+    return loader_of(samples, mine, made, readers_of(samples, mine, made, min(settings.workers, len(mine))))

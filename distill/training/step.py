@@ -202,7 +202,7 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
     for part in range(s.accumulate):
         before = time.perf_counter()
         micro = next(micros)
-        waited += time.perf_counter() - before
+        waited += time.perf_counter() - before if micro.waited is None else micro.waited
         micro = micro.to(processes.device)
         # After the data: reading draws from the same generator.
         _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)

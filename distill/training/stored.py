@@ -1,17 +1,18 @@
 """Batches that leave the workers as the shards store them, and become what a step learns from on the device.
 
-An image is three bytes a pixel and a map two; they are joined in the workers, pinned, copied one batch ahead, and
-decoded and augmented where the step runs, by the code that serves the host: what comes out is what `batches` makes
-there, bit for bit before colours are jittered.
+An image is three bytes a pixel and a map two; they are joined in the workers, handed over (handover.py), copied one
+batch ahead, and decoded and augmented where the step runs, by the code that serves the host: what comes out is what
+`batches` makes there, bit for bit before colours are jittered.
 
 Shapes: B images, S region size.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 from distill.core.codes import CodedLabels, stack
 from distill.core.labels import Batch
 from distill.shards.codec import Sample
-from distill.shards.features import FeatureStore, StackedFeatures, moved, stacked
+from distill.shards.features import FeatureStore, StackedFeatures, stacked
 from distill.training.batches import (
     Group,
     Item,
@@ -29,8 +30,9 @@ from distill.training.batches import (
     groups_of,
     joined,
 )
+from distill.training.handover import Giving, Handed, Handover, handover_for, mapped, tensors_of
 from distill.training.label_choice import meet_labels
-from distill.training.loading import Placed, loader_of
+from distill.training.loading import Placed, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions
 from distill.training.settings import TrainSettings
 
@@ -44,10 +46,6 @@ class StoredGroup:
     images: Tensor
     labels: dict[str, CodedLabels]
 
-    def tensors(self) -> list[Tensor]:
-        """Everything that was copied."""
-        return [self.images, *(x for one in self.labels.values() for x in one.tensors())]
-
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
@@ -58,31 +56,8 @@ class StoredBatch:
 
     def pin_memory(self) -> StoredBatch:
         """The same in page-locked memory; a DataLoader that pins asks for it."""
-        return StoredBatch(
-            tuple(
-                replace(g, images=g.images.pin_memory(), labels={n: one.pin_memory() for n, one in g.labels.items()})
-                for g in self.groups
-            ),
-            None if self.features is None else tuple((p.pin_memory(), c.pin_memory()) for p, c in self.features),
-        )
-
-    def to(self, device: torch.device) -> StoredBatch:
-        """The same on a device; copies from pinned memory do not wait."""
-        return StoredBatch(
-            tuple(
-                replace(
-                    g,
-                    images=g.images.to(device, non_blocking=True),
-                    labels={n: one.to(device) for n, one in g.labels.items()},
-                )
-                for g in self.groups
-            ),
-            moved(self.features, device),
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """Everything that was copied."""
-        return [x for g in self.groups for x in g.tensors()] + [x for pair in self.features or () for x in pair]
+        pinned: StoredBatch = mapped(self, Tensor, Tensor.pin_memory)
+        return pinned
 
     def ready(self, settings: TrainSettings) -> MicroBatch:
         """What a step learns from, made where the tensors are."""
@@ -131,26 +106,57 @@ def stored_batches(
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches on the device, in order; the next one is on its way while a step runs."""
     samples = Placed(dataset, settings, learning=True, coded=True, features=features)
-    cuda = device.type == "cuda"
-    batches: Iterator[StoredBatch] = loader_of(samples, positions, collate_stored, settings.workers, pinned=cuda)
+    cuda, collate = device.type == "cuda", collate_stored
+    readers = readers_of(samples, positions, collate, settings.workers, measured=cuda)
     if not cuda:
-        for batch in batches:
-            yield batch.to(device).ready(settings)
+        for batch in loader_of(samples, positions, collate, readers):
+            yield batch.ready(settings)
         return
-    stream: Any = torch.cuda.Stream(device)
+    handover = handover_for(readers.processes, readers.size)
+    if handover is None:
+        yield from _on_device(loader_of(samples, positions, collate, readers, pinned=True), None, settings, device)
+        return
+    with handover.held():
+        given = loader_of(samples, positions, Giving(collate, handover), readers)
+        yield from _on_device(given, handover, settings, device)
 
-    def send(batch: StoredBatch) -> StoredBatch:
+
+def _on_device(
+    batches: Iterator[StoredBatch | Handed], handover: Handover | None, settings: TrainSettings, device: torch.device
+) -> Iterator[MicroBatch]:
+    """Each batch is sent while the step before it runs, and decoded where it arrives."""
+    stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+    sent: list[tuple[Handed, Any]] = []
+
+    def send(batch: StoredBatch | Handed) -> StoredBatch:
         with torch.cuda.stream(stream):
-            return batch.to(device)
+            if handover is None or not isinstance(batch, Handed):
+                return cast(StoredBatch, mapped(batch, Tensor, lambda x: x.to(device, non_blocking=True)))
+            there: StoredBatch = handover.take(batch, device)
+            sent.append((batch, None if stream is None else stream.record_event()))
+            return there
 
-    ahead = next(batches, None)
-    coming = None if ahead is None else send(ahead)
+    def following() -> tuple[StoredBatch | None, float]:
+        """The next batch on its way, and seconds that it was waited for. The slot of the one before is free again."""
+        for batch, arrival in sent:
+            if arrival is not None:
+                arrival.synchronize()
+            assert handover is not None
+            handover.release(batch)
+        sent.clear()
+        start = time.perf_counter()
+        given = next(batches, None)
+        waited = time.perf_counter() - start
+        return (None if given is None else send(given)), waited
+
+    coming, waited = following()
     while coming is not None:
-        here = torch.cuda.current_stream(device)
-        here.wait_stream(stream)
-        for tensor in coming.tensors():
-            tensor.record_stream(here)
+        if stream is not None:
+            here = torch.cuda.current_stream(device)
+            here.wait_stream(stream)
+            for tensor in tensors_of(coming):
+                tensor.record_stream(here)
         micro = coming.ready(settings)
-        ahead = next(batches, None)
-        coming = None if ahead is None else send(ahead)
-        yield micro
+        coming, more = following()
+        yield replace(micro, waited=waited + more)
+        waited = 0.0

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from distill.training import checkpoints
+from distill.training.stored import stored_batches
 from distill.training.trainlog import read
+from tests.training.test_handover import CPU, SETTINGS, labels, positions_of, same
 from tests.training.test_real_student import real_run
 from tests.training.toys import losses_of, newest, run, steps_of
 
 pytestmark = pytest.mark.cuda
+__all__ = ["labels"]  # a fixture
 # Sums of a card are added up in an order of its own, and Adam's first steps make a step of the least of differences.
 NEAR = {"rtol": 2e-3, "atol": 2e-4}
 
@@ -80,3 +83,11 @@ def test_a_step_under_the_whole_objective(tmp_path, card, option, tolerance):
     torch.testing.assert_close(losses_of(tmp_path / "card")[0], losses_of(tmp_path / "cpu")[0], rtol=tolerance, atol=0)
     assert losses_of(tmp_path / "card")[1] != losses_of(tmp_path / "card")[0]
     assert all(value.isfinite().all() for value in newest(tmp_path / "card").values())
+
+
+def test_batches_handed_to_the_card_have_the_bits_of_a_cpu(labels, card):
+    positions = positions_of(labels)
+    there = stored_batches(labels, positions, settings=SETTINGS, device=torch.device(card))
+    for ours, theirs in zip(there, stored_batches(labels, positions, settings=SETTINGS, device=CPU), strict=True):
+        assert ours.images.is_cuda and ours.waited is not None
+        same(ours.to(CPU), theirs)

@@ -1,0 +1,190 @@
+"""Batches handed from the processes that read to a device, through memory that they share and that the device can read.
+
+A DataLoader that pins copies a batch twice in the training process, through pages that are mapped for that batch alone:
+one thread, which makes 25 ms of a batch of 43 MB (an H100's machine) however many processes read. Here a process writes
+its batch into a slot that stays; the training process page-locks each slot once and sends its bytes in one copy.
+
+Each process has slots of its own and uses them in turn. Its batches are taken in the order in which it makes them, so
+its oldest never waits for a slot that a later one has, as it could if the slots were everybody's.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from distill.core import machine
+
+SLOTS = 2
+"""Of each process: one is filled while the other waits or is sent."""
+SPARE = 1.5
+"""A slot's size, in batches of the size of the first; a larger batch goes the DataLoader's way."""
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where among a batch's bytes a tensor lies."""
+
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def of(self, memory: Tensor) -> Tensor:
+        """The tensor; memory: (n,) uint8, aligned."""
+        end = self.start + self.dtype.itemsize * math.prod(self.shape)
+        return memory[self.start : end].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """A batch whose tensors lie in a slot. content: the batch with a Piece for each; used: bytes of the slot."""
+
+    content: Any
+    used: int
+    reader: int
+    slot: int
+
+
+def mapped(item: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
+    """The same dataclasses, mappings, lists and tuples with each `leaf` changed; what holds none stays as it is."""
+    if isinstance(item, leaf):
+        return change(item)
+    if is_dataclass(item) and not isinstance(item, type):
+        parts = {one.name: getattr(item, one.name) for one in fields(item)}
+        made = {name: mapped(part, leaf, change) for name, part in parts.items()}
+        new = {name: part for name, part in made.items() if part is not parts[name]}
+        return replace(item, **new) if new else item
+    if isinstance(item, Mapping):
+        made = {name: mapped(part, leaf, change) for name, part in item.items()}
+        return item if all(made[name] is part for name, part in item.items()) else made
+    if isinstance(item, tuple | list):
+        found = [mapped(part, leaf, change) for part in item]
+        return item if all(a is b for a, b in zip(found, item, strict=True)) else type(item)(found)
+    return item
+
+
+def tensors_of(item: Any) -> list[Tensor]:
+    """Every tensor in it."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(item, Tensor, note)
+    return found
+
+
+class Handover:
+    """Slots of shared memory for so many reading processes; `size`: bytes of each. Goes to them by fork or pickle."""
+
+    def __init__(self, readers: int, size: int) -> None:
+        context = multiprocessing.get_context()
+        self.size = size
+        self.slots = [[_shared(size) for _ in range(SLOTS)] for _ in range(readers)]
+        self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
+        self.over = context.Event()
+        self._given = 0
+        self._locked: set[int] = set()
+
+    def give(self, batch: Any) -> Any:
+        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it."""
+        reader, pieces, used = get_worker_info(), [], 0
+        if reader is None:
+            return batch
+
+        def place(tensor: Tensor) -> Piece:
+            nonlocal used
+            piece = Piece(used, tensor.dtype, tuple(tensor.shape))
+            pieces.append((piece, tensor))
+            used += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+            return piece
+
+        content = mapped(batch, Tensor, place)
+        if used > self.size or not pieces:
+            return batch
+        parent = multiprocessing.parent_process()
+        while not self.free[reader.id].acquire(timeout=1.0):
+            if self.over.is_set() or (parent is not None and not parent.is_alive()):
+                return batch
+        number = self._given % SLOTS
+        self._given += 1
+        memory = self.slots[reader.id][number]
+        for piece, tensor in pieces:
+            piece.of(memory).copy_(tensor)
+        return Handed(content, used, reader.id, number)
+
+    def take(self, handed: Handed, device: torch.device) -> Any:
+        """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
+        memory = self.slots[handed.reader][handed.slot]
+        if device.type == "cuda":
+            self._lock(memory, device)
+        here = torch.empty(handed.used, dtype=torch.uint8, device=device)
+        here.copy_(memory[: handed.used], non_blocking=True)
+        return mapped(handed.content, Piece, lambda piece: piece.of(here))
+
+    def release(self, handed: Handed) -> None:
+        """Lets the slot be filled again; its bytes must have been copied."""
+        self.free[handed.reader].release()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The reading processes of the block never wait for a slot after it, so that they can end."""
+        try:
+            yield
+        finally:
+            self.over.set()
+            if self._locked:
+                torch.cuda.synchronize()
+            for address in self._locked:
+                torch.cuda.cudart().cudaHostUnregister(address)
+            self._locked.clear()
+
+    def _lock(self, memory: Tensor, device: torch.device) -> None:
+        """From pages that are not locked a copy is right, and waits."""
+        if memory.data_ptr() in self._locked or memory.is_pinned():
+            return
+        fault = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(fault) == 0:
+            self._locked.add(memory.data_ptr())
+            return
+        try:  # the next call of any kind reports it once more
+            torch.zeros(1, device=device)
+        except RuntimeError:
+            torch.zeros(1, device=device)
+
+
+@dataclass(frozen=True, slots=True)
+class Giving:
+    """A collate function of the reading processes, whose batches are handed over."""
+
+    collate: Callable[[Any], Any]
+    handover: Handover
+
+    def __call__(self, items: Any) -> Any:
+        """What `collate` makes of them, or the Exception that it gives."""
+        made = self.collate(items)
+        return made if isinstance(made, Exception) else self.handover.give(made)
+
+
+def handover_for(readers: int, size: int) -> Handover | None:
+    """For batches of about `size` bytes; None where no other process reads, or where shared memory is short."""
+    capacity = int(SPARE * size)
+    if not (readers and size and machine.has_shared_memory(2 * readers * SLOTS * capacity)):
+        return None
+    return Handover(readers, capacity)
+
+
+def _shared(size: int) -> Tensor:
+    """(size,) uint8 in shared memory, whose pages are not touched yet."""
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]

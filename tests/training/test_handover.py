@@ -1,0 +1,108 @@
+"""Batches that go through slots of shared memory are the batches that the reading processes made."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.utils.data import get_worker_info
+
+from distill.core import machine
+from distill.shards.shards import LabelDataset
+from distill.training.handover import SLOTS, SPARE, Giving, Handed, Handover, handover_for, mapped, tensors_of
+from distill.training.loading import Placed, Readers, loader_of, readers_of
+from distill.training.sampling import MicroBatchPositions, make_order
+from distill.training.settings import TrainSettings
+from distill.training.stored import _on_device, collate_stored, stored_batches
+from tests.labelling.formula import Formula, run, two_tars
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(steps=9, batch_size=2, warmup_steps=0, workers=2, val_fraction=0.0)
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    run(two_tars(folder), folder / "out", Formula())
+    return LabelDataset(folder / "out")
+
+
+def positions_of(labels):
+    order = make_order(list(range(len(labels))), labels.sources, seed=3, weights=(), temperature=1.0)
+    return MicroBatchPositions(
+        order=order, batch_size=2, accumulate=1, process=0, processes=1, steps=SETTINGS.steps
+    )  # fmt: skip
+
+
+def same(ours, theirs):
+    assert ours.keys == theirs.keys
+    mine, its = tensors_of(ours), tensors_of(theirs)
+    assert len(mine) == len(its) > 5
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+
+
+@pytest.mark.parametrize("room", [1 << 20, 4096])
+def test_the_same_bits(labels, room):
+    """In more batches than there are slots; where none has room they go the usual way."""
+    positions = positions_of(labels)
+    samples, seen, handover = Placed(labels, SETTINGS, learning=True, coded=True), [], Handover(2, room)
+    given = loader_of(samples, positions, Giving(collate_stored, handover), Readers(2))
+
+    def watched():
+        for batch in given:
+            seen.append(isinstance(batch, Handed))
+            yield batch
+
+    with handover.held():
+        ours = list(_on_device(watched(), handover, SETTINGS, CPU))
+    assert seen == [room > 4096] * SETTINGS.steps and SETTINGS.steps > 2 * SLOTS
+    for mine, its in zip(ours, stored_batches(labels, positions, settings=SETTINGS, device=CPU), strict=True):
+        assert mine.waited is not None and its.waited is None
+        same(mine, its)
+
+
+def test_processes_that_wait_for_a_slot_end_with_the_run(labels):
+    samples, handover = Placed(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+    with handover.held():
+        batches = loader_of(samples, positions_of(labels), Giving(collate_stored, handover), Readers(2))
+        assert isinstance(next(batches), Handed)  # and never given back
+        time.sleep(0.5)
+    start = time.perf_counter()
+    del batches
+    assert time.perf_counter() - start < 4
+
+
+def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
+    class Broken:
+        def __getitem__(self, place):
+            return OSError("cut short")
+
+    handover = Handover(1, 4096)
+    with handover.held(), pytest.raises(OSError, match="cut short"):
+        list(loader_of(Broken(), [[0, 1]], Giving(collate_stored, handover), Readers(1)))
+
+
+def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
+    monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 20)
+    made = handover_for(2, 10_000)
+    assert made is not None and made.size == int(10_000 * SPARE) and len(made.slots) == 2
+    assert handover_for(2, 1 << 18) is None and handover_for(0, 10) is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert handover_for(2, 10_000) is None
+    monkeypatch.undo()
+    samples, positions = Placed(labels, SETTINGS, learning=True, coded=True), positions_of(labels)
+    size = sum(x.nbytes for x in tensors_of(collate_stored([samples[p] for p in next(iter(positions))])))
+    assert readers_of(samples, positions, collate_stored, 2, measured=True).size == size > 0
+    assert readers_of(samples, positions, collate_stored, 0, measured=True) == Readers(0)
+
+
+def test_outside_a_reading_process_nothing_is_handed_over():
+    assert get_worker_info() is None and Handover(1, 64).give([torch.ones(2)])[0].tolist() == [1.0, 1.0]
+
+
+def test_what_holds_no_tensor_stays_the_very_same():
+    one = SETTINGS
+    assert mapped(one, torch.Tensor, lambda x: x + 1) is one
+    parts = mapped({"a": (torch.ones(1), "b")}, torch.Tensor, lambda x: x + 1)
+    assert parts["a"][0].item() == 2.0 and parts["a"][1] == "b"
