@@ -5,7 +5,9 @@
 
 The bare step has the same batches on the device already, decoded, the same objective and the same fused AdamW, and
 waits for nothing. Ours is `train`: it reads shards in workers, sends, decodes, augments, clips, logs every 20 steps.
-Then 20 steps are run twice from one seed, without and with train.deterministic, and their weights compared.
+--cached: the same on stored features of the frozen encoder (train.cache_features), and what storing them costs.
+Then 20 steps are run twice from one seed, without and with train.deterministic, and their weights compared; the rate
+is that of the last 15.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill import students
 from distill.core.crop_settings import CropSettings
@@ -31,6 +34,7 @@ from distill.labelling.run import label
 from distill.labelling.settings import LabelSettings
 from distill.losses.objective import Objective
 from distill.shards.codec import CODECS
+from distill.shards.features import FeatureStore, write_features
 from distill.shards.shards import LabelDataset
 from distill.teachers.checkpoint import Teacher
 from distill.training.sampling import MicroBatchPositions, make_order
@@ -61,10 +65,10 @@ def labels_of(
     return LabelDataset(folder)
 
 
-def student_of(decoder: str, tiny: bool, frozen: bool) -> students.Student:
+def student_of(decoder: str, given: argparse.Namespace, frozen: bool) -> students.Student:
     torch.manual_seed(0)
-    small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if tiny else {}
-    student = students.build(encoder="dinov3_vits16", decoder=decoder, encoder_options=small)
+    small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if given.tiny else {}
+    student = students.build(encoder=given.encoder, decoder=decoder, encoder_options=small)
     student.encoder.freeze(frozen)
     return student
 
@@ -96,7 +100,31 @@ def bare(data: LabelDataset, student: Any, settings: TrainSettings, device: torc
     return (clock(device) - start) / steps
 
 
-def ours(data: LabelDataset, student: Any, settings: TrainSettings, device: torch.device) -> tuple[float, float]:
+def stored(data: LabelDataset, encoder: Any, device: torch.device, folder: Path) -> FeatureStore:
+    """The encoder's features of every region, as `distill train` stores them; its cost is printed."""
+    encoder.to(device).eval()
+
+    @torch.no_grad()
+    def encode(images: Tensor) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return list(encoder(images.to(device)))
+
+    start = clock(device)
+    write_features(
+        folder, data.keys, lambda i: data.get(i, ()).image, encode, mirrored=True, facts={}
+    )  # both ways round
+    seconds, size = clock(device) - start, sum(path.stat().st_size for path in folder.glob("*.tar"))
+    print(f"features: {1e3 * seconds / len(data):.0f} ms and {size / len(data) / 1e6:.1f} MB a region, stored once")
+    return FeatureStore(folder)
+
+
+def ours(
+    data: LabelDataset,
+    student: Any,
+    settings: TrainSettings,
+    device: torch.device,
+    features: FeatureStore | None = None,
+) -> tuple[float, float]:
     """Seconds a step between the first and the last line of the log, and the share of them spent waiting for data."""
     seen: list[tuple[int, float]] = []
     waits: list[float] = []
@@ -106,7 +134,8 @@ def ours(data: LabelDataset, student: Any, settings: TrainSettings, device: torc
         waits.append(numbers["data_wait"])
 
     with tempfile.TemporaryDirectory() as folder:
-        train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing, report=report)
+        more = {"save": _nothing, "report": report, "features": features}
+        train(student, data, Objective(), out=Path(folder), settings=settings, **more)
     (first, start), (last, end) = seen[0], seen[-1]
     return (end - start) / (last - first), statistics.mean(waits[1:])
 
@@ -156,19 +185,42 @@ def _nothing(model: Any, place: Path, card: Any) -> None:
 
 
 def twice(data: LabelDataset, settings: TrainSettings, given: argparse.Namespace, device: torch.device) -> float:
-    """The largest difference of weights between two runs of one seed, and seconds a step, printed."""
-    ends = []
+    """Prints the largest difference of weights between two runs of one seed; the faster one's seconds a step."""
+    ends, rates = [], []
     for _ in range(2):
-        student = student_of("sdt_fast", given.tiny, frozen=False)
-        start = clock(device)
+        student, seen = student_of("sdt_fast", given, frozen=False), []
+
+        def report(done: int, total: int, seen: list[tuple[int, float]] = seen, **numbers: float) -> None:
+            seen.append((done, clock(device)))
+
         with tempfile.TemporaryDirectory() as folder:
-            train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing)
-        seconds = clock(device) - start
+            more = {"save": _nothing, "report": report}
+            train(student, data, Objective(), out=Path(folder), settings=settings, **more)
+        (first, start), (last, end) = seen[0], seen[-1]
+        rates.append((end - start) / (last - first))
         ends.append(torch.cat([p.detach().flatten().cpu() for p in student.parameters()]))
     off = float((ends[0] - ends[1]).abs().max())
     what = f"two runs of {settings.steps} steps differ by {off:.2g}"
-    print(f"deterministic {settings.deterministic}: {what} ({seconds:.1f} s)")
-    return seconds
+    print(f"deterministic {settings.deterministic}: {what}; {1e3 * min(rates):.1f} ms a step")
+    return min(rates)
+
+
+def measure(
+    data: LabelDataset, decoder: str, settings: TrainSettings, given: argparse.Namespace, device: torch.device
+) -> None:
+    """Prints one row: the bare step, ours, and the data alone."""
+    feed = fed(data, settings, device, 40 if settings.batch_size < 32 else 8)
+    alone = bare(data, student_of(decoder, given, True), settings, device, given.steps)
+    here, wait = ours(data, student_of(decoder, given, True), settings, device)
+    print(
+        f"{given.encoder}, frozen, + {decoder}, batches of {settings.batch_size}, {settings.patches_per_step or 'all'} "
+        f"patches, {given.workers} workers: bare {1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms "
+        f"({settings.batch_size / here:.1f} images/s), ratio {here / alone:.3f}, data wait {100 * wait:.1f} %; data "
+        f"alone {1e3 * feed:.1f} ms",
+        flush=True,
+    )
+    if given.profile and device.type == "cuda":
+        profiled(data, student_of(decoder, given, True), settings)
 
 
 def main() -> None:
@@ -176,12 +228,14 @@ def main() -> None:
     parser.add_argument("tars", nargs="*")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--size", type=int, default=560)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[8])
+    parser.add_argument("--encoder", default="dinov3_vits16")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--crops-per-image", type=int, default=12)
     parser.add_argument("--codec", choices=list(CODECS), default="zst")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--patches-per-step", type=int, nargs="+", default=[0], help="0: all")
+    parser.add_argument("--cached", action="store_true", help="also on stored features of the encoder")
     parser.add_argument("--no-twice", action="store_true")
     parser.add_argument("--decoders", nargs="+", default=["sdt_fast", "sdt"])
     parser.add_argument("--profile", action="store_true", help="where training waits for the card, and what runs there")
@@ -201,7 +255,6 @@ def main() -> None:
         print(f"a sample from its shard, left in codes: {1e3 * (time.process_time() - start) / 8:.1f} ms of processor")
         settings = TrainSettings(
             steps=given.steps,
-            batch_size=given.batch_size,
             warmup_steps=0,
             precision="bf16" if device.type == "cuda" else "fp32",
             freeze_encoder=True,
@@ -212,23 +265,23 @@ def main() -> None:
             trackers=(),
             workers=given.workers,
         )
-        for patches, decoder in itertools.product(given.patches_per_step, given.decoders):
-            settings = dataclasses.replace(settings, patches_per_step=patches)
-            feed = fed(data, settings, device)
-            alone = bare(data, student_of(decoder, given.tiny, True), settings, device, given.steps)
-            here, wait = ours(data, student_of(decoder, given.tiny, True), settings, device)
-            print(
-                f"ViT-S, frozen, + {decoder}, {patches or 'all'} patches, {given.workers} workers: bare "
-                f"{1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms ({given.batch_size / here:.1f} images/s), ratio "
-                f"{here / alone:.3f}, data wait {100 * wait:.1f} %; data alone {1e3 * feed:.1f} ms"
-            )
-            if given.profile and device.type == "cuda":
-                profiled(data, student_of(decoder, given.tiny, True), settings)
+        for size, patches, decoder in itertools.product(given.batch_sizes, given.patches_per_step, given.decoders):
+            step = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
+            measure(data, decoder, step, given, device)
+        settings = dataclasses.replace(settings, batch_size=given.batch_sizes[0])
+        if given.cached:
+            features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")
+            for decoder in given.decoders:
+                cached = dataclasses.replace(settings, cache_features=True)
+                here, wait = ours(data, student_of(decoder, given, True), cached, device, features)
+                print(
+                    f"{decoder} on stored features: train {1e3 * here:.1f} ms, data wait {100 * wait:.1f} %", flush=True
+                )
         if not given.no_twice:
-            short = dataclasses.replace(settings, steps=20, freeze_encoder=False)
+            short = dataclasses.replace(settings, steps=20, freeze_encoder=False, log_every=5)
             plain = twice(data, short, given, device)
             exact = twice(data, dataclasses.replace(short, deterministic=True), given, device)
-            print(f"deterministic costs {100 * (exact / plain - 1):.0f} % (start included)")
+            print(f"deterministic costs {100 * (exact / plain - 1):.0f} %")
 
 
 if __name__ == "__main__":
