@@ -43,6 +43,9 @@ from distill.training.stored import stored_batches
 from distill.training.train import train
 from tests.speed.labelling import make_tar, repeated
 
+LARGE = 32
+"""Batches from here on are measured in 41 steps, with the first decoder and the first number of patches alone."""
+
 
 def clock(device: torch.device) -> float:
     if device.type == "cuda":
@@ -209,8 +212,8 @@ def measure(
     data: LabelDataset, decoder: str, settings: TrainSettings, given: argparse.Namespace, device: torch.device
 ) -> None:
     """Prints one row: the bare step, ours, and the data alone."""
-    feed = fed(data, settings, device, 40 if settings.batch_size < 32 else 8)
-    alone = bare(data, student_of(decoder, given, True), settings, device, given.steps)
+    feed = fed(data, settings, device, 40 if settings.batch_size < LARGE else 8)
+    alone = bare(data, student_of(decoder, given, True), settings, device, settings.steps)
     here, wait = ours(data, student_of(decoder, given, True), settings, device)
     print(
         f"{given.encoder}, frozen, + {decoder}, batches of {settings.batch_size}, {settings.patches_per_step or 'all'} "
@@ -267,7 +270,10 @@ def main() -> None:
         )
         for size, patches, decoder in itertools.product(given.batch_sizes, given.patches_per_step, given.decoders):
             step = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
-            measure(data, decoder, step, given, device)
+            if size < LARGE:
+                measure(data, decoder, step, given, device)
+            elif (patches, decoder) == (given.patches_per_step[0], given.decoders[0]):
+                measure(data, decoder, dataclasses.replace(step, steps=41), given, device)
         settings = dataclasses.replace(settings, batch_size=given.batch_sizes[0])
         if given.cached:
             features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")
