@@ -112,12 +112,15 @@ def wide_bins(number: int = 192) -> Tensor:
         values * 0.0, values * 0.0 - 3.0, sign * values * 3e38, (values * 4).floor() * sign,
         torch.where(values < 0.6, least, least + (values - 0.6) * 0.1), (values * 1e-30).clamp(min=5e-31),
     ]  # fmt: skip
-    with_outlier = []
+    changed = []
     for row in rows:
         for outlier in (1e30, -1e30):
-            with_outlier.append(row.clone())
-            with_outlier[-1][number // 3] = outlier
-    return torch.stack(rows + with_outlier)
+            changed.append(row.clone())
+            changed[-1][number // 3] = outlier
+    for few in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+        changed.append(values * sign)
+        changed[-1][number // 3 : number // 3 + 9] = few
+    return torch.stack(rows + changed)
 
 
 def check_bins_of_any_width() -> None:
@@ -139,12 +142,15 @@ def check_bins_of_any_width() -> None:
         first = select.LABEL_MEDIAN if pred is None else select.MEDIAN
         for row, each, counted in zip(found.statistics[:, :, 0], values, valid, strict=True):
             numbers = each[counted]
-            assert row[first] == numbers.median()
-            distance = (numbers.double() - numbers.median().double()).abs()
-            if distance.sum() < 3e38:
+            median = numbers.sort().values[(len(numbers) - 1) // 2]  # NaN is the greatest
+            assert row[first] == median
+            distance = (numbers.double() - median.double()).abs()
+            if not distance.sum().isfinite():
+                assert not row[first + 1].isfinite()
+            elif distance.sum() < 3e38:
                 torch.testing.assert_close(row[first + 1], distance.mean().float(), rtol=2e-6, atol=2e-45)
             if pred is not None:
-                assert row[select.BALANCE] == (numbers > numbers.median()).sum() - (numbers < numbers.median()).sum()
+                assert row[select.BALANCE] == (~(numbers <= median)).sum() - (numbers < median).sum()
     select.Launcher.__call__ = launch
     assert min(left) > 5
 

@@ -165,6 +165,26 @@ def test_the_gradient_loss_on_the_card(normalize, loud):
 
 
 @pytest.mark.cuda
+def test_medians_of_bins_of_any_width_on_the_card(loud, monkeypatch):
+    """Exact, and the same bits whether the programs of one launch meet or each step has its own."""
+    from distill.losses.kernels import select
+    from tests.losses.interpreted_kernels import wide_bins
+
+    values = wide_bins(50_000).cuda()
+    valid = torch.ones(values.shape, dtype=torch.uint8, device="cuda")
+    label = torch.arange(values.shape[1], device="cuda").expand(values.shape).float().contiguous()
+    medians = values.sort(1).values[:, (values.shape[1] - 1) // 2]
+    for levels in ((1,), (1, 2, 4)):
+        found = []
+        for apart in (False, True, False):
+            monkeypatch.setattr(select, "APART", apart)
+            found.append(select.find(label, values, valid, select.Cut(levels)).statistics.clone())
+            assert torch.equal(found[-1][:, select.MEDIAN, 0], medians)
+        written = slice(select.LABEL_MEDIAN, select.BALANCE + 1)
+        assert all(torch.equal(x[:, written].view(torch.int32), found[0][:, written].view(torch.int32)) for x in found)
+
+
+@pytest.mark.cuda
 def test_statistics_on_the_card_and_both_losses_in_a_graph(loud):
     pred, target, valid = (x.cuda() for x in maps(5))
     for step in (1, 4):

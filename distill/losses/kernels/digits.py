@@ -21,6 +21,7 @@ from distill.losses.kernels.keys import (
     label_of,
     order_key,
     own,
+    per_unit_of,
     spread,
     table,
     word,
@@ -49,7 +50,7 @@ def header_of(
     if GATE:
         counts = counts & (high - low > threshold)
     limit = tl.where(counts, pixels, 0)
-    per_unit = tl.minimum(tl.div_rn(FINEST * 1.0, high - low), 3.4028234e38)
+    per_unit = per_unit_of(FINEST * 1.0, least, greatest)
     pred_least, pred_greatest = least, greatest
     if MAPS == 2:
         pred_least = fold_least(ranges + 2 * pieces, pieces, CHUNK)
@@ -64,13 +65,7 @@ def header_of(
         tl.store(header + 6, pred_least.to(tl.float32, bitcast=True))
         tl.store(header + 7, pred_greatest.to(tl.float32, bitcast=True))
         tl.store(header + 8, 0.0)
-    return limit, low, per_unit, key_value(pred_least), per_unit_of(pred_least, pred_greatest)
-
-
-@triton.jit
-def per_unit_of(least, greatest):
-    """One over the range between two keys."""
-    return tl.div_rn(1.0, key_value(greatest) - key_value(least))
+    return limit, low, per_unit, key_value(pred_least), per_unit_of(1.0, pred_least, pred_greatest)
 
 
 @triton.jit
@@ -88,13 +83,13 @@ def count_first(
     limit = tl.minimum(limit, (piece + 1) * length)
     for start in range(piece * length, limit, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        label, inside, share = label_of(target, valid, at, limit, low, per_unit, CHECK)
+        label, inside, _ = label_of(target, valid, at, limit, low, per_unit, CHECK)
         bins = bin_of(label, low, per_unit, each, FINEST * each - 1.0).to(tl.int32)
         labels += tl.histogram(bins, FIRST_BINS, mask=inside)
         if MAPS == 2:
             values = tl.load(pred + at, mask=at < limit, other=0.0)
-            part = tl.floor(tl.minimum(tl.maximum(share, 0.0), FINEST - 1.0)) * each
-            bins = (part + bin_of(values, pred_low, pred_unit, each, each - 1.0)).to(tl.int32)
+            first = bins & (FIRST_BINS - each)
+            bins = first + bin_of(values, pred_low, pred_unit, each, each - 1.0).to(tl.int32)
             preds += tl.histogram(bins, FIRST_BINS, mask=inside)
     bins = tl.arange(0, FIRST_BINS)
     tl.atomic_add(histograms + bins, labels, mask=labels > 0, sem="relaxed")

@@ -63,8 +63,7 @@ def cut_of(levels: tuple[int, ...]) -> Cut:
 @triton.jit
 def order_key(values):
     """int32 keys in the order of the float32 values; -0.0 is 0.0, NaN of either sign is above everything."""
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values == 0.0, 0, bits)
+    bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     bits = tl.where(values != values, 0x7FC00000, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -154,10 +153,19 @@ def label_of(target, valid, at, limit, low, per_unit, CHECK: tl.constexpr):
 
 @triton.jit
 def bin_of(values, low, per_unit, SCALE: tl.constexpr, top):
-    """Which bin of equal width each value lies in, as a whole float: it rises with the key, whatever low and per_unit
-    are (NaN of an infinite range is bin 0, and then there is no other).
+    """Which bin of equal width each value lies in: the whole part of this float, which rises with the key.
+
+    low, per_unit: as `per_unit_of` has it, 0 where any value is not finite. SCALE: bins of a unit. top: the last bin.
     """
-    return tl.floor(tl.minimum(tl.maximum((values - low) * per_unit * SCALE, 0.0), top))
+    place = (values - low) * per_unit * SCALE
+    return tl.where(place > 0.0, tl.minimum(place, top), 0.0)
+
+
+@triton.jit
+def per_unit_of(units, least, greatest):
+    """How many of these units the range between two keys has for each 1.0; never infinite, 0 if the range is or NaN."""
+    per_unit = tl.div_rn(units, key_value(greatest) - key_value(least))
+    return tl.where(per_unit == per_unit, tl.minimum(per_unit, 3.4028234e38), 0.0)
 
 
 @triton.jit

@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distill.losses.kernels.digits import per_unit_of
-from distill.losses.kernels.keys import bin_of, fold_sum, key_value, raised, word
+from distill.losses.kernels.keys import bin_of, fold_sum, key_value, per_unit_of, raised, word
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def pick_first(
     rank -= tl.sum(tl.where(bins < digit, numbers, 0), 0)
     least, greatest = word(header, 4 + 2 * m), word(header, 5 + 2 * m)
     span = (greatest - least).to(tl.uint32, bitcast=True)
-    per_unit = tl.where(is_label, tl.load(header + 2), per_unit_of(least, greatest))
+    per_unit = tl.where(is_label, tl.load(header + 2), per_unit_of(1.0, least, greatest))
     top = tl.where(is_label, FINEST * each - 1.0, each - 1.0)
     below = _keys_below(least, span, key_value(least), per_unit, each, top, digit)
     within = _keys_below(least, span, key_value(least), per_unit, each, top, digit + 1) - below
