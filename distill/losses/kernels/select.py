@@ -38,6 +38,8 @@ from distill.losses.kernels.picks import moments, pick_first, pick_next
 
 WHOLE = Cut((1,))
 BLOCK = 2048
+# Pieces of an image are of whole grains; no image has more pieces than CHUNK, so that one load has a number of each.
+GRAIN = 512
 CHUNK = 256
 # Words of the scratch before the images': programs that have come to where they meet, contexts left after step 5.
 COUNTERS = 16
@@ -260,15 +262,15 @@ def _programs(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def pieces_of(images: int, pixels: int, programs: int, block: int) -> tuple[int, int]:
+def pieces_of(images: int, pixels: int, programs: int, grain: int) -> tuple[int, int]:
     """Into how many pieces of how many pixels to cut each image, so that as few of `programs` as may be stand idle."""
-    blocks = -(-pixels // block)
+    grains = -(-pixels // grain)
 
     def cost(each: int) -> tuple[int, int]:
-        return -(-images * -(-blocks // each) // programs) * each, -each
+        return -(-images * -(-grains // each) // programs) * (each + 2), -each  # a piece's own sums are as much as two
 
-    each = min(range(max(1, -(-blocks // CHUNK)), blocks + 1), key=cost)
-    return -(-blocks // each), each * block
+    each = min(range(-(-grains // CHUNK), grains + 1), key=cost)
+    return -(-grains // each), each * grain
 
 
 def find(
@@ -292,7 +294,7 @@ def find(
     images, maps, programs = len(target), 1 if pred is None else 2, _programs(target.device)
     pixels = target.numel() // images
     words, rows, (first, *steps) = _kernels(cut, maps, label, keep, BLOCK, APART)
-    pieces, length = pieces_of(images, pixels, programs, BLOCK)
+    pieces, length = pieces_of(images, pixels, programs, GRAIN)
     size = words + maps * (2 + cut.contexts) * pieces
     scratch = valid.new_empty(COUNTERS + images * size, dtype=torch.int32)
     statistics = target.new_empty((images, rows, cut.contexts))
