@@ -19,7 +19,7 @@ from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
-# Of contexts that are finer than this a block can no longer hold the histograms.
+# Contexts that are finer than this would have too few bins each in the first histogram.
 FINEST = 16
 # True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
 loud = False

@@ -107,6 +107,15 @@ def test_a_kernel_is_compiled_once_for_a_kind_of_arguments(monkeypatch):
     assert [kind for kind, *_ in kernel.calls] == ["compile", "launch", "compile", "compile"]
 
 
+def test_pieces_cover_an_image_and_are_few():
+    select = pytest.importorskip("distill.losses.kernels.select")
+    for images, pixels in ((1, 1), (8, 560 * 560), (80, 560 * 560), (3, 513), (500, 224 * 224), (1, 12_000 * 9_000)):
+        pieces, length = select.pieces_of(images, pixels, 264, select.GRAIN)
+        assert (pieces - 1) * length < pixels <= pieces * length and pieces <= select.CHUNK
+    pieces, length = select.pieces_of(8, 560 * 560, 264, select.GRAIN)
+    assert pieces * 8 == 264 and length * 264 < 1.03 * 8 * 560 * 560
+
+
 def maps(seed):
     """Two smooth labels with edges and sky, and predictions without ties: which of several medians is meant is free."""
     draw = torch.Generator().manual_seed(seed)

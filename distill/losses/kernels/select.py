@@ -269,7 +269,8 @@ def pieces_of(images: int, pixels: int, programs: int, grain: int) -> tuple[int,
     def cost(each: int) -> tuple[int, int]:
         return -(-images * -(-grains // each) // programs) * (each + 2), -each  # a piece's own sums are as much as two
 
-    each = min(range(-(-grains // CHUNK), grains + 1), key=cost)
+    least = -(-grains // CHUNK)
+    each = min(range(least, min(grains, 64 * least) + 1), key=cost)
     return -(-grains // each), each * grain
 
 
