@@ -19,7 +19,7 @@ from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
-# Of contexts that are finer than this a block can no longer hold the histograms.
+# Contexts that are finer than this would have too few bins each in the first histogram.
 FINEST = 16
 # True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
 loud = False
@@ -44,10 +44,10 @@ def context_loss(
     *,
     trim_top: float,
     label_only: bool,
-) -> tuple[Tensor, Tensor, Any] | None:
-    """`normalize._contexts`: losses (B,), live contexts (B,), and the statistics of the whole image or None.
+) -> tuple[Tensor, Tensor, Tensor, Any] | None:
+    """`normalize._contexts`: losses (B,), live and dead contexts (B,), the statistics of the whole image or None.
 
-    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The third is what `gradient_loss` takes as `whole`.
+    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The last is what `gradient_loss` takes as `whole`.
     """
     if not (wanted(pred) and pred.numel() and max(levels) <= FINEST):
         return None
@@ -55,8 +55,8 @@ def context_loss(
     name = ("contexts", levels, trim_top, label_only, weight is None)
     if not _trusted(name, pred.device, lambda device: _try_contexts(device, weight is not None, how)):
         return None
-    losses, live, statistics = _contexts(pred, target, valid, weight, **how)
-    return losses, live, statistics if levels[0] == 1 and not label_only else None
+    losses, live, dead, statistics = _contexts(pred, target, valid, weight, **how)
+    return losses, live, dead, statistics if levels[0] == 1 and not label_only else None
 
 
 def gradient_loss(
@@ -114,11 +114,23 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
     except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the torch code is there
         if loud:
             raise
+        if device.type == "cuda" and _apart():
+            return _works(trial, device)
         if all(_tried.values()):
             reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
             warnings.warn(f"the fused loss kernels fail here ({reason}): torch does their work, slower", stacklevel=5)
         return False
     return True
+
+
+def _apart() -> bool:
+    """Has the steps that meet launched apart, as where a card is not all ours they cannot; False where they were."""
+    try:
+        from distill.losses.kernels import select
+    except Exception:  # noqa: BLE001  that fault is being told
+        return False
+    before, select.APART = select.APART, True
+    return not before
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,13 +179,13 @@ def _bytes(valid: Tensor) -> Tensor:
 
 def _contexts(
     pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, **how: Any
-) -> tuple[Tensor, Tensor, Any]:
+) -> tuple[Tensor, Tensor, Tensor, Any]:
     from distill.losses.kernels import contexts
 
     with torch.cuda.device_of(pred):
-        label = target.detach().float().flatten(1).contiguous()
-        weights = None if weight is None else weight.detach().float().flatten(1).contiguous()
-        rows = (pred.flatten(1).contiguous(), label, _bytes(valid.flatten(1)), weights)
+        label = target.detach().float().contiguous()
+        weights = None if weight is None else weight.detach().float().contiguous()
+        rows = (pred.contiguous(), label, _bytes(valid), weights)
         return contexts.context_loss(*rows, **how, flat=FLAT, floor=FLOOR, min_pixels=MIN_PIXELS)
 
 
@@ -195,9 +207,7 @@ def _deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         if values[0].numel() <= small.LARGEST:
             median, deviation = small.small_mean_deviation(values.detach(), valid.view(torch.uint8))
         else:
-            median, deviation = select.median_and_mean_abs_dev(
-                values.detach().flatten(1).contiguous(), _bytes(valid.flatten(1))
-            )
+            median, deviation = select.median_and_mean_abs_dev(values.detach().contiguous(), _bytes(valid))
     if not (values.requires_grad and torch.is_grad_enabled()):
         return median, deviation
     # Of several pixels that are the median one has its gradient: the first.

@@ -33,13 +33,14 @@ def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, le
     how = {"trim_top": 0.0, "label_only": False} | how
     rows = [None if x is None else x.flatten(1) for x in (pred, target, valid & target.isfinite(), weight)]
     x = rows[0].clone().requires_grad_()
-    losses, live, _ = contexts.context_loss(
+    losses, live, dead, _ = contexts.context_loss(
         x, rows[1], valid.flatten(1).view(torch.uint8), rows[3], levels, **how, **CHOICES
     )
     upstream = torch.linspace(-1.0, 2.0, len(pred))
     ours = torch.autograd.grad((losses * upstream).sum(), x)[0]
     expected, slopes, alive = batch_loss(*rows, levels=levels, **how, want_gradient=True)
     assert live.dtype == alive.dtype and live.tolist() == alive.tolist()
+    assert dead.tolist() == (sum(levels) - alive).tolist()
     torch.testing.assert_close(losses.detach(), expected, rtol=2e-6, atol=1e-7)
     for mine, theirs, factor in zip(ours, slopes, upstream, strict=True):
         torch.testing.assert_close(mine, theirs * factor, rtol=2e-5, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
@@ -98,6 +99,68 @@ def check_statistics() -> None:
             torch.testing.assert_close(row[first + 1], (values - median).abs().mean(), rtol=2e-6, atol=0)
         above, below = (values > median).sum(), (values < median).sum()
         assert row[select.COUNT] == len(values) and row[select.BALANCE] == above - below
+
+
+def wide_bins(number: int = 192) -> Tensor:
+    """Rows of values: bins of equal width hold more keys than two digits tell apart, or most values are the same."""
+    draw = torch.Generator().manual_seed(1)
+    values, sign = torch.rand(number, generator=draw), torch.rand(number, generator=draw).sub(0.5).sign()
+    tiny = (values * 1000).round() * 1e-45
+    least = torch.tensor(0x3F800001, dtype=torch.int32).view(torch.float32)  # its bin's, after the second digit
+    rows = [
+        values * sign, values.exp2() * sign * 1e-3, sign * 10.0 ** (40 * values - 38), tiny, tiny * sign, tiny + sign,
+        values * 0.0, values * 0.0 - 3.0, sign * values * 3e38, (values * 4).floor() * sign,
+        torch.where(values < 0.6, least, least + (values - 0.6) * 0.1), (values * 1e-30).clamp(min=5e-31),
+    ]  # fmt: skip
+    changed = []
+    for row in rows:
+        for outlier in (1e30, -1e30):
+            changed.append(row.clone())
+            changed[-1][number // 3] = outlier
+    for few in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+        changed.append(values * sign)
+        changed[-1][number // 3 : number // 3 + 9] = few
+    return torch.stack(rows + changed)
+
+
+def check_bins_of_any_width() -> None:
+    """Medians to the bit, of values and of a prediction; some are found by the last digit alone."""
+    launch, left = select.Launcher.__call__, []
+
+    def spy(self, grid, *args):
+        launch(self, grid, *args)
+        if self.constants.get("START") == 5:
+            left.append(int(args[3][1]))
+
+    select.Launcher.__call__ = spy
+    values = wide_bins()
+    valid = torch.rand(values.shape, generator=torch.Generator().manual_seed(2)) > 0.2
+    valid[:, len(values[0]) // 3] = True
+    for pred in (None, values):
+        target = values if pred is None else torch.arange(values.shape[1]).expand(values.shape).float().contiguous()
+        found = select.find(target, pred, valid.view(torch.uint8), select.WHOLE, label=pred is not None)
+        first = select.LABEL_MEDIAN if pred is None else select.MEDIAN
+        for row, each, counted in zip(found.statistics[:, :, 0], values, valid, strict=True):
+            numbers = each[counted]
+            median = numbers.sort().values[(len(numbers) - 1) // 2]  # NaN is the greatest
+            assert row[first] == median
+            distance = (numbers.double() - median.double()).abs()
+            if not distance.sum().isfinite():
+                assert not row[first + 1].isfinite()
+            elif distance.sum() < 3e38:
+                torch.testing.assert_close(row[first + 1], distance.mean().float(), rtol=2e-6, atol=2e-45)
+            if pred is not None:
+                assert row[select.BALANCE] == (~(numbers <= median)).sum() - (numbers < median).sum()
+    select.Launcher.__call__ = launch
+    assert min(left) > 5
+
+
+def check_levels_of_wide_bins() -> None:
+    """A prediction whose sky is noise around zero, under an outlier: each context's bin is another."""
+    _, target, valid = example(2)
+    target = target.clamp(min=0.3)
+    pred = wide_bins()[[2, 26]].reshape(target.shape)
+    agree(pred, target, valid, None, (1, 2, 4))
 
 
 def check_gradient_loss() -> None:
@@ -186,8 +249,8 @@ def mend_the_interpreter() -> None:
 def main() -> None:
     mend_the_interpreter()
     warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers that the kernels mask away
-    for module in (select, contexts, gradient):
-        module.BLOCK = 256
+    select.APART, select.BLOCK, select.GRAIN, gradient.BLOCK = True, 256, 256, 256
+    gradient.TALL, gradient.WIDE, gradient.LINES = 16, 8, 8
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             check()

@@ -24,7 +24,7 @@ def test_the_interpreted_kernels_give_the_numbers_of_the_torch_code():
     command = [sys.executable, "-m", "tests.losses.interpreted_kernels"]
     done = subprocess.run(command, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    assert len(done.stdout.split()) == 7
+    assert len(done.stdout.split()) == 9
 
 
 @pytest.mark.slow
@@ -36,7 +36,7 @@ def test_the_kernels_compile_for_an_h100_and_add_no_floats_in_any_order():
     done = subprocess.run(command, env=here, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     kernels = {line.split()[1].rstrip(":"): line for line in done.stdout.splitlines()}
-    assert len(kernels) == 12
+    assert len(kernels) == 8
     assert "stack 0" in kernels["_edges"]  # others spill a few bytes at most
 
 
@@ -75,6 +75,7 @@ class Kernel:
     """What Triton's are like: called for a grid it compiles, and what comes of that is launched without constants."""
 
     arg_names = ("values", "out", "size", "BLOCK", "FLAG")
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self):
         self.calls = []
@@ -82,23 +83,37 @@ class Kernel:
     def __getitem__(self, grid):
         def first(*args, **constants):
             self.calls.append(("compile", grid, args, constants))
-            return {(7, 2, 1): lambda *args: self.calls.append(("launch", (7, 2, 1), args))}
+            return self
 
         return first
 
+    def run(self, *args):
+        self.calls.append(("launch", *args))
 
-def test_a_kernel_is_compiled_once_for_a_kind_of_arguments():
+
+def test_a_kernel_is_compiled_once_for_a_kind_of_arguments(monkeypatch):
+    monkeypatch.setattr(launch, "_stream_of", lambda device: f"stream of {device}")
     values, out = torch.zeros(64), torch.zeros(64)
     kernel = Kernel()
     run = launch.Launcher(kernel, {"FLAG": True, "BLOCK": 32, "num_warps": 8})
     run((7, 2), values, out, 64)
     assert kernel.calls == [("compile", (7, 2), (values, out, 64), {"FLAG": True, "BLOCK": 32, "num_warps": 8})]
     run((7, 2), out, values, 64)
-    assert kernel.calls[1] == ("launch", (7, 2, 1), (out, values, 64, 32, True))
+    how = ("stream of -1", "function", "metadata", None, None, None)
+    assert kernel.calls[1] == ("launch", 7, 2, 1, *how, out, values, 64, 32, True)
     for other in ((values, out, 63), (values[1:], out, 64)):  # another number; a tensor that is aligned otherwise
         run((7, 2), *other)
         assert kernel.calls[-1][0] == "compile"
     assert [kind for kind, *_ in kernel.calls] == ["compile", "launch", "compile", "compile"]
+
+
+def test_pieces_cover_an_image_and_are_few():
+    select = pytest.importorskip("distill.losses.kernels.select")
+    for images, pixels in ((1, 1), (8, 560 * 560), (80, 560 * 560), (3, 513), (500, 224 * 224), (1, 12_000 * 9_000)):
+        pieces, length = select.pieces_of(images, pixels, 264, select.GRAIN)
+        assert (pieces - 1) * length < pixels <= pieces * length and pieces <= select.CHUNK
+    pieces, length = select.pieces_of(8, 560 * 560, 264, select.GRAIN)
+    assert pieces * 8 == 264 and length * 264 < 1.03 * 8 * 560 * 560
 
 
 def maps(seed):
@@ -156,6 +171,26 @@ def test_the_gradient_loss_on_the_card(normalize, loud):
         assert all(torch.equal(a, b) for a, b in zip(*ways, strict=True))
         for mine, theirs in zip(ways[0], on_cpu, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.cuda
+def test_medians_of_bins_of_any_width_on_the_card(loud, monkeypatch):
+    """Exact, and the same bits whether the programs of one launch meet or each step has its own."""
+    from distill.losses.kernels import select
+    from tests.losses.interpreted_kernels import wide_bins
+
+    values = wide_bins(50_000).cuda()
+    valid = torch.ones(values.shape, dtype=torch.uint8, device="cuda")
+    label = torch.arange(values.shape[1], device="cuda").expand(values.shape).float().contiguous()
+    medians = values.sort(1).values[:, (values.shape[1] - 1) // 2]
+    for levels in ((1,), (1, 2, 4)):
+        found = []
+        for apart in (False, True, False):
+            monkeypatch.setattr(select, "APART", apart)
+            found.append(select.find(label, values, valid, select.Cut(levels)).statistics.clone())
+            assert torch.equal(found[-1][:, select.MEDIAN, 0], medians)
+        written = slice(select.LABEL_MEDIAN, select.BALANCE + 1)
+        assert all(torch.equal(x[:, written].view(torch.int32), found[0][:, written].view(torch.int32)) for x in found)
 
 
 @pytest.mark.cuda

@@ -3,6 +3,8 @@
     launch    a compiled kernel, launched with little work of the host
     keys      floats in the order of integers; the contexts of a pixel
     select    medians and mean deviations of all contexts of both maps
+    digits    its passes over the pixels
+    picks     what it does with each context in between
     small     the same of small maps, one launch
     contexts  the loss in contexts
     gradient  the multi-scale gradient loss

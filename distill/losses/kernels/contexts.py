@@ -1,10 +1,10 @@
-"""The loss in contexts and its gradient: the numbers of `normalize._batched`, in nine launches forward and one back.
+"""The loss in contexts and its gradient: the numbers of `normalize._batched`, in three launches forward and one back.
 
 After the statistics (select.py):
 
-    residual  a block's sums of the loss, of the pixels' weights, and of what the gradient of a context's median and
-              deviation needs; the first pixel that is a context's median
-    close     their sums over the blocks: the loss, and three numbers of each context for the gradient
+    residual  a piece's sums of the loss, of the pixels' weights, and of what the gradient of a context's median and
+              deviation needs; the first pixel that is a context's median. The program that is an image's last adds up
+              the pieces: the loss, and three numbers of each context for the gradient
     slope     the gradient, in the backward pass
 
 With trim_top, `residual` runs twice: first it writes each pixel's loss, of which the statistics find the largest that
@@ -20,203 +20,279 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from distill.losses.kernels.keys import HEADER, Cut, cut_of, fold_least, fold_sum, header_of, label_of, spread
+from distill.losses.kernels.digits import added, columns, zeros
+from distill.losses.kernels.keys import WIDTH, Cut, cut_of, label_of, own, spread, table, word
 from distill.losses.kernels.launch import Launcher
-from distill.losses.kernels.select import BLOCK, CHUNK, CROWDED, HOW, ROWS, WHOLE, Found, find
+from distill.losses.kernels.select import CHUNK, CROWDED, ROWS, WHOLE, Found, find, tile_of
+
+NEVER = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
-def _level(
-    pred, label, inside, part, row,
-    LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr,
-    LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
+def _with_sign_of(sizes, values):
+    """`sizes`, negative where `values` are, and 0 where they are 0 or not a number."""
+    flipped = sizes.to(tl.int32, bitcast=True) ^ (values.to(tl.int32, bitcast=True) & -0x80000000)
+    return tl.where(tl.abs(values) > 0.0, flipped.to(tl.float32, bitcast=True), 0.0)
+
+
+@triton.jit
+def _normal(row, LABEL_ONLY: tl.constexpr, CONTEXTS: tl.constexpr):
+    """Of each context median and one over the scale, of the label and of the prediction; tables. Dead ones: 0."""
+    label_median, label_unit = table(row, CONTEXTS), table(row + 11 * CONTEXTS, CONTEXTS)
+    median, unit = label_median, label_unit
+    if not LABEL_ONLY:
+        median, units = table(row + 2 * CONTEXTS, CONTEXTS), table(row + 12 * CONTEXTS, CONTEXTS)
+        unit = ()
+        for c in tl.static_range(CONTEXTS):
+            unit = unit + (tl.where(label_unit[c] > 0.0, units[c], 0.0),)
+    return label_median, label_unit, median, unit
+
+
+@triton.jit
+def _portions(
+    label_unit, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr, FINEST: tl.constexpr
 ):  # fmt: skip
-    """At the pixels: whether the context of this level is live, the prediction centred, its scale, and the residual."""
-    live = inside & (spread(row + 4 * CONTEXTS, part, LEVEL, FIRST, FINEST) > 0.0)
-    label_median = spread(row, part, LEVEL, FIRST, FINEST)
-    label_scale = spread(row + CONTEXTS, part, LEVEL, FIRST, FINEST)
-    if LABEL_ONLY:
-        centred, scale = pred - label_median, label_scale
-    else:
-        centred = pred - spread(row + 2 * CONTEXTS, part, LEVEL, FIRST, FINEST)
-        scale = spread(row + 3 * CONTEXTS, part, LEVEL, FIRST, FINEST)
-        scale = tl.where(scale < FLOOR, FLOOR, scale)
-    residual = tl.div_rn(centred, scale) - tl.div_rn(label - label_median, label_scale)
-    return live, centred, scale, tl.where(live, residual, 0.0)
+    """For each finest part one over the number of live contexts that it is in, or 0."""
+    portions = ()
+    for part in tl.static_range(FINEST):
+        number = 0.0
+        for i in tl.static_range(NUMBER):
+            unit = label_unit[((FIRSTS >> (8 * i)) & 255) + part // (FINEST // ((LEVELS >> (8 * i)) & 255))]
+            number += tl.where(unit > 0.0, 1.0, 0.0)
+        portions = portions + (tl.where(number > 0.0, tl.div_rn(1.0, tl.maximum(number, 1.0)), 0.0),)  # type: ignore[assignment]
+    return portions
 
 
 @triton.jit
-def _sign(values):
-    return (values > 0.0).to(tl.float32) - (values < 0.0).to(tl.float32)
-
-
-@triton.jit
-def _counted(
-    inside, part, row, weight, pixel_loss, threshold, at, pixels,
-    WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr,
-    CONTEXTS: tl.constexpr, FINEST: tl.constexpr
+def _weights_of(
+    inside, portion, weight, pixel_loss, highest, at, end, WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr
 ):  # fmt: skip
-    """At the pixels: whether they are in a live context, how much they count, and that over how many they are in."""
-    live = tl.zeros(part.shape, tl.float32)
-    for i in tl.static_range(NUMBER):
-        live += spread(row + 4 * CONTEXTS, part, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST)
-    some = inside & (live > 0.0)
-    weights = some.to(tl.float32)
+    """Whether the pixels are in a live context, and how much they count."""
+    some = inside & (portion > 0.0)
+    weights = tl.where(some, 1.0, 0.0)
     if WEIGHTED:
-        weights = tl.where(some, tl.load(weight + at, mask=at < pixels, other=0.0), 0.0)
+        weights = tl.where(some, tl.load(weight + at, mask=at < end, other=0.0), 0.0)
     if TRIMMED:
         # Not "<=": a loss that is not a number must not be trimmed away.
-        above = tl.load(pixel_loss + at, mask=at < pixels, other=0.0) > tl.load(threshold)
+        above = tl.load(pixel_loss + at, mask=at < end, other=0.0) > highest
         weights = tl.where(above, 0.0, weights)
-    return some, weights, tl.div_rn(1.0, tl.maximum(live, 1.0))
+    return some, weights
 
 
 @triton.jit
-def _sum_slopes(
-    e, centred, live, part, at, sums, firsts, blocks,
-    CONTEXTS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
+def _residual_of(
+    values, label, share, normal, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
 ):  # fmt: skip
-    """A block's sums of e and of e times the centred prediction, and its first pixel at the median, of each context."""
-    pulled = tl.where(live, e * centred, 0.0)
-    median = tl.where(live & (centred == 0.0), at, 0x7FFFFFFF)
-    for k in tl.static_range(LEVEL):
-        own = part // (FINEST // LEVEL) == k
-        tl.store(sums + (FIRST + k) * blocks, tl.sum(tl.where(own, e, 0.0), 0))
-        tl.store(sums + (CONTEXTS + FIRST + k) * blocks, tl.sum(tl.where(own, pulled, 0.0), 0))
-        tl.store(firsts + (FIRST + k) * blocks, tl.min(tl.where(own, median, 0x7FFFFFFF), 0))
+    """At the pixels, of a level: the prediction centred, and the residual."""
+    centred = values - spread(normal[2], share, LEVEL, FIRST, FINEST)
+    label = label - spread(normal[0], share, LEVEL, FIRST, FINEST)
+    label *= spread(normal[1], share, LEVEL, FIRST, FINEST)
+    return centred, centred * spread(normal[3], share, LEVEL, FIRST, FINEST) - label
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@triton.jit
+def _earliest(
+    firsts, at, share, inside,
+    START: tl.constexpr, NUMBER: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """`added` for the least instead of the sum."""
+    out = ()
+    for c in tl.static_range(NUMBER):
+        each = firsts[c]
+        if c >= START and c < START + LEVEL:
+            mine = tl.where(own(share, inside, c - START, LEVEL, FINEST), at, NEVER)
+            each = tl.minimum(each, tl.min(tl.reshape(mine, [mine.shape[0] // WIDTH, WIDTH]), 0))
+        out = out + (each,)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit(do_not_specialize=["pixels", "length", "pieces", "highest_stride"])
 def _residual(
-    pred, target, valid, weight, pixel_loss, alive, threshold, headers, statistics, sums, firsts, pixels, blocks,
+    pred, target, valid, weight, pixel_loss, alive, highest, statistics, sums, losses, live, dead, pixels, length,
+    pieces, highest_stride,
     WEIGHTED: tl.constexpr, TRIM: tl.constexpr, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, LEVELS: tl.constexpr,
     FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr,
-    HEADER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    LANES: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr
 ):  # fmt: skip
     """TRIM: 0 for no trimming, 1 to write each pixel's loss and whether it has one, 2 to trim and to sum."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    limit, low, per_unit = header_of(headers + image * HEADER)
-    at, start = block * BLOCK + tl.arange(0, BLOCK), image * pixels
-    label, inside, part = label_of(target + start, valid + start, at, pixels, limit, low, per_unit, FINEST, True)
-    values = tl.load(pred + start + at, mask=at < pixels, other=0.0)
-    row = statistics + image * ROWS * CONTEXTS
-    some, weights, share = _counted(
-        inside, part, row, weight + start, pixel_loss + start, threshold + image * ROWS, at, pixels,
-        WEIGHTED, TRIM == 2, LEVELS, FIRSTS, NUMBER, CONTEXTS, FINEST
-    )  # fmt: skip
-    own, own_firsts = sums + image * (2 * CONTEXTS + 2) * blocks + block, firsts + image * CONTEXTS * blocks + block
-    loss = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(NUMBER):
-        live, centred, _, residual = _level(
-            values, label, inside, part, row, LABEL_ONLY, FLOOR, CONTEXTS,
-            (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
+    piece, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, first = statistics + image * STRIDE, image * pixels
+    header = row + ROWS * CONTEXTS
+    low, per_unit, threshold = tl.load(header + 1), tl.load(header + 2), tl.load(highest + image * highest_stride)
+    normal = _normal(row, LABEL_ONLY, CONTEXTS)
+    portions = _portions(normal[1], LEVELS, FIRSTS, NUMBER, FINEST)
+    total, weight_sum = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    sum_e, sum_pulled, firsts = zeros(CONTEXTS, WIDTH), zeros(CONTEXTS, WIDTH), ()
+    for _ in tl.static_range(CONTEXTS):
+        firsts = firsts + (tl.full([WIDTH], NEVER, tl.int32),)  # type: ignore[assignment]
+    end = tl.minimum(pixels, (piece + 1) * length)
+    limit = tl.minimum(word(header, 0), end)
+    for start in range(piece * length, end if TRIM == 1 else limit, TILE):
+        at = start + tl.arange(0, TILE)
+        label, inside, share = label_of(target + first, valid + first, at, limit, low, per_unit, True)
+        values = tl.load(pred + first + at, mask=at < end, other=0.0)
+        portion = tl.zeros([TILE], tl.float32) + spread(portions, share, FINEST, 0, FINEST)
+        some, weights = _weights_of(
+            inside, portion, weight + first, pixel_loss + first, threshold, at, end, WEIGHTED, TRIM == 2
         )  # fmt: skip
-        loss += tl.abs(residual)
-        if TRIM != 1:
-            _sum_slopes(
-                weights * share * _sign(residual), centred, live, part, at, own, own_firsts, blocks,
-                CONTEXTS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
+        each, loss = weights * portion, tl.zeros([TILE], tl.float32)
+        for i in tl.static_range(NUMBER):
+            centred, residual = _residual_of(
+                values, label, share, normal, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
             )  # fmt: skip
-    loss *= share
-    if TRIM == 1:
-        tl.store(pixel_loss + start + at, tl.where(some, loss, 0.0), mask=at < pixels)
-        tl.store(alive + start + at, some.to(tl.uint8), mask=at < pixels)
-    else:
-        tl.store(own + 2 * CONTEXTS * blocks, tl.sum(tl.where(weights > 0.0, loss * weights, 0.0), 0))
-        tl.store(own + (2 * CONTEXTS + 1) * blocks, tl.sum(weights, 0))
+            loss += tl.abs(residual)
+            if TRIM != 1:
+                e = _with_sign_of(each, residual)
+                sum_e = added(
+                    sum_e, e, share, inside,
+                    (FIRSTS >> (8 * i)) & 255, CONTEXTS, (LEVELS >> (8 * i)) & 255, FINEST, WIDTH
+                )  # fmt: skip
+                if not LABEL_ONLY:
+                    sum_pulled = added(
+                        sum_pulled, e * centred, share, inside,
+                        (FIRSTS >> (8 * i)) & 255, CONTEXTS, (LEVELS >> (8 * i)) & 255, FINEST, WIDTH
+                    )  # fmt: skip
+                    firsts = _earliest(
+                        firsts, tl.where(centred == 0.0, at, NEVER), share, inside,
+                        (FIRSTS >> (8 * i)) & 255, CONTEXTS, (LEVELS >> (8 * i)) & 255, FINEST, WIDTH
+                    )  # fmt: skip
+        if TRIM == 1:
+            tl.store(pixel_loss + first + at, tl.where(some, loss * portion, 0.0), mask=at < end)
+            tl.store(alive + first + at, some.to(tl.uint8), mask=at < end)
+        else:
+            total += columns(tl.where(weights > 0.0, loss * each, 0.0), WIDTH)
+            weight_sum += columns(weights, WIDTH)
+    if TRIM != 1:
+        _hand_over(
+            sum_e, sum_pulled, firsts, tl.sum(total, 0), tl.sum(weight_sum, 0), row,
+            sums + image * (3 * CONTEXTS + 2) * pieces, piece, pieces, losses + image, live + image, dead + image,
+            LABEL_ONLY, FLOOR, CONTEXTS, LANES, ROWS, CHUNK
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def _close(
-    statistics, sums, firsts, losses, lives, medians, blocks,
-    LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+@triton.jit
+def _hand_over(
+    sum_e, sum_pulled, firsts, total, weight_sum, row, sums, piece, pieces, losses, live, dead,
+    LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr
 ):  # fmt: skip
-    """An image's loss and number of live contexts; of a context the last three rows and its first median pixel."""
-    context, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row = statistics + image * ROWS * CONTEXTS + context
-    own = sums + image * (2 * CONTEXTS + 2) * blocks
-    total = fold_sum(own + (2 * CONTEXTS + 1) * blocks, blocks, CHUNK)
-    some = total > 0.0
-    total = tl.where(some, total, 1.0)
-    live = tl.load(row + 4 * CONTEXTS) > 0.0
-    scale = tl.load(row + CONTEXTS)
-    pull, at_median = 0.0, 0.0
-    e = tl.div_rn(fold_sum(own + context * blocks, blocks, CHUNK), total)
+    """Writes a piece's sums; the program that is its image's last adds up those of all."""
+    out = sums + piece
+    for c in tl.static_range(CONTEXTS):
+        tl.store(out + c * pieces, tl.sum(sum_e[c], 0))
+        if not LABEL_ONLY:
+            tl.store(out + (CONTEXTS + c) * pieces, tl.sum(sum_pulled[c], 0))
+            tl.store(out + (2 * CONTEXTS + c) * pieces, tl.min(firsts[c], 0).to(tl.float32, bitcast=True))
+    tl.store(out + 3 * CONTEXTS * pieces, total)
+    tl.store(out + (3 * CONTEXTS + 1) * pieces, weight_sum)
+    tl.debug_barrier()
+    counter = (row + ROWS * CONTEXTS + 8).to(tl.pointer_type(tl.int32), bitcast=True)
+    if tl.atomic_add(counter, 1, sem="acq_rel") == pieces - 1:
+        tl.debug_barrier()
+        _close(row, sums, pieces, losses, live, dead, LABEL_ONLY, FLOOR, CONTEXTS, LANES, CHUNK)
+
+
+@triton.jit
+def _close(
+    row, sums, pieces, losses, live, dead,
+    LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """An image's loss and numbers of contexts; of each context three rows, and its first median pixel."""
+    of, lanes = tl.arange(0, LANES), tl.arange(0, CHUNK)
+    there, some = of < CONTEXTS, lanes < pieces
+    each, mask = sums + of[:, None] * pieces + lanes[None, :], there[:, None] & some[None, :]
+    total = tl.sum(tl.load(sums + (3 * CONTEXTS + 1) * pieces + lanes, mask=some, other=0.0), 0)
+    loss = tl.sum(tl.load(sums + 3 * CONTEXTS * pieces + lanes, mask=some, other=0.0), 0)
+    counted = total > 0.0
+    total = tl.where(counted, total, 1.0)
+    row += of
+    alive = tl.load(row + 4 * CONTEXTS, mask=there, other=0.0) > 0.0
+    scale = tl.load(row + CONTEXTS, mask=there, other=1.0)
     if not LABEL_ONLY:
-        scale = tl.load(row + 3 * CONTEXTS)
+        e = tl.div_rn(tl.sum(tl.load(each, mask=mask, other=0.0), 1), total)
+        pulled = tl.div_rn(tl.sum(tl.load(each + CONTEXTS * pieces, mask=mask, other=0.0), 1), total)
+        scale = tl.load(row + 3 * CONTEXTS, mask=there, other=1.0)
         floored = scale <= FLOOR
         scale = tl.where(floored, FLOOR, scale)
-        pulled = tl.div_rn(fold_sum(own + (CONTEXTS + context) * blocks, blocks, CHUNK), total)
-        pull = tl.div_rn(pulled, scale * scale * tl.maximum(tl.load(row + 6 * CONTEXTS), 1.0))
-        pull = tl.where(floored | (live == 0), 0.0, pull)
-        at_median = tl.where(live, pull * tl.load(row + 7 * CONTEXTS) - tl.div_rn(e, scale), 0.0)
-    tl.store(row + 8 * CONTEXTS, pull)
-    tl.store(row + 9 * CONTEXTS, at_median)
-    tl.store(row + 10 * CONTEXTS, tl.where(some & live, tl.div_rn(1.0, scale * total), 0.0))
-    first = fold_least(firsts + (image * CONTEXTS + context) * blocks, blocks, CHUNK)
-    tl.store(medians + image * CONTEXTS + context, first)
-    if context == 0:
-        loss = fold_sum(own + 2 * CONTEXTS * blocks, blocks, CHUNK)
-        tl.store(losses + image, tl.where(some, tl.div_rn(loss, total), 0.0))
-        number = tl.load(row + 4 * CONTEXTS)
-        for c in tl.static_range(1, CONTEXTS):
-            number += tl.load(row + 4 * CONTEXTS + c)
-        tl.store(lives + image, number.to(tl.int64))
+        number = tl.maximum(tl.load(row + 6 * CONTEXTS, mask=there, other=1.0), 1.0)
+        pull = tl.div_rn(pulled, scale * scale * number)
+        pull = tl.where(alive, tl.where(floored, 0.0, pull), 0.0)
+        balance = tl.load(row + 7 * CONTEXTS, mask=there, other=0.0)
+        tl.store(row + 8 * CONTEXTS, pull, mask=there)
+        tl.store(row + 9 * CONTEXTS, tl.where(alive, pull * balance - tl.div_rn(e, scale), 0.0), mask=there)
+        bits = tl.load(each + 2 * CONTEXTS * pieces, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+        least = tl.min(tl.where(mask, bits, NEVER), 1)
+        tl.store(row + 13 * CONTEXTS, least.to(tl.float32, bitcast=True), mask=there)
+    unit = tl.where(counted, tl.div_rn(1.0, scale * total), 0.0)
+    tl.store(row + 10 * CONTEXTS, tl.where(alive, unit, 0.0), mask=there)
+    tl.store(losses, tl.where(counted, tl.div_rn(loss, total), 0.0))
+    number = tl.sum(alive.to(tl.int32), 0)
+    tl.store(live, number.to(tl.int64))
+    tl.store(dead, (CONTEXTS - number).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "length", "highest_stride"])
 def _slope(
-    pred, target, valid, weight, pixel_loss, threshold, headers, statistics, medians, upstream, slopes, pixels,
-    WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, LEVELS: tl.constexpr,
+    pred, target, valid, weight, pixel_loss, highest, statistics, upstream, slopes, pixels, length, highest_stride,
+    WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr, LABEL_ONLY: tl.constexpr, LEVELS: tl.constexpr,
     FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr,
-    HEADER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    LANES: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """The gradient of the sum of upstream times loss. For the formula see `normalize._per_image._add_gradient`."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    limit, low, per_unit = header_of(headers + image * HEADER)
-    at, start = block * BLOCK + tl.arange(0, BLOCK), image * pixels
-    label, inside, part = label_of(target + start, valid + start, at, pixels, limit, low, per_unit, FINEST, True)
-    values = tl.load(pred + start + at, mask=at < pixels, other=0.0)
-    row = statistics + image * ROWS * CONTEXTS
-    some, weights, share = _counted(
-        inside, part, row, weight + start, pixel_loss + start, threshold + image * ROWS, at, pixels,
-        WEIGHTED, TRIMMED, LEVELS, FIRSTS, NUMBER, CONTEXTS, FINEST
-    )  # fmt: skip
-    slope = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(NUMBER):
-        slope += _level_slope(
-            values, label, weights * share, inside, part, at, row, medians + image * CONTEXTS, LABEL_ONLY, FLOOR,
-            CONTEXTS, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
-        )  # fmt: skip
-    slope = tl.where(some, slope * tl.load(upstream + image), 0.0)
-    tl.store(slopes + start + at, slope, mask=at < pixels)
-
-
-@triton.jit
-def _level_slope(
-    values, label, weights, inside, part, at, row, medians, LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr,
-    CONTEXTS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
-):  # fmt: skip
-    live, centred, _, residual = _level(
-        values, label, inside, part, row, LABEL_ONLY, FLOOR, CONTEXTS, LEVEL, FIRST, FINEST
-    )  # fmt: skip
-    slope = weights * _sign(residual) * spread(row + 10 * CONTEXTS, part, LEVEL, FIRST, FINEST)
+    piece, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, first = statistics + image * STRIDE, image * pixels
+    header = row + ROWS * CONTEXTS
+    low, per_unit, threshold = tl.load(header + 1), tl.load(header + 2), tl.load(highest + image * highest_stride)
+    normal = _normal(row, LABEL_ONLY, CONTEXTS)
+    portions = _portions(normal[1], LEVELS, FIRSTS, NUMBER, FINEST)
+    units, pulls, factor = table(row + 10 * CONTEXTS, CONTEXTS), normal[0], tl.load(upstream + image)
     if not LABEL_ONLY:
-        slope -= spread(row + 8 * CONTEXTS, part, LEVEL, FIRST, FINEST) * _sign(centred)
-        median = spread(medians, part, LEVEL, FIRST, FINEST)
-        slope += tl.where(at == median, spread(row + 9 * CONTEXTS, part, LEVEL, FIRST, FINEST), 0.0)
-    return tl.where(live, slope, 0.0)
+        pulls = table(row + 8 * CONTEXTS, CONTEXTS)
+    end = tl.minimum(pixels, (piece + 1) * length)
+    limit = tl.minimum(word(header, 0), end)
+    for start in range(piece * length, end, TILE):
+        at = start + tl.arange(0, TILE)
+        label, inside, share = label_of(target + first, valid + first, at, limit, low, per_unit, True)
+        values = tl.load(pred + first + at, mask=at < end, other=0.0)
+        portion = tl.zeros([TILE], tl.float32) + spread(portions, share, FINEST, 0, FINEST)
+        some, weights = _weights_of(
+            inside, portion, weight + first, pixel_loss + first, threshold, at, end, WEIGHTED, TRIMMED
+        )  # fmt: skip
+        slope, weights = tl.zeros([TILE], tl.float32), weights * portion
+        for i in tl.static_range(NUMBER):
+            centred, residual = _residual_of(
+                values, label, share, normal, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST
+            )  # fmt: skip
+            unit = spread(units, share, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST)
+            slope += _with_sign_of(weights * unit, residual)
+            if not LABEL_ONLY:
+                pull = spread(pulls, share, (LEVELS >> (8 * i)) & 255, (FIRSTS >> (8 * i)) & 255, FINEST)
+                slope -= _with_sign_of(pull + tl.zeros_like(centred), centred)
+        tl.store(slopes + first + at, tl.where(some, slope * factor, 0.0), mask=at < end)
+    if not LABEL_ONLY:
+        for c in tl.static_range(CONTEXTS):
+            median = word(row, 13 * CONTEXTS + c)
+            if (median >= piece * length) & (median < end):
+                tl.debug_barrier()
+                slope = tl.load(slopes + first + median) + tl.load(row + 9 * CONTEXTS + c) * factor
+                tl.debug_barrier()
+                tl.store(slopes + first + median, slope)
 
 
 @functools.lru_cache(maxsize=64)
-def _kernels(cut: Cut, weighted: bool, label_only: bool, floor: float, trimmed: bool) -> dict[str, Launcher]:
-    """By name, in the order of their launches."""
-    options = {"LABEL_ONLY": label_only, "FLOOR": floor, "ROWS": ROWS}
-    visit = {"WEIGHTED": weighted, "HEADER": HEADER, "BLOCK": BLOCK, **options, **cut.constants, **CROWDED}
+def _kernels(
+    cut: Cut, weighted: bool, label_only: bool, floor: float, trimmed: bool, stride: int
+) -> dict[str, Launcher]:
+    """By name, in the order of their launches. stride: numbers of an image's statistics."""
+    visit = {
+        "WEIGHTED": weighted, "LABEL_ONLY": label_only, "LANES": triton.next_power_of_2(cut.contexts), "ROWS": ROWS,
+        "STRIDE": stride, "TILE": tile_of(cut), **cut.constants, **CROWDED,
+    }  # fmt: skip
+    residual = visit | {"FLOOR": floor, "WIDTH": WIDTH, "CHUNK": CHUNK}
     return {
-        "each pixel": Launcher(_residual, visit | {"TRIM": 1}),
-        "residual": Launcher(_residual, visit | {"TRIM": 2 if trimmed else 0}),
-        "close": Launcher(_close, options | {"CONTEXTS": cut.contexts, "CHUNK": CHUNK, **HOW}),
+        "each pixel": Launcher(_residual, residual | {"TRIM": 1}),
+        "residual": Launcher(_residual, residual | {"TRIM": 2 if trimmed else 0}),
         "slope": Launcher(_slope, visit | {"TRIMMED": trimmed}),
     }
 
@@ -226,32 +302,31 @@ class _ContextLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, target, valid, weight, found, kernels, trim_top):
-        (images, pixels), blocks, contexts = pred.shape, found.blocks, found.statistics.shape[-1]
-        given, grid = (pred, target, valid, target if weight is None else weight), (blocks, images)
-        sums = pred.new_empty(images, 2 * contexts + 2, blocks)
-        firsts = torch.empty(images, contexts, blocks, dtype=torch.int32, device=pred.device)
-        pixel_loss, threshold = pred, found.statistics
+        images, statistics = len(pred), found.statistics
+        pixels = pred.numel() // images
+        given, grid = (pred, target, valid, target if weight is None else weight), (found.pieces, images)
+        sums = pred.new_empty((images, 3 * statistics.shape[2] + 2, found.pieces))
+        losses = pred.new_empty((images,))
+        live, dead = (pred.new_empty((images,), dtype=torch.int64) for _ in range(2))
+        pixel_loss, alive, highest = pred, valid, statistics
+        rest = (statistics, sums, losses, live, dead, pixels, found.length, found.pieces)
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
-            rest = (alive, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-            kernels["each pixel"](grid, *given, pixel_loss, *rest)
-            threshold = find(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
-        rest = (valid, threshold, found.headers, found.statistics, sums, firsts, pixels, blocks)
-        kernels["residual"](grid, *given, pixel_loss, *rest)
-        losses, live = pred.new_empty(images), torch.empty(images, dtype=torch.int64, device=pred.device)
-        medians = torch.empty(images, contexts, dtype=torch.int32, device=pred.device)
-        kernels["close"]((contexts, images), found.statistics, sums, firsts, losses, live, medians, blocks)
-        ctx.save_for_backward(*given, pixel_loss, threshold, found.headers, found.statistics, medians)
-        ctx.slope, ctx.grid = kernels["slope"], grid
-        ctx.mark_non_differentiable(live)
-        return losses, live
+            kernels["each pixel"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
+            highest = find(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
+        kernels["residual"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
+        ctx.save_for_backward(*given, pixel_loss, highest, statistics)
+        ctx.slope, ctx.grid, ctx.sizes = kernels["slope"], grid, (pixels, found.length, highest.stride(0))
+        ctx.mark_non_differentiable(live, dead)
+        ctx.set_materialize_grads(False)
+        return losses, live, dead
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, _live):
+    def backward(ctx, upstream, _live, _dead):
         pred, *rest = ctx.saved_tensors
         slopes = torch.empty_like(pred)
-        ctx.slope(ctx.grid, pred, *rest, upstream.contiguous(), slopes, pred.shape[1])
+        ctx.slope(ctx.grid, pred, *rest, upstream.contiguous(), slopes, *ctx.sizes)
         return slopes, None, None, None, None, None, None
 
 
@@ -267,15 +342,15 @@ def context_loss(
     flat: float,
     floor: float,
     min_pixels: int,
-) -> tuple[Tensor, Tensor, Found]:
-    """Losses (B,), numbers of live contexts (B,), and the statistics behind them.
+) -> tuple[Tensor, Tensor, Tensor, Found]:
+    """Losses (B,), numbers of live and of dead contexts (B,), and the statistics behind them.
 
-    pred, target: (B,N) float32. valid: (B,N) uint8. weight: (B,N) float32 or None. All contiguous and on one device.
+    pred, target: (B,...) float32. valid: (B,...) uint8. weight: (B,...) float32 or None. All contiguous and on one
+    device.
     flat, floor, min_pixels: `normalize._per_image`'s.
     """
     cut = cut_of(levels)
-    seen = None if label_only else pred.detach()
-    found = find(target, seen, valid, cut, flat=flat, min_pixels=min_pixels)
-    kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0)
-    losses, live = _ContextLoss.apply(pred, target, valid, weight, found, kernels, trim_top)
-    return losses, live, found
+    found = find(target, None if label_only else pred, valid, cut, flat=flat, floor=floor, min_pixels=min_pixels)
+    kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0, found.statistics.stride(0))
+    losses, live, dead = _ContextLoss.apply(pred, target, valid, weight, found, kernels, trim_top)
+    return losses, live, dead, found

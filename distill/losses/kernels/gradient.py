@@ -1,12 +1,13 @@
-"""The multi-scale gradient loss and its gradient: `losses.gradient_loss` in three launches and one back.
+"""The multi-scale gradient loss and its gradient: `losses.gradient_loss` in two launches and one back.
 
 After the statistics of the whole image (select.py), unless the loss in contexts has found them already:
 
     differences  the normalized maps' difference at each pixel, and how many pixels each scale has
-    edges        from a pixel's neighbours at all scales its share of the loss and of the gradient; their sums
-    close        the sums over the blocks
+    edges        from a pixel's neighbours at all scales its share of the loss and of the gradient. The program that is
+                 an image's last adds up all: the loss, and two numbers for the gradient
     slopes       the gradient in the prediction, in the backward pass
 
+The first two go over rectangles whose corners are on every scale, so that the pixels of a scale are a rectangle too.
 In the sum over pairs whatever one pixel gains its neighbour loses, so that the median's own gradient is that of the
 deviation alone. Shapes: B images, H rows, W columns, N = H W pixels.
 """
@@ -22,11 +23,14 @@ from torch import Tensor
 
 from distill.losses.kernels.keys import fold_least, fold_sum
 from distill.losses.kernels.launch import Launcher
-from distill.losses.kernels.select import BLOCK, CHUNK, HOW, ROWS, WHOLE, Found, find
+from distill.losses.kernels.select import CHUNK, HOW, WHOLE, Found, find
 
-# Of a block's pixels each of 256 threads would hold more than 128 registers can, and spill them to memory.
-SPREAD = {**HOW, "num_warps": 16}
+BLOCK = 2048
+# Rows and columns of a rectangle, if no scale is coarser, and how many rows at a time. Each scale costs a program sums
+# over its threads, however few pixels it has there.
+TALL, WIDE, LINES = 64, 128, 16
 ABSENT = float(torch.finfo(torch.float32).max)
+NEVER = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
@@ -47,97 +51,147 @@ def _sign(values):
     return (values > 0.0).to(tl.float32) - (values < 0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["stride", "blocks"])
-def _differences(
-    pred, target, valid, statistics, differences, numbers, firsts, stride, height, width, blocks,
-    SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr,
-    BLOCK: tl.constexpr
-):  # fmt: skip
-    """ABSENT stands where a pixel does not count. NaN cannot: a prediction that is not a number must be heard of."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, start = block * BLOCK + tl.arange(0, BLOCK), image * height * width
-    there = at < height * width
-    median, unit, label_median, label_unit, shaped = _scales_of(
-        statistics + image * ROWS * stride, stride, FLOOR, NORMALIZE
-    )  # fmt: skip
-    values = tl.load(pred + start + at, mask=there, other=0.0)
-    label = tl.load(target + start + at, mask=there, other=0.0)
-    counts = (tl.load(valid + start + at, mask=there, other=0) != 0) & (tl.abs(label) < float("inf"))
-    counts = counts & (at < tl.where(shaped > 0.0, height * width, 0))
-    difference = (values - median) * unit - (label - label_median) * label_unit
-    tl.store(differences + start + at, tl.where(counts, difference, ABSENT), mask=there)
-    row, column = at // width, at % width
-    for s in tl.static_range(SCALES):
-        on = counts & ((row | column) & ((1 << s) - 1) == 0)
-        tl.store(numbers + (image * SCALES + s) * blocks + block, tl.sum(on.to(tl.float32), 0))
-    if NORMALIZE:
-        tl.store(firsts + image * blocks + block, tl.min(tl.where(counts & (values == median), at, 0x7FFFFFFF), 0))
+@triton.jit
+def _place(row, column, height, width, STEP: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """Of a rectangle's pixels that are on a scale: rows and columns, where they are, and whether in the image."""
+    rows = row + tl.arange(0, TALL // STEP)[:, None] * STEP
+    columns = column + tl.arange(0, WIDE // STEP)[None, :] * STEP
+    return rows, columns, rows * width + columns, (rows < height) & (columns < width)
 
 
 @triton.jit
-def _beside(differences, at, there, difference, ABSENT: tl.constexpr):
+def _counted(numbers, counts, places, SCALES: tl.constexpr):
+    """The numbers with one more for each scale that a pixel is on. places: its row, its column, bits of both."""
+    out = ()
+    for s in tl.static_range(SCALES):
+        out = out + (numbers[s] + (counts & (places & ((1 << s) - 1) == 0)).to(tl.int32),)  # type: ignore[assignment]
+    return out
+
+
+@triton.jit(do_not_specialize=["stride", "image_stride", "height", "width", "across", "tiles"])
+def _differences(
+    pred, target, valid, statistics, differences, sums, counters, stride, image_stride, height, width, across, tiles,
+    SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, LINES: tl.constexpr
+):  # fmt: skip
+    """ABSENT stands where a pixel does not count. NaN cannot: a prediction that is not a number must be heard of."""
+    tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, row, column = image * height * width, (tile // across) * TALL, (tile % across) * WIDE
+    median, unit, label_median, label_unit, shaped = _scales_of(
+        statistics + image * image_stride, stride, FLOOR, NORMALIZE
+    )  # fmt: skip
+    limit = tl.where(shaped > 0.0, height, 0)
+    numbers, first = (), tl.full([LINES, WIDE], NEVER, tl.int32)
+    for _ in tl.static_range(SCALES):
+        numbers = numbers + (tl.zeros([LINES, WIDE], tl.int32),)  # type: ignore[assignment]
+    for line in range(row, row + TALL, LINES):
+        rows, columns, at, there = _place(line, column, height, width, 1, LINES, WIDE)
+        values = tl.load(pred + start + at, mask=there, other=0.0)
+        label = tl.load(target + start + at, mask=there, other=0.0)
+        counts = (tl.load(valid + start + at, mask=there, other=0) != 0) & (tl.abs(label) < float("inf"))
+        counts = counts & (rows < limit)
+        difference = (values - median) * unit - (label - label_median) * label_unit
+        tl.store(differences + start + at, tl.where(counts, difference, ABSENT), mask=there)
+        numbers = _counted(numbers, counts, rows | columns, SCALES)
+        if NORMALIZE:
+            first = tl.minimum(first, tl.where(counts & (values == median), at, NEVER))
+    sums += image * (SCALES + 3) * tiles + tile
+    for s in tl.static_range(SCALES):
+        tl.store(sums + s * tiles, tl.sum(numbers[s]).to(tl.float32))
+    if NORMALIZE:
+        tl.store(sums + SCALES * tiles, tl.min(first).to(tl.float32, bitcast=True))
+    if tile == 0:
+        tl.store(counters + image, 0)
+
+
+@triton.jit
+def _beside(differences, at, there, difference, counts, ABSENT: tl.constexpr):
     """At the pixels, from the neighbours `at`: |difference to it|, and its sign; 0 where one does not count."""
     other = tl.load(differences + at, mask=there, other=ABSENT)
-    change = tl.where(other == ABSENT, 0.0, difference - other)
+    change = tl.where(counts & (other != ABSENT), difference - other, 0.0)
     return tl.abs(change), _sign(change)
 
 
-@triton.jit(do_not_specialize=["stride", "blocks"])
-def _edges(
-    pred, statistics, differences, numbers, pushes, sums, stride, height, width, blocks,
-    SCALES: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr
+@triton.jit
+def _edges_of(
+    pred, differences, pushes, row, column, height, width, share, median,
+    STEP: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """pushes: the gradient in the difference, ABSENT where that is."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    at, start = block * BLOCK + tl.arange(0, BLOCK), image * height * width
-    there = at < height * width
-    own = differences + start
-    difference = tl.load(own + at, mask=there, other=ABSENT)
+    """At a rectangle's pixels on a scale: |difference| to right and below, and gradient times centred prediction."""
+    rows, columns, at, there = _place(row, column, height, width, STEP, TALL, WIDE)
+    difference = tl.load(differences + at, mask=there, other=ABSENT)
     counts = difference != ABSENT
-    row, column = at // width, at % width
-    loss, push = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for s in tl.static_range(SCALES):
-        step = 1 << s
-        number = fold_sum(numbers + (image * SCALES + s) * blocks, blocks, CHUNK)
-        on = counts & ((row | column) & (step - 1) == 0)
-        right, right_sign = _beside(own, at + step, on & (column + step < width), difference, ABSENT)
-        left, left_sign = _beside(own, at - step, on & (column >= step), difference, ABSENT)
-        down, down_sign = _beside(own, at + step * width, on & (row + step < height), difference, ABSENT)
-        up, up_sign = _beside(own, at - step * width, on & (row >= step), difference, ABSENT)
-        share = tl.div_rn(1.0, tl.maximum(number, 1.0))
-        # Each pair is seen from both its ends.
-        loss += ((right + left) + (down + up)) * (0.5 * share)
-        push += ((right_sign + left_sign) + (down_sign + up_sign)) * share
-    tl.store(pushes + start + at, tl.where(counts, push, ABSENT), mask=there)
-    sums += image * 2 * blocks + block
-    tl.store(sums, tl.sum(loss, 0))
+    right, push = _beside(differences, at + STEP, there & (columns + STEP < width), difference, counts, ABSENT)
+    _, left_push = _beside(differences, at - STEP, there & (columns >= STEP), difference, counts, ABSENT)
+    down, down_push = _beside(
+        differences, at + STEP * width, there & (rows + STEP < height), difference, counts, ABSENT
+    )  # fmt: skip
+    _, up_push = _beside(differences, at - STEP * width, there & (rows >= STEP), difference, counts, ABSENT)
+    push = ((push + left_push) + (down_push + up_push)) * share
+    if STEP == 1:
+        tl.store(pushes + at, tl.where(counts, push, ABSENT), mask=there)
+    else:
+        before = tl.load(pushes + at, mask=there, other=ABSENT)
+        tl.store(pushes + at, tl.where(counts, before + push, ABSENT), mask=there)
+    pulled = tl.zeros_like(push)
     if NORMALIZE:
-        median = tl.load(statistics + image * ROWS * stride + 2 * stride)
-        values = tl.load(pred + start + at, mask=there, other=0.0)
-        tl.store(sums + blocks, tl.sum(tl.where(counts, push * (values - median), 0.0), 0))
+        values = tl.load(pred + at, mask=there, other=0.0)
+        pulled = tl.where(counts, push * (values - median), 0.0)
+    return right + down, pulled
 
 
-@triton.jit(do_not_specialize=["stride", "blocks"])
-def _close(
-    statistics, sums, firsts, losses, pulls, medians, stride, blocks,
-    FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr
+@triton.jit(do_not_specialize=["stride", "image_stride", "height", "width", "across", "tiles"])
+def _edges(
+    pred, statistics, differences, sums, counters, pushes, losses, pulls, stride, image_stride, height, width, across,
+    tiles,
+    SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr,
+    WIDE: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """An image's loss, by how much its deviation pulls at each pixel, and the first pixel that is its median."""
-    image = tl.program_id(0).to(tl.int64)
-    sums, row = sums + image * 2 * blocks, statistics + image * ROWS * stride
-    tl.store(losses + image, fold_sum(sums, blocks, CHUNK))
+    """pushes: the gradient in the difference, ABSENT where that is. Behind the counters: the first median pixels."""
+    tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    start, row = image * height * width, statistics + image * image_stride
+    sums += image * (SCALES + 3) * tiles
+    loss, pulled, median = 0.0, 0.0, 0.0
     if NORMALIZE:
-        scale, count = tl.load(row + 3 * stride), tl.maximum(tl.load(row + 6 * stride), 1.0)
-        pull = tl.div_rn(fold_sum(sums + blocks, blocks, CHUNK), scale * scale * count)
-        tl.store(pulls + image, tl.where(scale <= FLOOR, 0.0, pull))
-        tl.store(medians + image, fold_least(firsts + image * blocks, blocks, CHUNK))
+        median = tl.load(row + 2 * stride)
+    row_of, column = (tile // across) * TALL, (tile % across) * WIDE
+    for s in tl.static_range(SCALES):
+        share = tl.div_rn(1.0, tl.maximum(fold_sum(sums + s * tiles, tiles, CHUNK), 1.0))
+        if s == 0:
+            losses_of, pulled_of = tl.zeros([LINES, WIDE], tl.float32), tl.zeros([LINES, WIDE], tl.float32)
+            for line in range(0, TALL, LINES):
+                more, more_pulled = _edges_of(
+                    pred + start, differences + start, pushes + start, row_of + line, column, height, width, share,
+                    median, 1, NORMALIZE, ABSENT, LINES, WIDE
+                )  # fmt: skip
+                losses_of += more
+                pulled_of += more_pulled
+        else:
+            tl.debug_barrier()  # the scale before has written what this one reads
+            losses_of, pulled_of = _edges_of(
+                pred + start, differences + start, pushes + start, row_of, column, height, width, share, median,
+                1 << s, NORMALIZE, ABSENT, TALL, WIDE
+            )  # fmt: skip
+        loss += tl.sum(losses_of) * share
+        if NORMALIZE:
+            pulled += tl.sum(pulled_of)
+    tl.store(sums + (SCALES + 1) * tiles + tile, loss)
+    tl.store(sums + (SCALES + 2) * tiles + tile, pulled)
+    tl.debug_barrier()
+    if tl.atomic_add(counters + image, 1, sem="acq_rel") == tiles - 1:
+        tl.debug_barrier()
+        tl.store(losses + image, fold_sum(sums + (SCALES + 1) * tiles, tiles, CHUNK))
+        if NORMALIZE:
+            scale, count = tl.load(row + 3 * stride), tl.maximum(tl.load(row + 6 * stride), 1.0)
+            pull = tl.div_rn(fold_sum(sums + (SCALES + 2) * tiles, tiles, CHUNK), scale * scale * count)
+            tl.store(pulls + image, tl.where(scale <= FLOOR, 0.0, pull))
+            tl.store(counters + tl.num_programs(1) + image, fold_least(sums + SCALES * tiles, tiles, CHUNK))
 
 
-@triton.jit(do_not_specialize=["stride"])
+@triton.jit(do_not_specialize=["stride", "image_stride"])
 def _slopes(
-    pred, statistics, pushes, pulls, medians, upstream, slopes, stride, pixels,
-    FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ROWS: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
+    pred, statistics, pushes, pulls, counters, upstream, slopes, stride, image_stride, pixels,
+    FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """The gradient of the sum of upstream times loss."""
     block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -145,25 +199,26 @@ def _slopes(
     slope = tl.load(pushes + start + at, mask=at < pixels, other=ABSENT)
     counts = slope != ABSENT
     if NORMALIZE:
-        row = statistics + image * ROWS * stride
+        row = statistics + image * image_stride
         median, unit, _, _, _ = _scales_of(row, stride, FLOOR, NORMALIZE)
         values, pull = tl.load(pred + start + at, mask=at < pixels, other=0.0), tl.load(pulls + image)
         slope = slope * unit - pull * _sign(values - median)
-        slope += tl.where(at == tl.load(medians + image), pull * tl.load(row + 7 * stride), 0.0)
+        slope += tl.where(at == tl.load(counters + tl.num_programs(1) + image), pull * tl.load(row + 7 * stride), 0.0)
     tl.store(slopes + start + at, tl.where(counts, slope * tl.load(upstream + image), 0.0), mask=at < pixels)
 
 
 @functools.lru_cache(maxsize=64)
-def _kernels(scales: int, floor: float, normalize: bool) -> dict[str, Launcher]:
-    """By name, in the order of their launches."""
-    options = {"NORMALIZE": normalize, "ROWS": ROWS}
-    visit = {"ABSENT": ABSENT, "BLOCK": BLOCK, **options}
-    return {
-        "differences": Launcher(_differences, visit | {"SCALES": scales, "FLOOR": floor, **HOW}),
-        "edges": Launcher(_edges, visit | {"SCALES": scales, "CHUNK": CHUNK, **SPREAD}),
-        "close": Launcher(_close, options | {"FLOOR": floor, "CHUNK": CHUNK, **HOW}),
-        "slopes": Launcher(_slopes, visit | {"FLOOR": floor, **HOW}),
+def _kernels(scales: int, floor: float, normalize: bool, block: int) -> tuple[int, int, dict[str, Launcher]]:
+    """Rows and columns of a rectangle, and the kernels by name, in the order of their launches."""
+    tall, wide = max(TALL, 1 << (scales - 1)), max(WIDE, 1 << (scales - 1))
+    each = {"NORMALIZE": normalize, "FLOOR": floor, "ABSENT": ABSENT, **HOW}
+    visit = each | {"SCALES": scales, "TALL": tall, "WIDE": wide, "LINES": LINES}
+    kernels = {
+        "differences": Launcher(_differences, visit),
+        "edges": Launcher(_edges, visit | {"CHUNK": CHUNK}),
+        "slopes": Launcher(_slopes, each | {"BLOCK": block}),
     }
+    return tall, wide, kernels
 
 
 class _GradientLoss(torch.autograd.Function):
@@ -172,18 +227,18 @@ class _GradientLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target, valid, statistics, scales, floor, normalize):
         images, height, width = pred.shape
-        blocks, stride = -(-height * width // BLOCK), statistics.shape[-1]
+        tall, wide, kernels = _kernels(scales, floor, normalize, BLOCK)
+        across = -(-width // wide)
+        tiles, strides = across * -(-height // tall), (statistics.stride(1), statistics.stride(0))
         differences, pushes = torch.empty_like(pred), torch.empty_like(pred)
-        sums, numbers = pred.new_empty(images, 2, blocks), pred.new_empty(images, scales, blocks)
-        losses, pulls = pred.new_empty(images), pred.new_empty(images)
-        firsts = torch.empty(images, blocks, dtype=torch.int32, device=pred.device)
-        medians = torch.empty(images, dtype=torch.int32, device=pred.device)
-        size, grid, kernels = (stride, height, width, blocks), (blocks, images), _kernels(scales, floor, normalize)
-        kernels["differences"](grid, pred, target, valid, statistics, differences, numbers, firsts, *size)
-        kernels["edges"](grid, pred, statistics, differences, numbers, pushes, sums, *size)
-        kernels["close"]((images,), statistics, sums, firsts, losses, pulls, medians, stride, blocks)
-        ctx.save_for_backward(pred, statistics, pushes, pulls, medians)
-        ctx.slopes, ctx.grid = kernels["slopes"], grid
+        sums, losses = pred.new_empty((images, scales + 3, tiles)), pred.new_empty((images,))
+        pulls, counters = pred.new_empty((images,)), pred.new_empty((2 * images,), dtype=torch.int32)
+        sizes, grid = (*strides, height, width, across, tiles), (tiles, images)
+        kernels["differences"](grid, pred, target, valid, statistics, differences, sums, counters, *sizes)
+        rest = (sums, counters, pushes, losses, pulls)
+        kernels["edges"](grid, pred, statistics, differences, *rest, *sizes)
+        ctx.save_for_backward(pred, statistics, pushes, pulls, counters)
+        ctx.slopes, ctx.grid, ctx.strides = kernels["slopes"], (-(-height * width // BLOCK), images), strides
         return losses
 
     @staticmethod
@@ -191,7 +246,7 @@ class _GradientLoss(torch.autograd.Function):
     def backward(ctx, upstream):
         pred, statistics, *rest = ctx.saved_tensors
         slopes, pixels = torch.empty_like(pred), pred.shape[1] * pred.shape[2]
-        ctx.slopes(ctx.grid, pred, statistics, *rest, upstream.contiguous(), slopes, statistics.shape[-1], pixels)
+        ctx.slopes(ctx.grid, pred, statistics, *rest, upstream.contiguous(), slopes, *ctx.strides, pixels)
         return slopes, None, None, None, None, None, None
 
 
@@ -212,7 +267,7 @@ def gradient_loss(
     very maps whose first context is the whole image, where they are known.
     """
     if found is None and normalize:
-        found = find(target.flatten(1), pred.detach().flatten(1), valid.flatten(1), WHOLE, flat=flat)
+        found = find(target, pred, valid, WHOLE, flat=flat, floor=floor)
     statistics = pred.detach() if found is None else found.statistics
     losses: Tensor = _GradientLoss.apply(pred, target, valid, statistics, scales, floor, normalize)
     return losses

@@ -16,13 +16,12 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-# Words of an image's header: its pixels, or 0 where it does not count; its label's least value, parts per unit, and
-# flatness threshold (bits of float32); then for label and prediction each the least key and the shifts of the first and
-# of the second digit.
-HEADER = 16
-# Radix digits of 12, 12 and 8 bits.
-BINS = 4096
-LAST_BINS = 256
+# Words of an image's header, float32 where not said otherwise: its pixels (int32), or 0 where it does not count; its
+# label's least value, finest parts per unit of label, and flatness threshold; the least and the greatest key of the
+# label and of the prediction (int32); and how many programs have done their part of the loss (int32).
+HEADER = 9
+# A program's threads, and pixels of a line of its tile: each thread has a column, so that sums of columns are its own.
+WIDTH = 256
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ class Cut:
         """Over all levels."""
         return sum(self.levels)
 
+    @property
+    def parts(self) -> int:
+        """The finest level's, as a power of two."""
+        return 1 << (max(self.levels) - 1).bit_length()
+
     @functools.cached_property
     def constants(self) -> dict[str, int]:
         """The compile-time arguments that name it."""
@@ -46,7 +50,7 @@ class Cut:
             "NUMBER": len(self.levels),
             "CONTEXTS": self.contexts,
             "FINEST": max(self.levels),
-            "PARTS": 1 << (max(self.levels) - 1).bit_length(),
+            "PARTS": self.parts,
         }
 
 
@@ -59,8 +63,7 @@ def cut_of(levels: tuple[int, ...]) -> Cut:
 @triton.jit
 def order_key(values):
     """int32 keys in the order of the float32 values; -0.0 is 0.0, NaN of either sign is above everything."""
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where(values == 0.0, 0, bits)
+    bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     bits = tl.where(values != values, 0x7FC00000, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -86,48 +89,105 @@ def raised(least, by):
 
 
 @triton.jit
-def spread(numbers, part, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr):
-    """One number of each context of a level, at the pixels of the context. numbers: where context 0's lies."""
-    found = tl.full(part.shape, tl.load(numbers + FIRST), numbers.dtype.element_ty)
+def tile(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """The BLOCK numbers from `start` on, in lines of WIDTH."""
+    return start + tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def table(numbers, CONTEXTS: tl.constexpr):
+    """One number of each context, a tuple. numbers: where context 0's lies."""
+    loaded = ()
+    for c in tl.static_range(CONTEXTS):
+        loaded = loaded + (tl.load(numbers + c),)  # type: ignore[assignment]
+    return loaded
+
+
+@triton.jit
+def spread(numbers, share, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr):
+    """Of a table the number of each pixel's context of a level; a scalar where the level has but one.
+
+    share: see `label_of`.
+    """
+    found = numbers[FIRST]
     for k in tl.static_range(1, LEVEL):
-        found = tl.where(part // (FINEST // LEVEL) == k, tl.load(numbers + FIRST + k), found)
+        found = tl.where(share >= k * (FINEST // LEVEL), numbers[FIRST + k], found)
     return found
 
 
 @triton.jit
-def header_of(header):
-    """An image's pixels that may count, its label's least value, and finest parts of the range per unit of label."""
-    low = tl.load(header + 1).to(tl.float32, bitcast=True)
-    return tl.load(header), low, tl.load(header + 2).to(tl.float32, bitcast=True)
+def own(share, inside, k: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr):
+    """Whether the pixels count and lie in context k of a level. share: NaN where they do not count."""
+    if LEVEL == 1:
+        mine = inside
+    elif k == 0:
+        mine = share < FINEST // LEVEL
+    elif k == LEVEL - 1:
+        mine = share >= k * (FINEST // LEVEL)
+    else:
+        mine = (share >= k * (FINEST // LEVEL)) & (share < (k + 1) * (FINEST // LEVEL))
+    return mine
 
 
 @triton.jit
-def label_of(target, valid, at, pixels, limit, low, per_unit, FINEST: tl.constexpr, CHECK: tl.constexpr):
-    """Label, whether it counts, and the finest part of its range that it lies in, at pixels `at` of an image.
+def word(header, number):
+    """An int32 of a header."""
+    return tl.load(header + number).to(tl.int32, bitcast=True)
 
-    target, valid: where the image's lie. pixels: of an image. limit, low, per_unit: see `header_of`. CHECK: a label
-    that is not finite does not count.
+
+@triton.jit
+def label_of(target, valid, at, limit, low, per_unit, CHECK: tl.constexpr):
+    """Label, whether it counts, and its share of the label's range in finest parts, NaN where it does not; at pixels
+    `at` of an image.
+
+    target, valid: where the image's lie. limit: past the last pixel that is asked for. low, per_unit: of the header.
+    CHECK: a label that is not finite does not count.
     """
-    there = at < pixels
+    there = at < limit
     values = tl.load(target + at, mask=there, other=0.0)
-    inside = (at < limit) & (tl.load(valid + at, mask=there, other=0) != 0)
+    inside = tl.load(valid + at, mask=there, other=0) != 0
     if CHECK:
         inside = inside & (tl.abs(values) < float("inf"))
-    part = tl.zeros_like(at)
-    if FINEST > 1:
-        share = tl.where(inside, (values - low) * per_unit, 0.0)
-        part = tl.minimum(tl.maximum(share, 0.0), FINEST - 1.0).to(tl.int32)
-    return values, inside, part
+    return values, inside, tl.where(inside, (values - low) * per_unit, float("nan"))
+
+
+@triton.jit
+def bin_of(values, low, per_unit, SCALE: tl.constexpr, top):
+    """Which bin of equal width each value lies in: the whole part of this float, which rises with the key.
+
+    low, per_unit: as `per_unit_of` has it, 0 where any value is not finite. SCALE: bins of a unit. top: the last bin.
+    """
+    place = (values - low) * per_unit * SCALE
+    return tl.where(place > 0.0, tl.minimum(place, top), 0.0)
+
+
+@triton.jit
+def per_unit_of(units, least, greatest):
+    """How many of these units the range between two keys has for each 1.0; never infinite, 0 if the range is or NaN."""
+    per_unit = tl.div_rn(units, key_value(greatest) - key_value(least))
+    return tl.where(per_unit == per_unit, tl.minimum(per_unit, 3.4028234e38), 0.0)
+
+
+@triton.jit
+def meet(counter):
+    """Waits for all programs of the launch, which have to run at the same time; what each wrote is then seen by all."""
+    tl.debug_barrier()
+    programs = tl.num_programs(0)
+    old = tl.atomic_add(counter, 1, sem="acq_rel")
+    seen = old + 1
+    while seen < (old // programs + 1) * programs:
+        seen = tl.atomic_add(counter, 0, sem="acquire")
+    tl.debug_barrier()
 
 
 @triton.jit
 def fold_least(numbers, count, CHUNK: tl.constexpr):
-    """The least of `count` int32."""
+    """The least of `count` int32, or float32 that are their bits."""
     lanes = tl.arange(0, CHUNK)
     found = tl.full([CHUNK], 0x7FFFFFFF, tl.int32)
     for start in range(0, count, CHUNK):
-        more = tl.load(numbers + start + lanes, mask=start + lanes < count, other=0x7FFFFFFF)
-        found = tl.minimum(found, more)
+        more = tl.load(numbers + start + lanes, mask=start + lanes < count, other=0).to(tl.int32, bitcast=True)
+        found = tl.minimum(found, tl.where(start + lanes < count, more, 0x7FFFFFFF))
     return tl.min(found, 0)
 
 
@@ -144,9 +204,10 @@ def fold_greatest(numbers, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def fold_sum(numbers, count, CHUNK: tl.constexpr):
-    """The sum of `count` float32, in an order that `count` alone decides."""
+    """The sum of `count` float32, or int32 that are their bits, in an order that `count` alone decides."""
     lanes = tl.arange(0, CHUNK)
     found = tl.zeros([CHUNK], tl.float32)
     for start in range(0, count, CHUNK):
-        found += tl.load(numbers + start + lanes, mask=start + lanes < count, other=0.0)
+        bits = tl.load(numbers + start + lanes, mask=start + lanes < count, other=0)
+        found += bits.to(tl.float32, bitcast=True)
     return tl.sum(found, 0)

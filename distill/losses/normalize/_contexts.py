@@ -108,8 +108,7 @@ def compare_in_contexts(
     pred = pred.to(work)
     quick = fused.context_loss(pred, target, valid, weight, levels, trim_top=trim_top, label_only=label_only)
     if quick is not None:
-        loss, live, whole = quick
-        return Comparison(loss, live, sum(levels) - live, whole)
+        return Comparison(*quick)
     target = target.detach().to(work)
     usable = valid & torch.isfinite(target)
     weight = None if weight is None else weight.detach().to(work)
