@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import select
 import time
 
 import pytest
@@ -71,6 +74,29 @@ def test_processes_that_wait_for_a_slot_end_with_the_run(labels):
     start = time.perf_counter()
     del batches
     assert time.perf_counter() - start < 4
+
+
+class Slow:
+    def __getitem__(self, place):
+        time.sleep(20)
+
+
+def test_reading_processes_end_with_one_that_is_killed():
+    """All of them at once, whatever they are at; the pipe ends where nobody has its other end any more."""
+    ours, theirs = os.pipe()
+
+    def reads():
+        os.close(ours)
+        next(loader_of(Slow(), [[0]] * 9, list, Readers(3)))
+
+    parent = multiprocessing.get_context("fork").Process(target=reads)
+    parent.start()
+    os.close(theirs)
+    time.sleep(0.7)
+    parent.kill()
+    parent.join()
+    assert select.select([ours], [], [], 2.0)[0] and os.read(ours, 1) == b""
+    os.close(ours)
 
 
 def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
