@@ -92,12 +92,12 @@ class Handover:
         self.size = size
         self.slots = [[_shared(size) for _ in range(SLOTS)] for _ in range(readers)]
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
-        self.over = context.Event()
+        self._over = _shared(1)  # a flag without a lock, which a process that is killed would take along
         self._given = 0
         self._locked: set[int] = set()
 
     def give(self, batch: Any) -> Any:
-        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it."""
+        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it; OSError after `end`."""
         reader, pieces, used = get_worker_info(), [], 0
         if reader is None:
             return batch
@@ -112,10 +112,10 @@ class Handover:
         content = mapped(batch, Tensor, place)
         if used > self.size or not pieces:
             return batch
-        parent = multiprocessing.parent_process()
-        while not self.free[reader.id].acquire(timeout=1.0):
-            if self.over.is_set() or (parent is not None and not parent.is_alive()):
-                return batch
+        if not self._is_over():
+            self.free[reader.id].acquire()
+        if self._is_over():
+            return OSError("a batch that nobody takes any more")
         number = self._given % SLOTS
         self._given += 1
         memory = self.slots[reader.id][number]
@@ -136,13 +136,22 @@ class Handover:
         """Lets the slot be filled again; its bytes must have been copied."""
         self.free[handed.reader].release()
 
+    def end(self) -> None:
+        """Lets the reading processes wait for no slot any more, so that they can end."""
+        self._over.fill_(1)
+        for free in self.free:
+            free.release()
+
+    def _is_over(self) -> bool:
+        return bool(self._over)
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The reading processes of the block never wait for a slot after it, so that they can end."""
+        """After the block no process waits for a slot, and no memory is page-locked."""
         try:
             yield
         finally:
-            self.over.set()
+            self.end()
             if self._locked:
                 torch.cuda.synchronize()
             for address in self._locked:

@@ -210,8 +210,19 @@ def readers_of(samples: Any, batches: Any, collate: Any, workers: int, *, measur
     return Readers(few, ahead, size)
 
 
-def loader_of(samples: Any, batches: Any, collate: Any, readers: Readers, *, pinned: bool = False) -> Iterator[Any]:
-    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it."""
+def loader_of(
+    samples: Any,
+    batches: Any,
+    collate: Any,
+    readers: Readers,
+    *,
+    pinned: bool = False,
+    end: Callable[[], None] | None = None,
+) -> Iterator[Any]:
+    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it.
+
+    end: called when no batch is taken any more, before the processes are waited for.
+    """
     workers = readers.processes
     loader: DataLoader[Any] = DataLoader(
         samples,
@@ -224,14 +235,20 @@ def loader_of(samples: Any, batches: Any, collate: Any, readers: Readers, *, pin
         pin_memory=pinned,
     )
     items, over = iter(loader), object()
-    while True:
-        with told_of_readers():
-            item = next(items, over)
-        if item is over:
-            return
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    try:
+        while True:
+            with told_of_readers():
+                item = next(items, over)
+            if item is over:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        if end is not None:
+            end()
+        # Left to the collector, of a frame that its own error holds, it would wait 5 s for every process.
+        del items
 
 
 @contextlib.contextmanager

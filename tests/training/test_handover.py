@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import select
@@ -65,15 +66,43 @@ def test_the_same_bits(labels, room):
         same(mine, its)
 
 
-def test_processes_that_wait_for_a_slot_end_with_the_run(labels):
+@pytest.mark.parametrize("close", ["generator", "handover"])
+def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
+    """At once: whoever lets go of the batches first, and with no batch that nobody takes."""
     samples, handover = Placed(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+    giving = Giving(collate_stored, handover)
+    batches = loader_of(samples, positions_of(labels), giving, Readers(2), end=handover.end)
     with handover.held():
-        batches = loader_of(samples, positions_of(labels), Giving(collate_stored, handover), Readers(2))
         assert isinstance(next(batches), Handed)  # and never given back
         time.sleep(0.5)
+        start = time.perf_counter()
+        if close == "generator":
+            del batches
+    if close == "handover":
+        with pytest.raises(OSError, match="nobody takes"):
+            for _ in range(9):
+                next(batches)
+        del batches
+    assert time.perf_counter() - start < 2
+
+
+def test_an_error_ends_the_processes_at_once(labels):
+    """That wait for a slot too, and though the error holds the frame that held them."""
+    samples, handover = Placed(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+
+    class OneBroken:
+        def __getitem__(self, place):
+            return OSError("cut short") if place is None else samples[place]
+
+    places = [list(one) for one in positions_of(labels)]
     start = time.perf_counter()
-    del batches
-    assert time.perf_counter() - start < 4
+    with handover.held(), pytest.raises(OSError, match="cut short"):
+        for _ in loader_of(
+            OneBroken(), [*places[:4], [None]], Giving(collate_stored, handover), Readers(2), end=handover.end
+        ):
+            time.sleep(0.1)
+    gc.collect()
+    assert time.perf_counter() - start < 3
 
 
 class Slow:
@@ -87,7 +116,7 @@ def test_reading_processes_end_with_one_that_is_killed():
 
     def reads():
         os.close(ours)
-        next(loader_of(Slow(), [[0]] * 9, list, Readers(3)))
+        next(loader_of(Slow(), [[0]] * 9, list, Readers(2)))
 
     parent = multiprocessing.get_context("fork").Process(target=reads)
     parent.start()
