@@ -186,14 +186,17 @@ class Giving:
 
 
 def handover_for(readers: int, size: int) -> Handover | None:
-    """For batches of about `size` bytes; None where no other process reads, or where shared memory is short."""
+    """For batches of about `size` bytes; None where no other process reads, or where shared memory or files are short."""
     capacity = int(SPARE * size)
     if not (readers and size and machine.has_shared_memory(2 * readers * SLOTS * capacity)):
         return None
-    return Handover(readers, capacity)
+    try:
+        return Handover(readers, capacity)
+    except (RuntimeError, OSError):  # another run was quicker, or no file more may be open
+        return None
 
 
 def _shared(size: int) -> Tensor:
-    """(size,) uint8 in shared memory, whose pages are not touched yet."""
+    """(size,) uint8 in shared memory, all of it taken here and now: RuntimeError where that much is not free."""
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]

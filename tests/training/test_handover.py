@@ -138,11 +138,18 @@ def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
         list(loader_of(Broken(), [[0, 1]], Giving(collate_stored, handover), Readers(1)))
 
 
+def no_space(size):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
 def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 20)
     made = handover_for(2, 10_000)
     assert made is not None and made.size == int(10_000 * SPARE) and len(made.slots) == 2
     assert handover_for(2, 1 << 18) is None and handover_for(0, 10) is None
+    with monkeypatch.context() as another:  # another run takes it in between
+        another.setattr(torch.UntypedStorage, "_new_shared", no_space)
+        assert handover_for(2, 10_000) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert handover_for(2, 10_000) is None
     monkeypatch.undo()
