@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -94,7 +94,8 @@ class Handover:
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
         self._over = _shared(1)  # a flag without a lock, which a process that is killed would take along
         self._given = 0
-        self._locked: set[int] = set()
+        self._locked: dict[int, bool] = {}  # by a slot's address: whether the device took it
+        self._device: torch.device | None = None
 
     def give(self, batch: Any) -> Any:
         """In a reading process: the batch as `Handed`, or as it is where no slot can hold it; OSError after `end`."""
@@ -152,24 +153,28 @@ class Handover:
             yield
         finally:
             self.end()
-            if self._locked:
-                torch.cuda.synchronize()
-            for address in self._locked:
-                torch.cuda.cudart().cudaHostUnregister(address)
-            self._locked.clear()
+            self._unlock()
 
     def _lock(self, memory: Tensor, device: torch.device) -> None:
         """From pages that are not locked a copy is right, and waits."""
-        if memory.data_ptr() in self._locked or memory.is_pinned():
+        address, self._device = memory.data_ptr(), device
+        if address in self._locked:
             return
-        fault = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(fault) == 0:
-            self._locked.add(memory.data_ptr())
-            return
-        try:  # the next call of any kind reports it once more
-            torch.zeros(1, device=device)
-        except RuntimeError:
-            torch.zeros(1, device=device)
+        fault = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
+        self._locked[address] = int(fault) == 0
+        if not self._locked[address]:
+            with suppress(RuntimeError):  # the next kernel, whosever it is, reports it once more
+                torch.ones(1, device=device)
+
+    def _unlock(self) -> None:
+        """Also on a device that has failed: memory that stays locked is taken for what comes to lie there later."""
+        taken = [address for address, locked in self._locked.items() if locked]
+        if taken:
+            with suppress(RuntimeError):  # what has failed was reported, or is by the next call
+                torch.cuda.synchronize(self._device)
+        for address in taken:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._locked.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +191,7 @@ class Giving:
 
 
 def handover_for(readers: int, size: int) -> Handover | None:
-    """For batches of about `size` bytes; None where no other process reads, or where shared memory or files are short."""
+    """For batches of about `size` bytes; None where none reads beside this one, or memory or files run out."""
     capacity = int(SPARE * size)
     if not (readers and size and machine.has_shared_memory(2 * readers * SLOTS * capacity)):
         return None

@@ -138,6 +138,38 @@ def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
         list(loader_of(Broken(), [[0, 1]], Giving(collate_stored, handover), Readers(1)))
 
 
+class Card:
+    """What of a card's interface locks pages. refuses: every request."""
+
+    def __init__(self, refuses):
+        self.refuses, self.asked, self.given_back, self.waited_for = refuses, [], [], []
+
+    def cudaHostRegister(self, address, size, flags):  # noqa: N802
+        self.asked.append(address)
+        return 801 if self.refuses else 0
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        self.given_back.append(address)
+
+    def synchronize(self, device=None):
+        self.waited_for.append(device)
+        raise RuntimeError("an illegal memory access")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatch, refuses):
+    card, handover = Card(refuses), Handover(2, 64)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: card)
+    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    slots = [slot for mine in handover.slots for slot in mine]
+    with pytest.raises(KeyError, match="its own"), handover.held():
+        for slot in slots * 3:
+            handover._lock(slot, CPU)
+        raise KeyError("its own")
+    assert card.asked == [slot.data_ptr() for slot in slots]
+    assert (card.given_back, card.waited_for) == (([], []) if refuses else (card.asked, [CPU]))
+
+
 def no_space(size):
     raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
