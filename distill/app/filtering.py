@@ -28,7 +28,7 @@ from distill.core import files
 from distill.core.progress import Report
 from distill.data.photos import BadImageError
 from distill.data.quality import SCORES, depth_scores, image_scores
-from distill.training.loading import told_of_readers
+from distill.training.loading import end_with_parent, told_of_readers
 
 CHUNK = 16
 """Samples that a reading process hands over at once."""
@@ -175,7 +175,11 @@ def score_source(
             chunks = _Chunks(source, done, with_image=with_image)
             readers = min(workers, len(chunks))
             loader: DataLoader[list[str]] = DataLoader(
-                chunks, batch_size=None, num_workers=readers, prefetch_factor=4 if readers else None
+                chunks,
+                batch_size=None,
+                num_workers=readers,
+                prefetch_factor=4 if readers else None,
+                worker_init_fn=end_with_parent,
             )
             count = done
             for lines in loader:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -92,12 +92,13 @@ class Handover:
         self.size = size
         self.slots = [[_shared(size) for _ in range(SLOTS)] for _ in range(readers)]
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
-        self.over = context.Event()
+        self._over = _shared(1)  # a flag without a lock, which a process that is killed would take along
         self._given = 0
-        self._locked: set[int] = set()
+        self._locked: dict[int, bool] = {}  # by a slot's address: whether the device took it
+        self._device: torch.device | None = None
 
     def give(self, batch: Any) -> Any:
-        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it."""
+        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it; OSError after `end`."""
         reader, pieces, used = get_worker_info(), [], 0
         if reader is None:
             return batch
@@ -112,10 +113,10 @@ class Handover:
         content = mapped(batch, Tensor, place)
         if used > self.size or not pieces:
             return batch
-        parent = multiprocessing.parent_process()
-        while not self.free[reader.id].acquire(timeout=1.0):
-            if self.over.is_set() or (parent is not None and not parent.is_alive()):
-                return batch
+        if not self._is_over():
+            self.free[reader.id].acquire()
+        if self._is_over():
+            return OSError("a batch that nobody takes any more")
         number = self._given % SLOTS
         self._given += 1
         memory = self.slots[reader.id][number]
@@ -136,31 +137,44 @@ class Handover:
         """Lets the slot be filled again; its bytes must have been copied."""
         self.free[handed.reader].release()
 
+    def end(self) -> None:
+        """Lets the reading processes wait for no slot any more, so that they can end."""
+        self._over.fill_(1)
+        for free in self.free:
+            free.release()
+
+    def _is_over(self) -> bool:
+        return bool(self._over)
+
     @contextmanager
     def held(self) -> Iterator[None]:
-        """The reading processes of the block never wait for a slot after it, so that they can end."""
+        """After the block no process waits for a slot, and no memory is page-locked."""
         try:
             yield
         finally:
-            self.over.set()
-            if self._locked:
-                torch.cuda.synchronize()
-            for address in self._locked:
-                torch.cuda.cudart().cudaHostUnregister(address)
-            self._locked.clear()
+            self.end()
+            self._unlock()
 
     def _lock(self, memory: Tensor, device: torch.device) -> None:
         """From pages that are not locked a copy is right, and waits."""
-        if memory.data_ptr() in self._locked or memory.is_pinned():
+        address, self._device = memory.data_ptr(), device
+        if address in self._locked:
             return
-        fault = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-        if int(fault) == 0:
-            self._locked.add(memory.data_ptr())
-            return
-        try:  # the next call of any kind reports it once more
-            torch.zeros(1, device=device)
-        except RuntimeError:
-            torch.zeros(1, device=device)
+        fault = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
+        self._locked[address] = int(fault) == 0
+        if not self._locked[address]:
+            with suppress(RuntimeError):  # the next kernel, whosever it is, reports it once more
+                torch.ones(1, device=device)
+
+    def _unlock(self) -> None:
+        """Also on a device that has failed: memory that stays locked is taken for what comes to lie there later."""
+        taken = [address for address, locked in self._locked.items() if locked]
+        if taken:
+            with suppress(RuntimeError):  # what has failed was reported, or is by the next call
+                torch.cuda.synchronize(self._device)
+        for address in taken:
+            torch.cuda.cudart().cudaHostUnregister(address)
+        self._locked.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,14 +191,17 @@ class Giving:
 
 
 def handover_for(readers: int, size: int) -> Handover | None:
-    """For batches of about `size` bytes; None where no other process reads, or where shared memory is short."""
+    """For batches of about `size` bytes; None where none reads beside this one, or memory or files run out."""
     capacity = int(SPARE * size)
     if not (readers and size and machine.has_shared_memory(2 * readers * SLOTS * capacity)):
         return None
-    return Handover(readers, capacity)
+    try:
+        return Handover(readers, capacity)
+    except (RuntimeError, OSError):  # another run was quicker, or no file more may be open
+        return None
 
 
 def _shared(size: int) -> Tensor:
-    """(size,) uint8 in shared memory, whose pages are not touched yet."""
+    """(size,) uint8 in shared memory, all of it taken here and now: RuntimeError where that much is not free."""
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]

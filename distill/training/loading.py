@@ -8,6 +8,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,7 +164,24 @@ class Placed(Dataset[Any]):
         return self.features.get(sample.key, mirrored=turned)
 
 
+def end_with_parent(_worker: int = 0) -> None:
+    """A DataLoader's worker_init_fn: this process ends when the one that reads from it does, however that ends.
+
+    PyTorch watches for another parent, which is the server of "forkserver" (Python 3.14's usual way): that lives as
+    long as a process that it started. And a process forked later keeps this one's end of the pipe to the parent open,
+    so that one after another would end, after seconds each.
+    """
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
 def _freeze(_worker: int) -> None:
+    end_with_parent()
     # The parent's objects are moved out of the collector's sight: a collection would copy every page of them.
     gc.freeze()
     torch.set_num_threads(1)
@@ -190,8 +210,19 @@ def readers_of(samples: Any, batches: Any, collate: Any, workers: int, *, measur
     return Readers(few, ahead, size)
 
 
-def loader_of(samples: Any, batches: Any, collate: Any, readers: Readers, *, pinned: bool = False) -> Iterator[Any]:
-    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it."""
+def loader_of(
+    samples: Any,
+    batches: Any,
+    collate: Any,
+    readers: Readers,
+    *,
+    pinned: bool = False,
+    end: Callable[[], None] | None = None,
+) -> Iterator[Any]:
+    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it.
+
+    end: called when no batch is taken any more, before the processes are waited for.
+    """
     workers = readers.processes
     loader: DataLoader[Any] = DataLoader(
         samples,
@@ -204,14 +235,20 @@ def loader_of(samples: Any, batches: Any, collate: Any, readers: Readers, *, pin
         pin_memory=pinned,
     )
     items, over = iter(loader), object()
-    while True:
-        with told_of_readers():
-            item = next(items, over)
-        if item is over:
-            return
-        if isinstance(item, Exception):
-            raise item
-        yield item
+    try:
+        while True:
+            with told_of_readers():
+                item = next(items, over)
+            if item is over:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        if end is not None:
+            end()
+        # Left to the collector, of a frame that its own error holds, it would wait 5 s for every process.
+        del items
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ def stored_batches(
         yield from _on_device(loader_of(samples, positions, collate, readers, pinned=True), None, settings, device)
         return
     with handover.held():
-        given = loader_of(samples, positions, Giving(collate, handover), readers)
+        given = loader_of(samples, positions, Giving(collate, handover), readers, end=handover.end)
         yield from _on_device(given, handover, settings, device)
 
 

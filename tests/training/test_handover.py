@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
+import os
+import select
 import time
 
 import pytest
@@ -62,15 +66,66 @@ def test_the_same_bits(labels, room):
         same(mine, its)
 
 
-def test_processes_that_wait_for_a_slot_end_with_the_run(labels):
+@pytest.mark.parametrize("close", ["generator", "handover"])
+def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
+    """At once: whoever lets go of the batches first, and with no batch that nobody takes."""
     samples, handover = Placed(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+    giving = Giving(collate_stored, handover)
+    batches = loader_of(samples, positions_of(labels), giving, Readers(2), end=handover.end)
     with handover.held():
-        batches = loader_of(samples, positions_of(labels), Giving(collate_stored, handover), Readers(2))
         assert isinstance(next(batches), Handed)  # and never given back
         time.sleep(0.5)
+        start = time.perf_counter()
+        if close == "generator":
+            del batches
+    if close == "handover":
+        with pytest.raises(OSError, match="nobody takes"):
+            for _ in range(9):
+                next(batches)
+        del batches
+    assert time.perf_counter() - start < 2
+
+
+def test_an_error_ends_the_processes_at_once(labels):
+    """That wait for a slot too, and though the error holds the frame that held them."""
+    samples, handover = Placed(labels, SETTINGS, learning=True, coded=True), Handover(2, 1 << 20)
+
+    class OneBroken:
+        def __getitem__(self, place):
+            return OSError("cut short") if place is None else samples[place]
+
+    places = [list(one) for one in positions_of(labels)]
     start = time.perf_counter()
-    del batches
-    assert time.perf_counter() - start < 4
+    with handover.held(), pytest.raises(OSError, match="cut short"):
+        for _ in loader_of(
+            OneBroken(), [*places[:4], [None]], Giving(collate_stored, handover), Readers(2), end=handover.end
+        ):
+            time.sleep(0.1)
+    gc.collect()
+    assert time.perf_counter() - start < 3
+
+
+class Slow:
+    def __getitem__(self, place):
+        time.sleep(20)
+
+
+def test_reading_processes_end_with_one_that_is_killed():
+    """All of them at once, whatever they are at; the pipe ends where nobody has its other end any more."""
+    ours, theirs = os.pipe()
+
+    def reads():
+        os.close(ours)
+        next(loader_of(Slow(), [[0]] * 9, list, Readers(2)))
+
+    parent = multiprocessing.get_context("fork").Process(target=reads)
+    parent.start()
+    os.close(theirs)
+    time.sleep(0.7)
+    parent.kill()
+    parent.join()
+    assert select.select([ours], [], [], 2.0)[0] and os.read(ours, 1) == b""
+    os.close(ours)
 
 
 def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
@@ -83,11 +138,50 @@ def test_a_sample_that_cannot_be_read_is_an_error_as_ever(labels, tmp_path):
         list(loader_of(Broken(), [[0, 1]], Giving(collate_stored, handover), Readers(1)))
 
 
+class Card:
+    """What of a card's interface locks pages. refuses: every request."""
+
+    def __init__(self, refuses):
+        self.refuses, self.asked, self.given_back, self.waited_for = refuses, [], [], []
+
+    def cudaHostRegister(self, address, size, flags):  # noqa: N802
+        self.asked.append(address)
+        return 801 if self.refuses else 0
+
+    def cudaHostUnregister(self, address):  # noqa: N802
+        self.given_back.append(address)
+
+    def synchronize(self, device=None):
+        self.waited_for.append(device)
+        raise RuntimeError("an illegal memory access")
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatch, refuses):
+    card, handover = Card(refuses), Handover(2, 64)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: card)
+    monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
+    slots = [slot for mine in handover.slots for slot in mine]
+    with pytest.raises(KeyError, match="its own"), handover.held():
+        for slot in slots * 3:
+            handover._lock(slot, CPU)
+        raise KeyError("its own")
+    assert card.asked == [slot.data_ptr() for slot in slots]
+    assert (card.given_back, card.waited_for) == (([], []) if refuses else (card.asked, [CPU]))
+
+
+def no_space(size):
+    raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
+
+
 def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 20)
     made = handover_for(2, 10_000)
     assert made is not None and made.size == int(10_000 * SPARE) and len(made.slots) == 2
     assert handover_for(2, 1 << 18) is None and handover_for(0, 10) is None
+    with monkeypatch.context() as another:  # another run takes it in between
+        another.setattr(torch.UntypedStorage, "_new_shared", no_space)
+        assert handover_for(2, 10_000) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert handover_for(2, 10_000) is None
     monkeypatch.undo()
