@@ -168,7 +168,13 @@ def make_student(recipe: Recipe) -> Student | LatentStudent:
 def _encoder_decoder(recipe: Recipe) -> Student:
     spec = recipe.student
     if spec.init_from:
-        student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
+        begins = checkpoint.fetch(spec.init_from)
+        if spec.weights and checkpoint.describe(begins)["encoder_weights"] is None:
+            raise RecipeError(
+                f"student.init_from: {spec.init_from} holds its own encoder, and student.weights names another: leave "
+                "one of them out"
+            )
+        student = checkpoint.load(begins, encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or _short_side(recipe)
@@ -181,10 +187,10 @@ def _encoder_decoder(recipe: Recipe) -> Student:
     options = dict(spec.encoder_options)
     begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if begun is not None:
-        if options or spec.weights or begun.name != spec.encoder:
+        if options or begun.name != spec.encoder:
             raise RecipeError(
                 f"student.encoder_init_from takes the encoder of {spec.encoder_init_from}, {begun.name}, as it is: say "
-                f'encoder = "{begun.name}", and neither weights nor encoder_options'
+                f'encoder = "{begun.name}", and no encoder_options'
             )
         options = dict(begun.options) | {"frozen": False}
     if spec.weights:
