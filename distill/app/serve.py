@@ -167,5 +167,14 @@ def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]
         raise LookupError(f"no {name}; there are colour.png, {', '.join(names)}")
     solid = names[name] in (".glb", ".html")
     with tempfile.TemporaryDirectory() as folder:
-        lens: dict[str, Any] = {"fov": float(options.get("fov", FOV))} if solid else {}
+        lens: dict[str, Any] = {"fov": _degrees(options)} if solid else {}
         return depth.save(Path(folder) / f"depth{names[name]}", **lens).read_bytes(), names[name]
+
+
+def _degrees(options: dict[str, str]) -> float:
+    """The field of view that a page asks for."""
+    text = options.get("fov", str(FOV))
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"fov must be a number of degrees, not {text!r}") from None

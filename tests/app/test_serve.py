@@ -41,6 +41,9 @@ def fault(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str
         return answer.code, json.loads(answer.read())["error"]
 
 
+NO_FIELDS = ("999", "180", "0", "-5", "nan", "inf", "5e-324", "wide", "1e999")
+
+
 def photo() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(file, "PNG")
@@ -67,7 +70,7 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
     key = json.loads(ask(f"{address}/predict", photo()))["id"]
     for path, words in (
         ("colour.png?cmap=x", "cmap must be"),
-        ("depth.glb?fov=999", "180"),
+        *((f"{name}?fov={fov}", "fov must be") for name in ("depth.glb", "view.html") for fov in NO_FIELDS),
         ("../x", "there are colour"),
     ):
         assert words in fault(f"{address}/{key}/{path}")[1]

@@ -12,6 +12,7 @@ from PIL import Image
 
 import distill
 from distill.core.depth import DepthMap, Kind
+from distill.inference import solid
 from distill.inference.api import Depth, Model
 from distill.inference.pictures import picture
 
@@ -143,9 +144,16 @@ def test_points_lie_where_the_camera_saw_them():
     relief = Depth(torch.linspace(0, 1, 24).reshape(4, 6), everywhere, Kind.AFFINE_DISPARITY, photo)
     z = relief.point_cloud(fov=60, far=4).points[:, 2]
     assert np.isclose(z.max() / z.min(), 4) and z[0] > z[-1]
-    for wrong in ({}, {"fov": 60, "intrinsics": np.eye(3)}, {"fov": 180}, {"intrinsics": np.eye(2)}):
+    cameras = [{"intrinsics": [[fx, 0, cx], [0, 3, 2], [0, 0, 1]]} for fx, cx in ((np.inf, 3), (1e9, 3), (3, np.nan))]
+    cameras += [{"fov": fov} for fov in (180, 0, -1, np.nan, np.inf, 5e-324)]
+    for wrong in ({}, {"fov": 60, "intrinsics": np.eye(3)}, {"intrinsics": np.eye(2)}, *cameras):
         with pytest.raises(ValueError, match=r"fov|intrinsics"):
             relief.point_cloud(**wrong)
+    for far in (1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="far must be above 1"):
+            relief.point_cloud(fov=60, far=far)
+    for fov in (solid.NARROWEST, solid.WIDEST):
+        assert np.isfinite(relief.point_cloud(fov=fov, far=solid.DEEPEST).points).all()
 
 
 def test_the_built_in_model_and_a_run(tmp_path):

@@ -16,6 +16,7 @@ says, else 60 degrees, and so are the metres of a model that depends on the came
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -109,15 +110,15 @@ def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
 
 def _lens(args: argparse.Namespace) -> Any:
     """What the command line says of the camera. Raises ValueError for one that cannot be."""
-    from distill.inference.solid import FAR, Lens, camera
+    from distill.inference.solid import DEEPEST, FAR, Lens, camera
 
     if args.fov is not None and args.intrinsics:
         raise ValueError("--fov and --intrinsics both say the camera: keep one")
     far = FAR if args.far is None else args.far
-    if not far > 1:
-        raise ValueError(f"--far must be above 1, not {far:g}")
+    if not 1 < far <= DEEPEST:
+        raise ValueError(f"--far must be above 1, and at most {DEEPEST:g}, not {far:g}")
     if args.fov is not None:
         camera(args.fov, None, 1, 1)
-    if args.intrinsics and not min(args.intrinsics[:2]) > 0:
-        raise ValueError("--intrinsics FX FY CX CY: the focal lengths must be above 0, in pixels")
+    if args.intrinsics and not (all(map(math.isfinite, args.intrinsics)) and min(args.intrinsics[:2]) > 0):
+        raise ValueError("--intrinsics FX FY CX CY: finite numbers of pixels, the focal lengths above 0")
     return Lens(args.fov, tuple(args.intrinsics) if args.intrinsics else None, far)
