@@ -63,8 +63,23 @@ def test_a_photo_gives_its_files(address):
     assert b"70 degrees" in ask(f"{here}/view.html?fov=70")
 
 
+def test_a_model_whose_metres_depend_on_the_camera_is_told_the_field_of_view():
+    class Sees(Fake):
+        takes_focal = True
+
+        def predict(self, images, *, focal=None):
+            self.focal = focal
+            return super().predict(images)
+
+    fake = Sees()
+    with serve.DepthServer(lambda: Model(fake), "m", host="127.0.0.1", port=0) as server:
+        assert server.predict(photo(), 90.0)["takes_fov"] and fake.focal == pytest.approx(15)
+        assert server.predict(photo())["takes_fov"] and fake.focal == pytest.approx(15 * 3**0.5)
+
+
 def test_what_cannot_be_is_one_line(address, monkeypatch):
     assert fault(f"{address}/predict", b"no photo")[0] == 400
+    assert fault(f"{address}/predict?fov=wide", photo()) == (400, "fov must be a number of degrees, not 'wide'")
     code, told = fault(f"{address}/predict", photo(), Origin="http://elsewhere.example")
     assert code == 403 and "another site" in told
     key = json.loads(ask(f"{address}/predict", photo()))["id"]
