@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,8 +62,9 @@ class Estimator:
     nearer, of most students.
     """
 
-    def __init__(self, teacher: AnyTeacher) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: AnyTeacher, options: Mapping[str, Any] | None = None) -> None:
+        """options: those that the teacher was loaded with, where they are not its own."""
+        self._teacher, self.options = teacher, dict(options or {})
         self.card = teacher.card
         self.takes_focal: bool = getattr(teacher, "takes_focal", False)
 
@@ -112,7 +113,7 @@ def load_teacher(name: str, weights: str | Path | None = None, *, device: str = 
     if faults := option_faults(module.Teacher.load, options, "options"):
         raise ValueError(f"{name}: {'; '.join(faults)}")
     on = machine.usable_device(device)
-    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options))
+    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options), options)
 
 
 def read(path: str | Path) -> Tensor:
@@ -189,10 +190,13 @@ def _same_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
     card, path = estimator.card, out / SETTINGS
     now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
     now |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
+    options = json.loads(json.dumps(getattr(estimator, "options", {}), default=str))
+    now |= {"options": options} if options else {}
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in ("revision", "size") if before[key] != now[key]]
+            differing += ["options"] if before.get("options", {}) != options else []
             differing += ["camera"] if "camera" in before and lens and before["camera"] != now["camera"] else []
             now |= {"camera": before["camera"]} if "camera" in before else {}
         except (ValueError, LookupError, TypeError) as error:

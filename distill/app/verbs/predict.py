@@ -5,6 +5,7 @@ distill predict photos/ 'more/**/*.png' video.mp4 --out maps --formats png npy c
 distill predict photos/ --student runs/demo            the student of a run, or of a folder
 distill predict photo.jpg --write ply glb view --fov 65  points, a surface, and a page that turns them offline
 distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
+distill predict photos/ --teacher depth_anything_v2 --weights metric.pth --set max_depth=80      with its options
 
 Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
 predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
@@ -20,6 +21,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from distill.app.verbs._recipe import take_teacher, teacher_options
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGES", nargs="+", help="photos, videos, folders, globs, frames/%%04d.png")
@@ -28,8 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a run, a student's folder, pocket (the built-in model, default), or OWNER/NAME on the hub",
     )
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
-    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
+    take_teacher(parser)
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
     parser.add_argument(
         "--formats",
@@ -59,15 +61,14 @@ def run(args: argparse.Namespace) -> int:
     student_only |= {"--decoder": args.decoder}
     if args.teacher and (given := [name for name, value in student_only.items() if value is not None]):
         raise ValueError(f"{', '.join(given)}: of students; leave it out beside --teacher")
-    if args.weights and not args.teacher:
-        raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
-    lens = _lens(args)
+    options, lens = teacher_options(args), _lens(args)
     if args.decoder:
         allow(args.decoder)
     survey = predict.survey(args.images, out=args.out)
     jobs = survey.jobs
     if args.teacher:
-        name, estimator = args.teacher, predict.load_teacher(args.teacher, args.weights, device=args.device)
+        name = args.teacher
+        estimator = predict.load_teacher(name, args.weights, device=args.device, **options)
     else:
         name = args.student or "pocket"
         estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
