@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 import distill
 from distill.core.depth import DepthMap, Kind
+from distill.data.maps import read_map
 from distill.inference import solid
 from distill.inference.api import Depth, Model
 from distill.inference.pictures import picture
@@ -109,6 +111,10 @@ def test_a_map_is_saved_as_predict_does(tmp_path):
     assert Image.open(depth.save(str(tmp_path / "a.jpg"))).size == (7, 5)
     with pytest.raises(ValueError, match=r"\.npy"):
         depth.save(tmp_path / "a.exr")
+    some = dataclasses.replace(depth, valid=torch.arange(35).reshape(5, 7) > 9)  # sky, of some teachers
+    np.testing.assert_allclose(read_map(some.save(tmp_path / "sky.png")), some.numpy(), atol=1e-4)
+    with pytest.raises(ValueError, match="no value where it should"):
+        dataclasses.replace(some, valid=some.valid & False).save(tmp_path / "sky.png")
 
 
 def test_colours_show_near_bright():
