@@ -158,7 +158,7 @@ def load(
     if needed is not None:
         options["weights"] = _needed_file(folder, needed, encoder_weights)
     elif encoder_weights is not None:
-        raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
+        raise ValueError(f"{weights_path}: holds its own encoder; leave --encoder-weights (encoder_weights=) out")
     try:
         decoder = allowed(spec["decoder"]) if is_path(spec["decoder"]) else spec["decoder"]
         with SkipInit():

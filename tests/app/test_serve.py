@@ -99,6 +99,12 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
 def test_a_port_that_is_taken_is_told(address, capsys):
     assert main(["serve", "--port", address.rpartition(":")[2]]) == 2
     assert "give another --port" in capsys.readouterr().err
+    for words, told in (
+        (["--port", "65536"], "--port is from 0 to 65535"),
+        (["--host", "x.invalid"], "--host x.invalid: "),
+    ):
+        assert main(["serve", *words]) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_a_browser_that_goes_away_and_a_length_of_no_number_are_no_faults_here(address, monkeypatch):

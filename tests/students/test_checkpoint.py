@@ -185,7 +185,7 @@ class TestFrozenEncoderLeftOut:
     def test_a_file_that_nobody_needs(self, tmp_path, parts):
         file, student, _ = parts
         checkpoint.save(student, tmp_path / "whole")
-        with pytest.raises(ValueError, match="holds its own encoder; leave encoder_weights out"):
+        with pytest.raises(ValueError, match="holds its own encoder; leave --encoder-weights"):
             checkpoint.load(tmp_path / "whole", encoder_weights=file)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import socket
 from functools import partial
 from typing import Any
 
@@ -28,6 +29,8 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.serve import DepthServer
     from distill.inference.api import load, load_teacher
 
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port is from 0 to 65535, not {args.port}")
     if args.teacher and args.student:
         raise ValueError("--student and --teacher both say the model: keep one")
     options = teacher_options(args)
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     note(f"loading {name} ...")
     try:
         server = DepthServer(model, name, host=args.host, port=args.port)
+    except socket.gaierror as error:
+        raise OSError(f"--host {args.host}: {error.strerror}; 127.0.0.1 is this machine, 0.0.0.0 all of it") from error
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise
