@@ -158,7 +158,7 @@ def load(
     if needed is not None:
         options["weights"] = _needed_file(folder, needed, encoder_weights)
     elif encoder_weights is not None:
-        raise ValueError(f"{weights_path}: holds its own encoder; leave encoder_weights out")
+        raise ValueError(f"{weights_path}: holds its own encoder; leave --encoder-weights (encoder_weights=) out")
     try:
         decoder = allowed(spec["decoder"]) if is_path(spec["decoder"]) else spec["decoder"]
         with SkipInit():
@@ -257,6 +257,8 @@ def describe(folder: str | Path) -> dict[str, Any]:
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
             other = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
+            if (folder / "recipe.toml").is_file():
+                other = "; it is a run that has not trained one yet: distill train RECIPE"
             raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{other}")
     try:
         description = json.loads(files.decoded(path.read_bytes()))

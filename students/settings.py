@@ -31,11 +31,12 @@ class StudentSettings:
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder's class."""
     init_from: str = ""
-    """A student to start from, whole: its folder, a hub id, or "pocket" (the embedded one)."""
+    """A student to start from, whole: its folder, a hub id, or "pocket" (the embedded one). `weights` is then left out,
+    but for a student that was written without its frozen encoder."""
     decoder_init_from: str = ""
     """A student whose decoder to start from: a folder, a hub id or "pocket"."""
     encoder_init_from: str = ""
-    """A student whose whole encoder to start from: a folder, a hub id or "pocket"."""
+    """A student whose whole encoder to start from, in place of `weights`: a folder, a hub id or "pocket"."""
     decoder_weights: str = ""
     """A released file with the decoder's own weights (Depth Anything V2's, AnyDepth's), local or OWNER/NAME/FILE on the
     hub."""
@@ -73,6 +74,14 @@ class StudentSettings:
             raise ValueError(
                 "init_from takes a whole student: encoder_init_from and decoder_init_from would be passed over, leave "
                 "them out"
+            )
+        if self.init_from and self.weights == "pretrained":
+            raise ValueError(
+                'init_from takes a whole student: weights = "pretrained" would be passed over, leave one of them out'
+            )
+        if self.encoder_init_from and self.weights:
+            raise ValueError(
+                "encoder_init_from and weights both say what the encoder begins with: leave one of them out"
             )
         refuse(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 

@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.core.positions import patch_positions, rotate, rotation_tables
+from distill.core.blocks import Attention, LayerScale, Mlp
+from distill.core.positions import patch_positions, rotation_tables
 
 NAME = "vggt"
 REGISTERS = 4
@@ -147,57 +147,13 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn = Attention(width, heads)
-        self.ls1 = LayerScale(width)
+        self.attn = Attention(width, heads, normalized=True)
+        self.ls1 = LayerScale(width, 0.01)
         self.norm2 = nn.LayerNorm(width)
         self.mlp = Mlp(width, hidden)
-        self.ls2 = LayerScale(width)
+        self.ls2 = LayerScale(width, 0.01)
 
     def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
         """(B,N,C) -> (B,N,C); rotation: cosines and sines (N, C/heads)."""
         tokens = tokens + self.ls1(self.attn(self.norm1(tokens), rotation))
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))
-
-
-class Attention(nn.Module):
-    """Self-attention with normalized queries and keys, turned by their positions."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm, self.k_norm = nn.LayerNorm(width // heads), nn.LayerNorm(width // heads)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """(B,N,C) -> (B,N,C)."""
-        batch, count, width = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = rotate(self.q_norm(query), rotation), rotate(self.k_norm(key), rotation)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
-
-
-class LayerScale(nn.Module):
-    """A learnt factor per channel, 0.01 at first."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((width,), 0.01))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B,N,C) -> (B,N,C)."""
-        return tokens * self.gamma
-
-
-class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B,N,C) -> (B,N,C)."""
-        return self.fc2(F.gelu(self.fc1(tokens)))

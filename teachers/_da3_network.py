@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.core.positions import patch_positions, rotate, rotation_tables, uv_embedding
+from distill.core.blocks import Attention, LayerScale, Mlp
+from distill.core.positions import patch_positions, rotation_tables, uv_embedding
 from distill.teachers._dino import PATCH, position_table
 
 
@@ -45,41 +46,6 @@ class NetworkLayout:
     sky: bool
 
 
-class Attention(nn.Module):
-    """Self-attention, with normalized queries and keys and rotary positions where the main series has them."""
-
-    def __init__(self, width: int, heads: int, *, normalized: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.LayerNorm(width // heads, eps=1e-5) if normalized else nn.Identity()
-        self.k_norm = nn.LayerNorm(width // heads, eps=1e-5) if normalized else nn.Identity()
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B,N,C) -> (B,N,C); rotation: cosines and sines (N, C/heads)."""
-        batch, count, width = tokens.shape
-        query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        query, key = self.q_norm(query), self.k_norm(key)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
-        out = F.scaled_dot_product_attention(query, key, value)
-        return self.proj(out.transpose(1, 2).reshape(batch, count, width))
-
-
-class Mlp(nn.Module):
-    """Two linear maps with an exact GELU between them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B,N,C) -> (B,N,C)."""
-        return self.fc2(F.gelu(self.fc1(tokens)))
-
-
 class SwiGlu(nn.Module):
     """The giant's gated feed-forward."""
 
@@ -94,18 +60,6 @@ class SwiGlu(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-class LayerScale(nn.Module):
-    """A learnt factor per channel."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B,N,C) -> (B,N,C)."""
-        return tokens * self.gamma
-
-
 class Block(nn.Module):
     """One transformer block."""
 
@@ -113,10 +67,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(layout.width, eps=1e-6)
         self.attn = Attention(layout.width, layout.heads, normalized=normalized)
-        self.ls1 = LayerScale(layout.width)
+        self.ls1 = LayerScale(layout.width, 1.0)
         self.norm2 = nn.LayerNorm(layout.width, eps=1e-6)
         self.mlp = (SwiGlu if layout.swiglu else Mlp)(layout.width, layout.hidden)
-        self.ls2 = LayerScale(layout.width)
+        self.ls2 = LayerScale(layout.width, 1.0)
 
     def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B,N,C) -> (B,N,C)."""

@@ -225,6 +225,8 @@ class Teacher:
         own pipeline gives. weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
         """
         check_resize(resize, native_size)
+        if max_depth is not None and not 0 < max_depth < float("inf"):
+            raise ValueError(f"max_depth must be above 0 metres (20 indoor, 80 outdoor), not {max_depth}")
         if position_rule not in ("official", "transformers"):
             raise ValueError(f'position_rule must be "official" or "transformers", not {position_rule!r}')
         path = resolve(weights, files=FILES)

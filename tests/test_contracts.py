@@ -56,6 +56,25 @@ def test_a_misspelt_option_is_told():
     assert option_faults(load, {"reszie": 1}, "options")[0].startswith("unknown key options.reszie")
 
 
+def test_an_option_of_another_type_is_told():
+    load = find("distill.teachers", "depth_anything_v2").Teacher.load
+    assert not option_faults(load, {"max_depth": 20, "native_size": None, "weights_key": "a"}, "options")
+    for key, value, said in (
+        ("max_depth", "20", "must be a number, not '20'"),
+        ("native_size", 2.5, "must be a whole number, not 2.5"),
+        ("native_size", True, "must be a whole number, not True"),
+        ("weights_key", 3, "must be text, not 3"),
+        ("resize", None, "must be text, not None"),
+    ):
+        assert option_faults(load, {key: value}, "options") == [f"options.{key} {said}"]
+
+    def own(weights, *, rule=None, share=0.5, size: Nowhere = 3, words: list[str] | None = None):  # noqa: F821
+        pass
+
+    assert not option_faults(own, {"rule": 3, "share": "all", "size": 4, "words": "a"}, "options")
+    assert option_faults(own, {"size": "a"}, "options") == ["options.size must be a whole number, not 'a'"]
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_contributing_says_every_promise(kind):
     text = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())

@@ -33,6 +33,7 @@ from distill.data.pairs import read_names
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.protocol import Protocol
 from distill.eval.settings import BenchmarkSettings
+from distill.labelling import moved
 from distill.labelling.lock import mutex
 from distill.labelling.run import OnlineDataset, labels_hash
 from distill.losses.objective import Objective
@@ -98,7 +99,7 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
         return  # by a caller of `label`, who answers for them
     other = parse(in_words_of_today(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
     pairs: list[tuple[str, Any, Any]] = [
-        ("images", [one.content for one in recipe.images], [one.content for one in other.images]),
+        ("images", *_images_of(recipe, other, folder)),
         ("crops", recipe.crops.content, other.crops.content),
         ("teachers", [spec.content for spec in recipe.teachers], [spec.content for spec in other.teachers]),
         ("run.seed", recipe.run.seed, other.run.seed),
@@ -110,6 +111,19 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
             f"{folder} was labelled with another {', '.join(changed)} than this recipe's (its manifest.json has the "
             "recipe that made it): give the recipe those settings, or point labels.root elsewhere"
         )
+
+
+def _images_of(recipe: Recipe, other: Recipe, folder: Path) -> tuple[Any, Any]:
+    """What two recipes ask for of images; without their places, where the labels are of the files of the first."""
+    both = [[one.content for one in each.images] for each in (recipe, other)]
+    plain = [[{k: v for k, v in one.items() if k not in moved.PLACES} for one in images] for images in both]
+    if both[0] == both[1] or plain[0] != plain[1]:
+        return both[0], both[1]
+    try:
+        same = moved.made_from(folder, input_shards(recipe), recipe.crops, recipe.labels)
+    except (OSError, ValueError, LookupError):  # they are not here
+        same = False
+    return (plain[0], plain[1]) if same else (both[0], both[1])
 
 
 def labelled(recipe: Recipe) -> LabelDataset | OnlineDataset:
@@ -168,7 +182,13 @@ def make_student(recipe: Recipe) -> Student | LatentStudent:
 def _encoder_decoder(recipe: Recipe) -> Student:
     spec = recipe.student
     if spec.init_from:
-        student = checkpoint.load(checkpoint.fetch(spec.init_from), encoder_weights=weights_file(spec.weights))
+        begins = checkpoint.fetch(spec.init_from)
+        if spec.weights and checkpoint.describe(begins)["encoder_weights"] is None:
+            raise RecipeError(
+                f"student.init_from: {spec.init_from} holds its own encoder, and student.weights names another: leave "
+                "one of them out"
+            )
+        student = checkpoint.load(begins, encoder_weights=weights_file(spec.weights))
         _check_start(recipe, student)
         student.encoder.freeze(recipe.train.freeze_encoder)
         student.native_size = spec.native_size or student.native_size or _short_side(recipe)
@@ -181,10 +201,10 @@ def _encoder_decoder(recipe: Recipe) -> Student:
     options = dict(spec.encoder_options)
     begun = checkpoint.load(checkpoint.fetch(spec.encoder_init_from)).encoder if spec.encoder_init_from else None
     if begun is not None:
-        if options or spec.weights or begun.name != spec.encoder:
+        if options or begun.name != spec.encoder:
             raise RecipeError(
                 f"student.encoder_init_from takes the encoder of {spec.encoder_init_from}, {begun.name}, as it is: say "
-                f'encoder = "{begun.name}", and neither weights nor encoder_options'
+                f'encoder = "{begun.name}", and no encoder_options'
             )
         options = dict(begun.options) | {"frozen": False}
     if spec.weights:

@@ -32,6 +32,7 @@ from distill.app.strict import RecipeError
 from distill.core import files, machine
 from distill.core.depth import Kind
 from distill.data.filetypes import counted
+from distill.data.sources import InputShard
 from distill.eval import score as scoring
 from distill.eval.benchmarks import BenchmarkSample
 from distill.eval.cost import Cost
@@ -39,6 +40,8 @@ from distill.eval.fidelity import fidelity
 from distill.eval.protocol import Protocol
 from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
+from distill.labelling import moved
+from distill.labelling.manifest import settings_of
 from distill.labelling.meeting import Folder, Meeting, in_turn
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
@@ -113,6 +116,8 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
     device = build.device(recipe)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
     references = teaching.float32_twins(recipe, on=device)
+    if build.process()[0] == 0 and not recipe.labels.meeting:
+        _tell_of_others(recipe, folder, images, teachers)
     size, make = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
@@ -136,6 +141,16 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
         machine=measured,
         tell=note,
     )
+
+
+def _tell_of_others(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
+    """Says where labels of these files lie already, which another path of the images gave another address."""
+    settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
+    if other := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
+        note(
+            f"{other} has finished labels of these files, which had another path then; here they are made anew: to use "
+            f"those, stop this and give --set labels.root={other}"
+        )
 
 
 def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:

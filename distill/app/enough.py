@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from distill.app.image_survey import Images
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
 from distill.core.findings import Finding
@@ -13,16 +14,17 @@ TRIED = 5
 """Images of a source that are read in search of one that can be."""
 
 
-def about_samples(recipe: Recipe, count: int | None) -> Iterator[Finding]:
-    """count: of all images; None where they were not counted to the last."""
+def about_samples(recipe: Recipe, images: Images) -> Iterator[Finding]:
+    """images: what the sources hold, whose number says nothing where they were not counted to the last."""
     train, each = recipe.train, recipe.crops.crops_per_image
-    if count is not None:
-        # At least one image is held out; more by their names' hashes, which a count does not know.
-        most = each * (count - (train.val_fraction > 0 and count > 1))
+    if images.scanned:
+        # At least one image is held out (of the idle ones, maybe); more by their names' hashes, which no count knows.
+        most = each * (images.learnt - (train.val_fraction > 0 and images.count > 1 and not images.idle))
         if most < train.batch_size:
+            learnt = f"{images.learnt} images" + " whose images.weight is above 0" * images.idle
             yield Finding(
                 "bad",
-                f"train.batch_size = {train.batch_size}, and {count} images make at most {most} training samples",
+                f"train.batch_size = {train.batch_size}, and {learnt} make at most {most} training samples",
                 "lower train.batch_size, give more images, or raise crops.crops_per_image",
             )
     if recipe.student.canonical_focal:

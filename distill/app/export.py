@@ -23,6 +23,7 @@ from distill.students.onnx_graph import OnnxOptions
 from distill.teachers import revision_of
 
 _WORDS = {32: "float32", 16: "float16", "int8": "INT8", "weights": "weights in eight bits, computed in float32"}
+_STORED = {16: "float16", 4: "int4"}
 ONNX, PROGRAM, PAGE = "model.onnx", "model.pt2", "index.html"
 
 
@@ -59,15 +60,15 @@ def run_export(
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    overwrite: another student in `out` is replaced. card: a TOML file of plain values instead of the student's own
+    overwrite: what `out` holds is replaced. card: a TOML file of plain values instead of the student's own
     card. encoder_weights: for a student whose frozen encoder was left out, and is left out again. All is written
     aside, read back, compared, and only then put in place.
     Raises ValueError where outputs differ by more than the precision explains, are not finite, or lose too much at the
     gate; `out` is as it was.
     """
     options = options or ExportOptions()
-    if (out / checkpoint.WEIGHTS).is_file() and not overwrite and out.resolve() != folder.resolve():
-        raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
+    if not overwrite:
+        _check_kept(folder, out, options)
     crops = calibration(options.int8) if options.int8 else []
     seen = calibration(options.calibrate) if options.calibrate else []
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
@@ -76,6 +77,8 @@ def run_export(
     metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
     metadata |= _rows(student, options)
     if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
+        if out.resolve() == folder.resolve() and not overwrite:
+            raise ValueError(_replaced(out, "--transformers native"))
         return _write_native(student, out, options, metadata)
     if options.transformers and (options.bits == 4 or encoder_weights):
         raise ValueError(f"{out}: transformers reads whole weights in 32 or 16 bits; export it again with its encoder")
@@ -111,6 +114,24 @@ def run_export(
     for line in lines:
         say(line)
     return out
+
+
+def _check_kept(folder: Path, out: Path, options: ExportOptions) -> None:
+    """Raises ValueError where `out` holds another student, or this one's weights more exactly than they would be."""
+    if not (out / checkpoint.WEIGHTS).is_file():
+        return
+    if out.resolve() != folder.resolve():
+        raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
+    stored = checkpoint.describe(folder)["weights"].get("dtype")
+    if options.bits != 32 and (stored != _STORED[options.bits] or options.calibrate):
+        raise ValueError(_replaced(out, f"--bits {options.bits}"))
+
+
+def _replaced(out: Path, why: str) -> str:
+    return (
+        f"{out} is the student's own folder, whose weights {why} would replace: export to another folder, or replace "
+        "them with --overwrite"
+    )
 
 
 def _rows(student: Student, options: ExportOptions) -> dict[str, str]:

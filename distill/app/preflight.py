@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,13 @@ import torch
 
 from distill.app import build, latent, latent_costs, scaling, teaching, weights
 from distill.app.enough import about_samples
-from distill.app.inputs import input_shards
+from distill.app.image_survey import Images, survey
 from distill.app.recipe import Recipe
 from distill.core import machine
 from distill.core.findings import Finding
-from distill.data.sources import BadImageError, InputShard, Photo
 from distill.eval.completeness import check_benchmark
 from distill.labelling.annotate import label_photo
-from distill.labelling.jobs import TRUTH, plan_photo
+from distill.labelling.jobs import TRUTH
 from distill.shards.cache import Traffic
 from distill.shards.codec import Sample, collate, encode_sample
 from distill.students import Student
@@ -41,28 +40,10 @@ from distill.training.schedule import in_steps
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
 PROCESSES = (1, 2, 4, 8)
-# Of the input tars so many are scanned; the others are taken to be like them.
-SCANNED = 3
-TRIED = 20  # photos, until one can be labelled
 SPARE = 1.15  # of the disk: what the probe's photo does not say about the others
 LONG, TOO_LONG = 24.0, 14 * 24.0
 """Hours: more on one process is worth a second look; more on as many as can work is nobody's plan."""
 _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
-
-
-@dataclass(frozen=True, slots=True)
-class _Images:
-    """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try.
-
-    bad: photos that were tried and cannot be used; rejected: names that were turned away. Both with the reason.
-    """
-
-    count: int
-    scanned: bool
-    parts: int
-    photos: list[Photo]
-    bad: list[str]
-    rejected: list[str]
 
 
 def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") -> list[Finding]:
@@ -79,7 +60,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
         device = torch.device("cpu")
-    images = _try(findings, "images", lambda: _images(recipe, crops=not only)) if only != "score" else None
+    images = _try(findings, "images", lambda: survey(recipe, crops=not only)) if only != "score" else None
     if images is not None:
         findings += _about_images(recipe, images, crops=not only)
     teachers: Any = None
@@ -101,11 +82,10 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
         if probe is not None:
             sample, seconds = probe
             findings += _about_labelling(recipe, images, sample, seconds, device)
-    if student is not None and sample is not None:
+    if student is not None and sample is not None and images is not None:
         step = _try(findings, "probe of a training step", lambda: _step(recipe, student, sample, device))
         if step is not None:
-            count = images.count * recipe.crops.crops_per_image if images else 0
-            findings += _about_training(recipe, student, step, device, count)
+            findings += _about_training(recipe, student, step, device, images)
             if device.type != "cpu":
                 processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
                 card, codec = step / recipe.train.batch_size, recipe.labels.codec
@@ -140,34 +120,7 @@ def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
 # --- images and teachers ----------------------------------------------------------------------------------------------
 
 
-def _images(recipe: Recipe, *, crops: bool) -> _Images:
-    shards: list[InputShard] = input_shards(recipe)
-    per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
-    scans = [shard.scan() for shard in shards[:SCANNED]]
-    scale = len(shards) / max(1, len(scans))
-    photos: list[Photo] = []
-    bad: list[str] = []
-    for entry in [entry for scan in scans for entry in scan.entries][:TRIED]:
-        try:
-            photo = entry.load()
-            if crops:
-                plan_photo(photo, recipe.crops, seed=recipe.run.seed)
-            photos.append(photo)
-        except BadImageError as error:
-            bad.append(f"{entry.origin}: {error}")
-        if len(photos) == 2:
-            break
-    return _Images(
-        count=round(scale * sum(len(scan.entries) for scan in scans)),
-        scanned=len(scans) == len(shards),
-        parts=round(scale * sum(math.ceil(len(scan.entries) / per_part) for scan in scans)),
-        photos=photos,
-        bad=bad,
-        rejected=[f"{line.origin}: {line.reason}" for scan in scans for line in scan.rejected],
-    )
-
-
-def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[Finding]:
+def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Finding]:
     about = "" if images.scanned else "about "
     if not images.count:
         why = images.rejected[0] if images.rejected else "the source is empty"
@@ -191,7 +144,7 @@ def _about_images(recipe: Recipe, images: _Images, *, crops: bool) -> Iterator[F
     if recipe.labels.licence == "unknown":
         yield Finding("warn", "labels.licence is unknown", "say it: it goes into the manifest and the student's card")
     if crops:
-        yield from about_samples(recipe, images.count if images.scanned else None)
+        yield from about_samples(recipe, images)
 
 
 def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
@@ -273,7 +226,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _label_one(recipe: Recipe, images: _Images, teachers: Any) -> tuple[Sample, float]:
+def _label_one(recipe: Recipe, images: Images, teachers: Any) -> tuple[Sample, float]:
     """The last of one or two photos as a sample, and the seconds that it took; the first one warms up."""
     device = build.device(recipe)
     sample, seconds = None, math.nan
@@ -287,7 +240,7 @@ def _label_one(recipe: Recipe, images: _Images, teachers: Any) -> tuple[Sample, 
 
 
 def _about_labelling(
-    recipe: Recipe, images: _Images, sample: Sample, seconds: float, device: torch.device
+    recipe: Recipe, images: Images, sample: Sample, seconds: float, device: torch.device
 ) -> Iterator[Finding]:
     total = images.count * recipe.crops.crops_per_image
     each = sum(len(data) for _, data in encode_sample(sample, codec=recipe.labels.codec))
@@ -297,7 +250,7 @@ def _about_labelling(
         return
     most = min(images.parts, PROCESSES[-1])
     yield _time(
-        f"labelling {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
+        f"labelling {images.most} {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
         total * seconds,
         device,
         most,
@@ -369,12 +322,15 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
 
 
 def _about_training(
-    recipe: Recipe, student: torch.nn.Module, seconds: float, device: torch.device, samples: int
+    recipe: Recipe, student: torch.nn.Module, seconds: float, device: torch.device, images: Images
 ) -> Iterator[Finding]:
+    samples = images.learnt * recipe.crops.crops_per_image
     train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
+    held = ", less those held out" if train.val_fraction else ""
+    epochs = f" ({train.epochs:g} epochs of {images.most} {samples} samples{held})" if train.epochs else ""
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield _time(
-        f"training {train.steps} steps of {train.batch_size} at {train.batch_size / seconds:.1f} images/s: ",
+        f"training {train.steps} steps of {train.batch_size}{epochs} at {train.batch_size / seconds:.1f} images/s: ",
         train.steps * seconds,
         device,
         max_processes,

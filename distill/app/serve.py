@@ -5,7 +5,8 @@ version that this project is tested with. It listens on this machine alone unles
 results in memory and writes nothing.
 
     GET /                      the page
-    POST /predict              an image file's bytes -> {"id", "width", "height", "kind", "seconds"}
+    POST /predict?fov=         an image file's bytes -> {"id", "width", "height", "kind", "seconds", "takes_fov"}; fov:
+                               of the camera, which the metres of some models depend on
     GET /ID/colour.png?cmap=   the map in colours; /ID/depth.png, /ID/depth.npy, /ID/depth.glb?fov=, /ID/view.html?fov=
 """
 
@@ -69,11 +70,15 @@ class DepthServer(ThreadingHTTPServer):
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
-    def predict(self, data: bytes) -> dict[str, Any]:
-        """Keeps the map of an image file's bytes; its number and what it is. Raises BadImageError, ValueError."""
+    def predict(self, data: bytes, fov: float = FOV) -> dict[str, Any]:
+        """Keeps the map of an image file's bytes; its number and what it is. Raises BadImageError, ValueError.
+
+        fov: degrees across, of a model that takes it.
+        """
+        takes_fov: bool = getattr(self.model.estimator, "takes_focal", False)
         with self.turn:  # one at a time: a model's memory is meant for one image
             begun = time.perf_counter()
-            depth = self.model(data)
+            depth = self.model(data, **({"fov": fov} if takes_fov else {}))
             seconds = time.perf_counter() - begun
             self.count += 1
             key = str(self.count)
@@ -82,7 +87,7 @@ class DepthServer(ThreadingHTTPServer):
                 self.results.popitem(last=False)
         height, width = depth.values.shape
         about = {"id": key, "width": width, "height": height, "kind": str(depth.kind), "seconds": round(seconds, 3)}
-        return {**about, "licence": depth.licence}
+        return {**about, "licence": depth.licence, "takes_fov": takes_fov}
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -104,9 +109,8 @@ class _Answers(BaseHTTPRequestHandler):
         if depth is None:
             self._fault(404, "this result is gone: give the photo again")
             return
-        options = {name_: values[-1] for name_, values in parse_qs(place.query).items()}
         try:
-            data, suffix = _file(depth, name, options)
+            data, suffix = _file(depth, name, _options(place.query))
         except (ValueError, LookupError) as error:
             self._fault(400, str(error))
             return
@@ -123,13 +127,14 @@ class _Answers(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         size = int(length[:20]) if length.isdecimal() else 0  # Python refuses numbers of thousands of digits
-        if urlsplit(self.path).path != "/predict" or not 0 < size <= MOST_BYTES:
+        place = urlsplit(self.path)
+        if place.path != "/predict" or not 0 < size <= MOST_BYTES:
             most = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
             self._refuse(413 if length.isdecimal() else 400, most)
             return
         data = self.rfile.read(size)
         try:
-            about = self.server.predict(data)
+            about = self.server.predict(data, _degrees(_options(place.query)))
         except (BadImageError, ValueError, OSError) as error:
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
@@ -167,5 +172,18 @@ def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]
         raise LookupError(f"no {name}; there are colour.png, {', '.join(names)}")
     solid = names[name] in (".glb", ".html")
     with tempfile.TemporaryDirectory() as folder:
-        lens: dict[str, Any] = {"fov": float(options.get("fov", FOV))} if solid else {}
+        lens: dict[str, Any] = {"fov": _degrees(options)} if solid else {}
         return depth.save(Path(folder) / f"depth{names[name]}", **lens).read_bytes(), names[name]
+
+
+def _options(query: str) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(query).items()}
+
+
+def _degrees(options: dict[str, str]) -> float:
+    """The field of view that a page asks for."""
+    text = options.get("fov", str(FOV))
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"fov must be a number of degrees, not {text!r}") from None

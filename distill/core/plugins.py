@@ -20,6 +20,8 @@ import inspect
 import keyword
 import os
 import traceback
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -289,12 +291,28 @@ def option_faults(function: Callable[..., object], options: Mapping[str, object]
     offered = [name for name in known if name not in ("weights", "device", "dtype", "in_channels")]  # not options
     there = f"; there are {', '.join(offered)}" if offered else "; it takes none"
     faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or there}" for key in options if key not in known]
-    for key in options.keys() & set(known):
-        default = inspect.signature(function).parameters[key].default
-        # Other types say little of what is meant: a path may be a string, a number None.
-        if type(default) in (bool, int, str) and type(options[key]) is not type(default):
-            faults.append(f"{where}.{key} must be {_WORDS[type(default)]}, not {options[key]!r}")
+    for key, value in options.items():
+        fits = _plain_types(function, key) if key in known else ()
+        # A number without a point may stand for one with it, and a path for its text.
+        given = {type(value), *((float,) if type(value) is int else (str,) if isinstance(value, os.PathLike) else ())}
+        if fits and not given & {*fits}:
+            words = " or ".join(_WORDS[one] for one in fits if one is not type(None))
+            faults.append(f"{where}.{key} must be {words}, not {value!r}")
     return faults
 
 
-_WORDS = {bool: "true or false", int: "a whole number", str: "text"}
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "nothing"}
+
+
+def _plain_types(function: Callable[..., object], key: str) -> tuple[type, ...]:
+    """The types that a parameter may have by its annotation, else by its default; () where others than plain ones
+    could be meant.
+    """
+    default = inspect.signature(function).parameters[key].default
+    plain = type(default) if type(default) in (bool, int, str) else object  # a number may stand for None or a word
+    try:
+        hint = typing.get_type_hints(function).get(key, plain)
+    except (NameError, AttributeError, TypeError):  # of names that are there for a checker of types alone
+        hint = plain
+    members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return members if {*members} <= _WORDS.keys() and {*members} != {type(None)} else ()

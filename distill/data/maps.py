@@ -170,7 +170,8 @@ def _picture(data: bytes) -> np.ndarray:
             return _grey(values, f"has {len(image.getbands())} channels: a picture, not a map")
         if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
             low, high = float(image.info["low"]), float(image.info["high"])
-            return (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
+            numbers = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
+            return np.where(values == 0, np.float32(np.nan), numbers) if image.info.get("invalid") == "0" else numbers
         return values
 
 

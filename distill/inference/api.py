@@ -79,11 +79,10 @@ class Depth:
             _, data = cv2.imencode(".jpg", self.colorize()[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
             files.write_bytes(path, data.tobytes())
         else:
-            values = self.values.cpu().numpy()
-            if not bool(self.valid.all()) or not np.isfinite(values).all():
-                raise ValueError(f"{path}: the map has pixels without a value, which only .npy keeps")
-            span = float(values.min()), float(values.max())
-            predict.write_map(path, "png", values, self._rgb(), span, str(self.kind))
+            values, valid = self.numpy(), self.valid.cpu().numpy()
+            if not valid.any() or not np.isfinite(values[valid]).all():
+                raise ValueError(f"{path}: the map has no value where it should, which only .npy keeps")
+            predict.write_map(path, "png", values, self._rgb(), predict.value_range(values), str(self.kind))
         return path
 
     def colorize(self, cmap: str = "distill") -> np.ndarray:

@@ -2,16 +2,16 @@
 
 Every file is written aside and renamed, so that what is there is whole, and a second call does only what is missing or
 made from a file that has changed since (inference.outputs). A photo that cannot be used is one line in the outcome, and
-the rest is done. Surprise: a map of affine disparity has no
-unit, so the 16-bit picture stretches each map to its own range and keeps that range in the file ("low" and "high" of
-its text: value = low + code / 65535 * (high - low)); a video keeps one slowly moving range, or it would flicker.
+the rest is done. Surprise: a map of affine disparity has no unit, so the 16-bit picture stretches each map to its own
+range and keeps that range in the file ("low" and "high" of its text: value = low + code / 65535 * (high - low); with
+"invalid" code 0 is a pixel without a value); a video keeps one slowly moving range, or it would flicker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -62,8 +62,9 @@ class Estimator:
     nearer, of most students.
     """
 
-    def __init__(self, teacher: AnyTeacher) -> None:
-        self._teacher = teacher
+    def __init__(self, teacher: AnyTeacher, options: Mapping[str, Any] | None = None) -> None:
+        """options: those that the teacher was loaded with, where they are not its own."""
+        self._teacher, self.options = teacher, dict(options or {})
         self.card = teacher.card
         self.takes_focal: bool = getattr(teacher, "takes_focal", False)
 
@@ -112,7 +113,7 @@ def load_teacher(name: str, weights: str | Path | None = None, *, device: str = 
     if faults := option_faults(module.Teacher.load, options, "options"):
         raise ValueError(f"{name}: {'; '.join(faults)}")
     on = machine.usable_device(device)
-    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options))
+    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options), options)
 
 
 def read(path: str | Path) -> Tensor:
@@ -189,10 +190,13 @@ def _same_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
     card, path = estimator.card, out / SETTINGS
     now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
     now |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
+    options = json.loads(json.dumps(getattr(estimator, "options", {}), default=str))
+    now |= {"options": options} if options else {}
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             differing = [key for key in ("revision", "size") if before[key] != now[key]]
+            differing += ["options"] if before.get("options", {}) != options else []
             differing += ["camera"] if "camera" in before and lens and before["camera"] != now["camera"] else []
             now |= {"camera": before["camera"]} if "camera" in before else {}
         except (ValueError, LookupError, TypeError) as error:
@@ -217,7 +221,7 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     photo = read(job.path)
     depth = estimator.predict(photo, **_focal(estimator, job, photo, lens))
     values = _whole(depth, photo)
-    span = float(values.min()), float(values.max())
+    span = value_range(values)
     rgb = photo.permute(1, 2, 0).numpy()
     made = outputs.begin(made, missing)
     for name in missing:
@@ -238,18 +242,27 @@ def _focal(estimator: Estimator, job: PredictionJob, image: Tensor, lens: Lens) 
 
 
 def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
-    """The map's values (H,W); BadImageError where they say nothing, as of a student whose training diverged.
+    """The map's values (H,W), NaN where the model leaves them out, as some do with sky; BadImageError where they say
+    nothing, as of a student whose training diverged.
 
     photo: (3,H,W), whose map may be the same everywhere where it is so itself.
     """
-    values: np.ndarray = depth.values[0].numpy()
-    usable = np.isfinite(values) & depth.valid[0].numpy()
-    if not usable.all():
+    values, said = depth.values[0].numpy(), depth.valid[0].numpy()
+    usable = np.isfinite(values) & said
+    if not said.any():
+        raise BadImageError("the model leaves out every pixel of it: there is no map")
+    if (usable != said).any():
         share = 100 * float(usable.mean())
         raise BadImageError(f"the model's map is not finite ({share:.0f} % of it is): its training has diverged")
-    if values.size > 1 and values.min() == values.max() and photo.min() < photo.max():
-        raise BadImageError(f"the model's map is {values.flat[0]:g} everywhere: its training has collapsed")
-    return values
+    told = values[said]
+    if told.size > 1 and told.min() == told.max() and photo.min() < photo.max():
+        raise BadImageError(f"the model's map is {told[0]:g} everywhere: its training has collapsed")
+    return values if said.all() else np.where(said, values, np.float32(np.nan))
+
+
+def value_range(values: np.ndarray) -> tuple[float, float]:
+    """The lowest and the highest value of a map, of which some are numbers."""
+    return float(np.nanmin(values)), float(np.nanmax(values))
 
 
 def write_map(
@@ -262,15 +275,24 @@ def write_map(
     *,
     durable: bool = True,
 ) -> None:
-    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the ends of a "png"'s range."""
+    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the ends of a "png"'s range.
+
+    NaN in values is a pixel without one: NaN in "npy", grey in colours, code 0 in "png", whose text then has "invalid"
+    = "0"; no other pixel has that code.
+    """
     with files.writing(path, durable=durable) as new, new.open("wb") as file:
         if name == "npy":
             np.save(file, values)
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
-            for key, value in {"kind": kind, "low": repr(span[0]), "high": repr(span[1])}.items():
+            low, high = span
+            text = {"kind": kind, "high": repr(high)}
+            if np.isnan(values).any():
+                low -= (high - low) / 65534 or max(abs(high), 1.0)
+                text["invalid"] = "0"
+            for key, value in {**text, "low": repr(low)}.items():
                 png_text.add_text(key, value)
-            codes = (_position(values, span) * 65535).round().astype(np.uint16)
+            codes = (np.nan_to_num(_position(values, (low, high))) * 65535).round().astype(np.uint16)
             Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
         else:
             near = nearness(values, kind)
@@ -297,7 +319,7 @@ def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
 def _shown(values: np.ndarray) -> tuple[float, float]:
     """The range that colours show: a few extreme pixels must not darken the rest."""
-    low, high = np.percentile(values, [1, 99])
+    low, high = np.nanpercentile(values, [1, 99])
     return float(low), float(high)
 
 
@@ -338,10 +360,10 @@ def _video(
             if single or films:
                 frame_rgb = torch.from_numpy(rgb).permute(2, 0, 1)
                 values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)), frame_rgb)
-                value_range = float(values.min()), float(values.max())
+                ends = value_range(values)
                 for name in single:
                     frame = outputs.path(made, name, count)
-                    write_map(frame, name, values, rgb, value_range, str(estimator.card.kind), durable=False)
+                    write_map(frame, name, values, rgb, ends, str(estimator.card.kind), durable=False)
                 near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])

@@ -32,6 +32,11 @@ FAR = 10.0
 """The farthest over the nearest distance that is assumed of a map whose shift is unknown. Ours."""
 FOV = 60.0
 """Degrees across that `distill predict` assumes where neither it nor the photo's EXIF says. Ours; phones: 60 to 75."""
+NARROWEST, WIDEST = 0.01, 179.0
+"""Degrees across that a camera may have: beyond, its points would lie on one line, or at no distance that float32 has.
+Ours."""
+DEEPEST = 1e6
+"""What `far` may be at most. Ours."""
 JUMP = 0.08
 """Neighbouring depths that differ by more than this share are two surfaces. Ours."""
 MOST, SHOWN = 400_000, 300_000
@@ -66,18 +71,19 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     if (fov is None) == (intrinsics is None):
         raise ValueError("give the camera: either fov=DEGREES (horizontal; phones have 60 to 75) or intrinsics=3 x 3")
     if fov is not None:
-        if not 0 < fov < 180:
-            raise ValueError(f"fov must be between 0 and 180 degrees, not {fov}")
+        if not NARROWEST <= fov <= WIDEST:
+            raise ValueError(f"fov must be between 0 and 180 degrees ({NARROWEST:g} to {WIDEST:g}), not {fov}")
         focal = width / 2 / math.tan(math.radians(fov) / 2)
         return Camera(focal, focal, width / 2, height / 2, f"a field of view of {fov:g} degrees")
     matrix = np.asarray(intrinsics, dtype=np.float64)
-    if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0):
+    if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0 and np.isfinite(matrix).all()):
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     fx, fy, cx, cy = (float(matrix[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    if fx < 0.1 * width or fy < 0.1 * height:
+    narrow = math.tan(math.radians(NARROWEST) / 2)
+    if fx < 0.1 * width or fy < 0.1 * height or width / 2 / fx < narrow or height / 2 / fy < narrow:
         seen = math.degrees(2 * math.atan(width / 2 / fx))
         raise ValueError(
-            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.0f} degrees of an image of {width} x {height}: they "
+            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.3g} degrees of an image of {width} x {height}: they "
             "are in its pixels, not in millimetres or parts of its sides"
         )
     return Camera(fx, fy, cx, cy, "intrinsics")
@@ -100,9 +106,9 @@ def exif_camera(photo: Path, height: int, width: int) -> Camera | None:
 
 
 def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
-    """(H,W) distances along the optical axis of a map (H,W), and where there is one; ValueError for far <= 1."""
-    if not far > 1:
-        raise ValueError(f"far must be above 1, not {far}")
+    """(H,W) distances along the optical axis of a map (H,W), and where there is one. ValueError for such a `far`."""
+    if not 1 < far <= DEEPEST:
+        raise ValueError(f"far must be above 1, and at most {DEEPEST:g}, not {far}")
     if kind.unknown != "affine":
         target = Kind.METRIC_DEPTH if kind.unknown == "metric" else Kind.SCALE_DEPTH
         known = DepthMap(values[None], valid[None], kind).convert(target)

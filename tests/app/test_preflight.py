@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.app import commands, preflight, scaling
+from distill.app import commands, image_survey, preflight, scaling
 from distill.app.cli import main
 from distill.app.enough import about_samples
+from distill.app.image_survey import survey
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
 from distill.core import machine
@@ -67,7 +68,7 @@ def test_a_good_recipe_gets_rates_times_and_disk(check, tmp_path):
     for line in (
         "7 images; parts to label: 1",
         "teacher analytic: weights",
-        "labelling 7 samples of 1 maps at",
+        "labelling at most 7 samples of 1 maps at",
         "labels: 0.00 GB needed",
         "training 600 steps of 4 at",
         "CPU-hours; with processes 1: 0:",
@@ -141,8 +142,26 @@ def test_what_training_would_refuse_is_said_before_labelling(check, tmp_path):
     assert "batch_size = 7, and 7 images make at most 6 training samples" in check("train.batch_size=7")["bad"]
     recipe = metric(tmp_path, student={"canonical_focal": 50.0})
     tables = [replace(recipe.images[0], scenes=1), ImageSettings(pairs=str(write_pairs(tmp_path)))]
-    [found] = about_samples(replace(recipe, images=tuple(tables)), None)
+    uncounted = replace(survey(recipe, crops=False), scanned=False)
+    [found] = about_samples(replace(recipe, images=tuple(tables)), uncounted)
     assert found.what.startswith("images[1]: ") and "has no focal length" in found.what  # scenes have one
+
+
+def test_sources_that_are_not_learnt_from_do_not_count_in_epochs(check, tmp_path):
+    more = f'images=[{{tars="{tmp_path}/sa_0.tar", weight=%s}}, {{scenes=9, size=64, weight=%s}}]'
+    said = check(more % (1, 0), "train.epochs=8", "train.val_fraction=0", "train.warmup_steps=1")
+    assert "16 images; parts to label" in said["ok"] and "labelling at most 16 samples" in said["ok"]
+    assert "training 14 steps of 4 (8 epochs of at most 7 samples) at" in said["ok"]
+    said = check(more % (0, 1), "train.epochs=8", "train.warmup_steps=1")
+    assert "(8 epochs of at most 9 samples, less those held out) at" in said["ok"]
+    few = check(more % (1, 0), "train.batch_size=8")["bad"]
+    assert "batch_size = 8, and 7 images whose images.weight is above 0 make at most 7 training samples" in few
+    recipe = load(tmp_path / "recipe.toml", [more % (1, 1)])
+    shards = image_survey.input_shards(recipe)
+    # Of shards that are not scanned the mean of the others is taken.
+    assert image_survey._learnt(recipe, shards * 2, [shard.scan() for shard in shards]) == 32
+    idle = replace(recipe, images=(replace(recipe.images[0], weight=0.0), recipe.images[1]))
+    assert image_survey._learnt(idle, shards * 2, [shard.scan() for shard in shards]) == 17
 
 
 def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
@@ -171,7 +190,7 @@ def test_what_a_sample_costs_the_processor_is_measured(tmp_path):
     (tmp_path / "recipe.toml").write_text(RECIPE.format(folder=tmp_path))
     recipe = load(tmp_path / "recipe.toml")
     images, teachers = (
-        preflight._images(recipe, crops=True),
+        survey(recipe, crops=True),
         preflight.teaching.load_teachers(recipe, on=torch.device("cpu")),
     )
     sample, _ = preflight._label_one(recipe, images, teachers)

@@ -139,6 +139,14 @@ BAD = {
         "student: init_from takes a whole student: encoder_init_from and decoder_init_from would be passed over, leave "
         "them out",
     ),
+    "a whole student and weights": (
+        '[student]\ninit_from = "pocket"\nweights = "pretrained"',
+        'student: init_from takes a whole student: weights = "pretrained" would be passed over, leave one of them out',
+    ),
+    "two encoders": (
+        '[student]\nencoder_init_from = "pocket"\nweights = "vit.pth"',
+        "student: encoder_init_from and weights both say what the encoder begins with: leave one of them out",
+    ),
     "native_size": ("[student]\nnative_size = -4", "student: native_size must be at least 0, not -4"),
     "lr": ("[train]\nlr = -1", "train: lr must be finite and above 0, not -1.0"),
     "lr inf": ("[train]\nlr = inf", "train: lr must be finite and above 0, not inf"),

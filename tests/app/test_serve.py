@@ -41,6 +41,9 @@ def fault(url: str, data: bytes | None = None, **headers: str) -> tuple[int, str
         return answer.code, json.loads(answer.read())["error"]
 
 
+NO_FIELDS = ("999", "180", "0", "-5", "nan", "inf", "5e-324", "wide", "1e999")
+
+
 def photo() -> bytes:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)).save(file, "PNG")
@@ -60,14 +63,29 @@ def test_a_photo_gives_its_files(address):
     assert b"70 degrees" in ask(f"{here}/view.html?fov=70")
 
 
+def test_a_model_whose_metres_depend_on_the_camera_is_told_the_field_of_view():
+    class Sees(Fake):
+        takes_focal = True
+
+        def predict(self, images, *, focal=None):
+            self.focal = focal
+            return super().predict(images)
+
+    fake = Sees()
+    with serve.DepthServer(lambda: Model(fake), "m", host="127.0.0.1", port=0) as server:
+        assert server.predict(photo(), 90.0)["takes_fov"] and fake.focal == pytest.approx(15)
+        assert server.predict(photo())["takes_fov"] and fake.focal == pytest.approx(15 * 3**0.5)
+
+
 def test_what_cannot_be_is_one_line(address, monkeypatch):
     assert fault(f"{address}/predict", b"no photo")[0] == 400
+    assert fault(f"{address}/predict?fov=wide", photo()) == (400, "fov must be a number of degrees, not 'wide'")
     code, told = fault(f"{address}/predict", photo(), Origin="http://elsewhere.example")
     assert code == 403 and "another site" in told
     key = json.loads(ask(f"{address}/predict", photo()))["id"]
     for path, words in (
         ("colour.png?cmap=x", "cmap must be"),
-        ("depth.glb?fov=999", "180"),
+        *((f"{name}?fov={fov}", "fov must be") for name in ("depth.glb", "view.html") for fov in NO_FIELDS),
         ("../x", "there are colour"),
     ):
         assert words in fault(f"{address}/{key}/{path}")[1]
@@ -78,9 +96,18 @@ def test_what_cannot_be_is_one_line(address, monkeypatch):
     assert fault(f"{address}/predict", photo())[0] == 413
 
 
-def test_a_port_that_is_taken_is_told(address, capsys):
+def test_a_port_or_host_that_cannot_be_had_is_told(address, capsys, monkeypatch):
     assert main(["serve", "--port", address.rpartition(":")[2]]) == 2
     assert "give another --port" in capsys.readouterr().err
+    assert main(["serve", "--port", "65536"]) == 2
+    assert "--port is from 0 to 65535" in capsys.readouterr().err
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(serve, "DepthServer", unknown)
+    assert main(["serve", "--host", "nowhere"]) == 2
+    assert "--host nowhere: Name or service not known; 127.0.0.1 is" in capsys.readouterr().err
 
 
 def test_a_browser_that_goes_away_and_a_length_of_no_number_are_no_faults_here(address, monkeypatch):

@@ -202,6 +202,10 @@ def test_a_metric_student_can_begin_as_one_of_affine_disparity(tmp_path):
     table = {"run": {"name": "x"}, "train": {"kind": "metric_depth"}, "student": {"init_from": str(folder)}}
     with pytest.raises(RecipeError, match="the student predicts affine_disparity: set student.max_depth"):
         build.make_student(parse(table))
+    other = {**table, "student": table["student"] | {"weights": str(tmp_path / "vit.pth")}}
+    (tmp_path / "vit.pth").touch()
+    with pytest.raises(RecipeError, match="student.init_from: .* holds its own encoder, and student.weights names"):
+        build.make_student(parse(other))
     table["student"]["max_depth"] = 20.0
     begun, images = build.make_student(parse(table)), torch.rand(1, 3, 32, 40)
     begun.eval(), student.eval()

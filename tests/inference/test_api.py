@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
 
@@ -12,6 +13,8 @@ from PIL import Image
 
 import distill
 from distill.core.depth import DepthMap, Kind
+from distill.data.maps import read_map
+from distill.inference import solid
 from distill.inference.api import Depth, Model
 from distill.inference.pictures import picture
 
@@ -108,6 +111,10 @@ def test_a_map_is_saved_as_predict_does(tmp_path):
     assert Image.open(depth.save(str(tmp_path / "a.jpg"))).size == (7, 5)
     with pytest.raises(ValueError, match=r"\.npy"):
         depth.save(tmp_path / "a.exr")
+    some = dataclasses.replace(depth, valid=torch.arange(35).reshape(5, 7) > 9)  # sky, of some teachers
+    np.testing.assert_allclose(read_map(some.save(tmp_path / "sky.png")), some.numpy(), atol=1e-4)
+    with pytest.raises(ValueError, match="no value where it should"):
+        dataclasses.replace(some, valid=some.valid & False).save(tmp_path / "sky.png")
 
 
 def test_colours_show_near_bright():
@@ -143,9 +150,16 @@ def test_points_lie_where_the_camera_saw_them():
     relief = Depth(torch.linspace(0, 1, 24).reshape(4, 6), everywhere, Kind.AFFINE_DISPARITY, photo)
     z = relief.point_cloud(fov=60, far=4).points[:, 2]
     assert np.isclose(z.max() / z.min(), 4) and z[0] > z[-1]
-    for wrong in ({}, {"fov": 60, "intrinsics": np.eye(3)}, {"fov": 180}, {"intrinsics": np.eye(2)}):
+    cameras = [{"intrinsics": [[fx, 0, cx], [0, 3, 2], [0, 0, 1]]} for fx, cx in ((np.inf, 3), (1e9, 3), (3, np.nan))]
+    cameras += [{"fov": fov} for fov in (180, 0, -1, np.nan, np.inf, 5e-324)]
+    for wrong in ({}, {"fov": 60, "intrinsics": np.eye(3)}, {"intrinsics": np.eye(2)}, *cameras):
         with pytest.raises(ValueError, match=r"fov|intrinsics"):
             relief.point_cloud(**wrong)
+    for far in (1, np.nan, np.inf):
+        with pytest.raises(ValueError, match="far must be above 1"):
+            relief.point_cloud(fov=60, far=far)
+    for fov in (solid.NARROWEST, solid.WIDEST):
+        assert np.isfinite(relief.point_cloud(fov=fov, far=solid.DEEPEST).points).all()
 
 
 def test_the_built_in_model_and_a_run(tmp_path):

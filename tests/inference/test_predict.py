@@ -12,6 +12,8 @@ from PIL import Image
 
 from distill.app import cli
 from distill.core.depth import DepthMap, Kind
+from distill.data.maps import decode_map
+from distill.eval.reports.figures import INVALID
 from distill.inference import outputs, predict
 from tests.inference.fake import Fake, call, grey, names, shoot, silent, value
 
@@ -220,11 +222,23 @@ def test_a_file_that_was_not_made_here_is_never_overwritten(tmp_path):
     assert (out / "a_side.jpg").read_text() == "mine"
 
 
-def test_a_map_that_is_declared_invalid_is_no_map():
+def test_what_a_model_leaves_out_is_no_fault_and_a_map_without_numbers_is_no_map(tmp_path):
     values, photo = torch.zeros(1, 4, 4), torch.arange(48).reshape(3, 4, 4)
     some = torch.arange(16).reshape(1, 4, 4) >= 4
-    with pytest.raises(predict.BadImageError, match=r"not finite \(75 % of it is\)"):  # a teacher without a number
-        predict._whole(DepthMap(values, some, Kind.AFFINE_DISPARITY), photo)
+    broken = torch.where(torch.arange(16).reshape(1, 4, 4) < 6, torch.nan, 1.0)
+    with pytest.raises(predict.BadImageError, match=r"not finite \(62 % of it is\)"):
+        predict._whole(DepthMap(broken, some, Kind.AFFINE_DISPARITY), photo)
+    with pytest.raises(predict.BadImageError, match="leaves out every pixel"):
+        predict._whole(DepthMap(values, some & False, Kind.AFFINE_DISPARITY), photo)
+    for numbers in (torch.arange(16.0).reshape(1, 4, 4), torch.full((1, 4, 4), 3.0)):
+        known = predict._whole(DepthMap(numbers, some, Kind.METRIC_DEPTH), photo * 0)
+        assert np.isnan(known[0]).all() and np.array_equal(known[1:], numbers[0, 1:])
+        ends = predict.value_range(known)
+        for name in ("png", "npy", "colour", "side"):
+            predict.write_map(tmp_path / name, name, known, np.zeros((4, 4, 3), np.uint8), ends, "metric_depth")
+        np.testing.assert_allclose(decode_map((tmp_path / "png").read_bytes(), "a.png"), known, atol=1e-3)
+        np.testing.assert_array_equal(np.load(tmp_path / "npy"), known)
+        assert (np.asarray(Image.open(tmp_path / "colour"))[0] == np.array(INVALID)).all()
     everywhere = DepthMap(values, torch.ones_like(some), Kind.AFFINE_DISPARITY)
     with pytest.raises(predict.BadImageError, match="is 0 everywhere: its training has collapsed"):
         predict._whole(everywhere, photo)

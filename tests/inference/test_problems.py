@@ -12,6 +12,7 @@ from distill.app import cli
 from distill.data import sources
 from distill.inference import predict
 from distill.teachers.checkpoint import native_shape
+from tests import tiny_teachers
 from tests.inference.fake import Fake, call, grey
 
 
@@ -190,3 +191,25 @@ def test_pipes_links_and_lists_are_named_for_what_they_are(tmp_path):
         predict.survey([str(tmp_path / "l.jpg")], out=tmp_path / "o")
     with pytest.raises(FileNotFoundError, match="list.txt: a text file, not a photo: give the photos that it lists"):
         predict.survey([str(tmp_path / "list.txt")], out=tmp_path / "o")
+
+
+def test_a_teacher_takes_its_options_and_the_folder_remembers_them(tmp_path, capsys):
+    grey(tmp_path / "a.png", 9, size=(40, 30))
+    (tmp_path / "t").mkdir()
+    weights = tiny_teachers.depth_anything_v2(tmp_path / "t")[0]
+    place = ["predict", str(tmp_path / "a.png"), "--out", str(tmp_path / "o"), "--formats", "npy", "--device", "cpu"]
+    taught = [*place, "--teacher", "depth_anything_v2", "--weights", weights, "--set", "native_size=28"]
+    assert cli.main([*taught, "--set", "position_rule=transformers"]) == 0
+    assert cli.main([*taught, "--set", 'position_rule="transformers"']) == 0
+    assert "0 of 1 predicted, 1 already there" in " ".join(capsys.readouterr().out.split())
+    for words, told in (
+        (taught, "another options"),
+        ([*taught, "--set", "max_dept=80"], "unknown key options.max_dept; did you mean max_depth?"),
+        ([*taught, "--set", "max_depth=far"], "options.max_depth must be a number, not 'far'"),
+        ([*taught, "--set", "max_depth=-1"], "max_depth must be above 0 metres"),
+        ([*taught, "--set", "device=cpu"], "--set device: no option of a teacher; give --device"),
+        ([*place, "--set", "max_depth=80"], "--set: an option of a teacher: give --teacher NAME"),
+        (["serve", "--set", "max_depth=80"], "--set: an option of a teacher: give --teacher NAME"),
+    ):
+        assert cli.main(words) == 2
+        assert told in " ".join(capsys.readouterr().err.split())

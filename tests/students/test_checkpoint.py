@@ -185,7 +185,7 @@ class TestFrozenEncoderLeftOut:
     def test_a_file_that_nobody_needs(self, tmp_path, parts):
         file, student, _ = parts
         checkpoint.save(student, tmp_path / "whole")
-        with pytest.raises(ValueError, match="holds its own encoder; leave encoder_weights out"):
+        with pytest.raises(ValueError, match="holds its own encoder; leave --encoder-weights"):
             checkpoint.load(tmp_path / "whole", encoder_weights=file)
 
 
@@ -361,3 +361,9 @@ class TestFaults:
             save_file(changed, path)
             edit(folder, lambda d: d["weights"].update(sha256=checkpoint.file_sha256(path)))
             self.fails(folder, ValueError, message)
+
+
+def test_a_run_that_has_not_trained_yet_is_told(tmp_path):
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(FileNotFoundError, match="it is a run that has not trained one yet: distill train RECIPE"):
+        checkpoint.load(checkpoint.fetch(str(tmp_path)))

@@ -251,3 +251,20 @@ def test_a_card_file_takes_the_cards_place(tmp_path):
     assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), *card]) == 0
     card = checkpoint.read_card(tmp_path / "o")
     assert card == {"name": "new", "scores": [{"benchmark": "b", "abs_rel": 0.1}]}
+
+
+def test_in_its_own_folder_a_student_keeps_its_weights_unless_that_is_asked(tmp_path, capsys):
+    own, weights = str(tmp_path / "s"), tmp_path / "s" / checkpoint.WEIGHTS
+    checkpoint.save(small(), own)
+    whole = weights.read_bytes()
+    for bits in ("4", "16"):
+        assert cli.main(["export", own, own, "--bits", bits]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"whose weights --bits {bits} would replace" in said and said.endswith("with --overwrite")
+        assert weights.read_bytes() == whole
+    assert cli.main(["export", own, own]) == 0 and weights.read_bytes() == whole
+    assert cli.main(["export", own, own, "--bits", "16", "--overwrite"]) == 0
+    half = weights.read_bytes()
+    assert len(half) < len(whole)
+    # What is stored so already loses nothing, and may be given a graph.
+    assert cli.main(["export", own, own, "--bits", "16"]) == 0 and weights.read_bytes() == half

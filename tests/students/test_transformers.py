@@ -65,6 +65,9 @@ def test_a_native_class_has_the_same_map(tmp_path, photo, name, capsys):
     checkpoint.save(student, tmp_path / "s", card={"name": "tiny"})
     assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "o"), "--transformers"]) == 0
     assert capsys.readouterr().err == "", "no progress bar of somebody else's"
+    assert cli.main(["export", str(tmp_path / "s"), str(tmp_path / "s"), "--transformers"]) == 2
+    assert "--transformers native would replace" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "s" / checkpoint.DESCRIPTION).is_file()
     assert not list((tmp_path / "o").glob("*.py"))
     assert "library_name: transformers" in (tmp_path / "o" / "README.md").read_text()
     pipe = transformers.pipeline("depth-estimation", model=str(tmp_path / "o"))

@@ -77,6 +77,8 @@ def test_held_out_loss_that_rises_is_overfitting(tmp_path):
 def test_what_is_no_log_ends_in_one_line(tmp_path, capsys):
     assert main(["doctor", str(tmp_path)]) == 2
     assert "no training log; looked for" in capsys.readouterr().err.replace("\n", "")
+    assert main(["doctor", "demmo"]) == 2
+    assert "demmo: no such recipe, run or log; did you mean demo?" in " ".join(capsys.readouterr().err.split())
     (tmp_path / "log.jsonl").write_text("hello\nthere\n")
     with pytest.raises(ValueError, match="not a training log"):
         check_run(tmp_path)

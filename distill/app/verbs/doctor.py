@@ -24,6 +24,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from distill.app.console import table
+    from distill.app.shipped import shipped
+    from distill.core.plugins import did_you_mean
 
     if bool(args.target) == bool(args.benchmark):
         raise ValueError("doctor takes a recipe, a run's folder or its log; or --benchmark NAME with --root DIR")
@@ -45,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
     else:
         from distill.training.diagnose import check_run
 
+        if not Path(args.target).exists():
+            near = did_you_mean(args.target, list(shipped()))
+            raise FileNotFoundError(f"{args.target}: no such recipe, run or log{near}; distill list recipes names some")
         title, findings = args.target, check_run(Path(args.target))
     head = ["level", "what", "remedy"] if any(f.remedy for f in findings) else ["level", "what"]
     table(f"doctor: {title}", head, [[f.level, f.what, f.remedy][: len(head)] for f in findings], text=True)

@@ -28,7 +28,7 @@ from distill.app.verbs._recipe import refuse
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("student", metavar="STUDENT", help="a run, a student's folder, or pocket")
     parser.add_argument("out", metavar="OUT", help="the folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the student that OUT holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace a student in OUT, STUDENT itself too")
     parser.add_argument("--bits", type=int, choices=[32, 16, 4], default=32, help="precision of the stored matrices")
     parser.add_argument("--calibrate", metavar="LABELS", help="--bits 4 rounded for the crops of a labels folder")
     parser.add_argument("--card", metavar="FILE.toml", help="plain values to put on the card instead of its own")

@@ -5,6 +5,7 @@ distill predict photos/ 'more/**/*.png' video.mp4 --out maps --formats png npy c
 distill predict photos/ --student runs/demo            the student of a run, or of a folder
 distill predict photo.jpg --write ply glb view --fov 65  points, a surface, and a page that turns them offline
 distill predict photos/ --teacher depth_anything_v2 --weights depth-anything/Depth-Anything-V2-Small
+distill predict photos/ --teacher depth_anything_v2 --weights metric.pth --set max_depth=80      with its options
 
 Safe to interrupt; rerun to resume: only missing maps, and those of photos that have changed, are made.
 predict_sources.jsonl says which photo made which map. Unreadable images are skipped and listed with the reason. Of a
@@ -16,8 +17,11 @@ says, else 60 degrees, and so are the metres of a model that depends on the came
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
+
+from distill.app.verbs._recipe import take_teacher, teacher_options
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,8 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a run, a student's folder, pocket (the built-in model, default), or OWNER/NAME on the hub",
     )
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
-    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
+    take_teacher(parser)
     parser.add_argument("--out", type=Path, default=Path("depth"), metavar="DIR", help="where to write (depth)")
     parser.add_argument(
         "--formats",
@@ -58,15 +61,14 @@ def run(args: argparse.Namespace) -> int:
     student_only |= {"--decoder": args.decoder}
     if args.teacher and (given := [name for name, value in student_only.items() if value is not None]):
         raise ValueError(f"{', '.join(given)}: of students; leave it out beside --teacher")
-    if args.weights and not args.teacher:
-        raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
-    lens = _lens(args)
+    options, lens = teacher_options(args), _lens(args)
     if args.decoder:
         allow(args.decoder)
     survey = predict.survey(args.images, out=args.out)
     jobs = survey.jobs
     if args.teacher:
-        name, estimator = args.teacher, predict.load_teacher(args.teacher, args.weights, device=args.device)
+        name = args.teacher
+        estimator = predict.load_teacher(name, args.weights, device=args.device, **options)
     else:
         name = args.student or "pocket"
         estimator = predict.load(name, device=args.device, size=args.size, encoder_weights=args.encoder_weights)
@@ -109,15 +111,15 @@ def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
 
 def _lens(args: argparse.Namespace) -> Any:
     """What the command line says of the camera. Raises ValueError for one that cannot be."""
-    from distill.inference.solid import FAR, Lens, camera
+    from distill.inference.solid import DEEPEST, FAR, Lens, camera
 
     if args.fov is not None and args.intrinsics:
         raise ValueError("--fov and --intrinsics both say the camera: keep one")
     far = FAR if args.far is None else args.far
-    if not far > 1:
-        raise ValueError(f"--far must be above 1, not {far:g}")
+    if not 1 < far <= DEEPEST:
+        raise ValueError(f"--far must be above 1, and at most {DEEPEST:g}, not {far:g}")
     if args.fov is not None:
         camera(args.fov, None, 1, 1)
-    if args.intrinsics and not min(args.intrinsics[:2]) > 0:
-        raise ValueError("--intrinsics FX FY CX CY: the focal lengths must be above 0, in pixels")
+    if args.intrinsics and not (all(map(math.isfinite, args.intrinsics)) and min(args.intrinsics[:2]) > 0):
+        raise ValueError("--intrinsics FX FY CX CY: finite numbers of pixels, the focal lengths above 0")
     return Lens(args.fov, tuple(args.intrinsics) if args.intrinsics else None, far)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import argparse
 import errno
+import socket
 from functools import partial
 from typing import Any
+
+from distill.app.verbs._recipe import take_teacher, teacher_options
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--student", metavar="NAME", help="a run, a student's folder, pocket (default), or OWNER/NAME")
-    parser.add_argument("--teacher", metavar="NAME", help="a teacher instead (distill list teachers)")
-    parser.add_argument("--weights", metavar="W", help="the teacher's: a hub id or a file (default: its first card's)")
+    take_teacher(parser)
     parser.add_argument("--device", default="auto", help="auto (CUDA, then Apple's GPU, then CPU), cpu, cuda:1, mps")
     parser.add_argument("--host", default="127.0.0.1", help="who may ask: this machine alone by default; 0.0.0.0: all")
     parser.add_argument("--port", type=int, default=7860, help="7860; 0 takes a free one")
@@ -27,19 +29,22 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.serve import DepthServer
     from distill.inference.api import load, load_teacher
 
+    if not 0 <= args.port <= 65535:
+        raise ValueError(f"--port is from 0 to 65535, not {args.port}")
     if args.teacher and args.student:
         raise ValueError("--student and --teacher both say the model: keep one")
-    if args.weights and not args.teacher:
-        raise ValueError("--weights are a teacher's: give --teacher NAME too, or --student FOLDER for a student")
+    options = teacher_options(args)
     name = args.teacher or args.student or "the built-in model"
     model: Any
     if args.teacher:
-        model = partial(load_teacher, args.teacher, args.weights, device=args.device)
+        model = partial(load_teacher, args.teacher, args.weights, device=args.device, **options)
     else:
         model = partial(load, args.student or "pocket", device=args.device)
     note(f"loading {name} ...")
     try:
         server = DepthServer(model, name, host=args.host, port=args.port)
+    except socket.gaierror as error:
+        raise OSError(f"--host {args.host}: {error.strerror}; 127.0.0.1 is this machine, 0.0.0.0 all of it") from error
     except OSError as error:
         if error.errno not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
             raise

@@ -1,0 +1,73 @@
+"""Images at another path: their labels are found, and may be used, as long as the files are the same."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from distill.app import build, recipe
+from distill.app.cli import main
+from distill.app.strict import RecipeError
+from tests.inference.fake import grey
+
+RECIPE = """
+[run]
+name = "moved"
+out = "{folder}/run"
+device = "cpu"
+[[images]]
+photos = "{folder}/one/pics"
+[crops]
+size = 32
+min_side = 32
+patches = "none"
+[[teachers]]
+name = "analytic"
+[labels]
+samples_per_part = 2
+"""
+
+
+@pytest.fixture
+def path(tmp_path, capsys):
+    for i in range(5):
+        grey(tmp_path / "one" / "pics" / f"{i}.png", 9 * i, size=(40, 36 + i))
+    path = tmp_path / "r.toml"
+    path.write_text(RECIPE.format(folder=tmp_path))
+    assert main(["label", str(path)]) == 0 and "had another path" not in capsys.readouterr().err
+    (tmp_path / "one").rename(tmp_path / "two")
+    return path
+
+
+def test_labels_of_images_that_moved_are_told_of_and_used(path, tmp_path, capsys):
+    old = build.labels_folder(recipe.load(path))
+    there = f"images.0.photos={tmp_path}/two/pics"
+    assert main(["label", str(path), "--set", there]) == 0
+    assert f"give --set labels.root={old}" in capsys.readouterr().err.replace("\n", " ")
+    assert main(["label", str(path), "--set", there]) == 0, "begun before: nothing is told again"
+    assert "had another path" not in capsys.readouterr().err
+    use = [there, f"labels.root={old}"]
+    before = {file.name: file.stat().st_mtime_ns for file in old.iterdir()}
+    assert main(["label", str(path), *(word for one in use for word in ("--set", one))]) == 0
+    assert {file.name: file.stat().st_mtime_ns for file in old.iterdir()} == before
+    assert len(build.labelled(recipe.load(path, use))) == 5
+    with pytest.raises(RecipeError, match="labelled with another crops than"):
+        build.labelled(recipe.load(path, [*use, "crops.overlap=0.2"]))
+
+
+@pytest.mark.parametrize("change", ["another file", "one less", "one more", "gone", "another name"])
+def test_other_files_are_not_taken_for_them(path, tmp_path, change):
+    old, pics = build.labels_folder(recipe.load(path)), tmp_path / "two" / "pics"
+    if change == "another file":
+        grey(pics / "4.png", 200, size=(40, 40))
+    elif change == "one less":
+        (pics / "4.png").unlink()
+    elif change == "one more":
+        grey(pics / "5.png", 1, size=(40, 40))
+    elif change == "gone":
+        shutil.rmtree(pics)
+    else:
+        pics = pics.rename(tmp_path / "two" / "photos")
+    with pytest.raises(RecipeError, match="labelled with another images than"):
+        build.labelled(recipe.load(path, [f"images.0.photos={pics}", f"labels.root={old}"]))
