@@ -124,7 +124,7 @@ def test_reading_processes_end_with_one_that_is_killed():
     time.sleep(0.7)
     parent.kill()
     parent.join()
-    assert select.select([ours], [], [], 2.0)[0] and os.read(ours, 1) == b""
+    assert select.select([ours], [], [], 5.0)[0] and os.read(ours, 1) == b""
     os.close(ours)
 
 
