@@ -146,10 +146,13 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
 def _tell_of_others(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
     """Says where labels of these files lie already, which another path of the images gave another address."""
     settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
-    if other := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
+    if found := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
+        other, name = found
+        now, then = (stem if images[0].is_tar else stem.rpartition("_")[0] for stem in (images[0].stem, name))
+        way = f"rename {now} back to {then} and " if name else ""
         note(
             f"{other} has finished labels of these files, which had another path then; here they are made anew: to use "
-            f"those, stop this and give --set labels.root={other}"
+            f"those, stop this, {way}give --set labels.root={other}"
         )
 
 

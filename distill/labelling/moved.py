@@ -39,8 +39,13 @@ def made_from(
 
 
 def _is_of(folder: Path, part: Part) -> bool:
+    return _says((folder / part.name).with_suffix(".json"), part)
+
+
+def _says(path: Path, part: Part) -> bool:
+    """Whether a part's json is of the files of this part."""
     try:
-        told = read_json((folder / part.name).with_suffix(".json"))
+        told = read_json(path)
     except (FileNotFoundError, DamagedTableError, ValueError):
         return False
     same = told["images"] == [entry.key for entry in part.entries] and told["of"] == part.of
@@ -53,16 +58,21 @@ def elsewhere(
     shards: Sequence[InputShard],
     crops: CropSettings,
     labels: LabelSettings,
-) -> Path | None:
+) -> tuple[Path, str] | None:
     """Finished labels beside `folder`, where there are none yet, of these settings and, by their first shard, of these
-    files. settings: manifest.settings_of.
+    files, and how their first tar is named where it is another name. settings: manifest.settings_of.
     """
     if (folder / SETTINGS).is_file() or not folder.parent.is_dir():
         return None
     for other in sorted(path.parent for path in folder.parent.glob(f"*/{MANIFEST}")):
         try:
-            if read_json(other / SETTINGS) == settings and made_from(other, shards, crops, labels, first=True):
-                return other
+            if read_json(other / SETTINGS) != settings:
+                continue
+            if made_from(other, shards, crops, labels, first=True):
+                return other, ""
+            first = parts_of(shards[0], part_sizes(shards, crops, labels)[0])[0]
+            if path := next((path for path in sorted(other.glob("*-000.json")) if _says(path, first)), None):
+                return other, path.stem.removesuffix("-000")
         except (OSError, ValueError):
             continue  # damaged, or of another version: nothing to offer
     return None

@@ -146,12 +146,25 @@ def make_folder(out: Path, shards: Sequence[InputShard], teachers: Teachers) -> 
     combine(shards)
     if not shards:
         raise ValueError("there are no images to label; check [images]")
+    _check_own(out, shards)
     for shard in shards:
         asked_about(shard, teachers)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
+
+
+def _check_own(out: Path, shards: Sequence[InputShard]) -> None:
+    """Raises ValueError where `out` has finished labels, and none of them is of these shards."""
+    if any((out / f"{shard.stem}-000.json").is_file() for shard in shards):
+        return  # a manifest of millions of images is not read for nothing
+    tars = [tar["name"] for tar in _manifest_there(out).get("shards", ())]
+    if tars and not {name.rpartition("-")[0] for name in tars} & {shard.stem for shard in shards}:
+        raise ValueError(
+            f"{out} has finished labels of other images ({tars[0]}, and these are {shards[0].stem}): label into "
+            "another folder; tars are named after the images' own tar or folder, so one that was renamed is another"
+        )
 
 
 def made_by(recipe: Mapping[str, Any] | None, machine: Mapping[str, Any] | None) -> dict[str, Any]:

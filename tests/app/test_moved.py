@@ -71,3 +71,16 @@ def test_other_files_are_not_taken_for_them(path, tmp_path, change):
         pics = pics.rename(tmp_path / "two" / "photos")
     with pytest.raises(RecipeError, match="labelled with another images than"):
         build.labelled(recipe.load(path, [f"images.0.photos={pics}", f"labels.root={old}"]))
+
+
+def test_a_folder_of_another_name_is_told_to_be_renamed_and_never_labelled_among_the_others(path, tmp_path, capsys):
+    old = build.labels_folder(recipe.load(path))
+    (tmp_path / "two" / "pics").rename(tmp_path / "photos")
+    there = ["label", str(path), "--set", f"images.0.photos={tmp_path}/photos"]
+    assert main(there) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"stop this, rename photos back to pics and give --set labels.root={old}" in said
+    before = {file.name: file.stat().st_mtime_ns for file in old.iterdir()}
+    assert main([*there, "--set", f"labels.root={old}"]) == 2
+    assert "has finished labels of other images (pics_000000-000.tar" in " ".join(capsys.readouterr().err.split())
+    assert {file.name: file.stat().st_mtime_ns for file in old.iterdir()} == before
