@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -113,18 +114,28 @@ def stored_batches(
             yield batch.ready(settings)
         return
     handover = handover_for(readers.processes, readers.size)
+    number = len(positions)
     if handover is None:
-        yield from _on_device(loader_of(samples, positions, collate, readers, pinned=True), None, settings, device)
+        given = loader_of(samples, positions, collate, readers, pinned=True)
+        yield from _on_device(given, number, None, settings, device)
         return
     with handover.held():
         given = loader_of(samples, positions, Giving(collate, handover), readers, end=handover.end)
-        yield from _on_device(given, handover, settings, device)
+        yield from _on_device(given, number, handover, settings, device)
 
 
 def _on_device(
-    batches: Iterator[StoredBatch | Handed], handover: Handover | None, settings: TrainSettings, device: torch.device
+    batches: Iterator[StoredBatch | Handed],
+    number: int,
+    handover: Handover | None,
+    settings: TrainSettings,
+    device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Each batch is sent while the step before it runs, and decoded where it arrives."""
+    """So many batches, each sent while the step before it runs, and decoded where it arrives.
+
+    No more is asked for: at its end a loader waits for its processes, a second, and the last step is still to come.
+    """
+    batches = islice(batches, number)
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
     sent: list[tuple[Handed, Any]] = []
 

@@ -57,9 +57,10 @@ def test_the_same_bits(labels, room):
         for batch in given:
             seen.append(isinstance(batch, Handed))
             yield batch
+        seen.append("asked beyond the end, where a loader waits for its processes")
 
     with handover.held():
-        ours = list(_on_device(watched(), handover, SETTINGS, CPU))
+        ours = list(_on_device(watched(), len(positions), handover, SETTINGS, CPU))
     assert seen == [room > 4096] * SETTINGS.steps and SETTINGS.steps > 2 * SLOTS
     for mine, its in zip(ours, stored_batches(labels, positions, settings=SETTINGS, device=CPU), strict=True):
         assert mine.waited is not None and its.waited is None
