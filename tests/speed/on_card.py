@@ -53,9 +53,7 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def labels_of(
-    tars: list[str], folder: Path, size: int, device: torch.device, crops_per_image: int, codec: str
-) -> LabelDataset:
+def labels_of(tars: list[str], folder: Path, size: int, device: torch.device, crops_per_image: int, codec: str) -> None:
     entries = [entry for shard in sources.tars(tars) for entry in shard.scan().entries]
     entries = [entry for entry in entries if min(entry.load().rgb.shape[1:]) >= 644][:12]
     shards = repeated(entries, len(entries), "photo")
@@ -65,7 +63,6 @@ def labels_of(
     settings = LabelSettings(batch_size=16, threads=os.cpu_count() or 1, codec=codec)
     teacher = Teacher.load("pocket", device=device, native_size=min(size, 224))
     label(shards, [("pocket", teacher)], out=folder, crops=crops, labels=settings, device=device)
-    return LabelDataset(folder)
 
 
 def student_of(decoder: str, given: argparse.Namespace, frozen: bool) -> students.Student:
@@ -235,6 +232,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="dinov3_vits16")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--crops-per-image", type=int, default=12)
+    parser.add_argument("--labels", type=Path, help="a folder of such labels that is there already")
     parser.add_argument("--codec", choices=list(CODECS), default="zst")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--patches-per-step", type=int, nargs="+", default=[0], help="0: all")
@@ -250,8 +248,11 @@ def main() -> None:
         f"{os.cpu_count()} cores, torch {torch.__version__}",
     )
     with tempfile.TemporaryDirectory() as temporary:
-        tars = given.tars or [str(make_tar(Path(temporary) / "sa_0.tar"))]
-        data = labels_of(tars, Path(temporary) / "labels", size, device, given.crops_per_image, given.codec)
+        tars = given.tars or ([] if given.labels else [str(make_tar(Path(temporary) / "sa_0.tar"))])
+        folder = given.labels or Path(temporary) / "labels"
+        if not given.labels:
+            labels_of(tars, folder, size, device, given.crops_per_image, given.codec)
+        data = LabelDataset(folder)
         start = time.process_time()
         for i in range(8):
             data.get(i, ["pocket"], coded=True)
