@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from threading import Event
 from typing import TypeVar
@@ -65,11 +65,18 @@ STOP_S = 1.5
 
 
 @contextmanager
-def crew(threads: int) -> Iterator[Crew]:
+def crew(threads: int, device: torch.device) -> Iterator[Crew]:
     """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed.
 
-    An interrupted run does not wait for its workers: a photograph that is being decoded takes seconds.
+    device: where the teachers are. Beside a GPU the thread that asks computes on one core as well: sixteen would spin
+    after each copy of a crop, and take from the workers nine tenths of a processor. An interrupted run does not wait
+    for its workers: a photograph that is being decoded takes seconds.
     """
+    with threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext():
+        yield from _crew(threads)
+
+
+def _crew(threads: int) -> Iterator[Crew]:
     pools = (ThreadPoolExecutor(threads, initializer=_one_thread), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
     together = Crew(threads, *pools)
     try:

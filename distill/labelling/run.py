@@ -127,7 +127,7 @@ def label(
         mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
         todo = [part for part in mine if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
         tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
-        with crew(max(1, labels.threads)) as team:
+        with crew(max(1, labels.threads), device) as team:
             for part in todo:
                 work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
                 team.close(label_part(out, part, work, tally, team).finish)

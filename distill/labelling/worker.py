@@ -306,7 +306,7 @@ def by_parts(
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
     worker.card = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
-    with crew(max(1, labels.threads)) as team:
+    with crew(max(1, labels.threads), device) as team:
         job = Work(teachers, crops, labels, seed, device, (), team.stopping)
         return (yield from _until_all_is_made(worker, team, tally, job, end, before))
 

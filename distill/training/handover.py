@@ -10,6 +10,7 @@ its oldest never waits for a slot that a later one has, as it could if the slots
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ from torch.utils.data import get_worker_info
 
 from distill.core import machine
 
+_log = logging.getLogger(__name__)
 SLOTS = 2
 """Of each process: one is filled while the other waits or is sent."""
 SPARE = 1.5
@@ -127,10 +129,10 @@ class Handover:
     def take(self, handed: Handed, device: torch.device) -> Any:
         """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
         memory = self.slots[handed.reader][handed.slot]
-        if device.type == "cuda":
-            self._lock(memory, device)
-        here = torch.empty(handed.used, dtype=torch.uint8, device=device)
-        here.copy_(memory[: handed.used], non_blocking=True)
+        here, filled = torch.empty(handed.used, dtype=torch.uint8, device=device), memory[: handed.used]
+        if device.type == "cuda" and not self._lock(memory, device):
+            filled = filled.pin_memory()  # one copy more, where the way to the device would stand still for all of it
+        here.copy_(filled, non_blocking=True)
         return mapped(handed.content, Piece, lambda piece: piece.of(here))
 
     def release(self, handed: Handed) -> None:
@@ -155,16 +157,18 @@ class Handover:
             self.end()
             self._unlock()
 
-    def _lock(self, memory: Tensor, device: torch.device) -> None:
-        """From pages that are not locked a copy is right, and waits."""
+    def _lock(self, memory: Tensor, device: torch.device) -> bool:
+        """Whether the slot is page-locked, as it is at its first use where the device takes it."""
         address, self._device = memory.data_ptr(), device
-        if address in self._locked:
-            return
-        fault = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
-        self._locked[address] = int(fault) == 0
-        if not self._locked[address]:
-            with suppress(RuntimeError):  # the next kernel, whosever it is, reports it once more
-                torch.ones(1, device=device)
+        if address not in self._locked:
+            fault = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
+            self._locked[address] = int(fault) == 0
+            if not self._locked[address]:
+                with suppress(RuntimeError):  # the next kernel, whosever it is, reports it once more
+                    torch.ones(1, device=device)
+                if list(self._locked.values()).count(False) == 1:
+                    _log.warning("memory cannot be page-locked (%s): each batch is copied once more", fault)
+        return self._locked[address]
 
     def _unlock(self) -> None:
         """Also on a device that has failed: memory that stays locked is taken for what comes to lie there later."""

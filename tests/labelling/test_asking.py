@@ -12,6 +12,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.labelling import annotate as module
 from distill.labelling.asking import DeviceAsking, HostAsking, TeacherFailedError
+from distill.labelling.crew import crew
 from distill.shards.codec import CODECS
 from tests.labelling.formula import Formula, contents, make_tar, run
 from tests.labelling.test_annotate import Sick
@@ -111,3 +112,16 @@ def test_a_batch_that_memory_refuses_is_asked_crop_by_crop_not_filled_up_and_aft
     run(tars, tmp_path / "device", teacher, batch_size=8)
     assert contents(tmp_path / "host") == contents(tmp_path / "device")
     assert teacher.refused and teacher.held_on == 0 and set(teacher.sizes) == {1}
+
+
+@pytest.mark.parametrize(("device", "threads"), [("cpu", 3), ("cuda", 1)])
+def test_the_thread_that_asks_a_gpu_computes_on_one_core(device, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with crew(2, torch.device(device)) as team:
+            assert torch.get_num_threads() == threads
+            assert team.workers.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

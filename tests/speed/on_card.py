@@ -13,7 +13,9 @@ is that of the last 15.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import statistics
@@ -21,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +40,11 @@ from distill.shards.codec import CODECS
 from distill.shards.features import FeatureStore, write_features
 from distill.shards.shards import LabelDataset
 from distill.teachers.checkpoint import Teacher
+from distill.training import step
+from distill.training.handover import SLOTS, Handover
 from distill.training.sampling import MicroBatchPositions, make_order
 from distill.training.settings import TrainSettings
-from distill.training.stored import stored_batches
+from distill.training.stored import StoredBatch, stored_batches
 from distill.training.train import train
 from tests.speed.labelling import make_tar, repeated
 
@@ -125,19 +130,54 @@ def ours(
     device: torch.device,
     features: FeatureStore | None = None,
 ) -> tuple[float, float]:
-    """Seconds a step between the first and the last line of the log, and the share of them spent waiting for data."""
-    seen: list[tuple[int, float]] = []
-    waits: list[float] = []
+    """Seconds a step and the share of them spent waiting for data, between a line of the log and the last one.
+
+    From that line on all slots of the reading processes are page-locked, where there are as many steps.
+    """
+    seen: list[tuple[int, float, float]] = []
 
     def report(done: int, total: int, **numbers: float) -> None:
-        seen.append((done, clock(device)))
-        waits.append(numbers["data_wait"])
+        seen.append((done, clock(device), numbers["data_wait"]))
 
     with tempfile.TemporaryDirectory() as folder:
         more = {"save": _nothing, "report": report, "features": features}
         train(student, data, Objective(), out=Path(folder), settings=settings, **more)
-    (first, start), (last, end) = seen[0], seen[-1]
-    return (end - start) / (last - first), statistics.mean(waits[1:])
+    settled = [line for line in seen[:-1] if line[0] > SLOTS * settings.workers] or seen[:-1]
+    (first, start, _), (last, end, _) = settled[0], seen[-1]
+    return (end - start) / (last - first), statistics.mean(wait for done, _, wait in seen if done > first)
+
+
+@contextlib.contextmanager
+def hosted(steps: int) -> Iterator[None]:
+    """Prints where the host of a training step spends its time, ms a step, and how many slots are page-locked."""
+    spent: Counter[str] = Counter()
+    slots: dict[int, bool] = {}
+
+    def timed(owner: Any, name: str) -> tuple[Any, str, Any]:
+        real = getattr(owner, name)
+
+        @functools.wraps(real)
+        def call(*args: Any, **more: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return real(*args, **more)
+            finally:
+                spent[name] += time.perf_counter() - start
+                if name == "take":
+                    slots.update(args[0]._locked)
+
+        setattr(owner, name, call)
+        return owner, name, real
+
+    watched = [(Handover, "take"), (Handover, "release"), (StoredBatch, "ready"), (step, "measure"), (step, "_learn")]
+    before = [timed(owner, name) for owner, name in [*watched, (torch.optim.AdamW, "step")]]
+    try:
+        yield
+    finally:
+        for owner, name, real in before:
+            setattr(owner, name, real)
+    parts = ", ".join(f"{name} {1e3 * seconds / steps:.1f}" for name, seconds in spent.items())
+    print(f"the host, ms a step: {parts}; {sum(slots.values())} of {len(slots)} slots page-locked", flush=True)
 
 
 def fed(data: LabelDataset, settings: TrainSettings, device: torch.device, batches: int = 40) -> float:
@@ -211,7 +251,8 @@ def measure(
     """Prints one row: the bare step, ours, and the data alone."""
     feed = fed(data, settings, device, 40 if settings.batch_size < LARGE else 8)
     alone = bare(data, student_of(decoder, given, True), settings, device, settings.steps)
-    here, wait = ours(data, student_of(decoder, given, True), settings, device)
+    with hosted(settings.steps):
+        here, wait = ours(data, student_of(decoder, given, True), settings, device)
     print(
         f"{given.encoder}, frozen, + {decoder}, batches of {settings.batch_size}, {settings.patches_per_step or 'all'} "
         f"patches, {given.workers} workers: bare {1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms "
@@ -270,11 +311,11 @@ def main() -> None:
             workers=given.workers,
         )
         for size, patches, decoder in itertools.product(given.batch_sizes, given.patches_per_step, given.decoders):
-            step = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
+            how = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
             if size < LARGE:
-                measure(data, decoder, step, given, device)
+                measure(data, decoder, how, given, device)
             elif (patches, decoder) == (given.patches_per_step[0], given.decoders[0]):
-                measure(data, decoder, dataclasses.replace(step, steps=41), given, device)
+                measure(data, decoder, dataclasses.replace(how, steps=41), given, device)
         settings = dataclasses.replace(settings, batch_size=given.batch_sizes[0])
         if given.cached:
             features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")

@@ -158,15 +158,16 @@ class Card:
 
 
 @pytest.mark.parametrize("refuses", [False, True])
-def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatch, refuses):
+def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatch, caplog, refuses):
     card, handover = Card(refuses), Handover(2, 64)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: card)
     monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
     slots = [slot for mine in handover.slots for slot in mine]
     with pytest.raises(KeyError, match="its own"), handover.held():
         for slot in slots * 3:
-            handover._lock(slot, CPU)
+            assert handover._lock(slot, CPU) is not refuses
         raise KeyError("its own")
+    assert [("copied once more" in one.message) for one in caplog.records] == [True] * refuses
     assert card.asked == [slot.data_ptr() for slot in slots]
     assert (card.given_back, card.waited_for) == (([], []) if refuses else (card.asked, [CPU]))
 
