@@ -30,6 +30,7 @@ SLOTS = 2
 SPARE = 1.5
 """A slot's size, in batches of the size of the first; a larger batch goes the DataLoader's way."""
 _ALIGNMENT = 64
+_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,19 @@ class Handover:
 
     def __init__(self, readers: int, size: int) -> None:
         context = multiprocessing.get_context()
-        self.size = size
-        self.slots = [[_shared(size) for _ in range(SLOTS)] for _ in range(readers)]
+        # One memory for all, each slot on pages of its own: a server that forks takes a few hundred descriptors.
+        self.size = -(-size // _PAGE) * _PAGE
+        self.memory = _shared(readers * SLOTS * self.size)
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
         self._over = _shared(1)  # a flag without a lock, which a process that is killed would take along
         self._given = 0
         self._locked: dict[int, bool] = {}  # by a slot's address: whether the device took it
         self._device: torch.device | None = None
+
+    def slot(self, reader: int, number: int) -> Tensor:
+        """The bytes (size,) of a process's slot."""
+        start = (reader * SLOTS + number) * self.size
+        return self.memory[start : start + self.size]
 
     def give(self, batch: Any) -> Any:
         """In a reading process: the batch as `Handed`, or as it is where no slot can hold it; OSError after `end`."""
@@ -121,14 +128,14 @@ class Handover:
             return OSError("a batch that nobody takes any more")
         number = self._given % SLOTS
         self._given += 1
-        memory = self.slots[reader.id][number]
+        memory = self.slot(reader.id, number)
         for piece, tensor in pieces:
             piece.of(memory).copy_(tensor)
         return Handed(content, used, reader.id, number)
 
     def take(self, handed: Handed, device: torch.device) -> Any:
         """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
-        memory = self.slots[handed.reader][handed.slot]
+        memory = self.slot(handed.reader, handed.slot)
         here, filled = torch.empty(handed.used, dtype=torch.uint8, device=device), memory[: handed.used]
         if device.type == "cuda" and not self._lock(memory, device):
             filled = filled.pin_memory()  # one copy more, where the way to the device would stand still for all of it

@@ -13,7 +13,7 @@ import multiprocessing.util
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -221,7 +221,7 @@ def loader_of(
     *,
     pinned: bool = False,
     end: Callable[[], None] | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it.
 
     end: called when no batch is taken any more, before the processes are waited for.
@@ -293,7 +293,7 @@ def training_batches(
     collate: Collate,
     settings: TrainSettings,
     features: FeatureStore | None = None,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches, in order, read ahead by `settings.workers` processes.
 
     Raises what `check_teachers` raises, before anything is read.

@@ -10,7 +10,7 @@ Shapes: B images, S region size.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, cast
@@ -104,7 +104,7 @@ def stored_batches(
     settings: TrainSettings,
     device: torch.device,
     features: FeatureStore | None = None,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches on the device, in order; the next one is on its way while a step runs."""
     samples = Placed(dataset, settings, learning=True, coded=True, features=features)
     cuda, collate = device.type == "cuda", collate_stored

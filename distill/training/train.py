@@ -15,7 +15,7 @@ student/.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,8 +126,9 @@ def train(
         try:
             resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
-            micros = _micros(run, dataset, batches.after(run.step), collate)
-            _loop(run, micros, Held(dataset if heldout is None else heldout, held, collate), report)
+            # Closed here, not when the last frame of an error that somebody keeps lets go: processes read for it.
+            with contextlib.closing(_micros(run, dataset, batches.after(run.step), collate)) as micros:
+                _loop(run, micros, Held(dataset if heldout is None else heldout, held, collate), report)
             return _finish(run)
         finally:
             if run.log:
@@ -162,7 +163,7 @@ def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> O
 
 def _micros(
     run: TrainingRun, dataset: Labelled, positions: MicroBatchPositions, collate: Collate
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch, None, None]:
     """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
     if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
         check_teachers(dataset, positions.order.indices, run.settings)

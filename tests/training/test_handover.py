@@ -162,7 +162,8 @@ def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatc
     card, handover = Card(refuses), Handover(2, 64)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: card)
     monkeypatch.setattr(torch.cuda, "synchronize", card.synchronize)
-    slots = [slot for mine in handover.slots for slot in mine]
+    slots = [handover.slot(reader, number) for reader in range(2) for number in range(SLOTS)]
+    assert len({slot.untyped_storage().data_ptr() for slot in slots}) == 1  # one descriptor, however many read
     with pytest.raises(KeyError, match="its own"), handover.held():
         for slot in slots * 3:
             assert handover._lock(slot, CPU) is not refuses
@@ -179,7 +180,7 @@ def no_space(size):
 def test_slots_are_taken_where_shared_memory_allows(monkeypatch, labels):
     monkeypatch.setattr(machine, "shared_memory", lambda: 1 << 20)
     made = handover_for(2, 10_000)
-    assert made is not None and made.size == int(10_000 * SPARE) and len(made.slots) == 2
+    assert made is not None and int(10_000 * SPARE) <= made.size < 10_000 * SPARE + 4096
     assert handover_for(2, 1 << 18) is None and handover_for(0, 10) is None
     with monkeypatch.context() as another:  # another run takes it in between
         another.setattr(torch.UntypedStorage, "_new_shared", no_space)
