@@ -9,9 +9,7 @@ import contextlib
 import gc
 import logging
 import multiprocessing
-import multiprocessing.util
 import os
-import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +177,6 @@ def end_with_parent(_worker: int = 0) -> None:
 
 def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
-    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)  # its socket lies there; nobody else would
     os._exit(1)
 
 
