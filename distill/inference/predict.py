@@ -285,12 +285,11 @@ def write_map(
             np.save(file, values)
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
-            low, high = span
-            text = {"kind": kind, "high": repr(high)}
+            (low, high), absent = span, {}
             if np.isnan(values).any():
                 low -= (high - low) / 65534 or max(abs(high), 1.0)
-                text["invalid"] = "0"
-            for key, value in {**text, "low": repr(low)}.items():
+                absent = {"invalid": "0"}
+            for key, value in {"kind": kind, "low": repr(low), "high": repr(high), **absent}.items():
                 png_text.add_text(key, value)
             codes = (np.nan_to_num(_position(values, (low, high))) * 65535).round().astype(np.uint16)
             Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
