@@ -153,7 +153,7 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
             count = given.photos if turn else max(8, given.photos // 8)
             shards = repeated(entries, count, f"turn{turn}")
             alone = bare(teacher, ready, given.batch, given.batch * max(2, int(each * count) // given.batch))
-            start = clock()
+            start, processor = clock(), time.process_time()
             outcome = label(
                 shards,
                 [("teacher", teacher)],
@@ -162,12 +162,12 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
                 labels=labels,
                 device=device,
             )
-            seconds = clock() - start
+            seconds, processor = clock() - start, time.process_time() - processor
             made = each * outcome.images
             print(
                 f"{'warm-up' if not turn else f'turn {turn}'}: bare {alone:8.1f} maps/s; end to end "
                 f"{made / seconds:8.1f} maps/s, {outcome.images / seconds:6.2f} photos/s: "
-                f"{100 * made / seconds / alone:5.1f} %"
+                f"{100 * made / seconds / alone:5.1f} %; {1e3 * processor / outcome.images:.0f} ms of processor a photo"
             )
             if turn:
                 ratios.append(made / seconds / alone)
