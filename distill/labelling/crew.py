@@ -13,6 +13,8 @@ from typing import TypeVar
 import torch
 from threadpoolctl import threadpool_limits
 
+from distill.data import scenes
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -69,10 +71,11 @@ def crew(threads: int, device: torch.device) -> Iterator[Crew]:
     """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed.
 
     device: where the teachers are. Beside a GPU the thread that asks computes on one core as well: sixteen would spin
-    after each copy of a crop, and take from the workers nine tenths of a processor. An interrupted run does not wait
-    for its workers: a photograph that is being decoded takes seconds.
+    after each copy of a crop, and take from the workers nine tenths of a processor; and the GPU renders the scenes. An
+    interrupted run does not wait for its workers: a photograph that is being decoded takes seconds.
     """
-    with threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext():
+    alone = threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext()
+    with alone, scenes.on(device):
         yield from _crew(threads)
 
 

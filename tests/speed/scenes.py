@@ -1,25 +1,30 @@
-"""Views per minute that distill.data.scenes renders, compiled and in torch: python tests/speed/scenes.py [COUNT]
+"""Views per minute that distill.data.scenes renders: python tests/speed/scenes.py [COUNT] [--size 224 224]
 
-And why no card renders: the share of a compiled view that its loops over pixels take, which is all that a card could
-save, and the operators of a view in torch (without those that only look at a tensor otherwise), each a kernel there.
+In torch, by compiled loops, and on a GPU where there is one, in turns, with the same bits; then by 1, 2, 4, ...
+threads of one process, as labelling has them. Of a compiled view also the share that its loops over pixels take, which
+is what a GPU takes over.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.data import scenes
 from distill.data.scenes import texture
 
 SEED = scenes.TRAIN_SEEDS[0]
+CHOSEN = scenes._path()
 
 
 def clock() -> tuple[float, float]:
@@ -31,31 +36,21 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
     return now[0] - started[0], now[1] - started[1]
 
 
-class Operators(TorchDispatchMode):
-    """Counts operators that compute: their result is no view of what they are given."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        self.count += not views
-        return func(*args, **(kwargs or {}))
-
-
-def operators(count: int) -> float:
-    """Operators of a view on torch's path, the mean of some."""
-    scenes._path = lambda: scenes._light_up  # type: ignore[assignment]
-    with Operators() as counted:
-        for index in range(count):
-            scenes.rendered(SEED + index)
-    return counted.count / count
+def by(path: str) -> AbstractContextManager[None]:
+    """Inside it this path renders; a GPU that gives other bits, or cannot, raises."""
+    scenes._path = lambda: scenes._light_up if path == "torch" else CHOSEN  # type: ignore[assignment]
+    if path != "gpu":
+        return nullcontext()
+    device = torch.device("cuda", torch.cuda.current_device())
+    scenes._trials[device] = True
+    return scenes.on(device)
 
 
-def loops(count: int) -> float:
+def loops(count: int, size: tuple[int, int]) -> float:
     """The share of a compiled view's processor time that passes in the loops over its pixels."""
     from distill.data.scenes import fused  # wants numba
 
-    inside = 0.0
+    inside, kernels = 0.0, {name: getattr(fused, name) for name in ("first_hit", "shade", "sky")}
 
     def timed(kernel: Any) -> Any:
         def call(*args: Any) -> None:
@@ -66,57 +61,84 @@ def loops(count: int) -> float:
 
         return call
 
-    for name in ("first_hit", "shade", "sky"):
-        setattr(fused, name, timed(getattr(fused, name)))
-    scenes._path = lambda: fused.light_up  # type: ignore[assignment]
-    started = clock()
-    for index in range(count):
-        scenes.rendered(SEED + index)
+    for name, kernel in kernels.items():
+        setattr(fused, name, timed(kernel))
+    with by("compiled"):
+        started = clock()
+        for index in range(count):
+            scenes.rendered(SEED + index, size=size)
+    for name, kernel in kernels.items():
+        setattr(fused, name, kernel)
     return inside / since(started)[1]
 
 
-def main(count: int) -> None:
+def in_turns(paths: list[str], count: int, size: tuple[int, int]) -> dict[str, float]:
+    """Processor seconds of a view by path, printed with its wall seconds."""
+    views: dict[str, scenes.View] = {}
+    spent = dict.fromkeys(paths, (0.0, 0.0))
+    for index in range(count):  # in turns, so that whatever else the machine does falls on all
+        for path in paths:
+            with by(path):
+                started = clock()
+                views[path] = scenes.rendered(SEED + index, size=size)
+                took = since(started)
+            spent[path] = (spent[path][0] + took[0], spent[path][1] + took[1])
+        for path, view in views.items():
+            for name in ("image", "depth"):
+                assert torch.equal(getattr(view, name), getattr(views[paths[0]], name)), (path, name, SEED + index)
+    for path, (wall, cpu) in spent.items():
+        print(
+            f"{path}: {count * 60 / wall:.0f} views a minute ({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
+        )
+    return {path: cpu / count for path, (_, cpu) in spent.items()}
+
+
+def together(path: str, count: int, size: tuple[int, int]) -> None:
+    """Views per minute of so many threads."""
+    cores, threads, told = os.cpu_count() or 1, 1, []
+    while threads <= min(16, cores):
+        with by(path), ThreadPoolExecutor(threads) as pool:
+            started = clock()
+            list(pool.map(lambda seed: scenes.rendered(seed, size=size), range(SEED, SEED + count * threads)))
+            wall, cpu = since(started)
+        told.append(f"{threads}: {count * threads * 60 / wall:.0f} ({cpu / count / threads:.3f} s CPU each)")
+        threads *= 2
+    print(f"{path}, views a minute by threads: {', '.join(told)}")
+
+
+def main(count: int, size: tuple[int, int]) -> None:
     started = clock()
     texture.bank(range(texture.COUNT))
     print("texture bank: {:.2f} s wall, {:.2f} s CPU".format(*since(started)))
-    chosen = scenes._path()
-    paths = {"torch": scenes._light_up}
-    if chosen is not scenes._light_up:
-        started = clock()
-        scenes.rendered(SEED)
-        scenes.rendered(SEED, kind="street")
-        spent = since(started)
-        print("compiled, first two views (loaded where numba kept it): {:.2f} s wall, {:.2f} s CPU".format(*spent))
-        paths["compiled"] = chosen
-    views, each = {}, {}
-    spent = dict.fromkeys(paths, (0.0, 0.0))
-    for index in range(count):  # in turns, so that whatever else the machine does falls on both
-        for name, path in paths.items():
-            scenes._path = lambda path=path: path  # type: ignore[assignment]
+    paths = ["torch"] + (["compiled"] if CHOSEN is not scenes._light_up else [])
+    if torch.cuda.is_available():
+        paths.append("gpu")
+        print(torch.cuda.get_device_name())
+    for path in paths[1:]:
+        with by(path):
             started = clock()
-            views[name] = scenes.rendered(SEED + index)
-            took = since(started)
-            spent[name] = (spent[name][0] + took[0], spent[name][1] + took[1])
-        for view in views.values():
-            assert torch.equal(view.image, views["torch"].image) and torch.equal(view.depth, views["torch"].depth)
-    for name, (wall, cpu) in spent.items():
-        each[name] = cpu / count
+            for kind in ("room", "street"):
+                scenes.rendered(SEED, size=size, kind=kind)
         print(
-            f"{name}: {count * 60 / wall:.0f} views of 224 x 224 a minute, {count * 60 / cpu:.0f} per minute of CPU "
-            f"time ({wall / count:.3f} s wall, {cpu / count:.3f} s CPU each)"
+            "{}, first two views (loaded where it was kept): {:.2f} s wall, {:.2f} s CPU".format(path, *since(started))
         )
+    print(f"views of {size[0]} x {size[1]}")
+    each = in_turns(paths, count, size)
     if "compiled" in each:
-        share = loops(count)
-        print(
-            f"compiled: {share:.0%} of a view are loops: without them it would be {1 / (1 - share):.1f} times as fast"
-        )
-        per_view = operators(min(count, 10))
-        print(
-            f"torch: {per_view:.0f} operators a view; a card would have to begin one every "
-            f"{1e6 * each['compiled'] / per_view:.1f} us to be as fast as one core with compiled loops"
-        )
         print(f"compiled is {each['torch'] / each['compiled']:.1f} times as fast in CPU time, with the same bits")
+        share = loops(count, size)
+        print(
+            f"compiled: {share:.0%} of a view are loops; without them it would be {1 / (1 - share):.1f} times as fast"
+        )
+    if "gpu" in each:
+        print(f"the GPU leaves {each['gpu'] / each[paths[-2]]:.0%} of the CPU time of {paths[-2]}, with the same bits")
+    for path in paths[1:]:
+        together(path, count, size)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 30)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("count", nargs="?", type=int, default=30)
+    parser.add_argument("--size", nargs=2, type=int, default=(224, 224), metavar=("HEIGHT", "WIDTH"))
+    args = parser.parse_args()
+    main(args.count, tuple(args.size))

@@ -1,10 +1,11 @@
 """Ray-cast views with exact depth: rooms, corridors, halls, tables, streets and open country. No files.
 
 `render(seed)` is a pure function: the same bits on every call, whatever the global generators, the number of threads or
-the path: torch, which is the reference, or compiled loops (distill.data.scenes.fused), which are several times faster
-and used where numba is installed. It works in one thread: for speed, render in several processes or threads. Colour is
-anti-aliased (pixel centre and its four corners, weights 1/2 and 1/8); depth is that of the pixel's centre alone, so
-edges stay sharp. Training and the benchmark draw their seeds from disjoint ranges.
+the path: torch, which is the reference; compiled loops (distill.data.scenes.fused), which are several times faster and
+used where numba is installed; a GPU (distill.data.scenes.gpu) inside `on(device)`. On a CPU it works in one thread: for
+speed, render in several processes or threads. Colour is anti-aliased (pixel centre and its four corners, weights 1/2
+and 1/8); depth is that of the pixel's centre alone, so edges stay sharp. Training and the benchmark draw their seeds
+from disjoint ranges.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from threading import Lock, local
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.scenes import texture
+from distill.data.scenes import film, texture
 from distill.data.scenes.cast import Surfaces, cast, clusters, root, shadow, surfaces
 from distill.data.scenes.indoors import corridor, hall, room, table
 from distill.data.scenes.outdoors import country, street
@@ -110,22 +112,103 @@ def rendered(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None 
     if variety:
         stage.rng = np.random.default_rng([_STREAM, seed, _VARIETY])
         vary(stage)
+    image, depth = _taken(stage, size, film.load(rng, *size))
+    valid = torch.isfinite(depth)
+    assert stage.camera is not None
+    focal = stage.camera.focal * size[1]
+    return View(image, torch.where(valid, depth, 0.0).contiguous(), valid.contiguous(), kind, focal)
+
+
+def _taken(stage: Stage, size: tuple[int, int], loaded: film.Film) -> tuple[Tensor, Tensor]:
+    """Image (3,H,W) and depth (H,W), inf in the sky."""
     threads = torch.get_num_threads()
     # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
     torch.set_num_threads(1)
     try:
-        depth, colour = _path()(stage, size)
+        if _device is not None and _trusted(_device):
+            try:
+                return _on_gpu(stage, size, loaded, _device)
+            except torch.OutOfMemoryError:
+                pass  # the teacher needs it all; the CPU gives the same bits
+        return _developed(*_path()(stage, size), loaded)
     finally:
         torch.set_num_threads(threads)
-    height, width = size
-    centre, corner = colour[:, 1, :height, :width], colour[:, 0]
+
+
+def _developed(depth: Tensor, colour: Tensor, loaded: film.Film) -> tuple[Tensor, Tensor]:
+    """The picture and its depth, where what `_light_up` gives lies."""
+    _, _, height, width = colour.shape
+    centre, corner = colour[:, 1, : height - 1, : width - 1], colour[:, 0]
     around = corner[:, :-1, :-1] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, 1:, 1:]
-    image = _develop(rng, 0.5 * centre + 0.125 * around)
-    depth = depth[1, :height, :width]
-    valid = torch.isfinite(depth)
-    assert stage.camera is not None
-    focal = stage.camera.focal * width
-    return View(image, torch.where(valid, depth, 0.0).contiguous(), valid.contiguous(), kind, focal)
+    return film.develop(loaded, 0.5 * centre + 0.125 * around), depth[1, : height - 1, : width - 1]
+
+
+_device: torch.device | None = None
+_trials: dict[torch.device, bool] = {}
+_trying = Lock()
+_streams = local()
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Inside it this process renders on a GPU where `device` is one that can (distill.data.scenes.gpu).
+
+    Its pictures are those of the CPU, to the bit: before the first one that is tried on two views, and where it is not
+    so, or the GPU cannot, there is one warning and the CPU renders.
+    """
+    global _device
+    before, _device = _device, device if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def _on_gpu(stage: Stage, size: tuple[int, int], loaded: film.Film, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `_taken`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
+    from distill.data.scenes import gpu  # wants Triton
+
+    with _stream(device):
+        image, depth = _developed(*gpu.light_up(stage, size, device), loaded)
+        return image.cpu(), depth.cpu()
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        if not hasattr(_streams, str(device)):
+            setattr(_streams, str(device), torch.cuda.Stream(device))
+        with torch.cuda.stream(getattr(_streams, str(device))):
+            yield
+
+
+def _trusted(device: torch.device) -> bool:
+    """Whether this device renders with the CPU's bits; tried once, while other threads wait."""
+    with _trying:
+        if device not in _trials:
+            _trials[device] = _try(device)
+    return _trials[device]
+
+
+def _try(device: torch.device) -> bool:
+    try:
+        for kind in ("street", "table"):  # the sun, sky and haze; lamps and a room
+            rng = np.random.default_rng([_STREAM, _VARIETY])
+            stage = Stage(rng=rng)
+            _LAYOUTS[kind][0](stage)
+            vary(stage)
+            loaded = film.load(rng, 40, 56)
+            here = _developed(*_path()(stage, (40, 56)), loaded)
+            if not all(map(torch.equal, _on_gpu(stage, (40, 56), loaded, device), here)):
+                raise ValueError(f"its picture of a {kind} differs from the CPU's")
+    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the CPU is there
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+        warnings.warn(f"{device} renders no scenes ({reason}): the CPU does, slower", stacklevel=2)
+        return False
+    return True
 
 
 @cache
@@ -271,29 +354,3 @@ def _sky(stage: Stage, ray: list[Tensor]) -> Tensor:
     for _ in range(6):
         glow = glow * glow
     return colour + torch.tensor(sun.colour)[:, None] * glow
-
-
-def _develop(rng: np.random.Generator, linear: Tensor) -> Tensor:
-    """What a camera makes of it: white balance, exposure, tone curve, vignette, noise, eight bits."""
-    _, height, width = linear.shape
-    grey = linear.sum(0).flatten()
-    middle = grey.kthvalue(max(1, int(0.6 * len(grey)))).values.clamp(min=1e-3) / 3
-    balance = torch.tensor(1 + rng.normal(0, 0.06, 3), dtype=torch.float32)[:, None, None]
-    bright = linear * balance * (float(rng.lognormal(-1.15, 0.35)) / middle)
-    y = (torch.arange(height) + 0.5) / height * 2 - 1
-    x = (torch.arange(width) + 0.5) / width * 2 - 1
-    corner = float(rng.uniform(0, 0.25)) if rng.random() < 0.5 else 0.0
-    bright = bright * (1 - corner * (x[None, :] ** 2 + y[:, None] ** 2) / 2)
-    grain = torch.from_numpy(rng.standard_normal((4, height, width), dtype=np.float32))
-    grain = grain[:3] * float(rng.uniform(0.2, 1)) + grain[3:]
-    bright = bright.clamp(min=0)
-    shoulder = float(rng.uniform(1.0, 5.0))
-    bright = bright * (1 + bright / shoulder**2) / (1 + bright)  # Reinhard: white at `shoulder`
-    toned = root(bright.clamp(0, 1))
-    contrast = float(rng.uniform(-0.1, 0.5))
-    toned = toned + contrast * (toned * toned * (3 - 2 * toned) - toned)
-    colourful = float(rng.normal(1.0, 0.2)) if rng.random() > 0.03 else 0.0
-    mean = (toned[0] + toned[1] + toned[2]) / 3
-    toned = mean + (toned - mean) * max(colourful, 0.0)
-    noisy = toned + grain * float(0.008 * rng.random() if rng.random() < 0.7 else rng.uniform(0.008, 0.025))
-    return (noisy.clamp(0, 1) * 255).round() / 255

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from distill.data.scenes.fused.hits import first_hit
-from distill.data.scenes.fused.packed import pack_air, pack_lamps, pack_looks, pack_solids
 from distill.data.scenes.fused.shading import shade, sky
+from distill.data.scenes.packed import pack_air, pack_lamps, pack_looks, pack_solids
 from distill.data.scenes.stage import Stage
 
 

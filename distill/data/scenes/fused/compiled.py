@@ -17,7 +17,8 @@ use of a table takes longer than all that they compute. So whoever calls one giv
 def kernel(function: Callable) -> Callable:
     """Compiled at the first call for the types it gets; kept beside its source, or in NUMBA_CACHE_DIR.
 
-    What it calls must stand in its own file: numba looks at no other for changes.
+    What it calls must stand in its own file: numba looks at no other for changes. A kernel whose tables move to another
+    module must move too, by a line at least: what is kept names the old one, and would not load.
     """
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)

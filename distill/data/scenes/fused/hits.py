@@ -1,4 +1,7 @@
-"""What each ray meets first: `cast.cast` row by row, whose loops the compiler turns into vector instructions."""
+"""What each ray meets first: `cast.cast` row by row, whose loops the compiler turns into vector instructions.
+
+On a GPU it is `distill.data.scenes.gpu.hits`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The colour of what a ray meets: `scenes._shade`, `scenes._sky` and `cast.shadow` for one point at a time."""
+"""The colour of what a ray meets: `scenes._shade`, `scenes._sky` and `cast.shadow` for one point at a time.
+
+On a GPU it is `distill.data.scenes.gpu.shading`.
+"""
 
 from __future__ import annotations
 

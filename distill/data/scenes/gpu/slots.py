@@ -1,0 +1,25 @@
+"""Where the kernels find a number or a table of a stage: words of the header that its integers begin with.
+
+Counts stand there themselves; of a table, the word where it begins among the integers or among the floats.
+"""
+
+from __future__ import annotations
+
+import triton.language as tl
+
+# Counts. HEIGHT, WIDTH: of the picture. EDGES: planes of all shadow casters. SKY, ROOM: whether there is one.
+HEIGHT, WIDTH, SOLIDS, LAMPS, CLUSTERS, CASTERS, EDGES, SKY, ROOM = (tl.constexpr(i) for i in range(9))
+# Places of patterns in the bank of textures.
+CLOUDS, STAINS = tl.constexpr(9), tl.constexpr(10)
+# Tables of integers, named as in `packed`: of Solids, of Casters, of Lamps, of Looks.
+WINDOWS, FIRST, SURFACE, SHELL, ROUND, OUTSIDE = (tl.constexpr(i) for i in range(11, 17))
+GROUP, CASTER_FIRST, CASTER_ROUND = (tl.constexpr(i) for i in range(17, 20))
+SUN, LAMP_OUTSIDE, MATERIAL, PATTERN = (tl.constexpr(i) for i in range(20, 24))
+# Tables of floats. CAMERA: its axes, its place, then metres across one pixel at a metre's distance, in the numbers that
+# `Camera.rays` computes with. AIR: light from above and below, horizon, zenith, a room's half sizes, haze, cover.
+CAMERA, AIR, PLANES, QUADRIC, EYE = (tl.constexpr(i) for i in range(24, 29))
+CASTER_QUADRIC, CASTER_CENTRE = tl.constexpr(29), tl.constexpr(30)
+PLACE, COLOUR, REACH, AXES, SPHERES, MEMBERS = (tl.constexpr(i) for i in range(31, 37))
+LAMP_PLANES, SLOPE, LAMP_EYE, SQUARED = (tl.constexpr(i) for i in range(37, 41))
+SURFACES, NUMBERS = tl.constexpr(41), tl.constexpr(42)
+HEADER = 43

@@ -1,0 +1,47 @@
+"""The kernels that render scenes, on a CPU by Triton's interpreter, against the torch path: run by test_scenes_gpu.py.
+
+TRITON_INTERPRET=1, then `python -m tests.data.interpreted_scenes [KIND ...]`; by default all kinds. A line for each
+view that has the torch path's bits, image and depth.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import torch
+
+from distill.data import scenes
+from distill.data.scenes import film, gpu
+from distill.data.scenes.stage import Stage
+
+SIZE = (19, 26)
+VARIED = ("corridor", "country", "table")
+
+
+def stage_of(kind: str, seed: int, *, variety: bool) -> tuple[Stage, film.Film]:
+    rng = np.random.default_rng([7, seed])
+    stage = Stage(rng=rng)
+    scenes._LAYOUTS[kind][0](stage)
+    if variety:
+        scenes.vary(stage)
+    return stage, film.load(rng, *SIZE)
+
+
+def main(kinds: list[str]) -> None:
+    gpu.TILE = (32, 32)  # a program takes the interpreter as long for a thousand rays as for one
+    np.seterr(all="ignore")
+    here = torch.device("cpu")
+    views = [(kind, *stage_of(kind, 1, variety=kind in VARIED)) for kind in kinds]
+    dark = ("dark", *stage_of("table", 3, variety=False))
+    dark[1].lights = []
+    for name, stage, loaded in [*views, dark]:
+        expected = scenes._developed(*scenes._light_up(stage, SIZE), loaded)
+        ours = scenes._developed(*gpu.light_up(stage, SIZE, here), loaded)
+        assert all(map(torch.equal, ours, expected)), name
+        assert expected[0].std() > 0.02 or name == "dark", name
+        print(name, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or [*scenes.KINDS])
