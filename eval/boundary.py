@@ -40,10 +40,10 @@ def boundary_f1(
     for threshold, weight in _thresholds(lowest, highest, count):
         recall = precision = torch.zeros_like(total)
         for ratio, ratio_target, counts in zip(_ratios(near), _ratios(near_target), known, strict=True):
-            edges_found, real = (ratio > threshold) & counts, (ratio_target > threshold) & counts
-            both = _number(edges_found & real)
+            predicted, real = (ratio > threshold) & counts, (ratio_target > threshold) & counts
+            both = _number(predicted & real)
             recall = recall + both / _number(real).clamp(min=1.0) / 4
-            precision = precision + both / _number(edges_found).clamp(min=1.0) / 4
+            precision = precision + both / _number(predicted).clamp(min=1.0) / 4
         either = recall + precision
         total += weight * torch.where(either > 0, 2 * recall * precision / either.clamp(min=1e-300), 0.0)
     return total.float()
@@ -69,8 +69,8 @@ def boundary_recall(
     real = [_number(edge) for edge in _mask_edges(inside)]
     for threshold, weight in _thresholds(lowest, highest, count):
         for side, (ratio, edge) in enumerate(zip(_ratios(near), _mask_edges(inside), strict=True)):
-            edges_found = thin(ratio, threshold) if side < 2 else thin(ratio.mT, threshold).mT
-            total += weight * _number(edges_found & edge) / real[side].clamp(min=1.0) / 4
+            predicted = thin(ratio, threshold) if side < 2 else thin(ratio.mT, threshold).mT
+            total += weight * _number(predicted & edge) / real[side].clamp(min=1.0) / 4
     return total.float()
 
 

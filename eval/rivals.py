@@ -22,7 +22,6 @@ from distill.eval.scorefile import Score, require_writable, write_scores
 
 _OF_DISPARITY = frozenset({Kind.AFFINE_DISPARITY, Kind.SCALE_DISPARITY, Kind.METRIC_DISPARITY})
 _OF_KNOWN_SHIFT = frozenset(kind for kind in Kind if kind.unknown != "affine")
-_INVERTIBLE = _OF_DISPARITY | _OF_KNOWN_SHIFT
 
 
 @dataclass(frozen=True, slots=True)

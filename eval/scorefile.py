@@ -98,13 +98,17 @@ class Score:
         lines = [f"{image.key}: {image.problem}" for image in marked]
         if self.num_extra:
             lines.append(f"{self.num_extra} .npy files belong to no image of the list")
-        if self.nonpositive and self.protocol.fit_positive and not self.protocol.offset_positive:
-            lines.insert(
-                0,
-                f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes "
-                "a disparity of unknown shift: --offset-positive adds a constant first (another protocol id)",
-            )
-        return lines
+        return [self.left_out, *lines] if self.left_out else lines
+
+    @property
+    def left_out(self) -> str:
+        """A line about pixels that the fit has left out for not being positive; "" where none was."""
+        if not self.nonpositive or not self.protocol.fit_positive or self.protocol.offset_positive:
+            return ""
+        return (
+            f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes "
+            "a disparity of unknown shift: --offset-positive adds a constant first (another protocol id)"
+        )
 
 
 def require_writable(path: Path | str) -> None:

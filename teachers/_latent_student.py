@@ -291,8 +291,3 @@ def describe(folder: Path) -> dict[str, Any]:
     if not told:
         raise WeightsMissingError(f"{folder} has no {TRAINED}: it was not trained here")
     return told
-
-
-def base_folder(weights: str) -> Path:
-    """Where a base's files are on this machine."""
-    return resolve(weights, files=FILES)

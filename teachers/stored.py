@@ -81,12 +81,12 @@ class Teacher:
         images = check_images(images)
         if keys is None or len(keys) != len(images):
             raise ValueError(f"stored maps are looked up: give keys=, one for each of the {len(images)} images")
-        matches = [self.find(key) for key in keys]
-        for key, depth in zip(keys, matches, strict=True):
+        maps = [self.find(key) for key in keys]
+        for key, depth in zip(keys, maps, strict=True):
             if depth.values.shape[-2:] != images.shape[-2:]:
                 have, want = tuple(depth.values.shape[-2:]), tuple(images.shape[-2:])
                 raise ValueError(f"the stored map of {key} is {have}, the image {want}: they must be of one size")
-        return cat(matches).to(images.device)
+        return cat(maps).to(images.device)
 
 
 def _from_maps(folder: Path, kind: str | None) -> Teacher:

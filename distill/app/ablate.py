@@ -44,12 +44,6 @@ POLL = 2.0
 """Seconds between looks at cells that other processes hold."""
 
 
-def run_study(path: Path, **given: Any) -> Table | None:
-    """`run_studies` of one."""
-    found = run_studies([path], **given)
-    return found[0] if found else None
-
-
 def run_studies(
     paths: Sequence[Path],
     *,
@@ -138,11 +132,11 @@ def _with_workers(
         try:
             for i in range(processes):
                 log = logs.enter_context((out / f"worker-{i}.log").open("wb"))
-                done_cells = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+                environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
                 if gpus:
-                    done_cells["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
+                    environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
                 running.append(
-                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **done_cells})
+                    subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
                 )
             while any(one.poll() is None for one in running):
                 report(sum(is_done(cell) for cell in every), len(every))

@@ -1,4 +1,4 @@
-"""From names to objects: the only file that reads a recipe and makes what it names.
+"""From names to objects: student, labels and benchmarks of a recipe (`teaching` makes teachers, `inputs` images).
 
 Everything a recipe asks for is judged here before any work begins, so that a misspelt option of the last teacher does
 not surface after a night of labelling.

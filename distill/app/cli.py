@@ -1,6 +1,6 @@
 """The command line. Settings live in recipes; a verb takes a recipe and at most a few switches.
 
-The verbs are the files of distill/verbs; their heavy imports happen when they run, so that help is instant.
+The verbs are the files of distill/app/verbs; their heavy imports happen when they run, so that help is instant.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from distill.app import build
 from distill.app.commands import label_by_parts, meeting_of, tell_labels
 from distill.app.console import note, progress, table
 from distill.app.inputs import input_shards
-from distill.app.recipe import USES, Recipe, as_table, parse
+from distill.app.recipe import USES, Recipe, as_table, parse, trusted
 from distill.core.progress import Report
 from distill.labelling.run import LabelOutcome
 from distill.labelling.standing import Standing, standing
@@ -52,7 +52,7 @@ class Labeller:
         quiet()
         if Path(folder).is_dir():  # a recipe's paths are from where it was called
             os.chdir(folder)
-        self.recipe = parse(recipe, where="the recipe", uses=USES["label"])
+        self.recipe = trusted(parse(recipe, where="the recipe", uses=USES["label"]))
         self.steps: Iterator[MadePart] | None = None
 
     def part(self) -> tuple[str, float, MadePart | None]:
@@ -135,7 +135,8 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
     if now is None or not now.complete:
         assert crowd.failed is not None
         raise crowd.failed
-    outcome = LabelOutcome(True, sum(crowd.console.parts.values()), 0, sum(crowd.console.images.values()), 0, 0, 0)
+    parts, images = sum(crowd.console.parts.values()), sum(crowd.console.images.values())
+    outcome = LabelOutcome(complete=True, parts=parts, skipped=0, images=images, samples=0, quarantined=0, bytes=0)
     tell_labels(recipe, folder, outcome)
     return outcome
 

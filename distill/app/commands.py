@@ -8,10 +8,8 @@ A run's folder:
 
 from __future__ import annotations
 
-import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,26 +18,20 @@ import torch
 
 import distill
 from distill.app import build, teaching, trust
-from distill.app.console import dashboard, note, progress, say, table, values
+from distill.app.console import dashboard, note, progress, say
 from distill.app.features import stored_features
 from distill.app.inputs import input_shards
 from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
-from distill.app.scoring import Models, how_used, prediction_settings
+from distill.app.score_recipe import score_all
 from distill.app.strict import RecipeError
-from distill.core import files, machine
+from distill.core import machine
 from distill.core.depth import Kind
 from distill.data.filetypes import counted
 from distill.data.sources import InputShard
 from distill.eval import score as scoring
-from distill.eval.benchmarks import BenchmarkSample
-from distill.eval.cost import Cost
-from distill.eval.fidelity import fidelity
-from distill.eval.protocol import Protocol
-from distill.eval.reports.tables import as_text, grid
-from distill.eval.settings import BenchmarkSettings
 from distill.labelling import moved
 from distill.labelling.manifest import settings_of
 from distill.labelling.meeting import Folder, Meeting, in_turn
@@ -52,9 +44,6 @@ from distill.shards.cache import TarCache
 from distill.shards.tables import CACHED
 from distill.training import checkpoints
 from distill.training.train import TrainResult, train
-
-COST = "cost.json"
-"""What predicting cost, beside the maps that were predicted."""
 
 
 def commit() -> str:
@@ -269,134 +258,7 @@ def run_score(recipe: Recipe) -> list[scoring.Score]:
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")
     with kept_recipe(recipe):
-        return _score(recipe)
-
-
-def _score(recipe: Recipe) -> list[scoring.Score]:
-    results, lost, warned = [], [], []
-    priors: dict[tuple[str, ...], Any] = {}
-    models = Models(recipe)
-    for spec in recipe.benchmarks:
-        protocol, samples = build.benchmark(spec)
-        scored = models(spec)
-        taught_by = [name for name, _ in scored if name != "student"]
-        if recipe.score.plane_prior:
-            fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
-            if fitted_on not in priors:  # the default is the same for every benchmark, and takes a while
-                prior = build.prior_samples(spec)
-                priors[fitted_on] = scoring.fit_plane(prior) if prior else None
-            if priors[fitted_on] is not None:
-                scored.append(("plane baseline", priors[fitted_on]))
-        for name, teacher in scored:
-            slug = name.replace(" ", "_")
-            store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
-            cost = _predict(recipe, spec, name, teacher, samples, store)
-            result = scoring.score(
-                store,
-                None,
-                samples,
-                protocol,
-                alignment=spec.alignment,
-                offset_positive=spec.offset_positive,
-                model=name,
-            )
-            result = replace(result, cost=cost)
-            warned += [f"{name} on {spec.alias_or_name}: {line}" for line in result.problems() if "are <= 0" in line]
-            scoring.write_scores(result, recipe.run.folder / "scores" / f"{spec.alias_or_name}--{slug}.json")
-            results.append(result)
-            if spec.edges:
-                edges = scoring.score(store, None, samples, protocol.of_edges(), model=name)
-                scoring.write_scores(edges, recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
-                results.append(edges)
-            lost += _lost(result, samples, store)
-        if recipe.score.student:
-            for name in taught_by:
-                _fidelity(recipe, spec.alias_or_name, name, samples, protocol)
-    for result in results:
-        values(
-            model=result.model,
-            benchmark=result.benchmark,
-            protocol=result.protocol.id,
-            metrics=result.metrics,
-            images=result.num_images,
-            failed=result.num_failed,
-            cost=result.cost,
-        )
-    side_by_side = grid(results)
-    table(f"scores of {recipe.run.name} (* best, + these images do not tell who is)", *as_text(side_by_side))
-    for line in side_by_side.notes:
-        note(f"  {line}")
-    for line in warned + lost + _scale_errors(results):
-        note(line)
-    return results
-
-
-def _scale_errors(results: Sequence[scoring.Score]) -> list[str]:
-    """A line for every model whose metres were scored as they are."""
-    return [
-        f"{one.model} on {one.benchmark}: scale error {one.scale_error:.4f}, without alignment"
-        for one in results
-        if one.scale_error is not None
-    ]
-
-
-def _predict(
-    recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample], store: Path
-) -> dict[str, Any] | None:
-    """Predicts and stores what is missing of one model; what that cost, or did when the maps were made, if known."""
-    settings = {
-        "weights": teacher.card.weights,
-        "revision": teacher.card.revision,
-        "benchmark": spec.alias_or_name,
-        **prediction_settings(recipe, name, spec),
-    }
-    kept = store / COST
-    try:
-        before = dict(json.loads(kept.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only measured again
-        before = None
-    cost = Cost()
-    used = how_used(recipe, name, teacher, spec)
-    with progress(f"predict {spec.alias_or_name} {name}") as report:
-        done = scoring.predict(
-            cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
-        )
-    if done:
-        before = cost.summary(before)
-        files.write_json(kept, before)
-    return before
-
-
-def _fidelity(
-    recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
-) -> None:
-    """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
-    predictions = recipe.run.folder / "predictions"
-    theirs = predictions / teacher.replace(" ", "_") / benchmark
-    found = fidelity(predictions / "student" / benchmark, theirs, samples, protocol)
-    if found is None:
-        return
-    path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
-    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **found})
-    note(
-        f"  {benchmark}: student against {teacher}: AbsRel {found['abs_rel']:.3f}, delta1 {found['delta1']:.3f}, "
-        f"boundary F1 {found['boundary_f1']:.3f}"
-    )
-
-
-def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
-    """Which images could not be scored, why, and what to do; nothing where all could."""
-    files = [
-        f"  {store / sample.prediction_path}: {image.problem}"
-        for sample, image in zip(samples, result.images, strict=True)
-        if image.failed
-    ]
-    if not files:
-        return []
-    count = f"{len(files)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
-    more = [f"  and {len(files) - 20} more"] if len(files) > 20 else []
-    way_out = "  fix the benchmark's files that are named, delete the maps that are, and score again"
-    return [f"{count}; no mean", *files[:20], *more, way_out]
+        return score_all(recipe)
 
 
 def run_report(recipe: Recipe) -> Path:

@@ -211,22 +211,22 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     on = build.device(recipe)
     sources = [{k: v for k, v in asdict(table).items() if v and k != "limit"} for table in recipe.images]
     shared = {"side": recipe.compare.side, "images": sources, "seed": recipe.run.seed}
-    sources_found = []
+    models = []
     for spec in recipe.teachers:
         if spec.name == TRUTH and not spec.options:
             continue  # the truth itself takes part wherever an image has one
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         table |= {"files": files} if (files := file_hashes(spec.name)) else {}
         load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(teaching.load_teacher, spec, on=on)
-        sources_found.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
+        models.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
         revision = revision_of(folder)
         name = f"student-{revision.rpartition(':')[2][:6]}"
-        sources_found.append(Entrant(name, partial(build.trained, recipe, on=on), {"revision": revision, **shared}))
-    if not sources_found:
+        models.append(Entrant(name, partial(build.trained, recipe, on=on), {"revision": revision, **shared}))
+    if not models:
         raise RecipeError("there is nothing to compare: add [[teachers]], or train the student first")
-    return sources_found
+    return models
 
 
 class _Spoilt:

@@ -55,7 +55,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     findings: list[Finding] = []
     if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
         findings += told
-    lacking = {finding.what.partition(":")[0] for finding in findings if finding.level != "ok"}
+    lacking = {finding.subject for finding in findings if finding.level != "ok"}
     device = _try(findings, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     if images is not None:
         findings += _about_images(recipe, images, crops=not only)
     teachers: Any = None
-    if recipe.teachers and not any(what.startswith("teacher ") for what in lacking):
+    if recipe.teachers and not any(subject.startswith("teacher ") for subject in lacking):
         teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         findings += _about_teachers(recipe, teachers or [])
     if only:
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
         return _worst_last(findings)
     findings += _about_start(recipe)
     student = None
-    if not any(what.startswith("student.") for what in lacking):
+    if not any(subject.startswith("student.") for subject in lacking):
         student = _try(findings, "student", lambda: build.make_student(recipe))
     findings += _about_sizes(recipe, teachers or [], student)
     findings += [*_about_batches(recipe), *_about_machine(recipe)]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.app.recipe import Recipe, as_table, parse
+from distill.app.recipe import Recipe, as_table, parse, trusted
 from distill.app.strict import parse_into, read_toml, set_key
 from distill.core.plugins import file_hashes
 from distill.eval.metrics import METRICS
@@ -241,7 +241,7 @@ def cells(
                 set_key(table, assignment)
             table["run"] |= {"name": f"{study.name}: {row.name}, seed {seed}", "out": ""}
             table.setdefault("labels", {})["root"] = str(out / "labels")
-            recipe = parse(table, where=f"{path}, row {row.name}")
+            recipe = trusted(parse(table, where=f"{path}, row {row.name}"))
             folder = out / "cells" / _address(recipe)
             recipe = replace(recipe, run=replace(recipe.run, out=str(folder)))
             made.append(StudyCell(row.name, seed, recipe, folder))

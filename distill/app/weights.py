@@ -51,7 +51,7 @@ def look_at(recipe: Recipe) -> list[Finding]:
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:
-            findings.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at"))
+            findings.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at", what))
             continue
         if missing:
             names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
@@ -60,7 +60,7 @@ def look_at(recipe: Recipe) -> list[Finding]:
             remedy = (
                 f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
             )
-            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at"))
+            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at", what))
         else:
             findings.append(Finding("ok", f"{what}: the files of {text} are here"))
     if recipe.student.weights == "pretrained":

@@ -8,8 +8,12 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `what` states the fact with its numbers, `remedy` what to do; both are for people."""
+    """One thing looked at. `what` states the fact with its numbers, `remedy` what to do; both are for people.
+
+    subject: what it is about, for code: "teacher NAME", a key of the recipe.
+    """
 
     level: Literal["ok", "warn", "bad"]
     what: str
     remedy: str = ""
+    subject: str = ""

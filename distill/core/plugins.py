@@ -96,8 +96,7 @@ def find(package: str, name: str) -> ModuleType:
 
 def import_file(name: str) -> ModuleType:
     """The module of a Python file, imported once. Raises LookupError where there is none, PluginError as `find`."""
-    if fault := _file_fault(name):
-        raise LookupError(fault)
+    allow(name)  # it is about to run in any case
     return _outside(name, lambda: importlib.import_module(module_name(Path(name))))
 
 
@@ -121,7 +120,7 @@ def source(package: str, name: str) -> str:
 
 
 def name_fault(package: str, name: str) -> str:
-    """What is wrong with `name` as a plug-in of `package`, or an empty string. A file is then allowed: see `allow`."""
+    """What is wrong with `name` as a plug-in of `package`, or an empty string."""
     if is_path(name):
         return _file_fault(name)
     places = where_from(package, name)
@@ -196,7 +195,8 @@ def _distribution(entry: EntryPoint) -> str:
     return f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an installed package"
 
 
-_ALLOWED: dict[str, Path] = {}
+_ALLOWED: dict[str, dict[Path, None]] = {}
+"""By file name, for that is what a student's folder knows of its decoder."""
 
 
 def allow(file: str | Path) -> None:
@@ -206,16 +206,25 @@ def allow(file: str | Path) -> None:
     """
     if fault := _file_fault(str(file)):
         raise LookupError(fault)
+    path = Path(file).expanduser().resolve()
+    _ALLOWED.setdefault(path.name, {})[path] = None
 
 
 def allowed(name: str) -> str:
-    """The path of the allowed file that is called like the file `name`, wherever either lies; LookupError if none."""
-    if Path(name).name not in _ALLOWED:
+    """The path of the allowed file that is called like the file `name`, wherever either lies.
+
+    Raises LookupError where there is none, or several, and none of them is `name` itself.
+    """
+    path = Path(name).expanduser().resolve()
+    files = _ALLOWED.get(path.name, {})
+    if not files:
         raise LookupError(
-            f"{Path(name).name} is a Python file from outside, and a student's folder runs none unasked: name it in "
+            f"{path.name} is a Python file from outside, and a student's folder runs none unasked: name it in "
             "the recipe, by --decoder FILE, or in distill.core.plugins.allow(FILE)"
         )
-    return str(_ALLOWED[Path(name).name])
+    if len(files) > 1 and path not in files:
+        raise LookupError(f"{path.name} may be {' or '.join(map(str, files))}: give one of them another name")
+    return str(path if path in files else next(iter(files)))
 
 
 def _file_fault(name: str) -> str:
@@ -225,7 +234,6 @@ def _file_fault(name: str) -> str:
     if not path.is_file():
         start = "" if path.is_absolute() else f"; paths are taken from the working directory, {Path.cwd()}"
         return f"{name}: no such file{start}"
-    _ALLOWED[path.name] = path.resolve()
     return ""
 
 

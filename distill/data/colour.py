@@ -19,7 +19,6 @@ from PIL import Image, ImageCms
 
 BAND = 1 << 22
 """Pixels that are converted at once: what a conversion needs beside the picture does not grow with it."""
-_PLANES = {"1": 1, "L": 1, "P": 1, "LA": 2, "La": 2, "PA": 2, "RGB": 3, "YCbCr": 3, "LAB": 3, "HSV": 3}
 _ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")
 
 Convert = Callable[[Image.Image], Image.Image]

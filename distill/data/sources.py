@@ -123,7 +123,7 @@ def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
 def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
     """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
-    paths_found: dict[Path, None] = {}
+    paths: dict[Path, None] = {}
     missing: list[str] = []
     for name in (str(Path(name).expanduser()) for pattern in listed for name in storage.expand(str(pattern))):
         matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
@@ -131,13 +131,13 @@ def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]
             missing.append(name)
         if what == "tar" and Path(name).is_dir() and not (matches := sorted(glob.glob(f"{glob.escape(name)}/*.tar"))):  # noqa: PTH207
             raise FileNotFoundError(f"{name}: no .tar in this folder{_instead(Path(name))}")
-        paths_found.update(dict.fromkeys(map(Path, matches)))
+        paths.update(dict.fromkeys(map(Path, matches)))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise FileNotFoundError(f"{missing[0]}{more}: no such {what}; check the path or pattern in [images]")
-    if not paths_found:
+    if not paths:
         raise FileNotFoundError(f"[images] names no {what}")
-    return list(paths_found)
+    return list(paths)
 
 
 def _instead(folder: Path) -> str:
@@ -163,16 +163,16 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
         raise ValueError(f"{pipes[0]}: a pipe has no middle to go on from; give the tar's path or URL")
     urls = storage.find_urls([str(p) for p in listed if storage.is_url(p)], "tar")
     local = [p for p in listed if not storage.is_url(p)]
-    paths_found: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
-    stems = [safe_key(PurePosixPath(str(p)).stem) for p in paths_found]
+    paths: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
+    stems = [safe_key(PurePosixPath(str(p)).stem) for p in paths]
     return combine(
-        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, paths_found, strict=True)]
+        [InputShard(stem, str(p), partial(_scan_tar, p), True) for stem, p in zip(stems, paths, strict=True)]
     )
 
 
 def _scan_tar(path: Path | str) -> Scan:
     """Every image of a tar; OSError for an address that does not answer, a rejected line for a bad file."""
-    paths_found: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
+    members: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
     keys: set[str] = set()
     rejected: list[Rejected] = []
     passed: Counter[str] = Counter()
@@ -196,20 +196,20 @@ def _scan_tar(path: Path | str) -> Scan:
             if reason := problem or _member_problem(member):
                 rejected.append(Rejected(origin, key, reason))
                 continue
-            if name in paths_found:
-                rejected.append(Rejected(origin, paths_found[name][0], "duplicate key; the first good one is used"))
+            if name in members:
+                rejected.append(Rejected(origin, members[name][0], "duplicate key; the first good one is used"))
             elif key in keys:
                 key = photos.with_hash(key, name)
             keys.add(key)
-            paths_found.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
+            members.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
     except OSError as error:
         if isinstance(path, str):
             raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
-    if not paths_found and not rejected:
+    if not members and not rejected:
         there = f", but {filetypes.counted(passed)}" if passed else ""
         rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
-    entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in paths_found.values()]
+    entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in members.values()]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
 
 

@@ -31,16 +31,16 @@ def expand(pattern: str) -> list[str]:
 
 
 def _expanded(pattern: str) -> Iterator[str]:
-    matches = re.search(r"\{([^{}]*)\}", pattern)
-    if not matches:
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if not braces:
         yield pattern
         return
-    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", matches[1])
-    options: Iterable[str] = matches[1].split(",")
+    span = re.fullmatch(r"(\d{1,18})\.\.(\d{1,18})", braces[1])
+    options: Iterable[str] = braces[1].split(",")
     if span:
         options = (str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1))
     for option in options:
-        yield from _expanded(pattern[: matches.start()] + option + pattern[matches.end() :])
+        yield from _expanded(pattern[: braces.start()] + option + pattern[braces.end() :])
 
 
 def is_url(name: str | Path) -> bool:
@@ -55,15 +55,15 @@ def file_system(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ValueError(f'{url}: a URL needs pip install "depth-distill[urls]"') from error
     try:
-        matches: tuple[Any, str] = fsspec.core.url_to_fs(url)
-        return matches
+        system, inside = fsspec.core.url_to_fs(url)
+        return system, inside
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {error}") from error
 
 
 def find_urls(patterns: Iterable[str], what: str) -> list[str]:
     """Every address that the patterns (braces, `*`) name, each once; FileNotFoundError for one with nothing there."""
-    matches: dict[str, None] = {}
+    urls: dict[str, None] = {}
     for url in (name for pattern in patterns for name in expand(pattern)):
         system, inside = file_system(url)
         try:
@@ -72,8 +72,8 @@ def find_urls(patterns: Iterable[str], what: str) -> list[str]:
             raise OSError(error.errno, f"{url} cannot be reached: {error}") from error
         if not names:
             raise FileNotFoundError(f"{url}: no such {what}; check the address in [images]")
-        matches.update((str(system.unstrip_protocol(name)), None) for name in names)
-    return list(matches)
+        urls.update((str(system.unstrip_protocol(name)), None) for name in names)
+    return list(urls)
 
 
 def open_place(place: Path | str) -> IO[bytes]:

@@ -85,14 +85,14 @@ def _is_header(block: bytes) -> bool:
         return False
 
 
-def _gap_problem(at: int, paths_found: int | None, size: int, *, zeros: bool) -> str:
+def _gap_problem(at: int, next_header: int | None, size: int, *, zeros: bool) -> str:
     """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
-    length = (size if paths_found is None else paths_found) - at
-    if paths_found is None and length < 512:
+    length = (size if next_header is None else next_header) - at
+    if next_header is None and length < 512:
         return f"the tar has no end mark: it may have been cut at byte {size}"
-    if zeros and length <= _END_MARK and (paths_found is None or length >= 1024):
+    if zeros and length <= _END_MARK and (next_header is None or length >= 1024):
         return ""  # with a header behind it, this is one tar behind another
-    if paths_found is not None:
+    if next_header is not None:
         return f"the tar is damaged at byte {at}: {length} bytes are lost, up to the next whole header"
     if zeros:
         return f"the tar ends in {length} zero bytes from byte {at} on: it may be an unfinished download"

@@ -55,7 +55,7 @@ TAIL = 20
 """labels.fine_tail is about one in so many input shards, the last ones."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LabelOutcome:
     """What one process of a run did.
 
@@ -137,7 +137,13 @@ def label(
             if complete and (out / NOTES).is_dir():
                 settle(Folder(out))  # notes of workers that are dead, or the lock were not ours
     return LabelOutcome(
-        complete, len(todo), len(mine) - len(todo), tally.images, tally.samples, tally.quarantined, tally.bytes
+        complete=complete,
+        parts=len(todo),
+        skipped=len(mine) - len(todo),
+        images=tally.images,
+        samples=tally.samples,
+        quarantined=tally.quarantined,
+        bytes=tally.bytes,
     )
 
 

@@ -300,7 +300,8 @@ def by_parts(
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=place.whole, tell=tell)
     before = place.stamp()
     if before and _finish(place, end, fresh=False):
-        return LabelOutcome(True, 0, len(place.finished()) // 2, 0, 0, 0, 0)
+        there = sum(name.endswith(".tar") for name in place.finished())
+        return LabelOutcome(complete=True, parts=0, skipped=there, images=0, samples=0, quarantined=0, bytes=0)
     board = Board(shards, part_sizes(shards, crops, labels), out, place, teachers, tell)
     worker = _Worker(board, place, name, iter(()), min(poll_s, place.lease_s / 4))
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
@@ -338,9 +339,15 @@ def _until_all_is_made(
 
 
 def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True) -> LabelOutcome:
-    skipped = len(worker.board.places) - worker.parts
     return LabelOutcome(
-        complete, worker.parts, skipped, tally.images, tally.samples, tally.quarantined, tally.bytes, last=last
+        complete=complete,
+        parts=worker.parts,
+        skipped=len(worker.board.places) - worker.parts,
+        images=tally.images,
+        samples=tally.samples,
+        quarantined=tally.quarantined,
+        bytes=tally.bytes,
+        last=last,
     )
 
 

@@ -402,7 +402,7 @@ def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tup
     seen: list[str] = []
     try:
         for sample in read_shard(path):
-            problems += [f"{path}:{sample.key}: {metadata}" for metadata in disagreements(sample)]
+            problems += [f"{path}:{sample.key}: {problem}" for problem in disagreements(sample)]
             if sample.image_key not in images:
                 problems.append(f"{path}:{sample.key}: its image is not in {MANIFEST}")
             seen.append(sample.key)

@@ -179,7 +179,7 @@ class Group:
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
-    """The items by what `_alike` says."""
+    """The items by what `alike` says."""
     return [
         Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
         for rows in alike(items)

@@ -1,4 +1,4 @@
-"""The training loop, and the only place that knows accelerate.
+"""The training loop, which with `parallel` is the only place that knows accelerate.
 
 One step learns from one global batch, whatever number of processes and micro-batches share it: losses are per image and
 are averaged here, over the global batch, so 1 x 8 = 2 x 4 = 1 x 4 accumulated twice. Order, teacher, rate, augmentation

@@ -101,12 +101,12 @@ def _column(
 def _aligned(view: ImageView) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every map on the scale of the reference, with where it is valid."""
     frame = view.maps[view.reference]
-    maps_found = {}
+    maps = {}
     for key, depth in view.maps.items():
         scale, shift = fit_affine(depth.values, frame.values, depth.valid & frame.valid)
         values = depth.values if key == view.reference else apply_affine(depth.values, scale, shift)
-        maps_found[key] = values[0].numpy(), depth.valid[0].numpy()
-    return maps_found
+        maps[key] = values[0].numpy(), depth.valid[0].numpy()
+    return maps
 
 
 def _spread(aligned: Mapping[str, tuple[np.ndarray, np.ndarray]], view: ImageView) -> np.ndarray:

@@ -81,20 +81,20 @@ def _recipe(run_dir: Path) -> tuple[Recipe, str, str]:
 
 def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
     """The score files of a run in the order of a table, and a line for each that cannot be read."""
-    rows_found, faults = [], []
+    scores, faults = [], []
     for path in sorted((run_dir / "scores").glob("*.json")):
         try:
-            rows_found.append(read_scores(path))
+            scores.append(read_scores(path))
         except UNREADABLE as error:
             faults.append(str(error))
     # The student first, what knows nothing of the image last.
     place = {"student": 0, "plane baseline": 2}
-    return sorted(rows_found, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
+    return sorted(scores, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
 
 
 def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
     """Each score with the weights that its stored predictions say they are of, and how those were used."""
-    rows_found = []
+    scored = []
     for score in scores:
         stores = (run_dir / "predictions" / score.model.replace(" ", "_")).glob("*")
         settings = [_settings(store) for store in sorted(stores)]
@@ -102,8 +102,8 @@ def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
         used = [one["used"] for one in settings if one["used"].get("benchmark") == score.benchmark]
         # One benchmark under two aliases may have been predicted in two ways, and a score does not say its alias.
         alike = bool(used) and all(one == used[0] for one in used)
-        rows_found.append(Scored(score, weights.pop() if len(weights) == 1 else "", used[0] if alike else {}))
-    return rows_found
+        scored.append(Scored(score, weights.pop() if len(weights) == 1 else "", used[0] if alike else {}))
+    return scored
 
 
 def _settings(store: Path) -> dict[str, Any]:
@@ -122,22 +122,22 @@ def _log(run_dir: Path) -> list[dict[str, Any]]:
 
 def _label_folders(run_dir: Path, recipe: Recipe) -> list[Path]:
     """Folders of finished labels: below the run, or those of the same images, crops and teachers in labels.root."""
-    rows_found = [
+    folders = [
         path.parent for place in ("labels*", "labels*/*") for path in sorted(run_dir.glob(f"{place}/manifest.json"))
     ]
     root = recipe.get("labels", {}).get("root", "")
     for path in sorted(Path(root).glob("*/manifest.json")) if root else []:
         made_by = _manifest(path.parent)[0].get("recipe", {})
         if all(made_by.get(part) == recipe.get(part) for part in ("images", "crops", "teachers")):
-            rows_found.append(path.parent)
-    return rows_found
+            folders.append(path.parent)
+    return folders
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """A labels folder's manifest, and what is wrong with it."""
     try:
-        rows_found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return (rows_found, "") if isinstance(rows_found, dict) else ({}, f"{folder / 'manifest.json'} holds no table.")
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return (manifest, "") if isinstance(manifest, dict) else ({}, f"{folder / 'manifest.json'} holds no table.")
     except UNREADABLE as error:
         return {}, f"{folder / 'manifest.json'} cannot be read: {error}."
 
@@ -236,10 +236,10 @@ def _line(
     raw: bool = False,
 ) -> figures.Series:
     """A number of the log as a smoothed line; steps that lack it are left out."""
-    rows_found = [
+    numbers = [
         (step, line.get("parts", {}).get(name) if part else line.get(name)) for step, line in zip(x, steps, strict=True)
     ]
-    known = [(step, float(value)) for step, value in rows_found if value is not None]
+    known = [(step, float(value)) for step, value in numbers if value is not None]
     values = [value for _, value in known]
     title = name if part else {"lr": "decoder", "encoder_lr": "encoder"}.get(name, name.split("_")[0])
     colour = min(colour, 6)

@@ -12,7 +12,8 @@ from PIL import Image
 
 from distill.app import build, contracts
 from distill.app.cli import main
-from distill.app.recipe import load
+from distill.app.recipe import load, parse
+from distill.app.strict import read_toml
 from distill.core import plugins
 from distill.students import checkpoint
 
@@ -242,3 +243,29 @@ def test_what_is_no_plugin(project, capsys):
     assert contracts.main(["nothing"]) == 2
     assert contracts.main(["marigold"]) == 0
     assert "needs weights: --weights PATH" in capsys.readouterr().err
+
+
+def test_a_recipe_that_is_only_read_lets_no_file_run(project):
+    """As the one in the manifest of somebody's labels, which is compared with one's own."""
+    table = read_toml(project / "r.toml")
+    plugins._ALLOWED.clear()
+    parse(table, uses=["images", "crops"])
+    parse(table)
+    assert not plugins._ALLOWED
+    load("r.toml")
+    assert [*plugins._ALLOWED] == ["conv.py"]
+
+
+def test_of_two_files_of_one_name_none_is_taken_for_the_other(project):
+    for place in ("conv.py", "sub/conv.py"):
+        (project / place).write_text(DECODER)
+        plugins.allow(place)
+    assert plugins.allowed("conv.py") == str((project / "conv.py").resolve())
+    (project / "conv.py").rename(project / "other.py")
+    plugins._ALLOWED.clear()
+    for place in ("a", "b"):
+        (project / place).mkdir()
+        (project / place / "conv.py").write_text(DECODER)
+        plugins.allow(f"{place}/conv.py")
+    with pytest.raises(LookupError, match=r"conv.py may be .*a.conv.py or .*b.conv.py: give one"):
+        plugins.allowed("conv.py")

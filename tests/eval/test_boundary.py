@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.app import commands
+from distill.app import commands, score_recipe
 from distill.app.cli import main
 from distill.app.recipe import parse
 from distill.core.depth import DepthMap, Kind, KindError
@@ -377,7 +377,7 @@ def test_a_recipe_predicts_scores_and_reports_them_like_the_others(tmp_path, mon
         }
     )
 
-    monkeypatch.setattr(commands, "Models", lambda _: lambda _: [("bright", Echo(Kind.SCALE_DISPARITY))])
+    monkeypatch.setattr(score_recipe, "Models", lambda _: lambda _: [("bright", Echo(Kind.SCALE_DISPARITY))])
     (result,) = commands.run_score(recipe)
     assert result.metrics[result.task.main] > 0.9 and result.num_failed == 0
     (again,) = commands.run_score(recipe)

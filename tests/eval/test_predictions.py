@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.app import commands
+from distill.app import commands, score_recipe
 from distill.app.cli import main
 from distill.app.recipe import parse
 from distill.app.scoring import how_used, options_on, prediction_settings
@@ -57,7 +57,7 @@ def test_a_damaged_map_is_predicted_again_and_told(tmp_path):
 
 
 def test_scoring_a_recipe_mends_maps_and_fails_where_truth_is_lost(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "Models", lambda _: lambda _: [("bright", Echo())])
+    monkeypatch.setattr(score_recipe, "Models", lambda _: lambda _: [("bright", Echo())])
     rows = ["name\trgb\tdepth\tscale_to_metres"]
     for i in range(2):
         pixels = np.random.default_rng(i).integers(30, 255, (*SIZE, 3), dtype=np.uint8)

@@ -1,9 +1,9 @@
-"""A stage as flat arrays for the kernels of this folder, holding the numbers that the torch path would compute with.
+"""A stage as flat arrays for compiled loops (`fused`) and a GPU's kernels (`gpu`).
 
-Whatever torch works out once per solid in double precision (which side of a plane a lamp is on, a lamp's place in the
-frame of an ellipsoid) is worked out here in double precision, in the same order, and rounded to float32 where torch
-rounds: when it first meets a float32 tensor. P solids, K planes, S surfaces, L lamps; of the solids that cast shadows,
-C in G clusters, with Q planes.
+They hold the numbers that the torch path would compute with. Whatever torch works out once per solid in double
+precision (which side of a plane a lamp is on, a lamp's place in the frame of an ellipsoid) is worked out here in double
+precision, in the same order, and rounded to float32 where torch rounds: when it first meets a float32 tensor.
+P solids, K planes, S surfaces, L lamps; of the solids that cast shadows, C in G clusters, with Q planes.
 """
 
 from __future__ import annotations

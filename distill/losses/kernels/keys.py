@@ -76,12 +76,6 @@ def key_value(keys):
 
 
 @triton.jit
-def above_least(values, least):
-    """uint32: how many keys each value lies above the key `least`, which is the smallest."""
-    return order_key(values).to(tl.uint32, bitcast=True) - least.to(tl.uint32, bitcast=True)
-
-
-@triton.jit
 def raised(least, by):
     """The value whose key is `by` (int32, read as uint32) above the key `least`."""
     key = least.to(tl.uint32, bitcast=True) + by.to(tl.uint32, bitcast=True)
