@@ -25,8 +25,8 @@ TO_POSITIVE = 2.0
 def to_unit_range(values: Tensor, valid: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
     """Maps (B,H,W) in [-1, 1], with `quantile` and 1 - quantile of each map's valid values at the ends, and validity.
 
-    Invalid pixels are -1, as in Marigold, whose unknown depth is 0 and clipped. A map with no valid pixel, or with one
-    value alone, is nowhere valid.
+    Invalid pixels are -1, as in Marigold where depth is unknown (0, clipped); what it leaves out for being too far
+    (Virtual KITTI beyond 80 m) is 1 there. A map with no valid pixel, or with one value alone, is nowhere valid.
     """
     out, usable = torch.full_like(values, -1.0), valid & torch.isfinite(values)
     ends = values.new_tensor([quantile, 1.0 - quantile])

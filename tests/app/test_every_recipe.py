@@ -130,8 +130,9 @@ ANYDEPTH = {
     "loss.gradient": 2.0, "loss.trim_top": 0.0, "loss.local_global": 0.0, "loss.feature": 0.0,
 }  # fmt: skip
 LATENT = {"train.batch_size": 32, "train.lr": 3e-5, "train.steps": 30_000, "train.schedule_steps": 25_000,
-          "train.warmup_steps": 100, "images.0.weight": 0.9, "images.1.weight": 0.1}  # fmt: skip
-"""Of Marigold's and GenPercept's configurations."""
+          "train.warmup_steps": 100, "images.0.weight": 0.9, "images.1.weight": 0.1, "images.0.far": 65.0,
+          "images.1.far": 80.0}  # fmt: skip
+"""Of Marigold's and GenPercept's configurations; far: max_depth in both's src/dataset/{hypersim,vkitti}_dataset.py."""
 PUBLISHED = {
     "sa1b_dav2_genpercept": DISTILL_ANY_DEPTH,
     "students/table5_dav2l_encoder_only": DISTILL_ANY_DEPTH,
@@ -146,7 +147,7 @@ PUBLISHED = {
     "fiffdepth/fiffdepth": {
         "latent.blend": 0.5, "latent.distance": "mae", "latent.distance_weight": 1.0, "latent.gradient": 0.5,
         "latent.gradient_scales": 1, "latent.trajectory": 0.2, "latent.timestep": 0, "latent.filter_timestep": -1,
-        "latent.quantile": 0.02, "images.1.limit": 200_000, "train.even_batches": True,
+        "latent.quantile": 0.02, "images.1.limit": 200_000, "train.even_batches": True, "images.0.far": 80.0,
     },
     "fiffdepth/genpercept": LATENT | {"latent.image_mse": 1.0, "latent.image_ssi": 0.5, "latent.image_gradient": 2.0},
     "fiffdepth/marigold": LATENT | {"latent.noise_strength": 0.9, "latent.noise_annealed": True},
