@@ -30,7 +30,7 @@ FACTS = Facts(
     means=(0.388, 0.421),
     focal=FOCAL,
     width=WIDTH,
-    note="21,260 scenes x 2 cameras are published; AnyDepth counts 19,559",
+    note="21,260 frames x 2 cameras are published; AnyDepth counts 19,559, and its list has Camera_0 alone",
 )
 
 
