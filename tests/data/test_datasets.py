@@ -176,10 +176,10 @@ def test_a_root_above_below_or_still_packed_is_said(tmp_path):
 
 
 def test_anydepths_list_of_virtual_kitti2_chooses_its_left_camera(tmp_path):
-    """A line of AIGeeksGroup/AnyDepth (8603751) datasets/vkitti/train.txt, whose 12,643 lines name Camera_0 alone."""
+    """Lines as AIGeeksGroup/AnyDepth (8603751) has them in datasets/vkitti/train.txt: 12,643, all of Camera_0."""
     virtual_kitti2(tmp_path, frames(2, 12, 32))
     _index.write("virtual_kitti2", tmp_path)
-    at = "/root/autodl-tmp/datasets/vkitti2/Scene01/clone/frames"
+    at = "/data/vkitti2/Scene01/clone/frames"
     line = f"{at}/rgb/Camera_0/rgb_00001.jpg {at}/depth/Camera_0/depth_00001.png"
     [row] = _index.read("virtual_kitti2", tmp_path, names=[line])
     assert row.name == "Scene01/clone/Camera_0/00001"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.app import commands, score_recipe
+from distill.app import score_recipe
 from distill.app.cli import main
 from distill.app.recipe import parse
 from distill.app.scoring import how_used, options_on, prediction_settings
