@@ -66,7 +66,7 @@ def run_studies(
     if processes > 1 and not (worker or collect_only):
         _with_workers(every, paths, version, out, processes, overrides)
     elif not collect_only:
-        with scenes.remembered():  # every cell is scored on the same ones
+        with scenes.cached_views():  # every cell is scored on the same ones
             if worker:  # all seeds at once, or all workers would wait for the one that labels the first
                 _label_all(every)
             _work(every)

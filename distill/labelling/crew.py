@@ -75,7 +75,7 @@ def crew(threads: int, device: torch.device) -> Iterator[Crew]:
     interrupted run does not wait for its workers: a photograph that is being decoded takes seconds.
     """
     alone = threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext()
-    with alone, scenes.on(device):
+    with alone, scenes.render_on(device):
         yield from _crew(threads)
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from distill.data import scenes
-from distill.data.scenes import film, gpu
+from distill.data.scenes import backends, film, gpu, reference
 from distill.data.scenes.stage import Stage
+from distill.data.scenes.variety import vary
 
 SIZE = (19, 26)
 VARIED = ("corridor", "country", "table")
@@ -24,8 +25,8 @@ def stage_of(kind: str, seed: int, *, variety: bool) -> tuple[Stage, film.Film]:
     stage = Stage(rng=rng)
     scenes._LAYOUTS[kind][0](stage)
     if variety:
-        scenes.vary(stage)
-    return stage, film.load(rng, *SIZE)
+        vary(stage)
+    return stage, film.draw(rng, *SIZE)
 
 
 def main(kinds: list[str]) -> None:
@@ -36,8 +37,8 @@ def main(kinds: list[str]) -> None:
     dark = ("dark", *stage_of("table", 3, variety=False))
     dark[1].lights = []
     for name, stage, loaded in [*views, dark]:
-        expected = scenes._developed(*scenes._light_up(stage, SIZE), loaded)
-        ours = scenes._developed(*gpu.light_up(stage, SIZE, here), loaded)
+        expected = backends.developed(*reference.light_up(stage, SIZE), loaded)
+        ours = backends.developed(*gpu.light_up(stage, SIZE, here), loaded)
         assert all(map(torch.equal, ours, expected)), name
         assert expected[0].std() > 0.02 or name == "dark", name
         print(name, flush=True)  # noqa: T201

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distill.data import scenes
-from distill.data.scenes import texture, variety
+from distill.data.scenes import backends, reference, texture, variety
 from distill.data.scenes.cast import (
     Camera,
     block,
@@ -225,7 +225,7 @@ def test_variety_adds_to_a_view_and_leaves_the_plain_one_as_it_was():
     assert torch.equal(varied.image, again.image) and torch.equal(varied.depth, again.depth)
     assert torch.equal(plain.image, after.image) and torch.equal(plain.depth, after.depth)
     assert not torch.equal(plain.image, varied.image) and varied.focal == plain.focal and varied.kind == plain.kind
-    with scenes.remembered():
+    with scenes.cached_views():
         assert not torch.equal(
             scenes.render(77, size=(24, 32)).image, scenes.render(77, size=(24, 32), variety=True).image
         )
@@ -268,12 +268,12 @@ def test_compiled_loops_give_the_bits_of_the_torch_path(kind, monkeypatch):
     """Image, depth and sky, in views with and without variety."""
     pytest.importorskip("numba")
     fused = pytest.importorskip("distill.data.scenes.fused")
-    assert scenes._path() is fused.light_up
+    assert backends.cpu_path() is fused.light_up
     asked = [dict(seed=31, size=(26, 35), kind=kind), dict(seed=24, size=(21, 30), kind=kind, variety=True)]
-    compiled = [scenes.rendered(**what) for what in asked]
-    monkeypatch.setattr(scenes, "_path", lambda: scenes._light_up)
+    compiled = [scenes.render_uncached(**what) for what in asked]
+    monkeypatch.setattr(backends, "cpu_path", lambda: reference.light_up)
     for view, what in zip(compiled, asked, strict=True):
-        again = scenes.rendered(**what)
+        again = scenes.render_uncached(**what)
         assert torch.equal(view.depth, again.depth) and torch.equal(view.valid, again.valid), what
         assert torch.equal(view.image, again.image), what
 
@@ -282,9 +282,9 @@ def test_a_lamp_shines_through_the_shade_that_it_hangs_in_on_both_paths():
     fused = pytest.importorskip("distill.data.scenes.fused")
     stage = stage_of(5, "table")
     lamp = next(light.place for light in stage.lights if not light.sun)
-    _, plain = scenes._light_up(stage, (20, 27))
+    _, plain = reference.light_up(stage, (20, 27))
     stage.add(ellipsoid(lamp, (0.2, 0.3, 0.2), 0), block(lamp, (0.3, 0.2, 0.3), 0))
-    (depth, colour), (depth2, colour2) = scenes._light_up(stage, (20, 27)), fused.light_up(stage, (20, 27))
+    (depth, colour), (depth2, colour2) = reference.light_up(stage, (20, 27)), fused.light_up(stage, (20, 27))
     assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0])
     assert colour.mean() > 0.8 * plain.mean()
 
@@ -293,7 +293,7 @@ def test_a_stage_without_lights_has_its_ambient_light_on_both_paths():
     fused = pytest.importorskip("distill.data.scenes.fused")
     stage = stage_of(5, "table")
     stage.lights = []
-    (depth, colour), (depth2, colour2) = scenes._light_up(stage, (9, 12)), fused.light_up(stage, (9, 12))
+    (depth, colour), (depth2, colour2) = reference.light_up(stage, (9, 12)), fused.light_up(stage, (9, 12))
     # The fused path leaves out the spare row and column of the centres, which no pixel reads.
     assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0]) and colour.max() > 0
     assert torch.equal(colour[:, 1, :-1, :-1], colour2[:, 1, :-1, :-1])
@@ -301,16 +301,16 @@ def test_a_stage_without_lights_has_its_ambient_light_on_both_paths():
 
 @pytest.mark.parametrize(("numba", "warned"), [(None, False), ("broken", True)])
 def test_without_numba_torch_casts_the_rays(numba, warned, monkeypatch):
-    monkeypatch.setattr(scenes, "find_spec", lambda name: numba)
+    monkeypatch.setattr(backends, "find_spec", lambda name: numba)
     monkeypatch.setitem(sys.modules, "distill.data.scenes.fused", None)
-    scenes._path.cache_clear()
+    backends.cpu_path.cache_clear()
     try:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            assert scenes._path() is scenes._light_up
+            assert backends.cpu_path() is reference.light_up
         assert bool(said) == warned
     finally:
-        scenes._path.cache_clear()
+        backends.cpu_path.cache_clear()
 
 
 def test_odd_requests_are_refused():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from distill.data import scenes, sources
+from distill.data.scenes import backends
 from distill.labelling.crew import crew
 
 CARD = torch.device("cuda:0")
@@ -45,10 +46,10 @@ def gpu(monkeypatch):
 
     def on_gpu(stage, size, loaded, device):
         asked.append((size, device))
-        return scenes._developed(*scenes._path()(stage, size), loaded)
+        return backends.developed(*backends.cpu_path()(stage, size), loaded)
 
-    monkeypatch.setattr(scenes, "_trials", {})
-    monkeypatch.setattr(scenes, "_on_gpu", on_gpu)
+    monkeypatch.setattr(backends, "_trials", {})
+    monkeypatch.setattr(backends, "_on_gpu", on_gpu)
     return asked
 
 
@@ -57,21 +58,21 @@ def same(view, other):
 
 
 def test_a_gpu_renders_inside_on_after_it_was_tried(gpu):
-    expected = scenes.rendered(**ASKED)
+    expected = scenes.render_uncached(**ASKED)
     assert gpu == []
-    with scenes.on(CARD):
+    with scenes.render_on(CARD):
         for _ in range(2):
-            same(scenes.rendered(**ASKED), expected)
-        with scenes.on(torch.device("cpu")):
-            scenes.rendered(**ASKED)
-    scenes.rendered(**ASKED)
+            same(scenes.render_uncached(**ASKED), expected)
+        with scenes.render_on(torch.device("cpu")):
+            scenes.render_uncached(**ASKED)
+    scenes.render_uncached(**ASKED)
     assert [size for size, _ in gpu] == [(40, 56)] * 2 + [ASKED["size"]] * 2
     assert {device for _, device in gpu} == {CARD}
 
 
 @pytest.mark.parametrize("fault", ["other bits", "no driver"])
 def test_where_a_gpu_cannot_the_cpu_renders_after_one_warning(gpu, monkeypatch, fault):
-    renders = scenes._on_gpu
+    renders = backends._on_gpu
 
     def on_gpu(*args):
         image, depth = renders(*args)
@@ -79,12 +80,12 @@ def test_where_a_gpu_cannot_the_cpu_renders_after_one_warning(gpu, monkeypatch, 
             raise RuntimeError("no\ndriver")
         return image, torch.nextafter(depth, torch.zeros(()))
 
-    monkeypatch.setattr(scenes, "_on_gpu", on_gpu)
-    with warnings.catch_warnings(record=True) as said, scenes.on(CARD):
+    monkeypatch.setattr(backends, "_on_gpu", on_gpu)
+    with warnings.catch_warnings(record=True) as said, scenes.render_on(CARD):
         warnings.simplefilter("always")
-        views = [scenes.rendered(**ASKED) for _ in range(2)]
+        views = [scenes.render_uncached(**ASKED) for _ in range(2)]
     same(views[0], views[1])
-    same(views[0], scenes.rendered(**ASKED))
+    same(views[0], scenes.render_uncached(**ASKED))
     told = [str(w.message) for w in said]
     assert len(told) == 1 and "the CPU does, slower" in told[0] and "\n" not in told[0]
     assert ("differs from the CPU's" if fault == "other bits" else "RuntimeError: no driver") in told[0]
@@ -92,7 +93,7 @@ def test_where_a_gpu_cannot_the_cpu_renders_after_one_warning(gpu, monkeypatch, 
 
 
 def test_a_view_that_does_not_fit_on_the_gpu_is_rendered_on_the_cpu(gpu, monkeypatch):
-    expected, renders = scenes.rendered(**ASKED), scenes._on_gpu
+    expected, renders = scenes.render_uncached(**ASKED), backends._on_gpu
 
     def on_gpu(stage, size, *rest):
         image, depth = renders(stage, size, *rest)
@@ -100,10 +101,10 @@ def test_a_view_that_does_not_fit_on_the_gpu_is_rendered_on_the_cpu(gpu, monkeyp
             raise torch.OutOfMemoryError("full")
         return image, depth
 
-    monkeypatch.setattr(scenes, "_on_gpu", on_gpu)
-    with scenes.on(CARD), warnings.catch_warnings():
+    monkeypatch.setattr(backends, "_on_gpu", on_gpu)
+    with scenes.render_on(CARD), warnings.catch_warnings():
         warnings.simplefilter("error")
-        same(scenes.rendered(**ASKED), expected)
+        same(scenes.render_uncached(**ASKED), expected)
     assert len(gpu) == 3
 
 
@@ -119,14 +120,14 @@ def test_threads_that_label_beside_a_gpu_render_on_it(gpu):
 @pytest.mark.cuda
 def test_a_card_gives_the_bits_of_the_cpu(card, monkeypatch):
     """All kinds, several threads, from a size of one pixel on; the card did it, for a fault raises."""
-    monkeypatch.setattr(scenes, "_try", lambda device: True)
+    monkeypatch.setattr(backends, "_try", lambda device: True)
     asked = [
-        partial(scenes.rendered, seed, size=size, kind=kind, variety=variety)
+        partial(scenes.render_uncached, seed, size=size, kind=kind, variety=variety)
         for kind in scenes.KINDS
         for seed, size, variety in ((31, (61, 83), False), (24, (224, 224), True), (9, (1, 1), False))
     ]
     expected = [one() for one in asked]
-    with scenes.on(card), ThreadPoolExecutor(4) as pool:
+    with scenes.render_on(card), ThreadPoolExecutor(4) as pool:
         views = list(pool.map(lambda one: one(), asked * 2))
     for view, other in zip(views, expected * 2, strict=True):
         same(view, other)
@@ -134,7 +135,7 @@ def test_a_card_gives_the_bits_of_the_cpu(card, monkeypatch):
 
 @pytest.mark.cuda
 def test_the_trial_on_a_card_passes(card, monkeypatch):
-    monkeypatch.setattr(scenes, "_trials", {})
+    monkeypatch.setattr(backends, "_trials", {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert scenes._trusted(card)
+        assert backends._trusted(card)

@@ -10,7 +10,7 @@ from tests.labelling.formula import two_tars
 
 @pytest.fixture(scope="module", autouse=True)
 def scenes_drawn_once():
-    with scenes.remembered():
+    with scenes.cached_views():
         yield
 
 

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 from distill.data import scenes
-from distill.data.scenes import texture
+from distill.data.scenes import backends, reference, texture
 
 SEED = scenes.TRAIN_SEEDS[0]
-CHOSEN = scenes._path()
+CHOSEN = backends.cpu_path()
 
 
 def clock() -> tuple[float, float]:
@@ -38,12 +38,12 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
 
 def by(path: str) -> AbstractContextManager[None]:
     """Inside it this path renders; a GPU that gives other bits, or cannot, raises."""
-    scenes._path = lambda: scenes._light_up if path == "torch" else CHOSEN  # type: ignore[assignment]
+    backends.cpu_path = lambda: reference.light_up if path == "torch" else CHOSEN  # type: ignore[assignment]
     if path != "gpu":
         return nullcontext()
     device = torch.device("cuda", torch.cuda.current_device())
-    scenes._trials[device] = True
-    return scenes.on(device)
+    backends._trials[device] = True
+    return scenes.render_on(device)
 
 
 def loops(count: int, size: tuple[int, int]) -> float:
@@ -66,7 +66,7 @@ def loops(count: int, size: tuple[int, int]) -> float:
     with by("compiled"):
         started = clock()
         for index in range(count):
-            scenes.rendered(SEED + index, size=size)
+            scenes.render_uncached(SEED + index, size=size)
     for name, kernel in kernels.items():
         setattr(fused, name, kernel)
     return inside / since(started)[1]
@@ -80,7 +80,7 @@ def in_turns(paths: list[str], count: int, size: tuple[int, int]) -> dict[str, f
         for path in paths:
             with by(path):
                 started = clock()
-                views[path] = scenes.rendered(SEED + index, size=size)
+                views[path] = scenes.render_uncached(SEED + index, size=size)
                 took = since(started)
             spent[path] = (spent[path][0] + took[0], spent[path][1] + took[1])
         for path, view in views.items():
@@ -99,7 +99,7 @@ def together(path: str, count: int, size: tuple[int, int]) -> None:
     while threads <= min(16, cores):
         with by(path), ThreadPoolExecutor(threads) as pool:
             started = clock()
-            list(pool.map(lambda seed: scenes.rendered(seed, size=size), range(SEED, SEED + count * threads)))
+            list(pool.map(lambda seed: scenes.render_uncached(seed, size=size), range(SEED, SEED + count * threads)))
             wall, cpu = since(started)
         told.append(f"{threads}: {count * threads * 60 / wall:.0f} ({cpu / count / threads:.3f} s CPU each)")
         threads *= 2
@@ -110,7 +110,7 @@ def main(count: int, size: tuple[int, int]) -> None:
     started = clock()
     texture.bank(range(texture.COUNT))
     print("texture bank: {:.2f} s wall, {:.2f} s CPU".format(*since(started)))
-    paths = ["torch"] + (["compiled"] if CHOSEN is not scenes._light_up else [])
+    paths = ["torch"] + (["compiled"] if CHOSEN is not reference.light_up else [])
     if torch.cuda.is_available():
         paths.append("gpu")
         print(torch.cuda.get_device_name())
@@ -118,7 +118,7 @@ def main(count: int, size: tuple[int, int]) -> None:
         with by(path):
             started = clock()
             for kind in ("room", "street"):
-                scenes.rendered(SEED, size=size, kind=kind)
+                scenes.render_uncached(SEED, size=size, kind=kind)
         print(
             "{}, first two views (loaded where it was kept): {:.2f} s wall, {:.2f} s CPU".format(path, *since(started))
         )

@@ -34,8 +34,8 @@ class Film:
     noise: float
 
 
-def load(rng: np.random.Generator, height: int, width: int) -> Film:
-    """Draws a film."""
+def draw(rng: np.random.Generator, height: int, width: int) -> Film:
+    """A film, by lot."""
     balance = torch.tensor(1 + rng.normal(0, 0.06, 3), dtype=torch.float32)
     exposure = float(rng.lognormal(-1.15, 0.35))
     corner = float(rng.uniform(0, 0.25)) if rng.random() < 0.5 else 0.0

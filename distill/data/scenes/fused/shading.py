@@ -1,4 +1,4 @@
-"""The colour of what a ray meets: `scenes._shade`, `scenes._sky` and `cast.shadow` for one point at a time.
+"""The colour of what a ray meets: `reference._shade`, `reference._sky` and `cast.shadow` for one point at a time.
 
 On a GPU it is `distill.data.scenes.gpu.shading`.
 """
@@ -269,7 +269,7 @@ def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light)
 
 @part
 def _shade(looks, casters, lamps, air, row, t, ray, eye, hint, near, light):
-    """Colour of the point at t along a ray, left in light[:3], as `scenes._shade`."""
+    """Colour of the point at t along a ray, left in light[:3], as `reference._shade`."""
     point = (eye[0] + t * ray[0], eye[1] + t * ray[1], eye[2] + t * ray[2])
     normal, own, facing = _surface(looks.surface[row], point[0], point[1], point[2])
     number, pattern = looks.numbers[looks.material[row]], looks.pattern[looks.material[row]]
@@ -315,7 +315,7 @@ def shade(looks, casters, lamps, air, eye, x, y, z, depth, surface, colour, hint
 
 @kernel
 def sky(looks, lamps, air, x, y, z, surface, colour):
-    """Fills colour (3,V) where the rays x, y, z (V) meet nothing, as `scenes._sky`."""
+    """Fills colour (3,V) where the rays x, y, z (V) meet nothing, as `reference._sky`."""
     for grid in range(2):
         for row in range(x.shape[1] - grid):
             for c in range(x.shape[2] - grid):

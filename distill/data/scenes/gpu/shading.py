@@ -1,4 +1,4 @@
-"""The colour of what a ray meets: `scenes._shade` and `scenes._sky`, a tile of rays a program."""
+"""The colour of what a ray meets: `reference._shade` and `reference._sky`, a tile of rays a program."""
 
 from __future__ import annotations
 

@@ -1,0 +1,126 @@
+"""Who casts the rays of a picture: compiled loops or torch on a CPU, or a GPU; all give the same bits."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from threading import Lock, local
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.data.scenes import film, reference
+from distill.data.scenes.indoors import table
+from distill.data.scenes.outdoors import street
+from distill.data.scenes.stage import Stage
+from distill.data.scenes.variety import vary
+
+
+def take_picture(stage: Stage, size: tuple[int, int], loaded: film.Film) -> tuple[Tensor, Tensor]:
+    """Image (3,H,W) and depth (H,W), inf in the sky, of height x width = `size`; on the CPU."""
+    threads = torch.get_num_threads()
+    # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
+    torch.set_num_threads(1)
+    try:
+        if _device is not None and _trusted(_device):
+            try:
+                return _on_gpu(stage, size, loaded, _device)
+            except torch.OutOfMemoryError:
+                pass  # the teacher needs it all; the CPU gives the same bits
+        return developed(*cpu_path()(stage, size), loaded)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def developed(depth: Tensor, colour: Tensor, loaded: film.Film) -> tuple[Tensor, Tensor]:
+    """The picture and its depth, where what `reference.light_up` gives lies."""
+    _, _, height, width = colour.shape
+    centre, corner = colour[:, 1, : height - 1, : width - 1], colour[:, 0]
+    around = corner[:, :-1, :-1] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, 1:, 1:]
+    return film.develop(loaded, 0.5 * centre + 0.125 * around), depth[1, : height - 1, : width - 1]
+
+
+_device: torch.device | None = None
+_trials: dict[torch.device, bool] = {}
+_trying = Lock()
+_streams = local()
+_TRIAL_SEED = [7919, 1]
+
+
+@contextmanager
+def render_on(device: torch.device) -> Iterator[None]:
+    """Inside it this process renders on a GPU where `device` is one that can (distill.data.scenes.gpu).
+
+    Its pictures are those of the CPU, to the bit: before the first one that is tried on two views, and where it is not
+    so, or the GPU cannot, there is one warning and the CPU renders.
+    """
+    global _device
+    before, _device = _device, device if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def _on_gpu(stage: Stage, size: tuple[int, int], loaded: film.Film, device: torch.device) -> tuple[Tensor, Tensor]:
+    """As `_taken`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
+    from distill.data.scenes import gpu  # wants Triton
+
+    with _stream(device):
+        image, depth = developed(*gpu.light_up(stage, size, device), loaded)
+        return image.cpu(), depth.cpu()
+
+
+@contextmanager
+def _stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    with torch.cuda.device(device):
+        if not hasattr(_streams, str(device)):
+            setattr(_streams, str(device), torch.cuda.Stream(device))
+        with torch.cuda.stream(getattr(_streams, str(device))):
+            yield
+
+
+def _trusted(device: torch.device) -> bool:
+    """Whether this device renders with the CPU's bits; tried once, while other threads wait."""
+    with _trying:
+        if device not in _trials:
+            _trials[device] = _try(device)
+    return _trials[device]
+
+
+def _try(device: torch.device) -> bool:
+    try:
+        for build in (street, table):  # the sun, sky and haze; lamps and a room
+            rng = np.random.default_rng(_TRIAL_SEED)
+            stage = Stage(rng=rng)
+            build(stage)
+            vary(stage)
+            loaded = film.draw(rng, 40, 56)
+            here = developed(*cpu_path()(stage, (40, 56)), loaded)
+            if not all(map(torch.equal, _on_gpu(stage, (40, 56), loaded, device), here)):
+                raise ValueError(f"its picture of a {build.__name__} differs from the CPU's")
+    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the CPU is there
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
+        warnings.warn(f"{device} renders no scenes ({reason}): the CPU does, slower", stacklevel=2)
+        return False
+    return True
+
+
+@cache
+def cpu_path() -> Callable[[Stage, tuple[int, int]], tuple[Tensor, Tensor]]:
+    """Who casts the rays: compiled loops where numba is installed, torch where not. Both give the same bits."""
+    if find_spec("numba") is None:
+        return reference.light_up
+    try:
+        from distill.data.scenes.fused import light_up
+    except (ImportError, KeyError) as error:  # numba refuses so a numpy newer than itself, and an option it lacks
+        warnings.warn(f"numba does not load, so scenes render several times slower: {error}", stacklevel=2)
+        return reference.light_up
+    return light_up
