@@ -25,7 +25,7 @@ from distill.core.weights import (
     mentions,
     read_state,
 )
-from distill.teachers._strictly import TOLD, check_claimed, load_checked, load_strictly
+from distill.teachers._strictly import REPORT_MISMATCHES, check_claimed, load_checked, load_strictly
 from distill.teachers._where import WEIGHT_SUFFIXES, cached_revision, read_config, resolve, revision_of, to_download
 
 # The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from distill.core.depth import DepthMap, Kind
 
 __all__ = [
-    "TOLD",
+    "REPORT_MISMATCHES",
     "WEIGHT_SUFFIXES",
     "Card",
     "Teacher",

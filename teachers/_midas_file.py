@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distill.teachers import TOLD, WeightsMismatchError, load_checked, read_state
+from distill.teachers import REPORT_MISMATCHES, WeightsMismatchError, load_checked, read_state
 
 _BLOCK = {
     "gamma_1": "lambda_1",
@@ -61,7 +61,7 @@ def network(path: Path) -> Any:
     )
     tensors = renamed(state)
     return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **TOLD),
+        lambda: DPTForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **REPORT_MISMATCHES),
         path,
         what="MiDaS v3.1",
         optional=("relative_position_index",),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-TOLD: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+REPORT_MISMATCHES: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 """With which `from_pretrained` of transformers tells what did not match, shapes too, and leaves the word to us."""
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    TOLD,
+    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
     below_prefix,
@@ -317,7 +317,7 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 
     config = _config(state, where, metric=max_depth is not None)
     return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(None, config=config, state_dict=state, **TOLD),
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(None, config=config, state_dict=state, **REPORT_MISMATCHES),
         where,
         what="Depth Anything V2",
     )
@@ -336,7 +336,7 @@ def _from_folder(folder: Path, max_depth: float | None) -> Any:
     if max_depth is not None:
         config.depth_estimation_type = "metric"
     return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, **TOLD),
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
         folder,
         what="Depth Anything V2",
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    TOLD,
+    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
     card_for,
@@ -254,7 +254,7 @@ def _from_file(state: dict[str, Tensor], where: Path) -> Any:
 
     config, tensors = _config(state, where), rename(state, where)
     return load_checked(
-        lambda: DepthProForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **TOLD),
+        lambda: DepthProForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **REPORT_MISMATCHES),
         where,
         what="Depth Pro",
     )
@@ -268,7 +268,7 @@ def _from_folder(folder: Path) -> Any:
         raise WeightsMismatchError(f"{folder / 'config.json'} describes a {described} model, not depth_pro")
     config = DepthProConfig.from_pretrained(folder)
     return load_checked(
-        lambda: DepthProForDepthEstimation.from_pretrained(folder, config=config, **TOLD),
+        lambda: DepthProForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
         folder,
         what="Depth Pro",
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import (
-    TOLD,
+    REPORT_MISMATCHES,
     Card,
     WeightsMismatchError,
     WeightsMissingError,
@@ -143,7 +143,7 @@ def _from_folder(folder: Path) -> Any:
         )
     config = DPTConfig.from_pretrained(folder)
     return load_checked(
-        lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, **TOLD),
+        lambda: DPTForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),
         folder,
         what="MiDaS v3.1",
         optional=("relative_position_index",),  # a fixed table that older files carry

@@ -23,7 +23,7 @@ from distill import students
 from distill.app import latent
 from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse
-from distill.app.renamed import in_words_of_today
+from distill.app.renamed import with_current_keys
 from distill.app.strict import RecipeError
 from distill.app.teaching import check_two, load_teachers
 from distill.core.depth import Kind
@@ -46,7 +46,7 @@ from distill.students.settings import StudentSettings
 from distill.teachers import resolve
 from distill.teachers._latent_student import LatentStudent
 from distill.teachers.checkpoint import Teacher as CheckpointTeacher
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.settings import TrainSettings
 
 
@@ -97,7 +97,7 @@ def _check_labels(recipe: Recipe, folder: Path, made_with: dict[str, Any]) -> No
     """Raises RecipeError where the labels in `folder` were made with other settings than the recipe's."""
     if not made_with:
         return  # by a caller of `label`, who answers for them
-    other = parse(in_words_of_today(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
+    other = parse(with_current_keys(made_with), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
     pairs: list[tuple[str, Any, Any]] = [
         ("images", *_images_of(recipe, other, folder)),
         ("crops", recipe.crops.content, other.crops.content),
@@ -280,7 +280,7 @@ def batch_norm_note(recipe: Recipe, student: Student | LatentStudent) -> str:
     )
 
 
-def make_objective(recipe: Recipe, student: Student | LatentStudent | None = None) -> Objective | LatentLesson:
+def make_objective(recipe: Recipe, student: Student | LatentStudent | None = None) -> Objective | LatentTask:
     """[loss], or [latent], as the trainer takes it. student: the one to train, whose reach may be that of the one it
     began as.
     """

@@ -23,7 +23,7 @@ from distill.app.inputs import input_shards
 from distill.app.recipe import USES, Recipe, as_table, parse, trusted
 from distill.core.progress import Report
 from distill.labelling.run import LabelOutcome
-from distill.labelling.standing import Standing, standing
+from distill.labelling.run_status import RunStatus, run_status
 from distill.labelling.worker import MadePart
 
 LOOK_S = 10.0
@@ -121,7 +121,7 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
             crowd.look(look_s)
             now = None
             if crowd.is_time(look_s) and (folder.is_dir() or recipe.labels.meeting):
-                now = standing(meeting, folder, stems)
+                now = run_status(meeting, folder, stems)
                 _tell(report, now)
             if now is not None and now.deadly:
                 crowd.stop()
@@ -205,7 +205,7 @@ class _Crowd:
             ray.kill(actor)
 
 
-def _tell(report: Report, now: Standing) -> None:
+def _tell(report: Report, now: RunStatus) -> None:
     hosts: dict[str, float] = {}
     for worker in now.workers:
         if worker.state == "running":

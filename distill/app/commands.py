@@ -17,14 +17,14 @@ from typing import Any, cast
 import torch
 
 import distill
-from distill.app import build, teaching, trust
+from distill.app import build, teaching, trusted_recipes
 from distill.app.console import dashboard, note, progress, say
 from distill.app.features import stored_features
 from distill.app.inputs import input_shards
-from distill.app.kept import kept_recipe
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
+from distill.app.run_recipe import kept_recipe
 from distill.app.score_recipe import score_all
 from distill.app.strict import RecipeError
 from distill.core import machine
@@ -100,7 +100,7 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
             "anew; train on it, set labels.cache_gb = 0 to have them all, or delete it"
         )
     if build.process()[0] == 0:
-        trust.remember(as_table(recipe))
+        trusted_recipes.remember(as_table(recipe))
     images = input_shards(recipe)
     device = build.device(recipe)
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)

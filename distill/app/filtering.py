@@ -28,7 +28,7 @@ from distill.core import files
 from distill.core.progress import Report
 from distill.data.photos import BadImageError
 from distill.data.quality import SCORES, depth_scores, image_scores
-from distill.training.loading import end_with_parent, told_of_readers
+from distill.training.loading import end_with_parent, explain_dead_workers
 
 CHUNK = 16
 """Samples that a reading process hands over at once."""
@@ -166,7 +166,7 @@ def score_source(
     """
     path = scores_path(out, source)
     head = {"version": VERSION, "source": source.what, "samples": len(source.names), "image_scores": with_image}
-    with told_of_readers("--workers"), files.naming(path):
+    with explain_dead_workers("--workers"), files.naming(path):
         out.mkdir(parents=True, exist_ok=True)
         done = _begun(path, head, source)
         with path.open("a", encoding="utf-8") as file:

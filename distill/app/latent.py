@@ -17,7 +17,7 @@ from distill.core.plugins import find
 from distill.teachers import _latent_student, find_weights, read_config
 from distill.teachers._latent_student import LatentStudent
 from distill.teachers._trained import TRAINED
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
 
 ONE_STEP = "one_step_unet"
@@ -65,7 +65,7 @@ def another_prediction(recipe: Recipe, student: LatentStudent) -> str:
     return str(own) if asked and own and own != "v_prediction" else ""
 
 
-def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentLesson:
+def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentTask:
     """[latent] as the trainer takes it. labels: the name of their folder, which is a hash of what is in them."""
     spec, train = recipe.latent, recipe.train
     cache = None
@@ -78,7 +78,7 @@ def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) ->
             **{key: getattr(spec, key) for key in ("quantile", "pseudo_shape", "reach")},
         }
         cache = LatentCache(Path(spec.cache_folder or recipe.run.folder / "latents"), identity)
-    return LatentLesson(student, spec, seed, cache)
+    return LatentTask(student, spec, seed, cache)
 
 
 def saver() -> Callable[..., object]:

@@ -19,9 +19,9 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from distill.app import build, latent, latent_costs, scaling, teaching, weights
-from distill.app.enough import about_samples
 from distill.app.image_survey import Images, survey
 from distill.app.recipe import Recipe
+from distill.app.sample_checks import about_samples
 from distill.core import machine
 from distill.core.findings import Finding
 from distill.eval.completeness import check_benchmark
@@ -34,7 +34,7 @@ from distill.teachers._latent_student import LatentStudent
 from distill.training import checkpoints
 from distill.training.batches import MicroBatch, TaughtRows
 from distill.training.label_choice import meet_labels
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.schedule import in_steps
 
 T = TypeVar("T")
@@ -273,7 +273,7 @@ def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, devi
         return _latent_step(recipe, student, sample, device)
     plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
     settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
-    assert not isinstance(objective, LatentLesson)
+    assert not isinstance(objective, LatentTask)
     micro = max(1, settings.batch_size // settings.accumulate)
     # The time grows with the batch, and memory may not bear the whole of it beside a teacher; a CPU is busy with one.
     tried = min(micro, 1 if device.type == "cpu" else 4)
@@ -298,7 +298,7 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
     settings = build.train_settings(recipe)
     plain = replace(recipe, latent=replace(recipe.latent, cache=False))
     lesson = build.make_objective(plain, student)
-    assert isinstance(lesson, LatentLesson)
+    assert isinstance(lesson, LatentTask)
     tried = 2
     batch = collate([sample] * tried)
     taught = []

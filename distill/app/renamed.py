@@ -27,7 +27,7 @@ RENAMED_VALUES = {("labels.store", "own"): "as_is", ("labels.sky", "own"): "teac
 """(key, old value): new value."""
 
 
-def in_words_of_today(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe that labels or a student were made with, as a nested table with the present names."""
     table = copy.deepcopy(dict(recipe))
     for old, new in RENAMED.items():

@@ -1,6 +1,6 @@
 """Mending a labels folder: what is bad is set aside and labelled again, from the recipe in the folder's manifest.
 
-That recipe is run only where its owner is known to have run it here, or says that it may be (distill.app.trust).
+That recipe is run only where its owner is known to have run it here (trusted_recipes.py), or says that it may be.
 
 The unit is a tar with its json, the smallest thing whose bytes can be made again exactly: which crops shared a batch
 is part of what a network answers, to the last bit. A json beside a good tar takes no teacher: it is made from the tar.
@@ -13,11 +13,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from distill.app import trust
+from distill.app import trusted_recipes
 from distill.app.commands import run_label
 from distill.app.console import note
 from distill.app.recipe import USES, Recipe, as_table, dumps, load, parse
-from distill.app.renamed import in_words_of_today
+from distill.app.renamed import with_current_keys
 from distill.core.progress import Report
 from distill.labelling.lock import run_lock
 from distill.shards.mend import mend_sidecar
@@ -44,7 +44,7 @@ def recipe_of(folder: Path) -> Recipe:
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
             "tars with their .json and make the same call again"
         )
-    return parse(in_words_of_today(table), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
+    return parse(with_current_keys(table), where=f"{folder / MANIFEST}: recipe", uses=USES["label"])
 
 
 def _label_again(recipe: Recipe, folder: Path) -> object:
@@ -82,7 +82,7 @@ def repair(
         if not problems and not list(folder.glob(f"*{BAD}")):
             return list(dict.fromkeys(made))
         chosen = recipe or recipe_of(folder)
-        if recipe is None and not trusted and not trust.known(as_table(chosen)):
+        if recipe is None and not trusted and not trusted_recipes.known(as_table(chosen)):
             note(dumps(chosen))
             raise ValueError(
                 f"{folder / MANIFEST}: the recipe in it (above) was never run here, and would be: give your own with "

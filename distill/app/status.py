@@ -7,7 +7,7 @@ from distill.app.commands import meeting_of
 from distill.app.console import note, say, table
 from distill.app.inputs import input_shards
 from distill.app.recipe import Recipe
-from distill.labelling.standing import Standing, standing
+from distill.labelling.run_status import RunStatus, run_status
 
 SHOWN = 20
 """So many lines of workers at least, where there are as many; all that live have one."""
@@ -25,7 +25,7 @@ def show(recipe: Recipe) -> int:
         say(f"{folder}: not begun; distill label writes it")
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    now = standing(meeting_of(recipe, folder), folder, stems)
+    now = run_status(meeting_of(recipe, folder), folder, stems)
     at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
     say(f"{at}: {sentence(now)}")
     order = ("running", "waiting", "lost", "gone", "ended")
@@ -57,7 +57,7 @@ def show(recipe: Recipe) -> int:
     return 0 if now.complete else 1
 
 
-def sentence(now: Standing) -> str:
+def sentence(now: RunStatus) -> str:
     """A run in a line."""
     about = "" if now.scanned else "about "
     words = [

@@ -81,10 +81,10 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
     write, before = not path.is_file(), settings
     if not write:
         try:
-            before = _in_words_of_today(read_json(path))
+            before = _with_current_keys(read_json(path))
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")
-            write, before = True, {**settings, **_in_words_of_today(_said_by_labels(out, settings))}
+            write, before = True, {**settings, **_with_current_keys(_said_by_labels(out, settings))}
     changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
@@ -108,7 +108,7 @@ def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"seed": record["seed"], "codec": record["codec"], "crops": {**settings["crops"], **sizes}}
 
 
-def _in_words_of_today(settings: dict[str, Any]) -> dict[str, Any]:
+def _with_current_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings of a folder that was begun before the keys of recipes got their present names."""
     if "draws" not in settings:
         return settings

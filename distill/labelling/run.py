@@ -25,7 +25,6 @@ from distill.core.plugins import file_hashes
 from distill.core.progress import Report
 from distill.data.sources import BadImageError, Entry, InputShard, Rejected, combine
 from distill.labelling.annotate import CPU, annotate, label_photo
-from distill.labelling.crew import Crew, ahead, crew
 from distill.labelling.jobs import TRUTH, CropJob, Teachers, asked_about, prepare
 from distill.labelling.leases import ALONE, NOTES, Claim
 from distill.labelling.lock import RunLockedError, mutex, run_lock
@@ -33,8 +32,9 @@ from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder
 from distill.labelling.online import OnlineDataset
 from distill.labelling.parts import Contents, Part, Tell, describe, is_done, line_of, parts_of
+from distill.labelling.pools import ThreadPools, ahead, thread_pools
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.labelling.spent import settle
+from distill.labelling.worker_costs import settle
 from distill.shards.codec import Sample, encode_sample
 from distill.shards.shards import DamagedTableError, ShardWriter, read_manifest
 
@@ -127,10 +127,10 @@ def label(
         mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
         todo = [part for part in mine if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
         tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
-        with crew(max(1, labels.threads), device) as team:
+        with thread_pools(max(1, labels.threads), device) as pools:
             for part in todo:
-                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), team.stopping)
-                team.close(label_part(out, part, work, tally, team).finish)
+                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping)
+                pools.close(label_part(out, part, work, tally, pools).finish)
         with mutex(out):
             about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
@@ -316,7 +316,7 @@ class OpenPart:
                 writer.publish()
 
 
-def label_part(out: Path, part: Part, work: Work, tally: Tally, team: Crew) -> OpenPart:
+def label_part(out: Path, part: Part, work: Work, tally: Tally, pools: ThreadPools) -> OpenPart:
     """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread does nothing but ask the teachers: see `labelling.crew`.
@@ -325,12 +325,12 @@ def label_part(out: Path, part: Part, work: Work, tally: Tally, team: Crew) -> O
     try:
         opened = OpenPart(out, part, writer, list(part.rejected), work.claim)
         tally.quarantined += len(part.rejected)
-        prepared = ahead(team.workers, work.jobs, part.entries, 2 * team.threads)
+        prepared = ahead(pools.workers, work.jobs, part.entries, 2 * pools.threads)
         jobs = (job for several in prepared for job in several)
         results = annotate(jobs, work.teachers, labels=work.labels, device=work.device)
         last = ""
-        encoded = ahead(team.workers, partial(_encode, work.labels.codec), results, 2 * team.threads)
-        for result, size in ahead(team.clerk, partial(_store, writer), encoded, 2 * team.threads):
+        encoded = ahead(pools.workers, partial(_encode, work.labels.codec), results, 2 * pools.threads)
+        for result, size in ahead(pools.writer, partial(_store, writer), encoded, 2 * pools.threads):
             if work.claim.lost:
                 work.claim.check()
             if isinstance(result, Rejected):

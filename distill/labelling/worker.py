@@ -28,16 +28,16 @@ from distill.core.progress import Report
 from distill.data.sources import InputShard
 from distill.labelling.annotate import CPU
 from distill.labelling.board import Board, Place, withdraw
-from distill.labelling.crew import Crew, crew
 from distill.labelling.jobs import Teachers, asked_about
 from distill.labelling.leases import Claim, LeaseLostError
 from distill.labelling.lock import refuse_run
 from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting, turn
 from distill.labelling.parts import Tell, line_of
+from distill.labelling.pools import ThreadPools, thread_pools
 from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, made_by, make_folder, part_sizes
 from distill.labelling.settings import DEFAULTS, LabelSettings
-from distill.labelling.spent import CARD, settle
+from distill.labelling.worker_costs import RECORD, settle
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
 
 LAST = "manifest"
@@ -67,11 +67,11 @@ class _Worker:
     parts: int = 0
     misses: int = 0
     listed: float = -LISTED_S
-    chair: tuple[int, Claim] | None = None
-    card: dict[str, Any] = field(default_factory=dict)
+    wait_slot: tuple[int, Claim] | None = None
+    record: dict[str, Any] = field(default_factory=dict)
     begun: float = field(default_factory=time.monotonic)
 
-    def next(self, team: Crew) -> tuple[Place, Claim] | None:
+    def next(self, pools: ThreadPools) -> tuple[Place, Claim] | None:
         """The next part to label; None where none is left to take. Waits for what others have, where few others do."""
         while True:
             for place in list(self.held.values())[:GLANCED]:
@@ -87,11 +87,11 @@ class _Worker:
             self.misses += 1
             if self.misses >= MISSES and time.monotonic() - self.listed >= LISTED_S:
                 self._note_finished()
-        team.wait()  # our own part that is being finished is nobody else's to wait for
+        pools.wait()  # our own part that is being finished is nobody else's to wait for
         while self._left():
             for place in list(self.held.values())[:WATCHED]:
                 if claim := self._try(place):
-                    self.stand_up()
+                    self.give_up_wait_slot()
                     return place, claim
             if not self.may_wait(len(self.held)):
                 return None
@@ -101,22 +101,22 @@ class _Worker:
 
     def may_wait(self, missing: int) -> bool:
         """Whether this worker is one of the few that wait while so many parts are missing."""
-        chairs = 1 + missing // SPARE
-        if self.chair is not None and self.chair[0] < chairs and not self.chair[1].lost:
+        slots = 1 + missing // SPARE
+        if self.wait_slot is not None and self.wait_slot[0] < slots and not self.wait_slot[1].lost:
             return True
-        self.stand_up()
-        chairs += sum(holder.dead for holder in self.meeting.holders())
-        for number in random.sample(range(chairs), min(chairs, WATCHED)):
+        self.give_up_wait_slot()
+        slots += sum(holder.dead for holder in self.meeting.holders())
+        for number in random.sample(range(slots), min(slots, WATCHED)):
             if claim := self.meeting.take(f"{WAIT}-{number}"):
-                self.chair = (number, claim)
+                self.wait_slot = (number, claim)
                 return True
         return False
 
-    def stand_up(self) -> None:
+    def give_up_wait_slot(self) -> None:
         """Wait no more."""
-        if self.chair is not None:
-            self.chair[1].release()
-            self.chair = None
+        if self.wait_slot is not None:
+            self.wait_slot[1].release()
+            self.wait_slot = None
 
     def _left(self) -> bool:
         """Whether parts are missing; `held` is then those, in an order of this worker's own."""
@@ -213,16 +213,16 @@ class _Worker:
         return tar is not None and (not tar or not self.meeting.whole(self.board.out, tar))
 
     def tell(self, *, part: str, tally: Tally | None = None, ended: bool = False) -> None:
-        """Write this worker's card, which `distill status` reads."""
+        """Write this worker's record, which `distill status` reads."""
         if tally is not None:
-            self.card |= {"images": tally.images, "samples": tally.samples, "label_s": round(tally.busy, 3)}
-        self.card |= {"part": part, "ended": ended, "parts": self.parts, "lost": self.lost}
-        self.card |= {"seconds": round(time.monotonic() - self.begun, 3)}
-        self.meeting.keep(f"{CARD}{self.name}", self.card)
+            self.record |= {"images": tally.images, "samples": tally.samples, "label_s": round(tally.busy, 3)}
+        self.record |= {"part": part, "ended": ended, "parts": self.parts, "lost": self.lost}
+        self.record |= {"seconds": round(time.monotonic() - self.begun, 3)}
+        self.meeting.keep(f"{RECORD}{self.name}", self.record)
 
     def leave(self, tally: Tally, *, finished: bool) -> None:
-        """The last card. finished: the manifest is there, and cards are gathered; then by one worker at a time."""
-        self.stand_up()
+        """The last record. finished: the manifest is there, and records are gathered; then by one worker at a time."""
+        self.give_up_wait_slot()
         with contextlib.suppress(OSError):  # a full disk is what many leave for, and has been told
             if not finished:
                 self.tell(part="", tally=tally, ended=True)
@@ -291,41 +291,41 @@ def by_parts(
     make_folder(out, shards, teachers)
     refuse_run(out)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    place = meeting or Folder(out)
-    place.bring(SETTINGS)
+    meeting = meeting or Folder(out)
+    meeting.bring(SETTINGS)
     keep_settings(out, settings, tell=tell, suffix=f".{name[-6:]}")
-    place.share(SETTINGS)
+    meeting.share(SETTINGS)
     keep_settings(out, settings, tell=tell)
     about = made_by(recipe, machine)
-    end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=place.whole, tell=tell)
-    before = place.stamp()
-    if before and _finish(place, end, fresh=False):
-        there = sum(name.endswith(".tar") for name in place.finished())
+    end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
+    before = meeting.stamp()
+    if before and _finish(meeting, end, fresh=False):
+        there = sum(name.endswith(".tar") for name in meeting.finished())
         return LabelOutcome(complete=True, parts=0, skipped=there, images=0, samples=0, quarantined=0, bytes=0)
-    board = Board(shards, part_sizes(shards, crops, labels), out, place, teachers, tell)
-    worker = _Worker(board, place, name, iter(()), min(poll_s, place.lease_s / 4))
+    board = Board(shards, part_sizes(shards, crops, labels), out, meeting, teachers, tell)
+    worker = _Worker(board, meeting, name, iter(()), min(poll_s, meeting.lease_s / 4))
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
-    worker.card = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
+    worker.record = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
-    with crew(max(1, labels.threads), device) as team:
-        job = Work(teachers, crops, labels, seed, device, (), team.stopping)
-        return (yield from _until_all_is_made(worker, team, tally, job, end, before))
+    with thread_pools(max(1, labels.threads), device) as pools:
+        job = Work(teachers, crops, labels, seed, device, (), pools.stopping)
+        return (yield from _until_all_is_made(worker, pools, tally, job, end, before))
 
 
 def _until_all_is_made(
-    worker: _Worker, team: Crew, tally: Tally, work: Work, end: partial[bool], before: str
+    worker: _Worker, pools: ThreadPools, tally: Tally, work: Work, end: partial[bool], before: str
 ) -> Generator[MadePart, None, LabelOutcome]:
     """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
-    place, finished = worker.meeting, False
+    meeting, finished = worker.meeting, False
     try:
         while True:
-            yield from _label_all(worker, team, tally, work)
-            if (now := place.stamp()) and now != before:
+            yield from _label_all(worker, pools, tally, work)
+            if (now := meeting.stamp()) and now != before:
                 finished = True
                 return _outcome(worker, tally, last=False)
             if worker.held:  # others have it, and there are enough who wait for them
                 return _outcome(worker, tally, complete=False, last=False)
-            written = _finish(place, end, fresh=True)
+            written = _finish(meeting, end, fresh=True)
             if written:
                 finished = True
                 return _outcome(worker, tally, last=True)
@@ -351,10 +351,10 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
     )
 
 
-def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterator[MadePart]:
+def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: Work) -> Iterator[MadePart]:
     """Label parts until none is left, by anybody."""
     alone = True
-    while got := worker.next(team):
+    while got := worker.next(pools):
         place, claim = got
         begun, before = time.monotonic(), (tally.images, tally.samples)
         try:
@@ -366,7 +366,7 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterato
             tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
             worker.tell(part=place.name, tally=tally)
             asked = asked_about(part.shard, work.teachers)
-            opened = label_part(worker.board.out, part, replace(work, asked=asked, claim=claim), tally, team)
+            opened = label_part(worker.board.out, part, replace(work, asked=asked, claim=claim), tally, pools)
         except LeaseLostError:
             claim.release()
             worker.lose(place)
@@ -377,7 +377,7 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterato
         finally:
             tally.busy += time.monotonic() - begun
         try:
-            team.close(partial(worker.close, opened, place, claim))
+            pools.close(partial(worker.close, opened, place, claim))
         except BaseException:  # of the part before
             claim.release()
             with opened.writer:
@@ -386,21 +386,21 @@ def _label_all(worker: _Worker, team: Crew, tally: Tally, work: Work) -> Iterato
         yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
-def _finish(place: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
+def _finish(meeting: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
     """Write the manifest if all is there; whether it is written, None where somebody else is at it."""
-    claim, before = place.take(LAST), place.stamp()
+    claim, before = meeting.take(LAST), meeting.stamp()
     if claim is None:
         return None
     try:
-        place.bring()
+        meeting.bring()
         if not end(fresh=fresh, suffix=claim.suffix):
             return False
-        place.publish()
-        settle(place)
+        meeting.publish()
+        settle(meeting)
         return True
     except OSError as error:
         # Whoever took over from one that slept has taken its file aside away, or a disk repeats a rename that was done.
-        if error.errno != errno.ENOENT or place.stamp() in ("", before):
+        if error.errno != errno.ENOENT or meeting.stamp() in ("", before):
             raise
         return None
     finally:

@@ -22,7 +22,7 @@ Pairs = Iterator[tuple[Tensor, Tensor]]
 # Contexts that are finer than this would have too few bins each in the first histogram.
 FINEST = 16
 # True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
-loud = False
+raise_faults = False
 _tried: dict[tuple[Hashable, torch.device], bool] = {}
 
 
@@ -30,7 +30,7 @@ class KernelError(RuntimeError):
     """The kernels gave other numbers than the torch code."""
 
 
-def wanted(values: Tensor) -> bool:
+def has_kernels(values: Tensor) -> bool:
     """Whether there are kernels for such a tensor at all."""
     return values.is_cuda and values.dtype == torch.float32
 
@@ -49,7 +49,7 @@ def context_loss(
 
     pred, target, weight: (B,H,W); valid: (B,H,W) bool. The last is what `gradient_loss` takes as `whole`.
     """
-    if not (wanted(pred) and pred.numel() and max(levels) <= FINEST):
+    if not (has_kernels(pred) and pred.numel() and max(levels) <= FINEST):
         return None
     how = {"levels": levels, "trim_top": trim_top, "label_only": label_only}
     name = ("contexts", levels, trim_top, label_only, weight is None)
@@ -70,7 +70,7 @@ def gradient_loss(
     reference: Callable[..., Tensor],
 ) -> Tensor | None:
     """`losses.gradient_loss`, (B,). reference: the torch code of it, with the arguments up to `normalize`."""
-    if not (wanted(pred) and pred.numel()):
+    if not (has_kernels(pred) and pred.numel()):
         return None
     how = (scales, normalize)
     if not _trusted(("gradient", *how), pred.device, lambda device: _try_gradient(device, how, reference)):
@@ -82,7 +82,7 @@ def median_and_mean_abs_dev(
     values: Tensor, valid: Tensor, reference: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor] | None:
     """`losses.median_and_mean_abs_dev`, (B,) each. reference: the torch code of it."""
-    if not (wanted(values) and values.numel()):
+    if not (has_kernels(values) and values.numel()):
         return None
     if not _trusted("deviation", values.device, lambda device: _try_deviation(device, reference)):
         return None
@@ -112,9 +112,9 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
     except torch.OutOfMemoryError:
         raise
     except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the torch code is there
-        if loud:
+        if raise_faults:
             raise
-        if device.type == "cuda" and _apart():
+        if device.type == "cuda" and _launch_apart():
             return _works(trial, device)
         if all(_tried.values()):
             reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
@@ -123,7 +123,7 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
     return True
 
 
-def _apart() -> bool:
+def _launch_apart() -> bool:
     """Has the steps that meet launched apart, as where a card is not all ours they cannot; False where they were."""
     try:
         from distill.losses.kernels import select

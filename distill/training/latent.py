@@ -75,8 +75,8 @@ class _Rows:
 
 
 @dataclass(frozen=True)
-class LatentLesson:
-    """What [latent] asks of a network; a training.step.Lesson.
+class LatentTask:
+    """What [latent] asks of a network; a training.step.TrainingTask.
 
     network: the bare student, for what is frozen in it. seed: the run's. cache: None computes every latent anew.
     """

@@ -110,7 +110,7 @@ class _HeldOut:
             return error
 
 
-class Placed(Dataset[Any]):
+class StreamSamples(Dataset[Any]):
     """The samples at places of the stream; a sample that cannot be read is the error that says why.
 
     learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
@@ -237,7 +237,7 @@ def loader_of(
     items, over = iter(loader), object()
     try:
         while True:
-            with told_of_readers():
+            with explain_dead_workers():
                 item = next(items, over)
             if item is over:
                 return
@@ -252,7 +252,7 @@ def loader_of(
 
 
 @contextlib.contextmanager
-def told_of_readers(option: str = "train.workers") -> Iterator[None]:
+def explain_dead_workers(option: str = "train.workers") -> Iterator[None]:
     """Says in one line (OSError) that a reading process died; option: what sets how many there are.
 
     PyTorch tells of it by a signal, so that its RuntimeError comes out of whatever line is at work then: not of the
@@ -296,7 +296,7 @@ def training_batches(
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples, made = Placed(dataset, settings, learning=True, features=features), _Training(collate, settings)
+    samples, made = StreamSamples(dataset, settings, learning=True, features=features), _Training(collate, settings)
     return loader_of(samples, micro_batches, made, readers_of(samples, micro_batches, made, settings.workers))
 
 
@@ -316,5 +316,5 @@ def heldout_batches(
     mine = places[process::processes]
     if not mine:
         return iter(())
-    samples, made = Placed(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
+    samples, made = StreamSamples(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
     return loader_of(samples, mine, made, readers_of(samples, mine, made, min(settings.workers, len(mine))))

@@ -16,7 +16,7 @@ from distill.core.seal import sealed
 from distill.training import checkpoints
 from distill.training.parallel import same_checkpoint
 from distill.training.settings import CHANGEABLE, RENAMED, TrainSettings
-from distill.training.step import TrainingRun, is_lesson
+from distill.training.step import TrainingRun, is_training_task
 from distill.training.trainlog import ScaleAlarm, StepLog
 
 
@@ -61,7 +61,7 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
 
 def keep(run: TrainingRun) -> None:
     """Writes a checkpoint of this step: all that `resume` gives back."""
-    if is_lesson(run.objective):
+    if is_training_task(run.objective):
         run.objective.keep()
     if not run.processes.main:
         return

@@ -61,7 +61,7 @@ class Measured:
     taught: Tensor | None = None
 
 
-class Lesson(Protocol):
+class TrainingTask(Protocol):
     """How a network of another kind than images to maps is trained: what `measure` does, in its own way."""
 
     def __call__(self, module: nn.Module, micro: MicroBatch, /, *, precision: str) -> Measured:
@@ -109,7 +109,7 @@ class TrainingRun:
     optimizer: torch.optim.Optimizer
     ema: AveragedModel | None
     reference: nn.Module | None
-    objective: ObjectiveLike | Lesson
+    objective: ObjectiveLike | TrainingTask
     alarm: ScaleAlarm
     save_student: Callable[..., object]
     features: FeatureStore | None = None
@@ -270,7 +270,7 @@ def _seed(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
 
 
-def is_lesson(objective: ObjectiveLike | Lesson) -> TypeGuard[Lesson]:
+def is_training_task(objective: ObjectiveLike | TrainingTask) -> TypeGuard[TrainingTask]:
     """Whether the objective calls the network itself."""
     return callable(getattr(objective, "keep", None))
 
@@ -281,7 +281,7 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
     Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
     """
     objective = run.objective
-    if is_lesson(objective):
+    if is_training_task(objective):
         return objective(module, micro, precision=run.settings.precision)
     images = micro.images
     if run.settings.channels_last:

@@ -33,7 +33,7 @@ from distill.training.batches import (
 )
 from distill.training.handover import Giving, Handed, Handover, handover_for, mapped, tensors_of
 from distill.training.label_choice import meet_labels
-from distill.training.loading import Placed, loader_of, readers_of
+from distill.training.loading import StreamSamples, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions
 from distill.training.settings import TrainSettings
 
@@ -106,7 +106,7 @@ def stored_batches(
     features: FeatureStore | None = None,
 ) -> Generator[MicroBatch, None, None]:
     """This process's micro-batches on the device, in order; the next one is on its way while a step runs."""
-    samples = Placed(dataset, settings, learning=True, coded=True, features=features)
+    samples = StreamSamples(dataset, settings, learning=True, coded=True, features=features)
     cuda, collate = device.type == "cuda", collate_stored
     readers = readers_of(samples, positions, collate, settings.workers, measured=cuda)
     if not cuda:

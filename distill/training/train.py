@@ -32,17 +32,17 @@ from distill.training import checkpoints
 from distill.training.averages import Averages
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
 from distill.training.heldout import Held, is_best, measured, split
-from distill.training.loading import told_of_readers, training_batches
+from distill.training.loading import explain_dead_workers, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
 from distill.training.sampling import MicroBatchPositions, Order, fingerprint, make_order
 from distill.training.schedule import in_steps, make_optimizer
 from distill.training.settings import TrainSettings
 from distill.training.step import (
-    Lesson,
     ObjectiveLike,
     TrainingRun,
     TrainingStoppedError,
+    TrainingTask,
     make_ready,
     set_mode,
     take_step,
@@ -76,7 +76,7 @@ class TrainResult:
 def train(
     student: nn.Module,
     dataset: Labelled,
-    objective: ObjectiveLike | Lesson,
+    objective: ObjectiveLike | TrainingTask,
     *,
     out: Path,
     settings: TrainSettings,
@@ -95,7 +95,7 @@ def train(
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
-    objective: what is asked of its maps; or a Lesson, which calls a network of another kind itself.
+    objective: what is asked of its maps; or a TrainingTask, which calls a network of another kind itself.
     heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
     source that is learnt from, all alike.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
@@ -119,7 +119,7 @@ def train(
     settings = in_steps(settings, len(order.indices))
     batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
-    with reproducible(settings.deterministic), lock, told_of_readers():
+    with reproducible(settings.deterministic), lock, explain_dead_workers():
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
         run.save_student, run.card, run.features = save, dict(card or {}), features
         run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}

@@ -30,7 +30,7 @@ from distill.students.modelcard import canonical_rule
 from distill.teachers import depth_anything_3
 from distill.training.augment import augment
 from distill.training.canonical import canonical
-from distill.training.loading import Placed
+from distill.training.loading import StreamSamples
 from distill.training.sampling import SamplePosition
 from tests.app.test_supervision import metric, write_pairs
 
@@ -110,7 +110,7 @@ def test_predictions_are_metres_of_the_camera_that_is_said(tmp_path):
     dataset, settings = build.labelled(recipe), build.train_settings(recipe)
     record = dataset[0].record
     assert record["crop"]["focal"] == pytest.approx(36 * 48 / 40)
-    item = Placed(dataset, settings, learning=True)[SamplePosition(0, 0)]
+    item = StreamSamples(dataset, settings, learning=True)[SamplePosition(0, 0)]
     metres, learnt = (one.labels["truth"].shared.values for one in (dataset[0], item.sample))
     torch.testing.assert_close(learnt, metres * (50.0 / record["crop"]["focal"]))
 

@@ -9,10 +9,10 @@ import torch
 
 from distill.app import commands, image_survey, preflight, scaling
 from distill.app.cli import main
-from distill.app.enough import about_samples
 from distill.app.image_survey import survey
 from distill.app.preflight import check_recipe
 from distill.app.recipe import load, parse
+from distill.app.sample_checks import about_samples
 from distill.core import machine
 from distill.data.settings import ImageSettings
 from tests.app.test_supervision import metric, write_pairs

@@ -14,7 +14,7 @@ import torch
 
 from distill.data import scenes, sources
 from distill.data.scenes import backends
-from distill.labelling.crew import crew
+from distill.labelling.pools import thread_pools
 
 CARD = torch.device("cuda:0")
 ASKED = {"seed": 31, "size": (20, 28)}
@@ -110,8 +110,8 @@ def test_a_view_that_does_not_fit_on_the_gpu_is_rendered_on_the_cpu(gpu, monkeyp
 
 def test_threads_that_label_beside_a_gpu_render_on_it(gpu):
     shards = sources.scenes(3, size=(20, 28), seed=5)
-    with crew(2, CARD) as team:
-        photos = list(team.workers.map(lambda entry: entry.load(), shards[0].scan().entries))
+    with thread_pools(2, CARD) as pools:
+        photos = list(pools.workers.map(lambda entry: entry.load(), shards[0].scan().entries))
     assert [size for size, _ in gpu] == [(40, 56)] * 2 + [(20, 28)] * 3
     for photo, entry in zip(photos, shards[0].scan().entries, strict=True):
         assert torch.equal(photo.rgb, entry.load().rgb)

@@ -12,7 +12,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.data import sources
 from distill.labelling import annotate as module
 from distill.labelling.asking import DeviceAsking, HostAsking, TeacherFailedError
-from distill.labelling.crew import crew
+from distill.labelling.pools import thread_pools
 from distill.shards.codec import CODECS
 from tests.labelling.formula import Formula, contents, make_tar, run
 from tests.labelling.test_annotate import Sick
@@ -119,9 +119,9 @@ def test_the_thread_that_asks_a_gpu_computes_on_one_core(device, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with crew(2, torch.device(device)) as team:
+        with thread_pools(2, torch.device(device)) as pools:
             assert torch.get_num_threads() == threads
-            assert team.workers.submit(torch.get_num_threads).result() == 1
+            assert pools.workers.submit(torch.get_num_threads).result() == 1
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)

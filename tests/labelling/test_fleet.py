@@ -17,7 +17,7 @@ from distill.labelling.leases import NOTES, Alone, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
-from distill.labelling.standing import standing
+from distill.labelling.run_status import run_status
 from distill.labelling.worker import LAST
 from tests.labelling.formula import LEASE, Broken, Formula, contents, run, work
 
@@ -30,7 +30,7 @@ def test_what_a_run_cost_is_known_when_it_is_finished(tars, tmp_path):
     place.keep("worker-killed", {**CARD, "part": "sa_0-000.tar"})
     work(tars, out)
     for _ in range(2):  # to look changes nothing
-        now = standing(Folder(out), out, ["sa_0", "sa_1"])
+        now = run_status(Folder(out), out, ["sa_0", "sa_1"])
         ours, killed = sorted(now.workers, key=lambda worker: worker.device)
         assert (ours.state, ours.parts, ours.images) == ("ended", 6, 10) and ours.images_per_s > 0 and ours.hours > 0
         assert killed.state == "gone" and now.gpu_hours == 0.5 and now.complete
@@ -38,10 +38,10 @@ def test_what_a_run_cost_is_known_when_it_is_finished(tars, tmp_path):
     assert [path.name for path in (out / NOTES).iterdir()] == ["spent.json"]
     (out / "sa_1-000.tar").unlink()
     assert work(tars, out).parts == 1
-    now = standing(Folder(out), out, ["sa_0", "sa_1"])
+    now = run_status(Folder(out), out, ["sa_0", "sa_1"])
     assert sum(worker.parts for worker in now.workers) == 7 and now.gpu_hours == 0.5
     (out / "sa_1-000.tar").unlink()
-    assert run(tars, out).parts == 1 and standing(Folder(out), out, []).gpu_hours == 0.5, "a run by itself keeps it"
+    assert run(tars, out).parts == 1 and run_status(Folder(out), out, []).gpu_hours == 0.5, "a run by itself keeps it"
 
 
 def test_a_standing_is_read_while_notes_come_and_go_and_names_a_part_that_kills(tars, tmp_path):
@@ -51,10 +51,10 @@ def test_a_standing_is_read_while_notes_come_and_go_and_names_a_part_that_kills(
         place.keep(f"worker-{i}", {**CARD, "pid": i, "part": "sa_1-000.tar"})
     place.keep("worker-3", {**CARD, "pid": 3, "part": "sa_0-000.tar"})
     (out / NOTES / "worker-4.json").write_text('{"host": "a", "pi')
-    now = standing(place, out, ["sa_0", "sa_1"])
+    now = run_status(place, out, ["sa_0", "sa_1"])
     assert len(now.workers) == 4 and now.deadly == (("sa_1-000.tar", 3),)
     work(tars, out)
-    assert standing(place, out, []).deadly == (), "it is made"
+    assert run_status(place, out, []).deadly == (), "it is made"
 
 
 def test_a_finisher_that_slept_until_another_had_finished_ends_well(tars, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
-from distill.labelling.standing import standing
+from distill.labelling.run_status import standing
 from distill.shards.shards import ShardWriter, verify
 from tests.labelling.formula import LEASE, Formula, contents, run, work
 

@@ -92,7 +92,7 @@ def dump(binary: bytes, *what: str) -> str:
 
 
 def main(capability: int) -> None:
-    fused.wanted, fused.loud = lambda values: values.dtype == torch.float32, True
+    fused.has_kernels, fused.raise_faults = lambda values: values.dtype == torch.float32, True
     fused._trusted = lambda name, device, trial: True  # type: ignore[assignment]
     card = Card(capability)
     triton.runtime.driver.set_active(card)

@@ -91,7 +91,7 @@ def check_statistics() -> None:
     keep = [3, 4, 5, 7]
     pred, target, valid = (x[keep].flatten(1).contiguous() for x in (pred, target, valid))
     pred[0] = torch.where(valid[0], 10.0 ** (60 * torch.rand_like(pred[0]) - 30) * pred[0].sub(0.5).sign(), pred[0])
-    rows = select.find(target, pred, valid.view(torch.uint8), select.Cut((1,))).statistics[:, :, 0]
+    rows = select.context_statistics(target, pred, valid.view(torch.uint8), select.Cut((1,))).statistics[:, :, 0]
     for b, row in enumerate(rows):
         for first, values in ((select.LABEL_MEDIAN, target[b][valid[b]]), (select.MEDIAN, pred[b][valid[b]])):
             median = values.median()
@@ -138,7 +138,7 @@ def check_bins_of_any_width() -> None:
     valid[:, len(values[0]) // 3] = True
     for pred in (None, values):
         target = values if pred is None else torch.arange(values.shape[1]).expand(values.shape).float().contiguous()
-        found = select.find(target, pred, valid.view(torch.uint8), select.WHOLE, label=pred is not None)
+        found = select.context_statistics(target, pred, valid.view(torch.uint8), select.WHOLE, label=pred is not None)
         first = select.LABEL_MEDIAN if pred is None else select.MEDIAN
         for row, each, counted in zip(found.statistics[:, :, 0], values, valid, strict=True):
             numbers = each[counted]
@@ -202,7 +202,7 @@ def check_the_losses_take_them() -> None:
     """By their public names, half precision and shared statistics included; a bad prediction is heard of."""
     pred, target, valid = example(2)
     expected = compare(pred, target, valid, "global"), gradient_loss(pred, target, valid)
-    fused.wanted, fused.loud = lambda values: values.dtype == torch.float32, True
+    fused.has_kernels, fused.raise_faults = lambda values: values.dtype == torch.float32, True
     seen = compare(pred, target, valid, "global")
     assert seen.whole is not None and expected[0].whole is None
     torch.testing.assert_close(seen[:3], expected[0][:3])

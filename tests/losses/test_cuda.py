@@ -19,7 +19,7 @@ pytestmark = pytest.mark.cuda
 
 @pytest.fixture(autouse=True)
 def _kernels_that_fail_are_heard_of(monkeypatch):
-    monkeypatch.setattr(fused, "loud", True)
+    monkeypatch.setattr(fused, "raise_faults", True)
 
 
 def both(loss, pred, *given, device):

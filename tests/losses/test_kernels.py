@@ -45,7 +45,7 @@ def test_where_the_kernels_cannot_run_torch_does_their_work_after_one_warning(mo
     pred, target, valid = example(1, dtype=torch.float32)
     expected = compare(pred, target, valid, "hybrid"), gradient_loss(pred, target, valid)
     statistics = median_and_mean_abs_dev(pred, valid)
-    monkeypatch.setattr(fused, "wanted", lambda values: values.device.type == "cpu")
+    monkeypatch.setattr(fused, "has_kernels", lambda values: values.device.type == "cpu")
     monkeypatch.setattr(fused, "_tried", {})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -55,7 +55,7 @@ def test_where_the_kernels_cannot_run_torch_does_their_work_after_one_warning(mo
     assert torch.equal(ours[0].loss, expected[0].loss) and torch.equal(ours[1], expected[1])
     told = [str(w.message) for w in said if "fused loss kernels" in str(w.message)]
     assert len(told) == 1 and "torch does their work" in told[0] and "\n" not in told[0]
-    monkeypatch.setattr(fused, "loud", True)
+    monkeypatch.setattr(fused, "raise_faults", True)
     monkeypatch.setattr(fused, "_tried", {})
     with pytest.raises((ImportError, RuntimeError, ValueError)):
         compare(pred, target, valid, "hybrid")
@@ -134,7 +134,7 @@ def differentiated(call, pred):
 
 @pytest.fixture
 def loud(monkeypatch):
-    monkeypatch.setattr(fused, "loud", True)
+    monkeypatch.setattr(fused, "raise_faults", True)
 
 
 @pytest.mark.cuda
@@ -188,7 +188,7 @@ def test_medians_of_bins_of_any_width_on_the_card(loud, monkeypatch):
         found = []
         for apart in (False, True, False):
             monkeypatch.setattr(select, "APART", apart)
-            found.append(select.find(label, values, valid, select.Cut(levels)).statistics.clone())
+            found.append(select.context_statistics(label, values, valid, select.Cut(levels)).statistics.clone())
             assert torch.equal(found[-1][:, select.MEDIAN, 0], medians)
         written = slice(select.LABEL_MEDIAN, select.BALANCE + 1)
         assert all(torch.equal(x[:, written].view(torch.int32), found[0][:, written].view(torch.int32)) for x in found)

@@ -145,9 +145,9 @@ NO_GRAPH = ("nanmedians", "plain global", "objective")
 @contextlib.contextmanager
 def by_torch() -> Iterator[None]:
     """The torch code does the kernels' work."""
-    wanted, fused.wanted = fused.wanted, lambda values: False
+    wanted, fused.has_kernels = fused.has_kernels, lambda values: False
     yield
-    fused.wanted = wanted
+    fused.has_kernels = wanted
 
 
 def labels_of(target: Tensor, valid: Tensor, patches: int) -> Labels:
@@ -259,7 +259,7 @@ def card_numbers(pred: Tensor, target: Tensor, valid: Tensor) -> None:
 
 def on_card(given: argparse.Namespace) -> None:
     """Everything that a card can say, in one process."""
-    fused.loud = True
+    fused.raise_faults = True
     maps = example(given.batch, given.size, "cuda")
     cases = card_cases(*maps)
     if given.compile:

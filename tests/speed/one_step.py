@@ -24,7 +24,7 @@ from distill.core.labels import Batch, Labels, Supervision
 from distill.losses import latent as maths
 from distill.losses.latent_settings import LatentSettings
 from distill.teachers import _latent_student
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
 from distill.training.settings import TrainSettings
 from distill.training.train import train
@@ -130,7 +130,7 @@ def ours(
     )  # fmt: skip
     times: list[float] = []
     train(
-        student, data, LatentLesson(student, LatentSettings(), 0, cache), out=root / label.replace(" ", "_"),
+        student, data, LatentTask(student, LatentSettings(), 0, cache), out=root / label.replace(" ", "_"),
         settings=settings, collate=data.collate, save=_latent_student.save,
         report=lambda done, total, **numbers: times.append(clock()),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Batch, Labels, Supervision
 from distill.losses.latent_settings import LatentSettings
 from distill.training.batches import MicroBatch, TaughtRows
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.latent_cache import LatentCache
 from distill.training.train import train
 from tests.training import toys
@@ -103,7 +103,7 @@ def run(out: Path, *, cache: Path | None = None, latent: dict | None = None, rep
         }
     )  # fmt: skip
     store = None if cache is None else LatentCache(cache, {"vae": "toy"})
-    lesson = LatentLesson(network, LatentSettings(**(latent or {})), 0, store)
+    lesson = LatentTask(network, LatentSettings(**(latent or {})), 0, store)
     result = train(
         network, kept or Photos(), lesson, out=out, settings=settings, collate=collate, save=toys.save,
         report=report, device="cpu",

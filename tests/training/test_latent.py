@@ -13,7 +13,7 @@ from distill.losses.latent_settings import LatentSettings
 from distill.losses.losses import gradient_loss
 from distill.teachers import _latent_student
 from distill.training import checkpoints, schedule, trainlog
-from distill.training.latent import LatentLesson
+from distill.training.latent import LatentTask
 from distill.training.sampling import hold_out, make_order
 from tests.conftest import golden_folder
 from tests.ranks import ended_as, ranks_of_two
@@ -106,7 +106,7 @@ def test_latents_and_passes_are_those_of_fiffdepth(golden):
 def test_truth_teaches_the_pass_and_the_trajectory_pseudo_labels_the_filter():
     network, batch = latent_toys.Network(), latent_toys.micro()
     settings = LatentSettings()
-    found = LatentLesson(network, settings, 0)(network, batch, precision="fp32")
+    found = LatentTask(network, settings, 0)(network, batch, precision="fp32")
     first, filtered = network.asked
     assert first[:4] == [0, 0, 0, 0] and len(first) == 6 and all(1 <= t <= 999 for t in first[4:])
     assert filtered == [-1, -1], "-1 goes to the UNet as it is"
@@ -143,7 +143,7 @@ def test_truth_teaches_the_pass_and_the_trajectory_pseudo_labels_the_filter():
 )  # fmt: skip
 def test_the_other_ways(given, passes, parts):
     network, batch = latent_toys.Network(channels=8 if "method" in given else 4), latent_toys.micro()
-    found = LatentLesson(network, LatentSettings(**given), 0)(network, batch, precision="fp32")
+    found = LatentTask(network, LatentSettings(**given), 0)(network, batch, precision="fp32")
     assert passes is None or network.asked == passes
     assert parts <= found.parts.keys()
     assert (found.losses[1::2] == 0).all() == (given.get("pseudo") == "off"), "pseudo-labels teach unless they are off"
@@ -155,7 +155,7 @@ def test_genpercepts_output_is_minus_the_map_and_marigolds_input_begins_with_the
     """Neither shows in a loss that falls, but the teachers that read the folders take them so."""
     network, batch = latent_toys.Network(), latent_toys.micro()
     given = LatentSettings(negated=True, timestep=1, distance="mse", gradient=0.0, trajectory=0.0, pseudo="off")
-    found = LatentLesson(network, given, 0)(network, batch, precision="fp32")
+    found = LatentTask(network, given, 0)(network, batch, precision="fp32")
     maps, _ = maths.to_unit_range(batch.images[2:3, 0] * 5 + 1, batch.taught[0].labels.shared.valid[1:], 0.02)
     inside = maths.pooled(batch.taught[0].labels.shared.valid[1:], 4)
     out = -network(network.encode(batch.images[2:3]), torch.ones(1))
@@ -165,7 +165,7 @@ def test_genpercepts_output_is_minus_the_map_and_marigolds_input_begins_with_the
     network = latent_toys.Network(channels=8)
     seen = []
     network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    LatentLesson(network, LatentSettings(method="denoise"), 0)(network, batch, precision="fp32")
+    LatentTask(network, LatentSettings(method="denoise"), 0)(network, batch, precision="fp32")
     assert torch.equal(seen[0][:, :4], network.encode(batch.images))
 
 
@@ -173,7 +173,7 @@ def test_the_filter_moves_the_map_only_where_it_shall():
     for through in (True, False):
         network, batch = latent_toys.Network(), latent_toys.micro()
         seen = []
-        lesson = LatentLesson(network, LatentSettings(filter_gradient=through), 0)
+        lesson = LatentTask(network, LatentSettings(filter_gradient=through), 0)
         network.register_forward_hook(lambda module, given, out, to=seen: to.append(given[0].requires_grad))
         lesson(network, batch, precision="fp32")
         assert seen == [False, through]
@@ -264,7 +264,7 @@ def test_accumulating_changes_nothing(straight, tmp_path):
 
 def test_a_share_of_the_batch_has_the_whole_batchs_draws():
     network = latent_toys.Network()
-    lesson = LatentLesson(network, LatentSettings(), 0)
+    lesson = LatentTask(network, LatentSettings(), 0)
     whole = lesson(network, latent_toys.micro(4), precision="fp32").losses
     half = lesson(network, latent_toys.micro(2, first=2), precision="fp32").losses
     torch.testing.assert_close(half, whole[2:])

@@ -67,7 +67,7 @@ def render_on(device: torch.device) -> Iterator[None]:
 
 
 def _on_gpu(stage: Stage, size: tuple[int, int], loaded: film.Film, device: torch.device) -> tuple[Tensor, Tensor]:
-    """As `_taken`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
+    """As `take_picture`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
     from distill.data.scenes import gpu  # wants Triton
 
     with _stream(device):

@@ -23,7 +23,7 @@ from torch import Tensor
 from distill.losses.kernels.digits import added, columns, zeros
 from distill.losses.kernels.keys import WIDTH, Cut, cut_of, label_of, own, spread, table, word
 from distill.losses.kernels.launch import Launcher
-from distill.losses.kernels.select import CHUNK, CROWDED, ROWS, WHOLE, Found, find, tile_of
+from distill.losses.kernels.select import CHUNK, CROWDED, ROWS, WHOLE, ContextStatistics, context_statistics, tile_of
 
 NEVER = tl.constexpr(0x7FFFFFFF)
 
@@ -313,7 +313,7 @@ class _ContextLoss(torch.autograd.Function):
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
             kernels["each pixel"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
-            highest = find(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
+            highest = context_statistics(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
         kernels["residual"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
         ctx.save_for_backward(*given, pixel_loss, highest, statistics)
         ctx.slope, ctx.grid, ctx.sizes = kernels["slope"], grid, (pixels, found.length, highest.stride(0))
@@ -342,7 +342,7 @@ def context_loss(
     flat: float,
     floor: float,
     min_pixels: int,
-) -> tuple[Tensor, Tensor, Tensor, Found]:
+) -> tuple[Tensor, Tensor, Tensor, ContextStatistics]:
     """Losses (B,), numbers of live and of dead contexts (B,), and the statistics behind them.
 
     pred, target: (B,...) float32. valid: (B,...) uint8. weight: (B,...) float32 or None. All contiguous and on one
@@ -350,7 +350,9 @@ def context_loss(
     flat, floor, min_pixels: `normalize._per_image`'s.
     """
     cut = cut_of(levels)
-    found = find(target, None if label_only else pred, valid, cut, flat=flat, floor=floor, min_pixels=min_pixels)
+    found = context_statistics(
+        target, None if label_only else pred, valid, cut, flat=flat, floor=floor, min_pixels=min_pixels
+    )
     kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0, found.statistics.stride(0))
     losses, live, dead = _ContextLoss.apply(pred, target, valid, weight, found, kernels, trim_top)
     return losses, live, dead, found

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distill.losses.kernels.keys import fold_least, fold_sum
 from distill.losses.kernels.launch import Launcher
-from distill.losses.kernels.select import CHUNK, HOW, WHOLE, Found, find
+from distill.losses.kernels.select import CHUNK, HOW, WHOLE, ContextStatistics, context_statistics
 
 BLOCK = 2048
 # Rows and columns of a rectangle, if no scale is coarser, and how many rows at a time. Each scale costs a program sums
@@ -259,7 +259,7 @@ def gradient_loss(
     normalize: bool,
     flat: float,
     floor: float,
-    found: Found | None = None,
+    found: ContextStatistics | None = None,
 ) -> Tensor:
     """Losses (B,).
 
@@ -267,7 +267,7 @@ def gradient_loss(
     very maps whose first context is the whole image, where they are known.
     """
     if found is None and normalize:
-        found = find(target, pred, valid, WHOLE, flat=flat, floor=floor)
+        found = context_statistics(target, pred, valid, WHOLE, flat=flat, floor=floor)
     statistics = pred.detach() if found is None else found.statistics
     losses: Tensor = _GradientLoss.apply(pred, target, valid, statistics, scales, floor, normalize)
     return losses

@@ -216,7 +216,7 @@ def _select(
 
 
 @dataclass(frozen=True)
-class Found:
+class ContextStatistics:
     """statistics: (B,rows,C) float32, as ROWS says, and then the image's header.
 
     pieces: of an image. length: pixels of each.
@@ -274,7 +274,7 @@ def pieces_of(images: int, pixels: int, programs: int, grain: int) -> tuple[int,
     return -(-grains // each), each * grain
 
 
-def find(
+def context_statistics(
     target: Tensor,
     pred: Tensor | None,
     valid: Tensor,
@@ -285,7 +285,7 @@ def find(
     min_pixels: int = 1,
     label: bool = True,
     keep: float = 0.0,
-) -> Found:
+) -> ContextStatistics:
     """Statistics of every context of each image; of `target` alone where `pred` is None.
 
     target, pred: (B,...) float32. valid: (B,...) uint8. All contiguous and on one device. label: target is a label:
@@ -303,10 +303,10 @@ def find(
     first((pieces, images), *images_of, pixels, length, pieces, size)
     for step in steps:
         step((programs,), *images_of, statistics, images, pixels, length, pieces, size, flat, min_pixels, floor)
-    return Found(statistics, pieces, length)
+    return ContextStatistics(statistics, pieces, length)
 
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean deviation, (B,) each, no gradient. values: (B,N) float32, valid: (B,N) uint8, contiguous."""
-    statistics = find(values, None, valid, WHOLE, label=False).statistics[:, :, 0]
+    statistics = context_statistics(values, None, valid, WHOLE, label=False).statistics[:, :, 0]
     return statistics[:, LABEL_MEDIAN], statistics[:, LABEL_DEVIATION]

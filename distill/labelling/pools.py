@@ -37,23 +37,23 @@ def _one_thread() -> None:
 
 
 @dataclass(slots=True)
-class Crew:
-    """The threads beside the one that asks: workers decode, cut and encode, a clerk writes, a closer finishes parts.
+class ThreadPools:
+    """The threads beside the one that asks: workers decode, cut and encode, a writer writes, a finisher finishes parts.
 
     A part is synced to the disk while the next is being labelled.
     """
 
     threads: int
     workers: ThreadPoolExecutor
-    clerk: ThreadPoolExecutor
-    closer: ThreadPoolExecutor
+    writer: ThreadPoolExecutor
+    finisher: ThreadPoolExecutor
     closing: Future[None] | None = None
     stopping: Event = field(default_factory=Event)
 
     def close(self, finish: Callable[[], None]) -> None:
         """Have a part finished by `finish`, after the one before it; raises what that one raised."""
         self.wait()
-        self.closing = self.closer.submit(finish)
+        self.closing = self.finisher.submit(finish)
 
     def wait(self) -> None:
         """Until no part is being finished."""
@@ -67,7 +67,7 @@ STOP_S = 1.5
 
 
 @contextmanager
-def crew(threads: int, device: torch.device) -> Iterator[Crew]:
+def thread_pools(threads: int, device: torch.device) -> Iterator[ThreadPools]:
     """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed.
 
     device: where the teachers are. Beside a GPU the thread that asks computes on one core as well: sixteen would spin
@@ -76,12 +76,12 @@ def crew(threads: int, device: torch.device) -> Iterator[Crew]:
     """
     alone = threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext()
     with alone, scenes.render_on(device):
-        yield from _crew(threads)
+        yield from _thread_pools(threads)
 
 
-def _crew(threads: int) -> Iterator[Crew]:
+def _thread_pools(threads: int) -> Iterator[ThreadPools]:
     pools = (ThreadPoolExecutor(threads, initializer=_one_thread), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-    together = Crew(threads, *pools)
+    together = ThreadPools(threads, *pools)
     try:
         yield together
         together.wait()

@@ -11,7 +11,7 @@ from typing import Any
 from distill.labelling.board import part_name
 from distill.labelling.leases import Holder
 from distill.labelling.meeting import AGE, Meeting
-from distill.labelling.spent import cards
+from distill.labelling.worker_costs import records
 from distill.shards.shards import MANIFEST, read_json
 
 DEADLY = 3
@@ -19,7 +19,7 @@ DEADLY = 3
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerStanding:
+class WorkerStatus:
     """One worker: where it is, what it has (part, "" while it waits) and since when in seconds; its pace.
 
     state: "running", "waiting", "ended", "gone" (it was killed: without a lease, or it was taken over by another) or
@@ -41,7 +41,7 @@ class WorkerStanding:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class RunStatus:
     """A whole run. images: of all parts, an estimate where not every input tar was scanned yet (`scanned` False).
 
     eta_s: None where nobody works. lost: parts whose holder is dead, which others will take over. deadly: parts with
@@ -56,7 +56,7 @@ class Standing:
     scanned: bool
     running: tuple[Holder, ...]
     lost: tuple[Holder, ...]
-    workers: tuple[WorkerStanding, ...]
+    workers: tuple[WorkerStatus, ...]
     eta_s: float | None
     deadly: tuple[tuple[str, int], ...] = ()
 
@@ -71,7 +71,7 @@ class Standing:
         return sum(worker.images_per_s for worker in self.workers if worker.state == "running")
 
 
-def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
+def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
     """The run that meets at `meeting`. stems: of its input shards, as far as they can be named; the notes have others.
 
     Raises OSError where the meeting place cannot be reached.
@@ -100,12 +100,12 @@ def standing(meeting: Meeting, out: Path, stems: Sequence[str]) -> Standing:
     if plans:
         parts += round(unknown * parts / len(plans))
         images += round(unknown * images / len(plans))
-    workers = tuple(_worker(name, card, holders) for name, card in sorted(cards(meeting).items()))
+    workers = tuple(_worker(name, record, holders) for name, record in sorted(records(meeting).items()))
     killed = Counter(worker.part for worker in workers if worker.state in ("gone", "lost"))
     pace = sum(worker.images_per_s for worker in workers if worker.state == "running")
     lost = tuple(holder for holder in holders if holder.dead)
     complete = MANIFEST in there and len(finished) == parts and not holders
-    return Standing(
+    return RunStatus(
         complete=complete,
         parts=parts,
         done=len(finished),
@@ -127,11 +127,11 @@ def _json(meeting: Meeting, out: Path, name: str) -> dict[str, Any]:
     return read_json(out / name)
 
 
-def _worker(name: str, card: dict[str, Any], holders: Sequence[Holder]) -> WorkerStanding:
-    mine = [holder for holder in holders if _is_of(holder, card)]
-    since = card.get(AGE)  # its card is written when it begins a part, and again and again while it waits
+def _worker(name: str, record: dict[str, Any], holders: Sequence[Holder]) -> WorkerStatus:
+    mine = [holder for holder in holders if _is_of(holder, record)]
+    since = record.get(AGE)  # its record is written when it begins a part, and again and again while it waits
     state, heard = "gone", 0.0
-    if card["ended"]:
+    if record["ended"]:
         state = "ended"
     elif since is None:  # of a run that is finished
         pass
@@ -139,22 +139,22 @@ def _worker(name: str, card: dict[str, Any], holders: Sequence[Holder]) -> Worke
         state, heard = "running", since
     elif mine:
         state, heard = "lost", max(0.0, since - min(holder.age for holder in mine))
-    elif not card["part"] and since < 60:
+    elif not record["part"] and since < 60:
         state, heard = "waiting", since
-    return WorkerStanding(
+    return WorkerStatus(
         name=name,
-        host=card["host"],
-        device=card["device"],
+        host=record["host"],
+        device=record["device"],
         state=state,
-        part=card["part"],
+        part=record["part"],
         part_s=since or 0.0,
-        parts=card["parts"],
-        images=card.get("images", 0),
-        images_per_s=card.get("images", 0) / card["label_s"] if card.get("label_s") else 0.0,
-        hours=(card["seconds"] + heard) / 3600,
-        lost=card["lost"],
+        parts=record["parts"],
+        images=record.get("images", 0),
+        images_per_s=record.get("images", 0) / record["label_s"] if record.get("label_s") else 0.0,
+        hours=(record["seconds"] + heard) / 3600,
+        lost=record["lost"],
     )
 
 
-def _is_of(holder: Holder, card: dict[str, Any]) -> bool:
-    return holder.pid == card["pid"] and holder.host.partition("?")[0] == card["host"]
+def _is_of(holder: Holder, record: dict[str, Any]) -> bool:
+    return holder.pid == record["pid"] and holder.host.partition("?")[0] == record["host"]
