@@ -132,7 +132,7 @@ def read_prediction(
     looked at, (3,H,W), where sizes differ: the truth may be of another than its image's.
     """
     try:
-        values = read_map(path)
+        values = read_map(path, kind.quantity if kind else "depth")
     except FileNotFoundError:
         raise BadPredictionError("missing") from None
     except OSError as error:

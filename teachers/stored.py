@@ -105,7 +105,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
             raise MissingMapError(f"no stored map for {key}: looked for {names} (or .npz, .png, ...) in {folder}")
         try:
-            array = read_map(path)
+            array = read_map(path, meant.quantity)
         except OSError as error:
             raise ValueError(f"{path} is not a readable map ({error}): predict it again") from error
         return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], meant)

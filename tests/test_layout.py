@@ -38,7 +38,7 @@ OWNERS = {
     "imagecodecs": ["distill.shards.codecs", "distill.data.tiffs", "distill.data.cicp"],
     "av": ["distill.inference.video"],
     "pillow_heif": ["distill.data.photos"],
-    "OpenEXR": ["distill.data.maps"],
+    "OpenEXR": ["distill.data.exrs"],
     "h5py": ["distill.data.maps"],
     "fsspec": ["distill.data.storage"],
     "transformers": ["distill.teachers.", "distill.students.remote_code"],

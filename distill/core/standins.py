@@ -5,6 +5,7 @@ Each function gives a clause that follows the file's name, or "" where nothing i
 
 from __future__ import annotations
 
+import json
 import re
 import zipfile
 import zlib
@@ -59,6 +60,25 @@ def fault_of_start(path: Path) -> str:
     if re.fullmatch(rb"[\t\r\n -~]{12,}", start):
         return f"cannot be read as weights: it is text, beginning {start[:24].decode()!r}; download it again"
     return "is an ONNX network, not weights" if start[:1] == b"\x08" and b"pytorch" in start[:32] else ""
+
+
+def longer_than_told(path: Path) -> str:
+    """Of a .safetensors with bytes behind its tensors, which its reader says of a short one too."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if path.suffix != ".safetensors" or size > 100_000_000:
+                return ""
+            table = json.loads(stream.read(size))
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
+        more = path.stat().st_size - 8 - size - max(ends, default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+    return (
+        f"has {more} bytes behind its tensors, of which it does not speak: download or copy it again"
+        if more > 0
+        else ""
+    )
 
 
 def way_out_of(folder: Path) -> str:
@@ -118,6 +138,7 @@ _KINDS = (
 
 
 _NUMBERS = (".weight", ".bias")
+_USED = (*_NUMBERS, ".running_mean", ".running_var")
 ZERO = "run the zero_to_fp32.py that lies beside it, and give the file that it writes"
 """How DeepSpeed's shards become weights."""
 
@@ -129,7 +150,6 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
     """
     import torch
 
-    eight = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
     packed = any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in state.values())
     for pattern, what in _KINDS if packed else _KINDS[:-1]:
         if name := next((name for name in state if re.fullmatch(pattern, name)), ""):
@@ -140,13 +160,18 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
             return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
         if not tensor.numel() and tensor.ndim and name.endswith(_NUMBERS):
             return f"holds {name} empty, as DeepSpeed's ZeRO leaves it: {ZERO}"
-        if name.endswith(_NUMBERS) and tensor.dtype in eight:
+        if name.endswith(_NUMBERS) and tensor.element_size() == 1:
             return (
                 f"holds {name} as {str(tensor.dtype)[6:]}: quantised to eight bits: give the weights it was made from"
             )
-        if tensor.is_quantized or tensor.layout != torch.strided:
-            sort = str(tensor.dtype if tensor.is_quantized else tensor.layout).removeprefix("torch.")
+        whole = name.endswith(_NUMBERS) and not tensor.is_floating_point()
+        if tensor.is_quantized or tensor.layout != torch.strided or whole:
+            sort = str(tensor.dtype if tensor.is_quantized or whole else tensor.layout).removeprefix("torch.")
             return f"holds {name} as {sort}: save plain floating-point tensors"
-        if name.endswith(_NUMBERS) and tensor.is_floating_point() and bool(tensor.isnan().any()):
-            return f"holds {name} with numbers that are NaN: its training has diverged; give an earlier checkpoint"
+        if name.endswith(_USED) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if bool(tensor.isnan().any()):
+                return f"holds {name} with numbers that are NaN: its training has diverged; give an earlier checkpoint"
+            return (
+                f"holds {name} with infinite numbers, as of a copy in float16 that overflowed: give the float32 weights"
+            )
     return ""

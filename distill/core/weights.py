@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors
 
-from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, way_out_of
+from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, longer_than_told, way_out_of
 
 # What a teacher is called is read where nobody wants to wait for torch.
 if TYPE_CHECKING:
@@ -193,6 +193,8 @@ def _read(path: Path) -> Any:
             what = f"a pickled {wanted[1]}" if wanted else "more than tensors in it"
             what = "another protocol of pickle than torch.save's own" if "operand" in str(error) else what
             reason = f"{what}, or not a torch file; save its state_dict() alone"
+        if more := longer_than_told(path):
+            raise WeightsMismatchError(f"{path} {more}") from error
         if any(words in reason for words in _CUT):
             raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error
         raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error

@@ -8,6 +8,7 @@ does. The rest of a damaged file's faults the decoders find themselves.
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -144,6 +145,23 @@ def ppm_is_cut(data: bytes, width: int, height: int) -> bool:
     pixel = bits * deep // 8
     size = width * height * pixel
     return len(data) >= size and stops_mid_row(memoryview(data)[len(data) - size :], width * pixel, pixel)
+
+
+def without_cr(data: bytes) -> bytes:
+    """A binary PBM, PGM or PPM without the CR of a CRLF that ends its header; anything else as it is.
+
+    One white byte ends the header, and with two every pixel would be the one before, of another colour.
+    """
+    head = _PNM.match(data, 0, 1024)
+    if head is None or (head[1] == b"4") != (head[4] is None):
+        return data
+    width, height, top = int(head[2]), int(head[3]), int(head[4] or 0)
+    row = (width + 7) // 8 if not top else width * (3 if head[1] == b"6" else 1) * (2 if top > 255 else 1)
+    return data if len(data) - head.end() != height * row else data[: head.end() - 2] + data[head.end() - 1 :]
+
+
+_WHITE = rb"(?:\s|#[^\n]*\n)+"
+_PNM = re.compile(rb"P([456])" + _WHITE + rb"(\d+)" + _WHITE + rb"(\d+)(?:" + _WHITE + rb"(\d+))?\r\n")
 
 
 def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:

@@ -17,7 +17,6 @@ import contextlib
 import io
 import re
 import struct
-import tempfile
 import tokenize
 import unicodedata
 import zipfile
@@ -30,7 +29,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from distill.data import damage, filetypes, tiffs
+from distill.data import damage, exrs, filetypes, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -54,6 +53,8 @@ _NAMES = (
     "arr_0",
     "dataset",
 )
+_INVERSE = ("disparity", "disp")
+"""Of these, the names of disparity."""
 READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
 """What NumPy and the other readers raise on damaged files."""
 
@@ -62,11 +63,19 @@ class BadMapError(OSError):
     """A file that is no map; the message is the reason, without the file's name."""
 
 
-def read_map(path: Path) -> np.ndarray:
+def read_map(path: Path, quantity: str = "depth") -> np.ndarray:
     """(H,W) numbers of a file as they are stored, of any real dtype; BadMapError says why it is no map.
 
-    Raises FileNotFoundError where there is none. Axes of length 1 are dropped.
+    quantity: "depth" or "disparity", which of both is taken of a file that holds both. Raises FileNotFoundError where
+    there is none. Axes of length 1 are dropped.
     """
+    plane = _read(path, quantity)
+    if plane.dtype.kind == "b":
+        raise BadMapError("holds true and false alone: a mask, not a map")
+    return plane
+
+
+def _read(path: Path, quantity: str) -> np.ndarray:
     if path.stat().st_size >= MAPPED:
         with path.open("rb") as file:
             if file.read(6) == b"\x93NUMPY":
@@ -74,34 +83,34 @@ def read_map(path: Path) -> np.ndarray:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
                 except READ_ERRORS as error:
                     raise BadMapError(_said("npy", error)) from error
-    plane = decode_map(path.read_bytes(), path.name)
-    if plane.dtype.kind == "b":
-        raise BadMapError("holds true and false alone: a mask, not a map")
-    return plane
+    return decode_map(path.read_bytes(), path.name, quantity)
 
 
-def decode_map(data: bytes, name: str = "") -> np.ndarray:
+def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarray:
     """`read_map` of a file's bytes, masks included; name: of the file, for what is said of one of no known format."""
     if head := _COLMAP.match(data):
         return _plane(_colmap(data, head))
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
-                return _plane(reader(data))
+                found = reader(data)
+                return _plane(_chosen(found, quantity) if isinstance(found, dict) else found)
             except BadMapError:
                 raise
             except READ_ERRORS as error:
                 raise BadMapError(_said(kind, error)) from error
     suffix = PurePosixPath(name).suffix
-    if suffix.lower() == ".mat" and data[:4] in (b"\0\0\0\0", b"\0\0\3\xe8", b"\n\0\0\0"):  # version 4 has no signature
+    if suffix.lower() == ".mat" and data[:4] in _MAT_4:
         with contextlib.suppress(*READ_ERRORS):
-            return _plane(_mat(data))
+            return _plane(_chosen(_mat(data), quantity))
     what = filetypes.sniff(data) or filetypes.text(data) or (_UNKNOWN if data else "empty")
     what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
     what += ": unpack it" if what.startswith("compressed") else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
 
 
+_MAT_4 = {(1000 * big + 10 * dtype).to_bytes(4, ("little", "big")[big]) for big in (0, 1) for dtype in range(6)}
+"""What MATLAB's version 4, which has no signature, begins with: the order of bytes and the type, double to uint8."""
 _UNKNOWN = "of no known format: numbers without a header, as ETH3D's and RealSense's, are to be stored as .npy"
 
 
@@ -120,7 +129,7 @@ def _plane(values: Any) -> np.ndarray:
     return plane
 
 
-def _npz(data: bytes) -> np.ndarray:
+def _npz(data: bytes) -> dict[str, Any]:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         sizes = {info.filename: info.file_size for info in archive.zip.infolist()}
         if sum(sizes.values()) > 1 << 32:
@@ -135,25 +144,44 @@ def _npz(data: bytes) -> np.ndarray:
                 if "allow_pickle" not in str(error):
                     raise
                 arrays[name] = "pickled"
-        return _chosen(arrays)
+        return arrays
 
 
-def _chosen(arrays: Mapping[str, Any]) -> np.ndarray:
+def _chosen(arrays: Mapping[str, Any], quantity: str) -> np.ndarray:
     """The one map of several arrays: the one that is called as a map is, or the only one that can be one.
 
-    What is called depth and has several planes is an error: a camera's 3 x 3 matrix beside it is no map.
+    What is called depth and has several planes is an error: a camera's 3 x 3 matrix beside it is no map. So are several
+    depths of as many groups.
     """
     numbers = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) and a.dtype.kind in "fiu"}
     planes = {name: array for name, array in numbers.items() if sum(side != 1 for side in array.shape) == 2}
-    called = [name for wanted in _NAMES for name in numbers if name.rpartition("/")[2].lower() == wanted]
+    meant = sorted(_NAMES, key=lambda name: name not in _INVERSE) if quantity == "disparity" else _NAMES
+    called = [name for wanted in meant for name in numbers if name.rpartition("/")[2].lower() == wanted]
     if called and called[0] in planes:
-        return planes[called[0]]
+        alike = [name for name in called if name.lower().rpartition("/")[2] == called[0].lower().rpartition("/")[2]]
+        outermost = min(name.count("/") for name in alike)
+        alike = [name for name in alike if name.count("/") == outermost]
+        if len(alike) > 1:
+            raise BadMapError(f"holds {', '.join(alike[:3])}: one map is needed")
+        return planes[alike[0]]
     if len(numbers) > 1:
         planes = {name: array for name, array in planes.items() if sorted(array.shape)[-2] > _MATRIX}
     if len(planes) != 1 or called:
-        listed = ", ".join(f"{name} {getattr(array, 'shape', array)}" for name, array in list(arrays.items())[:5])
+        listed = ", ".join(f"{name} {_sort(array)}" for name, array in list(arrays.items())[:5])
         raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one that is called depth or disparity")
     return next(iter(planes.values()))
+
+
+def _sort(array: Any) -> str:
+    """What stands under a name: a shape, or what keeps it from being numbers."""
+    dtype = getattr(array, "dtype", None)
+    if dtype is None:
+        return array if isinstance(array, str) else "(no array)"
+    if dtype.names:
+        return f"(a struct of {', '.join(dtype.names[:5])}: save its field)"
+    words = {"O": "cells or objects", "b": "true and false alone"}.get(dtype.kind, "")
+    words = "a sparse matrix" if hasattr(array, "tocoo") else words
+    return f"({words})" if words else str(array.shape)
 
 
 def _picture(data: bytes) -> np.ndarray:
@@ -172,7 +200,7 @@ def _picture(data: bytes) -> np.ndarray:
             low, high = float(image.info["low"]), float(image.info["high"])
             numbers = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
             return np.where(values == 0, np.float32(np.nan), numbers) if image.info.get("invalid") == "0" else numbers
-        return values
+        return values // (255 // (2 ** data[24] - 1)) if data[24] in (2, 4) else values  # Pillow stretches them to 255
 
 
 def _grey(values: np.ndarray, otherwise: str) -> np.ndarray:
@@ -195,6 +223,10 @@ def _pfm(data: bytes) -> np.ndarray:
     if not (head := _PFM.match(data)):
         raise BadMapError("not a readable .pfm (its header is not PFM's)")
     width, height, planes = int(head[2]), int(head[3]), 3 if head[1] == b"PF" else 1
+    if not float(head[4]):
+        raise BadMapError("not a readable .pfm (its scale is 0, whose sign would say the order of bytes)")
+    if len(data) - head.end() == 8 * width * height * planes:
+        raise BadMapError("not a readable .pfm (8 bytes a number, and PFM has 4: store float32)")
     kind = "<f4" if float(head[4]) < 0 else ">f4"
     start = head.end()
     if len(data) - start == 4 * width * height * planes - 1 and head[5] == b"\r\n":
@@ -216,9 +248,13 @@ def _pgm(data: bytes) -> np.ndarray:
         if plain.size != width * height:
             raise BadMapError(f"not a whole .pgm: {plain.size} numbers for {width} x {height}")
         return plain.reshape(height, width)
+    if top > 65535:
+        raise BadMapError(f"not a readable .pgm (its greatest value, {top}, is beyond 16 bits)")
     kind = np.dtype(">u2" if top > 255 else "u1")
-    _check_length(data, head.end(), kind.itemsize * width * height, "pgm")
-    return np.frombuffer(data, kind, width * height, head.end()).reshape(height, width)
+    data = damage.without_cr(data)
+    start = head.end()
+    _check_length(data, start, kind.itemsize * width * height, "pgm")
+    return np.frombuffer(data, kind, width * height, start).reshape(height, width)
 
 
 def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
@@ -265,21 +301,14 @@ def _colmap(data: bytes, head: re.Match[bytes]) -> np.ndarray:
 
 def _exr(data: bytes) -> np.ndarray:
     try:
-        import OpenEXR
+        return exrs.one_map(exrs.channels(data), _NAMES)
     except ImportError as error:
         raise BadMapError('an EXR: pip install "depth-distill[maps]", or store .npy') from error
-    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # it opens names alone
-        file.write(data)
-        file.flush()
-        channels = {name: c.pixels for name, c in OpenEXR.File(file.name, separate_channels=True).channels().items()}
-    named = [name for name in channels if name.rpartition(".")[2].lower() in ("z", "y", "v", "d", *_NAMES)]
-    same = len({array.tobytes() for name, array in channels.items() if name in "RGB"}) == 1
-    if len(channels) != 1 and len(named) != 1 and not same:
-        raise BadMapError(f"has the channels {', '.join(channels)}: a picture, not a map; a depth map has one channel")
-    return np.asarray(channels[named[0] if len(named) == 1 else next(iter(channels)) if len(channels) == 1 else "R"])
+    except ValueError as error:
+        raise BadMapError(str(error)) from error
 
 
-def _hdf5(data: bytes) -> np.ndarray:
+def _hdf5(data: bytes) -> dict[str, Any]:
     try:
         import h5py
     except ImportError as error:
@@ -287,14 +316,15 @@ def _hdf5(data: bytes) -> np.ndarray:
     arrays: dict[str, np.ndarray] = {}
 
     def collect(name: str, item: Any) -> None:
-        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiu" and item.size < 1 << 30:
-            # MATLAB writes columns first.
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and item.size < 1 << 30:
+            # MATLAB writes columns first, and what is true and false as uint8.
             stored = item[()].T if "MATLAB_class" in item.attrs else item[()]
-            arrays[name] = _filled(np.asarray(stored), item.attrs)
+            mask = item.attrs.get("MATLAB_class") == b"logical"
+            arrays[name] = np.asarray(stored, bool) if mask else _filled(np.asarray(stored), item.attrs)
 
     with h5py.File(io.BytesIO(data), "r") as file:
         file.visititems(collect)
-    return _chosen({name: np.asarray(array) for name, array in arrays.items()})
+    return arrays
 
 
 def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
@@ -317,7 +347,7 @@ def open_hdf5(path: Path) -> Any:
         raise OSError(f"{path} is not a readable .mat of version 7.3 ({error}); download it again") from error
 
 
-def _mat(data: bytes) -> np.ndarray:
+def _mat(data: bytes) -> dict[str, Any]:
     if data[124:126] in (b"\0\2",) or b"MATLAB 7.3" in data[:32]:
         return _hdf5(data)
     try:
@@ -325,7 +355,9 @@ def _mat(data: bytes) -> np.ndarray:
     except ImportError as error:
         raise BadMapError('a .mat: pip install "depth-distill[teachers]", or store .npy') from error
     table = scipy.io.loadmat(io.BytesIO(data), chars_as_strings=False)
-    return _chosen({name: array for name, array in table.items() if not name.startswith("__")})
+    masks = {name for name, _, sort in scipy.io.whosmat(io.BytesIO(data)) if sort == "logical"}  # which loadmat forgets
+    arrays = {name: array for name, array in table.items() if not name.startswith("__")}
+    return {name: array.astype(bool) if name in masks else array for name, array in arrays.items()}
 
 
 def _png(data: bytes) -> np.ndarray:

@@ -96,7 +96,9 @@ class Pair:
 
         ValueError where its aspect is another than the photograph's, or its metres are of no photograph.
         """
-        raw, size = self._upright(_read_map(self.depth_path).astype(np.float64))
+        raw, size = self._upright(
+            _read_map(self.depth_path, "disparity" if self.baseline else self.kind.quantity).astype(np.float64)
+        )
         usable = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _NOTHING))
         for value in self.invalid_values:
             usable &= raw != value
@@ -400,10 +402,10 @@ def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
     return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _CEILING}))
 
 
-def _read_map(path: Path) -> np.ndarray:
+def _read_map(path: Path, quantity: str) -> np.ndarray:
     """The stored numbers, (H,W), as they are."""
     try:
-        return maps.read_map(path)
+        return maps.read_map(path, quantity)
     except OSError as error:
         raise OSError(f"{path}: not a readable depth map ({error}); fix the file or take its row out") from error
 

@@ -210,7 +210,7 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit:
         Image.MAX_IMAGE_PIXELS = limit  # its own warning would come on the terminal before our word
     try:
-        data = damage.with_end(data) if kind == "JPEG" else data
+        data = damage.with_end(data) if kind == "JPEG" else damage.without_cr(data)
         with _heic(data) if kind == "HEIC" else _plain(data, kind) as image:
             deep = _page(image, data) if image.format == "TIFF" else {}
             _check_size(image, len(data), limit)

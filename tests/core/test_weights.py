@@ -241,3 +241,27 @@ def test_an_exported_program_is_named(tmp_path):
         archive.writestr("model/data/weights/weight_0", bytes(8))
     with pytest.raises(WeightsMismatchError, match=r"is a torch\.export program"):
         read_state(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w / 0, "infinite numbers, as of a copy in float16"),
+        (lambda w: w.to(torch.complex64), "as complex64: save plain floating-point tensors"),
+        (lambda w: w.to(torch.int32), "as int32: save plain floating-point tensors"),
+        (lambda w: w.to(torch.float8_e4m3fnuz), "quantised to eight bits"),
+    ],
+)
+def test_numbers_that_no_network_has_are_said(tmp_path, change, said):
+    torch.save({"a.weight": change(torch.ones(3))}, tmp_path / "a.pth")
+    with pytest.raises(WeightsMismatchError, match=f"a.pth holds a.weight .*{said}"):
+        read_state(tmp_path / "a.pth")
+
+
+def test_more_bytes_than_a_header_tells_are_not_fewer(tmp_path):
+    safetensors.torch.save_file({"a.weight": torch.ones(3)}, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    for data, said in ((whole + bytes(24), "has 24 bytes behind its tensors"), (whole[:-4], "is cut short")):
+        (tmp_path / "a.safetensors").write_bytes(data)
+        with pytest.raises(WeightsMismatchError, match=said):
+            read_state(tmp_path / "a.safetensors")

@@ -1,0 +1,88 @@
+"""OpenEXR: the channels of all parts, as they lie in the picture, and which of them are numbers of their own.
+
+Shapes: H height, W width of the picture (the display window, of which the stored pixels may be a part, or more).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def channels(data: bytes) -> dict[str, np.ndarray]:
+    """Every channel (H,W) by its name, after its part's where two parts have one of that name.
+
+    Floats are NaN, and integers 0, where nothing is stored. Raises ImportError without OpenEXR, ValueError for a file
+    that is damaged.
+    """
+    import OpenEXR
+
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # it opens names alone
+        file.write(data)
+        file.flush()
+        parts = OpenEXR.File(file.name, separate_channels=True).parts
+    if not parts:
+        raise ValueError("not a readable .exr (its pixels are cut short or damaged: download or copy it again)")
+    found: dict[str, np.ndarray] = {}
+    for number, part in enumerate(parts):
+        for name, channel in part.channels.items():
+            whole = _in_display(channel.pixels, part.header)
+            found[f"{part.name() or number}/{name}" if name in found else name] = whole
+    return found
+
+
+def one_map(channels: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndarray:
+    """The channel of depth among others; names: what channels and layers of maps are called besides Z, V and Y.
+
+    ValueError where there is none, or more than one.
+    """
+    named = [
+        name for name in channels if _last(name) in ("z", "y", "v", "d", *names) and not _of_vector(name, channels)
+    ]
+    if len(named) > 1:  # Blender's Depth.Z beside Mist.Z
+        named = [name for name in named if {_last(name), _last(name.rpartition(".")[0])} & set(names)] or named
+    same = len({array.tobytes() for name, array in channels.items() if name in ("R", "G", "B")}) == 1
+    if len(channels) == 1 or len(named) == 1:
+        return channels[named[0] if len(named) == 1 else next(iter(channels))]
+    if same and not named:
+        return channels["R"] if "R" in channels else channels["G"]
+    there = f"{', '.join(list(channels)[:12])}{', ...' if len(channels) > 12 else ''}"
+    raise ValueError(f"has the channels {there}: a picture, not a map; a depth map has one channel")
+
+
+def _last(name: str) -> str:
+    """`z` of `ViewLayer.Depth.Z`."""
+    return name.rpartition(".")[2].rpartition("/")[2].lower()
+
+
+def _of_vector(name: str, names: Iterable[str]) -> bool:
+    """Whether a channel is one of normals (X, Y, Z), of flow (X, Y) or of texture (U, V)."""
+    beside = {_last(other) for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]}
+    return bool(beside & set(_WITH.get(_last(name), "")))
+
+
+_WITH = {"x": "yz", "y": "xz", "z": "xy", "u": "v", "v": "u"}
+"""What beside a channel makes it one of a vector's."""
+
+
+def _in_display(pixels: np.ndarray, header: Mapping[str, Any]) -> np.ndarray:
+    data, shown = header.get("dataWindow"), header.get("displayWindow")
+    if data is None or shown is None or np.array_equal(data, shown) or pixels.ndim != 2:
+        return pixels
+    (left, top), (right, bottom) = (np.asarray(corner).astype(int) for corner in data)
+    (x0, y0), (x1, y1) = (np.asarray(corner).astype(int) for corner in shown)
+    if pixels.shape != (bottom - top + 1, right - left + 1):
+        return pixels
+    across, down = (max(left, x0), min(right, x1)), (max(top, y0), min(bottom, y1))
+    if across[0] > across[1] or down[0] > down[1]:
+        raise ValueError("its pixels lie outside of its display window: a crop of nothing")
+    if (y1 - y0 + 1) * (x1 - x0 + 1) > 64 * pixels.size:
+        raise ValueError(f"its pixels are {right - left + 1} x {bottom - top + 1} of {x1 - x0 + 1} x {y1 - y0 + 1}")
+    whole = np.full((y1 - y0 + 1, x1 - x0 + 1), np.nan if pixels.dtype.kind == "f" else 0, pixels.dtype)
+    whole[down[0] - y0 : down[1] - y0 + 1, across[0] - x0 : across[1] - x0 + 1] = pixels[
+        down[0] - top : down[1] - top + 1, across[0] - left : across[1] - left + 1
+    ]
+    return whole

@@ -1,0 +1,167 @@
+"""Stored maps as other tools write them, with the values that they mean."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.core.depth import Kind
+from distill.data.maps import BadMapError, read_map
+from distill.data.pairs import read_pairs
+from distill.eval.stored import read_prediction
+
+CODES = np.arange(1, 13).reshape(3, 4)
+MAP = CODES.astype(np.float32)
+BIG = np.arange(1, 49, dtype=np.float32).reshape(6, 8)
+
+
+def test_of_depth_and_disparity_in_one_file_the_one_that_is_meant_is_taken(tmp_path):
+    np.savez(tmp_path / "a.npz", depth=BIG, disparity=1 / BIG)
+    assert read_map(tmp_path / "a.npz").tolist() == BIG.tolist()
+    assert read_map(tmp_path / "a.npz", "disparity").tolist() == (1 / BIG).tolist()
+    for kind, meant in ((Kind.AFFINE_DISPARITY, 1 / BIG), (Kind.METRIC_DEPTH, BIG), (None, BIG)):
+        assert read_prediction(tmp_path / "a.npz", None, kind)[0].tolist() == meant.tolist()
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    row = "name\trgb\tdepth\tkind\tscale_to_metres\nx\ta.png\ta.npz\t{}\t{}\n"
+    for kind, scale, meant in (("disparity", "unknown", 1 / BIG), ("depth", "1", BIG), ("", "2*3/disp", 6 * BIG)):
+        (tmp_path / "INDEX.tsv").write_text(row.format(kind, scale))
+        np.testing.assert_allclose(read_pairs(tmp_path)[0].truth().values[0], meant, rtol=1e-6)
+
+
+def test_depths_of_several_groups_are_not_one_map(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"left/depth": BIG, "right/depth": BIG * 2})
+    with pytest.raises(BadMapError, match="holds left/depth, right/depth: one map is needed"):
+        read_map(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", **{"small/depth": BIG[:4, :4], "depth": BIG})
+    assert read_map(tmp_path / "a.npz").shape == (6, 8)
+
+
+def test_what_is_no_array_of_numbers_is_told_in_few_words(tmp_path):
+    sparse, scipy = pytest.importorskip("scipy.sparse"), pytest.importorskip("scipy.io")
+    for value, said in (
+        ({"s": {"depth": BIG, "K": BIG}}, r"s \(a struct of depth, K: save its field\)"),
+        ({"depth": sparse.csc_matrix(BIG)}, r"depth \(a sparse matrix\)"),
+        ({"depth": np.array([BIG, BIG[:2]], object)}, r"depth \(cells or objects\)"),
+        ({"mask": BIG > 2}, r"mask \(true and false alone\)"),
+    ):
+        scipy.savemat(tmp_path / "a.mat", value)
+        with pytest.raises(BadMapError, match=f"holds {said}; one map is needed"):
+            read_map(tmp_path / "a.mat")
+    scipy.savemat(tmp_path / "a.mat", {"mask": BIG > 2, "z": BIG})
+    assert read_map(tmp_path / "a.mat").tolist() == BIG.tolist(), "a mask is no second map"
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4", "i4", "i2", "u2", "u1"])
+def test_version_4_of_matlab_in_every_type(tmp_path, dtype):
+    pytest.importorskip("scipy.io").savemat(tmp_path / "a.mat", {"depth": BIG.astype(dtype)}, format="4")
+    assert read_map(tmp_path / "a.mat").tolist() == BIG.tolist()
+
+
+def test_a_logical_of_matlab_7_3_is_a_mask(tmp_path):
+    with pytest.importorskip("h5py").File(tmp_path / "a.mat", "w") as file:
+        file.create_dataset("m", data=(BIG > 2).T.astype("u1")).attrs["MATLAB_class"] = np.bytes_("logical")
+        file.create_dataset("z", data=BIG.T).attrs["MATLAB_class"] = np.bytes_("single")
+    assert read_map(tmp_path / "a.mat").tolist() == BIG.tolist()
+
+
+def test_a_large_mask_is_no_map_either(tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((2100, 2000), bool))
+    with pytest.raises(BadMapError, match="a mask, not a map"):
+        read_map(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_few_bits_are_not_stretched(tmp_path, bits):
+    values = (np.arange(32).reshape(4, 8) % 2**bits).astype(np.uint8)
+    packed = [np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:].ravel()).tobytes() for row in values]
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 4, bits, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in packed)))
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + pixels + chunk(b"IEND", b""))
+    assert read_map(tmp_path / "a.png").tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("top", [255, 65535])
+def test_a_header_of_windows_is_not_a_pixel(tmp_path, top):
+    pixels = CODES.astype(">u2" if top > 255 else "u1").tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P5\r\n4 3\r\n%d\r\n" % top + pixels)
+    assert read_map(tmp_path / "a.pgm").tolist() == CODES.tolist()
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"Pf\n4 3\n0\n" + MAP.tobytes(), "its scale is 0"),
+        (b"Pf\n4 3\n-1\n" + CODES.astype(float).tobytes(), "8 bytes a number"),
+        (b"P5\n4 3\n70000\n" + CODES.astype("u2").tobytes(), "beyond 16 bits"),
+    ],
+)
+def test_headers_that_pixels_contradict(tmp_path, data, reason):
+    (tmp_path / "a.pfm").write_bytes(data)
+    with pytest.raises(BadMapError, match=reason):
+        read_map(tmp_path / "a.pfm")
+
+
+def exr(path, *parts, **header):
+    openexr = pytest.importorskip("OpenEXR")
+    head = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage, **header}
+    made = [openexr.Part({**head, "name": f"p{i}"}, channels) for i, channels in enumerate(parts)]
+    openexr.File(made).write(str(path))
+
+
+PICTURE = {name: BIG * (i + 2) for i, name in enumerate("RGBA")}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [PICTURE, {"Z": BIG}],
+        [{"Z": BIG}, PICTURE],
+        [{**{f"V.Combined.{name}": value for name, value in PICTURE.items()}, "V.Depth.Z": BIG, "V.Mist.Z": BIG * 9}],
+        [{"V.Depth.Z": BIG, **{f"V.Normal.{axis}": BIG * 7 for axis in "XYZ"}}],
+        [{"Z": BIG, "UV.U": BIG * 3, "UV.V": BIG * 5, "Flow.X": BIG * 3, "Flow.Y": BIG * 6}],
+    ],
+    ids=["second part", "first part", "mist", "normals", "vectors"],
+)
+def test_the_depth_of_a_renderers_exr_is_found_in_any_part_and_layer(tmp_path, parts):
+    exr(tmp_path / "a.exr", *parts)
+    assert read_map(tmp_path / "a.exr").tolist() == BIG.tolist()
+
+
+@pytest.mark.parametrize("axes", ["XY", "UV", "XYZ"])
+def test_a_vector_is_no_map(tmp_path, axes):
+    exr(tmp_path / "a.exr", {f"Flow.{axis}": BIG * i for i, axis in enumerate(axes)})
+    with pytest.raises(BadMapError, match="a picture, not a map"):
+        read_map(tmp_path / "a.exr")
+
+
+def test_the_pixels_of_an_exr_lie_where_its_windows_say(tmp_path):
+    def window(*corners):
+        return tuple(np.array(corner, np.int32) for corner in corners)
+
+    cropped = {"dataWindow": window((2, 1), (9, 6)), "displayWindow": window((0, 0), (15, 11))}
+    exr(tmp_path / "a.exr", {"Z": BIG}, **cropped)
+    read = read_map(tmp_path / "a.exr")
+    assert read.shape == (12, 16) and read[1:7, 2:10].tolist() == BIG.tolist() and np.isfinite(read).sum() == 48
+    wider = {"dataWindow": window((-1, -2), (6, 3)), "displayWindow": window((0, 0), (5, 3))}
+    exr(tmp_path / "a.exr", {"Z": BIG}, **wider)
+    assert read_map(tmp_path / "a.exr").tolist() == BIG[2:, 1:7].tolist()
+
+
+def test_what_lies_in_a_zip_is_not_quoted(tmp_path):
+    data = io.BytesIO()
+    np.savez(data, readme=np.zeros(3))
+    with zipfile.ZipFile(data, "a") as archive:
+        archive.writestr("photo.jpg", bytes(5000))
+    (tmp_path / "a.npz").write_bytes(data.getvalue())
+    with pytest.raises(BadMapError, match=r"holds readme \(3,\), photo.jpg \(no array\); one map is needed"):
+        read_map(tmp_path / "a.npz")
