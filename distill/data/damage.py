@@ -103,6 +103,20 @@ def _boxes_are_cut(data: bytes, zeros: int) -> bool:
     return False
 
 
+def bytes_missing(data: bytes, kind: str) -> int:
+    """How many bytes a WebP, AVIF or HEIC lacks of those that its headers tell of; 0 of anything else."""
+    if kind == "WebP":
+        return max(0, 8 + int.from_bytes(data[4:8], "little") - len(data))
+    at = 0
+    while kind in ("AVIF", "HEIC") and at + 16 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        size = int.from_bytes(data[at + 8 : at + 16], "big") if size == 1 else size
+        if size < 8:
+            return 0
+        at += size
+    return max(0, at - len(data))
+
+
 def stops_mid_row(stored: bytes | memoryview, row: int, pixel: int) -> bool:
     """Whether uncompressed pixels end in zeros that begin in the middle of a row: of the row's bytes, `pixel` each.
 
@@ -162,6 +176,13 @@ def without_cr(data: bytes) -> bytes:
 
 _WHITE = rb"(?:\s|#[^\n]*\n)+"
 _PNM = re.compile(rb"P([456])" + _WHITE + rb"(\d+)" + _WHITE + rb"(\d+)(?:" + _WHITE + rb"(\d+))?\r\n")
+
+
+def tiff_goes_on(data: bytes, tags: Mapping[int, Any]) -> bool:
+    """Whether compressed strips or tiles of a TIFF lie behind the end of the file."""
+    offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
+    places = zip(offsets, sizes, strict=False)
+    return tags.get(259, 1) != 1 and any(start + size > len(data) for start, size in places)
 
 
 def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
@@ -255,6 +276,16 @@ def _last_scan(data: bytes) -> int:
     return last if components and not any(missing.values()) else -1
 
 
+def _lacks_scans(data: bytes) -> bool:
+    """Whether a progressive JPEG, of one frame and sound headers, has not all the scans that its pixels need."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        if data[at + 1] == 0xC2:
+            return _last_scan(data) < 0
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+
 _IN_SCAN = {0, *range(0xD0, 0xD8)}
 """What follows 0xFF within a scan: a zero where the byte is meant, or a restart."""
 
@@ -263,10 +294,12 @@ def ends_early(data: bytes, image: Image.Image) -> bool:
     """Whether a decoded JPEG's end marker stands before its last pixels, as where one was put behind a cut download.
 
     The decoder's word for what is missing is a grey of 128. Grey may be what was photographed: then more bytes before
-    the end change nothing.
+    the end change nothing. Of a progressive one it blurs what later scans would have drawn.
     """
-    foot = image.crop((0, max(0, image.height - 8), image.width, image.height))
-    if image.mode not in ("L", "RGB") or (np.asarray(foot) != 128).any() or (at := _only_scan(data)) < 0:
+    if _lacks_scans(data):
+        return True
+    last = image.crop((image.width - 1, image.height - 1, image.width, image.height))
+    if image.mode not in ("L", "RGB") or (np.asarray(last) != 128).any() or (at := _only_scan(data)) < 0:
         return False
     end = data.find(_END, at)
     try:

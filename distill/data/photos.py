@@ -175,7 +175,7 @@ def decode(data: bytes) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(turn(shown, _orientation(image)))).permute(2, 0, 1)
         image.load()
         if image.format == "JPEG" and damage.ends_early(data, image):
-            raise BadImageError("truncated: its pixels end before its last row, in grey: download or copy it again")
+            raise BadImageError("truncated: its pixels end before its last row or scan: download or copy it again")
         try:
             array = colour.srgb(image, **deep, icc=profile)
         except colour.UnusablePixelsError as error:
@@ -223,13 +223,22 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
         raise
     except Image.DecompressionBombError as error:
         raise BadImageError(f"decompression bomb: {error}") from error
-    except Image.UnidentifiedImageError as error:
+    except DECODE_ERRORS as error:
+        raise BadImageError(_undecodable(data, kind, error)) from error
+
+
+def _undecodable(data: bytes, kind: str, error: Exception) -> str:
+    """Why a decoder refuses a file, in words of the file's."""
+    if missing := damage.bytes_missing(data, kind):
+        return f"truncated: {missing} bytes are missing at its end: download or copy it again"
+    if isinstance(error, Image.UnidentifiedImageError):
         what = f"it begins as {kind}" if kind in _READ else kind or "not an image in any known format"
         what = (damage.odd_jpeg(data) if kind == "JPEG" else "") or what
-        raise BadImageError(f"cannot be decoded: {what}" if kind else what) from error
-    except DECODE_ERRORS as error:
-        again = ": download or copy it again" if "truncated" in str(error) else ""
-        raise BadImageError(f"cannot be decoded: {str(error) or type(error).__name__}{again}") from error
+        return f"cannot be decoded: {what}" if kind else what
+    again = ": download or copy it again" if "truncated" in str(error) else ""
+    if kind == "TIFF" and "decoder error" in str(error):
+        again = ": its compressed pixels are damaged, or of a kind that is not read: copy it again, or save it as PNG"
+    return f"cannot be decoded: {str(error) or type(error).__name__}{again}"
 
 
 _ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
@@ -336,6 +345,8 @@ def _page(image: Any, data: bytes) -> dict[str, Any]:
             chosen, width, height = i, w, h
     image.seek(chosen)
     tags = image.tag_v2
+    if damage.tiff_goes_on(data, tags):
+        raise BadImageError("truncated: its pixels go on behind its end: download or copy it again")
     if damage.tiff_is_cut(data, tags):
         raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
     depth = tags.get(258, 16)

@@ -222,7 +222,12 @@ def _member_problem(member: tarfile.TarInfo) -> str:
     if reason := leaves_root(member.name, "the archive") if member.name.strip("./") else "":
         return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        return f"not a plain file ({'it is stored sparse' if member.issparse() else 'a link or a device'})"
+        way = (
+            ": pack what it points to, by --dereference --hard-dereference" if member.issym() or member.islnk() else ""
+        )
+        if member.issparse():
+            return "not a plain file (it is stored sparse): pack it without --sparse"
+        return f"not a plain file (a link or a device){way}"
     if reason := filetypes.refusal(member.name):
         return reason
     if not PurePosixPath(member.name).name:

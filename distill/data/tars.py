@@ -42,6 +42,7 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
 
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+_PACKED |= {b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compress"}
 # What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
 _TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
 _END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB

@@ -297,3 +297,46 @@ def test_a_png_that_went_through_text_is_said(change, said):
         decode(data)
     with pytest.raises(BadMapError, match=said):
         decode_map(data, "d.png")
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8, 0.93])
+def test_an_end_behind_a_cut_is_seen_wherever_the_cut_is(share):
+    for options in ({"quality": 90}, {"quality": 90, "subsampling": 0}):
+        data = encoded(textured(), **options)
+        with pytest.raises(BadImageError, match="truncated: its pixels end"):
+            decode(data[: int(len(data) * share)] + b"\xff\xd9")
+
+
+def test_a_progressive_photo_without_its_last_scans_is_no_blurred_one():
+    data = encoded(textured(), quality=90, progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for at in scans[1:]:
+        with pytest.raises(BadImageError, match="truncated: its pixels end"):
+            decode(data[:at] + b"\xff\xd9")
+    assert decode(data).shape == (3, 60, 80)
+
+
+@pytest.mark.parametrize(("form", "options"), [("WEBP", {"lossless": True}), ("AVIF", {})])
+def test_a_cut_is_called_one(form, options):
+    data = encoded(textured(), form, **options)
+    with pytest.raises(BadImageError, match="truncated: 100 bytes are missing at its end: download or copy it again"):
+        decode(data[:-100])
+
+
+def test_a_compressed_tiff_whose_tags_come_first_is_called_cut():
+    tifffile = pytest.importorskip("tifffile")
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.asarray(textured()), photometric="rgb", compression="zlib")
+    assert (decode(out.getvalue()).permute(1, 2, 0).numpy() == np.asarray(textured())).all()
+    with pytest.raises(BadImageError, match="truncated: its pixels go on behind its end: download or copy it again"):
+        decode(out.getvalue()[:-900])
+
+
+@pytest.mark.parametrize("kind", [b"P4", b"P5", b"P6"])
+def test_a_header_with_the_line_ends_of_windows_shifts_no_pixel(kind):
+    width, height = 16, 6
+    samples = {b"P4": width // 8, b"P5": width, b"P6": 3 * width}[kind] * height
+    pixels = np.random.default_rng(0).integers(0, 256, samples, dtype=np.uint8).tobytes()
+    lines = [kind, b"16 6", *([] if kind == b"P4" else [b"255"])]
+    plain, windows = (end.join([*lines, b""]) + pixels for end in (b"\n", b"\r\n"))
+    assert (decode(windows) == decode(plain)).all()
