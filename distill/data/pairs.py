@@ -43,18 +43,16 @@ from torch import Tensor
 import distill
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded
-from distill.data import maps
+from distill.data import cells, maps
 from distill.data.photos import BadImageError, decode, turn, upright
 
-_CEILING = 65000.0
 _NOTHING = 9.9e9
 """From here on a value is a renderer's word for the background: 1e10 is Blender's, others take the largest float."""
 _FARTHEST = 1e5
 """Metres: where even the nearest point is farther, a scale was written upside down."""
-_NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _STEREO = re.compile(
-    rf"(?:[A-Za-z]\w*\s*(?:\[m\]\s*)?=\s*)?({_NUMBER})\s*\*\s*({_NUMBER})\s*/\s*"
-    rf"(?:\(\s*disp\w*\s*/\s*(?P<parts>{_NUMBER})|\(?\s*disp\w*)\s*(?:(?P<sign>[+-])\s*(?P<offset>{_NUMBER}))?\s*\)?$"
+    rf"(?:[A-Za-z]\w*\s*(?:\[m\]\s*)?=\s*)?({cells.NUMBER})\s*\*\s*({cells.NUMBER})\s*/\s*"
+    rf"(?:\(\s*disp\w*\s*/\s*(?P<parts>{cells.NUMBER})|\(?\s*disp\w*)\s*(?:(?P<sign>[+-])\s*(?P<offset>{cells.NUMBER}))?\s*\)?$"
 )
 
 
@@ -184,9 +182,14 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         reader.fieldnames = _columns(path, reader.fieldnames or ())
         for row in reader:
-            cells = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
-            if any(cells.values()) and not next(iter(cells.values())).startswith("# "):
-                yield before + reader.line_num, cells
+            if any(map(str.strip, row.get(None) or ())):  # type: ignore[call-overload]
+                where = f"{path}: line {before + reader.line_num}"
+                raise ValueError(
+                    f"{where}: more cells than columns: put quotes around one that has the separator in it"
+                )
+            found = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
+            if any(found.values()) and not next(iter(found.values())).startswith("# "):
+                yield before + reader.line_num, found
     except csv.Error as error:
         raise ValueError(f"{path}: line {before + reader.line_num}: not a table ({error})") from error
 
@@ -286,12 +289,17 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         offset = float(stereo["offset"] or 0) * parts * (-1.0 if stereo["sign"] == "-" else 1.0)
         kind = Kind.METRIC_DEPTH
     else:
-        number = _number(scale_text)
+        number = cells.scale(scale_text)
         if number is not None and not 0 < number < math.inf:
             raise ValueError(f"scale_to_metres must be finite and above 0, not {scale_text}; words mean unknown")
         scale = 1.0 if number is None else number
         kind = _kind(row.get("kind") or "depth", known=number is not None)
-    bounds, values = _invalid(row.get("invalid", ""))
+        if number is None and kind.quantity == "depth" and _OF_DISPARITY.search(scale_text):
+            raise ValueError(
+                f"scale_to_metres {scale_text!r} is a formula of disparity that is not understood, and kind says "
+                "depth: write it as Z[m]=f*b/disp or Z[m]=f*b/(disp/256), or kind disparity"
+            )
+    bounds, values = cells.invalid(row.get("invalid", ""))
     return Pair(
         name=row["name"],
         rgb_path=_place(folder, row["rgb"]),
@@ -305,7 +313,7 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
         trust=row.get("trust", ""),
         dataset=row.get("dataset", ""),
         photo=row["rgb"],
-        focal=_focal(row.get("focal", "")),
+        focal=cells.focal(row.get("focal", "")),
     )
 
 
@@ -331,49 +339,7 @@ def _names(folder: Path) -> tuple[str, ...]:
         return ()
 
 
-def _focal(text: str) -> float:
-    """Pixels; 0 for an empty cell."""
-    text = "" if text.lower() in ("nan", "n/a", "na", "none", "null", "unknown", "-") else text
-    try:
-        focal = float(text or 0)
-    except ValueError:
-        focal = -1.0
-    if not (0 < focal < math.inf or not text):
-        raise ValueError(f"focal must be a number of pixels above 0, or empty, not {text!r}")
-    return focal
-
-
-_UNKNOWN = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
-_UNITS = {
-    short + many: unit
-    for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
-    for short in words.split()
-    for many in ("", "s")
-}
-_MEANT = re.compile(  # a number or a unit that is not understood: never "unknown" without a word
-    r"[-+.,\d\u2212*/\u00f7=]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)|[a-z_]+\s*[/*]\s*\d"
-    r"|(\w*met(re|er)s?|[cmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
-)
-
-
-def _number(text: str) -> float | None:
-    """Metres per unit; None for words and for nothing. ValueError for what looks like a number and is none."""
-    plain = text.strip().strip("'\"").strip().lower()
-    if plain in _UNITS:
-        return _UNITS[plain]
-    if _UNKNOWN.match(plain):
-        return None
-    parts = re.fullmatch(rf"({_NUMBER})\s*(?:/\s*({_NUMBER}))?\s*([a-z]*)", plain)
-    if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
-        return float(parts[1]) / float(parts[2] or 1) * _UNITS.get(parts[3], 1.0)
-    try:
-        return float(plain)
-    except ValueError:
-        pass
-    if plain and "disp" not in plain and _MEANT.match(plain):
-        hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
-        raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
-    return None
+_OF_DISPARITY = re.compile(r"[\w)\].]\s*/\s*\(?\s*disp", re.IGNORECASE)
 
 
 def _kind(text: str, *, known: bool) -> Kind:
@@ -386,20 +352,6 @@ def _kind(text: str, *, known: bool) -> Kind:
         return Kind(text)
     except ValueError:
         raise ValueError(f"kind must be depth, disparity or one of {', '.join(Kind)}, not {text!r}") from None
-
-
-def _invalid(text: str) -> tuple[float, tuple[float, ...]]:
-    """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
-    text = text.replace("\u2265", ">=").replace("\u2264", "<=")
-    if low := re.search(rf"<=?\s*({_NUMBER})", text):
-        if float(low[1]) > 0:
-            raise ValueError(f"invalid {text!r}: bounds are >=NUMBER; values below one are no rule here")
-        text = text.replace(low[0], "")
-    bounds = [float(number) for number in re.findall(rf">=?\s*({_NUMBER})", text)]
-    values = [float(number) for number in re.findall(rf"(?<![\w.-])({_NUMBER})", re.sub(rf">=?\s*{_NUMBER}", "", text))]
-    if beyond := [value for value in values if value >= _CEILING]:
-        bounds.append(_CEILING if min(beyond) < 1 << 16 else min(beyond))
-    return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _CEILING}))
 
 
 def _read_map(path: Path, quantity: str) -> np.ndarray:

@@ -262,3 +262,32 @@ def test_a_name_in_other_letters_is_found_and_an_address_is_named(tmp_path):
 @pytest.mark.parametrize(("shape", "fits"), [((240, 320), True), ((239, 320), True), ((240, 426), False)])
 def test_a_map_of_another_aspect_is_told_from_one_of_another_size(shape, fits):
     assert _fits(shape, (480, 640)) is fits  # 4:3, and 16:9 of it
+
+
+@pytest.mark.parametrize(
+    "cell", ["40-48", "40 to 48", "40\u201348", "40+", "!=3", "above 40", "more than 40", "0xffff"]
+)
+def test_an_invalid_cell_that_is_no_rule_is_not_half_understood(tmp_path, cell):
+    with pytest.raises(ValueError, match="is no rule here: write values and bounds"):
+        one(tmp_path, "1", cell)
+
+
+@pytest.mark.parametrize("scale", ["700*0.2/disp/256", "721.5*0.54/disp*256", "f*b/disparity", "0,5*700/disp"])
+def test_a_formula_of_disparity_that_is_not_understood_makes_no_depth(tmp_path, scale):
+    with pytest.raises(
+        ValueError, match="formula of disparity that is not understood, and kind says depth|is no number"
+    ):
+        one(tmp_path, scale, "0", "depth")
+    assert one(tmp_path, "700*.2/disp", "0", "depth").baseline == pytest.approx(140)
+
+
+def test_metric_is_no_scale(tmp_path):
+    with pytest.raises(ValueError, match="'metric' is no number"):
+        one(tmp_path, "metric")
+
+
+def test_a_comma_within_a_cell_shifts_no_column(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("name,rgb,depth,trust,scale_to_metres\nx,a.png,d.npy,good, mostly,0.001\n")
+    with pytest.raises(ValueError, match="t.csv: line 2: more cells than columns: put quotes around"):
+        read_pairs(path)
