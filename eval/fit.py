@@ -133,6 +133,8 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
     error = _scale_error(flat_pred, flat_truth, kind) if path.unknown == "metric" and path.metres else None
+    if error is not None and not 0.02 < error + 1 < 50:
+        notes.append(f"its metres are {error + 1:.3g} times the truth's: is its unit another?")
     return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres, error)
 
 

@@ -97,11 +97,15 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = json.loads(files.decoded(path.read_bytes()))
         claim = {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
         return {**claim, "used": dict(table.get("used", {}))}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not settings of stored predictions ({error}); predict into a new folder") from error
+        what = error if isinstance(error, ValueError) else "model, kind and settings are not in it"
+        raise ValueError(
+            f"{path}: not settings of stored predictions ({what}); rename it if it is another program's, or predict into "
+            "a new folder"
+        ) from error
 
 
 def find_prediction(store: Path, sample: BenchmarkSample) -> Path:

@@ -11,6 +11,7 @@ import re
 import tomllib
 import types
 import typing
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -196,17 +197,40 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.toml")) if path.parent.is_dir() else []
         raise RecipeError(f"{path}: no such recipe" + (f"; {path.parent} has {', '.join(near)}" if near else ""))
+    text = ""
     try:
-        table = tomllib.loads(decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n"))
+        text = decoded(path.read_bytes()).replace("\r\n", "\n").replace("\r", "\n")
+        table = tomllib.loads(text)
     except RecursionError as error:
         raise RecipeError(f"{path}: not a recipe: its tables or arrays lie in each other without end") from error
     except ValueError as error:  # of tomllib, of a byte that is no UTF-8, and of a number of more than 4300 digits
-        raise RecipeError(f"{path}: not valid TOML: {error}") from error
+        raise RecipeError(f"{path}: not valid TOML: {error}{_way_out(text, error)}") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
     for assignment in overrides:
         set_key(table, assignment)
     return table
+
+
+def _way_out(text: str, error: ValueError) -> str:
+    """What in the line that TOML's reader stopped at people often mean otherwise, or ""."""
+    if isinstance(error, UnicodeDecodeError):
+        return "; save it as UTF-8"
+    at = re.search(r"at line (\d+)", str(error))
+    lines = text.split("\n")
+    line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
+    bare = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", line)
+    if odd := next((c for c in bare if not c.isascii()), ""):
+        return f"; there is a {unicodedata.name(odd, repr(odd))}: type a plain character in its place"
+    if re.search(r'"[^"]*\\[^"]*"', line):
+        return "; a backslash in double quotes is no path's: write C:/photos, or 'C:\\photos' in single quotes"
+    if word := re.search(r"=\s*(True|False|None|null|yes|no|on|off)\b", bare):
+        return f"; {word[1]} is written true, false, or left out"
+    if re.match(r"\s*[\w.-]+\s*:", bare):
+        return "; keys and values are joined by =, as in steps = 100"
+    if number := re.search(r"=\s*(-?\d+),(\d+)\s*$", bare):
+        return f"; a decimal point is needed: {number[1]}.{number[2]}"
+    return ""
 
 
 def plain(value: Any) -> Any:

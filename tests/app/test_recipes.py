@@ -389,3 +389,26 @@ def test_features_of_another_width_are_refused(tmp_path, monkeypatch):
 def test_outputs_go_to_paths(override):
     with pytest.raises(strict.RecipeError, match="local path|mount it"):
         recipes.load(ROOT / "recipes" / "demo.toml", [override])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("name = \u201cx\u201d", "there is a LEFT DOUBLE QUOTATION MARK: type a plain character"),
+        ("name\u00a0= 'x'", "there is a NO-BREAK SPACE: type a plain character"),
+        ("lr = \u22121.5", "there is a MINUS SIGN: type a plain character"),
+        ('out = "C:\\Users\\x"', "a backslash in double quotes is no path's"),
+        ("resume = True", "True is written true, false, or left out"),
+        ("lr = 1,5", "a decimal point is needed: 1.5"),
+        ("name: x", "joined by ="),
+    ],
+)
+def test_what_people_write_for_toml_has_a_way_out(tmp_path, line, said):
+    (fault,) = faults(tmp_path, f"# \u00e9\n[run]\n{line}\n")
+    assert fault.startswith("not valid TOML: ") and said in fault
+
+
+def test_a_recipe_of_another_encoding_says_which_to_take(tmp_path):
+    (tmp_path / "l.toml").write_bytes(b"[run]\nname = '\xe9'\n")
+    with pytest.raises(strict.RecipeError, match="l.toml: not valid TOML: .*; save it as UTF-8"):
+        recipes.load(tmp_path / "l.toml")

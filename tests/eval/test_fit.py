@@ -233,3 +233,10 @@ def test_the_scale_of_least_relative_error_is_the_least_of_all():
     tried = found * np.linspace(0.5, 2, 301)
     errors = (np.abs(tried[:, None] * pred - truth) / truth).sum(1)
     assert (np.abs(found * pred - truth) / truth).sum() <= errors.min() + 1e-5
+
+
+@pytest.mark.parametrize(("times", "said"), [(1000, True), (0.001, True), (3, False)])
+def test_metres_in_another_unit_are_told_of(times, said):
+    pred = as_kind(truth(), "metric_depth") * np.float32(times)
+    notes = measure(pred, truth(), Kind.METRIC_DEPTH, CLEAN).notes
+    assert any(f"its metres are {times:.3g} times the truth's" in note for note in notes) is said
