@@ -103,8 +103,8 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         what = error if isinstance(error, ValueError) else "model, kind and settings are not in it"
         raise ValueError(
-            f"{path}: not settings of stored predictions ({what}); rename it if it is another program's, or predict into "
-            "a new folder"
+            f"{path}: not settings of stored predictions ({what}); rename it if it is another program's, or "
+            "predict into a new folder"
         ) from error
 
 
