@@ -182,7 +182,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         reader.fieldnames = _columns(path, reader.fieldnames or ())
         for row in reader:
-            if any(map(str.strip, row.get(None) or ())):  # type: ignore[call-overload]
+            if any(map(str.strip, row.get(None) or ())):
                 where = f"{path}: line {before + reader.line_num}"
                 raise ValueError(
                     f"{where}: more cells than columns: put quotes around one that has the separator in it"

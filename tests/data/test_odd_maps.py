@@ -9,12 +9,14 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill.core.depth import Kind
 from distill.data.maps import BadMapError, read_map
 from distill.data.pairs import read_pairs
 from distill.eval.stored import read_prediction
+from distill.teachers import stored
 
 CODES = np.arange(1, 13).reshape(3, 4)
 MAP = CODES.astype(np.float32)
@@ -27,6 +29,9 @@ def test_of_depth_and_disparity_in_one_file_the_one_that_is_meant_is_taken(tmp_p
     assert read_map(tmp_path / "a.npz", "disparity").tolist() == (1 / BIG).tolist()
     for kind, meant in ((Kind.AFFINE_DISPARITY, 1 / BIG), (Kind.METRIC_DEPTH, BIG), (None, BIG)):
         assert read_prediction(tmp_path / "a.npz", None, kind)[0].tolist() == meant.tolist()
+    for kind, meant in (("affine_disparity", 1 / BIG), ("metric_depth", BIG)):
+        teacher = stored.Teacher.load(str(tmp_path), kind=kind)
+        assert teacher.predict(torch.zeros(1, 3, 6, 8), keys=["a"]).values[0].tolist() == meant.tolist()
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
     row = "name\trgb\tdepth\tkind\tscale_to_metres\nx\ta.png\ta.npz\t{}\t{}\n"
     for kind, scale, meant in (("disparity", "unknown", 1 / BIG), ("depth", "1", BIG), ("", "2*3/disp", 6 * BIG)):
