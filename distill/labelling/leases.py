@@ -25,7 +25,7 @@ Above the minute for which an NFS client may believe old times of files.
 """
 SUFFIX = ".lease"
 NOTES = ".workers"
-"""The folder of leases and notes beside the tars; of them only what the run cost stays (labelling.spent)."""
+"""The folder of leases and notes beside the tars; of them only what the run cost stays (labelling.worker_costs)."""
 
 
 class LeaseLostError(OSError):

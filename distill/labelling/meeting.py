@@ -21,7 +21,7 @@ from distill.shards.shards import MANIFEST
 T = TypeVar("T")
 
 SPENT = "spent"
-"""The note that stays when all is finished (labelling.spent)."""
+"""The note that stays when all is finished (labelling.worker_costs)."""
 AGE = "age_s"
 """What `Meeting.notes` adds to each: seconds since it was written, by the clock of the place."""
 

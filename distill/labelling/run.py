@@ -319,7 +319,7 @@ class OpenPart:
 def label_part(out: Path, part: Part, work: Work, tally: Tally, pools: ThreadPools) -> OpenPart:
     """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
-    This thread does nothing but ask the teachers: see `labelling.crew`.
+    This thread does nothing but ask the teachers: see `labelling.pools`.
     """
     writer = ShardWriter(out / part.name, suffix=work.claim.suffix)
     try:

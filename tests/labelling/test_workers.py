@@ -17,7 +17,7 @@ from distill.labelling.leases import NOTES, FolderLeases, LeaseLostError
 from distill.labelling.lock import RunLockedError, run_lock
 from distill.labelling.meeting import Folder
 from distill.labelling.objects import Objects
-from distill.labelling.run_status import standing
+from distill.labelling.run_status import run_status
 from distill.shards.shards import ShardWriter, verify
 from tests.labelling.formula import LEASE, Formula, contents, run, work
 
@@ -219,7 +219,7 @@ def test_the_standing_of_a_run_is_read_without_stopping_it(tars, tmp_path):
     class Watched(Formula):
         def predict(self, images):
             if not seen and len(list(out.glob("*.tar"))) >= 2:
-                seen.append(standing(Folder(out, lease_s=LEASE), out, ["sa_0", "sa_1"]))
+                seen.append(run_status(Folder(out, lease_s=LEASE), out, ["sa_0", "sa_1"]))
             return super().predict(images)
 
     dead = place.take("sa_1-001.tar")
@@ -232,5 +232,5 @@ def test_the_standing_of_a_run_is_read_without_stopping_it(tars, tmp_path):
     assert [holder.name for holder in now.lost] == ["sa_1-001.tar"] and len(now.running) >= 1
     (worker_,) = now.workers
     assert worker_.state == "running" and worker_.images_per_s > 0 and now.eta_s > 0
-    after = standing(Folder(out), out, ["sa_0", "sa_1"])
+    after = run_status(Folder(out), out, ["sa_0", "sa_1"])
     assert after.complete and after.done == after.parts == 6
