@@ -112,7 +112,7 @@ class Protocol:
         if self.task not in TASKS:
             raise ValueError(f"a protocol's task must be one of {', '.join(TASKS)}, not {self.task!r}")
         if self.mode not in MODES + RIVAL_MODES:
-            raise ValueError(f"a protocol's mode must be marigold or clean, not {self.mode!r}")
+            raise ValueError(f"a protocol's mode must be one of {', '.join(MODES + RIVAL_MODES)}, not {self.mode!r}")
         if self.space not in ("", "disparity"):
             raise ValueError(f'a protocol\'s space must be "" or "disparity", not {self.space!r}')
 

@@ -13,6 +13,7 @@ from distill.data.scenes.gpu.slots import (
     FIRST,
     HEIGHT,
     OUTSIDE,
+    PIXEL,
     PLANES,
     QUADRIC,
     ROUND,
@@ -42,7 +43,7 @@ def rays_of(integers, floats, row, column):
     height, width = tl.load(integers + HEIGHT).to(tl.float32), tl.load(integers + WIDTH).to(tl.float32)
     camera = floats + tl.load(integers + CAMERA)
     shift = tl.program_id(1).to(tl.float32) * 0.5
-    scale = tl.load(camera + 12)
+    scale = tl.load(camera + PIXEL)
     right = ((column.to(tl.float32) + shift) - width * 0.5) * scale
     up = (height * 0.5 - (row.to(tl.float32) + shift)) * scale
     x = right * tl.load(camera) + up * tl.load(camera + 3) + tl.load(camera + 6)

@@ -10,25 +10,52 @@ from distill.data.scenes.gpu.hits import TINY, rays_of, tile_of
 from distill.data.scenes.gpu.shadows import hidden_from_lamp, hidden_from_sun, some
 from distill.data.scenes.gpu.slots import (
     AIR,
+    BUMP,
     CAMERA,
+    CENTRE,
     CLOUDS,
     COLOUR,
+    CONSTANT,
+    COVER,
+    DETAIL,
+    DOWN,
+    FRAME,
+    GLOSS,
+    GLOW,
+    HALF,
+    HAZE,
     HEIGHT,
+    HORIZON,
     LAMPS,
     MATERIAL,
+    MATERIAL_WORDS,
     NUMBERS,
     PATTERN,
+    PIXEL,
     PLACE,
+    POSITION,
+    RATE,
     REACH,
+    RISE,
     ROOM,
     SKY,
+    STAIN,
     STAINS,
     SUN,
+    SURFACE_WORDS,
     SURFACES,
+    UP,
     WIDTH,
+    ZENITH,
 )
 
 SIZE, TOP = tl.constexpr(texture.SIZE), tl.constexpr(texture.LEVELS - 1)
+
+
+@triton.jit
+def three(at):
+    """Three numbers: a place or a colour."""
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
@@ -75,7 +102,7 @@ def level_of(footprint):
 @triton.jit
 def paint(bank, integers, number, pattern, u, v, footprint):
     """Albedo (three numbers) and texel, as `texture.paint`. number: where each point's row of numbers begins."""
-    rate, rise = tl.load(number + 12), tl.load(number + 13)
+    rate, rise = tl.load(number + RATE), tl.load(number + RISE)
     u, v, footprint = u * rate + 0.5, v * rise + 0.5, footprint * tl.where(rise > rate, rise, rate)
     low, mix = level_of(footprint)
     ramp, detail = texel(bank, pattern, low, u, v)
@@ -90,7 +117,7 @@ def paint(bank, integers, number, pattern, u, v, footprint):
     coarser, _ = level_of(footprint * 0.23)
     stains = pattern * 0 + tl.load(integers + STAINS)
     coarse, _ = texel(bank, stains, coarser, u * 0.23 + 0.37, v * 0.23 + 0.11)
-    light = (1.0 + tl.load(number + 14) * (detail - 0.5)) * (1.0 + tl.load(number + 15) * (coarse - 0.5))
+    light = (1.0 + tl.load(number + DETAIL) * (detail - 0.5)) * (1.0 + tl.load(number + STAIN) * (coarse - 0.5))
     c = number
     red = (w0 * tl.load(c) + w1 * tl.load(c + 3) + w2 * tl.load(c + 6) + w3 * tl.load(c + 9)) * light
     green = (w0 * tl.load(c + 1) + w1 * tl.load(c + 4) + w2 * tl.load(c + 7) + w3 * tl.load(c + 10)) * light
@@ -113,13 +140,13 @@ def ambient(integers, air, bend, level, x, y, z):
     tall = tl.where(y > 0.0, y, 0.0)
     dim = tl.where(level < 0.7, tl.div_rn(tall + 0.08, tall + 0.16), 1.0)
     if tl.load(integers + ROOM) > 0:
-        half = tl.load(air + 13)
-        corner = dimmed(corner, tl.load(air + 12) - tl.abs(x))
-        corner = dimmed(corner, tl.load(air + 14) - tl.abs(z))
+        half = tl.load(air + HALF + 1)
+        corner = dimmed(corner, tl.load(air + HALF) - tl.abs(x))
+        corner = dimmed(corner, tl.load(air + HALF + 2) - tl.abs(z))
         corner = dimmed(corner, half - tl.abs(y - half))
-    red = (tl.load(air) * share + tl.load(air + 3) * rest) * dim * corner
-    green = (tl.load(air + 1) * share + tl.load(air + 4) * rest) * dim * corner
-    blue = (tl.load(air + 2) * share + tl.load(air + 5) * rest) * dim * corner
+    red = (tl.load(air + UP) * share + tl.load(air + DOWN) * rest) * dim * corner
+    green = (tl.load(air + UP + 1) * share + tl.load(air + DOWN + 1) * rest) * dim * corner
+    blue = (tl.load(air + UP + 2) * share + tl.load(air + DOWN + 2) * rest) * dim * corner
     return red, green, blue
 
 
@@ -140,14 +167,14 @@ def towards(integers, floats, lamp, x, y, z):
 @triton.jit
 def surface_at(flat, x, y, z):
     """The normal at a point, and point and normal in the solid's own frame. flat: where each point's row begins."""
-    x, y, z = x - tl.load(flat + 12), y - tl.load(flat + 13), z - tl.load(flat + 14)
-    nx = x * tl.load(flat) + y * tl.load(flat + 1) + z * tl.load(flat + 2) + tl.load(flat + 9)
-    ny = x * tl.load(flat + 3) + y * tl.load(flat + 4) + z * tl.load(flat + 5) + tl.load(flat + 10)
-    nz = x * tl.load(flat + 6) + y * tl.load(flat + 7) + z * tl.load(flat + 8) + tl.load(flat + 11)
+    x, y, z = x - tl.load(flat + CENTRE), y - tl.load(flat + CENTRE + 1), z - tl.load(flat + CENTRE + 2)
+    nx = x * tl.load(flat) + y * tl.load(flat + 1) + z * tl.load(flat + 2) + tl.load(flat + CONSTANT)
+    ny = x * tl.load(flat + 3) + y * tl.load(flat + 4) + z * tl.load(flat + 5) + tl.load(flat + CONSTANT + 1)
+    nz = x * tl.load(flat + 6) + y * tl.load(flat + 7) + z * tl.load(flat + 8) + tl.load(flat + CONSTANT + 2)
     nx, ny, nz = unit(nx, ny, nz)
-    a0, a1, a2 = tl.load(flat + 15), tl.load(flat + 16), tl.load(flat + 17)
-    b0, b1, b2 = tl.load(flat + 18), tl.load(flat + 19), tl.load(flat + 20)
-    c0, c1, c2 = tl.load(flat + 21), tl.load(flat + 22), tl.load(flat + 23)
+    a0, a1, a2 = tl.load(flat + FRAME), tl.load(flat + FRAME + 1), tl.load(flat + FRAME + 2)
+    b0, b1, b2 = tl.load(flat + FRAME + 3), tl.load(flat + FRAME + 4), tl.load(flat + FRAME + 5)
+    c0, c1, c2 = tl.load(flat + FRAME + 6), tl.load(flat + FRAME + 7), tl.load(flat + FRAME + 8)
     own0, own1, own2 = x * a0 + y * a1 + z * a2, x * b0 + y * b1 + z * b2, x * c0 + y * c1 + z * c2
     facing0, facing1 = nx * a0 + ny * a1 + nz * a2, nx * b0 + ny * b1 + nz * b2
     facing2 = nx * c0 + ny * c1 + nz * c2
@@ -192,35 +219,39 @@ def lit(integers, floats, here, px, py, pz, nx, ny, nz, bx, by, bz, vx, vy, vz, 
 def solid_colour(integers, floats, bank, here, row, t, rx, ry, rz):
     """Colour of the points at t along the rays, on surfaces `row`; anything where not `here`."""
     camera, air = floats + tl.load(integers + CAMERA), floats + tl.load(integers + AIR)
-    px, py, pz = tl.load(camera + 9) + t * rx, tl.load(camera + 10) + t * ry, tl.load(camera + 11) + t * rz
-    flat = floats + tl.load(integers + SURFACES) + 24 * row
+    px, py, pz = (
+        tl.load(camera + POSITION) + t * rx,
+        tl.load(camera + POSITION + 1) + t * ry,
+        tl.load(camera + POSITION + 2) + t * rz,
+    )
+    flat = floats + tl.load(integers + SURFACES) + SURFACE_WORDS * row
     nx, ny, nz, own0, own1, own2, f0, f1, f2 = surface_at(flat, px, py, pz)
     material = tl.load(integers + tl.load(integers + MATERIAL) + row)
-    number = floats + tl.load(integers + NUMBERS) + 19 * material
+    number = floats + tl.load(integers + NUMBERS) + MATERIAL_WORDS * material
     pattern = tl.load(integers + tl.load(integers + PATTERN) + material)
     x, y, z = tl.abs(f0), tl.abs(f1), tl.abs(f2)
     u = tl.where((x > y) & (x > z), own2, own0)
     v = tl.where((y >= x) & (y > z), own2, -own1)
     vx, vy, vz = unit(rx, ry, rz)
     facing = -(vx * nx + vy * ny + vz * nz)
-    footprint = tl.div_rn(t * tl.load(camera + 12), tl.where(facing > 0.12, facing, 0.12))
+    footprint = tl.div_rn(t * tl.load(camera + PIXEL), tl.where(facing > 0.12, facing, 0.12))
     red, green, blue, position, detail = paint(bank, integers, number, pattern, u, v, footprint)
-    bump = tl.load(number + 18)
+    bump = tl.load(number + BUMP)
     a, b = (position - 0.5) * bump, (detail - 0.5) * bump
     bx, by, bz = unit(nx + a, ny + b, nz + a - b)
     r, g, b, shine_red, shine_green, shine_blue = lit(
-        integers, floats, here, px, py, pz, nx, ny, nz, bx, by, bz, vx, vy, vz, t, tl.load(number + 16),
+        integers, floats, here, px, py, pz, nx, ny, nz, bx, by, bz, vx, vy, vz, t, tl.load(number + GLOSS),
         *ambient(integers, air, by, ny, px, py, pz),
     )  # fmt: skip
-    glow = tl.load(number + 17)
+    glow = tl.load(number + GLOW)
     red, green, blue = red * (r + glow) + shine_red, green * (g + glow) + shine_green, blue * (b + glow) + shine_blue
-    haze = tl.load(air + 15)
+    haze = tl.load(air + HAZE)
     if haze != 0.0:
         clear = tl.div_rn(1.0, t + haze) * haze
         clear = clear * clear
-        red = red * clear + tl.load(air + 6) * (1.0 - clear)
-        green = green * clear + tl.load(air + 7) * (1.0 - clear)
-        blue = blue * clear + tl.load(air + 8) * (1.0 - clear)
+        red = red * clear + tl.load(air + HORIZON) * (1.0 - clear)
+        green = green * clear + tl.load(air + HORIZON + 1) * (1.0 - clear)
+        blue = blue * clear + tl.load(air + HORIZON + 2) * (1.0 - clear)
     return red, green, blue
 
 
@@ -241,7 +272,7 @@ def sky_colour(integers, floats, bank, rx, ry, rz):
     mip, _ = level_of(level * 0.002)
     start = mip * 0 + tl.load(integers + CLOUDS)
     cloud, _ = texel(bank, start, mip, dx * level * 0.15 + 0.3, dz * level * 0.15 + 0.7)
-    cover = (cloud - 1.0 + tl.load(air + 16)) * 3.0
+    cover = (cloud - 1.0 + tl.load(air + COVER)) * 3.0
     cover = tl.where(cover > 0.0, tl.where(cover < 1.0, cover, 1.0), 0.0)
     climb = rise * 8.0
     cover = cover * tl.where(climb < 1.0, climb, 1.0)
@@ -251,9 +282,11 @@ def sky_colour(integers, floats, bank, rx, ry, rz):
     for _ in tl.static_range(6):
         glow = glow * glow
     rest = 1.0 - deep
-    red = under_clouds(tl.load(air + 6) * rest + tl.load(air + 9) * deep, tl.load(air + 6), cover)
-    green = under_clouds(tl.load(air + 7) * rest + tl.load(air + 10) * deep, tl.load(air + 7), cover)
-    blue = under_clouds(tl.load(air + 8) * rest + tl.load(air + 11) * deep, tl.load(air + 8), cover)
+    h0, h1, h2 = three(air + HORIZON)
+    z0, z1, z2 = three(air + ZENITH)
+    red = under_clouds(h0 * rest + z0 * deep, h0, cover)
+    green = under_clouds(h1 * rest + z1 * deep, h1, cover)
+    blue = under_clouds(h2 * rest + z2 * deep, h2, cover)
     return red + tl.load(colour) * glow, green + tl.load(colour + 1) * glow, blue + tl.load(colour + 2) * glow
 
 

@@ -15,11 +15,20 @@ CLOUDS, STAINS = tl.constexpr(9), tl.constexpr(10)
 WINDOWS, FIRST, SURFACE, SHELL, ROUND, OUTSIDE = (tl.constexpr(i) for i in range(11, 17))
 GROUP, CASTER_FIRST, CASTER_ROUND = (tl.constexpr(i) for i in range(17, 20))
 SUN, LAMP_OUTSIDE, MATERIAL, PATTERN = (tl.constexpr(i) for i in range(20, 24))
-# Tables of floats. CAMERA: its axes, its place, then metres across one pixel at a metre's distance, in the numbers that
-# `Camera.rays` computes with. AIR: light from above and below, horizon, zenith, a room's half sizes, haze, cover.
+# Tables of floats.
 CAMERA, AIR, PLANES, QUADRIC, EYE = (tl.constexpr(i) for i in range(24, 29))
 CASTER_QUADRIC, CASTER_CENTRE = tl.constexpr(29), tl.constexpr(30)
 PLACE, COLOUR, REACH, AXES, SPHERES, MEMBERS = (tl.constexpr(i) for i in range(31, 37))
 LAMP_PLANES, SLOPE, LAMP_EYE, SQUARED = (tl.constexpr(i) for i in range(37, 41))
 SURFACES, NUMBERS = tl.constexpr(41), tl.constexpr(42)
 HEADER = 43
+
+# Within CAMERA: three axes (right, up, forward), its position, metres across one pixel at a metre's distance.
+POSITION, PIXEL = tl.constexpr(9), tl.constexpr(12)
+# Within AIR: three numbers each of light from above (UP) and below, of the sky, and a room's half sizes; then one each.
+UP, DOWN, HORIZON, ZENITH, HALF = (tl.constexpr(i) for i in range(0, 15, 3))
+HAZE, COVER = tl.constexpr(15), tl.constexpr(16)
+# Within a row of SURFACES, after a gradient of nine numbers: see `cast.Surfaces`.
+CONSTANT, CENTRE, FRAME, SURFACE_WORDS = tl.constexpr(9), tl.constexpr(12), tl.constexpr(15), tl.constexpr(24)
+# Within a row of NUMBERS, after four colours: see `texture.table`.
+RATE, RISE, DETAIL, STAIN, GLOSS, GLOW, BUMP, MATERIAL_WORDS = (tl.constexpr(i) for i in range(12, 20))
