@@ -116,7 +116,7 @@ def batches(subject: Subject) -> None:
 
 
 def images_at_the_door(subject: Subject) -> None:
-    """Images that are not (B,3,H,W) floating are refused with a ValueError (`teachers.check_images`)."""
+    """Images that are not (B,3,H,W) floating are refused with a ValueError (`distill.teachers.check_images`)."""
     images = torch.rand(2, 3, *SIZE)
     for bad in (images[0], images[:, :2], (images * 255).to(torch.uint8)):
         try:
