@@ -285,7 +285,7 @@ def make_objective(recipe: Recipe, student: Student | LatentStudent | None = Non
     began as.
     """
     if isinstance(student, LatentStudent):
-        return latent.lesson(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
+        return latent.training_task(recipe, student, seed=training_seed(recipe), labels=labels_folder(recipe).name)
     max_depth = recipe.student.max_depth or None
     return Objective(recipe.loss, Kind(recipe.train.kind), max_depth if student is None else student.max_depth)
 

@@ -21,10 +21,10 @@ from distill.app import build, teaching, trusted_recipes
 from distill.app.console import dashboard, note, progress, say
 from distill.app.features import stored_features
 from distill.app.inputs import input_shards
+from distill.app.kept_recipe import kept_recipe
 from distill.app.lineage import lineage, teachers_of
 from distill.app.recipe import Recipe, as_table
 from distill.app.reference import feature_reference
-from distill.app.run_recipe import kept_recipe
 from distill.app.score_recipe import score_all
 from distill.app.strict import RecipeError
 from distill.core import machine

@@ -23,8 +23,8 @@ from torch import Tensor
 from distill.app import build, teaching
 from distill.app.console import note, progress, say, table
 from distill.app.inputs import input_shards
+from distill.app.kept_recipe import kept_recipe
 from distill.app.recipe import Recipe
-from distill.app.run_recipe import kept_recipe
 from distill.app.strict import RecipeError
 from distill.core import crops
 from distill.core.depth import DepthMap, Kind

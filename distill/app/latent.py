@@ -1,4 +1,4 @@
-"""What a recipe with student.network = "one_step_unet" makes: the network, its lesson, and how it is written."""
+"""What a recipe with student.network = "one_step_unet" makes: the network, its task, and how it is written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def another_prediction(recipe: Recipe, student: LatentStudent) -> str:
     return str(own) if asked and own and own != "v_prediction" else ""
 
 
-def lesson(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentTask:
+def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentTask:
     """[latent] as the trainer takes it. labels: the name of their folder, which is a hash of what is in them."""
     spec, train = recipe.latent, recipe.train
     cache = None

@@ -297,8 +297,8 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
     """The same of a latent network, half of whose images have ground truth; with its VAE, which a cache spares."""
     settings = build.train_settings(recipe)
     plain = replace(recipe, latent=replace(recipe.latent, cache=False))
-    lesson = build.make_objective(plain, student)
-    assert isinstance(lesson, LatentTask)
+    task = build.make_objective(plain, student)
+    assert isinstance(task, LatentTask)
     tried = 2
     batch = collate([sample] * tried)
     taught = []
@@ -314,7 +314,7 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
     seconds = math.nan
     for _ in range(2):
         before = time.perf_counter()
-        lesson(student, micro, precision=settings.precision).losses.mean().backward()
+        task(student, micro, precision=settings.precision).losses.mean().backward()
         _wait(device)
         seconds = time.perf_counter() - before
     student.zero_grad(set_to_none=True)

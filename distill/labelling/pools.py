@@ -68,7 +68,7 @@ STOP_S = 1.5
 
 @contextmanager
 def thread_pools(threads: int, device: torch.device) -> Iterator[ThreadPools]:
-    """A crew of so many workers; it waits for what is being finished, or cancels the rest where something failed.
+    """Pools with so many workers; it waits for what is being finished, or cancels the rest where something failed.
 
     device: where the teachers are. Beside a GPU the thread that asks computes on one core as well: sixteen would spin
     after each copy of a crop, and take from the workers nine tenths of a processor; and the GPU renders the scenes. An

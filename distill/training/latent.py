@@ -1,4 +1,4 @@
-"""How a latent network learns depth: FiffDepth's, GenPercept's and Marigold's training as one lesson.
+"""How a latent network learns depth: FiffDepth's, GenPercept's and Marigold's training as one task.
 
 Ground truth teaches the one pass at t = 0 (or as `[latent]` says), and the trajectory beside it: the network goes on
 denoising latents that blend image and depth. A network's pseudo-labels teach what another pass, at t = -1, makes of the

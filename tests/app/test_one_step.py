@@ -69,7 +69,7 @@ def table(root, name: str, **more) -> dict:
 def test_latents_are_kept_where_every_visit_sees_the_same(made, train, kept):
     recipe = parse(table(made, "kept", train=train))
     network = SimpleNamespace(fixed=SimpleNamespace(base=made / "sd"))
-    assert (latent.lesson(recipe, network, seed=0, labels="labels").cache is not None) is kept
+    assert (latent.training_task(recipe, network, seed=0, labels="labels").cache is not None) is kept
 
 
 def test_the_chain(made, capsys):

@@ -91,6 +91,7 @@ def test_faults_do_not_hide_each_other(check, tmp_path):
     )
     assert "images: " in said["bad"] and "none.tar: no such tar" in said["bad"]
     assert "student.init_from: weights 'nowhere': no such file" in said["bad"]
+    assert said["bad"].count("nowhere") == 1, "what lacks its weights is not made"
     assert "trains on 1 of 1, 2, 4, 8" in said["warn"]
     assert "teacher analytic" in said["ok"]
     said = check('teachers=[{name="checkpoint", weights="nowhere"}]')

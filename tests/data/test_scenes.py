@@ -29,6 +29,7 @@ from distill.data.scenes.cast import (
 )
 from distill.data.scenes.stage import Stage
 from distill.eval.benchmarks import scenes as benchmark
+from tests.data.stages import under_a_block
 
 SMALL = (48, 64)
 
@@ -287,6 +288,17 @@ def test_a_lamp_shines_through_the_shade_that_it_hangs_in_on_both_paths():
     (depth, colour), (depth2, colour2) = reference.light_up(stage, (20, 27)), fused.light_up(stage, (20, 27))
     assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0])
     assert colour.mean() > 0.8 * plain.mean()
+
+
+def test_a_surface_that_touches_another_lies_in_its_shadow_on_both_paths():
+    fused = pytest.importorskip("distill.data.scenes.fused")
+    stage = under_a_block()
+    (depth, colour), (depth2, colour2) = reference.light_up(stage, (19, 26)), fused.light_up(stage, (19, 26))
+    assert torch.equal(depth, depth2) and torch.equal(colour[:, 0], colour2[:, 0])
+    rows = [(float(depth[0, row, 13]), float(colour[0, 0, row].mean())) for row in range(11, 20)]  # of ground
+    dark = [light for far, light in rows if 0.7 < far < 1.5]
+    bright = [light for far, light in rows if 1.6 < far < 3]
+    assert dark and bright and max(dark) < 0.5 * min(bright)
 
 
 def test_a_stage_without_lights_has_its_ambient_light_on_both_paths():

@@ -30,7 +30,7 @@ def run(module, **environment):
 
 @pytest.mark.slow
 def test_the_interpreted_kernels_give_the_bits_of_the_torch_path():
-    assert len(run("tests.data.interpreted_scenes", TRITON_INTERPRET="1")) == len(scenes.KINDS) + 1
+    assert len(run("tests.data.interpreted_scenes", TRITON_INTERPRET="1")) == len(scenes.KINDS) + 2
 
 
 @pytest.mark.slow
@@ -44,9 +44,9 @@ def gpu(monkeypatch):
     """A GPU that renders as the CPU does, and a list of what it was asked for."""
     asked = []
 
-    def on_gpu(stage, size, loaded, device):
+    def on_gpu(stage, size, film, device):
         asked.append((size, device))
-        return backends.developed(*backends.cpu_path()(stage, size), loaded)
+        return backends.developed(*backends.cpu_path()(stage, size), film)
 
     monkeypatch.setattr(backends, "_trials", {})
     monkeypatch.setattr(backends, "_on_gpu", on_gpu)
@@ -106,6 +106,25 @@ def test_a_view_that_does_not_fit_on_the_gpu_is_rendered_on_the_cpu(gpu, monkeyp
         warnings.simplefilter("error")
         same(scenes.render_uncached(**ASKED), expected)
     assert len(gpu) == 3
+
+
+def test_a_trial_that_does_not_fit_is_made_again(gpu, monkeypatch):
+    """Memory that a teacher holds says nothing of the pictures."""
+    expected, renders, full = scenes.render_uncached(**ASKED), backends._on_gpu, [True]
+
+    def on_gpu(*args):
+        if full:
+            raise torch.OutOfMemoryError("full")
+        return renders(*args)
+
+    monkeypatch.setattr(backends, "_on_gpu", on_gpu)
+    with scenes.render_on(CARD), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same(scenes.render_uncached(**ASKED), expected)
+        assert gpu == [] and backends._trials == {}
+        full.clear()
+        same(scenes.render_uncached(**ASKED), expected)
+    assert [size for size, _ in gpu] == [(40, 56)] * 2 + [ASKED["size"]]
 
 
 def test_threads_that_label_beside_a_gpu_render_on_it(gpu):

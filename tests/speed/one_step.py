@@ -78,8 +78,8 @@ def main() -> None:
         data = Regions(2 * args.batch, size)
         bare = bare_loop(str(root / "base"), data, args.batch, args.steps, device, clock)
         print(f"bare loop {bare:.3f} s a step ({args.batch} images of {size} pixels, {device.type})")
-        lesson_cache = LatentCache(root / "latents", {"v": 1})
-        for label, cache in (("encoding", None), ("filling the cache", lesson_cache), ("cached", lesson_cache)):
+        task_cache = LatentCache(root / "latents", {"v": 1})
+        for label, cache in (("encoding", None), ("filling the cache", task_cache), ("cached", task_cache)):
             took = ours(root, label, data, args.batch, args.steps, cache, clock)
             print(f"train, {label}: {took:.3f} s a step, {took / bare:.2f} of the bare loop", flush=True)
 

@@ -93,7 +93,7 @@ def collate(samples) -> Batch:
 
 
 def run(out: Path, *, cache: Path | None = None, latent: dict | None = None, report=None, kept=None, **given):
-    """A run of FiffDepth's lesson, and its network."""
+    """A run of FiffDepth's task, and its network."""
     network = Network(channels=8 if (latent or {}).get("method") == "denoise" else 4)
     settings = toys.settings(
         **{
@@ -103,9 +103,9 @@ def run(out: Path, *, cache: Path | None = None, latent: dict | None = None, rep
         }
     )  # fmt: skip
     store = None if cache is None else LatentCache(cache, {"vae": "toy"})
-    lesson = LatentTask(network, LatentSettings(**(latent or {})), 0, store)
+    task = LatentTask(network, LatentSettings(**(latent or {})), 0, store)
     result = train(
-        network, kept or Photos(), lesson, out=out, settings=settings, collate=collate, save=toys.save,
+        network, kept or Photos(), task, out=out, settings=settings, collate=collate, save=toys.save,
         report=report, device="cpu",
     )  # fmt: skip
     return result, network

@@ -173,9 +173,9 @@ def test_the_filter_moves_the_map_only_where_it_shall():
     for through in (True, False):
         network, batch = latent_toys.Network(), latent_toys.micro()
         seen = []
-        lesson = LatentTask(network, LatentSettings(filter_gradient=through), 0)
+        task = LatentTask(network, LatentSettings(filter_gradient=through), 0)
         network.register_forward_hook(lambda module, given, out, to=seen: to.append(given[0].requires_grad))
-        lesson(network, batch, precision="fp32")
+        task(network, batch, precision="fp32")
         assert seen == [False, through]
 
 
@@ -264,11 +264,11 @@ def test_accumulating_changes_nothing(straight, tmp_path):
 
 def test_a_share_of_the_batch_has_the_whole_batchs_draws():
     network = latent_toys.Network()
-    lesson = LatentTask(network, LatentSettings(), 0)
-    whole = lesson(network, latent_toys.micro(4), precision="fp32").losses
-    half = lesson(network, latent_toys.micro(2, first=2), precision="fp32").losses
+    task = LatentTask(network, LatentSettings(), 0)
+    whole = task(network, latent_toys.micro(4), precision="fp32").losses
+    half = task(network, latent_toys.micro(2, first=2), precision="fp32").losses
     torch.testing.assert_close(half, whole[2:])
-    rough = lesson(network, latent_toys.micro(4), precision="bf16").losses
+    rough = task(network, latent_toys.micro(4), precision="bf16").losses
     assert not torch.equal(rough, whole)
     torch.testing.assert_close(rough, whole, rtol=0.05, atol=0.02)
 

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.scenes import film
 from distill.data.scenes.backends import render_on, take_picture
+from distill.data.scenes.film import draw_film
 from distill.data.scenes.indoors import corridor, hall, room, table
 from distill.data.scenes.outdoors import country, street
 from distill.data.scenes.stage import Stage
@@ -121,7 +121,7 @@ def render_uncached(
     if variety:
         stage.rng = np.random.default_rng([_STREAM, seed, _VARIETY])
         vary(stage)
-    image, depth = take_picture(stage, size, film.draw(rng, *size))
+    image, depth = take_picture(stage, size, draw_film(rng, *size))
     valid = torch.isfinite(depth)
     assert stage.camera is not None
     focal = stage.camera.focal * size[1]

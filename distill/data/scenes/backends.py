@@ -13,35 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.data.scenes import film, reference
+from distill.data.scenes import reference
+from distill.data.scenes.film import Film, develop, draw_film
 from distill.data.scenes.indoors import table
 from distill.data.scenes.outdoors import street
 from distill.data.scenes.stage import Stage
 from distill.data.scenes.variety import vary
 
 
-def take_picture(stage: Stage, size: tuple[int, int], loaded: film.Film) -> tuple[Tensor, Tensor]:
+def take_picture(stage: Stage, size: tuple[int, int], film: Film) -> tuple[Tensor, Tensor]:
     """Image (3,H,W) and depth (H,W), inf in the sky, of height x width = `size`; on the CPU."""
     threads = torch.get_num_threads()
     # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
     torch.set_num_threads(1)
     try:
-        if _device is not None and _trusted(_device):
+        device = _device  # another thread may leave `render_on` meanwhile
+        if device is not None:
             try:
-                return _on_gpu(stage, size, loaded, _device)
+                if _trusted(device):
+                    return _on_gpu(stage, size, film, device)
             except torch.OutOfMemoryError:
                 pass  # the teacher needs it all; the CPU gives the same bits
-        return developed(*cpu_path()(stage, size), loaded)
+        return developed(*cpu_path()(stage, size), film)
     finally:
         torch.set_num_threads(threads)
 
 
-def developed(depth: Tensor, colour: Tensor, loaded: film.Film) -> tuple[Tensor, Tensor]:
+def developed(depth: Tensor, colour: Tensor, film: Film) -> tuple[Tensor, Tensor]:
     """The picture and its depth, where what `reference.light_up` gives lies."""
     _, _, height, width = colour.shape
     centre, corner = colour[:, 1, : height - 1, : width - 1], colour[:, 0]
     around = corner[:, :-1, :-1] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, 1:, 1:]
-    return film.develop(loaded, 0.5 * centre + 0.125 * around), depth[1, : height - 1, : width - 1]
+    return develop(film, 0.5 * centre + 0.125 * around), depth[1, : height - 1, : width - 1]
 
 
 _device: torch.device | None = None
@@ -66,12 +69,12 @@ def render_on(device: torch.device) -> Iterator[None]:
         _device = before
 
 
-def _on_gpu(stage: Stage, size: tuple[int, int], loaded: film.Film, device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_gpu(stage: Stage, size: tuple[int, int], film: Film, device: torch.device) -> tuple[Tensor, Tensor]:
     """As `take_picture`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
     from distill.data.scenes import gpu  # wants Triton
 
     with _stream(device):
-        image, depth = developed(*gpu.light_up(stage, size, device), loaded)
+        image, depth = developed(*gpu.light_up(stage, size, device), film)
         return image.cpu(), depth.cpu()
 
 
@@ -102,10 +105,12 @@ def _try(device: torch.device) -> bool:
             stage = Stage(rng=rng)
             build(stage)
             vary(stage)
-            loaded = film.draw(rng, 40, 56)
-            here = developed(*cpu_path()(stage, (40, 56)), loaded)
-            if not all(map(torch.equal, _on_gpu(stage, (40, 56), loaded, device), here)):
+            film = draw_film(rng, 40, 56)
+            here = developed(*cpu_path()(stage, (40, 56)), film)
+            if not all(map(torch.equal, _on_gpu(stage, (40, 56), film, device), here)):
                 raise ValueError(f"its picture of a {build.__name__} differs from the CPU's")
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the pictures: the next view tries again
     except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the CPU is there
         reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
         warnings.warn(f"{device} renders no scenes ({reason}): the CPU does, slower", stacklevel=2)

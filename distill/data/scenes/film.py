@@ -34,7 +34,7 @@ class Film:
     noise: float
 
 
-def draw(rng: np.random.Generator, height: int, width: int) -> Film:
+def draw_film(rng: np.random.Generator, height: int, width: int) -> Film:
     """A film, by lot."""
     balance = torch.tensor(1 + rng.normal(0, 0.06, 3), dtype=torch.float32)
     exposure = float(rng.lognormal(-1.15, 0.35))

@@ -73,6 +73,15 @@ def chord(ox, oy, oz, dx, dy, dz, squared):
 
 
 @triton.jit
+def seen_from(quadric, eye, x, y, z):
+    """Where rays (x, y, z) from one point enter and leave a quadric; eye: where the point in its frame is stored."""
+    dx, dy, dz = turned(quadric, x, y, z)
+    squared = dx * dx + dy * dy + dz * dz
+    squared = tl.where(squared > TINY, squared, TINY)
+    return chord(tl.load(eye), tl.load(eye + 1), tl.load(eye + 2), dx, dy, dz, squared)
+
+
+@triton.jit
 def first_hit(integers, floats, depth, surface, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Fills depth (2,H+1,W+1), inf for sky, and surface (2,H+1,W+1) int32, -1 for sky. Grid: (tiles, 2)."""
     row, column, top, left = tile_of(integers, ROWS, COLUMNS)
@@ -106,11 +115,7 @@ def first_hit(integers, floats, depth, surface, ROWS: tl.constexpr, COLUMNS: tl.
                     face = tl.where((at < leave) & (shell != 0), k - begin, face)
                     leave = tl.where(at < leave, at, leave)
             if tl.load(rounds + p) != 0:
-                dx, dy, dz = turned(quadrics + 9 * p, x, y, z)
-                squared = dx * dx + dy * dy + dz * dz
-                squared = tl.where(squared > TINY, squared, TINY)
-                eye = eyes + 3 * p
-                into, out = chord(tl.load(eye), tl.load(eye + 1), tl.load(eye + 2), dx, dy, dz, squared)
+                into, out = seen_from(quadrics + 9 * p, eyes + 3 * p, x, y, z)
                 face = tl.where(into > enter, end - begin, face)
                 enter = tl.where(into > enter, into, enter)
                 leave = tl.where(out < leave, out, leave)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from distill.data.scenes.gpu.hits import INF, TINY, chord, turned
+from distill.data.scenes.gpu.hits import INF, chord, seen_from, turned
 from distill.data.scenes.gpu.slots import (
     AXES,
     CASTER_CENTRE,
@@ -70,11 +70,7 @@ def hidden_from_lamp(integers, floats, lamp, asked, x, y, z):
                         else:
                             leave = tl.where((slope > 0.0) & (at < leave), at, leave)
                     if tl.load(rounds + k) != 0:
-                        dx, dy, dz = turned(quadrics + 9 * k, x, y, z)
-                        squared = dx * dx + dy * dy + dz * dz
-                        squared = tl.where(squared > TINY, squared, TINY)
-                        eye = eyes + 3 * k
-                        into, out = chord(tl.load(eye), tl.load(eye + 1), tl.load(eye + 2), dx, dy, dz, squared)
+                        into, out = seen_from(quadrics + 9 * k, eyes + 3 * k, x, y, z)
                         enter, leave = tl.where(into > enter, into, enter), tl.where(out < leave, out, leave)
                     dark = close & (enter <= leave) & (enter < 1.0) & (leave > 0.0) & (enter > 0.0)
                     hidden = tl.where(dark, 1, hidden)
