@@ -23,6 +23,7 @@ from distill.core.depth import Kind
 from distill.core.files import files_below
 from distill.core.plugins import find
 from distill.core.progress import Report
+from distill.core.threads import one_thread
 from distill.data.filetypes import counted, sort_of
 from distill.data.maps import SUFFIXES, stored_stems
 from distill.eval.benchmarks import BenchmarkSample, actual
@@ -85,16 +86,12 @@ def score(
         return _score_image(sample, places.get(sample.key, store / sample.prediction_path), kind, protocol)
 
     results = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # images run beside each other; threads inside an image would only collide
-    try:
-        with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-            for done, result in enumerate(pool.map(one, samples), 1):
-                results.append(result)
-                if report:
-                    report(done, len(samples))
-    finally:
-        torch.set_num_threads(threads)
+    # Images run beside each other; threads inside an image would only collide.
+    with one_thread(), ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        for done, result in enumerate(pool.map(one, samples), 1):
+            results.append(result)
+            if report:
+                report(done, len(samples))
     return Score(
         model=model or (settings["model"] if settings else store.resolve().name),
         benchmark=protocol.benchmark,

@@ -33,7 +33,6 @@ from distill.teachers import (
     find_weights,
     read_config,
     read_state,
-    resolve,
     revision_of,
 )
 from distill.teachers import _latent as latent

@@ -317,7 +317,9 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 
     config = _config(state, where, metric=max_depth is not None)
     return load_checked(
-        lambda: DepthAnythingForDepthEstimation.from_pretrained(None, config=config, state_dict=state, **REPORT_MISMATCHES),
+        lambda: DepthAnythingForDepthEstimation.from_pretrained(
+            None, config=config, state_dict=state, **REPORT_MISMATCHES
+        ),
         where,
         what="Depth Anything V2",
     )

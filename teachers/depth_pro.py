@@ -254,7 +254,9 @@ def _from_file(state: dict[str, Tensor], where: Path) -> Any:
 
     config, tensors = _config(state, where), rename(state, where)
     return load_checked(
-        lambda: DepthProForDepthEstimation.from_pretrained(None, config=config, state_dict=tensors, **REPORT_MISMATCHES),
+        lambda: DepthProForDepthEstimation.from_pretrained(
+            None, config=config, state_dict=tensors, **REPORT_MISMATCHES
+        ),
         where,
         what="Depth Pro",
     )

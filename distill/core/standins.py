@@ -13,25 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.core import signatures
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-_STARTS = (
+_WORDS = (
     (b"version https://git-lfs", "is a git-lfs pointer, not the weights: run `git lfs pull` in its folder"),
     (b"<", "is a web page, not weights: download it again, logged in where it is gated"),
     (b"{", "is JSON, not weights: an error of the server that it came from, or an index under another name"),
-    (b"\x1f\x8b", "is compressed with gzip: unpack it"),
-    (b"BZh", "is compressed with bzip2: unpack it"),
-    (b"\xfd7zXZ", "is compressed with xz: unpack it"),
-    (b"\x28\xb5\x2f\xfd", "is compressed with zstd: unpack it"),
-    (b"Rar!", "is a RAR archive: unpack it"),
-    (b"7z\xbc\xaf", "is a 7z archive: unpack it"),
-    (b"\x89HDF", "is HDF5 (Keras), not weights of a torch network"),
-    (b"GGUF", "is GGUF, not weights of a torch network"),
-    (b"\x93NUMPY", "is a NumPy array, not weights"),
-    (b"\xff\xd8\xff", "is a JPEG, not weights"),
-    (b"\x89PNG", "is a PNG, not weights"),
 )
+_READ = ("a zip archive", "a Python pickle")  # as signatures.sniff says it: torch's own files are one or the other
 _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
 """The number that torch's own pickles of the time before zip files begin with, behind the protocol."""
 
@@ -51,10 +43,11 @@ def fault_of_start(path: Path) -> str:
         return "cannot be read as weights: it is empty; download it again"
     if not any(start):
         return "begins with zeros: an unfinished download; download it again"
-    if what := next((what for magic, what in _STARTS if start.lstrip().startswith(magic)), ""):
+    if what := next((what for magic, what in _WORDS if start.lstrip().startswith(magic)), ""):
         return what
-    if start[257:262] == b"ustar":
-        return "is a tar archive: unpack it"
+    kind = signatures.sniff(start)
+    if kind and kind not in _READ:
+        return f"is {kind}{': unpack it' if signatures.is_packed(kind) else ', not weights of a torch network'}"
     if start[:1] == b"\x80" and _TORCH not in start[:32]:
         return "is a plain Python pickle, which is not opened: store its state_dict() by torch.save"
     if re.fullmatch(rb"[\t\r\n -~]{12,}", start):

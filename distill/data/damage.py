@@ -37,7 +37,7 @@ def trailing_zeros(data: bytes) -> int:
 
 
 def unfinished(data: bytes, kind: str) -> str:
-    """Why a compressed photo (`kind` as distill.data.filetypes.sniff says) is not all there, or ""."""
+    """Why a compressed photo (`kind` as distill.core.signatures.sniff says) is not all there, or ""."""
     zeros = trailing_zeros(data)
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""

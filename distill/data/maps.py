@@ -29,7 +29,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from distill.data import damage, exrs, filetypes, tiffs
+from distill.core import signatures
+from distill.data import damage, exrs, tiffs
 from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
@@ -103,9 +104,9 @@ def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarr
     if suffix.lower() == ".mat" and data[:4] in _MAT_4:
         with contextlib.suppress(*READ_ERRORS):
             return _plane(_chosen(_mat(data), quantity))
-    what = filetypes.sniff(data) or filetypes.text(data) or (_UNKNOWN if data else "empty")
+    what = signatures.sniff(data) or signatures.text(data) or (_UNKNOWN if data else "empty")
     what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
-    what += ": unpack it" if what.startswith("compressed") else ""
+    what += ": unpack it" if signatures.is_packed(what) else ""
     raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
 
 
@@ -361,7 +362,7 @@ def _mat(data: bytes) -> dict[str, Any]:
 
 
 def _png(data: bytes) -> np.ndarray:
-    if changed := filetypes.sniff(data[:8].ljust(8)).removeprefix("PNG"):
+    if changed := signatures.sniff(data[:8].ljust(8)).removeprefix("PNG"):
         raise BadMapError(f"not a readable .png ({changed})")
     return _picture(data)
 

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import distill
+from distill.core import signatures
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded
 from distill.data import cells, maps
@@ -236,18 +237,27 @@ def read_names(path: Path | str) -> list[str]:
 
 
 _READ = ("name", "rgb", "depth", "kind", "scale_to_metres", "invalid", "trust", "dataset", "focal")
-_NO_TEXT = (
-    (b"PK\3\4", "an Excel workbook or another zip archive: save it as CSV"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook: save it as CSV"),
-    (b"\x1f\x8b", "compressed with gzip: unpack it"),
-    (b"version https://git-lfs", "a git-lfs pointer: run `git lfs pull`"),
-    (b"<", "a web page: download the file itself"),
-)
+_WORKBOOKS = {
+    "a zip archive": "an Excel workbook or another zip archive: save it as CSV",
+    "an old Office file": "an old Excel workbook: save it as CSV",
+}
+
+
+def _not_text(data: bytes) -> str:
+    """What stands where a table should, and what to do; "" of a table."""
+    if data.lstrip().startswith(b"<"):
+        return "a web page: download the file itself"
+    kind = signatures.sniff(data)
+    if "git-lfs" in kind:
+        return kind
+    if not kind or signatures.text(data):  # a name may begin as a picture does: BM_001.jpg
+        return ""
+    return _WORKBOOKS.get(kind) or kind + (": unpack it" if signatures.is_packed(kind) else "")
 
 
 def _text(path: Path) -> str:
     data = path.read_bytes()
-    if what := next((what for magic, what in _NO_TEXT if data.lstrip()[:64].startswith(magic)), ""):
+    if what := _not_text(data):
         raise ValueError(f"{path}: not a text file but {what}")
     try:
         return decoded(data)

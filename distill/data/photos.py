@@ -32,6 +32,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn import functional as F
 
+from distill.core import signatures
 from distill.core.crops import resize
 from distill.core.depth import DepthMap
 from distill.core.printable import printable
@@ -250,14 +251,16 @@ def _kind(data: bytes) -> str:
     """What the bytes are; BadImageError where that is known to be no photo, or an unfinished one."""
     if not data:
         raise BadImageError("empty file")
-    kind = filetypes.sniff(data)
-    inside = next((at for at in range(1, 32) if filetypes.sniff(data[at : at + 64]) in _PICTURES), 0) if not kind else 0
+    kind = signatures.sniff(data)
+    inside = (
+        next((at for at in range(1, 32) if signatures.sniff(data[at : at + 64]) in _PICTURES), 0) if not kind else 0
+    )
     if inside:
-        what = f"{filetypes.sniff(data[inside:])} begins {inside} bytes in"
+        what = f"{signatures.sniff(data[inside:])} begins {inside} bytes in"
         raise BadImageError(
             f"damaged: a {what}, behind {bytes(data[:inside])!r}, which is none of it: download it again"
         )
-    if not kind and (words := filetypes.text(data)):
+    if not kind and (words := signatures.text(data)):
         raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)

@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from distill.data import filetypes, storage
+from distill.core import signatures
+from distill.data import storage
 from distill.data.photos import MAX_BYTES
 
 
@@ -24,10 +25,10 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         start = file.read(512)
-        if packer := next((name for magic, name in _PACKED.items() if start.startswith(magic)), ""):
+        if packer := signatures.packer(start) or ("zip" if start.startswith(b"PK\3\4") else ""):
             yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
             return
-        words = "" if b"ustar" in start else filetypes.sniff(start) or filetypes.text(start)
+        words = "" if b"ustar" in start else signatures.sniff(start) or signatures.text(start)
         if not start or words:
             yield None, f"not a tar: it is {words or 'empty'}; download it again"
             return
@@ -41,8 +42,6 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
                 yield None, problem
 
 
-_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
-_PACKED |= {b"\x04\x22\x4d\x18": "lz4", b"\x1f\x9d": "compress"}
 # What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
 _TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
 _END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB

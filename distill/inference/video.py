@@ -25,8 +25,8 @@ import numpy as np
 from av.sidedata.sidedata import Type as DataType
 from av.stream import Disposition
 
-from distill.core import files
-from distill.data import filetypes, hdr
+from distill.core import files, signatures
+from distill.data import hdr
 from distill.data.photos import BadImageError
 
 av.logging.set_level(av.logging.PANIC)
@@ -262,7 +262,7 @@ def _other(path: Path) -> str:
         return ""
     with path.open("rb") as file:
         head = file.read(512)
-    kind = filetypes.sniff(head) or filetypes.text(head) or ("" if head else "empty")
+    kind = signatures.sniff(head) or signatures.text(head) or ("" if head else "empty")
     return "" if kind.startswith("a video") or head.startswith(b"YUV4MPEG2") else kind
 
 

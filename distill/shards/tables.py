@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.core import files
+from distill.core import files, signatures
 from distill.core.seal import KEY as SEAL
 from distill.core.seal import is_broken, sealed
-from distill.data import filetypes
 from distill.shards.codec import REPAIR, VERSION, check_version
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
@@ -63,7 +62,7 @@ def require_photographs(folder: Path) -> None:
 def pointer_line(path: Path) -> str:
     """The line of a tar that is a git-lfs pointer, as a clone without git-lfs leaves it; "" of any other."""
     with path.open("rb") as file:
-        what = filetypes.sniff(file.read(64))
+        what = signatures.sniff(file.read(64))
     return f"{path} is {what}" if "git-lfs" in what else ""
 
 

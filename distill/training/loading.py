@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distill.core import machine
+from distill.core.threads import one_thread
 from distill.shards.codec import Sample
 from distill.shards.features import Features, FeatureStore, stacked
 from distill.training.batches import (
@@ -48,17 +49,6 @@ PREFETCH = 4  # micro-batches per worker that lie ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Without workers as with them: the mean of a map, which colours and averages need, is another on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True, slots=True)
 class _Training:
     """Makes the micro-batch of places of the stream."""
@@ -73,7 +63,7 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            with _one_thread():
+            with one_thread():  # as workers have: the mean of a map is another on more threads
                 done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
             return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
@@ -99,7 +89,7 @@ class _HeldOut:
                 seen = stacked([read[row].features for row in rows])
                 weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
-                    with _one_thread():
+                    with one_thread():
                         labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
                     places = tuple(-1 - read[row].place.index for row in rows)
                     taught = (TaughtRows(None, labels, name),)

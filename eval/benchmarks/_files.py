@@ -30,11 +30,12 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 from distill.core.files import decoded, files_below, inside, leaves_root
+from distill.core.signatures import packer
 from distill.data import maps
 from distill.data.photos import BadImageError, decode
 from distill.eval.protocol import Protocol, list_hash
 
-_PACKED: dict[bytes, Callable[..., IO[Any]]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_OPENERS: dict[str, Callable[..., IO[Any]]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 
 MARIGOLD_HOST = "https://share.phys.ethz.ch/~pf/bingkedata/marigold/evaluation_dataset/"
 """Where Marigold's authors host the archives. They publish no checksums."""
@@ -339,7 +340,7 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
 def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
     """Whether the tar is compressed, and it as a plain, seekable file: itself, or a nameless temporary file."""
     file = path.open("rb")
-    opener = next((opener for magic, opener in _PACKED.items() if file.peek(6).startswith(magic)), None)
+    opener = _OPENERS.get(packer(file.peek(6)))
     if opener is None:
         return False, file
     plain = tempfile.TemporaryFile()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.core.threads import one_thread
 from distill.data.scenes import reference
 from distill.data.scenes.film import Film, develop, draw_film
 from distill.data.scenes.indoors import table
@@ -23,10 +24,7 @@ from distill.data.scenes.variety import vary
 
 def take_picture(stage: Stage, size: tuple[int, int], film: Film) -> tuple[Tensor, Tensor]:
     """Image (3,H,W) and depth (H,W), inf in the sky, of height x width = `size`; on the CPU."""
-    threads = torch.get_num_threads()
-    # Thousands of small operations: a team of threads gains little, and where the cores are busy it loses everything.
-    torch.set_num_threads(1)
-    try:
+    with one_thread():  # thousands of small operations
         device = _device  # another thread may leave `render_on` meanwhile
         if device is not None:
             try:
@@ -35,8 +33,6 @@ def take_picture(stage: Stage, size: tuple[int, int], film: Film) -> tuple[Tenso
             except torch.OutOfMemoryError:
                 pass  # the teacher needs it all; the CPU gives the same bits
         return developed(*cpu_path()(stage, size), film)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def developed(depth: Tensor, colour: Tensor, film: Film) -> tuple[Tensor, Tensor]:
