@@ -1,4 +1,4 @@
-"""Former names of recipe keys. A recipe that uses one gets a fault with the new name; stored ones of labels and
+"""Former names of recipe keys. A recipe that uses one gets a fault with the new name; recipes stored with labels and
 students are still read.
 """
 
