@@ -43,7 +43,7 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
 
 
 def look_at(recipe: Recipe) -> list[Finding]:
-    """A finding for each, in the recipe's order: ok if it is here, warn if it must be downloaded, bad if unavailable."""
+    """A finding for each, in the recipe's order: ok if it is here, warn if it is to be fetched, bad if unavailable."""
     findings: list[Finding] = []
     for purpose, text, files in dict.fromkeys((purpose, text, tuple(files)) for purpose, text, files in needed(recipe)):
         try:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """Handles SIGTERM, a scheduler's notice, like ctrl-c: a worker's part goes back at once, not when its lease ends."""
+    """Handles SIGTERM, a scheduler's notice, as ctrl-c: a worker returns its part at once, not when its lease ends."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
