@@ -55,7 +55,7 @@ class StepCost:
         return per_image * self.recipe.train.batch_size
 
     def encoding(self, samples: int) -> float:
-        """FLOPs of encoding so many samples, image and map."""
+        """FLOPs of encoding the images and maps of `samples` samples."""
         return 2.0 * self.vae.encode * samples
 
     def run(self, steps: int, samples: int) -> float:

@@ -56,7 +56,7 @@ def _initial_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """The origins of the student's initial weights; empty for random ones."""
     spec = recipe.student
     origins: dict[str, dict[str, Any]] = {}
-    for what, start in (
+    for part, start in (
         ("start", spec.init_from),
         ("encoder", spec.encoder_init_from),
         ("decoder", spec.decoder_init_from),
@@ -64,7 +64,7 @@ def _initial_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
         if start:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")
-            origins[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
+            origins[part] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
     if spec.network == "one_step_unet":
         origins["start"] = latent.beginning(spec.weights)
     elif spec.weights == "pretrained":

@@ -164,15 +164,15 @@ def _about_start(recipe: Recipe) -> Iterator[Finding]:
     student = recipe.student
     if student.weights or student.init_from or student.encoder_init_from:
         return
-    what = f"student.encoder: {student.encoder} begins with random weights"
+    line = f"student.encoder: {student.encoder} begins with random weights"
     remedy = (
         'student.weights = "pretrained" (or a file), or student.encoder_init_from = "pocket"; published students begin '
         "with a pretrained encoder"
     )
     if recipe.train.freeze_encoder:
-        yield Finding("bad", f"{what}, and train.freeze_encoder keeps them random", remedy)
+        yield Finding("bad", f"{line}, and train.freeze_encoder keeps them random", remedy)
     else:
-        yield Finding("warn", what, remedy)
+        yield Finding("warn", line, remedy)
 
 
 def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None) -> Iterator[Finding]:
@@ -231,10 +231,10 @@ def _label_one(recipe: Recipe, images: Images, teachers: Any) -> tuple[Sample, f
     device = build.device(recipe)
     sample, seconds = None, math.nan
     for photo in (images.photos * 2)[:2]:
-        before = time.perf_counter()
+        start = time.perf_counter()
         sample = label_photo(photo, teachers, crops=recipe.crops, labels=recipe.labels, seed=recipe.run.seed)
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     assert sample is not None
     return sample, seconds
 
@@ -287,12 +287,12 @@ def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, devi
     labels = meet_labels(labels, settings.kind)
     seconds = math.nan
     for _ in range(2):
-        before = time.perf_counter()
+        start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             pred = student(images)
         objective(pred.float(), labels)[0].mean().backward()
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     student.zero_grad(set_to_none=True)
     return seconds * settings.batch_size / probe_size
 
@@ -317,10 +317,10 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
         student.set_grad_checkpointing()
     seconds = math.nan
     for _ in range(2):
-        before = time.perf_counter()
+        start = time.perf_counter()
         task(student, micro, precision=settings.precision).losses.mean().backward()
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     student.zero_grad(set_to_none=True)
     return seconds * settings.batch_size / probe_size
 

@@ -65,10 +65,12 @@ class Recipe:
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
     """Contradictions between tables, each with the names of those tables."""
     faults: list[tuple[tuple[str, ...], str]] = []
-    for what, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
+    for table_name, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
         names = [table.alias_or_name for table in tables]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            faults.append(((what,), f"{what} named twice: {', '.join(duplicates)}; give each an alias of its own"))
+            faults.append(
+                ((table_name,), f"{table_name} named twice: {', '.join(duplicates)}; give each an alias of its own")
+            )
     known = [teacher.alias_or_name for teacher in recipe.teachers]
     for i, images in enumerate(recipe.images):
         for name in (name for name in images.teachers if name not in known):

@@ -26,9 +26,9 @@ def cores() -> int:
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
-    before = time.process_time()
+    start = time.process_time()
     work()
-    return time.process_time() - before
+    return time.process_time() - start
 
 
 def labelling_seconds(photo: Photo, sample: Sample, crops: CropSettings, codec: str) -> float:

@@ -148,7 +148,7 @@ def _without_numbers(path: str) -> str:
 
 
 def set_key(table: dict[str, Any], assignment: str) -> None:
-    """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string where that fails."""
+    """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string if that fails."""
     path, separator, text = assignment.partition("=")
     if not separator or not path.strip():
         raise RecipeError(f"--set {assignment}: write it as KEY=VALUE, as in --set train.steps=100")

@@ -23,8 +23,8 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
         plugin, purpose = find("distill.teachers", spec.name), f"teacher {spec.alias_or_name}"
         weights = spec.weights or plugin.CARDS[0].weights
         if hasattr(plugin, "needs"):
-            known = inspect.signature(plugin.needs).parameters
-            options = {key: value for key, value in spec.options.items() if key in known}
+            parameters = inspect.signature(plugin.needs).parameters
+            options = {key: value for key, value in spec.options.items() if key in parameters}
             yield from ((purpose, text, files) for text, files in plugin.needs(weights, **options))
         elif hasattr(plugin, "FILES"):
             yield purpose, weights, plugin.FILES

@@ -26,8 +26,8 @@ def run(args: argparse.Namespace) -> int:
 
         with progress("verify") as report:
             recipe = load(args.recipe, command="label") if args.recipe else None
-            mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=report)
-        say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
+            repaired = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=report)
+        say(f"{args.folder}: complete" + (f"; made again: {', '.join(repaired)}" if repaired else ""))
         return 0
     refuse({"--recipe": args.recipe, "--trust-recipe": args.trust_recipe}, "of a repair: give --repair")
     with progress("verify") as report:
