@@ -1,10 +1,10 @@
 """The contact sheet of a labels folder: regions beside their labels, histograms, quarantine, where teachers disagree.
 
-One page to look at before a day of training. Samples are an even choice over the whole folder, the same every time;
-with two teachers those on which they disagree most are shown too, and the disagreement is measured after the best
+A page to check before a day of training. Samples are spaced evenly over the whole folder, the same ones every time.
+With two teachers, the samples on which they disagree most are shown too; disagreement is measured after the best
 scale and shift (distill.eval.agreement.alignment_error), since neither is known.
 
-Shapes: H, W of a map.
+Maps are H x W.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from distill.eval.reports.page import details, missing, page, pairs, table
 from distill.shards.codec import Sample
 from distill.shards.shards import MANIFEST, LabelDataset, read_manifest
 
-WORST = 6  # samples shown for their teachers' disagreement
-PIXELS = 40  # of a sample, in the chart of two teachers' agreement
-POINTS = 4000  # that such a chart draws at most
-_PATCHES = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in the order of the patches
+WORST = 6  # samples shown with the largest disagreement between teachers
+PIXELS = 40  # pixels per sample in the chart of two teachers' agreement
+POINTS = 4000  # the most points that such a chart draws
+_PATCH_COLOURS = ((255, 214, 64), (90, 200, 250), (120, 230, 140), (255, 120, 150))  # outlines, in patch order
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What is kept of one sample."""
+    """The statistics of one sample."""
 
     key: str
     side: float
     valid: dict[str, float]
-    shape: dict[str, np.ndarray]  # a map's histogram between its lowest and highest value
-    apart: dict[tuple[str, str], float]
-    pixels: dict[tuple[str, str], list[tuple[float, float]]]  # of two teachers, the second brought to the first
+    shape: dict[str, np.ndarray]  # histogram of each map between its 2nd and 98th percentile
+    apart: dict[tuple[str, str], float]  # alignment error between two teachers' maps
+    pixels: dict[tuple[str, str], list[tuple[float, float]]]  # of two teachers, the second fitted to the first
 
 
 def write_contact(
@@ -60,75 +60,75 @@ def write_contact(
 ) -> Path:
     """Writes FOLDER/contact.html, or `out`: `shown` samples as pictures, at most `measured` in the histograms.
 
-    Raises what `LabelDataset` raises for a folder that is not finished or damaged.
+    Raises what `LabelDataset` raises for an unfinished or damaged folder.
     """
     folder = Path(folder)
     dataset, manifest = LabelDataset(folder), read_manifest(folder)
     chosen = _evenly(len(dataset), measured)
-    seen: list[_Seen] = []
+    stats: list[_Seen] = []
     for done, index in enumerate(chosen):
-        seen.append(_look(dataset[index]))
+        stats.append(_statistics(dataset[index]))
         if report:
             report(done + 1, len(chosen))
-    places = dict(zip((one.key for one in seen), chosen, strict=True))
+    places = dict(zip((sample_stats.key for sample_stats in stats), chosen, strict=True))
     sections = [("samples", "Samples", _samples([dataset[i] for i in _evenly(len(dataset), shown)]))]
     if len(dataset.teachers) > 1:
-        sections.append(("disagreement", "Where teachers disagree", _disagreement(dataset, seen, places)))
-    sections.append(("histograms", "Histograms", _histograms(seen)))
+        sections.append(("disagreement", "Where teachers disagree", _disagreement(dataset, stats, places)))
+    sections.append(("histograms", "Histograms", _histograms(stats)))
     sections.append(("quarantine", "Quarantine", _quarantine(manifest["quarantine"])))
     sections.append(("teachers", "Teachers", _teachers(manifest["teachers"])))
-    where = out or folder / "contact.html"
-    html = page(f"Labels {folder.name}", _facts(folder, manifest, seen, len(dataset)), sections, what="Contact sheet")
-    files.write_text(where, html)
-    return where
+    path = out or folder / "contact.html"
+    html = page(f"Labels {folder.name}", _facts(folder, manifest, stats, len(dataset)), sections, what="Contact sheet")
+    files.write_text(path, html)
+    return path
 
 
 def _evenly(count: int, highest: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, highest)).round()}) if count else []
 
 
-def _look(sample: Sample) -> _Seen:
+def _statistics(sample: Sample) -> _Seen:
     maps = {name: labels.shared for name, labels in sample.labels.items()}
     shape = {}
-    for name, one in maps.items():
-        values = one.values[one.valid].numpy()
+    for name, depth in maps.items():
+        values = depth.values[depth.valid].numpy()
         shape[name] = np.histogram(own_range(values, np.ones_like(values, bool)), BINS, (0.0, 1.0))[0] / max(
             1, values.size
         )
-    apart = {pair: _apart(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
+    apart = {pair: _pair_error(*(maps[name] for name in pair)) for pair in combinations(maps, 2)}
     pixels = {pair: _pixels(*(maps[name] for name in pair)) for pair in apart}
-    valid = {name: float(one.valid.float().mean()) for name, one in maps.items()}
+    valid = {name: float(depth.valid.float().mean()) for name, depth in maps.items()}
     return _Seen(sample.key, float(sample.record["crop"]["side"]), valid, shape, apart, pixels)
 
 
-def _apart(first: DepthMap, second: DepthMap) -> float:
-    one, two = to_disparity(first), to_disparity(second)
-    return float(alignment_error(one.values, two.values, one.valid & two.valid)[0])
+def _pair_error(first: DepthMap, second: DepthMap) -> float:
+    disparity1, disparity2 = to_disparity(first), to_disparity(second)
+    return float(alignment_error(disparity1.values, disparity2.values, disparity1.valid & disparity2.valid)[0])
 
 
 def _pixels(first: DepthMap, second: DepthMap) -> list[tuple[float, float]]:
-    """Nearness by two maps of some pixels, 0 and 1 at the ends of the first's own range, to which the second is fitted
-    (least squares in disparity).
+    """Nearness of some pixels in both maps, the second fitted to the first by least squares in disparity; 0 and 1 are
+    the ends of the first's own range.
     """
-    one = to_disparity(first)
-    two = to_disparity(second, one)
-    both = one.valid & two.valid
-    values = one.values[both].numpy()
+    reference = to_disparity(first)
+    other = to_disparity(second, reference)
+    both = reference.valid & other.valid
+    values = reference.values[both].numpy()
     if not len(values):
         return []
-    scale, shift = fit_affine(two.values, one.values, both)
-    brought = (scale * two.values[both] + shift).numpy()
+    scale, shift = fit_affine(other.values, reference.values, both)
+    fitted = (scale * other.values[both] + shift).numpy()
     low, high = (float(v) for v in np.percentile(values, [2, 98]))
-    few = np.linspace(0, len(values) - 1, min(PIXELS, len(values))).astype(int)
+    indices = np.linspace(0, len(values) - 1, min(PIXELS, len(values))).astype(int)
     span = max(high - low, 1e-12)
-    return list(zip(((values[few] - low) / span).tolist(), ((brought[few] - low) / span).tolist(), strict=True))
+    return list(zip(((values[indices] - low) / span).tolist(), ((fitted[indices] - low) / span).tolist(), strict=True))
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 
-def _strip(sample: Sample, note: str = "") -> str:
-    """A region with its patches outlined, then each teacher's map of it, near is bright."""
+def _picture_row(sample: Sample, note: str = "") -> str:
+    """A region with its patches outlined, then each teacher's map of it; near is bright."""
     region = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
     size, side = region.shape[0], sample.record["crop"]["side"]
     for i, (top, left, length) in enumerate(sample.record["patches"]):
@@ -136,52 +136,56 @@ def _strip(sample: Sample, note: str = "") -> str:
             (round(v * size / side) for v in (left, top)),
             (round((v + length) * size / side) - 1 for v in (left, top)),
         )
-        cv2.rectangle(region, tuple(a), tuple(b), _PATCHES[i % len(_PATCHES)], max(1, size // 180))
+        cv2.rectangle(region, tuple(a), tuple(b), _PATCH_COLOURS[i % len(_PATCH_COLOURS)], max(1, size // 180))
     tiles = [tile(sample.key, shrink(region), note=f"{side} px", photo=True)]
     for name, labels in sample.labels.items():
         values, valid = labels.shared.values[0].numpy(), labels.shared.valid[0].numpy()
-        nearer = values if labels.shared.kind.quantity == "disparity" else -values
-        picture = colourise(own_range(nearer, valid), valid, NEARNESS)
+        nearness = values if labels.shared.kind.quantity == "disparity" else -values
+        picture = colourise(own_range(nearness, valid), valid, NEARNESS)
         tiles.append(tile(name, shrink(picture), note=f"{100 * valid.mean():.0f} % valid"))
-        tiles += _contexts(name, labels)
+        tiles += _patch_tiles(name, labels)
     head = f"{escape(sample.record['image']['origin'])} <small>{escape(note)}</small>"
     return f'<h4>{head}</h4><div class="strip">{"".join(tiles)}</div>'
 
 
-def _contexts(name: str, labels: Labels) -> list[str]:
-    """The first patch as the region's map has it, and as the teacher sees it alone (Distill-Any-Depth, Fig. 5)."""
+def _patch_tiles(name: str, labels: Labels) -> list[str]:
+    """Tiles of the first patch: cut from the region's map, and predicted alone (Distill-Any-Depth, Fig. 5)."""
     if labels.local is None or not labels.local.valid[0].any():
         return []
     size = labels.shared.values.shape[-1]
     top, left, bottom, right = (round(float(v) * size) for v in labels.boxes[0, 0])
-    cut = slice(max(0, top), max(1, bottom)), slice(max(0, left), max(1, right))
-    shared = labels.shared.values[0][cut].numpy(), labels.shared.valid[0][cut].numpy()
+    window = slice(max(0, top), max(1, bottom)), slice(max(0, left), max(1, right))
+    shared = labels.shared.values[0][window].numpy(), labels.shared.valid[0][window].numpy()
     alone = labels.local.values[0].numpy(), labels.local.valid[0].numpy()
     tiles = []
-    for words, (values, valid) in (("in the region", shared), ("alone", alone)):
-        nearer = values if labels.shared.kind.quantity == "disparity" else -values
-        picture = colourise(own_range(nearer, valid), valid, NEARNESS)
+    for label, (values, valid) in (("in the region", shared), ("alone", alone)):
+        nearness = values if labels.shared.kind.quantity == "disparity" else -values
+        picture = colourise(own_range(nearness, valid), valid, NEARNESS)
         picture = cv2.resize(picture, alone[0].shape[::-1], interpolation=cv2.INTER_NEAREST)
-        tiles.append(tile(f"{name}: patch 1 {words}", shrink(picture), note=f"{values.shape[1]} px"))
+        tiles.append(tile(f"{name}: patch 1 {label}", shrink(picture), note=f"{values.shape[1]} px"))
     return tiles
 
 
 def _samples(samples: Sequence[Sample]) -> str:
     key = legend("each map in its own range", NEARNESS, [(0.0, "far"), (1.0, "near")], missing="invalid")
-    return key + "".join(map(_strip, samples))
+    return key + "".join(map(_picture_row, samples))
 
 
 def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[str, int]) -> str:
     rows, pictures, charts = [], [], []
     for pair in combinations(dataset.teachers, 2):
-        known = sorted((one for one in seen if np.isfinite(one.apart[pair])), key=lambda one: -one.apart[pair])
-        if not known:
+        ranked = sorted(
+            (stats for stats in seen if np.isfinite(stats.apart[pair])), key=lambda stats: -stats.apart[pair]
+        )
+        if not ranked:
             continue
-        values = np.array([one.apart[pair] for one in known])
+        values = np.array([stats.apart[pair] for stats in ranked])
         rows.append([escape(" and ".join(pair)), *(f"{np.quantile(values, q):.3f}" for q in (0.5, 0.9, 1.0))])
-        points = [point for one in seen for point in one.pixels[pair]]
+        points = [point for stats in seen for point in stats.pixels[pair]]
         charts.append(agreement(pair, points[:: -(-len(points) // POINTS)]))
-        pictures += [_strip(dataset[places[one.key]], f"apart by {one.apart[pair]:.3f}") for one in known[:WORST]]
+        pictures += [
+            _picture_row(dataset[places[stats.key]], f"apart by {stats.apart[pair]:.3f}") for stats in ranked[:WORST]
+        ]
     lead = (
         '<p class="key">What is left between two teachers’ maps of a region after the best scale and shift, as a '
         "fraction of the map’s spread: 0 is the same map, 1 has nothing in common.</p>"
@@ -197,7 +201,7 @@ def _disagreement(dataset: LabelDataset, seen: Sequence[_Seen], places: Mapping[
 def _histograms(seen: Sequence[_Seen]) -> str:
     if not seen:
         return missing("no samples")
-    sides = [one.side for one in seen]
+    sides = [stats.side for stats in seen]
     charts = [
         bars(
             "Side of the region",
@@ -207,13 +211,13 @@ def _histograms(seen: Sequence[_Seen]) -> str:
     ]
     for number, name in enumerate(seen[0].valid):
         colour = number % 5 + 1
-        mean = np.mean([one.shape[name] for one in seen], axis=0)
+        mean = np.mean([stats.shape[name] for stats in seen], axis=0)
         note = "2nd to 98th percentile of each map, the mean of all"
         charts.append(bars(f"Values of {name}", list(mean), ("low", "high"), note=note, colour=colour))
-        valid = [one.valid[name] for one in seen]
+        valid = [stats.valid[name] for stats in seen]
         charts.append(bars(f"Valid pixels of {name}", histogram(valid, 0.0, 1.0), ("none", "all"), colour=colour))
     for pair in seen[0].apart:
-        apart = [one.apart[pair] for one in seen if np.isfinite(one.apart[pair])]
+        apart = [stats.apart[pair] for stats in seen if np.isfinite(stats.apart[pair])]
         charts.append(bars(f"{pair[0]} and {pair[1]} apart", histogram(apart, 0.0, 1.0), ("0", "1"), colour=5))
     return f'<p class="key">Over {len(seen)} samples.</p><div class="charts">{"".join(charts)}</div>'
 
@@ -230,13 +234,13 @@ def _quarantine(lines: Sequence[Mapping[str, str]]) -> str:
 
 
 def _teachers(cards: Mapping[str, Mapping[str, Any]]) -> str:
-    wanted = ("weights", "revision", "kind", "stored", "licence")
+    columns = ("weights", "revision", "kind", "stored", "licence")
 
     def word(value: Any) -> str:
         return escape(", ".join(value) if isinstance(value, list) else str(value))
 
-    rows = [[escape(name), *(word(card.get(field, "")) for field in wanted)] for name, card in cards.items()]
-    return table(["teacher", *wanted], rows)
+    rows = [[escape(name), *(word(card.get(field, "")) for field in columns)] for name, card in cards.items()]
+    return table(["teacher", *columns], rows)
 
 
 def _facts(folder: Path, manifest: Mapping[str, Any], seen: Sequence[_Seen], samples: int) -> str:

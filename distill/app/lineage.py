@@ -1,9 +1,9 @@
-"""Where a student's knowledge comes from and what that allows: images, teachers, and the weights it began with.
+"""Where a student's knowledge comes from and what that allows: images, teachers, and initial weights.
 
-"commercial" is True only where every one of them is known to allow it. Weights of a local file are unknown, whatever
-their name says. The licence of images is the recipe's own words (labels.licence): they must name one that allows it
-(CC0, CC BY, Apache, MIT, BSD, public domain, one's own) and none that forbids it. No legal advice; the terms stand
-beside the answer. The rules are ours.
+"commercial" is True only if every one of them is known to allow it. Weights from a local file count as unknown,
+whatever their name says. The licence of images is the recipe's own text (labels.licence): it must name one that allows
+commercial use (CC0, CC BY, Apache, MIT, BSD, public domain, one's own) and none that forbids it. This is no legal
+advice; the terms are written beside the answer. The rules are ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FORBIDS = re.compile(r"research|academic|commercial|personal|\bnc\b", re.IGNORE
 
 
 def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
-    """By name: weights, licence and whether it allows commercial use, of labels in shards or made online."""
+    """By teacher: weights, licence and whether it allows commercial use, for labels in shards or made online."""
     manifest = getattr(dataset, "manifest", None)
     if manifest is not None:
         cards = manifest["teachers"]
@@ -39,24 +39,24 @@ def teachers_of(dataset: Any) -> dict[str, dict[str, Any]]:
 
 
 def lineage(recipe: Recipe, teachers: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], bool]:
-    """What a card says under "lineage", and "commercial"."""
+    """The card's "lineage" and "commercial"."""
     terms = recipe.labels.licence
     images = {"licence": terms, "commercial": bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)}
-    kept = ("weights", "licence", "commercial")
+    keys = ("weights", "licence", "commercial")
     origins: dict[str, Any] = {
         "images": images,
-        **{f"teacher {name}": {key: card[key] for key in kept if key in card} for name, card in teachers.items()},
-        **_beginnings(recipe),
+        **{f"teacher {name}": {key: card[key] for key in keys if key in card} for name, card in teachers.items()},
+        **_initial_weights(recipe),
     }
-    # The truth of procedural scenes has a card without a licence: it forbids nothing.
-    return origins, all(cards_by_name.get("commercial", True) is True for cards_by_name in origins.values())
+    # The card of procedural scenes' ground truth has no licence: it forbids nothing.
+    return origins, all(origin.get("commercial", True) is True for origin in origins.values())
 
 
-def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
-    """What the student's own weights began as; nothing for random ones."""
+def _initial_weights(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The origins of the student's initial weights; empty for random ones."""
     spec = recipe.student
     origins: dict[str, dict[str, Any]] = {}
-    for what, start in (
+    for part, start in (
         ("start", spec.init_from),
         ("encoder", spec.encoder_init_from),
         ("decoder", spec.decoder_init_from),
@@ -64,7 +64,7 @@ def _beginnings(recipe: Recipe) -> dict[str, dict[str, Any]]:
         if start:
             card = checkpoint.read_card(checkpoint.fetch(start))
             licence = card.get("licence", "unknown")
-            origins[what] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
+            origins[part] = {"weights": start, "licence": licence, "commercial": card.get("commercial") is True}
     if spec.network == "one_step_unet":
         origins["start"] = latent.beginning(spec.weights)
     elif spec.weights == "pretrained":

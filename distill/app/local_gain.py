@@ -1,7 +1,8 @@
-"""`distill compare RECIPE --local`: would patches help, before a day of labelling?
+"""`distill compare RECIPE --local`: would patches help? Measured before a day of labelling.
 
-For every model and every image with truth, AbsRel in the central half of the image: the map of the whole image aligned
-over the whole, the same map aligned over the part (Distill-Any-Depth, Fig. 2), and the map of the part alone (Fig. 5).
+For every model and every image with ground truth, AbsRel in the central half of the image of three predictions: the
+map of the whole image aligned over the whole, the same map aligned over the part (Distill-Any-Depth, Fig. 2), and the
+map predicted from the part alone (Fig. 5).
 """
 
 from __future__ import annotations
@@ -27,33 +28,33 @@ from distill.eval.verdict import quantile
 
 
 def run_local(recipe: Recipe) -> Path:
-    """Asks every model for the image and for its middle, writes RUN/compare/local.json; returns its path.
+    """Runs every model on the images and on their central parts, writes RUN/compare/local.json; returns its path.
 
-    Raises RecipeError where no image has a truth, or there is no model.
+    Raises RecipeError if no image has ground truth, or if there is no model.
     """
     samples, rejected = chosen_samples(recipe)
-    known = [sample for sample in samples if bool(sample.truth().valid.any())]
-    if not known:
+    with_truth = [sample for sample in samples if bool(sample.truth().valid.any())]
+    if not with_truth:
         raise RecipeError("compare --local measures against truth, which none of the recipe's images has")
-    found: dict[str, Any] = {}
-    for entrant in entrants(recipe, known):
+    results: dict[str, Any] = {}
+    for entrant in entrants(recipe, with_truth):
         teacher = entrant.load()
         errors: list[LocalError] = []
         with progress(f"compare --local {entrant.name}") as report:
-            for done, sample in enumerate(known, 1):
-                one = _ask(teacher, sample)
-                errors += [one] if one else []
-                report(done, len(known))
+            for done, sample in enumerate(with_truth, 1):
+                error = _ask(teacher, sample)
+                errors += [error] if error else []
+                report(done, len(with_truth))
         if errors:
-            found[entrant.name] = summary(errors)
+            results[entrant.name] = summary(errors)
     path = recipe.run.folder / "compare" / "local.json"
-    files.write_json(path, {"version": 1, "models": found, "images": len(known)})
+    files.write_json(path, {"version": 1, "models": results, "images": len(with_truth)})
     head = ["model", "aligned globally", "aligned locally", "gain", "the part alone", "gain of patches", "images"]
     table(
         "AbsRel in the middle of the image",
         head,
         [[name, *(row[key] for key in ("globally", "locally", "gain", "patch", "patch_gain")), row["images"]]
-         for name, row in ((n, _shown(r)) for n, r in found.items())],
+         for name, row in ((n, _shown(r)) for n, r in results.items())],
     )  # fmt: skip
     for line in rejected[:20]:
         note(f"  left out {line.origin}: {line.reason}")
@@ -65,15 +66,15 @@ def run_local(recipe: Recipe) -> Path:
 def _ask(teacher: Any, sample: Any) -> LocalError | None:
     image, truth = sample.image(), sample.truth()
     rows, columns = central(*image.shape[-2:])
-    more: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
-    more |= {"focal": sample.focal()} if sample.focal and getattr(teacher, "takes_focal", False) else {}
-    whole = teacher.predict(image[None], **more)
-    # A model that is looked up by key has no map of a part.
+    options: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
+    options |= {"focal": sample.focal()} if sample.focal and getattr(teacher, "takes_focal", False) else {}
+    whole_map = teacher.predict(image[None], **options)
+    # A model whose maps are looked up by key has none of a part.
     looked_up = teacher.card.name in ("truth", "stored")
-    alone = None if looked_up else teacher.predict(image[None, :, rows, columns], **more)
+    part_map = None if looked_up else teacher.predict(image[None, :, rows, columns], **options)
     try:
-        patch = None if alone is None else _values(alone)
-        return local_error(_values(whole), truth, whole.kind, PROTOCOL, patch=patch)
+        patch = None if part_map is None else _values(part_map)
+        return local_error(_values(whole_map), truth, whole_map.kind, PROTOCOL, patch=patch)
     except (NoGroundTruthError, ValueError) as error:
         note(f"  left out {sample.key}: {error}")
         return None
@@ -96,7 +97,7 @@ def summary(errors: list[LocalError]) -> dict[str, Any]:
 
 
 def _gain(before: np.ndarray, after: np.ndarray) -> list[float | None] | None:
-    """The relative gain of the means and the half width of its interval, by the ratio's linearization; None of one."""
+    """[relative gain of the means, half width of its interval by linearizing the ratio (None for one image)]."""
     if np.isnan(after).any():
         return None
     ratio = float(after.mean() / before.mean())

@@ -1,8 +1,8 @@
-"""Before a night of labelling or a day of training: what `distill doctor RECIPE` looks at, from names to a short probe.
+"""The checks of `distill doctor RECIPE` before a night of labelling or a day of training, from names to a short probe.
 
-Nothing is written. Teachers and student are loaded, one photo is labelled and one step is taken, and the rates are
-carried to the whole run: an estimate from one photo, good to a factor, not to a tenth. A fault in one place does not
-hide those in others.
+Nothing is written. Teachers and student are loaded, one photo is labelled and one training step is taken, and the
+measured rates are extrapolated to the whole run: an estimate from one photo, good to a factor, not to a tenth. A fault
+in one check does not hide faults in others.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from distill.training.schedule import in_steps
 T = TypeVar("T")
 Level = Literal["ok", "warn", "bad"]
 PROCESSES = (1, 2, 4, 8)
-SPARE = 1.15  # of the disk: what the probe's photo does not say about the others
+SPARE = 1.15  # safety factor on disk space: other photos may need more than the probe's
 LONG, TOO_LONG = 24.0, 14 * 24.0
-"""Hours: more on one process is worth a second look; more on as many as can work is nobody's plan."""
+"""Hours. More than LONG on one process is a warning; more than TOO_LONG on as many as can work is a fault."""
 _FAULTS = (ValueError, LookupError, OSError, ImportError, RuntimeError)
 
 
 def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") -> list[Finding]:
-    """One line per thing looked at, worst last; raises nothing that a recipe can cause.
+    """One finding per check, worst last; raises nothing that a recipe can cause.
 
-    only: the recipe is for `distill compare`, which neither cuts crops nor trains, or for `distill score`, which does
-    without images too.
+    only: the recipe is for `distill compare`, which neither cuts crops nor trains, or for `distill score`, which needs
+    no images either.
     """
     findings: list[Finding] = []
-    if (told := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
-        findings += told
-    lacking = {finding.subject for finding in findings if finding.level != "ok"}
+    if (weight_findings := _try(findings, "weights", lambda: weights.look_at(recipe))) is not None:
+        findings += weight_findings
+    missing = {finding.subject for finding in findings if finding.level != "ok"}
     device = _try(findings, "device", lambda: build.device(recipe))
     if device is None:
         recipe = replace(recipe, run=replace(recipe.run, device="cpu"))
@@ -64,7 +64,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
     if images is not None:
         findings += _about_images(recipe, images, crops=not only)
     teachers: Any = None
-    if recipe.teachers and not any(subject.startswith("teacher ") for subject in lacking):
+    if recipe.teachers and not any(subject.startswith("teacher ") for subject in missing):
         teachers = _try(findings, "teachers", lambda: teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky))
         findings += _about_teachers(recipe, teachers or [])
     if only:
@@ -72,7 +72,7 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
         return _worst_last(findings)
     findings += _about_start(recipe)
     student = None
-    if not any(subject.startswith("student.") for subject in lacking):
+    if not any(subject.startswith("student.") for subject in missing):
         student = _try(findings, "student", lambda: build.make_student(recipe))
     findings += _about_sizes(recipe, teachers or [], student)
     findings += [*_about_batches(recipe), *_about_machine(recipe)]
@@ -87,28 +87,28 @@ def check_recipe(recipe: Recipe, *, only: Literal["", "compare", "score"] = "") 
         if step is not None:
             findings += _about_training(recipe, student, step, device, images)
             if device.type != "cpu":
-                processor = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
-                card, codec = step / recipe.train.batch_size, recipe.labels.codec
-                findings.append(scaling.finding("training", card, processor, scaling.cores(), codec))
+                cpu_seconds = scaling.reading_seconds(sample, recipe.labels.codec, list(sample.labels))
+                gpu_seconds, codec = step / recipe.train.batch_size, recipe.labels.codec
+                findings.append(scaling.finding("training", gpu_seconds, cpu_seconds, scaling.cores(), codec))
     return _worst_last(findings)
 
 
 def _about_benchmarks(recipe: Recipe, findings: list[Finding]) -> list[Finding]:
-    """What `distill doctor --benchmark` says of each, by the recipe's name for it."""
-    found: list[Finding] = []
+    """The findings of `distill doctor --benchmark` for each benchmark, under the recipe's name for it."""
+    all_findings: list[Finding] = []
     for spec in recipe.benchmarks:
         name = spec.alias_or_name
-        told = _try(findings, name, partial(check_benchmark, spec.name, spec.root or None, spec.list or None))
-        found += [replace(one, what=f"{name}: {one.what}") for one in told or []]
-    return found
+        results = _try(findings, name, partial(check_benchmark, spec.name, spec.root or None, spec.list or None))
+        all_findings += [replace(finding, what=f"{name}: {finding.what}") for finding in results or []]
+    return all_findings
 
 
 def _worst_last(findings: list[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda one: ("ok", "warn", "bad").index(one.level))
+    return sorted(findings, key=lambda finding: ("ok", "warn", "bad").index(finding.level))
 
 
 def _try(findings: list[Finding], what: str, work: Callable[[], T]) -> T | None:
-    """The work's result; a fault becomes a finding."""
+    """The result of `work`; a fault becomes a finding, and the result None."""
     try:
         return work()
     except _FAULTS as error:
@@ -135,11 +135,11 @@ def _about_images(recipe: Recipe, images: Images, *, crops: bool) -> Iterator[Fi
         yield Finding(level, f"{line}: {images.bad[0]}", remedy)
     idle = [n for n in PROCESSES if images.parts < n] if crops else []
     if idle:
-        wanted = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
+        suggested = max(1, images.count * recipe.crops.crops_per_image // (4 * PROCESSES[-1]))
         yield Finding(
             "warn",
             f"parts to label: {images.parts}; processes beyond that number would be idle",
-            f"with {idle[0]} processes or more set labels.samples_per_part = {wanted}",
+            f"with {idle[0]} processes or more set labels.samples_per_part = {suggested}",
         )
     if recipe.labels.licence == "unknown":
         yield Finding("warn", "labels.licence is unknown", "say it: it goes into the manifest and the student's card")
@@ -160,25 +160,25 @@ def _about_teachers(recipe: Recipe, teachers: Any) -> Iterator[Finding]:
 
 
 def _about_start(recipe: Recipe) -> Iterator[Finding]:
-    """What the student's encoder begins with: at random it learns little from what a recipe of this size shows it."""
+    """A finding if the encoder starts from random weights: it learns little from as much as such a recipe shows it."""
     student = recipe.student
     if student.weights or student.init_from or student.encoder_init_from:
         return
-    what = f"student.encoder: {student.encoder} begins with random weights"
+    line = f"student.encoder: {student.encoder} begins with random weights"
     remedy = (
         'student.weights = "pretrained" (or a file), or student.encoder_init_from = "pocket"; published students begin '
         "with a pretrained encoder"
     )
     if recipe.train.freeze_encoder:
-        yield Finding("bad", f"{what}, and train.freeze_encoder keeps them random", remedy)
+        yield Finding("bad", f"{line}, and train.freeze_encoder keeps them random", remedy)
     else:
-        yield Finding("warn", what, remedy)
+        yield Finding("warn", line, remedy)
 
 
 def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None) -> Iterator[Finding]:
     size, patch = recipe.crops.size, recipe.crops.patch_size or recipe.crops.size
-    wanted = {f"teacher {name}": getattr(getattr(t, "card", None), "multiple", 1) for name, t in teachers}
-    for who, multiple in wanted.items():
+    multiples = {f"teacher {name}": getattr(getattr(t, "card", None), "multiple", 1) for name, t in teachers}
+    for who, multiple in multiples.items():
         for key, side in (("crops.size", size), ("crops.patch_size", patch)):
             if side % multiple:
                 yield Finding(
@@ -227,14 +227,14 @@ def _wait(device: torch.device) -> None:
 
 
 def _label_one(recipe: Recipe, images: Images, teachers: Any) -> tuple[Sample, float]:
-    """The last of one or two photos as a sample, and the seconds that it took; the first one warms up."""
+    """The last of two labelled photos as a sample, and the seconds that it took; the first one warms up."""
     device = build.device(recipe)
     sample, seconds = None, math.nan
     for photo in (images.photos * 2)[:2]:
-        before = time.perf_counter()
+        start = time.perf_counter()
         sample = label_photo(photo, teachers, crops=recipe.crops, labels=recipe.labels, seed=recipe.run.seed)
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     assert sample is not None
     return sample, seconds
 
@@ -243,82 +243,86 @@ def _about_labelling(
     recipe: Recipe, images: Images, sample: Sample, seconds: float, device: torch.device
 ) -> Iterator[Finding]:
     total = images.count * recipe.crops.crops_per_image
-    each = sum(len(data) for _, data in encode_sample(sample, codec=recipe.labels.codec))
-    maps = sum(1 + (0 if one.local is None else len(one.local)) for one in sample.labels.values())
+    sample_bytes = sum(len(data) for _, data in encode_sample(sample, codec=recipe.labels.codec))
+    maps = sum(1 + (0 if labels.local is None else len(labels.local)) for labels in sample.labels.values())
     if recipe.labels.online:
         yield Finding("ok", f"labels are made during training: {seconds:.2f} s per sample on one {device.type}")
         return
-    most = min(images.parts, PROCESSES[-1])
+    max_processes = min(images.parts, PROCESSES[-1])
     yield _time(
         f"labelling {images.most} {total} samples of {maps} maps at {1 / seconds:.2f} samples/s: ",
         total * seconds,
         device,
-        most,
+        max_processes,
         "more processes or cards, a smaller teacher, fewer crops.crops_per_image or images.limit",
     )
     if device.type != "cpu" and images.photos:
-        processor = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
-        yield scaling.finding("labelling", seconds, processor, scaling.cores(), recipe.labels.codec)
-    yield _disk("labels", build.labels_folder(recipe), total * each * SPARE, f"{each / 1e6:.2f} MB per sample")
+        cpu_seconds = scaling.labelling_seconds(images.photos[0], sample, recipe.crops, recipe.labels.codec)
+        yield scaling.finding("labelling", seconds, cpu_seconds, scaling.cores(), recipe.labels.codec)
+    yield _disk(
+        "labels", build.labels_folder(recipe), total * sample_bytes * SPARE, f"{sample_bytes / 1e6:.2f} MB per sample"
+    )
     if limit := recipe.labels.cache_gb * 1e9:
-        traffic = Traffic(tars=images.parts, samples=total, size=float(total * each), limit=limit)
+        traffic = Traffic(tars=images.parts, samples=total, size=float(total * sample_bytes), limit=limit)
         remedy = "raise labels.cache_gb: what is not kept here is fetched at every visit"
         level: Level = "ok" if traffic.fits else "warn"
         yield Finding(level, traffic.sentence, "" if traffic.fits else remedy)
 
 
 def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, device: torch.device) -> float:
-    """Seconds of one optimizer step without its data: forward, loss, backward; the first one warms up."""
+    """Seconds of one optimizer step without data loading: forward, loss, backward; a first one warms up."""
     if isinstance(student, LatentStudent):
         return _latent_step(recipe, student, sample, device)
-    plain = replace(recipe, loss=recipe.loss.without("feature"))  # a fraction of the time, with a second encoder
-    settings, objective = build.train_settings(recipe), build.make_objective(plain, student)
+    probe_recipe = replace(
+        recipe, loss=recipe.loss.without("feature")
+    )  # that term takes little time, and a second encoder
+    settings, objective = build.train_settings(recipe), build.make_objective(probe_recipe, student)
     assert not isinstance(objective, LatentTask)
     micro = max(1, settings.batch_size // settings.accumulate)
-    # The time grows with the batch, and memory may not bear the whole of it beside a teacher; a CPU is busy with one.
-    tried = min(micro, 1 if device.type == "cpu" else 4)
-    batch = collate([sample] * tried)
+    # Time scales with the batch, which may not fit in memory beside a teacher; one sample keeps a CPU busy.
+    probe_size = min(micro, 1 if device.type == "cpu" else 4)
+    batch = collate([sample] * probe_size)
     student.to(device).train()
     images, labels = batch.images.to(device), next(iter(batch.labels.values())).to(device)
     labels = meet_labels(labels, settings.kind)
     seconds = math.nan
     for _ in range(2):
-        before = time.perf_counter()
+        start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             pred = student(images)
         objective(pred.float(), labels)[0].mean().backward()
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     student.zero_grad(set_to_none=True)
-    return seconds * settings.batch_size / tried
+    return seconds * settings.batch_size / probe_size
 
 
 def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device: torch.device) -> float:
-    """The same of a latent network, half of whose images have ground truth; with its VAE, which a cache spares."""
+    """The same for a latent network, with ground truth for half of the images and with its VAE, which a cache saves."""
     settings = build.train_settings(recipe)
-    plain = replace(recipe, latent=replace(recipe.latent, cache=False))
-    task = build.make_objective(plain, student)
+    probe_recipe = replace(recipe, latent=replace(recipe.latent, cache=False))
+    task = build.make_objective(probe_recipe, student)
     assert isinstance(task, LatentTask)
-    tried = 2
-    batch = collate([sample] * tried)
+    probe_size = 2
+    batch = collate([sample] * probe_size)
     taught = []
     for row, truth in enumerate((True, False)):
         labels = meet_labels(next(iter(batch.labels.values())), settings.kind, True)
-        only = replace(labels, shared=labels.shared[row : row + 1], local=None, boxes=labels.boxes[row : row + 1])
-        only = replace(only, supervision=replace(only.supervision, truth=truth)).to(device)
-        taught.append(TaughtRows(torch.tensor([row], device=device), only, "probe"))
+        row_labels = replace(labels, shared=labels.shared[row : row + 1], local=None, boxes=labels.boxes[row : row + 1])
+        row_labels = replace(row_labels, supervision=replace(row_labels.supervision, truth=truth)).to(device)
+        taught.append(TaughtRows(torch.tensor([row], device=device), row_labels, "probe"))
     micro = MicroBatch(batch.keys, batch.images.to(device), tuple(taught), (0, 1), (False, False))
     student.to(device).train()
     if settings.gradient_checkpointing:
         student.set_grad_checkpointing()
     seconds = math.nan
     for _ in range(2):
-        before = time.perf_counter()
+        start = time.perf_counter()
         task(student, micro, precision=settings.precision).losses.mean().backward()
         _wait(device)
-        seconds = time.perf_counter() - before
+        seconds = time.perf_counter() - start
     student.zero_grad(set_to_none=True)
-    return seconds * settings.batch_size / tried
+    return seconds * settings.batch_size / probe_size
 
 
 def _about_training(
@@ -326,8 +330,8 @@ def _about_training(
 ) -> Iterator[Finding]:
     samples = images.learnt * recipe.crops.crops_per_image
     train = in_steps(recipe.train, max(1, round(samples * (1 - recipe.train.val_fraction))))
-    held = ", less those held out" if train.val_fraction else ""
-    epochs = f" ({train.epochs:g} epochs of {images.most} {samples} samples{held})" if train.epochs else ""
+    held_out = ", less those held out" if train.val_fraction else ""
+    epochs = f" ({train.epochs:g} epochs of {images.most} {samples} samples{held_out})" if train.epochs else ""
     max_processes = max([n for n in PROCESSES if train.batch_size % (n * train.accumulate) == 0], default=1)
     yield _time(
         f"training {train.steps} steps of {train.batch_size}{epochs} at {train.batch_size / seconds:.1f} images/s: ",
@@ -336,13 +340,13 @@ def _about_training(
         max_processes,
         "more processes or cards, a smaller student or crops.size, fewer train.steps",
     )
-    need = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
-    yield _disk("checkpoints", recipe.run.folder, need, f"{train.keep_last} kept, the best one and one being written")
+    needed = (train.keep_last + 2.0) * checkpoints.bytes_of(student)
+    yield _disk("checkpoints", recipe.run.folder, needed, f"{train.keep_last} kept, the best one and one being written")
     if isinstance(student, LatentStudent):
-        if own := latent.another_prediction(recipe, student):
+        if kind := latent.another_prediction(recipe, student):
             yield Finding(
                 "warn",
-                f"student.weights: by its scheduler the network predicts {own}, and is taught velocity, which it has "
+                f"student.weights: by its scheduler the network predicts {kind}, and is taught velocity, which it has "
                 "to learn anew: there is no trajectory to keep",
                 "take a base that predicts it (Stable Diffusion 2 or 2.1 of 768 pixels), or set latent.trajectory = 0",
             )
@@ -357,11 +361,11 @@ def _time(what: str, seconds: float, device: torch.device, most: int, remedy: st
 
 
 def _times(seconds: float, device: torch.device, max_processes: int) -> str:
-    """Hours of the device, and when 1, 2, 4 and 8 processes with one each would be done if they began now."""
+    """Device hours, and when 1, 2, 4 and 8 processes with one device each would finish if they started now."""
     ends = []
     for processes in (n for n in PROCESSES if n <= max(1, max_processes)):
-        took = timedelta(seconds=round(seconds / processes))
-        ends.append(f"{processes}: {took} (until {(datetime.now() + took):%Y-%m-%d %H:%M})")
+        duration = timedelta(seconds=round(seconds / processes))
+        ends.append(f"{processes}: {duration} (until {(datetime.now() + duration):%Y-%m-%d %H:%M})")
     return f"{seconds / 3600:.2f} {device.type.upper()}-hours; with processes {', '.join(ends)}"
 
 

@@ -1,4 +1,4 @@
-"""What checks of plug-ins are written with: the plug-in that is checked, and how a promise is found broken."""
+"""What the checks of plug-ins are written with: the plug-in under test, and how a broken contract is reported."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from distill.core.plugins import KINDS, find, short_name
 from distill.students.encoder import Encoder
 
 EXPECTED = (OSError, ValueError, LookupError)
-"""What a person's mistake may raise; everything else is a fault of the plug-in."""
+"""What a user's mistake may raise; any other exception is a fault of the plug-in."""
 
 
 class ContractError(AssertionError):
-    """A promise that a plug-in does not keep."""
+    """A plug-in breaks its contract."""
 
 
 class NotCheckedError(Exception):
-    """A promise that cannot be looked at with what was given; the message says what is missing."""
+    """A contract cannot be checked with the given arguments; the message says what is missing."""
 
 
 @dataclass
 class Subject:
-    """A plug-in to be checked. asked: its name or path. weights, options: of a teacher, or a decoder's options.
+    """A plug-in to be checked. asked: its name or path. weights: a teacher's. options: a teacher's or a decoder's.
 
-    folder: an empty one that nothing lies in.
+    folder: an empty folder.
     """
 
     kind: str
@@ -47,35 +47,35 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """Its own name: of a file that without folder and ending."""
+        """Its own name; for a file, without folder and suffix."""
         return short_name(self.asked)
 
     @cached_property
     def teacher(self) -> Any:
-        """The loaded teacher; without `weights` the one whose first card needs none but what is here."""
+        """The loaded teacher; without `weights`, its first card's, if they need no download."""
         weights = self.weights or self.module.CARDS[0].weights
         if not self.weights and weights not in ("none", "pocket"):
             raise NotCheckedError("needs weights: --weights PATH, and --set KEY=VALUE for options of load")
         return self.module.Teacher.load(weights, **self.options)
 
     def predict(self, images: torch.Tensor) -> DepthMap:
-        """The teacher's answer to images; noise is drawn from keys where it draws any."""
+        """The teacher's prediction for images; its noise, if any, is drawn from keys."""
         keys = {"keys": [f"key{i}" for i in range(len(images))]} if self.teacher.card.seeded else {}
         answer: DepthMap = self.teacher.predict(images, **keys)
         return answer
 
     @cached_property
     def encoder(self) -> Encoder:
-        """A tiny one with random weights."""
+        """A tiny encoder with random weights."""
         return Encoder("vit_tiny_patch16_224", blocks=[0, 1])
 
     @property
     def decoder(self) -> Any:
-        """A new decoder, narrow where it can be said how."""
-        given = {"in_channels": [self.encoder.channels] * 4, "patch_size": self.encoder.patch_size}
+        """A new decoder, narrow if its signature has an option for that."""
+        inputs = {"in_channels": [self.encoder.channels] * 4, "patch_size": self.encoder.patch_size}
         narrow = {"fusion_channels": 32, "channels": 16, "post_process_channels": [8, 8, 8, 8]}
-        taken = inspect.signature(self.module.Decoder).parameters
-        options = {key: value for key, value in (given | narrow).items() if key in taken} | dict(self.options)
+        parameters = inspect.signature(self.module.Decoder).parameters
+        options = {key: value for key, value in (inputs | narrow).items() if key in parameters} | dict(self.options)
         return self.module.Decoder(**options)
 
 
@@ -83,13 +83,13 @@ Contract = Callable[[Subject], None]
 
 
 def require(kept: object, broken: str) -> None:
-    """Raises ContractError, which says how it is broken, unless `kept`."""
+    """Raises ContractError with the message `broken` unless `kept` is true."""
     if not kept:
         raise ContractError(broken)
 
 
 def signature(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a function that is the schema of a recipe's keys; ContractError where it takes just any."""
+    """The parameters of a function, as the schema of a recipe's keys; ContractError if it takes *args or **kwargs."""
     parameters = inspect.signature(function).parameters
     loose = [p.name for p in parameters.values() if p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     require(not loose, f"{function.__qualname__} takes *{', *'.join(loose)}: no key could be told to be unknown")

@@ -1,10 +1,10 @@
-"""Folders as a model hub takes them: labels with a dataset card, a student with its own; checked without a network.
+"""Folders in a model hub's layout: labels with a dataset card, a student with a model card; checked without a network.
 
-Images travel only where their licence allows it. Where it does not, or says nothing, the tars hold maps and crops
-alone, and regions.jsonl names each image with what is needed to cut the same region again and hashes to know it by.
-What a licence allows is read off its words (`may_share`); the rule is ours, and no legal advice.
+Images are included only if their licence allows it. If it does not, or does not say, the tars hold only maps and crops,
+and regions.jsonl lists for each image what is needed to cut the same region again, and hashes to identify it. The
+licence is judged by its wording (`may_share`); the rule is ours, and no legal advice.
 
-A folder is written aside and renamed. Nothing is uploaded: `hf upload OWNER/NAME FOLDER` does that.
+A folder is written under a temporary name and renamed. Nothing is uploaded: `hf upload OWNER/NAME FOLDER` does that.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from distill.teachers import revision_of
 
 SUMS, LIST = "SHA256SUMS", REGIONS
 _LFS = ("*.tar", "*.safetensors", "*.onnx", "*.pt2")
-_SHARES = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
-_KEEPS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)
+_ALLOWS = re.compile(r"\bcc0|\bcc[ -]by\b|\bapache|\bmit\b|\bbsd|public domain|\bown\b", re.IGNORECASE)
+_FORBIDS = re.compile(r"research|academic|personal|\bnd\b|no deriv|not (be )?(shared|redistribut)", re.IGNORECASE)
 
 Images = Literal["auto", "include", "hashes"]
 
 
 def may_share(terms: str) -> bool:
-    """Whether the words of a licence of images name one that lets crops of them be passed on, and none that forbids."""
-    return bool(_SHARES.search(terms)) and not _KEEPS.search(terms)
+    """Whether the wording of an image licence names one that lets crops be redistributed, and none that forbids it."""
+    return bool(_ALLOWS.search(terms)) and not _FORBIDS.search(terms)
 
 
 # --- labels -----------------------------------------------------------------------------------------------------------
@@ -51,62 +51,61 @@ def may_share(terms: str) -> bool:
 def publish_labels(
     folder: Path, out: Path, *, images: Images = "auto", sources: Recipe | None = None, report: Report | None = None
 ) -> dict[str, Any]:
-    """Writes the finished labels in `folder` to `out`; returns what was done, in plain values.
+    """Writes the finished labels in `folder` to `out`; returns a summary in plain values.
 
-    images: "include" them, list them by "hashes", or "auto": what their licence allows. sources: a recipe whose images
-    these are, so that the list has the sha256 of each file too.
-    Raises ValueError for labels that are not whole, or an `out` that holds something, OSError where it cannot be
-    written.
+    images: "include" them, list them by "hashes", or "auto": what their licence allows. sources: a recipe with the same
+    images, which adds the sha256 of each image file to the list.
+    Raises ValueError for incomplete labels, or if `out` holds other files, OSError if it cannot be written.
     """
     if problems := shards.verify(folder, report=report):
         raise ValueError(f"{folder} is not whole: {problems[0]}; run distill verify {folder} --repair")
     manifest = shards.read_manifest(folder)
     shared = images == "include" or (images == "auto" and may_share(manifest["licence"]["images"] or ""))
-    # Where this machine keeps its photographs is nobody's business.
-    kept_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
-    listed = 0
+    # The paths of photographs on this machine stay private.
+    public_recipe = {key: value for key, value in manifest.get("recipe", {}).items() if key not in ("images", "run")}
+    num_listed = 0
     with _writing(out) as aside:
         if shared:
             for name in [shard["name"] for shard in manifest["shards"]]:
                 shutil.copyfile(folder / name, aside / name)
-                beside = Path(name).with_suffix(".json")
-                shutil.copyfile(folder / beside, aside / beside)
+                sidecar = Path(name).with_suffix(".json")
+                shutil.copyfile(folder / sidecar, aside / sidecar)
             if (folder / shards.SETTINGS).is_file():
                 shutil.copyfile(folder / shards.SETTINGS, aside / shards.SETTINGS)
         else:
-            known = _file_hashes(sources) if sources else {}
-            manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], known)
+            file_hashes = _file_hashes(sources) if sources else {}
+            manifest["shards"], lines = _without_images(folder, aside, manifest["shards"], file_hashes)
             files.write_text(aside / LIST, "".join(f"{json.dumps(line)}\n" for line in lines))
-            listed = len(lines)
-        shards.write_manifest(aside, {**manifest, "recipe": kept_recipe})
+            num_listed = len(lines)
+        shards.write_manifest(aside, {**manifest, "recipe": public_recipe})
         files.write_text(aside / "README.md", labels_card(manifest, name=out.name, shared=shared))
     return {
         "out": str(out),
         "samples": manifest["samples"],
         "images": "included" if shared else "hashes",
-        "listed": listed,
+        "listed": num_listed,
     }
 
 
 def _without_images(
     folder: Path, aside: Path, tars: list[dict[str, Any]], known: Mapping[str, str]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The tars again without their photographs; their entries in the manifest, and a line for each region."""
+    """Copies the tars without their photographs; their manifest entries, and a line for each region."""
     entries, lines = [], []
     for tar in tars:
         with tarfile.open(folder / tar["name"]) as old, tarfile.open(aside / tar["name"], "w") as new:
-            region = ""
+            digest = ""
             for member in old:
                 file = old.extractfile(member)
                 data = file.read() if file else b""
                 if member.name.endswith(".jpg"):
-                    region = hashlib.sha256(data).hexdigest()
+                    digest = hashlib.sha256(data).hexdigest()
                     continue
-                plain = tarfile.TarInfo(member.name)
-                plain.size = len(data)
-                new.addfile(plain, io.BytesIO(data))
+                info = tarfile.TarInfo(member.name)
+                info.size = len(data)
+                new.addfile(info, io.BytesIO(data))
                 if member.name.endswith(".json"):
-                    lines.append(_line(member.name.removesuffix(".json"), tar["name"], json.loads(data), region, known))
+                    lines.append(_line(member.name.removesuffix(".json"), tar["name"], json.loads(data), digest, known))
         path = aside / tar["name"]
         entries.append({**tar, "sha256": files.file_sha256(path), "bytes": path.stat().st_size})
     return entries, lines
@@ -120,7 +119,7 @@ def _line(key: str, tar: str, about: Mapping[str, Any], region: str, known: Mapp
 
 
 def _file_hashes(recipe: Recipe) -> dict[str, str]:
-    """The sha256 of each image's file, by its key, of those that lie on this machine."""
+    """The sha256 of every image file on this machine, by image key."""
     hashes: dict[str, str] = {}
     for source in input_shards(recipe):
         for entry in source.scan().entries:
@@ -133,14 +132,14 @@ def _file_hashes(recipe: Recipe) -> dict[str, str]:
 
 
 def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
-    """The dataset card: front matter for the hub, then what the labels are, by whom, how to stream and decode them."""
+    """The dataset card: front matter for the hub, then what the labels are, who made them, how to stream and decode."""
     _, _, body = labels_readme(manifest).removeprefix("---\n").partition("---\n")
     crops = manifest["settings"]["crops"]
     count = manifest["samples"]
     sizes = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M")
     size = sizes[min(len(sizes) - 1, max(0, len(str(max(1, count))) - 3))]
     teachers = [
-        f"| {teacher} | {card.get('revision', '-')} | {_yes(card.get('commercial'))} |"
+        f"| {teacher} | {card.get('revision', '-')} | {_permission(card.get('commercial'))} |"
         for teacher, card in manifest["teachers"].items()
     ]
     stream = [
@@ -151,7 +150,7 @@ def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
         "for sample in data:  # maps stay bytes: see Decoding",
         "    ...",
     ]
-    lacking = (
+    left_out = (
         "The photographs are not here, since their licence does not say that they may be passed on. "
         f"`{LIST}` has a line for each region: the image's key, its size in pixels, the square that was cut (`crop`: "
         "top, left, side, then resized to `size`), and hashes by which to know that it is the same (`region_sha256` of "
@@ -175,7 +174,7 @@ def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
             "",
             "What may be done with the labels follows from the teachers' and the images' licences together; this is "
             "what their authors state, and no legal advice.",
-            *("", "## Images", "", "The photographs' regions are in the tars (`KEY.jpg`)." if shared else lacking),
+            *("", "## Images", "", "The photographs' regions are in the tars (`KEY.jpg`)." if shared else left_out),
             *("", "## Streaming", "", "```python", *stream, "```", ""),
             '`datasets.load_dataset("OWNER/NAME", streaming=True)` works too. With the package that made them, '
             "`distill.shards.shards.LabelDataset(FOLDER)` is a dataset of decoded samples"
@@ -191,7 +190,7 @@ def labels_card(manifest: Mapping[str, Any], *, name: str, shared: bool) -> str:
     )
 
 
-def _yes(allowed: Any) -> str:
+def _permission(allowed: Any) -> str:
     return "unknown" if allowed is None else "allowed" if allowed else "not allowed"
 
 
@@ -199,9 +198,9 @@ def _yes(allowed: Any) -> str:
 
 
 def publish_student(folder: Path, out: Path) -> dict[str, Any]:
-    """Writes the student in `folder`, as it is, to `out` with a card that has its run's scores and costs.
+    """Writes the student in `folder`, unchanged, to `out` with a card that has its run's scores and costs.
 
-    Raises ValueError or OSError for what is no student, or an `out` that holds something.
+    Raises ValueError or OSError if `folder` holds no student, or if `out` holds other files.
     """
     about = checkpoint.describe(folder)
     student = checkpoint.load(folder) if about["encoder_weights"] is None else None
@@ -226,9 +225,9 @@ def publish_student(folder: Path, out: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _writing(out: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `out` with checksums and LFS rules, once it is checked.
+    """A folder to fill; once checked, it replaces `out`, with checksums and LFS rules added.
 
-    ValueError where `out` holds anything that was not published here.
+    Raises ValueError if `out` holds anything that was not published by this command.
     """
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SUMS).is_file())):
         raise ValueError(f"{out} is there and was not published by this command: give another folder")
@@ -236,15 +235,15 @@ def _writing(out: Path) -> Iterator[Path]:
         yield aside
         rules = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in _LFS)
         files.write_text(aside / ".gitattributes", rules)
-        named = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != ".gitattributes")
-        sums = "".join(f"{files.file_sha256(path)}  {path.relative_to(aside).as_posix()}\n" for path in named)
+        listed = sorted(path for path in aside.rglob("*") if path.is_file() and path.name != ".gitattributes")
+        sums = "".join(f"{files.file_sha256(path)}  {path.relative_to(aside).as_posix()}\n" for path in listed)
         files.write_text(aside / SUMS, sums)
         if faults := check(aside):
             raise ValueError(f"{out}: not published: {'; '.join(faults)}")
 
 
 def check(folder: Path) -> list[str]:
-    """What is wrong with a published folder: the card's front matter, checksums, and what is named and not there."""
+    """The faults of a published folder: its card's front matter, checksums, missing files, large ones not in LFS."""
     faults = []
     try:
         about = hub.card_metadata(folder / "README.md")

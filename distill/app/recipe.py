@@ -1,8 +1,8 @@
-"""Recipes: one TOML file is one experiment. A recipe's table is the settings class of the part that it is for.
+"""Recipes: one TOML file is one experiment. Each table of a recipe is the settings class of one part of the code.
 
-`--set train.steps=100` goes through the same strict reader (distill.app.strict). Defaults are the base; there is no
-inheritance between recipes. Options of plug-ins stay a table that is bound to the plug-in's signature when it is built.
-A command judges the tables that it uses (USES): a fault in [train] does not keep anybody from labelling.
+`--set train.steps=100` goes through the same strict reader (distill.app.strict). Recipes do not inherit from each
+other; missing keys have the defaults. Options of plug-ins stay a table, checked against the plug-in's signature when it
+is built. A command judges only the tables that it uses (USES): a fault in [train] does not prevent labelling.
 """
 
 from __future__ import annotations
@@ -37,15 +37,14 @@ USES = {
     "compare": ("run", "images", "teachers", "labels", "student", "compare"),
     "report": ("run",),
 }
-"""The tables that a command uses; one that is not named here uses all of them."""
+"""The tables that each command uses; a command not listed here uses all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """One experiment; every command takes the tables it needs.
 
-    unjudged: tables as they were given that have faults and that the command does not use; their settings here are the
-    defaults.
+    unjudged: faulty tables, as written, that the command does not use; the fields have the defaults instead.
     """
 
     run: RunSettings
@@ -64,12 +63,14 @@ class Recipe:
 
 
 def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """What tables say against each other, and which tables those are."""
+    """Contradictions between tables, each with the names of those tables."""
     faults: list[tuple[tuple[str, ...], str]] = []
-    for what, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
-        named = [table.alias_or_name for table in tables]
-        if twice := sorted({name for name in named if named.count(name) > 1}):
-            faults.append(((what,), f"{what} named twice: {', '.join(twice)}; give each an alias of its own"))
+    for table_name, tables in (("teachers", recipe.teachers), ("benchmarks", recipe.benchmarks)):
+        names = [table.alias_or_name for table in tables]
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            faults.append(
+                ((table_name,), f"{table_name} named twice: {', '.join(duplicates)}; give each an alias of its own")
+            )
     known = [teacher.alias_or_name for teacher in recipe.teachers]
     for i, images in enumerate(recipe.images):
         for name in (name for name in images.teachers if name not in known):
@@ -87,7 +88,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
             "which whoever loads the student must have"
         )
         faults.append((("student", "train"), line))
-    faults += _turn_faults(recipe)
+    faults += _augmentation_faults(recipe)
     faults += [(("student", "train"), line) for line in _kind_faults(student, train)]
     faults += [(("student", "latent", "train"), line) for line in _latent_faults(recipe)]
     metric = [name for s in (recipe.loss, recipe.loss.against_truth()) for name in s.weights if FACTS[name].is_metric]
@@ -106,7 +107,7 @@ def _contradictions(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _latent_faults(recipe: Recipe) -> list[str]:
-    """What [latent] and the student's network say against each other."""
+    """Contradictions between [latent] and the student's network."""
     student, latent, train, faults = recipe.student, recipe.latent, recipe.train, []
     if student.network != "one_step_unet":
         return ['[latent] is of student.network = "one_step_unet"'] if latent != LatentSettings() else []
@@ -125,8 +126,8 @@ def _latent_faults(recipe: Recipe) -> list[str]:
     return faults
 
 
-def _turn_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """What [crops] says against the augmentation of [train]."""
+def _augmentation_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
+    """Contradictions between [crops] and the augmentation of [train]."""
     crops, train, faults = recipe.crops, recipe.train, []
     if crops.width and train.random_resized_crop < 1.0:
         faults.append("train.random_resized_crop cuts squares, and crops.width regions that are none: leave one out")
@@ -136,11 +137,11 @@ def _turn_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
-    """What [labels] says against the images, or against itself."""
+    """Contradictions between [labels] and the images, or within [labels]."""
     faults: list[tuple[tuple[str, ...], str]] = []
-    bare = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
-    if bare:
-        line = f'images[{bare[0]}] has no ground truth, which labels.align = "truth" fits every label to'
+    without_truth = [i for i, images in enumerate(recipe.images) if recipe.labels.align and not images.may_have_truth]
+    if without_truth:
+        line = f'images[{without_truth[0]}] has no ground truth, which labels.align = "truth" fits every label to'
         faults.append((("images", "labels"), line))
     if recipe.labels.names and recipe.labels.online:
         line = "labels.names chooses among labels on disk: with labels.online = true give images.names"
@@ -149,7 +150,7 @@ def _label_faults(recipe: Recipe) -> list[tuple[tuple[str, ...], str]]:
 
 
 def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
-    """What is wrong between the kind that is learnt and the kind that the student's output can be."""
+    """Contradictions between train.kind and the kinds that the student can predict."""
     if student.network == "one_step_unet":
         fits = train.kind in ("affine_depth", "affine_disparity")
         return (
@@ -169,7 +170,7 @@ def _kind_faults(student: StudentSettings, train: TrainSettings) -> list[str]:
 def parse(table: Mapping[str, Any], *, where: str = "recipe", uses: Collection[str] | None = None) -> Recipe:
     """A Recipe from a nested table. Raises RecipeError with one line per fault, each beginning with `where`.
 
-    uses: the tables whose faults matter; None: all. A key that no table of this name has is a fault in any case.
+    uses: the tables whose faults count; None: all. An unknown top-level key is always a fault.
     """
     known = {f.name for f in fields(Recipe) if f.metadata.get("key", True)}
     unused = {key for key in table if uses is not None and key in known and key not in uses}
@@ -193,14 +194,14 @@ def _is_sound(key: str, value: Any) -> bool:
 def load(path: Path | str, overrides: Sequence[str] = (), *, command: str = "") -> Recipe:
     """The recipe `path`, a file or a shipped one's name, with `overrides` ("train.steps=100"). Raises RecipeError.
 
-    command: the verb it is read for, which is spared the faults of tables that it does not use.
+    command: the verb it is read for; faults of tables that it does not use are ignored.
     """
     file = locate(path)
     return trusted(parse(_from_home(read_toml(file, overrides)), where=str(file), uses=USES.get(command)))
 
 
 def trusted(recipe: Recipe) -> Recipe:
-    """The recipe, once students' folders may name its decoder's file: somebody runs it, and does not only read it."""
+    """Returns the recipe, after allowing its decoder's file to be run: the user runs this recipe, not only reads it."""
     if is_path(recipe.student.decoder):
         allow(recipe.student.decoder)
     return recipe
@@ -212,25 +213,27 @@ _PATHS = {
     "images": ("pairs", "names"),
     "benchmarks": ("root", "list", "prior"),
 }
-"""Keys whose "~" nobody else reads; the other paths keep theirs, which is part of the address of labels."""
+"""Keys whose "~" only this module expands; other paths keep theirs, which is part of the labels' address."""
 
 
 def _from_home(table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with "~/data" as the folder below the home directory that it means, not one that is called "~"."""
+    """The table with a leading "~/" in these paths expanded to the home directory."""
 
     def expanded(value: Any, keys: Sequence[str]) -> Any:
         if isinstance(value, list):
             return [expanded(item, keys) for item in value]
         if not isinstance(value, Mapping):
             return value
-        found = {key: value[key] for key in keys if isinstance(value.get(key), str) and value[key].startswith("~/")}
-        return {**value, **{key: str(Path(text).expanduser()) for key, text in found.items()}}
+        home_paths = {
+            key: value[key] for key in keys if isinstance(value.get(key), str) and value[key].startswith("~/")
+        }
+        return {**value, **{key: str(Path(text).expanduser()) for key, text in home_paths.items()}}
 
     return {name: expanded(value, _PATHS.get(name, ())) for name, value in table.items()}
 
 
 def as_table(settings: Any) -> dict[str, Any]:
-    """The resolved recipe, or one table of it, as plain tables, defaults included: what is saved and hashed."""
+    """The resolved recipe, or one of its tables, as plain tables with defaults: what is saved and hashed."""
     table = typing.cast(dict[str, Any], plain(settings))
     return table | dict(settings.unjudged) if isinstance(settings, Recipe) else table
 
@@ -241,12 +244,12 @@ def dumps(recipe: Recipe) -> str:
 
 
 def differences(recipe: Recipe, run: Path) -> list[str]:
-    """The keys whose values differ from those that the run's folder keeps; nothing where it keeps none."""
+    """The keys whose values differ from the recipe saved in the run's folder; empty if none is saved."""
     try:
-        kept = read_toml(run / "recipe.toml")
+        saved = read_toml(run / "recipe.toml")
     except (RecipeError, OSError):
         return []
-    now, before = _leaves(as_table(recipe)), _leaves(kept)
+    now, before = _leaves(as_table(recipe)), _leaves(saved)
     return [key for key in now if key in before and now[key] != before[key]]
 
 

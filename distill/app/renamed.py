@@ -1,5 +1,5 @@
-"""Keys of recipes that had another name once. A recipe that has one is told the new name; labels and students that were
-made with one are read.
+"""Former names of recipe keys. A recipe that uses one gets a fault with the new name; recipes stored with labels and
+students are still read.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ RENAMED_VALUES = {("labels.store", "own"): "as_is", ("labels.sky", "own"): "teac
 
 
 def with_current_keys(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe that labels or a student were made with, as a nested table with the present names."""
+    """A recipe that labels or a student were made with, as a nested table with current names."""
     table = copy.deepcopy(dict(recipe))
     for old, new in RENAMED.items():
         name, _, key = old.partition(".")
         for part in _parts(table, name):
             if key in part:
                 part[new.partition(".")[2]] = part.pop(key)
-    for (path, value), today in RENAMED_VALUES.items():
+    for (path, value), new_value in RENAMED_VALUES.items():
         name, _, key = path.partition(".")
         for part in _parts(table, name):
             if part.get(key) == value:
-                part[key] = today
+                part[key] = new_value
     return table
 
 

@@ -1,9 +1,9 @@
-"""Mending a labels folder: what is bad is set aside and labelled again, from the recipe in the folder's manifest.
+"""Repairs a labels folder: bad files are set aside and labelled again, with the recipe in the folder's manifest.
 
-That recipe is run only where its owner is known to have run it here (trusted_recipes.py), or says that it may be.
+That recipe is run only if it is known to have been run here (trusted_recipes.py), or if the user allows it.
 
-The unit is a tar with its json, the smallest thing whose bytes can be made again exactly: which crops shared a batch
-is part of what a network answers, to the last bit. A json beside a good tar takes no teacher: it is made from the tar.
+The unit is a tar with its json, the smallest thing whose bytes can be reproduced exactly: a network's output depends,
+to the last bit, on which crops shared a batch. The json of a good tar needs no teacher: it is rebuilt from the tar.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ BAD = ".bad"
 
 
 def recipe_of(folder: Path) -> Recipe:
-    """The recipe that a labels folder was made with: its manifest's, or where that is damaged, the run's around it.
+    """The recipe that a labels folder was made with: its manifest's or, if that is damaged, that of the run it lies in.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there is none.
     """
     try:
         table: dict[str, Any] = read_manifest(folder, whole=False).get("recipe") or {}
     except DamagedTableError as error:
-        beside = folder.parent.parent / "recipe.toml"
-        if not beside.is_file():
-            said = str(error).partition(";")[0]
-            raise ValueError(f"{said}, and the recipe in it cannot be read: give your own with --recipe") from error
-        return load(beside, command="label")
+        run_recipe = folder.parent.parent / "recipe.toml"
+        if not run_recipe.is_file():
+            message = str(error).partition(";")[0]
+            raise ValueError(f"{message}, and the recipe in it cannot be read: give your own with --recipe") from error
+        return load(run_recipe, command="label")
     if not table:
         raise ValueError(
             f"{folder / MANIFEST} has no recipe, since these labels were not made by `distill label`: remove the bad "
@@ -59,28 +59,28 @@ def repair(
     relabel: Callable[[Recipe, Path], object] = _label_again,
     report: Report | None = None,
 ) -> list[str]:
-    """Verify, set bad tars aside, label them again, verify what is new; returns the names of what was made again.
+    """Verifies, sets bad tars aside, labels them again, verifies the result; returns the names of the files made again.
 
-    A bad tar stays as NAME.bad until its place is filled, so that a repair that is interrupted has lost nothing that
-    was good; rerun the same command to resume. A tar that is no part of these labels is somebody's: it stays as
-    NAME.bad, which readers pass over, and a line says so. recipe: what to label with instead of the manifest's;
-    trusted: run the manifest's, though it was never run here. No mirror hears of it.
+    A bad tar stays as NAME.bad until its replacement is there, so an interrupted repair has lost nothing that was good;
+    rerun the same command to resume. A tar that does not belong to these labels is not deleted: it stays as NAME.bad,
+    which readers ignore, and a line says so. recipe: what to label with instead of the manifest's; trusted: run the
+    manifest's, even if it was never run here. Mirrors are not updated.
 
-    Raises ValueError where the folder is still not whole, and what labelling raises: RunLockedError where a run holds
-    the folder, ValueError where images or teachers are not what they were.
+    Raises ValueError if the folder is still not whole, and what labelling raises: RunLockedError if a run holds the
+    folder, ValueError if images or teachers have changed.
     """
     folder = Path(folder)
     old = folder / f"{MANIFEST}{BAD}"
     if old.is_file() and not (folder / MANIFEST).is_file():
         old.replace(folder / MANIFEST)  # an earlier repair was interrupted
-    made: list[str] = []
-    # A manifest that is made again says of its tars what their json says: only then can the tars be looked at.
+    remade: list[str] = []
+    # A rebuilt manifest takes its facts from the json files: only then can the tars be verified, in a second pass.
     for _ in range(2):
         problems = _problems(folder, report)
-        made += (mended := _mended(folder, problems))
+        remade += (mended := _repaired_in_place(folder, problems))
         problems = {name: lines for name, lines in problems.items() if name not in mended}
         if not problems and not list(folder.glob(f"*{BAD}")):
-            return list(dict.fromkeys(made))
+            return list(dict.fromkeys(remade))
         chosen = recipe or recipe_of(folder)
         if recipe is None and not trusted and not trusted_recipes.known(as_table(chosen)):
             note(dumps(chosen))
@@ -91,33 +91,33 @@ def repair(
         with run_lock(folder, rank=0, world=1):
             _set_aside(folder, problems)
         relabel(chosen, folder)
-        made += [name or MANIFEST for name in problems]
+        remade += [name or MANIFEST for name in problems]
         if "" not in problems:
             break
-    left = find_problems(folder)
-    if left:
-        raise ValueError(f"{folder} is still not whole: {next(iter(left.values()))[0]}")
-    ours = {MANIFEST, SETTINGS}
+    remaining = find_problems(folder)
+    if remaining:
+        raise ValueError(f"{folder} is still not whole: {next(iter(remaining.values()))[0]}")
+    own_files = {MANIFEST, SETTINGS}
     for shard in read_manifest(folder)["shards"]:
-        ours |= {shard["name"], shard["name"].replace(".tar", ".json")}
+        own_files |= {shard["name"], shard["name"].replace(".tar", ".json")}
     for path in folder.glob(f"*{BAD}"):
-        if path.name.removesuffix(BAD) in ours:
+        if path.name.removesuffix(BAD) in own_files:
             path.unlink()
-    for name in (name for name in made if name not in ours):
+    for name in (name for name in remade if name not in own_files):
         note(f"{folder / name} is no part of these labels: set aside as {name}{BAD}")
-    return list(dict.fromkeys(name for name in made if name in ours))
+    return list(dict.fromkeys(name for name in remade if name in own_files))
 
 
 def _problems(folder: Path, report: Report | None) -> dict[str, list[str]]:
-    """What `find_problems` finds; where the manifest cannot be read, that alone."""
+    """What `find_problems` returns; if the manifest cannot be read, that alone."""
     try:
         return find_problems(folder, report=report)
     except DamagedTableError as error:
         return {"": [str(error)]}
 
 
-def _mended(folder: Path, problems: Collection[str]) -> list[str]:
-    """Which of the bad files could be put right from what lies beside them: no recipe is needed then."""
+def _repaired_in_place(folder: Path, problems: Collection[str]) -> list[str]:
+    """Rebuilds the bad json files whose tar is good, without a recipe; their names."""
     if "" in problems or not (folder / MANIFEST).is_file():
         return []
     tars = {shard["name"].replace(".tar", ".json"): shard for shard in read_manifest(folder)["shards"]}
@@ -126,7 +126,7 @@ def _mended(folder: Path, problems: Collection[str]) -> list[str]:
 
 
 def _set_aside(folder: Path, problems: Collection[str]) -> None:
-    """Give what is bad another name: a tar with its json, for it is labelled again; a json alone is made from its tar.
+    """Renames bad files: a tar with its json, since both are made again; a json alone, to be rebuilt from its tar.
 
     The manifest stays beside such a json: it says whether the tar is the one that was written.
     """

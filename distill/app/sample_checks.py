@@ -1,4 +1,4 @@
-"""What `distill doctor` says of samples that training would refuse after all are labelled: too few, or no camera."""
+"""Checks of `distill doctor` for samples that training would refuse once all are labelled: too few, or no camera."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from distill.core.findings import Finding
 from distill.data.photos import BadImageError
 
 TRIED = 5
-"""Images of a source that are read in search of one that can be."""
+"""Images of a source that are tried until one can be read."""
 
 
 def about_samples(recipe: Recipe, images: Images) -> Iterator[Finding]:
-    """images: what the sources hold, whose number says nothing where they were not counted to the last."""
-    train, each = recipe.train, recipe.crops.crops_per_image
+    """images: what the sources hold; their number is checked only if every source was scanned completely."""
+    train, per_image = recipe.train, recipe.crops.crops_per_image
     if images.scanned:
-        # At least one image is held out (of the idle ones, maybe); more by their names' hashes, which no count knows.
-        most = each * (images.learnt - (train.val_fraction > 0 and images.count > 1 and not images.idle))
-        if most < train.batch_size:
-            learnt = f"{images.learnt} images" + " whose images.weight is above 0" * images.idle
+        # At least one image is held out (maybe an idle one); how many more, hashes of their names decide.
+        max_samples = per_image * (images.learnt - (train.val_fraction > 0 and images.count > 1 and not images.idle))
+        if max_samples < train.batch_size:
+            described = f"{images.learnt} images" + " whose images.weight is above 0" * images.idle
             yield Finding(
                 "bad",
-                f"train.batch_size = {train.batch_size}, and {learnt} make at most {most} training samples",
+                f"train.batch_size = {train.batch_size}, and {described} make at most {max_samples} training samples",
                 "lower train.batch_size, give more images, or raise crops.crops_per_image",
             )
     if recipe.student.canonical_focal:
@@ -34,7 +34,9 @@ def about_samples(recipe: Recipe, images: Images) -> Iterator[Finding]:
 def _without_camera(recipe: Recipe) -> Iterator[Finding]:
     shards = input_shards(recipe)
     for number in range(len(recipe.images)):
-        entries = next((scan.entries for one in shards if one.source == number and (scan := one.scan()).entries), ())
+        entries = next(
+            (scan.entries for shard in shards if shard.source == number and (scan := shard.scan()).entries), ()
+        )
         for entry in entries[:TRIED]:
             try:
                 focal = entry.load().focal

@@ -1,8 +1,7 @@
-"""What more GPUs of one machine would do, from a probe on one: whichever runs short first, the cards or the cores.
+"""What more GPUs in one machine would bring, from a probe on one: either the GPUs or the CPU cores are the bottleneck.
 
-A card brings work to a rate of its own; reading, cutting and encoding are the processor's. With n cards the rate is
-the smaller of n / (card's seconds) and cores / (processor's seconds): an upper bound, for it knows of no waiting,
-no disk and no network.
+A GPU has a rate of its own; reading, cutting and encoding run on the CPU. With n GPUs the rate is the smaller of
+n / (GPU seconds) and cores / (CPU seconds) per sample: an upper bound, which ignores waiting, disk and network.
 """
 
 from __future__ import annotations
@@ -27,32 +26,32 @@ def cores() -> int:
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
-    before = time.process_time()
+    start = time.process_time()
     work()
-    return time.process_time() - before
+    return time.process_time() - start
 
 
 def labelling_seconds(photo: Photo, sample: Sample, crops: CropSettings, codec: str) -> float:
-    """Seconds of one core that a sample costs beside the teachers: cutting and encoding, of a photo that is decoded."""
+    """CPU seconds of a sample besides the teachers: cutting and encoding, the photo being decoded already."""
     return _processor_seconds(lambda: (prepare(photo, crops=crops), encode_sample(sample, codec=codec)))
 
 
 def reading_seconds(sample: Sample, codec: str, teachers: Sequence[str]) -> float:
-    """Seconds of one core that reading a sample from its shard costs a training."""
+    """CPU seconds that training spends on reading a sample from its shard."""
     members = {name.removeprefix(f"{sample.key}."): data for name, data in encode_sample(sample, codec=codec)}
     return _processor_seconds(lambda: decode_sample(members, where="probe", teachers=teachers[:1], coded=True))
 
 
 def rates(card: float, processor: float, cores: int, gpus: Sequence[int] = GPUS) -> list[tuple[int, float, bool]]:
-    """(GPUs, samples/s, whether the cores are what is short) from the seconds that a sample takes each."""
+    """(GPUs, samples/s, whether the cores are the bottleneck) from the GPU and CPU seconds per sample."""
     by_cores = cores / processor if processor > 0 else math.inf
     return [(n, min(n / card, by_cores), by_cores < n / card) for n in gpus]
 
 
 def finding(what: str, card: float, processor: float, cores: int, codec: str) -> Finding:
-    """One line of doctor: the rate on 1, 2, 4 and 8 cards, and from how many on cores run short.
+    """One line of doctor: the rate on 1, 2, 4 and 8 GPUs, and from which number on the cores are the bottleneck.
 
-    card, processor: seconds of a card and of a core that one sample takes. cores: of this machine. codec: the labels'.
+    card, processor: GPU and CPU seconds per sample. cores: of this machine. codec: the labels'.
     """
     table_rows = rates(card, processor, cores)
     table = ", ".join(f"{n}: {rate:.1f}" for n, rate, _ in table_rows)
@@ -61,8 +60,8 @@ def finding(what: str, card: float, processor: float, cores: int, codec: str) ->
     short = next((n for n, _, starved in table_rows if starved), None)
     if short is None:
         return Finding("ok", line)
-    wanted = math.ceil(short / card * processor)
+    needed_cores = math.ceil(short / card * processor)
     if short > 1:
         return Finding("ok", f"{line}; from {short} on the cores run short")
     cheaper = "" if codec == "zst" else ', and labels.codec = "zst" needs fewer'
-    return Finding("warn", f"{line}; from 1 on the cores run short", f"{wanted} cores keep 1 busy{cheaper}")
+    return Finding("warn", f"{line}; from 1 on the cores run short", f"{needed_cores} cores keep 1 busy{cheaper}")

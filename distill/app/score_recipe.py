@@ -1,4 +1,4 @@
-"""What `distill score` does: every model of a recipe on every benchmark, predicted, stored, scored and told."""
+"""What `distill score` does: predict, store and score every model of a recipe on every benchmark, show the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distill.eval.reports.tables import as_text, grid
 from distill.eval.settings import BenchmarkSettings
 
 COST = "cost.json"
-"""What predicting cost, beside the maps that were predicted."""
+"""The file beside the predicted maps that says what predicting them cost."""
 
 
 def score_all(recipe: Recipe) -> list[scoring.Score]:
@@ -32,13 +32,13 @@ def score_all(recipe: Recipe) -> list[scoring.Score]:
     for spec in recipe.benchmarks:
         protocol, samples = build.benchmark(spec)
         scored = models(spec)
-        taught_by = [name for name, _ in scored if name != "student"]
+        teacher_names = [name for name, _ in scored if name != "student"]
         for name, teacher in scored + prior_of(spec):
-            made, lines = _score_model(recipe, spec, name, teacher, samples, protocol)
-            results += made
+            scores, lines = _score_model(recipe, spec, name, teacher, samples, protocol)
+            results += scores
             remarks += lines
         if recipe.score.student:
-            for name in taught_by:
+            for name in teacher_names:
                 _fidelity(recipe, spec.alias_or_name, name, samples, protocol)
     _show(recipe, results)
     for line in remarks + _scale_errors(results):
@@ -47,14 +47,14 @@ def score_all(recipe: Recipe) -> list[scoring.Score]:
 
 
 class _Priors:
-    """The plane that is scored beside the models, benchmark by benchmark; the default is the same for all of them."""
+    """The plane that is scored beside the models on each benchmark; the default plane is fitted once and shared."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.wanted = recipe.score.plane_prior
         self._fitted: dict[tuple[str, ...], Any] = {}
 
     def __call__(self, spec: BenchmarkSettings) -> list[tuple[str, Any]]:
-        """Its name and itself, or nothing where there is none."""
+        """Its name and the plane; empty if there is none."""
         if not self.wanted:
             return []
         fitted_on = (spec.name, spec.root, spec.prior) if spec.prior else ()
@@ -73,7 +73,7 @@ def _score_model(
     samples: Sequence[BenchmarkSample],
     protocol: Protocol,
 ) -> tuple[list[scoring.Score], list[str]]:
-    """The scores of a model on a benchmark (two with `edges`), written; and lines about what could not be scored."""
+    """The scores of a model on a benchmark (two with `edges`), once written; and lines on images without a score."""
     slug = name.replace(" ", "_")
     store = recipe.run.folder / "predictions" / slug / spec.alias_or_name
     cost = _predict(recipe, spec, name, teacher, samples, store)
@@ -87,7 +87,7 @@ def _score_model(
         scores.append(scoring.score(store, None, samples, protocol.of_edges(), model=name))
         scoring.write_scores(scores[1], recipe.run.folder / "scores" / f"{spec.alias_or_name}.edges--{slug}.json")
     left_out = [f"{name} on {spec.alias_or_name}: {result.left_out}"] if result.left_out else []
-    return scores, left_out + _lost(result, samples, store)
+    return scores, left_out + _failed_images(result, samples, store)
 
 
 def _show(recipe: Recipe, results: Sequence[scoring.Score]) -> None:
@@ -108,29 +108,29 @@ def _show(recipe: Recipe, results: Sequence[scoring.Score]) -> None:
 
 
 def _scale_errors(results: Sequence[scoring.Score]) -> list[str]:
-    """A line for every model whose metres were scored as they are."""
+    """A line for every model whose metric depth was scored without alignment."""
     return [
-        f"{one.model} on {one.benchmark}: scale error {one.scale_error:.4f}, without alignment"
-        for one in results
-        if one.scale_error is not None
+        f"{result.model} on {result.benchmark}: scale error {result.scale_error:.4f}, without alignment"
+        for result in results
+        if result.scale_error is not None
     ]
 
 
 def _predict(
     recipe: Recipe, spec: BenchmarkSettings, name: str, teacher: Any, samples: Sequence[BenchmarkSample], store: Path
 ) -> dict[str, Any] | None:
-    """Predicts and stores what is missing of one model; what that cost, or did when the maps were made, if known."""
+    """Predicts and stores a model's missing maps; returns the cost, or the stored cost of earlier maps, if known."""
     settings = {
         "weights": teacher.card.weights,
         "revision": teacher.card.revision,
         "benchmark": spec.alias_or_name,
         **prediction_settings(recipe, name, spec),
     }
-    kept = store / COST
+    cost_file = store / COST
     try:
-        before = dict(json.loads(kept.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is only measured again
-        before = None
+        summary = dict(json.loads(cost_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):  # none yet, or damaged: it is measured again
+        summary = None
     cost = Cost()
     used = how_used(recipe, name, teacher, spec)
     with progress(f"predict {spec.alias_or_name} {name}") as report:
@@ -138,38 +138,38 @@ def _predict(
             cost.timed(cost.of(teacher)), samples, store, settings=settings, used=used, report=report, tell=note
         )
     if done:
-        before = cost.summary(before)
-        files.write_json(kept, before)
-    return before
+        summary = cost.summary(summary)
+        files.write_json(cost_file, summary)
+    return summary
 
 
 def _fidelity(
     recipe: Recipe, benchmark: str, teacher: str, samples: Sequence[BenchmarkSample], protocol: Protocol
 ) -> None:
-    """Writes how far the student is from a teacher, RUN/fidelity/BENCHMARK--TEACHER.json, and says it in a line."""
+    """Writes the student's distance to a teacher to RUN/fidelity/BENCHMARK--TEACHER.json, and prints it in a line."""
     predictions = recipe.run.folder / "predictions"
-    theirs = predictions / teacher.replace(" ", "_") / benchmark
-    found = fidelity(predictions / "student" / benchmark, theirs, samples, protocol)
-    if found is None:
+    teacher_maps = predictions / teacher.replace(" ", "_") / benchmark
+    measures = fidelity(predictions / "student" / benchmark, teacher_maps, samples, protocol)
+    if measures is None:
         return
     path = recipe.run.folder / "fidelity" / f"{benchmark}--{teacher.replace(' ', '_')}.json"
-    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **found})
+    files.write_json(path, {"benchmark": benchmark, "student": "student", "teacher": teacher, **measures})
     note(
-        f"  {benchmark}: student against {teacher}: AbsRel {found['abs_rel']:.3f}, delta1 {found['delta1']:.3f}, "
-        f"boundary F1 {found['boundary_f1']:.3f}"
+        f"  {benchmark}: student against {teacher}: AbsRel {measures['abs_rel']:.3f}, delta1 {measures['delta1']:.3f}, "
+        f"boundary F1 {measures['boundary_f1']:.3f}"
     )
 
 
-def _lost(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
-    """Which images could not be scored, why, and what to do; nothing where all could."""
-    files = [
+def _failed_images(result: scoring.Score, samples: Sequence[BenchmarkSample], store: Path) -> list[str]:
+    """Which images could not be scored, why, and what to do; empty if all could."""
+    failures = [
         f"  {store / sample.prediction_path}: {image.problem}"
         for sample, image in zip(samples, result.images, strict=True)
         if image.failed
     ]
-    if not files:
+    if not failures:
         return []
-    count = f"{len(files)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
-    more = [f"  and {len(files) - 20} more"] if len(files) > 20 else []
-    way_out = "  fix the benchmark's files that are named, delete the maps that are, and score again"
-    return [f"{count}; no mean", *files[:20], *more, way_out]
+    count = f"{len(failures)} of {len(samples)} images of {result.benchmark} could not be scored for {result.model}"
+    omitted = [f"  and {len(failures) - 20} more"] if len(failures) > 20 else []
+    remedy = "  fix the benchmark's files that are named, delete the maps that are, and score again"
+    return [f"{count}; no mean", *failures[:20], *omitted, remedy]

@@ -1,7 +1,7 @@
-"""Who is scored, and how it is asked: a teacher that is scored is not asked as one that labels crops.
+"""Which models are scored, and with which options: a teacher is scored with other options than it labels crops with.
 
-Its options are `options` without the resizing that was made for crops, then what the benchmark says (Marigold's family
-works at other sizes on other benchmarks), then its `score_options`.
+They are `options` without the resizing that was set for crops, then what the benchmark sets (Marigold's family works at
+other sizes on other benchmarks), then the teacher's `score_options`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from distill.labelling.run import TRUTH
 from distill.teachers._settings import TeacherSettings
 
 USED = ("resize", "native_size", "steps", "ensemble")
-"""What a teacher says of how it works, where it has it."""
+"""Attributes by which a teacher says how it works, if it has them."""
 
 
 def options_on(spec: TeacherSettings, benchmark: BenchmarkSettings) -> dict[str, Any]:
     """The options of `load` with which a teacher is scored on a benchmark."""
     plugin = find("distill.teachers", spec.name)
     added: dict[str, Any] = {}
-    # The latent-diffusion family shares these keywords; of it, those that draw noise have more than one step to take.
+    # Only latent-diffusion teachers take `steps`; of them, only those that draw noise can take more than one step.
     if benchmark.processing_size >= 0 and "steps" in inspect.signature(plugin.Teacher.load).parameters:
         added["native_size"] = benchmark.processing_size
     if plugin.CARDS[0].seeded:
@@ -36,10 +36,10 @@ def options_on(spec: TeacherSettings, benchmark: BenchmarkSettings) -> dict[str,
 
 
 class Models:
-    """The student and the teachers of a recipe, loaded when they are first asked for, and again for other options."""
+    """The student and the teachers of a recipe, loaded on first use, and loaded again for other options."""
 
     def __init__(self, recipe: Recipe) -> None:
-        """Raises FileNotFoundError without a student to score, RecipeError for options that a teacher has not."""
+        """Raises FileNotFoundError if there is no student to score, RecipeError for options that no teacher takes."""
         self.recipe, self.on = recipe, build.device(recipe)
         self.folder = recipe.run.folder / "train" / "student"
         if recipe.score.student and not self.folder.is_dir():
@@ -52,7 +52,7 @@ class Models:
         self._loaded: dict[str, tuple[dict[str, Any], Any]] = {}
 
     def __call__(self, benchmark: BenchmarkSettings) -> list[tuple[str, Any]]:
-        """(name, teacher) of everything that is scored on this benchmark."""
+        """(name, teacher) of every model that is scored on this benchmark."""
         models: list[tuple[str, Any]] = []
         if self.recipe.score.student:
             models.append(("student", self._student()))
@@ -66,22 +66,22 @@ class Models:
     def _teacher(self, spec: TeacherSettings, benchmark: BenchmarkSettings) -> Any:
         name, options = f"teacher {spec.alias_or_name}", options_on(spec, benchmark)
         if name not in self._loaded or self._loaded[name][0] != options:
-            self._loaded.pop(name, None)  # before the next one takes its memory
+            self._loaded.pop(name, None)  # frees its memory before the next one is loaded
             self._loaded[name] = (options, teaching.load_teacher(spec, on=self.on, options=options))
         return self._loaded[name][1]
 
 
 def prediction_settings(recipe: Recipe, model: str, benchmark: BenchmarkSettings) -> dict[str, Any]:
-    """What a model's stored predictions depend on besides its weights: its options and dtype, where not the default."""
+    """What a model's stored predictions depend on besides its weights: non-default options and dtype, plug-in files."""
     spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
-    asked: dict[str, Any] = {"options": options_on(spec, benchmark), "dtype": spec.dtype} if spec else {}
-    asked["files"] = file_hashes([spec.name if spec else recipe.student.decoder])
-    return {key: value for key, value in asked.items() if value not in ({}, "float32")}
+    settings: dict[str, Any] = {"options": options_on(spec, benchmark), "dtype": spec.dtype} if spec else {}
+    settings["files"] = file_hashes([spec.name if spec else recipe.student.decoder])
+    return {key: value for key, value in settings.items() if value not in ({}, "float32")}
 
 
 def how_used(recipe: Recipe, model: str, teacher: Any, benchmark: BenchmarkSettings) -> Mapping[str, Any]:
-    """How a model works in effect, defaults included: what a paper's number is compared by (eval.papers)."""
+    """How a model effectively works, defaults included; eval.papers compares it with what a paper's row was made by."""
     spec = next((t for t in recipe.teachers if t.alias_or_name == model), None)
-    effect = {key: getattr(teacher, key) for key in USED if hasattr(teacher, key)}
-    effect |= {"root": benchmark.root} if benchmark.root else {}
-    return {"benchmark": benchmark.name, "dtype": spec.dtype if spec else "float32", **effect}
+    attributes = {key: getattr(teacher, key) for key in USED if hasattr(teacher, key)}
+    attributes |= {"root": benchmark.root} if benchmark.root else {}
+    return {"benchmark": benchmark.name, "dtype": spec.dtype if spec else "float32", **attributes}

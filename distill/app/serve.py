@@ -1,12 +1,12 @@
-"""A page on this machine that shows depth: a photo in, the map beside it, files to take along.
+"""A local web page that shows depth: drop in a photo, see the map beside it, download files.
 
-Python's own server and one page (assets/serve.html) do: Gradio 6 brings two dozen packages, and holds Pillow below the
-version that this project is tested with. It listens on this machine alone unless told otherwise, keeps the last few
-results in memory and writes nothing.
+Python's own server and one page (assets/serve.html) suffice: Gradio 6 brings two dozen packages, and holds Pillow
+below the version that this project is tested with. The server listens on this machine alone unless told otherwise,
+keeps the last few results in memory and writes nothing.
 
     GET /                      the page
     POST /predict?fov=         an image file's bytes -> {"id", "width", "height", "kind", "seconds", "takes_fov"}; fov:
-                               of the camera, which the metres of some models depend on
+                               the camera's, on which the metric depth of some models depends
     GET /ID/colour.png?cmap=   the map in colours; /ID/depth.png, /ID/depth.npy, /ID/depth.glb?fov=, /ID/view.html?fov=
 """
 
@@ -33,9 +33,9 @@ from distill.inference.api import Depth, Model
 from distill.inference.solid import FOV
 
 MOST_BYTES = 64 << 20
-"""A photo's file may have so many bytes."""
+"""The largest photo file, in bytes."""
 KEPT = 8
-"""Results that stay in memory."""
+"""The number of results that stay in memory."""
 TYPES = {
     ".png": "image/png",
     ".npy": "application/octet-stream",
@@ -45,20 +45,20 @@ TYPES = {
 
 
 class DepthServer(ThreadingHTTPServer):
-    """Answers for one model; `results` are the last maps by their number.
+    """Serves one model; `results` are the last maps by id.
 
-    load: called once the port is had, since a model takes a while.
+    load: called once the port is bound, since loading a model takes a while.
     """
 
     daemon_threads = True
 
     def __init__(self, load: Callable[[], Model], name: str, *, host: str, port: int) -> None:
-        """Raises OSError where the port cannot be had."""
+        """Raises OSError if the port cannot be bound."""
         self.name = name
         self.turn = threading.Lock()
         self.results: OrderedDict[str, Depth] = OrderedDict()
         self.count = 0
-        super().__init__((host, port), _Answers)
+        super().__init__((host, port), _Handler)
         try:
             self.model = load()
         except BaseException:
@@ -66,20 +66,20 @@ class DepthServer(ThreadingHTTPServer):
             raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Tells of a fault, but not of a browser that went away before its answer."""
+        """Reports an error, but not a browser that disconnected before its answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     def predict(self, data: bytes, fov: float = FOV) -> dict[str, Any]:
-        """Keeps the map of an image file's bytes; its number and what it is. Raises BadImageError, ValueError.
+        """Predicts and keeps the map of an image file's bytes; its id and what it is. Raises BadImageError, ValueError.
 
-        fov: degrees across, of a model that takes it.
+        fov: the horizontal field of view in degrees, for a model that takes it.
         """
         takes_fov: bool = getattr(self.model.estimator, "takes_focal", False)
-        with self.turn:  # one at a time: a model's memory is meant for one image
-            begun = time.perf_counter()
+        with self.turn:  # one at a time: memory is planned for one image
+            start = time.perf_counter()
             depth = self.model(data, **({"fov": fov} if takes_fov else {}))
-            seconds = time.perf_counter() - begun
+            seconds = time.perf_counter() - start
             self.count += 1
             key = str(self.count)
             self.results[key] = depth
@@ -90,51 +90,51 @@ class DepthServer(ThreadingHTTPServer):
         return {**about, "licence": depth.licence, "takes_fov": takes_fov}
 
 
-class _Answers(BaseHTTPRequestHandler):
+class _Handler(BaseHTTPRequestHandler):
     server: DepthServer
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing: the terminal is for the address and for faults."""
+        """Logs nothing: the terminal is for the address and for errors."""
 
     def do_GET(self) -> None:  # noqa: N802
-        """The page, or a result's file."""
-        place = urlsplit(self.path)
-        if place.path == "/":
+        """Sends the page, or a result's file."""
+        url = urlsplit(self.path)
+        if url.path == "/":
             page = resources.files("distill").joinpath("assets/serve.html").read_text(encoding="utf-8")
             self._send(200, page.replace("[[MODEL]]", self.server.name.replace("<", "&lt;")).encode(), ".html")
             return
-        _, key, name = [*place.path.split("/"), "", ""][:3]
+        _, key, name = [*url.path.split("/"), "", ""][:3]
         depth = self.server.results.get(key)
         if depth is None:
             self._fault(404, "this result is gone: give the photo again")
             return
         try:
-            data, suffix = _file(depth, name, _options(place.query))
+            data, suffix = _file(depth, name, _options(url.query))
         except (ValueError, LookupError) as error:
             self._fault(400, str(error))
             return
-        except OSError as error:  # a file is made in a folder of the system's for such
+        except OSError as error:  # the file is first written to a temporary folder
             self._fault(500, str(error))
             return
         self._send(200, data, suffix)
 
     def do_POST(self) -> None:  # noqa: N802
-        """A photo."""
+        """Predicts the depth of a photo."""
         origin = self.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
             self._refuse(403, "another site's page may not use this one")
             return
         length = self.headers.get("Content-Length", "")
         size = int(length[:20]) if length.isdecimal() else 0  # Python refuses numbers of thousands of digits
-        place = urlsplit(self.path)
-        if place.path != "/predict" or not 0 < size <= MOST_BYTES:
-            most = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
-            self._refuse(413 if length.isdecimal() else 400, most)
+        url = urlsplit(self.path)
+        if url.path != "/predict" or not 0 < size <= MOST_BYTES:
+            usage = f"POST /predict takes a photo of at most {MOST_BYTES >> 20} MB"
+            self._refuse(413 if length.isdecimal() else 400, usage)
             return
         data = self.rfile.read(size)
         try:
-            about = self.server.predict(data, _degrees(_options(place.query)))
+            about = self.server.predict(data, _degrees(_options(url.query)))
         except (BadImageError, ValueError, OSError) as error:
             self._fault(400, str(error))
         except (RuntimeError, MemoryError) as error:
@@ -144,7 +144,7 @@ class _Answers(BaseHTTPRequestHandler):
             self._send(200, json.dumps(about).encode(), ".json")
 
     def _refuse(self, code: int, text: str) -> None:
-        """A fault before the body was read, which then stands in the way of another request."""
+        """Sends an error without reading the body, and closes the connection: the body would block another request."""
         self.close_connection = True
         self._fault(code, text)
 
@@ -162,7 +162,7 @@ class _Answers(BaseHTTPRequestHandler):
 
 
 def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]:
-    """A result's file and its suffix. Raises LookupError for an unknown name, ValueError for options that cannot be."""
+    """A result's file and its suffix. Raises LookupError for an unknown name, ValueError for invalid options."""
     if name == "colour.png":
         file = io.BytesIO()
         Image.fromarray(depth.colorize(options.get("cmap", "distill"))).save(file, "PNG")
@@ -170,10 +170,10 @@ def _file(depth: Depth, name: str, options: dict[str, str]) -> tuple[bytes, str]
     names = {"depth.png": ".png", "depth.npy": ".npy", "depth.glb": ".glb", "view.html": ".html"}
     if name not in names:
         raise LookupError(f"no {name}; there are colour.png, {', '.join(names)}")
-    solid = names[name] in (".glb", ".html")
+    is_3d = names[name] in (".glb", ".html")
     with tempfile.TemporaryDirectory() as folder:
-        lens: dict[str, Any] = {"fov": _degrees(options)} if solid else {}
-        return depth.save(Path(folder) / f"depth{names[name]}", **lens).read_bytes(), names[name]
+        camera: dict[str, Any] = {"fov": _degrees(options)} if is_3d else {}
+        return depth.save(Path(folder) / f"depth{names[name]}", **camera).read_bytes(), names[name]
 
 
 def _options(query: str) -> dict[str, str]:
@@ -181,7 +181,7 @@ def _options(query: str) -> dict[str, str]:
 
 
 def _degrees(options: dict[str, str]) -> float:
-    """The field of view that a page asks for."""
+    """The field of view that the query asks for."""
     text = options.get("fov", str(FOV))
     try:
         return float(text)

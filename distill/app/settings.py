@@ -1,4 +1,4 @@
-"""[run] and [compare]: what the run is called and where it writes; what `distill compare` looks at."""
+"""[run] and [compare]: the run's name, folder, seed and device; what `distill compare` looks at."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from distill.core.settings import above, below, refuse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What the run is called, where it writes, and the one seed that everything is drawn from."""
+    """The run's name, its folder, and the one seed that everything is drawn from."""
 
     name: str
     """The run's name."""
     out: str = ""
     """The run's folder, a path; runs/NAME by default."""
     seed: int = 0
-    """What everything is drawn from: scenes, crops, order, weights."""
+    """The random seed of everything: scenes, crops, order, weights."""
     device: str = "auto"
     """"auto" (CUDA, then Apple's GPU, then the CPU), cpu, cuda, cuda:N, mps or xpu."""
 
@@ -45,12 +45,12 @@ class CompareSettings:
     limit: int = 200
     """Images, taken evenly from all sources; 0 takes all."""
     side: int = 640
-    """Larger images are shrunk until their longer side has so many pixels."""
+    """Larger images are shrunk until their longer side has this many pixels."""
     student: bool = True
     """The run's student takes part too, once it is trained."""
     time_at: int = 0
-    """Every model is also timed on one square image of so many pixels a side, the median of 20 calls after warm-up;
-    0 = not. `--size` sets it."""
+    """Every model is also timed on one square image with sides of this many pixels, the median of 20 calls after
+    warm-up; 0 = off. `--size` sets it."""
 
     def __post_init__(self) -> None:
         refuse(below(self, limit=0, side=32, time_at=0) + above(self, side=65536, time_at=8192))

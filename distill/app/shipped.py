@@ -1,7 +1,7 @@
 """The recipes and studies that ship with the package, by name: "demo", "students/table3_dal_das".
 
-A file of that name in the working directory comes first, with or without .toml; "recipes/demo.toml" is the shipped
-recipe too where there is no such file. Nothing is written beside them: a run goes to the working directory.
+A file of that name in the working directory, with or without .toml, takes precedence; "recipes/demo.toml" names the
+shipped recipe too if there is no such file. Nothing is written beside them: a run goes to the working directory.
 """
 
 from __future__ import annotations
@@ -26,52 +26,55 @@ def shipped(sort: Sort = "recipe") -> dict[str, Path]:
 
 
 def _files() -> dict[str, Path]:
-    """Every TOML that ships by its name, unread: reading them all, to find one, takes half a second."""
+    """Every TOML file that ships, by name, unparsed: parsing all of them to find one takes half a second."""
     return {path.relative_to(FOLDER).with_suffix("").as_posix(): path for path in sorted(FOLDER.rglob("*.toml"))}
 
 
 def locate(name: str | Path, sort: Sort = "recipe") -> Path:
     """The file of a recipe, or study: the local one, else the shipped one.
 
-    Raises RecipeError where there is neither, with what there is, and where it is the other of the two.
+    Raises RecipeError if there is neither, listing what there is, or if it is a study where a recipe is needed, or the
+    reverse.
     """
     plain = Path(name).as_posix().removeprefix("recipes/").removesuffix(".toml")
     local = next((file for file in (Path(name), Path(f"{name}.toml")) if file.is_file()), None)
     file = local or _files().get(plain)
-    found = _sort(file) if file else ""
-    if file is None or (not local and found not in ("recipe", "study")):
+    file_sort = _sort(file) if file else ""
+    if file is None or (not local and file_sort not in ("recipe", "study")):
         raise RecipeError(_missing(Path(name), plain, list(shipped(sort)), sort))
-    other: Sort = "study" if sort == "recipe" else "recipe"
-    if found == other:
-        verbs = "ablate" if other == "study" else "show, label, train and score"
-        raise RecipeError(f"{file} is a {other}: that is for distill {verbs}")
+    other_sort: Sort = "study" if sort == "recipe" else "recipe"
+    if file_sort == other_sort:
+        verbs = "ablate" if other_sort == "study" else "show, label, train and score"
+        raise RecipeError(f"{file} is a {other_sort}: that is for distill {verbs}")
     return file
 
 
 def headline(path: Path) -> str:
-    """What a recipe or study is: the first sentence of the comment that it begins with, however many lines that has."""
+    """What a recipe or study is: the first sentence of its leading comment, over however many lines."""
     first, *lines = path.read_text(encoding="utf-8").splitlines()
-    said = first.lstrip("# ")
+    sentence = first.lstrip("# ")
     for line in lines:
-        if said.endswith((".", ")", "?")) or not line.startswith("# ") or line.startswith("#  "):
+        if sentence.endswith((".", ")", "?")) or not line.startswith("# ") or line.startswith("#  "):
             break
-        said += f" {line[2:].strip()}"
-        if end := re.search(r"(?<=[a-z0-9)])\. (?=[A-Z])", said):
-            said = said[: end.start() + 1]
-    return said
+        sentence += f" {line[2:].strip()}"
+        if end := re.search(r"(?<=[a-z0-9)])\. (?=[A-Z])", sentence):
+            sentence = sentence[: end.start() + 1]
+    return sentence
 
 
 def _missing(asked: Path, plain: str, known: list[str], sort: Sort) -> str:
     folder = asked.parent
-    here = sorted(p.name for p in folder.glob("*.toml") if _sort(p) in (sort, "unreadable")) if folder.is_dir() else []
-    near = did_you_mean(plain, [*known, *(str(folder / name) for name in here)])
+    local_names = (
+        sorted(p.name for p in folder.glob("*.toml") if _sort(p) in (sort, "unreadable")) if folder.is_dir() else []
+    )
+    near = did_you_mean(plain, [*known, *(str(folder / name) for name in local_names)])
     plural = "recipes" if sort == "recipe" else "studies"
-    local = f"; {folder} has {', '.join(here[:12])}" if here else ""
-    return f"{asked}: no such {sort}{near}{local}; {plural} that ship: {', '.join(known)}"
+    local_part = f"; {folder} has {', '.join(local_names[:12])}" if local_names else ""
+    return f"{asked}: no such {sort}{near}{local_part}; {plural} that ship: {', '.join(known)}"
 
 
 def _sort(path: Path) -> str:
-    """ "recipe", "study", "" for another file (a card), "unreadable" for one whose reader will say why."""
+    """ "recipe", "study", "" for another file (a card), "unreadable" for one whose reader will raise the reason."""
     try:
         keys = tomllib.loads(path.read_text(encoding="utf-8")).keys()
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""`distill status`: what leases, notes and finished files say of a labelling run; loads no teacher, stops nothing."""
+"""`distill status`: a labelling run's state, from leases, notes and finished files; loads no teacher, stops nothing."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from distill.app.recipe import Recipe
 from distill.labelling.run_status import RunStatus, run_status
 
 SHOWN = 20
-"""So many lines of workers at least, where there are as many; all that live have one."""
+"""The table has at least this many workers, if there are as many; all live workers are in it."""
 
 
 def show(recipe: Recipe) -> int:
-    """Prints where the recipe's labels stand; 0 where they are complete, else 1."""
+    """Prints how far the recipe's labels are; returns 0 if they are complete, else 1."""
     folder = build.labels_folder(recipe)
     try:
         stems = [shard.stem for shard in input_shards(recipe)]
-    except OSError as error:  # a laptop that sees the labels and not the images
+    except OSError as error:  # such as on a laptop that can read the labels but not the images
         note(f"{error}; the count of images is that of the tars which a worker has scanned")
         stems = []
     if not folder.is_dir() and not recipe.labels.meeting:
         say(f"{folder}: not begun; distill label writes it")
         return 1
     folder.mkdir(parents=True, exist_ok=True)
-    now = run_status(meeting_of(recipe, folder), folder, stems)
-    at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
-    say(f"{at}: {sentence(now)}")
+    status = run_status(meeting_of(recipe, folder), folder, stems)
+    address = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else str(folder)
+    say(f"{address}: {sentence(status)}")
     order = ("running", "waiting", "lost", "gone", "ended")
-    workers = sorted(now.workers, key=lambda worker: order.index(worker.state))
+    workers = sorted(status.workers, key=lambda worker: order.index(worker.state))
     shown = [worker for worker in workers if worker.state in order[:3]]
     shown = workers[: max(len(shown), SHOWN)]
     if shown:
@@ -47,18 +47,18 @@ def show(recipe: Recipe) -> int:
             for worker in shown
         ]
         table("workers", ["worker", "state", "part", "since", "parts", "images/s", "spent", "taken away"], rows)
-    if more := workers[len(shown) :]:
-        hours = sum(worker.hours for worker in more)
-        note(f"  and {len(more)} workers more that ended or were killed: {hours:.2f} h together")
-    for part, count in now.deadly:
+    if hidden := workers[len(shown) :]:
+        hours = sum(worker.hours for worker in hidden)
+        note(f"  and {len(hidden)} workers more that ended or were killed: {hours:.2f} h together")
+    for part, count in status.deadly:
         note(f"  {part}: {count} workers were killed with it, and it is not made: see their logs")
-    for holder in now.lost:
+    for holder in status.lost:
         note(f"  lost: {holder.name}, with {holder.pid} on {holder.host}, silent for {_time(holder.age)}")
-    return 0 if now.complete else 1
+    return 0 if status.complete else 1
 
 
 def sentence(now: RunStatus) -> str:
-    """A run in a line."""
+    """A run's state in one line."""
     about = "" if now.scanned else "about "
     words = [
         f"{now.done} of {about}{now.parts} parts, {now.done_images:,} of {about}{now.images:,} images",
@@ -75,5 +75,5 @@ def sentence(now: RunStatus) -> str:
 
 
 def _time(seconds: float) -> str:
-    hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+    hours, remainder = divmod(int(seconds), 3600)
+    return f"{hours}:{remainder // 60:02d}:{remainder % 60:02d}"

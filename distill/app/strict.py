@@ -1,6 +1,6 @@
 """The strict TOML reader: tables into frozen dataclasses, every fault of a file at once, with the key's path.
 
-It knows no recipe: give it a dataclass. `set_key` writes one `a.b.0.c=value` into a table, as `--set` does.
+It works for any dataclass, not only recipes. `set_key` writes one `a.b.0.c=value` into a table, as `--set` does.
 """
 
 from __future__ import annotations
@@ -47,46 +47,47 @@ def _expected(hint: Any) -> str:
 
 @functools.cache
 def _parts(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """What a type is made of: asked once a type, for typing takes longer to say it than all the rest."""
+    """The origin and arguments of a type; cached, since typing is slower here than everything else together."""
     return typing.get_origin(hint), typing.get_args(hint)
 
 
 @functools.cache
 def _fields(cls: type) -> Mapping[str, dataclasses.Field[Any]]:
-    """The keys of a table."""
+    """The fields of a settings class that are keys, by name."""
     return {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("key", True)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Reading:
-    """What a reading knows besides the table, and the faults that it has met."""
+    """The state of one read: the renamed keys and values, and the faults found so far."""
 
     renamed: Mapping[str, str]
     renamed_values: Mapping[tuple[str, str], str]
     faults: list[str]
 
     def value(self, hint: Any, value: Any, path: str) -> Any:
-        """`value` as a `hint`, or None and a fault."""
+        """`value` converted to the type `hint`; None, with a fault recorded, if that fails."""
         origin, inner = _parts(hint)
-        # Of a table or an array of known form each part is looked at for itself, so that the fault names its key.
-        whole = hint is Any or not isinstance(value, Mapping | list)
-        if whole and (fault := _too_much(value)):
+        # The parts of a table or array of known type are checked one by one, so that the fault names the key.
+        check_whole = hint is Any or not isinstance(value, Mapping | list)
+        if check_whole and (fault := _limit_fault(value)):
             self.faults.append(f"{path} {fault}")
             return None
         if hint is Any:
             return value
         if origin in (typing.Union, types.UnionType):  # an integer or a word
-            hint = next((one for one in inner if type(value) is one or value in typing.get_args(one)), hint)
+            hint = next((type_ for type_ in inner if type(value) is type_ or value in typing.get_args(type_)), hint)
             origin, inner = _parts(hint)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             return self.table(typing.cast(type, hint), value, path)
         if origin is tuple and isinstance(value, list):
-            each = inner[:1] * len(value) if inner[1:] == (...,) else inner
-            if len(each) != len(value):
-                self.faults.append(f"{path} must have {len(each)} entries, not {len(value)}")
+            item_types = inner[:1] * len(value) if inner[1:] == (...,) else inner
+            if len(item_types) != len(value):
+                self.faults.append(f"{path} must have {len(item_types)} entries, not {len(value)}")
                 return None
             return tuple(
-                self.value(one, item, f"{path}[{i}]") for i, (one, item) in enumerate(zip(each, value, strict=True))
+                self.value(type_, item, f"{path}[{i}]")
+                for i, (type_, item) in enumerate(zip(item_types, value, strict=True))
             )
         if origin is Literal and value in inner and isinstance(value, str):
             return value
@@ -96,34 +97,34 @@ class _Reading:
             return float(value)
         if hint in (str, int, bool) and type(value) is hint:
             return value
-        today = self.renamed_values.get((_without_numbers(path), value)) if isinstance(value, str) else None
+        new_value = self.renamed_values.get((_without_numbers(path), value)) if isinstance(value, str) else None
         self.faults.append(
-            f"{path} = {value!r} is renamed to {today!r}"
-            if today
+            f"{path} = {value!r} is renamed to {new_value!r}"
+            if new_value
             else f"{path} must be {_expected(hint)}, not {_kind(value)}"
         )
         return None
 
     def table(self, cls: type, table: Mapping[str, Any], path: str) -> Any:
-        """`table` as a `cls`, or None and its faults."""
+        """`table` converted to a `cls`; None, with its faults recorded, if that fails."""
         hints = hints_of(cls)
         known = _fields(cls)
         prefix = f"{path}." if path else ""
-        before = len(self.faults)
+        num_faults = len(self.faults)
         values = {}
         for key, value in table.items():
             if key in known:
                 values[key] = self.value(hints[key], value, f"{prefix}{key}")
-            elif today := self.renamed.get(_without_numbers(prefix + key)):
-                self.faults.append(f"{prefix}{key} is renamed to {prefix}{today.rpartition('.')[2]}")
+            elif new_name := self.renamed.get(_without_numbers(prefix + key)):
+                self.faults.append(f"{prefix}{key} is renamed to {prefix}{new_name.rpartition('.')[2]}")
             else:
                 near = did_you_mean(key, list(known)).replace("mean ", f"mean {prefix}")
-                there = f"; {path or 'a recipe'} has {', '.join(known)}"
-                self.faults.append(f"unknown key {prefix}{key}{near or there}")
+                known_keys = f"; {path or 'a recipe'} has {', '.join(known)}"
+                self.faults.append(f"unknown key {prefix}{key}{near or known_keys}")
         for name, f in known.items():
             if name not in table and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 self.faults.append(f"{prefix}{name} is missing")
-        if len(self.faults) > before:
+        if len(self.faults) > num_faults:
             return None
         try:
             return cls(**values)
@@ -132,14 +133,14 @@ class _Reading:
             return None
 
 
-def _too_much(value: Any, depth: int = 0) -> str:
-    """What is wrong with a value whatever it is for: numbers that no setting has, endless tables in tables."""
+def _limit_fault(value: Any, depth: int = 0) -> str:
+    """What is wrong with a value whatever its type should be: integers beyond 32 bits, tables nested too deep."""
     if type(value) is int and not -(2**31) <= value < 2**31:
         return "must be a whole number below 2,147,483,648"
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     if depth > 16:
         return "has tables in tables, 16 deep"
-    return next((fault for item in inner if (fault := _too_much(item, depth + 1))), "")
+    return next((fault for item in inner if (fault := _limit_fault(item, depth + 1))), "")
 
 
 def _without_numbers(path: str) -> str:
@@ -147,7 +148,7 @@ def _without_numbers(path: str) -> str:
 
 
 def set_key(table: dict[str, Any], assignment: str) -> None:
-    """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string where that fails."""
+    """Writes one `a.b.0.c=value` into a nested table; the value is read as TOML, or as a string if that fails."""
     path, separator, text = assignment.partition("=")
     if not separator or not path.strip():
         raise RecipeError(f"--set {assignment}: write it as KEY=VALUE, as in --set train.steps=100")
@@ -156,18 +157,18 @@ def set_key(table: dict[str, Any], assignment: str) -> None:
     except (ValueError, RecursionError):
         value = text
     *parents, last = path.strip().split(".")
-    here: Any = table
+    node: Any = table
     for i, part in enumerate(parents):
-        if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
-                raise RecipeError(f"--set {path}: {'.'.join(parents[:i])} has {len(here)} entries, numbered from 0")
-            here = here[int(part)]
-        elif isinstance(here, dict):
-            here = here.setdefault(part, {})
-    if isinstance(here, list) and last.isdigit() and int(last) < len(here):
-        here[int(last)] = value
-    elif isinstance(here, dict):
-        here[last] = value
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise RecipeError(f"--set {path}: {'.'.join(parents[:i])} has {len(node)} entries, numbered from 0")
+            node = node[int(part)]
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
     else:
         raise RecipeError(f"--set {path}: {'.'.join(parents)} is not a table")
 
@@ -182,8 +183,8 @@ def parse_into(
 ) -> T:
     """A `cls` from a nested table. Raises RecipeError with one line per fault, each beginning with `where`.
 
-    A field with the metadata {"key": False} is no key. renamed: old key: new key, by their paths without numbers
-    ("images.wheels"), for the fault's line; renamed_values: (path, old value): new value, likewise.
+    A field with the metadata {"key": False} is not a key. renamed: {old key: new key}, as paths without numbers
+    ("images.wheels"), for the fault's line; renamed_values: {(path, old value): new value}, likewise.
     """
     reading = _Reading(renamed or {}, renamed_values or {}, [])
     value = reading.table(cls, table, "")
@@ -203,8 +204,8 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         table = tomllib.loads(text)
     except RecursionError as error:
         raise RecipeError(f"{path}: not a recipe: its tables or arrays lie in each other without end") from error
-    except ValueError as error:  # of tomllib, of a byte that is no UTF-8, and of a number of more than 4300 digits
-        raise RecipeError(f"{path}: not valid TOML: {error}{_way_out(text, error)}") from error
+    except ValueError as error:  # from tomllib, for a byte that is not UTF-8, or a number of more than 4300 digits
+        raise RecipeError(f"{path}: not valid TOML: {error}{_toml_hint(text, error)}") from error
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror or error}") from error
     for assignment in overrides:
@@ -212,29 +213,29 @@ def read_toml(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return table
 
 
-def _way_out(text: str, error: ValueError) -> str:
-    """What in the line that TOML's reader stopped at people often mean otherwise, or ""."""
+def _toml_hint(text: str, error: ValueError) -> str:
+    """How to fix a common mistake in the line at which the TOML parser stopped; "" if none is recognized."""
     if isinstance(error, UnicodeDecodeError):
         return "; save it as UTF-8"
-    at = re.search(r"at line (\d+)", str(error))
+    position = re.search(r"at line (\d+)", str(error))
     lines = text.split("\n")
-    line = lines[int(at[1]) - 1] if at and int(at[1]) <= len(lines) else ""
-    bare = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", line)
-    if odd := next((c for c in bare if not c.isascii()), ""):
+    line = lines[int(position[1]) - 1] if position and int(position[1]) <= len(lines) else ""
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"|#.*", "", line)
+    if odd := next((c for c in unquoted if not c.isascii()), ""):
         return f"; there is a {unicodedata.name(odd, repr(odd))}: type a plain character in its place"
     if re.search(r'"[^"]*\\[^"]*"', line):
         return "; a backslash in double quotes is no path's: write C:/photos, or 'C:\\photos' in single quotes"
-    if word := re.search(r"=\s*(True|False|None|null|yes|no|on|off)\b", bare):
+    if word := re.search(r"=\s*(True|False|None|null|yes|no|on|off)\b", unquoted):
         return f"; {word[1]} is written true, false, or left out"
-    if re.match(r"\s*[\w.-]+\s*:", bare):
+    if re.match(r"\s*[\w.-]+\s*:", unquoted):
         return "; keys and values are joined by =, as in steps = 100"
-    if number := re.search(r"=\s*(-?\d+),(\d+)\s*$", bare):
+    if number := re.search(r"=\s*(-?\d+),(\d+)\s*$", unquoted):
         return f"; a decimal point is needed: {number[1]}.{number[2]}"
     return ""
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses and tuples as plain tables and lists: what is written and hashed."""
+    """Dataclasses and tuples as plain tables and lists: the form that is written and hashed."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         keys = [f.name for f in dataclasses.fields(value) if f.metadata.get("key", True)]
         return {key: plain(getattr(value, key)) for key in keys}

@@ -2,15 +2,16 @@
 
     name, title, source
     [full] and [bench]   base recipe, seeds, columns, set: overrides for every row; "{seed}" in one is the cell's seed
-                         a column is a metric of a benchmark (benchmark, group, metric) or a loss of the training's log
+                         a column is a metric of a benchmark (benchmark, group, metric) or a loss of the training log
                          (log, relative_to); it has a name
     [[axes]]             choices with a name and what each sets; the rows are the product, named "choice/choice"
     [[rows]]             or rows one by one
-    [[paper]]            row, values: the paper's, one per column of `full`; model, table: where eval/papers.toml has it
-    equivalence          rows whose relative difference lies within it are one; stated before anything runs
-    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second or a bound; metrics: by which alone
+    [[paper]]            row, values: the paper's, one per column of `full`; model, table: its row in eval/papers.toml
+    equivalence          rows whose relative difference lies within it are equal; stated before anything runs
+    [[orderings]]        claim in words, kind (distill.eval.verdict), first, second or a bound; metrics: the only ones
+                         that it is judged by
 
-A cell is a row with a seed. Its address is a hash of all that makes it what it is, so that tables share cells.
+A cell is a row with a seed. Its address is a hash of everything that determines it, so that studies share cells.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from distill.eval.verdict import BOUNDED, CLAIMS
 
 EDGES, RECALL, ORDER = "boundary_f1", "boundary_recall", "accuracy"
 KNOWN = {**METRICS, **{name: TASKS[name].rows[name] for name in (EDGES, RECALL)}, ORDER: TASKS["order"].rows[ORDER]}
-"""What a column may show. boundary_f1 needs a benchmark of edges or edges = true on its own, boundary_recall one of
+"""What a column may show. boundary_f1 needs a benchmark of edges or one with edges = true, boundary_recall one of
 mattes, accuracy one of point pairs."""
 
 
@@ -41,8 +42,10 @@ mattes, accuracy one of point pairs."""
 class Column:
     """One number of a table: a metric of a benchmark, of all its images or of one of its groups; or a loss of the log.
 
-    log: the path of a number in lines of log.jsonl: "heldout", "heldout_parts.mae"; the last line that has it counts.
-    relative_to: "start" divides it by what the first line has, which `train.eval_start` makes the untrained network's.
+    log: the path of a number in the lines of log.jsonl: "heldout", "heldout_parts.mae"; the last line that has it
+    counts.
+    relative_to: "start" divides it by the value in the first line, which is the untrained network's with
+    `train.eval_start`.
     """
 
     benchmark: str = ""
@@ -64,14 +67,14 @@ class Column:
 
     @property
     def title(self) -> str:
-        """What stands above it."""
+        """The column's heading."""
         if self.log:
             return self.name or f"{self.log}{f' / its {self.relative_to}' if self.relative_to else ''}"
         return self.name or f"{self.group or self.benchmark} {self.metric}"
 
     @property
     def measure(self) -> str:
-        """What claims are judged in: the metric, whose columns are taken together, or this column of the log."""
+        """What claims are judged by: the metric, its columns taken together, or this column of the log."""
         return self.title if self.log else self.metric
 
     @property
@@ -81,14 +84,14 @@ class Column:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """The names that the score file may have, without their ending; of edges, beside a score of depth or alone."""
+        """Possible names of the score file, without suffix; edges are scored beside depth or alone."""
         edges = (f"{self.benchmark}.edges--student",) if self.metric == EDGES else ()
         return (*edges, f"{self.benchmark}--student")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """The study on one scale. base: a recipe beside the study. set: keys for every row. seeds: of `seed_key`."""
+    """The study at one scale. base: a recipe beside the study. set: keys for every row. seeds: values of `seed_key`."""
 
     base: str
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,7 +102,7 @@ class Version:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A value of an axis, or a row: its name and the keys it sets, in either version or in one alone."""
+    """A value of an axis, or a row: its name and the keys it sets, in both versions or in one only."""
 
     name: str
     set: dict[str, Any] = field(default_factory=dict)
@@ -121,15 +124,15 @@ class Axis:
             raise ValueError("an axis needs a key with values, or choices")
 
     def all(self) -> tuple[Choice, ...]:
-        """The choices; a value is its own name."""
+        """The choices; a choice made from a value is named after it."""
         return self.choices or tuple(Choice(name=str(v), set={self.key: v}) for v in self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What the paper has in a row, one value per column of `full`.
+    """The paper's numbers of a row, one per column of `full`.
 
-    model, table: the row of eval/papers.toml that it is, by its model and its table where that is not the study's own.
+    model, table: its row in eval/papers.toml, by its model, and by its table if that is not the study's own.
     """
 
     row: str
@@ -142,7 +145,7 @@ class Published:
 class Ordering:
     """A claim: in words, and as distill.eval.verdict.judge takes it. source: where it is claimed.
 
-    bound: of "below" and "above", in place of second. metrics: metrics, or names of the log's columns, in which it is
+    bound: for "below" and "above", instead of second. metrics: the metrics, or names of log columns, by which it is
     judged; all by default.
     """
 
@@ -166,7 +169,7 @@ class Ordering:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """One ablation; see the module. equivalence: two rows whose relative difference lies within it are one."""
+    """One ablation; see the module's docstring. equivalence: rows whose relative difference is within it are equal."""
 
     name: str
     title: str
@@ -183,13 +186,13 @@ class Study:
         if bool(self.axes) == bool(self.rows):
             raise ValueError("a study needs axes or rows")
         names = [row.name for row in self.all_rows()]
-        named = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
-        unknown = sorted({row for row in named if row not in names})
+        referenced = [p.row for p in self.paper] + [r for o in self.orderings for r in (*o.first, *o.second)]
+        unknown = sorted({row for row in referenced if row not in names})
         if unknown or len(set(names)) < len(names):
             raise ValueError(f"no row {', '.join(unknown)}; the rows are {', '.join(names)}")
         shown = list(dict.fromkeys(column.measure for column in (*self.bench.columns, *self.full.columns)))
-        if lost := [metric for o in self.orderings for metric in o.metrics if metric not in shown]:
-            raise ValueError(f"no column shows {', '.join(lost)}; columns show {', '.join(shown)}")
+        if missing := [metric for o in self.orderings for metric in o.metrics if metric not in shown]:
+            raise ValueError(f"no column shows {', '.join(missing)}; columns show {', '.join(shown)}")
 
     def all_rows(self) -> tuple[Choice, ...]:
         """The rows in order."""
@@ -211,7 +214,7 @@ class Study:
 
 @dataclass(frozen=True, slots=True)
 class StudyCell:
-    """One training of a study: a row with a seed, its recipe, and the folder that is its address."""
+    """One training of a study: a row with a seed, its recipe, and its folder, which is named by its address."""
 
     row: str
     seed: int
@@ -227,10 +230,10 @@ def read_study(path: Path | str) -> Study:
 def cells(
     study: Study, path: Path, version: Literal["full", "bench"], out: Path, overrides: Sequence[str]
 ) -> list[StudyCell]:
-    """Every cell, seeds innermost; `overrides` ("train.steps=10") come last. Raises RecipeError."""
+    """Every cell, seeds innermost; `overrides` ("train.steps=10") are applied last. Raises RecipeError."""
     chosen = study.full if version == "full" else study.bench
     base = read_toml(path.parent / chosen.base)
-    made = []
+    study_cells = []
     for row in study.all_rows():
         for seed in chosen.seeds:
             table = copy.deepcopy(base)
@@ -244,8 +247,8 @@ def cells(
             recipe = trusted(parse(table, where=f"{path}, row {row.name}"))
             folder = out / "cells" / _address(recipe)
             recipe = replace(recipe, run=replace(recipe.run, out=str(folder)))
-            made.append(StudyCell(row.name, seed, recipe, folder))
-    return made
+            study_cells.append(StudyCell(row.name, seed, recipe, folder))
+    return study_cells
 
 
 def _merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -253,15 +256,15 @@ def _merged(tables: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def set_value(table: dict[str, Any], path: str, value: Any) -> None:
-    """Writes the value of one `a.b.0.c` into a nested table."""
+    """Writes a value at the key path `a.b.0.c` of a nested table."""
     *parents, last = path.split(".")
-    here: Any = table
+    node: Any = table
     for part in parents:
-        here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
-    if isinstance(here, list):
-        here[int(last)] = value
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    if isinstance(node, list):
+        node[int(last)] = value
     else:
-        here[last] = value
+        node[last] = value
 
 
 def _address(recipe: Recipe) -> str:

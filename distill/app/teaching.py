@@ -1,4 +1,4 @@
-"""[[teachers]] as loaded teachers: their options and licences judged, bridged, fitted and under one sky policy."""
+"""[[teachers]] as loaded teachers: options and licences checked, with bridge, alignment and sky policy applied."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_teachers(recipe: Recipe) -> None:
 def check_two(recipe: Recipe) -> None:
     """Raises RecipeError for more teachers than labels and training take; comparing and scoring take any number.
 
-    Ground truth is nobody's opinion, and does not count; corrupted, it stands for a teacher.
+    Ground truth is not a teacher and does not count; corrupted ground truth stands for a teacher and counts.
     """
     networks = [spec for spec in recipe.teachers if spec.name != TRUTH or spec.options]
     if len(networks) > 2:
@@ -55,13 +55,14 @@ def load_teacher(
 ) -> Any:
     """One [[teachers]] table as a loaded teacher, whatever its kind and licence.
 
-    sky: labels.sky, or its own rule. options: of `load`, those for labels by default.
+    sky: labels.sky, or "teacher" for the teacher's own rule. options: of `load`; by default those for labels.
     """
     plugin = find("distill.teachers", spec.name)
     weights = spec.weights or plugin.CARDS[0].weights
     options = dict(spec.options if options is None else options)
     if sky != "teacher" and "sky" in inspect.signature(plugin.Teacher.load).parameters:
-        options["sky"] = "keep" if sky == "keep" else "invalid"  # what it knows; the policy is applied to all alike
+        # This covers the sky that the teacher detects; the policy is applied to all teachers alike.
+        options["sky"] = "keep" if sky == "keep" else "invalid"
     teacher = plugin.Teacher.load(weights, device=on, dtype=getattr(torch, spec.dtype), **options)
     if spec.compile:
         compile_networks(teacher)
@@ -69,7 +70,7 @@ def load_teacher(
 
 
 def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[], Any]]:
-    """How to load the eager float32 twin of each teacher that is compiled or computes in half precision."""
+    """By name, how to load the eager float32 twin of each teacher that is compiled or runs in half precision."""
     return {
         spec.alias_or_name: functools.partial(
             load_teacher, dataclasses.replace(spec, dtype="float32", compile=False), on=on, sky=recipe.labels.sky
@@ -80,8 +81,9 @@ def float32_twins(recipe: Recipe, *, on: torch.device) -> dict[str, Callable[[],
 
 
 def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> Teachers:
-    """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a word, or Corruptions. Refuses kinds
-    and licences. sky: labels.sky.
+    """(label, teacher) pairs in the recipe's order, to make labels; "truth" stays a string, or is Corruptions.
+
+    Raises RecipeError for kinds and licences that the recipe does not allow. sky: labels.sky.
     """
     check_teachers(recipe)
     loaded: Teachers = []
@@ -101,34 +103,36 @@ def load_teachers(recipe: Recipe, *, on: torch.device, sky: str = "teacher") -> 
         loaded.append((spec.alias_or_name, teacher))
     if sky not in POLICIES:
         return _fitted(recipe, loaded)
-    # A bridge is fitted to maps that follow the policy already.
-    plain = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
-    kept = [
+    # A bridge must be fitted to maps to which the policy was applied before.
+    with_policy = under_policy([(name, t.teacher if isinstance(t, Bridged) else t) for name, t in loaded], sky)
+    wrapped = [
         (name, dataclasses.replace(old, teacher=new) if isinstance(old, Bridged) else new)
-        for (_, old), (name, new) in zip(loaded, plain, strict=True)
+        for (_, old), (name, new) in zip(loaded, with_policy, strict=True)
     ]
-    return _fitted(recipe, kept)
+    return _fitted(recipe, wrapped)
 
 
 def _fitted(recipe: Recipe, teachers: Teachers) -> Teachers:
-    """The teachers as labels.align has them: networks are fitted to the truth."""
+    """The teachers with labels.align applied: the maps of networks are fitted to ground truth."""
     if not recipe.labels.align:
         return teachers
     limits = recipe.labels.align_residual, recipe.labels.align_inliers
-    plain = (str, Corruptions)
-    return [(name, one if isinstance(one, plain) else Aligned(one, *limits)) for name, one in teachers]
+    not_fitted = (str, Corruptions)
+    return [
+        (name, teacher if isinstance(teacher, not_fitted) else Aligned(teacher, *limits)) for name, teacher in teachers
+    ]
 
 
 def _bridged(recipe: Recipe, spec: TeacherSettings, teacher: Any, *, primary: str) -> Bridged:
-    """An assistant of affine depth, taken by way of the primary; raises RecipeError where the recipe has no bridge."""
-    trouble = (
+    """An assistant of affine depth, bridged to the primary; raises RecipeError if the recipe has no bridge."""
+    problem = (
         f"teacher {spec.alias_or_name} predicts {teacher.card.kind}, which cannot become the disparity that the "
         "student learns (its shift is unknown): use its disparity checkpoint, leave it out, or "
     )
     if not recipe.labels.bridge:
         raise RecipeError(
-            f'{trouble}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
+            f'{problem}set labels.bridge = "primary", which fits it on every crop to the disparity of the first teacher'
         )
     if not primary:
-        raise RecipeError(f'{trouble}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
+        raise RecipeError(f'{problem}name a teacher of disparity before it: labels.bridge = "primary" fits it to that')
     return Bridged(teacher, primary, recipe.labels.bridge_residual)

@@ -1,7 +1,7 @@
-"""Which recipes a person has run here: only those may be run again because a manifest carries them.
+"""The recipes that a user has run here: only these may be run again because a manifest contains them.
 
-Nothing in a folder can prove who wrote it, and a recipe names files, addresses and Python files. So the hash of every
-recipe that `distill label` runs is kept, in $XDG_STATE_HOME/distill/recipes (~/.local/state), a line each.
+Nothing in a folder can prove who wrote it, and a recipe names files, addresses and Python files. So `distill label`
+stores the hash of every recipe that it runs, one per line, in $XDG_STATE_HOME/distill/recipes (~/.local/state).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def known(recipe: Mapping[str, Any]) -> bool:
 
 
 def remember(recipe: Mapping[str, Any]) -> None:
-    """Note that this resolved recipe is run here; where that cannot be written, it is not known later."""
+    """Records that this resolved recipe is run here; if that cannot be written, it will not be known later."""
     if not known(recipe):
         with contextlib.suppress(OSError):
             _file().parent.mkdir(parents=True, exist_ok=True)

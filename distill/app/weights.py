@@ -1,4 +1,4 @@
-"""Every weights file that a recipe needs: here, to be downloaded, or missing; looked at before anything is loaded."""
+"""Every weights file that a recipe needs: here, to be downloaded, or missing; checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _STUDENT_FILES = (checkpoint.WEIGHTS, checkpoint.DESCRIPTION, checkpoint.CARD)
 
 
 def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
-    """(what for, weights, patterns of files) of all that is read; timm's own downloads ("pretrained") are not seen."""
+    """(purpose, weights, file patterns) of everything read, except timm's own downloads ("pretrained")."""
     for spec in recipe.teachers:
         if spec.name == TRUTH:
             continue
-        plugin, what = find("distill.teachers", spec.name), f"teacher {spec.alias_or_name}"
+        plugin, purpose = find("distill.teachers", spec.name), f"teacher {spec.alias_or_name}"
         weights = spec.weights or plugin.CARDS[0].weights
         if hasattr(plugin, "needs"):
-            known = inspect.signature(plugin.needs).parameters
-            options = {key: value for key, value in spec.options.items() if key in known}
-            yield from ((what, text, files) for text, files in plugin.needs(weights, **options))
+            parameters = inspect.signature(plugin.needs).parameters
+            options = {key: value for key, value in spec.options.items() if key in parameters}
+            yield from ((purpose, text, files) for text, files in plugin.needs(weights, **options))
         elif hasattr(plugin, "FILES"):
-            yield what, weights, plugin.FILES
+            yield purpose, weights, plugin.FILES
     student, reference = recipe.student, recipe.loss.feature_reference
     one_step = student.network == "one_step_unet"
     if one_step:
@@ -43,26 +43,24 @@ def needed(recipe: Recipe) -> Iterator[tuple[str, str, Sequence[str]]]:
 
 
 def look_at(recipe: Recipe) -> list[Finding]:
-    """A finding for each, in the recipe's order: ok where it is here, warn with what would be downloaded, bad where it
-    cannot be had.
-    """
+    """A finding for each, in the recipe's order: ok if it is here, warn if it is to be fetched, bad if unavailable."""
     findings: list[Finding] = []
-    for what, text, files in dict.fromkeys((what, text, tuple(files)) for what, text, files in needed(recipe)):
+    for purpose, text, files in dict.fromkeys((purpose, text, tuple(files)) for purpose, text, files in needed(recipe)):
         try:
             missing = to_download(text, files=files)
         except WeightsMissingError as error:
-            findings.append(Finding("bad", f"{what}: {error}", "what depends on it was not looked at", what))
+            findings.append(Finding("bad", f"{purpose}: {error}", "what depends on it was not looked at", purpose))
             continue
         if missing:
             names = ", ".join(sorted(missing)[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
             size = sum(missing.values()) / 1e9
-            line = f"{what}: {text} is not here yet: {size:.2f} GB to download ({names})"
+            line = f"{purpose}: {text} is not here yet: {size:.2f} GB to download ({names})"
             remedy = (
                 f"the first command that needs it downloads it, or `hf download {'/'.join(text.split('/')[:2])}` now"
             )
-            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at", what))
+            findings.append(Finding("warn", line, f"{remedy}; what depends on it was not looked at", purpose))
         else:
-            findings.append(Finding("ok", f"{what}: the files of {text} are here"))
+            findings.append(Finding("ok", f"{purpose}: the files of {text} are here"))
     if recipe.student.weights == "pretrained":
         findings.append(
             Finding("ok", f"student.weights: timm's weights of {recipe.student.encoder}, by timm's own download")

@@ -1,4 +1,4 @@
-"""What most verbs take: a recipe, and keys of it to override; and what they do with an option that has no use."""
+"""Arguments that most verbs take: a recipe, and overrides of its keys; and refusal of options without effect."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def take_teacher(parser: argparse.ArgumentParser) -> None:
 
 
 def teacher_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of --set. Raises ValueError where the options of a teacher are given and no teacher is, or for one
-    that is said elsewhere.
+    """The teacher's options from --set.
+
+    Raises ValueError if they are given without a teacher, or for one that another flag sets.
     """
     if not args.teacher:
         if args.weights:
@@ -48,9 +49,9 @@ def teacher_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def refuse(options: Mapping[str, Any], why: str) -> None:
-    """Raises ValueError for options that are given (not None, False or empty) where they would change nothing.
+    """Raises ValueError for options that are set (not None, False or empty) although they would change nothing.
 
-    options: by their names, "--root". why: what they are for, "of a gate: give --gate too".
+    options: by name, "--root". why: what they are for, "of a gate: give --gate too".
     """
-    if given := [name for name, value in options.items() if value not in (None, False, [], "")]:
-        raise ValueError(f"{', '.join(given)}: {why}, or leave it out")
+    if names := [name for name, value in options.items() if value not in (None, False, [], "")]:
+        raise ValueError(f"{', '.join(names)}: {why}, or leave it out")

@@ -57,18 +57,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _only(target: str, overrides: list[str]) -> Literal["", "compare", "score"]:
-    """The one command that a recipe is for, where it has nothing of what is labelled or trained."""
+    """The only command that a recipe is for, if it has no tables for labelling or training; else ""."""
     from distill.app.shipped import locate
     from distill.app.strict import read_toml
 
-    given = read_toml(locate(target), overrides).keys()
-    if given & {"crops", "student", "loss", "train"}:
+    tables = read_toml(locate(target), overrides).keys()
+    if tables & {"crops", "student", "loss", "train"}:
         return ""
-    return "compare" if "compare" in given else "score" if "benchmarks" in given and "images" not in given else ""
+    return "compare" if "compare" in tables else "score" if "benchmarks" in tables and "images" not in tables else ""
 
 
 def _is_recipe(target: str) -> bool:
-    """A TOML file, or the name of a shipped recipe where there is nothing else of that name."""
+    """Whether this is a TOML file, or a shipped recipe's name, where no file or folder has that name."""
     from distill.app.shipped import shipped
 
     return target.endswith(".toml") or (not Path(target).exists() and target in shipped())

@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_gate(args: argparse.Namespace, *, changed: bool) -> None:
-    """Raises ValueError for what is said of a gate and would not be used; changed: something is written to score."""
-    told = {"--root": args.root, "--list": args.list, "--allow-drop": args.allow_drop and not args.int8}
+    """Raises ValueError for gate options without effect; changed: a new precision or graph is written to score."""
+    gate_options = {"--root": args.root, "--list": args.list, "--allow-drop": args.allow_drop and not args.int8}
     if not args.gate:
-        refuse(told, "of a gate: give --gate BENCHMARK")
+        refuse(gate_options, "of a gate: give --gate BENCHMARK")
     if args.gate and not changed:
         raise ValueError(
             "--gate compares another precision or an ONNX graph with the float32 student, and nothing here is one: "

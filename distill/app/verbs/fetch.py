@@ -28,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
         with progress(f"fetch {name} (MB)") as report:
             got = fetch_benchmark(name, args.root, url=args.url, sha256=args.sha256, report=report)
         say(f"{got.path}: {got.num_bytes / 1e6:,.1f} MB, {got.resumed / 1e6:,.1f} of them from an earlier call")
-        known = "as it should be" if got.published else f"no published one is known; recorded in {got.path.name}.sha256"
-        note(f"sha256 {got.sha256}: {known}")
+        checksum_state = (
+            "as it should be" if got.published else f"no published one is known; recorded in {got.path.name}.sha256"
+        )
+        note(f"sha256 {got.sha256}: {checksum_state}")
         findings = check_benchmark(name, got.path)
         table(f"doctor: {name}", ["", "what", "remedy"], [[f.level, f.what, f.remedy] for f in findings])
         bad |= any(f.level == "bad" for f in findings)

@@ -61,15 +61,15 @@ def run(args: argparse.Namespace) -> int:
         if done:
             note(f"{source.name}: {done} of {len(source.names)} samples were scored before")
     verdicts = [filtering.judge(source, args.out, rules) for source in sources]
-    found = filtering.write_results(verdicts, args.out, rules)
+    results = filtering.write_results(verdicts, args.out, rules)
     rows = [
         [
-            one["name"],
-            str(one["samples"]),
-            str(one["kept"]),
-            "; ".join(f"{n} {why}" for why, n in one["dropped"].items()),
+            summary["name"],
+            str(summary["samples"]),
+            str(summary["kept"]),
+            "; ".join(f"{n} {why}" for why, n in summary["dropped"].items()),
         ]
-        for one in found["sources"]
+        for summary in results["sources"]
     ]
     table("filter", ["source", "samples", "kept", "dropped"], rows, text=True)
     for verdict in verdicts:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.no_page:
         say(f"page: {write_page(verdicts, args.out, rules).resolve()}")
     for verdict in verdicts:
-        written = f'"{args.out / verdict.source.name}.txt"'
-        said = f"{verdict.source.key} = {written}" if verdict.source.key else f"{written} (no key takes names of these)"
-        say(f"{said}   {len(verdict.kept)} names")
+        path = f'"{args.out / verdict.source.name}.txt"'
+        entry = f"{verdict.source.key} = {path}" if verdict.source.key else f"{path} (no key takes names of these)"
+        say(f"{entry}   {len(verdict.kept)} names")
     return 0

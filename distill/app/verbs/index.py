@@ -23,17 +23,17 @@ def run(args: argparse.Namespace) -> int:
 
     facts = find(FOLDER, args.dataset).FACTS
     with progress(f"index {args.dataset} (groups)") as report:
-        done = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
+        index = _index.write(args.dataset, args.root.expanduser(), args.out, report=report)
     published = f"; {facts.images:,} are published" if facts.images else ""
-    left = [f"{done.alone:,} images without depth"] if done.alone else []
-    left += [f"{done.spare:,} depth files without an image"] if done.spare else []
-    beside = f" (left out: {', '.join(left)})" if left else ""
-    say(f"{done.path}: {done.rows:,} images with depth in {done.groups:,} groups{beside}{published}")
-    if done.resumed:
-        note(f"{done.resumed} groups were indexed by an earlier call")
-    if done.alone:
-        note(f"without a depth file, among others: {', '.join(done.examples)}")
-    if done.spare:
-        note(f"without an image, among others: {', '.join(done.spare_examples)}")
+    left_out = [f"{index.alone:,} images without depth"] if index.alone else []
+    left_out += [f"{index.spare:,} depth files without an image"] if index.spare else []
+    left_out_note = f" (left out: {', '.join(left_out)})" if left_out else ""
+    say(f"{index.path}: {index.rows:,} images with depth in {index.groups:,} groups{left_out_note}{published}")
+    if index.resumed:
+        note(f"{index.resumed} groups were indexed by an earlier call")
+    if index.alone:
+        note(f"without a depth file, among others: {', '.join(index.examples)}")
+    if index.spare:
+        note(f"without an image, among others: {', '.join(index.spare_examples)}")
     note(f"{facts.title}: {facts.kind}; licence: {facts.licence}. {facts.note}")
     return 0

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.app.console import progress, say
     from distill.app.label_preview import write_contact
 
-    with progress("inspect") as tell:
-        path = write_contact(args.folder, args.out, shown=args.shown, report=tell)
+    with progress("inspect") as report:
+        path = write_contact(args.folder, args.out, shown=args.shown, report=report)
     say(f"contact sheet: {path.resolve()}")
     return 0

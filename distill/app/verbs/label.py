@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _stopped_by_sigterm() -> Iterator[None]:
-    """A scheduler's notice before it kills is as ctrl-c: a worker's part goes back at once, not when its lease ends."""
+    """Handles SIGTERM, a scheduler's notice, as ctrl-c: a worker returns its part at once, not when its lease ends."""
 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -52,8 +52,8 @@ def _stopped_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)

@@ -31,35 +31,35 @@ def run(args: argparse.Namespace) -> int:
         elif what == "datasets" and args.what:
             _datasets()
         else:
-            rows = [[name, _what(KINDS[what], name)] for name in names(KINDS[what])]
-            table(what, ["name", "what it is"], rows + (_ALSO if what == "teachers" else []), text=True)
+            rows = [[name, _description(KINDS[what], name)] for name in names(KINDS[what])]
+            table(what, ["name", "what it is"], rows + (_OTHER_TEACHERS if what == "teachers" else []), text=True)
     return 0
 
 
-def _what(package: str, name: str) -> str:
-    """A plug-in in a line: the first of its own description; and where one from outside comes from."""
+def _description(package: str, name: str) -> str:
+    """A plug-in in one line: its docstring's first paragraph; and where it comes from, if from outside the package."""
     from distill.core.plugins import source, where_from
 
     places = where_from(package, name)
     if len(places) > 1:
         return " and ".join(places)
     try:
-        described = ast.get_docstring(ast.parse(source(package, name))) or ""
+        docstring = ast.get_docstring(ast.parse(source(package, name))) or ""
     except (LookupError, OSError, SyntaxError, ValueError):
-        described = ""
-    first = " ".join(described.partition("\n\n")[0].split())
+        docstring = ""
+    first = " ".join(docstring.partition("\n\n")[0].split())
     return first if places[0].startswith("distill.") else f"{places[0]}: {first}" if first else places[0]
 
 
-_ALSO = [
+_OTHER_TEACHERS = [
     ["truth", "the source's own ground truth: RGB-D pairs, synthetic scenes"],
     ['checkpoint, weights = "pocket"', "the built-in model"],
 ]
-"""Teachers of a recipe that are no file of teachers/."""
+"""Teachers that a recipe can name and that have no file in teachers/."""
 
 
 def _teachers() -> None:
-    """A table for each teacher and kind of map; what all its weights share stands above it, so that 100 columns do."""
+    """Prints a table for each teacher and kind of map; the title has what all its weights share, to fit 100 columns."""
     from itertools import groupby
 
     from distill.app.console import note, table
@@ -77,11 +77,11 @@ def _teachers() -> None:
         multiple = f", sides multiples of {members[0].multiple}" if members[0].multiple > 1 else ""
         sides = f"native size {size}{multiple}" if size else "any size"
         if licences == {code}:
-            stated = f"licence of weights and code: {code}"
+            licence_text = f"licence of weights and code: {code}"
         else:
             weights = f"licence of the weights: {members[0].licence}; " if len(licences) == 1 else ""
-            stated = f"{weights}licence of the code: {code}"
-        title = f"{name}: {kind}, larger is {kind.larger_is}; {sides}\n{stated}"
+            licence_text = f"{weights}licence of the code: {code}"
+        title = f"{name}: {kind}, larger is {kind.larger_is}; {sides}\n{licence_text}"
         rows = []
         for card in members:
             revision = revision_of(pocket()) if card.weights == "pocket" else card.revision
@@ -103,7 +103,7 @@ def _teachers() -> None:
 
 
 def _datasets() -> None:
-    """Each data set's depth type, licence and published count, and its layout in its own words."""
+    """Prints each data set's depth type, licence and published count, and its layout as its module describes it."""
     from distill.app.console import note, table
     from distill.core.plugins import PluginError, find, names
 
@@ -125,7 +125,7 @@ def _datasets() -> None:
 
 
 def _cards(name: str) -> list[Any]:
-    """A teacher's cards; one from outside that cannot be had is a line, not the end of the list."""
+    """A teacher's cards; one from outside that cannot be imported gives an error line and does not end the list."""
     from distill.app.console import fail, note
     from distill.core.plugins import PluginError, find, where_from
 

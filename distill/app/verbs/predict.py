@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
     student_only = {"--student": args.student, "--size": args.size, "--encoder-weights": args.encoder_weights}
     student_only |= {"--decoder": args.decoder}
-    if args.teacher and (given := [name for name, value in student_only.items() if value is not None]):
-        raise ValueError(f"{', '.join(given)}: of students; leave it out beside --teacher")
+    if args.teacher and (flags := [name for name, value in student_only.items() if value is not None]):
+        raise ValueError(f"{', '.join(flags)}: of students; leave it out beside --teacher")
     options, lens = teacher_options(args), _lens(args)
     if args.decoder:
         allow(args.decoder)
@@ -85,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
         fail("\n".join(outcome.problems))
     if survey.passed:
         note(f"ignored: {filetypes.counted(survey.passed)}")
-    before = f", {outcome.present} already there" if outcome.present else ""
+    present = f", {outcome.present} already there" if outcome.present else ""
     failed = f", {len(outcome.problems)} could not be used" if outcome.problems else ""
     say(
-        f"{args.out}: {outcome.written} of {len(jobs) + len(survey.refused)} predicted{before}{failed}",
+        f"{args.out}: {outcome.written} of {len(jobs) + len(survey.refused)} predicted{present}{failed}",
         out=str(args.out),
         predicted=outcome.written,
         present=outcome.present,
@@ -98,19 +98,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_used(args: argparse.Namespace, *, takes_focal: bool) -> None:
-    """Raises ValueError for what is said of the camera or the depth and would not be used."""
+    """Raises ValueError for options of the camera or the depth that would have no effect."""
     from distill.inference.outputs import SOLID
 
-    told = (
+    options = (
         {"--far": args.far} if takes_focal else {"--fov": args.fov, "--intrinsics": args.intrinsics, "--far": args.far}
     )
-    given = [name for name, value in told.items() if value is not None]
-    if given and not SOLID.keys() & set(args.formats):
-        raise ValueError(f"{', '.join(given)}: of three dimensions; ask for --write {' '.join(SOLID)}, or leave it out")
+    flags = [name for name, value in options.items() if value is not None]
+    if flags and not SOLID.keys() & set(args.formats):
+        raise ValueError(f"{', '.join(flags)}: of three dimensions; ask for --write {' '.join(SOLID)}, or leave it out")
 
 
 def _lens(args: argparse.Namespace) -> Any:
-    """What the command line says of the camera. Raises ValueError for one that cannot be."""
+    """The camera that the command line describes. Raises ValueError for an impossible one."""
     from distill.inference.solid import DEEPEST, FAR, Lens, camera
 
     if args.fov is not None and args.intrinsics:

@@ -64,17 +64,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-_OF_A_RUN = ("recipe.toml", "scores", "train", "labels*", "predictions", "fidelity", "compare")
+_RUN_FILES = ("recipe.toml", "scores", "train", "labels*", "predictions", "fidelity", "compare")
 
 
 def _check_run(run: Path) -> None:
-    """Raises FileNotFoundError for a folder of something else: a page of nothing would only lie in the way there."""
-    if not any(next(run.glob(name), None) for name in _OF_A_RUN):
+    """Raises FileNotFoundError for a folder that is no run: an empty report would only clutter it."""
+    if not any(next(run.glob(name), None) for name in _RUN_FILES):
         raise FileNotFoundError(f"{run}: nothing of a run lies there; give a run's folder or its recipe")
 
 
 def _check_name(name: str) -> None:
-    """Raises FileNotFoundError for a name that is neither a run nor a recipe, with the runs that are here."""
+    """Raises FileNotFoundError for a name that is neither a run nor a recipe, listing the runs that are here."""
     from distill.app.shipped import locate
     from distill.app.strict import RecipeError
 
@@ -82,5 +82,5 @@ def _check_name(name: str) -> None:
         locate(name)
     except RecipeError as error:
         runs = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/recipe.toml")))
-        there = f"; here are {runs}" if runs else ""
-        raise FileNotFoundError(f"{name}: no such run, nor a recipe of that name{there}") from error
+        listing = f"; here are {runs}" if runs else ""
+        raise FileNotFoundError(f"{name}: no such run, nor a recipe of that name{listing}") from error

@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("score takes a recipe, or --predictions with --kind, --benchmark, --root and --out")
     if args.recipe:
         refuse({"--out": args.out}, "of --predictions; a recipe's scores lie in its run's folder")
-        of_maps = ("kind", "model", "allow_failed")
-        refuse({f"--{name.replace('_', '-')}": getattr(args, name) for name in of_maps}, "of --predictions")
-        of_data = ("benchmark", "root", "list", "protocol", "offset_positive")
-        given = {f"--{name.replace('_', '-')}": getattr(args, name) for name in of_data}
-        given["--alignment"] = None if args.alignment == "auto" else args.alignment
-        refuse(given, "of --predictions; a recipe says it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)")
+        prediction_options = ("kind", "model", "allow_failed")
+        refuse({f"--{name.replace('_', '-')}": getattr(args, name) for name in prediction_options}, "of --predictions")
+        benchmark_options = ("benchmark", "root", "list", "protocol", "offset_positive")
+        set_options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in benchmark_options}
+        set_options["--alignment"] = None if args.alignment == "auto" else args.alignment
+        refuse(set_options, "of --predictions; a recipe says it in [[benchmarks]] (--set benchmarks.0.KEY=VALUE)")
         from distill.app.commands import run_score
         from distill.app.recipe import load
 
@@ -105,14 +105,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _few(lines: list[str], most: int = 12) -> list[str]:
-    """The first and the last of many lines."""
+    """The first lines and the last, with a count of those left out, if there are too many."""
     if len(lines) <= most:
         return lines
     return [*lines[: most - 2], f"... and {len(lines) - most + 1} more", lines[-1]]
 
 
 def _under_rivals(args: argparse.Namespace) -> int:
-    """One model under other people's protocols, each in a line."""
+    """Scores one model under other people's protocols, a line for each."""
     from distill.app.console import note, progress, say, table
     from distill.eval.rivals import NAMES, score_under_all, sentence
 
@@ -121,7 +121,7 @@ def _under_rivals(args: argparse.Namespace) -> int:
     if not args.kind:
         raise ValueError("protocols by name need --kind: which of them are defined depends on it")
     with progress(f"score {args.benchmark}") as report:
-        found = score_under_all(
+        results = score_under_all(
             args.predictions,
             kind=args.kind,
             benchmark=args.benchmark,
@@ -134,7 +134,7 @@ def _under_rivals(args: argparse.Namespace) -> int:
             report=report,
         )
     failed, lines = 0, []
-    for name, result in found.items():
+    for name, result in results.items():
         if isinstance(result, str):
             lines.append([name, "-", "-", "-", "-"])
             continue
@@ -144,7 +144,7 @@ def _under_rivals(args: argparse.Namespace) -> int:
         lines.append([name, *cells, result.protocol.alignment, result.protocol.id])
     title = f"{args.model or Path(args.predictions).name} on {args.benchmark}, the same predictions"
     table(title, ["protocol", "abs_rel", "delta1", "alignment", "id"], lines)
-    for name, result in found.items():
+    for name, result in results.items():
         note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not here: {result}'}")
     if failed:
         say(f"{failed} times an image could not be scored" + ("" if args.allow_failed else "; no mean"))

@@ -24,14 +24,14 @@ def run(args: argparse.Namespace) -> int:
         from distill.app.recipe import load
         from distill.app.repair import repair
 
-        with progress("verify") as tell:
+        with progress("verify") as report:
             recipe = load(args.recipe, command="label") if args.recipe else None
-            mended = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=tell)
-        say(f"{args.folder}: complete" + (f"; made again: {', '.join(mended)}" if mended else ""))
+            repaired = repair(args.folder, recipe=recipe, trusted=args.trust_recipe, report=report)
+        say(f"{args.folder}: complete" + (f"; made again: {', '.join(repaired)}" if repaired else ""))
         return 0
     refuse({"--recipe": args.recipe, "--trust-recipe": args.trust_recipe}, "of a repair: give --repair")
-    with progress("verify") as tell:
-        problems = verify_labels(args.folder, report=tell)
+    with progress("verify") as report:
+        problems = verify_labels(args.folder, report=report)
     if problems:
         fail("\n".join(problems))
         return 1
