@@ -12,6 +12,7 @@ keeps the last few results in memory and writes nothing.
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import sys
@@ -102,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         if url.path == "/":
             page = resources.files("distill").joinpath("assets/serve.html").read_text(encoding="utf-8")
-            self._send(200, page.replace("[[MODEL]]", self.server.name.replace("<", "&lt;")).encode(), ".html")
+            self._send(200, page.replace("[[MODEL]]", html.escape(self.server.name)).encode(), ".html")
             return
         _, key, name = [*url.path.split("/"), "", ""][:3]
         depth = self.server.results.get(key)
