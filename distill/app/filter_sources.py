@@ -32,8 +32,9 @@ from distill.shards.shards import MANIFEST, LabelDataset
 def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teacher: str = "") -> list[Source]:
     """The sources that `words` name, each with a unique name.
 
-    far: metric truth beyond it is invalid; 0: no limit. limit: the first so many samples of each; 0: all. teacher: whose
-    labels in a labels folder are scored; by default the first's. Raises FileNotFoundError, ValueError or LookupError.
+    far: metric truth beyond it is invalid; 0: no limit. limit: the first so many samples of each; 0: all. teacher: the
+    one whose labels in a labels folder are scored; by default the first. Raises FileNotFoundError, ValueError or
+    LookupError.
     """
     opened: list[Source] = []
     for word in words:
