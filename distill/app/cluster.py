@@ -191,7 +191,7 @@ class _Workers:
             self.calls[actor.part.remote()] = actor
 
     def is_time(self, every_s: float) -> bool:
-        """Whether to read the status of the whole run now, which takes a while: at most once in `every_s`."""
+        """Whether to read the whole run's status, which takes a while: every `every_s` s while calls are running."""
         if self.calls and time.monotonic() - self.looked < every_s:
             return False
         self.looked = time.monotonic()

@@ -67,7 +67,7 @@ def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into `folder`, which it labelled before.
+    """Labels the recipe's images into its labels folder, or into `folder`, which this recipe labelled before.
 
     send: upload to its mirror too. worker: label as one of any number of workers, which several processes and a
     labels.root at a URL do in any case.

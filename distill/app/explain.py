@@ -140,19 +140,19 @@ def explain_key(key: str, recipe: Recipe | None = None) -> str:
 
     Raises RecipeError with a "did you mean" for a key that no recipe has.
     """
-    name, _, rest = key.partition(".")
+    name, _, key_path = key.partition(".")
     known = {part.name: part for part in parts()}
     if name not in known:
         raise RecipeError(
             f"no table {name!r} in a recipe{did_you_mean(name, list(known))}; there are {', '.join(known)}"
         )
     part = known[name]
-    rest = re.sub(r"^\d+\.", "", rest)
-    keys = [k for k in part.keys if not rest or k.name == rest.partition(".")[0]]
+    key_path = re.sub(r"^\d+\.", "", key_path)
+    keys = [k for k in part.keys if not key_path or k.name == key_path.partition(".")[0]]
     if not keys:
-        near = did_you_mean(rest, [k.name for k in part.keys])
+        near = did_you_mean(key_path, [k.name for k in part.keys])
         raise RecipeError(f"no key {key}{near.replace('mean ', f'mean {name}.') if near else ''}")
-    lines = [] if rest else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
+    lines = [] if key_path else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
     for k in keys:
         lines += [f"{name}.{k.name}: {k.type}" + (f", default {k.default}" if k.default else ", needed")]
         lines += textwrap.wrap(k.meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
