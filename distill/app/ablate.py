@@ -1,7 +1,7 @@
-"""Runs a study: labels once, then every cell (train, score, forget the weights), then tables, pictures and verdicts.
+"""Runs a study: labels once, trains and scores every cell (weights are then deleted), writes tables, figures, verdicts.
 
-Any number of processes may run the same study, started here or by hand; each takes the next cell that nobody holds. A
-killed study goes on where it was: a finished cell has its cell.json, a half-trained one resumes from its checkpoint.
+Any number of processes may run the same study, started here or by hand; each takes the next cell that no other process
+has locked. A killed study resumes: a finished cell has its cell.json, a half-trained one continues from its checkpoint.
 
     OUT/labels/HASH/  OUT/cells/HASH/{cell.json, train/log.jsonl, scores/, predictions/}
     OUT/NAME-VERSION/{study.json, table.md, index.html}
@@ -41,7 +41,7 @@ from distill.training import trainlog
 from distill.training.step import TrainingStoppedError
 
 POLL = 2.0
-"""Seconds between looks at cells that other processes hold."""
+"""Seconds between checks of cells that other processes hold."""
 
 
 def run_studies(
@@ -54,27 +54,28 @@ def run_studies(
     worker: bool = False,
     collect_only: bool = False,
 ) -> list[Table]:
-    """Runs what is missing of the studies (files, or shipped ones' names), writes their tables; none in a worker.
+    """Runs the unfinished cells of the studies (files, or names of shipped ones), writes and returns their tables.
 
-    Cells go seed by seed through all studies. processes: how many cells at once; on GPUs each process gets one of them.
-    overrides: for every cell, as --set. collect_only: the tables of what is done; nothing runs.
+    Cells run seed by seed across all studies. processes: how many cells at once; with GPUs each process gets one GPU.
+    overrides: for every cell, as --set. worker: only run cells, return no tables. collect_only: run nothing, tabulate
+    the finished cells.
     Raises ValueError or OSError for a recipe or data that cannot be used; a training that diverges is a result.
     """
     paths = [locate(path, "study") for path in paths]
     studies = [(study, cells(study, path, version, out, overrides)) for path in paths for study in [read_study(path)]]
-    every = list({cell.folder: cell for _, own in studies for cell in own}.values())
+    all_cells = list({cell.folder: cell for _, study_cells in studies for cell in study_cells}.values())
     if processes > 1 and not (worker or collect_only):
-        _with_workers(every, paths, version, out, processes, overrides)
+        _run_workers(all_cells, paths, version, out, processes, overrides)
     elif not collect_only:
-        with scenes.cached_views():  # every cell is scored on the same ones
-            if worker:  # all seeds at once, or all workers would wait for the one that labels the first
-                _label_all(every)
-            _work(every)
+        with scenes.cached_views():  # every cell is scored on the same scenes
+            if worker:  # all seeds at once: else all workers would wait for the one that labels the first seed
+                _label_all(all_cells)
+            _run_cells(all_cells)
     if worker:
         return []
     results = []
-    for study, own in studies:
-        result = collect(study, version, own)
+    for study, study_cells in studies:
+        result = collect(study, version, study_cells)
         folder = out / f"{study.name}-{version}"
         files.write_json(folder / "study.json", result.as_dict(), allow_nan=True)
         files.write_text(folder / "table.md", markdown(result))
@@ -91,15 +92,15 @@ def run_studies(
 
 
 def _label_all(every: Sequence[StudyCell]) -> None:
-    """Labels what these cells learn from, once each; what other processes are labelling is waited for last."""
-    wanted = {build.labels_folder(cell.recipe): cell.recipe for cell in every if not cell.recipe.labels.online}
-    while wanted := {folder: recipe for folder, recipe in wanted.items() if not (folder / MANIFEST).is_file()}:
-        if not any([_labelled(recipe) for recipe in wanted.values()]):
+    """Makes every labels folder of these cells once; waits at the end for those that other processes are making."""
+    pending = {build.labels_folder(cell.recipe): cell.recipe for cell in every if not cell.recipe.labels.online}
+    while pending := {folder: recipe for folder, recipe in pending.items() if not (folder / MANIFEST).is_file()}:
+        if not any([_try_label(recipe) for recipe in pending.values()]):
             time.sleep(POLL)
 
 
-def _labelled(recipe: Recipe) -> bool:
-    """Labels what a recipe learns from, unless another process does."""
+def _try_label(recipe: Recipe) -> bool:
+    """Labels for a recipe; returns False if another process holds its labels folder."""
     try:
         commands.run_label(recipe)
     except RunLockedError:
@@ -107,10 +108,15 @@ def _labelled(recipe: Recipe) -> bool:
     return True
 
 
-def _with_workers(
-    every: Sequence[StudyCell], paths: Sequence[Path], version: str, out: Path, processes: int, overrides: Sequence[str]
+def _run_workers(
+    every: Sequence[StudyCell],
+    paths: Sequence[Path],
+    version: str,
+    out: Path,
+    processes: int,
+    overrides: Sequence[str],
 ) -> None:
-    """Starts the workers and shows how many cells are done."""
+    """Starts the workers and shows how many cells are done; raises ValueError if a worker failed."""
     command = [
         sys.executable,
         "-m",
@@ -126,7 +132,7 @@ def _with_workers(
     for assignment in overrides:
         command += ["--set", assignment]
     gpus = torch.cuda.device_count()
-    running: list[subprocess.Popen[bytes]] = []
+    workers: list[subprocess.Popen[bytes]] = []
     out.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as logs, progress(f"ablate {', '.join(path.stem for path in paths)}") as report:
         try:
@@ -135,22 +141,22 @@ def _with_workers(
                 environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
                 if gpus:
                     environment["CUDA_VISIBLE_DEVICES"] = str(i % gpus)
-                running.append(
+                workers.append(
                     subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment})
                 )
-            while any(one.poll() is None for one in running):
+            while any(process.poll() is None for process in workers):
                 report(sum(is_done(cell) for cell in every), len(every))
                 time.sleep(POLL)
         finally:
-            for one in running:
-                one.terminate()
-            for one in running:
-                one.wait()
-    failed = [i for i, one in enumerate(running) if one.returncode]
+            for process in workers:
+                process.terminate()
+            for process in workers:
+                process.wait()
+    failed = [i for i, process in enumerate(workers) if process.returncode]
     if failed:
         log_file = out / f"worker-{failed[0]}.log"
-        last = log_file.read_text(errors="replace").strip().splitlines()[-1:]
-        raise ValueError(f"worker {failed[0]} stopped: {' '.join(last)} (all it said is in {log_file})")
+        last_line = log_file.read_text(errors="replace").strip().splitlines()[-1:]
+        raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (all it said is in {log_file})")
 
 
 def is_done(cell: StudyCell) -> bool:
@@ -158,22 +164,22 @@ def is_done(cell: StudyCell) -> bool:
     return (cell.folder / "cell.json").is_file()
 
 
-def _work(every: Sequence[StudyCell]) -> None:
-    """Runs cells, seed by seed, until none is left that nobody holds, then waits for the others'."""
+def _run_cells(every: Sequence[StudyCell]) -> None:
+    """Runs all cells that are free, seed by seed, then waits for those that other processes hold."""
     seeds = list(dict.fromkeys(cell.seed for cell in every))
     while True:
-        held = False
+        any_held = False
         for seed in seeds:
-            own = [cell for cell in every if cell.seed == seed and not is_done(cell)]
-            _label_all(own)
-            held = sum([_take(cell) for cell in own]) < len(own) or held
-        if not held:
+            open_cells = [cell for cell in every if cell.seed == seed and not is_done(cell)]
+            _label_all(open_cells)
+            any_held = sum([_run_if_free(cell) for cell in open_cells]) < len(open_cells) or any_held
+        if not any_held:
             return
         time.sleep(POLL)
 
 
-def _take(cell: StudyCell) -> bool:
-    """Runs a cell that nobody holds, and says whether it is done."""
+def _run_if_free(cell: StudyCell) -> bool:
+    """Runs the cell unless another process holds it; returns whether it is done."""
     cell.folder.mkdir(parents=True, exist_ok=True)
     try:
         with run_lock(cell.folder, rank=0, world=1):
@@ -192,19 +198,19 @@ def _run(cell: StudyCell) -> None:
         commands.run_score(cell.recipe)
     except TrainingStoppedError as error:
         failed = str(error)
-    # The numbers, the log and the predictions stay; the weights of sixty students would fill a disk.
+    # Scores, log and predictions are kept; the weights of sixty students would fill a disk.
     shutil.rmtree(cell.folder / "train" / "checkpoints", ignore_errors=True)
     shutil.rmtree(cell.folder / "train" / "student", ignore_errors=True)
     result_record = {"row": cell.row, "seed": cell.seed, "failed": failed, "seconds": time.monotonic() - began}
     files.write_json(cell.folder / "cell.json", result_record | {"made_by": commands.commit()}, indent=None)
 
 
-# --- what came out ----------------------------------------------------------------------------------------------------
+# --- results ----------------------------------------------------------------------------------------------------------
 
 
 Shown = tuple[float | None, np.ndarray]
-"""A cell's number in a column, None where it has none, and the numbers (n,) float64 of the images that it is a mean of,
-in the order of the benchmark; of a number of the log itself alone."""
+"""A cell's value in a column, None if it has none, and the per-image values (n,) float64 that it averages, in the
+benchmark's order; for a value of the training log, that value alone."""
 
 
 def _shown(cell: StudyCell, column: Column) -> Shown:
@@ -217,27 +223,29 @@ def _shown(cell: StudyCell, column: Column) -> Shown:
         return None, np.array([])
     means = score.groups.get(column.group, {}).get("metrics", {}) if column.group else score.metrics
     value = means.get(column.metric)
-    inside = [image for image in score.images if not column.group or image.group == column.group]
-    each = np.array([image.metrics[column.metric] for image in inside if image.metrics], dtype=np.float64)
-    return (None if value is None or not math.isfinite(value) else value), each
+    group_images = [image for image in score.images if not column.group or image.group == column.group]
+    image_values = np.array([image.metrics[column.metric] for image in group_images if image.metrics], dtype=np.float64)
+    return (None if value is None or not math.isfinite(value) else value), image_values
 
 
 def collect(study: Study, version: Literal["full", "bench"], every: Sequence[StudyCell]) -> Table:
-    """The study's table from the cells that are done; a cell without a value leaves its place empty."""
-    chosen: Version = study.full if version == "full" else study.bench
-    columns = chosen.columns
+    """The study's table from the finished cells; where a cell has no value, the entry is empty."""
+    selected: Version = study.full if version == "full" else study.bench
+    columns = selected.columns
     published = {p.row: p.values for p in study.paper}
-    rows, images = [], {one: dict[str, dict[int, Any]]() for one in dict.fromkeys(c.measure for c in columns)}
+    rows, images = [], {measure: dict[str, dict[int, Any]]() for measure in dict.fromkeys(c.measure for c in columns)}
     for row in study.all_rows():
         done_cells = [cell for cell in every if cell.row == row.name and is_done(cell)]
         values: dict[int, list[float | None]] = {}
         for cell in done_cells:
-            shown = [_shown(cell, column) for column in columns]
-            values[cell.seed] = [value for value, _ in shown]
+            cell_values = [_shown(cell, column) for column in columns]
+            values[cell.seed] = [value for value, _ in cell_values]
             for measure, by_row in images.items():
-                own = [one for one, column in zip(shown, columns, strict=True) if column.measure == measure]
-                if all(value is not None for value, _ in own):
-                    by_row.setdefault(row.name, {})[cell.seed] = [each for _, each in own]
+                measured = [
+                    shown for shown, column in zip(cell_values, columns, strict=True) if column.measure == measure
+                ]
+                if all(value is not None for value, _ in measured):
+                    by_row.setdefault(row.name, {})[cell.seed] = [image_values for _, image_values in measured]
         failures = [json.loads((cell.folder / "cell.json").read_text())["failed"] for cell in done_cells]
         curves = {cell.seed: _curves(cell) for cell in done_cells}
         rows.append(
@@ -268,12 +276,12 @@ def collect(study: Study, version: Literal["full", "bench"], every: Sequence[Stu
 
 
 def _claims(study: Study, images: Mapping[str, Any], columns: Sequence[Column]) -> list[Claim]:
-    """Every claim in every metric that it is about; the paper's effect stands by the metric that its own columns
-    show.
-    """
+    """Judges every claim in each metric that it is about; the paper's effect only in the metric of its own columns."""
     paper = {p.row: sum(p.values) / len(p.values) for p in study.paper}
-    printed = {column.measure for column in study.full.columns[: len(study.paper[0].values)]} if study.paper else set()
-    found = []
+    paper_measures = (
+        {column.measure for column in study.full.columns[: len(study.paper[0].values)]} if study.paper else set()
+    )
+    judged = []
     lower = {column.measure: column.lower_is_better for column in columns}
     for metric, values in images.items():
         for o in study.orderings:
@@ -288,10 +296,10 @@ def _claims(study: Study, images: Mapping[str, Any], columns: Sequence[Column]) 
                 equivalence=study.equivalence,
                 bound=o.bound,
             )
-            theirs = paper_effect(o.kind, o.first, o.second, paper, ours.pair) if printed == {metric} else None
-            found.append((o, metric, ours, theirs))
-    # What is undecided has not been claimed, whatever its p.
-    lasting = holm([ours.p for *_, ours, _ in found])
+            theirs = paper_effect(o.kind, o.first, o.second, paper, ours.pair) if paper_measures == {metric} else None
+            judged.append((o, metric, ours, theirs))
+    # An undecided claim is not significant, whatever its p-value.
+    significance = holm([ours.p for *_, ours, _ in judged])
     return [
         Claim(
             o.claim,
@@ -299,32 +307,36 @@ def _claims(study: Study, images: Mapping[str, Any], columns: Sequence[Column]) 
             metric,
             ours,
             theirs,
-            last and ours.word not in (UNDECIDED, UNKNOWN),
+            significant and ours.word not in (UNDECIDED, UNKNOWN),
             bool(o.bound),
         )
-        for (o, metric, ours, theirs), last in zip(found, lasting, strict=True)
+        for (o, metric, ours, theirs), significant in zip(judged, significance, strict=True)
     ]
 
 
 def _label_quality(every: Sequence[StudyCell]) -> list[tuple[str, LabelQuality]]:
-    """How good the labels of the first seed are, for every choice of teachers and the rows that learn from it."""
-    first = [cell for cell in every if cell.seed == every[0].seed]
+    """Quality of the first seed's labels, for every choice of teachers, titled with the rows that train on them."""
+    first_seed = [cell for cell in every if cell.seed == every[0].seed]
     rows: dict[Path, list[StudyCell]] = {}
-    for cell in first:
+    for cell in first_seed:
         rows.setdefault(build.labels_folder(cell.recipe), []).append(cell)
-    found = []
-    for folder, own in rows.items():
-        if not (folder / MANIFEST).is_file() or not own[0].recipe.benchmarks:
+    qualities = []
+    for folder, folder_cells in rows.items():
+        if not (folder / MANIFEST).is_file() or not folder_cells[0].recipe.benchmarks:
             continue
-        protocol = build.benchmark(own[0].recipe.benchmarks[0])[0]
-        for one in label_quality(LabelDataset(folder), protocol):
-            named = one.teacher if len(rows) == 1 else f"{one.teacher} ({own[0].row}{', ...' if own[1:] else ''})"
-            found.append((named, one))
-    return found
+        protocol = build.benchmark(folder_cells[0].recipe.benchmarks[0])[0]
+        for quality in label_quality(LabelDataset(folder), protocol):
+            title = (
+                quality.teacher
+                if len(rows) == 1
+                else f"{quality.teacher} ({folder_cells[0].row}{', ...' if folder_cells[1:] else ''})"
+            )
+            qualities.append((title, quality))
+    return qualities
 
 
 def _curves(cell: StudyCell) -> dict[str, list[tuple[int, float]]]:
-    """Loss and the output's deviation, relative to the labels', by step."""
+    """Loss by step, and the output's deviation divided by the labels'."""
     steps = [line for line in trainlog.read(cell.folder / "train" / "log.jsonl") if "loss" in line]
     series: dict[str, list[tuple[int, float]]] = {"loss": [], "scale": []}
     for line in steps:

@@ -1,4 +1,4 @@
-"""What a student's card says of its scores and its cost: those of its run, of the student and of its teachers."""
+"""Scores and costs for a student's card, of the student and of its teachers, as its run measured them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from distill.eval.scorefile import Score, read_scores
 
 
 def scored(folder: Path, revision: str) -> dict[str, list[dict[str, str]]]:
-    """The "scores" and "cost" of a card, a row per model; empty where no run around RUN/train/student has scored it.
+    """The "scores" and "cost" of a card, a row per model; empty if no run around RUN/train/student has scored it.
 
-    revision: teachers.revision_of(folder); benchmarks on which other weights were scored, of a student trained again
-    since, are left out, its teachers' rows with them.
+    revision: teachers.revision_of(folder); benchmarks scored with other weights, before the student was trained again,
+    are left out, the teachers' rows included.
     """
     run = folder.parent.parent
     scores: list[Score] = []
     for path in sorted((run / "scores").glob("*--student.json")):
         alias = path.name.removesuffix("--student.json")
-        predicted = run / "predictions" / "student" / alias / "settings.json"
-        by = json.loads(predicted.read_text(encoding="utf-8"))["settings"] if predicted.is_file() else {}
-        if by.get("revision") == revision:
+        settings_file = run / "predictions" / "student" / alias / "settings.json"
+        predicted_with = (
+            json.loads(settings_file.read_text(encoding="utf-8"))["settings"] if settings_file.is_file() else {}
+        )
+        if predicted_with.get("revision") == revision:
             others = sorted(p for p in (run / "scores").glob(f"{alias}--*.json") if p != path)
-            scores += [read_scores(one) for one in (path, *others)]
+            scores += [read_scores(p) for p in (path, *others)]
     costs = {score.model: score.cost for score in reversed(scores) if score.cost and score.cost.get("parameters")}
     rows = [
         _cost_row(model, dict(costs[model] or {})) for model in dict.fromkeys(s.model for s in scores) if model in costs

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from distill import __version__
 from distill.core.plugins import find, names
 
-# The order of the journey; a verb that is not named here comes last.
+# The order of the verbs in the help; others come last.
 ORDER = [
     "demo",
     "label",
@@ -48,48 +48,48 @@ EPILOG = """examples:
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; each command's own help is in its file."""
-    whole = argparse.ArgumentParser(
+    top_parser = argparse.ArgumentParser(
         prog="distill",
         description="Distil heavy depth teachers into small students, and compare them.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    whole.add_argument("--version", action="version", version=__version__)
-    _switches(whole, default=False)
-    verbs = whole.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    present = names("distill.app.verbs")
-    for name in sorted(present, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
+    top_parser.add_argument("--version", action="version", version=__version__)
+    _switches(top_parser, default=False)
+    verbs = top_parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verb_names = names("distill.app.verbs")
+    for name in sorted(verb_names, key=lambda n: (ORDER.index(n) if n in ORDER else len(ORDER), n)):
         verb = find("distill.app.verbs", name)
-        first, _, rest = (verb.__doc__ or "").partition("\n")
+        summary, _, details = (verb.__doc__ or "").partition("\n")
         sub = verbs.add_parser(
             name,
-            help=first,
-            description=first,
-            epilog=textwrap.dedent(rest).strip() or None,
+            help=summary,
+            description=summary,
+            epilog=textwrap.dedent(details).strip() or None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         verb.arguments(sub)
-        _switches(sub, default=argparse.SUPPRESS)  # before the command or behind it
+        _switches(sub, default=argparse.SUPPRESS)  # accepted before the command or after it
         sub.set_defaults(verb=verb.run)
-    return whole
+    return top_parser
 
 
 def _switches(parser: argparse.ArgumentParser, *, default: Any) -> None:
-    """What every command takes."""
-    every = parser.add_argument_group("every command")
+    """Adds the switches that every command takes."""
+    group = parser.add_argument_group("every command")
     for name, help_ in (
         ("--quiet", "results and errors alone: no notes, no progress"),
         ("--json", "a JSON object per line: results on standard output; notes, progress and errors on standard error"),
         ("--debug", "show the traceback of an error"),
     ):
-        every.add_argument(name, action="store_true", default=default, help=help_)
+        group.add_argument(name, action="store_true", default=default, help=help_)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb. A person's mistake ends in one line per fault and exit code 2, a stopped run in 130."""
+    """Runs one verb. A user error prints one line per fault and returns 2; an interrupted run returns 130."""
     debug = False
     try:
-        args = parser().parse_args([_from_home(word) for word in (sys.argv[1:] if argv is None else argv)])
+        args = parser().parse_args([_expand_home(word) for word in (sys.argv[1:] if argv is None else argv)])
         debug = args.debug
         from distill.app import console
 
@@ -102,11 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from distill.app import console
 
-        way_out = _way_out(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
+        hint = _install_hint(error.name) if isinstance(error, ModuleNotFoundError) and error.name else ""
         message = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
         if isinstance(error, OSError) and error.filename is not None and error.strerror:
             message = f"{os.fspath(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
-        console.fail((message or type(error).__name__) + way_out)
+        console.fail((message or type(error).__name__) + hint)
         return 2
     except KeyboardInterrupt:
         from distill.app import console
@@ -115,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return STOPPED
 
 
-def _from_home(word: str) -> str:
-    """`--out=~/depth` and `hypersim=~/data` as they are meant: shells leave a "~" behind a "=", or in quotes."""
-    named = re.fullmatch(r"((?:--[\w-]+|[\w.]+)=|)(~(?:/.*)?)", word, re.DOTALL)
-    return named[1] + os.path.expanduser(named[2]) if named else word  # noqa: PTH111  (Path's raises without a home)
+def _expand_home(word: str) -> str:
+    """Expands the "~" of `--out=~/depth` and `hypersim=~/data`, which shells leave after a "=" and in quotes."""
+    match = re.fullmatch(r"((?:--[\w-]+|[\w.]+)=|)(~(?:/.*)?)", word, re.DOTALL)
+    return match[1] + os.path.expanduser(match[2]) if match else word  # noqa: PTH111  (Path's raises without a home)
 
 
 def entry() -> NoReturn:
-    """`main` as a process of its own. A stopped one leaves at once: what its threads do is done again."""
+    """Runs `main` and exits. An interrupted run exits without waiting for its threads: a rerun redoes their work."""
     code = main()
     if code == STOPPED:
         for stream in (sys.stdout, sys.stderr):
@@ -132,8 +132,8 @@ def entry() -> NoReturn:
     sys.exit(code)
 
 
-def _way_out(module: str) -> str:
-    """How to get a module that one of the package's extras brings; nothing for all others."""
+def _install_hint(module: str) -> str:
+    """How to install a module that one of the package's extras provides; "" for other modules."""
     from importlib.metadata import PackageNotFoundError, requires
 
     package = {"skimage": "scikit-image", "sklearn": "scikit-learn"}.get(top := module.partition(".")[0], top)
@@ -141,6 +141,6 @@ def _way_out(module: str) -> str:
         lines = [line.replace('"', "'") for line in requires("depth-distill") or []]
     except PackageNotFoundError:
         return ""
-    wanted = [line for line in lines if re.match(rf"{re.escape(package)}\b", line) and "extra == '" in line]
-    extra = wanted[0].rpartition("extra == '")[2].rstrip("'") if wanted else ""
+    matches = [line for line in lines if re.match(rf"{re.escape(package)}\b", line) and "extra == '" in line]
+    extra = matches[0].rpartition("extra == '")[2].rstrip("'") if matches else ""
     return f"; it comes with pip install 'depth-distill[{extra}]'" if extra else ""

@@ -1,8 +1,8 @@
-"""`distill label --ray`: a Ray cluster keeps teachers loaded in actors, one for each GPU; each call of one is a part.
+"""`distill label --ray`: Ray actors, one per GPU, keep the teachers loaded; each call of an actor labels one part.
 
-Which part a call labels is agreed by leases (`labelling.worker`), as without Ray, so that there is one way of sharing
-work and plain workers may help. What Ray gives is machines: it places the actors, adds nodes where it scales, and tells
-at once when one dies; then another actor is started wherever there is room, and the part is made again.
+Leases (`labelling.worker`) decide which part a call labels, as without Ray, so that work is shared in one way and plain
+workers may help. Ray provides the machines: it places the actors, adds nodes where it autoscales, and reports at once
+when an actor dies; another one is then started wherever there is room, and the part is labelled again.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ from distill.labelling.worker import MadePart
 
 LOOK_S = 10.0
 QUARANTINED = 20
-"""So many lines about images in quarantine are told while labelling; the manifest has all of them."""
+"""At most this many quarantined images are logged while labelling; the manifest lists all of them."""
 
 
 def resources(recipe: Recipe) -> dict[str, float]:
-    """What one worker asks of its node: a GPU, unless run.device is "cpu", and a core for each of labels.threads."""
+    """The Ray resources of one worker: a GPU, unless run.device is "cpu", and a core for each of labels.threads."""
     gpu = {} if recipe.run.device == "cpu" else {"num_gpus": 1.0}
     return {"num_cpus": float(max(1, recipe.labels.threads)), **gpu}
 
 
 def slots(wanted: dict[str, float], nodes: list[dict[str, float]]) -> int:
-    """How many workers the nodes have room for, at least one: Ray waits, or grows, until that fits."""
+    """How many workers the nodes have room for, at least one: Ray waits, or adds nodes, until that one fits."""
     names = {"num_cpus": "CPU", "num_gpus": "GPU"}
     return max(1, sum(int(min(node.get(names[k], 0.0) // amount for k, amount in wanted.items())) for node in nodes))
 
 
 class Labeller:
-    """An actor: its teachers stay loaded from one part to the next."""
+    """A Ray actor, whose teachers stay loaded from one part to the next."""
 
     def __init__(self, recipe: dict[str, Any], folder: str) -> None:
         from distill.app.console import quiet
 
         quiet()
-        if Path(folder).is_dir():  # a recipe's paths are from where it was called
+        if Path(folder).is_dir():  # a recipe's relative paths start at the caller's folder
             os.chdir(folder)
         self.recipe = trusted(parse(recipe, where="the recipe", uses=USES["label"]))
         self.steps: Iterator[MadePart] | None = None
 
     def part(self) -> tuple[str, float, MadePart | None]:
-        """One part: its node, the seconds that it took, and what it came to; None where no more is left to take."""
+        """Labels one part; returns its node, the seconds that it took, and the result, None if no part was left."""
         if self.steps is None:
             self.steps = label_by_parts(self.recipe)
-        begun = time.monotonic()
-        made = next(self.steps, None)
-        return f"{socket.gethostname()} {_node()}", time.monotonic() - begun, made
+        began = time.monotonic()
+        result = next(self.steps, None)
+        return f"{socket.gethostname()} {_node()}", time.monotonic() - began, result
 
 
 def _node() -> str:
@@ -71,8 +71,8 @@ def _node() -> str:
 
 
 @dataclass(slots=True)
-class _Console:
-    """What all nodes did, as far as calls came back."""
+class _NodeStats:
+    """What each node has done, counted when a call returns."""
 
     parts: Counter[str] = field(default_factory=Counter)
     images: Counter[str] = field(default_factory=Counter)
@@ -103,10 +103,10 @@ class _Console:
 
 
 def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOutcome:
-    """Label on the Ray cluster at `address`, "" for the one of this machine, which is started where there is none.
+    """Labels on the Ray cluster at `address`; "" for this machine's, which is started if there is none.
 
-    The labels folder must be one that all nodes see, or labels.root an object store. Nodes that come later get workers
-    too. Raises what a worker raises, where none is left, and a ChildProcessError for a part that kills its workers.
+    The labels folder must be one that all nodes see, or labels.root an object store. Nodes that join later get workers
+    too. Raises a worker's error if no worker is left, and ChildProcessError for a part that kills its workers.
     """
     import ray
 
@@ -114,49 +114,49 @@ def label_on(recipe: Recipe, address: str, *, look_s: float = LOOK_S) -> LabelOu
     folder = build.labels_folder(recipe)
     stems = [shard.stem for shard in input_shards(recipe)]
     meeting = meeting_of(recipe, folder)
-    crowd = _Crowd(recipe)
+    workers = _Workers(recipe)
     with progress("label") as report:
         while True:
-            crowd.fill()
-            crowd.look(look_s)
-            now = None
-            if crowd.is_time(look_s) and (folder.is_dir() or recipe.labels.meeting):
-                now = run_status(meeting, folder, stems)
-                _tell(report, now)
-            if now is not None and now.deadly:
-                crowd.stop()
-                part, count = now.deadly[0]
+            workers.fill()
+            workers.look(look_s)
+            status = None
+            if workers.is_time(look_s) and (folder.is_dir() or recipe.labels.meeting):
+                status = run_status(meeting, folder, stems)
+                _report_status(report, status)
+            if status is not None and status.deadly:
+                workers.stop()
+                part, count = status.deadly[0]
                 raise ChildProcessError(
                     f"{part}: {count} workers were killed with it; see Ray's logs of them, or try it alone"
                 )
-            if not crowd.calls and (crowd.failed or (now is not None and now.complete)):
+            if not workers.calls and (workers.failed or (status is not None and status.complete)):
                 break
-    crowd.console.show()
-    if now is None or not now.complete:
-        assert crowd.failed is not None
-        raise crowd.failed
-    parts, images = sum(crowd.console.parts.values()), sum(crowd.console.images.values())
+    workers.console.show()
+    if status is None or not status.complete:
+        assert workers.failed is not None
+        raise workers.failed
+    parts, images = sum(workers.console.parts.values()), sum(workers.console.images.values())
     outcome = LabelOutcome(complete=True, parts=parts, skipped=0, images=images, samples=0, quarantined=0, bytes=0)
     tell_labels(recipe, folder, outcome)
     return outcome
 
 
-class _Crowd:
-    """The actors, and the call of a part that each is at."""
+class _Workers:
+    """The actors, and the running call of each."""
 
     def __init__(self, recipe: Recipe) -> None:
         import ray
 
         self.wanted, self.table = resources(recipe), as_table(recipe)
         self.make = ray.remote(**self.wanted)(Labeller)
-        self.console = _Console()
+        self.console = _NodeStats()
         self.calls: dict[Any, Any] = {}
         self.failed: Exception | None = None
         self.enough = False
         self.looked = 0.0
 
     def fill(self) -> None:
-        """Start as many as there is room for, unless all parts are somebody's."""
+        """Starts as many actors as there is room for, unless all parts are taken."""
         import ray
 
         if self.failed is not None or (self.enough and self.calls):
@@ -168,13 +168,13 @@ class _Crowd:
             self.calls[actor.part.remote()] = actor
 
     def look(self, seconds: float) -> None:
-        """Wait for calls, and have the next part made by whoever has made one."""
+        """Waits for calls to return, and gives each actor that has labelled a part the next one."""
         import ray
 
-        for one in ray.wait([*self.calls], timeout=seconds)[0]:
-            actor = self.calls.pop(one)
+        for call in ray.wait([*self.calls], timeout=seconds)[0]:
+            actor = self.calls.pop(call)
             try:
-                node, took, made = ray.get(one)
+                node, duration, result = ray.get(call)
             except ray.exceptions.RayTaskError as error:
                 self.failed = error.as_instanceof_cause()
                 note(f"a worker has failed: {str(error.cause).splitlines()[0]}")
@@ -184,28 +184,28 @@ class _Crowd:
                 self.enough = False
                 note("a worker has died; its part is made by another")
                 continue
-            if made is None:
+            if result is None:
                 self.enough = True
                 continue
-            self.console.take(node, took, made)
+            self.console.take(node, duration, result)
             self.calls[actor.part.remote()] = actor
 
     def is_time(self, every_s: float) -> bool:
-        """Whether to look at the whole run now; what all workers write down takes a while to read."""
+        """Whether to read the whole run's status, which takes a while: every `every_s` s while calls are running."""
         if self.calls and time.monotonic() - self.looked < every_s:
             return False
         self.looked = time.monotonic()
         return True
 
     def stop(self) -> None:
-        """All at once."""
+        """Kills all actors at once."""
         import ray
 
         for actor in self.calls.values():
             ray.kill(actor)
 
 
-def _tell(report: Report, now: RunStatus) -> None:
+def _report_status(report: Report, now: RunStatus) -> None:
     hosts: dict[str, float] = {}
     for worker in now.workers:
         if worker.state == "running":

@@ -1,5 +1,4 @@
-"""The verbs of a recipe: label, train, score, report. Each takes a recipe, does its part of the journey, and can be
-stopped at any moment and called again.
+"""The commands on a recipe: label, train, score, report. Each can be interrupted at any time; a new call resumes.
 
 A run's folder:
 
@@ -61,16 +60,17 @@ def commit() -> str:
 
 
 def meeting_of(recipe: Recipe, folder: Path) -> Meeting:
-    """Where the workers of a recipe meet: its labels folder, or the folder of that name at the URL of labels.root."""
+    """Where a recipe's workers coordinate: its labels folder, or the folder of that name at the URL of labels.root."""
     if recipe.labels.meeting:
         return Objects(f"{recipe.labels.meeting.rstrip('/')}/{folder.name}", folder)
     return Folder(folder)
 
 
 def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, worker: bool = False) -> LabelOutcome:
-    """Labels the recipe's images into its labels folder, or into another one that it began; send: to its mirror too.
+    """Labels the recipe's images into its labels folder, or into `folder`, which this recipe labelled before.
 
-    worker: as one of any number of workers; so does each of several processes, and whoever meets others at a URL.
+    send: upload to its mirror too. worker: label as one of any number of workers, which several processes and a
+    labels.root at a URL do in any case.
     """
     if folder is not None:
         return _label(recipe, folder, send=send, worker=worker)
@@ -79,7 +79,7 @@ def run_label(recipe: Recipe, folder: Path | None = None, *, send: bool = True, 
 
 
 def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOutcome:
-    job = _made_ready(recipe, folder, worker=worker)
+    job = _prepare(recipe, folder, worker=worker)
     with progress("label") as report:
         outcome: LabelOutcome = job(report=report)
     tell_labels(recipe, folder, outcome, send=send)
@@ -87,13 +87,13 @@ def _label(recipe: Recipe, folder: Path, *, send: bool, worker: bool) -> LabelOu
 
 
 def label_by_parts(recipe: Recipe) -> Iterator[MadePart]:
-    """Labels as a worker, with a step for each part, for who has it done part by part (app.cluster)."""
+    """Labels as a worker and yields after each part, for callers that go part by part (app.cluster)."""
     with kept_recipe(recipe):
-        yield from _made_ready(recipe, build.labels_folder(recipe), worker=True, steps=True)()
+        yield from _prepare(recipe, build.labels_folder(recipe), worker=True, steps=True)()
 
 
-def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False) -> partial[Any]:
-    """Teachers loaded and what else labelling takes; steps: for `by_parts`."""
+def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False) -> partial[Any]:
+    """Loads the teachers and returns the labelling function, its arguments bound; steps: `by_parts`, a generator."""
     if (folder / CACHED).is_dir():
         raise ValueError(
             f"{folder} keeps some tars of finished labels (labels.cache_gb): labelling here would make the others "
@@ -106,19 +106,19 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
     teachers = teaching.load_teachers(recipe, on=device, sky=recipe.labels.sky)
     references = teaching.float32_twins(recipe, on=device)
     if build.process()[0] == 0 and not recipe.labels.meeting:
-        _tell_of_others(recipe, folder, images, teachers)
-    size, make = recipe.crops.size, cast(Callable[..., Any], label)
+        _note_moved_labels(recipe, folder, images, teachers)
+    size, labeller = recipe.crops.size, cast(Callable[..., Any], label)
     measure = partial(tune, folder, teachers, recipe.labels, size=size, device=device, references=references)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
         meeting = meeting_of(recipe, folder)
         labels, measured = in_turn(meeting, folder / TUNED, measure)
-        make = partial(by_parts if steps else work, meeting=meeting)
+        labeller = partial(by_parts if steps else work, meeting=meeting)
     else:
         labels, measured = measure()
     for name, off in measured.get("from_float32", {}).items():
         note(f"teacher {name}: off eager float32 by {off['median']:.2%} of the spread in the median")
     return partial(
-        make,
+        labeller,
         images,
         teachers,
         out=folder,
@@ -132,35 +132,35 @@ def _made_ready(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = Fal
     )
 
 
-def _tell_of_others(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
-    """Says where labels of these files lie already, which another path of the images gave another address."""
+def _note_moved_labels(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
+    """Logs where finished labels of the same files are, under another address because the images' path was another."""
     settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
-    if found := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
-        other, name = found
+    if match := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
+        other, name = match
         now, then = (stem if images[0].is_tar else stem.rpartition("_")[0] for stem in (images[0].stem, name))
-        way = f"rename {now} back to {then} and " if name else ""
+        rename_hint = f"rename {now} back to {then} and " if name else ""
         note(
             f"{other} has finished labels of these files, which had another path then; here they are made anew: to use "
-            f"those, stop this, {way}give --set labels.root={other}"
+            f"those, stop this, {rename_hint}give --set labels.root={other}"
         )
 
 
 def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bool = True) -> None:
-    """Prints what labelling came to; send: to the mirror too, where the recipe names one."""
+    """Prints the outcome of labelling; send: upload to the mirror too, if the recipe names one."""
     if recipe.labels.meeting or not outcome.last:
-        at = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
+        place = f"{recipe.labels.meeting.rstrip('/')}/{folder.name}" if recipe.labels.meeting else folder
         state = "complete" if outcome.complete else "all parts are made, another worker writes the manifest"
-        say(f"{at}: {state}; {outcome.parts} parts made here")
+        say(f"{place}: {state}; {outcome.parts} parts made here")
     elif outcome.complete:
         manifest = shards.read_manifest(folder)
-        lost = len(manifest["quarantine"])
+        num_quarantined = len(manifest["quarantine"])
         count = sum(shard["samples"] for shard in manifest["shards"])
         say(
-            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {lost} images in quarantine",
+            f"{folder}: {count} samples in {len(manifest['shards'])} tars, {num_quarantined} images in quarantine",
             labels=str(folder),
             samples=count,
             tars=len(manifest["shards"]),
-            quarantined=lost,
+            quarantined=num_quarantined,
         )
         for line in manifest["quarantine"][:20]:
             note(f"  quarantined {line['origin']}: {line['reason']}")
@@ -175,7 +175,7 @@ def tell_labels(recipe: Recipe, folder: Path, outcome: LabelOutcome, *, send: bo
 
 
 def run_train(recipe: Recipe) -> TrainResult:
-    """Trains the recipe's student on its labels, going on from where an earlier call stopped."""
+    """Trains the recipe's student on its labels, resuming where an earlier call stopped."""
     with kept_recipe(recipe):
         return _train(recipe)
 
@@ -206,10 +206,10 @@ def _train(recipe: Recipe) -> TrainResult:
             device=build.device(recipe),
             features=features,
         )
-    chosen = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
+    selection = f"held-out loss {result.heldout:.4f}" if result.heldout is not None else "the last step"
     speed = f"{result.images_per_s:.1f} images/s" if result.images_per_s else "trained before, nothing to do"
     say(
-        f"{result.folder}: step {result.selected_step} of {result.step}, {chosen}, {speed}",
+        f"{result.folder}: step {result.selected_step} of {result.step}, {selection}, {speed}",
         student=str(result.folder),
         step=result.selected_step,
         steps=result.step,
@@ -220,21 +220,21 @@ def _train(recipe: Recipe) -> TrainResult:
 
 
 def check_disk(recipe: Recipe, student: torch.nn.Module) -> None:
-    """Raises OSError where the disk cannot take one checkpoint beside a student, hours before it would be found out."""
-    one = checkpoints.bytes_of(student)
+    """Raises OSError if the disk has no room for two checkpoints, hours before a write would fail."""
+    size = checkpoints.bytes_of(student)
     free, place = machine.free_disk(recipe.run.folder)
-    if free < 2 * one:
+    if free < 2 * size:
         raise OSError(
-            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {one / 1e9:.2f} GB, beside the one before: "
+            f"{place} has {free / 1e9:.2f} GB free, a checkpoint takes {size / 1e9:.2f} GB, beside the one before: "
             "free some, or set run.out to another disk"
         )
-    if free < (recipe.train.keep_last + 2) * one:
-        many = f"{recipe.train.keep_last} checkpoints of {one / 1e9:.2f} GB"
-        note(f"{place} has {free / 1e9:.2f} GB free: tight for {many}")
+    if free < (recipe.train.keep_last + 2) * size:
+        space_needed = f"{recipe.train.keep_last} checkpoints of {size / 1e9:.2f} GB"
+        note(f"{place} has {free / 1e9:.2f} GB free: tight for {space_needed}")
 
 
 def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
-    """What a student says of itself: where its knowledge comes from and under which licences."""
+    """The student's card: how it was made, from which teachers and images, under which licences."""
     teachers = teachers_of(dataset)
     origins, commercial = lineage(recipe, teachers)
     return {
@@ -253,7 +253,7 @@ def student_card(recipe: Recipe, dataset: Any) -> dict[str, Any]:
 def run_score(recipe: Recipe) -> list[scoring.Score]:
     """Predicts, stores, then scores every model on every benchmark; what is stored already is not predicted again.
 
-    Images that could not be scored are told with the file and the reason; `num_failed` of the results counts them.
+    Images that could not be scored are logged with file and reason; `num_failed` of the results counts them.
     """
     if not recipe.benchmarks:
         raise RecipeError("the recipe names no benchmarks: add a [[benchmarks]] table")

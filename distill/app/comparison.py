@@ -1,11 +1,11 @@
-"""The verb compare: which models of a recipe, over which of its images, kept where.
+"""The compare command: which models of a recipe it compares, on which images, and where results are stored.
 
     RUN/compare/MODEL/        maps, settings, card and cost of each model (distill.eval.compare)
     RUN/compare/compare.json  everything that was measured
     RUN/compare.html          the page
 
-The recipe may name any number of teachers; training takes two. The student joins once it is trained, under a name that
-carries its revision, so that a student trained on is another model.
+The recipe may name any number of teachers; training takes at most two. The student takes part once it is trained, under
+a name with its revision, so that after further training it is another model.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ def run_compare(recipe: Recipe) -> Path:
 def _compare(recipe: Recipe) -> Path:
     folder = recipe.run.folder / "compare"
     samples, rejected = chosen_samples(recipe)
-    entered = entrants(recipe, samples)
-    for entrant in entered:
+    models = entrants(recipe, samples)
+    for entrant in models:
         with progress(f"predict {entrant.name}") as report:
             gather(entrant, samples, folder, report=report)
-    names = [entrant.name for entrant in entered]
+    names = [entrant.name for entrant in models]
     with progress("compare") as report:
         result = compare(names, samples, folder, report=report)
-    timed = _timed(recipe, entered)
+    run_times = _run_times(recipe, models)
     remarks = [f"left out {line.origin}: {line.reason}" for line in rejected]
     settings = {"side": recipe.compare.side, "limit": recipe.compare.limit, "left_out": remarks}
-    settings |= {"run_time": {name: asdict(took) for name, took in timed.items()}} if timed else {}
+    settings |= {"run_time": {name: asdict(t) for name, t in run_times.items()}} if run_times else {}
     write_comparison(result, folder / "compare.json", more=settings)
     path = write_page(
         result,
@@ -75,19 +75,19 @@ def _compare(recipe: Recipe) -> Path:
             ("images’ licence", recipe.labels.licence),
             *(
                 (f"run time of {name} at {t.size} × {t.size}", f"{digits(t.seconds)} s ({t.device})")
-                for name, t in timed.items()
+                for name, t in run_times.items()
             ),
         ],
         remarks=remarks,
         again=f"distill compare {recipe.run.folder / 'recipe.toml'}",
     )
-    _tell(result, rejected)
-    _tell_times(timed)
+    _print_agreement(result, rejected)
+    _print_run_times(run_times)
     say(f"comparison: {path.resolve()}", comparison=str(path.resolve()))
     return path
 
 
-def _tell(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
+def _print_agreement(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
     rows = [
         [
             row["a"],
@@ -103,79 +103,79 @@ def _tell(result: ModelComparison, rejected: Sequence[Rejected]) -> None:
         note(f"  left out {left_out.origin}: {left_out.reason}")
 
 
-def _timed(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:
-    """The run time of every model, as the recipe has it; nothing where it is not asked for."""
-    size, on, found = recipe.compare.time_at, build.device(recipe), {}
+def _run_times(recipe: Recipe, entered: Sequence[Entrant]) -> dict[str, RunTime]:
+    """The run time of every model at the size compare.time_at; empty if the recipe does not ask for it."""
+    size, on, times = recipe.compare.time_at, build.device(recipe), {}
     if not size:
         return {}
     for entrant in entered:
         teacher = entrant.load()
         if getattr(teacher, "card", None) is not None and teacher.card.name != TRUTH:
             with progress(f"time {entrant.name}"):
-                # Time does not depend on the camera, but a student of canonical depth asks for one.
+                # Time does not depend on the focal length, but a student of canonical depth needs one.
                 predict: Callable[[Tensor], DepthMap] = teacher.predict
                 if isinstance(teacher, CheckpointTeacher) and teacher.takes_focal:
                     predict = partial(teacher.predict, focal=float(size))
-                found[entrant.name] = run_time(predict, size, on)
+                times[entrant.name] = run_time(predict, size, on)
         del teacher  # before the next one takes its memory
-    return found
+    return times
 
 
-def _tell_times(timed: Mapping[str, RunTime]) -> None:
+def _print_run_times(timed: Mapping[str, RunTime]) -> None:
     if not timed:
         return
     size = next(iter(timed.values())).size
-    ours = [
+    our_rows = [
         [name, digits(t.seconds), f"{digits(t.fastest)} to {digits(t.slowest)}", t.device, ""]
         for name, t in timed.items()
     ]
-    printed = [
+    paper_rows = [
         [p.model, digits(p.seconds), "", p.device, f"{p.paper}, {p.where}"] for p in paper_run_times() if p.size == size
     ]
     head = ["model", "seconds", "range", "device", "from"]
-    table(f"run time of one image of {size} x {size} pixels", head, [*ours, *printed])
+    table(f"run time of one image of {size} x {size} pixels", head, [*our_rows, *paper_rows])
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
 def chosen_samples(recipe: Recipe) -> tuple[list[BenchmarkSample], list[Rejected]]:
-    """The images to compare on, evenly taken from all of the recipe's, and those that cannot be read."""
+    """The images to compare on, spread evenly over the recipe's, and those that cannot be read."""
     shards = input_shards(recipe)
     scans = [(shard.stem, shard.scan()) for shard in shards]
-    every = [(stem, entry) for stem, scan in scans for entry in scan.entries]
+    entries = [(stem, entry) for stem, scan in scans for entry in scan.entries]
     rejected = [line for _, scan in scans for line in scan.rejected]
     limit = recipe.compare.limit
-    places = np.unique(np.linspace(0, len(every) - 1, min(limit or len(every), len(every))).round().astype(int))
-    twice = len({entry.key for _, entry in every}) < len(every)
+    indices = np.unique(np.linspace(0, len(entries) - 1, min(limit or len(entries), len(entries))).round().astype(int))
+    repeated_keys = len({entry.key for _, entry in entries}) < len(entries)
     samples = []
-    for place in places:
-        stem, entry = every[int(place)]
+    for index in indices:
+        stem, entry = entries[int(index)]
         try:
             *_, focal = _view(entry, recipe.compare.side)
         except BadImageError as error:
             rejected.append(Rejected(entry.origin, entry.key, str(error)))
             continue
-        key = f"{stem}/{entry.key}" if twice else entry.key
+        key = f"{stem}/{entry.key}" if repeated_keys else entry.key
         samples.append(_sample(entry, key, f"{stem}/{entry.key}.npy", recipe.compare.side, focal))
     if not samples:
         first = f" (the first: {rejected[0].origin}: {rejected[0].reason})" if rejected else ""
         raise RecipeError(
-            f"none of the recipe's {len(every) or len(rejected)} images can be used{first}; check [[images]]"
+            f"none of the recipe's {len(entries) or len(rejected)} images can be used{first}; check [[images]]"
         )
     return samples, rejected
 
 
 def _sample(entry: Entry, key: str, path: str, side: int, focal: float) -> BenchmarkSample:
-    told = (lambda: focal) if focal else None
-    return BenchmarkSample(key, path, partial(_image, entry, side), partial(_truth, entry, side), focal=told)
+    get_focal = (lambda: focal) if focal else None
+    return BenchmarkSample(key, path, partial(_image, entry, side), partial(_truth, entry, side), focal=get_focal)
 
 
-@lru_cache(maxsize=128)  # at 640 x 480 not much over 2 MB each; every model, the measures and the page ask for them
+@lru_cache(maxsize=128)  # little over 2 MB each at 640 x 480; every model, the measures and the page read them
 def _view(entry: Entry, side: int) -> tuple[Tensor, DepthMap, float]:
-    """A photo (3,h,w) uint8 and its truth, its longer side at most `side`; without truth one that is nowhere valid.
+    """A photo (3,h,w) uint8, its longer side at most `side`, its ground truth, and its focal length in those pixels.
 
-    And the focal length in pixels of that size, 0 where nobody knows it.
+    Without truth the map is nowhere valid; an unknown focal length is 0.
     """
     photo = entry.load()
     height, width = photo.rgb.shape[1:]
@@ -185,8 +185,8 @@ def _view(entry: Entry, side: int) -> tuple[Tensor, DepthMap, float]:
     if size != (height, width):
         image = crops.resize(image[None].float(), *size)[0].round().clamp(0, 255).to(torch.uint8)
     if photo.truth is None:
-        nowhere = DepthMap(torch.zeros(1, *size), torch.zeros(1, *size, dtype=torch.bool), Kind.METRIC_DEPTH)
-        return image, nowhere, focal
+        no_truth = DepthMap(torch.zeros(1, *size), torch.zeros(1, *size, dtype=torch.bool), Kind.METRIC_DEPTH)
+        return image, no_truth, focal
     values, valid = photo.truth.values, photo.truth.valid
     if size != (height, width):
         values = F.interpolate(values[None], size=size, mode="nearest-exact")[0]
@@ -214,10 +214,14 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     models = []
     for spec in recipe.teachers:
         if spec.name == TRUTH and not spec.options:
-            continue  # the truth itself takes part wherever an image has one
+            continue  # uncorrupted truth is compared anyway, wherever an image has it
         table = {"name": spec.name, "weights": spec.weights, "dtype": spec.dtype, "options": spec.options}
         table |= {"files": files} if (files := file_hashes(spec.name)) else {}
-        load = partial(_Spoilt, spec, samples) if spec.name == TRUTH else partial(teaching.load_teacher, spec, on=on)
+        load = (
+            partial(_CorruptedTruth, spec, samples)
+            if spec.name == TRUTH
+            else partial(teaching.load_teacher, spec, on=on)
+        )
         models.append(Entrant(spec.alias_or_name, load, {**table, **shared}))
     folder = recipe.run.folder / "train" / "student"
     if recipe.compare.student and folder.is_dir():
@@ -229,8 +233,8 @@ def entrants(recipe: Recipe, samples: Sequence[BenchmarkSample]) -> list[Entrant
     return models
 
 
-class _Spoilt:
-    """The truth spoilt in known ways (distill.data.corruptions) as a model; it has no map of an image without truth."""
+class _CorruptedTruth:
+    """A model that predicts corrupted truth (distill.data.corruptions); nowhere valid for an image without truth."""
 
     def __init__(self, spec: TeacherSettings, samples: Sequence[BenchmarkSample]) -> None:
         self.faults = Corruptions(**spec.options)
@@ -250,10 +254,10 @@ class _Spoilt:
         )
 
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """The spoilt truths of `keys`."""
+        """The corrupted truth of the one key in `keys`."""
         assert keys is not None and len(keys) == 1
         truth = self.truths[keys[0]]()
         if not truth.valid.any():
             return DepthMap(truth.values, truth.valid, self.card.kind)
-        made = self.faults.apply(truth, f"{self.label}.{keys[0]}")
-        return DepthMap(made.values, made.valid, self.card.kind)
+        corrupted = self.faults.apply(truth, f"{self.label}.{keys[0]}")
+        return DepthMap(corrupted.values, corrupted.valid, self.card.kind)

@@ -1,7 +1,7 @@
-"""What a person sees: lines, tables and progress on the terminal. The only file that draws.
+"""Terminal output: lines, tables and progress. The only file that draws.
 
 Results go to standard output, everything else (progress, notes, errors) to standard error, so that output can be piped.
-Only the first process of several speaks. With `--json` every line of either is a JSON object.
+Of several processes only the first prints. With `--json` every line of either is a JSON object.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from distill.core.printable import printable
 from distill.core.progress import Report
 
 _quiet = os.environ.get("RANK", "0") != "0"
-# A service or a scheduler may start it with its streams closed: what it says then goes nowhere.
-sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (open for as long as the process is there)
+# A service or a scheduler may start the process with closed streams: its output is then discarded.
+sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115  (open until the process ends)
 sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
 # A pipe has no width: tables must not be folded to the 80 columns that rich then assumes.
 _out = Console(quiet=_quiet, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
@@ -39,16 +39,16 @@ _notes = True
 _json = False
 
 EVERY_S = 30.0
-"""Off a terminal, work that lasts says where it is in a line every so many seconds."""
+"""Seconds between progress lines where the output is not a terminal."""
 
 
 def escape(text: str) -> str:
-    """Text as rich prints it word for word: no markup, and nothing of it steers the terminal."""
+    """Escapes text so that rich prints it verbatim: no markup, no control characters for the terminal."""
     return _markup(printable(text, keep="\n\t"))
 
 
 def say(text: str, **values: Any) -> None:
-    """One line of result; values: the same as plain values, for `--json`."""
+    """Prints one line of results; values: the same as plain values, for `--json`."""
     if _json:
         _object(_out, values or {"said": text})
     else:
@@ -56,7 +56,7 @@ def say(text: str, **values: Any) -> None:
 
 
 def note(text: str) -> None:
-    """One line about what is being done."""
+    """Prints one line about what is being done."""
     if _notes and _json:
         _object(_err, {"note": text})
     elif _notes:
@@ -64,7 +64,7 @@ def note(text: str) -> None:
 
 
 def values(**values: Any) -> None:
-    """A result that people read in a table: with `--json` its plain values, without rounding."""
+    """With `--json`, prints the unrounded values of a result that is otherwise shown in a table."""
     if _json:
         _object(_out, values)
 
@@ -78,19 +78,19 @@ def _object(console: Console, values: Mapping[str, Any]) -> None:
 
 
 def quiet(on: bool = True) -> None:
-    """From here on, results and errors alone: no notes, no progress; or again with them."""
+    """Turns notes and progress off, or on again; results and errors are always printed."""
     global _notes
     _notes = not on
 
 
 def as_json(on: bool = True) -> None:
-    """From here on, every line is a JSON object: results on standard output; notes, progress, errors on the other."""
+    """Makes every line a JSON object, or plain text again: results to standard output, all else to standard error."""
     global _json
     _json = on
 
 
 def fail(text: str) -> None:
-    """What went wrong, a line per fault."""
+    """Prints what went wrong, a line per fault."""
     for line in text.splitlines() or ["failed"]:
         if _json:
             _object(_err, {"error": line})
@@ -106,29 +106,29 @@ def table(
     best: Sequence[set[str]] = (),
     text: bool = False,
 ) -> None:
-    """A table on standard output; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
+    """Prints a table; `best[row]` names the columns to embolden in that row; text: words, not numbers."""
     if _json:
-        named = [[*zip(columns, row, strict=True)] for row in rows]
-        _object(_out, {"table": title, "rows": [{key: cell for key, cell in row} for row in named]})
+        paired_rows = [[*zip(columns, row, strict=True)] for row in rows]
+        _object(_out, {"table": title, "rows": [{key: cell for key, cell in row} for row in paired_rows]})
         return
-    drawn = Table(title=escape(title), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    rich_table = Table(title=escape(title), title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        # A name or a path that is cut in two cannot be copied: what has no spaces stays in one line.
+        # A wrapped name or path cannot be copied: columns without spaces are not wrapped.
         one_word = text and all(" " not in row[i] for row in rows)
         justify: JustifyMethod = "left" if i == 0 or text else "right"
-        drawn.add_column(escape(column), justify=justify, overflow="fold", no_wrap=one_word)
+        rich_table.add_column(escape(column), justify=justify, overflow="fold", no_wrap=one_word)
     for i, row in enumerate(rows):
         marked = best[i] if i < len(best) else set()
         cells = [
             escape(c) if name not in marked else f"[bold]{escape(c)}[/bold]"
             for name, c in zip(columns, row, strict=True)
         ]
-        drawn.add_row(*cells)
+        rich_table.add_row(*cells)
     width = _out.width
     try:
         if text:
-            _out.width = max(width, Measurement.get(_out, _out.options.update(max_width=10_000), drawn).minimum)
-        _out.print(drawn)
+            _out.width = max(width, Measurement.get(_out, _out.options.update(max_width=10_000), rich_table).minimum)
+        _out.print(rich_table)
     finally:
         _out.width = width
 
@@ -138,7 +138,7 @@ def _words(numbers: dict[str, float]) -> str:
 
 
 def _word(name: str, value: float) -> str:
-    """One number for people; "bytes" in its name makes it a size, a trailing "_s" a time."""
+    """Formats one number; "bytes" in its name makes it a size, a trailing "_s" a duration."""
     label = name.replace("_", " ").replace(" per ", "/").removesuffix(" bytes").removeprefix("bytes")
     if "bytes" in name:
         power = next((p for p in range(4) if abs(value) < 1000 ** (p + 1)), 4)
@@ -167,57 +167,57 @@ def _bar() -> Progress:
 
 
 class _Lines:
-    """Progress off a terminal: a line every EVERY_S seconds, and one at the end."""
+    """Progress without a terminal: a line every EVERY_S seconds, and one at the end."""
 
     def __init__(self, what: str) -> None:
-        self._what = what
-        self._began = self._told = time.monotonic()
-        self._first: int | None = None
-        self._last: tuple[int, int, dict[str, float]] | None = None
-        self._closing = True
+        self._title = what
+        self._began = self._last_line_at = time.monotonic()
+        self._first_done: int | None = None
+        self._last_report: tuple[int, int, dict[str, float]] | None = None
+        self._needs_last_line = True
 
     def __call__(self, done: int, total: int, **numbers: float) -> None:
-        if self._first is None:
-            self._first, self._began = done, time.monotonic()
-        self._last = (done, total, numbers)
+        if self._first_done is None:
+            self._first_done, self._began = done, time.monotonic()
+        self._last_report = (done, total, numbers)
         now = time.monotonic()
-        self._closing = now - self._told < EVERY_S or done < total
-        if now - self._told >= EVERY_S:
-            self._told = now
+        self._needs_last_line = now - self._last_line_at < EVERY_S or done < total
+        if now - self._last_line_at >= EVERY_S:
+            self._last_line_at = now
             pace = self._pace(done, total, now)
             if "images_per_s" in numbers:
                 pace.pop("items_per_s", None)
-            self._tell(done, total, pace | _without_eta(numbers))
+            self._write(done, total, pace | _without_eta(numbers))
 
-    def _tell(self, done: int, total: int, numbers: dict[str, float]) -> None:
+    def _write(self, done: int, total: int, numbers: dict[str, float]) -> None:
         if _json and _notes:
-            _object(_err, {"progress": self._what, "done": done, "total": total, **numbers})
+            _object(_err, {"progress": self._title, "done": done, "total": total, **numbers})
         elif not _json:
-            note(f"{self._what}: {done}/{total}  {_words(numbers)}".rstrip())
+            note(f"{self._title}: {done}/{total}  {_words(numbers)}".rstrip())
 
     def _pace(self, done: int, total: int, now: float) -> dict[str, float]:
-        """How fast the work is and how long it will take; what was there before the start is not counted."""
-        since, seconds = done - (self._first or 0), now - self._began
+        """Items per second and remaining seconds; items that were done before the start are not counted."""
+        since, seconds = done - (self._first_done or 0), now - self._began
         if since <= 0 or seconds <= 0:
             return {}
         pace = {"items_per_s": since / seconds}
         return pace | ({"eta_s": (total - done) * seconds / since} if total > done else {})
 
     def close(self) -> None:
-        """The last line, without a rate: the work's own numbers have it."""
-        if self._last is not None and self._closing:  # at its end the work has said so
-            done, total, numbers = self._last
-            self._tell(done, total, _without_eta(numbers))
+        """Writes the last line, without a rate, which the work's own numbers include."""
+        if self._last_report is not None and self._needs_last_line:  # unless the last report was written as it came
+            done, total, numbers = self._last_report
+            self._write(done, total, _without_eta(numbers))
 
 
 def _without_eta(numbers: Mapping[str, float]) -> dict[str, float]:
-    """The work's own end counts from its start, loading of models and all: an hour after the first image."""
+    """Drops the work's own ETA, which counts from its start, model loading included: far too long after one image."""
     return {name: value for name, value in numbers.items() if name != "eta_s"}
 
 
 @contextmanager
 def progress(what: str) -> Iterator[Report]:
-    """A progress bar with time remaining and the work's numbers; off a terminal, a line now and then and at the end."""
+    """A progress bar with remaining time and the work's numbers; without a terminal, a line every EVERY_S seconds."""
     if _json or not _err.is_terminal:
         lines = _Lines(what)
         yield lines
@@ -233,7 +233,7 @@ def progress(what: str) -> Iterator[Report]:
 
 
 _SPARKS = "▁▂▃▄▅▆▇█"
-_REMEMBERED = 48  # points of the loss curve
+_REMEMBERED = 48  # points of the loss curve that are kept
 
 
 def _curve(values: Sequence[float]) -> str:
@@ -243,8 +243,8 @@ def _curve(values: Sequence[float]) -> str:
 
 
 def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
-    """What a training run looks like at this step: a line each for loss, its parts, scale, rate and speed."""
-    drawn = Table.grid(padding=(0, 2))
+    """A training run's numbers at this step: a line each for loss, its parts, output scale, learning rate and speed."""
+    grid = Table.grid(padding=(0, 2))
 
     def pick(*names: str) -> str:
         return _words({name: numbers[name] for name in names if name in numbers})
@@ -258,8 +258,8 @@ def _training(numbers: Mapping[str, float], losses: Sequence[float]) -> Table:
         ("speed", pick("images_per_s", "data_wait", "memory_bytes")),
     ):
         if text.strip():
-            drawn.add_row(f"[dim]{head}[/dim]", escape(text))
-    return drawn
+            grid.add_row(f"[dim]{head}[/dim]", escape(text))
+    return grid
 
 
 @contextmanager

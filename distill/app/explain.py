@@ -1,4 +1,4 @@
-"""What each key of a recipe means, read from the settings classes: the string below each field.
+"""The meaning of each recipe key, read from the settings classes: the string below each field.
 
 `distill show RECIPE --explain` prints a recipe with the meaning above each key, `--explain KEY` one key or one table;
 `python -m distill.app.explain` prints the reference page, docs/reference/recipe.md; distill.app.handbook writes all.
@@ -36,7 +36,7 @@ Distill-Any-Depth; "Inferred" is what it does not say and related work does; "Ou
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a recipe. type, default: as TOML would have them; default is empty where there is none."""
+    """One key of a recipe. type, default: in TOML's terms; default is empty if there is none."""
 
     name: str
     meaning: str
@@ -46,7 +46,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """One table of a recipe. header: as it stands in a recipe, "[crops]" or "[[images]]"."""
+    """One table of a recipe. header: as written in a recipe, "[crops]" or "[[images]]"."""
 
     name: str
     header: str
@@ -56,12 +56,12 @@ class Part:
 
 @cache
 def meanings(cls: type) -> dict[str, str]:
-    """The meaning of every field of a settings class, as one line: the string below it, or in its metadata where the
-    class is made from a folder (LossSettings); empty where there is none.
+    """The meaning of every field of a settings class, as one line: the string below it, or in its metadata if the
+    class is made from a folder (LossSettings); empty if there is none.
     """
-    told = {f.name: str(f.metadata["meaning"]) for f in dataclasses.fields(cls) if "meaning" in f.metadata}
-    if told:
-        return meanings(cls.__bases__[0]) | told
+    from_metadata = {f.name: str(f.metadata["meaning"]) for f in dataclasses.fields(cls) if "meaning" in f.metadata}
+    if from_metadata:
+        return meanings(cls.__bases__[0]) | from_metadata
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
     by_field = {}
@@ -117,15 +117,15 @@ def _type(hint: Any) -> str:
 
 
 def explained(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, each key below a comment with its meaning; it reads back to an equal recipe."""
+    """The resolved recipe as TOML, each key below a comment with its meaning; parsing it gives an equal recipe."""
     lines: list[str] = []
     for part in parts():
         settings = getattr(recipe, part.name)
-        for one in settings if isinstance(settings, tuple) else (settings,):
+        for table in settings if isinstance(settings, tuple) else (settings,):
             lines += [*_comment(part.meaning), part.header]
-            for line in tomli_w.dumps({part.name: plain(one)}).splitlines()[1:]:
-                named = re.match(rf"(?:\[{part.name}\.)?([\w-]+)(?: = |[.\]])", line)
-                lines += [text for k in part.keys if named and k.name == named[1] for text in _comment(k.meaning)]
+            for line in tomli_w.dumps({part.name: plain(table)}).splitlines()[1:]:
+                match = re.match(rf"(?:\[{part.name}\.)?([\w-]+)(?: = |[.\]])", line)
+                lines += [text for k in part.keys if match and k.name == match[1] for text in _comment(k.meaning)]
                 lines.append(line)
             lines.append("")
     return "\n".join(lines)
@@ -136,23 +136,23 @@ def _comment(text: str) -> list[str]:
 
 
 def explain_key(key: str, recipe: Recipe | None = None) -> str:
-    """What `key` ("crops.size") means, its type, its default, its value in `recipe`; or every key of a table ("crops").
+    """The meaning of `key` ("crops.size"), its type, default and value in `recipe`; or those of a table ("crops").
 
     Raises RecipeError with a "did you mean" for a key that no recipe has.
     """
-    name, _, rest = key.partition(".")
+    name, _, key_path = key.partition(".")
     known = {part.name: part for part in parts()}
     if name not in known:
         raise RecipeError(
             f"no table {name!r} in a recipe{did_you_mean(name, list(known))}; there are {', '.join(known)}"
         )
     part = known[name]
-    rest = re.sub(r"^\d+\.", "", rest)
-    keys = [k for k in part.keys if not rest or k.name == rest.partition(".")[0]]
+    key_path = re.sub(r"^\d+\.", "", key_path)
+    keys = [k for k in part.keys if not key_path or k.name == key_path.partition(".")[0]]
     if not keys:
-        near = did_you_mean(rest, [k.name for k in part.keys])
+        near = did_you_mean(key_path, [k.name for k in part.keys])
         raise RecipeError(f"no key {key}{near.replace('mean ', f'mean {name}.') if near else ''}")
-    lines = [] if rest else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
+    lines = [] if key_path else [part.header, *textwrap.wrap(part.meaning, WIDTH), ""]
     for k in keys:
         lines += [f"{name}.{k.name}: {k.type}" + (f", default {k.default}" if k.default else ", needed")]
         lines += textwrap.wrap(k.meaning, WIDTH, initial_indent="    ", subsequent_indent="    ")
@@ -165,7 +165,7 @@ def _values(recipe: Recipe | None, table: str, key: str) -> list[str]:
         return []
     settings = getattr(recipe, table)
     if isinstance(settings, tuple):
-        return [f"{table}.{i}.{key} = {_toml(getattr(one, key))}" for i, one in enumerate(settings)]
+        return [f"{table}.{i}.{key} = {_toml(getattr(item, key))}" for i, item in enumerate(settings)]
     return [f"{table}.{key} = {_toml(getattr(settings, key))}"]
 
 

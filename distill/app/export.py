@@ -1,4 +1,4 @@
-"""The verb export: a student in another precision, with another card, as a graph; checked before it takes its place."""
+"""The export command: a student in another precision, with another card, or as a graph, checked before it is stored."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ExportOptions:
     """What is written beside a student, and how.
 
     bits: 32, 16 (matrices in float16, the ONNX graph too) or 4 (large ones in four bits). calibrate: a labels folder
-    on whose crops the four bits are to change the outputs least. onnx, program: also as model.onnx, model.pt2. int8: a
-    labels folder on whose crops the ONNX graph is calibrated for INT8. with_resize, browser: forms of the ONNX graph
-    (students.onnx_graph.OnnxOptions); browser also writes index.html. transformers: "", "auto", "native" or "code"
-    (students.to_transformers). gate: what outputs are scored on before and after.
+    on whose crops the four-bit weights should change the outputs least. onnx, program: also as model.onnx, model.pt2.
+    int8: a labels folder on whose crops the ONNX graph is calibrated for INT8. with_resize, browser: forms of the ONNX
+    graph (students.onnx_graph.OnnxOptions); browser also writes index.html. transformers: "", "auto", "native" or
+    "code" (students.to_transformers). gate: what outputs are scored on, before and after.
     """
 
     bits: int = 32
@@ -60,46 +60,46 @@ def run_export(
 ) -> Path:
     """Writes the student in `folder` to `out`: another precision, another card, the same outputs.
 
-    overwrite: what `out` holds is replaced. card: a TOML file of plain values instead of the student's own
-    card. encoder_weights: for a student whose frozen encoder was left out, and is left out again. All is written
-    aside, read back, compared, and only then put in place.
-    Raises ValueError where outputs differ by more than the precision explains, are not finite, or lose too much at the
-    gate; `out` is as it was.
+    overwrite: replace what `out` holds. card: a TOML file of plain values instead of the student's own card.
+    encoder_weights: of a student that is stored without its frozen encoder; the export leaves it out too. Everything is
+    written to a temporary folder, read back and compared before it is put in place.
+    Raises ValueError if outputs differ by more than the precision explains, are not finite, or lose too much at the
+    gate; `out` is then unchanged.
     """
     options = options or ExportOptions()
     if not overwrite:
-        _check_kept(folder, out, options)
+        _check_not_replaced(folder, out, options)
     crops = calibration(options.int8) if options.int8 else []
-    seen = calibration(options.calibrate) if options.calibrate else []
+    four_bit_crops = calibration(options.calibrate) if options.calibrate else []
     student = checkpoint.load(folder, encoder_weights=encoder_weights)
     metadata = read_card_file(card) if card else checkpoint.read_card(folder)
     metadata = scored(folder, revision_of(folder)) | metadata
     metadata = {key: value for key, value in metadata.items() if key not in (ONNX, PROGRAM)}  # of an earlier export
-    metadata |= _rows(student, options)
+    metadata |= _graph_entries(student, options)
     if options.transformers == "native" or (options.transformers == "auto" and to_transformers.native(student)):
         if out.resolve() == folder.resolve() and not overwrite:
-            raise ValueError(_replaced(out, "--transformers native"))
+            raise ValueError(_replace_message(out, "--transformers native"))
         return _write_native(student, out, options, metadata)
     if options.transformers and (options.bits == 4 or encoder_weights):
         raise ValueError(f"{out}: transformers reads whole weights in 32 or 16 bits; export it again with its encoder")
     lines: list[str] = []
 
     def check(aside: Path) -> None:
-        again = checkpoint.load(aside, encoder_weights=encoder_weights)
-        off = export.difference(student, again, out)
-        if not off <= {32: 1e-5, 16: 1e-2, 4: 0.5}[options.bits]:
-            why = export.flatness(student)
+        reloaded = checkpoint.load(aside, encoder_weights=encoder_weights)
+        deviation = export.difference(student, reloaded, out)
+        if not deviation <= {32: 1e-5, 16: 1e-2, 4: 0.5}[options.bits]:
+            reason = export.flatness(student)
             raise ValueError(
-                f"{out}: not written, for its outputs differ from {folder}'s by {off:.2g} of their spread{why}"
+                f"{out}: not written, for its outputs differ from {folder}'s by {deviation:.2g} of their spread{reason}"
             )
         size = (aside / checkpoint.WEIGHTS).stat().st_size
-        line = f"{out}: {size / 1e6:.2f} MB, outputs differ by {off:.1g} of their spread"
+        line = f"{out}: {size / 1e6:.2f} MB, outputs differ by {deviation:.1g} of their spread"
         if options.gate and options.bits != 32:
-            line += f"; {_gate(student, again, options, out)}"
+            line += f"; {_gate(student, reloaded, options, out)}"
         lines.append(line)
-        lines.extend(_write_graphs(student, again, aside, out, options, crops))
+        lines.extend(_write_graphs(student, reloaded, aside, out, options, crops))
         if options.transformers:
-            lines.append(f"{out}: {to_transformers.write(again, aside, how='code')}")
+            lines.append(f"{out}: {to_transformers.write(reloaded, aside, how='code')}")
 
     checkpoint.save(
         student,
@@ -107,7 +107,7 @@ def run_export(
         card=metadata,
         dtype=torch.float32 if options.bits == 32 else torch.float16,
         bits=4 if options.bits == 4 else None,
-        calibration=seen,
+        calibration=four_bit_crops,
         exclude_frozen_encoder=encoder_weights is not None,
         check=check,
     )
@@ -116,26 +116,26 @@ def run_export(
     return out
 
 
-def _check_kept(folder: Path, out: Path, options: ExportOptions) -> None:
-    """Raises ValueError where `out` holds another student, or this one's weights more exactly than they would be."""
+def _check_not_replaced(folder: Path, out: Path, options: ExportOptions) -> None:
+    """Raises ValueError if `out` holds another student, or this one's weights, which 16 or 4 bits would change."""
     if not (out / checkpoint.WEIGHTS).is_file():
         return
     if out.resolve() != folder.resolve():
         raise ValueError(f"{out} holds another student: export to another folder, or replace it with --overwrite")
     stored = checkpoint.describe(folder)["weights"].get("dtype")
     if options.bits != 32 and (stored != _STORED[options.bits] or options.calibrate):
-        raise ValueError(_replaced(out, f"--bits {options.bits}"))
+        raise ValueError(_replace_message(out, f"--bits {options.bits}"))
 
 
-def _replaced(out: Path, why: str) -> str:
+def _replace_message(out: Path, why: str) -> str:
     return (
         f"{out} is the student's own folder, whose weights {why} would replace: export to another folder, or replace "
         "them with --overwrite"
     )
 
 
-def _rows(student: Student, options: ExportOptions) -> dict[str, str]:
-    """What the card says of graphs that lie beside the student."""
+def _graph_entries(student: Student, options: ExportOptions) -> dict[str, str]:
+    """The card's entries for the graphs beside the student."""
     rows = {}
     if options.onnx:
         size, multiple = student.native_size, student.encoder.patch_size
@@ -155,18 +155,18 @@ def _rows(student: Student, options: ExportOptions) -> dict[str, str]:
 def _write_graphs(
     student: Student, again: Student, aside: Path, out: Path, options: ExportOptions, crops: list[Tensor]
 ) -> list[str]:
-    """Write the graphs asked for into a student's folder; a line about each. again: the student as it was stored."""
+    """Writes the requested graphs into a student's folder; returns a line for each. again: the student as stored."""
     lines: list[str] = []
     program = export.to_program(again) if options.program or (options.onnx and not options.browser) else None
     if options.onnx:
         bits = 8 if options.int8 else 16 if options.bits == 16 else 32
         form = OnnxOptions(bits=bits, with_resize=options.with_resize, browser=options.browser, crops=crops)
-        said = onnx_graph.metadata(checkpoint.describe(aside), with_resize=options.with_resize)
+        properties = onnx_graph.metadata(checkpoint.describe(aside), with_resize=options.with_resize)
         path, named = aside / ONNX, out / ONNX
         gate = options.gate or (Gate() if bits == 8 else None)
 
-        def written(form: OnnxOptions) -> str:
-            about = said | {"precision": _WORDS[form.matrices if bits == 8 else bits]}
+        def write(form: OnnxOptions) -> str:
+            about = properties | {"precision": _WORDS[form.matrices if bits == 8 else bits]}
             off = onnx_graph.write_onnx(again, path, options=form, metadata=about, program=program, named=named)
             line = f"{named}: {path.stat().st_size / 1e6:.1f} MB, within {off:.1g} of torch's outputs (of their spread)"
             if gate:
@@ -175,12 +175,12 @@ def _write_graphs(
             return line
 
         try:
-            lines.append(written(form))
+            lines.append(write(form))
         except QualityError as error:
             if bits != 8:
                 raise
             note(f"all in INT8 is refused ({error}); now the weights alone in eight bits, computed in float32")
-            lines.append(written(replace(form, matrices="weights")))
+            lines.append(write(replace(form, matrices="weights")))
     if options.browser:
         page = (Path(onnx_graph.__file__).parent / "demo.html").read_text(encoding="utf-8")
         page = page.replace("__ANCHORS__", json.dumps(NEARNESS))
@@ -194,7 +194,7 @@ def _write_graphs(
 
 
 def _gate(student: Student, network: Callable[[Tensor], Tensor], options: ExportOptions, out: Path) -> str:
-    """The gate's line for a network that takes what the student takes, or photos where the graph resizes."""
+    """The gate's line for a network that takes the student's input, or a photo if the graph resizes."""
 
     def before(image: Tensor) -> Tensor:
         return onnx_graph.at_native(student, student, image)
@@ -206,13 +206,13 @@ def _gate(student: Student, network: Callable[[Tensor], Tensor], options: Export
 
     assert options.gate is not None
     with torch.no_grad():
-        # The camera is not in the graph: of canonical depth the gate fits each image's scale.
+        # The graph has no focal length: for canonical depth the gate fits each image's scale.
         kind = Kind.SCALE_DEPTH if student.canonical_focal else student.kind
         return options.gate.check(before, after, kind, out)
 
 
 def _write_native(student: Student, out: Path, options: ExportOptions, card: Mapping[str, Any]) -> Path:
-    """transformers' own class in a folder of its own; what a student's folder takes beside it does not fit there."""
+    """Writes transformers' own class to a folder of its own, which cannot hold graphs or other precisions."""
     if options.onnx or options.program or options.bits != 32:
         raise ValueError(
             f"{out}: a native class of transformers is a folder by itself, in 32 bits: export it apart from --onnx, "

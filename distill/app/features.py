@@ -1,4 +1,4 @@
-"""Where a recipe's stored features are (train.cache_features), and how they come to be."""
+"""The stored encoder features of a recipe (train.cache_features): their folder, and how they are computed."""
 
 from __future__ import annotations
 
@@ -23,25 +23,30 @@ Feature = tuple[Tensor, Tensor]
 
 
 def features_folder(recipe: Recipe, dataset: LabelDataset, student: Student) -> Path:
-    """Beside the labels, under a hash of the regions and of the encoder: labels of other teachers share it.
+    """The folder beside the labels, named by a hash of regions and encoder: labels of other teachers share it.
 
-    A labels folder that was named itself (labels.root) has them inside it.
+    If labels.root is itself the labels folder, it is inside that.
     """
     labels = build.labels_folder(recipe)
-    named = Path(recipe.labels.root or ".") == labels
+    root_is_labels = Path(recipe.labels.root or ".") == labels
     crops = {
         k: v for k, v in recipe.crops.content.items() if k not in ("patches", "num_patches", "patch_size", "overlap")
     }
-    what: list[Any] = [[one.content for one in recipe.images], crops, recipe.run.seed, hash_keys(dataset.keys)]
-    what = [labels.name if named else what, student.encoder.digest(), student.encoder.options, recipe.train.precision]
-    address = hashlib.sha256(json.dumps([*what, recipe.train.hflip], sort_keys=True).encode()).hexdigest()[:16]
-    return (labels if (labels / MANIFEST).is_file() and named else labels.parent) / "features" / address
+    inputs: list[Any] = [[images.content for images in recipe.images], crops, recipe.run.seed, hash_keys(dataset.keys)]
+    inputs = [
+        labels.name if root_is_labels else inputs,
+        student.encoder.digest(),
+        student.encoder.options,
+        recipe.train.precision,
+    ]
+    address = hashlib.sha256(json.dumps([*inputs, recipe.train.hflip], sort_keys=True).encode()).hexdigest()[:16]
+    return (labels if (labels / MANIFEST).is_file() and root_is_labels else labels.parent) / "features" / address
 
 
 def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore | None:
-    """The features that train.cache_features asks for, computed where they are not there; None where it asks for none.
+    """The features that train.cache_features asks for, computed if they are missing; None if it is false.
 
-    Raises RecipeError where a recipe has something to change what the encoder sees.
+    Raises RecipeError for labels that are not on disk.
     """
     if not recipe.train.cache_features:
         return None
@@ -51,7 +56,7 @@ def stored_features(recipe: Recipe, dataset: Any, student: Any) -> FeatureStore 
         note("loss.feature compares a frozen encoder with itself: it is nothing here, and is left out")
     folder, on = features_folder(recipe, dataset, student), build.device(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    with mutex(folder):  # one process computes, the others wait and find them
+    with mutex(folder):  # one process computes, the others wait for it
         if not (folder / DONE).is_file():
             _compute(recipe, dataset, student, folder, on)
     return FeatureStore(folder)
@@ -76,4 +81,4 @@ def _compute(recipe: Recipe, dataset: LabelDataset, student: Student, folder: Pa
             facts={"encoder": encoder.digest(), "precision": recipe.train.precision},
             report=report,
         )
-    encoder.to(home)  # a student in two places looks to `train` as if parameters of it were idle, in this process alone
+    encoder.to(home)  # else the student is on two devices, and `train` takes parameters for unused in this process

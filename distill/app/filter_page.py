@@ -1,7 +1,7 @@
 """filter.html: what `distill filter` kept and dropped, beside AnyDepth's table, with histograms and pictures.
 
-Of every source the samples with the lowest of each rule's score are shown, and those nearest to its border on either
-side: whoever moves a threshold should have seen what lies there. Pictures are read again; scores are not.
+For each source and rule the page shows the samples with the worst scores, and those nearest to its threshold on either
+side, to be looked at before a threshold is moved. Pictures are read again; scores are not.
 
 Shapes: H, W of an image.
 """
@@ -22,7 +22,7 @@ from distill.eval.reports.figures import NEARNESS, bars, colourise, histogram, l
 from distill.eval.reports.page import details, missing, page, pairs, table
 
 SHOWN = 4
-"""Worst samples, and samples on either side of a border, of each rule."""
+"""Number of worst samples, and of samples on either side of the threshold, for each rule."""
 
 
 def write_page(verdicts: Sequence[Verdict], out: Path, rules: Rules) -> Path:
@@ -47,7 +47,7 @@ def write_page(verdicts: Sequence[Verdict], out: Path, rules: Rules) -> Path:
 
 
 def _counts(verdicts: Sequence[Verdict]) -> str:
-    """The table of sources: ours, then AnyDepth's counts and means where it has them."""
+    """The table of sources: our counts and means, then AnyDepth's if it has them."""
     rows = []
     for verdict in verdicts:
         facts = verdict.source.facts
@@ -55,8 +55,8 @@ def _counts(verdicts: Sequence[Verdict]) -> str:
         ours = [f"{len(verdict.reasons):,}", f"{len(verdict.kept):,}", *means]
         theirs = ["-"] * 5
         if facts is not None and facts.kept:
-            both = sum(facts.means) / 2
-            theirs = [f"{facts.images:,}", f"{facts.kept:,}", *(f"{m:.3f}" for m in (*facts.means, both))]
+            mean_total = sum(facts.means) / 2
+            theirs = [f"{facts.images:,}", f"{facts.kept:,}", *(f"{m:.3f}" for m in (*facts.means, mean_total))]
         rows.append([escape(verdict.source.name), *ours, *theirs])
     head = ["source", "samples", "kept", "s_dist", "s_grad", "total"]
     head += [f"AnyDepth: {word}" for word in ("samples", "kept", "s_dist", "s_grad", "total")]
@@ -82,23 +82,23 @@ def _histograms(verdict: Verdict) -> str:
 
 
 def _pictures(verdict: Verdict, rules: Rules) -> str:
-    """For each rule that ranks: the worst, and those on either side of its border."""
+    """For each rule on a score: the worst samples, and those on either side of its threshold."""
     parts = [legend("each map in its own range", NEARNESS, [(0.0, "far"), (1.0, "near")], missing="invalid")]
-    borders: Mapping[str, float] = dict(rules.worst) | {name: 0.0 for name, *_ in rules.cuts}
-    for name, share in borders.items():
+    shares: Mapping[str, float] = dict(rules.worst) | {name: 0.0 for name, *_ in rules.cuts}
+    for name, share in shares.items():
         values = verdict.scores[name]
         known = np.flatnonzero(np.isfinite(values) & (verdict.scores["valid"] >= rules.valid))
         if not known.size:
             continue
         order = known[np.argsort(values[known] if SCORES[name].high_is_good else -values[known], kind="stable")]
-        at = int(share * len(order)) or _beyond(verdict, name, order, rules)
-        middle = order[max(0, at - SHOWN) : at + SHOWN]
+        border = int(share * len(order)) or _num_cut(verdict, name, order, rules)
+        near_border = order[max(0, border - SHOWN) : border + SHOWN]
         parts.append(f"<h3>{escape(name)}: the worst</h3>{_strips(verdict.source, order[:SHOWN], values, verdict)}")
-        parts.append(f"<h3>{escape(name)}: at the border</h3>{_strips(verdict.source, middle, values, verdict)}")
+        parts.append(f"<h3>{escape(name)}: at the border</h3>{_strips(verdict.source, near_border, values, verdict)}")
     return "".join(parts)
 
 
-def _beyond(verdict: Verdict, name: str, order: np.ndarray, rules: Rules) -> int:
+def _num_cut(verdict: Verdict, name: str, order: np.ndarray, rules: Rules) -> int:
     """How many of the samples in `order` a cut of this score drops."""
     for score, sign, bound in rules.cuts:
         if score == name:
@@ -111,15 +111,15 @@ def _strips(source: Source, numbers: np.ndarray, values: np.ndarray, verdict: Ve
     tiles = []
     for number in numbers.tolist():
         try:
-            one = source.load(number)
+            sample = source.load(number)
         except (OSError, ValueError, LookupError) as error:
             tiles.append(missing(f"{source.names[number]}: {error}"))
             continue
-        nearness = one.depth if one.nearer else -one.depth
-        picture = colourise(own_range(nearness, one.valid), one.valid, NEARNESS)
+        nearness = sample.depth if sample.nearer else -sample.depth
+        picture = colourise(own_range(nearness, sample.valid), sample.valid, NEARNESS)
         state = verdict.reasons[number] or "kept"
         tiles.append(
-            f"<div>{tile(source.names[number], shrink(one.image), photo=True)}"
+            f"<div>{tile(source.names[number], shrink(sample.image), photo=True)}"
             f"{tile(state, shrink(picture), note=f'{values[number]:.3f}')}</div>"
         )
     return f'<div class="strip">{"".join(tiles)}</div>'

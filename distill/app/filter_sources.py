@@ -1,4 +1,4 @@
-"""What `distill filter` takes: data sets, tables of pairs, labels folders, and the [[images]] of recipes.
+"""The sources of `distill filter`: data sets, tables of pairs, labels folders, and the [[images]] of recipes.
 
     hypersim=data/hypersim     a data set by its index        data/rgbd/INDEX.tsv     pairs (or their folder)
     runs/x/labels/HASH         labels, of their first teacher  my.toml                 images with truth of a recipe
@@ -30,22 +30,23 @@ from distill.shards.shards import MANIFEST, LabelDataset
 
 
 def open_sources(words: Sequence[str], *, far: float = 0.0, limit: int = 0, teacher: str = "") -> list[Source]:
-    """The sources that `words` name, each with a name of its own.
+    """The sources that `words` name, each with a unique name.
 
-    far: metric truth beyond it is invalid; 0: none. limit: the first so many samples of each; 0: all. teacher: whose
-    labels of a labels folder are scored; by default its first's. Raises FileNotFoundError, ValueError or LookupError.
+    far: metric truth beyond it is invalid; 0: no limit. limit: the first so many samples of each; 0: all. teacher: the
+    one whose labels in a labels folder are scored; by default the first. Raises FileNotFoundError, ValueError or
+    LookupError.
     """
-    found: list[Source] = []
+    opened: list[Source] = []
     for word in words:
-        found += _open(word, far, limit, teacher)
+        opened += _open(word, far, limit, teacher)
     taken: set[str] = set()
-    for number, source in enumerate(found):
-        name, more = source.name, 2
+    for number, source in enumerate(opened):
+        name, suffix = source.name, 2
         while name in taken:
-            name, more = f"{source.name}_{more}", more + 1
+            name, suffix = f"{source.name}_{suffix}", suffix + 1
         taken.add(name)
-        found[number] = replace(source, name=name)
-    return found
+        opened[number] = replace(source, name=name)
+    return opened
 
 
 def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
@@ -61,22 +62,22 @@ def _open(word: str, far: float, limit: int, teacher: str) -> list[Source]:
     if (path / MANIFEST).is_file():
         return [_of_labels(path, limit, teacher)]
     if path.suffix.lower() in (".tsv", ".csv") or (path / "INDEX.tsv").is_file():
-        called = (path if path.is_dir() else path.parent).name
-        return [_of_entries(safe_key(called), word, sources.pairs(path), far, limit, None)]
+        source_name = (path if path.is_dir() else path.parent).name
+        return [_of_entries(safe_key(source_name), word, sources.pairs(path), far, limit, None)]
     if path.is_dir():
         raise FileNotFoundError(
             f"{word}: neither a labels folder ({MANIFEST}) nor pairs (INDEX.tsv); a data set is NAME={word}"
         )
     recipe = load_recipe(word, command="label")
-    every = input_shards(recipe)
+    shards = input_shards(recipe)
     opened = []
     for number, images in enumerate(recipe.images):
         if images.may_have_truth:
-            mine = [shard for shard in every if shard.source == number]
+            own_shards = [shard for shard in shards if shard.source == number]
             facts = find(FOLDER, images.dataset).FACTS if images.dataset else None
-            called = short_name(images.dataset) if images.dataset else f"images_{number}"
-            one = _of_entries(called, f"{word}, images[{number}]", mine, far, limit, facts)
-            opened.append(one if images.pairs or images.dataset else replace(one, key=""))
+            source_name = short_name(images.dataset) if images.dataset else f"images_{number}"
+            source = _of_entries(source_name, f"{word}, images[{number}]", own_shards, far, limit, facts)
+            opened.append(source if images.pairs or images.dataset else replace(source, key=""))
     if not opened:
         raise ValueError(f"{word}: none of its [[images]] has ground truth; filter its labels folder instead")
     return opened
@@ -104,7 +105,7 @@ class _Entries:
 
 
 def _as_depth(one: DepthMap) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Values and validity (H,W) of a map, as depth where it can be that, and whether it is disparity still."""
+    """Values and validity (H,W) of a map, converted to depth if possible, and whether it is still disparity."""
     if one.kind.quantity == "disparity" and one.kind.unknown != "affine":
         one = one.convert(f"{one.kind.unknown}_depth")
     return one.values[0].numpy(), one.valid[0].numpy(), one.kind.quantity == "disparity"
@@ -134,14 +135,14 @@ class _LabelSamples:
 
 
 def _of_teachers(sample: Sample, name: str) -> dict[str, float]:
-    """What labels know beyond their map: another teacher's opinion, and how well a fit went."""
-    found: dict[str, float] = {}
-    others = [one for one in sample.labels if one != name]
+    """Scores that labels bring along: disagreement with another teacher, and the residuals of fits."""
+    scores: dict[str, float] = {}
+    others = [teacher for teacher in sample.labels if teacher != name]
     if others:
-        first, second = (to_disparity(sample.labels[one].shared) for one in (name, others[0]))
-        found["disagreement"] = float(alignment_error(first.values, second.values, first.valid & second.valid)[0])
+        first, second = (to_disparity(sample.labels[teacher].shared) for teacher in (name, others[0]))
+        scores["disagreement"] = float(alignment_error(first.values, second.values, first.valid & second.valid)[0])
     for table in sample.record.get("labels", {}).values():
         for fit in ("bridge", "align"):
             if fit in table:
-                found[fit] = max(found.get(fit, 0.0), float(table[fit]["shared"]["residual"]))
-    return found
+                scores[fit] = max(scores.get(fit, 0.0), float(table[fit]["shared"]["residual"]))
+    return scores

@@ -1,13 +1,13 @@
 """`distill filter`: every sample of data sets, pairs and labels folders is scored once, and then kept or dropped.
 
-    OUT/NAME.scores.jsonl     a line per sample, in the source's order, with every score: appended to, never read twice
+    OUT/NAME.scores.jsonl     a line per sample, in the source's order, with every score; append-only, each is read once
     OUT/NAME.txt              the names that are kept: images.names, or labels.names for a labels folder
     OUT/filter.json           thresholds, counts, reasons, means
     OUT/filter.html           distill.app.filter_page
 
-Scoring streams: readers work ahead in processes, lines are written in order, and a killed run goes on behind its last
-whole line. Dropping reads scores alone, so thresholds change in a second. AnyDepth's rule: fewer than 20 % valid pixels
-first; of the rest, source by source, the lowest 20 % of s_dist and the lowest 20 % of s_grad, either of which drops.
+Scoring streams: worker processes read ahead, lines are written in order, and a killed run resumes after its last
+complete line. Dropping reads scores only, so new thresholds take a second. AnyDepth's rule: first drop samples with
+fewer than 20 % valid pixels; of the rest, per source, drop the lowest 20 % of s_dist and the lowest 20 % of s_grad.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from distill.data.quality import SCORES, depth_scores, image_scores
 from distill.training.loading import end_with_parent, explain_dead_workers
 
 CHUNK = 16
-"""Samples that a reading process hands over at once."""
+"""Samples that a worker process returns at once."""
 VERSION = 2
-"""Of a scores file; one of another version is not resumed but scored again."""
+"""Version of a scores file; a file of another version is scored again, not resumed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One sample as it is looked at. image: (H,W,3) uint8. depth: (H,W) float32, disparity where `nearer`.
+    """One sample to score. image: (H,W,3) uint8. depth: (H,W) float32, disparity where `nearer`.
 
     more: scores that the sample brings along (labels: disagreement, bridge, align).
     """
@@ -52,10 +52,10 @@ class Scored:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Samples at random access, by number. name: of the files that are written; table: AnyDepth's of its data set.
+    """Samples at random access, by number. name: of the files that are written. facts: AnyDepth's of its data set.
 
     names: one per sample, as lists have them. load raises BadImageError, OSError, ValueError or LookupError. key: the
-    recipe's that takes such a list; "" where none does.
+    recipe key that takes such a list; "" if none does.
     """
 
     name: str
@@ -68,8 +68,8 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What is dropped. valid: the least share of valid pixels. worst: by score, the share that is dropped for it, the
-    lowest or, where low is good, the highest. cuts: (score, "<" or ">", bound), each of which drops.
+    """Which samples are dropped. valid: the minimum share of valid pixels. worst: by score, the share of samples to
+    drop, the lowest or, where low is good, the highest. cuts: (score, "<" or ">", bound), each of which drops.
     """
 
     valid: float = 0.2
@@ -87,7 +87,7 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What became of a source. reasons: why each sample is dropped, "" for kept ones. scores: (N,) by name, NaN where
+    """The outcome for a source. reasons: why each sample is dropped, "" for kept ones. scores: (N,) by name, NaN where
     unknown. errors: of samples that could not be read, by number.
     """
 
@@ -103,18 +103,18 @@ class Verdict:
 
 
 def cut(text: str) -> tuple[str, str, float]:
-    """`disagreement>0.3` as (score, sign, bound); ValueError for what is none."""
-    found = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+.\deE]+)\s*", text)
+    """`disagreement>0.3` as (score, sign, bound); ValueError for any other text."""
+    match = re.fullmatch(r"\s*(\w+)\s*([<>])\s*([-+.\deE]+)\s*", text)
     try:
-        if found:
-            return found[1], found[2], float(found[3])
+        if match:
+            return match[1], match[2], float(match[3])
     except ValueError:
         pass
     raise ValueError(f"{text!r} is no cut; write a score, < or >, and a number: 'disagreement>0.3'")
 
 
 def worst(text: str) -> tuple[str, float]:
-    """`s_dist=0.2` as (score, share); ValueError for what is none."""
+    """`s_dist=0.2` as (score, share); ValueError for any other text."""
     name, _, share = text.partition("=")
     try:
         return name.strip(), float(share)
@@ -126,7 +126,7 @@ def worst(text: str) -> tuple[str, float]:
 
 
 class _Chunks(Dataset[list[str]]):
-    """Lines of CHUNK samples at once."""
+    """The score lines of a source, CHUNK samples per item."""
 
     def __init__(self, source: Source, first: int, *, with_image: bool) -> None:
         self.source, self.first, self.with_image = source, first, with_image
@@ -143,15 +143,15 @@ class _Chunks(Dataset[list[str]]):
 
 
 def score_line(source: Source, number: int, *, with_image: bool) -> str:
-    """One sample's line: its name and its scores, or the reason that there are none."""
+    """One sample's line: its name and its scores, or the error that it raised."""
     line: dict[str, Any] = {"name": source.names[number]}
     try:
-        one = source.load(number)
-        found = depth_scores(one.depth, one.valid)
+        sample = source.load(number)
+        scores = depth_scores(sample.depth, sample.valid)
         if with_image:
-            found |= image_scores(one.image, one.depth, one.valid, larger_is_nearer=one.nearer)
-        found |= one.more
-        line |= {name: round(value, 6) for name, value in found.items() if math.isfinite(value)}
+            scores |= image_scores(sample.image, sample.depth, sample.valid, larger_is_nearer=sample.nearer)
+        scores |= sample.more
+        line |= {name: round(value, 6) for name, value in scores.items() if math.isfinite(value)}
     except (BadImageError, OSError, ValueError, LookupError) as error:
         line["error"] = (str(error) or type(error).__name__).splitlines()[0]
     return json.dumps(line, ensure_ascii=False)
@@ -160,15 +160,15 @@ def score_line(source: Source, number: int, *, with_image: bool) -> str:
 def score_source(
     source: Source, out: Path, *, workers: int = 0, with_image: bool = True, report: Report | None = None
 ) -> int:
-    """Writes OUT/NAME.scores.jsonl, or what of it is missing; gives how many samples an earlier call had done.
+    """Writes OUT/NAME.scores.jsonl, or its missing lines; returns how many samples an earlier call had scored.
 
-    Raises OSError where the disk refuses; lines that are written stay.
+    Raises OSError if a write fails; lines that are written stay.
     """
     path = scores_path(out, source)
     head = {"version": VERSION, "source": source.what, "samples": len(source.names), "image_scores": with_image}
     with explain_dead_workers("--workers"), files.naming(path):
         out.mkdir(parents=True, exist_ok=True)
-        done = _begun(path, head, source)
+        done = _resume(path, head, source)
         with path.open("a", encoding="utf-8") as file:
             if not path.stat().st_size:
                 file.write(json.dumps(head) + "\n")
@@ -196,55 +196,55 @@ def scores_path(out: Path, source: Source) -> Path:
     return out / f"{source.name}.scores.jsonl"
 
 
-def _begun(path: Path, head: Mapping[str, Any], source: Source) -> int:
-    """How many samples the file has whole; what is behind them is cut off. 0, and no file, where it is another's."""
+def _resume(path: Path, head: Mapping[str, Any], source: Source) -> int:
+    """Number of samples with complete lines; cuts off what follows. 0 for another head, and deletes the file."""
     if not path.is_file():
         return 0
-    whole = count = 0
+    complete_bytes = count = 0
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            table = _table(line)
-            if table is None or (number == 0 and table != head):
+            record = _json_object(line)
+            if record is None or (number == 0 and record != head):
                 break
-            if number and (number > len(source.names) or table.get("name") != source.names[number - 1]):
+            if number and (number > len(source.names) or record.get("name") != source.names[number - 1]):
                 break
-            whole, count = whole + len(line), number
-    if not whole:
+            complete_bytes, count = complete_bytes + len(line), number
+    if not complete_bytes:
         path.unlink()
         return 0
     with path.open("r+b") as file:
-        file.truncate(whole)
+        file.truncate(complete_bytes)
     return count
 
 
-def _table(line: bytes) -> dict[str, Any] | None:
+def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
-        table = json.loads(line) if line.endswith(b"\n") else None
+        record = json.loads(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return table if isinstance(table, dict) else None
+    return record if isinstance(record, dict) else None
 
 
 # --- dropping ---------------------------------------------------------------------------------------------------------
 
 
 def judge(source: Source, out: Path, rules: Rules) -> Verdict:
-    """What the rules drop of a scored source. Raises ValueError where not every sample is scored."""
+    """Applies the rules to a scored source. Raises ValueError if not every sample is scored."""
     path = scores_path(out, source)
     names = [*SCORES]
     scores = {name: np.full(len(source.names), np.nan) for name in names}
     errors: dict[int, str] = {}
-    found = 0
-    for number, table in enumerate(_lines(path)):
+    num_scored = 0
+    for number, record in enumerate(_lines(path)):
         if number >= len(source.names):
             break
-        found += 1
-        if "error" in table:
-            errors[number] = str(table["error"])
+        num_scored += 1
+        if "error" in record:
+            errors[number] = str(record["error"])
         for name in names:
-            scores[name][number] = table.get(name, math.nan)
-    if found != len(source.names):
-        raise ValueError(f"{path}: {found} of {len(source.names)} samples are scored; run the same command again")
+            scores[name][number] = record.get(name, math.nan)
+    if num_scored != len(source.names):
+        raise ValueError(f"{path}: {num_scored} of {len(source.names)} samples are scored; run the same command again")
     return Verdict(source, tuple(_reasons(scores, errors, rules)), scores, errors)
 
 
@@ -256,7 +256,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _reasons(scores: Mapping[str, np.ndarray], errors: Mapping[int, str], rules: Rules) -> list[str]:
-    """Why each sample is dropped: the first reason by the order unreadable, valid, the worst of each score, cuts."""
+    """Why each sample is dropped: the first reason in the order unreadable, valid, the worst of each score, cuts."""
     count = len(scores["valid"])
     reasons = [""] * count
 
@@ -267,10 +267,10 @@ def _reasons(scores: Mapping[str, np.ndarray], errors: Mapping[int, str], rules:
     drop(errors, "unreadable")
     with np.errstate(invalid="ignore"):
         drop(np.flatnonzero(scores["valid"] < rules.valid), f"valid < {rules.valid:g}")
-        left = np.array([number for number in range(count) if not reasons[number]], dtype=np.intp)
+        remaining = np.array([number for number in range(count) if not reasons[number]], dtype=np.intp)
         for name, share in rules.worst.items():
             drop(
-                _worst(scores[name], left, share, high_is_good=SCORES[name].high_is_good),
+                _worst(scores[name], remaining, share, high_is_good=SCORES[name].high_is_good),
                 f"worst {share:.0%} of {name}",
             )
         for name, sign, bound in rules.cuts:
@@ -280,14 +280,14 @@ def _reasons(scores: Mapping[str, np.ndarray], errors: Mapping[int, str], rules:
 
 
 def _worst(values: np.ndarray, left: np.ndarray, share: float, *, high_is_good: bool) -> np.ndarray:
-    """floor(share * n) of the samples `left` that have this score, worst first; the earlier one of equals."""
+    """The worst floor(share * n) of the n samples in `left` that have this score, worst first; ties in their order."""
     known = left[np.isfinite(values[left])]
     order = np.argsort(values[known] if high_is_good else -values[known], kind="stable")
     return known[order[: int(share * len(known) + 1e-9)]]
 
 
 def write_results(verdicts: Sequence[Verdict], out: Path, rules: Rules) -> dict[str, Any]:
-    """The lists of names and filter.json; gives the latter's table."""
+    """Writes the lists of names and filter.json; returns the content of the latter."""
     sources = []
     for verdict in verdicts:
         kept = verdict.kept

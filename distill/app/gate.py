@@ -1,7 +1,7 @@
 """The quality gate of an export: its delta1 on a benchmark, or on a labels folder, against the float32 student's.
 
-Scores are those of `distill score` (eval.fit.measure), the mean over images; a map in another precision is refused
-where it loses more than MAY_DROP, which is a tenth of a point: less than seeds differ, more than rounding does.
+Scores are those of `distill score` (eval.fit.measure), the mean over images; an export is refused if it loses more than
+MAY_DROP, a tenth of a point: less than the difference between seeds, more than that of rounding.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from distill.eval.protocol import Protocol
 from distill.shards.shards import MANIFEST, LabelDataset
 
 MAY_DROP = 0.001
-"""Of delta1, whose largest is 1: a tenth of a point."""
+"""The accepted loss of delta1, which is at most 1: a tenth of a point."""
 
 MOST = 64
-"""Images of a labels folder or calibration that are looked at: evenly spread over it."""
+"""Maximum number of images taken from a labels folder, evenly spread over it."""
 
 
 class QualityError(ValueError):
@@ -41,7 +41,7 @@ class Gate:
     """What an export is measured on, and what it may lose.
 
     benchmark: its name, or a labels folder. root, list_file: as `distill score` takes them. allow_drop: a larger loss
-    is said and not refused.
+    is reported, not refused.
     """
 
     benchmark: str = "scenes"
@@ -50,15 +50,15 @@ class Gate:
     allow_drop: bool = False
 
     def check(self, before: Run, after: Run, kind: Kind, out: str | Path) -> str:
-        """A line with both delta1; QualityError naming `out` where `after` loses too much.
+        """Returns a line with both delta1; raises QualityError naming `out` if `after` loses too much.
 
-        before, after: an image (3,H,W) in [0,1] to its map (H,W), of the float32 student and of the export.
+        before, after: from an image (3,H,W) in [0,1] to its map (H,W), by the float32 student and by the export.
         """
         samples, protocol = self.samples()
-        was, now = (delta1(run, samples, protocol, kind) for run in (before, after))
-        line = f"delta1 {now:.4f}, float32 {was:.4f} ({self.benchmark}, {len(samples)} images)"
-        if not now >= was - MAY_DROP and not self.allow_drop:
-            drop = 100 * (was - now)
+        before_score, after_score = (delta1(run, samples, protocol, kind) for run in (before, after))
+        line = f"delta1 {after_score:.4f}, float32 {before_score:.4f} ({self.benchmark}, {len(samples)} images)"
+        if not after_score >= before_score - MAY_DROP and not self.allow_drop:
+            drop = 100 * (before_score - after_score)
             raise QualityError(
                 f"{out}: not written, for its {line} is a loss of {drop:.2f} points, more than {100 * MAY_DROP}; "
                 "another precision, more calibration images, or --allow-drop"
@@ -66,7 +66,7 @@ class Gate:
         return line
 
     def samples(self) -> tuple[Sequence[BenchmarkSample], Protocol]:
-        """The images with their truth; the first teacher's shared maps are the truth of a labels folder."""
+        """The images with their ground truth: in a labels folder the first teacher's shared maps."""
         if (Path(self.benchmark) / MANIFEST).is_file():
             return _of_labels(Path(self.benchmark)), Protocol(
                 benchmark="labels", num_images=0, list_sha256="", min_depth=0.0, max_depth=1e9, mask="valid labels"
@@ -76,7 +76,7 @@ class Gate:
 
 
 def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kind: Kind) -> float:
-    """The mean over images; run: (3,H,W) in [0,1] to (H,W), a map of `kind`. ValueError where no image has a truth."""
+    """The mean over images; run: (3,H,W) in [0,1] to (H,W), a map of `kind`. ValueError if no image has valid truth."""
     fitted, sums = protocol.with_kind(kind), []
     for sample in samples:
         with contextlib.suppress(NoGroundTruthError):  # a label whose fit was dropped is nowhere valid
@@ -87,7 +87,7 @@ def delta1(run: Run, samples: Sequence[BenchmarkSample], protocol: Protocol, kin
 
 
 def calibration(labels: str | Path) -> list[Tensor]:
-    """Crops (3,S,S) uint8 of a labels folder, at most MOST, evenly spread; LabelDataset's errors."""
+    """Crops (3,S,S) uint8 of a labels folder, at most MOST, evenly spread; raises LabelDataset's errors."""
     dataset = LabelDataset(labels)
     return [dataset.get(i, []).image for i in _spread(len(dataset))]
 

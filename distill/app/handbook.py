@@ -1,6 +1,6 @@
 """The pages of docs/reference, made from the code: every command, recipe key, teacher's card, benchmark and recipe.
 
-`python -m distill.app.handbook` writes them all; a test compares what lies there with what the code says.
+`python -m distill.app.handbook` writes them all; a test checks that the files match the code.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from distill.eval.protocol import Protocol
 from distill.teachers import Card
 
 FOLDER = Path(distill.__file__).parent.parent / "docs" / "reference"
-_BY = "This page is made from the code by `python -m distill.app.handbook`."
+_ORIGIN = "This page is made from the code by `python -m distill.app.handbook`."
 
 
 def _ours(package: str) -> list[str]:
-    """The plug-ins of this repository: what else is installed on a machine is not in its pages."""
+    """The plug-ins of this repository, without others that are installed on this machine."""
     return [name for name in names(package) if where_from(package, name)[0].startswith("distill.")]
 
 
@@ -40,14 +40,16 @@ def commands() -> str:
     """Every command with its examples and options, from the parser itself."""
     from distill.app.cli import parser
 
-    whole = parser()
-    verbs = next(a for a in whole._actions if isinstance(a, argparse._SubParsersAction)).choices
-    everywhere = {action.dest for action in whole._actions}
-    text = [f"# Every command and option\n\n{_BY} [What they are for](../commands.md).\n", _options(whole)]
+    top_parser = parser()
+    verbs = next(a for a in top_parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    common = {action.dest for action in top_parser._actions}
+    text = [f"# Every command and option\n\n{_ORIGIN} [What they are for](../commands.md).\n", _options(top_parser)]
     for name, verb in verbs.items():
-        arguments = [a for a in verb._actions if a.dest not in everywhere]
-        given = " ".join(_value(a) for a in arguments if not a.option_strings)
-        text.append(f"\n## `{' '.join(f'distill {name} {given}'.split())}`\n\n{_sentence(verb.description or '')}\n")
+        arguments = [a for a in verb._actions if a.dest not in common]
+        positionals = " ".join(_value(a) for a in arguments if not a.option_strings)
+        text.append(
+            f"\n## `{' '.join(f'distill {name} {positionals}'.split())}`\n\n{_sentence(verb.description or '')}\n"
+        )
         if verb.epilog:
             text.append(f"```text\n{verb.epilog}\n```\n")
         if arguments:
@@ -72,7 +74,7 @@ def _argument(action: argparse.Action) -> str:
 
 
 def _value(action: argparse.Action) -> str:
-    """What stands behind an option: "FILE", "FX FY CX CY", "[HOW]"; nothing behind a switch."""
+    """The placeholder of an argument's value: "FILE", "FX FY CX CY", "[HOW]"; "" for a switch."""
     if action.nargs == 0:
         return ""
     if isinstance(action.metavar, tuple):
@@ -99,16 +101,16 @@ def _sentence(text: str) -> str:
 def teachers() -> str:
     """Every card of every teacher."""
     cards = {name: list(find("distill.teachers", name).CARDS) for name in _ours("distill.teachers")}
-    count = sum(len(found) for found in cards.values())
+    count = sum(len(teacher_cards) for teacher_cards in cards.values())
     text = [
-        f"# Teachers' cards\n\n{_BY} `distill list teachers` also says which weights lie on this machine. "
+        f"# Teachers' cards\n\n{_ORIGIN} `distill list teachers` also says which weights lie on this machine. "
         f"{count} cards of {len(cards)} teachers; the first of each is its default.\n"
     ]
-    for name, found in cards.items():
+    for name, teacher_cards in cards.items():
         purpose = " ".join((find("distill.teachers", name).__doc__ or "").strip().partition("\n\n")[0].split())
         text.append(f"\n## `{name}`\n\n{purpose}\n")
         head = ["weights", "output", "native size, multiple", "licence of weights", "of code", "commercial use", "note"]
-        text.append(_table(head, (_card(card) for card in found)))
+        text.append(_table(head, (_card(card) for card in teacher_cards)))
     return "\n".join(text) + "\n"
 
 
@@ -124,7 +126,7 @@ def _card(card: Card) -> list[str]:
 def benchmarks() -> str:
     """Every benchmark with its protocol."""
     text = [
-        f"# Benchmarks and their protocols\n\n{_BY} The id is that of scoring affine disparity; numbers of two ids "
+        f"# Benchmarks and their protocols\n\n{_ORIGIN} The id is that of scoring affine disparity; numbers of two ids "
         "do not compare. [Why one model has two numbers](../protocols.md).\n"
     ]
     rows = []
@@ -162,7 +164,7 @@ def _protocol(p: Protocol) -> list[str]:
 
 def recipes() -> str:
     """Every recipe and study that ships."""
-    text = [f"# Recipes and studies that ship\n\n{_BY} Each file's first lines have its command.\n"]
+    text = [f"# Recipes and studies that ship\n\n{_ORIGIN} Each file's first lines have its command.\n"]
     for title, files in (("Recipes", shipped("recipe")), ("Studies (`distill ablate`)", shipped("study"))):
         rows = [[f"[`{name}`](../../recipes/{name}.toml)", headline(path)] for name, path in files.items()]
         text.append(f"## {title}: {len(rows)}\n\n{_table(['name', 'what it is'], rows)}\n")
@@ -176,11 +178,11 @@ PAGES: dict[str, Callable[[], str]] = {
     "benchmarks.md": benchmarks,
     "recipes.md": recipes,
 }
-"""By the file's name in docs/reference."""
+"""The functions that make the pages, by file name in docs/reference."""
 
 
 def main(folder: Path = FOLDER) -> None:
-    """Writes every page; says which have changed."""
+    """Writes every page; prints the paths of those that changed."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in PAGES.items():
         text, path = make(), folder / name

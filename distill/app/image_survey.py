@@ -1,4 +1,4 @@
-"""What a recipe's sources hold, before anything is labelled: how many images, how many are learnt from, one to try."""
+"""Surveys a recipe's sources before labelling: how many images, how many are trained on, and photos to try."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from distill.data.sources import BadImageError, InputShard, Photo, Scan
 from distill.labelling.jobs import plan_photo
 
 SCANNED = 3
-"""Of the input tars so many are scanned; the others are taken to be like them."""
+"""How many input shards are scanned; the others are assumed to be like them."""
 TRIED = 20
-"""Photos, until one can be labelled."""
+"""How many photos are tried at most, to find two that can be labelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What the sources hold: photos (an estimate where not every tar was scanned), parts, and one photo to try.
+    """What the sources hold: numbers of photos and parts (estimates unless all shards are `scanned`), photos to try.
 
-    learnt: photos of sources that are learnt from (images.weight above 0); a sample of every one of them is more than
-    there will be, for some images are held out or quarantined. idle: whether there are others. bad: photos that were
-    tried and cannot be used; rejected: names that were turned away. Both with the reason.
+    learnt: photos of sources that are trained on (images.weight above 0); more than the samples that training sees, as
+    some images are held out or quarantined. idle: whether there are other sources. bad: photos that were tried and
+    cannot be used; rejected: files that the scan left out. Both with the reason.
     """
 
     count: int
@@ -37,12 +37,12 @@ class Images:
 
     @property
     def most(self) -> str:
-        """How sure a number of samples is that follows from these counts."""
+        """The word before a number of samples that is computed from these counts."""
         return "at most" if self.scanned else "about"
 
 
 def survey(recipe: Recipe, *, crops: bool) -> Images:
-    """The sources looked at; crops: a photo to try must be one that crops can be cut from."""
+    """Surveys the sources; crops: a photo to try must be one that crops can be cut from."""
     shards: list[InputShard] = input_shards(recipe)
     per_part = max(1, recipe.labels.samples_per_part // recipe.crops.crops_per_image)
     scans = [shard.scan() for shard in shards[:SCANNED]]
@@ -72,9 +72,9 @@ def survey(recipe: Recipe, *, crops: bool) -> Images:
 
 
 def _learnt(recipe: Recipe, shards: Sequence[InputShard], scans: Sequence[Scan]) -> int:
-    """Images of sources with a weight; a shard that was not scanned is like the mean of those that were."""
-    known = [len(scan.entries) for scan in scans]
-    mean = sum(known) / max(1, len(known))
-    counts = [float(count) for count in known] + [mean] * (len(shards) - len(known))
+    """Images of sources with a weight above 0; a shard that was not scanned counts as the mean of those that were."""
+    scanned_counts = [len(scan.entries) for scan in scans]
+    mean = sum(scanned_counts) / max(1, len(scanned_counts))
+    counts = [float(count) for count in scanned_counts] + [mean] * (len(shards) - len(scanned_counts))
     pairs = zip(shards, counts, strict=True)
     return round(sum(count for shard, count in pairs if recipe.images[shard.source].weight > 0))

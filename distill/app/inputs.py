@@ -1,4 +1,4 @@
-"""From [[images]] to input shards: a table opens its source; its shards know the table and who teaches on them."""
+"""Opens the [[images]] tables as input shards, each with the number of its table and the teachers of its images."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def _source(images: ImageSettings, first_scene: int) -> list[InputShard]:
 
 def _limited(shards: list[InputShard], limit: int) -> list[InputShard]:
     """The shards of the first `limit` images."""
-    kept, left = [], limit
+    limited, remaining = [], limit
     for shard in shards:
         scan = shard.scan()
-        entries = scan.entries[:left]
-        left -= len(entries)
+        entries = scan.entries[:remaining]
+        remaining -= len(entries)
         if entries:
-            kept.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
-    return kept or shards  # with no image at all, what was turned away says why
+            limited.append(dataclasses.replace(shard, scan=_Fixed(Scan(entries, scan.rejected, scan.passed))))
+    return limited or shards  # without any image, the scans' rejected files say why
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,20 +53,20 @@ def input_shards(recipe: Recipe) -> list[InputShard]:
     """The images of every [[images]] table. Raises FileNotFoundError or ValueError naming the table's path."""
     if not recipe.images:
         raise RecipeError(f"the recipe names no images: add an [[images]] table ({', '.join(SOURCES)})")
-    tables, scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
+    tables, first_scene = [], TRAIN_SEEDS.start + recipe.run.seed * 1_000_000
     for number, images in enumerate(recipe.images):
-        shards = _source(images, scene)
+        shards = _source(images, first_scene)
         shards = published.within(shards, images.far) if images.far else shards
-        scene += images.scenes
-        kept = _limited(shards, images.limit) if images.limit else shards
+        first_scene += images.scenes
+        limited = _limited(shards, images.limit) if images.limit else shards
         teachers = _teachers_on(recipe, images)
-        tables.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in kept])
+        tables.append([dataclasses.replace(shard, source=number, teachers=teachers) for shard in limited])
     return sources.combine(*tables)
 
 
 def _teachers_on(recipe: Recipe, images: ImageSettings) -> tuple[str, ...]:
-    """Who teaches on a source; nobody named is everybody. A source that cannot have ground truth is spared it."""
-    others = tuple(spec.alias_or_name for spec in recipe.teachers if spec.name != TRUTH)
-    if images.teachers or images.may_have_truth or not others or len(others) == len(recipe.teachers):
+    """The teachers of a source; () means all. If it cannot have ground truth, all but the teacher "truth"."""
+    networks = tuple(spec.alias_or_name for spec in recipe.teachers if spec.name != TRUTH)
+    if images.teachers or images.may_have_truth or not networks or len(networks) == len(recipe.teachers):
         return images.teachers
-    return others
+    return networks

@@ -1,4 +1,4 @@
-"""The recipe that a run's folder keeps: written when a command begins, put back where the command cannot be done."""
+"""The recipe file in a run's folder: written when a command begins, restored if the command fails by a user error."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from distill.app.recipe import USES, Recipe, differences, dumps
 from distill.core import files
 
 NAME = "recipe.toml"
-_TOLD = 6
+_LISTED = 6
 
 
-def _mattering(changed: list[str], recipe: Recipe) -> list[str]:
-    """The keys by which something in the run's folder was made; where that is labels alone, those of labels.
+def _relevant(changed: list[str], recipe: Recipe) -> list[str]:
+    """The changed keys that affect what is in the run's folder; if that is labels only, the keys of labelling.
 
-    run.out is none of them: a folder that was moved is the same run.
+    run.out is not among them: a folder that was moved is the same run.
     """
     changed = [key for key in changed if key != "run.out"]
     if {path.name for path in recipe.run.folder.iterdir()} <= {NAME, "labels"}:
@@ -28,23 +28,23 @@ def _mattering(changed: list[str], recipe: Recipe) -> list[str]:
 
 @contextmanager
 def kept_recipe(recipe: Recipe) -> Iterator[None]:
-    """Writes the resolved recipe into the run's folder for what the block does; only the first process does.
+    """Writes the resolved recipe into the run's folder, then runs the block; only the first process writes.
 
-    A run that another recipe of this name began is told, with the keys that differ. A block that ends in a person's
-    mistake (ValueError, LookupError, FileNotFoundError) leaves the recipe that was there: it made what lies beside it.
+    If another recipe of this name began the run, the keys that differ are logged. If the block raises a user error
+    (ValueError, LookupError, FileNotFoundError), the earlier recipe, which made the folder's content, is restored.
     """
     if build.process()[0] != 0:
         yield
         return
     path = recipe.run.folder / NAME
     before = path.read_text(encoding="utf-8") if path.is_file() else None
-    if before is not None and (changed := _mattering(differences(recipe, recipe.run.folder), recipe)):
-        more = f" and {len(changed) - _TOLD} more" if len(changed) > _TOLD else ""
+    if before is not None and (changed := _relevant(differences(recipe, recipe.run.folder), recipe)):
+        more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
         note(
-            f"{recipe.run.folder} was made with other values of {', '.join(changed[:_TOLD])}{more}: an experiment of "
+            f"{recipe.run.folder} was made with other values of {', '.join(changed[:_LISTED])}{more}: an experiment of "
             "its own needs a name of its own, --set run.name=NAME"
         )
-    # Workers on several machines are each the first process, and write at once.
+    # Workers on several machines are each a first process, and write at the same time.
     aside = f".{secrets.token_hex(6)}"
     files.write_text(path, dumps(recipe), suffix=aside)
     for name in recipe.unjudged:
