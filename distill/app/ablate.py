@@ -155,7 +155,7 @@ def _run_workers(
     failed = [i for i, process in enumerate(workers) if process.returncode]
     if failed:
         log_file = out / f"worker-{failed[0]}.log"
-        last_line = log_file.read_text(errors="replace").strip().splitlines()[-1:]
+        last_line = log_file.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise ValueError(f"worker {failed[0]} stopped: {' '.join(last_line)} (all it said is in {log_file})")
 
 

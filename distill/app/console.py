@@ -144,7 +144,7 @@ def _word(name: str, value: float) -> str:
         power = next((p for p in range(4) if abs(value) < 1000 ** (p + 1)), 4)
         scaled, unit = value / 1000**power, ("B", "kB", "MB", "GB", "TB")[power]
         return f"{scaled:.3g} {unit}{label}" if label.startswith("/") else f"{label} {scaled:.3g} {unit}"
-    if name.endswith("_s") and not name.endswith("per_s"):
+    if name.endswith("_s") and not name.endswith("per_s") and math.isfinite(value):
         return f"{label.removesuffix(' s')} {int(value // 3600)}:{int(value % 3600 // 60):02d}:{int(value % 60):02d}"
     if name == "data_wait":
         return f"{label} {100 * value:.1f} %"
