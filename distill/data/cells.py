@@ -1,6 +1,6 @@
-"""Cells of a table of pairs: what one stored unit is, which values are invalid, the focal length.
+"""Parsing of the cells of a table of pairs: metres per stored unit, invalid values, focal length.
 
-What looks like a number or a rule and is none raises a ValueError: half understood, it would be another number.
+A cell that looks like a number or a rule but cannot be parsed raises a ValueError: a guess could be a wrong number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _CEILING = 65000.0
 
 
 def focal(text: str) -> float:
-    """Pixels; 0 for an empty cell."""
+    """Focal length in pixels; 0 for an empty cell."""
     text = "" if text.lower() in ("nan", "n/a", "na", "none", "null", "unknown", "-") else text
     try:
         length = float(text or 0)
@@ -31,14 +31,14 @@ _UNITS = {
     for short in words.split()
     for many in ("", "s")
 }
-_MEANT = re.compile(  # a number or a unit that is not understood: never "unknown" without a word
+_MEANT = re.compile(  # an unparsed number or unit: an error, never silently "unknown"
     r"[-+.,\d\u2212*/\u00f7=]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)|[a-z_]+\s*[/*]\s*\d"
     r"|metric\b|(\w*met(re|er)s?|[cmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
 )
 
 
 def scale(text: str) -> float | None:
-    """Metres per unit; None for words and for nothing. ValueError for what looks like a number and is none."""
+    """Metres per unit; None for words and for an empty cell. ValueError for a number that cannot be parsed."""
     plain = text.strip().strip("'\"").strip().lower()
     if plain in _UNITS:
         return _UNITS[plain]
@@ -58,7 +58,7 @@ def scale(text: str) -> float | None:
 
 
 def invalid(text: str) -> tuple[float, tuple[float, ...]]:
-    """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
+    """(lowest value from which all are invalid, single invalid values) of an `invalid` cell."""
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
     if low := re.search(rf"<=?\s*({NUMBER})", text):
         if float(low[1]) > 0:

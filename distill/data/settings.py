@@ -1,4 +1,4 @@
-"""[[images]]: where images come from; distill.data.sources opens them."""
+"""Settings of [[images]], the image sources; distill.data.sources opens them."""
 
 from __future__ import annotations
 
@@ -51,15 +51,18 @@ class ImageSettings:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder; where nobody is named, as before anybody could be."""
+        """The settings that determine the content of a labels folder.
+
+        Settings added later are left out at their defaults, so that older folders keep their identity.
+        """
         left_out = {"weight"} if self.teachers else {"weight", "teachers"}
-        later = {"dataset", "root", "index", "far", "variety"}
-        found = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return {key: value for key, value in found.items() if value or key not in later}
+        added_later = {"dataset", "root", "index", "far", "variety"}
+        fields = {key: value for key, value in asdict(self).items() if key not in left_out}
+        return {key: value for key, value in fields.items() if value or key not in added_later}
 
     @property
     def may_have_truth(self) -> bool:
-        """Whether images of this source can come with ground truth."""
+        """Whether images of this source can have ground truth."""
         return not (self.tars or self.photos)
 
     def __post_init__(self) -> None:

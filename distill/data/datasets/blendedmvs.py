@@ -46,15 +46,15 @@ def rows(root: Path, group: str) -> Group:
     images = {frame: path for frame, path in images.items() if not frame.endswith("_masked")}
     depths = frames(files_of(folder / "rendered_depth_maps"), "", ".pfm")
     cameras = frames(files_of(folder / "cams"), "", "_cam.txt")
-    found, alone = [], []
+    pairs, alone = [], []
     for frame, path in images.items():
         if frame not in depths:
             alone.append(below(root, path))
             continue
         focal = _focal(cameras[frame]) if frame in cameras else 0.0
-        found.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
+        pairs.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
     spare = tuple(below(root, path) for frame, path in depths.items() if frame not in images)
-    return Group(tuple(found), tuple(alone), spare)
+    return Group(tuple(pairs), tuple(alone), spare)
 
 
 def _focal(path: Path) -> float:

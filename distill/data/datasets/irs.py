@@ -37,8 +37,8 @@ FACTS = Facts(
 def groups(root: Path) -> Iterator[str]:
     """Home/ArchVizInterior03, or IRSDataset/Home/..."""
     for top in ("", "IRSDataset"):
-        for one in CLASSES:
-            prefix = f"{top}/{one}" if top else one
+        for scene_class in CLASSES:
+            prefix = f"{top}/{scene_class}" if top else scene_class
             yield from (f"{prefix}/{scene.name}" for scene in folders_of(root / prefix))
 
 
@@ -49,7 +49,7 @@ def rows(root: Path, group: str) -> Group:
 
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Metres; where the disparity is not positive nothing is known."""
+    """Metres; pixels without positive disparity are invalid."""
     disparity, valid = known(stored(root, row))
     depth = np.float32(FOCAL * BASELINE) / np.where(valid, disparity, np.float32(1))
     return np.where(valid, depth, np.float32(0)), valid

@@ -51,8 +51,8 @@ def rows(root: Path, group: str) -> Group:
     """The frames of one camera."""
     scene, variation, camera = group.split("/")
     rgb, depth = (
-        _top(root, archive) / scene / variation / "frames" / sort / camera
-        for archive, sort in zip(_ARCHIVES, ("rgb", "depth"), strict=True)
+        _top(root, archive) / scene / variation / "frames" / modality / camera
+        for archive, modality in zip(_ARCHIVES, ("rgb", "depth"), strict=True)
     )
     images, depths = frames(files_of(rgb), "rgb_", ".jpg"), frames(files_of(depth), "depth_", ".png")
     return paired(root, images, depths, prefix=group, focal=FOCAL)
