@@ -1,8 +1,8 @@
-"""BlendedMVS, with its extensions + and ++ (Yao et al., CVPR 2020): reconstructed scenes rendered back, 768 x 576.
+"""BlendedMVS, with its extensions + and ++ (Yao et al., CVPR 2020): reconstructed scenes, re-rendered, 768 x 576.
 
 PID/blended_images/IIIIIIII.jpg (IIIIIIII_masked.jpg beside it is not read) and PID/rendered_depth_maps/IIIIIIII.pfm;
-PID/cams/IIIIIIII_cam.txt has the camera. A scene's unit is its reconstruction's own: depth up to scale. 0 is nothing.
-The PIDs may lie in folders of their own (dataset_low_res, BlendedMVS++, ...) below the root.
+PID/cams/IIIIIIII_cam.txt has the camera. Each scene has the unit of its reconstruction: depth up to scale; 0 is
+invalid. The PIDs may lie in folders of their own (dataset_low_res, BlendedMVS++, ...) below the root.
 """
 
 from __future__ import annotations
@@ -67,5 +67,5 @@ def _focal(path: Path) -> float:
 
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Depth in the scene's own unit."""
+    """Depth in the unit of the scene."""
     return known(stored(root, row))

@@ -3,10 +3,10 @@
 As published: ai_VVV_NNN/images/scene_cam_XX_final_preview/frame.IIII.tonemap.jpg beside
 ai_VVV_NNN/images/scene_cam_XX_geometry_hdf5/frame.IIII.depth_meters.hdf5, which holds the distance from the camera's
 centre in metres, float16, NaN where nothing was hit. Depth along the optical axis is distance * f / |(x, y, f)| with
-f = 886.81 pixels and x, y of pixel centres (the authors' own formula; scenes with tilted lenses are off by it).
+f = 886.81 pixels and x, y of pixel centres (the authors' formula; it is inexact for scenes with tilted lenses).
 
-As Marigold's and Lotus's preparation writes it: SPLIT/ai_VVV_NNN/rgb_cam_XX_frIIII.png beside depth_plane_..., planar
-depth in millimetres, 16 bits, 0 where nothing is known.
+As Marigold's and Lotus's preprocessing writes it: SPLIT/ai_VVV_NNN/rgb_cam_XX_frIIII.png beside depth_plane_..., planar
+depth in millimetres, 16 bits, 0 where invalid.
 
 Where metadata_images_split_scene_v1.csv lies in the root, images that are not in the public release are left out, and
 each row carries its split.

@@ -1,9 +1,9 @@
 """IRS (Wang et al., ICME 2021): a stereo camera in rendered homes, offices, restaurants and stores, 960 x 540.
 
 CLASS/SCENE/l_N.png, the left picture, beside d_N.exr, its disparity in pixels; numbers without leading zeros. Depth is
-focal * baseline / disparity with focal = 480 pixels (the authors' loader) and a baseline of 0.1 m (of "most of the
-data", say the authors: blackjack2015/IRS#2; a wrong one scales all depth alike). The classes lie in the root, or in
-IRSDataset there, as their lists have it.
+focal * baseline / disparity with focal = 480 pixels (the authors' loader) and a baseline of 0.1 m (for "most of the
+data", according to the authors: blackjack2015/IRS#2; a wrong baseline only scales the depth). The classes lie in the
+root or, as in the authors' lists, in its folder IRSDataset.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Virtual KITTI 2 (Cabon et al., 2020): five drives re-rendered in ten weathers and angles, 1242 x 375.
 
 SceneXX/VARIATION/frames/rgb/Camera_C/rgb_IIIII.jpg beside .../frames/depth/Camera_C/depth_IIIII.png: centimetres in 16
-bits. The far plane lies at 655.35 m, the largest code: the sky, and nothing else, so it is invalid. The two archives
+bits. The far plane lies at 655.35 m, the largest code: it holds only the sky and is invalid. The two archives
 may be unpacked into one root, or stay in their own folders (vkitti_2.0.3_rgb, vkitti_2.0.3_depth).
 """
 
