@@ -293,7 +293,7 @@ _IN_SCAN = {0, *range(0xD0, 0xD8)}
 
 
 def ends_early(data: bytes, image: Image.Image) -> bool:
-    """Whether a decoded JPEG's end marker comes before its last pixels, as when it was appended to a truncated download.
+    """Whether a decoded JPEG's end marker comes before its last pixels, as when appended to a truncated download.
 
     The decoder fills missing pixels with a grey of 128. Where the photo itself is grey there, more bytes before the
     end marker change nothing. A progressive JPEG would only be blurred, so its scans are checked instead.

@@ -270,7 +270,7 @@ def _bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
-    """The share of pixels connected to the top row that are invalid or within the lowest 1 % of the range of nearness."""
+    """The share of pixels, connected to the top row, that are invalid or in the lowest 1 % of the range of nearness."""
     count = int(np.count_nonzero(valid))
     # An added row of sky above the map connects all regions that touch its top, so that one flood fill finds them.
     height, width = valid.shape
