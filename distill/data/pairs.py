@@ -200,7 +200,7 @@ _PREAMBLE = re.compile(r"\s*$|\"?sep=|#(?!\s*\"?name\b)", re.IGNORECASE)
 
 
 def _columns(path: Path, given: Sequence[str]) -> list[str]:
-    """The normalized column names; ValueError where one is missing, double, or probably misspelt."""
+    """The normalized column names; ValueError where one is missing, duplicated, or probably misspelt."""
     columns = [_unquoted(name).lstrip("# ").lower().replace("meters", "metres") for name in given]
     if missing := {"name", "rgb", "depth"} - set(columns):
         listed = f"; it has {', '.join(columns[:8])}" if any(columns) else ""

@@ -345,7 +345,7 @@ def _seek_first_picture(image: Any, data: bytes) -> dict[str, Any]:
     if chosen is None:
         raise BadImageError("its only picture is a thumbnail, as in a camera raw: save it as JPEG, PNG or TIFF")
     _, width, height, flagged = pages[chosen]
-    for i, (whole, w, h, _) in enumerate(pages):  # thumbnails that are not marked as such
+    for i, (whole, w, h, _) in enumerate(pages):  # skip a thumbnail that is not marked as such
         if whole and not flagged and w * h >= 4 * width * height and abs(w / h * height / width - 1) < 0.03:
             chosen, width, height = i, w, h
     image.seek(chosen)

@@ -65,7 +65,7 @@ def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfi
 
 
 def _next_header(file: IO[bytes], at: int) -> tuple[int | None, bool]:
-    """Where a header begins behind the block at `at`, None if nowhere, and whether all bytes up to it are zero."""
+    """Offset of the next header behind the block at `at`, None if none, and whether all bytes up to it are zero."""
     file.seek(at)
     start, zeros = at, True
     while chunk := file.read(2**20):
