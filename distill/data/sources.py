@@ -288,8 +288,8 @@ def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 100
     names = sorted(files)
     folder_names = {name.split("/", 1)[0] for name in names}
     # The folder's name is only needed to distinguish equal names in several folders.
-    shown = [name.split("/", 1)[1] if len(folder_names) == 1 else name for name in names]
-    keys = photos.unique_keys(shown)
+    key_names = [name.split("/", 1)[1] if len(folder_names) == 1 else name for name in names]
+    keys = photos.unique_keys(key_names)
     entries = [
         Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)

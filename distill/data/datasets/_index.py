@@ -132,7 +132,7 @@ def _lines(group: str, found: Group) -> str:
 
 
 def _finished_groups(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
-    """The groups that an earlier call finished; an incomplete last group is cut off. Empty if its walk was another."""
+    """The groups that an earlier call finished; an incomplete last one is cut off. Empty if root or groups differ."""
     if not aside.is_file():
         return set()
     text = aside.read_text(encoding="utf-8", errors="replace")

@@ -30,7 +30,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """PID, or dataset_low_res/PID."""
+    """Scenes: PID, or dataset_low_res/PID."""
     for folder in folders_of(root):
         if (folder / "blended_images").is_dir():
             yield folder.name

@@ -45,7 +45,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """ai_001_001/cam_00 of the published layout, train/ai_001_001 of the prepared one."""
+    """Cameras (ai_001_001/cam_00) of the published layout, scenes (train/ai_001_001) of the prepared one."""
     for scene in folders_of(root):
         if scene.name.startswith("ai_"):
             for folder in folders_of(scene / "images"):

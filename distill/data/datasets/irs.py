@@ -35,7 +35,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Home/ArchVizInterior03, or IRSDataset/Home/..."""
+    """Scenes: Home/ArchVizInterior03, or IRSDataset/Home/..."""
     for top in ("", "IRSDataset"):
         for scene_class in CLASSES:
             prefix = f"{top}/{scene_class}" if top else scene_class

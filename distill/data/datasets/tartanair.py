@@ -34,7 +34,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """abandonedfactory/Easy/P000."""
+    """Flights: abandonedfactory/Easy/P000."""
     for world in folders_of(root):
         for difficulty in ("Easy", "Hard"):
             own = f"{difficulty}/image_left/{world.name}/{difficulty}"  # image_left.zip in a folder of its name

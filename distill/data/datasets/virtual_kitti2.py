@@ -39,7 +39,7 @@ def _top(root: Path, archive: str) -> Path:
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Scene01/clone/Camera_0."""
+    """Cameras: Scene01/clone/Camera_0."""
     for scene in folders_of(_top(root, _ARCHIVES[0])):
         if scene.name.startswith("Scene"):
             for variation in folders_of(scene):
