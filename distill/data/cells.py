@@ -1,6 +1,6 @@
-"""Cells of a table of pairs: what one stored unit is, which values are invalid, the focal length.
+"""Parsing of the cells of a table of pairs: metres per stored unit, invalid values, focal length.
 
-What looks like a number or a rule and is none raises a ValueError: half understood, it would be another number.
+A cell that looks like a number or a rule but cannot be parsed raises a ValueError: a guess could be a wrong number.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import math
 import re
 
 NUMBER = r"(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-_CEILING = 65000.0
+_NEAR_16_BIT_MAX = 65000.0
 
 
 def focal(text: str) -> float:
-    """Pixels; 0 for an empty cell."""
+    """Focal length in pixels; 0 for an empty cell."""
     text = "" if text.lower() in ("nan", "n/a", "na", "none", "null", "unknown", "-") else text
     try:
         length = float(text or 0)
@@ -24,25 +24,25 @@ def focal(text: str) -> float:
     return length
 
 
-_UNKNOWN = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
+_UNKNOWN_SCALE = re.compile(r"unknown|relative|arbitrary|affine|none|no\b|not\b|n/?a\b|up to|\?")
 _UNITS = {
-    short + many: unit
+    word + plural: unit
     for words, unit in (("m metre meter", 1.0), ("cm centimetre centimeter", 0.01), ("mm millimetre millimeter", 0.001))
-    for short in words.split()
-    for many in ("", "s")
+    for word in words.split()
+    for plural in ("", "s")
 }
-_MEANT = re.compile(  # a number or a unit that is not understood: never "unknown" without a word
+_LOOKS_LIKE_SCALE = re.compile(  # an unparsed number or unit: an error, never silently "unknown"
     r"[-+.,\d\u2212*/\u00f7=]|.*(\d[.,]\d|\d\s*/\s*\d|\de[-+]?\d)|[a-z_]+\s*[/*]\s*\d"
     r"|metric\b|(\w*met(re|er)s?|[cmk\u00b5u]?ms?|in|inch(es)?|ft|feet|foot|yards?|miles?)\b"
 )
 
 
 def scale(text: str) -> float | None:
-    """Metres per unit; None for words and for nothing. ValueError for what looks like a number and is none."""
+    """Metres per unit; None for words and for an empty cell. ValueError for a number that cannot be parsed."""
     plain = text.strip().strip("'\"").strip().lower()
     if plain in _UNITS:
         return _UNITS[plain]
-    if _UNKNOWN.match(plain):
+    if _UNKNOWN_SCALE.match(plain):
         return None
     parts = re.fullmatch(rf"({NUMBER})\s*(?:/\s*({NUMBER}))?\s*([a-z]*)", plain)
     if parts and (not parts[3] or parts[3] in _UNITS) and float(parts[2] or 1):
@@ -51,28 +51,28 @@ def scale(text: str) -> float | None:
         return float(plain)
     except ValueError:
         pass
-    if plain and "disp" not in plain and _MEANT.match(plain):
+    if plain and "disp" not in plain and _LOOKS_LIKE_SCALE.match(plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
         raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
     return None
 
 
 def invalid(text: str) -> tuple[float, tuple[float, ...]]:
-    """(the bound from which on values are invalid, the invalid values) of an `invalid` cell."""
+    """(lowest value from which all are invalid, single invalid values) of an `invalid` cell."""
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
-    if low := re.search(rf"<=?\s*({NUMBER})", text):
-        if float(low[1]) > 0:
+    if upper_bound := re.search(rf"<=?\s*({NUMBER})", text):
+        if float(upper_bound[1]) > 0:
             raise ValueError(f"invalid {text!r}: bounds are >=NUMBER; values below one are no rule here")
-        text = text.replace(low[0], "")
-    if _NO_RULE.search(text):
+        text = text.replace(upper_bound[0], "")
+    if _UNSUPPORTED_RULE.search(text):
         raise ValueError(f"invalid {text!r} is no rule here: write values and bounds, as in 0, 65535 or >=65000")
     bounds = [float(number) for number in re.findall(rf">=?\s*({NUMBER})", text)]
     values = [float(number) for number in re.findall(rf"(?<![\w.-])({NUMBER})", re.sub(rf">=?\s*{NUMBER}", "", text))]
-    if beyond := [value for value in values if value >= _CEILING]:
-        bounds.append(_CEILING if min(beyond) < 1 << 16 else min(beyond))
-    return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _CEILING}))
+    if near_max := [value for value in values if value >= _NEAR_16_BIT_MAX]:
+        bounds.append(_NEAR_16_BIT_MAX if min(near_max) < 1 << 16 else min(near_max))
+    return min(bounds, default=float("inf")), tuple(sorted({value for value in values if 0 < value < _NEAR_16_BIT_MAX}))
 
 
-_NO_RULE = re.compile(
+_UNSUPPORTED_RULE = re.compile(
     r"\d\s*(?:[-\u2010-\u2015\u2212]|\.\.|to\b)\s*\d|\d\s*\+|!=|\b0x|\b(?:above|over|beyond|below|under|than)\s+\d"
 )

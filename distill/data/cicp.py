@@ -1,11 +1,11 @@
-"""What PNG and AVIF say of their colours by the numbers of ITU-T H.273 (CICP), and the pixels of those in HDR.
+"""Colour coding of PNG and AVIF by the code points of ITU-T H.273 (CICP), and decoding of those in HDR.
 
-Pillow passes both over: a screenshot in PQ would be pale and flat. In AVIF the numbers are a property (colr, of the
-kind nclx) of the primary item; another item, as the HDR rendition beside a gain map, has its own, and they say nothing
-of the picture that is read.
+Pillow ignores the codes: a screenshot in PQ would look pale and flat. In AVIF they are a property (colr of type nclx)
+of the primary item; other items, such as the HDR rendition beside a gain map, have codes of their own, which do not
+apply to the picture that is read.
 
-Sources: PNG (third edition), 11.3.2.6 (cICP, which goes before every other chunk on colour); ISO/IEC 14496-12, 8.11
-(pitm, iprp, ipco, ipma) and 12.1.5 (colr); ISO/IEC 23008-12, 6.5.6 (pixi).
+Sources: PNG (third edition), 11.3.2.6 (cICP, which takes precedence over every other colour chunk); ISO/IEC 14496-12,
+8.11 (pitm, iprp, ipco, ipma) and 12.1.5 (colr); ISO/IEC 23008-12, 6.5.6 (pixi).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from distill.data import hdr
 
 
 def bright(data: bytes, kind: str) -> np.ndarray | None:
-    """(H,W,3) uint8 sRGB, as stored, of a PNG or AVIF whose colours are PQ or HLG; None of any other.
+    """(H,W,3) uint8 sRGB, before rotation, of a PNG or AVIF with a PQ or HLG transfer; None for any other.
 
     kind: "PNG" or "AVIF". Raises RuntimeError or ValueError for pixels that cannot be decoded.
     """
-    said = _of_png(data) if kind == "PNG" else _of_avif(data) if kind == "AVIF" else None
-    if said is None or said[1] not in (hdr.PQ, hdr.HLG):
+    coding = _png_coding(data) if kind == "PNG" else _avif_coding(data) if kind == "AVIF" else None
+    if coding is None or coding[1] not in (hdr.PQ, hdr.HLG):
         return None
-    primaries, transfer, bits = said
-    pixels = _png(data) if kind == "PNG" else _avif(data, bits)
+    primaries, transfer, bits = coding
+    pixels = _png_pixels(data) if kind == "PNG" else _avif_pixels(data, bits)
     pixels = np.repeat(pixels[..., None], 3, axis=-1) if pixels.ndim == 2 else pixels
     pixels = pixels[..., [0, 0, 0, 1]] if pixels.shape[-1] == 2 else pixels
     shown = hdr.to_srgb(pixels[..., :3], transfer, primaries=primaries)
@@ -37,7 +37,7 @@ def bright(data: bytes, kind: str) -> np.ndarray | None:
     return shown
 
 
-def _png(data: bytes) -> np.ndarray:
+def _png_pixels(data: bytes) -> np.ndarray:
     """(H,W) or (H,W,C) uint16 RGB or RGBA."""
     stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None:
@@ -46,7 +46,7 @@ def _png(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(stored[..., [2, 1, 0, 3][: stored.shape[-1]]]) if stored.ndim == 3 else stored
 
 
-def _avif(data: bytes, bits: int) -> np.ndarray:
+def _avif_pixels(data: bytes, bits: int) -> np.ndarray:
     import imagecodecs
 
     stored = np.asarray(imagecodecs.avif_decode(data, index=0))
@@ -54,7 +54,7 @@ def _avif(data: bytes, bits: int) -> np.ndarray:
     return (stored.astype(np.uint32) * 65535 // (2**bits - 1)).clip(0, 65535).astype(np.uint16)
 
 
-def _of_png(data: bytes) -> tuple[int, int, int] | None:
+def _png_coding(data: bytes) -> tuple[int, int, int] | None:
     """(primaries, transfer, 16)."""
     at = 8
     while at + 12 <= len(data) and data[at + 4 : at + 8] != b"IDAT":
@@ -64,28 +64,30 @@ def _of_png(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _of_avif(data: bytes) -> tuple[int, int, int] | None:
-    """(primaries, transfer, bits) of the primary item; None where it does not say them, or has a profile."""
+def _avif_coding(data: bytes) -> tuple[int, int, int] | None:
+    """(primaries, transfer, bits) of the primary item; None where they are missing or it has an ICC profile."""
     meta = dict(_boxes(data)).get(b"meta", b"")[4:]
     inside = dict(_boxes(meta))
     item = inside.get(b"pitm", b"")
     number = int.from_bytes(item[4 : 8 if item[:1] == b"\1" else 6], "big")
     properties = dict(_boxes(inside.get(b"iprp", b"")))
     stored = list(_boxes(properties.get(b"ipco", b"")))
-    mine = [stored[i - 1] for i in _belonging(properties.get(b"ipma", b""), number) if 0 < i <= len(stored)]
-    colours = [body for name, body in mine if name == b"colr"]
+    properties_of_item = [
+        stored[i - 1] for i in _property_indices(properties.get(b"ipma", b""), number) if 0 < i <= len(stored)
+    ]
+    colours = [body for name, body in properties_of_item if name == b"colr"]
     codes = next((body for body in colours if body[:4] == b"nclx" and len(body) >= 8), None)
     if codes is None or any(body[:4] in (b"prof", b"rICC") for body in colours):
         return None
-    depths = [body[5] for name, body in mine if name == b"pixi" and len(body) > 5]
-    # Of a grid the tiles say how they are coded.
+    depths = [body[5] for name, body in properties_of_item if name == b"pixi" and len(body) > 5]
+    # Without pixi, as for a grid of tiles, the bit depth is in the tiles' codec configuration.
     coded = [body[2] >> 5 & 3 for name, body in stored if name == b"av1C" and len(body) > 2]
     bits = depths[0] if depths else {2: 10, 3: 12}.get(coded[0] if coded else 0, 8)
     return int.from_bytes(codes[4:6], "big"), int.from_bytes(codes[6:8], "big"), bits
 
 
-def _belonging(table: bytes, item: int) -> list[int]:
-    """The numbers of an item's properties, from 1, by ipma."""
+def _property_indices(table: bytes, item: int) -> list[int]:
+    """1-based indices of an item's properties, from the ipma box."""
     if len(table) < 8:
         return []
     wide, long = table[3] & 1, table[0] >= 1

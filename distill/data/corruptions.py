@@ -1,19 +1,19 @@
-"""Teachers whose faults are known: ground truth, spoilt in the ways that real teachers fail.
+"""Synthetic teachers with known errors: ground truth, corrupted in the ways in which real teachers fail.
 
-For experiments that must know what the right answer is. A map is turned into disparity and spoilt in this order:
-far noise, warp, blur, range. Everything is drawn from the crop's key, so that a rerun gives the same labels; the layout
-of a teacher that is systematically wrong from a number of its own.
+For experiments that need to know the right answer. A map is converted to disparity and corrupted in this order:
+far noise, warp, blur, range. The random numbers are seeded with the crop's key, so that a rerun gives the same labels;
+a fixed `layout` is seeded with its own number.
 
-    blur       pixels of the network's own map: a patch seen at native resolution keeps more detail than the region
-    far_noise  the farther half of the map is noisy: standard deviation of the log disparity, full at the farthest pixel
-    warp       large-scale errors of layout, smooth over a third of the map: standard deviation of the log disparity
-    layout     0: every map has layout errors of its own, which a student averages away. Another number: all maps have
-               the one that it draws, a fault that can be learnt
-    common     how much of such a layout's variance is drawn alike for every teacher: two teachers' errors correlate by
-               the root of the product of theirs
-    own_range  each map is brought to its own 2 to 98 % range, as teachers of affine disparity do; regions and patches
-               then disagree by a scale and a shift, and the kind becomes affine_disparity
-    drift      beyond that, a random scale (log-normal) and shift per map, as a fraction of its range
+    blur       Gaussian sigma in pixels of the given map: a patch at native resolution keeps more detail than the region
+    far_noise  noise on the farther half of the map: standard deviation of the log disparity at the farthest pixel
+    warp       large-scale layout errors, smooth over a third of the map: standard deviation of the log disparity
+    layout     0: every map has its own layout error, which a student averages away. Another number, used as a seed: all
+               maps share one layout error, which can be learnt
+    common     share of such a layout's variance that is the same for every teacher: the errors of two teachers
+               correlate by the square root of the product of their shares
+    own_range  each map is normalized to its own 2 to 98 % range, as by teachers of affine disparity; regions and
+               patches then differ by a scale and a shift, and the kind becomes affine_disparity
+    drift      in addition, a random scale (log-normal) and shift per map, as a fraction of its range
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from distill.core.depth import DepthMap, Kind
 from distill.core.labels import Labels
 
 FIELD = 3
-"""Grid cells across a map of the smooth random field that `warp` draws."""
+"""Grid cells per side of the smooth random field of `warp`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Corruptions:
-    """How wrong, and in what way; the fields are explained in the module. All 0: the truth as disparity."""
+    """Kinds and strengths of corruption, explained in the module's docstring. All 0: the ground truth as disparity."""
 
     blur: float = 0.0
     far_noise: float = 0.0
@@ -54,7 +54,7 @@ class Corruptions:
             raise ValueError("drift is a fraction of a map's own range: it needs own_range = true")
 
     def apply(self, truth: DepthMap, key: str) -> DepthMap:
-        """One map (1,H,W) of known depth or disparity, spoilt. key: what the random numbers are drawn from."""
+        """Corrupt one map (1,H,W) of depth or disparity without unknown shift. key: the seed of the random numbers."""
         disparity = truth.convert(Kind(f"{truth.kind.unknown}_disparity"))
         values, valid = disparity.values, disparity.valid
         if not valid.any():
@@ -80,7 +80,7 @@ class Corruptions:
         return DepthMap(torch.where(valid, values, 0.0), valid, Kind.AFFINE_DISPARITY)
 
     def _layout(self) -> Tensor:
-        """The grid (1,1,n,n) of the smooth error that all maps have: unit normal, as for single maps."""
+        """The grid (1,1,n,n) of the smooth error that all maps share: unit normal, as for single maps."""
         own, shared = (
             torch.from_numpy(generator("layout", number).standard_normal((1, 1, FIELD + 1, FIELD + 1))).float()
             for number in (self.layout, "common")
@@ -88,7 +88,7 @@ class Corruptions:
         return math.sqrt(1 - self.common) * own + math.sqrt(self.common) * shared
 
     def labels(self, truth: Labels, key: str) -> Labels:
-        """A region's truth (B = 1) as this teacher would label it; each patch is a map of its own."""
+        """A region's truth (B = 1) as this teacher would label it; each patch is corrupted as a separate map."""
         shared = self.apply(truth.shared, f"{key}.shared")
         if truth.local is None:
             return Labels(shared, None, truth.boxes)
@@ -106,12 +106,12 @@ def _farness(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def _blurred(values: Tensor, valid: Tensor, sigma: float) -> Tensor:
-    """A Gaussian blur that looks at valid pixels only."""
+    """Gaussian blur over valid pixels only."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1).float()
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    both = torch.stack([torch.where(valid, values, 0.0), valid.float()], 1)  # (B,2,H,W)
+    values_and_mask = torch.stack([torch.where(valid, values, 0.0), valid.float()], 1)  # (B,2,H,W)
     weight = kernel.expand(2, 1, -1)
-    both = F.conv2d(both, weight[..., None, :], padding=(0, radius), groups=2)
-    both = F.conv2d(both, weight[..., :, None], padding=(radius, 0), groups=2)
-    return both[:, 0] / both[:, 1].clamp(min=1e-12)
+    values_and_mask = F.conv2d(values_and_mask, weight[..., None, :], padding=(0, radius), groups=2)
+    values_and_mask = F.conv2d(values_and_mask, weight[..., :, None], padding=(radius, 0), groups=2)
+    return values_and_mask[:, 0] / values_and_mask[:, 1].clamp(min=1e-12)

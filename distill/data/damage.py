@@ -1,8 +1,8 @@
-"""What the bytes of a photo give away that its decoder does not: unfinished downloads, thumbnails, oversized text.
+"""Damage of image files that decoders do not report: unfinished downloads, wrong checksums, oversized metadata.
 
-Decoders take zeros for flat blocks or black rows: a file whose second half never arrived is a good photo with a black
-foot. Compressed pictures do not end in zeros; in uncompressed ones a black foot must begin with a row, as a letterbox
-does. The rest of a damaged file's faults the decoders find themselves.
+Decoders read zeros as flat blocks or black rows: a file whose second half is missing decodes to a photo with a black
+bottom. Compressed pictures never end in zeros; in uncompressed ones black at the bottom must start at the beginning of
+a row, like a letterbox. All other damage is detected by the decoders.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ import numpy as np
 from PIL import Image
 
 ZEROS = 16
-"""Zero bytes at the end of compressed pixels that no encoder writes: arithmetic coders flush a few."""
-_TEXT = 1 << 18  # bytes of text beyond which a PNG's chunk is left out: Pillow refuses the picture at 1 MiB
+"""This many zero bytes at the end of compressed pixels mean damage; arithmetic coders may flush a few."""
+_TEXT = 1 << 18  # larger text chunks of a PNG are removed: Pillow refuses the picture at 1 MiB
 _PROFILE = 1 << 24
 
 
 def trailing_zeros(data: bytes) -> int:
-    """How many zero bytes end the data."""
+    """The number of zero bytes at the end of the data."""
     end = len(data)
     step = 1 << 16
     while end > 0:
         chunk = data[max(0, end - step) : end]
-        rest = chunk.rstrip(b"\0")
-        if rest:
-            return len(data) - (end - len(chunk) + len(rest))
+        stripped = chunk.rstrip(b"\0")
+        if stripped:
+            return len(data) - (end - len(chunk) + len(stripped))
         end -= len(chunk)
     return len(data)
 
 
 def unfinished(data: bytes, kind: str) -> str:
-    """Why a compressed photo (`kind` as distill.core.signatures.sniff says) is not all there, or ""."""
+    """Why a compressed photo (`kind` of distill.core.signatures.sniff) is incomplete, or ""."""
     zeros = trailing_zeros(data)
     if zeros < (4 if kind == "PNG" else ZEROS):
         return ""
@@ -55,17 +55,17 @@ def unfinished(data: bytes, kind: str) -> str:
 
 
 def png_damage(data: bytes) -> str:
-    """Why the pixels of a PNG are not those that were written, by the checksums of its chunks, or "".
+    """Why the pixels of a PNG are damaged, by the checksums of its chunks, or "".
 
-    Pillow does not look at them, and compressed noise is stored as it is: any bytes decode.
+    Pillow does not check them, and deflate may store incompressible pixels verbatim: then any bytes decode.
     """
     at = 8
     while at + 12 <= len(data):
         length, name = struct.unpack(">I4s", data[at : at + 8])
         body = memoryview(data)[at + 4 : at + 8 + length]
         if name in (b"IHDR", b"PLTE", b"IDAT") and at + 12 + length <= len(data):
-            (said,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
-            if zlib.crc32(body) != said:
+            (checksum,) = struct.unpack(">I", data[at + 8 + length : at + 12 + length])
+            if zlib.crc32(body) != checksum:
                 return "damaged: a checksum of its pixels is wrong"
         if name == b"IEND":
             return ""
@@ -88,7 +88,7 @@ def _webp_is_cut(data: bytes) -> bool:
 
 
 def _boxes_are_cut(data: bytes, zeros: int) -> bool:
-    """Whether the zeros reach into a box that holds pixels (mdat), or stand where a box should begin."""
+    """Whether the zeros reach into the box with the pixels (mdat), or are where a box should begin."""
     at, end = 0, len(data) - zeros
     while at + 8 <= len(data):
         size, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
@@ -104,7 +104,7 @@ def _boxes_are_cut(data: bytes, zeros: int) -> bool:
 
 
 def bytes_missing(data: bytes, kind: str) -> int:
-    """How many bytes a WebP, AVIF or HEIC lacks of those that its headers tell of; 0 of anything else."""
+    """How many of the bytes declared by its headers a WebP, AVIF or HEIC lacks; 0 for anything else."""
     if kind == "WebP":
         return max(0, 8 + int.from_bytes(data[4:8], "little") - len(data))
     at = 0
@@ -118,9 +118,9 @@ def bytes_missing(data: bytes, kind: str) -> int:
 
 
 def stops_mid_row(stored: bytes | memoryview, row: int, pixel: int) -> bool:
-    """Whether uncompressed pixels end in zeros that begin in the middle of a row: of the row's bytes, `pixel` each.
+    """Whether uncompressed pixels end in zeros that begin in the middle of a row. row, pixel: bytes per row and pixel.
 
-    A black foot of less than a twentieth that lies below black pixels passes: so end photographs of the night.
+    Zeros below black pixels that fill less than a twentieth of the rows pass: night photographs end like that.
     """
     rows = len(stored) // row if row > 0 else 0
     if rows < 1:
@@ -129,13 +129,13 @@ def stops_mid_row(stored: bytes | memoryview, row: int, pixel: int) -> bool:
     filled = np.flatnonzero(whole.any(1))
     if not len(filled):
         return False
-    at = int(filled[-1])
-    last = int(np.flatnonzero(whole[at])[-1]) + 1
-    rest = row - last
-    if rest < max(1, pixel) or rest + (rows - 1 - at) * row < 4 * ZEROS:
+    last_row = int(filled[-1])
+    end = int(np.flatnonzero(whole[last_row])[-1]) + 1
+    zeros_in_row = row - end
+    if zeros_in_row < max(1, pixel) or zeros_in_row + (rows - 1 - last_row) * row < 4 * ZEROS:
         return False
-    below_black = at > 0 and float((whole[at - 1, last:] == 0).mean()) >= 0.75
-    return not below_black or (rows - 1 - at) >= rows / 20
+    below_black = last_row > 0 and float((whole[last_row - 1, end:] == 0).mean()) >= 0.75
+    return not below_black or (rows - 1 - last_row) >= rows / 20
 
 
 def bmp_is_cut(data: bytes) -> bool:
@@ -162,9 +162,9 @@ def ppm_is_cut(data: bytes, width: int, height: int) -> bool:
 
 
 def without_cr(data: bytes) -> bytes:
-    """A binary PBM, PGM or PPM without the CR of a CRLF that ends its header; anything else as it is.
+    """A binary PBM, PGM or PPM without the CR of a CRLF that ends its header; anything else unchanged.
 
-    One white byte ends the header, and with two every pixel would be the one before, of another colour.
+    Exactly one whitespace byte ends the header; a second one would shift all pixels by a byte.
     """
     head = _PNM.match(data, 0, 1024)
     if head is None or (head[1] == b"4") != (head[4] is None):
@@ -174,19 +174,19 @@ def without_cr(data: bytes) -> bytes:
     return data if len(data) - head.end() != height * row else data[: head.end() - 2] + data[head.end() - 1 :]
 
 
-_WHITE = rb"(?:\s|#[^\n]*\n)+"
-_PNM = re.compile(rb"P([456])" + _WHITE + rb"(\d+)" + _WHITE + rb"(\d+)(?:" + _WHITE + rb"(\d+))?\r\n")
+_WHITESPACE = rb"(?:\s|#[^\n]*\n)+"
+_PNM = re.compile(rb"P([456])" + _WHITESPACE + rb"(\d+)" + _WHITESPACE + rb"(\d+)(?:" + _WHITESPACE + rb"(\d+))?\r\n")
 
 
 def tiff_goes_on(data: bytes, tags: Mapping[int, Any]) -> bool:
-    """Whether compressed strips or tiles of a TIFF lie behind the end of the file."""
+    """Whether compressed strips or tiles of a TIFF extend beyond the end of the file."""
     offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
     places = zip(offsets, sizes, strict=False)
     return tags.get(259, 1) != 1 and any(start + size > len(data) for start, size in places)
 
 
 def tiff_is_cut(data: bytes, tags: Mapping[int, Any]) -> bool:
-    """Whether the zeros at the end of a TIFF take the place of a page's strips or tiles."""
+    """Whether the zeros at the end of a TIFF overwrite a page's strips or tiles."""
     zeros = trailing_zeros(data)
     offsets, sizes = (_numbers(tags.get(a, tags.get(b, ()))) for a, b in ((273, 324), (279, 325)))
     places = [place for place in zip(offsets, sizes, strict=False) if sum(place) > len(data) - zeros]
@@ -210,11 +210,11 @@ def _numbers(value: Any) -> tuple[int, ...]:
 
 
 def with_end(data: bytes) -> bytes:
-    """A JPEG that lacks its end marker and nothing else, with it; anything else as it is.
+    """Append the end marker to a JPEG that lacks only that; anything else is returned unchanged.
 
-    Cameras that cut films into pictures leave it out, and so do some phones; Pillow refuses them. Of pixels that never
-    arrived a decoder makes something up, from whatever follows: where two endings give one picture, none are missing.
-    A progressive one may lack a whole scan without a trace: its scans must bring every coefficient to its last bit.
+    Cameras that split videos into pictures omit it, and so do some phones; Pillow refuses them. A decoder fills missing
+    pixels from whatever bytes follow: where two different endings give the same picture, no pixels are missing. A
+    progressive JPEG may lack a whole scan unnoticed: its scans must complete every coefficient to its last bit.
     """
     at = _last_scan(data)
     if at < 0 or data.find(_END, at) >= 0:
@@ -234,7 +234,7 @@ _END = b"\xff\xd9"
 
 
 def _only_scan(data: bytes) -> int:
-    """Where the one scan of a JPEG that is not progressive begins; -1 of any other."""
+    """Offset of the only scan of a JPEG that is not progressive; -1 for any other."""
     at = 2
     components = 0
     while (marker := data[at : at + 2])[:1] == b"\xff" and marker != b"\xff\xda":
@@ -246,26 +246,28 @@ def _only_scan(data: bytes) -> int:
 
 
 def _last_scan(data: bytes) -> int:
-    """Where the last scan of a JPEG begins, of those that all its pixels need; -1 where one of them is not there.
+    """Offset of the last scan of a JPEG; -1 where a scan is missing that its pixels need.
 
     ITU-T T.81, G.1.1.1: a progressive scan holds the coefficients Ss to Se of its components, to the bit Al.
     """
     if (at := _only_scan(data)) >= 0:
         return at
     at, last, components = 2, -1, 0
-    missing: dict[tuple[int, int], int] = {}  # (component, coefficient) -> bits to come
+    missing: dict[tuple[int, int], int] = {}  # (component, coefficient) -> missing bits
     while at + 4 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         body = data[at + 4 : at + 2 + length]
         if marker == 0xC2 and len(body) >= 6:
             components = body[5]
-            missing = {(one, k): 1 for one in body[6 : 6 + 3 * components : 3] for k in range(64)}
+            missing = {(component, k): 1 for component in body[6 : 6 + 3 * components : 3] for k in range(64)}
         if marker == 0xDA:
             count = body[0] if body else 0
             if not components or len(body) < 4 + 2 * count:
                 return -1
             last, (first, to, bits) = at, body[1 + 2 * count : 4 + 2 * count]
-            missing |= {(one, k): bits & 15 for one in body[1 : 1 + 2 * count : 2] for k in range(first, to + 1)}
+            missing |= {
+                (component, k): bits & 15 for component in body[1 : 1 + 2 * count : 2] for k in range(first, to + 1)
+            }
             at += 2 + length
             while (at := data.find(b"\xff", at)) >= 0 and (data[at + 1 : at + 2] or b"\0")[0] in _IN_SCAN:
                 at += 2
@@ -277,7 +279,7 @@ def _last_scan(data: bytes) -> int:
 
 
 def _lacks_scans(data: bytes) -> bool:
-    """Whether a progressive JPEG, of one frame and sound headers, has not all the scans that its pixels need."""
+    """Whether a progressive JPEG with a single frame and intact headers lacks scans that its pixels need."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         if data[at + 1] == 0xC2:
@@ -287,14 +289,14 @@ def _lacks_scans(data: bytes) -> bool:
 
 
 _IN_SCAN = {0, *range(0xD0, 0xD8)}
-"""What follows 0xFF within a scan: a zero where the byte is meant, or a restart."""
+"""Bytes that may follow 0xFF within a scan: zero (an escaped 0xFF) or a restart marker."""
 
 
 def ends_early(data: bytes, image: Image.Image) -> bool:
-    """Whether a decoded JPEG's end marker stands before its last pixels, as where one was put behind a cut download.
+    """Whether a decoded JPEG's end marker comes before its last pixels, as when appended to a truncated download.
 
-    The decoder's word for what is missing is a grey of 128. Grey may be what was photographed: then more bytes before
-    the end change nothing. Of a progressive one it blurs what later scans would have drawn.
+    The decoder fills missing pixels with a grey of 128. Where the photo itself is grey there, more bytes before the
+    end marker change nothing. A progressive JPEG would only be blurred, so its scans are checked instead.
     """
     if _lacks_scans(data):
         return True
@@ -310,26 +312,26 @@ def ends_early(data: bytes, image: Image.Image) -> bool:
 
 
 def odd_jpeg(data: bytes) -> str:
-    """What a JPEG is that no decoder of photographs reads, by its frame header, or ""."""
+    """The unsupported variant of a JPEG (lossless, JPEG-LS, 12 bits, ...), by its frame header, or ""."""
     at = 2
     while at + 10 <= len(data) and data[at] == 0xFF:
         marker, bits, height = data[at + 1], data[at + 4], int.from_bytes(data[at + 5 : at + 7], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
             kind = "JPEG-LS" if marker == 0xF7 else "a lossless JPEG" if marker in (0xC3, 0xC7) else "a JPEG"
-            many = f"{kind} of {bits} bits a sample" if bits != 8 or kind != "a JPEG" else ""
-            many = many or ("a JPEG whose header says a height of 0" if not height else "")
-            return many and f"{many}, which is not read here: convert it to PNG or TIFF"
+            variant = f"{kind} of {bits} bits a sample" if bits != 8 or kind != "a JPEG" else ""
+            variant = variant or ("a JPEG whose header says a height of 0" if not height else "")
+            return variant and f"{variant}, which is not read here: convert it to PNG or TIFF"
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return ""
 
 
 def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
-    """(a PNG without its oversized text and profile, that profile): Pillow refuses the pixels for what is beside them.
+    """(PNG without the metadata for which Pillow would refuse it, removed ICC profile).
 
-    So it does where a checksum of something beside them is wrong, which goes too. Anything else, and a PNG without such
-    chunks, comes back as it is.
+    Removed are oversized text and profiles, and ancillary chunks with a wrong checksum. Anything else, and a PNG
+    without such chunks, is returned unchanged.
     """
-    cut: list[tuple[int, int]] = []
+    removed: list[tuple[int, int]] = []
     profile: bytes | None = None
     text = 0
     for at, name, body in _chunks(data):
@@ -337,26 +339,26 @@ def without_bulk(data: bytes) -> tuple[bytes, bytes | None]:
             name[:1].islower()
             and zlib.crc32(body, zlib.crc32(name)).to_bytes(4, "big") != data[at + 8 + len(body) :][:4]
         ):
-            cut.append((at, at + 12 + len(body)))
+            removed.append((at, at + 12 + len(body)))
         elif name in (b"tEXt", b"zTXt", b"iTXt"):
-            size = max(len(body), _inflated(name, body))
+            size = max(len(body), _inflated_size(name, body))
             text += size
             if size > _TEXT or text > 16 * _TEXT:
-                cut.append((at, at + 12 + len(body)))
+                removed.append((at, at + 12 + len(body)))
         elif name == b"iCCP":
             start = body.find(b"\0") + 2
             plain = _inflate(body[start:], _PROFILE)
             if len(plain) > _TEXT:
                 profile = plain if len(plain) <= _PROFILE else b""
-                cut.append((at, at + 12 + len(body)))
-    if not cut:
+                removed.append((at, at + 12 + len(body)))
+    if not removed:
         return data, None
-    edges = [0, *(edge for piece in cut for edge in piece), len(data)]
+    edges = [0, *(edge for span in removed for edge in span), len(data)]
     return b"".join(data[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)), profile
 
 
 def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """Offset, name and body of a PNG's ancillary chunks (IDAT's body is empty: it is not copied)."""
+    """Offset, name and body of a PNG's chunks (IDAT's body is empty: it is not copied)."""
     at = 8
     while at + 12 <= len(data) and data[:4] == b"\x89PNG":
         length, name = struct.unpack(">I4s", data[at : at + 8])
@@ -366,14 +368,14 @@ def _chunks(data: bytes) -> Iterator[tuple[int, bytes, bytes]]:
         at += 12 + length
 
 
-def _inflated(name: bytes, body: bytes) -> int:
-    """The bytes that a text chunk becomes, counted up to a little over what is allowed."""
+def _inflated_size(name: bytes, body: bytes) -> int:
+    """The decompressed size of a text chunk, counted only to just above the limit."""
     key = body.find(b"\0") + 1
     if name == b"zTXt":
         return len(_inflate(body[key + 1 :], _TEXT))
     if name == b"iTXt" and body[key : key + 1] == b"\1":
-        rest = body[key + 2 :].split(b"\0", 2)
-        return len(_inflate(rest[2], _TEXT)) if len(rest) == 3 else 0
+        fields = body[key + 2 :].split(b"\0", 2)
+        return len(_inflate(fields[2], _TEXT)) if len(fields) == 3 else 0
     return 0
 
 

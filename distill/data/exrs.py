@@ -1,6 +1,6 @@
-"""OpenEXR: the channels of all parts, as they lie in the picture, and which of them are numbers of their own.
+"""OpenEXR: the channels of all parts, placed in the display window, and the choice of the depth channel.
 
-Shapes: H height, W width of the picture (the display window, of which the stored pixels may be a part, or more).
+Shapes: H height, W width of the display window; the stored pixels may cover only a part of it, or more than it.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import numpy as np
 
 
 def channels(data: bytes) -> dict[str, np.ndarray]:
-    """Every channel (H,W) by its name, after its part's where two parts have one of that name.
+    """Every channel (H,W) by name, prefixed with its part's name where two parts have a channel of that name.
 
-    Floats are NaN, and integers 0, where nothing is stored. Raises ImportError without OpenEXR, ValueError for a file
-    that is damaged.
+    Pixels that are not stored are NaN in floats and 0 in integers. Raises ImportError without OpenEXR, ValueError for
+    a damaged file.
     """
     import OpenEXR
 
-    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # it opens names alone
+    with tempfile.NamedTemporaryFile(suffix=".exr") as file:  # OpenEXR only opens paths
         file.write(data)
         file.flush()
         parts = OpenEXR.File(file.name, separate_channels=True).parts
     if not parts:
         raise ValueError("not a readable .exr (its pixels are cut short or damaged: download or copy it again)")
-    found: dict[str, np.ndarray] = {}
+    by_name: dict[str, np.ndarray] = {}
     for number, part in enumerate(parts):
         for name, channel in part.channels.items():
-            whole = _in_display(channel.pixels, part.header)
-            found[f"{part.name() or number}/{name}" if name in found else name] = whole
-    return found
+            plane = _in_display(channel.pixels, part.header)
+            by_name[f"{part.name() or number}/{name}" if name in by_name else name] = plane
+    return by_name
 
 
 def one_map(channels: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndarray:
-    """The channel of depth among others; names: what channels and layers of maps are called besides Z, V and Y.
+    """The depth channel; names: what channels and layers of maps are called besides Z, V, Y and D.
 
     ValueError where there is none, or more than one.
     """
@@ -44,36 +44,36 @@ def one_map(channels: Mapping[str, np.ndarray], names: Iterable[str]) -> np.ndar
     ]
     if len(named) > 1:  # Blender's Depth.Z beside Mist.Z
         named = [name for name in named if {_last(name), _last(name.rpartition(".")[0])} & set(names)] or named
-    same = len({array.tobytes() for name, array in channels.items() if name in ("R", "G", "B")}) == 1
+    is_grey = len({array.tobytes() for name, array in channels.items() if name in ("R", "G", "B")}) == 1
     if len(channels) == 1 or len(named) == 1:
         return channels[named[0] if len(named) == 1 else next(iter(channels))]
-    if same and not named:
+    if is_grey and not named:
         return channels["R"] if "R" in channels else channels["G"]
-    there = f"{', '.join(list(channels)[:12])}{', ...' if len(channels) > 12 else ''}"
-    raise ValueError(f"has the channels {there}: a picture, not a map; a depth map has one channel")
+    listed = f"{', '.join(list(channels)[:12])}{', ...' if len(channels) > 12 else ''}"
+    raise ValueError(f"has the channels {listed}: a picture, not a map; a depth map has one channel")
 
 
 def _last(name: str) -> str:
-    """`z` of `ViewLayer.Depth.Z`."""
+    """The last part of a channel's name, in lower case: `z` for `ViewLayer.Depth.Z`."""
     return name.rpartition(".")[2].rpartition("/")[2].lower()
 
 
 def _of_vector(name: str, names: Iterable[str]) -> bool:
-    """Whether a channel is one of normals (X, Y, Z), of flow (X, Y) or of texture (U, V)."""
-    beside = {_last(other) for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]}
-    return bool(beside & set(_WITH.get(_last(name), "")))
+    """Whether a channel belongs to normals (X, Y, Z), flow (X, Y) or texture coordinates (U, V)."""
+    siblings = {_last(other) for other in names if other.rpartition(".")[0] == name.rpartition(".")[0]}
+    return bool(siblings & set(_VECTOR_SIBLINGS.get(_last(name), "")))
 
 
-_WITH = {"x": "yz", "y": "xz", "z": "xy", "u": "v", "v": "u"}
-"""What beside a channel makes it one of a vector's."""
+_VECTOR_SIBLINGS = {"x": "yz", "y": "xz", "z": "xy", "u": "v", "v": "u"}
+"""Sibling channels that make a channel a component of a vector."""
 
 
 def _in_display(pixels: np.ndarray, header: Mapping[str, Any]) -> np.ndarray:
-    data, shown = header.get("dataWindow"), header.get("displayWindow")
-    if data is None or shown is None or np.array_equal(data, shown) or pixels.ndim != 2:
+    data_window, display_window = header.get("dataWindow"), header.get("displayWindow")
+    if data_window is None or display_window is None or np.array_equal(data_window, display_window) or pixels.ndim != 2:
         return pixels
-    (left, top), (right, bottom) = (np.asarray(corner).astype(int) for corner in data)
-    (x0, y0), (x1, y1) = (np.asarray(corner).astype(int) for corner in shown)
+    (left, top), (right, bottom) = (np.asarray(corner).astype(int) for corner in data_window)
+    (x0, y0), (x1, y1) = (np.asarray(corner).astype(int) for corner in display_window)
     if pixels.shape != (bottom - top + 1, right - left + 1):
         return pixels
     across, down = (max(left, x0), min(right, x1)), (max(top, y0), min(bottom, y1))

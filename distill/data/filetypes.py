@@ -1,8 +1,8 @@
-"""What a file is by its name, where a folder or a tar is searched; by its first bytes distill.core.signatures knows it.
+"""File types by name, for searching folders and tars; distill.core.signatures detects them by their first bytes.
 
-A name is a claim, so it only decides what is looked at: a photo that is called .dat is passed over and counted, and a
-.jpg that is a PNG is read. Everything that a search finds is one of three: ours (a photo, or a film where films are
-read), refused with a reason (pictures of kinds that are not read), or not ours (captions, thumbnails' caches, ...).
+A name only decides whether a file is opened: a photo named .dat is skipped and counted, and a .jpg that is in fact a
+PNG is read. Every file that a search finds is accepted (a photo, or a video where videos are read), refused with a
+reason (pictures of unsupported formats), or skipped (captions, thumbnail caches, ...).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PHOTOS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".avif", ".heic", ".heif", ".hif"),
 )
-"""Suffixes of photographs that can be read (HEIC needs an extra package); of a moving one the first picture."""
+"""Suffixes of photographs that can be read (HEIC needs an extra package); an animation gives its first frame."""
 FILMS = (
     *(".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mts", ".m2ts", ".mpg", ".mpeg", ".mpe", ".m2v", ".vob"),
     *(".wmv", ".asf", ".flv", ".f4v", ".3gp", ".3g2", ".ogv", ".mxf", ".y4m", ".qt", ".insv", ".lrv"),
@@ -44,7 +44,7 @@ RAW = "a camera raw: develop it and save it as JPEG, PNG or TIFF; its TIFF readi
 
 
 def refusal(name: str) -> str:
-    """Why a picture is not read whose suffix is of a kind that nothing here reads; "" for any other name."""
+    """Why a picture of an unsupported format is not read, by its suffix; "" for any other name."""
     suffix = "" if is_litter(name) else PurePosixPath(name).suffix.lower()
     if suffix in RAWS:
         return RAW
@@ -53,7 +53,7 @@ def refusal(name: str) -> str:
 
 
 def is_litter(name: str) -> bool:
-    """Whether a name is a system's own: macOS's ._NAME twins and __MACOSX, hidden files, Windows' caches."""
+    """Whether a name is an operating system's metadata: macOS's ._NAME and __MACOSX, hidden files, Windows' caches."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
     litter = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
     hidden = any(part.startswith(".") and part not in (".", "..") for part in parts)
@@ -61,12 +61,12 @@ def is_litter(name: str) -> bool:
 
 
 def is_photo(name: str) -> bool:
-    """Whether a search takes a name for a photo that can be read."""
+    """Whether a search reads a file of this name as a photo."""
     return PurePosixPath(name).suffix.lower() in PHOTOS and not is_litter(name) and not field(name)
 
 
 def is_film(name: str) -> bool:
-    """Whether a search takes a name for a film."""
+    """Whether a search reads a file of this name as a video."""
     return PurePosixPath(name).suffix.lower() in FILMS and not is_litter(name)
 
 
@@ -77,32 +77,32 @@ _FIELDS = re.compile(
 
 
 def field(name: str) -> str:
-    """`.depth.png` of a file that is another field of its sample than the photograph; "" of any other."""
-    found = _FIELDS.search(PurePosixPath(name).name)
-    return found[0].lower() if found else ""
+    """The ending, such as `.depth.png`, of a file that is another field of a sample than its photo; else ""."""
+    match = _FIELDS.search(PurePosixPath(name).name)
+    return match[0].lower() if match else ""
 
 
 def sort_of(name: str) -> str:
-    """How a file that is not ours is counted: by its suffix, its field's with it, or as one of the system's own."""
+    """The category under which a skipped file is counted: its field's ending, its suffix, or system metadata."""
     if is_litter(name):
         return "of the system (._*, .DS_Store, Thumbs.db)"
     return field(name) or PurePosixPath(name).suffix.lower()[:12] or "without a suffix"
 
 
 def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
-    """`3 .txt, 2 .json`: the most frequent first; "" for none."""
+    """A summary of categories such as `3 .txt, 2 .json`, the most frequent first; "" for none."""
     counts = Counter(sorts).most_common()
-    more = sum(number for _, number in counts[6:])
-    return ", ".join([f"{number} {sort}" for sort, number in counts[:6]] + ([f"{more} others"] if more else []))
+    others = sum(number for _, number in counts[6:])
+    return ", ".join([f"{number} {sort}" for sort, number in counts[:6]] + ([f"{others} others"] if others else []))
 
 
 def way_out(kind: str) -> str:
-    """What to do about a file of a kind that is no photo here, as `signatures.sniff` has it; "" where it says so."""
+    """What to do about a file of an unsupported kind (of `signatures.sniff`); "" where the kind itself says it."""
     if kind.startswith("a video"):
         return ": give it the name of a film (.mp4, .mkv, .avi), or take pictures out of it"
     if signatures.is_packed(kind):
         return ": unpack it"
-    pictures = ("JPEG", "Photoshop", "Radiance", "OpenEXR", "a DirectDraw", "QOI", "GIMP", "PostScript", "an icon")
-    if kind.startswith((*pictures, "FITS", "PAM", "PFM", "DICOM", "a PDF")):
+    convertible = ("JPEG", "Photoshop", "Radiance", "OpenEXR", "a DirectDraw", "QOI", "GIMP", "PostScript", "an icon")
+    if kind.startswith((*convertible, "FITS", "PAM", "PFM", "DICOM", "a PDF")):
         return ": convert it to JPEG, PNG or TIFF"
     return "" if ":" in kind else ": take it out"

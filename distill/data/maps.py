@@ -1,12 +1,12 @@
-"""Stored maps: the numbers of one depth or disparity map, whatever it was written as, and the names that it goes by.
+"""Reader of stored depth and disparity maps in many formats, and the names under which the map of an image is found.
 
-One reader for ground truth, benchmarks and predictions. The format is told by the first bytes, not by the suffix. Read
-are npy, npz, PNG, TIFF (integers, float16 to float64), PFM, Sintel's dpt, EXR, HDF5, MATLAB's mat and COLMAP's bin.
-Pictures of maps are not maps: colours, and palettes of colours, are refused, while a grey palette means its greys. A
-16-bit PNG of `distill predict` carries its range and is given back as values.
+One reader for ground truth, benchmarks and predictions. The format is detected from the first bytes, not the suffix.
+Supported: npy, npz, PNG, TIFF (integers, float16 to float64), PFM, PGM, Sintel's dpt, EXR, HDF5, MATLAB's mat, COLMAP's
+bin. Colour pictures of maps, with or without a palette, are refused; a grey palette is read as its grey values. A
+16-bit PNG of `distill predict` stores its range and is converted back to values.
 
-A picture whose channels are all the same is its grey values; one that is transparent somewhere is refused. Where a TIFF
-or HDF5 file says that there is no data (GDAL's tag, netCDF's _FillValue), the value is NaN.
+A picture with identical channels is read as grey; one with transparent pixels is refused. Values that a TIFF or HDF5
+file declares to be missing (GDAL's tag, netCDF's _FillValue) become NaN.
 
 Shapes: H height, W width of the map as stored.
 """
@@ -35,12 +35,12 @@ from distill.data.photos import DECODE_ERRORS
 
 READ = ".npy, .npz, .png (8 or 16 bits, grey), .tif, .pfm, .dpt, .exr, .h5, .mat and COLMAP's .bin"
 SUFFIXES = (".npy", ".npz", ".pfm", ".exr", ".tif", ".tiff", ".dpt", ".h5", ".mat", ".png")
-"""Where several files would do, the first of these is the map."""
+"""Suffixes of maps by priority: where several files exist, the first of these is read."""
 MAPPED = 1 << 22
-"""Bytes from which a .npy is mapped instead of read: fresh memory for it costs more time than reading it."""
+"""Size in bytes from which a .npy is memory-mapped: allocating memory for it would take longer than reading it."""
 _PAGES = 16
 _MATRIX = 4
-"""Sides up to which an array beside others is a camera's matrix."""
+"""Side up to which an array beside others is taken for a camera matrix."""
 _NAMES = (
     "depth",
     "disparity",
@@ -55,20 +55,20 @@ _NAMES = (
     "dataset",
 )
 _INVERSE = ("disparity", "disp")
-"""Of these, the names of disparity."""
+"""Those of _NAMES that mean disparity."""
 READ_ERRORS = (*DECODE_ERRORS, zipfile.BadZipFile, zlib.error, tokenize.TokenError, RecursionError)
-"""What NumPy and the other readers raise on damaged files."""
+"""Exceptions of NumPy and the other readers on damaged files."""
 
 
 class BadMapError(OSError):
-    """A file that is no map; the message is the reason, without the file's name."""
+    """A file that is not a map; the message is the reason, without the file's name."""
 
 
 def read_map(path: Path, quantity: str = "depth") -> np.ndarray:
-    """(H,W) numbers of a file as they are stored, of any real dtype; BadMapError says why it is no map.
+    """The (H,W) values of a file as they are stored, of any real dtype; BadMapError says why it is not a map.
 
-    quantity: "depth" or "disparity", which of both is taken of a file that holds both. Raises FileNotFoundError where
-    there is none. Axes of length 1 are dropped.
+    quantity: "depth" or "disparity", the one to take from a file that holds both. Raises FileNotFoundError for a
+    missing file. Axes of length 1 are dropped.
     """
     plane = _read(path, quantity)
     if plane.dtype.kind == "b":
@@ -83,39 +83,39 @@ def _read(path: Path, quantity: str) -> np.ndarray:
                 try:
                     return _plane(np.asarray(np.load(path, allow_pickle=False, mmap_mode="c")))
                 except READ_ERRORS as error:
-                    raise BadMapError(_said("npy", error)) from error
+                    raise BadMapError(_unreadable("npy", error)) from error
     return decode_map(path.read_bytes(), path.name, quantity)
 
 
 def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarray:
-    """`read_map` of a file's bytes, masks included; name: of the file, for what is said of one of no known format."""
+    """`read_map` for a file's bytes, masks included; name: the file's, for the error message of an unknown format."""
     if head := _COLMAP.match(data):
         return _plane(_colmap(data, head))
     for magic, kind, reader in _READERS:
         if data.startswith(magic):
             try:
-                found = reader(data)
-                return _plane(_chosen(found, quantity) if isinstance(found, dict) else found)
+                decoded = reader(data)
+                return _plane(_choose_map(decoded, quantity) if isinstance(decoded, dict) else decoded)
             except BadMapError:
                 raise
             except READ_ERRORS as error:
-                raise BadMapError(_said(kind, error)) from error
+                raise BadMapError(_unreadable(kind, error)) from error
     suffix = PurePosixPath(name).suffix
     if suffix.lower() == ".mat" and data[:4] in _MAT_4:
         with contextlib.suppress(*READ_ERRORS):
-            return _plane(_chosen(_mat(data), quantity))
-    what = signatures.sniff(data) or signatures.text(data) or (_UNKNOWN if data else "empty")
-    what = "JPEG, which changes the numbers of a map" if what == "JPEG" else what
-    what += ": unpack it" if signatures.is_packed(what) else ""
-    raise BadMapError(f"not a readable {suffix or 'map'} ({what}); read are {READ}")
+            return _plane(_choose_map(_mat(data), quantity))
+    description = signatures.sniff(data) or signatures.text(data) or (_UNKNOWN if data else "empty")
+    description = "JPEG, which changes the numbers of a map" if description == "JPEG" else description
+    description += ": unpack it" if signatures.is_packed(description) else ""
+    raise BadMapError(f"not a readable {suffix or 'map'} ({description}); read are {READ}")
 
 
 _MAT_4 = {(1000 * big + 10 * dtype).to_bytes(4, ("little", "big")[big]) for big in (0, 1) for dtype in range(6)}
-"""What MATLAB's version 4, which has no signature, begins with: the order of bytes and the type, double to uint8."""
+"""First bytes of MATLAB version 4, which has no signature: byte order and data type, double to uint8."""
 _UNKNOWN = "of no known format: numbers without a header, as ETH3D's and RealSense's, are to be stored as .npy"
 
 
-def _said(kind: str, error: BaseException) -> str:
+def _unreadable(kind: str, error: BaseException) -> str:
     if "allow_pickle" in str(error) or "Python objects" in str(error):
         return f"not a readable .{kind} (pickled Python objects, which are not opened: save the array of numbers alone)"
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
@@ -141,40 +141,42 @@ def _npz(data: bytes) -> dict[str, Any]:
         for name in archive.files:
             try:
                 arrays[name] = archive[name]
-            except ValueError as error:  # notes beside the map may be pickled: they stay closed
+            except ValueError as error:  # pickled metadata beside the map is not opened
                 if "allow_pickle" not in str(error):
                     raise
                 arrays[name] = "pickled"
         return arrays
 
 
-def _chosen(arrays: Mapping[str, Any], quantity: str) -> np.ndarray:
-    """The one map of several arrays: the one that is called as a map is, or the only one that can be one.
+def _choose_map(arrays: Mapping[str, Any], quantity: str) -> np.ndarray:
+    """The map among several arrays: the one with a map's name, or else the only two-dimensional one.
 
-    What is called depth and has several planes is an error: a camera's 3 x 3 matrix beside it is no map. So are several
-    depths of as many groups.
+    An array named as a map that is not two-dimensional is an error, whatever lies beside it (such as a 3 x 3 camera
+    matrix). So are maps of the same name in several groups at the same nesting level.
     """
     numbers = {n: a for n, a in arrays.items() if isinstance(a, np.ndarray) and a.dtype.kind in "fiu"}
     planes = {name: array for name, array in numbers.items() if sum(side != 1 for side in array.shape) == 2}
-    meant = sorted(_NAMES, key=lambda name: name not in _INVERSE) if quantity == "disparity" else _NAMES
-    called = [name for wanted in meant for name in numbers if name.rpartition("/")[2].lower() == wanted]
-    if called and called[0] in planes:
-        alike = [name for name in called if name.lower().rpartition("/")[2] == called[0].lower().rpartition("/")[2]]
-        outermost = min(name.count("/") for name in alike)
-        alike = [name for name in alike if name.count("/") == outermost]
-        if len(alike) > 1:
-            raise BadMapError(f"holds {', '.join(alike[:3])}: one map is needed")
-        return planes[alike[0]]
+    by_priority = sorted(_NAMES, key=lambda name: name not in _INVERSE) if quantity == "disparity" else _NAMES
+    matches = [name for candidate in by_priority for name in numbers if name.rpartition("/")[2].lower() == candidate]
+    if matches and matches[0] in planes:
+        same_name = [
+            name for name in matches if name.lower().rpartition("/")[2] == matches[0].lower().rpartition("/")[2]
+        ]
+        outermost = min(name.count("/") for name in same_name)
+        same_name = [name for name in same_name if name.count("/") == outermost]
+        if len(same_name) > 1:
+            raise BadMapError(f"holds {', '.join(same_name[:3])}: one map is needed")
+        return planes[same_name[0]]
     if len(numbers) > 1:
         planes = {name: array for name, array in planes.items() if sorted(array.shape)[-2] > _MATRIX}
-    if len(planes) != 1 or called:
-        listed = ", ".join(f"{name} {_sort(array)}" for name, array in list(arrays.items())[:5])
+    if len(planes) != 1 or matches:
+        listed = ", ".join(f"{name} {_describe(array)}" for name, array in list(arrays.items())[:5])
         raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one that is called depth or disparity")
     return next(iter(planes.values()))
 
 
-def _sort(array: Any) -> str:
-    """What stands under a name: a shape, or what keeps it from being numbers."""
+def _describe(array: Any) -> str:
+    """Description of an array for error messages: its shape, or why it is not numeric."""
     dtype = getattr(array, "dtype", None)
     if dtype is None:
         return array if isinstance(array, str) else "(no array)"
@@ -185,27 +187,27 @@ def _sort(array: Any) -> str:
     return f"({words})" if words else str(array.shape)
 
 
-def _picture(data: bytes) -> np.ndarray:
+def _png_values(data: bytes) -> np.ndarray:
     if reason := damage.png_damage(data):
         raise BadMapError(reason)
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.load()
         if image.mode == "P":
-            return _grey(np.array(image.convert("RGB")), "a palette of colours: a picture of a map, not a map")
+            return _grey_plane(np.array(image.convert("RGB")), "a palette of colours: a picture of a map, not a map")
         values = np.array(image)
         if values.ndim == 3:
-            if data[24] == 16:  # Pillow keeps eight bits of colours
+            if data[24] == 16:  # Pillow reduces colours to eight bits
                 values = np.asarray(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED))
-            return _grey(values, f"has {len(image.getbands())} channels: a picture, not a map")
+            return _grey_plane(values, f"has {len(image.getbands())} channels: a picture, not a map")
         if image.mode.startswith("I") and {"kind", "low", "high"} <= set(image.info):
             low, high = float(image.info["low"]), float(image.info["high"])
             numbers = (low + values.astype(np.float64) / 65535 * (high - low)).astype(np.float32)
             return np.where(values == 0, np.float32(np.nan), numbers) if image.info.get("invalid") == "0" else numbers
-        return values // (255 // (2 ** data[24] - 1)) if data[24] in (2, 4) else values  # Pillow stretches them to 255
+        return values // (255 // (2 ** data[24] - 1)) if data[24] in (2, 4) else values  # Pillow scales them to 255
 
 
-def _grey(values: np.ndarray, otherwise: str) -> np.ndarray:
-    """The one channel of a picture (H,W,C) whose colours are all the same; BadMapError says `otherwise`."""
+def _grey_plane(values: np.ndarray, otherwise: str) -> np.ndarray:
+    """The grey values (H,W) of a picture (H,W,C) with identical channels; else BadMapError with `otherwise`."""
     colours = values[..., : -1 if values.shape[-1] in (2, 4) else None]
     if (colours != colours[..., :1]).any():
         raise BadMapError(f"{otherwise}; a depth map has one channel: store its numbers")
@@ -220,7 +222,7 @@ _PGM = re.compile(rb"P([25])\s+(?:#[^\n]*\s+)*(\d+)\s+(?:#[^\n]*\s+)*(\d+)\s+(?:
 
 
 def _pfm(data: bytes) -> np.ndarray:
-    """Rows from the bottom up; the sign of the scale is the order of bytes, its size says nothing."""
+    """Rows are stored bottom up; the sign of the scale gives the byte order, its magnitude is ignored."""
     if not (head := _PFM.match(data)):
         raise BadMapError("not a readable .pfm (its header is not PFM's)")
     width, height, planes = int(head[2]), int(head[3]), 3 if head[1] == b"PF" else 1
@@ -231,7 +233,7 @@ def _pfm(data: bytes) -> np.ndarray:
     kind = "<f4" if float(head[4]) < 0 else ">f4"
     start = head.end()
     if len(data) - start == 4 * width * height * planes - 1 and head[5] == b"\r\n":
-        start -= 1  # a lone CR ended the header, and the first number begins with a byte like LF
+        start -= 1  # the header ended in a lone CR, and the first value's first byte equals LF
     _check_length(data, start, 4 * width * height * planes, "pfm")
     values = np.frombuffer(data, kind, width * height * planes, start).reshape(height, width, planes)[::-1]
     if not np.array_equal(values, np.broadcast_to(values[..., :1], values.shape), equal_nan=True):
@@ -240,15 +242,15 @@ def _pfm(data: bytes) -> np.ndarray:
 
 
 def _pgm(data: bytes) -> np.ndarray:
-    """The numbers as they stand, whatever the greatest may be: Pillow stretches them to eight or sixteen bits."""
+    """The values as stored, whatever the header's maximum: Pillow would scale them to eight or sixteen bits."""
     if not (head := _PGM.match(data)):
         raise BadMapError("not a readable .pgm (its header is not PGM's)")
     width, height, top = (int(head[i]) for i in (2, 3, 4))
     if head[1] == b"2":
-        plain = np.array(re.sub(rb"#[^\n]*", b"", data[head.end() - 1 :]).split()[: width * height], dtype=np.int64)
-        if plain.size != width * height:
-            raise BadMapError(f"not a whole .pgm: {plain.size} numbers for {width} x {height}")
-        return plain.reshape(height, width)
+        values = np.array(re.sub(rb"#[^\n]*", b"", data[head.end() - 1 :]).split()[: width * height], dtype=np.int64)
+        if values.size != width * height:
+            raise BadMapError(f"not a whole .pgm: {values.size} numbers for {width} x {height}")
+        return values.reshape(height, width)
     if top > 65535:
         raise BadMapError(f"not a readable .pgm (its greatest value, {top}, is beyond 16 bits)")
     kind = np.dtype(">u2" if top > 255 else "u1")
@@ -264,7 +266,7 @@ def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
 
 
 def _tiff(data: bytes) -> np.ndarray:
-    page = 0  # the first may be a thumbnail
+    page = 0  # the largest page: the first may be a thumbnail
     with contextlib.suppress(Image.UnidentifiedImageError), Image.open(io.BytesIO(data), formats=("TIFF",)) as image:
         if image.mode == "P":
             raise BadMapError("a TIFF with a palette: a picture of a map, not a map; store its numbers")
@@ -272,7 +274,7 @@ def _tiff(data: bytes) -> np.ndarray:
         page = max(range(len(sizes)), key=lambda number: sizes[number][0] * sizes[number][1])
         if sizes.count(sizes[page]) > 1:
             raise BadMapError(f"holds {sizes.count(sizes[page])} pictures of one size: one map is needed")
-    return tiffs.without_nodata(tiffs.numbers(data, page), data, page)  # Pillow knows no float16 or float64
+    return tiffs.without_nodata(tiffs.numbers(data, page), data, page)  # Pillow does not support float16 or float64
 
 
 def _page_size(image: Any, number: int) -> tuple[int, int]:
@@ -281,7 +283,7 @@ def _page_size(image: Any, number: int) -> tuple[int, int]:
 
 
 def _dpt(data: bytes) -> np.ndarray:
-    """Sintel's: the number 202021.25, width, height, then float32, all little-endian."""
+    """Sintel's .dpt: the number 202021.25, width, height, then float32, all little-endian."""
     width, height = struct.unpack("<ii", data[4:12])
     if min(width, height) > 0 and len(data) == 12 + 8 * width * height:
         raise BadMapError("optical flow (.flo), two numbers a pixel: not a map")
@@ -294,7 +296,7 @@ _COLMAP = re.compile(rb"(\d{1,6})&(\d{1,6})&(\d{1,3})&")
 
 
 def _colmap(data: bytes, head: re.Match[bytes]) -> np.ndarray:
-    """COLMAP's .bin: width&height&channels&, then float32, little-endian, a channel after the other."""
+    """COLMAP's .bin: width&height&channels&, then little-endian float32, one channel after the other."""
     width, height, planes = (int(head[i]) for i in (1, 2, 3))
     _check_length(data, head.end(), 4 * width * height * planes, "bin")
     return np.frombuffer(data, "<f4", width * height * planes, head.end()).reshape(planes, height, width)
@@ -318,7 +320,7 @@ def _hdf5(data: bytes) -> dict[str, Any]:
 
     def collect(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and item.dtype.kind in "fiub" and item.size < 1 << 30:
-            # MATLAB writes columns first, and what is true and false as uint8.
+            # MATLAB stores arrays column-major, and logical ones as uint8.
             stored = item[()].T if "MATLAB_class" in item.attrs else item[()]
             mask = item.attrs.get("MATLAB_class") == b"logical"
             arrays[name] = np.asarray(stored, bool) if mask else _filled(np.asarray(stored), item.attrs)
@@ -329,17 +331,17 @@ def _hdf5(data: bytes) -> dict[str, Any]:
 
 
 def _filled(values: np.ndarray, notes: Mapping[str, Any]) -> np.ndarray:
-    """NaN where netCDF's notes say that nothing was written; integers become floats then."""
+    """Replace values that netCDF's attributes declare missing by NaN; integers become floats then."""
     for name in ("_FillValue", "missing_value"):
-        said = np.asarray(notes.get(name, np.nan)).ravel()
-        if said.size == 1 and said.dtype.kind in "fiu" and (values == said[0]).any():
+        missing = np.asarray(notes.get(name, np.nan)).ravel()
+        if missing.size == 1 and missing.dtype.kind in "fiu" and (values == missing[0]).any():
             wide = values if values.dtype.kind == "f" else values.astype(np.float64)
-            values = np.where(values == said[0], wide.dtype.type(np.nan), wide)
+            values = np.where(values == missing[0], wide.dtype.type(np.nan), wide)
     return values
 
 
 def open_hdf5(path: Path) -> Any:
-    """A whole HDF5 file (h5py.File), for one that holds many maps; OSError names it where it cannot be read."""
+    """Open an HDF5 file that holds many maps, as h5py.File; OSError names the file where it cannot be read."""
     import h5py
 
     try:
@@ -356,7 +358,8 @@ def _mat(data: bytes) -> dict[str, Any]:
     except ImportError as error:
         raise BadMapError('a .mat: pip install "depth-distill[teachers]", or store .npy') from error
     table = scipy.io.loadmat(io.BytesIO(data), chars_as_strings=False)
-    masks = {name for name, _, sort in scipy.io.whosmat(io.BytesIO(data)) if sort == "logical"}  # which loadmat forgets
+    # loadmat does not mark logical arrays.
+    masks = {name for name, _, matlab_class in scipy.io.whosmat(io.BytesIO(data)) if matlab_class == "logical"}
     arrays = {name: array for name, array in table.items() if not name.startswith("__")}
     return {name: array.astype(bool) if name in masks else array for name, array in arrays.items()}
 
@@ -364,7 +367,7 @@ def _mat(data: bytes) -> dict[str, Any]:
 def _png(data: bytes) -> np.ndarray:
     if changed := signatures.sniff(data[:8].ljust(8)).removeprefix("PNG"):
         raise BadMapError(f"not a readable .png ({changed})")
-    return _picture(data)
+    return _png_values(data)
 
 
 _READERS = (
@@ -386,10 +389,10 @@ _READERS = (
 
 
 def stored_stems(key: str) -> list[str]:
-    """The names, without suffix, under which the map of an image may be stored, the most particular first.
+    """The names, without suffix, under which the map of an image may be stored, the most specific first.
 
-    key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (as
-    `distill predict` names its maps), a/pred_0001 and a/0001_pred (as Marigold's evaluation and its run.py do), then
+    key: the image's path below its root. For a/rgb_0001.png: a/rgb_0001.png, a/rgb_0001_png and a/rgb_0001 (the names
+    of `distill predict`), a/pred_0001 and a/0001_pred (those of Marigold's evaluation and its run.py), then
     a/rgb_0001_depth and a/rgb_0001_disp, a/rgb_0001_raw_depth_meter (Depth Anything V2's metric run.py) and
     a/rgb_0001/depth (MoGe's infer).
     """
@@ -403,13 +406,13 @@ def stored_stems(key: str) -> list[str]:
 
 
 def find_map(folder: Path, keys: Iterable[str]) -> Path | None:
-    """The stored map of an image that goes by one of `keys`, in any format that is read; None where there is none."""
+    """The stored map of an image that has one of `keys`, in any supported format; None where there is none."""
     stems = dict.fromkeys(stem for key in keys for stem in stored_stems(key))
-    # A folder that came from a Mac spells accents in two characters, where a table has one.
-    spelt = dict.fromkeys(unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems)
-    for stem in [*stems, *(spelt.keys() - stems.keys())]:
+    # File names from a Mac may store accents decomposed (NFD), while a table has them composed (NFC).
+    renormalized = dict.fromkeys(unicodedata.normalize(form, stem) for form in ("NFC", "NFD") for stem in stems)
+    for stem in [*stems, *(renormalized.keys() - stems.keys())]:
         for suffix in SUFFIXES:
-            for spelled in (suffix, suffix.upper()):
-                if (path := folder / f"{stem}{spelled}").is_file():
+            for spelling in (suffix, suffix.upper()):
+                if (path := folder / f"{stem}{spelling}").is_file():
                     return path
     return None

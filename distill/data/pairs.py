@@ -1,25 +1,25 @@
 """Photographs with a measured depth or disparity, described by a table.
 
-Columns are separated by tabs, or by commas or semicolons where the first line has no tab. Those that are read (others
-are kept out of the way): name, rgb, depth, and where present kind, scale_to_metres, invalid, trust, dataset, focal.
-Paths are relative to the table. `rgb` is any photograph that distill.data.photos reads, shown upright; `depth` any map
-that distill.data.maps reads.
+Columns are separated by tabs, or by commas or semicolons where the first line has no tab. Required are name, rgb and
+depth; optional are kind, scale_to_metres, invalid, trust, dataset and focal; other columns are ignored. Paths are
+relative to the table. `rgb` is any photograph that distill.data.photos reads, with its EXIF rotation applied; `depth`
+any map that distill.data.maps reads.
 
-- kind: depth (default) or disparity, or one of the six kinds of distill.core.depth for values that need no formula.
+- kind: depth (default) or disparity, or one of the six kinds of distill.core.depth, unless a stereo formula is given.
 - scale_to_metres: a number (metres per stored unit; for disparity, pixels per stored unit); a stereo formula
   `Z[m]=f*b/disp`, `Z[m]=f*b/(disp+offset)` or, as KITTI stores it, `Z[m]=f*b/(disp/256)` with its numbers filled in,
-  which makes metric depth of disparity; a
-  unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown. What looks like a number or a unit and is none
-  ("0,001", "ft") is an error. Of an unknown scale depth becomes scale_depth, and disparity affine_disparity, since
-  a disparity of unknown calibration also has an unknown offset.
-- invalid: the numbers in it are invalid values, `>=65000` makes a bound, and so does a number at the ceiling of 16 bits
-  (`0 and 65535`): sensors blend the code for "nothing" into its neighbours, so that all from 65000 on is invalid. A
-  number beyond 16 bits (1e10) is a bound too.
-  Values that are not finite, not positive, or 1e10 and more (a renderer's background) are always invalid.
-- focal: the camera's focal length in pixels of the photograph as it is stored; empty where nobody knows it.
+  which converts disparity to metric depth; a unit (m, cm, mm) or a fraction (1/256); or words: the scale is unknown.
+  What looks like a number or a unit but cannot be parsed ("0,001", "ft") is an error. With an unknown scale, depth
+  becomes scale_depth, and disparity affine_disparity, since a disparity of unknown calibration also has an unknown
+  offset.
+- invalid: the numbers in it are invalid values; `>=65000` makes a bound, and so does a number from 65000 on that fits
+  in 16 bits (`0 and 65535`): sensors blend the code for "invalid" into neighbouring values, so everything from
+  65000 on is invalid. A number beyond 16 bits (1e10) is a bound too.
+  Values that are not finite, not positive, or from 9.9e9 on (a renderer's background) are always invalid.
+- focal: the camera's focal length in pixels of the photograph as it is stored; empty where unknown.
 
-A depth map of another size than its photograph is brought to the photograph's by nearest neighbour; of another aspect,
-it is an error, unless it lies as the photograph does without its EXIF rotation: then it is turned with it.
+A depth map is resized to its photograph's size by nearest neighbour. Another aspect ratio is an error, unless it
+matches the photograph without its EXIF rotation: then the map is rotated with it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ from distill.core.files import decoded
 from distill.data import cells, maps
 from distill.data.photos import BadImageError, decode, turn, upright
 
-_NOTHING = 9.9e9
-"""From here on a value is a renderer's word for the background: 1e10 is Blender's, others take the largest float."""
+_BACKGROUND = 9.9e9
+"""Values from here on are a renderer's background: Blender writes 1e10, others the largest float."""
 _FARTHEST = 1e5
-"""Metres: where even the nearest point is farther, a scale was written upside down."""
+"""Metres: where even the nearest point is farther, the scale was probably inverted."""
 _STEREO = re.compile(
     rf"(?:[A-Za-z]\w*\s*(?:\[m\]\s*)?=\s*)?({cells.NUMBER})\s*\*\s*({cells.NUMBER})\s*/\s*"
     rf"(?:\(\s*disp\w*\s*/\s*(?P<parts>{cells.NUMBER})|\(?\s*disp\w*)\s*(?:(?P<sign>[+-])\s*(?P<offset>{cells.NUMBER}))?\s*\)?$"
@@ -59,12 +59,12 @@ _STEREO = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One photograph and its ground truth; nothing is decoded until asked for.
+    """One photograph and its ground truth, decoded on demand.
 
-    scale: what one stored unit is, in metres (or, for disparity, pixels). baseline: focal length x baseline in
-    pixel metres where the truth is stereo disparity that becomes depth, else 0. offset: added to that disparity.
-    photo: the rgb as the table names it. focal: in pixels of the photograph, 0 where the table does not say it.
-    invalid_values, invalid_from: stored values that mean nothing, and the bound from which on they do.
+    scale: metres (for disparity, pixels) per stored unit. baseline: focal length x baseline in pixel metres where the
+    truth is stereo disparity to be converted to depth, else 0. offset: added to that disparity. photo: the rgb cell of
+    the table. focal: in pixels of the photograph, 0 where the table does not give it. invalid_values, invalid_from:
+    invalid stored values, and the bound from which on all are invalid.
     """
 
     name: str
@@ -93,29 +93,29 @@ class Pair:
     def truth(self) -> DepthMap:
         """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric.
 
-        ValueError where its aspect is another than the photograph's, or its metres are of no photograph.
+        ValueError where its aspect ratio differs from the photograph's, or its metres are implausibly large.
         """
         raw, size = self._upright(
             _read_map(self.depth_path, "disparity" if self.baseline else self.kind.quantity).astype(np.float64)
         )
-        usable = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _NOTHING))
+        valid = np.isfinite(raw) & (raw > 0) & (raw < min(self.invalid_from, _BACKGROUND))
         for value in self.invalid_values:
-            usable &= raw != value
+            valid &= raw != value
         if self.baseline:
-            usable &= raw + self.offset > 0
-            values = self.baseline / np.where(usable, raw + self.offset, 1.0)
+            valid &= raw + self.offset > 0
+            values = self.baseline / np.where(valid, raw + self.offset, 1.0)
         else:
             values = raw * self.scale
-        if self.kind is Kind.METRIC_DEPTH and usable.any() and (nearest := values[usable].min()) > _FARTHEST:
+        if self.kind is Kind.METRIC_DEPTH and valid.any() and (nearest := values[valid].min()) > _FARTHEST:
             raise ValueError(
                 f"{self.depth_path}: its nearest point comes to {nearest:g} m: scale_to_metres is metres per stored "
                 f"unit, 0.001 for millimetres, and {self.scale:g} is perhaps its inverse"
             )
-        values = np.where(usable, values, 0.0).astype(np.float32)
-        return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(usable), size), self.kind)
+        values = np.where(valid, values, 0.0).astype(np.float32)
+        return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(valid), size), self.kind)
 
     def _upright(self, raw: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-        """The map as the photograph is shown, and the photograph's (H,W)."""
+        """The map in the orientation of the upright photograph, and the photograph's (H,W)."""
         try:
             height, width, orientation = upright(self.rgb_path.read_bytes())
         except (OSError, BadImageError) as error:
@@ -133,23 +133,23 @@ class Pair:
 
 
 def _fits(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
-    """Whether a map of this shape is the photograph's at another size: within 3 %, or a pixel and a half a side."""
+    """Whether a map's aspect ratio matches the photograph's: within 3 %, or 1.5 pixels of the shorter side."""
     (rows, columns), (height, width) = shape, size
     down, across = rows / height, columns / width
     return abs(down / across - 1) <= max(0.03, 1.5 / min(rows, columns))
 
 
 def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pair]:
-    """The pairs of a table, in its order, or those with the given names in theirs.
+    """The pairs of a table, in its order, or those in `names`, in the order of `names`.
 
-    table: the .tsv, or a folder with an INDEX.tsv. All faults of a table are reported at once (ValueError); a file
-    that is named but missing is one (FileNotFoundError if nothing else is wrong).
+    table: the .tsv, or a folder with an INDEX.tsv. All faults of a table are reported at once (ValueError). Raises
+    FileNotFoundError for files that are named but missing, if nothing else is wrong.
     """
     path = Path(table)
     path = path / "INDEX.tsv" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such table; a folder of pairs needs an INDEX.tsv with name, rgb, depth")
-    _names.cache_clear()
+    _file_names.cache_clear()
     pairs, faults = {}, []
     for line, row in _rows(path):
         try:
@@ -168,13 +168,13 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """The number of each line that says something, and its cells by the names of their columns."""
-    written = _text(path).splitlines(keepends=True)
-    before = next((i for i, line in enumerate(written) if not _PREAMBLE.match(line)), 0)
-    first = written[before] if written else ""
-    # A comma is part of many a path and word: it separates columns only where no tab does.
-    separator = "\t" if "\t" in first else max(",;", key=first.count)
-    lines = io.StringIO("".join(written[before:]), newline="")
+    """Line number and cells by column name of each row that is neither empty nor a comment."""
+    text_lines = _table_text(path).splitlines(keepends=True)
+    skipped = next((i for i, line in enumerate(text_lines) if not _PREAMBLE.match(line)), 0)
+    header = text_lines[skipped] if text_lines else ""
+    # Commas are frequent in paths and text: they separate columns only where there are no tabs.
+    separator = "\t" if "\t" in header else max(",;", key=header.count)
+    lines = io.StringIO("".join(text_lines[skipped:]), newline="")
     reader = (
         csv.DictReader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
         if separator == "\t"
@@ -184,59 +184,59 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         reader.fieldnames = _columns(path, reader.fieldnames or ())
         for row in reader:
             if any(map(str.strip, row.get(None) or ())):
-                where = f"{path}: line {before + reader.line_num}"
+                where = f"{path}: line {skipped + reader.line_num}"
                 raise ValueError(
                     f"{where}: more cells than columns: put quotes around one that has the separator in it"
                 )
-            found = {key: _cell(value or "") for key, value in row.items() if isinstance(key, str)}
-            if any(found.values()) and not next(iter(found.values())).startswith("# "):
-                yield before + reader.line_num, found
+            cells_by_column = {key: _unquoted(value or "") for key, value in row.items() if isinstance(key, str)}
+            if any(cells_by_column.values()) and not next(iter(cells_by_column.values())).startswith("# "):
+                yield skipped + reader.line_num, cells_by_column
     except csv.Error as error:
-        raise ValueError(f"{path}: line {before + reader.line_num}: not a table ({error})") from error
+        raise ValueError(f"{path}: line {skipped + reader.line_num}: not a table ({error})") from error
 
 
 _PREAMBLE = re.compile(r"\s*$|\"?sep=|#(?!\s*\"?name\b)", re.IGNORECASE)
-"""What may stand before the columns' names: nothing, Excel's word on the separator, a comment."""
+"""Lines that may precede the header: empty ones, Excel's separator declaration, comments."""
 
 
 def _columns(path: Path, given: Sequence[str]) -> list[str]:
-    """The names of the columns as they are read; ValueError where one is missing, or is meant and not read."""
-    columns = [_cell(name).lstrip("# ").lower().replace("meters", "metres") for name in given]
+    """The normalized column names; ValueError where one is missing, duplicated, or probably misspelt."""
+    columns = [_unquoted(name).lstrip("# ").lower().replace("meters", "metres") for name in given]
     if missing := {"name", "rgb", "depth"} - set(columns):
-        there = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
+        listed = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
         raise ValueError(
-            f"{path}: no column {', '.join(sorted(missing))}{there} (they are separated by tabs, commas or semicolons)"
+            f"{path}: no column {', '.join(sorted(missing))}{listed} (they are separated by tabs, commas or semicolons)"
         )
-    if double := [name for name in _READ if columns.count(name) > 1]:
-        raise ValueError(f"{path}: two columns are called {double[0]}: take one of them out")
+    if duplicates := [name for name in _KNOWN_COLUMNS if columns.count(name) > 1]:
+        raise ValueError(f"{path}: two columns are called {duplicates[0]}: take one of them out")
     scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
     if scales and "scale_to_metres" not in columns:
         raise ValueError(f"{path}: the column {scales[0]} is not read: metres per stored unit are scale_to_metres")
     return columns
 
 
-def _cell(text: str) -> str:
-    """A cell without the quotes that pandas and R may put around it."""
+def _unquoted(text: str) -> str:
+    """A cell without the quotes that pandas and R may add."""
     text = text.strip()
     return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] == '"' else text
 
 
 def read_names(path: Path | str) -> list[str]:
-    """The lines of a list of names, without the empty ones; "recipes/..." is also a list that ships with the package.
+    """The lines of a list of names, without empty ones; "recipes/..." may also be a list that ships with the package.
 
-    Raises FileNotFoundError or ValueError naming the list.
+    Raises FileNotFoundError or ValueError, which name the list.
     """
     shipped = Path(path).parts[:1] == ("recipes",) and not Path(path).is_file()
     file = Path(distill.__file__).parent / path if shipped else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no such list; a text file with one name a line, as `distill filter` writes")
-    names = [line.strip() for line in _text(file).splitlines() if line.strip()]
+    names = [line.strip() for line in _table_text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: empty; it should have one name per line")
     return names
 
 
-_READ = ("name", "rgb", "depth", "kind", "scale_to_metres", "invalid", "trust", "dataset", "focal")
+_KNOWN_COLUMNS = ("name", "rgb", "depth", "kind", "scale_to_metres", "invalid", "trust", "dataset", "focal")
 _WORKBOOKS = {
     "a zip archive": "an Excel workbook or another zip archive: save it as CSV",
     "an old Office file": "an old Excel workbook: save it as CSV",
@@ -244,21 +244,21 @@ _WORKBOOKS = {
 
 
 def _not_text(data: bytes) -> str:
-    """What stands where a table should, and what to do; "" of a table."""
+    """What a file is that is not a text table, and what to do about it; "" for a table."""
     if data.lstrip().startswith(b"<"):
         return "a web page: download the file itself"
     kind = signatures.sniff(data)
     if "git-lfs" in kind:
         return kind
-    if not kind or signatures.text(data):  # a name may begin as a picture does: BM_001.jpg
+    if not kind or signatures.text(data):  # a table's text may begin with a signature: BM_001.jpg
         return ""
     return _WORKBOOKS.get(kind) or kind + (": unpack it" if signatures.is_packed(kind) else "")
 
 
-def _text(path: Path) -> str:
+def _table_text(path: Path) -> str:
     data = path.read_bytes()
-    if what := _not_text(data):
-        raise ValueError(f"{path}: not a text file but {what}")
+    if problem := _not_text(data):
+        raise ValueError(f"{path}: not a text file but {problem}")
     try:
         return decoded(data)
     except UnicodeDecodeError as error:
@@ -266,7 +266,7 @@ def _text(path: Path) -> str:
 
 
 def _choose(path: Path, pairs: dict[str, Pair], names: list[str] | None) -> list[Pair]:
-    """The pairs with these names, after a look that their files exist."""
+    """The pairs with these names, after checking that their files exist."""
     unknown = [name for name in names or [] if name not in pairs]
     if unknown:
         raise ValueError(f"{path} has no {', '.join(unknown[:5])} ({len(unknown)} names unknown, {len(pairs)} known)")
@@ -292,7 +292,7 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     stereo = _STEREO.match(scale_text)
     scale, baseline, offset = 1.0, 0.0, 0.0
     if stereo:
-        parts = float(stereo["parts"] or 1)  # stored units of a pixel
+        parts = float(stereo["parts"] or 1)  # stored units per pixel
         baseline = float(stereo[1]) * float(stereo[2]) * parts
         if not 0 < baseline < math.inf:
             raise ValueError(f"scale_to_metres must have f*b finite and above 0, not {scale_text}")
@@ -312,8 +312,8 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     bounds, values = cells.invalid(row.get("invalid", ""))
     return Pair(
         name=row["name"],
-        rgb_path=_place(folder, row["rgb"]),
-        depth_path=_place(folder, row["depth"]),
+        rgb_path=_file_of_cell(folder, row["rgb"]),
+        depth_path=_file_of_cell(folder, row["depth"]),
         kind=kind,
         scale=scale,
         baseline=baseline,
@@ -327,22 +327,22 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     )
 
 
-def _place(folder: Path, text: str) -> Path:
-    """The file of a cell: as it is written, else with the slashes or the form of accents that its name has here."""
-    plain = folder / os.path.expanduser(text)  # noqa: PTH111  (Path's raises for ~nobody)
-    if plain.exists():
-        return plain
-    ways = [unicodedata.normalize(form, text.replace("\\", "/")) for form in ("NFC", "NFD")]
-    if found := next((folder / way for way in ways if (folder / way).is_file()), None):
-        return found
-    # A table from Windows or a Mac, where Photo.JPG and photo.jpg are one file.
-    place = folder / ways[0]
-    alike = [path for path in _names(place.parent) if path.casefold() == place.name.casefold()]
-    return place.with_name(alike[0]) if len(alike) == 1 else plain
+def _file_of_cell(folder: Path, text: str) -> Path:
+    """The file of a cell: as written, else with this system's slashes, Unicode normalization or letter case."""
+    as_written = folder / os.path.expanduser(text)  # noqa: PTH111  (Path's raises for ~nobody)
+    if as_written.exists():
+        return as_written
+    spellings = [unicodedata.normalize(form, text.replace("\\", "/")) for form in ("NFC", "NFD")]
+    if existing := next((folder / spelling for spelling in spellings if (folder / spelling).is_file()), None):
+        return existing
+    # Tables from Windows or macOS, where Photo.JPG and photo.jpg are the same file.
+    place = folder / spellings[0]
+    matches = [path for path in _file_names(place.parent) if path.casefold() == place.name.casefold()]
+    return place.with_name(matches[0]) if len(matches) == 1 else as_written
 
 
 @lru_cache(maxsize=8)
-def _names(folder: Path) -> tuple[str, ...]:
+def _file_names(folder: Path) -> tuple[str, ...]:
     try:
         return tuple(path.name for path in folder.iterdir())
     except OSError:
@@ -365,7 +365,7 @@ def _kind(text: str, *, known: bool) -> Kind:
 
 
 def _read_map(path: Path, quantity: str) -> np.ndarray:
-    """The stored numbers, (H,W), as they are."""
+    """The map's values (H,W) as stored."""
     try:
         return maps.read_map(path, quantity)
     except OSError as error:
@@ -373,7 +373,7 @@ def _read_map(path: Path, quantity: str) -> np.ndarray:
 
 
 def _nearest(plane: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H,W) brought to (1,*size) by nearest neighbour."""
+    """Resize (H,W) to (1,*size) by nearest neighbour."""
     if plane.shape == size:
         return plane[None]
     resized = F.interpolate(plane.float()[None, None], size=size, mode="nearest-exact")[0]

@@ -1,8 +1,8 @@
-"""One photograph: encoded bytes in, 8-bit sRGB out, or a reason why not; and the key that it goes by.
+"""Decoding of one photograph to 8-bit sRGB, or the reason why it cannot be used; and its key.
 
-Every way in which a file of the world can be broken ends in one BadImageError whose message is the reason. Keys are
-made safe for tar members here, once: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the
-first dot).
+Whatever is wrong with a file, the error is a BadImageError whose message is the reason. Keys are made safe for tar
+members here and only here: letters, digits, `_`, `-`, `+`, `=` and `@`, no dots (webdataset ends a key at the first
+dot).
 
 Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
 """
@@ -38,25 +38,25 @@ from distill.core.depth import DepthMap
 from distill.core.printable import printable
 from distill.data import cicp, colour, damage, filetypes, hdr, tiffs
 
-# Broken notes in good photographs are common, and Pillow would tell the terminal of each. Once and for all, because a
-# filter around each photograph is not safe where several threads read.
+# Broken metadata in good photographs is common, and Pillow would warn of each. The filter is set globally, because a
+# filter around each photograph is not thread-safe.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
-# Parsers that a photo may reach. Pillow knows forty more; among them is one that starts Ghostscript.
+# The parsers that Pillow may use. It has forty more, one of which starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 2**28  # 200-megapixel phones, and stitched panoramas
 LIMIT = "DISTILL_MAX_PIXELS"
-_SUSPECT = 89_478_485  # where Pillow itself begins to warn of a decompression bomb
+_PILLOW_LIMIT = 89_478_485  # Pillow's own limit for decompression bombs
 _PAGES = 16
 MAX_BYTES = 512 * 2**20
-# What Pillow raises on broken files, found by flipping and cutting bytes; it promises no common base class.
+# Exceptions of Pillow on broken files, found by flipping and cutting bytes; they have no common base class.
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, MemoryError),
     *(AttributeError, NotImplementedError, RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
 )
 _ORIENTATION = 0x0112
-_PNG_TURNS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
-"""What a PNG that says its orientation has in it, be it in front of the pixels or behind."""
+_PNG_EXIF_MARKS = (b"eXIf", b"Raw profile type ", b"XML:com.adobe.xmp")
+"""Chunk names and keywords, one of which every PNG with an orientation has, before or behind its pixels."""
 _COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_BYTES = 259, 262, 273, 279  # of a TIFF
 
 
@@ -70,7 +70,7 @@ class Photo:
 
     key: tar-safe name, unique in its source. rgb: (3,H,W) uint8. truth: (1,H,W) ground truth where there is one.
     origin: where it came from, relative to the source (`sa_000000.tar:sa_1.jpg`), the same on every machine.
-    focal: of its camera, in its own pixels; 0 where the source does not say it.
+    focal: focal length in pixels of this photo; 0 where the source does not give it.
     """
 
     key: str
@@ -81,7 +81,7 @@ class Photo:
 
 
 def squashed(photo: Photo) -> Photo:
-    """The whole photo as a square of its short side; ground truth by the nearest pixel."""
+    """The whole photo resized to a square of its short side; ground truth by nearest neighbour."""
     side, truth = min(photo.rgb.shape[1:]), photo.truth
     if truth is not None:
         values = F.interpolate(truth.values[None], size=(side, side), mode="nearest-exact")[0]
@@ -91,7 +91,7 @@ def squashed(photo: Photo) -> Photo:
 
 
 def safe_key(name: str) -> str:
-    """`name` as a key for tar members: other characters become `_`, long names keep their end and a hash."""
+    """`name` as a key for tar members: unsafe characters become `_`, long names are cut to their end and a hash."""
     key = re.sub(r"[^A-Za-z0-9_\-+=@]", "_", name).strip("_") or "image"
     if len(key) <= 120:
         return key
@@ -99,14 +99,14 @@ def safe_key(name: str) -> str:
 
 
 def with_hash(key: str, name: str) -> str:
-    """`key` with a hash of the name that it stands for, which may hold lone surrogates (not UTF-8)."""
+    """`key` with a hash of its name, which may contain lone surrogates (not UTF-8)."""
     return f"{key}-{hashlib.blake2b(name.encode(errors='surrogatepass'), digest_size=5).hexdigest()}"
 
 
 def named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
-    """Files (folder, name in it, file) by folder and name, after as many of the folders above as tell them apart.
+    """Unique names for files (folder, name in it, file): folder/name, preceded by as many parent folders as needed.
 
-    a/images/1.jpg and b/images/1.jpg are two photographs; one that two patterns name is one.
+    a/images/1.jpg and b/images/1.jpg are two photographs; a file that two patterns match is one.
     """
     for above in range(max((len(folder.parts) for folder, _, _ in given), default=0) or 1):
         files: dict[str, Path] = {}
@@ -120,14 +120,14 @@ def named(given: Sequence[tuple[Path, str, Path]]) -> dict[str, Path]:
 
 
 def unique_keys(names: Sequence[str]) -> list[str]:
-    """A safe key per name; names that would share one get a hash of their own, whatever their order."""
+    """A safe key per name; names that would share a key each get a hash, independent of their order."""
     keys = [safe_key(str(PurePosixPath(name).with_suffix(""))) for name in names]
     seen = Counter(keys)
     return [key if seen[key] == 1 else with_hash(key, name) for key, name in zip(keys, names, strict=True)]
 
 
 def not_a_file(path: Path) -> str:
-    """Why a path cannot be read as a file, or ""; to open a named pipe would be to wait for ever."""
+    """Why a path cannot be read as a file, or ""; opening a named pipe would block forever."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -151,7 +151,7 @@ def load_file(path: Path, key: str, origin: str) -> Photo:
 
 
 def max_pixels() -> int:
-    """The most pixels that a photo may have: MAX_PIXELS, or what the environment's DISTILL_MAX_PIXELS says."""
+    """The most pixels that a photo may have: the environment variable DISTILL_MAX_PIXELS, else MAX_PIXELS."""
     text = os.environ.get(LIMIT, "")
     if not text:
         return MAX_PIXELS
@@ -164,16 +164,16 @@ def decode(data: bytes) -> Tensor:
     """(3,H,W) uint8 sRGB from an encoded image; raises BadImageError with the reason.
 
     EXIF rotation and an embedded colour profile are applied. Grey of up to 16 bits is scaled to 8; palette, grey and
-    CMYK become RGB; transparent pixels are composited over white, as viewers show them (dropping alpha would bring up
-    whatever colour hides there). Of a file with several pictures it is the first whole one, not a thumbnail. Memory: 4
-    bytes a pixel of the decoder's and 3 of the result's, twice where it is turned.
+    CMYK become RGB; transparent pixels are composited over white, as viewers do (dropping alpha would reveal their
+    hidden colours). Of a file with several pictures the first whole one is read, not a thumbnail. Memory per pixel: 4
+    bytes in the decoder and 3 for the result, doubled where it is rotated.
     """
     with _opened(data) as (image, profile, deep):
         if isinstance(image, TiffImageFile) and _misread(image):
             return torch.from_numpy(_by_opencv(image, data)).permute(2, 0, 1)
-        shown = cicp.bright(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
-        if shown is not None and shown.shape[:2] == (image.height, image.width):
-            return torch.from_numpy(np.ascontiguousarray(turn(shown, _orientation(image)))).permute(2, 0, 1)
+        tone_mapped = cicp.bright(data, str(image.format)) if image.format in ("PNG", "AVIF") else None
+        if tone_mapped is not None and tone_mapped.shape[:2] == (image.height, image.width):
+            return torch.from_numpy(np.ascontiguousarray(turn(tone_mapped, _orientation(image)))).permute(2, 0, 1)
         image.load()
         if image.format == "JPEG" and damage.ends_early(data, image):
             raise BadImageError("truncated: its pixels end before its last row or scan: download or copy it again")
@@ -186,39 +186,39 @@ def decode(data: bytes) -> Tensor:
 
 
 def upright(data: bytes) -> tuple[int, int, int]:
-    """(H, W, EXIF orientation 1 to 8) of the photo that `decode` gives, from the header where that says it."""
+    """(H, W, EXIF orientation 1 to 8) of the photo that `decode` returns, from the header where possible."""
     with _opened(data) as (image, _, _):
         if image.format == "TIFF":
-            before = int(image.tag_v2.get(_ORIENTATION, 1))  # type: ignore[attr-defined]
-            image.load()  # Pillow turns it then
-            return image.height, image.width, before if 1 <= before <= 8 else 1
-        # Where the header says nothing, Pillow decodes a PNG to see what stands behind the pixels.
-        silent = image.format == "PNG" and not any(word in data for word in _PNG_TURNS)
-        orientation = 1 if silent else _orientation(image)
+            orientation_tag = int(image.tag_v2.get(_ORIENTATION, 1))  # type: ignore[attr-defined]
+            image.load()  # Pillow rotates TIFFs here
+            return image.height, image.width, orientation_tag if 1 <= orientation_tag <= 8 else 1
+        # Pillow decodes a whole PNG to look for EXIF behind the pixels: skipped where the file cannot contain any.
+        has_no_orientation = image.format == "PNG" and not any(word in data for word in _PNG_EXIF_MARKS)
+        orientation = 1 if has_no_orientation else _orientation(image)
         sides = (image.width, image.height) if orientation >= 5 else (image.height, image.width)
         return *sides, orientation
 
 
 @contextlib.contextmanager
 def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, Any]]]:
-    """The picture of a file before its pixels are decoded, a profile that Pillow would not read, and how deep it is.
+    """The opened but not decoded picture, a profile that Pillow would not read, and a TIFF's arguments of colour.srgb.
 
-    Whatever Pillow raises inside becomes a BadImageError.
+    Whatever Pillow raises inside the context becomes a BadImageError.
     """
-    kind = _kind(data)
+    kind = _photo_kind(data)
     data, profile = damage.without_bulk(data) if kind == "PNG" else (data, None)
     limit = max_pixels()
     if Image.MAX_IMAGE_PIXELS is not None and Image.MAX_IMAGE_PIXELS < limit:
-        Image.MAX_IMAGE_PIXELS = limit  # its own warning would come on the terminal before our word
+        Image.MAX_IMAGE_PIXELS = limit  # else Pillow would warn before our check
     try:
         data = damage.with_end(data) if kind == "JPEG" else damage.without_cr(data)
         with _heic(data) if kind == "HEIC" else _plain(data, kind) as image:
-            deep = _page(image, data) if image.format == "TIFF" else {}
+            deep = _seek_first_picture(image, data) if image.format == "TIFF" else {}
             _check_size(image, len(data), limit)
             if (kind == "BMP" and damage.bmp_is_cut(data)) or (
                 image.format == "PPM" and damage.ppm_is_cut(data, image.width, image.height)
             ):
-                raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
+                raise BadImageError(_ZERO_FILLED.format(damage.trailing_zeros(data)))
             yield image, profile, deep
     except BadImageError:
         raise
@@ -229,42 +229,44 @@ def _opened(data: bytes) -> Iterator[tuple[Image.Image, bytes | None, dict[str, 
 
 
 def _undecodable(data: bytes, kind: str, error: Exception) -> str:
-    """Why a decoder refuses a file, in words of the file's."""
+    """Why a decoder refused a file, described in terms of the file."""
     if missing := damage.bytes_missing(data, kind):
         return f"truncated: {missing} bytes are missing at its end: download or copy it again"
     if isinstance(error, Image.UnidentifiedImageError):
-        what = f"it begins as {kind}" if kind in _READ else kind or "not an image in any known format"
-        what = (damage.odd_jpeg(data) if kind == "JPEG" else "") or what
-        return f"cannot be decoded: {what}" if kind else what
-    again = ": download or copy it again" if "truncated" in str(error) else ""
+        description = f"it begins as {kind}" if kind in _SUPPORTED else kind or "not an image in any known format"
+        description = (damage.odd_jpeg(data) if kind == "JPEG" else "") or description
+        return f"cannot be decoded: {description}" if kind else description
+    advice = ": download or copy it again" if "truncated" in str(error) else ""
     if kind == "TIFF" and "decoder error" in str(error):
-        again = ": its compressed pixels are damaged, or of a kind that is not read: copy it again, or save it as PNG"
-    return f"cannot be decoded: {str(error) or type(error).__name__}{again}"
+        advice = ": its compressed pixels are damaged, or of a kind that is not read: copy it again, or save it as PNG"
+    return f"cannot be decoded: {str(error) or type(error).__name__}{advice}"
 
 
-_ZEROS = "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
-_PICTURES = ("JPEG", "PNG", "WebP", "AVIF", "HEIC")
-_READ = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
+_ZERO_FILLED = (
+    "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
+)
+_EMBEDDABLE = ("JPEG", "PNG", "WebP", "AVIF", "HEIC")
+_SUPPORTED = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
 
 
-def _kind(data: bytes) -> str:
-    """What the bytes are; BadImageError where that is known to be no photo, or an unfinished one."""
+def _photo_kind(data: bytes) -> str:
+    """The file type of the bytes; BadImageError where it is known not to be a photo, or to be incomplete."""
     if not data:
         raise BadImageError("empty file")
     kind = signatures.sniff(data)
-    inside = (
-        next((at for at in range(1, 32) if signatures.sniff(data[at : at + 64]) in _PICTURES), 0) if not kind else 0
+    offset = (
+        next((at for at in range(1, 32) if signatures.sniff(data[at : at + 64]) in _EMBEDDABLE), 0) if not kind else 0
     )
-    if inside:
-        what = f"{signatures.sniff(data[inside:])} begins {inside} bytes in"
+    if offset:
+        embedded = f"{signatures.sniff(data[offset:])} begins {offset} bytes in"
         raise BadImageError(
-            f"damaged: a {what}, behind {bytes(data[:inside])!r}, which is none of it: download it again"
+            f"damaged: a {embedded}, behind {bytes(data[:offset])!r}, which is none of it: download it again"
         )
     if not kind and (words := signatures.text(data)):
         raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
-    if kind and kind not in _READ:
+    if kind and kind not in _SUPPORTED:
         raise BadImageError(f"not a photo that is read here: it is {kind}{filetypes.way_out(kind)}")
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
@@ -272,14 +274,14 @@ def _kind(data: bytes) -> str:
 
 
 def _plain(data: bytes, kind: str) -> Image.Image:
-    """What Pillow opens; a TIFF that it has no mode for is decoded by libtiff."""
+    """The image as Pillow opens it; a TIFF that Pillow does not support is decoded by libtiff."""
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.UnidentifiedImageError:
         if kind != "TIFF":
             raise
         return tiffs.by_libtiff(data)
-    # Pillow reads samples of 16 bits in planes of their own as eight.
+    # Pillow reads planar 16-bit samples as 8-bit.
     deep = image.format == "TIFF" and int(image.tag_v2.get(284, 1)) == 2 and max(image.tag_v2.get(258, (8,))) > 8  # type: ignore[attr-defined]
     return tiffs.by_libtiff(data) if deep else image
 
@@ -296,25 +298,25 @@ def _heic(data: bytes) -> Image.Image:
     if width * height > max_pixels():
         raise BadImageError(_too_large(width, height))
     image: Image.Image = file.to_pillow()
-    said = file.info.get("nclx_profile") or {}
-    if said.get("transfer_characteristics") not in (hdr.PQ, hdr.HLG) or "icc_profile" in image.info:
+    coding = file.info.get("nclx_profile") or {}
+    if coding.get("transfer_characteristics") not in (hdr.PQ, hdr.HLG) or "icc_profile" in image.info:
         return image
     deep = np.asarray(pillow_heif.open_heif(io.BytesIO(data), convert_hdr_to_8bit=False))
     if deep.dtype != np.uint16 or deep.shape[:2] != (image.height, image.width):
         return image
-    shown = hdr.to_srgb(deep[..., :3], said["transfer_characteristics"], primaries=said["color_primaries"])
-    bright = Image.fromarray(shown)
-    bright.info = image.info
-    return bright
+    srgb = hdr.to_srgb(deep[..., :3], coding["transfer_characteristics"], primaries=coding["color_primaries"])
+    tone_mapped = Image.fromarray(srgb)
+    tone_mapped.info = image.info
+    return tone_mapped
 
 
 def _check_size(image: Image.Image, size: int, limit: int) -> None:
-    """Refuse more pixels than the limit, and so many that come of next to no bytes, before any is decoded."""
+    """Refuse, before decoding, more pixels than the limit, and many pixels from implausibly few bytes."""
     pixels = image.width * image.height
     if pixels > limit:
         raise BadImageError(_too_large(image.width, image.height))
-    # A photograph of this size is megabytes; JPEG and its kin cannot pack a plain one tighter than 1:200.
-    if pixels > _SUSPECT and pixels > 400 * size and LIMIT not in os.environ:
+    # A photograph of this size takes megabytes; JPEG and similar formats compress even a uniform one at most 1:200.
+    if pixels > _PILLOW_LIMIT and pixels > 400 * size and LIMIT not in os.environ:
         raise BadImageError(
             f"{image.width}x{image.height} pixels in {size} bytes: a decompression bomb? {LIMIT}={pixels} reads it"
         )
@@ -328,22 +330,22 @@ def _too_large(width: int, height: int) -> str:
     )
 
 
-def _page(image: Any, data: bytes) -> dict[str, Any]:
-    """Go to a TIFF's first whole picture, and say what Pillow does not about its numbers; BadImageError for a raw."""
+def _seek_first_picture(image: Any, data: bytes) -> dict[str, Any]:
+    """Seek to a TIFF's first whole picture and return its arguments for colour.srgb; BadImageError for a camera raw."""
     pages = []
     with contextlib.suppress(EOFError):
         for number in range(_PAGES):
             image.seek(number)
             tags = image.tag_v2
-            if 50706 in tags or tags.get(262) in (32803, 34892):  # DNGVersion, colour filter array, linear raw
+            if 50706 in tags or tags.get(262) in (32803, 34892):  # DNGVersion; colour filter array, linear raw
                 raise BadImageError(filetypes.RAW)
-            whole = not int(tags.get(254, 0)) & 5 and tags.get(255) != 2  # reduced, or a mask of another
+            whole = not int(tags.get(254, 0)) & 5 and tags.get(255) != 2  # bit 0: reduced, bit 2: transparency mask
             pages.append((whole, image.width, image.height, 254 in tags))
     chosen = next((i for i, page in enumerate(pages) if page[0]), None)
     if chosen is None:
         raise BadImageError("its only picture is a thumbnail, as in a camera raw: save it as JPEG, PNG or TIFF")
     _, width, height, flagged = pages[chosen]
-    for i, (whole, w, h, _) in enumerate(pages):  # thumbnails that do not say so
+    for i, (whole, w, h, _) in enumerate(pages):  # skip a thumbnail that is not marked as such
         if whole and not flagged and w * h >= 4 * width * height and abs(w / h * height / width - 1) < 0.03:
             chosen, width, height = i, w, h
     image.seek(chosen)
@@ -351,23 +353,23 @@ def _page(image: Any, data: bytes) -> dict[str, Any]:
     if damage.tiff_goes_on(data, tags):
         raise BadImageError("truncated: its pixels go on behind its end: download or copy it again")
     if damage.tiff_is_cut(data, tags):
-        raise BadImageError(_ZEROS.format(damage.trailing_zeros(data)))
+        raise BadImageError(_ZERO_FILLED.format(damage.trailing_zeros(data)))
     depth = tags.get(258, 16)
     bits = int(depth[0] if isinstance(depth, tuple) else depth)
     return {"white_is_zero": tags.get(262) == 0, "bits": bits if bits > 8 else 16}
 
 
 def _misread(image: TiffImageFile) -> bool:
-    """Whether its pixels are uncompressed YCbCr.
+    """Whether the pixels are uncompressed YCbCr, which Pillow decodes wrongly.
 
-    Pillow before 13 takes its three bytes a pixel for four, and every version halved chroma for whole: noise, where
-    other bytes follow in the file, and else "truncated".
+    Pillow before 13 reads its three bytes a pixel as four, and every version reads subsampled chroma as full: the
+    result is noise where other bytes follow in the file, and else a "truncated" error.
     """
     return image.tag_v2.get(_PHOTOMETRIC) == 6 and image.tag_v2.get(_COMPRESSION, 1) == 1
 
 
 def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
-    """(H,W,3) uint8 RGB of a TIFF, turned as it says."""
+    """(H,W,3) uint8 RGB of a TIFF, with its orientation applied."""
     strips = zip(image.tag_v2.get(_STRIPS, ()), image.tag_v2.get(_STRIP_BYTES, ()), strict=False)
     if any(start + count > len(data) for start, count in strips):
         raise BadImageError("truncated: its pixels go on behind its end")
@@ -381,7 +383,7 @@ def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    # Broken EXIF is common in good photographs. After load(): Pillow turns TIFFs itself and then drops the tag.
+    # Broken EXIF is common in good photographs. Call after load(): Pillow rotates TIFFs itself and then drops the tag.
     try:
         orientation = int(image.getexif().get(_ORIENTATION, 1))
     except DECODE_ERRORS:
@@ -390,7 +392,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def turn(array: np.ndarray, orientation: int) -> np.ndarray:
-    """(H,W,...) as it is stored -> as a viewer shows it under EXIF's orientation 1 to 8; a view."""
+    """Apply the EXIF orientation 1 to 8 to an array (H,W,...) as stored; returns a view."""
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     down = -1 if orientation in (3, 4, 7, 8) else 1

@@ -1,4 +1,4 @@
-"""Published data sets (distill.data.datasets) as sources of images, and ground truth no farther than a bound.
+"""Published data sets (distill.data.datasets) as image sources, and a far limit for ground truth.
 
 Shapes: H height, W width of an image.
 """
@@ -21,7 +21,7 @@ from distill.data.photos import DECODE_ERRORS, BadImageError, Photo, safe_key
 from distill.data.sources import Entry, InputShard, Scan, in_shards
 
 METRES = (0.02, 1000.0)
-"""Between which the median of metric truth must lie; outside the file is in another unit. Ours."""
+"""Bounds of the median of metric ground truth; outside them the file is in another unit. Ours."""
 
 
 def dataset(
@@ -32,9 +32,9 @@ def dataset(
     names: Sequence[str] | None = None,
     per_shard: int = 1000,
 ) -> list[InputShard]:
-    """The images of a published data set with their ground truth, by its index, or those that `names` lists.
+    """The images of a published data set with their ground truth, from its index; `names` selects some of them.
 
-    Raises what distill.data.datasets._index.read raises: no index, a damaged one, an unknown name.
+    Raises what distill.data.datasets._index.read raises for a missing or damaged index and for unknown names.
     """
     folder = Path(root).expanduser()
     rows = _index.read(name, folder, Path(index).expanduser() if index else None, names=names)
@@ -59,10 +59,10 @@ def _load_row(name: str, root: Path, row: Row, key: str, origin: str) -> Photo:
         raise BadImageError(
             f"{root / row.depth}: {values.shape[1]} x {values.shape[0]}, the image is {width} x {height}"
         )
-    known = values[valid][:: max(1, int(valid.sum()) // 4096)]
-    if plugin.FACTS.kind.unknown == "metric" and known.size and not METRES[0] < np.median(known) < METRES[1]:
+    sampled = values[valid][:: max(1, int(valid.sum()) // 4096)]
+    if plugin.FACTS.kind.unknown == "metric" and sampled.size and not METRES[0] < np.median(sampled) < METRES[1]:
         raise BadImageError(
-            f"{root / row.depth}: its median is {np.median(known):.4g} m, which no scene is: another unit than "
+            f"{root / row.depth}: its median is {np.median(sampled):.4g} m, which no scene is: another unit than "
             f"{plugin.FACTS.title}'s"
         )
     truth = DepthMap(torch.from_numpy(values)[None], torch.from_numpy(valid)[None], plugin.FACTS.kind)
@@ -70,14 +70,14 @@ def _load_row(name: str, root: Path, row: Row, key: str, origin: str) -> Photo:
 
 
 def within(shards: Sequence[InputShard], far: float) -> list[InputShard]:
-    """The shards with ground truth in metres invalid beyond `far`; truth of an unknown scale stays as it is."""
+    """The shards with metric ground truth masked beyond `far` metres; truth of unknown scale is unchanged."""
     return [replace(shard, scan=partial(_scan_within, shard.scan, far)) for shard in shards]
 
 
 def _scan_within(scan: Callable[[], Scan], far: float) -> Scan:
-    found = scan()
-    entries = tuple(replace(entry, load=partial(_load_within, entry.load, far)) for entry in found.entries)
-    return replace(found, entries=entries)
+    scanned = scan()
+    entries = tuple(replace(entry, load=partial(_load_within, entry.load, far)) for entry in scanned.entries)
+    return replace(scanned, entries=entries)
 
 
 def _load_within(load: Callable[[], Photo], far: float) -> Photo:
@@ -85,5 +85,5 @@ def _load_within(load: Callable[[], Photo], far: float) -> Photo:
     if photo.truth is None or photo.truth.kind.unknown != "metric":
         return photo
     values, valid = photo.truth.values, photo.truth.valid
-    near = values <= far if photo.truth.kind.quantity == "depth" else values >= 1.0 / far
-    return replace(photo, truth=DepthMap(values, valid & near, photo.truth.kind))
+    in_range = values <= far if photo.truth.kind.quantity == "depth" else values >= 1.0 / far
+    return replace(photo, truth=DepthMap(values, valid & in_range, photo.truth.kind))

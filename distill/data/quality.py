@@ -1,13 +1,13 @@
-"""How well a depth map teaches: AnyDepth's two scores (arXiv 2601.02760, its data filter), and more of ours.
+"""Quality scores of depth maps as training data: AnyDepth's two scores (arXiv 2601.02760, its data filter), and ours.
 
     s_dist      Depth Distribution Score, in [0, 1]: are the map's values spread over its range?
-    s_grad      Gradient Continuity Score, in [0, 1]: is the map even away from its edges?
+    s_grad      Gradient Continuity Score, in [0, 1]: is the map smooth away from its edges?
 
-Where the paper is silent, ours: a gradient is the central difference, known where a pixel and its four neighbours are
-(the image's border has none); of N gradients the floor(N / 10) largest are edges, whatever ties there are; empty bins
-count in chi-square as any other; a constant map, whose range is nothing, falls into one bin, and its CV of 0 / 0 makes
-s_grad 0, for there is nothing to learn from it; a sloping plane has CV 0 and s_grad 1. Without enough pixels a score is
-NaN. Depth is meant; an affine disparity cannot become depth and is scored as it is.
+What the paper leaves open is ours: a gradient is the central difference, known where a pixel and its four neighbours
+are valid (not at the image's border); of N gradients the floor(N / 10) largest are edges, whatever ties there are;
+empty bins count in chi-square like any other; a constant map falls into one bin, and its CV of 0 / 0 makes s_grad 0,
+because there is nothing to learn from it; a sloping plane has CV 0 and s_grad 1. With too few pixels a score is NaN.
+The scores are defined on depth; an affine disparity cannot be converted and is scored as it is.
 
 Shapes: H, W of a map. Values are float32, valid is bool.
 """
@@ -25,16 +25,16 @@ import numpy as np
 BINS = 20
 """K, bins of equal width over the range of the valid depth."""
 EDGES = 0.1
-"""The share of the largest gradients that are taken for edges."""
+"""The share of gradients, the largest, that count as edges."""
 LEAST = 16
-"""Fewer pixels than this have no score. Ours."""
+"""The fewest pixels that have a score. Ours."""
 _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 _AROUND = np.ones((5, 5), np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a score says, and whether a high one is good."""
+    """The meaning of a score, and whether high values are good."""
 
     words: str
     high_is_good: bool = True
@@ -55,24 +55,30 @@ SCORES: Mapping[str, Meaning] = MappingProxyType(
         "align": Meaning("residual of labels.align", high_is_good=False),
     }
 )
-"""Every score by name. The last three are of labels alone."""
+"""Every score by name. The last three exist for labels only."""
 
 
 def depth_scores(depth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
     """valid, s_dist with its three parts, s_grad, total and roughness of a map (H,W)."""
     depth, valid = np.ascontiguousarray(depth, dtype=np.float32), np.ascontiguousarray(valid, dtype=bool)
     count = int(np.count_nonzero(valid))
-    found = {"valid": count / max(1, valid.size)}
+    scores = {"valid": count / max(1, valid.size)}
     parts = distribution(depth, valid, count)
     s_dist = 0.5 * parts["chi2"] + 0.3 * parts["concentration"] + 0.2 * parts["range"]
     slopes = _slopes(depth, valid, count)
     roughness = _roughness(depth, slopes)
     s_grad = _continuity(slopes)
-    return found | {"s_dist": s_dist, "s_grad": s_grad, "total": (s_dist + s_grad) / 2, **parts, "roughness": roughness}
+    return scores | {
+        "s_dist": s_dist,
+        "s_grad": s_grad,
+        "total": (s_dist + s_grad) / 2,
+        **parts,
+        "roughness": roughness,
+    }
 
 
 def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, float]:
-    """The three parts of s_dist: chi2, concentration and range, each in [0, 1]; NaN of fewer than LEAST pixels.
+    """The three parts of s_dist: chi2, concentration and range, each in [0, 1]; NaN for fewer than LEAST pixels.
 
     count: the number of valid pixels.
     """
@@ -83,14 +89,14 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
         shares = np.zeros(BINS)
         shares[0] = 1.0
     else:
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not valid may be no number
+        with np.errstate(invalid="ignore", over="ignore"):  # invalid values may be NaN
             scaled = np.subtract(depth, np.float32(low))
             scaled *= np.float32(BINS / (high - low))
             bins = scaled.astype(np.uint8)
         if count < valid.size:
             np.copyto(bins, 255, where=~valid)
         counts = _counts(bins)
-        counts[BINS - 1] += counts[BINS]  # the upper end belongs to the last bin
+        counts[BINS - 1] += counts[BINS]  # the upper bound belongs to the last bin
         shares = counts[:BINS] / count
     # sum (n_k - n)^2 / n over N, with n = N / K.
     chi2 = BINS * float(np.square(shares - 1 / BINS).sum())
@@ -100,19 +106,19 @@ def distribution(depth: np.ndarray, valid: np.ndarray, count: int) -> dict[str, 
 
 
 def _counts(bins: np.ndarray) -> np.ndarray:
-    """How often 0 to BINS stand in bytes, as (BINS + 1,) float64."""
+    """Histogram of the values 0 to BINS in an array of bytes, as (BINS + 1,) float64."""
     flat, quarter = bins.ravel(), bins.size // 4
-    # Neighbours are alike, and a counter waits for itself: four places far apart in turn take half the time.
+    # Equal neighbours make consecutive increments of one counter wait: interleaving four distant parts halves the time.
     shuffled = cv2.merge([flat[part * quarter :][:quarter] for part in range(4)]) if quarter else flat
-    found = np.zeros(BINS + 1)
+    counts = np.zeros(BINS + 1)
     for part in (shuffled.reshape(1, -1), flat[4 * quarter :].reshape(1, -1)):
         if part.size:
-            found += cv2.calcHist([part], [0], None, [BINS + 1], [0, BINS + 1]).ravel()
-    return found
+            counts += cv2.calcHist([part], [0], None, [BINS + 1], [0, BINS + 1]).ravel()
+    return counts
 
 
 def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
-    """s_grad: 1 / (1 + std / mean) of the gradient's length where it is no edge; NaN of fewer than LEAST gradients."""
+    """s_grad: 1 / (1 + std / mean) of the gradient lengths without edges; NaN for fewer than LEAST gradients."""
     return _continuity(_slopes(depth, valid, count))
 
 
@@ -120,8 +126,8 @@ def continuity(depth: np.ndarray, valid: np.ndarray, count: int) -> float:
 class _Slopes:
     """Lengths of the gradients of a map (H,W).
 
-    twice: (H-2,W) float32, their doubles, of the rows inside the border; inf where unknown, as in the outer columns.
-    known: (H-2,W) bool where they are known; None: everywhere but in the outer columns. count: of the known ones.
+    twice: (H-2,W) float32, doubled lengths of the rows inside the border; inf where unknown and in the outer columns.
+    known: (H-2,W) bool; None: everywhere except in the outer columns. count: the number of known gradients.
     """
 
     twice: np.ndarray
@@ -133,7 +139,7 @@ def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
     height, width = depth.shape
     if min(height, width) < 3:
         return _Slopes(np.zeros((0, width), np.float32), None, 0)
-    # Rows lie end to end, so that one long subtraction does for all; it is wrong in the outer columns alone.
+    # One subtraction over the flattened rows serves all rows; only the outer columns are wrong.
     flat, size = depth.ravel(), (height - 2) * width
     across = (flat[width + 1 :][:size] - flat[width - 1 :][:size]).reshape(-1, width)
     down = depth[2:] - depth[:-2]
@@ -148,36 +154,36 @@ def _slopes(depth: np.ndarray, valid: np.ndarray, count: int) -> _Slopes:
 
 
 def _continuity(slopes: _Slopes) -> float:
-    """s_grad; orders slopes.twice anew, a copy of which would take as long as all else here."""
+    """s_grad; reorders slopes.twice in place, since a copy would take as long as everything else here."""
     if slopes.count < LEAST:
         return math.nan
-    kept = slopes.count - int(EDGES * slopes.count)
+    smooth = slopes.count - int(EDGES * slopes.count)
     flat = slopes.twice.ravel()
-    _as_order(flat).partition(kept - 1)
-    mean, variance = _moments(flat[:kept])
+    _as_order(flat).partition(smooth - 1)
+    mean, variance = _moments(flat[:smooth])
     return 1.0 / (1.0 + math.sqrt(variance) / mean) if mean > 0 else 0.0
 
 
 def _moments(values: np.ndarray) -> tuple[float, float]:
-    """Mean and variance by sums of doubles: cv2.meanStdDev's numbers in a third of its time."""
+    """Mean and variance by sums in double precision: the result of cv2.meanStdDev in a third of its time."""
     mean = cv2.sumElems(values)[0] / values.size
     return mean, max(0.0, cv2.norm(values, cv2.NORM_L2SQR) / values.size - mean**2)
 
 
 def _as_order(values: np.ndarray) -> np.ndarray:
-    """The same float32, none of them negative, as whole numbers: of one order, and sooner compared."""
+    """Non-negative float32 viewed as int32, which have the same order and compare faster."""
     return values.view(np.int32)
 
 
 def _roughness(depth: np.ndarray, slopes: _Slopes) -> float:
-    """Median of the Laplacian's size over the median of the gradient's length, every 16th pixel; NaN without slopes.
+    """Median magnitude of the Laplacian over the median gradient length, every 16th pixel; NaN with too few gradients.
 
-    Ours. s_grad cannot see noise: the gradients of noise are all alike in length (CV 0.52, so s_grad 0.66), more so
-    than those of a room's planes. A plane has no Laplacian; white noise has about five times its gradient.
+    Ours. s_grad does not detect noise: the gradients of noise are similar in length (CV 0.52, so s_grad 0.66), more
+    than those of a room's planes. A plane's Laplacian is 0; white noise's is about five times its gradient.
     """
     if slopes.count < LEAST:
         return math.nan
-    # Every fourth row and column, but for small maps, which have too few.
+    # Every fourth row and column, except in small maps, which have too few.
     step = 4 if min(depth.shape) >= 256 else 1
     inside, before, after = slice(1, -1, step), slice(0, -2, step), slice(2, None, step)
     bends = depth[before, inside] + depth[after, inside] + depth[inside, before] + depth[inside, after]
@@ -193,7 +199,7 @@ def _roughness(depth: np.ndarray, slopes: _Slopes) -> float:
 
 
 def _median(values: np.ndarray) -> float:
-    """The median of values that are not negative. numpy's takes five times as long."""
+    """The median of non-negative values; np.median takes five times as long."""
     half = values.size // 2
     parted = np.partition(_as_order(values.ravel()), half).view(np.float32)
     return float(parted[half]) if values.size % 2 else (float(parted[half]) + float(parted[:half].max())) / 2
@@ -205,7 +211,7 @@ def _median(values: np.ndarray) -> float:
 def image_scores(
     image: np.ndarray, depth: np.ndarray, valid: np.ndarray, *, larger_is_nearer: bool
 ) -> dict[str, float]:
-    """edges, sky and sharpness of an image (H,W,3) uint8 and the map (H,W) of it."""
+    """edges, sky and sharpness of an image (H,W,3) uint8 and its map (H,W)."""
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     depth, valid = np.ascontiguousarray(depth, dtype=np.float32), np.ascontiguousarray(valid, dtype=bool)
     nearness = _known(depth, valid) if larger_is_nearer else _inverse(depth, valid)
@@ -217,24 +223,25 @@ def image_scores(
 
 
 def _inverse(depth: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """One over the depth, 0 where it is unknown."""
+    """One over the depth, 0 where it is invalid."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return _known(np.reciprocal(depth), valid & (depth > 0))
 
 
 def _known(values: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """The values (H,W) float32, 0 where they are unknown."""
+    """The values (H,W) float32, 0 where they are invalid."""
     return values if valid.all() else cv2.copyTo(values, _mask(valid), np.zeros_like(values))
 
 
 def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> float:
-    """How the image (H,W) uint8 looks at the edges of the map (H,W) float32, which is 0 where it is not valid: 0 if it
-    is steeper there than anywhere else, 0.5 if as anywhere; NaN without edges.
+    """Rank of the contrast of an image (H,W) uint8 at the edges of its map (H,W) float32 (0 where invalid): 0 if it is
+    higher there than anywhere else, 0.5 if it is as elsewhere; NaN without edges.
 
-    Depth Anything 3 leaves out pictures of IRS whose Canny edges do not meet; it gives no thresholds, and with any a
-    textured image meets every edge by chance. Ours: the share of pixels with a larger contrast than a depth edge has,
-    the mean over depth edges; a pixel's contrast is the range of the 5 x 5 around it. Edges are Canny's with 50 and 100
-    in a map whose 2nd to 98th percentile is 0 to 255; one between valid and not is none.
+    Depth Anything 3 leaves out pictures of IRS whose Canny edges do not match; it gives no thresholds, and with any
+    threshold a textured image matches every edge by chance. Ours: the share of pixels with a larger contrast than a
+    depth edge has, averaged over depth edges; a pixel's contrast is the range in its 5 x 5 neighbourhood. Edges are
+    Canny's with thresholds 50 and 100, in a map whose 2nd to 98th percentile is scaled to 0 to 255; edges between valid
+    and invalid pixels do not count.
     """
     count = int(np.count_nonzero(valid))
     if count < LEAST:
@@ -243,29 +250,29 @@ def misalignment(grey: np.ndarray, nearness: np.ndarray, valid: np.ndarray) -> f
     if not high > low:
         return math.nan
     inside = valid if count == valid.size else cv2.erode(_mask(valid), _AROUND).view(bool)
-    # The gradients that Canny would find for itself, in half of its time.
+    # The gradients that Canny would compute itself, in half the time.
     slopes = cv2.spatialGradient(_bytes(nearness, low, high), borderType=cv2.BORDER_REPLICATE)
     edges = cv2.bitwise_and(cv2.Canny(*slopes, 50, 100), _mask(inside)).view(bool)
     contrast = cv2.subtract(cv2.dilate(grey, _AROUND), cv2.erode(grey, _AROUND))
-    found = contrast[edges]
-    if found.size < LEAST:
+    at_edges = contrast[edges]
+    if at_edges.size < LEAST:
         return math.nan
-    every = np.bincount(_sample(contrast, inside), minlength=256)
-    # Ties count half: a flat image says nothing.
-    ranks = (np.cumsum(every) - every / 2) / every.sum()
-    return 1.0 - float(ranks[found].mean())
+    histogram = np.bincount(_sample(contrast, inside), minlength=256)
+    # Ties count half: a flat image gets 0.5.
+    ranks = (np.cumsum(histogram) - histogram / 2) / histogram.sum()
+    return 1.0 - float(ranks[at_edges].mean())
 
 
 def _bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values (H,W) as uint8, low as 0 and high as 255, what is beyond as the nearer of them."""
+    """Scale values (H,W) to uint8: low becomes 0, high 255; values beyond are clipped."""
     scale = 255.0 / (high - low)
     return cv2.addWeighted(values, scale, values, 0.0, -low * scale, dtype=cv2.CV_8U)
 
 
 def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
-    """The share of pixels that are unknown, or no nearer than a hundredth of the range, and joined to the top row."""
+    """The share of pixels, connected to the top row, that are invalid or in the lowest 1 % of the range of nearness."""
     count = int(np.count_nonzero(valid))
-    # A row of sky above the map joins what touches its top, so that one filling finds all.
+    # An added row of sky above the map connects all regions that touch its top, so that one flood fill finds them.
     height, width = valid.shape
     far = np.ones((height + 1, width), bool)
     np.logical_not(valid, out=far[1:])
@@ -280,32 +287,34 @@ def sky_share(nearness: np.ndarray, valid: np.ndarray) -> float:
 
 
 def _mask(valid: np.ndarray) -> np.ndarray:
-    """A bool map as OpenCV wants it: the same bytes, 0 and 1."""
+    """A bool map as uint8 for OpenCV: the same bytes, 0 and 1."""
     return valid.view(np.uint8)
 
 
 def _ends(values: np.ndarray, valid: np.ndarray, count: int) -> tuple[float, float]:
-    """The least and the largest of the valid values (H,W), of which there are `count`."""
+    """Minimum and maximum of the valid values (H,W), of which there are `count`."""
     low, high, _, _ = cv2.minMaxLoc(values, None if count == valid.size else _mask(valid))
     return low, high
 
 
 def _sample(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """About 4096 of the values (H,W) where a mask is, evenly spread."""
+    """About 4096 of the values (H,W) where a mask is set, evenly spread."""
     step = max(1, int(np.count_nonzero(where)) // 4096)
-    while math.gcd(step, values.shape[1]) > 1:  # it would keep to a few columns
+    while math.gcd(step, values.shape[1]) > 1:  # else it would visit only a few columns
         step += 1
     return values.ravel()[::step][where.ravel()[::step]]
 
 
 def _quantiles(values: np.ndarray, *shares: float) -> list[float]:
-    """np.quantile's numbers, sooner."""
+    """The result of np.quantile, faster."""
     ordered = np.sort(values)
-    found = []
+    quantiles = []
     for share in shares:
-        place = share * (ordered.size - 1)
-        below, part = int(place), place % 1
+        position = share * (ordered.size - 1)
+        below, fraction = int(position), position % 1
         first, second = ordered[below], ordered[min(below + 1, ordered.size - 1)]
         step = second - first
-        found.append(float(first + step * np.float64(part) if part < 0.5 else second - step * np.float64(1 - part)))
-    return found
+        quantiles.append(
+            float(first + step * np.float64(fraction) if fraction < 0.5 else second - step * np.float64(1 - fraction))
+        )
+    return quantiles

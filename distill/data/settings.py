@@ -1,4 +1,4 @@
-"""[[images]]: where images come from; distill.data.sources opens them."""
+"""Settings of [[images]], the image sources; distill.data.sources opens them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ class ImageSettings:
     """One source of images: exactly one of tars, photos, pairs, dataset, scenes, bundled_photos."""
 
     tars: str = ""
-    """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs; their folder."""
+    """Tars of photos such as SA-1B's: paths or URLs, with braces ("sa_{000000..000017}.tar") or globs, or their
+    folder."""
     photos: str = ""
     """A folder of photos, or a glob."""
     pairs: str = ""
@@ -24,42 +25,45 @@ class ImageSettings:
     dataset: str = ""
     """A published data set with ground truth, one of `distill list datasets` or a Python file; needs `root`."""
     root: str = ""
-    """Of a data set: its folder, as its authors pack it; `distill index NAME ROOT` comes before."""
+    """For a data set: its folder, laid out as published; run `distill index NAME ROOT` first."""
     index: str = ""
-    """Of a data set: its index, where that is not ROOT/INDEX.NAME.tsv."""
+    """For a data set: its index file, if not ROOT/INDEX.NAME.tsv."""
     scenes: int = 0
     """How many procedural views to render, with their ground truth."""
     bundled_photos: bool = False
     """The photographs that ship inside the scikit-image and scikit-learn wheels."""
     names: str = ""
-    """Of pairs and data sets: a text file with the names to keep, such as `distill filter` writes; all by default."""
+    """For pairs and data sets: a text file with the names to keep, such as `distill filter` writes; default: all."""
     limit: int = 0
-    """Keep the first so many images; 0 keeps all."""
+    """Keep only this many images, the first ones; 0 keeps all."""
     far: float = 0.0
-    """Of ground truth in metres: what is farther is invalid; 0 = no bound. AnyDepth: 100."""
+    """For ground truth in metres: farther values are invalid; 0 = no limit. AnyDepth: 100."""
     size: int = 224
-    """Of scenes: side in pixels of a rendered view."""
+    """For scenes: side of a rendered view in pixels."""
     variety: bool = False
-    """Of scenes: more in each view (clutter, thin structures, people, window frames, repeated texture), and some by
-    night or in fog; the views without it stay what they were. Ours."""
+    """For scenes: add clutter, thin structures, people, window frames and repeated texture, and sometimes night or
+    fog; views without `variety` are unaffected. Ours."""
     teachers: tuple[str, ...] = ()
-    """Who teaches on these images, by alias: ["dav2", "truth"]; an image that one of them cannot label is quarantined.
-    By default every teacher of the recipe, but "truth" only where a source can have it."""
+    """Teachers of these images, by alias: ["dav2", "truth"]; an image that one of them cannot label is quarantined.
+    Default: every teacher of the recipe, but "truth" only where a source can have it."""
     weight: float = 1.0
-    """How much the source counts in training, whose images are drawn by (images * weight) ** (1 /
-    train.source_temperature); 0 labels them and learns nothing of them. Ours."""
+    """Weight of the source in training, which draws sources in proportion to (images * weight) ** (1 /
+    train.source_temperature); with 0 its images are labelled, but not trained on. Ours."""
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder; where nobody is named, as before anybody could be."""
+        """The settings that determine the content of a labels folder.
+
+        Settings added later are left out at their defaults, so that older folders keep their identity.
+        """
         left_out = {"weight"} if self.teachers else {"weight", "teachers"}
-        later = {"dataset", "root", "index", "far", "variety"}
-        found = {key: value for key, value in asdict(self).items() if key not in left_out}
-        return {key: value for key, value in found.items() if value or key not in later}
+        added_later = {"dataset", "root", "index", "far", "variety"}
+        fields = {key: value for key, value in asdict(self).items() if key not in left_out}
+        return {key: value for key, value in fields.items() if value or key not in added_later}
 
     @property
     def may_have_truth(self) -> bool:
-        """Whether images of this source can come with ground truth."""
+        """Whether images of this source can have ground truth."""
         return not (self.tars or self.photos)
 
     def __post_init__(self) -> None:

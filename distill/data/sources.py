@@ -1,8 +1,8 @@
-"""Where images come from: tars, folders, depth pairs, rendered scenes and the photographs that ship in wheels.
+"""Image sources: tars, folders, depth pairs, rendered scenes and the photographs that ship in wheels.
 
 A source is a list of input shards. A shard is scanned (names only) into entries and rejected names, and each entry
-decodes one photo when asked, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
-disk: a tar's members are read where they lie, on this disk or at a URL (distill.data.storage).
+decodes one photo on demand, so that a bad image costs one quarantine line and never a run. Nothing is unpacked to
+disk: a tar's members are read in place, on this disk or at a URL (distill.data.storage).
 
 Shapes: H height, W width of the photo as a viewer shows it, EXIF rotation applied.
 """
@@ -52,10 +52,10 @@ _SAMPLE = 4096  # bytes from the middle of each file
 
 
 def identity(entries: Sequence[Entry]) -> dict[str, str]:
-    """By what files of the same names are told from other ones: hashes of their sizes and of bytes from their middles.
+    """Hashes that detect changed files behind the same names: of their sizes and of bytes from their middles.
 
-    The bytes are only read on this machine; a URL answers too slowly. Empty where the entries have no files. Not the
-    time of change: a copy has another one and is the same. Raises OSError.
+    The bytes are only read from local files; URLs are too slow. Empty where the entries have no files. Modification
+    times are not used, since a copy has another one. Raises OSError.
     """
     sizes, samples = hashlib.sha256(), hashlib.sha256()
     places = [entry.place for entry in entries if entry.place is not None]
@@ -69,7 +69,7 @@ def identity(entries: Sequence[Entry]) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A name that is not an image to use, and why."""
+    """A name that is not a usable image, and the reason."""
 
     origin: str
     key: str
@@ -78,10 +78,10 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a shard holds, in a fixed order, and what was turned away without being read.
+    """The content of a shard, in a fixed order, and what was rejected or skipped without being read.
 
-    passed: how many other files there are that are not ours (captions, films, a system's own), by suffix, sorted:
-    entries + rejected + passed = found.
+    passed: the number of skipped files (captions, videos, system metadata) by suffix, sorted. Every file found is in
+    exactly one of entries, rejected and passed.
     """
 
     entries: tuple[Entry, ...]
@@ -91,9 +91,9 @@ class Scan:
 
 @dataclass(frozen=True, slots=True)
 class InputShard:
-    """A unit of work: one tar, or a run of files. Output shards are named after `stem`.
+    """A unit of work: one tar, or a sequence of files. Output shards are named after `stem`.
 
-    source: the number of the source that it belongs to. teachers: who teaches on its images; none: everybody.
+    source: the index of its source in the recipe. teachers: aliases of those that label its images; empty: all.
     """
 
     stem: str
@@ -105,7 +105,7 @@ class InputShard:
 
 
 def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
-    """Several sources as one; raises ValueError where two shards would write output of one name."""
+    """Concatenate sources; raises ValueError where two shards would write output of the same name."""
     shards = [shard for source in sources for shard in source]
     seen: dict[str, str] = {}
     for shard in shards:
@@ -121,42 +121,42 @@ def combine(*sources: Sequence[InputShard]) -> list[InputShard]:
 
 
 def _paths(patterns: str | Path | Iterable[str | Path], what: str) -> list[Path]:
-    """Every path the patterns name, each once; raises FileNotFoundError for a name or pattern with none behind it."""
+    """Every path that the patterns match, each once; raises FileNotFoundError for a pattern without a match."""
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     paths: dict[Path, None] = {}
     missing: list[str] = []
     for name in (str(Path(name).expanduser()) for pattern in listed for name in storage.expand(str(pattern))):
-        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute ones)
+        matches = [name] if Path(name).exists() else sorted(glob.glob(name, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute patterns)
         if not matches:
             missing.append(name)
         if what == "tar" and Path(name).is_dir() and not (matches := sorted(glob.glob(f"{glob.escape(name)}/*.tar"))):  # noqa: PTH207
-            raise FileNotFoundError(f"{name}: no .tar in this folder{_instead(Path(name))}")
+            raise FileNotFoundError(f"{name}: no .tar in this folder{_tar_advice(Path(name))}")
         paths.update(dict.fromkeys(map(Path, matches)))
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FileNotFoundError(f"{missing[0]}{more}: no such {what}; check the path or pattern in [images]")
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FileNotFoundError(f"{missing[0]}{others}: no such {what}; check the path or pattern in [images]")
     if not paths:
         raise FileNotFoundError(f"[images] names no {what}")
     return list(paths)
 
 
-def _instead(folder: Path) -> str:
-    """What a folder without tars holds, and the way out."""
+def _tar_advice(folder: Path) -> str:
+    """What a folder without tars holds, and what to do about it."""
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    there = f", but {filetypes.counted(map(filetypes.sort_of, names))}" if names else ""
-    if meant := next((name for name in names if ".tar" in name.lower()), ""):
-        return f"{there}: {meant} should be unpacked or joined into a .tar, or get a name that ends in .tar"
-    return f"{there}; photographs that lie in it are `photos`"
+    content = f", but {filetypes.counted(map(filetypes.sort_of, names))}" if names else ""
+    if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
+        return f"{content}: {tar_like} should be unpacked or joined into a .tar, or get a name that ends in .tar"
+    return f"{content}; photographs that lie in it are `photos`"
 
 
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     """One input shard per tar of images, packed as SA-1B packs them (`./sa_1.jpg`, `./sa_1.json`; json is ignored).
 
-    Members that say another field (KEY.depth.png, KEY.mask.png) are passed over, and counted.
+    Members that are another field of a sample (KEY.depth.png, KEY.mask.png) are skipped and counted.
 
-    patterns: paths, folders of tars, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, for a
-    run that goes on where it was killed begins in the middle of a tar. Raises FileNotFoundError for a tar that is named
-    but absent, ValueError for two tars of one name.
+    patterns: paths, folders of tars, globs, brace ranges, and URLs that fsspec reads by byte ranges; not pipes, since a
+    resumed run starts in the middle of a tar. Raises FileNotFoundError for a tar that is named but missing, ValueError
+    for two tars of the same name.
     """
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     if pipes := [p for p in listed if str(p).startswith("pipe:")]:
@@ -171,7 +171,7 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
 
 
 def _scan_tar(path: Path | str) -> Scan:
-    """Every image of a tar; OSError for an address that does not answer, a rejected line for a bad file."""
+    """Scan the images of a tar; OSError for a URL that cannot be read, a rejected line for a bad local file."""
     members: dict[str, tuple[str, str, list[tuple[int, int]]]] = {}
     keys: set[str] = set()
     rejected: list[Rejected] = []
@@ -207,14 +207,14 @@ def _scan_tar(path: Path | str) -> Scan:
             raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not members and not rejected:
-        there = f", but {filetypes.counted(passed)}" if passed else ""
-        rejected.append(Rejected(tar, "", f"the tar holds no images{there}"))
+        content = f", but {filetypes.counted(passed)}" if passed else ""
+        rejected.append(Rejected(tar, "", f"the tar holds no images{content}"))
     entries = [tar_entry(path, key, origin, tuple(copies)) for key, origin, copies in members.values()]
     return Scan(tuple(entries), tuple(rejected), tuple(sorted(passed.items())))
 
 
 def tar_entry(path: Path | str, key: str, origin: str, copies: tuple[tuple[int, int], ...]) -> Entry:
-    """A photo of a tar; copies: (first byte, bytes) of each that the tar has of it."""
+    """A photo of a tar; copies: (offset, size) of every member of that name."""
     return Entry(key, origin, partial(_load_member, path, copies, key, origin), (path, *copies[0]))
 
 
@@ -222,12 +222,12 @@ def _member_problem(member: tarfile.TarInfo) -> str:
     if reason := leaves_root(member.name, "the archive") if member.name.strip("./") else "":
         return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-        way = (
+        advice = (
             ": pack what it points to, by --dereference --hard-dereference" if member.issym() or member.islnk() else ""
         )
         if member.issparse():
             return "not a plain file (it is stored sparse): pack it without --sparse"
-        return f"not a plain file (a link or a device){way}"
+        return f"not a plain file (a link or a device){advice}"
     if reason := filetypes.refusal(member.name):
         return reason
     if not PurePosixPath(member.name).name:
@@ -240,7 +240,7 @@ def _member_problem(member: tarfile.TarInfo) -> str:
 
 
 def _load_member(path: Path | str, copies: Sequence[tuple[int, int]], key: str, origin: str) -> Photo:
-    """The first of the copies (first byte, bytes) that can be decoded; raises the BadImageError of the first."""
+    """The first of the copies (offset, size) that can be decoded; raises the BadImageError of the first copy."""
 
     def read(offset: int, size: int) -> Photo:
         return Photo(key, decode(storage.read_range(path, offset, size)), None, origin)
@@ -258,43 +258,43 @@ def _load_member(path: Path | str, copies: Sequence[tuple[int, int]], key: str, 
 
 
 def folders(patterns: str | Path | Iterable[str | Path], *, per_shard: int = 1000) -> list[InputShard]:
-    """Photos in folders (searched to the bottom) or named by globs, `per_shard` to an input shard, in sorted order.
+    """Photos in folders (searched recursively) or matched by globs, `per_shard` to an input shard, in sorted order.
 
     Raises FileNotFoundError where nothing matches.
     """
-    given: list[tuple[Path, str, Path]] = []  # the folder that was searched, the name in it, the file
+    candidates: list[tuple[Path, str, Path]] = []  # searched folder, name in it, file
     rejected: list[Rejected] = []
     passed: Counter[str] = Counter()
     for path in _paths(patterns, "folder or photo"):
         if not path.is_dir():
-            given.append((path.parent, path.name, path))
+            candidates.append((path.parent, path.name, path))
             continue
         for file in files_below(path):
             inside = file.relative_to(path).as_posix()
             name, refused = f"{path.name}/{printable(inside)}", filetypes.refusal(inside)
-            other = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
-            if filetypes.field(inside) or other:
+            skipped = not filetypes.is_photo(inside) and (filetypes.is_litter(inside) or not refused)
+            if filetypes.field(inside) or skipped:
                 passed[filetypes.sort_of(inside)] += 1
             elif reason := refused or photos.not_a_file(file):
                 rejected.append(Rejected(name, safe_key(file.stem), reason))
             else:
-                given.append((path, inside, file))
-    files = photos.named(given)
+                candidates.append((path, inside, file))
+    files = photos.named(candidates)
     if not files:
-        there = f"; there are {filetypes.counted(passed)}" if passed else ""
-        there += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
-        there += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
-        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){there}")
+        details = f"; there are {filetypes.counted(passed)}" if passed else ""
+        details += ': give the tars as tars = "FOLDER/*.tar"' if ".tar" in passed else ""
+        details += f"; {rejected[0].origin}: {rejected[0].reason}" if rejected else ""
+        raise FileNotFoundError(f"{patterns}: no photos there ({', '.join(SUFFIXES)}){details}")
     names = sorted(files)
-    first = {name.split("/", 1)[0] for name in names}
-    # One folder's own name says nothing about its files; with several it tells equal names apart.
-    shown = [name.split("/", 1)[1] if len(first) == 1 else name for name in names]
-    keys = photos.unique_keys(shown)
+    folder_names = {name.split("/", 1)[0] for name in names}
+    # The folder's name is only needed to distinguish equal names in several folders.
+    key_names = [name.split("/", 1)[1] if len(folder_names) == 1 else name for name in names]
+    keys = photos.unique_keys(key_names)
     entries = [
         Entry(key, name, partial(photos.load_file, files[name], key, name), (files[name], 0, _size(files[name])))
         for key, name in zip(keys, names, strict=True)
     ]
-    return in_shards(safe_key(min(first)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
+    return in_shards(safe_key(min(folder_names)), str(files[names[0]].parent), entries, per_shard, rejected, passed)
 
 
 def _size(path: Path) -> int:
@@ -311,7 +311,7 @@ def in_shards(
     rejected: Sequence[Rejected] = (),
     passed: Mapping[str, int] | None = None,
 ) -> list[InputShard]:
-    """Input shards of `per_shard` entries each: stem_000000, stem_000001, ...; the first reports what is not there."""
+    """Input shards of `per_shard` entries each, stem_000000, ...; the first one carries `rejected` and `passed`."""
     if per_shard < 1:
         raise ValueError(f"per_shard must be at least 1, not {per_shard}")
     runs = [tuple(entries[i : i + per_shard]) for i in range(0, len(entries), per_shard)]
@@ -320,11 +320,11 @@ def in_shards(
     return [InputShard(f"{stem}_{i:06d}", origin, scan) for i, scan in enumerate(scans)]
 
 
-# --- images that come with their depth --------------------------------------------------------------------------------
+# --- images with ground truth -----------------------------------------------------------------------------------------
 
 
 def pairs(table: str | Path, *, names: Sequence[str] | None = None, per_shard: int = 100) -> list[InputShard]:
-    """Photos with measured depth from a table (see distill.data.pairs), in its order; `names` keeps some, for a split.
+    """Photos with measured depth from a table (see distill.data.pairs), in its order; `names` selects a split.
 
     Raises what distill.data.pairs.read_pairs raises: a missing table or file, a faulty row, an unknown name.
     """
@@ -354,16 +354,16 @@ def scenes(
     per_shard: int = 100,
     variety: bool = False,
 ) -> list[InputShard]:
-    """`count` rendered views with exact depth, seeds `seed` to `seed + count - 1`; kind and variety as
-    data.scenes.render's."""
+    """`count` rendered views with exact depth, of seeds `seed` to `seed + count - 1`; kind and variety as for
+    data.scenes.render."""
     if count < 1:
         raise ValueError(f"the number of scenes must be at least 1, not {count}")
     entries = []
-    words = ("varied_" if variety else "") + (f"{kind}_" if kind else "")
+    prefix = ("varied_" if variety else "") + (f"{kind}_" if kind else "")
     for number in range(seed, seed + count):
-        key = f"scene_{words}{number:06d}"
+        key = f"scene_{prefix}{number:06d}"
         entries.append(Entry(key, f"scenes:{number}", partial(_load_scene, number, size, kind, key, variety)))
-    stem = f"scenes_{words}{seed}"
+    stem = f"scenes_{prefix}{seed}"
     return in_shards(stem, stem, entries, per_shard)
 
 
@@ -374,20 +374,19 @@ def _load_scene(number: int, size: tuple[int, int], kind: str | None, key: str, 
     return Photo(key, rgb, truth, f"scenes:{number}", view.focal)
 
 
-# Package, folder, files. The left view of the motorcycle comes with its disparity.
+# Package, folder, files. The left view of the motorcycle has a disparity map.
 _WHEELS = (
     ("skimage", "data", ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")),
     ("sklearn", "datasets/images", ("china.jpg", "flower.jpg")),
 )
-# The camera as scikit-image documents it (Middlebury 2014 `Motorcycle`): depth = f b / (disparity + offset), metres.
+# The camera as documented in scikit-image (Middlebury 2014 `Motorcycle`): depth = f b / (disparity + offset), metres.
 _FOCAL, _BASELINE, _OFFSET = 994.978, 0.193001, 31.086
 
 
 def bundled_photos() -> list[InputShard]:
-    """The photographs inside the scikit-image and scikit-learn wheels, read from the installed files, as one shard.
+    """The photographs in the scikit-image and scikit-learn wheels, read from the installed files, as one shard.
 
-    `motorcycle_left` has metric depth from its stereo disparity. Raises FileNotFoundError if the wheels are not
-    installed.
+    `motorcycle_left` has metric depth from its stereo disparity. Raises FileNotFoundError where a wheel is missing.
     """
     entries = []
     for package, folder, files in _WHEELS:

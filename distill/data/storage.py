@@ -1,6 +1,6 @@
-"""Where an input lies: a path on this machine, or a URL that fsspec reads by byte ranges (https, s3, gs, memory, ...).
+"""Location of an input: a path on this machine, or a URL that fsspec reads by byte ranges (https, s3, gs, memory, ...).
 
-fsspec is optional: nothing here imports it for a path.
+fsspec is optional: a path never imports it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-# Headers of a tar lie a megabyte apart: fsspec's usual five of read-ahead would fetch the whole tar to list it.
+# The headers of a tar are about 1 MB apart: with fsspec's default read-ahead of 5 MB, listing a tar would fetch it all.
 _BLOCK = 2**16
 
 
 MOST_NAMES = 1_000_000
-"""So many names one pattern may stand for."""
+"""The most names that one pattern may expand to."""
 
 
 def expand(pattern: str) -> list[str]:
-    """`sa_{000..017}.tar` -> every name, `{a,b}` -> both; nested and repeated braces too.
+    """Expand `sa_{000..017}.tar` to every name and `{a,b}` to both; braces may be nested and repeated.
 
-    Raises ValueError for a pattern of more than MOST_NAMES, before they are in memory.
+    Raises ValueError for a pattern of more than MOST_NAMES names, before they are all in memory.
     """
     names = list(islice(_expanded(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
@@ -49,7 +49,7 @@ def is_url(name: str | Path) -> bool:
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """Fsspec's file system of a URL and the name in it; ValueError naming what to install."""
+    """The fsspec file system of a URL and the name inside it; ValueError says what to install."""
     try:
         import fsspec.core
     except ImportError as error:
@@ -62,7 +62,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def find_urls(patterns: Iterable[str], what: str) -> list[str]:
-    """Every address that the patterns (braces, `*`) name, each once; FileNotFoundError for one with nothing there."""
+    """Every URL that the patterns (braces, `*`) match, each once; FileNotFoundError for a pattern without a match."""
     urls: dict[str, None] = {}
     for url in (name for pattern in patterns for name in expand(pattern)):
         system, inside = file_system(url)
@@ -86,7 +86,7 @@ def open_place(place: Path | str) -> IO[bytes]:
 
 
 def read_range(place: Path | str, offset: int, size: int) -> bytes:
-    """So many bytes from there on; fewer where the file ends. Raises OSError."""
+    """Read `size` bytes from `offset`; fewer at the end of the file. Raises OSError."""
     if isinstance(place, Path):
         with place.open("rb") as file:
             file.seek(offset)

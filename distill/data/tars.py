@@ -1,4 +1,4 @@
-"""The members of an uncompressed tar where they lie, on this disk or at a URL, read on behind what is damaged."""
+"""List the members of an uncompressed tar in place, on this disk or at a URL; reading continues behind damage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from distill.data.photos import MAX_BYTES
 
 
 def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
-    """Every member of an uncompressed tar with "", and where it is damaged what is wrong, in the order of the file.
+    """Yield (member, "") for every member of an uncompressed tar, and (member or None, problem) where it is damaged.
 
-    The member beside a problem is the one that the end of the file cuts, or None. Behind a damaged header reading goes
-    on at the next whole one, which it searches byte by byte. Raises OSError where the file cannot be read.
+    Pairs come in file order; a problem's member is the one that the end of the file truncates, or None. Behind a
+    damaged header reading continues at the next whole header, found byte by byte. Raises OSError for unreadable files.
     """
     with storage.open_place(path) as file:
         size = file.seek(0, io.SEEK_END)
@@ -42,18 +42,18 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
                 yield None, problem
 
 
-# What tarfile raises on broken headers, which may ask for a negative, endless or infinitely nested read.
+# Exceptions of tarfile on broken headers, which may lead to reads of negative or huge size, or to endless recursion.
 _TAR_ERRORS = (tarfile.TarError, ValueError, EOFError, LookupError, ArithmeticError, MemoryError, RecursionError)
-_END_MARK = 1024 + 10240  # two zero blocks, filled up to a record of 10 KiB
+_END_MARK = 1024 + 10240  # two zero blocks, padded to a record of 10 KiB
 
 
 def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfile.TarInfo, str], None, int | None]:
-    """The members from a header at `at` on; returns the byte where no header is, None where the last member is cut."""
+    """Yield the members from the header at `at` on; return the offset of the first non-header, None if one is cut."""
     file.seek(at)
     with suppress(*_TAR_ERRORS), tarfile.open(fileobj=file, mode="r:", errorlevel=0) as tar:
         while member := tar.next():
             end = min(tar.offset, member.offset_data + member.size)
-            # A size that no file has: the header is as good as broken.
+            # An impossible size: the header is treated as broken.
             if member.size < 0 or tar.offset <= at or (end > size and member.size > MAX_BYTES):
                 break
             if end > size:
@@ -65,14 +65,14 @@ def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfi
 
 
 def _next_header(file: IO[bytes], at: int) -> tuple[int | None, bool]:
-    """Where a header begins behind the block at `at`, None if nowhere, and whether all bytes up to it are zero."""
+    """Offset of the next header behind the block at `at`, None if none, and whether all bytes up to it are zero."""
     file.seek(at)
     start, zeros = at, True
     while chunk := file.read(2**20):
         for magic in re.finditer(rb"ustar", chunk):
-            here = magic.start() - 257
-            if here % 512 == 0 and start + here > at and _is_header(chunk[here : here + 512]):
-                return start + here, zeros and chunk[:here] == bytes(here)
+            header = magic.start() - 257
+            if header % 512 == 0 and start + header > at and _is_header(chunk[header : header + 512]):
+                return start + header, zeros and chunk[:header] == bytes(header)
         zeros = zeros and chunk == bytes(len(chunk))
         start += len(chunk)
     return None, zeros
@@ -86,7 +86,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _gap_problem(at: int, next_header: int | None, size: int, *, zeros: bool) -> str:
-    """What is wrong with the bytes from `at` to the next header, or to the end; "" for a proper end mark."""
+    """What is wrong with the bytes from `at` to the next header, or to the end; "" for a valid end mark."""
     length = (size if next_header is None else next_header) - at
     if next_header is None and length < 512:
         return f"the tar has no end mark: it may have been cut at byte {size}"

@@ -1,15 +1,15 @@
-"""Published data sets with ground truth, read as their authors pack them: one file each, named as the data set is.
+"""Published data sets with ground truth, read as their authors pack them: one module per data set, named after it.
 
-A file has
+A module has
 
-    FACTS                   what the data set is: address, licence, kind of its truth, number of published images
-    groups(root)            names of its scenes or sequences below `root`; none where nothing of it lies there
-    rows(root, group)       the image and depth files of one group, as `Row`s; files are named, not opened
-    read(root, row)         the truth of one image: values (H,W) float32 in the units of FACTS.kind, valid (H,W) bool
+    FACTS                   facts about the data set: address, licence, depth kind, number of published images
+    groups(root)            names of its scenes or sequences below `root`; empty where the data set is not there
+    rows(root, group)       the image and depth files of one group, as `Row`s; no file is opened
+    read(root, row)         ground truth of one image: values (H,W) float32 in the units of FACTS.kind, valid (H,W) bool
 
-`distill index NAME ROOT` walks a data set once and writes its rows down (_index.py); recipes say
-`[[images]] dataset = "hypersim", root = "..."`. Formats of files are distill.data.maps'; here are layouts, units, what
-means nothing, and cameras.
+`distill index NAME ROOT` walks a data set once and stores its rows (_index.py); recipes say
+`[[images]] dataset = "hypersim", root = "..."`. distill.data.maps reads the file formats; these modules know layouts,
+units, invalid values and cameras.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ FOLDER = "distill.data.datasets"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What a data set is. licence: of its images, in words; commercial: whether it allows commercial use.
+    """Facts about a data set. licence: of its images, in words; commercial: whether it allows commercial use.
 
-    images: how many the authors publish, or AnyDepth counts, 0 where nobody says. kept: how many of them AnyDepth
-    trains on after its filter, 0 where it does not use the set; means: its mean s_dist and s_grad. focal: pixels, of an
-    image `width` wide, for all images; 0 where each has its own or nobody says. note: what surprises.
+    images: the number that the authors publish, or that AnyDepth counts; 0 where unknown. kept: the number that
+    AnyDepth trains on after its filter, 0 where it does not use the set; means: its mean s_dist and s_grad. focal: in
+    pixels of an image `width` wide, for all images; 0 where it varies or is unknown. note: peculiarities.
     """
 
     title: str
@@ -50,7 +50,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One image with its truth, not opened yet.
+    """The files of one image and its ground truth, not opened yet.
 
     name: unique in the data set, words and slashes. rgb, depth: paths below the root. focal: pixels of the image as it
     is stored, 0 where unknown. split: the authors' own ("train", "val", ...), "" where there is none.
@@ -65,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rows of one scene or sequence, in order; alone: image files that have no depth file.
+    """The rows of one scene or sequence, in order. alone: image files that have no depth file.
 
     spare: depth files that have no image.
     """
@@ -76,7 +76,7 @@ class Group:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """The files of a folder by name, sorted; none where there is no such folder. Hidden ones are left out."""
+    """The files of a folder by name, sorted, without hidden ones; empty where there is no such folder."""
     if not folder.is_dir():
         return {}
     return {path.name: path for path in sorted(folder.iterdir()) if path.name[0] != "." and path.is_file()}
@@ -96,7 +96,7 @@ def paired(
     prefix: str,
     focal: float = 0.0,
 ) -> Group:
-    """Images and depth files by the same frame, as rows named `prefix`/frame; those without the other are named."""
+    """Pair images and depth files of the same frame, as rows named `prefix`/frame; unpaired files are listed too."""
     rows = [
         Row(f"{prefix}/{frame}", below(root, path), below(root, depths[frame]), focal)
         for frame, path in images.items()
@@ -123,19 +123,21 @@ def stored(root: Path, row: Row) -> np.ndarray:
 
 
 def known(values: np.ndarray, *, below: float = np.inf) -> tuple[np.ndarray, np.ndarray]:
-    """Values (H,W) with what they mean nothing at set to 0, and where they are finite, positive and under a bound."""
+    """Values (H,W) with invalid ones set to 0, and the mask of those that are finite, positive and under a bound."""
     valid = np.isfinite(values) & (values > 0) & (values < below)
     return np.where(valid, values, np.float32(0)).astype(np.float32), valid
 
 
 def frames(files: Mapping[str, Path], start: str, end: str) -> dict[str, Path]:
-    """Files called start + FRAME + end, by FRAME; in numerical order where frames are numbers without zeros."""
-    found = {
+    """Files named start + FRAME + end, by FRAME; in numerical order where frames are numbers without leading zeros."""
+    by_frame = {
         name[len(start) : len(name) - len(end)]: path
         for name, path in files.items()
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end)
     }
-    return dict(sorted(found.items(), key=lambda item: (len(item[0]), item[0]) if item[0].isdigit() else (99, item[0])))
+    return dict(
+        sorted(by_frame.items(), key=lambda item: (len(item[0]), item[0]) if item[0].isdigit() else (99, item[0]))
+    )
 
 
 def unique(groups: Iterable[str]) -> list[str]:

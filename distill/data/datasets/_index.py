@@ -1,8 +1,8 @@
-"""What a data set holds, written down once: a tab-separated file of names, image and depth files, cameras and splits.
+"""Index of a data set: a tab-separated file of names, image and depth files, focal lengths and splits.
 
-A walk over hundreds of thousands of files takes minutes on a network disk, so the index is made once and read from then
-on. Groups (scenes, sequences) are written as they are walked, each with a line that ends it, to a file aside; a run
-that was killed goes on behind the last whole group, and the finished index has the bytes of one that never was killed.
+A walk over hundreds of thousands of files takes minutes on a network disk, so the index is written once and then read.
+Groups (scenes, sequences) are appended to a temporary file as they are walked, each followed by an end line; a run that
+was killed resumes behind the last complete group, and the finished index is byte-identical to an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _END = "#end"
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """An index that was written. rows: images with depth; alone: images without, and spare: depth files without an
-    image, the first of them by name in `examples` and `spare_examples`; resumed: groups that an earlier call had done.
+    """An index that was written. rows: images with depth; alone: images without depth; spare: depth files without an
+    image; `examples` and `spare_examples`: the first of these; resumed: groups that an earlier call had finished.
     """
 
     path: Path
@@ -42,14 +42,14 @@ class Indexed:
 
 
 def place(name: str, root: Path) -> Path:
-    """Where a data set's index lies if nobody says otherwise: INDEX.NAME.tsv in its root."""
+    """The default path of a data set's index: INDEX.NAME.tsv in its root."""
     return root / f"INDEX.{short_name(name)}.tsv"
 
 
 def write(name: str, root: Path, out: Path | None = None, *, report: Report | None = None) -> Indexed:
     """Walks the data set `name` below `root` and writes its index, by default to `place(name, root)`.
 
-    Raises FileNotFoundError where nothing of the data set lies there, ValueError where no image has its depth,
+    Raises FileNotFoundError where the data set is not found there, ValueError where no image has a depth file,
     LookupError for an unknown name.
     """
     plugin = find(FOLDER, name)
@@ -58,11 +58,11 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     path = out or place(name, root)
     groups = sorted(set(plugin.groups(root)))
     if not groups:
-        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; {_whereabouts(plugin, root)}")
+        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; {_where_instead(plugin, root)}")
     aside = files.aside(path)
     with files.naming(path):
         aside.parent.mkdir(parents=True, exist_ok=True)
-        done = _begun(aside, root, groups)
+        done = _finished_groups(aside, root, groups)
         with aside.open("a", encoding="utf-8", newline="") as file:
             if not done:
                 file.write(f"#root\t{root.resolve()}\n")
@@ -76,7 +76,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
 
 
 def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]) -> ValueError:
-    """Of images that all lack their depth, or the other way round: an archive that was not unpacked."""
+    """The error for images without any depth file, or the reverse: probably an archive was not unpacked."""
     first = next(iter([*alone, *spare]), "")
     return ValueError(
         f"{root}: images of {plugin.FACTS.title} without depth, or depth without images (such as {first}), and no "
@@ -85,33 +85,33 @@ def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]
 
 
 def _layout(plugin: Any) -> str:
-    """`its layout is: SCENE/...`: what a plug-in says of its files, without its title."""
-    told = (plugin.__doc__ or "").strip().partition("\n\n")
-    return f"its layout is: {' '.join((told[2] or told[0]).split())[:300]}"
+    """`its layout is: SCENE/...`: the layout in a plug-in's docstring, without its summary line."""
+    parts = (plugin.__doc__ or "").strip().partition("\n\n")
+    return f"its layout is: {' '.join((parts[2] or parts[0]).split())[:300]}"
 
 
-def _whereabouts(plugin: Any, root: Path) -> str:
-    """Where the data set lies instead, what is to be unpacked, or how it should lie."""
+def _where_instead(plugin: Any, root: Path) -> str:
+    """A hint: where the data set lies instead, which archive to unpack, or the expected layout."""
     looked = root.resolve()
-    if there := next((inner for inner in _inner(looked) if _holds(plugin, inner, inner)), None):
-        return f"it lies in {there}: give that"
+    if inside := next((inner for inner in _subfolders(looked) if _holds(plugin, inner, inner)), None):
+        return f"it lies in {inside}: give that"
     if above := next((above for above in looked.parents[:2] if _holds(plugin, above, looked)), None):
         return f"it is a part of what lies in {above}: give that"
     packed = sorted(path.name for path in looked.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
     if packed:
-        more = f" and {len(packed) - 1} more" if packed[1:] else ""
-        return f"{packed[0]}{more} should be unpacked; {_layout(plugin)}"
+        others = f" and {len(packed) - 1} more" if packed[1:] else ""
+        return f"{packed[0]}{others} should be unpacked; {_layout(plugin)}"
     return _layout(plugin)
 
 
 def _holds(plugin: Any, root: Path, within: Path) -> bool:
-    """Whether the first groups of `root` that lie in the folder `within` have rows."""
+    """Whether any of the first three groups of `root` that lie in the folder `within` has rows."""
     groups = (group for group in plugin.groups(root) if (root / group).is_relative_to(within))
     return any(plugin.rows(root, group).rows for group in islice(groups, 3))
 
 
-def _inner(folder: Path) -> Iterator[Path]:
-    """The folders in it, three levels down, those above first; of wide ones the first few."""
+def _subfolders(folder: Path) -> Iterator[Path]:
+    """Subfolders, three levels deep, breadth first: at most 20 of each folder and 100 per level."""
     level = [folder]
     for _ in range(3):
         level = [inner for outer in level for inner in islice(folders_of(outer), 20)][:100]
@@ -119,7 +119,7 @@ def _inner(folder: Path) -> Iterator[Path]:
 
 
 def _lines(group: str, found: Group) -> str:
-    """A group's rows and the line that ends it."""
+    """A group's rows as text, with the line that ends it."""
     text = io.StringIO()
     table = csv.writer(
         text, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, escapechar=None, lineterminator="\n"
@@ -131,8 +131,8 @@ def _lines(group: str, found: Group) -> str:
     return text.getvalue()
 
 
-def _begun(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
-    """The groups that an earlier call finished; what it left of another is cut off. None where it was another walk."""
+def _finished_groups(aside: Path, root: Path, groups: Sequence[str]) -> set[str]:
+    """The groups that an earlier call finished; an incomplete last one is cut off. Empty if root or groups differ."""
     if not aside.is_file():
         return set()
     text = aside.read_text(encoding="utf-8", errors="replace")
@@ -153,7 +153,7 @@ def _finish(
     resumed: int,
     no_pair: Callable[[Sequence[str], Sequence[str]], Exception],
 ) -> Indexed:
-    """The file aside as an index: rows alone, under its name; no_pair: what to raise where there is none."""
+    """Turn the temporary file into the index, which has rows only; no_pair makes the error where there are none."""
     rows = alone = spare = 0
     examples: list[str] = []
     spares: list[str] = []
@@ -175,18 +175,18 @@ def _finish(
                     out.write(line)
                     rows += 1
         if not rows:
-            aside.unlink()  # what is missing may lie there the next time
+            aside.unlink()  # the missing files may be there the next time
             raise no_pair(examples, spares)
     aside.unlink()
     return Indexed(path, rows, len(groups), alone, tuple(examples[:3]), resumed, spare, tuple(spares[:3]))
 
 
 def read(name: str, root: Path, path: Path | None = None, *, names: Iterable[str] | None = None) -> list[Row]:
-    """The rows of an index in its order, or those that `names` lists in theirs.
+    """The rows of an index in its order, or those that `names` lists, in the order of `names`.
 
-    A line of a list is a name of the index, or the image's path as published lists have it (its first word; folders
-    before the root's own may stand before it). Raises FileNotFoundError without an index, ValueError for one that is
-    damaged or for names that it does not have.
+    A line of `names` is a name of the index or, as in published lists, the image's path (the first word of the line;
+    it may begin with folders above the root). Raises FileNotFoundError without an index, ValueError for a damaged one
+    or for unknown names.
     """
     path = path or place(name, root)
     if not path.is_file():
@@ -194,7 +194,7 @@ def read(name: str, root: Path, path: Path | None = None, *, names: Iterable[str
     rows = list(_rows(path))
     if not rows:
         raise ValueError(f"{path}: empty; delete it and run `distill index {name} {root}`")
-    return rows if names is None else _chosen(path, rows, list(names))
+    return rows if names is None else _choose(path, rows, list(names))
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -213,17 +213,17 @@ def _rows(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{path}: line {number} is damaged ({error}); index again") from error
 
 
-def _chosen(path: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+def _choose(path: Path, rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
     by_name = {row.name: row for row in rows} | {row.rgb: row for row in rows}
-    found, unknown = [], []
+    chosen, unknown = [], []
     for name in names:
         word = name.split()[0].removeprefix("./")
         while word not in by_name and "/" in word:
             word = word.partition("/")[2]
         if word in by_name:
-            found.append(by_name[word])
+            chosen.append(by_name[word])
         else:
             unknown.append(name)
     if unknown:
         raise ValueError(f"{path} has no {', '.join(unknown[:3])} ({len(unknown)} names unknown, {len(rows)} known)")
-    return found
+    return chosen

@@ -1,8 +1,8 @@
-"""BlendedMVS, with its extensions + and ++ (Yao et al., CVPR 2020): reconstructed scenes rendered back, 768 x 576.
+"""BlendedMVS, with its extensions + and ++ (Yao et al., CVPR 2020): reconstructed scenes, re-rendered, 768 x 576.
 
 PID/blended_images/IIIIIIII.jpg (IIIIIIII_masked.jpg beside it is not read) and PID/rendered_depth_maps/IIIIIIII.pfm;
-PID/cams/IIIIIIII_cam.txt has the camera. A scene's unit is its reconstruction's own: depth up to scale. 0 is nothing.
-The PIDs may lie in folders of their own (dataset_low_res, BlendedMVS++, ...) below the root.
+PID/cams/IIIIIIII_cam.txt has the camera. Each scene has the unit of its reconstruction: depth up to scale; 0 is
+invalid. The PIDs may lie in folders of their own (dataset_low_res, BlendedMVS++, ...) below the root.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """PID, or dataset_low_res/PID."""
+    """Scenes: PID, or dataset_low_res/PID."""
     for folder in folders_of(root):
         if (folder / "blended_images").is_dir():
             yield folder.name
@@ -46,15 +46,15 @@ def rows(root: Path, group: str) -> Group:
     images = {frame: path for frame, path in images.items() if not frame.endswith("_masked")}
     depths = frames(files_of(folder / "rendered_depth_maps"), "", ".pfm")
     cameras = frames(files_of(folder / "cams"), "", "_cam.txt")
-    found, alone = [], []
+    pairs, alone = [], []
     for frame, path in images.items():
         if frame not in depths:
             alone.append(below(root, path))
             continue
         focal = _focal(cameras[frame]) if frame in cameras else 0.0
-        found.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
+        pairs.append(Row(f"{group}/{frame}", below(root, path), below(root, depths[frame]), focal))
     spare = tuple(below(root, path) for frame, path in depths.items() if frame not in images)
-    return Group(tuple(found), tuple(alone), spare)
+    return Group(tuple(pairs), tuple(alone), spare)
 
 
 def _focal(path: Path) -> float:
@@ -67,5 +67,5 @@ def _focal(path: Path) -> float:
 
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Depth in the scene's own unit."""
+    """Depth in the unit of the scene."""
     return known(stored(root, row))

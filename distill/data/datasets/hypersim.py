@@ -3,10 +3,10 @@
 As published: ai_VVV_NNN/images/scene_cam_XX_final_preview/frame.IIII.tonemap.jpg beside
 ai_VVV_NNN/images/scene_cam_XX_geometry_hdf5/frame.IIII.depth_meters.hdf5, which holds the distance from the camera's
 centre in metres, float16, NaN where nothing was hit. Depth along the optical axis is distance * f / |(x, y, f)| with
-f = 886.81 pixels and x, y of pixel centres (the authors' own formula; scenes with tilted lenses are off by it).
+f = 886.81 pixels and x, y of pixel centres (the authors' formula; it is inexact for scenes with tilted lenses).
 
-As Marigold's and Lotus's preparation writes it: SPLIT/ai_VVV_NNN/rgb_cam_XX_frIIII.png beside depth_plane_..., planar
-depth in millimetres, 16 bits, 0 where nothing is known.
+As Marigold's and Lotus's preprocessing writes it: SPLIT/ai_VVV_NNN/rgb_cam_XX_frIIII.png beside depth_plane_..., planar
+depth in millimetres, 16 bits, 0 where invalid.
 
 Where metadata_images_split_scene_v1.csv lies in the root, images that are not in the public release are left out, and
 each row carries its split.
@@ -45,7 +45,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """ai_001_001/cam_00 of the published layout, train/ai_001_001 of the prepared one."""
+    """Cameras (ai_001_001/cam_00) of the published layout, scenes (train/ai_001_001) of the prepared one."""
     for scene in folders_of(root):
         if scene.name.startswith("ai_"):
             for folder in folders_of(scene / "images"):
@@ -61,22 +61,22 @@ def rows(root: Path, group: str) -> Group:
     if not first.startswith("ai_"):
         files = files_of(root / group)
         images, depths = frames(files, "rgb_", ".png"), frames(files, "depth_plane_", ".png")
-        found = paired(root, images, depths, prefix=group, focal=FOCAL)
-        return replace(found, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, first) for r in found.rows))
+        pairs = paired(root, images, depths, prefix=group, focal=FOCAL)
+        return replace(pairs, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, first) for r in pairs.rows))
     folder = root / first / "images"
     images = frames(files_of(folder / f"scene_{second}_final_preview"), "frame.", ".tonemap.jpg")
     depths = frames(files_of(folder / f"scene_{second}_geometry_hdf5"), "frame.", ".depth_meters.hdf5")
-    found = paired(root, images, depths, prefix=group, focal=FOCAL)
+    pairs = paired(root, images, depths, prefix=group, focal=FOCAL)
     splits = _splits(root / SPLITS)
     if splits is None:
-        return found
-    released = [(row, splits.get((first, second, int(row.name.rpartition("/")[2])))) for row in found.rows]
-    return replace(found, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split))
+        return pairs
+    released = [(row, splits.get((first, second, int(row.name.rpartition("/")[2])))) for row in pairs.rows]
+    return replace(pairs, rows=tuple(Row(r.name, r.rgb, r.depth, r.focal, split) for r, split in released if split))
 
 
 @functools.lru_cache(maxsize=4)
 def _splits(path: Path) -> dict[tuple[str, str, int], str] | None:
-    """The split of every released image by scene, camera and frame; None where the table is not there."""
+    """The split of every released image by scene, camera and frame; None where the table is missing."""
     if not path.is_file():
         return None
     with path.open(newline="", encoding="utf-8") as file:
@@ -101,7 +101,7 @@ def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=4)
 def _planar(height: int, width: int) -> np.ndarray:
-    """(H,W) float32: depth along the axis over distance from the centre, for a whole image at any resolution."""
+    """(H,W) float32 factors from distance to depth along the axis, for a whole image at any resolution."""
     focal = FOCAL * width / WIDTH
     x = np.arange(width) - (width - 1) / 2
     y = np.arange(height) - (height - 1) / 2

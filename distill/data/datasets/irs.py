@@ -1,9 +1,9 @@
 """IRS (Wang et al., ICME 2021): a stereo camera in rendered homes, offices, restaurants and stores, 960 x 540.
 
 CLASS/SCENE/l_N.png, the left picture, beside d_N.exr, its disparity in pixels; numbers without leading zeros. Depth is
-focal * baseline / disparity with focal = 480 pixels (the authors' loader) and a baseline of 0.1 m (of "most of the
-data", say the authors: blackjack2015/IRS#2; a wrong one scales all depth alike). The classes lie in the root, or in
-IRSDataset there, as their lists have it.
+focal * baseline / disparity with focal = 480 pixels (the authors' loader) and a baseline of 0.1 m (for "most of the
+data", according to the authors: blackjack2015/IRS#2; a wrong baseline only scales the depth). The classes lie in the
+root or, as in the authors' lists, in its folder IRSDataset.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Home/ArchVizInterior03, or IRSDataset/Home/..."""
+    """Scenes: Home/ArchVizInterior03, or IRSDataset/Home/..."""
     for top in ("", "IRSDataset"):
-        for one in CLASSES:
-            prefix = f"{top}/{one}" if top else one
+        for scene_class in CLASSES:
+            prefix = f"{top}/{scene_class}" if top else scene_class
             yield from (f"{prefix}/{scene.name}" for scene in folders_of(root / prefix))
 
 
@@ -49,7 +49,7 @@ def rows(root: Path, group: str) -> Group:
 
 
 def read(root: Path, row: Row) -> tuple[np.ndarray, np.ndarray]:
-    """Metres; where the disparity is not positive nothing is known."""
+    """Metres; pixels without positive disparity are invalid."""
     disparity, valid = known(stored(root, row))
     depth = np.float32(FOCAL * BASELINE) / np.where(valid, disparity, np.float32(1))
     return np.where(valid, depth, np.float32(0)), valid

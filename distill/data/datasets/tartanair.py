@@ -1,8 +1,8 @@
 """TartanAir (Wang et al., IROS 2020): flights through thirty rendered worlds, 640 x 480.
 
 ENVIRONMENT/DIFFICULTY/PNNN/image_left/IIIIII_left.png beside .../depth_left/IIIIII_left_depth.npy: metres along the
-axis. The sky is a sphere far away ("e.g. 10000" say the authors): from 1000 m on a value is taken for it (ours). Its
-zip files unpack to ENVIRONMENT/ENVIRONMENT/..., or each into a folder of its own name (image_left/ENVIRONMENT/...
+axis. The sky is a distant sphere ("e.g. 10000", according to the authors): values from 1000 m on count as sky (ours).
+Its zip files unpack to ENVIRONMENT/ENVIRONMENT/..., or each into a folder of its own name (image_left/ENVIRONMENT/...
 and depth_left/ENVIRONMENT/... below DIFFICULTY), which is read too.
 """
 
@@ -34,7 +34,7 @@ FACTS = Facts(
 
 
 def groups(root: Path) -> Iterator[str]:
-    """abandonedfactory/Easy/P000."""
+    """Flights: abandonedfactory/Easy/P000."""
     for world in folders_of(root):
         for difficulty in ("Easy", "Hard"):
             own = f"{difficulty}/image_left/{world.name}/{difficulty}"  # image_left.zip in a folder of its name

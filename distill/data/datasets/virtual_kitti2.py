@@ -1,7 +1,7 @@
 """Virtual KITTI 2 (Cabon et al., 2020): five drives re-rendered in ten weathers and angles, 1242 x 375.
 
 SceneXX/VARIATION/frames/rgb/Camera_C/rgb_IIIII.jpg beside .../frames/depth/Camera_C/depth_IIIII.png: centimetres in 16
-bits. The far plane lies at 655.35 m, the largest code: the sky, and nothing else, so it is invalid. The two archives
+bits. The far plane lies at 655.35 m, the largest code: it holds only the sky and is invalid. The two archives
 may be unpacked into one root, or stay in their own folders (vkitti_2.0.3_rgb, vkitti_2.0.3_depth).
 """
 
@@ -39,7 +39,7 @@ def _top(root: Path, archive: str) -> Path:
 
 
 def groups(root: Path) -> Iterator[str]:
-    """Scene01/clone/Camera_0."""
+    """Cameras: Scene01/clone/Camera_0."""
     for scene in folders_of(_top(root, _ARCHIVES[0])):
         if scene.name.startswith("Scene"):
             for variation in folders_of(scene):
@@ -51,8 +51,8 @@ def rows(root: Path, group: str) -> Group:
     """The frames of one camera."""
     scene, variation, camera = group.split("/")
     rgb, depth = (
-        _top(root, archive) / scene / variation / "frames" / sort / camera
-        for archive, sort in zip(_ARCHIVES, ("rgb", "depth"), strict=True)
+        _top(root, archive) / scene / variation / "frames" / modality / camera
+        for archive, modality in zip(_ARCHIVES, ("rgb", "depth"), strict=True)
     )
     images, depths = frames(files_of(rgb), "rgb_", ".jpg"), frames(files_of(depth), "depth_", ".png")
     return paired(root, images, depths, prefix=group, focal=FOCAL)

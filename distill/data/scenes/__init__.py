@@ -1,8 +1,8 @@
-"""Ray-cast views with exact depth: rooms, corridors, halls, tables, streets and open country. No files.
+"""Ray-cast views with exact depth: rooms, corridors, halls, tables, streets and open country. No files are needed.
 
-`render(seed)` is a pure function: the same bits on every call, whatever the global generators, the number of threads or
-who casts the rays: torch (`reference`), compiled loops (`fused`), which are several times faster and used where numba
-is installed, or a GPU (`gpu`) inside `render_on(device)`. On a CPU it works in one thread: for speed, render in several
+`render(seed)` is a pure function: it returns the same bits whatever the global random state, the number of threads and
+the backend: torch (`reference`), compiled loops (`fused`), which are several times faster and used where numba is
+installed, or a GPU (`gpu`) inside `render_on(device)`. On a CPU a view uses one thread: for speed, render in several
 processes or threads. Colour is anti-aliased (pixel centre and its four corners, weights 1/2 and 1/8); depth is that of
 the pixel's centre alone, so edges stay sharp. Training and the benchmark draw their seeds from disjoint ranges.
 """
@@ -44,19 +44,19 @@ _LAYOUTS: dict[str, tuple[Callable[[Stage], None], float]] = {
     "table": (table, 0.12),
     "hall": (hall, 0.08),
 }
-"""Who builds a kind of view, and its share of all views."""
+"""The function that builds each kind of view, and the kind's share of all views."""
 KINDS = tuple(_LAYOUTS)
 OUTDOORS = ("street", "country")
 _STREAM = 7919
 _VARIETY = 1
-"""Of the second generator of a seed: what `variety` adds."""
+"""Seed suffix of the second generator, which draws what `variety` adds."""
 TRAIN_SEEDS = range(1_000_000, 2_000_000_000)
 BENCHMARK_SEEDS = range(0, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """What a camera saw.
+    """One rendered view.
 
     image: (3,H,W) float32 in [0,1]. depth: (H,W) float32 metres along the optical axis, 0 in the sky.
     valid: (H,W) bool, False in the sky. focal: the camera's, in pixels.
@@ -78,36 +78,36 @@ def _draw_kind(rng: np.random.Generator) -> str:
     return str(rng.choice(KINDS, p=[share for _, share in _LAYOUTS.values()]))
 
 
-_kept: dict[tuple[int, tuple[int, int], str | None, bool], View] | None = None
+_cache: dict[tuple[int, tuple[int, int], str | None, bool], View] | None = None
 
 
 @contextmanager
 def cached_views() -> Iterator[None]:
-    """Inside it a view is rendered once and kept: 0.4 MB for 224 x 224, and what is asked again costs nothing."""
-    global _kept
-    before, _kept = _kept, {} if _kept is None else _kept
+    """Inside this context each view is rendered once and cached: 0.4 MB for 224 x 224."""
+    global _cache
+    outer, _cache = _cache, {} if _cache is None else _cache
     try:
         yield
     finally:
-        _kept = before
+        _cache = outer
 
 
 def render(seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None, variety: bool = False) -> View:
-    """As `render_uncached`, or what was kept of it (see `cached_views`); nobody may write into a view."""
-    if _kept is None:
+    """Render as `render_uncached`, or return the cached view (see `cached_views`); callers must not modify a view."""
+    if _cache is None:
         return render_uncached(seed, size=size, kind=kind, variety=variety)
-    place = (seed, size, kind, variety)
-    if place not in _kept:
-        _kept[place] = render_uncached(seed, size=size, kind=kind, variety=variety)
-    return _kept[place]
+    key = (seed, size, kind, variety)
+    if key not in _cache:
+        _cache[key] = render_uncached(seed, size=size, kind=kind, variety=variety)
+    return _cache[key]
 
 
 def render_uncached(
     seed: int, *, size: tuple[int, int] = (224, 224), kind: str | None = None, variety: bool = False
 ) -> View:
-    """The view of this seed, (height, width) = `size`; `kind` is drawn from the seed too unless it is given.
+    """Render the view of a seed, (height, width) = `size`; `kind` is drawn from the seed too unless it is given.
 
-    variety: the same view with more in it, and sometimes by night or in fog (distill.data.scenes.variety).
+    variety: add objects to the same view, and sometimes night or fog (distill.data.scenes.variety).
     """
     if kind is not None and kind not in _LAYOUTS:
         raise LookupError(f"no kind of view is called {kind!r}; there are: {', '.join(_LAYOUTS)}")

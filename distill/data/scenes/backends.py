@@ -1,4 +1,4 @@
-"""Who casts the rays of a picture: compiled loops or torch on a CPU, or a GPU; all give the same bits."""
+"""Choice of the rendering backend: compiled loops or torch on a CPU, or a GPU; all give the same bits."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from distill.data.scenes.variety import vary
 
 
 def take_picture(stage: Stage, size: tuple[int, int], film: Film) -> tuple[Tensor, Tensor]:
-    """Image (3,H,W) and depth (H,W), inf in the sky, of height x width = `size`; on the CPU."""
+    """Render image (3,H,W) and depth (H,W), inf in the sky, of height x width = `size`; both returned on the CPU."""
     with one_thread():  # thousands of small operations
-        device = _device  # another thread may leave `render_on` meanwhile
+        device = _device  # read once: another thread may leave `render_on` meanwhile
         if device is not None:
             try:
                 if _trusted(device):
                     return _on_gpu(stage, size, film, device)
             except torch.OutOfMemoryError:
-                pass  # the teacher needs it all; the CPU gives the same bits
+                pass  # the teacher uses the memory; the CPU gives the same bits
         return developed(*cpu_path()(stage, size), film)
 
 
 def developed(depth: Tensor, colour: Tensor, film: Film) -> tuple[Tensor, Tensor]:
-    """The picture and its depth, where what `reference.light_up` gives lies."""
+    """The picture and its depth from the output of `reference.light_up`, on the same device."""
     _, _, height, width = colour.shape
     centre, corner = colour[:, 1, : height - 1, : width - 1], colour[:, 0]
     around = corner[:, :-1, :-1] + corner[:, 1:, :-1] + corner[:, :-1, 1:] + corner[:, 1:, 1:]
@@ -52,22 +52,22 @@ _TRIAL_SEED = [7919, 1]
 
 @contextmanager
 def render_on(device: torch.device) -> Iterator[None]:
-    """Inside it this process renders on a GPU where `device` is one that can (distill.data.scenes.gpu).
+    """Inside this context the process renders on `device` if it is a suitable GPU (distill.data.scenes.gpu).
 
-    Its pictures are those of the CPU, to the bit: before the first one that is tried on two views, and where it is not
-    so, or the GPU cannot, there is one warning and the CPU renders.
+    Its pictures are bit-identical to the CPU's: this is checked on two views before the first picture. Where it does
+    not hold, or the GPU fails, there is one warning and the CPU renders.
     """
     global _device
-    before, _device = _device, device if device.type == "cuda" else None
+    outer, _device = _device, device if device.type == "cuda" else None
     try:
         yield
     finally:
-        _device = before
+        _device = outer
 
 
 def _on_gpu(stage: Stage, size: tuple[int, int], film: Film, device: torch.device) -> tuple[Tensor, Tensor]:
-    """As `take_picture`, on a stream of this thread's own: a teacher's work on the GPU is not waited for."""
-    from distill.data.scenes import gpu  # wants Triton
+    """As `take_picture`, on a stream of this thread, so that it does not wait for a teacher's work on the GPU."""
+    from distill.data.scenes import gpu  # imports Triton
 
     with _stream(device):
         image, depth = developed(*gpu.light_up(stage, size, device), film)
@@ -87,7 +87,7 @@ def _stream(device: torch.device) -> Iterator[None]:
 
 
 def _trusted(device: torch.device) -> bool:
-    """Whether this device renders with the CPU's bits; tried once, while other threads wait."""
+    """Whether this device renders the same bits as the CPU; checked once, while other threads wait."""
     with _trying:
         if device not in _trials:
             _trials[device] = _try(device)
@@ -102,12 +102,12 @@ def _try(device: torch.device) -> bool:
             build(stage)
             vary(stage)
             film = draw_film(rng, 40, 56)
-            here = developed(*cpu_path()(stage, (40, 56)), film)
-            if not all(map(torch.equal, _on_gpu(stage, (40, 56), film, device), here)):
+            expected = developed(*cpu_path()(stage, (40, 56)), film)
+            if not all(map(torch.equal, _on_gpu(stage, (40, 56), film, device), expected)):
                 raise ValueError(f"its picture of a {build.__name__} differs from the CPU's")
     except torch.OutOfMemoryError:
-        raise  # says nothing of the pictures: the next view tries again
-    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the CPU is there
+        raise  # inconclusive: the next view checks again
+    except Exception as fault:  # noqa: BLE001  a compiler or driver may raise anything; the CPU is the fallback
         reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
         warnings.warn(f"{device} renders no scenes ({reason}): the CPU does, slower", stacklevel=2)
         return False
@@ -116,12 +116,12 @@ def _try(device: torch.device) -> bool:
 
 @cache
 def cpu_path() -> Callable[[Stage, tuple[int, int]], tuple[Tensor, Tensor]]:
-    """Who casts the rays: compiled loops where numba is installed, torch where not. Both give the same bits."""
+    """The CPU backend: compiled loops where numba is installed, else torch. Both give the same bits."""
     if find_spec("numba") is None:
         return reference.light_up
     try:
         from distill.data.scenes.fused import light_up
-    except (ImportError, KeyError) as error:  # numba refuses so a numpy newer than itself, and an option it lacks
+    except (ImportError, KeyError) as error:  # numba's errors for a too new numpy and an unknown option
         warnings.warn(f"numba does not load, so scenes render several times slower: {error}", stacklevel=2)
         return reference.light_up
     return light_up

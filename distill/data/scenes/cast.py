@@ -1,8 +1,8 @@
-"""Where a ray first meets the world: convex solids, one camera, closed-form depth.
+"""Ray casting: convex solids, one camera, closed-form depth.
 
 Every solid is an intersection of half-spaces and at most one unit quadric |M (p - c)|^2 <= 1 (ellipsoid, cylinder), so
-a ray meets it in one interval and depth needs only + - * / sqrt: bit-identical on any number of threads. Camera rays
-have unit length along the optical axis, so their parameter IS the perpendicular depth.
+a ray intersects it in one interval and depth needs only + - * / sqrt: bit-identical on any number of threads. Camera
+rays have unit length along the optical axis, so the ray parameter is the perpendicular depth.
 
 World axes: x right, y up, z forward, metres. Shapes: V sample grid (any shape), K planes, P solids.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 NEAR, FAR = 0.05, 1000.0
-"""Metres. What is farther than FAR counts as sky."""
+"""Metres. Surfaces beyond FAR count as sky."""
 
 _Vector = tuple[float, float, float]
 Vector = Sequence[float] | np.ndarray
@@ -33,8 +33,8 @@ class Solid:
     """A convex solid.
 
     planes: outward (nx, ny, nz, offset) with n.p <= offset inside. quadric: M (3,3) or None.
-    centre, axes: the frame of its texture; rows of `axes` are its own x, y, z. corners: (8,3) around it, or None if
-    unbounded. shell: seen from inside (a room). casts: throws a shadow.
+    centre, axes: the solid's own frame, also of its texture; rows of `axes` are its x, y, z. corners: (8,3) bounding
+    box, or None if unbounded. shell: seen from inside (a room). casts: whether it casts a shadow.
     """
 
     planes: tuple[tuple[float, float, float, float], ...]
@@ -62,7 +62,7 @@ def _around(centre: Vector, half: Vector, axes: np.ndarray) -> np.ndarray:
 
 def _world_planes(local: np.ndarray, centre: Vector, axes: np.ndarray) -> tuple:
     normals = local[:, :3] @ axes
-    length = np.sqrt(np.add.reduce(normals * normals, axis=1))  # np.linalg.norm's bits, sooner
+    length = np.sqrt(np.add.reduce(normals * normals, axis=1))  # bit-identical to np.linalg.norm, faster
     planes = np.empty((len(local), 4))
     np.divide(normals, length[:, None], out=planes[:, :3])
     np.divide(local[:, 3] + normals @ np.asarray(centre), length, out=planes[:, 3])
@@ -178,23 +178,23 @@ class Camera:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hits:
-    """What each ray meets first. depth: V, inf for sky. surface: V int64, a row of `table`; -1 for sky."""
+    """The first hit of each ray. depth: V, inf for sky. surface: V int64, a row of `surfaces`; -1 for sky."""
 
     depth: Tensor
     surface: Tensor
 
 
 def root(x: Tensor) -> Tensor:
-    """The square root, correctly rounded. torch's own on a CPU is MKL's, and off in its last bit at times."""
+    """The correctly rounded square root. On a CPU torch uses MKL's, whose last bit is sometimes wrong."""
     return x.sqrt() if x.is_cuda else torch.as_tensor(np.sqrt(x.numpy()))
 
 
 def span(
     solid: Solid, origin: Sequence[_Component], ray: Sequence[_Component], *, faces: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Where origin + t ray enters and leaves the solid, and with `faces` by which surface it enters (shell: leaves).
+    """The t where origin + t ray enters and leaves the solid, and with `faces` the surface of entry (shell: of exit).
 
-    Either the origin or the ray is three plain numbers: a camera or lamp, or the sun. enter > leave means a miss.
+    Either the origin (camera, lamp) or the ray (sun) is three plain numbers. enter > leave means a miss.
     """
     enter, leave = torch.tensor(-torch.inf), torch.tensor(torch.inf)
     face = torch.tensor(0) if faces else None
@@ -202,7 +202,7 @@ def span(
         slope = ray[0] * nx + ray[1] * ny + ray[2] * nz
         height = offset - (origin[0] * nx + origin[1] * ny + origin[2] * nz)
         if isinstance(slope, Tensor):
-            # Seen from one point, a plane can only let all rays in or let them all out.
+            # For rays from one point, a plane is crossed inwards by all of them or outwards by all of them.
             outside = height < 0
             at = torch.where(slope < 0 if outside else slope > 0, height / slope, torch.inf)
         else:
@@ -222,7 +222,7 @@ def span(
     o = [sum(m[i][j] * (origin[j] - solid.centre[j]) for j in range(3)) for i in range(3) if any(m[i])]
     d = [sum(m[i][j] * ray[j] for j in range(3)) for i in range(3) if any(m[i])]
     squared = torch.as_tensor(sum(a * a for a in d)).clamp(min=1e-20)
-    # Nearest point to the axis first, then half a chord: b^2 - 4ac would lose its digits far from the camera.
+    # The point nearest to the centre or axis, then half a chord: b^2 - 4ac would lose precision far from the camera.
     nearest = -sum(a * b for a, b in zip(o, d, strict=True)) / squared
     chord = 1.0 - sum((a + nearest * b).square() for a, b in zip(o, d, strict=True))
     reach = torch.where(chord > 0, chord.clamp(min=0) / squared, -1.0)
@@ -233,20 +233,20 @@ def span(
 
 
 def windows(solids: Sequence[Solid], camera: Camera, height: int, width: int) -> np.ndarray:
-    """The part of the sample grid that each solid can touch: (P,4) int64, rows [0] to [1], columns [2] to [3].
+    """The part of the sample grid that each solid can cover: (P,4) int64, rows [0] to [1], columns [2] to [3].
 
-    A pixel more on every side; empty where the solid lies behind the camera or outside the picture.
+    With a margin of one pixel; empty where the solid lies behind the camera or outside the picture.
     """
-    found = np.tile(np.array([0, height + 1, 0, width + 1]), (len(solids), 1))
+    regions = np.tile(np.array([0, height + 1, 0, width + 1]), (len(solids), 1))
     bounded = [i for i, solid in enumerate(solids) if solid.corners is not None and not solid.shell]
     if not bounded:
-        return found
+        return regions
     corners = np.array([solids[i].corners for i in bounded])
-    seen = (corners - np.asarray(camera.position)) @ camera.axes.T
-    near, far = seen[..., 2].min(1), seen[..., 2].max(1)
-    ahead = np.where(near[:, None] < NEAR, 1.0, seen[..., 2])
-    columns = seen[..., 0] / ahead * camera.focal * width + width / 2
-    rows = height / 2 - seen[..., 1] / ahead * camera.focal * width
+    in_camera = (corners - np.asarray(camera.position)) @ camera.axes.T
+    near, far = in_camera[..., 2].min(1), in_camera[..., 2].max(1)
+    ahead = np.where(near[:, None] < NEAR, 1.0, in_camera[..., 2])
+    columns = in_camera[..., 0] / ahead * camera.focal * width + width / 2
+    rows = height / 2 - in_camera[..., 1] / ahead * camera.focal * width
     limits = np.stack(
         [
             np.clip(np.floor(rows.min(1)) - 1, 0, height + 1),
@@ -256,9 +256,9 @@ def windows(solids: Sequence[Solid], camera: Camera, height: int, width: int) ->
         ],
         axis=1,
     ).astype(np.int64)
-    limits = np.where(near[:, None] < NEAR, found[bounded], limits)
-    found[bounded] = np.where(far[:, None] < NEAR, 0, limits)
-    return found
+    limits = np.where(near[:, None] < NEAR, regions[bounded], limits)
+    regions[bounded] = np.where(far[:, None] < NEAR, 0, limits)
+    return regions
 
 
 def cast(solids: Sequence[Solid], camera: Camera, rays: tuple[Tensor, Tensor, Tensor]) -> Hits:
@@ -284,7 +284,7 @@ def cast(solids: Sequence[Solid], camera: Camera, rays: tuple[Tensor, Tensor, Te
 
 @dataclass(frozen=True, slots=True)
 class Surfaces:
-    """One row per surface of every solid, in the order `cast` counts them.
+    """One row per surface of every solid, in the order in which `cast` numbers them.
 
     gradient: (S,3,3) and constant (S,3): the normal at p is along gradient @ (p - centre) + constant.
     centre (S,3), axes (S,3,3), material (S,) int64.
@@ -305,7 +305,7 @@ class _Rows:
 
 
 def surfaces(solids: Sequence[Solid]) -> Surfaces:
-    """The table that `Hits.surface` points into."""
+    """The table that `Hits.surface` indexes."""
     rows = _Rows()
     for solid in solids:
         sign = -1.0 if solid.shell else 1.0
@@ -328,9 +328,9 @@ def surfaces(solids: Sequence[Solid]) -> Surfaces:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Neighbouring solids in one bounding sphere, so that a shadow ray can pass them all by at once.
+    """Neighbouring solids in one bounding sphere, so that one test can exclude them all for a shadow ray.
 
-    solids: each with the middle and radius of its own sphere.
+    solids: each with the middle and radius of its own bounding sphere.
     """
 
     middle: np.ndarray
@@ -343,29 +343,29 @@ def _length(vector: np.ndarray) -> float:
 
 
 def clusters(solids: Sequence[Solid]) -> tuple[Cluster, ...]:
-    """The shadow casters, gathered in the order they were added while they stay close to each other."""
+    """The shadow casters in the order in which they were added; successive ones that are close form a cluster."""
     gathered: list[Cluster] = []
     low, high = np.zeros(3), np.zeros(3)
     casting = [(solid, solid.corners) for solid in solids if solid.casts and solid.corners is not None]
-    corners = np.array([its for _, its in casting]).reshape(-1, 8, 3)
-    for (solid, _), small, large in zip(casting, corners.min(1), corners.max(1), strict=True):
-        alone = _length(large - small) / 2
+    corners = np.array([solid_corners for _, solid_corners in casting]).reshape(-1, 8, 3)
+    for (solid, _), lowest, highest in zip(casting, corners.min(1), corners.max(1), strict=True):
+        own_radius = _length(highest - lowest) / 2
         if gathered:
-            joined_low, joined_high = np.minimum(low, small), np.maximum(high, large)
-            joined = _length(joined_high - joined_low) / 2
-            if joined < 1.5 * max(alone, gathered[-1].radius) + 0.1 and len(gathered[-1].solids) < 16:
+            joined_low, joined_high = np.minimum(low, lowest), np.maximum(high, highest)
+            joined_radius = _length(joined_high - joined_low) / 2
+            if joined_radius < 1.5 * max(own_radius, gathered[-1].radius) + 0.1 and len(gathered[-1].solids) < 16:
                 low, high = joined_low, joined_high
                 gathered[-1] = Cluster(
-                    (low + high) / 2, joined, (*gathered[-1].solids, (solid, (small + large) / 2, alone))
+                    (low + high) / 2, joined_radius, (*gathered[-1].solids, (solid, (lowest + highest) / 2, own_radius))
                 )
                 continue
-        low, high = small, large
-        gathered.append(Cluster((low + high) / 2, alone, ((solid, (low + high) / 2, alone),)))
+        low, high = lowest, highest
+        gathered.append(Cluster((low + high) / 2, own_radius, ((solid, (low + high) / 2, own_radius),)))
     return tuple(gathered)
 
 
 def across(light: _Vector) -> np.ndarray:
-    """(2,3): two unit axes across the direction of a sun's light, and across each other."""
+    """(2,3): two unit axes perpendicular to the direction of a sun's light and to each other."""
     first = np.cross(light, (1.0, 0.0, 0.0) if abs(light[0]) < 0.7 else (0.0, 1.0, 0.0))
     first /= np.linalg.norm(first)
     return np.array([first, np.cross(light, first)])
@@ -374,20 +374,20 @@ def across(light: _Vector) -> np.ndarray:
 def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, *, sun: bool) -> Tensor:
     """Whether each point (x, y, z each (N,)) is hidden from the light: (N,) bool.
 
-    light: the unit direction towards the sun, or a lamp's position. Points should sit a little off their surface.
+    light: the unit direction towards the sun, or a lamp's position. Points should lie slightly above their surface.
     """
     hidden = torch.zeros_like(points[0], dtype=torch.bool)
     if sun:
         axes = across(light)
-        ways = [points[0] * a[0] + points[1] * a[1] + points[2] * a[2] for a in axes.tolist()]
+        coordinates = [points[0] * a[0] + points[1] * a[1] + points[2] * a[2] for a in axes.tolist()]
         lines = list(points)
     else:
         lines = [points[i] - light[i] for i in range(3)]
         length = root(lines[0] * lines[0] + lines[1] * lines[1] + lines[2] * lines[2])
-        ways = [line / length for line in lines]
+        coordinates = [line / length for line in lines]
 
     def reach(middle: np.ndarray, radius: float, way: Sequence[Tensor]) -> Tensor:
-        """Which of the points may lie in the shadow of a sphere."""
+        """Indices of the points, given by coordinates (sun) or unit directions (lamp), that a sphere may shadow."""
         if sun:
             a, b = (axes @ middle).tolist()
             chosen = (way[0] - a).square() + (way[1] - b).square() < radius**2
@@ -400,10 +400,10 @@ def shadow(groups: Sequence[Cluster], points: Sequence[Tensor], light: _Vector, 
         return torch.nonzero(chosen)[:, 0]
 
     for group in groups:
-        near = reach(group.middle, group.radius, ways)
+        near = reach(group.middle, group.radius, coordinates)
         if len(near) == 0:
             continue
-        way, line = [w[near] for w in ways], [x[near] for x in lines]
+        way, line = [c[near] for c in coordinates], [x[near] for x in lines]
         dark = torch.zeros_like(near, dtype=torch.bool)
         for solid, middle, radius in group.solids:
             chosen = reach(middle, radius, way)

@@ -1,8 +1,8 @@
-"""What a camera makes of light: white balance, exposure, tone curve, vignette, noise, eight bits.
+"""Camera model, from linear light to pixels: white balance, exposure, tone curve, vignette, noise, eight bits.
 
-What chance decides is drawn before the light is known, so that a picture can be developed twice, on any device, with
-the same bits: every line is one operation in float32, and none divides a tensor by a plain number, for which a GPU
-would multiply by its reciprocal.
+All random numbers are drawn before the light is known, so that a picture can be developed twice, on any device, with
+the same bits: all operations are single float32 ones, and none divides a tensor by a Python number, for which a GPU
+would multiply by the reciprocal.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from distill.data.scenes.cast import root
 
 @dataclass(frozen=True, slots=True)
 class Film:
-    """How a picture of H x W will be developed. balance: (3,) float32. grain: (3,H,W) float32, about 1 in deviation.
+    """Parameters for developing a picture of H x W. balance: (3,) float32. grain: (3,H,W) float32 noise, deviation ~1.
 
-    corner: how much darker the corners are. shoulder: the light that becomes white. colourful: 1 as it is, 0 grey.
-    noise: deviation that the grain is given, in full scales.
+    corner: darkening of the corners. shoulder: the light that becomes white. colourful: saturation, 0 for grey.
+    noise: standard deviation of the grain in the picture, as a fraction of full scale.
     """
 
     balance: Tensor
@@ -35,7 +35,7 @@ class Film:
 
 
 def draw_film(rng: np.random.Generator, height: int, width: int) -> Film:
-    """A film, by lot."""
+    """Draw a random film."""
     balance = torch.tensor(1 + rng.normal(0, 0.06, 3), dtype=torch.float32)
     exposure = float(rng.lognormal(-1.15, 0.35))
     corner = float(rng.uniform(0, 0.25)) if rng.random() < 0.5 else 0.0
@@ -53,7 +53,7 @@ def draw_film(rng: np.random.Generator, height: int, width: int) -> Film:
 
 
 def develop(film: Film, linear: Tensor) -> Tensor:
-    """The picture (3,H,W) in [0,1] of linear light (3,H,W), where that lies."""
+    """Develop linear light (3,H,W) to a picture (3,H,W) in [0,1], on the same device."""
     _, height, width = linear.shape
     device = linear.device
 

@@ -1,6 +1,6 @@
-"""Furniture, small things, plants and people, each from a few convex solids at real-world size.
+"""Furniture, small objects, plants and people, each made of a few convex solids at real-world size.
 
-Every function takes the stage, a place on the floor (x, height, z) and a yaw, and adds the thing's solids.
+Every function takes the stage, a place on the floor (x, height, z) and a yaw, and adds the object's solids.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Place = tuple[float, float, float]
 
 
 def at(place: Place, frame: np.ndarray, x: float, y: float, z: float) -> Place:
-    """The world position of a point in a thing's own frame."""
+    """The world position of a point in an object's own frame."""
     east, up, north = (np.asarray(place) + np.array([x, y, z]) @ frame).tolist()
     return east, up, north
 
@@ -87,7 +87,7 @@ def small(stage: Stage, place: Place, scale: float) -> None:
 
 
 def table(stage: Stage, place: Place, yaw: float) -> None:
-    """A table, set with small things."""
+    """A table with small objects on it."""
     frame, wood = turn(yaw), _wooden(stage)
     long, deep, high = stage.uniform(0.4, 1.0), stage.uniform(0.3, 0.5), stage.uniform(0.45, 0.8)
     stage.part(frame, place, (0, high - 0.02, 0), (long, 0.02, deep), wood)
@@ -149,7 +149,7 @@ def bed(stage: Stage, place: Place, yaw: float) -> None:
 
 
 def shelf(stage: Stage, place: Place, yaw: float) -> None:
-    """A bookcase: boards, and books or things on them."""
+    """A bookcase: boards with books or objects on them."""
     frame, wood = turn(yaw), _wooden(stage)
     wide, high, deep = stage.uniform(0.3, 0.8), stage.uniform(0.8, 2.1), stage.uniform(0.13, 0.22)
     boards = max(2, int(high / stage.uniform(0.28, 0.45)))
@@ -191,7 +191,7 @@ def cabinet(stage: Stage, place: Place, yaw: float) -> None:
 
 
 def counter(stage: Stage, place: Place, yaw: float) -> None:
-    """A kitchen counter or sideboard: doors, a worktop and what stands on it."""
+    """A kitchen counter or sideboard: doors, a worktop and objects on it."""
     frame, front = turn(yaw), _wooden(stage)
     wide, high = stage.uniform(0.5, 1.4), stage.uniform(0.35, 0.47)
     stage.part(frame, place, (0, high, -0.02), (wide, high, 0.28), front)
@@ -258,7 +258,7 @@ def crates(stage: Stage, place: Place, yaw: float) -> None:
 
 
 def clutter(stage: Stage, place: Place, yaw: float) -> None:
-    """One thing on the floor: ball, bin, bag."""
+    """One object on the floor: ball, bin, bag."""
     small(stage, place, stage.uniform(0.2, 0.6))
 
 
@@ -306,4 +306,4 @@ INDOOR: dict[Thing, float] = {
     clutter: 0.25,
     person: 0.3,
 }
-"""Things for a room, with the radius of floor that each needs."""
+"""Objects for a room, with the radius of floor that each needs."""

@@ -1,7 +1,7 @@
 """Rooms, corridors, halls and table tops: four walls around the origin, the floor at height 0.
 
-All sizes are metres and those of the real world, so that the depth a network learns here is worth something
-outside. The camera stands where people and robots carry cameras.
+All sizes are real-world sizes in metres, so that the depth learnt here transfers to photographs. The camera is placed
+where people and robots carry cameras.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from distill.data.scenes.stage import Light, Stage
 
 
 def _shell(stage: Stage, half: tuple[float, float, float], *, plain: float = 0.6) -> None:
-    """Floor, ceiling and walls around the origin, floor at 0."""
+    """Add floor, ceiling and walls around the origin, floor at height 0."""
     hx, hy, hz = stage.bounds = half
     wall = stage.material(
         "plain", "noise", "stripes", "bricks", "tiles", "planks", "dots", repeat=(0.8, 3.0), contrast=0.15, wear=0.6
@@ -50,7 +50,7 @@ def _shell(stage: Stage, half: tuple[float, float, float], *, plain: float = 0.6
 
 
 def _wall_place(stage: Stage, hx: float, hz: float, inset: float) -> tuple[float, float, float]:
-    """A spot along a wall (x, z) and the yaw that looks away from it."""
+    """A random place along a wall (x, z), and the yaw that faces away from the wall."""
     side, along = int(stage.rng.integers(4)), stage.uniform(-0.8, 0.8)
     return [
         (-(hx - inset), along * hz, math.pi / 2),
@@ -61,16 +61,16 @@ def _wall_place(stage: Stage, hx: float, hz: float, inset: float) -> tuple[float
 
 
 def _decorate(stage: Stage, half: tuple[float, float, float], count: int) -> None:
-    """Doors, windows, pictures, screens and wall shelves."""
+    """Add doors, windows, pictures, screens and wall shelves."""
     edge = stage.material("plain", "wood", contrast=0.2)
     for _ in range(count):
         x, z, yaw = _wall_place(stage, half[0], half[2], 0.0)
-        what = float(stage.rng.random())
-        if what < 0.15:
+        kind = float(stage.rng.random())
+        if kind < 0.15:
             _door(stage, (x, 0.0, z), yaw, edge)
-        elif what < 0.35:
+        elif kind < 0.35:
             _window(stage, (x, min(1.5, half[1]), z), yaw, edge)
-        elif what < 0.75:
+        elif kind < 0.75:
             _picture(stage, (x, min(stage.uniform(1.2, 1.8), 1.5 * half[1]), z), yaw, edge)
         else:
             _wall_shelf(stage, (x, min(stage.uniform(0.9, 1.7), 1.5 * half[1]), z), yaw)
@@ -131,7 +131,7 @@ def _wall_shelf(stage: Stage, at: tuple[float, float, float], yaw: float) -> Non
 
 
 def _lamps(stage: Stage, half: tuple[float, float, float], count: int) -> None:
-    """Ceiling or standing lamps with their light, and the soft light of everything else."""
+    """Add ceiling or standing lamps with their lights, and ambient light."""
     hx, hy, hz = half
     bright = stage.uniform(0.15, 0.55)
     stage.ambient = (stage.warmth(bright), stage.warmth(bright * stage.uniform(0.5, 0.9)))
@@ -142,7 +142,9 @@ def _lamps(stage: Stage, half: tuple[float, float, float], count: int) -> None:
             y = min(stage.uniform(1.2, 1.9), 2 * hy - 0.3)
             stage.add(cylinder((x, y / 2 - 0.1, z), 0.02, y / 2 - 0.1, stage.material("plain")))
         bulb = stage.material("plain", base=np.array([0.95, 0.9, 0.8]), glow=3.0, contrast=0.05)
-        stage.add(ellipsoid((x, y, z), (0.12, 0.09, 0.12), bulb, casts=False))  # or it would stand in its own light
+        stage.add(
+            ellipsoid((x, y, z), (0.12, 0.09, 0.12), bulb, casts=False)
+        )  # else the bulb would shadow its own light
         stage.lights.append(
             Light(place=(x, y, z), colour=stage.warmth(stage.uniform(0.5, 1.6)), reach=stage.uniform(1.2, 4.0))
         )
@@ -159,7 +161,7 @@ _INSETS: dict[furniture.Thing, float] = {
 
 
 def _furnish(stage: Stage, hx: float, hz: float, count: int) -> None:
-    """Things along the walls and on the floor, as many as find room; sometimes a rug."""
+    """Add furniture along the walls and on the floor, as much as fits; sometimes a rug."""
     if stage.chance(0.4):
         rug = stage.material("plaid", "dots", "stripes", "noise", "collage", "blotches", repeat=(0.5, 2.5))
         spot = (stage.uniform(-0.4, 0.4) * hx, 0.0, stage.uniform(-0.4, 0.4) * hz)
@@ -178,7 +180,7 @@ def _furnish(stage: Stage, hx: float, hz: float, count: int) -> None:
 
 
 def _indoor_camera(stage: Stage, half: tuple[float, float, float], *, back: float) -> None:
-    """A camera near the edge, looking across."""
+    """Place the camera near a wall, looking across the room."""
     hx, hy, hz = half
     angle = stage.uniform(0, 2 * math.pi)
     x, z = math.sin(angle) * hx * back, math.cos(angle) * hz * back

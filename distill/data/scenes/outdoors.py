@@ -1,4 +1,4 @@
-"""Streets and open country under a sun: the camera at the origin, looking along +z, the ground at height 0."""
+"""Streets and open country under a sun: camera near the origin, looking along +z, ground at height 0."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distill.data.scenes.stage import Light, Stage
 
 
 def _outdoors(stage: Stage) -> None:
-    """Sun, sky, haze and the light that they give."""
+    """Set up sun, sky, haze and ambient light."""
     blue = np.array([0.18, 0.36, 0.78]) * stage.uniform(0.5, 1.3)
     horizon = np.array([0.7, 0.78, 0.88]) * stage.uniform(0.6, 1.1)
     height, overcast = stage.uniform(0.12, 1.3), stage.chance(0.3)
@@ -52,7 +52,7 @@ def street(stage: Stage) -> None:
             block((side * (road + walk + 15), 0.06, 100), (walk / 2 + 15 + walk / 2, 0.06, 200), paving, casts=False)
         )
     wide = road + walk
-    # On the road as a driver sees it, or on the pavement as a walker does.
+    # The view of a driver on the road, or of a pedestrian on the pavement.
     driver = stage.chance(0.5)
     x = (
         stage.uniform(-0.6, 0.6) * road

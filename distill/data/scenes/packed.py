@@ -1,9 +1,9 @@
-"""A stage as flat arrays for compiled loops (`fused`) and a GPU's kernels (`gpu`).
+"""Conversion of a stage to flat arrays for compiled loops (`fused`) and a GPU's kernels (`gpu`).
 
-They hold the numbers that the torch path would compute with. Whatever torch works out once per solid in double
-precision (which side of a plane a lamp is on, a lamp's place in the frame of an ellipsoid) is worked out here in double
-precision, in the same order, and rounded to float32 where torch rounds: when it first meets a float32 tensor.
-P solids, K planes, S surfaces, L lamps; of the solids that cast shadows, C in G clusters, with Q planes.
+They hold the same numbers that the torch path computes with. What it computes once per solid in double precision
+(the side of a plane that a lamp is on, a lamp's position in the frame of an ellipsoid) is computed here in double
+precision too, in the same order, and rounded to float32 where torch rounds: in the first operation with a float32
+tensor. P solids, K planes, S surfaces, L lamps; C solids that cast shadows, in G clusters, with Q planes.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distill.data.scenes.stage import Light, Stage
 
 
 class Solids(NamedTuple):
-    """For the first hit, as seen from the camera.
+    """Solids as seen from the camera, for the first hit.
 
-    windows: (P,4) int64, as `cast.windows`. first: (P+1,) int64 plane counts summed up. surface: (P,) int64 the first
-    of each. shell, round: (P,) bool; round: has a quadric. planes: (K,4) float32 normal and height of the camera below
-    each. outside: (K,) bool. quadric: (P,3,3), eye: (P,3) float32 the camera in the quadric's frame.
+    windows: (P,4) int64, as `cast.windows`. first: (P+1,) int64 index of each solid's first plane. surface: (P,) int64
+    index of its first surface. shell, round: (P,) bool; round: has a quadric. planes: (K,4) float32 normal and depth of
+    the camera below the plane. outside: (K,) bool. quadric: (P,3,3), eye: (P,3) float32 camera in the quadric's frame.
     """
 
     windows: np.ndarray
@@ -39,10 +39,10 @@ class Solids(NamedTuple):
 
 
 class Casters(NamedTuple):
-    """What casts shadows, cluster by cluster.
+    """The solids that cast shadows, cluster by cluster.
 
-    group: (G+1,) int64 members summed up. first: (C+1,) int64 planes summed up. round: (C,) bool. quadric: (C,3,3),
-    centre: (C,3) float32.
+    group: (G+1,) int64 index of each cluster's first member. first: (C+1,) int64 index of each caster's first plane.
+    round: (C,) bool. quadric: (C,3,3), centre: (C,3) float32.
     """
 
     group: np.ndarray
@@ -55,11 +55,11 @@ class Casters(NamedTuple):
 class Lamps(NamedTuple):
     """The lights, and the casters as each light sees them.
 
-    sun: (L,) bool. place, colour: (L,3). reach: (L,) squared. axes: (L,2,3) across the sun's light. spheres: (L,4,G)
-    and members: (L,C,4) bounds of clusters and casters: direction and cosine (sun: two coordinates, squared radius,
-    nothing). planes: (L,Q,4) normal and height of the lamp below each (sun: normal and offset). slope: (L,Q) of the
-    sun's rays on each. outside: (L,Q) bool. eye: (L,C,3) the lamp (sun: its direction) in the quadric's frame. squared:
-    (L,C) length of the direction there. All float32 but the bools.
+    sun: (L,) bool. place, colour: (L,3). reach: (L,) squared. axes: (L,2,3) perpendicular to the sun's light. spheres:
+    (L,4,G) and members: (L,C,4) bounding cones of clusters and casters: direction and cosine (sun: two coordinates,
+    squared radius, unused). planes: (L,Q,4) normal and depth of the lamp below the plane (sun: normal and offset).
+    slope: (L,Q) of the sun's rays on each plane. outside: (L,Q) bool. eye: (L,C,3) the lamp (sun: its direction) in the
+    quadric's frame. squared: (L,C) squared length of the direction there. All float32 except the bools.
     """
 
     sun: np.ndarray
@@ -78,7 +78,7 @@ class Lamps(NamedTuple):
 
 class Looks(NamedTuple):
     """surface: (S,24) float32: gradient, constant, centre, axes. material: (S,) int64. pattern, numbers: as
-    `texture.table`. bank: (texels,2) float32. levels: (9,2) int64: size and offset of every mip level.
+    `texture.table`. bank: (texels,2) float32. levels: (9,2) int64: size and offset of each mip level.
     """
 
     surface: np.ndarray
@@ -92,8 +92,8 @@ class Looks(NamedTuple):
 class Air(NamedTuple):
     """ambient: (2,3) from above and below. bounds: (1,3) of a room, or (0,3). haze: metres or 0. horizon, zenith: (3,).
 
-    clouds: their cover. cloud_pattern, stain_pattern, stride: places in the bank. pixel: its angle. All float32 but the
-    places.
+    clouds: their cover. cloud_pattern, stain_pattern, stride: positions in the bank. pixel: its size at 1 m.
+    All float32 except the positions.
     """
 
     ambient: np.ndarray
@@ -108,11 +108,11 @@ class Air(NamedTuple):
     pixel: np.float32
 
 
-def _singles(values: object) -> np.ndarray:
+def _float32(values: object) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.float32)
 
 
-def _sums(counts: Sequence[int]) -> np.ndarray:
+def _offsets(counts: Sequence[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(np.asarray(counts, dtype=np.int64))]).astype(np.int64)
 
 
@@ -120,12 +120,12 @@ _Number = np.ndarray | np.float64
 
 
 def _weighted(rows: np.ndarray, x: _Number, y: _Number, z: _Number) -> np.ndarray:
-    """rows (...,3) times a point, added up from the left as Python and torch do."""
+    """Dot product of rows (...,3) with a point, summed from the left as Python and torch do."""
     return rows[..., 0] * x + rows[..., 1] * y + rows[..., 2] * z
 
 
 class _Shapes(NamedTuple):
-    """first: (P+1,) planes summed up. planes: (K,4). round: (P,). quadric: (P,3,3), zeros without. centre: (P,3)."""
+    """first: (P+1,) plane offsets. planes: (K,4). round: (P,). quadric: (P,3,3), 0 if none. centre: (P,3)."""
 
     first: np.ndarray
     planes: np.ndarray
@@ -137,7 +137,7 @@ class _Shapes(NamedTuple):
 def _shapes(solids: Sequence[Solid]) -> _Shapes:
     none = np.zeros((3, 3))
     return _Shapes(
-        first=_sums([len(s.planes) for s in solids]),
+        first=_offsets([len(s.planes) for s in solids]),
         planes=np.array([plane for s in solids for plane in s.planes], dtype=np.float64).reshape(-1, 4),
         round=np.array([s.quadric is not None for s in solids], dtype=np.bool_),
         quadric=np.array([none if s.quadric is None else s.quadric for s in solids]).reshape(-1, 3, 3),
@@ -146,7 +146,7 @@ def _shapes(solids: Sequence[Solid]) -> _Shapes:
 
 
 def _below(shapes: _Shapes, eye: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """How far a point is below each plane (K,), and where it is in each quadric's frame (P,3)."""
+    """The distance of a point below each plane (K,), and its position in each quadric's frame (P,3)."""
     x, y, z = (np.float64(e) for e in eye)
     height = shapes.planes[:, 3] - _weighted(shapes.planes, x, y, z)
     away = np.asarray(eye, dtype=np.float64) - shapes.centre
@@ -160,18 +160,18 @@ def pack_solids(solids: Sequence[Solid], camera: Camera, height: int, width: int
     return Solids(
         windows=windows(solids, camera, height, width),
         first=shapes.first,
-        surface=_sums([len(s.planes) + (s.quadric is not None) for s in solids])[:-1],
+        surface=_offsets([len(s.planes) + (s.quadric is not None) for s in solids])[:-1],
         shell=np.array([s.shell for s in solids], dtype=np.bool_),
         round=shapes.round,
-        planes=_singles(np.column_stack([shapes.planes[:, :3], below])),
+        planes=_float32(np.column_stack([shapes.planes[:, :3], below])),
         outside=below < 0,
-        quadric=_singles(shapes.quadric),
-        eye=_singles(eye),
+        quadric=_float32(shapes.quadric),
+        eye=_float32(eye),
     )
 
 
 def _bounds(lamp: Light, groups: Sequence[Cluster], axes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(G,4) and (C,4): what `cast.shadow` asks of a bounding sphere, of clusters and of their members."""
+    """(G,4) and (C,4): the numbers of `cast.shadow`'s sphere test, for clusters and for their members."""
     balls = [(group.middle, group.radius) for group in groups]
     balls += [(middle, radius) for group in groups for _, middle, radius in group.solids]
     if lamp.sun:
@@ -188,18 +188,18 @@ def _bounds(lamp: Light, groups: Sequence[Cluster], axes: np.ndarray) -> tuple[n
 
 
 def pack_lamps(stage: Stage) -> tuple[Casters, Lamps]:
-    """The lights of a stage and everything that can stand in them."""
+    """The lights of a stage and the solids that can shadow them."""
     lights = stage.lights or [Light(place=(0.0, 1.0, 0.0), colour=(0.0, 0.0, 0.0), sun=True)]  # tables need a row
     groups = clusters(stage.solids)
     shapes = _shapes([solid for group in groups for solid, _, _ in group.solids])
     casters = Casters(
-        group=_sums([len(group.solids) for group in groups]),
+        group=_offsets([len(group.solids) for group in groups]),
         first=shapes.first,
         round=shapes.round,
-        quadric=_singles(shapes.quadric),
-        centre=_singles(shapes.centre),
+        quadric=_float32(shapes.quadric),
+        centre=_float32(shapes.centre),
     )
-    kept: list[tuple[np.ndarray, ...]] = []
+    per_lamp: list[tuple[np.ndarray, ...]] = []
     for lamp in lights:
         axes = across(lamp.place) if lamp.sun else np.zeros((2, 3))
         spheres, members = _bounds(lamp, groups, axes)
@@ -208,28 +208,28 @@ def pack_lamps(stage: Stage) -> tuple[Casters, Lamps]:
         below, eye = _below(shapes, lamp.place)
         if lamp.sun:
             eye = _weighted(shapes.quadric, x, y, z)
-        squared = np.maximum(_singles(_weighted(eye, eye[:, 0], eye[:, 1], eye[:, 2])), np.float32(1e-20))
+        squared = np.maximum(_float32(_weighted(eye, eye[:, 0], eye[:, 1], eye[:, 2])), np.float32(1e-20))
         fourth = shapes.planes[:, 3] if lamp.sun else below
         planes = np.column_stack([shapes.planes[:, :3], fourth])
         steep = np.where(slope == 0, 1e-30, slope)
         outside = slope < 0 if lamp.sun else below < 0
-        kept.append((axes, spheres.T, members, planes, steep, outside, eye, squared))
+        per_lamp.append((axes, spheres.T, members, planes, steep, outside, eye, squared))
     axes_, spheres_, members_, planes_, slope_, outside_, eye_, squared_ = (
-        np.array(column) for column in zip(*kept, strict=True)
+        np.array(column) for column in zip(*per_lamp, strict=True)
     )
     lamps = Lamps(
         sun=np.array([lamp.sun for lamp in lights], dtype=np.bool_),
-        place=_singles([lamp.place for lamp in lights]),
-        colour=_singles([lamp.colour for lamp in lights]),
-        reach=_singles([lamp.reach**2 for lamp in lights]),
-        axes=_singles(axes_),
-        spheres=_singles(spheres_),
-        members=_singles(members_),
-        planes=_singles(planes_),
-        slope=_singles(slope_),
+        place=_float32([lamp.place for lamp in lights]),
+        colour=_float32([lamp.colour for lamp in lights]),
+        reach=_float32([lamp.reach**2 for lamp in lights]),
+        axes=_float32(axes_),
+        spheres=_float32(spheres_),
+        members=_float32(members_),
+        planes=_float32(planes_),
+        slope=_float32(slope_),
         outside=outside_,
-        eye=_singles(eye_),
-        squared=_singles(squared_),
+        eye=_float32(eye_),
+        squared=_float32(squared_),
     )
     return casters, lamps
 
@@ -238,7 +238,7 @@ _LEVELS = np.array(list(zip((texture.SIZE >> k for k in range(texture.LEVELS)), 
 
 
 def pack_looks(stage: Stage) -> Looks:
-    """What the surfaces of a stage look like."""
+    """The appearance of the surfaces of a stage."""
     table = surfaces(stage.solids)
     parts = (table.gradient.reshape(-1, 9), table.constant, table.centre, table.axes.reshape(-1, 9))
     patterns, numbers = texture.table(stage.materials)
@@ -254,14 +254,14 @@ def pack_looks(stage: Stage) -> Looks:
 
 
 def pack_air(stage: Stage, pixel: float) -> Air:
-    """What fills a stage between the surfaces; pixel: metres across one pixel at a metre's distance."""
+    """Ambient light, haze and sky of a stage; pixel: metres across one pixel at 1 m distance."""
     horizon, zenith = stage.sky if stage.sky else (stage.ambient[0], (0.0, 0.0, 0.0))
     return Air(
-        ambient=_singles(stage.ambient),
-        bounds=_singles([] if stage.bounds is None else [stage.bounds]).reshape(-1, 3),
+        ambient=_float32(stage.ambient),
+        bounds=_float32([] if stage.bounds is None else [stage.bounds]).reshape(-1, 3),
         haze=np.float32(stage.haze),
-        horizon=_singles(horizon),
-        zenith=_singles(zenith),
+        horizon=_float32(horizon),
+        zenith=_float32(zenith),
         clouds=np.float32(stage.clouds * 0.8),
         cloud_pattern=texture.cloud_pattern(stage.clouds),
         stain_pattern=texture.STAINS,

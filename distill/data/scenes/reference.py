@@ -1,6 +1,6 @@
-"""The picture in torch, which defines every bit of it: rays are cast, what they meet is shaded, the rest is sky.
+"""The reference renderer in torch, which defines every bit of a picture: cast rays, shade surfaces, fill in the sky.
 
-Shapes: N points or rays, components apart; the sample grid is that of `cast.Camera.rays`.
+Shapes: N points or rays, as lists of their components; the sample grid is that of `cast.Camera.rays`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: floa
     material = surface.material[rows]
     patterns, numbers = texture.table(stage.materials)
     number = numbers[material]
-    # Texture is laid along the axis that the surface faces most.
+    # Texture is projected along the axis that the surface faces most.
     x, y, z = (c.abs() for c in own_normal)
     on_x, on_y = (x > y) & (x > z), (y >= x) & (y > z)
     u = torch.where(on_x, own[2], own[0])
@@ -79,7 +79,7 @@ def _shade(stage: Stage, rows: Tensor, t: Tensor, ray: list[Tensor], pixel: floa
 
     up, down = torch.tensor(stage.ambient[0])[:, None], torch.tensor(stage.ambient[1])[:, None]
     share = 0.5 + 0.5 * bent[1]
-    # Near the floor less of the room is seen: a soft darkening where things stand.
+    # Ambient occlusion: near the floor less of the room is visible.
     near_floor = (point[1].clamp(min=0.0) + 0.08) / (point[1].clamp(min=0.0) + 0.16)
     light = (up * share + down * (1 - share)) * torch.where(normal[1] < 0.7, near_floor, 1.0) * _corners(stage, point)
     shine = torch.zeros_like(light)
@@ -121,7 +121,7 @@ def _corners(stage: Stage, point: list[Tensor]) -> Tensor:
 
 
 def _sky(stage: Stage, ray: list[Tensor]) -> Tensor:
-    """Colour (3,N) of rays that meet nothing."""
+    """Colour (3,N) of rays that hit nothing."""
     if stage.sky is None:
         return torch.zeros(3, len(ray[0]))
     horizon, zenith = (torch.tensor(c)[:, None] for c in stage.sky)

@@ -1,4 +1,4 @@
-"""Cars, trees, posts and houses, each from a few convex solids at real-world size; called as furniture is."""
+"""Cars, trees, posts and houses, each made of a few convex solids at real-world size; arguments as in furniture."""
 
 from __future__ import annotations
 

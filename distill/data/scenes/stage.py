@@ -1,4 +1,4 @@
-"""A view under construction: what stands on it, what it is made of, its lights and its camera."""
+"""A view under construction: its solids, materials, lights and camera."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _THIRDS = np.array([0.0, 4.0, 2.0])
 
 
 def _between(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """np.clip, whose checks take longer than four numbers do."""
+    """np.clip, without its checks, which take longer than clipping four numbers."""
     return np.minimum(np.maximum(values, low), high)
 
 
@@ -33,8 +33,8 @@ class Light:
 class Stage:
     """A view under construction: solids, materials, lights, camera.
 
-    ambient: light from above and below. sky: horizon and zenith. haze: metres of sight, 0 for clear air. bounds: half
-    sizes of a room around (0, height, 0). taken: discs of floor (x, z, radius) that things stand on.
+    ambient: light from above and below. sky: horizon and zenith. haze: visibility in metres, 0 for clear air.
+    bounds: half sizes of a room around (0, height, 0). taken: occupied discs of floor (x, z, radius).
     """
 
     rng: np.random.Generator
@@ -50,7 +50,7 @@ class Stage:
     taken: list[tuple[float, float, float]] = field(default_factory=list)
 
     def uniform(self, low: float, high: float) -> float:
-        """A plain float: what `rng.uniform` gives, without its checks, which take most of its time."""
+        """The result of `rng.uniform` as a plain float, without its checks, which take most of its time."""
         return low + (high - low) * self.rng.random()
 
     def chance(self, probability: float) -> bool:
@@ -70,9 +70,9 @@ class Stage:
         bump: float = 0.0,
         wear: float = 1.0,
     ) -> int:
-        """A new material: a colour with shades of itself along the ramp.
+        """Adds a material and returns its index: a base colour with shades of it along the ramp.
 
-        wild: four unrelated colours instead. wear scales dirt.
+        wild: four unrelated colours instead. wear: scales detail and stains.
         """
         base = self.paint() if base is None else base
         if wild:
@@ -101,26 +101,26 @@ class Stage:
     def paint(self, *, vivid: float | None = None) -> np.ndarray:
         """A linear RGB colour: mostly muted, now and then vivid, light or dark."""
         value = self.uniform(0.2, 0.95) ** 1.8
-        # Most of what people build and live with is a shade of wood, stone, cloth or paint: warm and muted.
+        # Most man-made things have warm, muted colours: wood, stone, cloth, paint.
         hue = self.rng.normal(0.08, 0.06) % 1.0 if self.chance(0.55) else self.rng.random()
         saturation = self.rng.random() ** (1.0 if self.chance(0.15 if vivid is None else vivid) else 2.5) * 0.9
         ramp = np.abs((hue * 6 + _THIRDS) % 6 - 3) - 1
         return value * (1 - saturation * (1 - _between(ramp, 0, 1)))
 
     def warmth(self, power: float) -> _Colour:
-        """White light of this power, somewhere between a bulb and a cloudy day."""
+        """White light of this power, with a random colour temperature between a bulb and a cloudy day."""
         warm = self.uniform(-0.25, 0.6)
         return power * (1 + 0.35 * warm), power, power * (1 - 0.5 * warm)
 
     def free(self, x: float, z: float, radius: float) -> bool:
-        """Claims a disc of floor; False where it is taken already."""
+        """Claims a disc of floor; returns False where it overlaps a taken one."""
         if any((x - a) ** 2 + (z - b) ** 2 < (radius + r) ** 2 for a, b, r in self.taken):
             return False
         self.taken.append((x, z, radius))
         return True
 
     def add(self, *solids: Solid) -> None:
-        """Puts solids on the stage."""
+        """Adds solids."""
         self.solids.extend(solids)
 
     def part(
@@ -133,11 +133,11 @@ class Stage:
         *,
         top: tuple[float, float] = (1.0, 1.0),
     ) -> None:
-        """A block of a larger thing: `offset` in the thing's own frame, which stands at `at`."""
+        """Adds a block of a larger object: `offset` in the object's own frame, whose origin is `at`."""
         self.add(block(np.asarray(at) + np.asarray(offset) @ frame, half, material, axes=frame, top=top))
 
     def look(self, position: tuple[float, float, float], yaw: float, pitch: float, *, fov: tuple[float, float]) -> None:
-        """Sets the camera; pitch is up, and the roll is mostly small."""
+        """Sets the camera; positive pitch looks up; the roll is random, mostly small."""
         roll = self.rng.normal(0, 0.02) if self.chance(0.85) else self.rng.normal(0, 0.15)
         axes = turn(yaw, pitch, float(roll))
         angle = math.radians(self.uniform(*fov))

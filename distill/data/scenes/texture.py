@@ -1,9 +1,9 @@
-"""What surfaces look like: a bank of tileable grey patterns with mipmaps, coloured by four-colour ramps.
+"""Surface textures: a bank of tileable grey patterns with mipmaps, coloured by four-colour ramps.
 
-Patterns are drawn when they are first seen, each from a seed of its own, as two channels: a ramp position and a fine
-detail. A material picks a pattern, a scale and four colours, so a few dozen patterns give endless surfaces. Mipmaps
-keep far texture from aliasing. Per-pixel code uses no sin, exp or pow: their last bits depend on how a loop is split
-over threads.
+Patterns are generated on first use, each from its own seed, as two channels: a ramp position and a fine detail. A
+material combines a pattern, a scale and four colours, so a few dozen patterns give many surfaces. Mipmaps prevent
+aliasing of distant texture. Per-pixel code uses no sin, exp or pow: their last bits depend on how a loop is split over
+threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _DRAWING = Lock()
 LEVELS = 9
 OFFSETS = tuple(sum((SIZE >> k) ** 2 for k in range(level)) for level in range(LEVELS))
 STRIDE = sum((SIZE >> k) ** 2 for k in range(LEVELS))
-"""Texels before a mip level of a pattern, and of a whole pattern."""
+"""OFFSETS: texels before each mip level of a pattern. STRIDE: texels of a whole pattern."""
 
 _Drawn = tuple[np.ndarray, np.ndarray]
 _GRID = (np.arange(SIZE) + 0.5) / SIZE
@@ -30,7 +30,7 @@ _V, _U = np.meshgrid(_GRID, _GRID, indexing="ij")
 
 
 def _cloud(rng: np.random.Generator, slope: float, *, stretch: float = 1.0) -> np.ndarray:
-    """Noise with spectrum 1/f^slope, flattened to a uniform spread over [0,1]; tileable."""
+    """Tileable noise with spectrum 1/f^slope, half equalized to a uniform distribution over [0,1]."""
     fy = np.fft.fftfreq(SIZE)[:, None] * SIZE
     fx = np.fft.fftfreq(SIZE)[None, :] * SIZE * stretch
     radius = np.sqrt(fx * fx + fy * fy)
@@ -42,7 +42,7 @@ def _cloud(rng: np.random.Generator, slope: float, *, stretch: float = 1.0) -> n
 
 
 def _cells(rng: np.random.Generator, rows: int, columns: int, *, shift: float = 0.0) -> tuple[np.ndarray, ...]:
-    """Position inside each cell of a grid (two maps in [0,1]) and a random tone per cell; odd rows are shifted."""
+    """Position inside the cells of a grid (two maps in [0,1]) and a random tone per cell; odd rows are shifted."""
     row = np.floor(_V * rows).astype(int)
     u = _U * columns + shift * (row % 2)
     tone = rng.random((rows, columns))[row, np.floor(u).astype(int) % columns]
@@ -171,7 +171,7 @@ def _collage(rng: np.random.Generator) -> _Drawn:
 
 
 def _print(rng: np.random.Generator) -> _Drawn:
-    """Lines of something like text."""
+    """Lines that resemble text."""
     rows, columns = int(rng.choice([16, 24, 32])), 64
     u, v, tone = _cells(rng, rows, columns)
     words = rng.random((rows, columns))[np.floor(_V * rows).astype(int), np.floor(_U * columns).astype(int)]
@@ -180,7 +180,7 @@ def _print(rng: np.random.Generator) -> _Drawn:
 
 
 def _spines(rng: np.random.Generator) -> _Drawn:
-    """Books on a shelf, or bottles: upright bars of their own height and tone."""
+    """Books on a shelf, or bottles: upright bars of random height and tone."""
     widths = rng.uniform(0.4, 1.6, int(rng.integers(10, 28)))
     edges = np.cumsum(widths) / widths.sum()
     index = np.minimum(np.searchsorted(edges, _U), len(widths) - 1)
@@ -213,22 +213,22 @@ _DRAW: dict[str, tuple[Callable[[np.random.Generator], _Drawn], int]] = {
     "spines": (_spines, 4),
 }
 COUNT = sum(count for _, count in _DRAW.values())
-"""Patterns in the bank."""
+"""Number of patterns in the bank."""
 _FIRST = {name: sum(count for _, count in list(_DRAW.values())[:i]) for i, name in enumerate(_DRAW)}
 
 
 def pattern(rng: np.random.Generator, *names: str) -> int:
-    """The number of a random pattern of one of these names."""
+    """The index of a random pattern of one of these names."""
     name = names[int(rng.integers(len(names)))]
     return _FIRST[name] + int(rng.integers(_DRAW[name][1]))
 
 
 STAINS = _FIRST["noise"]
-"""The pattern of stains."""
+"""Index of the pattern of stains."""
 
 
 def cloud_pattern(cover: float) -> int:
-    """The pattern of clouds that cover so much of the sky."""
+    """The index of the cloud pattern for a cover of the sky in [0,1]."""
     return _FIRST["noise"] + int(cover * 97) % _DRAW["noise"][1]
 
 
@@ -236,7 +236,7 @@ def cloud_pattern(cover: float) -> int:
 def _bank() -> np.ndarray:
     """(patterns * texels, 2) float32: each pattern's mipmaps, level after level, rows from the top; see `bank`.
 
-    An array: a tensor that was made in inference mode could not be added to outside of it.
+    An array, because a tensor created in inference mode could not be updated outside of it.
     """
     return np.zeros((COUNT * STRIDE, 2), dtype=np.float32)
 
@@ -245,11 +245,11 @@ _drawn: set[int] = set()
 
 
 def bank(patterns: Iterable[int]) -> np.ndarray:
-    """(all patterns * STRIDE, 2) float32, ramp position and detail, with at least these drawn.
+    """(all patterns * STRIDE, 2) float32, ramp position and detail, in which at least `patterns` are generated.
 
-    Those that this process has not drawn are drawn now: all of them take seconds, and a view has a dozen.
+    Missing ones are generated now: all patterns together take seconds, and a view needs a dozen.
     """
-    with _DRAWING:  # threads that render together wait for each other's
+    with _DRAWING:  # one thread generates, the others wait
         texels = _bank()
         for number in sorted({*patterns} - _drawn):
             name = next(name for name in reversed(_FIRST) if _FIRST[name] <= number)
@@ -283,7 +283,7 @@ def _lookup(base: Tensor, level: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth: bool = True) -> Tensor:
     """Ramp position and detail, (N,2), at (u, v) in repeats; footprint: repeats that one pixel covers.
 
-    smooth mixes two mip levels; without it the finer one is read alone, at half the cost.
+    smooth: interpolate between two mip levels; otherwise only the finer one is read, at half the cost.
     """
     bank(patterns.bincount().nonzero()[:, 0].tolist())
     mantissa, exponent = torch.frexp((footprint * SIZE).clamp(1.0, 2.0 ** (LEVELS - 1)))
@@ -299,10 +299,10 @@ def sample(patterns: Tensor, u: Tensor, v: Tensor, footprint: Tensor, *, smooth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Material:
-    """A pattern with colours. repeat: metres per repeat (tall: times as many up). colours: (4,3) linear RGB.
+    """A pattern with colours. repeat: metres per repeat (vertically times `tall`). colours: (4,3) linear RGB.
 
-    detail, stains: strengths of fine and coarse brightness changes. gloss: highlight strength. glow: light of its own.
-    bump: how far the pattern bends the normal that light sees.
+    detail, stains: strengths of fine and coarse brightness changes. gloss: highlight strength. glow: emitted light.
+    bump: how strongly the pattern perturbs the shading normal.
     """
 
     pattern: int

@@ -1,8 +1,8 @@
-"""What `variety = true` adds to a view: clutter, thin structures, people, window frames, repeated texture, night, fog.
+"""Additions of `variety = true`: clutter, thin structures, people, window frames, repeated texture, night, fog.
 
-It comes after a layout is built and draws from a generator of its own, so that the view of a seed without it stays as
-it is, bit for bit, and keeps its walls, furniture and camera with it. Each addition is drawn apart; most views get two
-or three. Things are put where the camera can see them.
+They are made after a layout is built and use a separate random generator, so that views without variety stay
+bit-identical, and views with it keep their walls, furniture and camera. Each addition is drawn independently; most
+views get two or three. Objects are placed where the camera can see them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _REPEATING = ("checker", "tiles", "bricks", "dots", "stripes", "plaid", "planks"
 
 
 def vary(stage: Stage) -> None:
-    """Adds to a finished layout; the stage's generator decides what."""
+    """Add random things to a finished layout, drawn from the stage's generator."""
     outdoors = stage.sky is not None
     additions = {_clutter: 0.6, _thin: 0.5, _people: 0.45, _window_frame: 0.2, _repeated: 0.35, _fog: 0.2}
     for add, chance in additions.items():
@@ -31,7 +31,7 @@ def vary(stage: Stage) -> None:
 
 
 def _ahead(stage: Stage, near: float, far: float, *, wide: float = 0.6) -> Place | None:
-    """A place on the floor `near` to `far` metres before the camera, inside the room; None where there is none."""
+    """A place on the floor `near` to `far` metres in front of the camera, inside the room; None if none is found."""
     assert stage.camera is not None
     x, _, z = stage.camera.position
     forward = stage.camera.axes[2]
@@ -46,7 +46,7 @@ def _ahead(stage: Stage, near: float, far: float, *, wide: float = 0.6) -> Place
 
 
 def _clutter(stage: Stage) -> None:
-    """Small things about the floor, near ones among them."""
+    """Small objects on the floor, some of them near."""
     for _ in range(int(stage.rng.integers(4, 20))):
         if (place := _ahead(stage, 0.7, 8.0, wide=0.9)) is None:
             continue
@@ -57,7 +57,7 @@ def _clutter(stage: Stage) -> None:
 
 
 def _people(stage: Stage) -> None:
-    """People at talking distance and beyond, where nothing else stands."""
+    """People from talking distance on, where the floor is free."""
     for _ in range(int(stage.rng.integers(1, 6))):
         for _ in range(8):
             place = _ahead(stage, 1.2, 12.0 if stage.bounds is None else 5.0)
@@ -99,7 +99,7 @@ def _railing(stage: Stage, place: Place, frame: np.ndarray, wide: float, thick: 
 
 
 def _window_frame(stage: Stage) -> None:
-    """A free-standing glazed partition, glass left out: bars with the view behind them."""
+    """A free-standing window frame without glass: bars with the view behind them."""
     place = _ahead(stage, 1.2, 4.0, wide=0.3)
     if place is None or stage.camera is None:
         return
@@ -115,20 +115,20 @@ def _window_frame(stage: Stage) -> None:
 
 
 def _repeated(stage: Stage) -> None:
-    """Some surfaces get a pattern that repeats often, which stereo and eyes confuse."""
+    """Give some surfaces a frequently repeating pattern, which is ambiguous for stereo and for eyes."""
     for number in stage.rng.permutation(len(stage.materials))[: int(stage.rng.integers(1, 4))].tolist():
-        made = stage.materials[stage.material(*_REPEATING, repeat=(0.15, 0.6), contrast=0.6)]
-        stage.materials[number] = replace(made, glow=stage.materials[number].glow)
+        repeating = stage.materials[stage.material(*_REPEATING, repeat=(0.15, 0.6), contrast=0.6)]
+        stage.materials[number] = replace(repeating, glow=stage.materials[number].glow)
 
 
 def _fog(stage: Stage) -> None:
-    """Air that hides what is far: 6 to 40 metres of sight."""
+    """Fog: a visibility of 6 to 40 metres."""
     sight = stage.uniform(12, 40) if stage.bounds is None else stage.uniform(6, 20)
     stage.haze = min(stage.haze, sight) if stage.haze else sight
 
 
 def _night(stage: Stage) -> None:
-    """The moon in place of the sun, a dark sky, and one to three lamps."""
+    """The sun dimmed to a moon, a dark sky, and one to three lamps."""
     dark = stage.uniform(0.01, 0.08)
     stage.lights = [replace(sun, colour=_times(sun.colour, dark)) for sun in stage.lights]
     if stage.sky is not None:
@@ -141,7 +141,7 @@ def _night(stage: Stage) -> None:
 
 
 def _dim(stage: Stage) -> None:
-    """A room with most of its light gone: one lamp stays."""
+    """A dark room: less ambient light, and only one lamp."""
     share = stage.uniform(0.05, 0.4)
     stage.ambient = (_times(stage.ambient[0], share), _times(stage.ambient[1], share))
     stage.lights = stage.lights[:1]

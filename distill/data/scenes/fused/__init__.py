@@ -1,12 +1,11 @@
 """The torch path's picture, bit for bit, with one compiled loop over the pixels in place of thousands of small tensors.
 
-Each line of the kernels is one of torch's: the same float32 operations in the same order, compiled without contraction
-and without fast maths, so that it does not matter to anybody's data which of the two rendered it
-(tests/data/test_scenes.py). What they leave out is work that cannot change a bit: a ray stops at the first solid that
-hides the light, and a light that adds nothing is not asked for its gloss. `1 / x` times a number is what torch makes of
-a number over a tensor.
+Each line of the kernels corresponds to one of the torch path: the same float32 operations in the same order, compiled
+without contraction and without fast-math, so that both give identical data (tests/data/test_scenes.py). The kernels
+skip only work that cannot change a bit: a shadow ray stops at the first solid that hides the light, and a light that
+adds nothing gets no gloss. A number over a tensor is written as `1 / x` times the number, because torch computes it so.
 
-V: the sample grid (2,H+1,W+1) of `cast.Camera.rays`. Everything is float32 but counts, places and flags.
+V: the sample grid (2,H+1,W+1) of `cast.Camera.rays`. Everything is float32 except counts, indices and flags.
 """
 
 from __future__ import annotations

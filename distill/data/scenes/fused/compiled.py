@@ -1,4 +1,4 @@
-"""How the kernels are compiled: to the bits of plain float32, and kept for the next process where there is a folder."""
+"""Compilation of the kernels: bit-exact float32, cached on disk for later processes where a folder is writable."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Callable
 import numba
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "_nrt": False}
-"""Lets go of the interpreter's lock; divides by nought as numpy does. No fast maths, so nothing is contracted.
+"""Releases the GIL; divides by zero as numpy does. No fast-math, so no operations are contracted.
 
-No counts of references (the option has no public name): the kernels make no array and keep none, and counting at each
-use of a table takes longer than all that they compute. So whoever calls one gives it the memory that it works in.
+No reference counting (the option is private): the kernels allocate and keep no arrays, and counting at each use of a
+table would take longer than their computation. Therefore callers pass in the working memory.
 """
 
 
 def kernel(function: Callable) -> Callable:
-    """Compiled at the first call for the types it gets; kept beside its source, or in NUMBA_CACHE_DIR.
+    """Compile a function at its first call for the argument types; cached beside its source, or in NUMBA_CACHE_DIR.
 
-    What it calls must stand in its own file: numba looks at no other for changes. A kernel whose tables move to another
-    module must move too, by a line at least: what is kept names the old one, and would not load.
+    The functions that it calls must be in the same file: numba checks no other for changes. If its tables move to
+    another module, the kernel must move by a line at least: the cache names the old module and would fail to load.
     """
     try:
         return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # no folder to keep it in: compiled anew in every process
+    except RuntimeError:  # no folder for the cache: compiled in every process
         return numba.njit(**_OPTIONS)(function)
 
 
 def part(function: Callable) -> Callable:
-    """A function that kernels of the same file call, compiled into them; Python cannot call it."""
+    """Compile a function to be inlined into the kernels of the same file; it cannot be called from Python."""
     return numba.njit(forceinline=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **_OPTIONS)(function)

@@ -1,6 +1,6 @@
-"""What each ray meets first: `cast.cast` row by row, whose loops the compiler turns into vector instructions.
+"""The first hit of each ray: `cast.cast` row by row, in loops that the compiler vectorizes.
 
-On a GPU it is `distill.data.scenes.gpu.hits`.
+The GPU version is `distill.data.scenes.gpu.hits`.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from distill.data.scenes.cast import FAR, NEAR
 from distill.data.scenes.fused.compiled import kernel, part
 
 _f = np.float32
-# A number written inside a kernel would be a double and draw the whole line up to double precision.
+# A literal inside a kernel would be a double and promote the whole expression to double precision.
 _INF, _ZERO, _ONE, _NEAR, _FAR, _TINY = (_f(x) for x in (math.inf, 0, 1, NEAR, FAR, 1e-20))
 
 
 @part
 def _row_span(solids, p, x, y, z, enter, leave, face):
-    """Where the rays of a row enter and leave a solid, and through which of its surfaces, as `cast.span`."""
+    """Where the rays of a row enter and leave a solid, and through which surface, as `cast.span`."""
     shell = solids.shell[p]
     for c in range(len(x)):
         enter[c], leave[c], face[c] = -_INF, _INF, 0
@@ -71,7 +71,7 @@ def _row_quadric(solids, p, x, y, z, enter, leave, face):
 def first_hit(solids, x, y, z, depth, surface, enter, leave, face):
     """Fills depth (V) and surface (V) int32 with what `cast.cast` finds along the rays x, y, z (V).
 
-    Memory to work in, a row each: enter, leave float32, face int32.
+    Working memory of one row each: enter, leave float32, face int32.
     """
     width = x.shape[2]
     depth[:] = _INF

@@ -1,6 +1,6 @@
-"""The colour of what a ray meets: `reference._shade`, `reference._sky` and `cast.shadow` for one point at a time.
+"""The colour of each ray's hit: `reference._shade`, `reference._sky` and `cast.shadow` for one point at a time.
 
-On a GPU it is `distill.data.scenes.gpu.shading`.
+The GPU version is `distill.data.scenes.gpu.shading`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from distill.data.scenes.fused.compiled import kernel, part
 
 _f = np.float32
-# A number written inside a kernel would be a double and draw the whole line up to double precision.
+# A literal inside a kernel would be a double and promote the whole expression to double precision.
 _INF, _ZERO, _HALF, _ONE, _TWO, _THREE = (_f(x) for x in (math.inf, 0, 0.5, 1, 2, 3))
 _TINY, _EARLY, _LIFT = _f(1e-20), _f(-1e-3), _f(1e-3)
 
@@ -25,7 +25,7 @@ def _unit(x, y, z):
 
 @part
 def _texel(looks, start, level, u, v):
-    """Bilinear ramp position and detail of one mip level; `start`: of the pattern in the bank."""
+    """Bilinear ramp position and detail of one mip level; `start`: the pattern's first texel in the bank."""
     size, bank = looks.levels[level, 0], looks.bank
     start += looks.levels[level, 1]
     x, y = u * np.float32(size) - _HALF, v * np.float32(size) - _HALF
@@ -44,7 +44,7 @@ def _texel(looks, start, level, u, v):
 
 @part
 def _sample(looks, start, u, v, footprint, smooth):
-    """As `texture.sample`; what the second level adds with weight nought is not looked up."""
+    """As `texture.sample`; the second level is not read where its weight is 0."""
     top = len(looks.levels) - 1
     texels = footprint * np.float32(looks.levels[0, 0])
     texels = min(max(texels, _ONE), np.float32(looks.levels[0, 0]))
@@ -86,7 +86,7 @@ def _paint(looks, air, number, pattern, u, v, footprint):
 
 @part
 def _chord(ox, oy, oz, dx, dy, dz, squared):
-    """Where a line enters and leaves the unit sphere (the frame of a quadric); enters after it leaves: it misses."""
+    """Where a line enters and leaves the unit sphere, in a quadric's frame; enter > leave means a miss."""
     nearest = -(ox * dx + oy * dy + oz * dz) / squared
     ex, ey, ez = ox + nearest * dx, oy + nearest * dy, oz + nearest * dz
     chord = _ONE - (ex * ex + ey * ey + ez * ez)
@@ -96,7 +96,7 @@ def _chord(ox, oy, oz, dx, dy, dz, squared):
 
 @part
 def _hidden_from_lamp(casters, lamps, lamp, x, y, z, hint, near):
-    """Whether a lamp is hidden from a point. hint (L,2): the cluster and caster that hid it last; near: (G,)."""
+    """Whether a lamp is hidden from a point. hint (L,2): the last cluster and caster that hid it; near: (G,)."""
     group, first, round_, m, _ = casters
     _, place, _, _, _, balls, members, planes, _, outside, eye, _ = lamps
     x, y, z = x - place[lamp, 0], y - place[lamp, 1], z - place[lamp, 2]
@@ -104,7 +104,7 @@ def _hidden_from_lamp(casters, lamps, lamp, x, y, z, hint, near):
     wx, wy, wz = x / length, y / length, z / length
     for g in range(len(near)):
         near[g] = wx * balls[lamp, 0, g] + wy * balls[lamp, 1, g] + wz * balls[lamp, 2, g] > balls[lamp, 3, g]
-    # What hid the neighbour hides this point too, more often than not; asked first, in whatever order torch asks.
+    # The caster that hid the neighbouring point is tested first: it often hides this one too; the order changes no bit.
     for turn in range(-1, len(near)):
         g = hint[lamp, 0] if turn < 0 else turn
         if g < 0 or not near[g]:
@@ -182,7 +182,7 @@ def _hidden_from_sun(casters, lamps, lamp, x, y, z, hint, near):
 
 @part
 def _ambient(air, bend, level, x, y, z):
-    """The light of everything else: (three numbers)."""
+    """The ambient light (three numbers)."""
     share = _HALF + _HALF * bend
     rest, corner = _ONE - share, _ONE
     tall = max(y, _ZERO)
@@ -214,7 +214,7 @@ def _towards(lamps, lamp, x, y, z):
 
 @part
 def _surface(flat, x, y, z):
-    """The normal of the surface at a point, and point and normal in the solid's own frame."""
+    """The surface normal at a point, and the point and the normal in the solid's own frame."""
     x, y, z = x - flat[12], y - flat[13], z - flat[14]
     nx, ny, nz = _unit(
         x * flat[0] + y * flat[1] + z * flat[2] + flat[9],
@@ -238,7 +238,7 @@ def _surface(flat, x, y, z):
 
 @part
 def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light):
-    """Adds the lights to light (6,): what a surface reflects of its colour, and what it shines."""
+    """Adds all lights to light (6,): three numbers of diffuse light, and three of specular highlights."""
     lift = t * _LIFT + _LIFT
     x, y, z = point[0] + normal[0] * lift, point[1] + normal[1] * lift, point[2] + normal[2] * lift
     for lamp in range(len(lamps.sun)):
@@ -269,7 +269,7 @@ def _lit(casters, lamps, point, normal, bent, view, t, gloss, hint, near, light)
 
 @part
 def _shade(looks, casters, lamps, air, row, t, ray, eye, hint, near, light):
-    """Colour of the point at t along a ray, left in light[:3], as `reference._shade`."""
+    """Writes the colour of the point at t along a ray to light[:3], as `reference._shade`."""
     point = (eye[0] + t * ray[0], eye[1] + t * ray[1], eye[2] + t * ray[2])
     normal, own, facing = _surface(looks.surface[row], point[0], point[1], point[2])
     number, pattern = looks.numbers[looks.material[row]], looks.pattern[looks.material[row]]
@@ -293,9 +293,9 @@ def _shade(looks, casters, lamps, air, row, t, ray, eye, hint, near, light):
 
 @kernel
 def shade(looks, casters, lamps, air, eye, x, y, z, depth, surface, colour, hint, near, light):
-    """Fills colour (3,V) where the rays x, y, z (V) from eye (3,) meet a surface; the spare pixels stay black.
+    """Fills colour (3,V) where the rays x, y, z (V) from eye (3,) hit a surface; the spare pixels stay black.
 
-    Memory to work in: hint (L,2) int64, -1 at first, near (G,) bool, light (6,) float32.
+    Working memory: hint (L,2) int64, initially -1, near (G,) bool, light (6,) float32.
     """
     for grid in range(2):
         for row in range(x.shape[1] - grid):
@@ -315,7 +315,7 @@ def shade(looks, casters, lamps, air, eye, x, y, z, depth, surface, colour, hint
 
 @kernel
 def sky(looks, lamps, air, x, y, z, surface, colour):
-    """Fills colour (3,V) where the rays x, y, z (V) meet nothing, as `reference._sky`."""
+    """Fills colour (3,V) where the rays x, y, z (V) hit nothing, as `reference._sky`."""
     for grid in range(2):
         for row in range(x.shape[1] - grid):
             for c in range(x.shape[2] - grid):

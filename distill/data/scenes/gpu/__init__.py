@@ -1,13 +1,13 @@
-"""The same picture by Triton kernels: a view's rays are cast and shaded on a GPU, in two launches.
+"""Rendering by Triton kernels: a view's rays are cast and shaded on a GPU, in two launches.
 
-    tables   a stage as two arrays, which is all that is copied there (`slots`: what stands where)
+    tables   a stage as two arrays, the only data copied to the GPU (`slots`: their layout)
     hits     the first surface along each ray
     shadows  whether a light is hidden
     shading  colours
 
-Each line of the kernels is one of the torch path's, as in `distill.data.scenes.fused`: float32, rounded after every
-operation (division and square root too, and nothing is contracted to a fused multiply-add), so that a GPU's picture has
-the CPU's bits. Only `distill.data.scenes` calls them: it decides when, and imports Triton no sooner.
+Each line of the kernels corresponds to one of the torch path, as in `distill.data.scenes.fused`: float32, rounded after
+every operation (division and square root too, and nothing is contracted to a fused multiply-add), so that the picture
+is bit-identical to the CPU's. Only `distill.data.scenes` calls them, and imports Triton only then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distill.data.scenes.gpu.tables import tables_of
 from distill.data.scenes.stage import Stage
 
 TILE = (8, 16)
-"""Rows and columns of a program: a ray for each of its 128 threads."""
+"""Rows and columns of pixels per program: one ray for each of its 128 threads."""
 _EXACT = {"enable_fp_fusion": False, "num_warps": 4}
 
 _banks: dict[torch.device, tuple[Tensor, set[int]]] = {}
@@ -33,26 +33,26 @@ _filling = threading.Lock()
 
 
 def _bank(patterns: Sequence[int], device: torch.device) -> Tensor:
-    """The bank of textures on a device (51 MB), with at least these patterns in it."""
+    """The bank of textures on a device (51 MB), containing at least these patterns."""
     with _filling:
         if device not in _banks:
             _banks[device] = torch.empty(texture.COUNT * texture.STRIDE, 2, device=device), set()
         bank, filled = _banks[device]
-        lacking = sorted({*patterns} - filled)
-        drawn = torch.from_numpy(texture.bank(lacking))
-        for number in lacking:
+        missing = sorted({*patterns} - filled)
+        drawn = torch.from_numpy(texture.bank(missing))
+        for number in missing:
             part = slice(number * texture.STRIDE, (number + 1) * texture.STRIDE)
             bank[part].copy_(drawn[part])
-        if lacking and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # before threads with streams of their own read it
-        filled.update(lacking)
+        if missing and device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # before other threads read it on their own streams
+        filled.update(missing)
     return bank
 
 
 def light_up(stage: Stage, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Depth (2,H+1,W+1), inf for sky, and linear colour (3,2,H+1,W+1) on the corner and centre grids, on the device.
 
-    Launched on its current stream; what no pixel reads (the centres' spare row and column) is undefined.
+    Launched on its current stream; the spare row and column of the centres, which no pixel reads, are undefined.
     """
     height, width = size
     integers, floats, patterns = tables_of(stage, size)

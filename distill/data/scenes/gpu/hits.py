@@ -1,4 +1,4 @@
-"""What each ray meets first: `cast.cast`, a tile of rays a program."""
+"""The first hit of each ray: `cast.cast`, one tile of rays per program."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INF, TINY = tl.constexpr(float("inf")), tl.constexpr(1e-20)
 
 @triton.jit
 def tile_of(integers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column of each ray of this program, and its first ones; grid 0 has the corners, grid 1 the centres."""
+    """Row and column of each ray of this program, and its first row and column."""
     across = tl.cdiv(tl.load(integers + WIDTH) + 1, COLUMNS)
     top, left = tl.program_id(0) // across * ROWS, tl.program_id(0) % across * COLUMNS
     lane = tl.arange(0, ROWS * COLUMNS)
@@ -39,7 +39,7 @@ def tile_of(integers, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def rays_of(integers, floats, row, column):
-    """World directions (x, y, z) of the rays, as `Camera.rays`."""
+    """World directions (x, y, z) of the rays, as `Camera.rays`; program axis 1: 0 for corners, 1 for centres."""
     height, width = tl.load(integers + HEIGHT).to(tl.float32), tl.load(integers + WIDTH).to(tl.float32)
     camera = floats + tl.load(integers + CAMERA)
     shift = tl.program_id(1).to(tl.float32) * 0.5
@@ -63,7 +63,7 @@ def turned(m, x, y, z):
 
 @triton.jit
 def chord(ox, oy, oz, dx, dy, dz, squared):
-    """Where a line enters and leaves the unit sphere (the frame of a quadric); enters after it leaves: it misses."""
+    """Where a line enters and leaves the unit sphere, in a quadric's frame; enter > leave means a miss."""
     nearest = tl.div_rn(-(ox * dx + oy * dy + oz * dz), squared)
     ex, ey, ez = ox + nearest * dx, oy + nearest * dy, oz + nearest * dz
     over = 1.0 - (ex * ex + ey * ey + ez * ez)
@@ -74,7 +74,7 @@ def chord(ox, oy, oz, dx, dy, dz, squared):
 
 @triton.jit
 def seen_from(quadric, eye, x, y, z):
-    """Where rays (x, y, z) from one point enter and leave a quadric; eye: where the point in its frame is stored."""
+    """Where rays (x, y, z) from one point enter and leave a quadric; eye: pointer to the point in its frame."""
     dx, dy, dz = turned(quadric, x, y, z)
     squared = dx * dx + dy * dy + dz * dz
     squared = tl.where(squared > TINY, squared, TINY)

@@ -1,4 +1,4 @@
-"""The colour of what a ray meets: `reference._shade` and `reference._sky`, a tile of rays a program."""
+"""The colour of each ray's hit: `reference._shade` and `reference._sky`, one tile of rays per program."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ SIZE, TOP = tl.constexpr(texture.SIZE), tl.constexpr(texture.LEVELS - 1)
 
 @triton.jit
 def three(at):
-    """Three numbers: a place or a colour."""
+    """Load three numbers: a position or a colour."""
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
 def unit(x, y, z):
-    """The vector at unit length."""
+    """The vector normalized to unit length."""
     squared = x * x + y * y + z * z
     length = tl.sqrt_rn(tl.where(squared > TINY, squared, TINY))
     return tl.div_rn(x, length), tl.div_rn(y, length), tl.div_rn(z, length)
@@ -68,9 +68,9 @@ def unit(x, y, z):
 
 @triton.jit
 def texel(bank, start, level, u, v):
-    """Bilinear ramp position and detail of one mip level; `start`: of the pattern in the bank."""
+    """Bilinear ramp position and detail of one mip level; `start`: the pattern's first texel in the bank."""
     size = SIZE >> level
-    # Texels of the levels before: 4/3 of SIZE squared less 4/3 of this level's.
+    # Texels of the finer levels: 4/3 of SIZE squared minus 4/3 of this level's size squared.
     start += (4 * (SIZE * SIZE - size * size)) // 3
     x, y = u * size.to(tl.float32) - 0.5, v * size.to(tl.float32) - 0.5
     x0, y0 = tl.floor(x), tl.floor(y)
@@ -88,7 +88,7 @@ def texel(bank, start, level, u, v):
 
 @triton.jit
 def level_of(footprint):
-    """The mip level of a footprint in repeats, and how much the next one counts."""
+    """The mip level for a footprint in repeats, and the weight of the next one."""
     texels = footprint * SIZE
     texels = tl.where(texels > 1.0, texels, 1.0)
     texels = tl.where(texels < SIZE, texels, SIZE * 1.0)
@@ -101,7 +101,7 @@ def level_of(footprint):
 
 @triton.jit
 def paint(bank, integers, number, pattern, u, v, footprint):
-    """Albedo (three numbers) and texel, as `texture.paint`. number: where each point's row of numbers begins."""
+    """Albedo (three numbers) and texel, as `texture.paint`. number: pointer to each point's row of numbers."""
     rate, rise = tl.load(number + RATE), tl.load(number + RISE)
     u, v, footprint = u * rate + 0.5, v * rise + 0.5, footprint * tl.where(rise > rate, rise, rate)
     low, mix = level_of(footprint)
@@ -127,14 +127,14 @@ def paint(bank, integers, number, pattern, u, v, footprint):
 
 @triton.jit
 def dimmed(corner, gap):
-    """The softness of a corner, darker for a wall at this distance."""
+    """The corner darkening `corner`, multiplied by that of a wall at distance `gap`."""
     gap = tl.where(gap > 0.0, gap, 0.0)
     return tl.div_rn(corner * (gap + 0.25), gap + 0.45)
 
 
 @triton.jit
 def ambient(integers, air, bend, level, x, y, z):
-    """The light of everything else: three numbers."""
+    """The ambient light: three numbers."""
     share = 0.5 + 0.5 * bend
     rest, corner = 1.0 - share, x * 0.0 + 1.0
     tall = tl.where(y > 0.0, y, 0.0)
@@ -166,7 +166,7 @@ def towards(integers, floats, lamp, x, y, z):
 
 @triton.jit
 def surface_at(flat, x, y, z):
-    """The normal at a point, and point and normal in the solid's own frame. flat: where each point's row begins."""
+    """The normal at a point, and point and normal in the solid's own frame. flat: pointer to each point's row."""
     x, y, z = x - tl.load(flat + CENTRE), y - tl.load(flat + CENTRE + 1), z - tl.load(flat + CENTRE + 2)
     nx = x * tl.load(flat) + y * tl.load(flat + 1) + z * tl.load(flat + 2) + tl.load(flat + CONSTANT)
     ny = x * tl.load(flat + 3) + y * tl.load(flat + 4) + z * tl.load(flat + 5) + tl.load(flat + CONSTANT + 1)
@@ -183,7 +183,7 @@ def surface_at(flat, x, y, z):
 
 @triton.jit
 def lit(integers, floats, here, px, py, pz, nx, ny, nz, bx, by, bz, vx, vy, vz, t, gloss, red, green, blue):
-    """The lights' sums (six numbers): what a surface reflects of its colour, beginning with red to blue, and shines."""
+    """Sums over all lights (six numbers): diffuse light, added to red, green and blue, and specular highlights."""
     lift = t * 1e-3 + 1e-3
     x, y, z = px + nx * lift, py + ny * lift, pz + nz * lift
     shine_red, shine_green, shine_blue = red * 0.0, red * 0.0, red * 0.0
@@ -217,7 +217,7 @@ def lit(integers, floats, here, px, py, pz, nx, ny, nz, bx, by, bz, vx, vy, vz, 
 
 @triton.jit
 def solid_colour(integers, floats, bank, here, row, t, rx, ry, rz):
-    """Colour of the points at t along the rays, on surfaces `row`; anything where not `here`."""
+    """Colour of the points at t along the rays, on surfaces `row`; undefined where `here` is not set."""
     camera, air = floats + tl.load(integers + CAMERA), floats + tl.load(integers + AIR)
     px, py, pz = (
         tl.load(camera + POSITION) + t * rx,
@@ -257,13 +257,13 @@ def solid_colour(integers, floats, bank, here, row, t, rx, ry, rz):
 
 @triton.jit
 def under_clouds(plain, horizon, cover):
-    """A colour of the sky behind clouds that are lit by the horizon's."""
+    """A sky colour behind clouds, whose colour is derived from the horizon's."""
     return plain * (1.0 - cover) + (horizon * 0.4 + 0.55) * cover
 
 
 @triton.jit
 def sky_colour(integers, floats, bank, rx, ry, rz):
-    """Colour of rays that meet nothing."""
+    """Colour of rays that hit nothing."""
     air = floats + tl.load(integers + AIR)
     dx, dy, dz = unit(rx, ry, rz)
     rise = tl.where(dy > 0.0, dy, 0.0)
@@ -297,7 +297,7 @@ def shade(integers, floats, bank, depth, surface, colour, ROWS: tl.constexpr, CO
     rx, ry, rz = rays_of(integers, floats, row, column)
     height, width = tl.load(integers + HEIGHT), tl.load(integers + WIDTH)
     place = (tl.program_id(1) * (height + 1) + row) * (width + 1) + column
-    # The spare row and column of the centres are read by no pixel.
+    # No pixel reads the spare row and column of the centres.
     inside = (row <= height - tl.program_id(1)) & (column <= width - tl.program_id(1))
     found = tl.load(surface + place, mask=inside, other=-1)
     here = inside & (found >= 0)

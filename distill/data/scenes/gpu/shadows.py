@@ -31,13 +31,13 @@ EARLY = tl.constexpr(-1e-3)
 
 @triton.jit
 def some(mask):
-    """Whether it holds anywhere: what whole programs branch on."""
+    """Whether a mask is set anywhere, for branches of the whole program."""
     return tl.max(mask.to(tl.int32), 0) > 0
 
 
 @triton.jit
 def hidden_from_lamp(integers, floats, lamp, asked, x, y, z):
-    """1 where a lamp is hidden from a point among those that are asked about, else 0."""
+    """1 where `asked` is set and a lamp is hidden from the point, else 0."""
     place = floats + tl.load(integers + PLACE) + 3 * lamp
     x, y, z = x - tl.load(place), y - tl.load(place + 1), z - tl.load(place + 2)
     length = tl.sqrt_rn(x * x + y * y + z * z)
@@ -79,7 +79,7 @@ def hidden_from_lamp(integers, floats, lamp, asked, x, y, z):
 
 @triton.jit
 def hidden_from_sun(integers, floats, lamp, asked, x, y, z):
-    """1 where the sun is hidden from a point among those that are asked about, else 0."""
+    """1 where `asked` is set and the sun is hidden from the point, else 0."""
     axes = floats + tl.load(integers + AXES) + 6 * lamp
     wx = x * tl.load(axes) + y * tl.load(axes + 1) + z * tl.load(axes + 2)
     wy = x * tl.load(axes + 3) + y * tl.load(axes + 4) + z * tl.load(axes + 5)

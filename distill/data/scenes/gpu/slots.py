@@ -1,15 +1,15 @@
-"""Where the kernels find a number or a table of a stage: words of the header that its integers begin with.
+"""Layout of a stage's arrays for the kernels: indices of the words of the header at the start of the integers.
 
-Counts stand there themselves; of a table, the word where it begins among the integers or among the floats.
+A word holds either a count itself, or the offset of a table in the array of integers or of floats.
 """
 
 from __future__ import annotations
 
 import triton.language as tl
 
-# Counts. HEIGHT, WIDTH: of the picture. EDGES: planes of all shadow casters. SKY, ROOM: whether there is one.
+# Counts. HEIGHT, WIDTH: of the picture. EDGES: planes of all shadow casters. SKY, ROOM: 1 where the stage has one.
 HEIGHT, WIDTH, SOLIDS, LAMPS, CLUSTERS, CASTERS, EDGES, SKY, ROOM = (tl.constexpr(i) for i in range(9))
-# Places of patterns in the bank of textures.
+# Offsets of patterns in the bank of textures.
 CLOUDS, STAINS = tl.constexpr(9), tl.constexpr(10)
 # Tables of integers, named as in `packed`: of Solids, of Casters, of Lamps, of Looks.
 WINDOWS, FIRST, SURFACE, SHELL, ROUND, OUTSIDE = (tl.constexpr(i) for i in range(11, 17))
@@ -23,9 +23,9 @@ LAMP_PLANES, SLOPE, LAMP_EYE, SQUARED = (tl.constexpr(i) for i in range(37, 41))
 SURFACES, NUMBERS = tl.constexpr(41), tl.constexpr(42)
 HEADER = 43
 
-# Within CAMERA: three axes (right, up, forward), its position, metres across one pixel at a metre's distance.
+# Within CAMERA: three axes (right, up, forward), its position, metres across one pixel at 1 m distance.
 POSITION, PIXEL = tl.constexpr(9), tl.constexpr(12)
-# Within AIR: three numbers each of light from above (UP) and below, of the sky, and a room's half sizes; then one each.
+# Within AIR: three numbers each for light from above (UP) and below, the sky and a room's half sizes; then single ones.
 UP, DOWN, HORIZON, ZENITH, HALF = (tl.constexpr(i) for i in range(0, 15, 3))
 HAZE, COVER = tl.constexpr(15), tl.constexpr(16)
 # Within a row of SURFACES, after a gradient of nine numbers: see `cast.Surfaces`.

@@ -23,11 +23,11 @@ from distill.data.scenes.packed import (
 from distill.data.scenes.stage import Stage
 
 _Tables = Mapping[Any, np.ndarray]
-"""By the word of `slots` where their place is written."""
+"""Tables by the `slots` word that holds their offset."""
 
 
 def _joined(tables: _Tables, header: np.ndarray, dtype: type[np.generic], *, start: int = 0) -> np.ndarray:
-    """The tables one after the other, from `start` on; where each begins goes into the header."""
+    """Concatenate the tables, and write their offsets, counted from `start`, to the header."""
     for slot, table in tables.items():
         header[slot.value] = start
         start += table.size
@@ -79,7 +79,7 @@ def _floats(camera: Camera, solids: Solids, casters: Casters, lamps: Lamps, look
 
 
 def tables_of(stage: Stage, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """Integers, floats, and the patterns that have to be in the bank, of a stage seen on height x width = `size`."""
+    """Integers, floats, and the patterns needed in the bank, of a stage seen on height x width = `size`."""
     camera, (height, width) = stage.camera, size
     assert camera is not None
     solids = pack_solids(stage.solids, camera, height, width)
