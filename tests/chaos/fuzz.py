@@ -139,7 +139,7 @@ def _tar(path: Path, right: dict[str, torch.Tensor], data: bytes) -> None:
 
 
 def predictions(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
-    """Stored maps of every format that a library here writes; one that lost bytes must not be accepted with other values."""
+    """Stored maps of every format that a library here writes; one that lost bytes must not give other values."""
     folder.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(1).uniform(1, 9, (24, 32)).astype(np.float32)
     whole = {"npy": _npy(values), "npz": _npz(values), "pfm": _pfm(values)}

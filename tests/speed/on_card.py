@@ -319,10 +319,9 @@ def main() -> None:
             features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")
             for decoder in given.decoders:
                 cached = dataclasses.replace(settings, cache_features=True)
-                full, wait = ours(data, student_of(decoder, given, True), cached, device, features)
+                took, wait = ours(data, student_of(decoder, given, True), cached, device, features)
                 print(
-                    f"{decoder} on stored features: train {1e3 * full:.1f} ms, data wait {100 * wait:.1f} %",
-                    flush=True,
+                    f"{decoder} on stored features: train {1e3 * took:.1f} ms, data wait {100 * wait:.1f} %", flush=True
                 )
         if not given.no_twice:
             short = dataclasses.replace(settings, steps=20, freeze_encoder=False, log_every=5)
