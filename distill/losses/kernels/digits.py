@@ -43,8 +43,8 @@ def header_of(
     ranges, header, piece, pieces, pixels, flat,
     MAPS: tl.constexpr, GATE: tl.constexpr, FINEST: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Computes an image's header from the pieces' ranges; the first piece stores it. Returns the limit, and
-    least value and bins per unit of the label and of the prediction.
+    """Computes an image's header from the pieces' ranges; the first piece stores it. Returns the limit, and least value
+    and bins per unit of the label and of the prediction.
     """
     least, greatest = fold_least(ranges, pieces, CHUNK), fold_greatest(ranges + pieces, pieces, CHUNK)
     low, high = key_value(least), key_value(greatest)

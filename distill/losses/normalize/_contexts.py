@@ -10,7 +10,7 @@ threads as torch may use (`_per_image`); on CUDA by kernels (`distill.losses.fus
 run, for the whole batch without device synchronization (`_batched`).
 
 Choices where the paper is silent (ours): the maximum belongs to the last part; a context with fewer than MIN_PIXELS
-pixels, or whose label is constant, is dead: it is left out and counted; the median is the lower one, as torch.median.
+pixels, or whose label is constant, is dead: it is left out and counted; the median is the lower one, as in torch.
 `_hdn` has the choices of HDN's released code.
 """
 

@@ -52,7 +52,7 @@ class _Context:
 
 
 def lower_median(values: Array) -> Any:
-    """The lower median of (M,) values, M > 0, exactly as torch.median."""
+    """The lower median of (M,) values, M > 0, exactly torch.median's."""
     return _select(values, (len(values) - 1) // 2)
 
 
