@@ -1,16 +1,17 @@
-"""Shows that a rebuild changed nothing that the project computes: two checkouts, the same work, byte by byte.
+"""Checks that a refactoring changed no results: two checkouts do the same work and are compared byte by byte.
 
     python tests/compare_commits.py BASELINE THIS                  e.g. ../base .
     python tests/compare_commits.py BASELINE THIS --sa1b DIR       also damaged tars as SA-1B packs them
     python tests/compare_commits.py BASELINE . --only losses hdn   sections whose name has one of these words
 
-Each checkout labels, trains, scores, predicts and exports in a process and a folder of its own; then both read what
-BASELINE wrote (labels, students, predictions). What is compared: every map and image of every label shard, json records
-without renamed keys and hashes of recipes; losses and their gradients; weights after 20 steps, optimizer states and
-held-out losses; scores in both protocols; predictions and exports; draws of crops, teachers and order; golden cases.
-What a checkout calls things is in tests/commits/probe_names.py: extend RENAMED there. About four minutes on two cores.
+Each checkout labels, trains, scores, predicts and exports in a separate process and folder; then both read BASELINE's
+outputs (labels, students, predictions). Compared are: every map and image of every label shard, json records without
+renamed keys and hashes of recipes; losses and their gradients; weights after 20 steps, optimizer states and held-out
+losses; scores in both protocols; predictions and exports; draws of crops, teachers and order; golden cases.
+The names that a checkout uses are in tests/commits/probe_names.py: extend RENAMED there. About four minutes on two
+cores.
 
-Prints a line per item. Exit code 1 where any differs, or could not be taken.
+Prints a line per item. Exit code 1 if any item differs or could not be recorded.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ SUFFIXES = (".npz", ".json", ".bin", ".error")
 
 @dataclass(frozen=True)
 class Side:
-    """One checkout, and the folder that it works in."""
+    """One checkout and its working folder."""
 
     name: str
     checkout: Path
     folder: Path
 
     def item(self, phase: str, name: str) -> Path | None:
-        """The file of an item; None where it was not taken."""
+        """The file of an item; None if it was not recorded."""
         paths = (self.folder / phase / (name.replace("/", "~") + suffix) for suffix in SUFFIXES)
         return next((path for path in paths if path.is_file()), None)
 
     def items(self, phase: str) -> list[str]:
-        """The items that were taken, in their order."""
+        """The recorded items, in order."""
         order = self.folder / phase / "order.json"
         return json.loads(order.read_text()) if order.is_file() else []
 
 
 def start(side: Side, phase: str, only: Sequence[str]) -> subprocess.Popen[bytes]:
-    """The probe of one checkout, running."""
-    # -P: neither the probe's folder nor the current one comes before the checkout.
+    """Start the probe of one checkout."""
+    # -P: keeps the probe's folder and the current one out of sys.path, before the checkout.
     command = [sys.executable, "-P", str(COMMITS / "probe.py"), phase, str(side.checkout)]
     command += ["--only", *only] if only else []
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -67,7 +68,7 @@ def start(side: Side, phase: str, only: Sequence[str]) -> subprocess.Popen[bytes
 
 
 def run(sides: Sequence[Side], phase: str, only: Sequence[str] = ()) -> list[str]:
-    """Both checkouts beside each other; what went wrong beyond single items."""
+    """Run both checkouts in parallel; returns the failures of whole processes."""
     processes = [start(side, phase, only) for side in sides]
     faults = []
     try:
@@ -85,7 +86,7 @@ def run(sides: Sequence[Side], phase: str, only: Sequence[str] = ()) -> list[str
 
 
 def first_difference(one: Any, other: Any, at: str = "") -> str:
-    """Where two json values differ first, and how."""
+    """The first difference of two json values: where, and both values."""
     if isinstance(one, dict) and isinstance(other, dict):
         if one.keys() != other.keys():
             return f"{at or '.'}: keys only there {sorted(one.keys() - other.keys())}, only here {sorted(other.keys() - one.keys())}"  # noqa: E501
@@ -112,7 +113,7 @@ def _arrays_differ(one: Path, other: Path) -> str:
 
 
 def difference(one: Path | None, other: Path | None) -> str:
-    """What differs between two items' files, in words; "" where nothing does."""
+    """A description of the difference between two items' files; "" if they are equal."""
     for path, where in ((one, "BASELINE"), (other, "THIS")):
         if path is None:
             return f"not taken in {where}"
@@ -136,38 +137,38 @@ def short(path: Path | None) -> str:
 
 
 def rows(old: Side, new: Side) -> Iterator[tuple[str, str, str, str]]:
-    """(item, old hash, new hash, what differs) of everything that either side took."""
+    """(item, old hash, new hash, difference) of every item that either side recorded."""
     for phase in ("write", "read"):
         names = old.items(phase)
         names += [name for name in new.items(phase) if name not in set(names)]
         for name in names:
-            one, other = old.item(phase, name), new.item(phase, name)
-            yield name, short(one), short(other), difference(one, other)
+            old_file, new_file = old.item(phase, name), new.item(phase, name)
+            yield name, short(old_file), short(new_file), difference(old_file, new_file)
 
 
 def commit(checkout: Path) -> str:
     """The folder of a checkout and its commit, with "dirty" where files differ from it."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{checkout} {said or '(no commit)'}"
+    description = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{checkout} {description or '(no commit)'}"
 
 
 def report(old: Side, new: Side, faults: Sequence[str]) -> bool:
-    """Prints the table; True where everything is equal."""
-    found = list(rows(old, new))
+    """Prints the table; True if everything is equal."""
+    items = list(rows(old, new))
     for name, side in (("BASELINE", old), ("THIS", new)):
         print(f"{name:8} {commit(side.checkout)}")
-    width = max((len(name) for name, *_ in found), default=4)
+    width = max((len(name) for name, *_ in items), default=4)
     print(f"{'item':{width}}  {'BASELINE':12}  {'THIS':12}")
-    for name, one, other, differs in found:
-        print(f"{name:{width}}  {one}  {other}  {'DIFFERENT' if differs else 'equal'}")
-    bad = [(name, differs) for name, _, _, differs in found if differs]
+    for name, old_hash, new_hash, differs in items:
+        print(f"{name:{width}}  {old_hash}  {new_hash}  {'DIFFERENT' if differs else 'equal'}")
+    bad = [(name, differs) for name, _, _, differs in items if differs]
     for name, differs in bad:
         print(f"\n{name}\n    {differs}")
     for fault in faults:
         print(f"\n{fault}")
-    print(f"\n{len(found) - len(bad)} of {len(found)} items are equal")
-    return bool(found) and not bad and not faults
+    print(f"\n{len(items) - len(bad)} of {len(items)} items are equal")
+    return bool(items) and not bad and not faults
 
 
 def main() -> int:

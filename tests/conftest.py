@@ -1,4 +1,4 @@
-"""Fixtures for all tests: no network, few threads, no card but where a test asks for one, golden data."""
+"""Fixtures for all tests: no network, few threads, no GPU unless a test asks for one, golden data."""
 
 from __future__ import annotations
 
@@ -11,50 +11,51 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Containers forbid it: every process of pytest-xdist and every child of a test would compile the package anew.
+# Some containers set it: every process of pytest-xdist and every child of a test would compile the package again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-if "DISTILL_TESTS_FOLDER" not in os.environ:  # pytest-xdist's workers make theirs within that of the first process
+if "DISTILL_TESTS_FOLDER" not in os.environ:  # pytest-xdist's workers make theirs inside the first process's
     os.environ["DISTILL_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="distill-tests-")
     atexit.register(shutil.rmtree, os.environ["DISTILL_TESTS_FOLDER"], ignore_errors=True)
 _own = tempfile.mkdtemp(dir=os.environ["DISTILL_TESTS_FOLDER"])
-os.environ["XDG_STATE_HOME"] = _own  # recipes run by tests are not the person's
-os.environ.setdefault("HF_MODULES_CACHE", _own)  # of transformers' remote code
+os.environ["XDG_STATE_HOME"] = _own  # keeps the tests' recipes out of the user's state
+os.environ.setdefault("HF_MODULES_CACHE", _own)  # for transformers' remote code
 
 import numpy as np
 import pytest
 
-CARD = "cuda"  # the marker of a test that needs one, and the only selection in which a card can be seen
-SLOW = "slow"  # the marker of the few whose setting cannot be made small; pyproject.toml says what they are
+CARD = "cuda"  # the marker of a test that needs a GPU; only with exactly this selection is a GPU visible
+SLOW = "slow"  # the marker of the few tests that cannot be made small; described in pyproject.toml
 
 
 def pytest_configure(config):
     if config.option.markexpr != CARD:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # every other test means the CPU, whatever its machine has
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # all other tests run on the CPU, whatever the machine has
     if not config.option.markexpr and not any(".py" in word for word in config.args):
-        config.option.markexpr = f"not {SLOW}"  # whoever names a file means all of it
-    os.fsync = os.fstat  # no test pulls the plug, and a fifth of the wait was for the disk
-    gc.disable()  # imports make millions of objects that stay, and each round of the collector visits all of them
+        config.option.markexpr = f"not {SLOW}"  # naming a file selects all of its tests
+    os.fsync = os.fstat  # no test cuts the power, and syncing took a fifth of the time
+    gc.disable()  # imports make millions of permanent objects, and each collection visits all of them
 
 
 def pytest_collection_finish(session):
     gc.freeze()
     gc.enable()
-    # What is never collected, extension modules report as leaks when the process ends; pytest collects before.
+    # Extension modules report objects that are never collected as leaks at exit; pytest collects before that.
     atexit.register(gc.unfreeze)
 
 
 def pytest_collection_modifyitems(items):
-    import torch  # here and not above: pytest-xdist's first process, which only hands out tests, needs none
+    import torch  # not at the top: pytest-xdist's first process, which only distributes tests, does not need it
 
-    # Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one.
+    # Two OpenMP threads on two busy cores wait for each other: the suite is several times faster with one thread.
     torch.set_num_threads(1)
-    # pytest-xdist gives a worker neighbours: of two, one has then every file that asks for processes, and their server.
-    served = {item.module for item in items if "processes" in item.fixturenames}
-    items.sort(key=lambda item: item.module not in served)
+    # pytest-xdist gives a worker consecutive tests: sorted so, one of two workers runs all files that use `processes`,
+    # and only that worker starts their server.
+    using_processes = {item.module for item in items if "processes" in item.fixturenames}
+    items.sort(key=lambda item: item.module not in using_processes)
     needing = [item for item in items if item.get_closest_marker(CARD)]
     if needing and not torch.cuda.is_available():
         for item in needing:
@@ -63,7 +64,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def card(monkeypatch):
-    """The card of a test that is marked cuda, with float32 as exact as a CPU's: convolutions take TF32 else."""
+    """The GPU of a test that is marked cuda, with float32 as exact as a CPU's: no TF32 in convolutions."""
     import torch
 
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
@@ -74,14 +75,14 @@ HERE = Path(__file__).parent / "golden"
 
 
 def golden_folder(case: str) -> Path | None:
-    """The folder of a golden case: in the tree, or in the larger set that DISTILL_GOLDEN names."""
+    """The folder of a golden case: in the tree, or in the larger set in DISTILL_GOLDEN."""
     places = [HERE, *([Path(os.environ["DISTILL_GOLDEN"])] if "DISTILL_GOLDEN" in os.environ else [])]
     return next((place / case for place in places if (place / case / "case.json").exists()), None)
 
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden(case)` -> (case.json as a dict, data.npz); skips where the case is not at hand."""
+    """`golden(case)` -> (case.json as a dict, data.npz); skips if the case is missing."""
 
     def load(case: str):
         folder = golden_folder(case)
@@ -94,20 +95,20 @@ def golden():
 
 
 def golden_weights(shapes: dict, seed: int) -> dict:
-    """Golden weights of {key: (shape, dtype)}, but for the keys that stay as constructed."""
+    """Golden weights for {key: (shape, dtype)}, without the keys that stay as constructed."""
     import torch
 
     from tests.golden import weights_rule
 
-    made = weights_rule.synth_state({key: tuple(entry[0]) for key, entry in shapes.items()}, seed)
-    return {key: torch.from_numpy(value) for key, value in made.items()}
+    state = weights_rule.synth_state({key: tuple(entry[0]) for key, entry in shapes.items()}, seed)
+    return {key: torch.from_numpy(value) for key, value in state.items()}
 
 
 @pytest.fixture(scope="session")
 def processes():
-    """A multiprocessing context whose processes inherit nothing of this one, and hash otherwise.
+    """A multiprocessing context whose processes inherit nothing from this one and use another hash seed.
 
-    They are forks of one server, which has done the imports of the command line: seconds, else, for each of them.
+    They are forks of one server that has done the command line's imports, which otherwise take seconds for each.
     """
     from multiprocessing import forkserver, get_context
 
@@ -121,7 +122,7 @@ def processes():
 
 @pytest.fixture
 def elsewhere(processes):
-    """`elsewhere(function, *arguments)` -> what it returns in another process, the same one within a test."""
+    """`elsewhere(function, *arguments)` -> its result in another process, which stays the same within a test."""
     from concurrent.futures import ProcessPoolExecutor
 
     with ProcessPoolExecutor(1, mp_context=processes) as pool:

@@ -1,7 +1,7 @@
-"""How much there is to read: `python -m tests.reading` prints the house in numbers, and what a newcomer reads for what.
+"""How much there is to read: `python -m tests.reading` prints sizes of the code, and of what a newcomer reads per task.
 
-A list is the files that somebody opens who has never seen the project, from where CONTRIBUTING.md sends them to where
-the change is made; tests/test_layout.py holds each to its bound.
+A task's list has the files that somebody new to the project opens, from where CONTRIBUTING.md points to where the
+change is made; tests/test_layout.py checks each list against its limit.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ TASKS: dict[str, tuple[int, list[str]]] = {
         ],
     ),
 }
-"""What is to be added or mended: the most lines that it may take, and the files."""
+"""What is to be added or fixed: the maximum number of lines to read, and the files."""
 
 
 def lines(path: str | Path) -> int:
-    """The lines of a file of the repository."""
+    """The number of lines of a file of the repository."""
     return (ROOT / path).read_text(encoding="utf-8").count("\n")
 
 
 def upwards() -> list[str]:
-    """Imports of what is read later."""
+    """Imports of modules that come later in the reading order."""
     return [
         f"{module} imports {name}"
         for module, path in ALL.items()
@@ -61,17 +61,17 @@ def upwards() -> list[str]:
 
 
 def circular() -> list[str]:
-    """Modules that import each other in a circle, or what does. The front door imports its rooms when it is asked."""
-    later = {
+    """Modules in an import cycle, or that import one. `distill` itself is exempt: it imports its parts lazily."""
+    imports = {
         m: {n for n in text(path).imports if n in ALL} - {m, "distill"} for m, path in ALL.items() if m != "distill"
     }
-    while free := {m for m, names in later.items() if not names}:
-        later = {m: names - free for m, names in later.items() if m not in free}
-    return sorted(later)
+    while leaves := {m for m, names in imports.items() if not names}:
+        imports = {m: names - leaves for m, names in imports.items() if m not in leaves}
+    return sorted(imports)
 
 
 def longest() -> tuple[int, str]:
-    """The longest function, in lines, and where it is."""
+    """The longest function: its lines and its place."""
     return max(
         (length, f"{path.relative_to(ROOT)}:{line} {name}")
         for path in ALL.values()
@@ -80,15 +80,15 @@ def longest() -> tuple[int, str]:
 
 
 def main() -> None:
-    """The table."""
+    """Print the table."""
     sizes = [lines(path) for path in ALL.values()]
     length, where = longest()
     print(f"{len(sizes)} files of {sum(sizes)} lines, the longest of {max(sizes)}")
     print(f"{len(upwards())} imports that run up, {len(circular())} modules in circles")
     print(f"longest function: {length} lines, {where}")
-    for task, (most, files) in TASKS.items():
-        each = ", ".join(f"{path} {lines(path)}" for path in files)
-        print(f"{task}: {sum(map(lines, files))} lines of at most {most} ({each})")
+    for task, (limit, files) in TASKS.items():
+        per_file = ", ".join(f"{path} {lines(path)}" for path in files)
+        print(f"{task}: {sum(map(lines, files))} lines of at most {limit} ({per_file})")
 
 
 if __name__ == "__main__":

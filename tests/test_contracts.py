@@ -1,7 +1,7 @@
-"""What every plug-in must keep, by walking the folders: adding a file adds its tests.
+"""The contracts of every plug-in, found by walking the folders: adding a file adds its tests.
 
-The promises are in distill.app.contracts, so that they hold for plug-ins outside too. The depth of each contract stands
-with its room (test_decoders, test_teachers, test_losses, test_score).
+The promises are in distill.app.contracts, so that plug-ins outside are checked too. Detailed tests of each contract
+are in their folders (test_decoders, test_teachers, test_losses, test_score).
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ def test_a_misspelt_option_is_told():
 def test_an_option_of_another_type_is_told():
     load = find("distill.teachers", "depth_anything_v2").Teacher.load
     assert not option_faults(load, {"max_depth": 20, "native_size": None, "weights_key": "a"}, "options")
-    for key, value, said in (
+    for key, value, message in (
         ("max_depth", "20", "must be a number, not '20'"),
         ("native_size", 2.5, "must be a whole number, not 2.5"),
         ("native_size", True, "must be a whole number, not True"),
         ("weights_key", 3, "must be text, not 3"),
         ("resize", None, "must be text, not None"),
     ):
-        assert option_faults(load, {key: value}, "options") == [f"options.{key} {said}"]
+        assert option_faults(load, {key: value}, "options") == [f"options.{key} {message}"]
 
     def own(weights, *, rule=None, share=0.5, size: Nowhere = 3, words: list[str] | None = None):  # noqa: F821
         pass
@@ -78,5 +78,5 @@ def test_an_option_of_another_type_is_told():
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_contributing_says_every_promise(kind):
     text = " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
-    unsaid = [promise(contract) for contract in CONTRACTS[kind] if promise(contract) not in text]
-    assert not unsaid
+    missing = [promise(contract) for contract in CONTRACTS[kind] if promise(contract) not in text]
+    assert not missing

@@ -1,4 +1,4 @@
-"""What the README and docs/ say is so: commands parse, keys exist, recipes load, links lead somewhere, Python runs."""
+"""The README and docs/ are correct: commands parse, keys exist, recipes load, links resolve, Python runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
 def commands(text: str) -> list[list[str]]:
-    """The arguments of every `distill` of the shell blocks."""
+    """The arguments of every `distill` command in the shell blocks."""
     lines = [
         line
         for language, block in BLOCK.findall(text)
@@ -37,16 +37,16 @@ def commands(text: str) -> list[list[str]]:
     ]
     joined = text.replace("\\\n", " ")
     indented = re.findall(r"^    ((?:distill|accelerate launch) .*)$", joined, re.MULTILINE)
-    lines += [line.partition("    ")[0] for line in indented]  # what follows in its column is prose
-    found = []
+    lines += [line.partition("    ")[0] for line in indented]  # the text after it is prose
+    arguments = []
     for line in lines:
         for part in [line] if line.startswith("srun") else re.split(r" && |;", line):
-            found += _arguments(shlex.split(part, comments=True))
-    return found
+            arguments += _arguments(shlex.split(part, comments=True))
+    return arguments
 
 
 def _arguments(words: list[str]) -> list[list[str]]:
-    """The arguments of the command if it is one of distill's."""
+    """The arguments of the command if it is distill's, in a list; else an empty list."""
     inner = shlex.split(words[3]) if words[:1] == ["srun"] else words
     if inner[:1] == ["distill"]:
         return [inner[1:]]
@@ -77,21 +77,21 @@ def test_every_command_is_one(page, words):
 
 def test_every_command_has_a_row():
     rows = re.findall(r"^\| (.*?) \|", (ROOT / "docs" / "commands.md").read_text().replace("\\|", "/"), re.MULTILINE)
-    told = {name for row in rows for name in re.findall(r"`distill ([a-z]+)", row)}
-    assert told == set(names("distill.app.verbs"))
+    documented = {name for row in rows for name in re.findall(r"`distill ([a-z]+)", row)}
+    assert documented == set(names("distill.app.verbs"))
 
 
 def test_every_extra_is_in_the_pages():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     table = (ROOT / "docs" / "install.md").read_text().partition("| extra |")[2].partition("\n\n")[0]
-    told = re.findall(r"`([a-z]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE)
-    assert sorted(told) == sorted(project["optional-dependencies"])
+    documented = re.findall(r"`([a-z]+)`(?=[^|]*\|[^|]*\|$)", table, re.MULTILINE)
+    assert sorted(documented) == sorted(project["optional-dependencies"])
 
 
 def test_the_teachers_of_the_readme_are_those_of_the_cards():
     table = (ROOT / "README.md").read_text().partition("| teacher |")[2].partition("\n\n")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
-    told = {
+    documented = {
         re.sub(r"\W+", "_", name.lower()): (output, allowed)
         for names_, output, allowed in rows
         for name in names_.split(", ")
@@ -100,7 +100,7 @@ def test_the_teachers_of_the_readme_are_those_of_the_cards():
         cards = find("distill.teachers", teacher).CARDS
         if teacher in ("analytic", "checkpoint", "stored"):  # ours, and other people's maps
             continue
-        (output, allowed), *_ = [said for name, said in told.items() if name.startswith(teacher)]
+        (output, allowed), *_ = [cells for name, cells in documented.items() if name.startswith(teacher)]
         for card in cards:
             words = {"metric": "metric", "scale": "up to scale", "affine": f"{card.kind.quantity}"}
             assert words[str(card.kind).partition("_")[0]] in output, (teacher, card.kind)
@@ -124,9 +124,9 @@ def test_every_key_is_one(page):
     known = keys()
     tables = {key.partition(".")[0] for key in known}
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
-        found = re.match(r"([a-z]+)\.([a-z_]+)(?= =|$)", code)
-        if found and found[1] in tables and page.name != "formats.md" and not code.endswith(".py"):
-            assert found[0] in known, f"{page.name}: {code}"
+        key = re.match(r"([a-z]+)\.([a-z_]+)(?= =|$)", code)
+        if key and key[1] in tables and page.name != "formats.md" and not code.endswith(".py"):
+            assert key[0] in known, f"{page.name}: {code}"
 
 
 def test_every_recipe_in_the_docs_is_read():
@@ -135,7 +135,9 @@ def test_every_recipe_in_the_docs_is_read():
     assert [parse(table).run.name for table in tables if "run" in table] == ["supervised", "own"]
     for part in (table for table in tables if "run" not in table):
         teachers = [
-            {"name": "analytic", "alias": name} for one in part.get("images", []) for name in one.get("teachers", [])
+            {"name": "analytic", "alias": name}
+            for source in part.get("images", [])
+            for name in source.get("teachers", [])
         ]
         parse({"run": {"name": "x"}, "teachers": teachers, **part})
 
@@ -161,8 +163,8 @@ def test_the_counts_of_the_readme_are_those_of_the_results():
     rows = re.findall(rf"^\| .* \| ({'|'.join(words)})[^|]* \|", results(), re.MULTILINE)
     counts = {verdict: rows.count(verdict) for verdict in words}
     pattern = r"(\d+) same sign, (\d+) undecided,\s\**(\d+) opposite\**, (\d+) equivalent"
-    said = re.search(pattern, (ROOT / "README.md").read_text())
-    assert said and [int(n) for n in said.groups()] == list(counts.values()), counts
+    stated = re.search(pattern, (ROOT / "README.md").read_text())
+    assert stated and [int(n) for n in stated.groups()] == list(counts.values()), counts
     for row in re.findall(r"^\| [^|]+ \| [0-9.]+ \| [0-9.]+ \|$", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert row.rstrip(" |") in results(), row
 

@@ -1,6 +1,6 @@
-"""The wheel in a fresh environment, beside a user's own eval.py, teachers/, ...: nothing but `distill` is ours.
+"""The wheel in a fresh environment, next to a user's own eval.py, teachers/, ...: it installs only `distill`.
 
-The environment borrows this one's packages by a .pth, which brings no editable install along.
+The environment uses this one's packages through a .pth file, which does not import editable installs.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ print("distill", distill.__file__)
 
 
 def run(*argv: str | Path, cwd: Path, path: Path | None = None) -> str:
-    """Standard output; with the user's folder on PYTHONPATH where there is one, and nothing else."""
+    """Standard output of a command; PYTHONPATH is `path` or unset."""
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "WORLD_SIZE", "RANK")}
     env |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
     done = subprocess.run(list(map(str, argv)), cwd=cwd, env=env, capture_output=True, text=True, check=False)
@@ -57,7 +57,7 @@ def run(*argv: str | Path, cwd: Path, path: Path | None = None) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the wheel and the source archive, made of a copy: building writes beside its sources."""
+    """A folder with the wheel and the source archive, built from a copy because building writes next to the sources."""
     pytest.importorskip("setuptools", minversion="77")
     source, out = tmp_path_factory.mktemp("source") / "tree", tmp_path_factory.mktemp("built")
     source.mkdir()
@@ -73,7 +73,7 @@ def built(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def python(built, tmp_path_factory) -> Path:
-    """The interpreter of a fresh environment that has the wheel."""
+    """The interpreter of a fresh environment with the wheel installed."""
     home = tmp_path_factory.mktemp("venv")
     run(sys.executable, "-m", "venv", "--without-pip", home, cwd=home)
     python = home / "bin" / "python"
@@ -87,7 +87,7 @@ def python(built, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def user(tmp_path) -> Path:
-    """A folder with modules of the user's, called like our top folders, that end whatever imports them."""
+    """A folder with a user's modules, named like our top folders, that exit when imported."""
     import numpy as np
     from PIL import Image
 
@@ -114,8 +114,8 @@ def test_wheel_and_source_hold_every_file_once(built):
     for names in (in_wheel, in_source):
         assert not [name for name, times in collections.Counter(names).items() if times > 1]
         python = {name for name in names if name.endswith(".py")}
-        found = {n.removeprefix("distill/").removesuffix(".py").removesuffix("/__init__") for n in python}
-        assert found - {"__init__"} == modules
+        packaged = {n.removeprefix("distill/").removesuffix(".py").removesuffix("/__init__") for n in python}
+        assert packaged - {"__init__"} == modules
         data = {str(path.relative_to(ROOT)) for path in (ROOT / "distill" / "assets").rglob("*") if path.is_file()}
         data |= {f"distill/{p.relative_to(ROOT)}" for p in (ROOT / "recipes").rglob("*") if p.is_file()}
         assert data | {"distill/eval/papers.toml"} <= set(names)
@@ -124,7 +124,7 @@ def test_wheel_and_source_hold_every_file_once(built):
 
 @pytest.mark.slow
 def test_every_command_works_beside_a_users_own_modules(python, user):
-    """README's snippet and the verbs, with those folders both in the working directory and on PYTHONPATH."""
+    """The README's snippet and the commands, with the user's folders in the working directory and on PYTHONPATH."""
     whose = run(python, "-c", WHOSE.format(tops=TOPS), cwd=user, path=user)
     assert dict(line.split() for line in whose.splitlines()) == {
         **{top: str(user / top / "__init__.py") for top in TOPS},

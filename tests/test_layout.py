@@ -1,4 +1,4 @@
-"""The house rules, read from the imports: reading order, one owner per dependency, sizes, no forbidden files."""
+"""The layout rules, checked by the imports: folder order, one owner per dependency, sizes, no forbidden files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# The journey of the data. A folder imports only itself and what stands above it; inside a folder no circle.
+# In the order of the data flow. A folder imports only itself and folders above it; no import cycles inside a folder.
 FOLDERS = [
     "distill.core",
     "distill.students",
@@ -75,20 +75,20 @@ IMPURE = {"pathlib", "os", "json", "tomllib", "shutil", "subprocess", "accelerat
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by name; Path.rglob does not follow the links, so the top folders are walked too."""
-    found = {}
+    """Every module of the package by name; Path.rglob does not follow links, so the top folders are walked too."""
+    paths = {}
     for top in ("distill", "students", "teachers", "eval"):
         for path in sorted((ROOT / top).rglob("*.py")):
             name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-            found[name if top == "distill" else f"distill.{name}"] = path
-    return found
+            paths[name if top == "distill" else f"distill.{name}"] = path
+    return paths
 
 
 ALL = modules()
 
 
 def each_module(rule):
-    """A rule for one module as a test of them all, which names every module that breaks it."""
+    """Turn a rule for one module into a test of all modules, which names every module that breaks it."""
 
     def test():
         broken = []
@@ -111,13 +111,13 @@ def folder(module: str) -> int:
 
 
 def owned(module: str, entries: list[str]) -> bool:
-    """Whether a module is named, or lies in a folder that is named with a dot at its end."""
+    """Whether a module is an entry, or is in a folder that is an entry with a trailing dot."""
     return any(module == e or (e.endswith(".") and (module + ".").startswith(e)) for e in entries)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """What the tests ask of a file. The trees themselves would be a hundred megabytes."""
+    """The facts of a file that the tests need; caching the syntax trees would take a hundred megabytes."""
 
     lines: int
     docstring: str | None
@@ -126,7 +126,7 @@ class Text:
     imports: list[str]
     """Every absolute module name imported anywhere in the file, inside functions too."""
     at_top: list[str]
-    """Those outside functions alone."""
+    """Only those outside functions."""
 
 
 @functools.cache
@@ -147,8 +147,8 @@ def imported_by(node: ast.AST, path: Path) -> list[str]:
     if not isinstance(node, ast.ImportFrom):
         return []
     assert node.level == 0, f"{path}: relative import on line {node.lineno}"
-    full = [f"{node.module}.{alias.name}" for alias in node.names]
-    return [name if name in ALL else str(node.module) for name in full]
+    names = [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name if name in ALL else str(node.module) for name in names]
 
 
 def test_there_is_something_to_check():
@@ -165,19 +165,19 @@ def test_a_folder_imports_only_what_stands_above_it(module, path):
 
 
 def test_no_circle():
-    # The front door imports its rooms only when somebody asks it for one.
-    later = {m: {n for n in text(path).imports if n in ALL and n != m} for m, path in ALL.items() if m != "distill"}
-    later = {m: names - {"distill"} for m, names in later.items()}
-    while free := {m for m, names in later.items() if not names}:
-        later = {m: names - free for m, names in later.items() if m not in free}
-    assert not later, f"these import each other in a circle, or what does: {', '.join(later)}"
+    # `distill` itself is exempt: it imports its parts lazily.
+    imports = {m: {n for n in text(path).imports if n in ALL and n != m} for m, path in ALL.items() if m != "distill"}
+    imports = {m: names - {"distill"} for m, names in imports.items()}
+    while leaves := {m for m, names in imports.items() if not names}:
+        imports = {m: names - leaves for m, names in imports.items() if m not in leaves}
+    assert not imports, f"these import each other in a circle, or what does: {', '.join(imports)}"
 
 
 def test_only_distill_is_importable():
     outside = re.compile(r"^ *(from|import) +(students|teachers|eval|recipes)\b", re.MULTILINE)
     files = [*ALL.values(), *(ROOT / "tests").rglob("*.py")]
-    found = [(path, outside.search(path.read_text(encoding="utf-8"))) for path in files]
-    assert not [f"{path.relative_to(ROOT)}: {line[0]}" for path, line in found if line]
+    matches = [(path, outside.search(path.read_text(encoding="utf-8"))) for path in files]
+    assert not [f"{path.relative_to(ROOT)}: {line[0]}" for path, line in matches if line]
 
 
 @each_module
@@ -213,10 +213,10 @@ def test_teachers_import_heavy_libraries_only_when_loading(module, path):
 
 @each_module
 def test_sizes_and_docstrings(module, path):
-    found = text(path)
-    assert found.lines <= 420, f"{path} has {found.lines} lines"
-    assert found.docstring, f"{path} does not say what it is for"
-    for name, line, length in found.functions:
+    facts = text(path)
+    assert facts.lines <= 420, f"{path} has {facts.lines} lines"
+    assert facts.docstring, f"{path} does not say what it is for"
+    for name, line, length in facts.functions:
         assert length <= 65, f"{path}:{line} {name} has {length} lines"
 
 
@@ -233,12 +233,12 @@ def test_no_drawers_for_everything():
 def test_what_a_newcomer_reads_stays_short():
     from tests import reading
 
-    read = {task: (sum(map(reading.lines, files)), most) for task, (most, files) in reading.TASKS.items()}
-    assert not {task: found for task, found in read.items() if found[0] > found[1]}
+    counts = {task: (sum(map(reading.lines, files)), limit) for task, (limit, files) in reading.TASKS.items()}
+    assert not {task: count for task, count in counts.items() if count[0] > count[1]}
 
 
 @pytest.mark.parametrize("name", ["speed", "evidence", "chaos"])
 def test_every_script_beside_the_tests_can_be_imported(name):
-    """No test runs them, and what they import moves: documented commands would break unseen."""
+    """No test runs these scripts: without this, renamed imports would break documented commands unnoticed."""
     for path in sorted((ROOT / "tests" / name).glob("[!_]*.py")):
         importlib.import_module(f"tests.{name}.{path.stem}")

@@ -17,12 +17,12 @@ from distill.teachers import _dpt_head
 from distill.teachers._da3_network import Network, NetworkLayout
 from distill.teachers._moge_network import Network as MogeNetwork
 
-SIZE = (37, 53)  # of the images that the contract is tested with: a multiple of nothing
+SIZE = (37, 53)  # of the contract tests' images: a multiple of no patch size
 KEYS = ("scene/a.png", "scene/b.png")
 
 
 def _randomize(module):
-    """Values of a trained network's size, so that nothing that is wrong hides behind zeros."""
+    """Random parameters of a trained network's magnitude, so that zeros do not hide errors."""
     rng = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         noise = torch.randn(parameter.shape, generator=rng)
@@ -112,7 +112,7 @@ def midas(folder):
 
 
 def depth_pro(folder):
-    """Squares of 256 from patches of 64; a field of view near 55 degrees, and an inverse depth that is seldom 0."""
+    """Squares of 256 from patches of 64; a field of view near 55 degrees, and an inverse depth that is rarely 0."""
     from transformers import DepthProConfig, DepthProForDepthEstimation
 
     vit = {
@@ -132,7 +132,7 @@ def depth_pro(folder):
 
 
 def moge(folder):
-    """Points near a plane before the camera, and a mask that leaves out none of them."""
+    """Points near a plane in front of the camera, and a mask that excludes none of them."""
     stack = {
         "dim_res_blocks": [16, 8, 8, 8, 8], "num_res_blocks": [0, 1, 1, 1, 0], "res_block_in_norm": "none",
         "res_block_hidden_norm": "none", "resamplers": [*["conv_transpose"] * 3, "bilinear"],
@@ -153,8 +153,8 @@ def moge(folder):
     )  # fmt: skip
     network = _randomize(MogeNetwork(layout, description))
     network.mask_head.output_blocks[4].bias.data.fill_(50.0)
-    # x / z and y / z are the place in the view, which the finest level is told, and log z is what the network makes of
-    # the image; what comes from below is kept small beside the place.
+    # x / z and y / z equal the position in the view, an input of the finest level, and log z comes from the image; the
+    # features of coarser levels are kept small relative to the position.
     for stack_ in (network.neck, network.points_head):
         stack_.resamplers[3][1].weight.data *= 0.05
         stack_.resamplers[3][1].bias.data.zero_()
@@ -169,7 +169,7 @@ def moge(folder):
 
 
 def diffusion(folder, *, channels, scheduler=None, blocks=2, index=None):
-    """A folder of Stable Diffusion parts, as diffusers writes it."""
+    """Write a folder of Stable Diffusion parts in diffusers' format."""
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -223,7 +223,7 @@ def genpercept(folder):
 
 
 def genpercept_head(folder):
-    """The same with a DPT head on a UNet of four blocks."""
+    """GenPercept with a DPT head on a UNet of four blocks."""
     weights = diffusion(folder, channels=4, blocks=4)
     (folder / "dpt_head_identity").mkdir()
     head = _randomize(_dpt_head.DptHead([8, 16, 16, 16], 8, 8))
@@ -239,7 +239,7 @@ def fiffdepth(folder):
 
 
 def depth_anything_v2_small(folder):
-    """Random weights in the published small size, as transformers writes them."""
+    """Random weights of the published Small size, in transformers' format."""
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     backbone = Dinov2Config(
@@ -271,7 +271,7 @@ def depth_anything_3_small(folder):
 
 
 def diffusion_small(folder, name):
-    """A Stable Diffusion of a fifth of its width: its blocks, attention and factor of 8."""
+    """A Stable Diffusion of a fifth of the width, with its blocks, attention and factor of 8."""
     import diffusers
 
     maker = {"marigold": marigold, "genpercept": genpercept, "fiffdepth": fiffdepth}[name]

@@ -1,7 +1,7 @@
-"""What is learnt: the losses, each one value per image, and the objective that weighs them.
+"""The losses, each one value per image, and the objective, their weighted sum.
 
-`distillation_loss`, `gradient_loss` and `hdn_loss` are had from here, and loaded when they are asked for: a recipe's
-settings lie in this package too, and reading one should not wait for torch.
+`distillation_loss`, `gradient_loss` and `hdn_loss` are exported here and imported on first access: a recipe's settings
+are in this package too, and reading a recipe should not import torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The losses by the kernels, where they can be: float32 on CUDA. Everything here returns None where torch has to do it.
+"""The losses by the fused kernels, for float32 on CUDA. Each loss here returns None where torch has to compute it.
 
-Before the kernels' first use in a process they are tried on a small example against the torch code. Whatever is wrong
-there (no Triton, no C compiler for its launchers, a card that it does not know, other numbers) is one warning, and
-torch does the work.
+Before their first use in a process the kernels are compared with the torch code on a small example. Any failure there
+(no Triton, no C compiler for its launchers, a card unknown to it, different numbers) gives one warning, and torch
+computes the losses.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from distill.losses.normalize._per_image import FLAT, FLOOR, MIN_PIXELS
 
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
-# Contexts that are finer than this would have too few bins each in the first histogram.
+# More parts than this would leave each context too few bins in the first histogram.
 FINEST = 16
-# True: a fault raises. Tests and speed scripts set it, so that they never measure the torch code in the kernels' place.
+# True: a failure raises. Tests and speed scripts set it, so that they never measure the torch code by mistake.
 raise_faults = False
 _tried: dict[tuple[Hashable, torch.device], bool] = {}
 
@@ -31,7 +31,7 @@ class KernelError(RuntimeError):
 
 
 def has_kernels(values: Tensor) -> bool:
-    """Whether there are kernels for such a tensor at all."""
+    """Whether there are kernels for this tensor's device and dtype."""
     return values.is_cuda and values.dtype == torch.float32
 
 
@@ -45,9 +45,9 @@ def context_loss(
     trim_top: float,
     label_only: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Any] | None:
-    """`normalize._contexts`: losses (B,), live and dead contexts (B,), the statistics of the whole image or None.
+    """As `normalize._contexts`: losses (B,), live and dead contexts (B,), the statistics of the whole image or None.
 
-    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The last is what `gradient_loss` takes as `whole`.
+    pred, target, weight: (B,H,W); valid: (B,H,W) bool. The statistics are the `whole` of `gradient_loss`.
     """
     if not (has_kernels(pred) and pred.numel() and max(levels) <= FINEST):
         return None
@@ -69,7 +69,7 @@ def gradient_loss(
     whole: Any,
     reference: Callable[..., Tensor],
 ) -> Tensor | None:
-    """`losses.gradient_loss`, (B,). reference: the torch code of it, with the arguments up to `normalize`."""
+    """As `losses.gradient_loss`, (B,). reference: its torch code, which takes the arguments up to `normalize`."""
     if not (has_kernels(pred) and pred.numel()):
         return None
     how = (scales, normalize)
@@ -81,7 +81,7 @@ def gradient_loss(
 def median_and_mean_abs_dev(
     values: Tensor, valid: Tensor, reference: Callable[..., tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor] | None:
-    """`losses.median_and_mean_abs_dev`, (B,) each. reference: the torch code of it."""
+    """As `losses.median_and_mean_abs_dev`, (B,) each. reference: its torch code."""
     if not (has_kernels(values) and values.numel()):
         return None
     if not _trusted("deviation", values.device, lambda device: _try_deviation(device, reference)):
@@ -90,14 +90,14 @@ def median_and_mean_abs_dev(
 
 
 def _trusted(name: Hashable, device: torch.device, trial: Callable[[torch.device], Pairs]) -> bool:
-    """Whether the kernels of this name do their work on the device.
+    """Whether the kernels of this name work on the device.
 
-    trial: runs them on an example; gives pairs of what they say and what the torch code says.
+    trial: runs them on an example and yields pairs of their results and the torch code's.
     """
     key = (name, device)
     if key not in _tried:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return False  # a trial waits for the device, and a graph cannot
+            return False  # a trial synchronizes with the device, which a graph capture does not allow
         works = _works(trial, device)
         _tried[key] = works
     return _tried[key]
@@ -106,12 +106,12 @@ def _trusted(name: Hashable, device: torch.device, trial: Callable[[torch.device
 def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool:
     try:
         for ours, reference in trial(device):
-            far = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
-            if not far < 1e-3:
-                raise KernelError(f"they are off by {far:.2g}")
+            error = float((ours - reference).abs().max() / reference.abs().max().clamp(min=1e-6))
+            if not error < 1e-3:
+                raise KernelError(f"they are off by {error:.2g}")
     except torch.OutOfMemoryError:
         raise
-    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, the torch code is there
+    except Exception as fault:  # noqa: BLE001  whatever a compiler or a driver raises, torch is the fallback
         if raise_faults:
             raise
         if device.type == "cuda" and _launch_apart():
@@ -124,19 +124,19 @@ def _works(trial: Callable[[torch.device], Pairs], device: torch.device) -> bool
 
 
 def _launch_apart() -> bool:
-    """Has the steps that meet launched apart, as where a card is not all ours they cannot; False where they were."""
+    """Switch to one launch per step: the cooperative launch fails on a shared card. False if that was so before."""
     try:
         from distill.losses.kernels import select
-    except Exception:  # noqa: BLE001  that fault is being told
+    except Exception:  # noqa: BLE001  the caller reports this failure already
         return False
     before, select.APART = select.APART, True
     return not before
 
 
 def _example(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prediction, label, valid and weight, (2,16,32), from a generator of their own: training's goes on unmoved."""
-    draw = torch.Generator().manual_seed(0)
-    pred, target, chance, weight = torch.rand((4, 2, 16, 32), generator=draw)
+    """Prediction, label, valid and weight, (2,16,32), from a separate generator: the global one is not advanced."""
+    generator = torch.Generator().manual_seed(0)
+    pred, target, chance, weight = torch.rand((4, 2, 16, 32), generator=generator)
     target[1] = (target[1] * 12).floor()
     return pred.to(device), target.to(device), (chance > 0.2).to(device), weight.to(device)
 
@@ -210,7 +210,7 @@ def _deviation(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
             median, deviation = select.median_and_mean_abs_dev(values.detach().contiguous(), _bytes(valid))
     if not (values.requires_grad and torch.is_grad_enabled()):
         return median, deviation
-    # Of several pixels that are the median one has its gradient: the first.
+    # Of several pixels that equal the median, the first gets its gradient.
     rows, counted = values.flatten(1), valid.flatten(1)
     first = (counted & (rows == median[:, None])).to(torch.uint8).argmax(1, keepdim=True)
     median = torch.where(counted.any(1), rows.gather(1, first)[:, 0], 0.0)

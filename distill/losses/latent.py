@@ -1,7 +1,7 @@
-"""The maths of latent depth networks: maps as a VAE takes them, noise, and losses between latents.
+"""The maths of latent depth networks: maps in the VAE's range, noise, and losses between latents.
 
-A depth map enters Stable Diffusion's VAE as a grey image: brought to [-1, 1] by two of its own quantiles and clipped
-(Marigold). A latent pixel counts where every pixel that it covers is valid. Each loss is one value per image, (B,), in
+A depth map enters Stable Diffusion's VAE as a grey image: scaled to [-1, 1] by two of its own quantiles and clipped
+(Marigold). A latent pixel is valid if every pixel that it covers is. Each loss is one value per image, (B,), in
 float32; an image without a valid latent pixel gives 0.
 
 Sources: FiffDepth Eq. 2-6; Marigold src/trainer/marigold_depth_trainer.py, src/util/multi_res_noise.py; GenPercept
@@ -17,16 +17,16 @@ from torch import Tensor
 from distill.losses.losses import gradient_loss
 
 COARSEST = 10
-"""At most so many coarser levels of noise; the official loop's number."""
+"""The maximum number of coarser noise levels, from the official loop."""
 TO_POSITIVE = 2.0
-"""GenPercept adds it to maps in [-1, 1] before it fits one to the other, whose fit asks for positive ones."""
+"""GenPercept adds this to maps in [-1, 1] before it fits one to the other: its fit needs positive values."""
 
 
 def to_unit_range(values: Tensor, valid: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Maps (B,H,W) in [-1, 1], with `quantile` and 1 - quantile of each map's valid values at the ends, and validity.
+    """Maps (B,H,W) scaled so that each map's `quantile` and 1 - quantile become -1 and 1, clipped, and their validity.
 
-    Invalid pixels are -1, as in Marigold where depth is unknown (0, clipped); what it leaves out for being too far
-    (Virtual KITTI beyond 80 m) is 1 there. A map with no valid pixel, or with one value alone, is nowhere valid.
+    Invalid pixels are -1, as in Marigold where depth is unknown (0, clipped); pixels that Marigold excludes as too far
+    (Virtual KITTI beyond 80 m) are 1 in Marigold. A map with no valid pixel or a single value is invalid everywhere.
     """
     out, usable = torch.full_like(values, -1.0), valid & torch.isfinite(values)
     ends = values.new_tensor([quantile, 1.0 - quantile])
@@ -44,15 +44,14 @@ def to_unit_range(values: Tensor, valid: Tensor, quantile: float) -> tuple[Tenso
 
 
 def _thinned(values: Tensor) -> Tensor:
-    """torch.quantile refuses more than 2**24 values; every n-th of them has the same quantiles."""
+    """Every n-th value: torch.quantile fails for more than 2**24 values, and the quantiles stay about the same."""
     return values[:: -(-len(values) // 2**24)]
 
 
 def inverted(values: Tensor, valid: Tensor, *, quantile: float, reach: float) -> Tensor:
-    """One over maps (B,H,W) whose shift is unknown: the shift is set so that the far end is `reach` times the near one.
+    """1 / maps (B,H,W) of unknown shift, which is set so that the far end is `reach` times the near one.
 
-    The ends are quantiles of each map. Ours, and no more than plausible: one over an affine map means nothing by
-    itself.
+    The ends are quantiles of each map. Ours, and only plausible: the inverse of an affine map has no meaning by itself.
     """
     unit, _ = to_unit_range(values, valid, quantile)
     near, far = 1.0, 1.0 / reach
@@ -71,13 +70,13 @@ def add_noise(clean: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
 
 
 def velocity(clean: Tensor, noise: Tensor, alphas: Tensor) -> Tensor:
-    """What v-prediction is asked for, sqrt(a) noise - sqrt(1 - a) clean (FiffDepth Eq. 3)."""
+    """The target of v-prediction, sqrt(a) noise - sqrt(1 - a) clean (FiffDepth Eq. 3)."""
     a = alphas.reshape(-1, 1, 1, 1).to(clean)
     return a.sqrt() * noise - (1.0 - a).sqrt() * clean
 
 
 def denoised(noisy: Tensor, predicted: Tensor, alphas: Tensor) -> Tensor:
-    """The clean latents that a predicted velocity means."""
+    """The clean latents that a predicted velocity implies."""
     a = alphas.reshape(-1, 1, 1, 1).to(noisy)
     return a.sqrt() * noisy - (1.0 - a).sqrt() * predicted
 
@@ -85,9 +84,9 @@ def denoised(noisy: Tensor, predicted: Tensor, alphas: Tensor) -> Tensor:
 def multi_resolution_noise(shape: tuple[int, ...], strength: Tensor, generator: torch.Generator) -> Tensor:
     """Noise (1,C,h,w) of unit deviation with coarser noise added, level i times strength**i (a scalar); on the CPU.
 
-    Marigold's "original" rule, which shrinks faster and faster: the divisor is drawn in [2, 4) and raised to the
-    level's number. The first level is of full size (r**0), so that plain noise comes in twice. strength = 0 is not
-    plain noise either, but two such draws: 0**0 is 1. Both are kept.
+    Marigold's "original" rule, whose sizes shrink faster at each level: the divisor is drawn in [2, 4) and raised to
+    the level's number. The first level has full size (r**0), so plain noise is added twice. strength = 0 is not plain
+    noise either, but two such draws, since 0**0 is 1. Both are kept as they are.
     """
     _, channels, rows, columns = shape
     size = (rows, columns)
@@ -113,7 +112,7 @@ def latent_distance(pred: Tensor, target: Tensor, valid: Tensor, *, squared: boo
 
 
 def latent_gradient(pred: Tensor, target: Tensor, valid: Tensor, *, scales: int) -> Tensor:
-    """Gradient matching between latents (FiffDepth Eq. 6 at one scale, MiDaS at four), a mean over channels, (B,)."""
+    """Gradient matching between latents (FiffDepth Eq. 6 at one scale, MiDaS at four), the mean over channels, (B,)."""
     batch, channels = pred.shape[:2]
     each = valid[:, None].expand(-1, channels, -1, -1).flatten(0, 1)
     flat = gradient_loss(pred.flatten(0, 1), target.flatten(0, 1), each, scales=scales, normalize=False)
@@ -123,8 +122,8 @@ def latent_gradient(pred: Tensor, target: Tensor, valid: Tensor, *, scales: int)
 def aligned_l1(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """L1 after a least-squares fit of scale and shift to the target, (B,): GenPercept's least_square_ssi_loss.
 
-    pred, target: (B,H,W) in [-1, 1], which are moved to [1, 3] first. The gradient flows through the fit too, as there.
-    Where the fitted scale is not positive, the ratio of medians stands for it, without a shift.
+    pred, target: (B,H,W) in [-1, 1], which are shifted to [1, 3] first. The gradient flows through the fit too, as
+    there. Where the fitted scale is not positive, the ratio of medians replaces it, with shift 0.
     """
     mask = valid & torch.isfinite(target)
     weight = mask.float()
@@ -133,17 +132,17 @@ def aligned_l1(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     n, sp, spp = weight.sum((1, 2)), p.sum((1, 2)), p.square().sum((1, 2))
     st, spt = t.sum((1, 2)), (p * t).sum((1, 2))
     determinant = spp * n - sp.square()
-    sound = determinant > 0
-    divisor = torch.where(sound, determinant, 1.0)
-    scale = torch.where(sound, (n * spt - sp * st) / divisor, 0.0)
-    shift = torch.where(sound, (spp * st - sp * spt) / divisor, 0.0)
+    solvable = determinant > 0
+    divisor = torch.where(solvable, determinant, 1.0)
+    scale = torch.where(solvable, (n * spt - sp * st) / divisor, 0.0)
+    shift = torch.where(solvable, (spp * st - sp * spt) / divisor, 0.0)
     ratio = _medians(t, mask) / (_medians(p, mask) + 1e-8)
-    turned = scale <= 0
-    scale, shift = torch.where(turned, ratio, scale), torch.where(turned, 0.0, shift)
+    not_positive = scale <= 0
+    scale, shift = torch.where(not_positive, ratio, scale), torch.where(not_positive, 0.0, shift)
     difference = torch.where(mask, p * scale[:, None, None] + shift[:, None, None] - t, 0.0)
     return difference.abs().sum((1, 2)) / n.clamp(min=1)
 
 
 def _medians(values: Tensor, mask: Tensor) -> Tensor:
-    """Of valid values, the lower of two middle ones, (B,); 1 where nothing is valid."""
+    """The lower median of the valid values, (B,); 1 where nothing is valid."""
     return torch.where(mask, values, torch.nan).flatten(1).nanmedian(1).values.nan_to_num(1.0)

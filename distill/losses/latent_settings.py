@@ -1,4 +1,4 @@
-"""[latent]: how a latent-diffusion network becomes a depth network; distill.training.latent does it.
+"""[latent]: how a latent-diffusion network becomes a depth network; implemented in distill.training.latent.
 
 "FiffDepth" is its paper; "Marigold" and "GenPercept" are their released training configurations.
 """
@@ -15,7 +15,7 @@ STEPS = 1000
 
 
 UNSEEN = ("cache", "cache_folder", "watch_prior")
-"""What changes no number of a run."""
+"""Settings that change no number of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,27 +23,27 @@ class LatentSettings:
     """What a network of latents (student.network = "one_step_unet") learns. The defaults are FiffDepth's."""
 
     method: Literal["feed_forward", "denoise"] = "feed_forward"
-    """"feed_forward": the network's one pass on the image's latents is the map's (FiffDepth, GenPercept); "denoise": it
-    takes noise off the map's latents, beside the image's, in several steps (Marigold)."""
+    """"feed_forward": one pass of the network turns the image's latents into the map's (FiffDepth, GenPercept);
+    "denoise": it denoises the map's latents, given the image's, in several steps (Marigold)."""
     timestep: int = 0
-    """The step index that the one pass is told. FiffDepth: 0. GenPercept's is used with 1."""
+    """The step index given to the one pass. FiffDepth: 0. GenPercept is used with 1."""
     random_timestep: bool = False
-    """The index is drawn anew for every image, 0 to 999. GenPercept: true."""
+    """Draw the index for every image, 0 to 999. GenPercept: true."""
     negated: bool = False
-    """The network's output is minus the map's latents, a v-prediction without any signal. GenPercept: true; its teacher
-    reads what is trained so, FiffDepth's what is not."""
+    """The network's output is minus the map's latents, as in v-prediction without any signal. GenPercept: true; the
+    genpercept teacher reads networks trained so, the fiffdepth teacher the others."""
     distance: Literal["mae", "mse"] = "mae"
-    """Between latents: mean absolute or squared difference. FiffDepth: mae; GenPercept: mse. "denoise" takes mse, as
-    Marigold."""
+    """Between latents: mean absolute or squared difference. FiffDepth: mae; GenPercept: mse. "denoise" uses mse, as
+    Marigold does."""
     distance_weight: float = 1.0
-    """lambda_MAE. FiffDepth: 1. 0 where images alone are compared."""
+    """lambda_MAE. FiffDepth: 1. 0 where only images are compared."""
     gradient: float = 0.5
-    """lambda_GM, of gradient matching between latents. FiffDepth: 0.5."""
+    """lambda_GM, the weight of gradient matching between latents. FiffDepth: 0.5."""
     gradient_scales: int = 1
-    """Scales of gradient matching. FiffDepth's Eq. 6 has one, MiDaS, which it names, four; inferred: 1."""
+    """Scales of gradient matching. FiffDepth's Eq. 6 has one; MiDaS, which it cites, four; inferred: 1."""
     trajectory: float = 0.2
-    """lambda_k, of keeping the diffusion trajectory: the network also denoises blended latents. FiffDepth: 0.2; 0 =
-    off."""
+    """lambda_k, the weight of keeping the diffusion trajectory: the network also denoises blended latents. FiffDepth:
+    0.2; 0 = off."""
     blend: float = 0.5
     """gamma: the image's share in the blended latents, the rest is the depth's; in [0, 1]. FiffDepth: 0.5; 1 = purely
     image latents."""
@@ -54,18 +54,18 @@ class LatentSettings:
     """The lowest noise level of the trajectory, up to 999. FiffDepth: t in 1..T; inferred: index 0 is left out, for
     it would be the feed-forward pass's own."""
     pseudo: Literal["filter", "direct", "off"] = "filter"
-    """How pseudo-labels teach: "filter" after another pass, which may take away detail; "direct" as ground truth does;
+    """How pseudo-labels teach: "filter" after another pass, which may remove detail; "direct" as ground truth does;
     "off" not at all. FiffDepth: filter."""
     filter_timestep: int = -1
-    """The step index of the filter's pass. FiffDepth: -1, which a UNet takes as it is."""
+    """The step index of the filter's pass. FiffDepth: -1, which a UNet accepts."""
     filter_gradient: bool = True
-    """The filter's loss moves the map that it filters too. FiffDepth's aim asks for it; inferred."""
+    """The filter's loss also has a gradient in the map that it filters. Implied by FiffDepth's aim; inferred."""
     pseudo_shape: Literal["inverted", "flipped"] = "inverted"
-    """What a pseudo-label of disparity becomes where depth is learnt (and the other way round): "inverted" is 1 over
-    it, its shift set by `reach`; "flipped" is minus it. FiffDepth does not say; ours. With train.kind =
+    """How a pseudo-label of disparity is converted where depth is learnt (and vice versa): "inverted" takes 1 / label,
+    with the shift set by `reach`; "flipped" its negative. FiffDepth does not say; ours. With train.kind =
     "affine_disparity" neither is needed."""
     reach: float = 50.0
-    """With "inverted": how many times farther the far end (of the quantiles) is than the near one. Ours."""
+    """With "inverted": the ratio of the far end's depth to the near end's (both are quantiles). Ours."""
     image_mse: float = 0.0
     """Weight of the mean squared difference of maps in [-1, 1], after the VAE's decoder or the DPT head. GenPercept:
     1."""
@@ -83,13 +83,13 @@ class LatentSettings:
     zero_snr: bool = True
     """"denoise": the noise schedule is rescaled so that its last level has no signal. Marigold v1-1: true."""
     watch_prior: bool = False
-    """At every evaluation also how well the network still does what its base was trained for: the loss of the velocity
-    of noised image latents, in the log as heldout_parts.prior; it teaches nothing. Ours."""
+    """At every evaluation also measure how well the network still does its base's task: the velocity loss of noised
+    image latents, logged as heldout_parts.prior; it is not trained on. Ours."""
     cache: bool = True
-    """Keep the VAE's latents on disk, each computed once; where training changes no colours, crops nor turns.
-    Ours."""
+    """Keep the VAE's latents on disk, each computed once; only where training changes no colours, crops or
+    rotations. Ours."""
     cache_folder: str = ""
-    """Where; RUN/latents by default. Runs with the same labels and VAE may share it."""
+    """The cache's folder; RUN/latents by default. Runs with the same labels and VAE may share it."""
 
     def __post_init__(self) -> None:
         faults = unknown_words(self) + below(
@@ -118,15 +118,15 @@ class LatentSettings:
 
     @property
     def image_weights(self) -> tuple[float, float, float]:
-        """Of images' mse, aligned L1 and gradient."""
+        """The weights of the images' mse, aligned L1 and gradient."""
         return self.image_mse, self.image_ssi, self.image_gradient
 
     @property
     def teacher(self) -> str:
-        """Which teacher reads what was trained so."""
+        """The teacher that reads networks trained so."""
         return "marigold" if self.method == "denoise" else "genpercept" if self.negated else "fiffdepth"
 
     @property
     def content(self) -> dict[str, Any]:
-        """What decides the mathematics of a run."""
+        """The settings that change the numbers of a run."""
         return {key: value for key, value in asdict(self).items() if key not in UNSEEN}

@@ -30,7 +30,7 @@ def compare(
     reference_hdn: bool = False,
     contexts: str = "dr",
 ) -> Comparison:
-    """`distillation_loss` together with how many contexts carried information and how many did not."""
+    """`distillation_loss`, and the numbers of contexts with and without information."""
     plugin = find("distill.losses.normalize", normalization)
     if not reference_hdn or not plugin.LEVELS:
         if contexts != "dr":
@@ -38,7 +38,7 @@ def compare(
         return plugin.compare(pred, target, valid, trim_top=trim_top, label_only=label_only, weight=weight)
     if trim_top or label_only or weight is not None:
         raise ValueError("reference_hdn is HDN's released loss, which knows no trim_top, label_only or weights")
-    # One context is that code's SSIMAE, which does keep the maximum.
+    # With one context: that code's SSIMAE, which does include the maximum.
     loss = hdn(pred, target, valid, plugin.LEVELS if max(plugin.LEVELS) > 1 else (), contexts=contexts)
     number = sum(level**2 if contexts == "ds" else level for level in plugin.LEVELS)
     live = torch.full_like(valid[:, 0, 0], number, dtype=torch.long)
@@ -62,11 +62,11 @@ def distillation_loss(
     pred, target, valid: (B,H,W). normalization: "global", "hybrid", "local" or "none" (any file in
     distill/losses/normalize).
     trim_top: the fraction of pixels with the largest loss that is dropped (Depth Anything V2: 0.1).
-    label_only: the student is brought to the label's scale by the label's statistics, not by its own.
-    weight: (B,H,W), how much each pixel counts in the mean; None: all alike.
-    reference_hdn: HDN's released code to the letter, oddities included (`hdn_loss`): "hybrid" is its level 3, "local"
-    the finest contexts of it, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without it contexts
-    are equal parts of the label's range.
+    label_only: normalize the student with the label's statistics, not with its own.
+    weight: (B,H,W), each pixel's weight in the mean; None: all equal.
+    reference_hdn: exactly HDN's released code, oddities included (`hdn_loss`): "hybrid" is its level 3, "local" the
+    finest contexts of that, "global" its SSIMAE. contexts: which of its variants; see `hdn_loss`. Without reference_hdn
+    contexts are equal parts of the label's range.
     """
     return compare(
         pred,
@@ -88,9 +88,9 @@ def hdn_loss(
 
     pred, target, valid: (B,H,W). contexts: "dr" (equal parts of the label's range), "dp" (of its pixels, by
     percentile) or "ds" (squares of the image). level: the range is cut into 1, 2, ... 2**(level - 1) parts, the image
-    into as many rows and columns. finest_only: the finest cut alone; level = 0 is the code's SSIMAE.
-    The oddities that it keeps are listed in distill/losses/normalize/_hdn.py; the batch is one mean, so images are not
-    independent of each other. A batch without valid pixels gives 0, there NaN.
+    into as many rows and columns. finest_only: the finest cut only; level = 0 is the code's SSIMAE.
+    The oddities that it keeps are listed in distill/losses/normalize/_hdn.py. The mean is over the whole batch, so
+    images are not independent of each other. A batch without valid pixels gives 0 (NaN in the released code).
     """
     levels = tuple(2**k for k in range(level))
     return hdn(pred, target, valid, levels[-1:] if finest_only else levels, contexts=contexts)
@@ -98,8 +98,8 @@ def hdn_loss(
 
 def median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     """Median and mean absolute deviation from it over valid pixels, (B,) each; (0, 0) where nothing is valid."""
-    quick = fused.median_and_mean_abs_dev(values, valid, _median_and_mean_abs_dev)
-    return _median_and_mean_abs_dev(values, valid) if quick is None else quick
+    result = fused.median_and_mean_abs_dev(values, valid, _median_and_mean_abs_dev)
+    return _median_and_mean_abs_dev(values, valid) if result is None else result
 
 
 def _median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _median_and_mean_abs_dev(values: Tensor, valid: Tensor) -> tuple[Tensor, Ten
 
 
 def _clean(values: Tensor, usable: Tensor) -> Tensor:
-    """Zero where not usable; half precision is raised to float32."""
+    """The values, 0 where not usable; half precision becomes float32."""
     filled = torch.where(usable, values, 0.0)
     return filled if filled.dtype == torch.float64 else filled.float()
 
@@ -130,9 +130,9 @@ def _globally_normalized_difference(pred: Tensor, target: Tensor, valid: Tensor)
 
 
 def squared_loss(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None = None) -> Tensor:
-    """mean (N_glo(pred) - N_glo(target))^2, (B,): `distillation_loss` "global" with a square in place of the absolute.
+    """mean (N_glo(pred) - N_glo(target))^2, (B,): `distillation_loss` "global" with squared differences.
 
-    weight: (B,H,W) not negative, how much each pixel counts; None: all alike. Flat labels give 0. Ours.
+    weight: (B,H,W) not negative, each pixel's weight; None: all equal. Flat labels give 0. Ours.
     """
     difference, usable = _globally_normalized_difference(pred, target, valid)
     each = usable.to(difference.dtype) if weight is None else torch.where(usable, weight.to(difference.dtype), 0.0)
@@ -147,13 +147,13 @@ def gradient_loss(
 
     At each of `scales` scales the difference is subsampled by 2, 4, ...; |d/dx| + |d/dy| between valid neighbours is
     summed and divided by the scale's number of valid pixels; the scales are added. normalize=False takes the raw
-    difference, for a student trained without normalization. whole: `Comparison.whole` of these very maps, which saves
-    finding their statistics again, or None.
+    difference, for a student trained without normalization. whole: `Comparison.whole` of the same maps, which avoids
+    computing their statistics again, or None.
     """
     work = pred if pred.dtype == torch.float64 else pred.float()
-    how = (scales, normalize)
-    quick = fused.gradient_loss(work, target, valid, *how, whole=whole, reference=_gradient_loss)
-    return _gradient_loss(pred, target, valid, *how) if quick is None else quick
+    options = (scales, normalize)
+    result = fused.gradient_loss(work, target, valid, *options, whole=whole, reference=_gradient_loss)
+    return _gradient_loss(pred, target, valid, *options) if result is None else result
 
 
 def _gradient_loss(pred: Tensor, target: Tensor, valid: Tensor, scales: int, normalize: bool) -> Tensor:
@@ -176,8 +176,8 @@ def feature_loss(features: Tensor, reference: Tensor, *, margin: float = 0.85) -
     """1 - cosine between student and reference features (B,C,h,w), over tokens below `margin`
     (Depth Anything, Sec. 3.3).
 
-    A token already above the margin is left alone: the student keeps what the frozen encoder does not know. That the
-    mean is over the other tokens, and not over all, is inferred.
+    A token above the margin has no loss: the student may keep what the frozen encoder does not know. That the mean is
+    over the other tokens only, not over all, is inferred.
     """
     cosine = F.cosine_similarity(features.float(), reference.detach().float(), dim=1)
     below = cosine < margin
@@ -187,8 +187,8 @@ def feature_loss(features: Tensor, reference: Tensor, *, margin: float = 0.85) -
 def anchor_loss(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Squared log ratio of the prediction's and the label's mean deviation, (B,). Ours.
 
-    A loss that ignores scale has a gradient orthogonal to the prediction, so every step can only lengthen the output.
-    This small term holds its magnitude near the label's. Flat labels give 0.
+    A scale-invariant loss has a gradient orthogonal to the prediction, so each step can only increase the output's
+    norm. This small term keeps its magnitude near the label's. Flat labels give 0.
     """
     usable = valid & torch.isfinite(target)
     clean_target = _clean(target, usable)

@@ -1,8 +1,8 @@
 """The weighted sum of the terms that apply: L = L_sc + 0.5 L_lg + 1.0 L_feat + 2.0 L_grad (Distill-Any-Depth, 4.1).
 
-Labels carry their supervision, and the objective is chosen by it: [loss.truth] where ground truth teaches, and of the
-terms (distill/losses/terms) those whose needs are met. Every part is one value per image; the trainer alone averages,
-over the global batch, so that 8 x 1 equals 2 x 4 accumulated equals 4 processes x 2.
+The labels' supervision decides the objective: [loss.truth] where ground truth teaches, and those terms
+(distill/losses/terms) whose needs are met. Every part is one value per image; only the trainer averages, over the
+global batch, so that 8 x 1 equals 2 x 4 accumulated equals 4 processes x 2.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from distill.losses.settings import FACTS, TERMS, LossSettings
 from distill.losses.terms import Given
 
 NEAREST = 1e-3
-"""A predicted depth below this is taken to be this much where its disparity is asked for: a millimetre, of metres."""
+"""A predicted depth is clamped to at least this before it is converted to disparity: a millimetre, in metres."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What a student is asked for; a recipe's [loss] says it. kind: what the student predicts. max_depth: the farthest
-    that it can see, in metres; what metric labels know beyond it is left out, as in Depth Anything V2's training.
+    """The training objective, from a recipe's [loss]. kind: what the student predicts. max_depth: the largest depth
+    that it can predict, in metres; pixels of metric labels beyond it are left out, as in Depth Anything V2's training.
 
-    Raises ValueError for a term that no label could ever meet.
+    Raises ValueError for a term that no label can satisfy.
     """
 
     settings: LossSettings = field(default_factory=LossSettings)
@@ -53,11 +53,11 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total (B,) and its parts by name, each (B,), unweighted.
 
-        pred: (B,S,S), what the student says. Where the labels know less than it does (a metric student, pseudo-labels
-        up to scale and shift), it is brought to their kind. features, teacher_features: (B,C,h,w) of the student and of
-        the frozen encoder, or None where the recipe has no feature alignment. "dead_contexts" among the parts is a
-        count and has no weight. Raises KindError for labels that do not meet the prediction, ValueError where no term
-        says anything about them.
+        pred: (B,S,S), the student's prediction, converted to the labels' kind where that is less specific (a metric
+        student, pseudo-labels up to scale and shift). features, teacher_features: (B,C,h,w) of the student and of the
+        frozen encoder, or None where the recipe has no feature alignment. "dead_contexts" among the parts is a count
+        and has no weight. Raises KindError for labels to whose kind the prediction cannot be converted, ValueError
+        where no term applies to them.
         """
         with torch.autocast(pred.device.type, enabled=False):
             pred = pred.float() if pred.dtype != torch.float64 else pred
@@ -65,7 +65,7 @@ class Objective:
             return self._sum(pred, labels, features, teacher_features)
 
     def _as(self, kind: Kind, pred: Tensor) -> Tensor:
-        """The prediction as the labels' kind."""
+        """The prediction, converted to the labels' kind."""
         if kind.quantity == self.kind.quantity:
             return pred
         if not self.kind.can_become(kind):
@@ -76,7 +76,7 @@ class Objective:
         return 1.0 / pred.clamp(min=NEAREST)
 
     def _within(self, labels: Labels) -> Labels:
-        """Metric labels without what is beyond the student's reach."""
+        """The labels; metric ones without pixels beyond `max_depth`."""
         if self.max_depth is None or labels.shared.kind.unknown != "metric":
             return labels
         local = None if labels.local is None else _nearer(labels.local, self.max_depth)
@@ -87,7 +87,7 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.against_truth if labels.supervision.truth else self.settings
         labels = _in_unit_range(labels) if s.label_range == "unit" else labels
-        given = Given(
+        inputs = Given(
             pred=pred,
             labels=labels,
             features=features,
@@ -96,22 +96,22 @@ class Objective:
             patch_resolution=s.patch_resolution,
             compare=partial(_compare, s),
         )
-        has = given.has
+        met = inputs.has
         parts: dict[str, Tensor] = {}
         total: Tensor | None = None
         for name, weight in s.weights.items():
-            value = find(TERMS, name).term(given, **s.options(name)) if FACTS[name].needs <= has else None
+            value = find(TERMS, name).term(inputs, **s.options(name)) if FACTS[name].needs <= met else None
             if value is not None:
                 parts[name] = value
                 total = weight * value if total is None else total + weight * value
         if total is None:
-            lacking = {name: " and ".join(sorted(FACTS[name].needs - has)) for name in s.weights}
-            asked = ", ".join(f"{name} needs {what or 'other labels'}" for name, what in lacking.items())
+            unmet = {name: " and ".join(sorted(FACTS[name].needs - met)) for name in s.weights}
+            reasons = ", ".join(f"{name} needs {needs or 'other labels'}" for name, needs in unmet.items())
             raise ValueError(
                 f"labels by {labels.supervision.teacher} ({labels.supervision.kind}) teach nothing: "
-                f"{asked or 'every weight of [loss] is 0'}"
+                f"{reasons or 'every weight of [loss] is 0'}"
             )
-        return total, parts | given.counts
+        return total, parts | inputs.counts
 
 
 def _nearer(depth: DepthMap, limit: float) -> DepthMap:
@@ -121,20 +121,20 @@ def _nearer(depth: DepthMap, limit: float) -> DepthMap:
 
 
 def _in_unit_range(labels: Labels) -> Labels:
-    """Every region's labels by its lowest and highest valid value as 0 and 1, patches by those too; flat ones stay."""
+    """Labels scaled so that each region's lowest and highest valid value are 0 and 1, patches too; flat ones stay."""
     shared, local = labels.shared, labels.local
     known = shared.valid & torch.isfinite(shared.values)
     low = torch.where(known, shared.values, torch.inf).flatten(1).amin(1)
     high = torch.where(known, shared.values, -torch.inf).flatten(1).amax(1)
-    some = high > low
-    low, span = torch.where(some, low, 0.0), torch.where(some, high - low, 1.0)
+    not_flat = high > low
+    low, span = torch.where(not_flat, low, 0.0), torch.where(not_flat, high - low, 1.0)
 
-    def brought(one: DepthMap) -> DepthMap:
+    def scaled(one: DepthMap) -> DepthMap:
         times = len(one) // max(1, len(low))
         first, length = (v.repeat_interleave(times)[:, None, None] for v in (low, span))
         return DepthMap((one.values - first) / length, one.valid, one.kind)
 
-    return replace(labels, shared=brought(shared), local=None if local is None else brought(local))
+    return replace(labels, shared=scaled(shared), local=None if local is None else scaled(local))
 
 
 def _compare(s: LossSettings, pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None) -> Comparison:

@@ -1,7 +1,7 @@
-"""[loss]: what the student is asked for; distill.losses.objective computes it.
+"""[loss]: the training objective; distill.losses.objective computes it.
 
-The terms are the files of distill/losses/terms: each is a key here, its weight, and each of its options another. They
-are read from the files' text, for a recipe is judged without torch.
+The terms are the files of distill/losses/terms. Each has a key here for its weight and one for each of its options.
+The keys are read from the files' text, because a recipe is checked without importing torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TERMS = "distill.losses.terms"
 
 @dataclass(frozen=True, slots=True)
 class TermFacts:
-    """What a term's file says of itself: WEIGHT, NEEDS, its options' defaults, and the meanings of those keys."""
+    """The contents of a term's file: WEIGHT, NEEDS, its options' defaults, and the meanings of those keys."""
 
     meaning: str
     meanings: Mapping[str, str]
@@ -30,30 +30,30 @@ class TermFacts:
 
     @property
     def is_metric(self) -> bool:
-        """Whether it compares metres."""
+        """Whether the term compares metres."""
         return "metric" in self.needs
 
 
 def term_facts(name: str) -> TermFacts:
-    """The facts of a term, by its name or path; it is not imported. Raises ValueError where it breaks its contract."""
+    """The facts of a term, by name or path; it is not imported. Raises ValueError if it breaks the terms' contract."""
     try:
         tree = ast.parse(source(TERMS, name))
-        told = {
+        assignments = {
             node.targets[0].id: node.value
             for node in tree.body
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
         }
         term = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "term")
         options = zip(term.args.kwonlyargs, term.args.kw_defaults, strict=True)
-        needs = {node.value for node in ast.walk(told["NEEDS"]) if isinstance(node, ast.Constant)}
+        needs = {node.value for node in ast.walk(assignments["NEEDS"]) if isinstance(node, ast.Constant)}
         lines = (ast.get_docstring(tree) or "").splitlines() or [""]
         pairs = (line.partition(": ") for line in lines[1:])
         return TermFacts(
             lines[0],
             {option: meaning for option, _, meaning in pairs if meaning},
-            float(ast.literal_eval(told["WEIGHT"])),
+            float(ast.literal_eval(assignments["WEIGHT"])),
             frozenset(map(str, needs)),
-            {one.arg: ast.literal_eval(default) for one, default in options if default is not None},
+            {argument.arg: ast.literal_eval(default) for argument, default in options if default is not None},
         )
     except (StopIteration, KeyError, ValueError, SyntaxError) as error:
         raise ValueError(
@@ -63,7 +63,7 @@ def term_facts(name: str) -> TermFacts:
 
 
 def _every_term() -> dict[str, TermFacts]:
-    """The facts of every term. One from outside that breaks its contract is no key; its contracts say why."""
+    """The facts of every term. One from outside that breaks the contract is left out; the contract tests say why."""
     facts: dict[str, TermFacts] = {}
     for name in names(TERMS):
         try:
@@ -79,34 +79,33 @@ FACTS = _every_term()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LossSettings:
-    """The objective: the weights of its terms, and how maps are brought to each other."""
+    """The objective: the weights of its terms, and how prediction and label are normalized."""
 
     normalization: str = "hybrid"
     """How prediction and label are normalized: one of `distill list normalizations`, or a Python file of yours
     ("./mine.py"). Paper: hybrid."""
     trim_top: float = 0.0
-    """The share of pixels with the largest loss that is dropped, in [0, 1). Depth Anything V2: 0.1, of pseudo-labels;
-    off, as in the paper."""
+    """The fraction of pixels, those with the largest loss, that is dropped, in [0, 1). Depth Anything V2: 0.1, for
+    pseudo-labels; off, as in the paper."""
     label_range: Literal["as_is", "unit"] = "as_is"
-    """"unit" brings every label to [0, 1] by its own lowest and highest value before anything is compared; a
-    normalization that ignores scale and shift does not see it. AnyDepth: unit."""
+    """"unit" scales every label to [0, 1] by its own lowest and highest value before the losses; it has no effect with
+    a normalization that ignores scale and shift. AnyDepth: unit."""
     label_only: bool = False
-    """The student is brought to the label's scale by the label's statistics, not by its own. Ours."""
+    """Normalize the student with the label's statistics, not with its own. Ours."""
     feature_reference: str = "start"
-    """What the student's features are compared with: "start" is its own encoder as it began; else a frozen encoder, by
+    """What the student's features are compared with: "start" is its own initial encoder; else a frozen encoder, by
     its timm name or alias ("dinov2_vitl14", the prior work's choice) or a weights file of the student's own
     architecture. The paper does not say; "start" is inferred."""
     reference_hdn: bool = False
-    """HDN's released loss to the letter, oddities included (losses.losses.hdn_loss); its mean is over a
-    micro-batch."""
+    """Exactly HDN's released loss, oddities included (losses.losses.hdn_loss); its mean is over a micro-batch."""
     contexts: Literal["dr", "dp", "ds"] = "dr"
-    """Which of HDN's contexts, with reference_hdn: equal parts of the label's range ("dr"), of its pixels ("dp"),
+    """With reference_hdn, which of HDN's contexts: equal parts of the label's range ("dr"), of its pixels ("dp"),
     squares ("ds")."""
     patch_resolution: Literal["patch", "student"] = "patch"
-    """Where a patch's label meets the student's map: at the patch's pixels, which keeps all of the label's detail, or
-    at the student's own pixels, which asks for nothing between them. The paper does not say; ours."""
+    """At which pixels a patch's label is compared with the student's map: the patch's, which keeps all of the label's
+    detail, or the student's own, which constrains nothing between them. The paper does not say; ours."""
     truth: dict[str, Any] = field(default_factory=dict)
-    """[loss.truth]: the keys of [loss] that are different where ground truth teaches, e.g. { normalization = "global",
+    """[loss.truth]: the keys of [loss] that differ where ground truth teaches, e.g. { normalization = "global",
     trim_top = 0.1 }; none by default."""
 
     def __post_init__(self) -> None:
@@ -154,26 +153,26 @@ class _LossSettings:
         return []
 
     def against_truth(self) -> LossSettings:
-        """The settings where ground truth teaches: these, with what [loss.truth] says instead."""
-        same: Any = self
-        return replace(same, truth={}, **self.truth)
+        """The settings where ground truth teaches: these, overridden by [loss.truth]."""
+        settings: Any = self
+        return replace(settings, truth={}, **self.truth)
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of every term that counts, in the order in which they are added up.
+        """The weight of every term whose weight is not 0, in the order in which they are added.
 
-        Backwards by name: floats are not added alike in every order, and this one is the paper's for the paper's terms.
+        In reverse order of names: float sums depend on the order, and this is the paper's for the paper's terms.
         """
-        every = {name: float(getattr(self, name)) for name in sorted(FACTS, reverse=True)}
-        return {name: weight for name, weight in every.items() if weight}
+        weights = {name: float(getattr(self, name)) for name in sorted(FACTS, reverse=True)}
+        return {name: weight for name, weight in weights.items() if weight}
 
     def without(self, *terms: str) -> LossSettings:
         """The settings with these terms off."""
-        same: Any = self
-        return replace(same, **dict.fromkeys(terms, 0.0))
+        settings: Any = self
+        return replace(settings, **dict.fromkeys(terms, 0.0))
 
     def options(self, term: str) -> dict[str, Any]:
-        """The options of a term, as its function takes them."""
+        """The keyword arguments of a term's function."""
         return {option: getattr(self, f"{term}_{option}") for option in FACTS[term].options}
 
 
@@ -183,18 +182,18 @@ def _options() -> dict[str, Any]:
 
 def _term_fields() -> list[tuple[str, type, Field[Any]]]:
     """A field for the weight and for every option of each term; its metadata has the meaning."""
-    made: list[tuple[str, type, Field[Any]]] = []
-    taken = {f.name for f in fields(_LossSettings)}
+    specs: list[tuple[str, type, Field[Any]]] = []
+    taken_keys = {f.name for f in fields(_LossSettings)}
     for name, fact in FACTS.items():
-        weight: Any = field(default=fact.weight, metadata={"meaning": fact.meaning})
-        made.append((name, float, weight))
+        weight_field: Any = field(default=fact.weight, metadata={"meaning": fact.meaning})
+        specs.append((name, float, weight_field))
         for option, default in fact.options.items():
-            one: Any = field(default=default, metadata={"meaning": fact.meanings.get(option, "")})
-            made.append((f"{name}_{option}", type(default), one))
-    keys = [key for key, *_ in made]
-    if twice := sorted({key for key in keys if key in taken or keys.count(key) > 1}):
-        raise ValueError(f"distill/losses/terms: {', '.join(twice)} would be two keys of [loss]: rename the term")
-    return made
+            option_field: Any = field(default=default, metadata={"meaning": fact.meanings.get(option, "")})
+            specs.append((f"{name}_{option}", type(default), option_field))
+    keys = [key for key, *_ in specs]
+    if duplicates := sorted({key for key in keys if key in taken_keys or keys.count(key) > 1}):
+        raise ValueError(f"distill/losses/terms: {', '.join(duplicates)} would be two keys of [loss]: rename the term")
+    return specs
 
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Recipes of these tests share their few scenes, each rendered once, and the benchmark's are small."""
+"""Recipes of these tests share a few scenes, each rendered once; the benchmark's scenes are small."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def scenes_drawn_once():
 
 @pytest.fixture
 def uncounted(monkeypatch):
-    """Scoring counts no FLOPs: of tiny networks that is half the time. test_commands.py and test_every_recipe.py do."""
+    """Scoring counts no FLOPs, half of tiny networks' time; test_commands.py and test_every_recipe.py count them."""
     monkeypatch.setattr(_Timed, "_counted", lambda self, images, more: self.teacher.predict(images, **more))

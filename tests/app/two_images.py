@@ -1,4 +1,4 @@
-"""A benchmark of two small images, found by its path."""
+"""A benchmark of two small images, which tests select by its path."""
 
 from __future__ import annotations
 

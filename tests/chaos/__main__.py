@@ -1,4 +1,4 @@
-"""`make chaos`: kill loops and fuzzers for so many minutes, and what their trials came to; ends in 1 where one failed.
+"""`make chaos`: runs kill loops and fuzzers for some minutes and prints their outcomes; exits with 1 if any failed.
 
 python -m tests.chaos --minutes 10 --seed 3 --only photos kill-train
 """
@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def parts(folder: Path, rng: Random) -> dict[str, tuple[object, Iterator[int]]]:
-    """Every part by its name: its counts, and what takes its next step. A part makes its world at its first step."""
+    """Every part by name: its counts and its step generator. A part sets up its files at its first step."""
     from tests.chaos import fuzz, kills, recipes
     from tests.chaos.lab import Lab
     from tests.chaos.sweep import Counts
@@ -43,7 +43,7 @@ def parts(folder: Path, rng: Random) -> dict[str, tuple[object, Iterator[int]]]:
 
 
 def main() -> int:
-    """Runs the parts in turn."""
+    """Runs the parts, one step of each at a time."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -66,8 +66,8 @@ def main() -> int:
                     break
         lines, faults = [f"seed {args.seed}, {args.minutes:g} minutes"], []
         for name, (counts, _) in chosen.items():
-            found = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.kinds.items())) or "not reached"
-            lines.append(f"{name:>16}: {found}")
+            outcomes = ", ".join(f"{n} {kind}" for kind, n in sorted(counts.kinds.items())) or "not reached"
+            lines.append(f"{name:>16}: {outcomes}")
             faults += counts.faults
         sys.stdout.write("\n".join([*lines, *faults] if faults else [*lines, "no fault"]) + "\n")
         return 1 if faults else 0

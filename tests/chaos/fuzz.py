@@ -1,7 +1,7 @@
-"""Files that went bad, a part for each sort: every one is read right, refused in a line, or counted as a fault.
+"""Damaged files, a part for each kind: each must be read correctly or refused in a line; all else counts as a fault.
 
-A part is a generator; each step tries some dozens of inputs and counts what they came to. "wrong" is what no log shows:
-an input that lost something and was accepted, or accepted as other than what it was.
+A part is a generator; each step tries some dozens of inputs and counts the outcomes. "wrong" is the fault that no log
+shows: an input that was accepted although data was lost, or with different content.
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ FORMS = {
 }
 _BLOCK = 8
 LOST = 48.0
-"""So many grey levels, over a block of pixels, are no loss of a codec's but pixels that are not there."""
+"""A difference of more grey levels over a block is not a codec's loss: pixels are missing."""
 
 
 def photos(counts: Counts, rng: Random) -> Iterator[int]:
-    """Pictures of every form; one that lost bytes may not come out with pixels that nobody took."""
+    """Pictures of every format; one that lost bytes must not decode to different pixels."""
     whole = {name: encoded(_busy(), form, **options) for name, (form, options) in FORMS.items()}
     right = {name: decode(data).float() for name, data in whole.items()}
     while True:
         items = []
         for _ in range(STEP):
             name = rng.choice(list(whole))
-            how, data = mutate(whole[name], rng)
-            items.append((f"{name} {how}", (name, how.split()[0], data)))
+            damage, data = mutate(whole[name], rng)
+            items.append((f"{name} {damage}", (name, damage.split()[0], data)))
         sweep(counts, items, partial(_photo, right))
         yield len(items)
 
@@ -75,7 +75,7 @@ def _photo(right: dict[str, torch.Tensor], item: tuple[str, str, bytes]) -> None
     name, kind, data = item
     got = decode(data).float()
     if kind not in ("cut", "nul") and not (name == "png" and kind in ("flip", "byte", "zeroed", "swap")):
-        return  # most forms have no checksum: a flipped bit, or a hole, is another picture
+        return  # most formats have no checksum: a flipped bit or a hole gives another valid picture
     if got.shape != right[name].shape:
         raise WrongError(f"{tuple(got.shape)}, not {tuple(right[name].shape)}")
     off = torch.nn.functional.avg_pool2d((got - right[name]).abs().mean(0, keepdim=True)[None], _BLOCK).max()
@@ -87,7 +87,7 @@ def _photo(right: dict[str, torch.Tensor], item: tuple[str, str, bytes]) -> None
 
 
 def tars(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
-    """Tars of photographs: read + refused + not ours = found, and a photograph is the one of its name or none."""
+    """Tars of photographs: keys must be safe names, and a photograph must have the pixels of the one with its name."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {f"p{i}": encoded(picture(24 + i, 30, seed=i), "PNG") for i in range(5)}
     members: list[tuple[str, bytes]] = []
@@ -139,7 +139,7 @@ def _tar(path: Path, right: dict[str, torch.Tensor], data: bytes) -> None:
 
 
 def predictions(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
-    """Stored maps of every form that a library here writes; what lost bytes is not scored."""
+    """Stored maps of every format that a library here writes; one that lost bytes must not give other values."""
     folder.mkdir(parents=True, exist_ok=True)
     values = np.random.default_rng(1).uniform(1, 9, (24, 32)).astype(np.float32)
     whole = {"npy": _npy(values), "npz": _npz(values), "pfm": _pfm(values)}
@@ -150,8 +150,8 @@ def predictions(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
         items = []
         for _ in range(STEP):
             name = rng.choice(list(whole))
-            how, data = mutate(whole[name], rng)
-            items.append((f"{name} {how}", (name, how.split()[0], data)))
+            damage, data = mutate(whole[name], rng)
+            items.append((f"{name} {damage}", (name, damage.split()[0], data)))
         sweep(counts, items, partial(_map, folder, right))
         yield len(items)
 
@@ -178,9 +178,9 @@ def _map(folder: Path, right: dict[str, np.ndarray], item: tuple[str, str, bytes
     path = folder / f"m.{name}"
     path.write_bytes(data)
     got, _ = read_prediction(path, (24, 32))
-    wanted = right[name].astype(np.float32)
+    expected = right[name].astype(np.float32)
     exact = name in ("npz", "png")  # these carry checksums
-    if (kind == "cut" or (exact and kind != "more")) and not np.array_equal(got, wanted, equal_nan=True):
+    if (kind == "cut" or (exact and kind != "more")) and not np.array_equal(got, expected, equal_nan=True):
         raise WrongError("other numbers")
 
 
@@ -194,19 +194,22 @@ def _tables_and_bytes(path: Path, rng: Random) -> tuple[str, bytes]:
 
 
 def _content(folder: Path) -> dict[str, bytes]:
-    """What is learnt from a labels folder, by sample."""
+    """The training data of a labels folder, as bytes by sample key."""
     dataset = shards.LabelDataset(folder)
-    found = {}
+    contents = {}
     for i in range(len(dataset)):
         sample = dataset[i]
-        parts = [sample.image, *(x for one in sample.labels.values() for x in (one.shared.values, one.shared.valid))]
-        parts += [one.boxes for one in sample.labels.values()]
-        found[sample.key] = b"".join(part.numpy().tobytes() for part in parts)
-    return found
+        parts = [
+            sample.image,
+            *(x for labels in sample.labels.values() for x in (labels.shared.values, labels.shared.valid)),
+        ]
+        parts += [labels.boxes for labels in sample.labels.values()]
+        contents[sample.key] = b"".join(part.numpy().tobytes() for part in parts)
+    return contents
 
 
 def labels(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
-    """A labels folder with one file gone bad: what is learnt from is what was written, and verify sees any change."""
+    """A labels folder with one damaged file: only the written labels are read, and verify detects any change."""
     if not (lab.folder / "run").is_dir():
         done = lab.call("label", "r.toml")
         assert done.rc == 0, done.said
@@ -216,8 +219,8 @@ def labels(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
         items = []
         for _ in range(STEP // 2):
             path = rng.choice(files)
-            how, data = _tables_and_bytes(path, rng)
-            items.append((f"{path.name} {how}", (path.name, data)))
+            damage, data = _tables_and_bytes(path, rng)
+            items.append((f"{path.name} {damage}", (path.name, data)))
         sweep(counts, items, partial(_labels, lab.labels, lab.folder / "tried", right))
         yield len(items)
 
@@ -230,7 +233,7 @@ def _labels(good: Path, tried: Path, right: dict[str, bytes], item: tuple[str, b
     refusal: Exception | None = None
     try:
         got = _content(tried)
-        # A table that a person changed, checksum and all, may leave samples out.
+        # A table that was edited together with its checksum may leave samples out.
         if any(right.get(key) != value for key, value in got.items()):
             raise WrongError("other labels are learnt from")
     except (ValueError, LookupError, OSError) as error:
@@ -246,7 +249,7 @@ def _labels(good: Path, tried: Path, right: dict[str, bytes], item: tuple[str, b
 
 
 def students(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
-    """A student with one file gone bad: it answers as it did, or is refused."""
+    """A student with one damaged file: its output is unchanged, or it is refused."""
     good = folder / "student"
     student = tiny("dpt")
     with torch.no_grad():
@@ -257,8 +260,8 @@ def students(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
         items = []
         for _ in range(STEP):
             path = rng.choice(files)
-            how, data = _tables_and_bytes(path, rng)
-            items.append((f"{path.name} {how}", (path.name, how, data)))
+            damage, data = _tables_and_bytes(path, rng)
+            items.append((f"{path.name} {damage}", (path.name, damage, data)))
         sweep(counts, items, partial(_student, good, folder / "tried", right))
         yield len(items)
 
@@ -269,29 +272,29 @@ def _student(good: Path, tried: Path, right: torch.Tensor, item: tuple[str, str,
     (tried / item[0]).write_bytes(item[2])
     student = checkpoint.load(tried)
     if item[1].startswith(("spec", "native_size", "output")):
-        return  # a person's change, checksum and all: another student
+        return  # an edit together with the checksum: another student
     with torch.no_grad():
         if not torch.equal(student(torch.full((1, 3, 32, 32), 0.3)), right):
             raise WrongError("it answers otherwise")
 
 
 def run(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
-    """A training run that was stopped, with one file gone bad: it ends as it would have, or says why."""
+    """An interrupted training run with one damaged file: it ends with the same student, or says why not."""
     for verb in ("label", "train"):
         done = lab.call(verb, "r.toml")
         assert done.rc == 0, done.said
     right = (lab.train / "student" / checkpoint.WEIGHTS).read_bytes()
     shutil.rmtree(lab.train / "student")
     shutil.rmtree(max((lab.train / "checkpoints").iterdir()))
-    kept = lab.keep()
+    backup = lab.keep()
     while True:
-        lab.back(kept)
+        lab.back(backup)
         path = rng.choice([path for path in sorted(lab.train.rglob("*")) if path.is_file()])
-        how, data = mutate(path.read_bytes(), rng)
+        damage, data = mutate(path.read_bytes(), rng)
         path.write_bytes(data)
-        what = f"{path.relative_to(lab.train)} {how}"
-        looked = lab.call("doctor", lab.train) if rng.random() < 0.3 else lab.call("train", "r.toml")
+        description = f"{path.relative_to(lab.train)} {damage}"
+        outcome = lab.call("doctor", lab.train) if rng.random() < 0.3 else lab.call("train", "r.toml")
         weights = lab.train / "student" / checkpoint.WEIGHTS
-        wrong = looked.kind == "accepted" and weights.is_file() and weights.read_bytes() != right
-        counts.add("wrong" if wrong else looked.kind, what, looked.said)
+        wrong = outcome.kind == "accepted" and weights.is_file() and weights.read_bytes() != right
+        counts.add("wrong" if wrong else outcome.kind, description, outcome.said)
         yield 1

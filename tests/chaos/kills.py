@@ -1,9 +1,9 @@
-"""Commands killed at random moments and called again, until they end.
+"""Commands that are killed at random moments and run again until they finish.
 
-What they leave is, byte for byte, what one leaves that was never killed.
+Their output must be byte for byte that of an uninterrupted run.
 
-A part is a generator; each step is one such story. The clock decides where a kill falls, so the same seed does not
-repeat a story; what is left behind does.
+A part is a generator; each step is one such story. Kills are timed by the clock, so the same seed does not repeat a
+story; the files left behind do.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from tests.chaos.mutations import mutate
 from tests.chaos.sweep import Counts
 from tests.chaos.trial import Outcome, trial
 
-KILLS = 6  # of one story; then it may end
+KILLS = 6  # per story; after that it may finish
 STOP_S = 3.0
 
 
 def _story(
     counts: Counts, rng: Random, call: Callable[[float | None], Outcome], whole: float, compare: Callable[[], str]
 ) -> None:
-    """Kill the command up to KILLS times, let it end, and compare what there is."""
+    """Kill the command up to KILLS times, let it finish, and compare its output."""
     for _ in range(KILLS):
         outcome = call(rng.uniform(0.02, 1.2 * whole))
         if outcome.kind == "accepted":
@@ -52,7 +52,7 @@ def _differ(now: dict[str, str], before: dict[str, str]) -> str:
 
 
 def label(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
-    """Labelling from nothing."""
+    """Labelling from scratch."""
     began = time.monotonic()
     before, whole = _labels(lab), time.monotonic() - began
     while True:
@@ -75,14 +75,14 @@ def _labels(lab: Lab) -> dict[str, str]:
 
 
 def train(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
-    """Training from nothing: the student, and the log but for its clocks."""
+    """Training from scratch: compares the student, and the log without wall-clock values."""
     _labels(lab)
 
     def left() -> dict[str, str]:
         lines = [{k: v for k, v in line.items() if k not in WALL_CLOCK} for line in read_log(lab.train / "log.jsonl")]
         log = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
-        found = {name: digest for name, digest in contents(lab.train).items() if name.endswith("safetensors")}
-        return {**found, "log.jsonl": log}
+        students = {name: digest for name, digest in contents(lab.train).items() if name.endswith("safetensors")}
+        return {**students, "log.jsonl": log}
 
     done = lab.call("train", "r.toml")
     assert done.rc == 0, done.said
@@ -95,11 +95,11 @@ def train(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
 
 
 def repair(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
-    """Several files of a labels folder gone bad, and a repair that is killed."""
+    """A repair of several damaged files of a labels folder, which is killed."""
     before, whole = _labels(lab), 1.0
-    kept = lab.keep()
+    backup = lab.keep()
     while True:
-        lab.back(kept)
+        lab.back(backup)
         for path in rng.sample([path for path in sorted(lab.labels.iterdir()) if path.suffix != ".md"], 3):
             if rng.random() < 0.3:
                 path.unlink()
@@ -107,7 +107,7 @@ def repair(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
                 path.write_bytes(mutate(path.read_bytes(), rng)[1])
 
         def call(after: float | None) -> Outcome:
-            # A manifest that is gone is an unfinished folder, which labelling finishes.
+            # A folder without a manifest is unfinished; labelling finishes it.
             nonlocal whole
             done = lab.call("verify", lab.labels, "--repair", signal_after=after)
             whole = max(whole, done.seconds)
@@ -139,7 +139,7 @@ def predict(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
 
 
 def fetch(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
-    """A download from a host that answers slowly and cuts."""
+    """A download from a host that is slow and drops connections."""
     from distill.eval.fetch import fetch as download
 
     data = rng.randbytes(3_000_000)
@@ -163,8 +163,8 @@ def fetch(counts: Counts, rng: Random, folder: Path) -> Iterator[int]:
 def _host(data: bytes, rng: Random) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range", "bytes=0-")
-            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+            requested = self.headers.get("Range", "bytes=0-")
+            start = int(requested.removeprefix("bytes=").rstrip("-"))
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
@@ -183,7 +183,7 @@ def _host(data: bytes, rng: Random) -> type[BaseHTTPRequestHandler]:
             try:
                 super().handle()
             except OSError:
-                pass  # the other side was killed
+                pass  # the client was killed
 
     return Handler
 

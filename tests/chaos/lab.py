@@ -1,4 +1,4 @@
-"""A small world to break: photographs, a recipe of a teacher without weights, and what the commands make of them."""
+"""A small environment for chaos tests: photographs, a recipe with a weightless teacher, and the commands' outputs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ name = "{benchmark}"
 
 
 class Lab:
-    """A folder with images and a recipe; `make` labels and trains once, `copy` gives each trial its own."""
+    """A folder with images and a recipe; `call` runs a command there, `keep` and `back` save and restore run/."""
 
     def __init__(self, folder: Path, *, photos: int = 3, per_tar: int = 4) -> None:
         self.folder = folder
@@ -78,14 +78,14 @@ class Lab:
         self.write()
 
     def write(self) -> None:
-        """The recipe, of this folder."""
+        """Write the recipe for this folder."""
         benchmark = Path(__file__).parent.parent / "app" / "two_images.py"
         (self.folder / "r.toml").write_text(RECIPE.format(folder=self.folder, benchmark=benchmark))
 
     def call(
         self, *arguments: str | Path, limit: float = 60.0, signal_after: float | None = None, **more: int
     ) -> Outcome:
-        """A command, in the folder."""
+        """Run a command in the folder."""
         return trial(distill(*arguments, folder=self.folder), limit=limit, signal_after=signal_after, **more)
 
     @property
@@ -99,20 +99,20 @@ class Lab:
         return self.folder / "run" / "train"
 
     def keep(self) -> Path:
-        """A copy of what lies under run/, to go back to."""
-        kept = self.folder.with_name(self.folder.name + ".kept")
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(self.folder / "run", kept)
-        return kept
+        """Copy run/ to a backup and return its path."""
+        backup = self.folder.with_name(self.folder.name + ".kept")
+        shutil.rmtree(backup, ignore_errors=True)
+        shutil.copytree(self.folder / "run", backup)
+        return backup
 
     def back(self, kept: Path) -> None:
-        """run/ as it was kept."""
+        """Restore run/ from the backup."""
         shutil.rmtree(self.folder / "run", ignore_errors=True)
         shutil.copytree(kept, self.folder / "run")
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """The sha256 of every file below a folder by its name."""
+    """The sha256 of every file below a folder, by relative path."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Ways in which bytes go bad: on disks, in downloads, by power cuts, and by hand."""
+"""Ways in which data is damaged: on disks, in downloads, by power cuts, and by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from random import Random
 from distill.core.seal import sealed
 
 LOSSES = ("cut", "nul", "zeroed")
-"""Those that lose what was there."""
+"""The kinds that lose data."""
 
 
 def mutate(
     data: bytes, rng: Random, kinds: tuple[str, ...] = ("flip", "flip", "flip", *LOSSES, "more", "swap")
 ) -> tuple[str, bytes]:
-    """The data gone bad in one of some ways, and the way."""
+    """A description of random damage of one of these kinds, and the damaged data."""
     kind, out = rng.choice(kinds), bytearray(data)
     at = rng.randrange(len(out)) if out else 0
     if not out or kind == "empty":
@@ -25,7 +25,7 @@ def mutate(
         out[at] = rng.choice((0, 255, 127, 128, rng.randrange(256)))
     elif kind == "cut":
         del out[at:]
-    elif kind == "nul":  # what a file system leaves of a file that a power cut caught
+    elif kind == "nul":  # as a file system may leave a file after a power cut
         out[at:] = bytes(len(out) - at)
     elif kind == "zeroed":
         end = min(len(out), at + rng.choice((16, 512, 4096)))
@@ -46,7 +46,7 @@ HOSTILE = (
 
 
 def hostile_json(data: bytes, rng: Random, *, seal: bool = True) -> tuple[str, bytes]:
-    """A table of ours with one value of another sort, and a checksum that agrees with it: what a person would write."""
+    """A JSON table of ours with one value replaced or removed and a matching checksum, like an edit by hand."""
     table = json.loads(data)
     if not isinstance(table, dict):
         return "empty table", b"{}"

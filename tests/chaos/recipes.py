@@ -1,4 +1,4 @@
-"""Every key of a recipe with hostile values, through the loader and the first second of what the recipe is for."""
+"""Every key of a recipe with hostile values, through the loader and the first seconds of the commands."""
 
 from __future__ import annotations
 
@@ -62,22 +62,22 @@ QUICK = ["train.steps=1", "train.warmup_steps=0", "train.val_fraction=0.0"]
 
 
 def keys() -> list[tuple[str, str]]:
-    """(table, key) of everything that a recipe may say."""
+    """(table, key) of every key of a recipe."""
     return [(part, field.name) for part, settings in PARTS.items() for field in dataclasses.fields(settings)]
 
 
 def changed(table: dict[str, Any], part: str, key: str, value: Any) -> dict[str, Any]:
-    """The recipe with another value at a key; of several tables, in the first."""
-    given = table.get(part, {})
+    """The recipe with another value at a key; in the first of several tables."""
+    settings = table.get(part, {})
     if part == "images" and key in ("tars", "photos", "pairs"):
         return {**table, part: [{key: value}]}
-    if isinstance(given, list):
-        return {**table, part: [{**(given[0] if given else {}), key: value}, *given[1:]]}
-    return {**table, part: {**given, key: value}}
+    if isinstance(settings, list):
+        return {**table, part: [{**(settings[0] if settings else {}), key: value}, *settings[1:]]}
+    return {**table, part: {**settings, key: value}}
 
 
 def command(verb: str, table: dict[str, Any]) -> None:
-    """What the command line does with such a recipe, but for reading it from a file."""
+    """Run the recipe as the command line does, without reading it from a file."""
     from distill.app import commands
 
     recipe = recipes_module.parse(table, uses=recipes_module.USES.get(verb))
@@ -92,14 +92,14 @@ def command(verb: str, table: dict[str, Any]) -> None:
 
 
 def tried(base: dict[str, Any], item: tuple[str, str, str, Any]) -> None:
-    """One command on the recipe with one value; what it made is thrown away by the next step."""
+    """Run one command on the recipe with one changed value; the next step discards its output."""
     verb, part, key, value = item
     before = signal.signal(signal.SIGALRM, _enough)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         command(verb, changed(base, part, key, value))
     except _EnoughError:
-        pass  # a day of training is a person's choice
+        pass  # a long training is a valid choice
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -114,39 +114,39 @@ def _enough(*_: object) -> None:
 
 
 def world(lab: Lab) -> dict[str, Any]:
-    """The lab's recipe as a table, quick, and labelled and trained."""
+    """The lab's recipe as a table, with a short training; labels, trains and scores it once."""
     table = read_toml(lab.folder / "r.toml", QUICK)
     table["images"] = [{"photos": str(lab.folder / "photos")}]
 
-    def made() -> int:
+    def run_all() -> int:
         for verb in ("label", "train", "score"):
             command(verb, table)
         return 0
 
-    done = trial(made, limit=300)
+    done = trial(run_all, limit=300)
     assert done.rc == 0, done.said
     return table
 
 
 def in_folder(folder: Path, base: dict[str, Any], item: tuple[str, str, str, Any]) -> None:
-    """`tried`, in a folder."""
-    os.chdir(folder)  # a path that climbs ends in the lab
+    """As `tried`, in a folder."""
+    os.chdir(folder)  # a path with ".." stays inside the lab
     tried(base, item)
 
 
 def recipes(counts: Counts, rng: Random, lab: Lab) -> Iterator[int]:
     """Random keys, each with a random value."""
-    base, there = world(lab), keys()
-    kept, deep = lab.keep(), lab.folder / "deep" / "er"
+    base, all_keys = world(lab), keys()
+    backup, deep = lab.keep(), lab.folder / "deep" / "er"
     deep.mkdir(parents=True)
     while True:
         items = []
         for _ in range(20):
-            (part, key), value = rng.choice(there), rng.choice(HOSTILE)
+            (part, key), value = rng.choice(all_keys), rng.choice(HOSTILE)
             verb = rng.choice(COMMANDS.get(part, ("label",)))
             items.append((f"{verb} {part}.{key} = {str(value)[:40]}", (verb, part, key, value)))
         sweep(counts, items, partial(in_folder, deep, base), limit=60)
-        lab.back(kept)
+        lab.back(backup)
         for path in lab.folder.iterdir():
             if path.name not in ("photos", "run", "deep", "r.toml", "sa_0.tar", "sa_1.tar"):
                 shutil.rmtree(path, ignore_errors=True)

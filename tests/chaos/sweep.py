@@ -1,4 +1,4 @@
-"""Many small trials in one forked process: what each input came to, and going on behind one that hangs or crashes."""
+"""Many small trials in one forked process: counts each input's outcome, and continues after hangs and crashes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from tests.chaos.trial import trial
 
 TOLD = (ValueError, LookupError, OSError, ImportError, RecursionError, OverflowError, MemoryError)
-"""What the command line tells in a line; anything else is a traceback."""
+"""Errors that the command line reports in a line; anything else is a traceback."""
 BAD = ("traceback", "hang", "crash", "wrong")
 MEMORY = 24 << 30  # of address space: torch maps several GB that it never touches
 
 
 class WrongError(Exception):
-    """An input was accepted, and what came of it is not what was put in."""
+    """An input was accepted, but with the wrong content."""
 
 
 class _HungError(BaseException):
@@ -30,31 +30,31 @@ class _HungError(BaseException):
 
 @dataclass
 class Counts:
-    """Outcomes of a part, and a line for each that is a fault."""
+    """Outcomes of a part, and a line for each fault."""
 
     part: str
     kinds: Counter[str] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
 
     def add(self, kind: str, what: str, said: str = "") -> None:
-        """Count one."""
+        """Count one outcome."""
         self.kinds[kind] += 1
         if kind in BAD:
             self.faults.append(f"{self.part}: {kind}: {what}: {said.strip()[-600:]}")
 
 
 def sweep(counts: Counts, items: Sequence[tuple[str, Any]], judge: Callable[[Any], object], *, limit: int = 20) -> None:
-    """Give each of (name, item) to `judge` in a child, which may take `limit` seconds over one.
+    """Call `judge` on the item of each (name, item) in a child process, with `limit` seconds for each.
 
-    judge: returns for what is accepted, raises WrongError for what is accepted wrongly, and one of TOLD for a refusal.
+    judge: returns if the item is accepted, raises WrongError if it is accepted wrongly, and one of TOLD if refused.
     """
     done = 0
     while done < len(items):
         outcome = trial(lambda start=done: _child(items[start:], judge, limit), limit=limit * 3.0 + 2 * len(items))
-        seen = [json.loads(line[1:]) for line in outcome.said.splitlines() if line.startswith("@[")]
-        for (name, _), (kind, said) in zip(items[done:], seen, strict=False):
+        outcomes = [json.loads(line[1:]) for line in outcome.said.splitlines() if line.startswith("@[")]
+        for (name, _), (kind, said) in zip(items[done:], outcomes, strict=False):
             counts.add(kind, name, said)
-        done += len(seen)
+        done += len(outcomes)
         if done < len(items) and outcome.rc != 0:
             counts.add("hang" if outcome.kind == "hang" else "crash", items[done][0], outcome.said)
             done += 1
@@ -84,12 +84,12 @@ def _judged(item: Any, judge: Callable[[Any], object]) -> tuple[str, str]:
         return "hang", ""
     except TOLD as error:
         return ("told", "") if str(error) or isinstance(error, MemoryError) else ("traceback", repr(error))
-    except Exception:  # noqa: BLE001, that is what is looked for
+    except Exception:  # noqa: BLE001, these are the faults to find
         return "traceback", traceback.format_exc()
 
 
 def rounds(minutes: float, parts: Sequence[Iterator[object]]) -> None:
-    """Take a step of each part in turn, until so many minutes are over or no part has another."""
+    """Take a step of each part in turn, until the minutes are over or all parts are exhausted."""
     import time
 
     end, alive = time.monotonic() + 60 * minutes, list(parts)

@@ -1,6 +1,6 @@
-"""Files that people have: the inputs of public reports, where DISTILL_CASES names their folder.
+"""Users' files: the inputs of public bug reports, if DISTILL_CASES is their folder.
 
-Each folder holds a run.py that prints HOLDS or FAILS; it was written against older names, which are mended here.
+Each case's folder has a run.py that prints HOLDS or FAILS; it uses older names, which are updated here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A few seconds of `make chaos`, with a fixed seed: files gone bad, and kills of labelling and of a download."""
+"""A few seconds of `make chaos`, with a fixed seed: damaged files, and kills of labelling and of a download."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from tests.chaos.sweep import Counts, sweep
 
 @pytest.fixture
 def counts():
-    found = Counts("short")
-    yield found
-    assert not found.faults, "\n".join(found.faults)
-    assert sum(found.kinds.values())
+    outcomes = Counts("short")
+    yield outcomes
+    assert not outcomes.faults, "\n".join(outcomes.faults)
+    assert sum(outcomes.kinds.values())
 
 
 @pytest.mark.parametrize("part", ["photos", "tars", "predictions", "students"])
@@ -45,7 +45,7 @@ def test_a_download_that_is_killed(counts, tmp_path):
 
 
 def test_hostile_values_reach_the_first_second_of_labelling(counts, lab, monkeypatch):
-    """The loader's test walks every key (tests/app/test_hostile.py); here a sample of them goes on to the work."""
+    """tests/app/test_hostile.py loads every key; here labelling runs with a sample of them."""
     monkeypatch.setattr(recipes, "SECONDS", 1.0)
     done = lab.call("label", "r.toml")
     assert done.rc == 0, done.said

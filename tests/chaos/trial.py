@@ -1,7 +1,7 @@
-"""One trial: a command in a forked process of this warm one, how it ended, and what it said.
+"""One trial: a command in a fork of this process, its exit code, and its output.
 
-Forked, since a process of its own takes seconds to import torch, and thousands of trials are wanted; a child that
-hangs, crashes or is killed harms nobody.
+It is forked because a new process takes seconds to import torch, and there are thousands of trials; a child that hangs,
+crashes or is killed does no harm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HUNG = 124
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command ended. rc: its own, -N for a signal, HUNG where it was stopped after `limit`."""
+    """How a command ended. rc: its exit code, -N for a signal, HUNG if stopped after `limit`. said: its output."""
 
     rc: int
     said: str
@@ -30,7 +30,7 @@ class Outcome:
 
     @property
     def kind(self) -> str:
-        """accepted, told (a line and rc 1, 2 or 130), killed, hang, crash, or traceback."""
+        """accepted, told (output and rc 1, 2 or 130), killed, hang, crash, or traceback."""
         if self.rc == HUNG:
             return "hang"
         if self.rc < 0:
@@ -45,27 +45,27 @@ class Outcome:
 def trial(
     work: Callable[[], int], *, limit: float = 60.0, signal_after: float | None = None, number: int = signal.SIGKILL
 ) -> Outcome:
-    """`work` in a child; signal_after: seconds until it, and whatever it started, gets the signal `number`."""
-    with tempfile.TemporaryFile() as said:
+    """Run `work` in a child; signal_after: seconds until the child (SIGKILL: its whole group) gets signal `number`."""
+    with tempfile.TemporaryFile() as output:
         sys.stdout.flush()
         sys.stderr.flush()
         ready, begins = os.pipe()
         child = os.fork()
         if child == 0:
-            _child(work, said.fileno(), begins)
+            _child(work, output.fileno(), begins)
         os.close(begins)
-        os.read(ready, 1)  # on a busy machine a signal would come before there is anybody to take it
+        os.read(ready, 1)  # on a busy machine a signal could otherwise arrive before the child is ready
         os.close(ready)
         began = time.monotonic()
-        # Both sides, since neither knows who comes first.
+        # In parent and child, since either may run first.
         with contextlib.suppress(OSError):
             os.setpgid(child, child)
         rc = _wait(child, began, limit, signal_after, number)
         seconds = time.monotonic() - began
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # its own children
-        said.seek(0)
-        return Outcome(rc, said.read().decode(errors="replace"), seconds)
+            os.killpg(child, signal.SIGKILL)  # the child's own children
+        output.seek(0)
+        return Outcome(rc, output.read().decode(errors="replace"), seconds)
 
 
 def _child(work: Callable[[], int], said: int, begins: int) -> None:
@@ -80,7 +80,7 @@ def _child(work: Callable[[], int], said: int, begins: int) -> None:
         code = work()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 2
-    except BaseException:  # noqa: BLE001, whatever it is, it is told
+    except BaseException:  # noqa: BLE001, every error is reported
         os.write(2, traceback.format_exc().encode())
     finally:
         with contextlib.suppress(Exception):
@@ -116,7 +116,7 @@ def distill(*arguments: str | Path, folder: Path | None = None) -> Callable[[], 
         from distill.app import console
         from distill.app.cli import main
 
-        # A test's capture has taken the streams that the consoles were made with.
+        # pytest's capture has replaced the streams with which the consoles were made.
         console._out, console._err = (
             Console(file=os.fdopen(os.dup(number), "w"), soft_wrap=True, width=160) for number in (1, 2)
         )

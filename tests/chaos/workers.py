@@ -1,13 +1,13 @@
-"""Labelling workers under everything that a cluster does to them: the labels must be one worker's, to the byte.
+"""Labelling workers under a cluster's failures: the labels must be byte for byte those of a single worker.
 
     python -m tests.chaos.workers [--kills 100] [--seed 0] [--workers 2] [--url s3://bucket/labels]
 
-Two workers (or more) at a time label twelve tiny tars and are killed at random moments, put to sleep for longer than
-their lease lasts and woken again; leases are stolen and removed; clocks jump by an hour either way, in processes and in
-times of lease files; the disk is full now and then; renames are lost, said to be done and not done, or done and
-said not to be. With --url they meet at an object store (AWS_ENDPOINT and its like name a local one), where answers of
-conditional puts are lost and the network fails. When a round is finished it is compared with one worker's, and the next
-begins, until so many were killed. It prints what happened, and ends in 1 where a byte differs.
+Two workers (or more) at a time label twelve tiny tars and are killed at random moments, or stopped for longer than
+their lease and continued; leases are stolen and removed; clocks jump by an hour either way, in processes and in times
+of lease files; the disk is sometimes full; renames are reported as done but lost, or done but reported as failed. With
+--url they coordinate through an object store (AWS_ENDPOINT etc. select a local one), where answers of conditional puts
+are lost and the network fails. A finished round is compared with a single worker's output, and the next begins, until
+--kills workers were killed. It prints counts of the events, and exits with 1 if a byte differs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def note(log: Path, what: str) -> None:
 
 
 def break_network(rng: random.Random, log: Path) -> None:
-    """The same for what reaches an object store."""
+    """As `break_things`, for the functions that access an object store."""
     plain_replace, plain_put = objects._Store.replace, objects._Store.put
 
     def unreachable() -> None:
@@ -78,17 +78,17 @@ def break_network(rng: random.Random, log: Path) -> None:
 
     def replace(self: objects._Store, name: str, data: bytes, before: Mapping[str, Any] | None) -> dict[str, Any]:
         unreachable()
-        found = plain_replace(self, name, data, before)
+        result = plain_replace(self, name, data, before)
         if rng.random() < 0.03:
             note(log, "puts done and said to be refused")
             raise objects._Taken
-        return found
+        return result
 
     objects._Store.replace, objects._Store.put = replace, put  # type: ignore[method-assign]
 
 
 def break_things(rng: random.Random, log: Path) -> None:
-    """Replace what reaches clock and disk by what sometimes goes wrong."""
+    """Replace functions that use clock and disk by ones that sometimes fail."""
     from filelock._soft import _lease
 
     count = partial(note, log)
@@ -126,10 +126,10 @@ def break_things(rng: random.Random, log: Path) -> None:
 
 
 def one(root: str, out: str, url: str, seed: int) -> None:
-    """A worker's process."""
+    """The main function of a worker's process."""
     torch.set_num_threads(1)
     rng = random.Random(seed)
-    here = Path(out)
+    folder = Path(out)
     log = Path(root) / "log"
     break_things(rng, log)
     break_network(rng, log)
@@ -147,23 +147,23 @@ def one(root: str, out: str, url: str, seed: int) -> None:
         work(
             images(Path(root)),
             [("formula", Formula(wait=0.02))],
-            out=here,
+            out=folder,
             crops=CROPS,
             labels=LabelSettings(samples_per_part=3, threads=1),
-            meeting=meeting_at(url, here),
+            meeting=meeting_at(url, folder),
             poll_s=0.1,
         )
     except OSError as error:
         if not any(word in str(error) for word in ("No space left", "No such file", "Network is unreachable")):
             raise
-        os._exit(3)  # a worker ends; its scheduler starts another
+        os._exit(3)  # the worker ends; its scheduler starts another
 
 
 # --- in the parent ----------------------------------------------------------------------------------------------------
 
 
 def steal(out: Path, rng: random.Random) -> str:
-    """Take a lease away from whoever has it: its file goes, or is another machine's that will never say a word."""
+    """Take a lease from its holder: its file is removed, or becomes another machine's that never answers."""
     leases = list((out / NOTES).glob(f"*{SUFFIX}")) if (out / NOTES).is_dir() else []
     if not leases:
         return ""
@@ -194,7 +194,7 @@ def steal_at(store: objects._Store, rng: random.Random) -> str:
 
 
 class Chaos:
-    """Rounds of labelling until so many workers were killed. url: where they meet, or "" for the folder."""
+    """Rounds of labelling until enough workers were killed. url: the object store, or "" to coordinate by files."""
 
     def __init__(self, root: Path, workers: int, seed: int, url: str = "") -> None:
         self.root, self.workers, self.rng, self.url = root, workers, random.Random(seed), url
@@ -205,14 +205,14 @@ class Chaos:
         self.asleep: dict[int, float] = {}
 
     def start(self, out: Path) -> BaseProcess:
-        given = (str(self.root), str(out), self.url, self.rng.randrange(1 << 30))
-        process = self.context.Process(target=one, args=given)
+        arguments = (str(self.root), str(out), self.url, self.rng.randrange(1 << 30))
+        process = self.context.Process(target=one, args=arguments)
         process.start()
         self.counts["workers started"] += 1
         return process
 
     def round(self, out: Path, kills: int) -> None:
-        """Until the folder is finished; nobody is killed any more once so many were."""
+        """Run workers until the folder is finished; no more are killed after `kills`."""
         alive: list[BaseProcess] = []
         place = meeting_at(self.url, out)
         while True:
@@ -244,19 +244,19 @@ class Chaos:
                 os.kill(victim.pid, signal.SIGSTOP)
                 self.counts["put to sleep beyond their lease"] += 1
                 self.asleep[victim.pid] = now + 2.5 * LEASE_S
-            elif fate < 0.6 and (what := self.steal(place, out)):
-                self.counts[what] += 1
+            elif fate < 0.6 and (event := self.steal(place, out)):
+                self.counts[event] += 1
 
     def steal(self, place: Meeting, out: Path) -> str:
         return steal_at(place._store, self.rng) if isinstance(place, Objects) else steal(out, self.rng)
 
     def bring(self, place: Meeting) -> None:
-        """What lies at a URL, into the folder."""
+        """Download the output from the URL into the folder."""
         if isinstance(place, Objects):
             for name in place._store.names(""):
-                found = place._store.get(name)
-                assert found is not None
-                (place.out / name).write_bytes(found[0])
+                stored = place._store.get(name)
+                assert stored is not None
+                (place.out / name).write_bytes(stored[0])
 
     def play(self, kills: int) -> bool:
         for number in range(TARS):
@@ -274,8 +274,8 @@ class Chaos:
             self.counts.update(line for line in lines if not line.startswith("made "))
             self.counts["parts made again by another"] += sum(made.values()) - len(made)
             run(images(self.root), out, Formula(wait=9.0), crops_per_image=1, samples_per_part=3)  # finds nothing to do
-            seen = contents(out)
-            differ = sorted(name for name in {*seen, *whole} if seen.get(name) != whole.get(name))
+            labels = contents(out)
+            differ = sorted(name for name in {*labels, *whole} if labels.get(name) != whole.get(name))
             problems = verify(out)
             keys = read_manifest(out)["images"]["keys"]
             good = not differ and not problems and len(keys) == len(set(keys)) == TARS * (PHOTOS - 1)
@@ -292,14 +292,14 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--url", default="")
     args = parser.parse_args()
-    begun = time.monotonic()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         chaos = Chaos(Path(folder), args.workers, args.seed, args.url.rstrip("/"))
         good = chaos.play(args.kills)
-    for what, count in sorted(chaos.counts.items()):
+    for event, count in sorted(chaos.counts.items()):
         if count:
-            print(f"{count:6d}  {what}")
-    print(f"{time.monotonic() - begun:6.0f}  seconds; {'every byte is one worker’s' if good else 'BYTES DIFFER'}")
+            print(f"{count:6d}  {event}")
+    print(f"{time.monotonic() - start:6.0f}  seconds; {'every byte is one worker’s' if good else 'BYTES DIFFER'}")
     return 0 if good else 1
 
 

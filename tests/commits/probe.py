@@ -1,7 +1,7 @@
-"""What one checkout computes, written down item by item. Run by tests/compare_commits.py, which knows the arguments.
+"""Records what one checkout computes, item by item. Run by tests/compare_commits.py, which passes the arguments.
 
 write    labels, trains, scores, predicts and exports; the maths; the golden cases
-read     does with what the old checkout wrote (old/) what a user would do with it
+read     uses the old checkout's outputs (old/) as a user would
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-# An editable install would lend its own files to a checkout that lacks some.
+# An editable install would provide its own files for modules that a checkout lacks.
 sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in f"{getattr(f, '__module__', '')}{f!r}"]
 
 import probe_recipes as recipes  # noqa: E402
@@ -27,7 +27,7 @@ Sections = Iterator[tuple[str, Callable[[], None]]]
 
 
 def write(record: Record) -> Sections:
-    """Everything that needs nothing of the other checkout."""
+    """Everything that does not need the other checkout."""
     for name in [*recipes.LABELS, *(["sa1b"] if Path("sa1b").exists() else [])]:
         yield f"label {name}", partial(runs.label, record, name)
     for name in recipes.TRAININGS:
@@ -44,14 +44,14 @@ def write(record: Record) -> Sections:
 
 
 def predict(record: Record) -> None:
-    """Maps of photographs and of a video, by the first student and by the built-in one."""
+    """Predicts maps of photographs and of a video with the first student and the built-in one."""
     first = f"runs/{runs.FIRST}/train/student"
     runs.predict(record, "student", first, "inputs/photos", "inputs/clip.mp4", size=84)
     runs.predict(record, "pocket", "pocket", "inputs/photos/inside")
 
 
 def read(record: Record) -> Sections:
-    """Everything that the old checkout's folder is good for."""
+    """Everything that uses the old checkout's folder."""
     for name in recipes.LABELS:
         yield f"read labels {name}", partial(runs.read_labels, record, name)
     for take in (runs.train_on_old, runs.label_from_old, runs.use_old_students, runs.score_old):
@@ -69,7 +69,7 @@ def foreign(checkout: Path) -> list[str]:
 
 
 def main() -> None:
-    """One phase, in the current folder."""
+    """Runs one phase, in the current folder."""
     parser = argparse.ArgumentParser()
     parser.add_argument("phase", choices=["write", "read"])
     parser.add_argument("checkout", type=Path)

@@ -1,4 +1,4 @@
-"""The golden cases in both checkouts: HDN's loss, decoders, the encoder, teachers. Outputs are compared to the bit."""
+"""The golden cases in both checkouts: HDN's loss, decoders, the encoder, teachers. Outputs are compared bit by bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 def golden(record: Record, folder: Path) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every case that is in the tree, as sections."""
+    """The golden cases, as sections."""
     for name, take in {"hdn": _hdn, "students": _students, "teachers": _teachers}.items():
         yield f"golden {name}", partial(take, record, folder)
 
@@ -31,20 +31,20 @@ def _case(golden: Path, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _hdn(record: Record, golden: Path) -> None:
-    hdn_loss, found = one("losses", "hdn_loss"), {}
+    hdn_loss, results = one("losses", "hdn_loss"), {}
     facts, data = _case(golden, "hdn_losses_small")
     for run in facts["runs"]:
         i = run["index"]
         pred, target, valid = (data[f"{n}{i}"][:, 0] for n in ("pred", "gt", "mask"))
         for name in run["values"]:
             if name == "ssimae":
-                more: dict[str, Any] = {"level": 0}
+                options: dict[str, Any] = {"level": 0}
             else:
                 contexts, level, finest = re.fullmatch(r"(d[rps])(\d)(_finest)?", name).groups()  # type: ignore[union-attr]
-                more = {"contexts": contexts, "level": int(level), "finest_only": bool(finest)}
-            value, gradient = with_gradient(pred, lambda x, t=target, v=valid, m=more: hdn_loss(x, t, v, **m))
-            found |= {f"{i} {name}.loss": value, f"{i} {name}.gradient": gradient}
-    record.arrays("golden/hdn", found)
+                options = {"contexts": contexts, "level": int(level), "finest_only": bool(finest)}
+            value, gradient = with_gradient(pred, lambda x, t=target, v=valid, m=options: hdn_loss(x, t, v, **m))
+            results |= {f"{i} {name}.loss": value, f"{i} {name}.gradient": gradient}
+    record.arrays("golden/hdn", results)
 
 
 def _torch(weights: dict[str, np.ndarray]) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ def _torch(weights: dict[str, np.ndarray]) -> dict[str, Tensor]:
 def _students(record: Record, golden: Path) -> None:
     """Decoders and encoder on golden weights: outputs, and the gradient of a training step."""
     decoders = {name: part(f"students.decoders.{name}").Decoder for name in ("sdt", "dpt", "dav2")}
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for case in ("sdt_head_f64_cls", "sdt_head_f256_nocls", "sdt_head_train_f64", "dpt_head_vits"):
         facts, data = _case(golden, case)
         kwargs = facts.get("make_head_kwargs") or facts["kwargs"]
@@ -73,15 +73,15 @@ def _students(record: Record, golden: Path) -> None:
         features = [(m, data[f"cls{i}"]) for i, m in enumerate(maps)] if "cls0" in data else maps
         out = decoder(features)
         out.mean().backward()
-        found[f"{case}.output"] = out
-        found |= {f"{case}.{name}": p.grad for name, p in decoder.named_parameters() if p.grad is not None}
-    record.arrays("golden/decoders", found)
+        results[f"{case}.output"] = out
+        results |= {f"{case}.{name}": p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    record.arrays("golden/decoders", results)
     encoder = part("students.encoder").Encoder
     facts, data = _case(golden, "anydepth_encoder_vits16")
-    made = encoder("dinov3_vits16", weights="inputs/weights/dinov3_vits16.safetensors").eval()
+    network = encoder("dinov3_vits16", weights="inputs/weights/dinov3_vits16.safetensors").eval()
     with torch.no_grad():
-        seen = {str(run["index"]): made(data[f"x{run['index']}"]) for run in facts["runs"]}
-    flat = {f"{i}.{j}.{k}": x for i, taps in seen.items() for j, tap in enumerate(taps) for k, x in enumerate(tap)}
+        outputs = {str(run["index"]): network(data[f"x{run['index']}"]) for run in facts["runs"]}
+    flat = {f"{i}.{j}.{k}": x for i, taps in outputs.items() for j, tap in enumerate(taps) for k, x in enumerate(tap)}
     record.arrays("golden/encoder", flat)
 
 
@@ -90,7 +90,7 @@ def _photo(array: Tensor) -> Tensor:
 
 
 def _calls(golden: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Every teacher's golden inputs as calls: a name and what makes the map."""
+    """Every teacher's golden inputs as calls: a name and a function that returns the map."""
     weights = Path("inputs/weights")
     _, data = _case(golden, "dav2_vits")
 
@@ -129,8 +129,8 @@ def _calls(golden: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def _teachers(record: Record, golden: Path) -> None:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, make in _calls(golden):
         depth = make()
-        found |= {f"{name}.values": depth.values, f"{name}.valid": depth.valid, f"{name}.kind": str(depth.kind)}
-    record.arrays("golden/teachers", found)
+        results |= {f"{name}.values": depth.values, f"{name}.valid": depth.valid, f"{name}.kind": str(depth.kind)}
+    record.arrays("golden/teachers", results)

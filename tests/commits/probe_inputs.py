@@ -1,6 +1,6 @@
 """The inputs of both checkouts: photographs, good and bad; tars, whole and damaged; pairs with depth; golden weights.
 
-Made once, by numpy and Pillow alone: no code of either checkout takes part.
+Made once, by numpy and Pillow only, without code of either checkout.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from PIL import Image
 
 
 def make(folder: Path, golden: Path) -> None:
-    """Everything, into `folder`."""
+    """Writes all inputs into `folder`."""
     folder.mkdir(parents=True)
     _photos(folder / "photos")
     _tars(folder / "tars")
@@ -163,12 +163,12 @@ def _video(path: Path) -> None:
 
 
 def weights_of(case: Path) -> dict[str, np.ndarray]:
-    """A golden case's synthetic weights, by the rule that lies beside the cases."""
+    """A golden case's synthetic weights, by the rule next to the cases (weights_rule.py)."""
     rule = runpy.run_path(str(case.parent / "weights_rule.py"))
     facts = json.loads((case / "case.json").read_text())
     seed = facts["seed"] if isinstance(facts["seed"], int) else facts["runs"][0]["seed"]
-    made: dict[str, np.ndarray] = rule["synth_state"]({k: tuple(v[0]) for k, v in facts["state_dict"].items()}, seed)
-    return made
+    state: dict[str, np.ndarray] = rule["synth_state"]({k: tuple(v[0]) for k, v in facts["state_dict"].items()}, seed)
+    return state
 
 
 def _golden(folder: Path, golden: Path) -> None:
@@ -195,7 +195,7 @@ def _golden(folder: Path, golden: Path) -> None:
 
 
 def _predictions(case: Path, out: Path) -> None:
-    """A golden evaluation's predictions, which are stored as 16-bit pictures, as .npy by kind."""
+    """Writes a golden evaluation's predictions, stored as 16-bit pictures, as .npy by kind."""
     facts = json.loads((case / "case.json").read_text())
     if case.name in ("eval_metrics", "eval_eth3d"):  # no images; 24 megapixels each
         return

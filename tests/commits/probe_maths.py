@@ -1,4 +1,4 @@
-"""The parts that have no command of their own: losses, crops, codecs, scenes, sampling."""
+"""The parts without a command of their own: losses, crops, codecs, scenes, sampling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from probe_record import Record
 from torch import Tensor
 
 NORMALIZATIONS = ("global", "hybrid", "local", "none")
-# Options of L_Dis, and the normalizations that take them (all but "none" where not said).
+# Options of L_Dis, and the normalizations that accept them.
 OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, NORMALIZATIONS),
     "trimmed": ({"trim_top": 0.1}, NORMALIZATIONS),
@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def maths(record: Record) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Everything that needs no file, as sections."""
+    """Everything that needs no files, as sections."""
     sections: dict[str, Callable[..., None]] = {
         "names": _names,
         "losses": _losses,
@@ -52,17 +52,17 @@ def maths(record: Record) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def _maps(height: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Prediction, label, valid and weight, (6,H,W): plain, flat, with NaN, with ties, nowhere valid, few pixels."""
-    draw = torch.Generator().manual_seed(height * 1000 + width)
-    pred, noise, weight = torch.rand(3, 6, height, width, generator=draw, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    pred, noise, weight = torch.rand(3, 6, height, width, generator=generator, dtype=torch.float64)
     ramp = torch.linspace(0.1, 3.0, width).double().expand(6, height, width)
     target = ramp + 0.5 * noise
-    valid = torch.rand(6, height, width, generator=draw) < 0.8
+    valid = torch.rand(6, height, width, generator=generator) < 0.8
     target[1] = 2.0
     target[2, ::7, ::5] = torch.nan
     pred[3], target[3] = (pred[3] * 8).round() / 8, (target[3] * 4).round() / 4
     valid[4] = False
     valid[5] = False
-    valid[5, 3, :5] = True  # as few as a context may have
+    valid[5, 3, :5] = True  # the minimum for a context
     return pred.to(dtype), target.to(dtype), valid, weight.to(dtype)
 
 
@@ -75,7 +75,7 @@ def with_gradient(pred: Tensor, loss: Callable[[Tensor], Tensor]) -> tuple[Tenso
 
 
 def _names(record: Record) -> None:
-    """The names that others rely on, whatever the layout."""
+    """The public names, which must exist in every layout."""
     losses = importlib.import_module("distill.losses")
     record.json("names", [callable(getattr(losses, n)) for n in ("distillation_loss", "gradient_loss", "hdn_loss")])
 
@@ -85,28 +85,28 @@ def _losses(record: Record) -> None:
     loss = one("losses", "distillation_loss")
     plain = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
     for size in ((37, 53), (96, 96), (120, 100)):
-        for option, (given, normalizations) in OPTIONS.items():
+        for option, (options, normalizations) in OPTIONS.items():
             if option == "hdn_ds" and size[0] != size[1]:
                 continue
-            found: dict[str, Tensor] = {}
+            results: dict[str, Tensor] = {}
             for word, dtype in plain.items() if option == "plain" else [("f32", torch.float32), ("f64", torch.float64)]:
                 pred, target, valid, weight = _maps(*size, dtype)
-                more = given | ({"weight": weight} if "weight" in given else {})
+                arguments = options | ({"weight": weight} if "weight" in options else {})
                 for name in normalizations:
                     value, gradient = with_gradient(
                         pred,
-                        lambda x, t=target, v=valid, n=name, m=more: call(loss, x, t, v, n, **m),
+                        lambda x, t=target, v=valid, n=name, m=arguments: call(loss, x, t, v, n, **m),
                     )
-                    found |= {f"{name}.{word}.loss": value, f"{name}.{word}.gradient": gradient}
-            record.arrays(f"losses/{option} {size[0]}x{size[1]}", found)
+                    results |= {f"{name}.{word}.loss": value, f"{name}.{word}.gradient": gradient}
+            record.arrays(f"losses/{option} {size[0]}x{size[1]}", results)
 
 
 def _batched(record: Record) -> None:
-    """The way of an accelerator, on the CPU."""
+    """The accelerator's version of the loss, on the CPU."""
     batch_loss = one("batched", "batch_loss")
     pred, target, valid, weight = (x.flatten(1) for x in _maps(64, 48))
     usable = valid & torch.isfinite(target)
-    found = {}
+    results = {}
     for name, levels in {"global": (1,), "hybrid": (1, 2, 4), "local": (4,)}.items():
         for option, (trim, only, weighted) in {"plain": (0.0, False, 0), "all": (0.2, True, 1)}.items():
             loss, gradient, live = batch_loss(
@@ -114,8 +114,8 @@ def _batched(record: Record) -> None:
                 levels=levels, trim_top=trim, label_only=only, want_gradient=True,
             )  # fmt: skip
             key = f"{name}.{option}"
-            found |= {f"{key}.loss": loss, f"{key}.gradient": gradient, f"{key}.live": live}
-    record.arrays("losses/batched", found)
+            results |= {f"{key}.loss": loss, f"{key}.gradient": gradient, f"{key}.live": live}
+    record.arrays("losses/batched", results)
 
 
 def _other_losses(record: Record) -> None:
@@ -154,7 +154,7 @@ def _other_losses(record: Record) -> None:
 
 
 def _plan(plan: Callable[..., Any], height: int, width: int, given: dict[str, Any], **drawn: Any) -> Any:
-    """A plan, whether its settings are keywords or a class."""
+    """A crop plan, whether its settings are keywords or a class."""
     if "settings" not in inspect.signature(plan).parameters:
         return call(plan, height, width, **given, **drawn)
     return plan(height, width, call(one("crop settings", "CropSettings"), **given), **drawn)
@@ -167,18 +167,18 @@ def _crops(record: Record) -> None:
     for number in range(400):
         height, width = 700 + 37 * (number % 9), 650 + 53 * (number % 13)
         patches = ("grid", "random", "none")[number % 3]
-        given = {"size": (560, 140, 224)[number % 3], "min_side": 644, "patches": patches, "num_patches": 3}
-        given |= {"overlap": 0.125 + 0.1 * (number % 2), "patch_size": (0, 200)[number % 2], "small": "use"}
-        made = _plan(crops.plan, height, width, given, key=f"sa_{number}", seed=number % 4, draw=number % 5)
-        plans.append(dataclasses.asdict(made))
+        settings = {"size": (560, 140, 224)[number % 3], "min_side": 644, "patches": patches, "num_patches": 3}
+        settings |= {"overlap": 0.125 + 0.1 * (number % 2), "patch_size": (0, 200)[number % 2], "small": "use"}
+        plan = _plan(crops.plan, height, width, settings, key=f"sa_{number}", seed=number % 4, draw=number % 5)
+        plans.append(dataclasses.asdict(plan))
         if number < 12:
-            sampled[f"region{number}"] = crops.cut_region(image[:, :height, :width], made)
-            sampled[f"patches{number}"] = crops.cut_patches(image[:, :height, :width], made)
+            sampled[f"region{number}"] = crops.cut_region(image[:, :height, :width], plan)
+            sampled[f"patches{number}"] = crops.cut_patches(image[:, :height, :width], plan)
             maps = torch.rand(1, 70, 70, generator=torch.Generator().manual_seed(number))
-            if len(made.patches):
-                values, inside = crops.sample_boxes(maps, made.boxes()[None], 40)
+            if len(plan.patches):
+                values, inside = crops.sample_boxes(maps, plan.boxes()[None], 40)
                 sampled |= {f"values{number}": values, f"inside{number}": inside}
-                blocks = crops.student_blocks(made.boxes()[None], 70)
+                blocks = crops.student_blocks(plan.boxes()[None], 70)
                 sampled |= {f"blocks{number}": blocks[0], f"within{number}": blocks[1]}
     record.json("crops/400 plans", plans)
     record.arrays("crops/pixels", sampled)
@@ -187,17 +187,17 @@ def _crops(record: Record) -> None:
 def _kinds(record: Record) -> None:
     depth, align = part("depth"), part("align")
     pred, target, valid, _ = _maps(40, 60)
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for kind in depth.Kind:
         for other in depth.Kind:
             try:
-                made = depth.DepthMap(target - 0.3, valid, kind).convert(other)
-                found |= {f"{kind} to {other}": made.values, f"{kind} to {other} valid": made.valid}
+                converted = depth.DepthMap(target - 0.3, valid, kind).convert(other)
+                results |= {f"{kind} to {other}": converted.values, f"{kind} to {other} valid": converted.valid}
             except depth.KindError:
-                found[f"{kind} to {other}"] = torch.zeros(0)
+                results[f"{kind} to {other}"] = torch.zeros(0)
     usable = valid & torch.isfinite(target)
-    found["scale"], found["shift"] = align.fit_affine(pred, target, usable)
-    record.arrays("kinds and alignment", found)
+    results["scale"], results["shift"] = align.fit_affine(pred, target, usable)
+    record.arrays("kinds and alignment", results)
 
 
 def _codecs(record: Record) -> None:
@@ -213,23 +213,27 @@ def _codecs(record: Record) -> None:
         "negative": rng.standard_normal((30, 31)),
     }
     for name in codec.CODECS:
-        found: dict[str, Any] = {}
-        for what, array in maps.items():
+        results: dict[str, Any] = {}
+        for map_name, array in maps.items():
             values = torch.from_numpy(array).float()
             data, span = codec.encode_map(values, torch.from_numpy(rng.random(array.shape) < 0.9), codec=name)
             again, valid = codec.decode_map(data, span, codec=name)
-            found |= {f"{what}.bytes": np.frombuffer(data, np.uint8), f"{what}.values": again, f"{what}.valid": valid}
-            found[f"{what}.span"] = [span["low"], span["high"], span["valid"]]
-        record.arrays(f"codecs/{name}", found | {"bound": codec.CODECS[name].bound})
+            results |= {
+                f"{map_name}.bytes": np.frombuffer(data, np.uint8),
+                f"{map_name}.values": again,
+                f"{map_name}.valid": valid,
+            }
+            results[f"{map_name}.span"] = [span["low"], span["high"], span["valid"]]
+        record.arrays(f"codecs/{name}", results | {"bound": codec.CODECS[name].bound})
 
 
 def _scenes(record: Record) -> None:
     scenes = part("scenes")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for number, kind in enumerate(scenes.KINDS):
         view = scenes.render(1_000_000 + number, size=(48, 64), kind=kind)
-        found |= {f"{kind}.image": view.image, f"{kind}.depth": view.depth, f"{kind}.valid": view.valid}
-    record.arrays("scenes/every kind", found)
+        results |= {f"{kind}.image": view.image, f"{kind}.depth": view.depth, f"{kind}.valid": view.valid}
+    record.arrays("scenes/every kind", results)
     record.json("scenes/kinds of 2000 seeds", [scenes.kind_of(seed) for seed in range(2000)])
 
 
@@ -253,7 +257,7 @@ def _sampling(record: Record) -> None:
 
 
 def _order(sampling: Any) -> Any:
-    """The stream of samples, by what it can do: its name is one of those that change."""
+    """The class of the sample order, found by its `batch` method, since its name changes."""
     return next(v for v in vars(sampling).values() if isinstance(v, type) and callable(getattr(v, "batch", None)))
 
 
@@ -269,28 +273,34 @@ def _rates(record: Record) -> None:
 
 def _augment(record: Record) -> None:
     augment, labels, depth = one("augment", "augment"), part("labels"), part("depth")
-    draw = torch.Generator().manual_seed(2)
-    images, values = torch.rand(6, 3, 40, 40, generator=draw), torch.rand(6, 40, 40, generator=draw)
-    local = torch.rand(12, 20, 20, generator=draw)
+    generator = torch.Generator().manual_seed(2)
+    images, values = torch.rand(6, 3, 40, 40, generator=generator), torch.rand(6, 40, 40, generator=generator)
+    local = torch.rand(12, 20, 20, generator=generator)
     boxes = torch.tensor([[[0.0, 0.0, 0.5, 0.5], [0.3, 0.4, 0.8, 0.9]]]).expand(6, 2, 4).clone()
     kind = depth.Kind.AFFINE_DISPARITY
-    given = labels.Labels(depth.DepthMap(values, values > 0.1, kind), depth.DepthMap(local, local > 0.1, kind), boxes)
-    batch = labels.Batch(tuple("abcdef"), images, {"a": given})
-    found: dict[str, Tensor] = {}
-    for name, how in {
+    batch_labels = labels.Labels(
+        depth.DepthMap(values, values > 0.1, kind), depth.DepthMap(local, local > 0.1, kind), boxes
+    )
+    batch = labels.Batch(tuple("abcdef"), images, {"a": batch_labels})
+    results: dict[str, Tensor] = {}
+    for name, options in {
         "all": {"hflip": True, "colour": 0.3, "crop": 0.5},
         "flip": {"hflip": True, "colour": 0.0, "crop": 1.0},
         "crop": {"hflip": False, "colour": 0.0, "crop": 0.3},
     }.items():
-        out = call(augment, batch, list(range(50, 56)), seed=9, **how)
-        made = out.labels["a"]
-        found |= {
+        out = call(augment, batch, list(range(50, 56)), seed=9, **options)
+        augmented = out.labels["a"]
+        results |= {
             f"{name}.images": out.images,
-            f"{name}.shared": made.shared.values,
-            f"{name}.valid": made.shared.valid,
+            f"{name}.shared": augmented.shared.values,
+            f"{name}.valid": augmented.shared.valid,
         }
-        found |= {f"{name}.local": made.local.values, f"{name}.inside": made.local.valid, f"{name}.boxes": made.boxes}
-    record.arrays("augmentations", found)
+        results |= {
+            f"{name}.local": augmented.local.values,
+            f"{name}.inside": augmented.local.valid,
+            f"{name}.boxes": augmented.boxes,
+        }
+    record.arrays("augmentations", results)
 
 
 def _metrics(record: Record) -> None:

@@ -1,7 +1,7 @@
-"""What a checkout calls things: recipe keys, switches, keywords and modules, in the old words or in the new ones.
+"""The names in a checkout, old or new: recipe keys, switches, keywords and modules.
 
-The probe is written in the words of the old layout. Where a checkout does not know a word, the ones beside it here are
-tried in turn, and the first that it takes is used: extend these tables as names change.
+The probe uses the old layout's names. If a checkout does not know one, its alternatives here are tried in turn, and the
+first accepted one is used: extend these tables when names change.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ RENAMED: dict[str, tuple[str, ...]] = {
     "train.holdout": ("train.val_fraction",),
     "train.colour": ("train.color_jitter",),
 }
-# Words that a key takes, where they change too.
+# A key's values, where these change too.
 RENAMED_VALUES: dict[tuple[str, Any], tuple[Any, ...]] = {
     ("labels.store", "own"): ("as_is",),
     ("labels.sky", "own"): ("teacher",),
 }
-# Switches of the command line, and the words behind them.
+# Switches of the command line, and their values.
 RENAMED_SWITCHES: dict[str, tuple[str, ...]] = {"--write": ("--formats",), "colour": ("color",)}
 # Keywords of functions that the probe calls by name.
 RENAMED_KEYWORDS: dict[str, tuple[str, ...]] = {
@@ -48,7 +48,7 @@ RENAMED_KEYWORDS: dict[str, tuple[str, ...]] = {
     "holdout": ("val_fraction",),
     "small": ("on_small",),
 }
-# Keys of json records: new word -> old word, before they are compared.
+# Keys of json records: new name -> old name, applied before the comparison.
 RENAMED_RECORDS: dict[str, str] = {}
 # Keys of json records that name recipes, hashes of recipes, clocks or commits: not compared.
 UNCOMPARED = frozenset(
@@ -57,7 +57,7 @@ UNCOMPARED = frozenset(
         "cost image_source"
     ).split()
 )
-# Where the parts of the house were and are. Top folders are looked for below `distill` first.
+# The present and past modules of each part. Top folders are looked for below `distill` first.
 PLACES: dict[str, tuple[str, ...]] = {
     "annotate": ("distill.labelling.annotate", "distill.annotate"),
     "augment": ("distill.training.augment", "distill.augment"),
@@ -79,63 +79,63 @@ PLACES: dict[str, tuple[str, ...]] = {
 
 
 def part(name: str) -> ModuleType:
-    """The module that PLACES calls `name`, or a module of a top folder such as "teachers.marigold"."""
-    tried = PLACES.get(name, (f"distill.{name}", name))
-    for module in tried:
+    """The module of PLACES[name], or a module of a top folder such as "teachers.marigold"."""
+    candidates = PLACES.get(name, (f"distill.{name}", name))
+    for module in candidates:
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not (module + ".").startswith(error.name + "."):
                 raise
-    raise LookupError(f"the checkout has none of {', '.join(tried)}: extend PLACES in {__file__}")
+    raise LookupError(f"the checkout has none of {', '.join(candidates)}: extend PLACES in {__file__}")
 
 
 def one(place: str, name: str) -> Any:
-    """The first `name` in the modules that PLACES calls `place`."""
+    """The first attribute `name` in the modules of PLACES[place]."""
     for module in PLACES[place]:
         with contextlib.suppress(ModuleNotFoundError):
-            if hasattr(found := importlib.import_module(module), name):
-                return getattr(found, name)
+            if hasattr(imported := importlib.import_module(module), name):
+                return getattr(imported, name)
     raise LookupError(f"the checkout has no {name} in {', '.join(PLACES[place])}: extend PLACES in {__file__}")
 
 
 def call(function: Callable[..., Any], *given: Any, **keywords: Any) -> Any:
-    """`function` with every keyword in the word that its signature has."""
-    taken = inspect.signature(function).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+    """Calls `function` with every keyword under the name in its signature."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return function(*given, **keywords)
     words = {key: (key, *RENAMED_KEYWORDS.get(key, ())) for key in keywords}
-    spelt = {next((word for word in words[key] if word in taken), key): value for key, value in keywords.items()}
-    return function(*given, **spelt)
+    renamed = {next((word for word in words[key] if word in parameters), key): value for key, value in keywords.items()}
+    return function(*given, **renamed)
 
 
 class CommandFailed(RuntimeError):
-    """A command ended with a code that is not 0; the message has the command and what it said last."""
+    """A command ended with a code that is not 0; the message has the command and its last output."""
 
 
 def distill(*words: str, allow: tuple[int, ...] = (0,)) -> str:
     """`python -m distill WORDS` in this process, which has torch loaded already; returns what it printed."""
-    said = io.StringIO()
+    output = io.StringIO()
     before, code = sys.argv, 0
     sys.argv = ["distill", *words]
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             runpy.run_module("distill", run_name="__main__")
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:
         sys.argv = before
     if code not in allow:
-        last = " | ".join(line.strip() for line in said.getvalue().strip().splitlines()[-6:])
+        last = " | ".join(line.strip() for line in output.getvalue().strip().splitlines()[-6:])
         raise CommandFailed(f"distill {' '.join(words)} ended with {code}: {last}")
-    return said.getvalue()
+    return output.getvalue()
 
 
 _spelt: dict[tuple[str, str], tuple[str, Any]] = {}
 
 
 def _spelling(key: str, value: Any, scratch: Path) -> tuple[str, Any]:
-    """The word for a recipe key, and for its value, that this checkout takes: `distill show` is asked."""
+    """The name of a recipe key and the value that this checkout accepts, tried with `distill show`."""
     keys, values = (key, *RENAMED.get(key, ())), (value, *RENAMED_VALUES.get((key, str(value)), ()))
     if len(keys) == len(values) == 1:
         return key, value
@@ -148,36 +148,36 @@ def _spelling(key: str, value: Any, scratch: Path) -> tuple[str, Any]:
             distill("show", str(scratch))
         except CommandFailed as error:
             if re.search("unknown key|renamed|must be", str(error)):
-                continue  # any other fault is that the key stands alone here
+                continue  # any other fault comes from the recipe having no other keys
         _spelt[key, repr(value)] = word, meant
         return word, meant
     raise LookupError(f"the checkout takes none of {', '.join(keys)}: extend RENAMED in {__file__}")
 
 
 def write_recipe(path: Path, recipe: Mapping[str, Any]) -> str:
-    """Writes a recipe of the old words in those of this checkout; returns its path."""
+    """Writes a recipe with old names in this checkout's names; returns its path."""
     scratch = path.with_suffix(".spelling.toml")
-    spelt: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for table, content in recipe.items():
-        many = isinstance(content, list)
+        is_list = isinstance(content, list)
         rows = []
-        for row in content if many else [content]:
+        for row in content if is_list else [content]:
             words = [_spelling(f"{table}.{key}", value, scratch) for key, value in row.items()]
             rows.append({word.partition(".")[2]: value for word, value in words})
-        spelt[table] = rows if many else rows[0]
+        renamed[table] = rows if is_list else rows[0]
     scratch.unlink(missing_ok=True)
-    path.write_text(tomli_w.dumps(spelt), encoding="utf-8")
+    path.write_text(tomli_w.dumps(renamed), encoding="utf-8")
     return str(path)
 
 
 def switches(verb: str, *words: str) -> list[str]:
-    """The words behind a verb, its switches as its --help has them."""
+    """The arguments of a command, with switches renamed as in its --help."""
     text = distill(verb, "--help")
     return [next((w for w in (word, *RENAMED_SWITCHES.get(word, ())) if w in text), word) for word in words]
 
 
 def tidy(value: Any) -> Any:
-    """A json record without what may differ: UNCOMPARED keys gone, renamed keys in their old words."""
+    """A json record without UNCOMPARED keys, and with renamed keys under their old names."""
     if isinstance(value, dict):
         return {RENAMED_RECORDS.get(k, k): tidy(v) for k, v in value.items() if k not in UNCOMPARED}
-    return [tidy(one) for one in value] if isinstance(value, list) else value
+    return [tidy(item) for item in value] if isinstance(value, list) else value

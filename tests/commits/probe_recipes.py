@@ -1,4 +1,4 @@
-"""The recipes that the probe runs, in the words of the old layout (probe_names has the new ones). Small on purpose."""
+"""The recipes that the probe runs, with the old layout's names (probe_names has the new ones). Small on purpose."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LABELS: dict[str, Recipe] = {
     "truth of every kind": _labels(
         [{"pairs": "inputs/pairs"}], [{"name": "truth"}], labels={"codec": "png16", "store": "own"}
     ),
-    # Nothing is trained on these: how a photo is decoded is seen here alone.
+    # Nothing is trained on these; they check how photos are decoded.
     "bundled photos": _labels([{"wheels": True}], [ANALYTIC], crops={"patches": "none", "size": 112, "draws": 1}),
     "bridge": _labels(
         [{"wheels": True, "limit": 3}, {"tars": "inputs/tars/sa_000000.tar", "limit": 5}],
@@ -89,7 +89,7 @@ SA1B = _labels(
     [ANALYTIC],
     crops={"size": 112, "min_side": 644, "patches": "grid", "patch_size": 280, "draws": 1, "small": "refuse"},
 )
-# Online: labelled while training.
+# Online: labels are made during training.
 ONLINE = _labels(
     [{"tars": "inputs/tars/sa_000000.tar"}], [ANALYTIC, _depth("scale_depth", "scaled", 0.6)], labels={"online": True}
 )
@@ -104,19 +104,19 @@ _DECODERS: dict[str, dict[str, Any]] = {
 
 
 def _student(decoder: str, **more: Any) -> dict[str, Any]:
-    """The [student] table. What it starts from has options of its own, which may not be said twice."""
+    """The [student] table. A start has its own options, which must not be repeated here."""
     if "start" in more:
         return more
-    made = {"encoder": "test_vit", "decoder": decoder, "decoder_options": _DECODERS[decoder]} | more
-    return made if "encoder_start" in more else made | {"encoder_options": _TINY}
+    table = {"encoder": "test_vit", "decoder": decoder, "decoder_options": _DECODERS[decoder]} | more
+    return table if "encoder_start" in more else table | {"encoder_options": _TINY}
 
 
 def _train(**more: Any) -> dict[str, Any]:
-    usual = {"steps": 20, "batch_size": 4, "lr": 2e-3, "encoder_lr": 1e-3, "warmup_steps": 3, "holdout": 0.25}
-    return usual | {"eval_every": 5, "save_every": 10, "keep_last": 9, "workers": 0, "trackers": []} | more
+    defaults = {"steps": 20, "batch_size": 4, "lr": 2e-3, "encoder_lr": 1e-3, "warmup_steps": 3, "holdout": 0.25}
+    return defaults | {"eval_every": 5, "save_every": 10, "keep_last": 9, "workers": 0, "trackers": []} | more
 
 
-# A training: whose labels, and the tables of the student, the loss and the loop. A later one may start from an earlier.
+# By name: the labels to train on, and the tables of student, loss and loop. A training may start from an earlier one.
 TRAININGS: dict[str, tuple[str, Recipe]] = {
     "select sdt_fast": (
         "pocket jls",
@@ -237,14 +237,14 @@ def labels_of(name: str) -> Recipe:
 
 
 def labelling(name: str, *, root: str = "") -> Recipe:
-    """A whole recipe that labels. root: of the labels folders; the run's own by default."""
+    """A complete labelling recipe. root: of the labels folders; the run's own by default."""
     recipe = dict(labels_of(name))
     recipe["labels"] = recipe["labels"] | {"root": root or f"runs/{name}/labels"}
     return recipe | {"run": {"name": name, "out": f"runs/{name}", "device": "cpu"} | recipe.get("run", {})}
 
 
 def training(name: str, *, out: str = "", root: str = "", **train: Any) -> Recipe:
-    """A whole recipe that trains. out: another folder. root: of the labels. train: keys that differ."""
+    """A complete training recipe. out: another folder. root: of the labels. train: keys to change."""
     labels, tables = TRAININGS[name]
     recipe = labelling(labels, root=root) | tables
     recipe["run"] = recipe["run"] | {"name": name, "out": out or f"runs/{name}"}
@@ -252,11 +252,11 @@ def training(name: str, *, out: str = "", root: str = "", **train: Any) -> Recip
 
 
 def scoring(name: str) -> Recipe:
-    """A whole recipe that scores."""
+    """A complete scoring recipe."""
     recipe = SCORES[name]
     return recipe | {"run": {"name": name, "out": f"runs/{name}", "device": "cpu"} | recipe.get("run", {})}
 
 
 def comparing() -> Recipe:
-    """A whole recipe that compares its teachers."""
+    """A complete recipe that compares its teachers."""
     return COMPARE | {"run": {"name": "compare", "out": "runs/compare", "device": "cpu"}}

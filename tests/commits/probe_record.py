@@ -1,4 +1,4 @@
-"""What a probe writes down: one file per item, of which the bytes are compared."""
+"""A probe's records: one file per item, whose bytes are compared."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 
 class Record:
-    """Items in the order in which they are taken. A section that fails is an item of its own, with the reason."""
+    """Items in the order of recording. A section that fails becomes an item with the reason."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class Record:
         np.savez(self._path(name, ".npz"), **plain)
 
     def bytes(self, name: str, data: bytes) -> None:
-        """Anything else."""
+        """Any other data."""
         self._path(name, ".bin").write_bytes(data)
 
     def json(self, name: str, value: Any) -> None:
@@ -46,18 +46,18 @@ class Record:
         self._path(name, ".json").write_text(json.dumps(tidy(value), sort_keys=True, indent=1))
 
     def failed(self, name: str, error: BaseException) -> None:
-        """A section that could not be taken."""
+        """A section that failed."""
         where = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({where.filename}:{where.lineno})"
         self._path(f"{name}: not taken", ".error").write_text(text)
 
     @contextlib.contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """What fails in here is told, and the next section begins."""
+        """Records an exception inside, so that the next section can begin."""
         started = time.monotonic()
         try:
             yield
-        except Exception as error:  # noqa: BLE001  (whatever a checkout raises is what is to be told)
+        except Exception as error:  # noqa: BLE001  (every error of a checkout is recorded)
             self.failed(name, error)
             with (self.folder.parent / "failures.txt").open("a") as file:
                 traceback.print_exception(error, file=file)
@@ -67,7 +67,7 @@ class Record:
 def _array(value: Any) -> np.ndarray:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
-        # numpy has no bfloat16; its bits say as much.
+        # numpy has no bfloat16: its bits are stored instead.
         return value.view(torch.int16).numpy() if value.dtype == torch.bfloat16 else value.numpy()
     return np.asarray(value)
 
@@ -79,7 +79,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def members(folder: Path) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """Of every tar of a labels folder: its members but for the json, and the json records, by tar and name."""
+    """All tars of a labels folder: the members that are not json, and the json records, by tar and name."""
     data: dict[str, bytes] = {}
     records: dict[str, Any] = {}
     for path in sorted(folder.glob("*.tar")):

@@ -1,4 +1,4 @@
-"""The commands, one after another, and what they leave behind: labels, students, scores, predictions, exports."""
+"""Runs the commands and records their outputs: labels, students, scores, predictions, exports."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def _recipe(name: str, recipe: recipes.Recipe) -> str:
 
 
 def labels_folder(root: Path) -> Path:
-    """The one labels folder below a root; its name is a hash of the recipe."""
-    (found,) = (path for path in root.iterdir() if (path / "manifest.json").is_file())
-    return found
+    """The only labels folder below a root; its name is a hash of the recipe."""
+    (folder,) = (path for path in root.iterdir() if (path / "manifest.json").is_file())
+    return folder
 
 
 def _npy(folder: Path) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _as_process(rank: int, world: int) -> Iterator[None]:
 
 
 def label(record: Record, name: str) -> None:
-    """Labels, and takes the maps' bytes, the records, what was quarantined and the manifest."""
+    """Labels, and records the maps' bytes, the json records, the quarantine and the manifest."""
     path = _recipe(f"label {name}", recipes.labelling(name))
     if name == "two processes":
         for rank in (1, 0):
@@ -61,9 +61,9 @@ def label(record: Record, name: str) -> None:
     record.arrays(f"labels/{name}: maps and images", {key: np.frombuffer(v, np.uint8) for key, v in data.items()})
     record.json(f"labels/{name}: records", records)
     manifest = json.loads((folder / "manifest.json").read_text())
-    lost = manifest.pop("quarantine")
-    record.json(f"labels/{name}: quarantine", [[line["origin"], line["key"]] for line in lost])
-    record.json(f"labels/{name}: reasons", [line["reason"] for line in lost])
+    quarantine = manifest.pop("quarantine")
+    record.json(f"labels/{name}: quarantine", [[line["origin"], line["key"]] for line in quarantine])
+    record.json(f"labels/{name}: reasons", [line["reason"] for line in quarantine])
     record.json(f"labels/{name}: manifest", manifest)
 
 
@@ -83,30 +83,30 @@ def _take_training(record: Record, item: str, folder: Path, *, optimizer: bool =
 
 
 def train(record: Record, name: str) -> None:
-    """Trains 20 steps, and takes weights, log, card and the optimizer's state."""
+    """Trains 20 steps, and records weights, log, card and the optimizer's state."""
     distill("train", _recipe(f"train {name}", recipes.training(name)))
     _take_training(record, f"train/{name}", Path("runs", name, "train"), optimizer=True)
 
 
 def resume(record: Record) -> None:
-    """The first training again from its checkpoint of step 10."""
+    """Repeats the first training from its checkpoint of step 10."""
     shutil.copytree(Path("runs", FIRST, "train"), "runs/resumed/train")
     shutil.rmtree("runs/resumed/train/student")
     for folder in Path("runs/resumed/train/checkpoints").glob("step-*"):
         if int(folder.name.rpartition("-")[2]) > 10:
             shutil.rmtree(folder)
     distill("train", _recipe("resumed", recipes.training(FIRST, out="runs/resumed")))
-    again = weights(Path("runs/resumed/train/student/model.safetensors"))
-    straight = weights(Path("runs", FIRST, "train/student/model.safetensors"))
-    record.arrays("train/resumed at step 10: weights", again)
-    record.json("train/resumed at step 10: as straight", all(again[k].equal(v) for k, v in straight.items()))
+    resumed = weights(Path("runs/resumed/train/student/model.safetensors"))
+    uninterrupted = weights(Path("runs", FIRST, "train/student/model.safetensors"))
+    record.arrays("train/resumed at step 10: weights", resumed)
+    record.json("train/resumed at step 10: as straight", all(resumed[k].equal(v) for k, v in uninterrupted.items()))
 
 
 # --- scores, predictions, exports -------------------------------------------------------------------------------------
 
 
 def score(record: Record, name: str) -> None:
-    """Scores a recipe's models, and takes the scores and the predictions."""
+    """Scores a recipe's models, and records the scores and the predictions."""
     recipe = recipes.scoring(name)
     distill("score", _recipe(f"score {name}", recipe), allow=(0, 1))
     folder = Path(recipe["run"]["out"])
@@ -117,38 +117,45 @@ def score(record: Record, name: str) -> None:
 
 
 def score_stored(record: Record) -> None:
-    """Stored predictions of the golden evaluations, in both protocols, and DA-2K's order of points."""
+    """Scores stored predictions of the golden evaluations, in both protocols, and DA-2K's point pairs."""
     kinds = {"depth": "affine_depth", "disparity": "affine_disparity", "metric": "metric_depth"}
     for folder in sorted(Path("inputs/predictions").glob("eval_*")):
         case = Path("golden", folder.name)
         root, names = next((case / "data").glob("*/*")), next((case / "data_split").rglob("*.txt"))
         for run in sorted(path.name for path in folder.iterdir()):
             for protocol in ("marigold", "clean"):
-                given = ["--predictions", str(folder / run), "--kind", kinds[run], "--root", str(root)]
-                given += ["--benchmark", folder.name.removeprefix("eval_"), "--list", str(names), "--out", "score.json"]
-                distill("score", *given, "--protocol", protocol)
+                arguments = ["--predictions", str(folder / run), "--kind", kinds[run], "--root", str(root)]
+                arguments += [
+                    "--benchmark",
+                    folder.name.removeprefix("eval_"),
+                    "--list",
+                    str(names),
+                    "--out",
+                    "score.json",
+                ]
+                distill("score", *arguments, "--protocol", protocol)
                 record.json(f"scores/{folder.name} {run} {protocol}", json.loads(Path("score.json").read_text()))
-    given = ["--predictions", "inputs/predictions/da2k", "--kind", "affine_disparity", "--benchmark", "da2k"]
-    distill("score", *given, "--root", "golden/da2k", "--out", "score.json")
+    arguments = ["--predictions", "inputs/predictions/da2k", "--kind", "affine_disparity", "--benchmark", "da2k"]
+    distill("score", *arguments, "--root", "golden/da2k", "--out", "score.json")
     record.json("scores/da2k", json.loads(Path("score.json").read_text()))
 
 
 def compare(record: Record) -> None:
-    """Teachers against one another over the same images."""
+    """Compares teachers over the same images."""
     distill("compare", _recipe("compare", recipes.comparing()))
     record.json("scores/compare", json.loads(Path("runs/compare/compare/compare.json").read_text()))
     record.arrays("scores/compare: predictions", _npy(Path("runs/compare/compare")))
 
 
 def predict(record: Record, item: str, student: str, *inputs: str, size: int = 0, encoder: str = "") -> None:
-    """Maps of photos in every format."""
+    """Predicts maps of photos in every format."""
     out = f"maps/{item}"
-    given = ["--student", student, "--out", out, "--device", "cpu"]
-    given += (["--size", str(size)] if size else []) + (["--encoder-weights", encoder] if encoder else [])
-    wanted = switches("predict", "--write", "png", "npy", "colour", "side")
-    distill("predict", *inputs, *given, *wanted, allow=(0, 1))
+    arguments = ["--student", student, "--out", out, "--device", "cpu"]
+    arguments += (["--size", str(size)] if size else []) + (["--encoder-weights", encoder] if encoder else [])
+    formats = switches("predict", "--write", "png", "npy", "colour", "side")
+    distill("predict", *inputs, *arguments, *formats, allow=(0, 1))
     files = sorted(path for path in Path(out).rglob("*") if path.suffix in (".png", ".npy", ".jpg"))
-    # Named by their place among the files: a format's suffix is one of the words that change.
+    # Named by their index among the files, since the formats' suffixes change.
     record.arrays(
         f"predictions/{item}",
         {f"{i:03d}{path.suffix}": np.frombuffer(path.read_bytes(), np.uint8) for i, path in enumerate(files)},
@@ -156,7 +163,7 @@ def predict(record: Record, item: str, student: str, *inputs: str, size: int = 0
 
 
 def export(record: Record, item: str, student: str) -> None:
-    """A student in 32, 16 and 4 bits, and what each of them predicts."""
+    """Exports a student in 32, 16 and 4 bits, and predicts with each."""
     for bits in ("32", "16", "4"):
         out = f"exports/{item} {bits}"
         distill("export", student, out, "--bits", bits)
@@ -170,33 +177,33 @@ def export(record: Record, item: str, student: str) -> None:
 
 
 def read_labels(record: Record, name: str) -> None:
-    """An old labels folder verified and decoded."""
+    """Verifies and decodes an old labels folder."""
     folder = labels_folder(Path("old/runs", name, "labels"))
     distill("verify", str(folder))
-    dataset, found, kinds = one("shards", "LabelDataset")(folder), {}, []
+    dataset, decoded, kinds = one("shards", "LabelDataset")(folder), {}, []
     for index, key in enumerate(dataset.keys):
         sample = dataset[index]
-        found[f"{key}.image"] = sample.image
+        decoded[f"{key}.image"] = sample.image
         for teacher, labels in sample.labels.items():
             kinds.append([key, teacher, str(labels.shared.kind)])
-            found |= {f"{key}.{teacher}.values": labels.shared.values, f"{key}.{teacher}.valid": labels.shared.valid}
+            decoded |= {f"{key}.{teacher}.values": labels.shared.values, f"{key}.{teacher}.valid": labels.shared.valid}
             if labels.local is not None:
-                found |= {f"{key}.{teacher}.local": labels.local.values, f"{key}.{teacher}.boxes": labels.boxes}
-    record.arrays(f"old labels/{name}: decoded", found)
+                decoded |= {f"{key}.{teacher}.local": labels.local.values, f"{key}.{teacher}.boxes": labels.boxes}
+    record.arrays(f"old labels/{name}: decoded", decoded)
     record.json(f"old labels/{name}: kinds", kinds)
 
 
 def train_on_old(record: Record) -> None:
-    """The first training on the labels that the old checkout wrote, put where this one looks for its own."""
-    here = labels_folder(Path("runs", "pocket jls", "labels")).name
-    shutil.copytree(labels_folder(Path("old/runs/pocket jls/labels")), f"runs/old labels/{here}")
+    """Repeats the first training on the old checkout's labels, copied to where this one looks for its own."""
+    folder = labels_folder(Path("runs", "pocket jls", "labels")).name
+    shutil.copytree(labels_folder(Path("old/runs/pocket jls/labels")), f"runs/old labels/{folder}")
     recipe = recipes.training(FIRST, out="runs/on old labels", root="runs/old labels")
     distill("train", _recipe("on old labels", recipe))
     _take_training(record, "old labels/trained on", Path("runs/on old labels/train"))
 
 
 def label_from_old(record: Record) -> None:
-    """An old labels folder as a teacher."""
+    """Labels with an old labels folder as the teacher."""
     name = "two processes"
     recipe = recipes.labelling(name, root="runs/from old/labels")
     old = labels_folder(Path("old/runs", name, "labels"))
@@ -207,19 +214,19 @@ def label_from_old(record: Record) -> None:
 
 
 def use_old_students(record: Record) -> None:
-    """Old students and exports predict, are exported, and are started from."""
+    """Predicts with old students and exports, exports them, and trains from them."""
     for name in recipes.TRAININGS:
-        left_out = "inputs/weights/dinov3_vits16.safetensors" if "dinov3" in name else ""
+        encoder_weights = "inputs/weights/dinov3_vits16.safetensors" if "dinov3" in name else ""
         student = f"old/runs/{name}/train/student"
-        predict(record, f"old student {name}", student, "inputs/photos/inside", encoder=left_out)
+        predict(record, f"old student {name}", student, "inputs/photos/inside", encoder=encoder_weights)
     for bits in ("16", "4"):
         predict(record, f"old export in {bits} bits", f"old/exports/first {bits}", "inputs/photos/inside")
     export(record, "old student", f"old/runs/{FIRST}/train/student")
     recipe = recipes.training(
         "features", out="runs/from old student", root="old/runs/corruptions png16/labels", steps=5
     )
-    here = labels_folder(Path("runs", "corruptions png16", "labels")).name
-    shutil.copytree(labels_folder(Path("old/runs/corruptions png16/labels")), f"runs/old corruptions/{here}")
+    folder = labels_folder(Path("runs", "corruptions png16", "labels")).name
+    shutil.copytree(labels_folder(Path("old/runs/corruptions png16/labels")), f"runs/old corruptions/{folder}")
     recipe["labels"] = recipe["labels"] | {"root": "runs/old corruptions"}
     recipe["student"] = recipe["student"] | {"start": f"old/runs/{FIRST}/train/student"}
     distill("train", _recipe("from old student", recipe))
@@ -227,8 +234,8 @@ def use_old_students(record: Record) -> None:
 
 
 def score_old(record: Record) -> None:
-    """Predictions that the old checkout stored, scored again."""
-    given = ["--predictions", f"old/runs/{FIRST}/predictions/student/pairs", "--kind", "affine_disparity"]
-    given += ["--benchmark", "pairs", "--root", "inputs/pairs", "--out", "score.json"]
-    distill("score", *given, allow=(0, 1))
+    """Scores the old checkout's stored predictions."""
+    arguments = ["--predictions", f"old/runs/{FIRST}/predictions/student/pairs", "--kind", "affine_disparity"]
+    arguments += ["--benchmark", "pairs", "--root", "inputs/pairs", "--out", "score.json"]
+    distill("score", *arguments, allow=(0, 1))
     record.json("old predictions/scored", json.loads(Path("score.json").read_text()))

@@ -1,7 +1,7 @@
-"""The kernels that render scenes compiled for a card that is not here: run by test_scenes_gpu.py, on its own.
+"""Compiles the scene-rendering kernels without a GPU: run by test_scenes_gpu.py in a separate process.
 
-`python -m tests.data.compiled_scenes [CAPABILITY]` prints each kernel's registers and stack, and fails on what would
-round otherwise than a CPU does: contracted multiply-adds, approximate divisions and roots, numbers flushed to zero.
+`python -m tests.data.compiled_scenes [CAPABILITY]` prints each kernel's registers and stack, and fails on instructions
+that round differently from a CPU: contracted multiply-adds, approximate divisions and roots, flushing to zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(capability: int) -> None:
         gpu.light_up(stage_of("street", 1, variety=True)[0], size, torch.device("cpu"))
     assert card.launches == 4, card.launches
     for kernel in (gpu.first_hit, gpu.shade):
-        (compiled,) = (found for caches in kernel.device_caches.values() for found in caches[0].values())
+        (compiled,) = (variant for caches in kernel.device_caches.values() for variant in caches[0].values())
         inexact = sorted({*INEXACT.findall(compiled.asm["ptx"])})
         assert "add.rn.f32" in compiled.asm["ptx"] and not inexact, inexact
         (binary,) = card.binaries[kernel.__name__]

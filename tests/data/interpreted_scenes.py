@@ -1,7 +1,7 @@
-"""The kernels that render scenes, on a CPU by Triton's interpreter, against the torch path: run by test_scenes_gpu.py.
+"""Runs the scene-rendering kernels in Triton's interpreter against the torch path: run by test_scenes_gpu.py.
 
-TRITON_INTERPRET=1, then `python -m tests.data.interpreted_scenes [KIND ...]`; by default all kinds. A line for each
-view that has the torch path's bits, image and depth.
+TRITON_INTERPRET=1, then `python -m tests.data.interpreted_scenes [KIND ...]`; by default all kinds. Prints a line for
+each view whose image and depth equal the torch path's bit for bit.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def stage_of(kind: str, seed: int, *, variety: bool) -> tuple[Stage, Film]:
 
 
 def main(kinds: list[str]) -> None:
-    gpu.TILE = (32, 32)  # a program takes the interpreter as long for a thousand rays as for one
+    gpu.TILE = (32, 32)  # the interpreter needs as long for a program of a thousand rays as for one ray
     np.seterr(all="ignore")
-    here = torch.device("cpu")
+    cpu = torch.device("cpu")
     views = [(kind, *stage_of(kind, 1, variety=kind in VARIED)) for kind in kinds]
     dark = ("dark", *stage_of("table", 3, variety=False))
     dark[1].lights = []
     below = ("under a block", under_a_block(), draw_film(np.random.default_rng(0), *SIZE))
     for name, stage, film in [*views, dark, below]:
         expected = backends.developed(*reference.light_up(stage, SIZE), film)
-        ours = backends.developed(*gpu.light_up(stage, SIZE, here), film)
+        ours = backends.developed(*gpu.light_up(stage, SIZE, cpu), film)
         assert all(map(torch.equal, ours, expected)), name
         assert expected[0].std() > 0.02 or name not in kinds, name
         print(name, flush=True)  # noqa: T201

@@ -2,7 +2,7 @@
 
     WRITERS[name](root, frames)    frames: (image (H,W,3) uint8, depth (H,W) float32 metres, 0 where unknown) per frame
 
-What a format cannot hold is rounded as there: centimetres, float16 distances, disparity.
+Values are rounded to the precision of each format: centimetres, float16 distances, disparity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _image(path: Path, pixels: np.ndarray) -> None:
 
 
 def distances(depth: np.ndarray, focal: float = 886.81) -> np.ndarray:
-    """Distance from the camera's centre of planar depth, by pixel, the other way round than the reader goes."""
+    """Planar depth as distance from the camera's centre, pixel by pixel: the inverse of the reader's conversion."""
     height, width = depth.shape
     focal = focal * width / 1024
     out = np.empty_like(depth)
@@ -74,7 +74,7 @@ def blendedmvs(root: Path, frames: Sequence[Frame]) -> None:
         maps.mkdir(parents=True, exist_ok=True)
         height, width = depth.shape
         head = f"Pf\n{width} {height}\n-1.000000\n".encode()
-        # PFM begins with the lowest row.
+        # PFM stores the bottom row first.
         (maps / f"{number:08d}.pfm").write_bytes(head + depth[::-1].astype("<f4").tobytes())
         cameras = scene / "cams"
         cameras.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def picture(height=24, width=36, seed=0) -> Image.Image:
-    """A picture that differs everywhere and survives JPEG: smooth ramps, another colour in each corner."""
+    """A picture without equal regions that survives JPEG: smooth ramps, a different colour in each corner."""
     y, x = np.mgrid[:height, :width]
     ramps = [255 * x / width, 255 * y / height, np.full_like(x, 40 + 40 * (seed % 5))]
     return Image.fromarray(np.stack(ramps, -1).astype(np.uint8))
@@ -43,5 +43,5 @@ def pack(path, members, *, cut=None):
 
 
 def close(rgb: torch.Tensor, image: Image.Image, tolerance=6) -> bool:
-    want = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    return rgb.shape == want.shape and (rgb.int() - want.int()).abs().max() <= tolerance
+    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    return rgb.shape == expected.shape and (rgb.int() - expected.int()).abs().max() <= tolerance

@@ -1,4 +1,4 @@
-"""A stage made for one line of the renderers, which no view that is drawn by lot has."""
+"""A stage that covers one line of the renderers which random views do not reach."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from distill.data.scenes.stage import Light, Stage
 
 
 def under_a_block() -> Stage:
-    """The sun straight above a block that floats 1.6 mm over the ground, on which a camera 0.8 mm high looks.
+    """The sun vertically above a block that floats 1.6 mm above the ground, seen by a camera at a height of 0.8 mm.
 
-    Points are lifted off their surface before they ask for the light, by 1 mm and a thousandth of their distance:
-    half a metre away still below the block, farther into it, and from 1.6 m on so far that they have light again.
+    Before the shadow test points are lifted off their surface by 1 mm plus a thousandth of their distance: up to about
+    half a metre away they stay below the block, farther away they are in it, and from 1.6 m on they are lit again.
     """
     stage = Stage(rng=np.random.default_rng(3))
     paint = stage.material("plain")

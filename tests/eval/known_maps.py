@@ -1,4 +1,4 @@
-"""Truths, predictions of every kind and a model that echoes: what the tests of scoring share."""
+"""Shared by the tests of scoring: truths, predictions of every kind, and a model that echoes its input."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ DISPARITIES = ("metric_disparity", "scale_disparity", "affine_disparity")
 
 
 def truth(seed: int = 0, size: tuple[int, int] = SIZE, kind: str = "metric_depth") -> DepthMap:
-    rng = torch.Generator().manual_seed(seed)  # several threads ask for truths at once
+    rng = torch.Generator().manual_seed(seed)  # its own generator: several threads call this at once
     values = 1.0 + 20.0 * torch.rand(1, *size, generator=rng) ** 2
     return DepthMap(values, torch.rand(1, *size, generator=rng) < 0.8, Kind(kind))
 
 
 def as_kind(depth: DepthMap, kind: str) -> np.ndarray:
-    """The truth itself as a prediction of a kind, with its own scale and shift made up."""
+    """The truth as a prediction of a kind, with an arbitrary scale and shift where these are unknown."""
     values = depth.values[0] if kind in DEPTHS else 1.0 / depth.values[0]
     scale, shift = {"metric": (1.0, 0.0), "scale": (0.3, 0.0), "affine": (0.3, 2.0)}[Kind(kind).unknown]
     return (scale * values + shift).numpy()
@@ -58,7 +58,7 @@ def noisy(seed: int) -> np.ndarray:
 
 
 class Echo:
-    """A teacher whose depth is the image's mean, counted."""
+    """A teacher that predicts the image's channel mean + 0.1 as depth, and records the keys of its calls."""
 
     def __init__(self, kind: Kind = Kind.SCALE_DEPTH, seeded: bool = False) -> None:
         self.card = Card(

@@ -1,4 +1,4 @@
-"""Two studies from nothing to their tables, in parallel processes and within a time: the evidence of this project.
+"""Runs two studies from scratch to their tables, in parallel processes and a time limit: this project's evidence.
 
     python -m tests.evidence [fiffdepth] [filter] [--processes 16] [--seconds 150] [--seeds 0,1,2,3,4]
     python -m tests.evidence --collect
@@ -6,9 +6,9 @@
     fiffdepth    tests/evidence/small_diffusion.py, then distill ablate recipes/ablations/fiffdepth.toml
     filter       tests/evidence/planted.py, then distill ablate recipes/anydepth/evidence.toml
 
-Both at once, each with half of the processes, one thread each, on the CPU. What is done is not done again; after
---seconds everything is stopped, and what was finished by then is collected. OUT/NAME.tar.gz then holds a study's tables
-and JSON, the logs and scores of its cells: what to carry away. --collect alone tables what is there.
+Both run at once on the CPU, each with half of the processes, one thread each. Finished work is not repeated; after
+--seconds everything is stopped, and the finished part is collected. OUT/NAME.tar.gz then holds a study's tables and
+JSON and the logs and scores of its cells, to be copied elsewhere. --collect only makes the tables.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ STUDIES = {
     "fiffdepth": ("small_diffusion", "recipes/ablations/fiffdepth.toml", "fiffdepth-bench"),
     "filter": ("planted", "recipes/anydepth/evidence.toml", "anydepth-evidence-bench"),
 }
-"""What prepares a study, the study, and the folder of its tables."""
+"""A study's preparing module, the study, and the folder of its tables."""
 PREPARED = {"fiffdepth": Path("runs/fiffdepth-bench"), "filter": Path("runs/anydepth-evidence")}
 KEPT = ("cell.json", "train/log.jsonl", "train/run.json", "scores/*.json")
-"""Of a cell, what a table is made from."""
+"""The files of a cell from which tables are made."""
 
 
 def commands(name: str, args: argparse.Namespace, processes: int) -> list[list[str]]:
-    """What to run for a study, one after the other."""
-    made_by, study, _ = STUDIES[name]
-    prepare = [sys.executable, "-m", f"tests.evidence.{made_by}", "--seeds", args.seeds, "--processes", str(processes)]
+    """The commands of a study, to be run in order."""
+    module, study, _ = STUDIES[name]
+    prepare = [sys.executable, "-m", f"tests.evidence.{module}", "--seeds", args.seeds, "--processes", str(processes)]
     prepare += ["--labels", str(args.out / name)] if name == "fiffdepth" else []
     labels = [sys.executable, "-m", "tests.evidence.labels", study, "--out", str(args.out / name)]
     ablate = [sys.executable, "-m", "distill", "ablate", study, "--out", str(args.out / name)]
@@ -49,12 +49,12 @@ def commands(name: str, args: argparse.Namespace, processes: int) -> list[list[s
 
 def environment() -> dict[str, str]:
     """One thread per process, no card, no network."""
-    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **more, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    settings = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **settings, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 def run(names: list[str], args: argparse.Namespace) -> None:
-    """Runs the chains of commands side by side until they end or the time is over."""
+    """Runs the studies' commands in parallel until they end or the time is over."""
     ends, processes = time.monotonic() + args.seconds, max(1, args.processes // len(names))
     left = {name: commands(name, args, processes) for name in names}
     running: dict[str, subprocess.Popen[bytes]] = {}
@@ -66,39 +66,39 @@ def run(names: list[str], args: argparse.Namespace) -> None:
                     running[name] = subprocess.Popen(
                         command, stdout=log, stderr=subprocess.STDOUT, env=environment(), start_new_session=True
                     )
-                left = {one: rest for one, rest in left.items() if rest}
+                left = {study: remaining for study, remaining in left.items() if remaining}
             time.sleep(0.5)
-            for name in [name for name, one in running.items() if one.poll() is not None]:
+            for name in [name for name, process in running.items() if process.poll() is not None]:
                 code = running.pop(name).returncode
                 print(f"{time.monotonic() - ends + args.seconds:4.0f} s  {name}: a step ended in {code}", flush=True)
                 if code:
                     print("\n".join((args.out / f"{name}.log").read_text(errors="replace").splitlines()[-5:]))
                     left.pop(name, None)
     finally:
-        for one in running.values():
-            os.killpg(one.pid, signal.SIGKILL)  # its workers with it: it has a session of its own
-            one.wait()
+        for process in running.values():
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers: it is in a separate session
+            process.wait()
     for name in {*left, *running}:
         print(f"{name}: stopped after {args.seconds:g} s; the same command goes on", flush=True)
 
 
 def collect(names: list[str], args: argparse.Namespace) -> None:
-    """Tables of what is done, side by side, and what to carry away."""
-    started = []
+    """Makes the tables of the finished cells, in parallel, and the archives."""
+    processes = []
     for name in names:
         prepare, _, ablate = commands(name, args, 1)
-        every = [[*ablate, "--collect"]] + ([[*prepare, "--collect"]] if name == "filter" else [])
+        collecting = [[*ablate, "--collect"]] + ([[*prepare, "--collect"]] if name == "filter" else [])
         with (args.out / f"{name}.log").open("ab") as log:
-            for command in every:
-                started.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment()))
-    for one in started:
-        one.wait()
+            for command in collecting:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment()))
+    for process in processes:
+        process.wait()
     for name in names:
         print(pack(name, args.out), flush=True)
 
 
 def pack(name: str, out: Path) -> str:
-    """Writes OUT/NAME.tar.gz and says what is in it."""
+    """Writes OUT/NAME.tar.gz and returns a line about its contents."""
     folder, prepared = out / name, PREPARED[name]
     chosen = [folder / STUDIES[name][2] / file for file in ("table.md", "study.json")]
     chosen += [path for pattern in KEPT for path in folder.glob(f"cells/*/{pattern}")]

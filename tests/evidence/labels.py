@@ -1,4 +1,4 @@
-"""Makes the labels of a study's cells in parallel; `distill ablate` makes what is missing one after the other.
+"""Makes the labels of a study's cells in parallel; `distill ablate` makes missing ones sequentially.
 
 python -m tests.evidence.labels STUDY --out DIR --processes N
 """
@@ -18,13 +18,13 @@ from distill.labelling.lock import RunLockedError
 
 
 def of_study(study: Path, out: Path) -> list[StudyCell]:
-    """A cell for each set of labels, seed by seed."""
-    every = sorted(cells(read_study(study), study, "bench", out, []), key=lambda cell: cell.seed)
-    return list({build.labels_folder(cell.recipe): cell for cell in every}.values())
+    """One cell for each set of labels, ordered by seed."""
+    by_seed = sorted(cells(read_study(study), study, "bench", out, []), key=lambda cell: cell.seed)
+    return list({build.labels_folder(cell.recipe): cell for cell in by_seed}.values())
 
 
 def label(number: int, study: Path, out: Path) -> None:
-    """Makes one set, unless it is there or somebody else makes it."""
+    """Makes one set of labels, unless it exists or another process is making it."""
     torch.set_num_threads(1)
     recipe = of_study(study, out)[number].recipe
     if not (build.labels_folder(recipe) / "manifest.json").is_file():

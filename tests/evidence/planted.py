@@ -1,17 +1,17 @@
-"""Evidence for the data filter: scenes in two data sets' layouts, bad samples planted among them, the filter run.
+"""Evidence for the data filter: runs it on scenes in two data sets' layouts with planted bad samples.
 
     python -m tests.evidence.planted [--seeds 0,1,2,3,4] [--scenes 64] [--size 128] [--processes N] [--collect]
 
 Views of rooms, tables and corridors become TartanAir, views of streets and open country Virtual KITTI 2. One sample in
-eight is planted: in turn its depth is corrupted (log-normal noise of 30 % on every pixel), constant (10 m, where it was
-known), or another view's: the truth of the sample before, mirrored. Every seed has scenes of its own, that no rule was
-chosen on, in OUT/SEED:
+eight is planted: alternately its depth is corrupted (log-normal noise of 30 % on every pixel), constant (10 m, where it
+was known), or another view's (the mirrored truth of the previous sample). Every seed has its own scenes, on which no
+rule was chosen, in OUT/SEED:
 
     tartanair/ virtual_kitti2/    the data, with their indexes
-    ours/ AnyDepth/ clean/        lists of names, by rule, and without what was planted
-    found.json                    what each rule found and dropped; a seed that has it is not made again
+    ours/ AnyDepth/ clean/        lists of names: by rule, and without the planted samples
+    found.json                    the samples that each rule found and dropped; a seed with this file is complete
 
-OUT/planted.md and OUT/planted.json say of all seeds what is found and what is dropped, with eval/verdict.py's words.
+OUT/planted.md and OUT/planted.json summarize found and dropped samples of all seeds, with eval/verdict.py's words.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from tests.data.layouts import WRITERS
 OUT = Path("runs/anydepth-evidence")
 EVERY = 8
 FIRST, APART = 80_000_000, 1_000_000
-"""Where the scenes of seed 0 begin, and how far seeds are apart. The rule was chosen below: from 50, 60, 70 million."""
+"""The first scene of seed 0, and the distance between seeds. The rule was chosen on lower ones: 50, 60, 70 million."""
 KINDS = {"tartanair": ("room", "table", "corridor"), "virtual_kitti2": ("street", "country")}
 FAULTS = ("noise", "constant", "another's")
 RULES = {
     "AnyDepth": filtering.Rules(),
     "ours": filtering.Rules(worst={"s_dist": 0.05, "s_grad": 0.05, "edges": 0.15}, cuts=(("roughness", ">", 1.0),)),
 }
-"""AnyDepth's drops a fifth by each score, always. Ours is fixed since before a scene from FIRST on was drawn."""
+"""AnyDepth's always drops a fifth by each score. Ours was fixed before any scene from FIRST on was rendered."""
 FOUND, DROPPED = 0.90, 0.25
-"""The claims: at least so much of what is planted is found, and at most so much of all is dropped."""
+"""The claims: at least this share of the planted samples is found, at most this share of all samples is dropped."""
 
 
 def drawn(seed: int, kind: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -64,12 +64,12 @@ def drawn(seed: int, kind: str, *, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def planted(frames: list[tuple[np.ndarray, np.ndarray]], seed: int) -> dict[int, str]:
-    """Spoils one frame in EVERY in place; gives which, and how."""
-    found = {}
+    """Spoils one frame in EVERY in place; returns the fault by frame number."""
+    faults = {}
     rng = np.random.default_rng(seed)
     for turn, number in enumerate(range(EVERY // 2, len(frames), EVERY)):
         image, depth = frames[number]
-        fault = found[number] = FAULTS[turn % len(FAULTS)]
+        fault = faults[number] = FAULTS[turn % len(FAULTS)]
         if fault == "noise":
             spoilt = depth * np.exp(rng.normal(0, 0.3, depth.shape)).astype(np.float32)
         elif fault == "constant":
@@ -77,11 +77,11 @@ def planted(frames: list[tuple[np.ndarray, np.ndarray]], seed: int) -> dict[int,
         else:
             spoilt = np.ascontiguousarray(frames[number - 1][1][:, ::-1])
         frames[number] = (image, spoilt)
-    return found
+    return faults
 
 
 def make(seed: int, out: Path, pool: Executor, *, count: int, size: int) -> None:
-    """Writes the data of a seed, filters them by every rule, and at last found.json."""
+    """Writes the data of a seed, filters them by every rule, and finally writes found.json."""
     folder = out / str(seed)
     if (folder / "found.json").is_file():
         return
@@ -90,67 +90,67 @@ def make(seed: int, out: Path, pool: Executor, *, count: int, size: int) -> None
     for name, kinds in KINDS.items():
         first = scenes.TRAIN_SEEDS.start + FIRST + seed * APART + [*KINDS].index(name) * APART // 2
         seeds = range(first, first + count)
-        wanted = [kinds[number % len(kinds)] for number in seeds]
-        frames = list(pool.map(partial(drawn, size=size), seeds, wanted, chunksize=2))
+        scene_kinds = [kinds[number % len(kinds)] for number in seeds]
+        frames = list(pool.map(partial(drawn, size=size), seeds, scene_kinds, chunksize=2))
         faults[name] = planted(frames, seed)
         WRITERS[name](folder / name, frames)
         _index.write(name, folder / name)
     sources = open_sources([f"{name}={folder / name}" for name in KINDS])
     for source in sources:
         filtering.score_source(source, folder / "ours")
-    found: dict[str, Any] = {"scenes": count, "size": size, "rules": {}}
-    for said, rules in RULES.items():
+    results: dict[str, Any] = {"scenes": count, "size": size, "rules": {}}
+    for rule_name, rules in RULES.items():
         verdicts = [filtering.judge(source, folder / "ours", rules) for source in sources]
-        filtering.write_results(verdicts, folder / said, rules)
-        found["rules"][said] = asdict(rules) | hits(verdicts, faults)
+        filtering.write_results(verdicts, folder / rule_name, rules)
+        results["rules"][rule_name] = asdict(rules) | hits(verdicts, faults)
     write_page(verdicts, folder / "ours", RULES["ours"])
     for source in sources:
         bad = faults[source.name]
         names = [name for number, name in enumerate(source.names) if number not in bad]
         files.write_text(folder / "clean" / f"{source.name}.txt", "".join(f"{name}\n" for name in names))
-    files.write_json(folder / "found.json", found)
+    files.write_json(folder / "found.json", results)
 
 
 def hits(verdicts: Sequence[filtering.Verdict], faults: Mapping[str, Mapping[int, str]]) -> dict[str, Any]:
-    """What was dropped: of each fault (found, planted), and of all samples."""
-    found = {fault: [0, 0] for fault in FAULTS}
-    dropped = every = 0
+    """Counts: (found, planted) by fault, dropped samples, and all samples."""
+    counts = {fault: [0, 0] for fault in FAULTS}
+    dropped = total = 0
     for verdict in verdicts:
-        dropped, every = dropped + sum(map(bool, verdict.reasons)), every + len(verdict.reasons)
+        dropped, total = dropped + sum(map(bool, verdict.reasons)), total + len(verdict.reasons)
         for number, fault in faults[verdict.source.name].items():
-            found[fault][0] += bool(verdict.reasons[number])
-            found[fault][1] += 1
-    return {"found": found, "dropped": dropped, "samples": every}
+            counts[fault][0] += bool(verdict.reasons[number])
+            counts[fault][1] += 1
+    return {"found": counts, "dropped": dropped, "samples": total}
 
 
 def collect(seeds: Sequence[int], out: Path) -> str:
-    """The table of the seeds that are done, which it writes."""
+    """Writes and returns the table of the finished seeds."""
     paths = {seed: out / str(seed) / "found.json" for seed in seeds}
     done = {seed: json.loads(path.read_text()) for seed, path in paths.items() if path.is_file()}
     head = ["rule", "seed", *FAULTS, "found", "dropped in all"]
-    lines, claims, kept = [head, ["---"] * len(head)], [], []
-    for said in RULES:
+    lines, claims, records = [head, ["---"] * len(head)], [], []
+    for rule in RULES:
         shares: dict[str, dict[int, list[np.ndarray]]] = {"found": {}, "dropped": {}}
         for seed, table in done.items():
-            one = table["rules"][said]
-            got, of = (sum(pair[i] for pair in one["found"].values()) for i in (0, 1))
-            shares["found"][seed] = [np.array([got / of])]
-            shares["dropped"][seed] = [np.array([one["dropped"] / one["samples"]])]
-            each = ["{}/{}".format(*one["found"][fault]) for fault in FAULTS]
-            lines.append([said, str(seed), *each, f"{got}/{of}", f"{one['dropped']}/{one['samples']}"])
+            result = table["rules"][rule]
+            found, total = (sum(pair[i] for pair in result["found"].values()) for i in (0, 1))
+            shares["found"][seed] = [np.array([found / total])]
+            shares["dropped"][seed] = [np.array([result["dropped"] / result["samples"]])]
+            per_fault = ["{}/{}".format(*result["found"][fault]) for fault in FAULTS]
+            lines.append([rule, str(seed), *per_fault, f"{found}/{total}", f"{result['dropped']}/{result['samples']}"])
         for what, kind, bound in (("found", "above", FOUND), ("dropped", "below", DROPPED)):
-            said_of = judge(kind, [what], [], shares, bound=bound)
+            verdict = judge(kind, [what], [], shares, bound=bound)
             mean = float(np.mean([v[0][0] for v in shares[what].values()])) if done else float("nan")
             # The effect is relative to the bound: back to shares of samples.
-            ends = sorted(bound * (1 + (e if kind == "above" else -e)) for e in (said_of.low, said_of.high))
+            ends = sorted(bound * (1 + (e if kind == "above" else -e)) for e in (verdict.low, verdict.high))
             claims.append(
-                f"- {said}: {what} {mean:.1%} [{ends[0]:.1%}, {ends[1]:.1%}] ({len(done)} seeds, 90 % interval); "
-                f"claimed {kind} {bound:.0%}: {said_of.word}"
+                f"- {rule}: {what} {mean:.1%} [{ends[0]:.1%}, {ends[1]:.1%}] ({len(done)} seeds, 90 % interval); "
+                f"claimed {kind} {bound:.0%}: {verdict.word}"
             )
-            kept.append({"rule": said, "what": what, "mean": mean, "ends": ends, "bound": bound, **asdict(said_of)})
+            records.append({"rule": rule, "what": what, "mean": mean, "ends": ends, "bound": bound, **asdict(verdict)})
     text = "\n".join(["| " + " | ".join(line) + " |" for line in lines] + ["", *claims, "", f"{commit()}.", ""])
     files.write_text(out / "planted.md", text)
-    files.write_json(out / "planted.json", {"seeds": done, "claims": kept, "made_by": commit()}, allow_nan=True)
+    files.write_json(out / "planted.json", {"seeds": done, "claims": records, "made_by": commit()}, allow_nan=True)
     return text
 
 

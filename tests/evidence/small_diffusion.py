@@ -1,11 +1,11 @@
-"""A small Stable Diffusion for each seed of recipes/ablations/fiffdepth.toml: the prior that there is to keep.
+"""A small Stable Diffusion for each seed of recipes/ablations/fiffdepth.toml: the prior that the study tries to keep.
 
     python -m tests.evidence.small_diffusion [--seeds 0,1,2,3,4] [--processes 5] [--labels runs/ablations]
 
-Each seed's labels are made as the study makes them. On the images that the study learns from, and on their depth, a VAE
-of 8 times fewer pixels a side than Stable Diffusion's learns to give them back; then a UNet learns to denoise the
-images' latents by v-prediction. Neither sees what the study holds out. runs/fiffdepth-bench/SEED is a diffusers folder;
-one that is whole is not made again.
+Each seed's labels are made as in the study. A VAE whose latents have 8 times fewer pixels a side than Stable
+Diffusion's learns to reconstruct the study's training images and their depth; then a UNet learns to denoise the images'
+latents by v-prediction. Neither sees the study's held-out images. runs/fiffdepth-bench/SEED is a diffusers folder; a
+complete one is not made again.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ DONE = "made.json"
 
 
 def recipe_of(seed: int, out: Path) -> Recipe:
-    """What the study's cells of a seed have in common: labels and the network to begin with."""
+    """A recipe of the study's cells of a seed, which share their labels and initial network."""
     return next(cell.recipe for cell in cells(read_study(STUDY), STUDY, "bench", out, [f"run.seed={seed}"]))
 
 
 def label(given: tuple[int, int], out: Path) -> None:
-    """Labels of a seed, as one of several workers."""
+    """Makes labels of a seed, as one of several workers."""
     torch.set_num_threads(1)
     recipe = recipe_of(given[0], out)
     commands.run_label(recipe, build.labels_folder(recipe), worker=True)
 
 
 def make(seed: int, out: Path) -> str:
-    """The network of a seed, and a line about it."""
+    """Trains and saves the network of a seed; returns a line about it."""
     torch.set_num_threads(1)
     began = time.process_time()
     recipe = recipe_of(seed, out)
@@ -62,26 +62,26 @@ def make(seed: int, out: Path) -> str:
     torch.manual_seed(seed)
     images, maps = _pictures(recipe)
     tiny_teachers.diffusion(folder, channels=4)
-    found: dict[str, Any] = {"images": len(images), "vae_error": _vae(folder, torch.cat([images, maps]))}
-    found |= _unet(folder, images) | {"cpu_seconds": round(time.process_time() - began)}
-    (folder / DONE).write_text(json.dumps(found))
-    return f"{folder}: {found}"
+    facts: dict[str, Any] = {"images": len(images), "vae_error": _vae(folder, torch.cat([images, maps]))}
+    facts |= _unet(folder, images) | {"cpu_seconds": round(time.process_time() - began)}
+    (folder / DONE).write_text(json.dumps(facts))
+    return f"{folder}: {facts}"
 
 
 def _pictures(recipe: Recipe) -> tuple[Tensor, Tensor]:
-    """Images (N,3,S,S) and their maps as grey images, in [-1, 1], of what is not held out."""
+    """Images (N,3,S,S) that are not held out, and their maps as grey images, in [-1, 1]."""
     dataset = build.labelled(recipe)
-    kept, _ = hold_out(dataset.image_keys, recipe.train.val_fraction)
-    samples = [dataset.get(index, dataset.teachers_of(index)) for index in kept]
+    training, _ = hold_out(dataset.image_keys, recipe.train.val_fraction)
+    samples = [dataset.get(index, dataset.teachers_of(index)) for index in training]
     images = torch.stack([sample.image for sample in samples]).float() / 255
     shared = [next(iter(sample.labels.values())).shared for sample in samples]
-    values, valid = torch.cat([one.values for one in shared]), torch.cat([one.valid for one in shared])
+    values, valid = torch.cat([depth.values for depth in shared]), torch.cat([depth.valid for depth in shared])
     grey, _ = maths.to_unit_range(values, valid, 0.02)
     return images * 2 - 1, grey[:, None].expand(-1, 3, -1, -1)
 
 
 def _vae(folder: Path, pictures: Tensor) -> float:
-    """Trains and writes the VAE; the mean absolute error of its last 50 steps."""
+    """Trains and saves the VAE; returns the mean absolute error of its last 50 steps."""
     import diffusers
 
     vae = diffusers.AutoencoderKL(
@@ -99,9 +99,9 @@ def _vae(folder: Path, pictures: Tensor) -> float:
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         errors.append(loss.item())
-    with torch.no_grad():  # the factor is fixed, so the weights bring the latents to unit deviation
-        some = pictures[torch.randperm(len(pictures))[:64]]
-        scale = 1 / (0.18215 * vae.encode(some).latent_dist.mean.std())
+    with torch.no_grad():  # the scaling factor is fixed, so the weights are scaled to give latents of unit deviation
+        sample = pictures[torch.randperm(len(pictures))[:64]]
+        scale = 1 / (0.18215 * vae.encode(sample).latent_dist.mean.std())
         vae.quant_conv.weight[:4] *= scale
         vae.quant_conv.bias[:4] *= scale
         vae.post_quant_conv.weight /= scale
@@ -110,7 +110,7 @@ def _vae(folder: Path, pictures: Tensor) -> float:
 
 
 def _unet(folder: Path, images: Tensor) -> dict[str, Any]:
-    """Trains and writes the denoiser; parameters and the mean loss of its last 50 steps."""
+    """Trains and saves the denoiser; returns its parameters and the mean loss of its last 50 steps."""
     import diffusers
 
     diffusers.UNet2DConditionModel(
@@ -127,8 +127,8 @@ def _unet(folder: Path, images: Tensor) -> dict[str, Any]:
         optimizer.param_groups[0]["lr"] = 1e-3 * (1 - step / UNET_STEPS)
         clean, levels = latents[torch.randint(len(latents), (16,))], torch.randint(1, 1000, (16,))
         noise, alphas = torch.randn_like(clean), student.alphas[levels]
-        wanted = maths.velocity(clean, noise, alphas)
-        loss = (student(maths.add_noise(clean, noise, alphas), levels) - wanted).square().mean()
+        target = maths.velocity(clean, noise, alphas)
+        loss = (student(maths.add_noise(clean, noise, alphas), levels) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)

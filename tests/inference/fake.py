@@ -1,4 +1,4 @@
-"""An estimator whose answer is known, and inputs for it."""
+"""An estimator with known output, and inputs for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distill.inference import predict
 
 
 class Fake:
-    """Disparity = the red channel, counted."""
+    """Predicts the red channel as disparity, and counts its calls."""
 
     class card:  # noqa: N801
         weights, revision, native_size, kind, licence = "fake", "r1", 64, Kind.AFFINE_DISPARITY, "CC0"
@@ -32,8 +32,8 @@ def silent(done, total, **numbers):
 
 
 def call(estimator, *inputs, out, formats=("npy",), report=silent):
-    """What the verb does, with a student of the test's."""
-    jobs = predict.find([str(given) for given in inputs], out=out)
+    """Predicts as the `predict` command does, with the test's estimator."""
+    jobs = predict.find([str(path) for path in inputs], out=out)
     done = predict.run(estimator, jobs, out=out, formats=list(formats), report=report)
     return done.written, done.present, done.problems
 

@@ -1,4 +1,4 @@
-"""Two tars of photos; scenes are drawn once."""
+"""Two tars of photos; scenes are rendered once."""
 
 from __future__ import annotations
 

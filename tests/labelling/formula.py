@@ -1,4 +1,4 @@
-"""A teacher whose answer is known, tars to label, and a run of both."""
+"""A teacher with known output, tars to label, and labelling runs with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CROPS = CropSettings(size=16, min_side=20, patch_size=12)
 
 @dataclass
 class Formula:
-    """A teacher whose answer is known: depth = 1 + red + green, invalid where blue is above 0.9."""
+    """A teacher with known output: depth = 1 + red + green, invalid where blue is at least 0.9."""
 
     kind: Kind = Kind.SCALE_DEPTH
     wait: float = 0.0
@@ -54,7 +54,7 @@ def make_tar(path: Path, count=7, first=0, *, bad=()) -> Path:
 
 
 def two_tars(folder: Path):
-    """sa_0.tar of seven photos, one of them bad, beside a text file; sa_1.tar of three."""
+    """sa_0.tar with a text file and seven photos, one of them bad; sa_1.tar with three."""
     make_tar(folder / "sa_0.tar", bad=(2,))
     make_tar(folder / "sa_1.tar", count=3, first=7)
     return sources.tars(str(folder / "sa_{0..1}.tar"))
@@ -62,13 +62,13 @@ def two_tars(folder: Path):
 
 def run(sources_, out, teacher=None, **options):
     crops = replace(options.pop("crops", CROPS), crops_per_image=options.pop("crops_per_image", 2))
-    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
-    labels = LabelSettings(**({"samples_per_part": 4} | given))
+    label_options = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4} | label_options))
     return label(sources_, [("formula", teacher or Formula())], out=out, crops=crops, labels=labels, **options)
 
 
 def one_of_several(root: Path, out: Path, rank: int, world: int, wait: float) -> None:
-    """What one of several processes does: `two_tars` of `root`."""
+    """The work of one of several processes: labels the `two_tars` of `root`."""
     torch.set_num_threads(1)
     tars = sources.tars(str(root / "sa_{0..1}.tar"))
     run(tars, out, Formula(wait=wait), rank=rank, world=world, threads=2)
@@ -78,16 +78,16 @@ LEASE = 0.4
 
 
 def work(sources_, out, teacher=None, *, lease_s=LEASE, meeting=None, **options):
-    given = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
-    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | given))
+    label_options = {f.name: options.pop(f.name) for f in fields(LabelSettings) if f.name in options}
+    labels = LabelSettings(**({"samples_per_part": 4, "threads": 1} | label_options))
     crops = replace(CROPS, crops_per_image=options.pop("crops_per_image", 2))
     place = meeting or Folder(Path(out), lease_s=lease_s)
-    told = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
-    return worker.work(sources_, [("formula", teacher or Formula())], **told)
+    arguments = {"out": out, "crops": crops, "labels": labels, "meeting": place, "poll_s": 0.03, **options}
+    return worker.work(sources_, [("formula", teacher or Formula())], **arguments)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files; beside them there may be a folder with what workers spent, and nothing else."""
+    """All files of the folder, by name; its only subfolder may be the one with the workers' spent.json."""
     assert all([*path.iterdir()] == [path / "spent.json"] for path in folder.iterdir() if path.is_dir())
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 

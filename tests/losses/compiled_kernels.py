@@ -1,9 +1,9 @@
-"""The kernels of the losses compiled for cards that are not here: run by test_kernels.py, in a process of its own.
+"""Compiles the losses' kernels without a GPU: run by test_kernels.py in a separate process.
 
-Triton needs no card to compile for one, only a driver that says which. The one here takes the launches as well, so all
-but the card's own work happens as it would there. `python -m tests.losses.compiled_kernels [CAPABILITY]` (80: A100; 90:
-H100, H200, the default; 100: B200) prints each kernel's registers a thread, its stack (what registers did not hold) and
-shared memory, in bytes, and fails on what could differ between two runs.
+Triton needs no GPU to compile for one, only a driver that names it. The driver here also accepts the launches, so
+everything happens as on a GPU except the kernels' execution. `python -m tests.losses.compiled_kernels [CAPABILITY]`
+(80: A100; 90: H100, H200, the default; 100: B200) prints each kernel's registers per thread, its stack (spilled
+registers) and shared memory, in bytes, and fails on instructions whose result could differ between two runs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from distill.losses.kernels.small import LARGEST
 from distill.losses.losses import compare, gradient_loss, median_and_mean_abs_dev
 
 ATOMIC_FLOAT = re.compile(r"\b(?:ATOM|RED)\w*\.\S*F(?:16|32|64)\S*")
-"""A sum of floats in memory, in whatever order the threads come: the one instruction by which two runs can differ."""
+"""Atomic float addition, whose order is arbitrary: the only instruction whose result can differ between two runs."""
 
 
 class Card:
-    """Triton's driver for a card of this capability: binaries go into `binaries`, launches are counted."""
+    """A Triton driver for a GPU of this capability: stores the kernels in `binaries` and counts launches."""
 
     def __init__(self, capability: int) -> None:
         self.capability, self.launches = capability, 0
@@ -42,9 +42,9 @@ class Card:
         )
 
     def load(self, name: str, binary: bytes, shared: int, device: int) -> tuple[object, int, int, int, int]:
-        kept = self.binaries.setdefault(name, [])
-        if binary not in kept:
-            kept.append(binary)
+        variants = self.binaries.setdefault(name, [])
+        if binary not in variants:
+            variants.append(binary)
         return object(), 1, 0, 0, 1024
 
     def get_current_target(self) -> GPUTarget:
@@ -66,14 +66,14 @@ class Card:
 
 
 def losses() -> Iterator[torch.Tensor]:
-    """By every kernel, each differentiated; as no kernel does its work, the numbers mean nothing."""
+    """Losses that use every kernel, each differentiable; no kernel is executed, so the numbers are meaningless."""
     pred, target = torch.rand(2, 2, 64, 96)
     valid, weight = torch.ones(2, 64, 96, dtype=torch.bool), torch.rand(2, 64, 96)
     pred.requires_grad_()
     for name in ("none", "global", "hybrid", "local"):
-        seen = compare(pred, target, valid, name)
-        yield seen.loss
-        yield gradient_loss(pred, target, valid, whole=seen.whole)
+        comparison = compare(pred, target, valid, name)
+        yield comparison.loss
+        yield gradient_loss(pred, target, valid, whole=comparison.whole)
     yield compare(pred, target, valid, "hybrid", weight=weight, trim_top=0.1).loss
     yield compare(pred, target, valid, "hybrid", label_only=True).loss
     for normalize in (True, False):
@@ -97,7 +97,7 @@ def main(capability: int) -> None:
     card = Card(capability)
     triton.runtime.driver.set_active(card)
     launches = []
-    for _ in range(2):  # the second time every kernel is compiled
+    for _ in range(2):  # the second time, all kernels are compiled already
         card.launches = 0
         for loss in losses():
             loss.sum().backward()
@@ -107,7 +107,7 @@ def main(capability: int) -> None:
         dumps = [dump(variant, "--dump-resource-usage") for variant in variants]
         usage = [dict(re.findall(r"(REG|STACK|SHARED):(\d+)", text)) for text in dumps]
         text = ", ".join(f"{key.lower()} {max(int(u[key]) for u in usage)}" for key in ("REG", "STACK", "SHARED"))
-        atomics = {found for v in variants for found in ATOMIC_FLOAT.findall(dump(v, "--dump-sass"))}
+        atomics = {instruction for v in variants for instruction in ATOMIC_FLOAT.findall(dump(v, "--dump-sass"))}
         print(f"sm_{capability} {name}: {len(variants)} variants, at most {text}", flush=True)  # noqa: T201
         assert not atomics, f"{name} adds floats in any order: {sorted(atomics)}"
 

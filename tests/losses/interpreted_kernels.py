@@ -1,7 +1,7 @@
-"""The kernels of the losses on a CPU, by Triton's interpreter, against the torch code: run by test_kernels.py.
+"""Runs the losses' kernels in Triton's interpreter on a CPU against the torch code: run by test_kernels.py.
 
-The interpreter has to be chosen before Triton is imported, hence a process of its own: TRITON_INTERPRET=1, then
-`python -m tests.losses.interpreted_kernels`. Each check prints its name when it has passed.
+The interpreter must be selected before Triton is imported, hence a separate process: TRITON_INTERPRET=1, then
+`python -m tests.losses.interpreted_kernels`. Each check prints its name after it has passed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def example(images: int, height: int = 12, width: int = 16) -> tuple[Tensor, Ten
 
 
 def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, levels: tuple[int, ...], **how) -> None:
-    """Losses, live contexts and gradients of `contexts` and of the torch code; upstream gradients differ by image."""
+    """Checks losses, live contexts and gradients against the torch code; upstream gradients differ by image."""
     how = {"trim_top": 0.0, "label_only": False} | how
     rows = [None if x is None else x.flatten(1) for x in (pred, target, valid & target.isfinite(), weight)]
     x = rows[0].clone().requires_grad_()
@@ -42,12 +42,14 @@ def agree(pred: Tensor, target: Tensor, valid: Tensor, weight: Tensor | None, le
     assert live.dtype == alive.dtype and live.tolist() == alive.tolist()
     assert dead.tolist() == (sum(levels) - alive).tolist()
     torch.testing.assert_close(losses.detach(), expected, rtol=2e-6, atol=1e-7)
-    for mine, theirs, factor in zip(ours, slopes, upstream, strict=True):
-        torch.testing.assert_close(mine, theirs * factor, rtol=2e-5, atol=2e-6 * float(theirs.abs().max()) + 1e-9)
+    for our_slope, their_slope, factor in zip(ours, slopes, upstream, strict=True):
+        torch.testing.assert_close(
+            our_slope, their_slope * factor, rtol=2e-5, atol=2e-6 * float(their_slope.abs().max()) + 1e-9
+        )
 
 
 def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
-    """What test_losses.py calls degenerate, an image each."""
+    """The degenerate cases of test_losses.py, one image each."""
     pred, target, valid = example(10)
     target[0] = 5.0
     valid[1] = False
@@ -59,7 +61,7 @@ def edge_cases() -> tuple[Tensor, Tensor, Tensor]:
     target[6, 0, 0], valid[6, 0, 0] = 1.0, True
     pred[7], target[7] = pred[7] * 1e6, target[7] * 1e-6
     target[8, 3, :4], valid[8, 3, :4] = torch.tensor([torch.inf, torch.nan, 0.3, -torch.inf]), True
-    # No half of the range has enough pixels, only the whole.
+    # Only the whole range has enough pixels, not its halves.
     valid[9] = False
     valid[9, 5, 2:7], target[9, 5, 2:7] = True, torch.tensor([0.0, 0.3, 0.31, 0.6, 1.0])
     pred[~valid] = torch.nan
@@ -86,7 +88,7 @@ def check_options() -> None:
 
 
 def check_statistics() -> None:
-    """All of them exactly: medians to the bit, whatever the digits; deviations to rounding."""
+    """All statistics: medians exactly, whatever their digits; deviations up to rounding."""
     pred, target, valid = edge_cases()
     keep = [3, 4, 5, 7]
     pred, target, valid = (x[keep].flatten(1).contiguous() for x in (pred, target, valid))
@@ -102,11 +104,13 @@ def check_statistics() -> None:
 
 
 def wide_bins(number: int = 192) -> Tensor:
-    """Rows of values: bins of equal width hold more keys than two digits tell apart, or most values are the same."""
+    """Rows in which a bin of equal width has more keys than two digits distinguish, or most values are equal."""
     draw = torch.Generator().manual_seed(1)
     values, sign = torch.rand(number, generator=draw), torch.rand(number, generator=draw).sub(0.5).sign()
     tiny = (values * 1000).round() * 1e-45
-    least = torch.tensor(0x3F800001, dtype=torch.int32).view(torch.float32)  # its bin's, after the second digit
+    least = torch.tensor(0x3F800001, dtype=torch.int32).view(
+        torch.float32
+    )  # the least key of its bin after the second digit
     rows = [
         values * sign, values.exp2() * sign * 1e-3, sign * 10.0 ** (40 * values - 38), tiny, tiny * sign, tiny + sign,
         values * 0.0, values * 0.0 - 3.0, sign * values * 3e38, (values * 4).floor() * sign,
@@ -124,7 +128,7 @@ def wide_bins(number: int = 192) -> Tensor:
 
 
 def check_bins_of_any_width() -> None:
-    """Medians to the bit, of values and of a prediction; some are found by the last digit alone."""
+    """Medians of values and of a prediction, exactly; some are only determined by the last digit."""
     launch, left = select.Launcher.__call__, []
 
     def spy(self, grid, *args):
@@ -138,9 +142,9 @@ def check_bins_of_any_width() -> None:
     valid[:, len(values[0]) // 3] = True
     for pred in (None, values):
         target = values if pred is None else torch.arange(values.shape[1]).expand(values.shape).float().contiguous()
-        found = select.context_statistics(target, pred, valid.view(torch.uint8), select.WHOLE, label=pred is not None)
+        result = select.context_statistics(target, pred, valid.view(torch.uint8), select.WHOLE, label=pred is not None)
         first = select.LABEL_MEDIAN if pred is None else select.MEDIAN
-        for row, each, counted in zip(found.statistics[:, :, 0], values, valid, strict=True):
+        for row, each, counted in zip(result.statistics[:, :, 0], values, valid, strict=True):
             numbers = each[counted]
             median = numbers.sort().values[(len(numbers) - 1) // 2]  # NaN is the greatest
             assert row[first] == median
@@ -156,7 +160,7 @@ def check_bins_of_any_width() -> None:
 
 
 def check_levels_of_wide_bins() -> None:
-    """A prediction whose sky is noise around zero, under an outlier: each context's bin is another."""
+    """A prediction with an outlier and a sky of noise around zero: each context has a different bin."""
     _, target, valid = example(2)
     target = target.clamp(min=0.3)
     pred = wide_bins()[[2, 26]].reshape(target.shape)
@@ -170,12 +174,12 @@ def check_gradient_loss() -> None:
     upstream = torch.linspace(-1.0, 2.0, len(pred))
     for normalize in (True, False):
         slopes = []
-        for way in (fused._gradient, _gradient_loss):
+        for function in (fused._gradient, _gradient_loss):
             x = pred.clone().requires_grad_()
-            losses = way(x, target, valid, 4, normalize, *(None,) * (way is fused._gradient))
+            losses = function(x, target, valid, 4, normalize, *(None,) * (function is fused._gradient))
             slopes.append((losses.detach(), torch.autograd.grad((losses * upstream).sum(), x)[0]))
         torch.testing.assert_close(slopes[0][0], slopes[1][0])
-        # Of several pixels that are the median one has its gradient, in torch's nanmedian all of them have a share.
+        # Of several pixels that equal the median, one gets its gradient; torch's nanmedian shares it among all.
         tied = keep.index(5) if normalize else None
         for b, (mine, theirs) in enumerate(zip(slopes[0][1], slopes[1][1], strict=True)):
             if b == tied:
@@ -199,14 +203,14 @@ def check_statistics_of_the_log() -> None:
 
 
 def check_the_losses_take_them() -> None:
-    """By their public names, half precision and shared statistics included; a bad prediction is heard of."""
+    """The public losses use the kernels (not for float64), also with shared statistics; NaN predictions propagate."""
     pred, target, valid = example(2)
     expected = compare(pred, target, valid, "global"), gradient_loss(pred, target, valid)
     fused.has_kernels, fused.raise_faults = lambda values: values.dtype == torch.float32, True
-    seen = compare(pred, target, valid, "global")
-    assert seen.whole is not None and expected[0].whole is None
-    torch.testing.assert_close(seen[:3], expected[0][:3])
-    torch.testing.assert_close(gradient_loss(pred, target, valid, whole=seen.whole), expected[1])
+    comparison = compare(pred, target, valid, "global")
+    assert comparison.whole is not None and expected[0].whole is None
+    torch.testing.assert_close(comparison[:3], expected[0][:3])
+    torch.testing.assert_close(gradient_loss(pred, target, valid, whole=comparison.whole), expected[1])
     assert ("contexts", (1,), 0.0, False, True) in {name for name, _ in fused._tried}
     assert compare(pred.double(), target, valid, "global").whole is None
     pred[0, valid[0]] = torch.nan
@@ -216,10 +220,10 @@ def check_the_losses_take_them() -> None:
 
 
 def mend_the_interpreter() -> None:
-    """It replaces Triton's functions anew at every call of a device function, where once is enough; it makes a table of
-    all types to look one up; it computes of every sum of integers whether it overflows and then, without the debug
-    option, asks nobody. Half of its time goes there. And that of Triton 3.6 wants a number of an array of one, which
-    numpy 2.4 no longer gives.
+    """Patches the interpreter. It replaces Triton's functions at every call of a device function, although once is
+    enough; it builds a table of all types to look one up; it checks every integer sum for overflow, whose result is
+    unused without the debug option. These take half of its time. And Triton 3.6's converts an array of one element to a
+    number, which numpy 2.4 no longer supports.
     """
     replaced, patch = set(), interpreter._patch_lang_tensor
     dtypes, look_up = {}, interpreter._get_np_dtype
@@ -248,13 +252,13 @@ def mend_the_interpreter() -> None:
 
 def main() -> None:
     mend_the_interpreter()
-    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers that the kernels mask away
+    warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, about numbers that the kernels mask
     select.APART, select.BLOCK, select.GRAIN, gradient.BLOCK = True, 256, 256, 256
     gradient.TALL, gradient.WIDE, gradient.LINES = 16, 8, 8
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             check()
-            print(name.removeprefix("check_"), flush=True)  # noqa: T201  what the test reads
+            print(name.removeprefix("check_"), flush=True)  # noqa: T201  the test reads this
 
 
 if __name__ == "__main__":

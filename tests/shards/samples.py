@@ -50,16 +50,16 @@ def write(folder, samples, *, name="sa_0-000.tar", sidecar=True, codec="jls"):
     with ShardWriter(folder / name) as writer:
         for sample in samples:
             writer.add(sample.key, encode_sample(sample, codec=codec))
-        said = writer.close()
+        tar_facts = writer.close()
         if sidecar:
-            table = {"version": 1, "tar": said, "samples": writer.index, "part": 0, "of": 1}
+            table = {"version": 1, "tar": tar_facts, "samples": writer.index, "part": 0, "of": 1}
             table |= {"images": [sample.image_key for sample in samples], "quarantine": [], "kinds": {}}
             (folder / name).with_suffix(".json").write_bytes(dump_json(table))
         writer.publish()
     keys = list(dict.fromkeys(s.image_key for s in samples))
     manifest = {
         "teachers": {name: {} for name in samples[0].labels},
-        "shards": [said],
+        "shards": [tar_facts],
         "images": {"keys": keys, "count": len(keys), "sha256": hash_keys(keys)},
         "quarantine": [],
     }

@@ -1,4 +1,4 @@
-"""What a depth label weighs and costs in each codec, on a teacher's maps of real photographs.
+"""Size and speed of depth labels in each codec, on a teacher's maps of real photographs.
 
     python -m tests.speed.codecs                   # the photographs in scikit-image's and scikit-learn's wheels
     python -m tests.speed.codecs DIR [--count 24]  # a folder of photographs, or of tars packed as SA-1B packs them
@@ -6,9 +6,9 @@
 
 The teacher is a student folder at 560 pixels, "pocket" by default. Prints for every codec bits per pixel (mean and
 largest), MB/s of float32 map encoded and decoded and milliseconds per map (processor time, the fastest of three runs),
-and the largest error against the promise of 1/8192 of the map's range. The codecs of shards.codec come first, through
-the functions that write shards; then what else was tried, on the same maps and held to the same promise where the codec
-can be told.
+and the largest error relative to the guaranteed 1/8192 of the map's range. The codecs of shards.codec come first,
+through the functions that write shards; then other codecs that were tried, on the same maps and with the same error
+bound where the codec accepts one.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from distill.labelling.jobs import prepare
 from distill.shards.codec import CODECS, DEFAULT_CODEC, MAX_ERROR, decode_map, encode_map
 from distill.teachers.checkpoint import Teacher
 
-STEPS = 4096  # quantized to so many steps, a map is off by 1/8192 of its range
+STEPS = 4096  # a map quantized to this many steps is off by at most 1/8192 of its range
 
 
 @dataclass
 class Way:
-    """One way to store a map: `write` makes bytes and remembers nothing but the range; `read` gives float32 back."""
+    """A way to store a map: `write` returns the bytes and the range; `read` returns float32 values from both."""
 
     write: Callable[[torch.Tensor], tuple[bytes, dict]]
     read: Callable[[bytes, dict], torch.Tensor]
@@ -64,7 +64,7 @@ def stepped(encode: Callable, decode: Callable, steps: int = STEPS) -> Way:
 
 
 def bounded(encode: Callable, decode: Callable) -> Way:
-    """A codec of floats that is told the largest error."""
+    """A codec of floats that takes the largest allowed error."""
 
     def write(values: torch.Tensor) -> tuple[bytes, dict]:
         array = values.numpy()
@@ -117,17 +117,17 @@ def maps(folder: str | None, count: int, weights: str, encoder_weights: str | No
         shards = sources.folders(folder)
     entries = [entry for shard in shards for entry in shard.scan().entries]
     teacher = Teacher.load(weights, native_size=560, encoder_weights=encoder_weights)
-    crops, found = CropSettings(min_side=560, on_small="use", patches="none"), []
+    crops, depth_maps = CropSettings(min_side=560, on_small="use", patches="none"), []
     for entry in entries[:: max(1, len(entries) // count)][:count]:
         try:
-            found.append(teacher.predict(prepare(entry.load(), crops=crops).region[None].float() / 255).values[0])
+            depth_maps.append(teacher.predict(prepare(entry.load(), crops=crops).region[None].float() / 255).values[0])
         except BadImageError as error:
             print(f"left out {entry.origin}: {error}")
-    return found
+    return depth_maps
 
 
 def least(work: Callable[[], object], repeats: int = 3) -> float:
-    """Processor seconds of the fastest of some runs: what a busy machine takes away is not the codec's."""
+    """Processor seconds of the fastest of several runs, to exclude the load of a busy machine."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -142,23 +142,23 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=24)
     parser.add_argument("--weights", default="pocket")
     parser.add_argument("--encoder-weights")
-    given = parser.parse_args()
-    labels = maps(given.folder, given.count, given.weights, given.encoder_weights)
-    print(f"{len(labels)} maps of 560 x 560 by {given.weights}; imagecodecs {imagecodecs.__version__}")
+    args = parser.parse_args()
+    labels = maps(args.folder, args.count, args.weights, args.encoder_weights)
+    print(f"{len(labels)} maps of 560 x 560 by {args.weights}; imagecodecs {imagecodecs.__version__}")
     print(f"{'':22}{'bits/pixel':>11}{'largest':>9}{'encode':>16}{'decode':>18}{'error / promise':>18}")
     for name, way in ways().items():
-        way.read(*way.write(labels[0]))  # the first call brings the library
-        bits, spent, worst = [], [0.0, 0.0], 0.0
+        way.read(*way.write(labels[0]))  # the first call loads the library
+        bits, seconds, worst = [], [0.0, 0.0], 0.0
         for values in labels:
             data, span = way.write(values)
             back = way.read(data, span)
-            spent[0] += least(lambda: way.write(values))  # noqa: B023  (called at once)
-            spent[1] += least(lambda: way.read(data, span))  # noqa: B023
+            seconds[0] += least(lambda: way.write(values))  # noqa: B023  (called at once)
+            seconds[1] += least(lambda: way.read(data, span))  # noqa: B023
             bits.append(8 * len(data) / values.numel())
             error = (back.double() - values.double()).abs().max() / (values.double().max() - values.double().min())
             worst = max(worst, float(error) / MAX_ERROR)
         mega = sum(values.numel() * 4 for values in labels) / 1e6
-        speed = [f"{mega / s:6.0f} MB/s {1e3 * s / len(labels):4.1f} ms" for s in spent]
+        speed = [f"{mega / s:6.0f} MB/s {1e3 * s / len(labels):4.1f} ms" for s in seconds]
         broken = "  broken" if worst > 1.001 else ""
         print(f"{name:22}{np.mean(bits):11.2f}{max(bits):9.2f}  {speed[0]}  {speed[1]}{worst:13.3f}{broken}")
 

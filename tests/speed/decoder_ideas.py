@@ -1,4 +1,4 @@
-"""Decoders that were tried beside sdt_fast and are not offered; tests/speed/decoders.py trains and measures them."""
+"""Decoders that were tried besides sdt_fast and are not offered; tests/speed/decoders.py trains and measures them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def on_grid(tokens: Tensor, features: Features) -> Tensor:
 
 
 class LinearFusion(nn.Module):
-    """A linear layer of the patch and one of the class token in place of SDT's two layers over both."""
+    """A linear layer for patch tokens and one for the class token, instead of SDT's two layers over both."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Linear(Decoder):
 
 
 class Refined(Decoder):
-    """sdt_fast with a second 3x3 convolution after the doublings to 4 and to 16 times the grid, where SDT has them."""
+    """sdt_fast with a second 3x3 convolution after the doublings to 4 and 16 times the grid, as SDT has."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__(channels)
@@ -60,7 +60,7 @@ class Refined(Decoder):
 
 
 class Bilinear(Decoder):
-    """sdt_fast with plain bilinear doubling in place of DySample."""
+    """sdt_fast with plain bilinear doubling instead of DySample."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__(channels)
@@ -69,7 +69,7 @@ class Bilinear(Decoder):
 
 
 class Convex(nn.Module):
-    """Two doublings, a map at 4 times the grid, and from there learned convex weights of nine neighbours (as RAFT)."""
+    """Two doublings to a map at 4 times the grid, then learned convex weights of nine neighbours (as in RAFT)."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Convex(nn.Module):
 
 
 class Shuffle(nn.Module):
-    """The least there is: SDT's fusion, one convolution on the token grid and one pixel shuffle of 16."""
+    """The minimum: SDT's fusion, one convolution on the token grid and one pixel shuffle by 16."""
 
     def __init__(self, channels: list[int]) -> None:
         super().__init__()

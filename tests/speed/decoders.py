@@ -1,4 +1,4 @@
-"""What a decoder costs and what it gives, at equal training.
+"""Costs and scores of decoders, at equal training.
 
     python -m tests.speed.decoders cost --size 512 --out runs/decoders
     python -m tests.speed.decoders train --out runs/decoders [--encoder-weights dinov2_vits14.pth] [--pairs INDEX.tsv
@@ -7,13 +7,13 @@
 
 `cost`: parameters, FLOPs (torch's counter), latency and peak memory of every decoder alone, on random features of a
 ViT-S/16 (--channels 1024: ViT-L). `train`: every decoder on the same frozen encoder, images, order, windows, loss,
-optimizer and number of steps, for several seeds; scored on scenes and pairs that training never saw. One result file
-per decoder and seed, so that it can be stopped and called again, and several may run at once on different seeds.
+optimizer and number of steps, for several seeds; scored on scenes and pairs not seen in training. There is one result
+file per decoder and seed, so that it can be stopped and run again, and several may run at once on different seeds.
 Without --encoder-weights the encoder is the pocket's. `table`: both together, and every decoder against `sdt`.
 
-Features are computed once. A step sees two random windows of 8 x 8 tokens (of 12 x 12) at 168 pixels an image: SDT's
-256 channels take two seconds for that on one core, and the whole comparison is to fit into an hour. --dev scores on
-every sixth training image, which training then leaves out: for choosing a design without looking at the test images.
+Features are computed once. A step sees two random windows of 8 x 8 tokens (of 12 x 12) of images of 168 pixels: SDT's
+256 channels take two seconds for that on one core, and the whole comparison should fit into an hour. --dev scores on
+every sixth training image, which is then left out of training: for choosing a design without using the test images.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ CANDIDATES: dict[str, tuple[str | type[nn.Module], dict[str, Any]]] = {
 
 def make(name: str, channels: int) -> nn.Module:
     plugin, options = CANDIDATES[name]
-    made = find("distill.students.decoders", plugin).Decoder if isinstance(plugin, str) else plugin
-    decoder: nn.Module = made([channels] * 4, **options)
+    factory = find("distill.students.decoders", plugin).Decoder if isinstance(plugin, str) else plugin
+    decoder: nn.Module = factory([channels] * 4, **options)
     return decoder
 
 
@@ -74,7 +74,7 @@ def features(batch: int, channels: int, rows: int, columns: int, device: str = "
 
 
 def flops(decoder: nn.Module, channels: int, rows: int, columns: int) -> float:
-    """GFLOPs of one image, on the meta device: nothing is computed."""
+    """GFLOPs for one image, counted on the meta device."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         decoder.to("meta").eval()(features(1, channels, rows, columns, "meta"))
     return counter.get_total_flops() / 1e9
@@ -84,18 +84,18 @@ def flops(decoder: nn.Module, channels: int, rows: int, columns: int) -> float:
 
 
 def cost_of(name: str, size: int, channels: int, repeats: int) -> dict[str, float]:
-    """Parameters, FLOPs, seconds and peak MiB above what was there before the forward pass."""
+    """Parameters, FLOPs, seconds and peak MiB above the memory in use before the forward pass."""
     grid = size // 16
     row = {"params": sum(p.numel() for p in make(name, channels).parameters()) / 1e6}
     row["gflops"] = flops(make(name, channels), channels, grid, grid)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder, given = make(name, channels).eval().to(device), features(1, channels, grid, grid, device)
+    decoder, inputs = make(name, channels).eval().to(device), features(1, channels, grid, grid, device)
     before, seconds = memory.used(), []
     memory.forget_peak()
     with torch.no_grad():
         for _ in range(repeats + 1):
             start = time.perf_counter()
-            decoder(given)
+            decoder(inputs)
             if device == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
@@ -105,7 +105,7 @@ def cost_of(name: str, size: int, channels: int, repeats: int) -> dict[str, floa
 
 
 def cost(args: argparse.Namespace) -> None:
-    """Each decoder in a process of its own, that none finds memory which another left."""
+    """Measure each decoder in a separate process, so that memory left by one does not affect the next."""
     path = args.out / f"cost_{args.size}_{args.channels}.json"
     rows = json.loads(path.read_text()) if path.is_file() else {}
     for name in args.decoders:
@@ -172,18 +172,18 @@ Found = dict[str, dict[int, dict[str, Any]]]  # by decoder and seed
 
 
 def table(args: argparse.Namespace) -> None:
-    """Mean +- standard deviation over seeds, beside what was measured by `cost`; Markdown."""
-    found: Found = {}
+    """Print mean +- standard deviation over seeds, and the results of `cost`, as Markdown."""
+    results: Found = {}
     for path in sorted(args.out.glob(kept(args, "*", "*"))):
         row = json.loads(path.read_text())
-        found.setdefault(row["decoder"], {})[row["seed"]] = row
+        results.setdefault(row["decoder"], {})[row["seed"]] = row
     costs = json.loads((args.out / f"cost_{args.size}_{args.channels}.json").read_text())
     head = ["decoder", "params M", f"GFLOPs {args.size}", "CPU s", "peak MiB", "seeds", *SCORES.values()]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
-    if missing := found.keys() - costs.keys():
+    if missing := results.keys() - costs.keys():
         raise SystemExit(f"{', '.join(missing)}: no cost yet; `cost --decoders` them into the same folder")
     for name, c in costs.items():
-        rows = list(found.get(name, {}).values())
+        rows = list(results.get(name, {}).values())
         cells = [name, f"{c['params']:.2f}", f"{c['gflops']:.1f}", f"{c['seconds']:.2f}", f"{c['peak_mib']:.0f}"]
         cells.append(str(len(rows)))
         for key in SCORES:
@@ -191,13 +191,13 @@ def table(args: argparse.Namespace) -> None:
             spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "-")
         print("| " + " | ".join(cells) + " |")
-    against(found, "sdt")
+    against(results, "sdt")
     if args.figure:
-        draw(args, found, costs)
+        draw(args, results, costs)
 
 
 def against(found: Found, reference: str) -> None:
-    """Relative differences to one decoder within each seed: their mean and the half width of its 90 % t interval."""
+    """Relative differences to one decoder within each seed: mean and half width of its 90 % t interval."""
     print(f"\nAgainst {reference}, seed by seed (a seed's data and order are the same for all):\n")
     print("| decoder | seeds | " + " | ".join(SCORES.values()) + " |\n|" + "---|" * (len(SCORES) + 2))
     for name, rows in ((name, found[name]) for name in CANDIDATES if name in found):
@@ -216,7 +216,7 @@ def against(found: Found, reference: str) -> None:
         print("| " + " | ".join([name, str(len(seeds)), *cells]) + " |")
 
 
-FAMILIES = {  # name: (colour, what stands beside a dot, by decoder)
+FAMILIES = {  # name: (colour, label of each decoder's dot)
     "sdt_fast": ("#c0392b", {"sdt_fast, no detail": "no detail", "sdt_fast": "", "sdt_fast, wide": "wide"}),
     "sdt": ("#2c3e50", {"sdt 64": "64", "sdt 128": "128", "sdt": "256"}),
     "dpt": ("#7f8c8d", {"dpt 64": "64", "dpt 128": "128", "dpt 256": "256", "dpt 512": "512"}),
@@ -237,8 +237,8 @@ def draw(args: argparse.Namespace, found: Found, costs: dict[str, dict[str, floa
         for family, (colour, labels) in FAMILIES.items():
             names = [name for name in labels if name in found]
             values = [[row[key] for row in found[name].values()] for name in names]
-            means = [statistics.mean(one) for one in values]
-            bars = [statistics.stdev(one) if len(one) > 1 else 0.0 for one in values]
+            means = [statistics.mean(scores) for scores in values]
+            bars = [statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in values]
             flops = [costs[name]["gflops"] for name in names]
             axis.errorbar(flops, means, bars, fmt="o-", color=colour, capsize=3, alpha=0.85, label=family)
             for name, x, y in zip(names, flops, means, strict=True):

@@ -1,16 +1,16 @@
-"""Parameters, FLOPs, latency and peak memory of every encoder with every decoder, the paper's numbers beside ours.
+"""Parameters, FLOPs, latency and peak memory of every encoder with every decoder, next to the paper's numbers.
 
-    python -m tests.speed.efficiency --out efficiency.html            # counts only: nothing is computed, a minute
+    python -m tests.speed.efficiency --out efficiency.html            # counts only, a minute
     python -m tests.speed.efficiency --measure 4000 --out efficiency.html
 
 Parameters and FLOPs (torch's counter, 2 x multiply-add) are counted on the meta device, the decoder on a frozen
 encoder's four maps. --measure N also times one float32 image through encoders and decoders of at most N GFLOPs each,
 and takes the peak memory of a pass, weights and the four maps included. A whole student's time is the sum of its two
-parts, its peak the higher of them. What is measured goes to a file beside the page, a line for each encoder and size,
-and is not measured again: such a run may be stopped and called again.
+parts, its peak the higher of them. Measurements are kept in a file beside the page, a line for each encoder and size,
+and are not repeated, so that a run may be stopped and called again.
 
 AnyDepth's published FLOPs count a transposed convolution at every output element, 4 to 16 times too much, so that its
-DPT column is not a true cost; its parameters of SDT are those without the detail enhancer.
+DPT column is not a true cost; its SDT parameters exclude the detail enhancer.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ SLOW = 5.0  # seconds: a pass that takes longer is not repeated
 
 def decoder_of(name: str, encoder: Encoder) -> Any:
     plugin, options = DECODERS[name]
-    more = {"patch_size": encoder.patch_size} if plugin == "dav2" else {}
-    return find("distill.students.decoders", plugin).Decoder([encoder.channels] * 4, **options, **more)
+    patch_size = {"patch_size": encoder.patch_size} if plugin == "dav2" else {}
+    return find("distill.students.decoders", plugin).Decoder([encoder.channels] * 4, **options, **patch_size)
 
 
 def padded(size: int, encoder: Encoder) -> int:
@@ -90,13 +90,13 @@ def encoder_counts(name: str) -> tuple[Encoder, float, tuple[float, ...]]:
     """The encoder on the meta device, its parameters in millions, its GFLOPs at SIZES."""
     with torch.device("meta"):
         encoder = Encoder(name).eval()
-    found = []
+    gflops = []
     for size in SIZES:
         side = padded(size, encoder)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             encoder.features(torch.empty(1, 3, side, side, device="meta"))
-        found.append(counter.get_total_flops() / 1e9)
-    return encoder, sum(p.numel() for p in encoder.parameters()) / 1e6, tuple(found)
+        gflops.append(counter.get_total_flops() / 1e9)
+    return encoder, sum(p.numel() for p in encoder.parameters()) / 1e6, tuple(gflops)
 
 
 @cache
@@ -104,7 +104,7 @@ def decoder_counts(name: str, encoder: Encoder) -> tuple[float, tuple[float, ...
     """Parameters in millions and GFLOPs at SIZES."""
     with torch.device("meta"):
         decoder = decoder_of(name, encoder).eval()
-    found = []
+    gflops = []
     for size in SIZES:
         grid = padded(size, encoder) // encoder.patch_size
         maps: list[tuple[Tensor, Tensor]] = [
@@ -116,8 +116,8 @@ def decoder_counts(name: str, encoder: Encoder) -> tuple[float, tuple[float, ...
         ]
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             decoder(maps)
-        found.append(counter.get_total_flops() / 1e9)
-    return sum(p.numel() for p in decoder.parameters()) / 1e6, tuple(found)
+        gflops.append(counter.get_total_flops() / 1e9)
+    return sum(p.numel() for p in decoder.parameters()) / 1e6, tuple(gflops)
 
 
 def device() -> str:
@@ -128,7 +128,7 @@ def device() -> str:
 
 
 def clock(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Milliseconds of the best of `repeats` passes after a first one (a slow first one stands alone), and peak MiB."""
+    """Milliseconds of the best of `repeats` passes after a warm-up (only that one if it is slow), and peak MiB."""
     memory.forget_peak()
     seconds = []
     for _ in range(repeats + 1):
@@ -144,21 +144,21 @@ def clock(work: Callable[[], Any], repeats: int) -> tuple[float, float]:
 
 @torch.no_grad()
 def measure(name: str, size: int, decoders: list[str], repeats: int) -> dict[str, Any]:
-    """{"encoder": [ms, MiB], decoder: [ms, MiB] ...} of one image; MiB above what the program alone takes."""
+    """{"encoder": [ms, MiB], decoder: [ms, MiB] ...} of one image; MiB above the program's own."""
     on = "cuda" if torch.cuda.is_available() else "cpu"
     base = memory.used()
     encoder = Encoder(name).eval().to(on)
     side = padded(size, encoder)
     image = torch.rand(1, 3, side, side, device=on)
     ms, mib = clock(lambda: encoder.features(image), repeats)
-    found: dict[str, Any] = {"encoder": [ms, mib - base]}
+    results: dict[str, Any] = {"encoder": [ms, mib - base]}
     maps = encoder.features(image)
-    for each in decoders:
-        decoder = decoder_of(each, encoder).eval().to(on)
+    for decoder_name in decoders:
+        decoder = decoder_of(decoder_name, encoder).eval().to(on)
         ms, mib = clock(partial(_decode, decoder, maps, side), repeats)
-        found[each] = [ms, mib - base]
+        results[decoder_name] = [ms, mib - base]
         del decoder
-    return found
+    return results
 
 
 def _decode(decoder: Any, maps: Any, side: int) -> Tensor:
@@ -166,30 +166,30 @@ def _decode(decoder: Any, maps: Any, side: int) -> Tensor:
 
 
 def measured(name: str, size: int, decoders: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """From the file of what was measured before on this machine, the rest from a process of its own, and into it."""
-    known, what = (
+    """Measurements from this machine's file; missing ones are measured in a separate process and appended to it."""
+    results_file, identity = (
         args.out.with_suffix(".jsonl"),
         {"name": name, "size": size, "on": device(), "torch": torch.__version__},
     )
-    found: dict[str, Any] = {}
-    for line in known.read_text().splitlines() if known.is_file() else []:
+    results: dict[str, Any] = {}
+    for line in results_file.read_text().splitlines() if results_file.is_file() else []:
         try:
             row: dict[str, Any] = json.loads(line)
         except ValueError:  # the last line of a killed run
             continue
-        found = (row["found"] if what.items() <= row.items() else {}) | found
-    missing = [decoder for decoder in decoders if decoder not in found]
-    if not missing and "encoder" in found:
-        return found
+        results = (row["found"] if identity.items() <= row.items() else {}) | results
+    missing = [decoder for decoder in decoders if decoder not in results]
+    if not missing and "encoder" in results:
+        return results
     command = [sys.executable, "-m", "tests.speed.efficiency", "--one", name, str(size), *missing]
     done = subprocess.run([*command, "--repeats", str(args.repeats)], capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["killed, for want of memory?"])[-1]
         raise SystemExit(f"{name} at {size}: could not be measured: {reason}")
-    found = json.loads(done.stdout) | found
-    with known.open("a") as file:
-        file.write(json.dumps(what | {"found": found}) + "\n")
-    return found
+    results = json.loads(done.stdout) | results
+    with results_file.open("a") as file:
+        file.write(json.dumps(identity | {"found": results}) + "\n")
+    return results
 
 
 # --- the tables -------------------------------------------------------------------------------------------------------
@@ -204,8 +204,8 @@ def table(at: int, args: argparse.Namespace) -> list[list[str]]:
         cheap = [decoder for decoder, (_, cost) in counts.items() if cost[at] <= args.measure]
         costs = measured(name, SIZES[at], cheap, args) if flops[at] <= args.measure else {}
         for decoder, (own, cost) in counts.items():
-            said = PAPER_PARAMS.get((name, decoder), (None, None))
-            row = [name, decoder, f"{params:.1f}", _beside(own, 2, said[0]), _beside(params + own, 1, said[1])]
+            paper = PAPER_PARAMS.get((name, decoder), (None, None))
+            row = [name, decoder, f"{params:.1f}", _beside(own, 2, paper[0]), _beside(params + own, 1, paper[1])]
             row += [f"{flops[at]:.0f}", _beside(cost[at], 1, PAPER_FLOPS.get((name, decoder), (None,) * 3)[at])]
             if decoder in costs and decoder in cheap:
                 (ms, mib), (own_ms, own_mib) = costs["encoder"], costs[decoder]

@@ -1,6 +1,6 @@
-"""Decoders trained alike on features computed once, and judged: the half of tests/speed/decoders.py that learns.
+"""Trains decoders alike on features computed once, and scores them; the training half of tests/speed/decoders.py.
 
-Not a script. Every decoder of a seed sees the same windows of the same images in the same order, under the same loss,
+Not a script. Every decoder of a seed sees the same windows of the same images in the same order, with the same loss,
 optimizer and schedule.
 """
 
@@ -34,7 +34,7 @@ FAR = 80.0  # metres: the sky of a scene
 
 @dataclass
 class Data:
-    """patches (4,N,C,GRID,GRID), cls (4,N,C), disparity and valid (N,SIDE,SIDE); real: which are photographs."""
+    """patches (4,N,C,GRID,GRID), cls (4,N,C), disparity and valid (N,SIDE,SIDE), real (N,): whether a photograph."""
 
     patches: Tensor
     cls: Tensor
@@ -48,22 +48,22 @@ class Data:
         )
 
     def window(self, rows: Tensor, corners: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Labels]:
-        cut, maps, masks = [], [], []
+        windows, maps, masks = [], [], []
         for n, (top, left) in zip(rows.tolist(), corners.tolist(), strict=True):
-            cut.append(self.patches[:, n, :, top : top + WINDOW, left : left + WINDOW].float())
+            windows.append(self.patches[:, n, :, top : top + WINDOW, left : left + WINDOW].float())
             place = (
                 slice(top * PATCH, (top + WINDOW) * PATCH),
                 slice(left * PATCH, (left + WINDOW) * PATCH),
             )
             maps.append(self.disparity[n][place])
             masks.append(self.valid[n][place])
-        stacked = torch.stack(cut, 1)
+        stacked = torch.stack(windows, 1)
         shared = DepthMap(torch.stack(maps), torch.stack(masks), Kind.AFFINE_DISPARITY)
         return [(stacked[i], self.cls[i, rows].float()) for i in range(4)], Labels(shared, None, torch.zeros(0, 0, 4))
 
 
 def square(pair: Pair) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The middle square of a pair at SIDE pixels: image, disparity, valid; None for a truth of unknown shift."""
+    """The centre square of a pair at SIDE pixels: image, disparity, valid; None for a truth of unknown shift."""
     truth = pair.truth()
     if truth.kind.unknown == "affine":
         return None
@@ -73,8 +73,8 @@ def square(pair: Pair) -> tuple[Tensor, Tensor, Tensor] | None:
     top, left = (image.shape[-2] - side) // 2, (image.shape[-1] - side) // 2
     place = (slice(top, top + side), slice(left, left + side))
     image = F.interpolate(image[:, *place][None], (SIDE, SIDE), mode="bilinear", antialias=True)[0]
-    both = torch.stack([depth.values[0][place], depth.valid[0][place].float()])[None]
-    values, valid = F.interpolate(both, (SIDE, SIDE), mode="nearest-exact")[0]
+    stacked = torch.stack([depth.values[0][place], depth.valid[0][place].float()])[None]
+    values, valid = F.interpolate(stacked, (SIDE, SIDE), mode="nearest-exact")[0]
     keep = (valid > 0.5) & (values > 0)
     return image, torch.where(keep, 1 / values.clamp(min=1e-6), 0.0), keep
 
@@ -91,18 +91,18 @@ def names(path: Path | None) -> list[str] | None:
 def gather(args: argparse.Namespace, encoder: Encoder, train: bool) -> Data:
     """Images and their features; the training images also mirrored."""
     inputs = [args.encoder_weights, args.pairs, args.train_names, args.test_names, args.scenes, args.test_scenes]
-    digest = hashlib.sha256(repr([str(one) for one in inputs]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(repr([str(value) for value in inputs]).encode()).hexdigest()[:8]
     path = args.out / f"features_{'train' if train else 'test'}_{digest}.pt"
     if path.is_file():
         return Data(**torch.load(path, weights_only=True))
     seeds = scenes.TRAIN_SEEDS[: args.scenes] if train else scenes.BENCHMARK_SEEDS[: args.test_scenes]
-    found = [scene(seed) for seed in seeds]
-    real = [False] * len(found)
+    samples = [scene(seed) for seed in seeds]
+    real = [False] * len(samples)
     if args.pairs:
         chosen = read_pairs(args.pairs, names=names(args.train_names if train else args.test_names))
-        found += [item for item in map(square, chosen) if item is not None]
-        real += [True] * (len(found) - len(real))
-    images, disparity, valid = (torch.stack(column) for column in zip(*found, strict=True))
+        samples += [item for item in map(square, chosen) if item is not None]
+        real += [True] * (len(samples) - len(real))
+    images, disparity, valid = (torch.stack(column) for column in zip(*samples, strict=True))
     if train:
         images, disparity, valid = (torch.cat([x, x.flip(-1)]) for x in (images, disparity, valid))
         real += real
@@ -125,11 +125,11 @@ def schedule(step: int, steps: int) -> float:
 
 
 def fit(decoder: nn.Module, data: Data, args: argparse.Namespace, seed: int, half: Path) -> list[float]:
-    """Train; the losses. Every decoder of a seed sees the same windows in the same order.
+    """Train and return the losses. Every decoder of a seed sees the same windows in the same order.
 
-    Where the time is up before the last step, what is there goes to the file `half`, and the next call goes on.
+    If the time is up before the last step, the state is saved in the file `half`, and the next call resumes from it.
     """
-    draw = torch.Generator().manual_seed(1000 + seed)
+    generator = torch.Generator().manual_seed(1000 + seed)
     objective = Objective(LossSettings(local_global=0.0, feature=0.0, anchor=0.05))
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=args.lr, weight_decay=0.01)
     losses: list[float] = []
@@ -137,20 +137,20 @@ def fit(decoder: nn.Module, data: Data, args: argparse.Namespace, seed: int, hal
         state = torch.load(half, weights_only=True)
         decoder.load_state_dict(state["decoder"])
         optimizer.load_state_dict(state["optimizer"])
-        draw.set_state(state["draw"])
+        generator.set_state(state["draw"])
         losses = state["losses"]
     decoder.train()
     for step in range(len(losses), args.steps):
         if time.monotonic() > args.until:
             state = {"decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-            torch.save(state | {"draw": draw.get_state()}, half)
+            torch.save(state | {"draw": generator.get_state()}, half)
             return losses
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps)
-        rows = torch.randint(len(data.disparity), (args.batch_size,), generator=draw)
-        corners = torch.randint(GRID - WINDOW + 1, (args.batch_size, 2), generator=draw)
-        given, labels = data.window(rows, corners)
-        pred = predict(decoder, given, WINDOW * PATCH)
+        rows = torch.randint(len(data.disparity), (args.batch_size,), generator=generator)
+        corners = torch.randint(GRID - WINDOW + 1, (args.batch_size, 2), generator=generator)
+        inputs, labels = data.window(rows, corners)
+        pred = predict(decoder, inputs, WINDOW * PATCH)
         loss = objective(pred, labels)[0].mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -170,13 +170,13 @@ def predict(decoder: nn.Module, given: list[tuple[Tensor, Tensor]], side: int) -
 def judge(decoder: nn.Module, data: Data) -> dict[str, float]:
     """AbsRel and delta1 on scenes and pairs, boundary F1 on scenes (dense truth), after a fit in disparity."""
     decoder.eval()
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     with torch.no_grad():
         for n in range(len(data.disparity)):
-            given = [(data.patches[i, n : n + 1].float(), data.cls[i, n : n + 1].float()) for i in range(4)]
-            pred, truth = predict(decoder, given, SIDE), data.disparity[n : n + 1]
+            inputs = [(data.patches[i, n : n + 1].float(), data.cls[i, n : n + 1].float()) for i in range(4)]
+            pred, truth = predict(decoder, inputs, SIDE), data.disparity[n : n + 1]
             valid = data.valid[n : n + 1] & (truth > 1 / FAR)
-            if not valid.any():  # a sparse truth, and none of it in the middle square
+            if not valid.any():  # a sparse truth without pixels in the centre square
                 continue
             aligned = apply_affine(pred, *fit_affine(pred, truth, valid))
             depth = 1 / aligned.clamp(1 / FAR, 1e3)
@@ -184,10 +184,10 @@ def judge(decoder: nn.Module, data: Data) -> dict[str, float]:
             lowest, highest = (1 / truth[valid].max()).item(), (1 / truth[valid].min()).item()
             metrics = all_metrics(depth.clamp(lowest, highest), 1 / truth.clamp(min=1 / FAR), valid)
             for key in ("abs_rel", "delta1"):
-                found.setdefault(f"{'real' if real else 'scenes'}_{key}", []).append(metrics[key].item())
+                scores.setdefault(f"{'real' if real else 'scenes'}_{key}", []).append(metrics[key].item())
             if not real:
-                found.setdefault("boundary_f1", []).append(boundary_f1(depth, 1 / truth.clamp(min=1 / FAR)).item())
-    return {key: statistics.mean(values) for key, values in found.items()}
+                scores.setdefault("boundary_f1", []).append(boundary_f1(depth, 1 / truth.clamp(min=1 / FAR)).item())
+    return {key: statistics.mean(values) for key, values in scores.items()}
 
 
 def held_out(learn: Data) -> tuple[Data, Data]:

@@ -1,4 +1,4 @@
-"""Every decoder as an ONNX file and as a program: seconds, and the difference from torch (which refuses a wrong one).
+"""Export of every decoder as ONNX and as a program: seconds, and the difference from torch (too large: an error).
 
 python -m tests.speed.export
 """
@@ -23,10 +23,10 @@ def main() -> None:
             traced = time.process_time()
             onnx = onnx_graph.write_onnx(student, Path(folder, "m.onnx"), program=program)
             written = time.process_time()
-            alone = export.write_program(student, Path(folder, "m.pt2"), program=program)
+            program_error = export.write_program(student, Path(folder, "m.pt2"), program=program)
             print(
                 f"{decoder:10} trace {traced - began:5.1f} s   onnx {written - traced:5.1f} s, off {onnx:.1g}   "
-                f"program {time.process_time() - written:5.1f} s, off {alone:.1g}",
+                f"program {time.process_time() - written:5.1f} s, off {program_error:.1g}",
                 flush=True,
             )
 

@@ -2,9 +2,9 @@
 
 python tests/speed/filter.py [SAMPLES] [PROCESSES] [SOURCE]
 
-First the whole, as wall and processor time have it. Then score by score, the least of its times on each map, which a
-busy machine spoils least; their sum says what a core would do alone. With a SOURCE of `distill filter` also what its
-samples cost end to end: read and decoded, then scored, at their own sizes.
+First all scores together, in wall and processor time. Then each score, as the minimum of its times on each map, which a
+busy machine affects least; their sum is the time of a core without other load. With a SOURCE of `distill filter` also
+the end-to-end cost of its samples: read and decoded, then scored, at their own sizes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def made(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def work(samples: int, with_image: bool, answers: multiprocessing.Queue) -> None:
     cv2.setNumThreads(1)
-    held = [made(seed) for seed in range(MAPS)]
+    examples = [made(seed) for seed in range(MAPS)]
     start, cpu = time.perf_counter(), time.process_time()
     for number in range(samples):
-        image, depth, valid = held[number % MAPS]
+        image, depth, valid = examples[number % MAPS]
         depth_scores(depth, valid)
         if with_image:
             image_scores(image, depth, valid, larger_is_nearer=False)
@@ -54,11 +54,11 @@ def work(samples: int, with_image: bool, answers: multiprocessing.Queue) -> None
 
 def whole(samples: int, processes: int, with_image: bool) -> str:
     answers: multiprocessing.Queue = multiprocessing.Queue()
-    crew = [multiprocessing.Process(target=work, args=(samples, with_image, answers)) for _ in range(processes)]
-    for one in crew:
-        one.start()
-    told = [answers.get() for _ in crew]
-    wall, cpu = max(w for w, _ in told), sum(c for _, c in told)
+    workers = [multiprocessing.Process(target=work, args=(samples, with_image, answers)) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    times = [answers.get() for _ in workers]
+    wall, cpu = max(w for w, _ in times), sum(c for _, c in times)
     return (
         f"{'every score' if with_image else 's_dist and s_grad'}: {processes * samples / wall:.0f} samples/s with "
         f"{processes} processes, {1e3 * cpu / samples / processes:.2f} ms of CPU each"
@@ -66,7 +66,7 @@ def whole(samples: int, processes: int, with_image: bool) -> str:
 
 
 class Watch:
-    """The least time of each step on each map, in ms."""
+    """The minimum time of each step on each map, in ms."""
 
     def __init__(self) -> None:
         self.least: dict[str, dict[int, float]] = {}
@@ -74,19 +74,19 @@ class Watch:
 
     def __call__(self, name: str, step: Callable[..., Any], *args: Any) -> Any:
         start = time.perf_counter()
-        found = step(*args)
+        result = step(*args)
         spent = 1e3 * (time.perf_counter() - start)
         times = self.least.setdefault(name, {})
         times[self.map] = min(times.get(self.map, spent), spent)
-        return found
+        return result
 
 
 def by_score(rounds: int) -> str:
-    """Every step of the two functions, in their order, so that each finds the caches as it does there."""
+    """Every step of the two functions, in their order, so that the processor's caches are as in real use."""
     cv2.setNumThreads(1)
-    held, watch = [made(seed) for seed in range(MAPS)], Watch()
+    examples, watch = [made(seed) for seed in range(MAPS)], Watch()
     for _ in range(rounds):
-        for watch.map, (image, depth, valid) in enumerate(held):
+        for watch.map, (image, depth, valid) in enumerate(examples):
             count = watch("valid", lambda valid=valid: int(np.count_nonzero(valid)))
             watch("s_dist", quality.distribution, depth, valid, count)
             slopes = watch("gradients", quality._slopes, depth, valid, count)
@@ -103,8 +103,8 @@ def by_score(rounds: int) -> str:
 
 
 def end_to_end(word: str, samples: int) -> str:
-    """What a sample of a source costs to read and to score in this process."""
-    from distill.app.filter_sources import open_sources  # noqa: PLC0415 - the rest needs no torch
+    """The cost of reading and of scoring a sample of a source in this process."""
+    from distill.app.filter_sources import open_sources  # noqa: PLC0415 - the other parts need no torch
 
     cv2.setNumThreads(1)
     [source] = open_sources([word], limit=samples)
@@ -112,12 +112,12 @@ def end_to_end(word: str, samples: int) -> str:
     pixels = []
     for number in range(len(source.names)):
         start = time.process_time()
-        one = source.load(number)
-        middle = time.process_time()
-        depth_scores(one.depth, one.valid)
-        image_scores(one.image, one.depth, one.valid, larger_is_nearer=one.nearer)
-        read, scored = read + middle - start, scored + time.process_time() - middle
-        pixels.append(one.depth.size)
+        sample = source.load(number)
+        loaded = time.process_time()
+        depth_scores(sample.depth, sample.valid)
+        image_scores(sample.image, sample.depth, sample.valid, larger_is_nearer=sample.nearer)
+        read, scored = read + loaded - start, scored + time.process_time() - loaded
+        pixels.append(sample.depth.size)
     count = len(source.names)
     return (
         f"{source.name}: {count} samples of {np.mean(pixels) / 1e6:.2f} Mpx, {1e3 * read / count:.1f} ms of CPU to "

@@ -1,12 +1,12 @@
-"""How fast labels are made: end to end against the bare teacher, and all but the teacher by stage and by threads.
+"""Labelling speed: end to end against the bare teacher, and everything but the teacher by stage and by threads.
 
     python -m tests.speed.labelling [TAR ...]                               # the embedded teacher at 560
     python -m tests.speed.labelling --teacher dav2-large --compile [TAR ...] # on a card: ViT-L, random weights, bf16
-    python -m tests.speed.labelling --no-teacher [TAR ...]                  # what can feed a fast teacher
+    python -m tests.speed.labelling --no-teacher [TAR ...]                  # how fast a teacher could be fed
 
 Without tars it makes one of noisy photographs of SA-1B's size. The bare teacher predicts the same crops in the same
-batches, ready in the device's memory, and keeps nothing. End to end is `label`, from tars to shards on the disk. Photos
-are repeated until there are enough; the first run of each warms up and compiles.
+batches, already in the device's memory, and discards the maps. End to end is `label`, from tars to shards on disk.
+Photos are repeated until there are enough; the first run of each warms up and compiles.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def make_tar(path: Path, count: int = 12) -> Path:
 
 
 def repeated(entries: Sequence[Entry], count: int, name: str) -> list[InputShard]:
-    """One shard of `count` entries, the given ones over and over under keys of their own."""
-    several = [dataclasses.replace(entries[i % len(entries)], key=f"{name}-{i}") for i in range(count)]
-    return [InputShard(name, "memory", partial(Scan, tuple(several)))]
+    """One shard of `count` entries: these entries repeated, with new keys."""
+    copies = [dataclasses.replace(entries[i % len(entries)], key=f"{name}-{i}") for i in range(count)]
+    return [InputShard(name, "memory", partial(Scan, tuple(copies)))]
 
 
 # --- teachers ---------------------------------------------------------------------------------------------------------
 
 
 def random_dav2_large(size: int) -> Any:
-    """Depth Anything V2 Large at full size with random weights, asked at the size that it is given."""
+    """Depth Anything V2 Large at full size with random weights, run at this input size."""
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config
 
     from distill.teachers import depth_anything_v2 as dav2
@@ -128,7 +128,7 @@ def clock() -> float:
 
 
 def bare(teacher: TeacherLike, crops: Tensor, batch: int, maps: int) -> float:
-    """Maps a second of crops (N,3,S,S) that are on the device already, nothing taken back."""
+    """Maps per second from crops (N,3,S,S) that are on the device already; the maps are not copied back."""
     with torch.no_grad():
         for _ in range(3):
             teacher.predict(crops[:batch])
@@ -139,20 +139,20 @@ def bare(teacher: TeacherLike, crops: Tensor, batch: int, maps: int) -> float:
 
 
 def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, device: torch.device) -> None:
-    """Prints the bare and the end-to-end rate, in turns, and their ratio."""
+    """Prints the bare and the end-to-end rate, measured alternately, and their ratio."""
     crops = CropSettings(size=given.size)
     jobs = [prepare(e.load(), crops=crops, seed=0, draw=0) for e in entries[:8]]
     ready = torch.cat([torch.cat([job.region[None], job.patches]) for job in jobs])
     ready = ready[: max(given.batch, 32)].to(device).float() / 255
-    ready = ready.contiguous(memory_format=torch.channels_last)  # as labelling sends them, so that one compile serves
-    each = np.mean([1 + len(job.patches) for job in jobs])
+    ready = ready.contiguous(memory_format=torch.channels_last)  # as in labelling, so that both compile once
+    per_photo = np.mean([1 + len(job.patches) for job in jobs])
     labels = LabelSettings(batch_size=given.batch, threads=given.threads, samples_per_part=10_000, codec=given.codec)
     ratios = []
     with tempfile.TemporaryDirectory() as temporary:
         for turn in range(given.turns + 1):
             count = given.photos if turn else max(8, given.photos // 8)
             shards = repeated(entries, count, f"turn{turn}")
-            alone = bare(teacher, ready, given.batch, given.batch * max(2, int(each * count) // given.batch))
+            rate = bare(teacher, ready, given.batch, given.batch * max(2, int(per_photo * count) // given.batch))
             start, processor = clock(), time.process_time()
             outcome = label(
                 shards,
@@ -163,23 +163,25 @@ def compare(teacher: Any, entries: list[Entry], given: argparse.Namespace, devic
                 device=device,
             )
             seconds, processor = clock() - start, time.process_time() - processor
-            made = each * outcome.images
+            maps = per_photo * outcome.images
             print(
-                f"{'warm-up' if not turn else f'turn {turn}'}: bare {alone:8.1f} maps/s; end to end "
-                f"{made / seconds:8.1f} maps/s, {outcome.images / seconds:6.2f} photos/s: "
-                f"{100 * made / seconds / alone:5.1f} %; {1e3 * processor / outcome.images:.0f} ms of processor a photo"
+                f"{'warm-up' if not turn else f'turn {turn}'}: bare {rate:8.1f} maps/s; end to end "
+                f"{maps / seconds:8.1f} maps/s, {outcome.images / seconds:6.2f} photos/s: "
+                f"{100 * maps / seconds / rate:5.1f} %; {1e3 * processor / outcome.images:.0f} ms of processor a photo"
             )
             if turn:
-                ratios.append(made / seconds / alone)
-        first, again = (verify_hash(Path(temporary) / "same", n, entries, teacher, crops, labels, device) for n in "ab")
-        print(f"labels of one part made twice: {'equal bytes' if first == again else 'other bytes'}")
+                ratios.append(maps / seconds / rate)
+        first, second = (
+            verify_hash(Path(temporary) / "same", n, entries, teacher, crops, labels, device) for n in "ab"
+        )
+        print(f"labels of one part made twice: {'equal bytes' if first == second else 'other bytes'}")
     print(f"median of {len(ratios)}: {100 * float(np.median(ratios)):.1f} % of the bare teacher")
 
 
 def verify_hash(
     folder: Path, name: str, entries: list[Entry], teacher: Any, crops: CropSettings, labels: LabelSettings, device: Any
 ) -> str:
-    """The sha256 of the one tar of a few photos' labels, in a folder of its own."""
+    """The sha256 of the single tar with a few photos' labels, written to a separate folder."""
     shards = repeated(entries, 4, "same")
     label(shards, [("teacher", teacher)], out=folder / name, crops=crops, labels=labels, device=device)
     return str(read_manifest(folder / name)["shards"][0]["sha256"])
@@ -197,7 +199,7 @@ def timed(name: str, work: Callable[[Any], Any], items: Sequence[Any]) -> list[A
 
 
 class FreeAsking:
-    """Codes that are there already: a map of the pocket's, cut to every crop's size."""
+    """Returns precomputed codes for every crop, of one map by the pocket model."""
 
     in_flight = 0
 
@@ -207,15 +209,15 @@ class FreeAsking:
     def __call__(
         self, name: str, teacher: TeacherLike, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
     ) -> Any:
-        one, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        ones, low = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         count = torch.tensor([self.codes.numel()])
-        maps = [CodedMaps(self.codes[None], low, one, count, self.codec, Kind.AFFINE_DISPARITY) for _ in crops]
+        maps = [CodedMaps(self.codes[None], low, ones, count, self.codec, Kind.AFFINE_DISPARITY) for _ in crops]
         return lambda: Answer(maps, Kind.AFFINE_DISPARITY, [0] * len(maps))
 
 
 @dataclasses.dataclass
 class Nobody:
-    """A teacher that is never asked."""
+    """A teacher whose `predict` must not be called."""
 
     card: Card = dataclasses.field(
         default_factory=lambda: Card(
@@ -234,7 +236,7 @@ def a_map(entry: Entry, crops: CropSettings) -> DepthMap:
 
 
 def feeding(entries: list[Entry], given: argparse.Namespace) -> None:
-    """Processor time by stage, then photos a second by threads, with codes that cost nothing."""
+    """Processor time by stage, then photos per second by threads, with codes that cost nothing."""
     crops = CropSettings(size=given.size)
     torch.set_num_threads(1)
     depth = a_map(entries[0], crops)
@@ -288,8 +290,8 @@ def main() -> None:
         if given.no_teacher:
             feeding(entries, given)
             return
-        asked = f"{given.teacher}, {given.dtype}, compile {given.compile}"
-        print(f"{asked}, batches of {given.batch}, {given.threads} threads")
+        description = f"{given.teacher}, {given.dtype}, compile {given.compile}"
+        print(f"{description}, batches of {given.batch}, {given.threads} threads")
         compare(load(given, device), entries, given, device)
 
 

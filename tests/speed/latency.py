@@ -1,7 +1,7 @@
-"""Milliseconds of each decoder on one image's features, eager and compiled into a CUDA graph, beside its FLOPs' share.
+"""Milliseconds of each decoder on one image's features, eager and compiled into a CUDA graph, relative to SDT.
 
     python -m tests.speed.latency --size 512 --encoder dinov3_vitl16      # on a card
-    python -m tests.speed.latency --size 256 --encoder dinov3_vits16      # on a CPU: eager alone
+    python -m tests.speed.latency --size 256 --encoder dinov3_vits16      # on a CPU: eager only
 
 Features are random; the median of 30 runs after a warm-up, synchronised, one image.
 """
@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--encoder", default="dinov3_vitl16", choices=CHANNELS)
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    channels, side = CHANNELS[given.encoder], given.size // 16
-    print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", given.encoder, given.size)
+    channels, side = CHANNELS[args.encoder], args.size // 16
+    print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", args.encoder, args.size)
     rows: dict[str, dict[str, float]] = {}
     for name in DECODERS:
         torch.manual_seed(0)
@@ -56,11 +56,11 @@ def main() -> None:
             if device.type == "cuda":
                 fast = torch.compile(decoder, mode="reduce-overhead", dynamic=False)
                 row["compiled, CUDA graph"] = milliseconds(lambda d=fast, f=features: d(f), device)
-    for how in rows["sdt"]:
+    for mode in rows["sdt"]:
         print(
-            how
+            mode
             + ": "
-            + ", ".join(f"{n} {r[how]:.3f} ms ({r[how] / rows['sdt'][how]:.2f} of SDT)" for n, r in rows.items())
+            + ", ".join(f"{n} {r[mode]:.3f} ms ({r[mode] / rows['sdt'][mode]:.2f} of SDT)" for n, r in rows.items())
         )
 
 

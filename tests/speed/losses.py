@@ -1,6 +1,6 @@
-"""What the losses cost beside the plain ways, forward and backward, and on a card whether their numbers are right.
+"""Cost of the losses against plain implementations, forward and backward; on a card also checks of their numbers.
 
-    python -m tests.speed.losses                    # 8 maps of 560 x 560; on a CPU in as many threads as torch takes
+    python -m tests.speed.losses                    # 8 maps of 560 x 560; on a CPU with torch's number of threads
     python -m tests.speed.losses --batch 4 --threads 1
     python -m tests.speed.losses --profile          # on a card: also the time of every kernel
     python -m tests.speed.losses --compile NAME     # on a card: NAME once, so that its kernels are in Triton's cache
@@ -8,19 +8,19 @@
     hybrid        distillation_loss(..., "hybrid")
     local, global the other normalizations
     gradient      gradient_loss(...)
-    nanmedians    hybrid as HDN's released code goes about it: a copy of prediction and label for each of the seven
-                  contexts, NaN outside it, one nanmedian along the copies, autograd through everything
+    nanmedians    hybrid as in HDN's released code: a copy of prediction and label for each of the seven contexts, NaN
+                  outside it, one nanmedian along the copies, autograd through everything
     plain global  median, mean deviation and L1 of the whole image with masked copies, autograd
     masked L1     the mean absolute difference, autograd
 
-On a CPU each variant runs in a process of its own: memory is the process's peak above what it held before the first
-call. Time is the least of several calls, after one that warms up; variants take turns, so that what else the machine
-does falls on all of them.
+On a CPU each variant runs in a separate process: memory is the process's peak above its use before the first call.
+Time is the minimum of several calls, after a warm-up; variants alternate, so that other load on the machine affects all
+of them.
 
 On a card more rows follow: options of hybrid, hybrid and gradient loss with shared statistics, the objective with nine
-patches an image, the log's statistics, and the torch code that the kernels replace. Columns: the card's time in eager
-mode and replayed from a CUDA graph (medians), the host's time to launch it, peak memory. Then the numbers: ours and the
-torch code's against the torch code in float64, and whether two runs gave the same bits. Kernels that fail raise.
+patches per image, the log's statistics, and the torch code that the kernels replace. Columns: the card's time in eager
+mode and replayed from a CUDA graph (medians), the host's launch time, peak memory. Then the numbers: the kernels' and
+the torch code's against the torch code in float64, and whether two runs gave the same bits. Kernels that fail raise.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LEVELS = (4, 2, 1)
 
 
 def example(batch: int, size: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Smooth labels with edges and a tenth of their pixels invalid, and a student that is nearly right."""
+    """Smooth labels with edges, a tenth of their pixels invalid, and a prediction with small errors."""
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 1, 24, 24, generator=draw)
     target = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")[:, 0]
@@ -118,10 +118,10 @@ def peak_mb() -> float:
 
 
 def serve(name: str, batch: int, size: int, threads: int) -> None:
-    """One variant, in its own process: times itself whenever a line comes in."""
+    """One variant, in its own process: runs and times it once per input line."""
     if threads:
         torch.set_num_threads(threads)
-    # Autograd's threads and first allocations belong to no variant.
+    # Exclude autograd's threads and first allocations from the variant's memory.
     torch.ones(8, requires_grad=True).square().sum().backward()
     loss, (pred, target, valid) = VARIANTS[name], example(batch, size, "cpu")
 
@@ -144,26 +144,26 @@ NO_GRAPH = ("nanmedians", "plain global", "objective")
 
 @contextlib.contextmanager
 def by_torch() -> Iterator[None]:
-    """The torch code does the kernels' work."""
-    wanted, fused.has_kernels = fused.has_kernels, lambda values: False
+    """Inside, the torch code is used instead of the kernels."""
+    original, fused.has_kernels = fused.has_kernels, lambda values: False
     yield
-    fused.has_kernels = wanted
+    fused.has_kernels = original
 
 
 def labels_of(target: Tensor, valid: Tensor, patches: int) -> Labels:
-    """The maps as labels of regions, with patches x patches of their size that overlap, by an eighth, what they see."""
+    """The maps as labels of regions, with patches x patches overlapping patches of 0.4 of the side, cut from them."""
     starts = [i * (1 - 0.4) / max(patches - 1, 1) for i in range(patches)]
     boxes = torch.tensor([[top, left, top + 0.4, left + 0.4] for top in starts for left in starts])
     boxes = boxes.to(target).expand(len(target), -1, -1).contiguous()
-    seen, _ = sample_boxes(target, boxes, target.shape[-1])
+    patch_values, _ = sample_boxes(target, boxes, target.shape[-1])
     inside, _ = sample_boxes(valid.float(), boxes, target.shape[-1])
     kind = Kind.AFFINE_DISPARITY
-    local = DepthMap(seen.flatten(0, 1), inside.flatten(0, 1) > 0.5, kind)
+    local = DepthMap(patch_values.flatten(0, 1), inside.flatten(0, 1) > 0.5, kind)
     return Labels(DepthMap(target, valid, kind), local, boxes)
 
 
 def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
-    """What is timed on a card, by name; each does its forward and backward pass."""
+    """The calls to time on a card, by name; each is a forward and a backward pass."""
     maps, weight = (target, valid), torch.rand_like(target)
     labels = labels_of(target, valid, 3)
 
@@ -171,8 +171,8 @@ def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
         return lambda: torch.autograd.grad(loss(pred, *maps).mean(), pred)
 
     def shared(p: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        seen = compare(p, t, v, "hybrid")
-        return seen.loss + 2.0 * gradient_loss(p, t, v, whole=seen.whole)
+        comparison = compare(p, t, v, "hybrid")
+        return comparison.loss + 2.0 * gradient_loss(p, t, v, whole=comparison.whole)
 
     def torch_code(loss: Callable[..., Tensor]) -> Case:
         def call() -> None:
@@ -185,24 +185,24 @@ def card_cases(pred: Tensor, target: Tensor, valid: Tensor) -> dict[str, Case]:
         return map_statistics(pred), map_statistics(target, valid)
 
     cases = {name: differentiated(loss) for name, loss in VARIANTS.items()}
-    more = {
+    card_only = {
         "hybrid, trimmed": lambda p, t, v: distillation_loss(p, t, v, "hybrid", trim_top=0.1),
         "hybrid, weighted": lambda p, t, v: distillation_loss(p, t, v, "hybrid", weight=weight),
         "hybrid, label only": lambda p, t, v: distillation_loss(p, t, v, "hybrid", label_only=True),
         "hybrid + gradient": shared,
         "objective": lambda p, t, v: Objective()(p, labels)[0],
     }
-    cases |= {name: differentiated(loss) for name, loss in more.items()} | {"log": for_the_log}
+    cases |= {name: differentiated(loss) for name, loss in card_only.items()} | {"log": for_the_log}
     return cases | {f"{n}, by torch": torch_code(VARIANTS[n]) for n in ("hybrid", "gradient")}
 
 
 def card_time(call: Case, repeats: int = 60) -> tuple[float, float, float]:
-    """Milliseconds of the card and of the host for one call, medians, and the peak memory above what is held, in MB."""
+    """Median milliseconds of the card and of the host for one call, and peak memory above that in use before, in MB."""
     for _ in range(5):
         call()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    held = torch.cuda.memory_allocated()
+    memory_before = torch.cuda.memory_allocated()
     marks, host = [], []
     for _ in range(repeats):
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -214,11 +214,11 @@ def card_time(call: Case, repeats: int = 60) -> tuple[float, float, float]:
         marks.append((first, last))
     torch.cuda.synchronize()
     card = statistics.median(first.elapsed_time(last) for first, last in marks)
-    return card, statistics.median(host), (torch.cuda.max_memory_allocated() - held) / 2**20
+    return card, statistics.median(host), (torch.cuda.max_memory_allocated() - memory_before) / 2**20
 
 
 def graph_time(call: Case, repeats: int = 60) -> float:
-    """Milliseconds of one replay from a CUDA graph, the median."""
+    """Median milliseconds of one replay from a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -231,7 +231,7 @@ def graph_time(call: Case, repeats: int = 60) -> float:
 
 
 def card_numbers(pred: Tensor, target: Tensor, valid: Tensor) -> None:
-    """Prints how far the kernels and the torch code are from the torch code in float64, and whether bits repeat."""
+    """Prints the errors of the kernels and of the torch code against float64, and whether two runs are bit-equal."""
     weight = torch.rand_like(target)
     options = [{}, {"trim_top": 0.1}, {"label_only": True}, {"weight": weight}]
     losses = {
@@ -251,14 +251,14 @@ def card_numbers(pred: Tensor, target: Tensor, valid: Tensor) -> None:
         truth, ours, again = run(torch.float64), run(torch.float32), run(torch.float32)
         with by_torch():
             plain = run(torch.float32)
-        far = [float((a - b).norm() / b.norm()) for way in (ours, plain) for a, b in zip(way, truth, strict=True)]
+        errors = [float((a - b).norm() / b.norm()) for out in (ours, plain) for a, b in zip(out, truth, strict=True)]
         same = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-        print(f"{name:24}{far[0]:11.1e}{far[1]:11.1e}          {far[2]:11.1e}{far[3]:11.1e}   "
+        print(f"{name:24}{errors[0]:11.1e}{errors[1]:11.1e}          {errors[2]:11.1e}{errors[3]:11.1e}   "
               f"{'equal bits' if same else 'DIFFER'}")  # fmt: skip
 
 
 def on_card(given: argparse.Namespace) -> None:
-    """Everything that a card can say, in one process."""
+    """All measurements on a card, in one process."""
     fused.raise_faults = True
     maps = example(given.batch, given.size, "cuda")
     cases = card_cases(*maps)
@@ -280,12 +280,12 @@ def on_card(given: argparse.Namespace) -> None:
     card_numbers(*maps)
     if given.profile:
         for name in ("hybrid", "gradient", "hybrid, trimmed"):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 for _ in range(10):
                     cases[name]()
                 torch.cuda.synchronize()
             print(f"\n{name}")
-            for event in sorted(seen.key_averages(), key=lambda e: -e.self_device_time_total)[:16]:
+            for event in sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)[:16]:
                 each, times = event.self_device_time_total / 10, event.count / 10
                 print(f"{each:9.1f} us a call, {times:4.1f} launches   {event.key[:90]}")
 
@@ -299,21 +299,21 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="on a card: the time of every kernel")
     parser.add_argument("--compile", metavar="NAME", help="on a card: run this row once and nothing else")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.serve:
-        serve(given.serve, given.batch, given.size, given.threads)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.batch, args.size, args.threads)
         return
     if torch.cuda.is_available():
-        on_card(given)
+        on_card(args)
         return
-    common = ["--batch", str(given.batch), "--size", str(given.size), "--threads", str(given.threads)]
+    common = ["--batch", str(args.batch), "--size", str(args.size), "--threads", str(args.threads)]
     workers, memory, seconds = {}, {}, {name: torch.inf for name in VARIANTS}
     for name in VARIANTS:
         command = [sys.executable, "-m", "tests.speed.losses", "--serve", name, *common]
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert worker.stdin and worker.stdout
         workers[name], memory[name] = worker, json.loads(worker.stdout.readline())
-    for _ in range(given.repeats):
+    for _ in range(args.repeats):
         for name, worker in workers.items():
             assert worker.stdin and worker.stdout
             worker.stdin.write("\n")
@@ -323,8 +323,8 @@ def main() -> None:
         assert worker.stdin
         worker.stdin.close()
         worker.wait()
-    threads = given.threads or torch.get_num_threads()
-    print(f"cpu, {threads} threads, {given.batch} maps of {given.size} x {given.size}, forward and backward")
+    threads = args.threads or torch.get_num_threads()
+    print(f"cpu, {threads} threads, {args.batch} maps of {args.size} x {args.size}, forward and backward")
     for name in VARIANTS:
         print(
             f"{name:14} {seconds[name] * 1e3:8.1f} ms  {memory[name]:7.1f} MB   "

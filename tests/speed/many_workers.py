@@ -2,18 +2,18 @@
 
     python -m tests.speed.many_workers [--photos-per-s 44 4.4] [--workers 1 8 64 128 256 512] [--fine-tail 1 4]
 
-SA-1B: 1000 tars of 11,186 photos, parts of 1000. A worker is killed after 2 h on average (exponential), with what it
-had of a part, and another machine starts 5 minutes later. Its rules are the code's: where it begins, what it takes
-next, how it watches leases, when it waits and leaves. Efficiency is the time spent on parts that were finished over the
-time that machines are held, from their start (loading the teachers) until they leave. Metadata operations on the disk
-are counted as the code makes them: a lease's heartbeat is two, a try of a held one four, a part begun and finished
-twenty, a listing one for a hundred names.
+SA-1B: 1000 tars of 11,186 photos, parts of 1000. A worker is killed after 2 h on average (exponential), losing its
+unfinished part, and another machine starts 5 minutes later. The rules are the code's: where a worker begins, which part
+it takes next, how it watches leases, when it waits and leaves. Efficiency is the time spent on finished parts divided
+by the time that machines are held, from their start (loading the teachers) until they leave. Metadata operations on the
+disk are counted as in the code: two for a lease's heartbeat, four to try a held one, twenty for a part begun and
+finished, one per hundred names of a listing.
 
-Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); how many maps
-a part has is drawn from the crop plans of PLANNED photos of 1500 x 2250, by the code that plans them; a scan of such a
-tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 % and
-of one machine from part to part by 5 % (one sigma), 30 s to start, 60 s for the manifest, 0.1 s to read another's note
-of a scan.
+Measured: 44 photos/s is Depth Anything V2 Large on an H100 (docs/results.md, 256 maps/s of 5.8 a photo); the number of
+maps of a part is drawn from the crop plans of PLANNED photos of 1500 x 2250, by the real planning code; a scan of such
+a tar takes 2.9 s of processor. Assumed: 4.4 photos/s for a diffusion teacher, speeds of machines that differ by 10 %
+and of one machine from part to part by 5 % (one sigma), 30 s to start, 60 s for the manifest, 0.1 s to read another
+worker's record of a scan.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPS = {"beat": 2, "try": 4, "part": 20, "look": 1}
 @functools.cache
 def maps_per_photo() -> list[int]:
     plans = (plan(1500, 2250, CropSettings(), key=f"sa_{i}") for i in range(PLANNED))
-    return [1 + len(one.patches) for one in plans]
+    return [1 + len(crop_plan.patches) for crop_plan in plans]
 
 
 @dataclass(slots=True)
@@ -50,9 +50,9 @@ class Part:
     tar: int
     images: int
     state: int = 0  # 0 free, 1 leased, 2 finished
-    when: float = 0.0  # it was finished
+    when: float = 0.0  # time at which it was finished
     claim: int = 0
-    ended: float = -1.0  # when its holder died
+    ended: float = -1.0  # time at which its holder died
 
 
 @dataclass(slots=True)
@@ -70,7 +70,7 @@ class Worker:
 
 
 class Run:
-    """One run of so many workers, event by event."""
+    """One simulated run with a number of workers, event by event."""
 
     def __init__(self, workers: int, photos_per_s: float, fine_tail: int, seed: int = 0) -> None:
         self.random = random.Random(seed)
@@ -135,7 +135,7 @@ class Run:
         worker.waits = False
 
     def take(self, worker: Worker, i: int) -> bool:
-        """As `_Worker._try`: a look, and a try of the lease, whose age is what this worker has seen of it."""
+        """As `_Worker._try`: looks, then tries the lease, whose age counts from when this worker first saw it."""
         part = self.parts[i]
         self.ops += OPS["look"]
         if part.state == 2:
@@ -216,8 +216,8 @@ class Run:
 
     def play(self) -> None:
         while self.events and (self.left or self.alive):
-            self.now, _, what = heapq.heappop(self.events)
-            what()
+            self.now, _, event = heapq.heappop(self.events)
+            event()
 
     def row(self) -> list[str]:
         traffic = (self.ops + self.beats) / self.end

@@ -1,4 +1,4 @@
-"""How much memory a pass takes at its highest: of the GPU where there is one, else of this process (Linux)."""
+"""Peak memory of a pass: of the GPU if there is one, else of this process (Linux)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def used() -> float:
 
 
 def forget_peak() -> None:
-    """From now on `peak` is of what comes."""
+    """Reset the peak: `peak` is from now on."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed and kept for later would count
+        ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned to the system would count
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> float:
-    """MiB in use at the highest since `forget_peak`."""
+    """Highest MiB in use since `forget_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return _status("VmHWM")

@@ -1,11 +1,11 @@
-"""What training from label shards costs on a card beside the bare step, and whether it gives the same bits twice.
+"""Cost of training from label shards on a card against the bare step, and whether two runs are bit-equal.
 
     python -m tests.speed.on_card [TAR ...]             # ViT-S students at 560, batches of 8, bf16
-    python -m tests.speed.on_card --tiny                # for a look, on a CPU too
+    python -m tests.speed.on_card --tiny                # a quick check, on a CPU too
 
-The bare step has the same batches on the device already, decoded, the same objective and the same fused AdamW, and
-waits for nothing. Ours is `train`: it reads shards in workers, sends, decodes, augments, clips, logs every 20 steps.
---cached: the same on stored features of the frozen encoder (train.cache_features), and what storing them costs.
+The bare step has the same batches, decoded and already on the device, the same objective and the same fused AdamW, and
+never waits. Ours is `train`: it reads shards in workers, sends, decodes, augments, clips, logs every 20 steps.
+--cached: the same on stored features of the frozen encoder (train.cache_features), and the cost of storing them.
 Then 20 steps are run twice from one seed, without and with train.deterministic, and their weights compared; the rate
 is that of the last 15.
 """
@@ -49,7 +49,7 @@ from distill.training.train import train
 from tests.speed.labelling import make_tar, repeated
 
 LARGE = 32
-"""Batches from here on are measured in 41 steps, with the first decoder and the first number of patches alone."""
+"""Batches of at least this size are measured in 41 steps, only with the first decoder and number of patches."""
 
 
 def clock(device: torch.device) -> float:
@@ -79,19 +79,19 @@ def student_of(decoder: str, given: argparse.Namespace, frozen: bool) -> student
 
 
 def bare(data: LabelDataset, student: Any, settings: TrainSettings, device: torch.device, steps: int) -> float:
-    """Seconds a step."""
+    """Seconds per step."""
     order = make_order(list(range(len(data))), data.sources, seed=0, weights=(), temperature=1.0)
     positions = MicroBatchPositions(
         order=order, batch_size=settings.batch_size, accumulate=1, process=0, processes=1, steps=4
     )
-    quiet = dataclasses.replace(settings, workers=0)
-    batches = list(stored_batches(data, positions, settings=quiet, device=device))
+    no_workers = dataclasses.replace(settings, workers=0)
+    batches = list(stored_batches(data, positions, settings=no_workers, device=device))
     student.to(device).train()
     if settings.freeze_encoder:
         student.encoder.eval()
     objective = Objective()
-    learnt = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-5, fused=device.type == "cuda")
+    trainable = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, fused=device.type == "cuda")
     start = 0.0
     for number, micro in zip(range(steps + 5), itertools.cycle(batches), strict=False):
         if number == 5:
@@ -106,7 +106,7 @@ def bare(data: LabelDataset, student: Any, settings: TrainSettings, device: torc
 
 
 def stored(data: LabelDataset, encoder: Any, device: torch.device, folder: Path) -> FeatureStore:
-    """The encoder's features of every region, as `distill train` stores them; its cost is printed."""
+    """Stores the encoder's features of every region as `distill train` does; prints the cost."""
     encoder.to(device).eval()
 
     @torch.no_grad()
@@ -115,9 +115,7 @@ def stored(data: LabelDataset, encoder: Any, device: torch.device, folder: Path)
             return list(encoder(images.to(device)))
 
     start = clock(device)
-    write_features(
-        folder, data.keys, lambda i: data.get(i, ()).image, encode, mirrored=True, facts={}
-    )  # both ways round
+    write_features(folder, data.keys, lambda i: data.get(i, ()).image, encode, mirrored=True, facts={})
     seconds, size = clock(device) - start, sum(path.stat().st_size for path in folder.glob("*.tar"))
     print(f"features: {1e3 * seconds / len(data):.0f} ms and {size / len(data) / 1e6:.1f} MB a region, stored once")
     return FeatureStore(folder)
@@ -130,26 +128,26 @@ def ours(
     device: torch.device,
     features: FeatureStore | None = None,
 ) -> tuple[float, float]:
-    """Seconds a step and the share of them spent waiting for data, between a line of the log and the last one.
+    """Seconds per step and the fraction spent waiting for data, from a certain line of the log to the last one.
 
-    From that line on all slots of the reading processes are page-locked, where there are as many steps.
+    That line is the first at which all slots of the workers are page-locked, if the run is long enough.
     """
-    seen: list[tuple[int, float, float]] = []
+    log_lines: list[tuple[int, float, float]] = []
 
     def report(done: int, total: int, **numbers: float) -> None:
-        seen.append((done, clock(device), numbers["data_wait"]))
+        log_lines.append((done, clock(device), numbers["data_wait"]))
 
     with tempfile.TemporaryDirectory() as folder:
-        more = {"save": _nothing, "report": report, "features": features}
-        train(student, data, Objective(), out=Path(folder), settings=settings, **more)
-    settled = [line for line in seen[:-1] if line[0] > SLOTS * settings.workers] or seen[:-1]
-    (first, start, _), (last, end, _) = settled[0], seen[-1]
-    return (end - start) / (last - first), statistics.mean(wait for done, _, wait in seen if done > first)
+        options = {"save": _nothing, "report": report, "features": features}
+        train(student, data, Objective(), out=Path(folder), settings=settings, **options)
+    settled = [line for line in log_lines[:-1] if line[0] > SLOTS * settings.workers] or log_lines[:-1]
+    (first, start, _), (last, end, _) = settled[0], log_lines[-1]
+    return (end - start) / (last - first), statistics.mean(wait for done, _, wait in log_lines if done > first)
 
 
 @contextlib.contextmanager
 def hosted(steps: int) -> Iterator[None]:
-    """Prints where the host of a training step spends its time, ms a step, and how many slots are page-locked."""
+    """Prints the host's time in the parts of a training step, in ms, and how many slots are page-locked."""
     spent: Counter[str] = Counter()
     slots: dict[int, bool] = {}
 
@@ -170,18 +168,18 @@ def hosted(steps: int) -> Iterator[None]:
         return owner, name, real
 
     watched = [(Handover, "take"), (Handover, "release"), (StoredBatch, "ready"), (step, "measure"), (step, "_learn")]
-    before = [timed(owner, name) for owner, name in [*watched, (torch.optim.AdamW, "step")]]
+    originals = [timed(owner, name) for owner, name in [*watched, (torch.optim.AdamW, "step")]]
     try:
         yield
     finally:
-        for owner, name, real in before:
+        for owner, name, real in originals:
             setattr(owner, name, real)
     parts = ", ".join(f"{name} {1e3 * seconds / steps:.1f}" for name, seconds in spent.items())
     print(f"the host, ms a step: {parts}; {sum(slots.values())} of {len(slots)} slots page-locked", flush=True)
 
 
 def fed(data: LabelDataset, settings: TrainSettings, device: torch.device, batches: int = 40) -> float:
-    """Seconds a batch where nothing is learnt from it: what the workers and the way to the card can do."""
+    """Seconds per batch without training: the speed of the workers and of the transfer to the card."""
     order = make_order(list(range(len(data))), data.sources, seed=0, weights=(), temperature=1.0)
     total = batches + 2 * max(1, settings.workers)
     positions = MicroBatchPositions(
@@ -195,7 +193,7 @@ def fed(data: LabelDataset, settings: TrainSettings, device: torch.device, batch
 
 
 def profiled(data: LabelDataset, student: Any, settings: TrainSettings) -> None:
-    """Prints, of 40 steps with one line of the log: the lines of code that wait for the card, and its kernels."""
+    """Prints for 40 steps with one log line: the lines of code that wait for the card, and the card's kernels."""
     settings = dataclasses.replace(settings, steps=40, log_every=40)
     torch.cuda.set_sync_debug_mode("warn")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
@@ -206,9 +204,9 @@ def profiled(data: LabelDataset, student: Any, settings: TrainSettings) -> None:
     print(f"waits for the card in {settings.steps} steps:")
     print("\n".join(f"{times:6d}  {place}" for place, times in waits.most_common(12)))
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(activities=activities) as seen:
+    with tempfile.TemporaryDirectory() as folder, torch.profiler.profile(activities=activities) as profile:
         train(student, data, Objective(), out=Path(folder), settings=settings, save=_nothing)
-    events = seen.key_averages()
+    events = profile.key_averages()
     on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     print(f"the card works {sum(e.self_device_time_total for e in on_device) / settings.steps / 1e3:.1f} ms a step:")
     for event in sorted(on_device, key=lambda e: -e.self_device_time_total)[:22]:
@@ -225,8 +223,8 @@ def _nothing(model: Any, place: Path, card: Any) -> None:
 
 
 def twice(data: LabelDataset, settings: TrainSettings, given: argparse.Namespace, device: torch.device) -> float:
-    """Prints the largest difference of weights between two runs of one seed; the faster one's seconds a step."""
-    ends, rates = [], []
+    """Prints the largest difference of weights between two runs of one seed; returns the faster one's s per step."""
+    ends, seconds = [], []
     for _ in range(2):
         student, seen = student_of("sdt_fast", given, frozen=False), []
 
@@ -234,30 +232,30 @@ def twice(data: LabelDataset, settings: TrainSettings, given: argparse.Namespace
             seen.append((done, clock(device)))
 
         with tempfile.TemporaryDirectory() as folder:
-            more = {"save": _nothing, "report": report}
-            train(student, data, Objective(), out=Path(folder), settings=settings, **more)
+            options = {"save": _nothing, "report": report}
+            train(student, data, Objective(), out=Path(folder), settings=settings, **options)
         (first, start), (last, end) = seen[0], seen[-1]
-        rates.append((end - start) / (last - first))
+        seconds.append((end - start) / (last - first))
         ends.append(torch.cat([p.detach().flatten().cpu() for p in student.parameters()]))
-    off = float((ends[0] - ends[1]).abs().max())
-    what = f"two runs of {settings.steps} steps differ by {off:.2g}"
-    print(f"deterministic {settings.deterministic}: {what}; {1e3 * min(rates):.1f} ms a step")
-    return min(rates)
+    difference = float((ends[0] - ends[1]).abs().max())
+    result = f"two runs of {settings.steps} steps differ by {difference:.2g}"
+    print(f"deterministic {settings.deterministic}: {result}; {1e3 * min(seconds):.1f} ms a step")
+    return min(seconds)
 
 
 def measure(
     data: LabelDataset, decoder: str, settings: TrainSettings, given: argparse.Namespace, device: torch.device
 ) -> None:
-    """Prints one row: the bare step, ours, and the data alone."""
-    feed = fed(data, settings, device, 40 if settings.batch_size < LARGE else 8)
-    alone = bare(data, student_of(decoder, given, True), settings, device, settings.steps)
+    """Prints one row: the bare step, ours, and data loading bare_s."""
+    data_s = fed(data, settings, device, 40 if settings.batch_size < LARGE else 8)
+    bare_s = bare(data, student_of(decoder, given, True), settings, device, settings.steps)
     with hosted(settings.steps):
-        here, wait = ours(data, student_of(decoder, given, True), settings, device)
+        full, wait = ours(data, student_of(decoder, given, True), settings, device)
     print(
         f"{given.encoder}, frozen, + {decoder}, batches of {settings.batch_size}, {settings.patches_per_step or 'all'} "
-        f"patches, {given.workers} workers: bare {1e3 * alone:.1f} ms, train {1e3 * here:.1f} ms "
-        f"({settings.batch_size / here:.1f} images/s), ratio {here / alone:.3f}, data wait {100 * wait:.1f} %; data "
-        f"alone {1e3 * feed:.1f} ms",
+        f"patches, {given.workers} workers: bare {1e3 * bare_s:.1f} ms, train {1e3 * full:.1f} ms "
+        f"({settings.batch_size / full:.1f} images/s), ratio {full / bare_s:.3f}, data wait {100 * wait:.1f} %; data "
+        f"alone {1e3 * data_s:.1f} ms",
         flush=True,
     )
     if given.profile and device.type == "cuda":
@@ -311,19 +309,19 @@ def main() -> None:
             workers=given.workers,
         )
         for size, patches, decoder in itertools.product(given.batch_sizes, given.patches_per_step, given.decoders):
-            how = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
+            row_settings = dataclasses.replace(settings, batch_size=size, patches_per_step=patches)
             if size < LARGE:
-                measure(data, decoder, how, given, device)
+                measure(data, decoder, row_settings, given, device)
             elif (patches, decoder) == (given.patches_per_step[0], given.decoders[0]):
-                measure(data, decoder, dataclasses.replace(how, steps=41), given, device)
+                measure(data, decoder, dataclasses.replace(row_settings, steps=41), given, device)
         settings = dataclasses.replace(settings, batch_size=given.batch_sizes[0])
         if given.cached:
             features = stored(data, student_of("sdt_fast", given, True).encoder, device, Path(temporary) / "features")
             for decoder in given.decoders:
                 cached = dataclasses.replace(settings, cache_features=True)
-                here, wait = ours(data, student_of(decoder, given, True), cached, device, features)
+                took, wait = ours(data, student_of(decoder, given, True), cached, device, features)
                 print(
-                    f"{decoder} on stored features: train {1e3 * here:.1f} ms, data wait {100 * wait:.1f} %", flush=True
+                    f"{decoder} on stored features: train {1e3 * took:.1f} ms, data wait {100 * wait:.1f} %", flush=True
                 )
         if not given.no_twice:
             short = dataclasses.replace(settings, steps=20, freeze_encoder=False, log_every=5)

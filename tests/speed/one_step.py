@@ -1,11 +1,11 @@
-"""What a training step of a one-step UNet costs beside the bare loop, and what the cache of VAE latents saves.
+"""Cost of a one-step UNet's training step against the bare loop, and the savings by the cache of VAE latents.
 
     python -m tests.speed.one_step                    # a fifth of Stable Diffusion's width, 256 pixels
-    python -m tests.speed.one_step --tiny --steps 4   # for a look
+    python -m tests.speed.one_step --tiny --steps 4   # a quick check
 
-The bare loop has latents in memory and does FiffDepth's passes, losses and AdamW alone. Ours reads images and labels,
-encodes them or finds their latents on the disk, draws, clips, logs and reports. Printed: seconds a step of each, and
-the ratios; CPU time on a CPU, for a busy machine spoils wall time.
+The bare loop has latents in memory and does only FiffDepth's passes, losses and AdamW. Ours reads images and labels,
+encodes them or reads their latents from disk, draws, clips, logs and reports. Printed: seconds per step of each, and
+the ratios; CPU time on a CPU, since wall time is unreliable on a busy machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ASKED = _latent_student.Asked(teacher="fiffdepth", kind=Kind.AFFINE_DEPTH)
 
 
 class Regions:
-    """Noise with a map; every second region has ground truth, the others a network's disparity."""
+    """Noise images with maps: ground truth for every second region, a network's disparity for the others."""
 
     def __init__(self, count: int, size: int) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -80,14 +80,14 @@ def main() -> None:
         print(f"bare loop {bare:.3f} s a step ({args.batch} images of {size} pixels, {device.type})")
         task_cache = LatentCache(root / "latents", {"v": 1})
         for label, cache in (("encoding", None), ("filling the cache", task_cache), ("cached", task_cache)):
-            took = ours(root, label, data, args.batch, args.steps, cache, clock)
-            print(f"train, {label}: {took:.3f} s a step, {took / bare:.2f} of the bare loop", flush=True)
+            seconds = ours(root, label, data, args.batch, args.steps, cache, clock)
+            print(f"train, {label}: {seconds:.3f} s a step, {seconds / bare:.2f} of the bare loop", flush=True)
 
 
 def bare_loop(
     base: str, data: Regions, batch: int, steps: int, device: torch.device, clock: Callable[[], float]
 ) -> float:
-    """Seconds of a step of FiffDepth's passes on latents at hand."""
+    """Seconds per step of FiffDepth's passes on latents in memory."""
     student = _latent_student.begin(base, ASKED).to(device)
     half = batch // 2
     image = student.encode(data.images[:batch].to(device))
@@ -97,31 +97,31 @@ def bare_loop(
     optimizer = torch.optim.AdamW(student.parameters(), 1e-5)
     took = 0.0
     for step in range(steps + 1):
-        begun = clock()
+        start = clock()
         levels = torch.randint(1, 1000, (half,), device=device)
         noise, alphas = torch.randn_like(image[:half]), student.alphas.to(device)[levels]
         mixed = 0.5 * image[:half] + 0.5 * target[:half]
         inputs = torch.cat([image, maths.add_noise(mixed, noise, alphas)])
         out = student(inputs, torch.cat([torch.zeros_like(levels).repeat(2), levels]))
         filtered = student(out[half:batch], torch.full((half,), -1, device=device))
-        found = torch.cat([out[:half], filtered])
-        loss = maths.latent_distance(found, target, inside, squared=False).mean()
-        loss = loss + 0.5 * maths.latent_gradient(found, target, inside, scales=1).mean()
-        wanted = maths.velocity(mixed, noise, alphas)
-        loss = loss + 0.2 * maths.latent_distance(out[batch:], wanted, inside[:half], squared=True).mean()
+        predicted = torch.cat([out[:half], filtered])
+        loss = maths.latent_distance(predicted, target, inside, squared=False).mean()
+        loss = loss + 0.5 * maths.latent_gradient(predicted, target, inside, scales=1).mean()
+        true_velocity = maths.velocity(mixed, noise, alphas)
+        loss = loss + 0.2 * maths.latent_distance(out[batch:], true_velocity, inside[:half], squared=True).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        took += clock() - begun if step else 0.0  # the first one warms up
+        took += clock() - start if step else 0.0  # the first step is a warm-up
     return took / steps
 
 
 def ours(
     root: Path, label: str, data: Regions, batch: int, steps: int, cache: LatentCache | None, clock: Callable[[], float]
 ) -> float:
-    """Seconds of a step of a run, without its first one and its last, which saves."""
+    """Seconds per step of a run, without its first step and its last, which saves."""
     student = _latent_student.begin(str(root / "base"), ASKED)
     settings = TrainSettings(
         steps=steps + 2, batch_size=batch, warmup_steps=1, workers=0, val_fraction=0.0, eval_every=0, save_every=0,

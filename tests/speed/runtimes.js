@@ -1,4 +1,4 @@
-// node runtimes.js FOLDER NODE_MODULES CASES ONLY CHROMIUM: see runtimes.py, which calls it and compares what it writes.
+// node runtimes.js FOLDER NODE_MODULES CASES ONLY CHROMIUM: see runtimes.py, which calls it and compares its outputs.
 "use strict";
 const fs = require("fs"), http = require("http"), path = require("path");
 const [folder, modules, work, only, chromium] = process.argv.slice(2);

@@ -1,11 +1,11 @@
-"""An exported student in runtimes that are not Python's: onnxruntime-node, and headless Chromium by wasm and WebGPU.
+"""An exported student in runtimes outside Python: onnxruntime-node, and headless Chromium with wasm and WebGPU.
 
 npm install --ignore-scripts onnxruntime-node onnxruntime-web playwright-core
 python -m tests.speed.runtimes FOLDER NODE_MODULES [--chromium /usr/bin/chromium] [--only webgpu]
 
-FOLDER is what `distill export STUDENT FOLDER --browser` wrote. Two images go through the network in Node, and through
-the page itself; each map is compared with `distill predict`'s. It prints the mean difference in deviations of the map,
-and the milliseconds of the second run. A runtime that is not there is said and left out.
+FOLDER is the output of `distill export STUDENT FOLDER --browser`. Two images go through the network in Node, and
+through the page itself; each map is compared with `distill predict`'s. It prints the mean difference in deviations of
+the map, and the milliseconds of the second run. A missing runtime is reported and skipped.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def main() -> None:
             cases.append({"case": i, "height": height, "width": width, "rows": size[0], "columns": size[1]})
             with torch.no_grad():
                 expected["node", i] = student(images)[0].numpy()
-                whole = onnx_graph.at_native(student, student, photo).numpy()
-            expected["wasm", i] = expected["webgpu", i] = whole
+                page_map = onnx_graph.at_native(student, student, photo).numpy()
+            expected["wasm", i] = expected["webgpu", i] = page_map
         Path(folder, "cases.json").write_text(json.dumps(cases))
         command = ["node", SCRIPT, args.folder.resolve(), args.node_modules.resolve(), folder, args.only, args.chromium]
         subprocess.run([str(word) for word in command], check=True)
@@ -59,8 +59,8 @@ def main() -> None:
                 path = Path(folder, f"{case['case']}.{runtime}")
                 if path.is_file():
                     truth = expected[runtime, case["case"]]
-                    found = np.frombuffer(path.read_bytes(), np.float32).reshape(truth.shape)
-                    off = np.abs(found - truth).mean() / truth.std()
+                    result = np.frombuffer(path.read_bytes(), np.float32).reshape(truth.shape)
+                    off = np.abs(result - truth).mean() / truth.std()
                     print(f"{runtime:7} {case['height']} x {case['width']}: off {off:.2g} of the map's deviation")
 
 

@@ -1,8 +1,8 @@
 """Views per minute that distill.data.scenes renders: python tests/speed/scenes.py [COUNT] [--size 224 224]
 
-In torch, by compiled loops, and on a GPU where there is one, in turns, with the same bits; then by 1, 2, 4, ...
-threads of one process, as labelling has them. Of a compiled view also the share that its loops over pixels take, which
-is what a GPU takes over.
+In torch, by compiled loops, and on a GPU if there is one, alternately, and checks that the bits are equal; then with 1,
+2, 4, ... threads of one process, as in labelling. For compiled views also the share of time in the loops over pixels,
+which is the part that a GPU takes over.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def since(started: tuple[float, float]) -> tuple[float, float]:
 
 
 def by(path: str) -> AbstractContextManager[None]:
-    """Inside it this path renders; a GPU that gives other bits, or cannot, raises."""
+    """A context in which this path renders; a GPU that fails or gives different bits raises."""
     backends.cpu_path = lambda: reference.light_up if path == "torch" else CHOSEN  # type: ignore[assignment]
     if path != "gpu":
         return nullcontext()
@@ -47,8 +47,8 @@ def by(path: str) -> AbstractContextManager[None]:
 
 
 def loops(count: int, size: tuple[int, int]) -> float:
-    """The share of a compiled view's processor time that passes in the loops over its pixels."""
-    from distill.data.scenes import fused  # wants numba
+    """The share of a compiled view's processor time that is spent in the loops over its pixels."""
+    from distill.data.scenes import fused  # needs numba
 
     inside, kernels = 0.0, {name: getattr(fused, name) for name in ("first_hit", "shade", "sky")}
 
@@ -73,10 +73,10 @@ def loops(count: int, size: tuple[int, int]) -> float:
 
 
 def in_turns(paths: list[str], count: int, size: tuple[int, int]) -> dict[str, float]:
-    """Processor seconds of a view by path, printed with its wall seconds."""
+    """Processor seconds per view by path; prints them with the wall seconds."""
     views: dict[str, scenes.View] = {}
     spent = dict.fromkeys(paths, (0.0, 0.0))
-    for index in range(count):  # in turns, so that whatever else the machine does falls on all
+    for index in range(count):  # alternately, so that other load on the machine affects all
         for path in paths:
             with by(path):
                 started = clock()
@@ -94,16 +94,16 @@ def in_turns(paths: list[str], count: int, size: tuple[int, int]) -> dict[str, f
 
 
 def together(path: str, count: int, size: tuple[int, int]) -> None:
-    """Views per minute of so many threads."""
-    cores, threads, told = os.cpu_count() or 1, 1, []
+    """Prints views per minute by number of threads."""
+    cores, threads, results = os.cpu_count() or 1, 1, []
     while threads <= min(16, cores):
         with by(path), ThreadPoolExecutor(threads) as pool:
             started = clock()
             list(pool.map(lambda seed: scenes.render_uncached(seed, size=size), range(SEED, SEED + count * threads)))
             wall, cpu = since(started)
-        told.append(f"{threads}: {count * threads * 60 / wall:.0f} ({cpu / count / threads:.3f} s CPU each)")
+        results.append(f"{threads}: {count * threads * 60 / wall:.0f} ({cpu / count / threads:.3f} s CPU each)")
         threads *= 2
-    print(f"{path}, views a minute by threads: {', '.join(told)}")
+    print(f"{path}, views a minute by threads: {', '.join(results)}")
 
 
 def main(count: int, size: tuple[int, int]) -> None:

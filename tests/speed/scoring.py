@@ -1,14 +1,14 @@
-"""Scoring time per map, against the published evaluation written plainly from its description.
+"""Scoring time per map, against a plain implementation of the published evaluation from its description.
 
     OMP_NUM_THREADS=1 python -m tests.speed.scoring [--repeats 5] [--files 4]
 
-The plain version does what the description says in the order in which it says it: a float32 lstsq over the masked
-pixels, the aligned map, two clips, and ten metrics that each walk the whole map. Both versions start from arrays in
-memory and run on one thread; runs are interleaved, and the best processor time of each is kept. Prints a row per map
-size: seconds plain, seconds here, the ratio, and the largest relative difference of the ten numbers.
+The plain version follows the description step by step: a float32 lstsq over the masked pixels, the aligned map, two
+clips, and ten metrics that each pass over the whole map. Both versions start from arrays in memory and run on one
+thread; runs are interleaved, and the best processor time of each is kept. Prints a row per map size: seconds plain,
+seconds here, the ratio, and the largest relative difference of the ten numbers.
 
 --files N: N ETH3D maps of 24 megapixels as files instead (raw float32 truths, .npy predictions): wall time per map with
-reading, plain one after the other against `distill score`'s own way on two workers, and the most memory of either.
+reading, plain one after the other against `distill score` on two workers, and the peak memory of each.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PROTOCOL = Protocol(
     mask_range=False,
 )
 # Name, height, width, valid fraction, columns of the fit, and the seconds that the published functions themselves took
-# on a machine of this kind (2 cores, 1 thread, depth alignment): the plain version below is a faster opponent.
+# on a machine of this kind (2 cores, 1 thread, depth alignment): the plain version below is a faster baseline.
 CASES = [
     ("KITTI 352x1216, 5% valid", 352, 1216, 0.05, None, 0.028),
     ("KITTI 352x1216, 90% valid", 352, 1216, 0.9, None, 0.052),
@@ -125,7 +125,7 @@ def scene(height: int, width: int, fraction: float) -> tuple[np.ndarray, np.ndar
 
 
 def write_files(folder: Path, count: int) -> None:
-    """A root, a list and predictions as ETH3D has them."""
+    """Write a data root, a list and predictions in ETH3D's layout."""
     truth, valid, depth, _ = scene(eth3d.HEIGHT, eth3d.WIDTH, 0.6)
     rows = []
     for i in range(count):
@@ -140,7 +140,7 @@ def write_files(folder: Path, count: int) -> None:
 
 
 def plain_files(folder: Path) -> list[float]:
-    """AbsRel of every image, read and scored one after the other."""
+    """AbsRel of every image, read and scored sequentially."""
     values = []
     for row in (folder / "list.txt").read_text().splitlines():
         rgb, stored = row.split()
@@ -153,14 +153,14 @@ def plain_files(folder: Path) -> list[float]:
 
 
 def own_files(folder: Path) -> list[float]:
-    """The same by distill.eval.score."""
+    """AbsRel of every image by distill.eval.score."""
     protocol = replace(eth3d.PROTOCOL, min_depth=PROTOCOL.min_depth, max_depth=PROTOCOL.max_depth, mask_range=True)
-    got = score(folder / "pred", "affine_depth", eth3d.samples(folder, folder / "list.txt"), protocol, workers=2)
-    return [image.metrics["abs_rel"] for image in got.images if image.metrics]
+    result = score(folder / "pred", "affine_depth", eth3d.samples(folder, folder / "list.txt"), protocol, workers=2)
+    return [image.metrics["abs_rel"] for image in result.images if image.metrics]
 
 
 def alone(work: Callable[[Path], list[float]], folder: Path, answers: multiprocessing.Queue) -> None:
-    """Run in a process of its own: seconds, processor seconds, memory over the imports in MB, values."""
+    """Run in a separate process: seconds, processor seconds, MB of memory beyond the imports, values."""
     torch.set_num_threads(1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, busy = time.perf_counter(), time.process_time()
@@ -171,16 +171,19 @@ def alone(work: Callable[[Path], list[float]], folder: Path, answers: multiproce
 
 def from_files(count: int) -> None:
     context = multiprocessing.get_context("spawn")
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as name:
         write_files(Path(name), count)
         for work in (plain_files, own_files, plain_files, own_files):  # the first of each also warms the file cache
             answers = context.Queue()
             process = context.Process(target=alone, args=(work, Path(name), answers))
             process.start()
-            found[work.__name__] = answers.get()
+            results[work.__name__] = answers.get()
             process.join()
-    (plain_s, plain_cpu, plain_mb, expected), (own_s, own_cpu, own_mb, got) = found["plain_files"], found["own_files"]
+    (plain_s, plain_cpu, plain_mb, expected), (own_s, own_cpu, own_mb, got) = (
+        results["plain_files"],
+        results["own_files"],
+    )
     worst = max(abs(a - b) / b for a, b in zip(got, expected, strict=True))
     print(
         f"{count} ETH3D maps from files, affine depth: plain {plain_s / count:.2f} s a map, {plain_mb:,.0f} MB at most"

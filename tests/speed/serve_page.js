@@ -1,9 +1,9 @@
-// The page of `distill serve` as a visitor has it, in headless Chromium: upload, slider, colours, downloads; on a phone, too.
+// The page of `distill serve` as a visitor uses it, in headless Chromium: upload, slider, colours, downloads; also at a phone's width.
 //
 // npm install --ignore-scripts playwright-core; distill serve --port 7860 &
 // node tests/speed/serve_page.js http://127.0.0.1:7860 PHOTO OUT NODE_MODULES [CHROMIUM]
 //
-// Writes screenshots and the downloads to OUT, prints what the page said, and ends in 1 where a step fails.
+// Writes screenshots and the downloads to OUT, prints the page's messages, and exits with 1 if a step fails.
 "use strict";
 const fs = require("fs"), path = require("path");
 const [address, photo, out, modules, executablePath = "/usr/bin/chromium"] = process.argv.slice(2);

@@ -1,12 +1,12 @@
-"""Images per second and peak memory of every teacher, against the plain official way: one image at a time, float32.
+"""Images per second and peak memory of every teacher, against plain official use: one image at a time, float32.
 
     python tests/speed/teachers.py [--only depth_anything_v2 marigold] [--images 4] [--rounds 3] [--device cuda]
 
-Each variant runs in a process of its own, so that its memory is its own, and takes turns there with the plain way, so
-that a busy machine slows both. On a CPU one thread works and processor time is counted. Networks have random weights:
+Each variant runs in a separate process, so that its memory can be measured, and alternates there with plain use, so
+that other load slows both. On a CPU one thread is used and processor time is counted. Networks have random weights:
 Depth Anything V2 and 3 in the size of a ViT-S, the others small ones of the same shape (no claim about their published
-sizes). Images are label crops that need no resizing. Prints images/s, how many times the plain way that is, peak memory
-beyond what loading took, and how far the maps move (in deviations of the plain map).
+sizes). Images are label crops that need no resizing. Prints images/s, their ratio to plain use, peak memory beyond that
+after loading, and the mean change of the maps (in deviations of the plain map).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 from distill.core.plugins import find  # noqa: E402
 from tests import tiny_teachers as tiny  # noqa: E402
 
-# Sides: what the authors feed on an accelerator, about half of it on a CPU.
+# Input sides: the authors' on an accelerator, about half of it on a CPU.
 SIZES = {"depth_anything_v2": (518, 252), "depth_anything_3": (504, 252), "midas": (384, 192), "checkpoint": (448, 224)}
 OTHERS = (512, 128)
 VARIANTS = ["plain", "batch", "bfloat16", "float16", "channels_last", "compile", "batch+bfloat16", "batch+slicing"]
@@ -38,7 +38,7 @@ TEACHERS = ["depth_anything_v2", "depth_anything_3", "midas", *DIFFUSION, "check
 
 
 def write(name: str, folder: Path) -> tuple[str, dict[str, object]]:
-    """A random checkpoint; ViT-S size where the network is a ViT."""
+    """Write a random checkpoint, of ViT-S size where the network is a ViT; returns its path and load options."""
     if name == "depth_anything_v2":
         return tiny.depth_anything_v2_small(folder), {"resize": "none"}
     if name == "depth_anything_3":
@@ -52,26 +52,26 @@ def write(name: str, folder: Path) -> tuple[str, dict[str, object]]:
 
 
 def modules(teacher: object) -> list[tuple[object, str, torch.nn.Module]]:
-    """(owner, attribute, network) of everything in a teacher that runs."""
-    found = []
+    """(owner, attribute, network) of every network in a teacher."""
+    networks = []
     for owner in (teacher, getattr(teacher, "parts", None)):
         names = getattr(owner, "__dataclass_fields__", None) or getattr(owner, "__dict__", {})
-        found += [(owner, n, getattr(owner, n)) for n in names if isinstance(getattr(owner, n), torch.nn.Module)]
-    return found
+        networks += [(owner, n, getattr(owner, n)) for n in names if isinstance(getattr(owner, n), torch.nn.Module)]
+    return networks
 
 
 def load(name: str, variant: str, folder: Path, device: str) -> Any:
     """The teacher of one variant."""
-    asked = variant.split("+")
-    dtype = next((getattr(torch, a) for a in asked if a in ("bfloat16", "float16")), torch.float32)
+    features = variant.split("+")
+    dtype = next((getattr(torch, a) for a in features if a in ("bfloat16", "float16")), torch.float32)
     weights, options = json.loads((folder / "written.json").read_text())
     teacher = find("distill.teachers", name).Teacher.load(weights, device=device, dtype=dtype, **options)
     for owner, attribute, network in modules(teacher):
-        if "channels_last" in asked:
+        if "channels_last" in features:
             network.to(memory_format=torch.channels_last)
-        if "compile" in asked:
+        if "compile" in features:
             object.__setattr__(owner, attribute, torch.compile(network))
-        if "slicing" in asked and hasattr(network, "enable_slicing"):
+        if "slicing" in features and hasattr(network, "enable_slicing"):
             network.enable_slicing()
     return teacher
 
@@ -81,13 +81,13 @@ def once(teacher: Any, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, fl
     clock = time.perf_counter if batch.device.type == "cuda" else time.process_time
     begun, maps = clock(), []
     for start in range(0, len(batch), step):
-        more = {"keys": [f"k{i}" for i in range(start, min(start + step, len(batch)))]} if teacher.card.seeded else {}
-        maps.append(teacher.predict(batch[start : start + step], **more).to("cpu").values)
+        keys = {"keys": [f"k{i}" for i in range(start, min(start + step, len(batch)))]} if teacher.card.seeded else {}
+        maps.append(teacher.predict(batch[start : start + step], **keys).to("cpu").values)
     return torch.cat(maps), clock() - begun
 
 
 def run(name: str, variant: str, folder: Path, images: int, rounds: int, device: str) -> dict[str, float]:
-    """One variant and the plain way in turns, measured here."""
+    """Measures one variant and plain use, alternately, in this process."""
     cuda = device.startswith("cuda")
     if not cuda:
         torch.set_num_threads(1)
@@ -103,8 +103,8 @@ def run(name: str, variant: str, folder: Path, images: int, rounds: int, device:
     expected, _ = once(plain, batch, 1)
     times = [(once(teacher, batch, step)[1], once(plain, batch, 1)[1]) for _ in range(rounds)]
     best, base = (min(column) for column in zip(*times, strict=True))
-    moved = float((out - expected).abs().mean() / expected.std())
-    return {"rate": images / best, "ratio": base / best, "memory": memory, "moved": moved}
+    change = float((out - expected).abs().mean() / expected.std())
+    return {"rate": images / best, "ratio": base / best, "memory": memory, "moved": change}
 
 
 def main() -> None:
@@ -135,8 +135,8 @@ def main() -> None:
                 if done.returncode:
                     print(f"{name:18} {variant:16} failed: {done.stderr.strip().splitlines()[-1][:90]}", flush=True)
                     continue
-                told = json.loads(done.stdout.splitlines()[-1])
-                numbers = f"{told['rate']:9.3f} {told['ratio']:8.2f} {told['memory'] / 1e6:10.0f} {told['moved']:8.1e}"
+                row = json.loads(done.stdout.splitlines()[-1])
+                numbers = f"{row['rate']:9.3f} {row['ratio']:8.2f} {row['memory'] / 1e6:10.0f} {row['moved']:8.1e}"
                 print(f"{name:18} {variant:16} {numbers}", flush=True)
 
 

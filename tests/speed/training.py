@@ -1,14 +1,14 @@
-"""What a training step costs beside the bare loop of the same student and loss.
+"""Cost of a training step against the bare loop of the same student and loss.
 
     python -m tests.speed.training                       # a ViT-S student at 224, on the CPU or the first CUDA card
-    python -m tests.speed.training --tiny --repeats 3    # for a look
+    python -m tests.speed.training --tiny --repeats 3    # a quick check
 
-Both loops forward, compute the objective, go backward and step AdamW on the same images and labels. The bare one has
-them in memory; ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate,
-block by block, so that whatever else the machine does falls on both; CPU time is compared too, for a busy machine
-spoils wall time. Saving is left out. With --options, and on a CUDA card, the recipe's options follow: bf16,
-channels_last, fused, gradient checkpointing, compile. With --shards the student learns from label shards in every codec
-instead, two teachers and two patches a region, and the time it waits for data is what counts.
+Both loops run forward, objective, backward and AdamW on the same images and labels. The bare one has them in memory;
+ours reads them through its data workers, clips, reduces, checks, logs and reports. They alternate, block by block, so
+that other load on the machine affects both; CPU time is compared too, since wall time is unreliable on a busy machine.
+Saving is excluded. With --options, and on a CUDA card, the recipe's options follow: bf16, channels_last, fused,
+gradient checkpointing, compile. With --shards the student learns from label shards in every codec instead, with two
+teachers and two patches per region, and the result is the time that it waits for data.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from distill.teachers import analytic
 from distill.training.train import TrainSettings, train
 from tests.speed.labelling import make_tar
 
-BLOCK = 5  # steps that run before the other loop has its turn
+BLOCK = 5  # steps of one loop before the other runs
 
 
 class Regions:
-    """Photograph-like noise with a smooth label and four overlapping patches, made once."""
+    """Photograph-like noise with a smooth label and four overlapping patches, generated once."""
 
     def __init__(self, count: int, size: int) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -75,7 +75,7 @@ def known(values: torch.Tensor) -> DepthMap:
 def student(tiny: bool) -> students.Student:
     torch.manual_seed(0)
     small = {"timm_options": {"depth": 4, "embed_dim": 96, "num_heads": 3}} if tiny else {}
-    # A light head: SDT's full-resolution convolutions take seconds on a CPU, beside which no overhead would show.
+    # A light head: SDT's full-resolution convolutions take seconds on a CPU, which would hide any overhead.
     levels = [16, 16, 32, 32] if tiny else [48, 96, 192, 384]
     decoder = {"channels": 16 if tiny else 64, "post_process_channels": levels}
     return students.build(encoder="dinov3_vits16", decoder="dpt", encoder_options=small, decoder_options=decoder)
@@ -87,7 +87,7 @@ def wait(device: torch.device) -> None:
 
 
 def bare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.device) -> Iterator[None]:
-    """The loop that a paper's script would have: one step for every `next`."""
+    """The loop of a typical paper's script: one step per `next`."""
     model, objective = student(tiny).to(device).train(), Objective()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     size = settings.batch_size
@@ -116,8 +116,8 @@ class Clock:
 
 
 def compare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.device) -> Clock:
-    clock, other = Clock(), bare(data, settings, tiny, device)
-    next(other)
+    clock, reference = Clock(), bare(data, settings, tiny, device)
+    next(reference)
     last = [time.perf_counter(), time.process_time()]
 
     def report(done: int, total: int, **numbers: float) -> None:
@@ -127,10 +127,10 @@ def compare(data: Regions, settings: TrainSettings, tiny: bool, device: torch.de
             return
         wait(device)
         now = [time.perf_counter(), time.process_time()]
-        if done > BLOCK:  # the first block warms up
+        if done > BLOCK:  # the first block is a warm-up
             clock.ours.append(((now[0] - last[0]) / BLOCK, (now[1] - last[1]) / BLOCK))
         for _ in range(BLOCK):
-            next(other)
+            next(reference)
         wait(device)
         last[:] = [time.perf_counter(), time.process_time()]
         if done > BLOCK:
@@ -164,13 +164,13 @@ def show(name: str, clock: Clock, batch: int) -> None:
 
 
 def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> None:
-    """Trains from label shards that are made here; prints what a sample costs to read and how long a step waits."""
+    """Makes label shards and trains from them; prints the cost of reading a sample and a step's wait for data."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        found = sources.tars(make_tar(folder / "sa_0.tar", 8))
+        shards = sources.tars(make_tar(folder / "sa_0.tar", 8))
         crops = CropSettings(size=size, min_side=size, patches="random", num_patches=2, crops_per_image=4)
         label(
-            found,
+            shards,
             [("one", analytic.Teacher.load()), ("two", analytic.Teacher.load(rgb=(0.1, 0.3, 0.6)))],
             out=folder / "labels",
             crops=crops,
@@ -179,7 +179,7 @@ def from_shards(size: int, codec: str, settings: TrainSettings, tiny: bool) -> N
         dataset = LabelDataset(folder / "labels")
         start = time.process_time()
         for i in range(16):
-            dataset.get(i, ["one", "two"], coded=True)  # as training takes them: codes, decoded on the device
+            dataset.get(i, ["one", "two"], coded=True)  # as in training: codes, which are decoded on the device
         read = (time.process_time() - start) / 16
         waits: list[float] = []
 
@@ -213,36 +213,36 @@ def main() -> None:
     parser.add_argument("--trackers", nargs="*", default=["tensorboard"])
     parser.add_argument("--options", action="store_true", help="also each of the recipe's options")
     parser.add_argument("--shards", action="store_true", help="learn from label shards, in every codec")
-    given = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = Regions(8 * given.batch_size, 64 if given.tiny else given.size)
+    data = Regions(8 * args.batch_size, 64 if args.tiny else args.size)
     plain = TrainSettings(
-        steps=BLOCK * (given.repeats + 1) + 1,  # the last step saves, and falls in no block
-        batch_size=given.batch_size,
-        workers=given.workers,
+        steps=BLOCK * (args.repeats + 1) + 1,  # the last step saves, and belongs to no block
+        batch_size=args.batch_size,
+        workers=args.workers,
         val_fraction=0.0,
         eval_every=0,
         save_every=0,
-        trackers=tuple(given.trackers),
+        trackers=tuple(args.trackers),
         hflip=False,
         warmup_steps=0,
         encoder_lr=5e-5,
         seed=0,
     )
-    print(f"{device}, {torch.get_num_threads()} threads, batches of {given.batch_size}, {data.images.shape[-1]} pixels")
-    if given.shards:
+    print(f"{device}, {torch.get_num_threads()} threads, batches of {args.batch_size}, {data.images.shape[-1]} pixels")
+    if args.shards:
         settings = dataclasses.replace(plain, precision="bf16" if device.type == "cuda" else "fp32")
         for codec in CODECS:
-            from_shards(data.images.shape[-1], codec, settings, given.tiny)
+            from_shards(data.images.shape[-1], codec, settings, args.tiny)
         return
-    show("fp32", compare(data, plain, given.tiny, device), given.batch_size)
-    if given.options or device.type == "cuda":
+    show("fp32", compare(data, plain, args.tiny, device), args.batch_size)
+    if args.options or device.type == "cuda":
         options = ({"precision": "bf16"}, {"channels_last": True}, {"fused": True}, {"gradient_checkpointing": True})
         for option in (*options, {"compile": True}):
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             settings = dataclasses.replace(plain, **option)
-            show(next(iter(option)), compare(data, settings, given.tiny, device), given.batch_size)
+            show(next(iter(option)), compare(data, settings, args.tiny, device), args.batch_size)
 
 
 if __name__ == "__main__":

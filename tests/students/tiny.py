@@ -29,7 +29,7 @@ def tiny(decoder, *, patch=16, depth=4, **options):
 
 
 def randomised(module):
-    """Weights of a size that makes every part matter (layer scales and DySample offsets start at almost nothing)."""
+    """Random weights large enough that every part has an effect (layer scales and DySample offsets start near 0)."""
     for name, parameter in module.named_parameters():
         with torch.no_grad():
             parameter.normal_(std=0.1 if parameter.ndim > 1 else 0.02).add_(

@@ -26,7 +26,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts_read_once():
-    """The diffusion networks in a folder are read once for all tests of a file that spoils none."""
+    """The diffusion networks in a folder are read once for all tests of a file that modifies none."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (marigold, genpercept, fiffdepth):
             patch.setattr(module, "load_parts", functools.cache(module.load_parts))
@@ -35,7 +35,7 @@ def parts_read_once():
 
 @pytest.fixture
 def copy(made, tmp_path):
-    """`copy(name)` -> a folder of a tiny checkpoint that may be spoilt."""
+    """`copy(name)` -> a copy of a tiny checkpoint's folder that may be modified."""
 
     def make(name):
         shutil.copytree(made(name)[0], tmp_path / name)

@@ -1,4 +1,4 @@
-"""Training in tests is on one thread."""
+"""Training in tests runs on one thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests import tiny_teachers
 @pytest.fixture(autouse=True)
 def _one_thread():
     before = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums over several threads are added up in another order
+    torch.set_num_threads(1)  # the order of summation depends on the number of threads
     yield
     torch.set_num_threads(before)
 

@@ -1,4 +1,4 @@
-"""A latent network of few parameters, images that ground truth or a network teaches on, and a run of them."""
+"""A latent network with few parameters, images labelled by ground truth or by a network, and a training run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE, FACTOR = 16, 4
 
 
 class Network(nn.Module):
-    """A student as LatentStudent is one: `unet` learns, what encodes and decodes does not, nor is it state."""
+    """A student like LatentStudent: `unet` is trained; encoder and decoder are not trained nor part of the state."""
 
     head = None
     factor = FACTOR
@@ -46,7 +46,7 @@ class Network(nn.Module):
         return F.interpolate(latents.mean(1, keepdim=True), scale_factor=FACTOR)[:, 0]
 
     def forward(self, inputs, timesteps=None):
-        if timesteps is None:  # of images, to see whether every parameter is behind the output
+        if timesteps is None:  # called with images, to check that the output depends on every parameter
             return self.unet(torch.cat([self.encode(inputs), self.encode(inputs)[:, :1]], 1)).mean(1)
         self.asked.append(timesteps.tolist())
         time = (timesteps.float() / 100).reshape(-1, 1, 1, 1).expand(-1, 1, *inputs.shape[-2:])
@@ -54,7 +54,7 @@ class Network(nn.Module):
 
 
 def labels_of(values: torch.Tensor, teacher: str) -> Labels:
-    """Ground truth in metres, or a network's disparity; a corner of the truth is unknown."""
+    """Ground truth in metres, invalid in a corner, or a network's disparity."""
     truth = teacher == "truth"
     kind = Kind.METRIC_DEPTH if truth else Kind.AFFINE_DISPARITY
     valid = torch.ones_like(values, dtype=torch.bool)
@@ -69,7 +69,7 @@ def labels_of(values: torch.Tensor, teacher: str) -> Labels:
 
 
 class Photos:
-    """Every second image has ground truth, every other one a network's opinion."""
+    """Every second image has ground truth, the others a network's labels."""
 
     def __init__(self, count: int = 16) -> None:
         self.image_keys = [f"image{i}" for i in range(count)]
@@ -93,7 +93,7 @@ def collate(samples) -> Batch:
 
 
 def run(out: Path, *, cache: Path | None = None, latent: dict | None = None, report=None, kept=None, **given):
-    """A run of FiffDepth's task, and its network."""
+    """The result of a run of FiffDepth's task, and its network."""
     network = Network(channels=8 if (latent or {}).get("method") == "denoise" else 4)
     settings = toys.settings(
         **{

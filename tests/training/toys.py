@@ -1,4 +1,4 @@
-"""A student of 27 parameters, samples to learn from, and a run of them: what the tests of training share."""
+"""Shared by the tests of training: a student of 27 parameters, samples to train on, and a training run."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def save(student, folder, *, card):
 
 
 def settings(**given) -> TrainSettings:
-    usual = {
+    defaults = {
         "steps": 20,
         "batch_size": 8,
         "lr": 1e-2,
@@ -106,7 +106,7 @@ def settings(**given) -> TrainSettings:
         "seed": 0,
         "hflip": False,
     }
-    return TrainSettings(**(usual | given))
+    return TrainSettings(**(defaults | given))
 
 
 def run(
@@ -155,5 +155,5 @@ def assert_same_run(out: Path, reference: Path) -> None:
     torch.testing.assert_close(losses_of(out), losses_of(reference), rtol=1e-5, atol=1e-6)
     for name, value in newest(reference).items():
         torch.testing.assert_close(newest(out)[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    held = [[line["heldout"] for line in steps_of(o) if "heldout" in line] for o in (out, reference)]
-    torch.testing.assert_close(*held, rtol=1e-5, atol=1e-6)
+    heldout_losses = [[line["heldout"] for line in steps_of(o) if "heldout" in line] for o in (out, reference)]
+    torch.testing.assert_close(*heldout_losses, rtol=1e-5, atol=1e-6)

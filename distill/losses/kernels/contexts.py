@@ -2,13 +2,13 @@
 
 After the statistics (select.py):
 
-    residual  a piece's sums of the loss, of the pixels' weights, and of what the gradient of a context's median and
-              deviation needs; the first pixel that is a context's median. The program that is an image's last adds up
-              the pieces: the loss, and three numbers of each context for the gradient
+    residual  a piece's sums of the loss, of the pixels' weights, and of the terms for the gradient of a context's
+              median and deviation; the first pixel at a context's median. The last program of an image to finish adds
+              up the pieces: the loss, and three numbers per context for the gradient
     slope     the gradient, in the backward pass
 
-With trim_top, `residual` runs twice: first it writes each pixel's loss, of which the statistics find the largest that
-is kept. Shapes: B images, N pixels of each, C contexts.
+With trim_top, `residual` runs twice: first it writes each pixel's loss, from which the statistics select the largest
+one that is not trimmed. Shapes: B images, N pixels of each, C contexts.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _with_sign_of(sizes, values):
 
 @triton.jit
 def _normal(row, LABEL_ONLY: tl.constexpr, CONTEXTS: tl.constexpr):
-    """Of each context median and one over the scale, of the label and of the prediction; tables. Dead ones: 0."""
+    """Tables of each context's median and 1 / scale, of label and prediction; 1 / scale of dead contexts is 0."""
     label_median, label_unit = table(row, CONTEXTS), table(row + 11 * CONTEXTS, CONTEXTS)
     median, unit = label_median, label_unit
     if not LABEL_ONLY:
@@ -52,7 +52,7 @@ def _normal(row, LABEL_ONLY: tl.constexpr, CONTEXTS: tl.constexpr):
 def _portions(
     label_unit, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr, FINEST: tl.constexpr
 ):  # fmt: skip
-    """For each finest part one over the number of live contexts that it is in, or 0."""
+    """For each finest part 1 / the number of live contexts that contain it, or 0."""
     portions = ()
     for part in tl.static_range(FINEST):
         number = 0.0
@@ -67,13 +67,13 @@ def _portions(
 def _weights_of(
     inside, portion, weight, pixel_loss, highest, at, end, WEIGHTED: tl.constexpr, TRIMMED: tl.constexpr
 ):  # fmt: skip
-    """Whether the pixels are in a live context, and how much they count."""
+    """Whether the pixels are in a live context, and their weights."""
     some = inside & (portion > 0.0)
     weights = tl.where(some, 1.0, 0.0)
     if WEIGHTED:
         weights = tl.where(some, tl.load(weight + at, mask=at < end, other=0.0), 0.0)
     if TRIMMED:
-        # Not "<=": a loss that is not a number must not be trimmed away.
+        # Not "<=": a NaN loss must not be trimmed.
         above = tl.load(pixel_loss + at, mask=at < end, other=0.0) > highest
         weights = tl.where(above, 0.0, weights)
     return some, weights
@@ -83,7 +83,7 @@ def _weights_of(
 def _residual_of(
     values, label, share, normal, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
 ):  # fmt: skip
-    """At the pixels, of a level: the prediction centred, and the residual."""
+    """At the pixels, for one level: the centred prediction, and the residual."""
     centred = values - spread(normal[2], share, LEVEL, FIRST, FINEST)
     label = label - spread(normal[0], share, LEVEL, FIRST, FINEST)
     label *= spread(normal[1], share, LEVEL, FIRST, FINEST)
@@ -95,7 +95,7 @@ def _earliest(
     firsts, at, share, inside,
     START: tl.constexpr, NUMBER: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """`added` for the least instead of the sum."""
+    """As `added`, with the minimum instead of the sum."""
     out = ()
     for c in tl.static_range(NUMBER):
         each = firsts[c]
@@ -115,7 +115,7 @@ def _residual(
     LANES: tl.constexpr, ROWS: tl.constexpr, STRIDE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr,
     CHUNK: tl.constexpr
 ):  # fmt: skip
-    """TRIM: 0 for no trimming, 1 to write each pixel's loss and whether it has one, 2 to trim and to sum."""
+    """TRIM: 0: no trimming; 1: write each pixel's loss and whether it is in a live context; 2: trim and sum."""
     piece, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, first = statistics + image * STRIDE, image * pixels
     header = row + ROWS * CONTEXTS
@@ -177,7 +177,7 @@ def _hand_over(
     LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
     CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Writes a piece's sums; the program that is its image's last adds up those of all."""
+    """Writes a piece's sums; the last program of the image to finish adds up those of all pieces."""
     out = sums + piece
     for c in tl.static_range(CONTEXTS):
         tl.store(out + c * pieces, tl.sum(sum_e[c], 0))
@@ -198,7 +198,7 @@ def _close(
     row, sums, pieces, losses, live, dead,
     LABEL_ONLY: tl.constexpr, FLOOR: tl.constexpr, CONTEXTS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """An image's loss and numbers of contexts; of each context three rows, and its first median pixel."""
+    """Writes an image's loss and numbers of contexts; for each context three rows, and its first median pixel."""
     of, lanes = tl.arange(0, LANES), tl.arange(0, CHUNK)
     there, some = of < CONTEXTS, lanes < pieces
     each, mask = sums + of[:, None] * pieces + lanes[None, :], there[:, None] & some[None, :]
@@ -284,7 +284,7 @@ def _slope(
 def _kernels(
     cut: Cut, weighted: bool, label_only: bool, floor: float, trimmed: bool, stride: int
 ) -> dict[str, Launcher]:
-    """By name, in the order of their launches. stride: numbers of an image's statistics."""
+    """The kernels by name, in launch order. stride: numbers per image in the statistics."""
     visit = {
         "WEIGHTED": weighted, "LABEL_ONLY": label_only, "LANES": triton.next_power_of_2(cut.contexts), "ROWS": ROWS,
         "STRIDE": stride, "TILE": tile_of(cut), **cut.constants, **CROWDED,
@@ -304,18 +304,18 @@ class _ContextLoss(torch.autograd.Function):
     def forward(ctx, pred, target, valid, weight, found, kernels, trim_top):
         images, statistics = len(pred), found.statistics
         pixels = pred.numel() // images
-        given, grid = (pred, target, valid, target if weight is None else weight), (found.pieces, images)
+        inputs, grid = (pred, target, valid, target if weight is None else weight), (found.pieces, images)
         sums = pred.new_empty((images, 3 * statistics.shape[2] + 2, found.pieces))
         losses = pred.new_empty((images,))
         live, dead = (pred.new_empty((images,), dtype=torch.int64) for _ in range(2))
         pixel_loss, alive, highest = pred, valid, statistics
-        rest = (statistics, sums, losses, live, dead, pixels, found.length, found.pieces)
+        outputs_and_sizes = (statistics, sums, losses, live, dead, pixels, found.length, found.pieces)
         if trim_top > 0.0:
             pixel_loss, alive = torch.empty_like(pred), torch.empty_like(valid)
-            kernels["each pixel"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
+            kernels["each pixel"](grid, *inputs, pixel_loss, alive, highest, *outputs_and_sizes, highest.stride(0))
             highest = context_statistics(pixel_loss, None, alive, WHOLE, label=False, keep=1.0 - trim_top).statistics
-        kernels["residual"](grid, *given, pixel_loss, alive, highest, *rest, highest.stride(0))
-        ctx.save_for_backward(*given, pixel_loss, highest, statistics)
+        kernels["residual"](grid, *inputs, pixel_loss, alive, highest, *outputs_and_sizes, highest.stride(0))
+        ctx.save_for_backward(*inputs, pixel_loss, highest, statistics)
         ctx.slope, ctx.grid, ctx.sizes = kernels["slope"], grid, (pixels, found.length, highest.stride(0))
         ctx.mark_non_differentiable(live, dead)
         ctx.set_materialize_grads(False)
@@ -324,9 +324,9 @@ class _ContextLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, _live, _dead):
-        pred, *rest = ctx.saved_tensors
+        pred, *saved = ctx.saved_tensors
         slopes = torch.empty_like(pred)
-        ctx.slope(ctx.grid, pred, *rest, upstream.contiguous(), slopes, *ctx.sizes)
+        ctx.slope(ctx.grid, pred, *saved, upstream.contiguous(), slopes, *ctx.sizes)
         return slopes, None, None, None, None, None, None
 
 
@@ -343,16 +343,15 @@ def context_loss(
     floor: float,
     min_pixels: int,
 ) -> tuple[Tensor, Tensor, Tensor, ContextStatistics]:
-    """Losses (B,), numbers of live and of dead contexts (B,), and the statistics behind them.
+    """Losses (B,), numbers of live and of dead contexts (B,), and their statistics.
 
     pred, target: (B,...) float32. valid: (B,...) uint8. weight: (B,...) float32 or None. All contiguous and on one
-    device.
-    flat, floor, min_pixels: `normalize._per_image`'s.
+    device. flat, floor, min_pixels: the constants of `normalize._per_image`.
     """
     cut = cut_of(levels)
-    found = context_statistics(
+    stats = context_statistics(
         target, None if label_only else pred, valid, cut, flat=flat, floor=floor, min_pixels=min_pixels
     )
-    kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0, found.statistics.stride(0))
-    losses, live, dead = _ContextLoss.apply(pred, target, valid, weight, found, kernels, trim_top)
-    return losses, live, dead, found
+    kernels = _kernels(cut, weight is not None, label_only, floor, trim_top > 0.0, stats.statistics.stride(0))
+    losses, live, dead = _ContextLoss.apply(pred, target, valid, weight, stats, kernels, trim_top)
+    return losses, live, dead, stats

@@ -1,11 +1,11 @@
 """The passes over the pixels of the radix select (select.py): device functions, each for one piece of an image.
 
-    count_first  in which of FIRST_BINS equal bins each value lies: histograms of the finest parts of the label's range
-    count_next   of the pixels in a context's bin, a digit of their key's distance from the bin's least
+    count_first  histograms of the values in FIRST_BINS bins of equal width, for the finest parts of the label's range
+    count_next   for the pixels in a context's bin, histograms of a digit of their key's distance from the bin's least
 
-A bin of equal width is a run of keys too, so that both say the same order. A pixel that has its bin's least key is not
-counted: how many do is what the other counts lack. Sky and a clamped prediction are such, a third of an image at one
-address otherwise.
+A bin of equal width is a run of keys too, so that both passes agree on the order. Pixels with their bin's least key are
+not counted: their number is the bin's total minus the other counts. Sky and clamped predictions have such keys;
+counting them would send a third of an image's atomics to one address.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from distill.losses.kernels.keys import (
     word,
 )
 
-# By ballots of a warp in one Triton, by shared memory in another: in the first each further bin costs.
+# One Triton version counts with warp ballots, where each bin costs time, another in shared memory.
 FIRST_BINS = 256
-# Of the digits after: a float's key has at most 32 bits, and what does not touch zero 23 after the first bin.
+# Of the digits after that: a float's key has at most 32 bits, of which 23 are left after the first bin unless that bin
+# touches zero.
 BITS = (12, 11, 10)
-# Words of a context's state, for each map: its bin's least key; how far above it the greatest key lies; the shift of
-# the next digit, DONE where there is none; the median's rank in the bin; the pixels of the bin, and of the context.
+# Words of a context's state, for each map: its bin's least key; the greatest key's distance from it; the shift of the
+# next digit, or DONE if there is none; the median's rank in the bin; the pixels of the bin, and of the context.
 STATE = 6
 DONE = 31
 
@@ -42,7 +43,9 @@ def header_of(
     ranges, header, piece, pieces, pixels, flat,
     MAPS: tl.constexpr, GATE: tl.constexpr, FINEST: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """From the pieces' ranges an image's header, which the first piece writes down. Gives its first five words."""
+    """Computes an image's header from the pieces' ranges; the first piece stores it. Returns the limit, and least value
+    and bins per unit of the label and of the prediction.
+    """
     least, greatest = fold_least(ranges, pieces, CHUNK), fold_greatest(ranges + pieces, pieces, CHUNK)
     low, high = key_value(least), key_value(greatest)
     threshold = flat * tl.maximum(tl.abs(low), tl.abs(high))
@@ -74,7 +77,7 @@ def count_first(
     MAPS: tl.constexpr, CHECK: tl.constexpr, FINEST: tl.constexpr, PARTS: tl.constexpr, FIRST_BINS: tl.constexpr,
     BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """The label's bins cut each finest part alike; the prediction's the whole of its range, for each part anew."""
+    """The label's bins divide each finest part equally; the prediction's divide its whole range, for each part."""
     limit, low, per_unit, pred_low, pred_unit = header_of(
         ranges, header, piece, pieces, pixels, flat, MAPS, CHECK, FINEST, CHUNK
     )  # fmt: skip
@@ -99,7 +102,7 @@ def count_first(
 
 @triton.jit
 def zeros(NUMBER: tl.constexpr, WIDTH: tl.constexpr):
-    """NUMBER sums of each thread."""
+    """NUMBER sums per thread, all 0."""
     sums = ()
     for _ in tl.static_range(NUMBER):
         sums = sums + (tl.zeros([WIDTH], tl.float32),)  # type: ignore[assignment]
@@ -108,7 +111,7 @@ def zeros(NUMBER: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def columns(values, WIDTH: tl.constexpr):
-    """Each thread's sum of a block that has lines of WIDTH, a value of it for each thread."""
+    """Each thread's sum over its column of a block with lines of WIDTH."""
     return tl.sum(tl.reshape(values, [values.shape[0] // WIDTH, WIDTH]), 0)
 
 
@@ -117,7 +120,7 @@ def added(
     sums, values, share, inside,
     START: tl.constexpr, NUMBER: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """The NUMBER sums with `values` added by their contexts of a level, whose first is number START."""
+    """The NUMBER sums with `values` added to those of their contexts of a level, whose first context is START."""
     out = ()
     for c in tl.static_range(NUMBER):
         each = sums[c]
@@ -132,7 +135,7 @@ def _count_level(
     key, share, least, last, shift, histograms,
     BITS: tl.constexpr, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr
 ):  # fmt: skip
-    """Counts the digits in a level's contexts; key: the pixels', less one."""
+    """Counts the digits in a level's contexts. key: the pixels' keys minus one."""
     distance = (key - spread(least, share, LEVEL, FIRST, FINEST)).to(tl.uint32, bitcast=True)
     mine = distance < spread(last, share, LEVEL, FIRST, FINEST).to(tl.uint32, bitcast=True)
     context = tl.zeros_like(key) + FIRST
@@ -150,8 +153,8 @@ def count_next(
     FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr, FINEST: tl.constexpr, STATE: tl.constexpr,
     DONE: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr
 ):  # fmt: skip
-    """SUMS: 1 to sum |value - m| of each context as well, whose bin's least value is m, for each piece; 2 to do so only
-    where something is left to find.
+    """SUMS: 1 to also sum |value - m| over each context, for each piece, m being its bin's least value; 2 to store
+    these sums only for contexts that are not done.
     """
     limit = tl.minimum(word(header, 0), (piece + 1) * length)
     low, per_unit = tl.load(header + 1), tl.load(header + 2)
@@ -169,7 +172,7 @@ def count_next(
             values = label
             if m == 1:
                 values = tl.load(pred + at, mask=at < limit, other=0.0)
-            # The least of all is at most its bin's least, and what is that is not counted.
+            # The image's least key is at most any bin's least, and pixels with that key are not counted.
             key = tl.where(inside, order_key(values) - 1, tables[m][3])
             for i in tl.static_range(NUMBER):
                 _count_level(

@@ -1,15 +1,15 @@
 """The multi-scale gradient loss and its gradient: `losses.gradient_loss` in two launches and one back.
 
-After the statistics of the whole image (select.py), unless the loss in contexts has found them already:
+After the statistics of the whole image (select.py), unless the loss in contexts has computed them already:
 
-    differences  the normalized maps' difference at each pixel, and how many pixels each scale has
-    edges        from a pixel's neighbours at all scales its share of the loss and of the gradient. The program that is
-                 an image's last adds up all: the loss, and two numbers for the gradient
+    differences  the normalized maps' difference at each pixel, and the number of pixels of each scale
+    edges        each pixel's part of the loss and of the gradient, from its neighbours at all scales. The last program
+                 of an image to finish adds up all: the loss, and two numbers for the gradient
     slopes       the gradient in the prediction, in the backward pass
 
-The first two go over rectangles whose corners are on every scale, so that the pixels of a scale are a rectangle too.
-In the sum over pairs whatever one pixel gains its neighbour loses, so that the median's own gradient is that of the
-deviation alone. Shapes: B images, H rows, W columns, N = H W pixels.
+The first two work on rectangles whose corners are on every scale, so that the pixels of a scale are a rectangle too.
+The gradients of a pair of neighbours cancel in the sum, so that the median has a gradient through the deviation
+only. Shapes: B images, H rows, W columns, N = H W pixels.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from distill.losses.kernels.launch import Launcher
 from distill.losses.kernels.select import CHUNK, HOW, WHOLE, ContextStatistics, context_statistics
 
 BLOCK = 2048
-# Rows and columns of a rectangle, if no scale is coarser, and how many rows at a time. Each scale costs a program sums
-# over its threads, however few pixels it has there.
+# Rows and columns of a rectangle, unless a scale is coarser, and rows per iteration. Each scale costs a program sums
+# over its threads, however few pixels the scale has.
 TALL, WIDE, LINES = 64, 128, 16
 ABSENT = float(torch.finfo(torch.float32).max)
 NEVER = tl.constexpr(0x7FFFFFFF)
@@ -35,7 +35,7 @@ NEVER = tl.constexpr(0x7FFFFFFF)
 
 @triton.jit
 def _scales_of(statistics, stride, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr):
-    """Median and one over the deviation of prediction and label, and whether the label has a shape at all."""
+    """Median and 1 / deviation of prediction and of label, and whether the label is not flat."""
     label_median, label_unit, median, unit, shaped = 0.0, 1.0, 0.0, 1.0, 1.0
     if NORMALIZE:
         shaped = tl.load(statistics + 5 * stride)
@@ -53,7 +53,7 @@ def _sign(values):
 
 @triton.jit
 def _place(row, column, height, width, STEP: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """Of a rectangle's pixels that are on a scale: rows and columns, where they are, and whether in the image."""
+    """For a rectangle's pixels that are on a scale: rows, columns, offsets, and whether they are in the image."""
     rows = row + tl.arange(0, TALL // STEP)[:, None] * STEP
     columns = column + tl.arange(0, WIDE // STEP)[None, :] * STEP
     return rows, columns, rows * width + columns, (rows < height) & (columns < width)
@@ -61,7 +61,7 @@ def _place(row, column, height, width, STEP: tl.constexpr, TALL: tl.constexpr, W
 
 @triton.jit
 def _counted(numbers, counts, places, SCALES: tl.constexpr):
-    """The numbers with one more for each scale that a pixel is on. places: its row, its column, bits of both."""
+    """The counts, plus 1 for each scale that contains the pixel. places: its row | its column (bitwise)."""
     out = ()
     for s in tl.static_range(SCALES):
         out = out + (numbers[s] + (counts & (places & ((1 << s) - 1) == 0)).to(tl.int32),)  # type: ignore[assignment]
@@ -74,7 +74,7 @@ def _differences(
     SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr,
     WIDE: tl.constexpr, LINES: tl.constexpr
 ):  # fmt: skip
-    """ABSENT stands where a pixel does not count. NaN cannot: a prediction that is not a number must be heard of."""
+    """ABSENT marks pixels that do not count. NaN cannot: a NaN prediction must reach the loss."""
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, row, column = image * height * width, (tile // across) * TALL, (tile % across) * WIDE
     median, unit, label_median, label_unit, shaped = _scales_of(
@@ -106,7 +106,7 @@ def _differences(
 
 @triton.jit
 def _beside(differences, at, there, difference, counts, ABSENT: tl.constexpr):
-    """At the pixels, from the neighbours `at`: |difference to it|, and its sign; 0 where one does not count."""
+    """At each pixel |change to its neighbour `at`|, and the change's sign; 0 where either does not count."""
     other = tl.load(differences + at, mask=there, other=ABSENT)
     change = tl.where(counts & (other != ABSENT), difference - other, 0.0)
     return tl.abs(change), _sign(change)
@@ -117,7 +117,7 @@ def _edges_of(
     pred, differences, pushes, row, column, height, width, share, median,
     STEP: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """At a rectangle's pixels on a scale: |difference| to right and below, and gradient times centred prediction."""
+    """At a rectangle's pixels on a scale: |change| to right and below, and gradient times centred prediction."""
     rows, columns, at, there = _place(row, column, height, width, STEP, TALL, WIDE)
     difference = tl.load(differences + at, mask=there, other=ABSENT)
     counts = difference != ABSENT
@@ -147,7 +147,7 @@ def _edges(
     SCALES: tl.constexpr, FLOOR: tl.constexpr, NORMALIZE: tl.constexpr, ABSENT: tl.constexpr, TALL: tl.constexpr,
     WIDE: tl.constexpr, LINES: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """pushes: the gradient in the difference, ABSENT where that is. Behind the counters: the first median pixels."""
+    """pushes: the gradient in the difference, ABSENT where that is. The first median pixels follow the counters."""
     tile, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start, row = image * height * width, statistics + image * image_stride
     sums += image * (SCALES + 3) * tiles
@@ -167,7 +167,7 @@ def _edges(
                 losses_of += more
                 pulled_of += more_pulled
         else:
-            tl.debug_barrier()  # the scale before has written what this one reads
+            tl.debug_barrier()  # this scale reads what the previous one wrote
             losses_of, pulled_of = _edges_of(
                 pred + start, differences + start, pushes + start, row_of, column, height, width, share, median,
                 1 << s, NORMALIZE, ABSENT, TALL, WIDE
@@ -209,7 +209,7 @@ def _slopes(
 
 @functools.lru_cache(maxsize=64)
 def _kernels(scales: int, floor: float, normalize: bool, block: int) -> tuple[int, int, dict[str, Launcher]]:
-    """Rows and columns of a rectangle, and the kernels by name, in the order of their launches."""
+    """Rows and columns of a rectangle, and the kernels by name, in launch order."""
     tall, wide = max(TALL, 1 << (scales - 1)), max(WIDE, 1 << (scales - 1))
     each = {"NORMALIZE": normalize, "FLOOR": floor, "ABSENT": ABSENT, **HOW}
     visit = each | {"SCALES": scales, "TALL": tall, "WIDE": wide, "LINES": LINES}
@@ -235,8 +235,8 @@ class _GradientLoss(torch.autograd.Function):
         pulls, counters = pred.new_empty((images,)), pred.new_empty((2 * images,), dtype=torch.int32)
         sizes, grid = (*strides, height, width, across, tiles), (tiles, images)
         kernels["differences"](grid, pred, target, valid, statistics, differences, sums, counters, *sizes)
-        rest = (sums, counters, pushes, losses, pulls)
-        kernels["edges"](grid, pred, statistics, differences, *rest, *sizes)
+        outputs = (sums, counters, pushes, losses, pulls)
+        kernels["edges"](grid, pred, statistics, differences, *outputs, *sizes)
         ctx.save_for_backward(pred, statistics, pushes, pulls, counters)
         ctx.slopes, ctx.grid, ctx.strides = kernels["slopes"], (-(-height * width // BLOCK), images), strides
         return losses
@@ -244,9 +244,9 @@ class _GradientLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        pred, statistics, *rest = ctx.saved_tensors
+        pred, statistics, *saved = ctx.saved_tensors
         slopes, pixels = torch.empty_like(pred), pred.shape[1] * pred.shape[2]
-        ctx.slopes(ctx.grid, pred, statistics, *rest, upstream.contiguous(), slopes, *ctx.strides, pixels)
+        ctx.slopes(ctx.grid, pred, statistics, *saved, upstream.contiguous(), slopes, *ctx.strides, pixels)
         return slopes, None, None, None, None, None, None
 
 
@@ -263,8 +263,8 @@ def gradient_loss(
 ) -> Tensor:
     """Losses (B,).
 
-    pred, target: (B,H,W) float32. valid: (B,H,W) uint8. All contiguous and on one device. found: statistics of these
-    very maps whose first context is the whole image, where they are known.
+    pred, target: (B,H,W) float32. valid: (B,H,W) uint8. All contiguous and on one device. found: statistics of the
+    same maps whose first context is the whole image, if available.
     """
     if found is None and normalize:
         found = context_statistics(target, pred, valid, WHOLE, flat=flat, floor=floor)

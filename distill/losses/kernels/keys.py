@@ -1,10 +1,10 @@
-"""Device functions that the kernels share: floats in the order of integers, and the contexts of a pixel.
+"""Device functions that the kernels share: integer keys in the order of floats, and the contexts of a pixel.
 
-How the range is cut travels as two compile-time integers of eight bits a level: LEVELS holds in how many parts each
-level cuts it, FIRSTS the number of each level's first context. (1, 2, 4) has the contexts 0, 1-2 and 3-6. A context
-is a run of the finest parts, so that the finest part of a pixel says all its contexts.
+The cut of the range is passed as two compile-time integers with eight bits a level: LEVELS holds the number of parts of
+each level, FIRSTS the index of each level's first context. (1, 2, 4) has the contexts 0, 1-2 and 3-6. A context is a
+run of the finest parts, so that the finest part of a pixel determines all its contexts.
 
-Conservative on purpose (what Triton's interpreter accepts, a compiler may not): block sizes are powers of two, every
+Conservative on purpose (a compiler may reject what Triton's interpreter accepts): block sizes are powers of two, every
 load has a mask, loops over levels and contexts are unrolled.
 """
 
@@ -16,33 +16,33 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-# Words of an image's header, float32 where not said otherwise: its pixels (int32), or 0 where it does not count; its
+# Words of an image's header, float32 unless noted: its number of pixels (int32), or 0 if the image does not count; its
 # label's least value, finest parts per unit of label, and flatness threshold; the least and the greatest key of the
-# label and of the prediction (int32); and how many programs have done their part of the loss (int32).
+# label and of the prediction (int32); and how many programs have finished their part of the loss (int32).
 HEADER = 9
-# A program's threads, and pixels of a line of its tile: each thread has a column, so that sums of columns are its own.
+# A program's threads, and pixels of a line of its tile: each thread has a column and sums it without communication.
 WIDTH = 256
 
 
 @dataclass(frozen=True)
 class Cut:
-    """In how many equal parts the label's range is cut, level by level, as the kernels are told."""
+    """The number of equal parts of the label's range at each level, and the kernels' arguments for it."""
 
     levels: tuple[int, ...]
 
     @property
     def contexts(self) -> int:
-        """Over all levels."""
+        """The number of contexts of all levels."""
         return sum(self.levels)
 
     @property
     def parts(self) -> int:
-        """The finest level's, as a power of two."""
+        """The number of the finest parts, rounded up to a power of two."""
         return 1 << (max(self.levels) - 1).bit_length()
 
     @functools.cached_property
     def constants(self) -> dict[str, int]:
-        """The compile-time arguments that name it."""
+        """The compile-time arguments that describe the cut."""
         firsts = [sum(self.levels[:i]) for i in range(len(self.levels))]
         return {
             "LEVELS": sum(level << (8 * i) for i, level in enumerate(self.levels)),
@@ -56,13 +56,13 @@ class Cut:
 
 @functools.lru_cache
 def cut_of(levels: tuple[int, ...]) -> Cut:
-    """The one Cut of these levels, which remembers its constants."""
+    """The cached Cut of these levels, which caches its constants."""
     return Cut(levels)
 
 
 @triton.jit
 def order_key(values):
-    """int32 keys in the order of the float32 values; -0.0 is 0.0, NaN of either sign is above everything."""
+    """int32 keys in the order of the float32 values; -0.0 equals 0.0, NaN of either sign is the greatest."""
     bits = (values + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
     bits = tl.where(values != values, 0x7FC00000, bits)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -84,13 +84,13 @@ def raised(least, by):
 
 @triton.jit
 def tile(start, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """The BLOCK numbers from `start` on, in lines of WIDTH."""
+    """The BLOCK integers from `start` on, in lines of WIDTH."""
     return start + tl.arange(0, BLOCK // WIDTH)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
 
 
 @triton.jit
 def table(numbers, CONTEXTS: tl.constexpr):
-    """One number of each context, a tuple. numbers: where context 0's lies."""
+    """A tuple with one number of each context. numbers: pointer to context 0's."""
     loaded = ()
     for c in tl.static_range(CONTEXTS):
         loaded = loaded + (tl.load(numbers + c),)  # type: ignore[assignment]
@@ -99,7 +99,7 @@ def table(numbers, CONTEXTS: tl.constexpr):
 
 @triton.jit
 def spread(numbers, share, LEVEL: tl.constexpr, FIRST: tl.constexpr, FINEST: tl.constexpr):
-    """Of a table the number of each pixel's context of a level; a scalar where the level has but one.
+    """For each pixel the table's number of its context of a level; a scalar if the level has only one context.
 
     share: see `label_of`.
     """
@@ -125,16 +125,16 @@ def own(share, inside, k: tl.constexpr, LEVEL: tl.constexpr, FINEST: tl.constexp
 
 @triton.jit
 def word(header, number):
-    """An int32 of a header."""
+    """The int32 word at this index of a header."""
     return tl.load(header + number).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def label_of(target, valid, at, limit, low, per_unit, CHECK: tl.constexpr):
-    """Label, whether it counts, and its share of the label's range in finest parts, NaN where it does not; at pixels
-    `at` of an image.
+    """At pixels `at` of an image: label, whether it counts, and its position in the label's range in finest parts (NaN
+    where it does not count).
 
-    target, valid: where the image's lie. limit: past the last pixel that is asked for. low, per_unit: of the header.
+    target, valid: pointers to the image's. limit: one past the last pixel. low, per_unit: of the header.
     CHECK: a label that is not finite does not count.
     """
     there = at < limit
@@ -147,9 +147,9 @@ def label_of(target, valid, at, limit, low, per_unit, CHECK: tl.constexpr):
 
 @triton.jit
 def bin_of(values, low, per_unit, SCALE: tl.constexpr, top):
-    """Which bin of equal width each value lies in: the whole part of this float, which rises with the key.
+    """The bin of equal width of each value: the integer part of this float, which is monotonic in the key.
 
-    low, per_unit: as `per_unit_of` has it, 0 where any value is not finite. SCALE: bins of a unit. top: the last bin.
+    low, per_unit: as in `per_unit_of`, 0 where any value is not finite. SCALE: bins of a unit. top: the last bin.
     """
     place = (values - low) * per_unit * SCALE
     return tl.where(place > 0.0, tl.minimum(place, top), 0.0)
@@ -157,14 +157,14 @@ def bin_of(values, low, per_unit, SCALE: tl.constexpr, top):
 
 @triton.jit
 def per_unit_of(units, least, greatest):
-    """How many of these units the range between two keys has for each 1.0; never infinite, 0 if the range is or NaN."""
+    """`units` divided by the range between two keys; never infinite, 0 if the range is infinite or NaN."""
     per_unit = tl.div_rn(units, key_value(greatest) - key_value(least))
     return tl.where(per_unit == per_unit, tl.minimum(per_unit, 3.4028234e38), 0.0)
 
 
 @triton.jit
 def meet(counter):
-    """Waits for all programs of the launch, which have to run at the same time; what each wrote is then seen by all."""
+    """Grid-wide barrier: waits for all programs, which must run concurrently; then the writes of each are visible."""
     tl.debug_barrier()
     programs = tl.num_programs(0)
     old = tl.atomic_add(counter, 1, sem="acq_rel")
@@ -176,7 +176,7 @@ def meet(counter):
 
 @triton.jit
 def fold_least(numbers, count, CHUNK: tl.constexpr):
-    """The least of `count` int32, or float32 that are their bits."""
+    """The least of `count` int32, or of float32 that hold their bits."""
     lanes = tl.arange(0, CHUNK)
     found = tl.full([CHUNK], 0x7FFFFFFF, tl.int32)
     for start in range(0, count, CHUNK):
@@ -198,7 +198,7 @@ def fold_greatest(numbers, count, CHUNK: tl.constexpr):
 
 @triton.jit
 def fold_sum(numbers, count, CHUNK: tl.constexpr):
-    """The sum of `count` float32, or int32 that are their bits, in an order that `count` alone decides."""
+    """The sum of `count` float32, or of int32 that hold their bits, in an order that depends only on `count`."""
     lanes = tl.arange(0, CHUNK)
     found = tl.zeros([CHUNK], tl.float32)
     for start in range(0, count, CHUNK):

@@ -1,7 +1,7 @@
-"""Launching a compiled kernel without asking again which one it is: a loss has few launches, and the host is slow.
+"""Launching compiled kernels without Triton's lookup, because the losses are limited by the host's launch time.
 
-Triton's own launch binds the arguments, describes each one and looks the kernel up, 20 to 30 us of the host each time.
-What it would find depends on the arguments' alignment and integers alone once the constants are fixed.
+Triton's own launch binds the arguments, describes each one and looks the kernel up, 20 to 30 us of host time each.
+Once the constants are fixed, the result depends only on the arguments' alignment and on the integers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _stream_of(device: int) -> int:
-    """The current stream, as Triton asks for it."""
+    """The current stream, as Triton obtains it."""
     from triton.runtime import driver
 
     stream: int = driver.active.get_current_stream(device)
@@ -22,8 +22,8 @@ def _stream_of(device: int) -> int:
 class Launcher:
     """A kernel and its compile-time arguments; the first launch for a kind of arguments compiles it.
 
-    The kernel's compile-time parameters stand last, as all of ours do. Under Triton's interpreter nothing is compiled,
-    and every launch goes its usual way. Triton's launch hooks hear of first launches only.
+    The kernel's compile-time parameters must come last. Under Triton's interpreter nothing is compiled, and every
+    launch is Triton's own. Triton's launch hooks are called for first launches only.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any]) -> None:
@@ -32,7 +32,7 @@ class Launcher:
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Launches it on the current stream; tensors have always the same dtypes and lie on the current device."""
+        """Launches it on the current stream; tensors must always have the same dtypes and be on the current device."""
         device = args[0].get_device()
         kind = (device, *[a.data_ptr() & 15 if isinstance(a, Tensor) else a for a in args])
         known = self._compiled.get(kind)

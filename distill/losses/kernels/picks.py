@@ -1,9 +1,9 @@
-"""What happens between the passes of the radix select (select.py), context by context: device functions.
+"""The radix select's work between its passes over the pixels (select.py), context by context: device functions.
 
-pick_first finds in which bin of equal width the median lies, and which keys such a bin holds; pick_next in which bin of
-a digit; moments, of the last digit, the median and the mean deviation from it. The sum of distances from the bin's
-least value moves with that value by the pixels above and below, and what is inside the bin is known value by value from
-its histogram.
+pick_first finds the bin of equal width that contains the median, and that bin's keys; pick_next the bin of a digit;
+moments, after the last digit, the median and the mean deviation from it. The sum of distances from the bin's least
+value becomes that from the median by the numbers of pixels above and below; inside the bin the histogram gives every
+value.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distill.losses.kernels.keys import bin_of, fold_sum, key_value, per_unit_of
 
 @triton.jit
 def _parts_of(context, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr, FINEST: tl.constexpr):
-    """First finest part of a context, and the one past its last."""
+    """A context's first finest part, and one past its last."""
     start, stop = 0, FINEST
     for i in tl.static_range(NUMBER):
         k = context - ((FIRSTS >> (8 * i)) & 255)
@@ -38,13 +38,13 @@ def _nearest(number):
 
 @triton.jit
 def _bits(distance):
-    """How many a uint32 has, or one more: the exponent of a float, where rounding can carry."""
+    """The number of bits of a uint32, or one more: the float's exponent, where rounding can carry."""
     return tl.maximum((distance.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 126, 0)
 
 
 @triton.jit
 def _keys_below(least, span, low, per_unit, SCALE: tl.constexpr, top, limit):
-    """uint32: of the keys from `least` to the one `span` above it, how many have a bin below `limit`."""
+    """The number (uint32) of keys from `least` to `least + span` whose bin is below `limit`."""
     one, bit = tl.full([], 1, tl.uint32), tl.full([], 0x80000000, tl.uint32)
     below = tl.full([], 0, tl.uint32)
     for _ in range(32):
@@ -62,7 +62,7 @@ def pick_first(
     KEEP: tl.constexpr, LEVELS: tl.constexpr, FIRSTS: tl.constexpr, NUMBER: tl.constexpr, CONTEXTS: tl.constexpr,
     FINEST: tl.constexpr, PARTS: tl.constexpr, FIRST_BINS: tl.constexpr, BITS: tl.constexpr
 ):  # fmt: skip
-    """KEEP: 0 for the lower median, else what is found is the last of this share of the pixels."""
+    """KEEP: 0 selects the lower median; otherwise the last of this fraction of the pixels in ascending order."""
     each: tl.constexpr = FIRST_BINS // PARTS
     start, stop = _parts_of(context, LEVELS, FIRSTS, NUMBER, FINEST)
     bins = tl.arange(0, FIRST_BINS)
@@ -96,7 +96,7 @@ def pick_first(
 
 @triton.jit
 def _digit_of(histogram, state, CONTEXTS: tl.constexpr, BINS: tl.constexpr):
-    """Numbers (BINS), how many have the bin's least key, the median's digit, -1 if it is that key, and its rank."""
+    """Counts (BINS), the number of pixels with the bin's least key, the median's digit (-1: that key), and its rank."""
     numbers = tl.load(histogram + tl.arange(0, BINS))
     rank = tl.load(state + 3 * CONTEXTS)
     least = tl.load(state + 4 * CONTEXTS) - tl.sum(numbers, 0)
@@ -107,7 +107,7 @@ def _digit_of(histogram, state, CONTEXTS: tl.constexpr, BINS: tl.constexpr):
 
 @triton.jit
 def pick_next(histogram, state, CONTEXTS: tl.constexpr, BINS: tl.constexpr, NEXT_BITS: tl.constexpr):
-    """The state after a digit. Gives whether more than one key is left."""
+    """Updates the state after a digit."""
     numbers, number, digit, rank = _digit_of(histogram, state, CONTEXTS, BINS)
     bins = tl.arange(0, BINS)
     least, shift = tl.load(state), tl.load(state + 2 * CONTEXTS)
@@ -131,7 +131,7 @@ def moments(
     histogram, state, sums, row, header, pieces, m, min_pixels, floor,
     CONTEXTS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """Writes a map's rows of a context's statistics (select.py): of the digit of which each bin is one key."""
+    """Writes a map's rows of a context's statistics (select.py), from a digit whose bins hold one key each."""
     numbers, number, digit, rank = _digit_of(histogram, state, CONTEXTS, BINS)
     bins = tl.arange(0, BINS)
     least, inside, count = tl.load(state), tl.load(state + 4 * CONTEXTS), tl.load(state + 5 * CONTEXTS)

@@ -3,21 +3,21 @@
 Two launches for a whole batch, neither of which waits for the host:
 
     range    least and greatest key of both maps, piece by piece; clears the histograms
-    select   eight steps, after each of which all programs meet:
+    select   eight steps, after each of which all programs synchronize:
       0      histograms of bins of equal width, for each finest part of the label's range
-      1      each context adds up its parts' histograms: in which bin its median lies, and which keys that bin holds
-      2, 3   histograms of a digit of the distance from the bin's least key, of the pixels in that bin; its bin
-      4, 5   the next digit, and the sum of |x - m| outside the bin, m being its least value; where that was the last,
+      1      each context adds up its parts' histograms and finds its median's bin and that bin's keys
+      2, 3   histograms of a digit of the distance from the bin's least key, for the pixels in that bin; the digit's bin
+      4, 5   the next digit, and the sum of |x - m|, m being the bin's least value; if this digit was the last one,
              median and mean deviation
-      6, 7   the same for bins so wide that a digit is left: those that touch zero, or all of an image whose outlier
-             leaves the others one bin. Most often there are none, and the steps are skipped
+      6, 7   the same for bins so wide that a digit is left: those that touch zero, or those of an image whose outlier
+             puts all other values in one bin. Usually there are none, and the steps are skipped
 
-Passes over pixels are in digits.py, what contexts do in between in picks.py. Histograms are integers, and sums of
-floats are added in a fixed order: the same bits every time.
+Passes over pixels are in digits.py, the work per context in between in picks.py. Histograms are integers, and floats
+are summed in a fixed order, so that results are bitwise deterministic.
 
-Programs that meet have to run at the same time: a cooperative launch of as many as the card holds, which loop over
-pieces of images. Where that cannot be (Triton's interpreter runs one after the other), APART has each step launched
-for itself. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, where asked for, the
+Programs that synchronize must run concurrently: a cooperative launch of as many as the card holds, which loop over
+pieces of images. Where that is impossible (Triton's interpreter runs programs one after another), APART launches each
+step separately. Shapes: B images, N pixels of each, C contexts, F finest parts; maps: the label and, optionally, the
 prediction.
 """
 
@@ -38,24 +38,24 @@ from distill.losses.kernels.picks import moments, pick_first, pick_next
 
 WHOLE = Cut((1,))
 BLOCK = 2048
-# Pieces of an image are of whole grains; no image has more pieces than CHUNK, so that one load has a number of each.
+# Pieces of an image consist of whole grains; no image has more pieces than CHUNK, so one load reads a number of each.
 GRAIN = 512
 CHUNK = 256
-# Words of the scratch before the images': programs that have come to where they meet, contexts left after step 5.
+# Words of the scratch before the images': the barrier's counter, and the contexts that are left after step 5.
 COUNTERS = 16
-# Launch the steps apart.
+# Launch each step separately.
 APART = False
-# Multiplications and additions are not fused: where label and prediction are equal their difference is 0.
+# Multiplications and additions are not fused, so that equal label and prediction have the difference 0.
 HOW = {"num_warps": 8, "enable_fp_fusion": False}
-# Left alone, the compiler spends so many registers on these that one block fills a multiprocessor.
+# Without this limit the compiler uses so many registers that one block fills a multiprocessor.
 CROWDED = {**HOW, "maxnreg": 128}
-# As many programs of 256 threads fit into its 65536 registers then.
+# Programs of 256 threads that then fit into a multiprocessor's 65536 registers.
 PROGRAMS_EACH = 2
-# Rows of a context's statistics, float32 each: the four, 1.0 where it is live, 1.0 where its label is not flat (however
-# few its pixels), their number, and how many more of the prediction's lie above its median than below. The loss and
-# its gradient (contexts.py) write three. Then one over the label's deviation, 0 where the context is not live, and over
-# the prediction's, which is FLOOR at least; the first pixel at the median (int32, contexts.py's). The image's header
-# follows.
+# Rows of a context's statistics, float32 each: the four medians and deviations; 1.0 if it is live; 1.0 if its label is
+# not flat (however few its pixels); the number of pixels; how many more of the prediction's pixels lie above its median
+# than below. Three rows are written by the loss and its gradient (contexts.py). Then 1 / the label's deviation, 0 if
+# the context is not live, and 1 / the prediction's, clamped to at least FLOOR; the first pixel at the median (int32, by
+# contexts.py). The image's header follows.
 LABEL_MEDIAN, LABEL_DEVIATION, MEDIAN, DEVIATION, LIVE, SHAPED, COUNT, BALANCE = range(8)
 ROWS = 14
 
@@ -106,7 +106,7 @@ def _count(
     FIRST_BINS: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr, STATE: tl.constexpr, DONE: tl.constexpr,
     COUNTERS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """A step that goes over the pixels."""
+    """A step over the pixels."""
     for item in range(tl.program_id(0), images * pieces, tl.num_programs(0)):
         piece, image = item % pieces, tl.cast(item // pieces, tl.int64)
         area, header = scratch + COUNTERS + image * size, statistics + image * STRIDE + HEADER_AT
@@ -135,7 +135,7 @@ def _pick(
     FIRST_BINS: tl.constexpr, BITS: tl.constexpr, NEXT_BITS: tl.constexpr, LAST_BITS: tl.constexpr,
     STATE: tl.constexpr, DONE: tl.constexpr, COUNTERS: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """A step that goes over the contexts of both maps."""
+    """A step over the contexts of both maps."""
     for item in range(tl.program_id(0), images * (MAPS * CONTEXTS), tl.num_programs(0)):
         each, image = item % (MAPS * CONTEXTS), tl.cast(item // (MAPS * CONTEXTS), tl.int64)
         m, context = each // CONTEXTS, each % CONTEXTS
@@ -150,7 +150,7 @@ def _pick(
             )  # fmt: skip
         elif STEP == 3:
             pick_next(second, state, CONTEXTS, 1 << BITS, NEXT_BITS)
-            bins = tl.arange(0, 1 << LAST_BITS)  # the last digit's histogram comes to the same place
+            bins = tl.arange(0, 1 << LAST_BITS)  # the last digit's histogram reuses this memory
             tl.store(second + bins, tl.zeros_like(bins))
         elif tl.load(state + 2 * CONTEXTS) == 0:
             moments(
@@ -199,7 +199,7 @@ def _select(
     NEXT_BITS: tl.constexpr, LAST_BITS: tl.constexpr, STATE: tl.constexpr, DONE: tl.constexpr,
     COUNTERS: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
-    """The steps from START to before STOP."""
+    """The steps from START (inclusive) to STOP (exclusive)."""
     for step in tl.static_range(START, STOP):
         wanted = True
         if step >= 6:
@@ -217,9 +217,9 @@ def _select(
 
 @dataclass(frozen=True)
 class ContextStatistics:
-    """statistics: (B,rows,C) float32, as ROWS says, and then the image's header.
+    """statistics: (B,rows,C) float32, the rows listed at ROWS and then the image's header.
 
-    pieces: of an image. length: pixels of each.
+    pieces: the number per image. length: pixels per piece.
     """
 
     statistics: Tensor
@@ -228,13 +228,13 @@ class ContextStatistics:
 
 
 def tile_of(cut: Cut) -> int:
-    """Pixels at a time: where each asks in which context it is, a thread can hold the predicates of two."""
+    """Pixels per iteration: with several contexts a thread has registers for the predicates of only two pixels."""
     return 512 if max(cut.levels) > 1 else 1024
 
 
 @functools.lru_cache(maxsize=64)
 def _kernels(cut: Cut, maps: int, label: bool, keep: float, block: int, apart: bool) -> tuple[int, int, list[Launcher]]:
-    """Words of an image's scratch but for what its pieces have, rows of its statistics, and the kernels in order."""
+    """Words of an image's scratch without those per piece, rows of its statistics, and the kernels in order."""
     number = maps * cut.contexts
     second = maps * FIRST_BINS
     third = second + (number << BITS[0])
@@ -248,14 +248,14 @@ def _kernels(cut: Cut, maps: int, label: bool, keep: float, block: int, apart: b
         **CROWDED,
     }  # fmt: skip
     steps = [(step, step + 1) for step in range(8)] if apart else [(0, 8)]
-    together = {} if apart else {"launch_cooperative_grid": True}
-    kernels = [Launcher(_select, select | {"START": start, "STOP": stop, **together}) for start, stop in steps]
+    sync_options = {} if apart else {"launch_cooperative_grid": True}
+    kernels = [Launcher(_select, select | {"START": start, "STOP": stop, **sync_options}) for start, stop in steps]
     return ranges, rows, [Launcher(_range, visit | {"CLEARED": states, **HOW}), *kernels]
 
 
 @functools.lru_cache(maxsize=16)
 def _programs(device: torch.device) -> int:
-    """How many the device runs at the same time; some number where it is a CPU that interprets them."""
+    """The number of programs that the device runs concurrently; arbitrary for a CPU, which interprets them."""
     if device.type != "cuda":
         return 5
     return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_EACH
@@ -263,11 +263,11 @@ def _programs(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=256)
 def pieces_of(images: int, pixels: int, programs: int, grain: int) -> tuple[int, int]:
-    """Into how many pieces of how many pixels to cut each image, so that as few of `programs` as may be stand idle."""
+    """The number of pieces per image and of pixels per piece that leave the fewest of `programs` idle."""
     grains = -(-pixels // grain)
 
     def cost(each: int) -> tuple[int, int]:
-        return -(-images * -(-grains // each) // programs) * (each + 2), -each  # a piece's own sums are as much as two
+        return -(-images * -(-grains // each) // programs) * (each + 2), -each  # 2: a piece's fixed cost, in grains
 
     least = -(-grains // CHUNK)
     each = min(range(least, min(grains, 64 * least) + 1), key=cost)
@@ -289,8 +289,8 @@ def context_statistics(
     """Statistics of every context of each image; of `target` alone where `pred` is None.
 
     target, pred: (B,...) float32. valid: (B,...) uint8. All contiguous and on one device. label: target is a label:
-    where it is not finite it does not count, nor does an image where its range is below `flat` of its magnitude. keep:
-    see `pick_first`; deviations mean nothing then.
+    values that are not finite do not count, nor do images whose range is below `flat` of their magnitude. keep: see
+    `pick_first`; the deviations are meaningless then.
     """
     images, maps, programs = len(target), 1 if pred is None else 2, _programs(target.device)
     pixels = target.numel() // images
@@ -299,10 +299,10 @@ def context_statistics(
     size = words + maps * (2 + cut.contexts) * pieces
     scratch = valid.new_empty(COUNTERS + images * size, dtype=torch.int32)
     statistics = target.new_empty((images, rows, cut.contexts))
-    images_of = (target if pred is None else pred, target, valid, scratch)
-    first((pieces, images), *images_of, pixels, length, pieces, size)
+    tensors = (target if pred is None else pred, target, valid, scratch)
+    first((pieces, images), *tensors, pixels, length, pieces, size)
     for step in steps:
-        step((programs,), *images_of, statistics, images, pixels, length, pieces, size, flat, min_pixels, floor)
+        step((programs,), *tensors, statistics, images, pixels, length, pieces, size, flat, min_pixels, floor)
     return ContextStatistics(statistics, pieces, length)
 
 

@@ -16,7 +16,7 @@ def _small(
     values, valid, medians, deviations, width, pixels, image_step, row_step, column_step, valid_image_step,
     valid_row_step, valid_column_step, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The median's key is found bit by bit: the largest that has no more than its rank below it."""
+    """Finds the median's key bit by bit: the largest key with at most `rank` keys below it."""
     image = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     row, column, there = at // width, at % width, at < pixels

@@ -1,4 +1,4 @@
-"""Normalization within contexts of the label's depth range: what `global`, `hybrid` and `local` share.
+"""Normalization within contexts of the label's depth range, shared by `global`, `hybrid` and `local`.
 
 The label's range is cut into S equal parts for each S in `levels`; the pixels whose label lies in one part are a
 context. In each context u, student and label are both centred on their median and divided by their mean
@@ -7,10 +7,10 @@ contexts it is in (Distill-Any-Depth, Sec. 3.1, equations for N_glo and L_Dis; c
 
 Loss and gradient are computed together in the forward pass, in closed form: on the CPU image by image, in as many
 threads as torch may use (`_per_image`); on CUDA by kernels (`distill.losses.fused`); elsewhere, and where those cannot
-run, for the whole batch without waiting for the device (`_batched`).
+run, for the whole batch without device synchronization (`_batched`).
 
 Choices where the paper is silent (ours): the maximum belongs to the last part; a context with fewer than MIN_PIXELS
-pixels, or whose label is constant, is dead: it is left out and counted; the lower median, as torch.median has it.
+pixels, or whose label is constant, is dead: it is left out and counted; the median is the lower one, as in torch.
 `_hdn` has the choices of HDN's released code.
 """
 
@@ -42,30 +42,30 @@ def _image_by_image(
     label_only: bool,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """`batch_loss` by way of `image_loss`."""
+    """`batch_loss`, computed by `image_loss` in threads."""
     gradient = torch.zeros_like(pred) if want_gradient else None
     p, t, v = pred.numpy(), target.numpy(), valid.numpy()
     w, g = (None if x is None else x.numpy() for x in (weight, gradient))
 
     threads = min(len(pred), torch.get_num_threads()) if pred.numel() >= _WORTH_THREADS else 1
 
-    def one(b: int, space: Workspace) -> tuple[float, int]:
+    def loss_of(b: int, space: Workspace) -> tuple[float, int]:
         rows = p[b], t[b], v[b], None if w is None else w[b], None if g is None else g[b]
         return image_loss(*rows, levels=levels, trim_top=trim_top, label_only=label_only, workspace=space)
 
-    def several(images: range) -> list[tuple[float, int]]:
+    def losses_of(images: range) -> list[tuple[float, int]]:
         space = Workspace(pred.shape[1], p.dtype)
-        return [one(b, space) for b in images]
+        return [loss_of(b, space) for b in images]
 
     per_image: list[tuple[float, int]] = [(0.0, 0)] * len(pred)
-    turns = [range(i, len(pred), threads) for i in range(threads)]
+    images_per_thread = [range(i, len(pred), threads) for i in range(threads)]
     if threads > 1:
         with ThreadPoolExecutor(threads) as pool:
-            done = list(pool.map(several, turns))
+            per_thread = list(pool.map(losses_of, images_per_thread))
     else:
-        done = [several(turns[0])]
-    for turn, results in zip(turns, done, strict=True):
-        per_image[turn.start :: threads] = results
+        per_thread = [losses_of(images_per_thread[0])]
+    for images, results in zip(images_per_thread, per_thread, strict=True):
+        per_image[images.start :: threads] = results
     losses, live = torch.tensor([f[0] for f in per_image], dtype=pred.dtype), torch.tensor([f[1] for f in per_image])
     return losses, gradient, live.long()
 
@@ -76,10 +76,10 @@ class _ContextLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, target, valid, weight, levels, trim_top, label_only):  # type: ignore[no-untyped-def]  # noqa: ANN001
         flat = [None if x is None else x.detach().flatten(1).contiguous() for x in (pred, target, valid, weight)]
-        way = _image_by_image if pred.device.type == "cpu" else batch_loss
-        wanted = ctx.needs_input_grad[0]
-        losses, gradient, live = way(
-            *flat, levels=levels, trim_top=trim_top, label_only=label_only, want_gradient=wanted
+        compute = _image_by_image if pred.device.type == "cpu" else batch_loss
+        needs_grad = ctx.needs_input_grad[0]
+        losses, gradient, live = compute(
+            *flat, levels=levels, trim_top=trim_top, label_only=label_only, want_gradient=needs_grad
         )
         if gradient is not None:
             ctx.save_for_backward(gradient.reshape(pred.shape))
@@ -103,12 +103,12 @@ def compare_in_contexts(
     label_only: bool,
     weight: Tensor | None = None,
 ) -> Comparison:
-    """The comparison for the given `levels`, each a divisor of the largest. Half precision is raised to float32."""
+    """The comparison for these `levels`, each a divisor of the largest. Half precision is converted to float32."""
     work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
     pred = pred.to(work)
-    quick = fused.context_loss(pred, target, valid, weight, levels, trim_top=trim_top, label_only=label_only)
-    if quick is not None:
-        return Comparison(*quick)
+    fused_result = fused.context_loss(pred, target, valid, weight, levels, trim_top=trim_top, label_only=label_only)
+    if fused_result is not None:
+        return Comparison(*fused_result)
     target = target.detach().to(work)
     usable = valid & torch.isfinite(target)
     weight = None if weight is None else weight.detach().to(work)
@@ -130,7 +130,7 @@ class _Compare(Protocol):
 
 
 def comparison(levels: tuple[int, ...]) -> _Compare:
-    """The `compare` of a plug-in (see distill.losses.normalize) that is nothing but its levels."""
+    """The `compare` of a plug-in (see distill.losses.normalize) that consists of its levels only."""
 
     def compare(
         pred: Tensor,

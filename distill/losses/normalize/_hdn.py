@@ -1,11 +1,12 @@
-"""The hierarchical depth normalization loss to the letter of HDN's released code (icoz69/HDN, demo.py), by autograd.
+"""The hierarchical depth normalization loss exactly as in HDN's released code (icoz69/HDN, demo.py), by autograd.
 
-It is here to compare with that code; `_contexts` is right where it is odd. What it does that ours does not:
+It is here for comparisons with that code; `_contexts` corrects its oddities. What differs from ours:
 
 - contexts are half open, [low, high): the pixels with the largest label belong to none. A constant label other than
   zero has no contexts at all; a constant zero has all its pixels in all of them.
 - the scale is sum|d - median| / (n + 1) + 1e-6. Contexts of any size and constant contexts count.
-- the batch is one mean: the sum over all its pixels by the number of all valid pixels, those of no context included.
+- the mean is over the batch: the sum over all pixels divided by the number of valid pixels, including those in no
+  context.
 - contexts are of the range ("dr"), of equal shares of the pixels ("dp", between linearly interpolated quantiles), or
   squares of the image ("ds", square maps only).
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 _EPS = 1e-6
-# Vanishes beside any bound but zero in float32: it is why the maximum is lost, and why a zero label is not.
+# In float32 it changes no bound but zero: this is why the maximum belongs to no context, and why a zero label does.
 _TINY = 1e-30
 
 
@@ -60,7 +61,7 @@ def _normalized(values: Tensor) -> Tensor:
 
 def _pixel_losses(pred: Tensor, target: Tensor, valid: Tensor, levels: tuple[int, ...], contexts: str) -> Tensor:
     """Each pixel's mean over its contexts, (H,W), zero where it has none."""
-    # Zero, but of `pred`: an image without contexts has a gradient, which is zero.
+    # A zero that depends on `pred`: an image without contexts has a gradient, which is zero.
     total, count = torch.where(valid, pred, 0.0) * 0.0, torch.zeros_like(pred)
     for member in _members(target, valid, levels, contexts):
         if member.any():
@@ -73,9 +74,8 @@ def _pixel_losses(pred: Tensor, target: Tensor, valid: Tensor, levels: tuple[int
 def hdn(pred: Tensor, target: Tensor, valid: Tensor, levels: tuple[int, ...], *, contexts: str) -> Tensor:
     """Losses (B,) whose mean is the released code's value for the batch; 0 where it has no valid pixel (there: NaN).
 
-    pred, target, valid: (B,H,W). levels: in how many parts the range, the pixels, or each side is cut: (1, 2, 4) is
-    the code's level 3. levels = () is its SSIMAE: every valid pixel in the one context.
-    contexts: "dr", "dp" or "ds".
+    pred, target, valid: (B,H,W). levels: into how many parts the range, the pixels, or each side is cut: (1, 2, 4) is
+    the code's level 3; () is its SSIMAE, with all valid pixels in one context. contexts: "dr", "dp" or "ds".
     Raises ValueError for another name, and for "ds" with maps that are not square.
     """
     if contexts not in ("dr", "dp", "ds"):

@@ -1,10 +1,10 @@
-"""The loss in contexts of one image and its gradient, in closed form: the way of the CPU.
+"""The loss in contexts of one image and its gradient, in closed form: the version for the CPU.
 
-Pixels are brought into the order of the finest parts of the label's range once; after that every context is one
-contiguous slice. Medians are exact selections: a sample brackets the value, one pass counts what lies below, and only
-the few values inside the bracket are partitioned. Loss and gradient are written down together, so nothing but the
-gradient outlives the call. The arrays are numpy views of the tensors: numpy selects and compresses several times
-faster than torch does on a CPU, and without the interpreter's lock, so that images run in threads.
+Pixels are ordered once by the finest parts of the label's range; after that every context is one contiguous slice.
+Medians are exact selections: a sample brackets the value, one pass counts the values below, and only the few values
+inside the bracket are partitioned. Loss and gradient are computed together, so only the gradient outlives the call.
+The arrays are numpy views of the tensors: numpy selects and compresses several times faster than torch on a CPU, and
+releases the GIL, so that images run in threads.
 
 Shapes: N pixels of an image, M of them valid.
 """
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 Array: TypeAlias = NDArray[Any]
 
 MIN_PIXELS = 5
-# A mean deviation below this fraction of the label's magnitude is rounding, not shape.
+# A mean deviation below this fraction of the label's magnitude is attributed to rounding: the label is flat.
 FLAT = 1e-6
-# The student's scale is never divided below this: a constant prediction gives a finite loss and a finite gradient.
+# The student's scale is clamped to at least this: a constant prediction gives a finite loss and gradient.
 FLOOR = 1e-6
 # Selection: below this many values a plain partition is as fast; the sample's size; half the bracket, in samples.
 _FEW = 8192
@@ -33,7 +33,7 @@ _HALF = 48
 
 
 class Workspace:
-    """Arrays that every image and context of a thread writes over: fresh pages would cost more than the arithmetic."""
+    """Buffers that all images and contexts of a thread reuse: new pages would cost more than the arithmetic."""
 
     def __init__(self, pixels: int, dtype: Any) -> None:
         floats = [np.empty(pixels, dtype) for _ in range(8)]
@@ -52,7 +52,7 @@ class _Context:
 
 
 def lower_median(values: Array) -> Any:
-    """The lower median of (M,) values, M > 0, exactly as torch.median has it."""
+    """The lower median of (M,) values, M > 0, exactly torch.median's."""
     return _select(values, (len(values) - 1) // 2)
 
 
@@ -66,7 +66,7 @@ def _select(values: Array, rank: int) -> Any:
         above = values >= low
         rank_inside = rank - (count - np.count_nonzero(above))
         inside = values.take(np.flatnonzero(np.logical_and(above, values <= high, out=above)))
-        # A bracket that missed (a sample in step with the image's columns, NaN among the values): the plain way.
+        # Otherwise the bracket missed (sample aligned with the image's columns, NaN among the values): partition all.
         if 0 <= rank_inside < len(inside):
             return np.partition(inside, rank_inside)[rank_inside]
     return np.partition(values, rank)[rank]
@@ -88,7 +88,7 @@ def _ordered(target: Array, low: Any, high: Any, finest: int, w: Workspace) -> t
 def _live_contexts(
     target: Array, bounds: list[int], levels: tuple[int, ...], flat: Any, w: Workspace
 ) -> tuple[list[_Context], list[int]]:
-    """The contexts that carry information, and for each finest part how many of them contain it."""
+    """The contexts with information, and for each finest part how many of them contain it."""
     finest = len(bounds) - 1
     contexts, shares = [], [0] * finest
     for level in levels:
@@ -97,9 +97,9 @@ def _live_contexts(
             start, stop = bounds[k * width], bounds[(k + 1) * width]
             if stop - start < MIN_PIXELS:
                 continue
-            part, free = target[start:stop], w.other[: stop - start]
+            part, buffer = target[start:stop], w.other[: stop - start]
             median = lower_median(part)
-            deviation = np.abs(np.subtract(part, median, out=free), out=free).mean()
+            deviation = np.abs(np.subtract(part, median, out=buffer), out=buffer).mean()
             if not deviation > flat:
                 continue
             contexts.append(_Context(start, stop, median, deviation))
@@ -109,7 +109,7 @@ def _live_contexts(
 
 
 def _residual(pred: Array, target: Array, c: _Context, label_only: bool, w: Workspace) -> tuple[Array, Array, Any]:
-    """N(student) - N(label) over one context, the student centred, and the scale it was divided by."""
+    """N(student) - N(label) over one context, the centred student, and the student's scale."""
     p, t, count = pred[c.start : c.stop], target[c.start : c.stop], c.stop - c.start
     centred, residual, other = w.centred[:count], w.residual[:count], w.other[:count]
     np.subtract(p, c.median if label_only else lower_median(p), out=centred)
@@ -131,8 +131,8 @@ def _untrimmed(
     pixel *= share
     live = share > 0
     counted = int(np.count_nonzero(live))
-    kept = max(1, round(counted * (1.0 - trim_top)))
-    return live & (pixel <= _select(pixel[live], kept - 1))
+    num_kept = max(1, round(counted * (1.0 - trim_top)))
+    return live & (pixel <= _select(pixel[live], num_kept - 1))
 
 
 def _add_gradient(
@@ -150,18 +150,18 @@ def _add_gradient(
         pull = 0.0 * scale if floored else np.multiply(e, centred, out=other).sum() / (scale * scale * count)
         at_median = int(np.argmax(centred == 0))
         above = np.sign(centred, out=centred)
-        at_it = pull * above.sum() - e.sum() / scale
+        median_gradient = pull * above.sum() - e.sum() / scale
         out -= np.multiply(above, pull, out=above)
-        out[at_median] += at_it
+        out[at_median] += median_gradient
     out += np.divide(e, scale, out=other)
 
 
 def _shares(
     each: Array, weight: Array | None, bounds: list[int], shares: list[int], kept: Callable[[Array], Array] | None
 ) -> bool:
-    """Writes how much each ordered pixel's residual counts in each of its contexts into `each` (M,): whether any does.
+    """Writes each ordered pixel's weight in each of its contexts into `each` (M,); returns whether any is positive.
 
-    weight: of the ordered pixels, or None. kept: from the pixels' shares to those that are not trimmed, or None.
+    weight: of the ordered pixels, or None. kept: a function of the shares that gives the untrimmed pixels, or None.
     """
     total: Any = 0
     for start, stop, number in zip(bounds[:-1], bounds[1:], shares, strict=True):
@@ -191,15 +191,15 @@ def image_loss(
     label_only: bool,
     workspace: Workspace,
 ) -> tuple[float, int]:
-    """Loss and number of live contexts of one image; its gradient is written into `gradient`, zeros before.
+    """Loss and number of live contexts of one image; its gradient is written into `gradient`, which must be zeros.
 
-    pred, target, valid (bool), weight (how much each pixel counts, or None: alike), gradient: (N,).
+    pred, target, valid (bool), weight (each pixel's, or None: all equal), gradient: (N,).
     """
     w = workspace
     with np.errstate(all="ignore"):
-        where = None if valid.all() else np.flatnonzero(valid)
-        number = len(valid) if where is None else len(where)
-        t = target if where is None else target.take(where, out=w.target[:number], mode="clip")
+        valid_index = None if valid.all() else np.flatnonzero(valid)
+        number = len(valid) if valid_index is None else len(valid_index)
+        t = target if valid_index is None else target.take(valid_index, out=w.target[:number], mode="clip")
         if number == 0:
             return 0.0, 0
         low, high = t.min(), t.max()
@@ -207,15 +207,15 @@ def image_loss(
         if not high - low > flat:
             return 0.0, 0
         index, bounds = _ordered(t, low, high, max(levels), w)
-        if where is not None:
-            index = where.take(index, out=w.index[:number], mode="clip")
-        # "clip" is not to clip: it lets numpy write into `out` without a copy.
+        if valid_index is not None:
+            index = valid_index.take(index, out=w.index[:number], mode="clip")
+        # mode="clip" clips nothing here: it lets numpy write into `out` without a copy.
         p = pred.take(index, out=w.pred[:number], mode="clip")
         t = target.take(index, out=w.target[:number], mode="clip")
         contexts, shares = _live_contexts(t, bounds, levels, flat, w)
         each = w.weight[:number]
-        kept = partial(_untrimmed, p, t, contexts, trim_top, label_only, w) if trim_top > 0.0 else None
-        if not _shares(each, None if weight is None else weight.take(index), bounds, shares, kept):
+        untrimmed = partial(_untrimmed, p, t, contexts, trim_top, label_only, w) if trim_top > 0.0 else None
+        if not _shares(each, None if weight is None else weight.take(index), bounds, shares, untrimmed):
             return 0.0, len(contexts)
         loss, ordered = 0.0, w.gradient[:number]
         ordered.fill(0.0)

@@ -26,16 +26,16 @@ def compare(
     usable = valid & torch.isfinite(target)
     work = pred.dtype if pred.dtype in (torch.float32, torch.float64) else torch.float32
     difference = (torch.where(usable, pred, 0.0).to(work) - torch.where(usable, target, 0.0).to(work)).abs()
-    kept = usable
+    counted = usable
     if trim_top > 0.0:
         rows = torch.where(usable, difference.detach(), -1.0).flatten(1)
         counts = usable.flatten(1).sum(1)
         keep = (counts * (1.0 - trim_top)).round().long().clamp(min=1)
         position = (rows.shape[1] - counts + keep - 1).clamp(0, rows.shape[1] - 1)
         threshold = rows.sort(1).values.gather(1, position[:, None])
-        kept = usable & (difference <= threshold[..., None])
-    each = kept.to(work) if weight is None else torch.where(kept, weight.to(work), 0.0)
+        counted = usable & (difference <= threshold[..., None])
+    each = counted.to(work) if weight is None else torch.where(counted, weight.to(work), 0.0)
     total = each.sum((-2, -1))
     loss = (difference * each).sum((-2, -1)) / torch.where(total > 0, total, 1.0)
-    live = kept.any(-1).any(-1).long()
+    live = counted.any(-1).any(-1).long()
     return Comparison(loss, live, 1 - live)

@@ -1,20 +1,20 @@
-"""What a student is asked for, one file per term of the objective; its weight is the key of [loss] with its name.
+"""The terms of the objective, one file each; a term's weight is the key of [loss] with its name.
 
 A plug-in is a file with
 
-    WEIGHT   how much it counts where a recipe does not say; 0.0: not at all
-    NEEDS    what it cannot do without: a set of "patches", "features", "dense" and "metric"
+    WEIGHT   the default weight; 0.0: off
+    NEEDS    what the term requires: a set of "patches", "features", "dense" and "metric"
     term(given, *, option=default, ...) -> Tensor | None
 
 `term` returns one value per image, (B,), in float32 or better, outside autocast; only the trainer averages. A pixel
 outside `valid` never counts, whatever its value; an image without usable pixels gives 0. A term whose needs are not
-met, and one that returns None, says nothing about those images: the others go on.
+met, or that returns None, is left out for those images; the other terms still apply.
 
-    "patches"    labels of patches                  "dense"   labels that know most pixels (core.labels.Supervision)
+    "patches"    labels of patches                  "dense"   labels for most pixels (core.labels.Supervision)
     "features"   features of student and encoder    "metric"  prediction and labels in metres
 
-Each option is a key of [loss] too, after the term's name: `margin` of feature.py is `feature_margin`. The first line of
-a file's docstring is the meaning of its weight, a line "option: meaning." that of an option.
+Each option is a key of [loss] too, prefixed with the term's name: `margin` of feature.py is `feature_margin`. The first
+line of a file's docstring documents its weight, a line "option: meaning." an option.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NEEDS = frozenset({"patches", "features", "dense", "metric"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What a term may look at, for B images of one supervision.
+    """The inputs of a term, for B images of one supervision.
 
-    pred: (B,S,S), of the labels' own kind. features, reference: (B,C,h,w), the student's and the frozen encoder's, or
-    None. compare: L_Dis between maps (B,H,W) with the recipe's normalization and options: pred, target, valid and each
-    pixel's weight or None. counts: what is logged beside the loss and has no weight, each (B,); a term may add to it.
-    regions: the comparison of pred with the labels' shared map, once a term has made it.
+    pred: (B,S,S), of the labels' kind. features, reference: (B,C,h,w), the student's and the frozen encoder's, or None.
+    compare: L_Dis between maps (B,H,W) with the recipe's normalization and options: pred, target, valid and each
+    pixel's weight or None. counts: unweighted values that are logged with the loss, each (B,); a term may add to them.
+    regions: the comparison of pred with the labels' shared map, once a term has computed it.
     """
 
     pred: Tensor

@@ -1,4 +1,4 @@
-"""What the terms of metric students share: the logarithm of a prediction's ratio to its label."""
+"""Shared by the terms of metric students: the log ratio of a prediction to its label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SMALLEST = 1e-6
 
 
 def log_difference(pred: Tensor, label: DepthMap) -> tuple[Tensor, Tensor]:
-    """log pred - log label, 0 where not usable, and where it is: (B,H,W) each."""
+    """log pred - log label, 0 where not usable, and the mask of usable pixels: (B,H,W) each."""
     usable = label.valid & torch.isfinite(label.values) & (label.values > 0)
     ratio = pred.clamp(min=SMALLEST).log() - torch.where(usable, label.values, 1.0).log()
     return torch.where(usable, ratio, 0.0), usable

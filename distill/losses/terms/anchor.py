@@ -1,4 +1,4 @@
-"""Weight of a term that holds the output's magnitude near the label's; 0 = off. Ours."""
+"""Weight of a term that keeps the output's magnitude near the label's; 0 = off. Ours."""
 
 from __future__ import annotations
 

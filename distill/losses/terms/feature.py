@@ -1,6 +1,6 @@
 """Weight of alignment with a frozen encoder's features, L_feat; none where the student's is frozen. Paper: 1.
 
-margin: Tokens whose cosine with the frozen encoder's is above this are left alone. Inferred: 0.85, Depth Anything's.
+margin: Tokens whose cosine with the frozen encoder's is above this have no loss. Inferred: 0.85, Depth Anything's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Weight of gradient matching at four scales (MiDaS, Eq. 11), L_grad. Paper: 2.
 
-on_sparse: Also where ground truth knows few pixels: its neighbours lie along a scanner's lines. Ours.
+on_sparse: Also for sparse ground truth, whose neighbouring pixels lie along a scanner's lines. Ours.
 """
 
 from __future__ import annotations

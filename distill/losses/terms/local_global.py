@@ -19,25 +19,25 @@ def term(given: Given) -> Tensor:
     assert labels.local is not None
     batch, num = labels.boxes.shape[:2]
     if given.patch_resolution == "student":
-        seen, values, valid, weight = _at_student_pixels(pred, labels)
+        overlap, values, valid, weight = _at_student_pixels(pred, labels)
     else:
         values, size, weight = labels.local.values, labels.local.values.shape[-1], labels.local_weight
-        seen, inside = sample_boxes(pred, labels.boxes, size)
+        overlap, inside = sample_boxes(pred, labels.boxes, size)
         valid = labels.local.valid & inside.flatten(0, 1)
-    loss = given.compare(seen.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
+    loss = given.compare(overlap.flatten(0, 1), values, valid, weight).loss.reshape(batch, num)
     labelled = valid.reshape(batch, num, -1).any(-1)
     return torch.where(labelled, loss, 0.0).sum(1) / labelled.sum(1).clamp(min=1)
 
 
 def _at_student_pixels(pred: Tensor, labels: Labels) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The student's pixels over each patch (B,N,n,n), and the label, its valid and its weight there, (B*N,n,n)."""
+    """The student's pixels over each patch (B,N,n,n); the label, its valid mask and its weight there, (B*N,n,n)."""
     local = labels.local
     assert local is not None
     blocks, within, number = student_blocks(labels.boxes, pred.shape[-1])
-    seen, _ = sample_boxes(pred, blocks, number)
+    overlap, _ = sample_boxes(pred, blocks, number)
     boxes = within.flatten(0, 1)[:, None]
     known = local.valid & torch.isfinite(local.values)
     values, inside = sample_boxes(torch.where(known, local.values, 0.0), boxes, number)
     valid = inside & (sample_boxes(known.float(), boxes, number)[0] > 0.999)
     weight = None if labels.local_weight is None else sample_boxes(labels.local_weight, boxes, number)[0][:, 0]
-    return seen, values[:, 0], valid[:, 0], weight
+    return overlap, values[:, 0], valid[:, 0], weight

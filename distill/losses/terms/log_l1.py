@@ -12,6 +12,6 @@ NEEDS = frozenset({"metric"})
 
 
 def term(given: Given) -> Tensor:
-    """mean |log pred - log label| over valid pixels, (B,): about the relative error, where that is small."""
+    """mean |log pred - log label| over valid pixels, (B,): about the relative error where that is small."""
     g, valid = log_difference(given.pred, given.labels.shared)
     return g.abs().sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)

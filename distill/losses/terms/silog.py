@@ -1,6 +1,6 @@
 """Weight of the scale-invariant error of the logarithm, of metric students; 0 = off. Depth Anything V2: 1.
 
-variance_focus: How far a common factor is forgiven: 0 not at all, 1 wholly. Depth Anything V2: 0.5; BTS: 0.85.
+variance_focus: How much of a common scale error is ignored: 0 none, 1 all. Depth Anything V2: 0.5; BTS: 0.85.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ def term(given: Given, *, variance_focus: float = 0.5) -> Tensor:
     count = valid.sum((-2, -1)).clamp(min=1)
     mean = g.sum((-2, -1)) / count
     value = g.square().sum((-2, -1)) / count - variance_focus * mean.square()
-    # A root has no slope at 0, and the sum of squares may come out a rounding below it.
-    some = value > 1e-12
-    return torch.where(some, torch.where(some, value, 1.0).sqrt(), 0.0)
+    # sqrt has no finite gradient at 0, and rounding may make the value slightly negative.
+    positive = value > 1e-12
+    return torch.where(positive, torch.where(positive, value, 1.0).sqrt(), 0.0)

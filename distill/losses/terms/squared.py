@@ -1,6 +1,6 @@
 """Weight of the mean squared difference of the region's normalized maps; 0 = off. Ours.
 
-Where two teachers take turns, an absolute difference is least at one of their answers and a squared one between them.
+Where two teachers alternate, the absolute difference is minimal at one of their labels, the squared one between them.
 """
 
 from __future__ import annotations
