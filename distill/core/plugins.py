@@ -202,7 +202,7 @@ _ALLOWED: dict[str, dict[Path, None]] = {}
 def allow(file: str | Path) -> None:
     """Allow students' folders to load this decoder file by its file name. Raises LookupError if there is no such file.
 
-    A folder is data of whoever made it, so the files it names run no code by themselves; those a recipe names may.
+    A folder is its author's data, so naming a file there does not make it run; files that a recipe names are allowed.
     """
     if fault := _file_fault(str(file)):
         raise LookupError(fault)

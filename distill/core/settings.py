@@ -56,8 +56,8 @@ def unknown_words(table: object) -> list[str]:
 def _choices(cls: type) -> Sequence[tuple[str, tuple[str, ...], bool]]:
     """The fields that take words: the name, the words allowed, and whether only words are allowed."""
     hints = hints_of(cls)
-    named = [(f.name, _words(hints[f.name])) for f in fields(cls)]
-    return [(name, words, _is_literal(hints[name])) for name, words in named if words]
+    allowed = [(f.name, _words(hints[f.name])) for f in fields(cls)]
+    return [(name, words, _is_literal(hints[name])) for name, words in allowed if words]
 
 
 def _words(hint: object) -> tuple[str, ...]:

@@ -103,15 +103,15 @@ def shards(index: Path) -> dict[str, Path]:
     """Read an index: tensor name -> the file that holds it; raises WeightsMissingError if one of them is missing."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        places = {str(name): index.parent / str(file) for name, file in table.items()}
+        files = {str(name): index.parent / str(file) for name, file in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsMismatchError(f"{index} is not an index of weights ({error!r}): download it again") from error
-    outside = [str(place) for place in places.values() if place.parent != index.parent]
+    outside = [str(file_path) for file_path in files.values() if file_path.parent != index.parent]
     if outside:
         raise WeightsMismatchError(f"{index} names files of other folders ({outside[0]})")
-    if absent := sorted({place.name for place in places.values() if not place.is_file()}):
+    if absent := sorted({file_path.name for file_path in files.values() if not file_path.is_file()}):
         raise WeightsMissingError(f"{index.parent} lacks {', '.join(absent[:3])}, which {index.name} names")
-    return places
+    return files
 
 
 ANY = ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
@@ -131,9 +131,9 @@ def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tenso
     index = path.with_name(_SHARD.sub(".", path.name) + INDEX)
     if path.name.endswith(".json") or (_SHARD.search(path.name) and index.is_file()):
         index = path if path.name.endswith(".json") else index
-        places = shards(index)
-        state = {key: tensor for file in sorted(set(places.values())) for key, tensor in _read(file).items()}
-        if missing := sorted(places.keys() - state.keys()):
+        shard_files = shards(index)
+        state = {key: tensor for file in sorted(set(shard_files.values())) for key, tensor in _read(file).items()}
+        if missing := sorted(shard_files.keys() - state.keys()):
             raise WeightsMismatchError(f"{index} names {missing[0]}, which no shard holds: download them again")
         return _plain_names(state, path)
     nested = _read(path)
@@ -250,10 +250,10 @@ def _known(records: Sequence[str]) -> list[Any]:
     import numpy as np
 
     arrays = {"multiarray._reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-    known: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
+    stand_ins: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
     if "numpy.dtype" in records:  # each dtype has its own class, which pickles do not name
-        known += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
-    return known
+        stand_ins += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
+    return stand_ins
 
 
 _ASIDE = re.compile(
@@ -315,8 +315,8 @@ def _tables(nested: Any, name: str = "", *, arrays: bool = False) -> Iterator[tu
 def _rank(name: str) -> tuple[bool, int, int]:
     """Sort key of tables: raw before averaged, then by the usual names, then the shortest."""
     parts = name.strip(".").split(".")
-    place = next((i for i, raw in enumerate(_RAW) if raw in parts), len(_RAW) + ("student" in parts))
-    return bool(_AVERAGED.search(name)), 0 if not name else place, len(name)
+    position = next((i for i, raw in enumerate(_RAW) if raw in parts), len(_RAW) + ("student" in parts))
+    return bool(_AVERAGED.search(name)), 0 if not name else position, len(name)
 
 
 def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None) -> dict[str, Tensor]:

@@ -47,15 +47,15 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
     photos: dict[Path, str] = {}
     refused: dict[str, None] = {}
     passed: dict[Path, str] = {}
-    for given in inputs:
-        if not given.strip():
-            raise ValueError(f"{given!r} names no photo; give files, folders or globs (. is this folder)")
-        files = list(_files(Path(given).expanduser()))
+    for argument in inputs:
+        if not argument.strip():
+            raise ValueError(f"{argument!r} names no photo; give files, folders or globs (. is this folder)")
+        files = list(_files(Path(argument).expanduser()))
         candidates = [entry for entry in files if not outputs.holds(entry[0])]
         for file, stem, name in candidates:
             if stem:
                 photos.setdefault(file.absolute(), stem)
-            elif reason := _list_of(file, given) or filetypes.refusal(name):
+            elif reason := _list_of(file, argument) or filetypes.refusal(name):
                 refused[f"{file}: {reason}"] = None
             else:
                 passed[file.absolute()] = filetypes.sort_of(name)
@@ -63,14 +63,14 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
             only_outputs = f" but what this command made in {out}" if any(stem for _, stem, _ in files) else ""
             others = f"; there are {filetypes.counted(passed.values())}" if passed and not only_outputs else ""
             others += "".join(f"; {line}" for line in list(refused)[:2])
-            if not files and not Path(given).expanduser().exists():
-                pattern = set(given) & set("*?[") or _NUMBER.search(given)
+            if not files and not Path(argument).expanduser().exists():
+                pattern = set(argument) & set("*?[") or _NUMBER.search(argument)
                 reason = "matches no file" if pattern else "no such file or folder"
-                reason = "a link to nothing" if Path(given).expanduser().is_symlink() else reason
-                reason = "an address, and files of this machine are read: download it" if "://" in given else reason
-                raise FileNotFoundError(f"{given}: {reason}")
+                reason = "a link to nothing" if Path(argument).expanduser().is_symlink() else reason
+                reason = "an address, and files of this machine are read: download it" if "://" in argument else reason
+                raise FileNotFoundError(f"{argument}: {reason}")
             raise FileNotFoundError(
-                f"{given}: no photo or video there{only_outputs} ({', '.join((*PHOTOS, *VIDEOS))}){others}"
+                f"{argument}: no photo or video there{only_outputs} ({', '.join((*PHOTOS, *VIDEOS))}){others}"
             )
     # A photo found both directly and through a link is predicted once, under its own name.
     chosen: dict[Path, Path] = {}
@@ -85,7 +85,9 @@ def survey(inputs: Sequence[str], *, out: Path) -> Survey:
         if resolved not in chosen or chosen[resolved].is_symlink():
             chosen[resolved] = file
     jobs = [PredictionJob(path, outputs.stem(path, photos[file])) for path, file in chosen.items()]
-    notes = [_SEQUENCE.format(given) for given in inputs if _NUMBER.search(given) and not Path(given).exists()]
+    notes = [
+        _SEQUENCE.format(argument) for argument in inputs if _NUMBER.search(argument) and not Path(argument).exists()
+    ]
     return Survey(jobs, list(refused), Counter(passed.values()), tuple(notes))
 
 

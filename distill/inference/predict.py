@@ -306,10 +306,10 @@ def write_map(
 
 def nearness(values: np.ndarray, kind: str) -> np.ndarray:
     """The values to colour, (H,W): larger is nearer. Depth is inverted, or negated if its shift is unknown."""
-    known = Kind(kind)
-    if known.quantity == "disparity":
+    kind_ = Kind(kind)
+    if kind_.quantity == "disparity":
         return values
-    return -values if known.unknown == "affine" else 1.0 / np.maximum(values, 1e-3)
+    return -values if kind_.unknown == "affine" else 1.0 / np.maximum(values, 1e-3)
 
 
 def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:

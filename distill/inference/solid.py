@@ -111,8 +111,8 @@ def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tu
         raise ValueError(f"far must be above 1, and at most {DEEPEST:g}, not {far}")
     if kind.unknown != "affine":
         target = Kind.METRIC_DEPTH if kind.unknown == "metric" else Kind.SCALE_DEPTH
-        known = DepthMap(values[None], valid[None], kind).convert(target)
-        z, usable = known.values[0].cpu().numpy(), known.valid[0].cpu().numpy()
+        converted = DepthMap(values[None], valid[None], kind).convert(target)
+        z, usable = converted.values[0].cpu().numpy(), converted.valid[0].cpu().numpy()
         return z, usable & np.isfinite(z) & (z > 0)
     raw, usable = values.cpu().numpy(), valid.cpu().numpy()
     usable = usable & np.isfinite(raw)

@@ -116,8 +116,8 @@ def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> 
     usable = valid.cpu().numpy() & np.isfinite(array)
     count = int(usable.sum())
     all_valid = count == array.size
-    known = array if all_valid else array[usable]
-    low, high = (float(known.min()), float(known.max())) if count else (0.0, 0.0)
+    valid_values = array if all_valid else array[usable]
+    low, high = (float(valid_values.min()), float(valid_values.max())) if count else (0.0, 0.0)
     scale = 1.0 / (high - low) if high > low else 0.0
     # One buffer, reused in place: fresh memory costs more than the arithmetic, and many threads allocate at once.
     unit = array - low if all_valid else np.subtract(array, low, out=np.zeros_like(array), where=usable)

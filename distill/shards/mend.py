@@ -28,8 +28,8 @@ def mend_sidecar(tar: Path, shard: Mapping[str, Any]) -> bool:
         index = walked_index(tar)
     except (OSError, ValueError, RecursionError):
         return False
-    place = {key: shard[key] for key in ("name", "sha256", "bytes", "samples")}
-    mended = {**table, "tar": place, "samples": [list(entry) for entry in index]}
+    tar_entry = {key: shard[key] for key in ("name", "sha256", "bytes", "samples")}
+    mended = {**table, "tar": tar_entry, "samples": [list(entry) for entry in index]}
     if is_broken(mended):
         return False
     files.write_bytes(sidecar, dump_json(mended))

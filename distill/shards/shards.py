@@ -158,12 +158,12 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
 def listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
     """`shard_index` from the json of a tar of `size` bytes; raises ValueError unless every sample lies within it."""
     try:
-        places = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
+        samples = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
     except (TypeError, ValueError):
-        places = [("", -1, -1)]
-    if not all(0 <= start < start + length <= size for _, start, length in places):
+        samples = [("", -1, -1)]
+    if not all(0 <= start < start + length <= size for _, start, length in samples):
         raise ValueError(f"{sidecar} is damaged: samples in it do not lie in their tar; {REPAIR}")
-    return places
+    return samples
 
 
 def walked_index(path: Path) -> list[tuple[str, int, int]]:
@@ -221,31 +221,31 @@ class LabelDataset(Dataset[Sample]):
         self.folder, self.cache = Path(folder), cache
         self.manifest = read_manifest(folder)
         require_photographs(self.folder)
-        known = list(self.manifest["teachers"])
-        self.teachers = known if teachers is None else list(teachers)
+        stored_teachers = list(self.manifest["teachers"])
+        self.teachers = stored_teachers if teachers is None else list(teachers)
         for name in self.teachers:
-            if name not in known:
-                raise LookupError(f"{self.folder} has no labels by {name}; it has {', '.join(known)}")
+            if name not in stored_teachers:
+                raise LookupError(f"{self.folder} has no labels by {name}; it has {', '.join(stored_teachers)}")
         self.tars: list[str] = []
         self.keys: list[str] = []
         self.duplicates = 0
         selected = None if keys is None else frozenset(keys)
         seen: set[str] = set()
-        places: list[tuple[int, int, int]] = []
+        locations: list[tuple[int, int, int]] = []
         for shard in self.manifest["shards"]:
             for key, start, size in cache.index(shard) if cache else shard_index(self._checked(shard)):
                 if key in seen:
                     self.duplicates += 1
                 elif selected is None or key in selected or key.rsplit("-", 1)[0] in selected:
                     self.keys.append(key)
-                    places.append((len(self.tars), start, size))
+                    locations.append((len(self.tars), start, size))
                 seen.add(key)
             self.tars.append(shard["name"])
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
         self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
-        self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in places]
-        self._places = np.array(places, dtype=np.int64)
+        self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in locations]
+        self._places = np.array(locations, dtype=np.int64)
         self._open: dict[str, IO[bytes]] = {}
 
     def _checked(self, shard: Mapping[str, Any]) -> Path:
@@ -277,8 +277,8 @@ class LabelDataset(Dataset[Sample]):
 
     def teachers_of(self, index: int) -> list[str]:
         """The teachers to decode whose labels sample `index` has."""
-        known = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
-        return [name for name in self.teachers if name in known]
+        stored_teachers = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
+        return [name for name in self.teachers if name in stored_teachers]
 
     def get(
         self,
