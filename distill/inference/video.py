@@ -71,7 +71,7 @@ class Film:
                 detail = _CUT
             self._container.close()
             raise BadImageError(detail)
-        if _is_dolby_vision(path):
+        if _of_dolby(path):
             self._container.close()
             raise BadImageError(_DOLBY_VISION)
         self._stream, self._codec_name = streams[0], codec.name
@@ -157,7 +157,7 @@ _DOLBY_VISION = (
 )
 
 
-def _is_dolby_vision(path: Path) -> bool:
+def _of_dolby(path: Path) -> bool:
     """Whether an MP4, MOV or Matroska declares Dolby Vision without a picture that other players can show.
 
     From its configuration record (dvcC, dvvC; Dolby's "Streams within the ISO base media file format", 3.2): profile 5,

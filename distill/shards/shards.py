@@ -48,7 +48,7 @@ from distill.shards.tables import write_manifest as write_manifest
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-class _HashingFile:
+class _Hashing:
     """A file that computes the checksum and the number of the bytes written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -78,7 +78,7 @@ class ShardWriter:
         self.index: list[tuple[str, int, int]] = []
         with files.naming(path):
             self._file = self.aside.open("wb")
-        self._out = _HashingFile(self._file)
+        self._out = _Hashing(self._file)
         self._tar = tarfile.open(fileobj=self._out, mode="w", format=tarfile.GNU_FORMAT)  # type: ignore[call-overload]
 
     def __enter__(self) -> ShardWriter:
