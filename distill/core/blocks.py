@@ -1,7 +1,7 @@
-"""Parts of a transformer block that Depth Anything 3 (a teacher) and VGGT (an encoder) have alike.
+"""Transformer block parts shared by Depth Anything 3 (a teacher) and VGGT (an encoder).
 
-Their parameters have the names of the released files of both. Surprise: norms of queries and keys have eps 1e-5 in
-both, whatever the norms of the blocks around them have.
+Parameter names are those of the released files of both. Surprise: the query and key norms use eps 1e-5 in both,
+whatever eps the norms of the surrounding blocks use.
 
 Sources: facebookresearch/vggt vggt/layers (attention.py, mlp.py, layer_scale.py); ByteDance-Seed/Depth-Anything-3
 src/depth_anything_3/model/dinov2/layers. Shapes: B batch, N tokens, C channels.
@@ -17,7 +17,7 @@ from distill.core.positions import rotate
 
 
 class Attention(nn.Module):
-    """Self-attention; queries and keys are normalized where that is asked, and turned by their positions."""
+    """Self-attention with optional normalization of queries and keys and with rotary positions."""
 
     def __init__(self, width: int, heads: int, *, normalized: bool) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """(B,N,C) -> (B,N,C); rotation: cosines and sines (N, C/heads), None where nothing is turned."""
+        """(B,N,C) -> (B,N,C); rotation: cosines and sines (N, C/heads), or None for no rotation."""
         batch, count, width = tokens.shape
         query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key = self.q_norm(query), self.k_norm(key)
@@ -52,7 +52,7 @@ class Mlp(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor per channel, `start` at first."""
+    """A learnt factor per channel, initialised to `start`."""
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()

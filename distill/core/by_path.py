@@ -1,7 +1,7 @@
-"""A user's Python files as modules `distill.core.by_path.STEM_HEX`, where HEX spells the file's path.
+"""Imports a user's Python files as modules `distill.core.by_path.STEM_HEX`, where HEX encodes the file's path.
 
-A process that gets a class by pickle (a worker of a DataLoader under "spawn") knows nothing but its module's name, so
-the name alone has to lead to the file.
+A process that unpickles a class (a DataLoader worker under "spawn") knows only the name of its module, so the name
+alone must lead to the file.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-__path__: list[str] = []  # what makes this module one that may have others below it
+__path__: list[str] = []  # makes this module a package, which can have submodules
 
 
 def module_name(file: Path) -> str:
-    """The module that `file` is imported as: one per file, however its path is written."""
-    whole = file.expanduser().resolve()
-    return f"{__name__}.{re.sub(r'[^0-9a-zA-Z_]', '_', whole.stem)}_{str(whole).encode().hex()}"
+    """Return the module name that `file` is imported under: one per file, however its path is written."""
+    resolved = file.expanduser().resolve()
+    return f"{__name__}.{re.sub(r'[^0-9a-zA-Z_]', '_', resolved.stem)}_{str(resolved).encode().hex()}"
 
 
 class _Files(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Of a name that `module_name` made; None for all others."""
-        package, _, last = fullname.rpartition(".")
+        """Return the spec of a name made by `module_name`, None for any other name."""
+        package, _, module = fullname.rpartition(".")
         if package != __name__:
             return None
-        file = bytes.fromhex(last.rpartition("_")[2]).decode()
+        file = bytes.fromhex(module.rpartition("_")[2]).decode()
         return spec_from_file_location(fullname, file)
 
 

@@ -1,7 +1,7 @@
-"""Maps as integer codes with a range each: what a shard stores, and what travels to and from a device.
+"""Maps as integer codes, each map with its own range: the form that shards store and that moves between devices.
 
-A code is two bytes where a value and its validity are five, and every step here is an exact IEEE operation of its own
-kernel, so a map that is coded or decoded on a GPU has the bits that the CPU gives it.
+A code takes two bytes, where a value and its validity take five. Every step here is an exact IEEE operation in a kernel
+of its own, so a map coded or decoded on a GPU has the same bits as on the CPU.
 
 Shapes: B maps, H height, W width.
 """
@@ -26,7 +26,7 @@ class CodedMaps:
     """Maps as a shard stores them.
 
     codes: (B,H,W) uint16. low, high: (B,) float64, the range of each map. count: (B,) int64, its valid pixels.
-    codec: whose codes they are, see `register`. kind: of the values.
+    codec: the name of the codec that the codes belong to, see `register`. kind: of the values.
     """
 
     codes: Tensor
@@ -41,17 +41,17 @@ class CodedMaps:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What belongs to each map."""
+        """The tensors that have one entry per map."""
         return self.codes, self.low, self.high, self.count
 
     def to(self, device: torch.device | str) -> CodedMaps:
-        """The same maps on another device; copies from pinned memory do not wait."""
+        """The same maps on another device; copies from pinned memory are asynchronous."""
         codes, low, high, count = (x.to(device, non_blocking=True) for x in self.tensors)
         return CodedMaps(codes, low, high, count, self.codec, self.kind)
 
     def decode(self) -> DepthMap:
-        """The values in float32, zero where invalid: bit for bit those of `distill.shards.codec.decode_map`."""
-        # A table of float32 values for each map costs less than float64 for each pixel.
+        """The values in float32, zero where invalid: bit-identical to `distill.shards.codec.decode_map`."""
+        # A lookup table of float32 values per map costs less than float64 arithmetic per pixel.
         units = units_of(self.codec, self.codes.device)
         span = (self.high - self.low)[:, None]
         tables = torch.nan_to_num(self.low[:, None] + units * span).float()
@@ -62,7 +62,7 @@ class CodedMaps:
 
 
 def join(maps: Sequence[CodedMaps]) -> CodedMaps:
-    """Maps of one kind, size and codec along the batch; raises KindError where kinds differ."""
+    """Concatenate maps of one kind, size and codec along the batch; raises KindError if kinds differ."""
     kinds = sorted({str(m.kind) for m in maps})
     if len(kinds) != 1:
         raise KindError(f"cannot join {' and '.join(kinds)}: convert them to one kind first")
@@ -72,7 +72,7 @@ def join(maps: Sequence[CodedMaps]) -> CodedMaps:
 
 @dataclass(frozen=True, slots=True)
 class CodedLabels:
-    """`distill.core.labels.Labels` whose maps are codes still."""
+    """`distill.core.labels.Labels` whose maps are still coded."""
 
     shared: CodedMaps
     local: CodedMaps | None
@@ -80,41 +80,41 @@ class CodedLabels:
     supervision: Supervision = Supervision()  # noqa: RUF009  (frozen)
 
     def to(self, device: torch.device | str) -> CodedLabels:
-        """The same labels on another device; copies from pinned memory do not wait."""
+        """The same labels on another device; copies from pinned memory are asynchronous."""
         local = None if self.local is None else self.local.to(device)
         return replace(self, shared=self.shared.to(device), local=local, boxes=self.boxes.to(device, non_blocking=True))
 
     def decode(self) -> Labels:
-        """The labels, on the device where the codes are."""
+        """The decoded labels, on the device of the codes."""
         local = None if self.local is None else self.local.decode()
         return Labels(self.shared.decode(), local, self.boxes, supervision=self.supervision)
 
 
 def stack(labels: Sequence[CodedLabels]) -> CodedLabels:
-    """Regions of one supervision as one batch, padded to the most patches as `distill.core.labels.Labels` says.
+    """Stack regions of one supervision into a batch, padded to the most patches as `distill.core.labels.Labels` says.
 
-    What is known of the kind is what is known of all: metric beside scale is scale. Raises KindError where depth meets
-    disparity.
+    The kind is the least known of all: metric beside scale gives scale. Raises KindError if depth and disparity are
+    mixed.
     """
-    kind = least_known(one.shared.kind for one in labels)
-    shared = join([_as(one.shared, kind) for one in labels])
+    kind = least_known(region.shared.kind for region in labels)
+    shared = join([_as(region.shared, kind) for region in labels])
     supervision = replace(labels[0].supervision, kind=kind)
-    counts = [0 if one.local is None else len(one.local) for one in labels]
-    maps_each = max(counts)
-    if maps_each == 0:
+    counts = [0 if region.local is None else len(region.local) for region in labels]
+    max_patches = max(counts)
+    if max_patches == 0:
         return CodedLabels(shared, None, torch.zeros(len(labels), 0, 4), supervision)
-    pattern = next(one.local for one in labels if one.local is not None and len(one.local))
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    template = next(region.local for region in labels if region.local is not None and len(region.local))
+    whole_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     maps, boxes = [], []
-    for one, count in zip(labels, counts, strict=True):
-        if one.local is not None and count:
-            maps.append(_as(one.local, kind))
-        if count < maps_each:
-            blank = (torch.zeros((maps_each - count, *x.shape[1:]), dtype=x.dtype) for x in pattern.tensors)
-            codes, low, high, known = blank
-            maps.append(CodedMaps(codes, low, high, known, pattern.codec, kind))
-        spare = one.boxes[0, :1] if count else whole
-        boxes.append(torch.cat([one.boxes[0], spare.expand(maps_each - count, 4)]))
+    for region, count in zip(labels, counts, strict=True):
+        if region.local is not None and count:
+            maps.append(_as(region.local, kind))
+        if count < max_patches:
+            blank = (torch.zeros((max_patches - count, *x.shape[1:]), dtype=x.dtype) for x in template.tensors)
+            codes, low, high, valid_counts = blank
+            maps.append(CodedMaps(codes, low, high, valid_counts, template.codec, kind))
+        padding_box = region.boxes[0, :1] if count else whole_box
+        boxes.append(torch.cat([region.boxes[0], padding_box.expand(max_patches - count, 4)]))
     return CodedLabels(shared, join(maps), torch.stack(boxes), supervision)
 
 
@@ -126,15 +126,15 @@ _UNITS: dict[tuple[str, torch.device], Tensor] = {}
 
 
 def register(codec: str, units: Tensor) -> None:
-    """Say what the codes of a codec mean: units (65536,) float64, 0 a map's lowest value, 1 its highest, NaN invalid.
+    """Register what a codec's codes mean: units (65536,) float64, 0 a map's lowest value, 1 its highest, NaN invalid.
 
-    By name, for maps travel between processes, and the table with each would be larger than a small map.
+    Maps name their codec because they move between processes, and a table with each would be larger than a small map.
     """
     _UNITS[codec, torch.device("cpu")] = units
 
 
 def units_of(codec: str, device: torch.device) -> Tensor:
-    """The table of a codec on a device, copied there once."""
+    """Return the `units` table of a codec on a device, copied there once."""
     if (codec, device) not in _UNITS:
         _UNITS[codec, device] = _UNITS[codec, torch.device("cpu")].to(device)
     return _UNITS[codec, device]
@@ -149,9 +149,9 @@ def encode_linear(values: Tensor, valid: Tensor, first: int) -> tuple[Tensor, Te
     exact = values.double()
     usable = valid & torch.isfinite(exact)
     count = usable.sum((1, 2))
-    known = count > 0
-    low = torch.where(known, torch.where(usable, exact, torch.inf).amin((1, 2)), 0.0)
-    high = torch.where(known, torch.where(usable, exact, -torch.inf).amax((1, 2)), 0.0)
+    has_valid = count > 0
+    low = torch.where(has_valid, torch.where(usable, exact, torch.inf).amin((1, 2)), 0.0)
+    high = torch.where(has_valid, torch.where(usable, exact, -torch.inf).amax((1, 2)), 0.0)
     span = high - low
     scale = torch.where(span > 0, 1.0 / torch.where(span > 0, span, 1.0), 0.0)
     unit = torch.where(usable, exact, low[:, None, None]).sub_(low[:, None, None]).mul_(scale[:, None, None])

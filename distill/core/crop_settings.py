@@ -23,8 +23,8 @@ class CropSettings:
     crops_per_image: int = 1
     """Regions drawn from each image, each a sample of its own. Ours."""
     redraw: bool = False
-    """An image's region is drawn anew whenever it is learnt from, which needs labels.online = true. Inferred: true;
-    false here, for labels on disk have their crops."""
+    """Draw a new region of an image at every visit; needs labels.online = true. Inferred: true; false here, because
+    labels on disk have fixed crops."""
     region: Literal["random", "whole"] = "random"
     """"random" draws a square of the image; "whole" takes the image itself, squashed to a square of its short side,
     with nothing left out: the paper's baseline "with no random cropping". How it becomes a square is ours."""
@@ -36,7 +36,7 @@ class CropSettings:
     patch_size: int = 0
     """Side of a patch in the image's pixels; 0 is `size`. Paper: 560, as the regions."""
     overlap: float = 0.125
-    """The least share of a patch that it has in common with its neighbour in a grid, in [0, 0.9). Ours."""
+    """Minimum overlap of neighbouring patches in a grid, as a fraction of a patch, in [0, 0.9). Ours."""
     on_small: Literal["refuse", "use"] = "refuse"
     """An image whose short side is below `min_side`: "refuse" quarantines it, "use" takes its largest square.
     Ours."""
@@ -59,7 +59,7 @@ class CropSettings:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder; a later key counts where it says something."""
+        """The settings that determine the contents of a labels folder; newer keys only if not at their default."""
         settings = {key: value for key, value in asdict(self).items() if key != "redraw"}
         return {
             key: value for key, value in settings.items() if (key, value) not in (("region", "random"), ("width", 0))

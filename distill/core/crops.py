@@ -1,11 +1,11 @@
-"""Which pixels: a plan of square regions and local patches, deterministic and invertible.
+"""Crop plans: square regions and local patches of an image, deterministic and invertible.
 
 A region is a square of the image, resized to `size`: the shared context that teacher and student both see. Patches
 are squares of the same region at native resolution: the local context that only the teacher sees.
 
-The plan is a pure function of (seed, image key, draw), so it is the same on any number of processes and in any order.
+A plan is a pure function of (seed, image key, draw), so it is the same on any number of processes and in any order.
 Sources: Distill-Any-Depth, Sec. 4.1 (region side uniform in [644, short side], 560 x 560 crops and patches). The
-number and placing of the patches are ours: `grid` covers the region with at least 1/8 overlap; `random` draws N.
+number and placement of the patches are ours: `grid` covers the region with at least 1/8 overlap; `random` draws N.
 
 Coordinates are half-pixel: pixel i covers [i, i + 1) and its centre is i + 0.5. Shapes: B batch, N patches, H, W.
 """
@@ -33,7 +33,7 @@ class ImageTooSmallError(ValueError):
 class Square:
     """A square of pixels: rows [top, top + side), columns [left, left + side).
 
-    width: its columns, where it is a rectangle of `side` rows; 0: a square.
+    width: the number of columns of a rectangle with `side` rows; 0 for a square.
     """
 
     top: int
@@ -43,12 +43,12 @@ class Square:
 
     @property
     def columns(self) -> int:
-        """How many columns it has."""
+        """The number of columns."""
         return self.width or self.side
 
     @property
     def record(self) -> dict[str, int]:
-        """Plain values; of a square those that squares always had."""
+        """Plain values; a square has no "width", as in earlier versions."""
         plain = {"top": self.top, "left": self.left, "side": self.side}
         return plain | ({"width": self.width} if self.width else {})
 
@@ -58,8 +58,8 @@ class Plan:
     """One region of one image, and the patches inside it.
 
     region: in image pixels. patches: in native pixels relative to the region's corner.
-    size: what the region is resized to, its height where it has a width. patch_size: what every patch is resized to (a
-    no-op for full patches).
+    size: the side that the region is resized to, or its height if it has a width. patch_size: the side that every patch
+    is resized to (a no-op for full patches).
     """
 
     region: Square
@@ -80,7 +80,7 @@ class Plan:
 
 
 def generator(*parts: object) -> np.random.Generator:
-    """A random generator that depends on `parts` alone: not on order, process or Python's hash seed."""
+    """Return a random generator that depends on `parts` alone: not on order, process or Python's hash seed."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "big")))
 
@@ -94,10 +94,10 @@ def _grid(side: int, patch: int, overlap: float) -> list[tuple[int, int]]:
 
 
 def plan(height: int, width: int, settings: CropSettings, *, key: str, seed: int = 0, draw: int = 0) -> Plan:
-    """The region and patches of image `key` at its `draw`-th visit.
+    """Return the region and patches of image `key` at its `draw`-th visit.
 
-    height, width: the image's, in pixels; with settings.region = "whole" those of the squashed one, a square. Raises
-    ImageTooSmallError for an image that settings.on_small refuses.
+    height, width: of the image, in pixels; with settings.region = "whole" those of the image squashed to a square.
+    Raises ImageTooSmallError for an image that settings.on_small refuses.
     """
     c, short = settings, min(height, width)
     if c.width:  # the rows of the largest region of this shape
@@ -131,10 +131,10 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def native_shape(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """The short side at `size`, aspect kept, each side the nearest multiple (at least one).
+    """Return height and width with the short side at `size`, aspect kept, sides rounded to `multiple` (at least one).
 
-    Ours: the long side is at most 8 times `size`. A strip beyond 8:1 is squashed, or one of 1x1000 pixels would take
-    all memory.
+    Ours: the long side is at most 8 times `size`. A strip beyond 8:1 is squashed, because one of 1x1000 pixels would
+    otherwise exhaust the memory.
     """
     scale = size / min(height, width)
     rows, columns = (max(1, round(min(side * scale, 8 * size) / multiple)) * multiple for side in (height, width))
@@ -156,12 +156,12 @@ def cut_patches(image: Tensor, plan: Plan) -> Tensor:
     ]
     if not parts:
         return image.new_zeros(0, image.shape[0], size, size)
-    # Rows of interleaved channels are copied as they lie in a decoded photograph: half the time of planes.
+    # Copying channels-last, the layout of a decoded photograph, takes half the time of copying planes.
     return torch.stack([resize(part, size, size).movedim(0, -1) for part in parts]).movedim(-1, 1)
 
 
 def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Each box of each map at size x size, bilinear, differentiable.
+    """Sample each box of each map at size x size, bilinear, differentiable.
 
     maps: (B,H,W). boxes: (B,N,4) fractions (top, left, bottom, right). Returns values (B,N,size,size) and a bool of
     the same shape that is False where a pixel's centre lies outside the outermost pixel centres of the map: there
@@ -180,12 +180,12 @@ def sample_boxes(maps: Tensor, boxes: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def student_blocks(boxes: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
-    """The student's own pixels that cover each patch, as boxes that `sample_boxes` reads without interpolation.
+    """Return the student's own pixels that cover each patch, as boxes that `sample_boxes` reads without interpolation.
 
     boxes: (B,N,4) fractions of the region, whose student map is size x size. Returns the same n x n pixels twice, as
-    fractions of the region and as fractions of the patch, (B,N,4) each, and n, which is that of the largest patch.
-    Pixels of a block may lie outside a smaller patch, or outside the centres of its outermost pixels; sampled from
-    the patch they come out as not inside.
+    fractions of the region and as fractions of the patch, (B,N,4) each, and n, which the largest patch determines.
+    Pixels of a block may lie outside a smaller patch, or outside the centres of its outermost pixels; `sample_boxes`
+    on the patch's map reports them as outside.
     """
     sides = (boxes[..., 2:] - boxes[..., :2]).double()
     number = min(size, math.ceil(float(sides.amax()) * size - 1e-4)) if boxes.numel() else 0

@@ -1,8 +1,8 @@
-"""What a depth map is: values, where they may be used, and what they mean.
+"""Depth maps: values, the mask of usable values, and the kind that says what they mean.
 
-A map's meaning is its `Kind`: the quantity (depth or disparity) and what is unknown about it (nothing, a
-scale, or a scale and a shift). Kinds decide which alignment a score may use and which labels a loss may mix;
-maps of different kinds never meet by accident.
+A map's `Kind` is its quantity (depth or disparity) and what is unknown about it (nothing, the scale, or the scale and
+the shift). Kinds decide which alignment a score may use and which labels a loss may mix; maps of different kinds cannot
+be mixed by accident.
 
 Shapes: B batch, H height, W width.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 class KindError(ValueError):
-    """Two kinds were asked to meet that cannot; the message names both and the way out."""
+    """Two kinds cannot be combined or converted; the message names both and the remedy."""
 
 
 UNKNOWNS = ("metric", "scale", "affine")
@@ -58,7 +58,7 @@ class Kind(StrEnum):
         return "farther" if self.quantity == "depth" else "nearer"
 
     def can_become(self, kind: Kind) -> bool:
-        """Whether `DepthMap.convert` does it: knowledge may be forgotten, 1/x needs a known shift."""
+        """Whether `DepthMap.convert` can do it: knowledge may be dropped, and 1/x needs a known shift."""
         if UNKNOWNS.index(kind.unknown) < UNKNOWNS.index(self.unknown):
             return False
         return self.quantity == kind.quantity or self.unknown != "affine"
@@ -66,7 +66,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DepthMap:
-    """Values with a meaning.
+    """A batch of depth maps with their valid pixels and kind.
 
     values: (B,H,W) float32. Undefined where `valid` is False (any number, NaN included).
     valid: (B,H,W) bool, True where a value may be used.
@@ -99,11 +99,11 @@ class DepthMap:
         return DepthMap(self.values.to(device), self.valid.to(device), self.kind)
 
     def convert(self, kind: Kind | str) -> DepthMap:
-        """The same map as another kind, where that is lawful.
+        """Convert the map to another kind, where that is possible.
 
-        depth <-> disparity inverts exactly and only where no shift is unknown; pixels that are not positive and
-        finite become invalid. Knowledge may be forgotten (metric -> scale -> affine), never invented.
-        Raises KindError naming both kinds.
+        depth <-> disparity inverts exactly, and only if no shift is unknown; pixels that are not positive and finite
+        become invalid. Knowledge may be dropped (metric -> scale -> affine), never invented. Raises KindError naming
+        both kinds.
         """
         kind = Kind(kind)
         if kind == self.kind:
@@ -127,12 +127,12 @@ class DepthMap:
 
 
 def least_known(kinds: Iterable[Kind]) -> Kind:
-    """Of several kinds the one of which least is known, the first of equals: metric beside scale is scale."""
+    """Return the kind of which least is known, the first among equals: metric beside scale gives scale."""
     return max(kinds, key=lambda kind: UNKNOWNS.index(kind.unknown))
 
 
 def cat(maps: Sequence[DepthMap]) -> DepthMap:
-    """Maps of one kind and size joined along the batch; raises KindError where kinds differ."""
+    """Concatenate maps of one kind and size along the batch; raises KindError if kinds differ."""
     kinds = sorted({str(m.kind) for m in maps})
     if len(kinds) != 1:
         raise KindError(f"cannot join {' and '.join(kinds)}: convert them to one kind first")

@@ -1,9 +1,9 @@
-"""What reaches the disk, whole: files and folders that are the old ones or the new ones, locks, checksums.
+"""Atomic writes of files and folders, lock files, checksums.
 
-Everything is written beside its place under a name that starts with a dot, brought to the disk, renamed, and the folder
-brought to the disk too, so that neither a kill nor a power cut leaves half a file under a name that is read. A writer
-that was killed leaves `.NAME.partial`, and a folder that was being replaced `.NAME.old`; the next writer of that NAME
-takes them away. What cannot be written is told as a WriteError of the file that was meant, not of the one aside.
+Everything is written next to its destination under a name that starts with a dot, synced to the disk and renamed, and
+the parent folder is synced too, so that neither a kill nor a power cut leaves half a file under a name that is read. A
+killed writer leaves `.NAME.partial`, and a folder that was being replaced `.NAME.old`; the next writer of that NAME
+removes them. A failed write raises a WriteError that names the destination, not the temporary file.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from pathlib import Path
 from typing import IO, Any
 
 PARTIAL, OLD = ".partial", ".old"
-# What killed writers of earlier versions may have left, by what goes around the name.
+# Prefixes and suffixes of the temporary names that killed writers of earlier versions may have left.
 _EARLIER = ((".", ".tmp"), (".", ".part"), (".", ".new"), (".new.", ""))
 
 
 def decoded(data: bytes) -> str:
-    """Text as people save it: UTF-8, with a mark or without, or the UTF-16 of Excel and PowerShell.
+    """Decode text as people save it: UTF-8 with or without a byte order mark, or the UTF-16 of Excel and PowerShell.
 
     Raises UnicodeDecodeError, a ValueError, for any other encoding.
     """
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16")
-    zero = data[:2].find(0)  # UTF-16 without a mark
+    zero = data[:2].find(0)  # UTF-16 without a byte order mark
     return data.decode("utf-8-sig" if zero < 0 else "utf-16-le" if zero else "utf-16-be")
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file of a folder to the bottom, sorted: links to files, links to nothing and pipes too.
+    """Return every file below a folder, sorted, including links to files, dangling links and pipes.
 
-    Links to folders are followed, each folder once, so that a circle ends; hidden ones are among them.
+    Links to folders are followed, each folder once, so that cycles end; hidden files and folders are included.
     """
-    found: list[Path] = []
+    paths: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    for place, inner, names in os.walk(folder, followlinks=True):
-        here = os.stat(place)  # noqa: PTH116
-        if (here.st_dev, here.st_ino) in seen:
-            inner.clear()
+    for parent, subfolders, names in os.walk(folder, followlinks=True):
+        status = os.stat(parent)  # noqa: PTH116
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
-        inner.sort()
-        found += [Path(place, name) for name in names]
-    return sorted(found)
+        seen.add((status.st_dev, status.st_ino))
+        subfolders.sort()
+        paths += [Path(parent, name) for name in names]
+    return sorted(paths)
 
 
 class WriteError(OSError):
@@ -65,19 +65,26 @@ class WriteError(OSError):
 
 
 def write_error(path: Path, error: OSError) -> OSError:
-    """`error` told of `path`, or of the file in it or the folder above it that it names; of another file it stays."""
+    """Return `error` as a WriteError of `path`, or of the file in it or folder above it that `error` names.
+
+    An error of any other file is returned unchanged.
+    """
     if error.filename is None:
-        # What numpy and tarfile raise themselves has no number either.
+        # Errors that numpy and tarfile raise themselves have no errno either.
         return WriteError(error.errno or errno.EIO, error.strerror or str(error), str(path))
-    at = Path(os.fsdecode(error.filename))
-    for new in (new for new in (at, *at.parents) if new.name.startswith(f".{path.name}{PARTIAL}")):
-        return WriteError(error.errno, error.strerror, str(path / at.relative_to(new)))
-    return WriteError(error.errno, error.strerror, str(at)) if at in (path, *path.parents) else error
+    error_path = Path(os.fsdecode(error.filename))
+    for temporary in (
+        temporary
+        for temporary in (error_path, *error_path.parents)
+        if temporary.name.startswith(f".{path.name}{PARTIAL}")
+    ):
+        return WriteError(error.errno, error.strerror, str(path / error_path.relative_to(temporary)))
+    return WriteError(error.errno, error.strerror, str(error_path)) if error_path in (path, *path.parents) else error
 
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Every OSError of the block becomes a WriteError of `path`."""
+    """Convert every OSError of the block to a WriteError of `path`."""
     try:
         yield
     except OSError as error:
@@ -88,9 +95,9 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def leaves_root(name: str, root: str = "its folder") -> str:
-    """Why a name that came from data must not be joined to a folder, or "": it is absolute, it climbs, it is none.
+    """Return why a name that came from data must not be joined to a folder (absolute, climbing out, no name), or "".
 
-    Read as POSIX and Windows both would: backslashes separate, a drive letter is absolute.
+    The name is read as both POSIX and Windows would: backslashes separate, a drive letter is absolute.
     """
     if ".." in re.split(r"[/\\]", name):
         return f"its path climbs out of {root}"
@@ -100,9 +107,9 @@ def leaves_root(name: str, root: str = "its folder") -> str:
 
 
 def inside(root: Path | str, name: str) -> Path:
-    """`root`/`name`, for a name that came from data; ValueError where that would lie outside of `root`."""
-    if why := leaves_root(name):
-        raise ValueError(f"{root}: the name {name!r} is refused, since {why}")
+    """Return `root`/`name` for a name that came from data; raises ValueError if that would lie outside `root`."""
+    if reason := leaves_root(name):
+        raise ValueError(f"{root}: the name {name!r} is refused, since {reason}")
     return Path(root) / name
 
 
@@ -110,23 +117,23 @@ def inside(root: Path | str, name: str) -> Path:
 
 
 def aside(path: Path) -> Path:
-    """The name that `path` has while it is written."""
+    """Return the temporary name that `path` has while it is written."""
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
 def meant(name: str) -> str:
-    """The name that a file called `name` gets when it is finished: its own, unless a writer left it aside."""
+    """Return the final name of a file called `name`: its own, unless that is a writer's temporary name."""
     match = re.fullmatch(rf"\.(.+){re.escape(PARTIAL)}(\.\w+)?|\.new\.(.+)", name)
     return name if match is None else match[1] or match[3]
 
 
 def leftovers(path: Path) -> tuple[Path, ...]:
-    """Every name that a killed writer of `path` may have left, of this version and of earlier ones."""
+    """Return every temporary name that a killed writer of `path`, of any version, may have left."""
     return (aside(path), *(path.with_name(f"{before}{path.name}{after}") for before, after in _EARLIER))
 
 
 def sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to the disk."""
+    """Flush a file's bytes, or a folder's entries, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -135,13 +142,13 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Bring a folder and everything in it to the disk."""
+    """Flush a folder and everything in it to the disk."""
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
 def publish(new: Path, path: Path) -> None:
-    """Give the finished file `new` the name `path`, replacing what is there, for good."""
+    """Rename the finished file `new` to `path`, replacing any file there, and sync both to the disk."""
     sync(new)
     new.replace(path)
     sync(path.parent)
@@ -149,12 +156,11 @@ def publish(new: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[Path]:
-    """A name to write to, which becomes `path` when the block ends well; nothing is left of it otherwise.
+    """Yield a temporary name to write to, which is renamed to `path` if the block succeeds and removed otherwise.
 
-    Makes the folder. suffix: for a library that knows a format by the end of the name alone, and for one of several
-    writers of the same file, who must not write into each other's. durable: False for one of
-    many files, of which the caller brings all to the disk at once (`sync_tree`). A block that wrote nothing leaves
-    `path` as it is. Raises WriteError.
+    Creates the folder. suffix: for a library that recognises a format by the end of the name, and for several writers
+    of the same file, which must not share a temporary file. durable: False for one of many files that the caller
+    syncs to the disk together (`sync_tree`). A block that wrote nothing leaves `path` unchanged. Raises WriteError.
     """
     new = aside(path).with_name(aside(path).name + suffix)
     try:
@@ -172,13 +178,13 @@ def writing(path: Path, *, suffix: str = "", durable: bool = True) -> Iterator[P
 
 
 def write_bytes(path: Path, data: bytes, *, suffix: str = "") -> None:
-    """`path` is the old file or this one, never half of it. suffix: as `writing` has it. Raises WriteError."""
+    """Write a file atomically: `path` is the old file or the new one. suffix: as in `writing`. Raises WriteError."""
     with writing(path, suffix=suffix) as new:
         new.write_bytes(data)
 
 
 def write_text(path: Path, text: str, *, suffix: str = "") -> None:
-    """As `write_bytes`, in UTF-8; line ends stay as they are given."""
+    """As `write_bytes`, in UTF-8; line endings are kept."""
     write_bytes(path, text.encode(), suffix=suffix)
 
 
@@ -191,7 +197,7 @@ def write_json(
     allow_nan: bool = False,
     suffix: str = "",
 ) -> None:
-    """As `write_text`, with a newline at the end; ValueError for NaN and infinity, which JSON does not have."""
+    """As `write_text`, with a newline at the end; ValueError for NaN and infinity unless allow_nan."""
     text = json.dumps(table, indent=indent, sort_keys=sort_keys, allow_nan=allow_nan)
     write_text(path, text + "\n", suffix=suffix)
 
@@ -200,28 +206,28 @@ def write_json(
 
 
 def replaced(path: Path) -> Path:
-    """The name that a folder has while another takes its place."""
+    """Return the temporary name of a folder that is being replaced."""
     return path.with_name(f".{path.name}{OLD}")
 
 
 def clean(path: Path) -> None:
-    """Take away what killed writers of the folder `path` left; the folder before it comes back where it has no other.
+    """Remove what killed writers of the folder `path` left; restore the previous folder if `path` is missing.
 
-    Two renames exchange folders, and a kill between them leaves the old one under its name aside alone.
+    Replacing a folder takes two renames, and a kill between them leaves the old folder only under its temporary name.
     """
     old = replaced(path)
     if old.is_dir() and not path.exists():
         old.rename(path)
-    for left in (old, *leftovers(path)):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
+    for leftover in (old, *leftovers(path)):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` when the block ends well; nothing is left otherwise.
+    """Yield an empty folder to fill, which replaces `path` if the block succeeds and is removed otherwise.
 
-    What killed writers of `path` left is taken away first (`clean`). Raises WriteError.
+    Leftovers of killed writers of `path` are removed first (`clean`). Raises WriteError.
     """
     new = aside(path)
     try:
@@ -236,7 +242,7 @@ def writing_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:  # else a sentence of the block's own
+        if isinstance(error, OSError) and error.errno is not None:  # otherwise it is the block's own message
             raise write_error(path, error) from error
         raise
     shutil.rmtree(replaced(path), ignore_errors=True)
@@ -245,49 +251,49 @@ def writing_folder(path: Path) -> Iterator[Path]:
 # --- locks ------------------------------------------------------------------------------------------------------------
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-_held: set[IO[str]] = set()
+_lock_files: set[IO[str]] = set()
 
 
-def _let_go() -> None:
-    """A forked child (a data worker) has every open file of its parent, and would hold its locks after its death."""
-    for file in _held:
+def _close_inherited() -> None:
+    """Close the locks in a forked child (a data worker), which would otherwise hold them after its parent's death."""
+    for file in _lock_files:
         file.close()
-    _held.clear()
+    _lock_files.clear()
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_inherited)
 
 
 class Lock:
-    """A lock file that this process holds until `release`, which removes it; a killed process holds nothing.
+    """A lock file that this process holds until `release`, which removes it; a killed process holds no lock.
 
-    The kernel's flock, on a name of its own. Not the package filelock: it leaves its files behind, lets a fork of the
-    holder go on holding before its version 4, and refuses a file system that has no locks, where here nothing is held
-    and nothing is refused.
+    Uses the kernel's flock on a file of its own. Not the package filelock: it leaves its files behind, lets a fork of
+    the holder keep the lock (before version 4), and raises on a file system without locks, where this class locks
+    nothing and raises nothing.
     """
 
     def __init__(self, path: Path, file: IO[str]) -> None:
         self.path, self._file = path, file
-        _held.add(file)
+        _lock_files.add(file)
 
     def write(self, text: str) -> None:
-        """What others may read in the lock file; a full disk may not keep it, and the lock holds all the same."""
+        """Write text to the lock file for others to read; a full disk may lose it, but the lock still holds."""
         with contextlib.suppress(OSError):
             self._file.truncate(0)
             self._file.write(text)
             self._file.flush()
 
     def release(self) -> None:
-        """Remove the file and let go; does nothing in a forked child."""
-        if self._file in _held:
-            _held.discard(self._file)
+        """Remove the file and release the lock; does nothing in a forked child."""
+        if self._file in _lock_files:
+            _lock_files.discard(self._file)
             self.path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 self._file.close()
 
 
 def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
-    """The lock of the file `path`, or None where somebody else has it; wait: until it is free. Raises OSError."""
+    """Return the lock of the file `path`, or None if it is taken; wait: block until it is free. Raises OSError."""
     while True:
         file = path.open("a+", encoding="utf-8")
         try:
@@ -299,7 +305,7 @@ def take_lock(path: Path, *, wait: bool = False) -> Lock | None:
             if isinstance(error, BlockingIOError):
                 return None
             raise
-        # Its last holder may have removed the file between our opening and our locking it.
+        # The previous holder may have removed the file between opening and locking it here.
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 return Lock(path, file)

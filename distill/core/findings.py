@@ -1,4 +1,4 @@
-"""What a check-up says: one line per thing looked at, how bad it is, and the way out."""
+"""Findings of a check-up: one line per item checked, its severity and the remedy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `what` states the fact with its numbers, `remedy` what to do; both are for people.
+    """One checked item. `what` states the fact with its numbers, `remedy` what to do; both are for people.
 
-    subject: what it is about, for code: "teacher NAME", a key of the recipe.
+    subject: the item, for code: "teacher NAME", or a key of the recipe.
     """
 
     level: Literal["ok", "warn", "bad"]

@@ -1,4 +1,4 @@
-"""The one way to the Hugging Face hub: a repository's files, by huggingface_hub and from its cache where they are."""
+"""Access to the Hugging Face hub: a repository's files through huggingface_hub, from its cache where possible."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ from typing import Any
 
 
 class HubError(OSError):
-    """A repository that cannot be had; the message is a clause that says why and what to do."""
+    """A repository is not available; the message is a clause that says why and what to do."""
 
 
 def download(repository: str, *, files: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of a snapshot of OWNER/NAME with what matches `files`; revision: a branch, tag or commit.
+    """Download the files of OWNER/NAME that match `files`; returns the folder. revision: a branch, tag or commit.
 
-    Raises HubError for a repository that is gated, private, absent or out of reach.
+    Raises HubError for a repository that is gated, private, absent or unreachable.
     """
     import huggingface_hub
 
-    with _one_line(repository):
+    with _hub_errors(repository):
         return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(files)))
 
 
 def to_download(repository: str, *, files: Sequence[str], revision: str | None = None) -> dict[str, int]:
-    """What `download` would fetch now, by name, with the bytes; nothing where all is in the cache.
+    """Return the bytes of each file that `download` would fetch now, by name; empty if everything is cached.
 
-    Raises HubError as `download` does. Off line, with something of the repository in the cache, its files are taken to
-    be whole, as `download` takes them.
+    Raises HubError as `download` does. Offline, if any of the repository is cached, its files are assumed to be
+    complete, as `download` assumes.
     """
     import huggingface_hub
 
-    asked: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
+    query: dict[str, Any] = {"revision": revision, "allow_patterns": list(files)}
     try:
-        with _one_line(repository):
-            planned = huggingface_hub.snapshot_download(repository, dry_run=True, **asked)
+        with _hub_errors(repository):
+            planned = huggingface_hub.snapshot_download(repository, dry_run=True, **query)
     except HubError:
-        with _one_line(repository):
-            huggingface_hub.snapshot_download(repository, local_files_only=True, **asked)
+        with _hub_errors(repository):
+            huggingface_hub.snapshot_download(repository, local_files_only=True, **query)
         return {}
     return {file.filename: file.file_size or 0 for file in planned if file.will_download}
 
 
 @contextmanager
-def _one_line(repository: str, *, writing: bool = False) -> Iterator[None]:
-    """huggingface_hub's errors as HubError."""
+def _hub_errors(repository: str, *, writing: bool = False) -> Iterator[None]:
+    """Convert huggingface_hub's errors to HubError."""
     from huggingface_hub import errors
 
     try:
@@ -69,47 +69,47 @@ def _one_line(repository: str, *, writing: bool = False) -> Iterator[None]:
 
 
 def upload(folder: Path, repository: str, *, private: bool = False, message: str = "", kind: str = "model") -> str:
-    """Upload a folder as OWNER/NAME, made where it is not there; the address of the commit. Dot-files stay here.
+    """Upload a folder as OWNER/NAME, created if it does not exist, without dot-files; returns the commit's URL.
 
-    kind: "model" or "dataset". The token is huggingface_hub's (`hf auth login`). Raises HubError in one line.
+    kind: "model" or "dataset". The token is huggingface_hub's (`hf auth login`). Raises HubError with one line.
     """
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
-    with _one_line(repository, writing=True):
+    with _hub_errors(repository, writing=True):
         api.create_repo(repository, repo_type=kind, private=private, exist_ok=True)
-        made = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repository,
             repo_type=kind,
             folder_path=str(folder),
             commit_message=message or f"Upload {folder.name}",
             ignore_patterns=[".*", "**/.*"],
         )
-    return str(getattr(made, "commit_url", made))
+    return str(getattr(commit, "commit_url", commit))
 
 
 def cached_commit(repository: str) -> str:
-    """The commit of OWNER/NAME's main branch in this machine's cache; empty where its files are not here."""
+    """The commit of OWNER/NAME's main branch in this machine's cache; empty if its files are not cached."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     folder = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
-    named = folder / "refs" / "main"
-    if not named.is_file():
+    ref = folder / "refs" / "main"
+    if not ref.is_file():
         return ""
-    commit = named.read_text(encoding="utf-8").strip()
+    commit = ref.read_text(encoding="utf-8").strip()
     return commit if (folder / "snapshots" / commit).is_dir() else ""
 
 
 def card_metadata(path: Path) -> dict[str, Any]:
-    """The front matter of a card (README.md), as the hub reads it; ValueError where it has none that can be read."""
+    """The front matter of a card (README.md), as the hub reads it; ValueError if there is none or it is unreadable."""
     import huggingface_hub
 
     try:
-        found = huggingface_hub.metadata_load(path)
+        metadata = huggingface_hub.metadata_load(path)
     except (OSError, ValueError) as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except Exception as error:  # noqa: BLE001  the YAML parser's own class, and this file's one owner does not know it
+    except Exception as error:  # noqa: BLE001  the YAML parser's error class is not known here
         raise ValueError(f"its front matter is no YAML ({' '.join(str(error).split())[:120]})") from error
-    if not found:
+    if not metadata:
         raise ValueError("it has no front matter")
-    return dict(found)
+    return dict(metadata)

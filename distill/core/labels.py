@@ -1,4 +1,4 @@
-"""What teaches on a batch of regions, in the form the objective reads it: maps, and who says so.
+"""The labels of a batch of regions, in the form the objective reads: maps and their supervision.
 
 Shapes: B regions, N patches per region, S region size, P patch size.
 """
@@ -12,17 +12,17 @@ from torch import Tensor
 
 from distill.core.depth import DepthMap, Kind
 
-# Ground truth that knows fewer of a region's pixels is sparse: a lidar's lines cover about a twentieth, a depth camera
-# or a renderer nearly all. The border is ours.
+# Ground truth with a smaller fraction of valid pixels in a region is sparse: a lidar's lines cover about a twentieth, a
+# depth camera or a renderer nearly all. The threshold is ours.
 DENSE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Supervision:
-    """What labels are: the objective is chosen by it, and only labels of one supervision share a tensor.
+    """The source and type of labels: it selects the objective, and only labels of one supervision share a tensor.
 
     teacher: the name under which they are stored. kind: of the maps as they are stored. truth: measured or rendered,
-    not a network's opinion. dense: most pixels are known; pseudo-labels always are.
+    not predicted by a network. dense: most pixels are known; always True for pseudo-labels.
     """
 
     teacher: str = ""
@@ -37,7 +37,7 @@ class Supervision:
 
     @classmethod
     def of(cls, shared: DepthMap, *, teacher: str, truth: bool) -> Supervision:
-        """That of one region, whose map is `shared` (1,S,S)."""
+        """Return the supervision of one region, whose map is `shared` (1,S,S)."""
         dense = not truth or float(shared.valid.float().mean()) >= DENSE
         return cls(teacher, shared.kind, truth, dense)
 
@@ -49,10 +49,10 @@ class Labels:
     shared: the teacher's map of the whole region, (B,S,S).
     local: its maps of the patches, (B*N,P,P), region by region; None where the labels have no patches.
     boxes: where the patches lie, (B,N,4): top, left, bottom, right as fractions of the region. Regions with fewer
-    than N patches repeat a box whose map is nowhere valid.
-    shared_weight, local_weight: how much each pixel counts, shaped like the maps; None: all alike. Only averages of
+    than N patches repeat a box, with a map that has no valid pixel.
+    shared_weight, local_weight: the weight of each pixel, shaped like the maps; None: all equal. Only averages of
     teachers have them, and they are made last, from augmented labels.
-    supervision: what they are, the same for all regions. Its kind stays that of the stored maps when these convert.
+    supervision: the same for all regions. Its kind stays that of the stored maps when `convert` changes the maps.
     """
 
     shared: DepthMap
@@ -64,7 +64,7 @@ class Labels:
 
     @property
     def known(self) -> Tensor:
-        """(B,) bool: the regions of which any pixel is labelled, in the region's map or in a patch's."""
+        """(B,) bool: the regions with any valid pixel, in the region's map or in a patch's."""
         known = self.shared.valid.flatten(1).any(1)
         return known if self.local is None else known | self.local.valid.reshape(len(known), -1).any(1)
 
@@ -78,7 +78,7 @@ class Labels:
         return Labels(self.shared.to(device), local, boxes, shared_weight, local_weight, self.supervision)
 
     def convert(self, kind: Kind | str) -> Labels:
-        """The labels as another kind; raises distill.core.depth.KindError where that would be unlawful."""
+        """Convert the labels to another kind; raises distill.core.depth.KindError where that is impossible."""
         local = None if self.local is None else self.local.convert(kind)
         return replace(self, shared=self.shared.convert(kind), local=local)
 

@@ -1,4 +1,4 @@
-"""What this machine is, and has of what runs out first: shared memory, open files and disk. Read at call time."""
+"""Facts about this machine and its scarce resources (shared memory, open files, disk), read at call time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-SHARED = Path("/dev/shm")  # where the processes that read hand batches over; 64 MB in a container, by default
+SHARED = Path("/dev/shm")  # through which workers hand over batches; 64 MB in a container by default
 LITTLE = 1 << 30
-"""Bytes of shared memory below which a run of some size reads less ahead."""
+"""Bytes of shared memory below which larger runs prefetch less."""
 PLENTY = 16 << 30
-"""Bytes of shared memory above which nobody needs to know how large a batch is."""
+"""Bytes of shared memory above which the size of a batch does not matter."""
 ENOUGH_FILES = 4096
-_OWN_FILES = 128  # of a process that reads: its tars, its pipes, its libraries
+_OWN_FILES = 128  # files that a worker opens itself: tars, pipes, libraries
 
 
 def shared_memory() -> int | None:
-    """Free bytes of shared memory; None where the system has no such place."""
+    """Free bytes of shared memory; None where the system has none."""
     try:
         return shutil.disk_usage(SHARED).free
     except OSError:
@@ -26,7 +26,7 @@ def shared_memory() -> int | None:
 
 
 def has_shared_memory(size: int) -> bool:
-    """Whether each of this machine's training processes may take so many bytes of it."""
+    """Whether each training process of this machine may take `size` bytes of shared memory."""
     free = shared_memory()
     return free is not None and size * _processes() <= free
 
@@ -36,7 +36,7 @@ def _processes() -> int:
 
 
 def open_files() -> int | None:
-    """How many files a process may hold open; None where the system does not say, or has no bound."""
+    """The number of files a process may hold open; None where the system does not say or has no limit."""
     try:
         import resource
     except ImportError:
@@ -46,29 +46,29 @@ def open_files() -> int | None:
 
 
 def allow_open_files() -> None:
-    """Lets this process hold as many files open as the system allows anybody without asking: a batch takes dozens."""
+    """Raise this process's limit of open files to what the system allows without privileges: a batch takes dozens."""
     try:
         import resource
     except ImportError:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
-    if soft != resource.RLIM_INFINITY and soft < most:
+    limit = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+    if soft != resource.RLIM_INFINITY and soft < limit:
         with suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def is_plentiful() -> bool:
-    """Whether reading ahead takes nothing that could run out, whatever the batches."""
+    """Whether prefetching cannot exhaust shared memory or open files, whatever the size of the batches."""
     memory, files = shared_memory(), open_files()
     return (memory is None or memory >= PLENTY) and (files is None or files >= ENOUGH_FILES)
 
 
 def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, int, str]:
-    """How many processes may read, how many batches each may have ready, and a line for people where it is fewer.
+    """Return how many workers may run, how many batches each may prefetch, and a log line if that is fewer.
 
-    workers, ahead: what is wanted. size, tensors: bytes of a batch and how many tensors it has, each an open file while
-    it is handed over. The processes of one machine share its memory.
+    workers, ahead: the requested numbers. size, tensors: bytes of a batch and its number of tensors, each an open file
+    while it is handed over. The processes of one machine share its memory.
     """
     memory, files = shared_memory(), open_files()
     bounds = [] if memory is None else [(int(0.8 * memory / _processes()) // max(1, size), "memory")]
@@ -76,35 +76,39 @@ def readers(workers: int, ahead: int, *, size: int, tensors: int) -> tuple[int, 
     if not workers or not bounds:
         return workers, ahead, ""
     fits, scarce = min(bounds)
-    fits -= 2  # one is being handed over, one is learnt from
+    fits -= 2  # one is being handed over, one is trained on
     if fits >= workers * ahead:
         return workers, ahead, ""
-    few, less = (workers, fits // workers) if fits >= workers else (max(0, fits), 1)
+    max_workers, max_ahead = (workers, fits // workers) if fits >= workers else (max(0, fits), 1)
     free = f"{SHARED} has {(memory or 0) / 1e6:.0f} MB free" if scarce == "memory" else f"{files} files may be open"
-    more = "docker run --shm-size=8g" if scarce == "memory" else "ulimit -n 4096"
-    who = f"{few} of {workers} processes read, {less} ahead" if few else "the training process reads by itself, slower"
-    line = f"{free}, a batch takes {size / 1e6:.0f} MB in {tensors} tensors: {who}, with the same result; {more} helps"
-    return few, less, line
+    tip = "docker run --shm-size=8g" if scarce == "memory" else "ulimit -n 4096"
+    note = (
+        f"{max_workers} of {workers} processes read, {max_ahead} ahead"
+        if max_workers
+        else "the training process reads by itself, slower"
+    )
+    line = f"{free}, a batch takes {size / 1e6:.0f} MB in {tensors} tensors: {note}, with the same result; {tip} helps"
+    return max_workers, max_ahead, line
 
 
 def free_disk(folder: Path) -> tuple[int, Path]:
-    """Free bytes where `folder` is or will be, and the folder there that exists."""
-    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
-    return shutil.disk_usage(place).free, place
+    """Return the free bytes where `folder` is or will be, and its nearest existing folder."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    return shutil.disk_usage(existing).free, existing
 
 
 def processor() -> str:
-    """The CPU's name, as the system has it."""
+    """The CPU's name, as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return " ".join(next(named, platform.processor() or platform.machine()).split())
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return " ".join(next(models, platform.processor() or platform.machine()).split())
 
 
 def device_name(device: str) -> str:
-    """What a torch device is, for people: a card's name, or the CPU's with its threads."""
+    """A readable name of a torch device: the GPU's name, or the CPU's with its threads."""
     import torch
 
     if device.startswith("cuda"):
@@ -115,7 +119,7 @@ def device_name(device: str) -> str:
 
 
 def software() -> str:
-    """This project's version, and PyTorch's and Python's."""
+    """The versions of this project, PyTorch and Python."""
     import torch
 
     import distill
@@ -124,16 +128,18 @@ def software() -> str:
 
 
 def usable_device(device: str) -> str:
-    """The device that "auto" means, or `device`; ValueError where it cannot be used."""
+    """Return the device that "auto" selects, or `device`; raises ValueError if it cannot be used."""
     import torch
 
-    on = _device() if device == "auto" else device
+    chosen = _device() if device == "auto" else device
     try:
-        torch.zeros(1, device=on).item()
+        torch.zeros(1, device=chosen).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: a PyTorch that was built without CUDA
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"device {on!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps") from error
-    return on
+        raise ValueError(
+            f"device {chosen!r} cannot be used here: {reason}; give auto, cpu, cuda, cuda:1 or mps"
+        ) from error
+    return chosen
 
 
 def _device() -> str:

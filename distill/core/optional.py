@@ -1,4 +1,4 @@
-"""Packages of an extra, imported when they are needed."""
+"""Optional packages (pip extras), imported when they are needed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def optional(name: str, extra: str = "export") -> Any:
-    """The module `name`; ImportError in one line that names the extra where it is not installed."""
+    """Import and return the module `name`; raises a one-line ImportError naming the extra if it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -19,11 +19,11 @@ def optional(name: str, extra: str = "export") -> Any:
 
 
 def require(names: Sequence[str], extra: str = "export") -> None:
-    """As `optional` for packages, all at once and without importing them: said before anything heavy is loaded."""
+    """As `optional` for several packages, but without importing them: fails before anything heavy is loaded."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ImportError(_line(missing, extra))
 
 
 def _line(names: Sequence[str], extra: str) -> str:
-    are = "is" if len(names) == 1 else "are"
-    return f"{', '.join(names)} {are} not installed; pip install 'depth-distill[{extra}]' brings it"
+    verb = "is" if len(names) == 1 else "are"
+    return f"{', '.join(names)} {verb} not installed; pip install 'depth-distill[{extra}]' brings it"

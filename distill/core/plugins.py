@@ -1,14 +1,14 @@
 """Plug-ins by name: a file of the folder, an entry point of an installed package, or a Python file by its path.
 
-The folder is the registry: a plug-in is one file, its name is its file name (`global` lies in global_.py, for a module
-cannot be called like a keyword); files that begin with an underscore are parts of their neighbours. From outside come
+The folder is the registry: a plug-in is one file, and its name is its file name (`global` is in global_.py, because a
+module cannot be named like a keyword); files that begin with an underscore are helpers. External plug-ins are
 
-    [project.entry-points."distill.teachers"]     a package's: NAME = "package.module"; the groups are KINDS
+    [project.entry-points."distill.teachers"]     of a package: NAME = "package.module"; the groups are KINDS
     my_depth = "my_package.my_depth"
-    name = "./my_depth.py"                        a file, where a name is asked for; "/" or ".py" tells it from a name
+    name = "./my_depth.py"                        a file in place of a name, recognised by its "/" or ".py"
 
-A path is taken from the working directory, as every path of a recipe. A name means one thing: where two plug-ins have
-it, asking for it is an error that names both. Listing imports nothing.
+Paths are relative to the working directory, as all paths of a recipe. Names are unique: using a name that two plug-ins
+have is an error that names both. Listing imports nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ KINDS = {
     "datasets": "distill.data.datasets",
     "benchmarks": "distill.eval.benchmarks",
 }
-"""What can come from outside, and where ours lie. The group of entry points is "distill." and the kind."""
+"""The kinds of plug-ins and the packages of the built-in ones. The entry point group is "distill." and the kind."""
 
 SIGNS = {
     "teachers": "Teacher",
@@ -52,13 +52,13 @@ SIGNS = {
     "datasets": "FACTS",
     "benchmarks": "PROTOCOL",
 }
-"""What a module of each kind is known by."""
+"""The attribute that identifies a module of each kind."""
 
 _ROOT = Path(__file__).parents[2]
 
 
 class PluginError(ImportError):
-    """A plug-in from outside that cannot be imported: one line that names it, and where in it."""
+    """An external plug-in that cannot be imported: one line that names it and the failing line in it."""
 
 
 def names(package: str) -> list[str]:
@@ -66,15 +66,15 @@ def names(package: str) -> list[str]:
     return sorted({*_own(package), *_installed(package)})
 
 
-# Found before: a loss asks at every step, and looking costs file accesses.
+# Cache of built-in modules: a loss looks one up at every step, and searching costs file accesses.
 _ours: dict[tuple[str, str], ModuleType] = {}
 
 
 def find(package: str, name: str) -> ModuleType:
-    """The module of plug-in `name`, which may be the path of a file.
+    """Return the module of plug-in `name`, which may be the path of a file.
 
-    Raises LookupError that lists what exists, with a "did you mean"; PluginError for one from outside that cannot be
-    imported. One of ours whose own dependency is missing raises that ModuleNotFoundError.
+    Raises LookupError that lists what exists, with a "did you mean"; PluginError for an external one that cannot be
+    imported. A built-in one with a missing dependency raises that ModuleNotFoundError.
     """
     if ours := _ours.get((package, name)):
         return ours
@@ -95,13 +95,13 @@ def find(package: str, name: str) -> ModuleType:
 
 
 def import_file(name: str) -> ModuleType:
-    """The module of a Python file, imported once. Raises LookupError where there is none, PluginError as `find`."""
-    allow(name)  # it is about to run in any case
+    """Import a Python file once; returns its module. Raises LookupError if there is none, PluginError as `find`."""
+    allow(name)  # its code runs now in any case
     return _outside(name, lambda: importlib.import_module(module_name(Path(name))))
 
 
 def source(package: str, name: str) -> str:
-    """The text of plug-in `name`, for what can be read without importing it. Raises LookupError where there is none."""
+    """The source text of plug-in `name`, to read it without importing it. Raises LookupError if there is none."""
     if fault := name_fault(package, name):
         raise LookupError(fault)
     if is_path(name):
@@ -120,7 +120,7 @@ def source(package: str, name: str) -> str:
 
 
 def name_fault(package: str, name: str) -> str:
-    """What is wrong with `name` as a plug-in of `package`, or an empty string."""
+    """Return what is wrong with `name` as a plug-in of `package`, or an empty string."""
     if is_path(name):
         return _file_fault(name)
     places = where_from(package, name)
@@ -133,7 +133,7 @@ def name_fault(package: str, name: str) -> str:
 
 
 def where_from(package: str, name: str) -> list[str]:
-    """Where a plug-in of this name comes from, in words; one place, or none, or those that contend for the name."""
+    """Describe where plug-ins of this name come from: one place, none, or several that claim the name."""
     if is_path(name):
         return [name]
     ours = [_module(package, name)] if _is_own(package, name) else []
@@ -146,7 +146,7 @@ def is_path(name: str) -> bool:
 
 
 def short_name(name: str) -> str:
-    """The plug-in's own name: of a file that without folder and ending."""
+    """The plug-in's own name: of a file, its name without folder and suffix."""
     return Path(name).stem if is_path(name) else name
 
 
@@ -175,8 +175,8 @@ def _module(package: str, name: str) -> str:
 
 @functools.cache
 def _installed(package: str) -> Mapping[str, Sequence[EntryPoint]]:
-    """The entry points of a kind by name; more than one where packages contend for it. Packages are read once."""
-    from importlib.metadata import entry_points  # help need not wait for it
+    """The entry points of a kind by name; several if packages claim the same name. Read once per process."""
+    from importlib.metadata import entry_points  # slow, and not needed for --help
 
     kind = _kind(package)
     entries: dict[str, list[EntryPoint]] = {}
@@ -196,13 +196,13 @@ def _distribution(entry: EntryPoint) -> str:
 
 
 _ALLOWED: dict[str, dict[Path, None]] = {}
-"""By file name, for that is what a student's folder knows of its decoder."""
+"""By file name, because a student's folder stores only the file name of its decoder."""
 
 
 def allow(file: str | Path) -> None:
-    """Let students' folders that name a decoder of this file name have it. Raises LookupError where there is no file.
+    """Allow students' folders to load this decoder file by its file name. Raises LookupError if there is no such file.
 
-    What a folder names is data of whoever made it and runs nothing by itself; what a recipe names is allowed.
+    A folder is its author's data, so naming a file there does not make it run; files that a recipe names are allowed.
     """
     if fault := _file_fault(str(file)):
         raise LookupError(fault)
@@ -211,9 +211,9 @@ def allow(file: str | Path) -> None:
 
 
 def allowed(name: str) -> str:
-    """The path of the allowed file that is called like the file `name`, wherever either lies.
+    """Return the path of the allowed file with the same file name as `name`, in whatever folders they are.
 
-    Raises LookupError where there is none, or several, and none of them is `name` itself.
+    Raises LookupError if there is none, or if there are several and none of them is `name` itself.
     """
     path = Path(name).expanduser().resolve()
     files = _ALLOWED.get(path.name, {})
@@ -238,26 +238,26 @@ def _file_fault(name: str) -> str:
 
 
 def _outside(what: str, load: Callable[[], ModuleType]) -> ModuleType:
-    """The module that `load` imports; whatever it raises becomes a PluginError that says which of its lines."""
+    """Return the module that `load` imports; converts any exception to a PluginError with the failing line."""
     try:
         return load()
-    except Exception as error:  # noqa: BLE001 - a stranger's file may raise anything
+    except Exception as error:  # noqa: BLE001 - a user's file may raise anything
         raise PluginError(f"{what}{_line(error)}: {type(error).__name__}: {_reason(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    """The last line outside of Python's own import machinery."""
+    """`, FILE line N`: the last line of the traceback outside Python's import machinery, or ""."""
     steps = [step for step in traceback.extract_tb(error.__traceback__) if not step.filename.startswith("<frozen")]
     where = (error.filename, error.lineno) if isinstance(error, SyntaxError) else (steps[-1].filename, steps[-1].lineno)
-    here = {str(Path(__file__)), importlib.__file__}
-    return "" if where[0] is None or str(where[0]) in here else f", {Path(where[0]).name} line {where[1]}"
+    own_files = {str(Path(__file__)), importlib.__file__}
+    return "" if where[0] is None or str(where[0]) in own_files else f", {Path(where[0]).name} line {where[1]}"
 
 
 def _reason(error: Exception) -> str:
     text = (error.msg if isinstance(error, SyntaxError) else str(error)).partition("\n")[0]
     if isinstance(error, ModuleNotFoundError) and error.name:
-        steps = [Path(step.filename).parent for step in traceback.extract_tb(error.__traceback__)]
-        beside = [folder for folder in steps if (folder / f"{error.name.partition('.')[0]}.py").is_file()]
+        folders = [Path(frame.filename).parent for frame in traceback.extract_tb(error.__traceback__)]
+        beside = [folder for folder in folders if (folder / f"{error.name.partition('.')[0]}.py").is_file()]
         if beside:
             text += f"; it lies in {beside[-1]}: put that on PYTHONPATH, or make a package with an entry point of both"
     return text
@@ -270,7 +270,7 @@ def file_hashes(value: object) -> dict[str, str]:
 
 
 def origins(value: object) -> dict[str, str]:
-    """What a table of plain values names from outside: files with their sha256, packages with their versions."""
+    """The external plug-ins that a table of plain values names: files with their sha256, packages with versions."""
     installed = {name: entry for folder in KINDS.values() for name, (entry, *_) in _installed(folder).items()}
     packages = {text: _distribution(installed[text]) for text in sorted(set(_texts(value)) & set(installed))}
     return file_hashes(value) | packages
@@ -290,21 +290,21 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def option_faults(function: Callable[..., object], options: Mapping[str, object], where: str) -> list[str]:
-    """What is wrong with `options` as keyword arguments of `function`: the signature is the schema."""
+    """Return what is wrong with `options` as keyword arguments of `function`: the signature is the schema."""
     known = [
         p.name
         for p in inspect.signature(function).parameters.values()
         if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD) and p.name not in ("self", "cls")
     ]
     offered = [name for name in known if name not in ("weights", "device", "dtype", "in_channels")]  # not options
-    there = f"; there are {', '.join(offered)}" if offered else "; it takes none"
-    faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or there}" for key in options if key not in known]
+    suffix = f"; there are {', '.join(offered)}" if offered else "; it takes none"
+    faults = [f"unknown key {where}.{key}{did_you_mean(key, known) or suffix}" for key in options if key not in known]
     for key, value in options.items():
-        fits = _plain_types(function, key) if key in known else ()
-        # A number without a point may stand for one with it, and a path for its text.
-        given = {type(value), *((float,) if type(value) is int else (str,) if isinstance(value, os.PathLike) else ())}
-        if fits and not given & {*fits}:
-            words = " or ".join(_WORDS[one] for one in fits if one is not type(None))
+        accepted = _plain_types(function, key) if key in known else ()
+        # An int may stand for a float, and a path for its text.
+        kinds = {type(value), *((float,) if type(value) is int else (str,) if isinstance(value, os.PathLike) else ())}
+        if accepted and not kinds & {*accepted}:
+            words = " or ".join(_WORDS[type_] for type_ in accepted if type_ is not type(None))
             faults.append(f"{where}.{key} must be {words}, not {value!r}")
     return faults
 
@@ -313,14 +313,12 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def _plain_types(function: Callable[..., object], key: str) -> tuple[type, ...]:
-    """The types that a parameter may have by its annotation, else by its default; () where others than plain ones
-    could be meant.
-    """
+    """The types that a parameter accepts by its annotation, else by its default; () unless all of them are plain."""
     default = inspect.signature(function).parameters[key].default
     plain = type(default) if type(default) in (bool, int, str) else object  # a number may stand for None or a word
     try:
         hint = typing.get_type_hints(function).get(key, plain)
-    except (NameError, AttributeError, TypeError):  # of names that are there for a checker of types alone
+    except (NameError, AttributeError, TypeError):  # names that are imported for type checking only
         hint = plain
     members = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return members if {*members} <= _WORDS.keys() and {*members} != {type(None)} else ()

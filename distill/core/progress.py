@@ -1,4 +1,4 @@
-"""How long work tells where it is."""
+"""The progress callback of long-running work."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Protocol
 
 
 class Report(Protocol):
-    """`report(done, total, images_per_s=12.5)`: items finished, of how many, and numbers about them by name."""
+    """`report(done, total, images_per_s=12.5)`: items finished, items in total, and named numbers about them."""
 
     def __call__(self, done: int, total: int, **numbers: float) -> None:
-        """Tell it."""
+        """Report progress."""
         ...

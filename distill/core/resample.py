@@ -1,8 +1,8 @@
-"""Bilinear reading of maps, with a gradient that is the same at every run.
+"""Bilinear sampling of maps with reproducible gradients.
 
-On CUDA the gradients of torch's interpolate and grid_sample add up by atomics, in an order that nobody knows. Where
-torch.use_deterministic_algorithms asks for more, a resize is two matrix products (it is linear and separable), and
-scattered points are four gathers. Elsewhere torch's own kernels do the work.
+On CUDA the gradients of torch's interpolate and grid_sample are summed by atomics, in a nondeterministic order. Under
+torch.use_deterministic_algorithms a resize is computed as two matrix products (it is linear and separable), and a read
+at scattered points as four gathers. Otherwise torch's own kernels are used.
 
 Shapes: B batch, C channels, H height, W width, N boxes, S their size.
 """
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def exact_gradient(x: Tensor) -> bool:
-    """Whether the gradient at `x` must have the same bits at every run, and torch's own kernel would not see to it."""
+    """Whether the gradient at `x` must be bit-reproducible and torch's own kernel does not guarantee it."""
     return x.is_cuda and torch.are_deterministic_algorithms_enabled()
 
 
 def resize_bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool, exact: bool | None = None) -> Tensor:
-    """(B,C,H,W) at (B,C,*size), as F.interpolate's bilinear without antialiasing. exact: None asks `exact_gradient`."""
+    """Resize (B,C,H,W) to (B,C,*size), as F.interpolate's bilinear, no antialiasing. exact: None: `exact_gradient`."""
     if not (exact_gradient(x) if exact is None else exact):
         return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
     down = _weights(x.shape[-2], size[0], align_corners).to(x)
@@ -32,16 +32,16 @@ def resize_bilinear(x: Tensor, size: tuple[int, int], *, align_corners: bool, ex
 
 @functools.lru_cache(maxsize=64)
 def _weights(inputs: int, outputs: int, align_corners: bool) -> Tensor:
-    """(outputs, inputs): what each output takes of each input along one side; made by torch's own kernel on the CPU."""
+    """(outputs, inputs) interpolation weights along one side, computed by torch's own kernel on the CPU."""
     with torch.no_grad():
         columns = torch.eye(inputs, dtype=torch.float64)[:, None, :, None]  # one image per input
         return F.interpolate(columns, size=(outputs, 1), mode="bilinear", align_corners=align_corners)[:, 0, :, 0].T
 
 
 def read_boxes(maps: Tensor, rows: Tensor, columns: Tensor, *, exact: bool | None = None) -> Tensor:
-    """Maps (B,H,W) at the crossings of rows and columns (B,N,S), fractions of a side: (B,N,S,S), bilinear.
+    """Sample maps (B,H,W) at the crossings of rows and columns (B,N,S), fractions of a side: (B,N,S,S), bilinear.
 
-    The border is repeated. Differentiable in `maps`.
+    Border values are repeated. Differentiable in `maps`.
     """
     batch, height, width = maps.shape
     num, size = rows.shape[1:]
@@ -56,15 +56,15 @@ def read_boxes(maps: Tensor, rows: Tensor, columns: Tensor, *, exact: bool | Non
 
 
 def _hats(at: Tensor, count: int) -> Tensor:
-    """(..., S, count): the weight of each of `count` pixels at positions (..., S), which are held inside."""
-    held = at.clamp(0, count - 1)[..., None]
-    return (1 - (held - torch.arange(count, device=at.device, dtype=at.dtype)).abs()).clamp(min=0)
+    """(..., S, count): the weight of each of `count` pixels at positions `at` (..., S), clamped to the map."""
+    clamped = at.clamp(0, count - 1)[..., None]
+    return (1 - (clamped - torch.arange(count, device=at.device, dtype=at.dtype)).abs()).clamp(min=0)
 
 
 def read_points(x: Tensor, points: Tensor, *, exact: bool | None = None) -> Tensor:
-    """(B,C,H,W) at points (B,h,w,2), x then y in [-1,1] between the outer edges: (B,C,h,w); bilinear, border repeated.
+    """Sample (B,C,H,W) at points (B,h,w,2), x then y in [-1,1] between the outer edges: (B,C,h,w); bilinear.
 
-    Differentiable in both.
+    Border values are repeated. Differentiable in both.
     """
     if not (exact_gradient(x) if exact is None else exact):
         return F.grid_sample(x, points, mode="bilinear", padding_mode="border", align_corners=False)
@@ -73,9 +73,11 @@ def read_points(x: Tensor, points: Tensor, *, exact: bool | None = None) -> Tens
     down = (((points[..., 1] + 1) * height - 1) / 2).clamp(0, height - 1).flatten(1)
     left, top = across.detach().floor(), down.detach().floor()
     across, down = across - left, down - top
-    flat, read = x.flatten(2), x.new_zeros(())
-    for row, by_row in ((top, 1 - down), (top + 1, down)):
-        for column, by_column in ((left, 1 - across), (left + 1, across)):
+    flat, total = x.flatten(2), x.new_zeros(())
+    for row, row_weight in ((top, 1 - down), (top + 1, down)):
+        for column, column_weight in ((left, 1 - across), (left + 1, across)):
             index = (row.clamp(max=height - 1) * width + column.clamp(max=width - 1)).long()
-            read = read + flat.gather(2, index[:, None].expand(-1, channels, -1)) * (by_row * by_column)[:, None]
-    return read.reshape(batch, channels, *points.shape[1:3])
+            total = (
+                total + flat.gather(2, index[:, None].expand(-1, channels, -1)) * (row_weight * column_weight)[:, None]
+            )
+    return total.reshape(batch, channels, *points.shape[1:3])

@@ -1,4 +1,4 @@
-"""A JSON table that carries the checksum of its own content, so that a changed byte is seen where it is read."""
+"""A JSON table that carries the checksum of its own content, so that a changed byte is detected on reading."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_broken(table: Mapping[str, Any]) -> bool:
-    """Whether the table has another checksum than it carries; one that carries none, of earlier versions, has not."""
+    """Whether the table does not match the checksum that it carries; False if it carries none (earlier versions)."""
     return KEY in table and table[KEY] != _digest(table)

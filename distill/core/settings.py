@@ -1,7 +1,7 @@
-"""What settings classes share: a recipe's table is the settings class of the part that it is for.
+"""Shared code of the settings classes: each table of a recipe is the settings class of the part it configures.
 
-Such a class is a frozen dataclass whose fields each carry their meaning as a string below them (`distill show
---explain` prints it), it judges itself when it is made, and its file imports no torch: a recipe is read in an instant.
+Such a class is a frozen dataclass with a docstring below each field (`distill show --explain` prints them). It
+validates itself on construction, and its file does not import torch, so that recipes load instantly.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any, Literal
 
 
 def refuse(faults: Sequence[str]) -> None:
-    """Raises ValueError with every fault, where there is one."""
+    """Raise ValueError that lists every fault, if there are any."""
     if faults:
         raise ValueError("; ".join(faults))
 
 
 def below(table: object, **least: float) -> list[str]:
-    """A clause for every field of `table` that is less than its least value, or not finite."""
+    """Return a clause for every field of `table` that is below its least value or not finite."""
     values = {name: getattr(table, name) for name in least}
     return [
         f"{name} must be {'finite and ' if isinstance(value, float) else ''}at least {least[name]}, not {value}"
@@ -32,19 +32,19 @@ def below(table: object, **least: float) -> list[str]:
 
 
 def above(table: object, **greatest: float) -> list[str]:
-    """A clause for every field of `table` that is more than its greatest value."""
+    """Return a clause for every field of `table` that is above its greatest value."""
     values = {name: getattr(table, name) for name in greatest}
     return [f"{name} must be at most {greatest[name]}, not {v}" for name, v in values.items() if v > greatest[name]]
 
 
 @cache
 def hints_of(cls: type) -> Mapping[str, Any]:
-    """The types of a settings class's fields. Read once: a study of fifty recipes asks two thousand times."""
+    """The types of a settings class's fields; cached, because a study of fifty recipes asks two thousand times."""
     return typing.get_type_hints(cls)
 
 
 def unknown_words(table: object) -> list[str]:
-    """A clause for every field whose type is a Literal that does not hold its value."""
+    """Return a clause for every field whose type is a Literal that does not contain its value."""
     return [
         f"{name} must be one of {', '.join(map(str, allowed))}, not {getattr(table, name)!r}"
         for name, allowed, only in _choices(typing.cast(Any, type(table)))
@@ -54,16 +54,16 @@ def unknown_words(table: object) -> list[str]:
 
 @cache
 def _choices(cls: type) -> Sequence[tuple[str, tuple[str, ...], bool]]:
-    """The fields of words: the name, the words allowed, and whether nothing else is."""
+    """The fields that take words: the name, the words allowed, and whether only words are allowed."""
     hints = hints_of(cls)
-    named = [(f.name, _words(hints[f.name])) for f in fields(cls)]
-    return [(name, words, _is_literal(hints[name])) for name, words in named if words]
+    allowed = [(f.name, _words(hints[f.name])) for f in fields(cls)]
+    return [(name, words, _is_literal(hints[name])) for name, words in allowed if words]
 
 
 def _words(hint: object) -> tuple[str, ...]:
-    """The words that a hint allows: a Literal's, or those of the Literal beside a number."""
+    """The words that a type hint allows: a Literal's, or those of a Literal in a union with a number."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return tuple(word for one in typing.get_args(hint) for word in _words(one))
+        return tuple(word for member in typing.get_args(hint) for word in _words(member))
     return typing.get_args(hint) if _is_literal(hint) else ()
 
 

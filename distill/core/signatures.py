@@ -1,6 +1,6 @@
-"""What a file is by its first bytes, whatever its name says: the one table of signatures.
+"""Detects a file's format by its first bytes, whatever its name says: the only table of signatures.
 
-What to do about it is for whoever wanted another kind: photos (distill.data.photos), maps, tars, weights (standins).
+Callers decide what to do about an unexpected format: photos (distill.data.photos), maps, tars, weights (standins).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _PACKERS = {
 
 
 def packer(data: bytes) -> str:
-    """What one file was compressed with: "gzip", "bzip2", "xz", "zstd", "lz4", "compress"; "" where nothing says so."""
+    """The compression of a single file: "gzip", "bzip2", "xz", "zstd", "lz4", "compress"; "" if none is recognised."""
     return next((name for magic, name in _PACKERS.items() if data.startswith(magic)), "")
 
 
 def is_packed(kind: str) -> bool:
-    """Whether what `sniff` says is to be unpacked: a compressed file, or an archive."""
+    """Whether a result of `sniff` must be unpacked: a compressed file, or an archive."""
     return kind.startswith("compressed") or kind.endswith("archive")
 
 
 def sniff(data: bytes) -> str:
-    """What the first bytes say: "JPEG", "HEIC", "camera raw", "a video (MP4)", ..., "" where they say nothing."""
+    """Return the format by the first bytes: "JPEG", "HEIC", "camera raw", "a video (MP4)", ..., "" if unknown."""
     head = bytes(data[:64])
     if bytes(data[128:132]) == b"DICM":
         return "DICOM"
@@ -36,8 +36,8 @@ def sniff(data: bytes) -> str:
         return "a tar archive"
     if head[4:8] == b"ftyp":
         return _brand(head)
-    if how := packer(head):
-        return f"compressed with {how}"
+    if compression := packer(head):
+        return f"compressed with {compression}"
     for magic, kind in _MAGIC:
         if head.startswith(magic):
             return kind
@@ -105,7 +105,7 @@ _MAGIC = (
 
 
 def text(data: bytes) -> str:
-    """`text, beginning '<!DOCTYPE'` of bytes that are words: a web page, an error of a server; "" of anything else."""
+    """`text, beginning '<!DOCTYPE'` for readable text (a web page, a server's error message), "" for anything else."""
     head = bytes(data[:512]).removeprefix(b"\xef\xbb\xbf").lstrip()
     readable = head.decode("utf-8", errors="ignore")
     if (
@@ -114,13 +114,13 @@ def text(data: bytes) -> str:
         or not all(c.isprintable() or c.isspace() for c in readable)
     ):
         return ""
-    if re.match(r"P[1-3]\s+[\d#]", readable):  # pictures and maps in plain digits
+    if re.match(r"P[1-3]\s+[\d#]", readable):  # PNM images as plain digits
         return ""
     return f"text, beginning {readable[:24]!r}"
 
 
 def _brand(head: bytes) -> str:
-    """Of an ISO base media file: its major brand, then the compatible ones that the first 64 bytes hold."""
+    """Format of an ISO base media file by its major brand, and the compatible brands in the first 64 bytes."""
     size = int.from_bytes(head[:4], "big")
     brands = [head[8:12], *(head[i : i + 4] for i in range(16, min(max(size, 16), len(head)), 4))]
     if brands[0] in (b"avif", b"avis") or (brands[0] in (b"mif1", b"msf1", b"miaf") and b"avif" in brands):

@@ -1,6 +1,6 @@
-"""Files that only stand where weights should: pointers, web pages, archives, downloads with holes; and why they do.
+"""Detects files that are not usable weights: pointers, web pages, archives, incomplete downloads.
 
-Each function gives a clause that follows the file's name, or "" where nothing is wrong.
+Each function returns a clause that follows the file's name, or "" if nothing is wrong.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ _WORDS = (
     (b"<", "is a web page, not weights: download it again, logged in where it is gated"),
     (b"{", "is JSON, not weights: an error of the server that it came from, or an index under another name"),
 )
-_READ = ("a zip archive", "a Python pickle")  # as signatures.sniff says it: torch's own files are one or the other
+_READ = ("a zip archive", "a Python pickle")  # results of signatures.sniff: torch's own files are one of these
 _TORCH = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P"
-"""The number that torch's own pickles of the time before zip files begin with, behind the protocol."""
+"""The magic number of torch's legacy pickles (before zip files), which follows the protocol."""
 
 
 _JOIN = "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth`"
 
 
 def fault_of_start(path: Path) -> str:
-    """By the first bytes."""
-    if path.suffix == ".distcp":  # torch's files end to end, of which its reader would take the last tensor
+    """Return the fault that the first bytes show."""
+    if path.suffix == ".distcp":  # concatenated torch files, of which torch.load would read only the last tensor
         return f"is a shard of torch.distributed.checkpoint: {_JOIN} joins its folder's"
     with path.open("rb") as stream:
         start = stream.read(512)
     if start[8:9] == b"{" and len(start) > 9:
-        return ""  # safetensors: before its header stands a length, which may look like anything
+        return ""  # safetensors: the header follows its length, whose bytes may look like anything
     if not start:
         return "cannot be read as weights: it is empty; download it again"
     if not any(start):
         return "begins with zeros: an unfinished download; download it again"
-    if what := next((what for magic, what in _WORDS if start.lstrip().startswith(magic)), ""):
-        return what
+    if fault := next((fault for magic, fault in _WORDS if start.lstrip().startswith(magic)), ""):
+        return fault
     kind = signatures.sniff(start)
     if kind and kind not in _READ:
         return f"is {kind}{': unpack it' if signatures.is_packed(kind) else ', not weights of a torch network'}"
@@ -56,26 +56,26 @@ def fault_of_start(path: Path) -> str:
 
 
 def longer_than_told(path: Path) -> str:
-    """Of a .safetensors with bytes behind its tensors, which its reader says of a short one too."""
+    """Return the fault of a .safetensors with bytes after its tensors; its reader's error is that of a short file."""
     try:
         with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if path.suffix != ".safetensors" or size > 100_000_000:
+            header_size = int.from_bytes(stream.read(8), "little")
+            if path.suffix != ".safetensors" or header_size > 100_000_000:
                 return ""
-            table = json.loads(stream.read(size))
-        ends = [entry["data_offsets"][1] for name, entry in table.items() if name != "__metadata__"]
-        more = path.stat().st_size - 8 - size - max(ends, default=0)
+            header = json.loads(stream.read(header_size))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        extra_bytes = path.stat().st_size - 8 - header_size - max(ends, default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
     return (
-        f"has {more} bytes behind its tensors, of which it does not speak: download or copy it again"
-        if more > 0
+        f"has {extra_bytes} bytes behind its tensors, of which it does not speak: download or copy it again"
+        if extra_bytes > 0
         else ""
     )
 
 
 def way_out_of(folder: Path) -> str:
-    """How the shards that trainers leave in a folder become weights, or ""."""
+    """Return how to turn the shards that trainers leave in a folder into weights, or ""."""
     names = [path.name for depth in ("*", "*/*") for path in folder.glob(depth)]
     if any(name.endswith("_optim_states.pt") or name == "zero_to_fp32.py" for name in names):
         return f"; these are DeepSpeed's shards: {ZERO}"
@@ -85,13 +85,13 @@ def way_out_of(folder: Path) -> str:
 
 
 def fault_of_zip(path: Path) -> str:
-    """Of a zip: one that is no torch file, or whose bytes are not those that were written.
+    """Return the fault of a zip that is not a torch file, or whose parts do not match their checksums.
 
-    torch does not look at the checksums: the hole of a download would be weights of zeros.
+    torch does not verify the checksums: a hole in a download would become weights of zeros.
     """
     with path.open("rb") as stream:
         if stream.read(2) != b"PK" or not zipfile.is_zipfile(path):
-            return ""  # another format, or cut: its reader says so
+            return ""  # another format, or cut short: its reader reports that
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if any(name.endswith("/archive_format") for name in names):
@@ -121,7 +121,7 @@ def _is_whole(archive: zipfile.ZipFile, name: str) -> bool:
     return True
 
 
-# Names that libraries give to tensors which are not the network's own numbers.
+# Patterns of the names that libraries give to tensors other than the network's own weights.
 _KINDS = (
     (r"(.*\.)?lora_(embedding_)?[AB]\b.*|.*\.lora_(up|down)\.weight", "an adapter (LoRA): merge it with its network"),
     (r".*\.(SCB|weight_format)|.*\.(absmax|quant_map|quant_state\.\w+)", "quantised by bitsandbytes: give"),
@@ -137,17 +137,17 @@ ZERO = "run the zero_to_fp32.py that lies beside it, and give the file that it w
 
 
 def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
-    """Of a table of tensors that a network cannot take as they are, which another library would make its weights of.
+    """Return the fault of tensors that a network cannot load as they are, but only after another library's conversion.
 
-    Of diverged ones too: of NaN a network makes maps of NaN.
+    Also of diverged weights: with NaN weights a network predicts NaN maps.
     """
     import torch
 
     packed = any(tensor.element_size() == 1 and tensor.dtype != torch.bool for tensor in state.values())
-    for pattern, what in _KINDS if packed else _KINDS[:-1]:
+    for pattern, description in _KINDS if packed else _KINDS[:-1]:
         if name := next((name for name in state if re.fullmatch(pattern, name)), ""):
-            rest = ", and save that" if what.endswith("its network") else " the weights that it was made from"
-            return f"holds {name}: {what}{rest}"
+            advice = ", and save that" if description.endswith("its network") else " the weights that it was made from"
+            return f"holds {name}: {description}{advice}"
     for name, tensor in state.items():
         if tensor.is_meta:
             return f"holds {name} without its numbers (on the device meta): save the weights after they are loaded"
@@ -157,10 +157,10 @@ def fault_of_tensors(state: Mapping[str, Tensor]) -> str:
             return (
                 f"holds {name} as {str(tensor.dtype)[6:]}: quantised to eight bits: give the weights it was made from"
             )
-        whole = name.endswith(_NUMBERS) and not tensor.is_floating_point()
-        if tensor.is_quantized or tensor.layout != torch.strided or whole:
-            sort = str(tensor.dtype if tensor.is_quantized or whole else tensor.layout).removeprefix("torch.")
-            return f"holds {name} as {sort}: save plain floating-point tensors"
+        is_integer = name.endswith(_NUMBERS) and not tensor.is_floating_point()
+        if tensor.is_quantized or tensor.layout != torch.strided or is_integer:
+            form = str(tensor.dtype if tensor.is_quantized or is_integer else tensor.layout).removeprefix("torch.")
+            return f"holds {name} as {form}: save plain floating-point tensors"
         if name.endswith(_USED) and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             if bool(tensor.isnan().any()):
                 return f"holds {name} with numbers that are NaN: its training has diverged; give an earlier checkpoint"

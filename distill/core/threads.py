@@ -1,4 +1,4 @@
-"""How many threads torch computes with in this process."""
+"""The number of threads that torch computes with in this process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread an operation within, the former number behind it; also where it raises. Of the whole process.
+    """Run the block with one torch thread per operation, process-wide; the former number is always restored.
 
-    Where many small operations or many threads run beside each other, teams of threads gain little and, where the cores
-    are busy, lose everything. It also fixes results: the mean of a map is another on more threads.
+    With many small operations or many concurrent threads, multithreaded operations gain little, and on busy cores they
+    are much slower. One thread also fixes results: the mean of a map differs with more threads.
     """
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)

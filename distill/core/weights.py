@@ -1,12 +1,12 @@
-"""Weight files: one reader for teachers, students and encoders, of what trainers write around the tensors.
+"""Weight files: one reader for teachers, students and encoders, which unwraps what trainers put around the tensors.
 
-A file is told by its first bytes. Torch files are read with weights_only=True; plain records beside the tensors
-(argparse.Namespace, numpy scalars, configurations) are read as empty stand-ins, so that nothing of theirs is ever
-imported or run, and whatever else is pickled is refused by name. Of several tables of tensors (raw and averaged
-weights, teacher and student) one is taken, by a fixed rule that is said aloud, or by `weights_key`.
+The format is detected by the first bytes. Torch files are read with weights_only=True; plain records beside the tensors
+(argparse.Namespace, numpy scalars, configurations) are read as empty stand-ins, so that none of their code is ever
+imported or run, and any other pickled object is refused by name. Of several tables of tensors (raw and averaged
+weights, teacher and student) one is chosen, by a fixed rule that is logged, or by `weights_key`.
 
-The worst failure is silent: names that do not match and weights that stay random. So prefixes are only taken off where
-a name that the network must have (an anchor) stands behind them; the caller then checks every name.
+The worst failure is silent: names that do not match and weights that stay random. So a prefix is only removed if a name
+that the network must have (an anchor) follows it; the caller then checks every name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import safetensors
 
 from distill.core.standins import ZERO, fault_of_start, fault_of_tensors, fault_of_zip, longer_than_told, way_out_of
 
-# What a teacher is called is read where nobody wants to wait for torch.
+# This module is also imported to read teachers' names, without waiting for torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,19 +39,19 @@ _READ_ERRORS = (
 
 
 class WeightsMissingError(FileNotFoundError):
-    """The weights are not here; the message says which and how to get them."""
+    """The weights are missing; the message says which and how to get them."""
 
 
 class WeightsMismatchError(ValueError):
-    """The weights are not this network's, or not readable; the message names the file and the first keys."""
+    """The weights do not fit the network or are unreadable; the message names the file and the first keys."""
 
 
 def find_weights(path: Path, names: Iterable[str]) -> Path:
-    """`path` itself if it is a file, else what the first of `names` (patterns) that matches finds in that folder.
+    """Return `path` itself if it is a file, else the file in that folder that the first matching one of `names` finds.
 
-    Weights in several shards are found as their index (NAME.index.json). Raises WeightsMissingError if nothing is found
-    or a shard is missing, WeightsMismatchError where there are several files or something that only stands where
-    weights should: a git-lfs pointer, a web page.
+    names: patterns. Sharded weights are returned as their index (NAME.index.json). Raises WeightsMissingError if
+    nothing is found or a shard is missing, WeightsMismatchError if there are several files or the file is no weights
+    file: a git-lfs pointer, a web page.
     """
     names = list(names)
     matching = [path] if path.is_file() else next(filter(None, (_matching(path, name) for name in names)), [])
@@ -78,20 +78,20 @@ def find_weights(path: Path, names: Iterable[str]) -> Path:
 
 
 def _below(folder: Path) -> str:
-    """What in a folder and the folders in it may be the weights: `; there is checkpoint-500/model.safetensors`."""
+    """List files in a folder and its subfolders that may be weights: `; there is checkpoint-500/model.safetensors`."""
     files = [file for depth in ("*", "*/*") for file in sorted(folder.glob(depth)) if _LIKE_WEIGHTS.search(file.name)]
-    there = [file.relative_to(folder).as_posix() for file in files if not _BESIDE_WEIGHTS.fullmatch(file.name)]
-    more = f" and {len(there) - 3} more" if len(there) > 3 else ""
-    return f"; there is {', '.join(there[:3])}{more}" if there else ""
+    candidates = [file.relative_to(folder).as_posix() for file in files if not _BESIDE_WEIGHTS.fullmatch(file.name)]
+    suffix = f" and {len(candidates) - 3} more" if len(candidates) > 3 else ""
+    return f"; there is {', '.join(candidates[:3])}{suffix}" if candidates else ""
 
 
 _LIKE_WEIGHTS = re.compile(r"\.(safetensors|pth|pt|ckpt|bin|pkl|tar|distcp|msgpack|h5|onnx|gguf)$", re.IGNORECASE)
-# What trainers and systems put beside weights under the same suffixes.
+# Files that trainers and systems put beside weights, with the same suffixes.
 _BESIDE_WEIGHTS = re.compile(r"\..*|(training_args|optimizer|scheduler|scaler|rng_state\w*|random_states\w*)\.\w+")
 
 
 def _matching(folder: Path, name: str) -> list[Path]:
-    """The files of a pattern; where they are shards, their index alone."""
+    """The files that match a pattern; for shards, only their index."""
     files = sorted(file for file in folder.glob(name) if not _BESIDE_WEIGHTS.fullmatch(file.name))
     if files and not all(_SHARD.search(file.name) for file in files):
         return [file for file in files if not _SHARD.search(file.name)]
@@ -100,64 +100,64 @@ def _matching(folder: Path, name: str) -> list[Path]:
 
 
 def shards(index: Path) -> dict[str, Path]:
-    """Tensor name -> the file that holds it, of an index; WeightsMissingError where one of the files is not there."""
+    """Read an index: tensor name -> the file that holds it; raises WeightsMissingError if one of them is missing."""
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        places = {str(name): index.parent / str(file) for name, file in table.items()}
+        files = {str(name): index.parent / str(file) for name, file in table.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsMismatchError(f"{index} is not an index of weights ({error!r}): download it again") from error
-    outside = [str(place) for place in places.values() if place.parent != index.parent]
+    outside = [str(file_path) for file_path in files.values() if file_path.parent != index.parent]
     if outside:
         raise WeightsMismatchError(f"{index} names files of other folders ({outside[0]})")
-    if absent := sorted({place.name for place in places.values() if not place.is_file()}):
+    if absent := sorted({file_path.name for file_path in files.values() if not file_path.is_file()}):
         raise WeightsMissingError(f"{index.parent} lacks {', '.join(absent[:3])}, which {index.name} names")
-    return places
+    return files
 
 
 ANY = ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin")
-"""Patterns of weights in a folder that may hold them in any form."""
+"""Patterns for a folder that may hold weights in any format."""
 
 
 def read_state(path: Path, *, weights_key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, or of an index of shards, on the CPU.
+    """Return the tensors of a .safetensors or torch file, or of an index of shards, on the CPU.
 
-    Wrappers are taken off: {"model": ...}, {"state_dict": ...}, {"teacher": ...}, {"ema": {"module": ...}}, and the
-    segments that DDP, FSDP and torch.compile put into names. Of several tables the raw one is taken before an averaged
-    one and a teacher before a student, which is logged; weights_key ("model_ema", or "model_ema." of a flat table)
-    takes another. Raises FileNotFoundError, WeightsMissingError, or WeightsMismatchError for what cannot be read.
+    Wrappers are removed: {"model": ...}, {"state_dict": ...}, {"teacher": ...}, {"ema": {"module": ...}}, and the name
+    segments that DDP, FSDP and torch.compile add. Of several tables, raw weights are preferred to averaged ones and a
+    teacher to a student, and the choice is logged; weights_key ("model_ema", or "model_ema." of a flat table) selects
+    another. Raises FileNotFoundError, WeightsMissingError, or WeightsMismatchError for what cannot be read.
     """
     if not path.is_file():
         raise WeightsMissingError(f"{path}: no such weights file")
     index = path.with_name(_SHARD.sub(".", path.name) + INDEX)
     if path.name.endswith(".json") or (_SHARD.search(path.name) and index.is_file()):
         index = path if path.name.endswith(".json") else index
-        places = shards(index)
-        state = {key: tensor for file in sorted(set(places.values())) for key, tensor in _read(file).items()}
-        if lost := sorted(places.keys() - state.keys()):
-            raise WeightsMismatchError(f"{index} names {lost[0]}, which no shard holds: download them again")
+        shard_files = shards(index)
+        state = {key: tensor for file in sorted(set(shard_files.values())) for key, tensor in _read(file).items()}
+        if missing := sorted(shard_files.keys() - state.keys()):
+            raise WeightsMismatchError(f"{index} names {missing[0]}, which no shard holds: download them again")
         return _plain_names(state, path)
     nested = _read(path)
     tables = _tables_of(nested)
     if not tables:
-        there = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
-        there += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
-        raise WeightsMismatchError(f"{path} holds no table of named tensors{there}")
+        content = f", but {', '.join(map(str, list(nested)[:5]))}" if isinstance(nested, Mapping) and nested else ""
+        content += f": a shard of DeepSpeed's: {ZERO}" if path.name.endswith("_optim_states.pt") else ""
+        raise WeightsMismatchError(f"{path} holds no table of named tensors{content}")
     return _plain_names(_choose(tables, path, weights_key), path)
 
 
 def mentions(path: Path, *words: str) -> bool:
-    """Whether all these words stand in what a torch file (a zip) says beside its tensors' numbers."""
+    """Whether all `words` occur in the pickle of a torch file (a zip), which lacks only the tensors' values."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
-        said = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-    return any(all(word.encode() in text for word in words) for text in said)
+        pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
+    return any(all(word.encode() in data for word in words) for data in pickles)
 
 
 def read_described(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a torch file, and the table of plain values that it holds under `key` beside them.
+    """Return the tensors of a torch file, and the table of plain values that it stores under `key`.
 
-    Raises as `read_state` does, and WeightsMismatchError where there is no such table.
+    Raises as `read_state` does, and WeightsMismatchError if there is no such table.
     """
     if not path.is_file():
         raise WeightsMissingError(f"{path}: no such weights file")
@@ -184,41 +184,41 @@ def _read(path: Path) -> Any:
         if (path.suffix == ".safetensors" and not zipped) or (head[8:9] == b"{" and not zipped):
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals(_known(_records(path))):
-            with path.open("rb") as file:  # by its name torch would take one called .safetensors for that
+            with path.open("rb") as file:  # opened, because torch would infer a format from a .safetensors name
                 return torch.load(file, map_location="cpu", weights_only=True)
     except _READ_ERRORS as error:
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text advises to read it unsafely
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            what = f"a pickled {wanted[1]}" if wanted else "more than tensors in it"
-            what = "another protocol of pickle than torch.save's own" if "operand" in str(error) else what
-            reason = f"{what}, or not a torch file; save its state_dict() alone"
-        if more := longer_than_told(path):
-            raise WeightsMismatchError(f"{path} {more}") from error
+        if isinstance(error, pickle.UnpicklingError):  # torch's own message recommends unsafe loading
+            global_name = re.search(r"GLOBAL (\S+)", str(error))
+            content = f"a pickled {global_name[1]}" if global_name else "more than tensors in it"
+            content = "another protocol of pickle than torch.save's own" if "operand" in str(error) else content
+            reason = f"{content}, or not a torch file; save its state_dict() alone"
+        if excess := longer_than_told(path):
+            raise WeightsMismatchError(f"{path} {excess}") from error
         if any(words in reason for words in _CUT):
             raise WeightsMismatchError(f"{path} is cut short: download or copy it again") from error
         raise WeightsMismatchError(f"{path} cannot be read as weights (cut short, or not tensors): {reason}") from error
 
 
 _CUT = ("central directory", "not fully covered", "Ran out of input")
-"""What the readers of torch's and safetensors' files say of one that ends too early."""
+"""Parts of the messages by which the readers of torch's and safetensors' files report a truncated file."""
 
 
 class _Inert(dict[str, Any]):
-    """Stands for a record beside the tensors: it takes whatever it is made from and keeps nothing."""
+    """Stand-in for a record beside the tensors: accepts any arguments and keeps nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        """As any class that is pickled by its arguments."""
+        """Accept any arguments, as a pickle may pass them."""
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
     def __setstate__(self, state: Any) -> None:
-        """Forget the state."""
+        """Ignore the state."""
 
 
-# Classes of plain records that trainers save beside weights. Their names alone are used.
+# Classes of plain records that trainers save beside weights. Only their names are used.
 _RECORDS = re.compile(
     r"argparse\.Namespace|types\.SimpleNamespace|pathlib\.\w+|datetime\.\w+|collections\.(defaultdict|deque)|enum\.\w+"
     r"|numpy\.(_?core\.)?multiarray\.(scalar|_reconstruct)|numpy\._core\.multiarray\.\w+|numpy\.(dtypes\.)?\w+"
@@ -230,30 +230,30 @@ _RECORDS = re.compile(
 
 
 def _records(path: Path) -> list[str]:
-    """The names of records that a torch file wants, as far as they are known to be harmless."""
+    """The names of the record classes that a torch file refers to and that are known to be harmless."""
     import torch
 
     try:
-        wanted = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except ValueError:  # of the time before zip files
-        wanted = set()
+        names = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:  # a legacy file, not a zip
+        names = set()
         with path.open("rb") as file:
-            for _ in range(4):  # a magic number, a version, the system, the object
-                wanted |= {
-                    str(text).replace(" ", ".") for code, text, _ in pickletools.genops(file) if code.name == "GLOBAL"
+            for _ in range(4):  # four pickles: magic number, version, system, object
+                names |= {
+                    str(arg).replace(" ", ".") for code, arg, _ in pickletools.genops(file) if code.name == "GLOBAL"
                 }
-    return [name for name in wanted if _RECORDS.fullmatch(name)]
+    return [name for name in names if _RECORDS.fullmatch(name)]
 
 
 def _known(records: Sequence[str]) -> list[Any]:
-    """What stands for each record: nothing, but for what NumPy's arrays are made of, which may be weights."""
+    """The stand-in of each record: `_Inert`, except for the parts of NumPy arrays, which may be weights."""
     import numpy as np
 
     arrays = {"multiarray._reconstruct": np.empty(0).__reduce__()[0], "ndarray": np.ndarray, "dtype": np.dtype}
-    known: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
-    if "numpy.dtype" in records:  # a dtype is of a class of its own, which no pickle names
-        known += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
-    return known
+    stand_ins: list[Any] = [(arrays.get(re.sub(r"numpy\.(_?core\.)?", "", name), _Inert), name) for name in records]
+    if "numpy.dtype" in records:  # each dtype has its own class, which pickles do not name
+        stand_ins += [(getattr(np.dtypes, name), f"numpy.dtypes.{name}") for name in np.dtypes.__all__]
+    return stand_ins
 
 
 _ASIDE = re.compile(
@@ -275,14 +275,14 @@ _AVERAGED = re.compile(r"(^|[._])(ema|ema\w*|\w*_ema|swa\w*|averag\w*|shadow\w*)
 
 
 def _tables_of(nested: Any) -> dict[str, dict[str, Tensor]]:
-    """The tables of named tensors by their dotted places; where there is none, those of NumPy's arrays alone."""
+    """The tables of named tensors by dotted path; if there are none, tables of NumPy arrays alone."""
     return dict(_tables(nested)) or dict(_tables(nested, arrays=True))
 
 
 def _tables(nested: Any, name: str = "", *, arrays: bool = False) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Every table of named tensors in nested mappings, by its dotted place; optimizers' are passed over.
+    """Yield every table of named tensors in nested mappings with its dotted path, except those of optimizers.
 
-    NumPy's arrays among tensors are tensors too; arrays: also where they are no tensor's neighbours.
+    NumPy arrays beside tensors count as tensors; arrays: also where there is no tensor beside them.
     """
     import numpy as np
     import torch
@@ -298,10 +298,12 @@ def _tables(nested: Any, name: str = "", *, arrays: bool = False) -> Iterator[tu
     ]
     tensors = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if tensors or arrays:
-        plain = {key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, np.ndarray)}
+        numpy_arrays = {
+            key: value for key, value in nested.items() if isinstance(key, str) and isinstance(value, np.ndarray)
+        }
         tensors |= {
             key: torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
-            for key, value in plain.items()
+            for key, value in numpy_arrays.items()
             if value.dtype.kind in "fiub"
         }
     if tensors and len(tensors) >= max((len(table) for _, table in inner), default=0):
@@ -311,20 +313,20 @@ def _tables(nested: Any, name: str = "", *, arrays: bool = False) -> Iterator[tu
 
 
 def _rank(name: str) -> tuple[bool, int, int]:
-    """What is taken first: raw before averaged, then by the usual names, then the shortest."""
+    """Sort key of tables: raw before averaged, then by the usual names, then the shortest."""
     parts = name.strip(".").split(".")
-    place = next((i for i, raw in enumerate(_RAW) if raw in parts), len(_RAW) + ("student" in parts))
-    return bool(_AVERAGED.search(name)), 0 if not name else place, len(name)
+    position = next((i for i, raw in enumerate(_RAW) if raw in parts), len(_RAW) + ("student" in parts))
+    return bool(_AVERAGED.search(name)), 0 if not name else position, len(name)
 
 
 def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None) -> dict[str, Tensor]:
     if key is not None:
-        wanted = key.strip(".")
-        exact = [n for n in tables if n == wanted] or [n for n in tables if f".{n}.".find(f".{wanted}.") >= 0]
-        if len(exact) == 1:
-            return tables[exact[0]]
-        named = [(_plain_name(k), v) for t in tables.values() for k, v in t.items()]
-        flat = {k[len(wanted) + 1 :]: v for k, v in named if k.startswith(f"{wanted}.")}
+        stripped = key.strip(".")
+        matches = [n for n in tables if n == stripped] or [n for n in tables if f".{n}.".find(f".{stripped}.") >= 0]
+        if len(matches) == 1:
+            return tables[matches[0]]
+        entries = [(_plain_name(k), v) for t in tables.values() for k, v in t.items()]
+        flat = {k[len(stripped) + 1 :]: v for k, v in entries if k.startswith(f"{stripped}.")}
         if flat:
             return flat
         raise WeightsMismatchError(f"{path} has no weights_key {key!r}; it holds {', '.join(tables) or 'one table'}")
@@ -337,7 +339,7 @@ def _choose(tables: Mapping[str, dict[str, Tensor]], path: Path, key: str | None
 
 
 _COUNTS = {"n_averaged", "initted", "step", "num_updates", "decay"}
-"""What averages of weights count beside them: torch's AveragedModel, ema-pytorch, LDM's LitEma."""
+"""Counters stored beside averaged weights: torch's AveragedModel, ema-pytorch, LDM's LitEma."""
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -360,20 +362,20 @@ def _plain_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 
 
 def unchunked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without DINOv2's chunks of blocks: blocks.0.7.x is blocks.7.x; chunks that count anew are joined."""
+    """Remove DINOv2's chunks from names: blocks.0.7.x becomes blocks.7.x; chunks that restart at 0 are renumbered."""
     chunked = {key: m for key in state if (m := re.match(r"(.*?\bblocks\.)(\d+)\.(\d+)(\..*)", key))}
     if not chunked:
         return dict(state)
     pairs = sorted({(int(m[2]), int(m[3])) for m in chunked.values()})
-    anew = len({inner for _, inner in pairs}) < len(pairs)
-    number = {pair: i if anew else pair[1] for i, pair in enumerate(pairs)}
+    ambiguous = len({inner for _, inner in pairs}) < len(pairs)
+    number = {pair: i if ambiguous else pair[1] for i, pair in enumerate(pairs)}
     return {
         f"{m[1]}{number[int(m[2]), int(m[3])]}{m[4]}" if (m := chunked.get(key)) else key: tensor
         for key, tensor in state.items()
     }
 
 
-# Parts of trainers that are no part of the network: heads of self-supervision, losses, copies.
+# Parts of trainers that do not belong to the network: self-supervision heads, losses, copies.
 _BESIDE = re.compile(
     r"(\w+\.)*(dino_head|ibot_head|koleo\w*|\w*loss\w*|\w*criterion\w*|\w*metrics?|lpips|discriminator|queue\w*)\."
     r"|(student|teacher|gram_teacher|model|ema\w*|\w*_ema|swa\w*|averaged?\w*)\."
@@ -388,12 +390,12 @@ def below_prefix(
     beside: Sequence[str] = (),
     is_part: bool = False,
 ) -> dict[str, Tensor]:
-    """The tensors behind the prefix that stands before an anchor, without it; `state` as it is where none is found.
+    """Return the tensors under the prefix that precedes an anchor, without the prefix; `state` if no anchor is found.
 
-    anchors: names that the network must have; the first that is found decides. Of several prefixes one is taken as
-    `read_state` takes tables. What lies beside it stays, for the caller to refuse, unless it is known for another part
-    of a trainer or begins with one of `beside`. is_part: the network is a part of larger ones, whose other parts are
-    left out; those that nobody knows are named aloud.
+    anchors: names that the network must have; the first one found decides. Of several prefixes one is chosen as
+    `read_state` chooses tables. Tensors without it are kept, for the caller to refuse, unless they belong to a known
+    part of a trainer or begin with one of `beside`. is_part: the network is a part of larger ones, whose other parts
+    are left out; unknown ones are named in a warning.
     """
     for anchor in anchors:
         prefixes = [key[: -len(anchor)] for key in state if f".{key}".endswith(f".{anchor}")]
@@ -404,15 +406,15 @@ def below_prefix(
             raise WeightsMismatchError(f"{where} holds {', '.join(prefixes)}: give one as weights_key")
         if others:
             _log.warning('%s: took "%s"; weights_key takes another of: %s', where, first, ", ".join(others))
-        left = tuple(beside) + tuple(others)
-        mine = {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
+        ignored = tuple(beside) + tuple(others)
+        tensors = {key[len(first) :]: tensor for key, tensor in state.items() if key.startswith(first)}
         unknown = {
             key: tensor
             for key, tensor in state.items()
-            if not (key.startswith(first) or _BESIDE.match(key) or key.startswith(left))
+            if not (key.startswith(first) or _BESIDE.match(key) or key.startswith(ignored))
         }
         if is_part and unknown:
             _log.warning('%s: took "%s" and left out %s', where, first, ", ".join(sorted(unknown)[:3]))
-            return mine
-        return mine | unknown
+            return tensors
+        return tensors | unknown
     return dict(state)

@@ -1,1 +1,1 @@
-"""What a student is used for: maps of photographs, folders and videos."""
+"""Inference: depth maps of photographs, folders and videos."""

@@ -1,4 +1,4 @@
-"""The Python door: `depth = load("pocket")("photo.jpg")`, for students and teachers, and what a person does with a map.
+"""The Python interface: `depth = load("pocket")("photo.jpg")`, for students and teachers, and operations on maps.
 
     from distill import load, load_teacher
 
@@ -35,8 +35,8 @@ COLOUR_MAPS = ("distill", "turbo", "inferno", "magma", "viridis", "plasma", "jet
 class Depth:
     """The depth map of one picture.
 
-    values: (H,W) float32. valid: (H,W) bool. kind: what the values are, affine disparity of most students. photo:
-    (3,H,W) uint8, the picture. licence: of the model that made it.
+    values: (H,W) float32. valid: (H,W) bool. kind: of the values, affine disparity for most students. photo: (3,H,W)
+    uint8, the picture. licence: of the model that made the map.
     """
 
     values: Tensor
@@ -46,7 +46,7 @@ class Depth:
     licence: str = "unknown"
 
     def numpy(self) -> np.ndarray:
-        """(H,W) float32, NaN where the model says nothing."""
+        """(H,W) float32, NaN where the model gives no value."""
         return torch.where(self.valid, self.values, torch.nan).cpu().numpy()
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
@@ -55,12 +55,12 @@ class Depth:
     def save(
         self, path: str | Path, *, fov: float | None = None, intrinsics: Any = None, far: float = solid.FAR
     ) -> Path:
-        """Write the map, by its suffix, as `distill predict` does: 16-bit .png with its range, .npy, .jpg of colours.
+        """Write the map in the format of the suffix, as `distill predict` does: 16-bit .png with its range, .npy, .jpg
+        of colours.
 
-        In three dimensions, with the camera of `point_cloud`: .ply (points), .glb (a surface that is cut where depth
-        jumps), .html (a page that shows the points offline).
-        Returns the path; raises ValueError for another suffix or a map that is not finite, OSError where it cannot be
-        written.
+        In 3D, with the camera of `point_cloud`: .ply (points), .glb (a surface, cut where depth jumps), .html (a page
+        that shows the points offline). Returns the path; raises ValueError for another suffix or a map that is not
+        finite, OSError if it cannot be written.
         """
         path = Path(path).expanduser()
         names = {".png": "png", ".npy": "npy", ".jpg": "jpg", ".jpeg": "jpg"}
@@ -71,8 +71,8 @@ class Depth:
             )
         if name in outputs.SOLID:
             lens = solid.camera(fov, intrinsics, *self.values.shape)
-            given = (self.values, self.valid, self.kind, self._rgb(), lens)
-            files.write_bytes(path, solid.encode(name, *given, far=far, title=path.stem))
+            solid_inputs = (self.values, self.valid, self.kind, self._rgb(), lens)
+            files.write_bytes(path, solid.encode(name, *solid_inputs, far=far, title=path.stem))
         elif name == "npy":
             files.write_bytes(path, _npy(self.numpy()))
         elif name == "jpg":
@@ -97,20 +97,20 @@ class Depth:
             return colourise(position, valid, NEARNESS)
         codes = (np.where(valid, position, 0.0) * 255).round().astype(np.uint8)
         if cmap == "gray":
-            picture_ = np.repeat(codes[..., None], 3, axis=-1)
+            colours = np.repeat(codes[..., None], 3, axis=-1)
         else:
-            picture_ = cv2.applyColorMap(codes, getattr(cv2, f"COLORMAP_{cmap.upper()}"))[..., ::-1]
-        return np.where(valid[..., None], picture_, np.uint8(128)).astype(np.uint8)
+            colours = cv2.applyColorMap(codes, getattr(cv2, f"COLORMAP_{cmap.upper()}"))[..., ::-1]
+        return np.where(valid[..., None], colours, np.uint8(128)).astype(np.uint8)
 
     def point_cloud(
         self, *, fov: float | None = None, intrinsics: Any = None, far: float = solid.FAR, stride: int = 1
     ) -> solid.PointCloud:
         """The valid pixels as points in front of a pinhole camera.
 
-        fov: the horizontal field of view in degrees; or intrinsics: 3 x 3, in pixels. Give one of them: no map knows
-        it. far: how many times farther the farthest point is than the nearest, for maps whose shift is unknown: an
-        assumption, which makes the cloud a relief and no measurement. Maps of known depth do not use it. stride: every
-        so many pixels. Raises ValueError for a camera that cannot be.
+        fov: the horizontal field of view in degrees; or intrinsics: 3 x 3, in pixels. Give one of them: a map does not
+        contain it. far: the assumed ratio of the farthest to the nearest distance, for maps whose shift is unknown; the
+        cloud is then a relief, not a measurement. Other maps do not use it. stride: take every n-th pixel. Raises
+        ValueError for an impossible camera.
         """
         lens = solid.camera(fov, intrinsics, *self.values.shape)
         z, valid = solid.distances(self.values, self.valid, self.kind, far)
@@ -127,45 +127,47 @@ def _npy(values: np.ndarray) -> bytes:
 
 
 class Model:
-    """A student or a teacher, called with pictures; its `card` says what it is, `estimator` is the batched way in."""
+    """A student or teacher that is called with pictures; `card` describes it, `estimator` is the batched interface."""
 
     def __init__(self, estimator: predict.Estimator) -> None:
         self.estimator = estimator
         self.card = estimator.card
 
     def __call__(self, images: Any, *, fov: float | None = None, intrinsics: Any = None) -> Any:
-        """One picture gives a Depth; a batch or a list, a list of them; any other iterable, a generator of them.
+        """Return a Depth for a picture, a list of them for a batch or a list, a generator of them for another iterable.
 
         A picture: see inference.pictures.picture. Batches are tensors B x 3 x H x W or arrays B x H x W x 3.
         fov: of the camera, horizontal, in degrees, or intrinsics, 3 x 3 in pixels: for a model whose metres depend on
-        it (estimator.takes_focal); ValueError for another, or for a camera that cannot be.
+        it (estimator.takes_focal); raises ValueError for any other model, or for an impossible camera.
         """
-        told: dict[str, Any] = {"fov": fov, "intrinsics": intrinsics}
-        takes = getattr(self.estimator, "takes_focal", False)  # estimators of other people's may not say
-        if not takes and (given := [name for name, v in told.items() if v is not None]):
-            raise ValueError(f"{given[0]}: the map of {self.card.weights} does not depend on the camera; leave it out")
+        user_camera: dict[str, Any] = {"fov": fov, "intrinsics": intrinsics}
+        takes_focal = getattr(self.estimator, "takes_focal", False)  # external estimators may not have it
+        if not takes_focal and (given_names := [name for name, v in user_camera.items() if v is not None]):
+            raise ValueError(
+                f"{given_names[0]}: the map of {self.card.weights} does not depend on the camera; leave it out"
+            )
 
-        def one(image: Any) -> Depth:
-            return self._one(image, **told)
+        def depth_of(image: Any) -> Depth:
+            return self._predict(image, **user_camera)
 
         if is_batch(images):
             if isinstance(images, Tensor):
                 checked(images)
-            return [one(image) for image in images]
+            return [depth_of(image) for image in images]
         if isinstance(images, list | tuple):
-            return [one(image) for image in images]
+            return [depth_of(image) for image in images]
         single = isinstance(images, str | bytes | bytearray | memoryview | np.ndarray | Tensor) or is_file(images)
         if isinstance(images, Iterable) and not single:
-            return (one(image) for image in images)
-        return one(images)
+            return (depth_of(image) for image in images)
+        return depth_of(images)
 
-    def _one(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
-        given = picture(image).cpu()
-        told = fov is not None or intrinsics is not None
-        more = {"focal": solid.camera(fov, intrinsics, *given.shape[-2:]).focal} if told else {}
-        made = self.estimator.predict(given, **more)
-        photo = given if given.dtype == torch.uint8 else (given.clamp(0, 1) * 255).round().to(torch.uint8)
-        return Depth(made.values[0].cpu(), made.valid[0].cpu(), made.kind, photo, str(self.card.licence))
+    def _predict(self, image: Any, *, fov: float | None = None, intrinsics: Any = None) -> Depth:
+        tensor = picture(image).cpu()
+        has_camera = fov is not None or intrinsics is not None
+        focal_option = {"focal": solid.camera(fov, intrinsics, *tensor.shape[-2:]).focal} if has_camera else {}
+        depth = self.estimator.predict(tensor, **focal_option)
+        photo = tensor if tensor.dtype == torch.uint8 else (tensor.clamp(0, 1) * 255).round().to(torch.uint8)
+        return Depth(depth.values[0].cpu(), depth.valid[0].cpu(), depth.kind, photo, str(self.card.licence))
 
 
 def load(
@@ -175,18 +177,18 @@ def load(
     size: int | None = None,
     encoder_weights: str | None = None,
 ) -> Model:
-    """A student, ready to be called with pictures: "pocket", a run's or a student's folder, or OWNER/NAME on the hub.
+    """Load a student to be called with pictures: "pocket", a run's or a student's folder, or OWNER/NAME on the hub.
 
-    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
+    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side at which it runs, instead of its own.
     Raises what distill.inference.predict.load raises.
     """
     return Model(predict.load(student, device=device, size=size, encoder_weights=encoder_weights))
 
 
 def load_teacher(name: str, weights: str | Path | None = None, *, device: str = "auto", **options: Any) -> Model:
-    """A teacher (`distill list teachers`) with its weights: a hub id or a file in its authors' format.
+    """Load a teacher (`distill list teachers`) with its weights: a hub id or a file in its authors' format.
 
     weights: None takes the teacher's first card. options: the teacher's own, as in a recipe's `options`.
-    Raises LookupError for an unknown teacher, ValueError for unknown options, OSError for weights that are not there.
+    Raises LookupError for an unknown teacher, ValueError for unknown options, OSError for missing weights.
     """
     return Model(predict.load_teacher(name, weights, device=device, **options))

@@ -1,9 +1,9 @@
-"""Pictures as people have them, as what a network takes: files, PIL images, arrays and tensors, or advice in one line.
+"""Conversion of pictures (files, PIL images, arrays, tensors) to a network's input, or one line of advice.
 
-The worst picture is the one that is taken silently: a float image of 0 to 255, or one that is normalised already, gives
-a map that looks like depth and is none. So shapes and ranges are checked, and the advice names the call that helps.
+The worst error is silent: a float image of 0 to 255, or one that is already normalised, gives a map that looks like
+depth but is wrong. So shapes and ranges are checked, and the advice names the call that fixes them.
 
-Shapes: H height, W width, C channels (1 grey, 3 RGB, 4 RGBA, whose transparency is laid over white).
+Shapes: H height, W width, C channels (1 grey, 3 RGB, 4 RGBA, which is composited over white).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from distill.data.photos import decode, not_a_file
 
 CHANNELS = (1, 3, 4)
 SLACK = 0.25
-"""How far beyond [0,1] a float image may go: what bicubic resizing and light jitter leave, far below 0..255."""
+"""How far beyond [0,1] a float image may go: enough for bicubic resizing and light jitter, far below 0..255."""
 
 Picture = str | Path | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Tensor
 
 
 JPEG_SIDE = 65500
-"""Pixels: the longest side that libjpeg writes."""
+"""The longest side, in pixels, that libjpeg writes."""
 
 
 def within_jpeg(rgb: np.ndarray) -> np.ndarray:
-    """(H,W,3) as it is, or of a panorama every so many pixels, so that a JPEG can hold it."""
+    """Return (H,W,3) unchanged, or for a panorama every n-th pixel, so that it fits into a JPEG."""
     step = -(-max(rgb.shape[:2]) // JPEG_SIDE)
     return rgb[::step, ::step]
 
@@ -43,14 +43,14 @@ def is_batch(image: Any) -> bool:
 
 
 def is_file(image: Any) -> bool:
-    """True for what is open to be read: a file, BytesIO, the upload of a web framework."""
+    """True for an open file: a file object, BytesIO, an upload of a web framework."""
     return callable(getattr(image, "read", None))
 
 
 def _contents(file: Any) -> bytes:
-    """All of an open file, wherever it was read to before; TypeError for one that is open as text."""
+    """Return the whole content of an open file, from its start; raises TypeError for one opened as text."""
     if callable(getattr(file, "seek", None)):
-        with contextlib.suppress(OSError):  # a pipe has one end
+        with contextlib.suppress(OSError):  # a pipe cannot seek
             file.seek(0)
     try:
         data = file.read()
@@ -62,11 +62,11 @@ def _contents(file: Any) -> bytes:
 
 
 def picture(image: Picture) -> Tensor:
-    """(3,H,W) RGB, uint8 or float32 in [0,1], of one picture.
+    """Convert one picture to (3,H,W) RGB, uint8 or float32 in [0,1].
 
-    A path, the bytes of an image file or one that is open (EXIF rotation applied), a PIL image, a numpy array (H,W) or
-    (H,W,C), a tensor (C,H,W); arrays are uint8, or float in [0,1]. Raises TypeError or ValueError with advice,
-    BadImageError for a file that cannot be decoded, OSError for one that is not there.
+    image: a path, the bytes of an image file or an open one (EXIF rotation applied), a PIL image, a numpy array (H,W)
+    or (H,W,C), a tensor (C,H,W); arrays are uint8, or float in [0,1]. Raises TypeError or ValueError with advice,
+    BadImageError for a file that cannot be decoded, OSError for a missing one.
     """
     if isinstance(image, str | Path):
         path = Path(image).expanduser()
@@ -89,19 +89,19 @@ def picture(image: Picture) -> Tensor:
 
 
 def _pil(image: Image.Image) -> Tensor:
-    # By way of a file's bytes: the one way that knows palettes, 16-bit grey, profiles and rotation.
+    # Through the bytes of a file: only `decode` handles palettes, 16-bit grey, profiles and rotation.
     if image.mode == "F":
         raise ValueError("a PIL image of mode F has no known range: scale it to 0..255 and convert it to mode L")
     file = io.BytesIO()
-    as_it_is = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
-    profile = image.info.get("icc_profile") if as_it_is else None  # a CMYK profile says nothing about RGB
-    plain = image if as_it_is else image.convert("RGB")
-    plain.save(file, "PNG", compress_level=0, icc_profile=profile, exif=image.getexif())
+    is_plain = image.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
+    profile = image.info.get("icc_profile") if is_plain else None  # a CMYK profile says nothing about RGB
+    converted = image if is_plain else image.convert("RGB")
+    converted.save(file, "PNG", compress_level=0, icc_profile=profile, exif=image.getexif())
     return decode(file.getvalue())
 
 
 def _numpy(image: np.ndarray) -> Tensor:
-    """(C,H,W) of (H,W) or (H,W,C)."""
+    """Convert (H,W) or (H,W,C) to (C,H,W)."""
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3:
@@ -115,7 +115,7 @@ def _numpy(image: np.ndarray) -> Tensor:
 
 
 def checked(image: Tensor) -> Tensor:
-    """(...,3,H,W) uint8 or float32 of a picture or a batch of tensors; ValueError with the right advice."""
+    """Convert a picture or batch tensor to (...,3,H,W) uint8 or float32; raises ValueError with advice."""
     if image.ndim not in (3, 4):
         hint = ": add the channel dimension, image[None]" if image.ndim == 2 else ""
         raise ValueError(f"a tensor picture is C x H x W, or B x C x H x W, not {_shape(image)}{hint}")
@@ -151,10 +151,10 @@ def _floats(image: Tensor) -> Tensor:
 
 
 def _over_white(image: Tensor) -> Tensor:
-    full = 255.0 if image.dtype == torch.uint8 else 1.0
-    colours, alpha = image[..., :3, :, :].float(), image[..., 3:, :, :].float() / full
-    laid = colours * alpha + full * (1.0 - alpha)
-    return laid.round().to(torch.uint8) if image.dtype == torch.uint8 else laid
+    white = 255.0 if image.dtype == torch.uint8 else 1.0
+    colours, alpha = image[..., :3, :, :].float(), image[..., 3:, :, :].float() / white
+    composited = colours * alpha + white * (1.0 - alpha)
+    return composited.round().to(torch.uint8) if image.dtype == torch.uint8 else composited
 
 
 def _shape(image: np.ndarray | Tensor) -> str:

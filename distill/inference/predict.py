@@ -1,10 +1,11 @@
-"""Depth maps for people who only want depth maps: files, folders, globs and videos in, pictures and numbers out.
+"""Prediction of depth maps: files, folders, globs and videos in, pictures and arrays out.
 
-Every file is written aside and renamed, so that what is there is whole, and a second call does only what is missing or
-made from a file that has changed since (inference.outputs). A photo that cannot be used is one line in the outcome, and
-the rest is done. Surprise: a map of affine disparity has no unit, so the 16-bit picture stretches each map to its own
-range and keeps that range in the file ("low" and "high" of its text: value = low + code / 65535 * (high - low); with
-"invalid" code 0 is a pixel without a value); a video keeps one slowly moving range, or it would flicker.
+Every file is written under a temporary name and renamed, so existing files are complete, and a second call only makes
+what is missing or was made from a file that has changed since (inference.outputs). A photo that cannot be used is one
+line in the outcome, and the others are still processed. Surprise: a map of affine disparity has no unit, so the 16-bit
+picture stretches each map to its own range and stores that range in the file ("low" and "high" of its text:
+value = low + code / 65535 * (high - low); with "invalid", code 0 is a pixel without a value); a video uses one slowly
+moving range, or it would flicker.
 """
 
 from __future__ import annotations
@@ -56,14 +57,14 @@ __all__ = [
 
 
 class Estimator:
-    """A student or a teacher that takes photos as they are.
+    """A student or a teacher that accepts photos of any size.
 
-    `predict` gives a DepthMap (B,H,W) at the size of the images; its `kind` says what: affine disparity, larger is
-    nearer, of most students.
+    `predict` returns a DepthMap (B,H,W) at the size of the images; its `kind` depends on the model: affine disparity,
+    larger is nearer, for most students.
     """
 
     def __init__(self, teacher: AnyTeacher, options: Mapping[str, Any] | None = None) -> None:
-        """options: those that the teacher was loaded with, where they are not its own."""
+        """options: those that the teacher was loaded with, if not its defaults."""
         self._teacher, self.options = teacher, dict(options or {})
         self.card = teacher.card
         self.takes_focal: bool = getattr(teacher, "takes_focal", False)
@@ -76,8 +77,8 @@ class Estimator:
         """
         images = checked(images)
         batch = images[None] if images.ndim == 3 else images
-        more: Any = {"focal": focal} if self.takes_focal and focal is not None else {}
-        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch, **more)
+        focal_option: Any = {"focal": focal} if self.takes_focal and focal is not None else {}
+        return self._teacher.predict(batch.float() / 255.0 if batch.dtype == torch.uint8 else batch, **focal_option)
 
 
 def load(
@@ -87,45 +88,43 @@ def load(
     size: int | None = None,
     encoder_weights: str | None = None,
 ) -> Estimator:
-    """The student of a run or in a folder, "pocket", or OWNER/NAME on the hub (students.checkpoint.fetch).
+    """Load the student of a run or in a folder, "pocket", or OWNER/NAME on the hub (students.checkpoint.fetch).
 
-    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side it works at, in place of its own.
-    Raises ValueError for a device that cannot be used here, or a size that is less than one patch.
+    device: "auto" is CUDA, then Apple's GPU, then the CPU. size: the short side at which it runs, instead of its own.
+    Raises ValueError for a device that cannot be used here, or a size below one patch.
     """
     if size is not None and size < 1:
         raise ValueError(f"size must be a positive number of pixels, not {size}")
-    on = machine.usable_device(device)
+    resolved = machine.usable_device(device)
     folder = checkpoint.fetch(student)
-    teacher = Teacher.load(str(folder), device=on, native_size=size, encoder_weights=encoder_weights)
+    teacher = Teacher.load(str(folder), device=resolved, native_size=size, encoder_weights=encoder_weights)
     if size is not None and size < teacher.card.multiple:
-        least = teacher.card.multiple
-        raise ValueError(f"size {size} is less than one patch of {student} ({least} pixels): give {least} or more")
+        patch = teacher.card.multiple
+        raise ValueError(f"size {size} is less than one patch of {student} ({patch} pixels): give {patch} or more")
     return Estimator(teacher)
 
 
 def load_teacher(name: str, weights: str | Path | None = None, *, device: str = "auto", **options: Any) -> Estimator:
-    """The teacher called `name`, or in the file `name`, with `weights` (None: those of its first card) and its options.
+    """Load the teacher `name`, or that in the file `name`, with `weights` (None: those of its first card) and options.
 
     Raises LookupError for an unknown teacher, ValueError for options that it does not have or a device that cannot be
-    used, OSError for weights that are not there.
+    used, OSError for missing weights.
     """
     module = find_plugin("distill.teachers", name)
     if faults := option_faults(module.Teacher.load, options, "options"):
         raise ValueError(f"{name}: {'; '.join(faults)}")
-    on = machine.usable_device(device)
-    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=on, **options), options)
+    resolved = machine.usable_device(device)
+    return Estimator(module.Teacher.load(str(weights or module.CARDS[0].weights), device=resolved, **options), options)
 
 
 def read(path: str | Path) -> Tensor:
-    """(3,H,W) uint8 RGB of an image file, EXIF rotation applied; BadImageError with the reason, OSError where it is
-    not.
-    """
+    """Read an image file as (3,H,W) uint8 RGB, EXIF rotation applied; BadImageError with the reason, or OSError."""
     return decode(Path(path).read_bytes())
 
 
 @dataclass
 class PredictOutcome:
-    """What a call did: inputs written now, found from before, and "path: reason" of those that could not be used."""
+    """Result of a call: inputs written now, inputs already present, and "path: reason" of those that failed."""
 
     written: int = 0
     present: int = 0
@@ -141,27 +140,27 @@ def run(
     report: Report,
     lens: Lens | None = None,
 ) -> PredictOutcome:
-    """Predict every job whose maps `out` does not hold, made from the file as it is now.
+    """Predict every job for which `out` has no maps made from the current state of its file.
 
-    lens: the camera of formats in three dimensions, where the caller knows it.
-    report: (done, total) inputs, and within a video frame and frames (0: it does not say).
-    Raises ValueError where `out` holds the predictions of another student or size, and what Outputs raises.
+    lens: the camera of the 3D formats, if the caller knows it.
+    report: (done, total) inputs, and within a video frame and frames (0: unknown).
+    Raises ValueError if `out` holds the predictions of another student or size, and what Outputs raises.
     """
     outputs = Outputs(out)
     outputs.prepare()
     lens = lens or Lens()
-    used = bool(SOLID.keys() & set(formats)) or getattr(estimator, "takes_focal", False)
-    _same_settings(estimator, out, lens if used else None)
+    uses_lens = bool(SOLID.keys() & set(formats)) or getattr(estimator, "takes_focal", False)
+    _check_settings(estimator, out, lens if uses_lens else None)
     outcome = PredictOutcome()
     for done, job in enumerate(jobs):
         report(done, len(jobs))
         try:
             if job.is_video:
-                new = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)), lens)
+                was_written = _video(estimator, job, outputs, formats, partial(report, done, len(jobs)), lens)
             else:
-                new = _photo(estimator, job, outputs, formats, lens)
-            outcome.written += new
-            outcome.present += not new
+                was_written = _photo(estimator, job, outputs, formats, lens)
+            outcome.written += was_written
+            outcome.present += not was_written
         except (BadImageError, OSError, MemoryError, RuntimeError) as error:
             if not (problem := _problem(job, error)):
                 raise
@@ -171,34 +170,36 @@ def run(
 
 
 def _problem(job: PredictionJob, error: Exception) -> str:
-    """The line of an input that could not be used; "" for a fault that is not its own."""
+    """Return the line for an input that could not be used, or "" for an error that the input did not cause."""
     if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         return f"{job.path}: not enough memory; --size N or a smaller image"
     if isinstance(error, OSError):
-        of = f" (a map of {job.path})" if error.filename and Path(error.filename) != job.path else ""
-        return f"{error.filename or job.path}: {error.strerror or error}{of}"
+        source = f" (a map of {job.path})" if error.filename and Path(error.filename) != job.path else ""
+        return f"{error.filename or job.path}: {error.strerror or error}{source}"
     if isinstance(error, BadImageError):
         return f"{job.path}: {error}"
-    # PyTorch has a class for CUDA's memory alone; the CPU's and Apple's end in a RuntimeError with these words.
-    words = ("out of memory", "not enough memory", "allocate memory")
-    if isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words):
+    # PyTorch has an exception class only for CUDA; on a CPU or Apple's GPU it is a RuntimeError with these words.
+    phrases = ("out of memory", "not enough memory", "allocate memory")
+    if isinstance(error, torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases):
         return f"{job.path}: not enough memory; --size N or a smaller image"
     return ""
 
 
-def _same_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
+def _check_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
     card, path = estimator.card, out / SETTINGS
-    now = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
-    now |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
+    settings = {"student": card.weights, "revision": card.revision, "size": card.native_size, "kind": str(card.kind)}
+    settings |= {"camera": json.loads(json.dumps(asdict(lens)))} if lens else {}
     options = json.loads(json.dumps(getattr(estimator, "options", {}), default=str))
-    now |= {"options": options} if options else {}
+    settings |= {"options": options} if options else {}
     if path.is_file():
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in ("revision", "size") if before[key] != now[key]]
-            differing += ["options"] if before.get("options", {}) != options else []
-            differing += ["camera"] if "camera" in before and lens and before["camera"] != now["camera"] else []
-            now |= {"camera": before["camera"]} if "camera" in before else {}
+            existing = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in ("revision", "size") if existing[key] != settings[key]]
+            differing += ["options"] if existing.get("options", {}) != options else []
+            differing += (
+                ["camera"] if "camera" in existing and lens and existing["camera"] != settings["camera"] else []
+            )
+            settings |= {"camera": existing["camera"]} if "camera" in existing else {}
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(
                 f"{path}: damaged, or not from distill predict; give another --out, or delete this file if the maps "
@@ -206,16 +207,16 @@ def _same_settings(estimator: Estimator, out: Path, lens: Lens | None) -> None:
             ) from error
         if differing:
             raise ValueError(
-                f"{out}: holds predictions with another {' and '.join(differing)} ({before.get('student')}); "
+                f"{out}: holds predictions with another {' and '.join(differing)} ({existing.get('student')}); "
                 "give another --out"
             )
-    files.write_json(path, now | {"licence": card.licence})
+    files.write_json(path, settings | {"licence": card.licence})
 
 
 def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: Sequence[str], lens: Lens) -> bool:
-    """Write one photo's outputs; False where all of them are there."""
-    made = outputs.now(job)
-    missing = outputs.missing(made, formats)
+    """Write one photo's missing outputs; returns False if there are none."""
+    entry = outputs.now(job)
+    missing = outputs.missing(entry, formats)
     if not missing:
         return False
     photo = read(job.path)
@@ -223,45 +224,45 @@ def _photo(estimator: Estimator, job: PredictionJob, outputs: Outputs, formats: 
     values = _whole(depth, photo)
     span = value_range(values)
     rgb = photo.permute(1, 2, 0).numpy()
-    made = outputs.begin(made, missing)
+    entry = outputs.begin(entry, missing)
     for name in missing:
-        path = outputs.path(made, name)
+        path = outputs.path(entry, name)
         if name in SOLID:
-            given = (depth.values[0], depth.valid[0], depth.kind, rgb, lens.of(job.path, *values.shape))
-            files.write_bytes(path, solid.encode(name, *given, far=lens.far, title=job.path.name))
+            solid_inputs = (depth.values[0], depth.valid[0], depth.kind, rgb, lens.of(job.path, *values.shape))
+            files.write_bytes(path, solid.encode(name, *solid_inputs, far=lens.far, title=job.path.name))
         else:
             write_map(path, name, values, rgb, span, str(estimator.card.kind))
-    outputs.finish(made, missing)
+    outputs.finish(entry, missing)
     return True
 
 
 def _focal(estimator: Estimator, job: PredictionJob, image: Tensor, lens: Lens) -> dict[str, float]:
-    """The focal length of an image (3,H,W), for a model that takes it."""
+    """Return the focal length of an image (3,H,W) as an option, for a model that takes it."""
     takes = getattr(estimator, "takes_focal", False)
     return {"focal": lens.of(job.path, *image.shape[-2:]).focal} if takes else {}
 
 
 def _whole(depth: DepthMap, photo: Tensor) -> np.ndarray:
-    """The map's values (H,W), NaN where the model leaves them out, as some do with sky; BadImageError where they say
-    nothing, as of a student whose training diverged.
+    """Return the map's values (H,W), NaN where the model gives none, as some do for sky; BadImageError for a useless
+    map, as from a student whose training diverged.
 
-    photo: (3,H,W), whose map may be the same everywhere where it is so itself.
+    photo: (3,H,W); a constant map is accepted only for a constant photo.
     """
-    values, said = depth.values[0].numpy(), depth.valid[0].numpy()
-    usable = np.isfinite(values) & said
-    if not said.any():
+    values, valid = depth.values[0].numpy(), depth.valid[0].numpy()
+    usable = np.isfinite(values) & valid
+    if not valid.any():
         raise BadImageError("the model leaves out every pixel of it: there is no map")
-    if (usable != said).any():
+    if (usable != valid).any():
         share = 100 * float(usable.mean())
         raise BadImageError(f"the model's map is not finite ({share:.0f} % of it is): its training has diverged")
-    told = values[said]
-    if told.size > 1 and told.min() == told.max() and photo.min() < photo.max():
-        raise BadImageError(f"the model's map is {told[0]:g} everywhere: its training has collapsed")
-    return values if said.all() else np.where(said, values, np.float32(np.nan))
+    valid_values = values[valid]
+    if valid_values.size > 1 and valid_values.min() == valid_values.max() and photo.min() < photo.max():
+        raise BadImageError(f"the model's map is {valid_values[0]:g} everywhere: its training has collapsed")
+    return values if valid.all() else np.where(valid, values, np.float32(np.nan))
 
 
 def value_range(values: np.ndarray) -> tuple[float, float]:
-    """The lowest and the highest value of a map, of which some are numbers."""
+    """The lowest and highest value of a map, ignoring NaN; not all may be NaN."""
     return float(np.nanmin(values)), float(np.nanmax(values))
 
 
@@ -275,9 +276,9 @@ def write_map(
     *,
     durable: bool = True,
 ) -> None:
-    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the ends of a "png"'s range.
+    """Write a map (H,W) as one of outputs.FORMATS; rgb: (H,W,3) uint8; span: the range of a "png".
 
-    NaN in values is a pixel without one: NaN in "npy", grey in colours, code 0 in "png", whose text then has "invalid"
+    NaN marks a pixel without a value: NaN in "npy", grey in colours, code 0 in "png", whose text then has "invalid"
     = "0"; no other pixel has that code.
     """
     with files.writing(path, durable=durable) as new, new.open("wb") as file:
@@ -285,11 +286,11 @@ def write_map(
             np.save(file, values)
         elif name == "png":
             png_text = PngImagePlugin.PngInfo()
-            (low, high), absent = span, {}
+            (low, high), invalid_text = span, {}
             if np.isnan(values).any():
                 low -= (high - low) / 65534 or max(abs(high), 1.0)
-                absent = {"invalid": "0"}
-            for key, value in {"kind": kind, "low": repr(low), "high": repr(high), **absent}.items():
+                invalid_text = {"invalid": "0"}
+            for key, value in {"kind": kind, "low": repr(low), "high": repr(high), **invalid_text}.items():
                 png_text.add_text(key, value)
             codes = (np.nan_to_num(_position(values, (low, high))) * 65535).round().astype(np.uint16)
             Image.fromarray(codes).save(file, "PNG", pnginfo=png_text)
@@ -299,25 +300,25 @@ def write_map(
             if name == "colour":
                 Image.fromarray(picture).save(file, "PNG")
             else:
-                side = within_jpeg(np.concatenate([rgb, picture], axis=1))
-                Image.fromarray(np.ascontiguousarray(side)).save(file, "JPEG", quality=92)
+                side_by_side = within_jpeg(np.concatenate([rgb, picture], axis=1))
+                Image.fromarray(np.ascontiguousarray(side_by_side)).save(file, "JPEG", quality=92)
 
 
 def nearness(values: np.ndarray, kind: str) -> np.ndarray:
-    """What colours show, (H,W): near is bright. Depth is inverted, or where its shift is unknown negated."""
-    known = Kind(kind)
-    if known.quantity == "disparity":
+    """The values to colour, (H,W): larger is nearer. Depth is inverted, or negated if its shift is unknown."""
+    kind_ = Kind(kind)
+    if kind_.quantity == "disparity":
         return values
-    return -values if known.unknown == "affine" else 1.0 / np.maximum(values, 1e-3)
+    return -values if kind_.unknown == "affine" else 1.0 / np.maximum(values, 1e-3)
 
 
 def coloured(values: np.ndarray, span: tuple[float, float]) -> np.ndarray:
-    """(H,W,3) uint8: near is bright."""
+    """Colour values (H,W) as (H,W,3) uint8: near is bright."""
     return colourise(_position(values, span), np.isfinite(values), NEARNESS)
 
 
 def _shown(values: np.ndarray) -> tuple[float, float]:
-    """The range that colours show: a few extreme pixels must not darken the rest."""
+    """The range of the colours: percentiles, so that a few extreme pixels do not darken the rest."""
     low, high = np.nanpercentile(values, [1, 99])
     return float(low), float(high)
 
@@ -335,14 +336,14 @@ def _video(
     report: Callable[..., None],
     lens: Lens,
 ) -> bool:
-    """Frames as STEM/NNNNNN.png and .npy, colours and side by side as one STEM_*.mp4 each; False where they are there.
+    """Write frames as STEM/NNNNNN.png and .npy, colours and side by side as a STEM_*.mp4 each; False if all exist.
 
-    STEM.json comes after them: it says that the video is complete. What can be decoded of a damaged one is kept.
+    STEM.json is written last and marks the video as complete. The decodable part of a damaged video is kept.
     """
-    made = outputs.now(job)
+    entry = outputs.now(job)
     if not (formats := [name for name in formats if name not in SOLID]):
         raise BadImageError(f"a video has no {', '.join(SOLID)}: give one of its frames, or other formats")
-    missing = outputs.missing(made, formats)
+    missing = outputs.missing(entry, formats)
     if not missing:
         return False
     span: tuple[float, float] | None = None
@@ -353,16 +354,18 @@ def _video(
         for rgb in film:
             report(frame=count, frames=film.total)
             if not count:
-                made = outputs.begin(made, missing)
-                films = {n: stack.enter_context(video.writer(outputs.path(made, n))) for n in missing if n in FILMS}
-            single = [name for name in missing if name not in FILMS and not outputs.path(made, name, count).is_file()]
-            if single or films:
+                entry = outputs.begin(entry, missing)
+                films = {n: stack.enter_context(video.writer(outputs.path(entry, n))) for n in missing if n in FILMS}
+            frame_formats = [
+                name for name in missing if name not in FILMS and not outputs.path(entry, name, count).is_file()
+            ]
+            if frame_formats or films:
                 frame_rgb = torch.from_numpy(rgb).permute(2, 0, 1)
                 values = _whole(estimator.predict(frame_rgb, **_focal(estimator, job, frame_rgb, lens)), frame_rgb)
-                ends = value_range(values)
-                for name in single:
-                    frame = outputs.path(made, name, count)
-                    write_map(frame, name, values, rgb, ends, str(estimator.card.kind), durable=False)
+                frame_range = value_range(values)
+                for name in frame_formats:
+                    frame_path = outputs.path(entry, name, count)
+                    write_map(frame_path, name, values, rgb, frame_range, str(estimator.card.kind), durable=False)
                 near = nearness(values, str(estimator.card.kind))
                 shown = _shown(near)
                 span = shown if span is None else (0.9 * span[0] + 0.1 * shown[0], 0.9 * span[1] + 0.1 * shown[1])
@@ -372,9 +375,9 @@ def _video(
             count += 1
     if film.problem:
         raise BadImageError(film.problem)
-    if any(name not in FILMS for name in missing):  # at once: a wait for the disk at every frame doubles the time
-        files.sync_tree(outputs.folder / made.stem)
-    about = {"frames": count, "formats": sorted({*made.formats, *missing})}
-    files.write_json(outputs.folder / f"{made.stem}.json", about, indent=None)
-    outputs.finish(made, missing, frames=count)
+    if any(name not in FILMS for name in missing):  # once: syncing after every frame doubles the time
+        files.sync_tree(outputs.folder / entry.stem)
+    facts = {"frames": count, "formats": sorted({*entry.formats, *missing})}
+    files.write_json(outputs.folder / f"{entry.stem}.json", facts, indent=None)
+    outputs.finish(entry, missing, frames=count)
     return True

@@ -1,11 +1,11 @@
-"""Depth maps in three dimensions: a pinhole camera, points, a surface that is cut where depth jumps, and their files.
+"""Depth maps in 3D: a pinhole camera, points, a surface that is cut where depth jumps, and their file formats.
 
-A map of unknown shift has no shape of its own: `far` says how many times farther the farthest point is than the
-nearest, an assumption that makes a relief to look at and no measurement. Files: PLY (points with colours, binary), GLB
+A map of unknown shift does not determine a shape: `far`, the assumed ratio of the farthest to the nearest distance,
+makes it a relief for viewing, not a measurement. Files: PLY (points with colours, binary), GLB
 (glTF 2.0: a textured surface), and a page that shows the points offline.
 
-Shapes: H height, W width, N points, F triangles. Coordinates: x right, y down, z forward, in metres where the map is
-metric; GLB turns them to glTF's y up, z backward.
+Shapes: H height, W width, N points, F triangles. Coordinates: x right, y down, z forward, in metres if the map is
+metric; GLB files use glTF's y up, z backward.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from distill.core.printable import printable
 from distill.inference.pictures import within_jpeg
 
 FAR = 10.0
-"""The farthest over the nearest distance that is assumed of a map whose shift is unknown. Ours."""
+"""The assumed ratio of the farthest to the nearest distance in a map whose shift is unknown. Ours."""
 FOV = 60.0
-"""Degrees across that `distill predict` assumes where neither it nor the photo's EXIF says. Ours; phones: 60 to 75."""
+"""Horizontal degrees that `distill predict` assumes without --fov or EXIF data. Ours; phones: 60 to 75."""
 NARROWEST, WIDEST = 0.01, 179.0
-"""Degrees across that a camera may have: beyond, its points would lie on one line, or at no distance that float32 has.
+"""Degrees of view that a camera may have: beyond, its points would lie on one line, or at distances outside float32.
 Ours."""
 DEEPEST = 1e6
-"""What `far` may be at most. Ours."""
+"""The largest allowed `far`. Ours."""
 JUMP = 0.08
-"""Neighbouring depths that differ by more than this share are two surfaces. Ours."""
+"""Neighbouring depths that differ by more than this fraction belong to different surfaces. Ours."""
 MOST, SHOWN = 400_000, 300_000
-"""Points at most of a written surface or cloud, and of a page."""
+"""The largest number of points of a written surface or cloud, and of an HTML page."""
 
 
 class PointCloud(NamedTuple):
-    """points: (N,3) float32, x right, y down, z forward, in metres where the map is metric. colors: (N,3) uint8 RGB."""
+    """points: (N,3) float32, x right, y down, z forward, in metres if the map is metric. colors: (N,3) uint8 RGB."""
 
     points: np.ndarray
     colors: np.ndarray
@@ -52,7 +52,7 @@ class PointCloud(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Camera:
-    """A pinhole: focal lengths and centre in pixels. told: where it is from, in words."""
+    """A pinhole camera: focal lengths and centre in pixels. told: its origin, in words."""
 
     fx: float
     fy: float
@@ -62,12 +62,12 @@ class Camera:
 
     @property
     def focal(self) -> float:
-        """One focal length in pixels: the mean of both."""
+        """The mean focal length in pixels."""
         return (self.fx + self.fy) / 2
 
 
 def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camera:
-    """The camera of a horizontal field of view in degrees, or of intrinsics 3 x 3 in pixels; ValueError unless one."""
+    """The camera of a horizontal field of view in degrees, or of 3 x 3 intrinsics in pixels; ValueError unless one."""
     if (fov is None) == (intrinsics is None):
         raise ValueError("give the camera: either fov=DEGREES (horizontal; phones have 60 to 75) or intrinsics=3 x 3")
     if fov is not None:
@@ -78,21 +78,21 @@ def camera(fov: float | None, intrinsics: Any, height: int, width: int) -> Camer
     matrix = np.asarray(intrinsics, dtype=np.float64)
     if matrix.shape != (3, 3) or not (matrix[0, 0] > 0 and matrix[1, 1] > 0 and np.isfinite(matrix).all()):
         raise ValueError("intrinsics must be 3 x 3 in pixels: [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
-    fx, fy, cx, cy = (float(matrix[place]) for place in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    fx, fy, cx, cy = (float(matrix[index]) for index in ((0, 0), (1, 1), (0, 2), (1, 2)))
     narrow = math.tan(math.radians(NARROWEST) / 2)
     if fx < 0.1 * width or fy < 0.1 * height or width / 2 / fx < narrow or height / 2 / fy < narrow:
-        seen = math.degrees(2 * math.atan(width / 2 / fx))
+        degrees = math.degrees(2 * math.atan(width / 2 / fx))
         raise ValueError(
-            f"intrinsics of {fx:g} and {fy:g} pixels see {seen:.3g} degrees of an image of {width} x {height}: they "
+            f"intrinsics of {fx:g} and {fy:g} pixels see {degrees:.3g} degrees of an image of {width} x {height}: they "
             "are in its pixels, not in millimetres or parts of its sides"
         )
     return Camera(fx, fy, cx, cy, "intrinsics")
 
 
 def exif_camera(photo: Path, height: int, width: int) -> Camera | None:
-    """The camera that a photo's EXIF says by its focal length in terms of 35 mm film; None where it says nothing.
+    """The camera by the 35 mm equivalent focal length in a photo's EXIF; None if it has none.
 
-    The equivalence is of diagonals (CIPA DCG-001), 43.27 mm on film, so that turning the photo changes nothing.
+    The equivalence is of diagonals (CIPA DCG-001), 43.27 mm on film, so that rotating the photo changes nothing.
     """
     try:
         with Image.open(photo) as image:
@@ -106,29 +106,29 @@ def exif_camera(photo: Path, height: int, width: int) -> Camera | None:
 
 
 def distances(values: Tensor, valid: Tensor, kind: Kind, far: float = FAR) -> tuple[np.ndarray, np.ndarray]:
-    """(H,W) distances along the optical axis of a map (H,W), and where there is one. ValueError for such a `far`."""
+    """Distances (H,W) along the optical axis of a map (H,W), and where they are valid. ValueError for a wrong `far`."""
     if not 1 < far <= DEEPEST:
         raise ValueError(f"far must be above 1, and at most {DEEPEST:g}, not {far}")
     if kind.unknown != "affine":
         target = Kind.METRIC_DEPTH if kind.unknown == "metric" else Kind.SCALE_DEPTH
-        known = DepthMap(values[None], valid[None], kind).convert(target)
-        z, usable = known.values[0].cpu().numpy(), known.valid[0].cpu().numpy()
+        converted = DepthMap(values[None], valid[None], kind).convert(target)
+        z, usable = converted.values[0].cpu().numpy(), converted.valid[0].cpu().numpy()
         return z, usable & np.isfinite(z) & (z > 0)
-    numbers, usable = values.cpu().numpy(), valid.cpu().numpy()
-    usable = usable & np.isfinite(numbers)
-    low, high = (float(numbers[usable].min()), float(numbers[usable].max())) if usable.any() else (0.0, 1.0)
-    unit = np.where(usable, numbers - low, 0.0) / max(high - low, 1e-12)
+    raw, usable = values.cpu().numpy(), valid.cpu().numpy()
+    usable = usable & np.isfinite(raw)
+    low, high = (float(raw[usable].min()), float(raw[usable].max())) if usable.any() else (0.0, 1.0)
+    unit = np.where(usable, raw - low, 0.0) / max(high - low, 1e-12)
     z = 1.0 / (1.0 / far + unit * (1.0 - 1.0 / far)) if kind.quantity == "disparity" else 1.0 + unit * (far - 1.0)
     return z.astype(np.float32), usable
 
 
 def cloud(z: np.ndarray, valid: np.ndarray, rgb: np.ndarray, lens: Camera, *, stride: int = 1) -> PointCloud:
-    """The valid pixels of distances (H,W) as points; rgb: (H,W,3) uint8. stride: every so many pixels, at least 1."""
+    """The valid pixels of distances (H,W) as points; rgb: (H,W,3) uint8. stride: every n-th pixel, at least 1."""
     if stride < 1:
         raise ValueError(f"stride must be at least 1, not {stride}")
     rows, columns = np.mgrid[0 : z.shape[0] : stride, 0 : z.shape[1] : stride]
-    kept = valid[::stride, ::stride]
-    rows, columns = rows[kept], columns[kept]
+    mask = valid[::stride, ::stride]
+    rows, columns = rows[mask], columns[mask]
     return PointCloud(_lifted(z[rows, columns], rows, columns, lens), rgb[rows, columns])
 
 
@@ -138,8 +138,8 @@ def _lifted(z: np.ndarray, rows: np.ndarray, columns: np.ndarray, lens: Camera) 
 
 
 class Surface(NamedTuple):
-    """points: (N,3) float32. at: (N,2) float32 place in the photo, 0..1 right and down. faces: (F,3) uint32, seen from
-    the camera counter-clockwise in glTF's axes."""
+    """points: (N,3) float32. at: (N,2) float32 position in the photo, 0..1 right and down. faces: (F,3) uint32,
+    counter-clockwise in glTF's axes as seen from the camera."""
 
     points: np.ndarray
     at: np.ndarray
@@ -147,64 +147,64 @@ class Surface(NamedTuple):
 
 
 def surface(z: np.ndarray, valid: np.ndarray, lens: Camera, *, stride: int = 1, jump: float = JUMP) -> Surface:
-    """Two triangles between four neighbouring pixels, unless one is invalid or depth jumps between its corners.
+    """Make two triangles between four neighbouring pixels, except those with an invalid corner or a depth jump.
 
-    jump: the share by which the corners of a triangle may differ at most. Points that no triangle has are left out.
+    jump: the fraction by which the corners of a triangle may differ at most. Points of no triangle are left out.
     """
     height, width = z.shape
     rows, columns = np.mgrid[0:height:stride, 0:width:stride]
-    near, usable = z[::stride, ::stride], valid[::stride, ::stride]
-    index = np.arange(near.size, dtype=np.int64).reshape(near.shape)
+    depths, usable = z[::stride, ::stride], valid[::stride, ::stride]
+    index = np.arange(depths.size, dtype=np.int64).reshape(depths.shape)
     a, b, c, d = (part.ravel() for part in (index[:-1, :-1], index[:-1, 1:], index[1:, :-1], index[1:, 1:]))
     faces = np.concatenate([np.stack([a, c, b], -1), np.stack([b, c, d], -1)])
-    corner, there = near.ravel()[faces], usable.ravel()[faces].all(-1)
-    lowest = np.where(there, corner.min(-1), 1.0)
-    faces = faces[there & (corner.max(-1) <= lowest * (1 + jump))]
-    kept, places = np.unique(faces, return_inverse=True)
-    rows, columns = rows.ravel()[kept], columns.ravel()[kept]
+    corner_depths, is_valid = depths.ravel()[faces], usable.ravel()[faces].all(-1)
+    nearest = np.where(is_valid, corner_depths.min(-1), 1.0)
+    faces = faces[is_valid & (corner_depths.max(-1) <= nearest * (1 + jump))]
+    used, new_index = np.unique(faces, return_inverse=True)
+    rows, columns = rows.ravel()[used], columns.ravel()[used]
     points = _lifted(z[rows, columns], rows, columns, lens)
     at = np.stack([(columns + 0.5) / width, (rows + 0.5) / height], axis=-1).astype(np.float32)
-    return Surface(points, at, places.reshape(-1, 3).astype(np.uint32))
+    return Surface(points, at, new_index.reshape(-1, 3).astype(np.uint32))
 
 
 def stride_for(height: int, width: int, most: int = MOST) -> int:
-    """Every how many pixels a picture may be taken so that at most `most` points are left."""
+    """Return the smallest stride that leaves about `most` points of a picture."""
     return max(1, math.ceil(math.sqrt(height * width / most)))
 
 
 @dataclass(frozen=True, slots=True)
 class Lens:
-    """What `distill predict` was told of the camera: a field of view, intrinsics, or nothing; and of the depth."""
+    """The camera settings of `distill predict`: a field of view, intrinsics, or neither; and `far` of the depth."""
 
     fov: float | None = None
     intrinsics: tuple[float, float, float, float] | None = None
     far: float = FAR
 
     def of(self, photo: Path, height: int, width: int) -> Camera:
-        """The camera of a photo of (H,W) pixels: as told, else by its EXIF, else FOV."""
+        """The camera of a photo of (H,W) pixels: as set, else from its EXIF, else FOV."""
         if self.intrinsics is not None:
             fx, fy, cx, cy = self.intrinsics
             return camera(None, [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], height, width)
         if self.fov is not None:
             return camera(self.fov, None, height, width)
         assumed = camera(FOV, None, height, width)
-        told = f"{assumed.told}, assumed: neither --fov nor EXIF says it"
-        return exif_camera(photo, height, width) or Camera(assumed.fx, assumed.fy, assumed.cx, assumed.cy, told)
+        origin = f"{assumed.told}, assumed: neither --fov nor EXIF says it"
+        return exif_camera(photo, height, width) or Camera(assumed.fx, assumed.fy, assumed.cx, assumed.cy, origin)
 
 
 def encode(
     name: str, values: Tensor, valid: Tensor, kind: Kind, rgb: np.ndarray, lens: Camera, *, far: float, title: str
 ) -> bytes:
-    """A map (H,W) with its photo (H,W,3) uint8 as the bytes of a "ply", "glb" or "view"."""
+    """Encode a map (H,W) with its photo (H,W,3) uint8 as the bytes of a "ply", "glb" or "view"."""
     height, width = rgb.shape[:2]
-    z, there = distances(values, valid, kind, far)
-    shape = f"; its shift is unknown: the farthest point is taken to be {far:g} times as far as the nearest"
-    unit = "metres" if kind.unknown == "metric" else "no unit" + (shape if kind.unknown == "affine" else "")
+    z, mask = distances(values, valid, kind, far)
+    assumption = f"; its shift is unknown: the farthest point is taken to be {far:g} times as far as the nearest"
+    unit = "metres" if kind.unknown == "metric" else "no unit" + (assumption if kind.unknown == "affine" else "")
     comment = f"{unit}; camera: {lens.told}"
     if name == "glb":
-        return glb(surface(z, there, lens, stride=stride_for(height, width)), rgb, comment)
+        return glb(surface(z, mask, lens, stride=stride_for(height, width)), rgb, comment)
     stride = stride_for(height, width, MOST if name == "ply" else SHOWN)
-    points = cloud(z, there, rgb, lens, stride=stride)
+    points = cloud(z, mask, rgb, lens, stride=stride)
     if name == "ply":
         return ply(points, comment)
     return viewer(points, lens, (height, width), stride=stride, title=title, comment=comment).encode()
@@ -214,9 +214,9 @@ def encode(
 
 
 def ply(points: PointCloud, comment: str = "") -> bytes:
-    """A binary PLY of points with colours."""
-    row = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)])
-    body = np.empty(len(points.points), row)
+    """Encode points with colours as a binary PLY."""
+    vertex = np.dtype([("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    body = np.empty(len(points.points), vertex)
     body["xyz"], body["rgb"] = points.points, points.colors
     lines = ["ply", "format binary_little_endian 1.0", f"comment {' '.join(comment.split())}"]
     lines += [f"element vertex {len(body)}", *(f"property float {axis}" for axis in "xyz")]
@@ -225,7 +225,7 @@ def ply(points: PointCloud, comment: str = "") -> bytes:
 
 
 def glb(shape: Surface, rgb: np.ndarray, comment: str = "") -> bytes:
-    """A binary glTF 2.0 of a surface with the photo (H,W,3) uint8 as its texture, unlit and seen from both sides."""
+    """Encode a surface as binary glTF 2.0 with the photo (H,W,3) uint8 as its texture, unlit and double-sided."""
     texture = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(within_jpeg(rgb))).save(texture, "JPEG", quality=90)
     points = shape.points * np.array([1, -1, -1], np.float32)
@@ -270,19 +270,19 @@ def glb(shape: Surface, rgb: np.ndarray, comment: str = "") -> bytes:
 
 
 def viewer(points: PointCloud, lens: Camera, size: tuple[int, int], *, stride: int, title: str, comment: str) -> str:
-    """One HTML page that shows the points, turned by mouse or finger; it opens offline, and needs WebGL.
+    """Return one HTML page that shows the points, rotated by mouse or finger; it works offline, and needs WebGL.
 
-    size: the picture's (H,W), which the page begins with as the camera saw it.
+    size: the picture's (H,W); the page first shows the points as the camera saw them.
     """
-    places = points.points
-    low, high = (places.min(0), places.max(0)) if len(places) else (np.zeros(3), np.ones(3))
+    xyz = points.points
+    low, high = (xyz.min(0), xyz.max(0)) if len(xyz) else (np.zeros(3), np.ones(3))
     step = np.maximum(high - low, 1e-9) / 65535
-    codes = ((places - low) / step).round().astype("<u2")
+    codes = ((xyz - low) / step).round().astype("<u2")
     facts = {
-        "count": len(places),
+        "count": len(xyz),
         "low": [float(v) for v in low],
         "step": [float(v) for v in step],
-        "middle": float(np.median(places[:, 2])) if len(places) else 1.0,
+        "middle": float(np.median(xyz[:, 2])) if len(xyz) else 1.0,
         "pitch": stride / lens.fx,
         "half": [size[1] / 2 / lens.fx, size[0] / 2 / lens.fy],
         "xyz": base64.b64encode(codes.tobytes()).decode(),

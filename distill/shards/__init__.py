@@ -1,1 +1,1 @@
-"""What labels are on disk: the codec of a sample, tars of samples, their mirror."""
+"""Labels on disk: the codec of a sample, tars of samples, their mirror."""

@@ -1,14 +1,14 @@
-"""Labels at a URL of which this machine keeps no more than it has room for.
+"""Labels at a URL, of which this machine caches only a limited number of bytes.
 
-The folder has manifest.json, every json of a tar, and some of the tars: as many bytes as `labels.cache_gb` allows. A
-tar that is missing when it is first read is fetched while there is room, checked against the manifest's sha256 and
-renamed into place; once there is none, of the others the bytes of a sample alone are fetched, at every visit. What is
-here stays: training visits samples in an order that is shuffled over all tars, so that none is worth more than another,
-and a tar that would make way for one sample would be missed by the next.
+The folder has manifest.json, the json of every tar, and some of the tars: as many bytes as `labels.cache_gb` allows. A
+missing tar is fetched on first use while there is room, checked against the manifest's sha256 and renamed into place.
+Once the cache is full, only the bytes of a sample are fetched from the other tars, at every visit. Cached tars are not
+evicted: training visits samples in an order shuffled over all tars, so all tars are equally valuable, and a tar evicted
+for one sample would be needed by the next.
 
-All processes that see the folder share it: a tar is fetched by one of them while the others wait. Bytes of a tar that
-is not here are known by their number, by their headers in the tar and by what decodes them, and by the size of the tar
-that they come from; its sha256 takes the whole of it.
+All processes that see the folder share it: one of them fetches a tar while the others wait. Bytes of a tar that is not
+cached are checked by their number, by their tar headers, by their decoder and by the size of the remote tar; a check of
+its sha256 would need the whole tar.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from distill.shards.shards import MANIFEST, listed
 from distill.shards.tables import CACHED, read_json, read_manifest
 
 IDLE_S = 120.0
-"""Seconds after which what a killed process was fetching is taken away, if nobody holds its lock. Ours."""
+"""Seconds after which the partial file of a killed process is removed, if no process holds its lock. Ours."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,9 +39,9 @@ def _gb(size: float) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """What training on labels of which only a part is kept fetches, if all tars are alike.
+    """What training on partly cached labels fetches, assuming that all tars are alike.
 
-    tars, samples: of the whole folder; size: its bytes; limit: the bytes that are kept.
+    tars, samples, size: numbers of tars, samples and bytes of the whole folder; limit: the bytes that are cached.
     """
 
     tars: int
@@ -51,18 +51,18 @@ class Traffic:
 
     @property
     def fits(self) -> bool:
-        """Whether all of it is kept, so that every tar is fetched once."""
+        """Whether all tars are cached, so that every tar is fetched once."""
         return self.size <= self.limit
 
     @property
     def bytes_per_epoch(self) -> float:
-        """The bytes that all processes of a node fetch together in an epoch, once no further tar has room."""
-        kept = self.size / self.tars * int(self.limit / (self.size / self.tars))
-        return max(0.0, self.size - kept)
+        """The bytes that all processes of a node together fetch in an epoch, once the cache is full."""
+        cached = self.size / self.tars * int(self.limit / (self.size / self.tars))
+        return max(0.0, self.size - cached)
 
     @property
     def sentence(self) -> str:
-        """The facts in a line."""
+        """The facts in one line."""
         line = f"labels: {_gb(self.limit)} of {_gb(self.size)} in {self.tars} tars are kept here"
         if self.fits:
             return f"{line}; each tar is fetched once"
@@ -73,10 +73,10 @@ class Traffic:
 
 
 class TarCache:
-    """Reads from the tars of a labels folder that `mirror.fetch(..., cached=True)` has begun; a `shards.TarReader`.
+    """Reads the tars of a labels folder that `mirror.fetch(..., cached=True)` has created; a `shards.TarReader`.
 
-    url: where the folder of this name lies whole; limit: bytes of tars to keep in `folder`, those included that are
-    being fetched. Goes to data workers by fork or pickle.
+    url: the parent of the complete folder of this name; limit: bytes of tars to cache in `folder`, including those
+    being fetched. Can be forked or pickled to data workers.
     """
 
     def __init__(self, url: str, folder: Path, limit: int) -> None:
@@ -84,8 +84,8 @@ class TarCache:
         self._aside = folder / CACHED
         shards = read_manifest(folder)["shards"]
         self._tars: dict[str, tuple[int, str]] = {shard["name"]: (shard["bytes"], shard["sha256"]) for shard in shards}
-        self._same: set[str] = set()
-        self._left_out: set[str] = set()
+        self._size_checked: set[str] = set()
+        self._without_room: set[str] = set()
         self.traffic = Traffic(
             tars=max(1, len(shards)),
             samples=sum(shard["samples"] for shard in shards),
@@ -93,12 +93,12 @@ class TarCache:
             limit=float(limit),
         )
         with self._locked("room"):
-            self._shrink()  # the limit may have been a larger one
+            self._shrink()  # the limit may have been larger before
 
     def index(self, shard: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-        """(sample key, first byte, number of bytes) of every sample of one of the manifest's tars, by its json alone.
+        """Return (sample key, first byte, number of bytes) of every sample of one tar of the manifest, from its json.
 
-        Raises ValueError where that does not describe this tar.
+        Raises ValueError if the json does not describe this tar.
         """
         sidecar = (self.folder / shard["name"]).with_suffix(".json")
         table = read_json(sidecar) if sidecar.is_file() else {}
@@ -110,31 +110,31 @@ class TarCache:
         return listed(sidecar, table, shard["bytes"])
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """So many bytes of the tar `name`, which is fetched first where it is not here and has room. Raises OSError."""
-        file = self._here(name) or self._brought(name)
+        """Read `size` bytes of the tar `name`, which is first fetched if it is missing and fits. Raises OSError."""
+        file = self._open_cached(name) or self._fetch_and_open(name)
         if file is None:
             return self._ranged(name, start, size)
         with file:
             return os.pread(file.fileno(), size, start)
 
     def _ranged(self, name: str, start: int, size: int) -> bytes:
-        """So many bytes of a tar that is not kept; what fails is tried once more."""
-        failed: OSError | None = None
+        """Fetch `size` bytes of a tar that is not cached; a failure is retried once."""
+        last_error: OSError | None = None
         for _ in range(2):
             try:
                 system, inside = file_system(f"{self.source}/{name}")
-                if name not in self._same:
-                    if (there := system.size(inside)) != self._tars[name][0]:
-                        raise OSError(f"it has {there} bytes, not the {self._tars[name][0]} that {MANIFEST} says")
-                    self._same.add(name)
-                found: bytes = system.cat_file(inside, start=start, end=start + size)
-                return found
+                if name not in self._size_checked:
+                    if (remote_size := system.size(inside)) != self._tars[name][0]:
+                        raise OSError(f"it has {remote_size} bytes, not the {self._tars[name][0]} that {MANIFEST} says")
+                    self._size_checked.add(name)
+                data: bytes = system.cat_file(inside, start=start, end=start + size)
+                return data
             except OSError as error:
-                failed = error
-        raise OSError(f"{self.source}/{name} cannot be read: {failed}") from failed
+                last_error = error
+        raise OSError(f"{self.source}/{name} cannot be read: {last_error}") from last_error
 
-    def _here(self, name: str) -> IO[bytes] | None:
-        """The tar; None where it is not here, or not whole."""
+    def _open_cached(self, name: str) -> IO[bytes] | None:
+        """Open the cached tar; None if it is missing or incomplete."""
         path = self.folder / name
         try:
             file = path.open("rb", buffering=0)
@@ -145,16 +145,16 @@ class TarCache:
             return None
         return file
 
-    def _brought(self, name: str) -> IO[bytes] | None:
-        """The tar, fetched; None where there is no room for it."""
-        if name in self._left_out:
+    def _fetch_and_open(self, name: str) -> IO[bytes] | None:
+        """Fetch and open the tar; None if there is no room for it."""
+        if name in self._without_room:
             return None
         with self._locked(name):
-            if (file := self._here(name)) is not None:  # another process has brought it meanwhile
+            if (file := self._open_cached(name)) is not None:  # another process has fetched it meanwhile
                 return file
             with self._locked("room"):
-                if self._size_but(name) + self._tars[name][0] > self.limit:
-                    self._left_out.add(name)
+                if self._size_without(name) + self._tars[name][0] > self.limit:
+                    self._without_room.add(name)
                     return None
                 new = self._aside / f"{name}.{secrets.token_hex(6)}{PARTIAL}"
                 new.touch()
@@ -168,21 +168,21 @@ class TarCache:
                 new.unlink(missing_ok=True)
 
     def _fetch(self, name: str, new: Path) -> None:
-        """The tar's bytes into `new`, checked; what fails is fetched once more."""
-        failed: OSError | None = None
+        """Download the tar to `new` and check it; a failure is retried once."""
+        last_error: OSError | None = None
         for _ in range(2):
             try:
                 system, inside = file_system(f"{self.source}/{name}")
                 system.get_file(inside, str(new))
                 if file_sha256(new) == self._tars[name][1]:
                     return
-                failed = None
+                last_error = None
             except OSError as error:
                 if error.errno in _FULL:
                     raise WriteError(error.errno, error.strerror, str(self.folder / name)) from error
-                failed = error
-        if failed is not None:
-            raise OSError(f"{self.source}/{name} cannot be read: {failed}") from failed
+                last_error = error
+        if last_error is not None:
+            raise OSError(f"{self.source}/{name} cannot be read: {last_error}") from last_error
         raise OSError(
             f"{self.source}/{name} is damaged, its checksum is not the one in {self.folder / MANIFEST}, also when it "
             f"is fetched again: publish it again, or delete {self.folder} if these labels were made anew"
@@ -192,7 +192,7 @@ class TarCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """One process of this machine at a time, for a tar or the room; where there are no locks, all."""
+        """Hold the lock of a tar, or of the free room, on this machine; no-op on a file system without locks."""
         lock = take_lock(self._lock_file(name), wait=True)
         assert lock is not None
         try:
@@ -203,16 +203,16 @@ class TarCache:
     def _lock_file(self, name: str) -> Path:
         return self._aside / f"{name}.lock"
 
-    def _size_but(self, name: str) -> int:
-        """The bytes of all tars that are here or being fetched, but this one's, whose lock we have.
+    def _size_without(self, name: str) -> int:
+        """The bytes of all tars that are cached or being fetched, except this one, whose lock we hold.
 
-        Whoever is fetching has its whole tar counted at once.
+        A tar that is being fetched counts with its full size.
         """
-        # Before the tars: one that is renamed in between is counted twice and not overlooked.
-        coming = sum(self._coming(name))
-        return coming + sum(size for tar, size in self._kept().items() if tar != name)
+        # Before the cached tars: one that is renamed in between is counted twice rather than missed.
+        fetching = sum(self._sizes_being_fetched(name))
+        return fetching + sum(size for tar, size in self._cached_sizes().items() if tar != name)
 
-    def _kept(self) -> dict[str, int]:
+    def _cached_sizes(self) -> dict[str, int]:
         sizes = {}
         with os.scandir(self.folder) as entries:
             for entry in entries:
@@ -222,18 +222,18 @@ class TarCache:
         return sizes
 
     def _shrink(self) -> None:
-        """Take tars away until the rest is within the limit."""
-        kept = self._kept()
-        while sum(kept.values()) > self.limit:
-            name, _ = kept.popitem()
+        """Remove tars until the rest is within the limit."""
+        sizes = self._cached_sizes()
+        while sum(sizes.values()) > self.limit:
+            name, _ = sizes.popitem()
             (self.folder / name).unlink(missing_ok=True)
 
-    def _coming(self, ours: str) -> Iterator[int]:
-        """The sizes of the tars that are being fetched; what was left by the dead goes. ours: whose lock we have."""
+    def _sizes_being_fetched(self, ours: str) -> Iterator[int]:
+        """Yield the sizes of the tars being fetched; removes files of dead processes. ours: the tar that we locked."""
         for partial in self._aside.glob(f"*{PARTIAL}"):
             name = partial.name.rsplit(".", 2)[0]
             with contextlib.suppress(FileNotFoundError):
-                # Where locks do not reach (nodes on one disk, a disk without them) an old one is what tells the dead.
+                # Without effective locks (several nodes on one disk, a disk without them) only age shows a dead fetch.
                 if time.time() - partial.stat().st_mtime > IDLE_S and (name == ours or self._is_free(name)):
                     partial.unlink()
                     continue

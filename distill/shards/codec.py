@@ -1,7 +1,7 @@
-"""One sample: what it holds, how several make a batch, and how it becomes bytes and comes back.
+"""Samples: their content, collation into batches, encoding and decoding.
 
-As bytes it is a jpg of the region, its labels in one of CODECS and a json that explains them; see shards.shards.
-A decoder is handed only bytes whose checksum is right: damaged ones make some decoders crash or take minutes.
+An encoded sample is a jpg of the region, its labels in one of CODECS and a json that describes them; see shards.shards.
+Only bytes with the right checksum reach a decoder: damaged ones make some decoders crash or take minutes.
 
 Shapes: S region size, N patches per region, P patch size.
 """
@@ -39,9 +39,9 @@ REPAIR = "run `distill verify --repair` on its folder"
 class Sample:
     """One region with every teacher's labels of it.
 
-    key: `<image key>-<draw>`. image: (3,S,S) uint8. labels: by teacher, with a batch of one: shared (1,S,S), local
+    key: `<image key>-<draw>`. image: (3,S,S) uint8. labels: by teacher, as a batch of one: shared (1,S,S), local
     (N,P,P) or None, boxes (1,N,4). record: the sample's json (crop, patches, origin, seed, ...). coded: labels whose
-    maps are codes still, on their way to or from a device; a teacher is in one of the two.
+    maps are still codes, on their way to or from a device; each teacher is in one of the two.
     """
 
     key: str
@@ -54,15 +54,15 @@ class Sample:
     @property
     def answers(self) -> dict[str, Labels | CodedLabels]:
         """All labels, in the order of the teachers."""
-        both: dict[str, Labels | CodedLabels] = {**self.labels, **self.coded}
-        return {name: both[name] for name in self.record.get("labels", both) if name in both}
+        all_labels: dict[str, Labels | CodedLabels] = {**self.labels, **self.coded}
+        return {name: all_labels[name] for name in self.record.get("labels", all_labels) if name in all_labels}
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples as one batch, padded to the largest number of patches as `labels.Labels` documents.
+    """Collate samples into a batch, padded to the largest number of patches as `labels.Labels` documents.
 
-    Where a teacher's kinds differ in what is known (measured and rendered truth), the batch has what is known of all.
-    Raises ValueError where samples have different teachers or sizes, KindError where depth meets disparity.
+    If a teacher's kinds differ in what is known (measured and rendered truth), the batch has the least known one.
+    Raises ValueError if teachers or sizes differ between samples, KindError if depth and disparity are mixed.
     """
     names = list(samples[0].labels)
     for sample in samples:
@@ -81,72 +81,74 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def _stack(labels: Sequence[Labels]) -> Labels:
-    kind = least_known(one.shared.kind for one in labels)
-    if len({one.shared.kind.quantity for one in labels}) > 1:
-        cat([one.shared for one in labels])  # raises, naming the kinds
-    shared = cat([one.shared.convert(kind) for one in labels])
-    supervision = replace(labels[0].supervision, kind=kind, truth=all(one.supervision.truth for one in labels))
-    counts = [0 if one.local is None else len(one.local) for one in labels]
+    kind = least_known(region.shared.kind for region in labels)
+    if len({region.shared.kind.quantity for region in labels}) > 1:
+        cat([region.shared for region in labels])  # raises, naming the kinds
+    shared = cat([region.shared.convert(kind) for region in labels])
+    supervision = replace(labels[0].supervision, kind=kind, truth=all(region.supervision.truth for region in labels))
+    counts = [0 if region.local is None else len(region.local) for region in labels]
     max_patches = max(counts)
     if max_patches == 0:
         return Labels(shared, None, torch.zeros(len(labels), 0, 4), supervision=supervision)
-    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
-    patch = next(one.local.values.shape[1:] for one in labels if one.local is not None and len(one.local))
+    whole_box = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    patch_shape = next(
+        region.local.values.shape[1:] for region in labels if region.local is not None and len(region.local)
+    )
     maps, boxes = [], []
-    for one, count in zip(labels, counts, strict=True):
-        if one.local is not None and count:
-            maps.append(one.local.convert(kind))
+    for region, count in zip(labels, counts, strict=True):
+        if region.local is not None and count:
+            maps.append(region.local.convert(kind))
         if count < max_patches:
-            empty = torch.zeros(max_patches - count, *patch)
-            maps.append(DepthMap(empty, torch.zeros_like(empty, dtype=torch.bool), kind))
-        spare = one.boxes[0, :1] if count else whole
-        boxes.append(torch.cat([one.boxes[0], spare.expand(max_patches - count, 4)]))
+            padding = torch.zeros(max_patches - count, *patch_shape)
+            maps.append(DepthMap(padding, torch.zeros_like(padding, dtype=torch.bool), kind))
+        padding_box = region.boxes[0, :1] if count else whole_box
+        boxes.append(torch.cat([region.boxes[0], padding_box.expand(max_patches - count, 4)]))
     return Labels(shared, cat(maps), torch.stack(boxes), supervision=supervision)
 
 
 def encode_map(values: Tensor, valid: Tensor, *, codec: str = DEFAULT_CODEC) -> tuple[bytes, dict[str, float | int]]:
-    """A map (H,W) in a codec, and its range {"low", "high", "valid" (a count)}.
+    """Encode a map (H,W); returns the bytes and its range {"low", "high", "valid" (a count)}.
 
-    Non-finite pixels are invalid. No value is off by more than CODECS[codec].bound of high - low, and by the rounding
-    to float32; which pixels are valid is exact. A constant map is exact; one without a valid pixel has low = high = 0.
+    Non-finite pixels are invalid. The error of a value is at most CODECS[codec].bound of high - low, plus the rounding
+    to float32; the valid mask is exact. A constant map is exact; one without a valid pixel has low = high = 0.
     """
     array = values.detach().cpu().double().numpy()
     usable = valid.cpu().numpy() & np.isfinite(array)
     count = int(usable.sum())
-    whole = count == array.size
-    known = array if whole else array[usable]
-    low, high = (float(known.min()), float(known.max())) if count else (0.0, 0.0)
+    all_valid = count == array.size
+    valid_values = array if all_valid else array[usable]
+    low, high = (float(valid_values.min()), float(valid_values.max())) if count else (0.0, 0.0)
     scale = 1.0 / (high - low) if high > low else 0.0
-    # One buffer, written over: fresh memory costs more than the arithmetic, and many threads ask for it at once.
-    unit = array - low if whole else np.subtract(array, low, out=np.zeros_like(array), where=usable)
+    # One buffer, reused in place: fresh memory costs more than the arithmetic, and many threads allocate at once.
+    unit = array - low if all_valid else np.subtract(array, low, out=np.zeros_like(array), where=usable)
     unit *= scale
     np.clip(unit, 0.0, 1.0, out=unit)
-    how = CODECS[codec]
-    return how.write(how.code(unit, usable)), {"low": low, "high": high, "valid": count}
+    spec = CODECS[codec]
+    return spec.write(spec.code(unit, usable)), {"low": low, "high": high, "valid": count}
 
 
 def decode_map(
     data: bytes, span: Mapping[str, float | int], *, codec: str = DEFAULT_CODEC, where: str = "map"
 ) -> tuple[Tensor, Tensor]:
-    """The values (H,W) float32, zero where invalid, and the valid (H,W) bool that `encode_map` stored.
+    """Return the values (H,W) float32, zero where invalid, and the valid (H,W) bool that `encode_map` stored.
 
-    span: what `encode_map` returned; its "crc32", if there is one, is checked first. Raises OSError naming `where` for
-    bytes that are not what was written.
+    span: as `encode_map` returned it; its "crc32", if present, is checked first. Raises OSError naming `where` for
+    damaged bytes.
     """
-    how, codes = CODECS[codec], read_codes(data, span, codec=codec, where=where)
+    spec, codes = CODECS[codec], read_codes(data, span, codec=codec, where=where)
     low, high = float(span["low"]), float(span["high"])
-    # A table, made in float64: low may be large against the range.
-    table = np.nan_to_num(low + how.units * (high - low)).astype(np.float32)
-    return torch.from_numpy(np.take(table, codes)), torch.from_numpy(np.take(np.isfinite(how.units), codes))
+    # A lookup table, computed in float64: low may be large compared with the range.
+    table = np.nan_to_num(low + spec.units * (high - low)).astype(np.float32)
+    return torch.from_numpy(np.take(table, codes)), torch.from_numpy(np.take(np.isfinite(spec.units), codes))
 
 
 def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, where: str) -> Codes:
-    """The codes (H,W) of a map's bytes, checked and raising as `decode_map`."""
+    """Return the codes (H,W) of a map's bytes; checks and raises as `decode_map`."""
     reason = "its checksum is wrong" if span.get("crc32", crc := zlib.crc32(data)) != crc else ""
-    how = CODECS[codec]
+    spec = CODECS[codec]
     codes: NDArray[Any] = np.zeros(0)
     try:
-        codes = how.read(data) if not reason else codes
+        codes = spec.read(data) if not reason else codes
     except ValueError as error:
         reason = str(error)
     if reason or codes.dtype != np.uint16 or codes.ndim != 2:
@@ -156,26 +158,26 @@ def read_codes(data: bytes, span: Mapping[str, float | int], *, codec: str, wher
 
 
 UNITS = {"metric_depth": "m", "metric_disparity": "1/m"}
-"""Of the depth types whose values have one."""
+"""Units of the depth kinds that have one."""
 
 
 def code_rule(codec: str) -> dict[str, int]:
-    """How a reader without this package turns codes into values, in each sample's json; {} where codes are no numbers.
+    """The rule from codes to values, for readers without this package, in each sample's json; {} for non-linear codes.
 
-    Below `invalid_below` a pixel has no value; `first` is the map's lowest value, `last` its highest.
+    A pixel below `invalid_below` has no value; `first` is the map's lowest value, `last` its highest.
     """
-    how = CODECS[codec]
-    invalid = int(np.isnan(how.units).sum())
-    return {"invalid_below": invalid, "first": how.first, "last": LAST} if how.first else {}
+    spec = CODECS[codec]
+    invalid = int(np.isnan(spec.units).sum())
+    return {"invalid_below": invalid, "first": spec.first, "last": LAST} if spec.first else {}
 
 
 def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[str, bytes]]:
-    """The tar members of a sample, in their order. Its record must have "image", "crop" and "patches"."""
+    """Return the tar members of a sample, in order. Its record must have "image", "crop" and "patches"."""
     picture = io.BytesIO()
     pixels = np.ascontiguousarray(sample.image.permute(1, 2, 0).numpy())
     Image.fromarray(pixels).save(picture, "JPEG", quality=95, subsampling=0)
     members = [(f"{sample.key}.jpg", picture.getvalue())]
-    described = {}
+    entries = {}
     suffix = CODECS[codec].suffix
 
     def add(name: str, maps: DepthMap | CodedMaps, i: int) -> dict[str, float | int]:
@@ -191,11 +193,11 @@ def encode_sample(sample: Sample, *, codec: str = DEFAULT_CODEC) -> list[tuple[s
         shared = add(f"{name}.shared", labels.shared, 0)
         patches = labels.local
         local = [] if patches is None else [add(f"{name}.local{i}", patches, i) for i in range(len(patches))]
-        before = sample.record.get("labels", {}).get(name, {})
+        stored_entry = sample.record.get("labels", {}).get(name, {})
         kind = str(labels.shared.kind)
         unit = {"unit": UNITS[kind]} if kind in UNITS else {}
-        described[name] = {**before, "kind": kind, **unit, "shared": shared, "local": local}
-    record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": described}
+        entries[name] = {**stored_entry, "kind": kind, **unit, "shared": shared, "local": local}
+    record = {**sample.record, "version": VERSION, "key": sample.key, "codec": codec, "labels": entries}
     record |= {"decode": rule} if (rule := code_rule(codec)) else {}
     record["jpg"] = {"crc32": zlib.crc32(picture.getvalue())}
     record["crc32"] = zlib.crc32(dump_json(record))
@@ -211,11 +213,12 @@ def decode_sample(
     patches: Callable[[int], Sequence[int]] | None = None,
     coded: bool = False,
 ) -> Sample:
-    """A sample from its members, by what follows the key: "jpg", "json", "<teacher>.shared.jls", ...
+    """Decode a sample from its members, named by what follows the key: "jpg", "json", "<teacher>.shared.jls", ...
 
-    teachers: the ones to decode (None: all). patches: which of so many to decode (None: all). coded: leave the maps as
-    codes, in `Sample.coded`. where: by default what webdataset says, for `WebDataset(tars).map(decode_sample)`. Raises
-    OSError for damage, ValueError for a newer version or unknown codec, LookupError for an absent teacher, naming it.
+    teachers: those to decode (None: all). patches: number of patches -> which to decode (None: all). coded: leave the
+    maps as codes, in `Sample.coded`. where: for messages; by default from webdataset's keys, for
+    `WebDataset(tars).map(decode_sample)`. Raises OSError for damage, ValueError for a newer version or an unknown
+    codec, LookupError naming an absent teacher.
     """
     where = where or f"{members.get('__url__', 'sample')}:{members.get('__key__', '')}"
     try:
@@ -224,11 +227,11 @@ def decode_sample(
         if (codec := record["codec"]) not in CODECS:
             raise ValueError(f"{where} has labels in codec {codec!r}; this version reads {', '.join(CODECS)}")
         _check_record(record, where)
-        crop, described = record["crop"], record["labels"]
-        names = list(described) if teachers is None else list(teachers)
-        unknown = [name for name in names if name not in described]
+        crop, entries = record["crop"], record["labels"]
+        names = list(entries) if teachers is None else list(teachers)
+        unknown = [name for name in names if name not in entries]
         if unknown:
-            raise LookupError(f"{where} has no labels by {unknown[0]}; it has {', '.join(described)}")
+            raise LookupError(f"{where} has no labels by {unknown[0]}; it has {', '.join(entries)}")
         boxes = torch.tensor(
             [[t, left, t + side, left + side] for t, left, side in record["patches"]], dtype=torch.float32
         )
@@ -238,27 +241,27 @@ def decode_sample(
         image = torch.from_numpy(pixels).permute(2, 0, 1)
         labels, codes = {}, {}
         for name in names:
-            one = _read_labels(members, name, described[name], boxes, chosen, codec, where)
+            teacher_labels = _read_labels(members, name, entries[name], boxes, chosen, codec, where)
             if coded:
-                codes[name] = one
+                codes[name] = teacher_labels
             else:
-                labels[name] = one.decode()
+                labels[name] = teacher_labels.decode()
         return Sample(record["key"], record["image"]["key"], image, labels, record, codes)
     except (KeyError, json.JSONDecodeError, UnicodeDecodeError, TypeError, AttributeError) as error:
         raise OSError(f"{where} is damaged: {error} is missing or unreadable; {REPAIR}") from error
 
 
 def _check_record(record: dict[str, Any], where: str) -> None:
-    """Takes a record's checksum off; OSError names `where` for another one. Older labels have none."""
-    said, found = record.pop("crc32", None), -1
+    """Remove and check a record's checksum; OSError names `where` if it is wrong. Older labels have none."""
+    expected, actual = record.pop("crc32", None), -1
     with suppress(ValueError):  # a damaged number may have become infinite
-        found = zlib.crc32(dump_json(record))
-    if said not in (None, found):
+        actual = zlib.crc32(dump_json(record))
+    if expected not in (None, actual):
         raise OSError(f"{where} json is damaged: its checksum is wrong; {REPAIR}")
 
 
 def _decode_jpg(data: bytes, info: Mapping[str, int], where: str) -> NDArray[np.uint8]:
-    """The region (S,S,3); OSError names `where`. Older labels have no checksum of it."""
+    """Return the region (S,S,3); OSError names `where`. Older labels have no checksum for it."""
     if info.get("crc32", crc := zlib.crc32(data)) != crc:
         raise OSError(f"{where} is damaged: its checksum is wrong; {REPAIR}")
     try:
@@ -277,7 +280,7 @@ def _read_labels(
     codec: str,
     where: str,
 ) -> CodedLabels:
-    """One teacher's labels as they are stored; `chosen`: the patches to read."""
+    """Return one teacher's labels as stored; chosen: the patches to read."""
     kind = Kind(info["kind"])
 
     def read(contexts: Sequence[tuple[str, Mapping[str, float | int]]]) -> CodedMaps:
@@ -291,7 +294,7 @@ def _read_labels(
 
     shared = read([("shared", info["shared"])])
     spans = [(f"local{i}", info["local"][i]) for i in chosen if info["local"]]
-    # Every network has a card, and truth that was spoilt to stand for one says how; ground truth has neither.
+    # Every network has a card, and deliberately corrupted truth lists its corruptions; ground truth has neither.
     truth = "card" not in info and "corruptions" not in info
     dense = not truth or int(shared.count) >= DENSE * shared.codes.numel()
     supervision = Supervision(name, kind, truth, dense)
@@ -299,9 +302,9 @@ def _read_labels(
 
 
 def disagreements(sample: Sample) -> Iterator[str]:
-    """Where a sample that was read is not what its record says, a line each."""
+    """Yield one line for each way in which a decoded sample differs from its record."""
     crop, image = sample.record["crop"], tuple(sample.image.shape)
-    shape = (crop["size"], image[-1] if crop.get("width") else crop["size"])  # no square: as its image is
+    shape = (crop["size"], image[-1] if crop.get("width") else crop["size"])  # not square: the width of its image
     if image != (3, *shape):
         yield f"the image is {image}, not 3 x {shape[0]} x {shape[1]}"
     if any(min(t, left) < 0 or max(t, left) + side > crop["side"] for t, left, side in sample.record["patches"]):
@@ -313,9 +316,9 @@ def disagreements(sample: Sample) -> Iterator[str]:
             maps += [(labels.local, i, span, (crop["patch_size"],) * 2) for i, span in enumerate(info["local"])]
         if len(info["local"]) not in (0, len(sample.record["patches"])):
             yield f"{name} has {len(info['local'])} local maps for {len(sample.record['patches'])} patches"
-        for depth, i, span, wanted in maps:
-            if (size := tuple(depth.values.shape[1:])) != wanted:
-                yield f"a map by {name} is {size}, not {wanted}"
+        for depth, i, span, expected in maps:
+            if (size := tuple(depth.values.shape[1:])) != expected:
+                yield f"a map by {name} is {size}, not {expected}"
             if int(depth.valid[i].sum()) != span["valid"]:
                 yield f"a map by {name} has {int(depth.valid[i].sum())} valid pixels, not {span['valid']}"
             if not span["low"] <= span["high"]:
@@ -325,7 +328,7 @@ def disagreements(sample: Sample) -> Iterator[str]:
 
 
 def check_version(record: Mapping[str, Any], where: str | Path) -> None:
-    """Raise ValueError where `record` was written by a newer version, or not by us."""
+    """Raise ValueError if `record` was written by a newer version, or not by this package."""
     if not isinstance(version := record.get("version"), int):
         raise ValueError(f"{where} has no version: not written by distill label")
     if version > VERSION:
@@ -333,5 +336,5 @@ def check_version(record: Mapping[str, Any], where: str | Path) -> None:
 
 
 def dump_json(value: Any) -> bytes:
-    """JSON with sorted keys: equal content, equal bytes. NaN is refused."""
+    """JSON with sorted keys: equal content gives equal bytes. Raises ValueError for NaN."""
     return json.dumps(value, sort_keys=True, allow_nan=False, separators=(",", ":")).encode()

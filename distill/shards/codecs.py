@@ -1,4 +1,4 @@
-"""How a map's numbers become bytes: by way of 16-bit codes, without losing more than MAX_ERROR of the map's range."""
+"""Codecs of maps: values to bytes through 16-bit codes, with an error of at most MAX_ERROR of the map's range."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from distill.core.codes import LAST, register
 
-MAX_ERROR = 1 / 8192  # of a map's range: what every codec promises
+MAX_ERROR = 1 / 8192  # of a map's range: guaranteed by every codec
 # From tests/speed/codecs.py: a fifth of png16's bytes, and a standard that other programs open. zst is as small and
-# several times faster, but ours. High-throughput JPEG 2000 is as small too, but the decoder in imagecodecs crashes the
-# process on damaged bytes, which a label shard from elsewhere may hold.
+# several times faster, but a format of ours. High-throughput JPEG 2000 is as small too, but the decoder in imagecodecs
+# crashes the process on damaged bytes, which a label shard from elsewhere may hold.
 DEFAULT_CODEC = "jls"
 
 # Paeth with moderate deflate is a fifth smaller than the fastest setting, at 14 ms against 6 for 560 x 560.
@@ -28,7 +28,7 @@ _PNG = (
     *(cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT),
     *((cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_PAETH) if hasattr(cv2, "IMWRITE_PNG_FILTER") else ()),
 )
-# JPEG-LS and zst change a code by at most this. 8 would break MAX_ERROR, for rounding to a code costs another half.
+# JPEG-LS and zst change a code by at most this. 8 would exceed MAX_ERROR, since rounding to a code adds another half.
 _NEAR = 7
 _STEP = 2 * _NEAR + 1
 
@@ -37,12 +37,12 @@ Codes = NDArray[np.uint16]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Codec:
-    """How the numbers of a map become bytes, by way of 16-bit codes.
+    """How a map's values become bytes, through 16-bit codes.
 
     suffix: of the tar member. bound: the largest error, as a fraction of the map's range. units: (65536,) float64, what
-    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. code: (H,W) float64 units, which it
-    may overwrite, and bool usable to codes. first: the code of the lowest value where codes are linear in the value up
-    to 65535, else 0. write, read: codes (H,W) to bytes and back; `read` raises ValueError for what it cannot read.
+    each code means: 0 the map's lowest value, 1 its highest, NaN an invalid pixel. first: the code of the lowest value
+    if codes are linear in the value up to 65535, else 0. code: (H,W) float64 units, which it may overwrite, and bool
+    usable -> codes. write, read: codes (H,W) -> bytes and back; `read` raises ValueError for unreadable bytes.
     """
 
     suffix: str
@@ -55,9 +55,9 @@ class Codec:
 
 
 def _linear(first: int, near: int = 0) -> tuple[NDArray[np.float64], Callable[..., Codes], float]:
-    """Codes from `first` (lowest value) to 65535 (highest), and 0 for invalid: units, coder, error.
+    """Units, coder and error bound of codes from `first` (lowest value) to 65535 (highest), and 0 for invalid.
 
-    A coder that moves codes by up to `near` never makes a valid pixel invalid or the reverse where first > 2 near.
+    A codec that changes codes by up to `near` never makes a valid pixel invalid or the reverse, because first > 2 near.
     """
     assert first > 2 * near
     steps = 65535 - first
@@ -78,8 +78,8 @@ def _png16() -> Codec:
     units, code, bound = _linear(1)
 
     def write(codes: Codes) -> bytes:
-        done, png = cv2.imencode(".png", codes, _PNG)
-        assert done, "OpenCV refused to encode a 16-bit PNG"
+        success, png = cv2.imencode(".png", codes, _PNG)
+        assert success, "OpenCV refused to encode a 16-bit PNG"
         return png.tobytes()
 
     def read(data: bytes) -> NDArray[Any]:
@@ -107,10 +107,10 @@ def _jls() -> Codec:
 
 
 def _zst() -> Codec:
-    """Steps of 15 codes, each predicted from its three neighbours above and to the left, and zstandard.
+    """Steps of 15 codes, each predicted from its three neighbours above and to the left, compressed by zstandard.
 
-    Bytes, compressed as one frame: height and width (two little-endian uint32), then of every pixel's error of
-    prediction (steps - left - above + above left, modulo 65536, as int16) the low byte, then of every pixel the rest:
+    The uncompressed bytes, one frame: height and width (two little-endian uint32), then the low byte of every pixel's
+    prediction error (steps - left - above + above left, modulo 65536, as int16), then the high part of every pixel:
     (error - int8(low byte)) / 256.
     """
     # The lowest value is one step, so that a step's code is a plain multiple and 0 stays free for invalid pixels.
@@ -119,8 +119,8 @@ def _zst() -> Codec:
     def write(codes: Codes) -> bytes:
         steps = (np.minimum(codes, LAST - _NEAR) + np.uint16(_NEAR)) // np.uint16(_STEP)
         errors = imagecodecs.delta_encode(imagecodecs.delta_encode(steps, axis=1), axis=0).view(np.int16)
-        low, rest = (errors & 255).astype(np.uint8), ((errors + 128) >> 8).astype(np.int8)
-        plain = b"".join((np.array(codes.shape, "<u4").tobytes(), low.tobytes(), rest.tobytes()))
+        low, high = (errors & 255).astype(np.uint8), ((errors + 128) >> 8).astype(np.int8)
+        plain = b"".join((np.array(codes.shape, "<u4").tobytes(), low.tobytes(), high.tobytes()))
         return bytes(imagecodecs.zstd_encode(plain, level=1))
 
     def read(data: bytes) -> NDArray[Any]:
@@ -131,10 +131,10 @@ def _zst() -> Codec:
         height, width = np.frombuffer(plain, "<u4", 2).tolist() if len(plain) > 8 else (0, 0)
         if not height * width or len(plain) != 8 + 2 * height * width:
             raise ValueError("not a map in zst")
-        low, rest = np.frombuffer(plain, np.int8, offset=8).reshape(2, height, width)
+        low, high = np.frombuffer(plain, np.int8, offset=8).reshape(2, height, width)
         errors = low.astype(np.int16)
-        if rest.any():
-            errors += rest.astype(np.int16) << 8
+        if high.any():
+            errors += high.astype(np.int16) << 8
         steps = imagecodecs.delta_decode(imagecodecs.delta_decode(errors, axis=0), axis=1).view(np.uint16)
         return np.asarray(steps * np.uint16(_STEP))
 
@@ -142,7 +142,7 @@ def _zst() -> Codec:
 
 
 def _float16() -> Codec:
-    # From -1 to 1, where half precision is twice as fine as from 0 to 1: off by 2**-12 of half the range at most.
+    # From -1 to 1, where half precision is twice as fine as from 0 to 1: an error of at most 2**-12 of half the range.
     halves = np.arange(65536).astype(np.uint16).view(np.float16)
     units = (np.where(np.isfinite(halves), halves, np.float16(np.nan)).astype(np.float64) + 1.0) / 2.0
 

@@ -1,14 +1,14 @@
-"""What a frozen encoder sees in labelled regions, computed once and stored: a decoder then trains without it.
+"""Features of a frozen encoder for labelled regions, computed once and stored: a decoder then trains without it.
 
     <folder>/features_00000.tar    per sample key K, readable by plain webdataset:
         K.patches.npy               the four patch maps (4,C,h,w) float16
         K.cls.npy                   the four class tokens (4,C) float16
-        K<MIRRORED>.patches.npy     the same of the mirrored region, where the run mirrors
-    <folder>/features_00000.json   where each lies
-    <folder>/features.json         the whole: written last, its existence means that all is there
+        K<MIRRORED>.patches.npy     the same of the mirrored region, if the run mirrors
+    <folder>/features_00000.json   the offset of each sample
+    <folder>/features.json         the list of tars: written last, its existence means that all features are there
 
-A tar is written aside, synced and renamed; a run that was stopped goes on with the next one. A region of S pixels takes
-16 C (S / patch)^2 bytes with its mirror image: 0.4 MB for a ViT-S/14 at 112, 9.8 MB at 560.
+A tar is written under a temporary name, synced and renamed; a stopped run continues with the next tar. A region of S
+pixels takes 16 C (S / patch)^2 bytes with its mirror image: 0.4 MB for a ViT-S/14 at 112, 9.8 MB at 560.
 
 Shapes: B regions, C channels of the encoder, h, w its token grid.
 """
@@ -36,9 +36,9 @@ PER_TAR = 256
 REPAIR_FEATURES = "delete its folder: the next training computes it again"
 
 Features = list[tuple[Tensor, Tensor]]
-"""Four (patch map, class token) pairs, as an encoder gives them."""
+"""Four (patch map, class token) pairs, as an encoder returns them."""
 StackedFeatures = tuple[tuple[Tensor, Tensor], ...]
-"""The same of a batch: (patch map (B,C,h,w), class token (B,C)) pairs."""
+"""The same for a batch: (patch map (B,C,h,w), class token (B,C)) pairs."""
 
 
 def write_features(
@@ -52,12 +52,11 @@ def write_features(
     batch_size: int = 16,
     report: Report | None = None,
 ) -> None:
-    """Stores the features of every sample, going on from the tars that are there.
+    """Store the features of every sample, continuing after the tars that exist.
 
-    image_of: the region (3,S,S) uint8 of a sample's number; all of one size. encode: images (B,3,S,S) float32 in [0,1]
-    -> four (patch map (B,C,h,w), class token (B,C)). mirrored: also of the mirrored regions. facts: what they depend
-    on.
-    Raises ValueError for a feature that float16 cannot hold, OSError where the disk refuses.
+    image_of: a sample's number -> its region (3,S,S) uint8; all of one size. encode: images (B,3,S,S) float32 in [0,1]
+    -> four (patch map (B,C,h,w), class token (B,C)). mirrored: also of the mirrored regions. facts: what the features
+    depend on. Raises ValueError for a feature that float16 cannot hold, OSError if a write fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tars = []
@@ -99,9 +98,9 @@ def _npy(values: Tensor) -> bytes:
 
 
 class FeatureStore:
-    """Stored features at random access, by sample key. Goes to DataLoader workers by fork or pickle.
+    """Random access to stored features by sample key. Can be forked or pickled to DataLoader workers.
 
-    Raises FileNotFoundError or OSError, naming the file, for a folder that is not finished or damaged.
+    Raises FileNotFoundError or OSError, naming the file, for an unfinished or damaged folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -131,10 +130,10 @@ class FeatureStore:
         file = self._open.get(tar)
         if file is None:
             file = self._open[tar] = (self.folder / tar).open("rb", buffering=0)
-        found = members_of(os.pread(file.fileno(), size, start), where)
+        members = members_of(os.pread(file.fileno(), size, start), where)
         try:
             patches, tokens = (
-                torch.from_numpy(np.load(io.BytesIO(found[part]), allow_pickle=False))
+                torch.from_numpy(np.load(io.BytesIO(members[part]), allow_pickle=False))
                 for part in ("patches.npy", "cls.npy")
             )
         except (KeyError, ValueError, EOFError) as error:
@@ -143,14 +142,14 @@ class FeatureStore:
 
 
 def stacked(samples: Sequence[Features | None]) -> StackedFeatures | None:
-    """Features of single regions as a batch's; None where they have none."""
-    known = [one for one in samples if one is not None]
-    levels = zip(*known, strict=True)
-    return tuple((torch.stack([p for p, _ in one]), torch.stack([c for _, c in one])) for one in levels) or None
+    """Stack the features of single regions into those of a batch; None if there are none."""
+    present = [features for features in samples if features is not None]
+    levels = zip(*present, strict=True)
+    return tuple((torch.stack([p for p, _ in level]), torch.stack([c for _, c in level])) for level in levels) or None
 
 
 def moved(features: StackedFeatures | None, device: torch.device) -> StackedFeatures | None:
-    """The same features on another device; copies from pinned memory do not wait."""
+    """The same features on another device; copies from pinned memory are asynchronous."""
     if features is None:
         return None
     return tuple((p.to(device, non_blocking=True), c.to(device, non_blocking=True)) for p, c in features)

@@ -1,4 +1,4 @@
-"""The json of a tar put right without labelling: the tar says where samples lie, a checksum whether that was all."""
+"""Repairs the json of a tar without labelling: the tar gives the samples' offsets, a checksum verifies the result."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from distill.shards.shards import verify_sidecar, walked_index
 
 
 def mend_sidecar(tar: Path, shard: Mapping[str, Any]) -> bool:
-    """Write the places of samples into the json of `tar` anew; whether it is then what it was, else it stays as it is.
+    """Rewrite the offsets of samples in the json of `tar`; returns whether that restored it, else leaves it unchanged.
 
-    shard: what the manifest says of the tar, which must be that one to the last byte. A json of earlier versions has
-    no checksum: what else it says is believed. Raises OSError where it cannot be written.
+    shard: the manifest's entry of the tar, which must match it to the last byte. A json of earlier versions has no
+    checksum: the rest of its content is trusted. Raises OSError if it cannot be written.
     """
     sidecar = tar.with_suffix(".json")
     try:
-        before = sidecar.read_bytes()
-        table = json.loads(before)
+        original = sidecar.read_bytes()
+        table = json.loads(original)
         if not isinstance(table, dict) or files.file_sha256(tar) != shard["sha256"]:
             return False
         index = walked_index(tar)
     except (OSError, ValueError, RecursionError):
         return False
-    place = {key: shard[key] for key in ("name", "sha256", "bytes", "samples")}
-    mended = {**table, "tar": place, "samples": [list(one) for one in index]}
+    tar_entry = {key: shard[key] for key in ("name", "sha256", "bytes", "samples")}
+    mended = {**table, "tar": tar_entry, "samples": [list(entry) for entry in index]}
     if is_broken(mended):
         return False
     files.write_bytes(sidecar, dump_json(mended))
     if verify_sidecar(tar, shard, [key for key, _, _ in index]):
-        files.write_bytes(sidecar, before)
+        files.write_bytes(sidecar, original)
         return False
     return True

@@ -1,8 +1,8 @@
-"""A finished labels folder at a URL: sent there to be kept and shared, and fetched from there to train on.
+"""Mirrors a finished labels folder at a URL: `publish` uploads it, `fetch` downloads it for training.
 
-Labels are made and read on a local disk, where a tar is finished by renaming it and read by byte ranges. The mirror's
-manifest is written last, so that a folder without one is known to be unfinished. A tar that is there already, whole,
-is not sent or fetched again, so that either way goes on where it was stopped.
+Labels are written and read on a local disk, where tars are finished by renaming and read by byte ranges. The mirror's
+manifest is written last, so a folder without one is unfinished. Complete tars at the destination are not transferred
+again, so both directions resume after an interruption.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from distill.shards.tables import CACHED, MANIFEST, read_manifest
 
 
 def _files(manifest: dict[str, Any], names: Iterable[str]) -> list[tuple[str, str]]:
-    """Every labels file among `names` but the manifest, with the sha256 that it must have, or "" where nothing says."""
+    """Return the tars and the other labels files among `names`, except the manifest, with their sha256 or ""."""
     tars = {shard["name"]: shard["sha256"] for shard in manifest["shards"]}
-    beside = [name for name in names if name.endswith(".json") or name == README]
-    sidecars = sorted(name for name in beside if name != MANIFEST and name[0] != ".")
+    others = [name for name in names if name.endswith(".json") or name == README]
+    sidecars = sorted(name for name in others if name != MANIFEST and name[0] != ".")
     return [*tars.items(), *((name, "") for name in sidecars)]
 
 
 def publish(folder: Path, url: str, *, report: Report | None = None) -> int:
-    """Sends a finished labels folder to `url`/ITS NAME, the manifest last; returns how many files were sent.
+    """Upload a finished labels folder to `url`/ITS NAME, the manifest last; returns how many files were sent.
 
-    Raises FileNotFoundError for a folder that is not finished, OSError naming the URL where it cannot be written.
+    Raises FileNotFoundError for an unfinished folder, OSError naming the URL if it cannot be written.
     """
     manifest = read_manifest(folder)
     target = f"{url.rstrip('/')}/{folder.name}"
@@ -41,13 +41,13 @@ def publish(folder: Path, url: str, *, report: Report | None = None) -> int:
     sent = 0
     try:
         system.makedirs(inside, exist_ok=True)
-        there = _listed(system, f"{inside}/{MANIFEST}")
+        remote_sha256 = _listed_sha256(system, f"{inside}/{MANIFEST}")
         for done, (name, digest) in enumerate([*files, (MANIFEST, "")]):
             remote = f"{inside}/{name}"
             same = system.exists(remote) and system.size(remote) == (folder / name).stat().st_size
-            # A tar may have been labelled again at the same size: the manifest there knows. What is small is compared.
+            # A tar may have been relabelled at the same size: the sha256 decides. Small files are compared in full.
             if same and digest:
-                same = there.get(name, digest) == digest
+                same = remote_sha256.get(name, digest) == digest
             elif same:
                 same = system.cat_file(remote) == (folder / name).read_bytes()
             if not same:
@@ -60,8 +60,8 @@ def publish(folder: Path, url: str, *, report: Report | None = None) -> int:
     return sent
 
 
-def _listed(system: Any, manifest: str) -> dict[str, str]:
-    """The tars that a manifest at a URL lists, with their sha256; none where it is not there or cannot be read."""
+def _listed_sha256(system: Any, manifest: str) -> dict[str, str]:
+    """The tars that a manifest at a URL lists, with their sha256; empty if it does not exist or cannot be read."""
     if not system.exists(manifest):
         return {}
     try:
@@ -71,12 +71,12 @@ def _listed(system: Any, manifest: str) -> dict[str, str]:
 
 
 def fetch(url: str, folder: Path, *, cached: bool = False, report: Report | None = None) -> None:
-    """Brings the labels at `url`/NAME OF folder into `folder`; every tar is checked against the manifest's sha256.
+    """Download the labels at `url`/NAME OF folder to `folder`; every tar is checked against the manifest's sha256.
 
-    cached: all but the tars, for `distill.shards.cache` to fetch; a folder that has them all stays as it is. Without, a
-    folder that was begun so is completed.
+    cached: everything except the tars, which `distill.shards.cache` fetches; a complete folder is left unchanged.
+    Without it, a folder that was begun as cached is completed.
 
-    Raises FileNotFoundError where there are no finished labels, ValueError for a manifest that is not ours, OSError for
+    Raises FileNotFoundError if there are no finished labels, ValueError for a manifest that is not ours, OSError for
     damage or a URL that cannot be read.
     """
     marker = folder / CACHED
@@ -86,32 +86,32 @@ def fetch(url: str, folder: Path, *, cached: bool = False, report: Report | None
     system, inside = file_system(source)
     if not system.exists(f"{inside}/{MANIFEST}"):
         raise FileNotFoundError(f"{source} has no finished labels: run `distill label` with this recipe first")
-    aside = folder / ".mirror"
-    aside.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".mirror"
+    temporary.mkdir(parents=True, exist_ok=True)
     if cached:
         marker.mkdir(exist_ok=True)
     try:
-        system.get_file(f"{inside}/{MANIFEST}", str(aside / MANIFEST))
-        manifest = read_manifest(aside)
-        there = (name.rsplit("/", 1)[-1] for name in system.ls(inside, detail=False))
-        files = _files(manifest, there)
+        system.get_file(f"{inside}/{MANIFEST}", str(temporary / MANIFEST))
+        manifest = read_manifest(temporary)
+        names = (name.rsplit("/", 1)[-1] for name in system.ls(inside, detail=False))
+        files = _files(manifest, names)
         for done, (name, digest) in enumerate(files):
-            whole = digest and (folder / name).is_file() and file_sha256(folder / name) == digest
+            is_complete = digest and (folder / name).is_file() and file_sha256(folder / name) == digest
             if digest and cached:
-                if not whole:
+                if not is_complete:
                     (folder / name).unlink(missing_ok=True)
-            elif not whole:
-                system.get_file(f"{inside}/{name}", str(aside / name))
-                if digest and file_sha256(aside / name) != digest:
+            elif not is_complete:
+                system.get_file(f"{inside}/{name}", str(temporary / name))
+                if digest and file_sha256(temporary / name) != digest:
                     raise OSError(
                         f"{name} is damaged there, its checksum is not the manifest's: delete it, publish again"
                     )
-                rename(aside / name, folder / name)
+                rename(temporary / name, folder / name)
             if report:
                 report(done + 1, len(files))
     except OSError as error:
         raise OSError(error.errno, f"{source} cannot be read: {error}") from error
-    rename(aside / MANIFEST, folder / MANIFEST)
-    shutil.rmtree(aside)
+    rename(temporary / MANIFEST, folder / MANIFEST)
+    shutil.rmtree(temporary)
     if not cached:
         shutil.rmtree(marker, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The README.md of a labels folder: for people, and its first lines for `datasets.load_dataset(FOLDER)`."""
+"""The README.md of a labels folder: text for people, and front matter for `datasets.load_dataset(FOLDER)`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ README = "README.md"
 
 
 def labels_readme(manifest: Mapping[str, Any]) -> str:
-    """Markdown of a manifest: what the labels are, by whom, under which licences, and how they are read."""
+    """Return Markdown for a manifest: what the labels are, by whom, under which licences, and how to read them."""
     form, crops = manifest["format"], manifest["settings"]["crops"]
     rows = [
         f"| {name} | {card.get('weights', '-')} | {', '.join(card['stored'])} | {card.get('licence', 'unknown')} |"
@@ -22,7 +22,7 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
         rule = f"first {form['first']}, last {form['last']}, invalid below {form['invalid_below']}"
     return "\n".join(
         [
-            # Without these lines, load_dataset takes the json files beside the tars for the data.
+            # Without these lines, load_dataset takes the json files beside the tars as the data.
             *("---", "configs:", "- config_name: default", '  data_files: "*.tar"', "---", ""),
             *("# Depth labels", ""),
             f"{manifest['samples']} squares of {manifest['images']['count']} images, {crops['size']} pixels.",
@@ -38,15 +38,15 @@ def labels_readme(manifest: Mapping[str, Any]) -> str:
 
 
 def describe_format(codec: str) -> dict[str, Any]:
-    """How a reader without this package decodes the maps of a codec, in plain values; docs/formats.md says it too."""
-    how = CODECS[codec]
-    described: dict[str, Any] = {
+    """How a reader without this package decodes the maps of a codec, in plain values; also in docs/formats.md."""
+    spec = CODECS[codec]
+    table: dict[str, Any] = {
         "codec": codec,
-        "suffix": how.suffix,
-        "max_error": how.bound,
+        "suffix": spec.suffix,
+        "max_error": spec.bound,
         "units": UNITS,
         "patches": "[top, left, side] in the photograph's pixels, from the region's top left corner",
     }
     if not (rule := code_rule(codec)):
-        return {**described, "invalid": "NaN", "value": "low + (x + 1) / 2 * (high - low)"}
-    return {**described, **rule, "value": "low + clip((code - first) / (last - first), 0, 1) * (high - low)"}
+        return {**table, "invalid": "NaN", "value": "low + (x + 1) / 2 * (high - low)"}
+    return {**table, **rule, "value": "low + clip((code - first) / (last - first), 0, 1) * (high - low)"}

@@ -2,13 +2,14 @@
 
     <stem>-<part>.tar    per sample key K, in this order:
         K.jpg                       the region as the student sees it, quality 95, 4:4:4
-        K.<teacher>.shared.jls      the teacher's map of it, in a codec of `distill.shards.codec.CODECS` (png, npy.gz)
-        K.<teacher>.local<i>.jls    its maps of the patches
+        K.<teacher>.shared.jls      the teacher's map of the region; other codecs of `distill.shards.codec`: png, npy.gz
+        K.<teacher>.local<i>.jls    the teacher's maps of the patches
         K.json                      crop, patches, kinds, ranges, checksums, codec, seed
-    <stem>-<part>.json   what the tar holds and where, so that nothing has to be searched for
+    <stem>-<part>.json   what the tar holds and at which offsets, so that the tar need not be scanned
     manifest.json        the whole run: recipe, teachers, image list, checksums, quarantine, licences
 
-A tar is written aside, synced and renamed: where it exists, it is complete. Equal content gives equal bytes.
+A tar is written under a temporary name, synced and renamed: if it exists, it is complete. Equal content gives equal
+bytes.
 
 Shapes: S region size, N patches per region, P patch size.
 """
@@ -48,7 +49,7 @@ from distill.shards.tables import write_manifest as write_manifest
 
 
 class _Hashing:
-    """A file that knows the checksum and the number of what was written to it."""
+    """A file that computes the checksum and the number of the bytes written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.sha256, self.size = file, hashlib.sha256(), 0
@@ -63,12 +64,12 @@ class _Hashing:
 
 
 class ShardWriter:
-    """Writes one tar: aside until `close`, which makes it durable but leaves it aside; `publish` renames it.
+    """Writes one tar under a temporary name; `close` makes it durable under that name, and `publish` renames it.
 
-    In between, the caller writes down what the tar holds, so that a tar that can be seen has always been described.
+    In between, the caller writes the json that describes the tar, so that a visible tar always has a description.
     As a context manager it removes an unpublished file, unless the process is killed: then the next run overwrites it.
-    suffix: sets the file aside apart from that of another writer of the same tar.
-    Every method raises OSError naming the tar where the disk refuses.
+    suffix: distinguishes the temporary file from that of another writer of the same tar.
+    Every method raises OSError naming the tar if the disk write fails.
     """
 
     def __init__(self, path: Path, *, suffix: str = "") -> None:
@@ -86,9 +87,9 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             self._file.close()
-        except OSError as failed:
+        except OSError as close_error:
             if error is None:
-                raise files.write_error(self.path, failed) from failed
+                raise files.write_error(self.path, close_error) from close_error
         finally:
             self.aside.unlink(missing_ok=True)
 
@@ -97,7 +98,7 @@ class ShardWriter:
         start = self._tar.offset
         with files.naming(self.path):
             for name, data in members:
-                # TarInfo's own defaults: time 0, owner 0, mode 0644. Nothing of this machine gets in.
+                # TarInfo's own defaults: time 0, owner 0, mode 0644. Nothing depends on this machine.
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 self._tar.addfile(info, io.BytesIO(data))
@@ -129,23 +130,23 @@ class ShardWriter:
 def read_shard(path: str | Path, *, teachers: Sequence[str] | None = None) -> Iterator[Sample]:
     """Stream the samples of one tar in order, through webdataset.
 
-    Raises OSError for a damaged or absent tar, ValueError for a newer version, LookupError for an absent teacher.
+    Raises OSError for a damaged or missing tar, ValueError for a newer version, LookupError for an absent teacher.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such shard")
-    # A list, since a plain string would have its braces expanded; "file:", since a colon would look like a protocol.
+    # A list, because braces in a plain string are expanded; "file:", because a colon would look like a protocol.
     stream = webdataset.WebDataset([f"file:{path}"], shardshuffle=False, empty_check=False)
     try:
         for members in stream:
             yield decode_sample(members, where=f"{path}:{members['__key__']}", teachers=teachers)
     except tarfile.TarError as error:
-        reason = str(error.args[0]).partition(" @ ")[0]  # webdataset adds its objects
+        reason = str(error.args[0]).partition(" @ ")[0]  # webdataset appends its own objects
         raise OSError(f"{path} is damaged ({reason}); {REPAIR}") from error
 
 
 def shard_index(path: Path) -> list[tuple[str, int, int]]:
-    """(sample key, first byte, number of bytes) of every sample in a tar, from its .json or else by walking it."""
+    """Return (sample key, first byte, number of bytes) of every sample in a tar, from its .json or else its headers."""
     sidecar = path.with_suffix(".json")
     if sidecar.is_file():
         metadata = read_json(sidecar)
@@ -155,18 +156,18 @@ def shard_index(path: Path) -> list[tuple[str, int, int]]:
 
 
 def listed(sidecar: Path, metadata: Mapping[str, Any], size: int) -> list[tuple[str, int, int]]:
-    """`shard_index`: the samples in the json of a tar of `size` bytes; ValueError unless each lies in it."""
+    """`shard_index` from the json of a tar of `size` bytes; raises ValueError unless every sample lies within it."""
     try:
-        places = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
+        samples = [(str(key), int(start), int(length)) for key, start, length in metadata["samples"]]
     except (TypeError, ValueError):
-        places = [("", -1, -1)]
-    if not all(0 <= start < start + length <= size for _, start, length in places):
+        samples = [("", -1, -1)]
+    if not all(0 <= start < start + length <= size for _, start, length in samples):
         raise ValueError(f"{sidecar} is damaged: samples in it do not lie in their tar; {REPAIR}")
-    return places
+    return samples
 
 
 def walked_index(path: Path) -> list[tuple[str, int, int]]:
-    """`shard_index` by the tar's own headers. Raises OSError for a damaged tar."""
+    """`shard_index` from the tar's own headers. Raises OSError for a damaged tar."""
     extents: dict[str, list[int]] = {}
     for member, problem in walk_tar(path):
         if member is None or problem:
@@ -177,7 +178,7 @@ def walked_index(path: Path) -> list[tuple[str, int, int]]:
 
 
 def members_of(blob: bytes, where: str) -> dict[str, bytes]:
-    """The members of one sample, by what follows the key, from its bytes in the tar."""
+    """Return the members of one sample from its bytes in the tar, by the part of their name after the key."""
     try:
         with tarfile.open(fileobj=io.BytesIO(blob + bytes(1024)), mode="r:") as tar:
             return {m.name.split(".", 1)[-1]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
@@ -186,28 +187,28 @@ def members_of(blob: bytes, where: str) -> dict[str, bytes]:
 
 
 class TarReader(Protocol):
-    """What reads tars that do not all lie in their labels folder: `distill.shards.cache.TarCache`."""
+    """A reader of tars that are not all in their labels folder: `distill.shards.cache.TarCache`."""
 
     def index(self, shard: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-        """`shard_index` of one of the manifest's tars."""
+        """`shard_index` of one tar of the manifest."""
         ...
 
     def read(self, name: str, start: int, size: int) -> bytes:
-        """Bytes of a tar."""
+        """Read bytes of a tar."""
         ...
 
 
 class LabelDataset(Dataset[Sample]):
-    """Every sample of a finished labels folder, at random access, in the order of tars and members.
+    """Random access to every sample of a finished labels folder, in the order of tars and members.
 
-    folder: as `labelling.run` wrote it. teachers: the ones to decode (None: all). keys: image or sample keys to keep
-    (None: all). cache: what reads its tars, where the folder does not have them all. `keys`, `image_keys` and `sources`
+    folder: as `labelling.run` wrote it. teachers: those to decode (None: all). keys: image or sample keys to keep
+    (None: all). cache: reads the tars, if the folder does not have all of them. `keys`, `image_keys` and `sources`
     (the number of the [[images]] table) have an item per sample; `duplicates` counts samples left out because an
-    earlier tar has their key. Goes to DataLoader workers by fork or pickle; each process opens the tars for itself.
+    earlier tar has their key. Can be forked or pickled to DataLoader workers; each process opens the tars itself.
     Raises FileNotFoundError, OSError, ValueError or LookupError, naming the file, for a folder that cannot be read.
     """
 
-    _MAX_OPEN = 64  # tars, and a quarter of the files that may be open
+    _MAX_OPEN = 64  # tars, but at most a quarter of the files that may be open
 
     def __init__(
         self,
@@ -220,40 +221,40 @@ class LabelDataset(Dataset[Sample]):
         self.folder, self.cache = Path(folder), cache
         self.manifest = read_manifest(folder)
         require_photographs(self.folder)
-        known = list(self.manifest["teachers"])
-        self.teachers = known if teachers is None else list(teachers)
+        stored_teachers = list(self.manifest["teachers"])
+        self.teachers = stored_teachers if teachers is None else list(teachers)
         for name in self.teachers:
-            if name not in known:
-                raise LookupError(f"{self.folder} has no labels by {name}; it has {', '.join(known)}")
+            if name not in stored_teachers:
+                raise LookupError(f"{self.folder} has no labels by {name}; it has {', '.join(stored_teachers)}")
         self.tars: list[str] = []
         self.keys: list[str] = []
         self.duplicates = 0
-        wanted = None if keys is None else frozenset(keys)
+        selected = None if keys is None else frozenset(keys)
         seen: set[str] = set()
-        places: list[tuple[int, int, int]] = []
+        locations: list[tuple[int, int, int]] = []
         for shard in self.manifest["shards"]:
             for key, start, size in cache.index(shard) if cache else shard_index(self._checked(shard)):
                 if key in seen:
                     self.duplicates += 1
-                elif wanted is None or key in wanted or key.rsplit("-", 1)[0] in wanted:
+                elif selected is None or key in selected or key.rsplit("-", 1)[0] in selected:
                     self.keys.append(key)
-                    places.append((len(self.tars), start, size))
+                    locations.append((len(self.tars), start, size))
                 seen.add(key)
             self.tars.append(shard["name"])
         if not self.keys:
             raise ValueError(f"{self.folder} has no samples{'' if keys is None else ' with the keys asked for'}")
         self.image_keys = [key.rsplit("-", 1)[0] for key in self.keys]
-        self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in places]
-        self._places = np.array(places, dtype=np.int64)
+        self.sources = [int(self.manifest["shards"][tar].get("image_source", 0)) for tar, _, _ in locations]
+        self._places = np.array(locations, dtype=np.int64)
         self._open: dict[str, IO[bytes]] = {}
 
     def _checked(self, shard: Mapping[str, Any]) -> Path:
         path = self.folder / shard["name"]
         if not path.is_file():
-            way_out = "copy it back or run distill label again"
+            remedy = "copy it back or run distill label again"
             if (self.folder / CACHED).is_dir():
-                way_out = "the folder keeps some tars alone (labels.cache_gb), distill train with 0 fetches all"
-            raise FileNotFoundError(f"{path} is missing, but {MANIFEST} lists it: {way_out}")
+                remedy = "the folder keeps some tars alone (labels.cache_gb), distill train with 0 fetches all"
+            raise FileNotFoundError(f"{path} is missing, but {MANIFEST} lists it: {remedy}")
         if path.stat().st_size != shard["bytes"]:
             if pointer := pointer_line(path):
                 raise OSError(pointer)
@@ -275,9 +276,9 @@ class LabelDataset(Dataset[Sample]):
     stores_codes = True
 
     def teachers_of(self, index: int) -> list[str]:
-        """Whose labels sample `index` has, of those to decode."""
-        known = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
-        return [name for name in self.teachers if name in known]
+        """The teachers to decode whose labels sample `index` has."""
+        stored_teachers = self.manifest["shards"][self._places[index][0]].get("teachers", self.teachers)
+        return [name for name in self.teachers if name in stored_teachers]
 
     def get(
         self,
@@ -288,9 +289,9 @@ class LabelDataset(Dataset[Sample]):
         patches: Callable[[int], Sequence[int]] | None = None,
         coded: bool = False,
     ) -> Sample:
-        """Sample `index` with the labels of these teachers alone, the same at every visit; no other map is decoded.
+        """Return sample `index` with only the labels of these teachers, the same at every visit; decodes no other map.
 
-        patches, coded: as `distill.shards.codec.decode_sample` takes them.
+        patches, coded: as in `distill.shards.codec.decode_sample`.
         """
         tar, start, size = self._places[index]
         name = self.tars[tar]
@@ -298,7 +299,7 @@ class LabelDataset(Dataset[Sample]):
         if self.cache is not None:
             blob = self.cache.read(name, int(start), int(size))
         else:
-            # pread leaves the file's position alone, so that a forked worker may share the handle.
+            # pread does not move the file's position, so forked workers may share the handle.
             blob = os.pread(self._handle(name).fileno(), int(size), int(start))
         if len(blob) != size:
             raise OSError(f"{where} is damaged: the tar ends too early; {REPAIR}")
@@ -308,7 +309,7 @@ class LabelDataset(Dataset[Sample]):
         file = self._open.get(name)
         if file is None:
             if len(self._open) >= min(self._MAX_OPEN, (machine.open_files() or 1 << 20) // 4):
-                # Dropped, not closed: another thread may be reading from it.
+                # Dropped rather than closed: another thread may be reading from it.
                 self._open.pop(next(iter(self._open)), None)
             file = self._open[name] = (self.folder / name).open("rb", buffering=0)
         return file
@@ -318,25 +319,25 @@ class LabelDataset(Dataset[Sample]):
 
 
 def verify(folder: str | Path, *, report: Report | None = None) -> list[str]:
-    """Read a labels folder to the last pixel; returns its problems, one line each, naming the file. Empty is good.
+    """Read a labels folder to the last pixel; returns its problems, one line each, naming the file; empty if none.
 
-    Raises what `read_manifest` raises where there is nothing to compare with.
+    Raises what `read_manifest` raises if there is no manifest to compare with.
     """
     return [line for lines in find_problems(folder, report=report).values() for line in lines]
 
 
 def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[str, list[str]]:
-    """What `verify` says, by the name of the tar, or of its json or the settings; "" has the manifest's faults.
+    """The problems that `verify` returns, by the file name of the tar, its json or the settings; "" is the manifest.
 
-    Of a folder that keeps some tars alone (distill.shards.cache), those that are there.
+    In a folder that keeps only some tars (distill.shards.cache), those that exist are checked.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, whole=False)
     require_photographs(folder)
     problems_of: dict[str, list[str]] = {}
-    listed = {shard["name"] for shard in manifest["shards"]}
+    tar_names = {shard["name"] for shard in manifest["shards"]}
     for path in sorted(folder.glob("*.tar")):
-        if path.name not in listed and not path.name.startswith("._"):  # macOS's twins of files
+        if path.name not in tar_names and not path.name.startswith("._"):  # macOS's AppleDouble files
             problems_of[path.name] = [f"{path} is not in {MANIFEST}"]
     images = manifest["images"]
     if hash_keys(images["keys"]) != images["sha256"] or len(images["keys"]) != images["count"]:
@@ -349,10 +350,10 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
         except ValueError as error:
             problems_of[SETTINGS] = [str(error)]
     keys = set(images["keys"])
-    some = (folder / CACHED).is_dir()
+    is_cached = (folder / CACHED).is_dir()
     for done, shard in enumerate(manifest["shards"]):
         path = folder / shard["name"]
-        samples, problems = (None, []) if some and not path.is_file() else _verify_shard(path, shard, keys)
+        samples, problems = (None, []) if is_cached and not path.is_file() else _verify_shard(path, shard, keys)
         if problems:
             problems_of[path.name] = problems
         if problems := verify_sidecar(path, shard, samples):
@@ -363,7 +364,7 @@ def find_problems(folder: str | Path, *, report: Report | None = None) -> dict[s
 
 
 def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | None) -> list[str]:
-    """What the json of a tar says otherwise than the manifest, or than the tar of these samples (None: not read)."""
+    """Where the json of a tar differs from the manifest, or from the tar with these `samples` (None: tar not read)."""
     sidecar = path.with_suffix(".json")
     if not sidecar.is_file():
         return [f"{sidecar} is missing"]
@@ -374,24 +375,24 @@ def verify_sidecar(path: Path, shard: Mapping[str, Any], samples: list[str] | No
         problems = [f"{sidecar}: {', '.join(differ)} of the tar are not what {MANIFEST} says"] if differ else []
         if samples is None or not recorded or recorded["bytes"] != path.stat().st_size:
             return problems
-        index, held = listed(sidecar, table, path.stat().st_size), walked_index(path)
+        index, tar_index = listed(sidecar, table, path.stat().st_size), walked_index(path)
         if samples != [key for key, _, _ in index]:
             problems.append(f"{sidecar} does not list the samples that its tar holds")
-        elif index != held:
-            wrong = next(key for (key, *place), (_, *true) in zip(index, held, strict=True) if place != true)
-            problems.append(f"{sidecar} says another place than its tar has for {wrong}")
+        elif index != tar_index:
+            wrong_key = next(key for (key, *place), (_, *true) in zip(index, tar_index, strict=True) if place != true)
+            problems.append(f"{sidecar} says another place than its tar has for {wrong_key}")
         return problems
     except (OSError, ValueError) as error:
         return [str(error)]
 
 
 def hash_keys(keys: Sequence[str]) -> str:
-    """The sha256 of an image list, one key to a line."""
+    """The sha256 of an image list, one key per line."""
     return hashlib.sha256("".join(f"{key}\n" for key in keys).encode()).hexdigest()
 
 
 def _verify_shard(path: Path, shard: Mapping[str, Any], images: set[str]) -> tuple[list[str] | None, list[str]]:
-    """The keys of a tar's samples, None where they cannot be read, and what is wrong with the tar."""
+    """Return the keys of a tar's samples, None if they cannot be read, and the problems of the tar."""
     if not path.is_file():
         return None, [f"{path} is missing"]
     if pointer := pointer_line(path):

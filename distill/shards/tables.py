@@ -1,4 +1,4 @@
-"""What is written beside the tars: the manifest, and tables of ours that carry the checksum of their own content."""
+"""JSON files beside the tars: the manifest and other tables of ours, each with a checksum of its own content."""
 
 from __future__ import annotations
 
@@ -15,25 +15,24 @@ from distill.shards.codec import REPAIR, VERSION, check_version
 
 MANIFEST, SETTINGS = "manifest.json", "settings.json"
 CACHED = ".cached"
-"""The folder in a labels folder that says that only some of its tars are there (distill.shards.cache)."""
+"""The subfolder that marks a labels folder with only some of its tars (distill.shards.cache)."""
 REGIONS = "regions.jsonl"
-"""The list of regions beside tars that were published without their photographs (distill.app.publish)."""
+"""The list of regions, beside tars that were published without their photographs (distill.app.publish)."""
 
 
 class DamagedTableError(ValueError):
-    """A table of ours with other bytes than were written: what it says can be made again."""
+    """A table of ours is damaged; its content can be regenerated."""
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any], *, suffix: str = "") -> None:
-    """Write `folder`/manifest.json, at once or not at all; suffix: as `files.writing` has it."""
+    """Write `folder`/manifest.json atomically; suffix: as in `files.writing`."""
     files.write_json(folder / MANIFEST, sealed({**manifest, "version": VERSION}), sort_keys=True, suffix=suffix)
 
 
 def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
-    """The manifest of a labels folder; whole: only one that agrees with its own checksum.
+    """Read the manifest of a labels folder; whole: require that it matches its own checksum.
 
-    Raises FileNotFoundError where there is none, DamagedTableError where it is not whole, ValueError where it is too
-    new.
+    Raises FileNotFoundError if there is none, DamagedTableError if it is damaged, ValueError if it is too new.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -42,16 +41,16 @@ def read_manifest(folder: str | Path, *, whole: bool = True) -> dict[str, Any]:
 
 
 def _no_labels(folder: Path) -> str:
-    """Why a folder has no manifest."""
+    """Return why a folder has no manifest."""
     if not folder.is_dir():
         return f"{folder} is a file; give the folder that it lies in" if folder.is_file() else "no such folder"
-    if inside := sorted([*folder.glob(f"labels/*/{MANIFEST}"), *folder.glob(f"*/{MANIFEST}")]):
-        return f"the labels lie in {', '.join(str(path.parent) for path in inside[:3])}; give that folder"
+    if manifests := sorted([*folder.glob(f"labels/*/{MANIFEST}"), *folder.glob(f"*/{MANIFEST}")]):
+        return f"the labels lie in {', '.join(str(path.parent) for path in manifests[:3])}; give that folder"
     return "labelling has not finished there; run distill label"
 
 
 def require_photographs(folder: Path) -> None:
-    """Raise ValueError for labels that were published without their photographs: whole, and nothing to learn from."""
+    """Raise ValueError for labels published without their photographs: complete, but unusable for training."""
     if (folder / REGIONS).is_file():
         raise ValueError(
             f"{folder} was published without its photographs, which training needs ({REGIONS} names each region): get "
@@ -60,51 +59,54 @@ def require_photographs(folder: Path) -> None:
 
 
 def pointer_line(path: Path) -> str:
-    """The line of a tar that is a git-lfs pointer, as a clone without git-lfs leaves it; "" of any other."""
+    """Return the message for a tar that is a git-lfs pointer (a clone without git-lfs), "" for any other."""
     with path.open("rb") as file:
-        what = signatures.sniff(file.read(64))
-    return f"{path} is {what}" if "git-lfs" in what else ""
+        format_ = signatures.sniff(file.read(64))
+    return f"{path} is {format_}" if "git-lfs" in format_ else ""
 
 
 def _check_keys(path: Path, value: dict[str, Any]) -> None:
-    """Raise DamagedTableError unless a manifest, or the json of a tar, has what is read; other tables are let by."""
-    needed: list[tuple[str, Any, str]] = []
+    """Raise DamagedTableError unless a manifest or the json of a tar has the required keys; other tables pass."""
+    required: list[tuple[str, Any, str]] = []
     tars: Any = []
     if path.name == MANIFEST:
-        needed += [("it", value, "teachers shards images quarantine")]
-        needed += [("images", value.get("images"), "count sha256 keys")]
+        required += [("it", value, "teachers shards images quarantine")]
+        required += [("images", value.get("images"), "count sha256 keys")]
         tars = value.get("shards", [])
     elif re.search(r"-\d{3,}$", path.stem):
-        needed += [("it", value, "part of images tar samples quarantine kinds")]
+        required += [("it", value, "part of images tar samples quarantine kinds")]
         tars = [value["tar"]] if value.get("tar") is not None else []
         _check_samples(path, value)
-    needed += [
+    required += [
         ("a tar in it", tar, "name sha256 bytes samples") for tar in (tars if isinstance(tars, list) else [tars])
     ]
-    for what, table, keys in needed:
+    for part, table, keys in required:
         missing = [key for key in keys.split() if not isinstance(table, dict) or key not in table]
         if missing:
-            raise DamagedTableError(f"{path} is damaged: {what} has no {', '.join(missing)}; {REPAIR}")
-        if what == "a tar in it":
+            raise DamagedTableError(f"{path} is damaged: {part} has no {', '.join(missing)}; {REPAIR}")
+        if part == "a tar in it":
             _check_tar(path, table)
 
 
 def _check_samples(path: Path, value: Mapping[str, Any]) -> None:
     """Raise DamagedTableError unless the json of a tar lists samples as (key, first byte, number of bytes)."""
     samples = value.get("samples", [])
-    right = isinstance(samples, list) and all(
-        isinstance(one, list) and len(one) == 3 and isinstance(one[0], str) and type(one[1]) is type(one[2]) is int
-        for one in samples
+    well_formed = isinstance(samples, list) and all(
+        isinstance(entry, list)
+        and len(entry) == 3
+        and isinstance(entry[0], str)
+        and type(entry[1]) is type(entry[2]) is int
+        for entry in samples
     )
     types: dict[str, type] = {"part": int, "of": int, "images": list, "quarantine": list, "kinds": dict}
-    if not right or not all(isinstance(value[key], kind) for key, kind in types.items() if key in value):
+    if not well_formed or not all(isinstance(value[key], kind) for key, kind in types.items() if key in value):
         raise DamagedTableError(f"{path} is damaged: what it says of its samples is not what was written; {REPAIR}")
 
 
 def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
-    """Raise ValueError unless what a table of ours says of a tar has the types, and the plain file name, of one."""
-    whole = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
-    if not whole or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
+    """Raise ValueError unless a tar's entry in a table of ours has the right types and a plain file name."""
+    valid_numbers = all(type(tar[key]) is int and tar[key] >= 0 for key in ("bytes", "samples"))
+    if not valid_numbers or not all(isinstance(tar[key], str) for key in ("name", "sha256")):
         raise DamagedTableError(
             f"{path} is damaged: what it says of a tar is not a name, a sha256 and two numbers; {REPAIR}"
         )
@@ -114,10 +116,9 @@ def _check_tar(path: Path, tar: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, *, whole: bool = True) -> dict[str, Any]:
-    """A json table of ours, without its checksum; ValueError naming the file where it is too new.
+    """Read a json table of ours, without its checksum; raises ValueError naming the file if it is too new.
 
-    Raises DamagedTableError where it is not what was written. whole: False lets a table pass that does not agree with
-    its own checksum.
+    Raises DamagedTableError if it is damaged. whole: False accepts a table that does not match its own checksum.
     """
     try:
         value = json.loads(path.read_bytes())
