@@ -111,7 +111,7 @@ class _Timed:
         cost = self.cost
         start = time.perf_counter()
         if cost.first is None:  # the first call compiles, allocates and warms up
-            depth = self._predict_counting(images, kwargs)
+            depth = self._counted(images, kwargs)
             cost.first = time.perf_counter() - start
             cost.size = f"{images.shape[-2]} x {images.shape[-1]}"
             return depth
@@ -120,7 +120,7 @@ class _Timed:
         cost.images += len(images)
         return depth
 
-    def _predict_counting(self, images: Tensor, more: Mapping[str, Any]) -> DepthMap:
+    def _counted(self, images: Tensor, more: Mapping[str, Any]) -> DepthMap:
         if self.cost.compiled:  # the counter would make every graph compile again
             return self.teacher.predict(images, **more).to("cpu")
         with FlopCounterMode(display=False) as counter:
