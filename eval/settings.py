@@ -28,7 +28,7 @@ class BenchmarkSettings:
     """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
     alignment: Literal["auto", "affine", "scale", "median", "l1"] = "auto"
-    """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
+    """How a prediction is aligned to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
     offset_positive: bool = False
     """In marigold mode, add a constant to affine disparity so that the fit, which uses only positive pixels, uses all

@@ -113,10 +113,10 @@ class Files:
         offset, size = self._members[name]
         data = os.pread(self._tar.fileno(), size, offset)
         while len(data) < size:  # one read call returns at most 2 GiB
-            more = os.pread(self._tar.fileno(), size - len(data), offset + len(data))
-            if not more:
+            chunk = os.pread(self._tar.fileno(), size - len(data), offset + len(data))
+            if not chunk:
                 raise OSError(f"{self.root}: cut short inside {name}; download it again")
-            data += more
+            data += chunk
         return data
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -45,13 +45,13 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
 
 def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
     """Depths of one map over those of another, both in metres on logarithmic axes, with the line of agreement."""
-    known = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
-    if not known:
+    logs = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
+    if not logs:
         return ""
-    low = min(min(pair) for pair in known)
-    span = (max(max(pair) for pair in known) - low) or 1.0
+    low = min(min(pair) for pair in logs)
+    span = (max(max(pair) for pair in logs) - low) or 1.0
     ends = (f"{math.exp(low):.3g}", f"{math.exp(low + span):.3g}")
-    placed = [((a - low) / span, (b - low) / span) for a, b in known]
+    placed = [((a - low) / span, (b - low) / span) for a, b in logs]
     return _square(title, placed, ends, " m", "depth of the first over depth of the second; on the line they agree")
 
 

@@ -93,8 +93,8 @@ class Dots:
         """Colourise and shrink the map, with its points enlarged as `source` says."""
         if self.source is None:
             return shrink(colourise(position, valid, ramp))
-        seen = self.source >= 0
-        return colourise(position.reshape(-1)[np.maximum(self.source, 0)], seen, ramp)
+        covered = self.source >= 0
+        return colourise(position.reshape(-1)[np.maximum(self.source, 0)], covered, ramp)
 
 
 def dots(valid: np.ndarray, *, cover: float = 0.5, most: int = 6) -> Dots:

@@ -41,13 +41,13 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
 def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
     """All models on one benchmark under one setting, with the details of the numbers collapsed."""
     first = scores[0]
-    known = first.task.rows
-    head = ["model", *_metric_heads(known), "images", "protocol"]
-    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in known.items()}
+    metrics = first.task.rows
+    head = ["model", *_metric_heads(metrics), "images", "protocol"]
+    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in metrics.items()}
     rows = []
     for i, score in enumerate(scores):
         cells = [
-            _number(score.metrics[key], row, marks[key][i], score) + _span(score, key) for key, row in known.items()
+            _number(score.metrics[key], row, marks[key][i], score) + _span(score, key) for key, row in metrics.items()
         ]
         count = str(score.num_images)
         if score.num_failed:

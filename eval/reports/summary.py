@@ -53,10 +53,10 @@ def verdict(scores: Sequence[Score]) -> str:
     if group is None:
         return "No model has a mean: images are missing or could not be scored; see below."
     main = group[0].task.main
-    known = [s for s in group if s.metrics.get(main) is not None]
-    about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
-    others = [s for s in known if s is not about and s.model != PLANE]
-    prior = next((s for s in known if s.model == PLANE and s is not about), None)
+    with_mean = [s for s in group if s.metrics.get(main) is not None]
+    about = next((s for s in with_mean if s.model == "student"), None) or _leading(with_mean, main)
+    others = [s for s in with_mean if s is not about and s.model != PLANE]
+    prior = next((s for s in with_mean if s.model == PLANE and s is not about), None)
     parts = [f"On {about.benchmark} ({about.count_text}), {about.model} has {_value(about, main)}"]
     if others:
         parts.append(_against(about, _leading(others, main), main))
