@@ -59,8 +59,8 @@ def fetch_benchmark(
 ) -> Fetched:
     """Download the archive of the benchmark `name` to its place below `root`, the folder of all benchmarks.
 
-    url: a mirror: the archive's own address, or a folder's, ending in "/", with the same layout. sha256: the required
-    one. Raises LookupError for an unknown benchmark, ManualDownloadError if the user has to act, OSError otherwise.
+    url: a mirror: the archive's own address, or a folder's, ending in "/", with the same layout. sha256: the
+    required checksum. Raises LookupError (no such benchmark), ManualDownloadError (the user has to act) or OSError.
     """
     module = find("distill.eval.benchmarks", name)
     download: Download | None = getattr(module, "DOWNLOAD", None)

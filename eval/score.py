@@ -61,7 +61,7 @@ def score(
     workers: int | None = None,
     report: Report | None = None,
 ) -> Score:
-    """Score the predictions in `store`, laid out by `Sample.prediction_path`.
+    """Score the predictions in `store`, laid out by `BenchmarkSample.prediction_path`.
 
     kind: of the predictions; None reads it from what `eval.stored.predict` wrote there. protocol: the benchmark's own;
     mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES.

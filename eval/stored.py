@@ -1,6 +1,6 @@
 """Predictions on disk, named as in Marigold's evaluation: predict, store, then score.
 
-A store is a folder of float32 `.npy` maps of the image's size, one per image at `Sample.prediction_path`, in the
+A store is a folder of float32 `.npy` maps of the image's size, one per image at its `prediction_path`, in the
 predictor's own kind, NaN where its map is invalid. `predict` also writes a settings.json, which records the model and
 its settings; a store of another program's predictions has none. Stored maps of other settings are never overwritten or
 mixed with new ones.
@@ -111,7 +111,7 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
 def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
     """The path of a sample's map, named as by Marigold or `distill predict`, in any readable format.
 
-    `Sample.prediction_path` if there is none. The rule of names is distill.data.maps.stored_stems.
+    `BenchmarkSample.prediction_path` if there is none. The rule of names is distill.data.maps.stored_stems.
     """
     named = store / sample.prediction_path
     if named.is_file():

@@ -4,7 +4,7 @@ A benchmark module has
 
     PROTOCOL: Protocol               how it is scored; num_images and list_sha256 are those of the published list,
                                      or 0 and "" where there is none
-    samples(root, list_file=None)    -> list[Sample]: the images, in a fixed order, nothing decoded yet
+    samples(root, list_file=None)    -> list[BenchmarkSample]: the images, in a fixed order, nothing decoded yet
     DOWNLOAD: Download               optional: where its data can be obtained
 
 root: a folder or a tar (also compressed), None if the benchmark makes its own images. list_file: which images, in the

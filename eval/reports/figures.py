@@ -100,7 +100,7 @@ class Dots:
 def dots(valid: np.ndarray, *, cover: float = 0.5, most: int = 6) -> Dots:
     """How to draw a map with few valid pixels: no point is lost in shrinking, and each is enlarged.
 
-    Points grow by a pixel at a time, up to `most`, until `cover` of the picture is covered; a pixel shows the nearest.
+    Points grow by a pixel at a time, up to `most`, until `cover` of the picture is covered; nearest points win.
     """
     rows, columns = valid.shape
     step = max(1, -(-max(rows, columns) // SIDE))
