@@ -1,1 +1,1 @@
-"""What a model is worth: benchmarks, protocols, metrics, scores, reports."""
+"""Evaluation: benchmarks, protocols, metrics, scores and reports."""

@@ -1,13 +1,13 @@
-"""How far two depth maps of one image agree, whatever their scales: pure measures with known answers.
+"""Scale-free measures of how far two depth maps of one image agree.
 
-Every map is first brought to disparity without a known scale or shift (`to_disparity`), so that teachers of every kind
-can meet. The measures know nothing of teachers: a ground truth is one more map. They are the same in both directions,
-and an affine copy of a map agrees with it perfectly: error 0, order 1, edges 1, sky 0.
+Every map is first converted to disparity of unknown scale and shift (`to_disparity`), so that teachers of every kind
+can be compared. The measures do not depend on teachers: a ground truth is one more map. The agreement measures are
+symmetric, and an affine copy of a map agrees with it perfectly: error 0, order 1, edges 1, sky 0.
 
-All of them are ours; where a known one stands behind it, the function says so.
+All of them are ours; where one is based on a known measure, the function's docstring says so.
 
-Shapes: B batch, H height, W width. Maps are (B,H,W) float32 with a (B,H,W) bool mask; answers are (B,), NaN where two
-maps say nothing.
+Shapes: B batch, H height, W width. Maps are (B,H,W) float32 with a (B,H,W) bool mask; results are (B,), NaN where a
+measure is undefined.
 """
 
 from __future__ import annotations
@@ -20,71 +20,71 @@ from distill.core.align import apply_affine, fit_affine
 from distill.core.depth import DepthMap, Kind
 
 JUMPS = (0.02, 0.04, 0.06, 0.08, 0.10)
-"""Thresholds of an edge: what a map jumps by within `reach`, as a fraction of its own range."""
+"""Edge thresholds: the change of a map within `reach`, as a fraction of its own range."""
 DETAIL = 0.04
-"""The one threshold where a single map of edges is needed."""
+"""The threshold used where a single edge map is needed."""
 SKY = 0.02
-"""A pixel is at a map's far end within this fraction of its range."""
+"""A pixel within this fraction of a map's range from its farthest value is at the map's far end."""
 CELLS = 8
-"""An image is cut into CELLS x CELLS regions to ask where one map is better than another."""
+"""An image is cut into CELLS x CELLS regions to find where one map is better than another."""
 _MARGIN = 0.03
 _OFFSETS = 36
-_MOST = 100_000  # pixels that a quantile is taken of, evenly spread: sorting them all is most of the time
+_QUANTILE_PIXELS = 100_000  # evenly spread pixels that a quantile is taken of: sorting all takes most of the time
 
 
-# --- one space for all ------------------------------------------------------------------------------------------------
+# --- conversion to disparity ------------------------------------------------------------------------------------------
 
 
 def to_disparity(depth: DepthMap, reference: DepthMap | None = None) -> DepthMap:
-    """The same maps as affine disparity.
+    """Convert maps to affine disparity.
 
-    Depth whose shift is known is inverted. Depth with an unknown shift (affine_depth) has no disparity of its own: it
-    becomes 1 / (d + c), d from 0 to 1, with the c of 36 between 0.01 and 30 whose result is closest to `reference` (a
-    disparity) up to scale and shift. So it is shown in its best light. Without a reference it is negated: its order and
-    its edges are right, its distances are not.
+    Depth with a known shift is inverted. Depth with an unknown shift (affine_depth) has no unique disparity: it becomes
+    1 / (d + c), d scaled to 0..1, where c is the one of 36 values between 0.01 and 30 whose result is closest to
+    `reference` (a disparity) up to scale and shift, the most favourable choice. Without a reference the depth is
+    negated: its order and its edges are right, its distances are not.
     """
     if depth.kind.quantity == "disparity":
         return DepthMap(depth.values, depth.valid & torch.isfinite(depth.values), Kind.AFFINE_DISPARITY)
     if depth.kind.unknown != "affine":
-        turned = depth.convert(f"{depth.kind.unknown}_disparity")
-        return DepthMap(turned.values, turned.valid, Kind.AFFINE_DISPARITY)
+        converted = depth.convert(f"{depth.kind.unknown}_disparity")
+        return DepthMap(converted.values, converted.valid, Kind.AFFINE_DISPARITY)
     valid = depth.valid & torch.isfinite(depth.values)
     low, high = _range(depth.values, valid, (0.0, 1.0))
     unit = (depth.values - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
     if reference is None:
         return DepthMap(-unit, valid, Kind.AFFINE_DISPARITY)
     both = valid & reference.valid
-    best, chosen = torch.full((len(unit),), -2.0), torch.zeros_like(unit)
+    best, best_values = torch.full((len(unit),), -2.0), torch.zeros_like(unit)
     for offset in torch.logspace(-2, 1.5, _OFFSETS).tolist():
-        turned_values = 1.0 / (unit.clamp(min=0.0) + offset)
-        parts = correlation(turned_values, reference.values, both).cpu()
-        better = parts > best
-        best = torch.where(better, parts, best)
-        chosen = torch.where(better.to(unit.device)[:, None, None], turned_values, chosen)
-    return DepthMap(chosen, valid, Kind.AFFINE_DISPARITY)
+        candidate = 1.0 / (unit.clamp(min=0.0) + offset)
+        similarity = correlation(candidate, reference.values, both).cpu()
+        better = similarity > best
+        best = torch.where(better, similarity, best)
+        best_values = torch.where(better.to(unit.device)[:, None, None], candidate, best_values)
+    return DepthMap(best_values, valid, Kind.AFFINE_DISPARITY)
 
 
 def _range(values: Tensor, valid: Tensor, ends: tuple[float, float] = (0.02, 0.98)) -> tuple[Tensor, Tensor]:
-    """The values at two quantiles of each map's valid pixels, (B,) each; 0 and 0 where there is none."""
+    """The values at two quantiles of each map's valid pixels, (B,) each; 0 and 0 without a valid pixel."""
     lows, highs = [], []
-    for one, usable in zip(values, valid, strict=True):
-        kept = one[usable]
-        if not len(kept):
-            kept = one.new_zeros(1)
+    for map_values, mask in zip(values, valid, strict=True):
+        usable = map_values[mask]
+        if not len(usable):
+            usable = map_values.new_zeros(1)
         if ends == (0.0, 1.0):
-            low, high = kept.aminmax()
+            low, high = usable.aminmax()
         else:
-            low, high = torch.quantile(kept[:: -(-len(kept) // _MOST)], kept.new_tensor(ends))
+            low, high = torch.quantile(usable[:: -(-len(usable) // _QUANTILE_PIXELS)], usable.new_tensor(ends))
         lows.append(low)
         highs.append(high)
     return torch.stack(lows), torch.stack(highs)
 
 
-# --- how far apart ----------------------------------------------------------------------------------------------------
+# --- agreement of values ----------------------------------------------------------------------------------------------
 
 
 def correlation(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
-    """Pearson's r over the valid pixels; NaN below two of them, 0 where one map is constant and 1 where both are."""
+    """Pearson's r over the valid pixels; NaN for fewer than two, 0 if one map is constant, 1 if both are."""
     count = valid.sum((-2, -1)).clamp(min=1).double()
     centred = []
     for values in (first, second):
@@ -93,7 +93,7 @@ def correlation(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
         centred.append((torch.where(valid, values64 - mean[:, None, None], 0.0), mean))
     (a, mean_a), (b, mean_b) = centred
     power_a, power_b = (v.square().sum((-2, -1)) for v in (a, b))
-    # Below float32 resolution a spread is rounding, not signal.
+    # A spread below float32 resolution is rounding error, not signal.
     flat_a = power_a <= count * mean_a.square() * 1e-13
     flat_b = power_b <= count * mean_b.square() * 1e-13
     r = (a * b).sum((-2, -1)) / (power_a * power_b).clamp(min=1e-300).sqrt()
@@ -102,59 +102,59 @@ def correlation(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
 
 
 def alignment_error(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
-    """What is left after the best scale (not negative) and shift, as a fraction of the target's spread: 0 to 1.
+    """The residual after the best scale (not negative) and shift, as a fraction of the target's spread: 0 to 1.
 
-    Root mean square over standard deviation, sqrt(1 - r^2): least squares gives the same whichever map is fitted.
+    Root mean square over standard deviation, sqrt(1 - r^2): least squares gives the same value whichever map is fitted.
     """
     r = correlation(first, second, valid).double().clamp(min=0.0)
     return (1 - r.square()).clamp(min=0.0).sqrt().float()
 
 
 def residual(pred: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """(B,H,W) what is left of `target` after `pred` is fitted to it, over the target's spread; 0 where not valid."""
+    """The residual (B,H,W) of `pred` fitted to `target`, over the target's spread; 0 where not valid."""
     scale, shift = fit_affine(pred, target, valid)
     count = valid.sum((-2, -1)).clamp(min=1)
     mean = torch.where(valid, target, 0.0).sum((-2, -1)) / count
     power = torch.where(valid, target - mean[:, None, None], 0.0).square().sum((-2, -1)) / count
-    left = apply_affine(pred, scale, shift) - target
-    return torch.where(valid, left / power.sqrt().clamp(min=1e-12)[:, None, None], 0.0)
+    error = apply_affine(pred, scale, shift) - target
+    return torch.where(valid, error / power.sqrt().clamp(min=1e-12)[:, None, None], 0.0)
 
 
 def ordinal_agreement(first: Tensor, second: Tensor, valid: Tensor, *, pairs: int = 4096, seed: int = 0) -> Tensor:
-    """How often two maps agree which of two random points is nearer, as DA-2K asks it: 1 always, 0.5 by chance.
+    """How often two maps agree on which of two random points is nearer, as in DA-2K: 1 always, 0.5 by chance.
 
-    A pair counts where either map puts 3 % of its range between the points; a pair that one of the maps holds for equal
-    is half an agreement.
+    A pair counts if the points differ by more than 3 % of the range in either map; a pair that is a tie in one of the
+    maps is half an agreement.
     """
-    parts = []
+    agreements = []
     spreads = [(high - low).clamp(min=1e-12) for low, high in (_range(m, valid) for m in (first, second))]
     for i, usable in enumerate(valid):
         index = usable.flatten().nonzero().flatten()
         if len(index) < 2:
-            parts.append(first.new_tensor(torch.nan))
+            agreements.append(first.new_tensor(torch.nan))
             continue
         rng = torch.Generator().manual_seed(seed)
-        chosen = index[torch.randint(len(index), (2, pairs), generator=rng).to(index.device)]
-        steps = []
+        points = index[torch.randint(len(index), (2, pairs), generator=rng).to(index.device)]
+        differences = []
         for values, spread in zip((first, second), spreads, strict=True):
-            near, far = values[i].flatten()[chosen] / spread[i]
-            steps.append(near - far)
-        counts = torch.maximum(steps[0].abs(), steps[1].abs()) > _MARGIN
-        same = 0.5 + 0.5 * steps[0].sign() * steps[1].sign()
-        parts.append(same[counts].mean() if counts.any() else first.new_tensor(torch.nan))
-    return torch.stack(parts)
+            near, far = values[i].flatten()[points] / spread[i]
+            differences.append(near - far)
+        counted = torch.maximum(differences[0].abs(), differences[1].abs()) > _MARGIN
+        same = 0.5 + 0.5 * differences[0].sign() * differences[1].sign()
+        agreements.append(same[counted].mean() if counted.any() else first.new_tensor(torch.nan))
+    return torch.stack(agreements)
 
 
 # --- edges ------------------------------------------------------------------------------------------------------------
 
 
 def reach(height: int, width: int) -> int:
-    """The pixels across which a jump is measured: a hundredth of the longer side, so that size changes no measure."""
+    """Pixels across which a jump is measured: a hundredth of the longer side, so that size changes no measure."""
     return max(1, round(max(height, width) / 100))
 
 
 def _across(values: Tensor, valid: Tensor, pixels: int) -> Tensor:
-    """(B,H,W): the larger of the differences across `pixels` columns and rows, centred; 0 beside invalid pixels."""
+    """The larger of the centred differences across `pixels` columns and rows, (B,H,W); 0 next to invalid pixels."""
     before, after = pixels // 2, pixels - pixels // 2
     columns = (values[..., pixels:] - values[..., :-pixels]).abs() * (valid[..., pixels:] & valid[..., :-pixels])
     rows = (values[:, pixels:] - values[:, :-pixels]).abs() * (valid[:, pixels:] & valid[:, :-pixels])
@@ -162,15 +162,15 @@ def _across(values: Tensor, valid: Tensor, pixels: int) -> Tensor:
 
 
 def _jumps(values: Tensor, valid: Tensor) -> Tensor:
-    """(B,H,W): how far a map jumps within `reach`, over its range."""
+    """How far a map jumps within `reach`, as a fraction of its range, (B,H,W)."""
     low, high = _range(values, valid)
     unit = torch.where(valid, values, 0.0) / (high - low).clamp(min=1e-12)[:, None, None]
     unit = torch.where((high > low)[:, None, None], unit, 0.0)
     return _across(unit, valid, reach(*valid.shape[-2:]))
 
 
-def _around(edges: Tensor) -> Tensor:
-    """Edges grown by half the reach, a pixel at least."""
+def _dilated(edges: Tensor) -> Tensor:
+    """Edges dilated by half the reach, at least by one pixel."""
     pixels = max(1, reach(*edges.shape[-2:]) // 2)
     return F.max_pool2d(edges.float()[:, None], 2 * pixels + 1, stride=1, padding=pixels)[:, 0] > 0
 
@@ -181,7 +181,7 @@ def edges(values: Tensor, valid: Tensor, *, jump: float = DETAIL) -> Tensor:
 
 
 def edge_agreement(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
-    """F1 of two maps' edges, half the reach of tolerance; the mean over JUMPS, weighted by them.
+    """F1 of two maps' edges with a tolerance of half the reach; the mean over JUMPS, weighted by threshold.
 
     A threshold at which neither map has an edge is left out; NaN where that holds for all of them. The weights are
     Depth Pro's (distill.eval.boundary).
@@ -191,18 +191,18 @@ def edge_agreement(first: Tensor, second: Tensor, valid: Tensor) -> Tensor:
     for threshold in JUMPS:
         a, b = (jump > threshold for jump in jumps)
         num_a, num_b = (edge.sum((-2, -1)).cpu() for edge in (a, b))
-        hit_a = (a & _around(b)).sum((-2, -1)).cpu() / num_a.clamp(min=1)
-        hit_b = (b & _around(a)).sum((-2, -1)).cpu() / num_b.clamp(min=1)
+        hit_a = (a & _dilated(b)).sum((-2, -1)).cpu() / num_a.clamp(min=1)
+        hit_b = (b & _dilated(a)).sum((-2, -1)).cpu() / num_b.clamp(min=1)
         f1 = 2 * hit_a * hit_b / (hit_a + hit_b).clamp(min=1e-12)
-        there = (num_a + num_b > 0).float()
-        total, weights = total + threshold * f1 * there, weights + threshold * there
+        has_edges = (num_a + num_b > 0).float()
+        total, weights = total + threshold * f1 * has_edges, weights + threshold * has_edges
     return torch.where(weights > 0, total / weights.clamp(min=1e-12), torch.nan)
 
 
 def sharpness(values: Tensor, valid: Tensor) -> Tensor:
     """How steep a map's steps are: the mean jump within `reach`, weighted by the jumps; 1 is the map's whole range.
 
-    A step of height h gives h, the same step smeared over w times the reach h / w. Noise is steep too; see
+    A step of height h gives h; the same step smeared over w times the reach gives h / w. Noise is steep too; see
     `edges_on_image`.
     """
     jumps = _jumps(values, valid).flatten(1)
@@ -210,13 +210,13 @@ def sharpness(values: Tensor, valid: Tensor) -> Tensor:
 
 
 def image_edges(images: Tensor, *, jump: float = 0.05) -> Tensor:
-    """(B,H,W) bool of images (B,3,H,W) in [0,1]: near a step in brightness above `jump` between neighbours."""
+    """(B,H,W) bool of images (B,3,H,W) in [0,1]: pixels near a brightness step above `jump` between neighbours."""
     grey = images.mean(1)
-    return _around(_across(grey, torch.ones_like(grey, dtype=torch.bool), 1) > jump)
+    return _dilated(_across(grey, torch.ones_like(grey, dtype=torch.bool), 1) > jump)
 
 
 def edges_on_image(values: Tensor, valid: Tensor, image: Tensor) -> Tensor:
-    """The share of a map's edges that lie on the image's (see `image_edges`); NaN where the map has none."""
+    """The share of a map's edges that lie on the image's edges (`image_edges`); NaN if the map has none."""
     own_edges = edges(values, valid)
     return torch.where(
         own_edges.any(-1).any(-1), (own_edges & image).sum((-2, -1)) / own_edges.sum((-2, -1)).clamp(min=1), torch.nan
@@ -227,7 +227,7 @@ def edges_on_image(values: Tensor, valid: Tensor, image: Tensor) -> Tensor:
 
 
 def far_end(values: Tensor, valid: Tensor) -> Tensor:
-    """(B,H,W) bool: what a map calls sky: declared invalid, or within SKY of its range from its farthest value."""
+    """(B,H,W) bool: pixels that a map treats as sky: invalid, or within SKY of its range from its farthest value."""
     low, _ = _range(values, valid, (0.0, 1.0))
     _, high = _range(values, valid)
     limit = low + SKY * (high - low).clamp(min=0.0)
@@ -248,51 +248,51 @@ def region_errors(pred: Tensor, truth: Tensor, valid: Tensor, *, cells: int = CE
 
     The map is aligned once, to the whole image.
     """
-    left = residual(pred, truth, valid).abs()
+    error = residual(pred, truth, valid).abs()
     height, width = valid.shape[-2:]
     rows, columns = (torch.arange(side, device=pred.device) * cells // side for side in (height, width))
-    place = (rows[:, None] * cells + columns).flatten().expand(len(pred), -1)
-    zero = left.new_zeros(len(pred), cells * cells)
-    total = zero.scatter_add(1, place, left.flatten(1))
-    count = zero.scatter_add(1, place, valid.flatten(1).float())
+    cell = (rows[:, None] * cells + columns).flatten().expand(len(pred), -1)
+    zero = error.new_zeros(len(pred), cells * cells)
+    total = zero.scatter_add(1, cell, error.flatten(1))
+    count = zero.scatter_add(1, cell, valid.flatten(1).float())
     return torch.where(count > 0, total / count.clamp(min=1), torch.nan)
 
 
 def oracle_gain(primary: Tensor, assistant: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gain, mixing, share), each (B,): how much less error if the better of two maps were known in each region.
+    """How much choosing the better of two maps in each region reduces the error: (gain, mixing, share), each (B,).
 
     primary, assistant: `region_errors`. gain: 1 - mean(min(primary, assistant)) / mean(primary), 0 where the assistant
-    is nowhere better. mixing: the same over the better of the two: 0 where one is better everywhere, and the only one
-    that says they belong together. Both are upper bounds of what a rule of choosing can win; two equally good maps with
-    independent errors mix well too. share: of the regions where the assistant is better.
+    is nowhere better. mixing: the same relative to the better of the two maps: 0 where one is better everywhere; only
+    this number shows that they complement each other. Both are upper bounds of what a selection rule can gain; two
+    equally good maps with independent errors also mix well. share: the share of regions where the assistant is better.
     """
     usable = ~(primary.isnan() | assistant.isnan())
     count = usable.sum(1).clamp(min=1)
     base, other = (torch.where(usable, errors, 0.0).sum(1) / count for errors in (primary, assistant))
     best = torch.where(usable, torch.minimum(primary, assistant), 0.0).sum(1) / count
     share = (usable & (assistant < primary)).sum(1) / count
-    there = usable.any(1)
-    lesser = torch.minimum(base, other)
-    gain, mixing = (torch.where(of > 0, 1 - best / of.clamp(min=1e-12), 0.0) for of in (base, lesser))
-    parts = [torch.where(there, value, torch.nan) for value in (gain, mixing, share)]
-    return parts[0], parts[1], parts[2]
+    defined = usable.any(1)
+    smaller = torch.minimum(base, other)
+    gain, mixing = (torch.where(error > 0, 1 - best / error.clamp(min=1e-12), 0.0) for error in (base, smaller))
+    results = [torch.where(defined, value, torch.nan) for value in (gain, mixing, share)]
+    return results[0], results[1], results[2]
 
 
 def new_edges(primary: Tensor, assistant: Tensor, valid: Tensor, image: Tensor) -> Tensor:
-    """How many of the assistant's edges on the image's edges are not half as steep in the primary nearby, as a share.
+    """The share of the assistant's edges on image edges that are less than half as steep in the primary nearby.
 
-    What needs no truth: an edge that both the picture and the assistant show, and the primary lacks or blurs, is news.
-    Noise has edges everywhere, and so on the picture's too: as many as the assistant has off the picture's edges, by
-    area, are taken for chance and not counted. The share is of such edges of the assistant or of the primary, whichever
-    has more, so that a few odd ones beside a sharp primary are little. NaN where neither has one.
+    It needs no ground truth: an edge that both the image and the assistant show, and the primary lacks or blurs, is
+    new. Noise has edges everywhere, on image edges too: as many as lie off the image edges, by area, are attributed to
+    chance and subtracted. The share is relative to the edges on image edges of the assistant or of the primary,
+    whichever has more, so that a few odd ones beside a sharp primary count little. NaN where neither has one.
     """
-    steep, known = _jumps(assistant, valid), _jumps(primary, valid)
-    confirmed = (steep > DETAIL) & image
-    near = max(2, reach(*valid.shape[-2:]))
-    nearby = F.max_pool2d(known[:, None], 2 * near + 1, stride=1, padding=near)[:, 0]
-    lacking = (steep > DETAIL) & (nearby < 0.5 * steep)
+    assistant_jumps, primary_jumps = _jumps(assistant, valid), _jumps(primary, valid)
+    confirmed = (assistant_jumps > DETAIL) & image
+    radius = max(2, reach(*valid.shape[-2:]))
+    nearby = F.max_pool2d(primary_jumps[:, None], 2 * radius + 1, stride=1, padding=radius)[:, 0]
+    lacking = (assistant_jumps > DETAIL) & (nearby < 0.5 * assistant_jumps)
     on, off = (lacking & image).sum((-2, -1)), (lacking & ~image).sum((-2, -1))
     area_on, area_off = (valid & image).sum((-2, -1)), (valid & ~image).sum((-2, -1))
-    news = (on - off * area_on / area_off.clamp(min=1)).clamp(min=0)
-    count = torch.maximum(confirmed.sum((-2, -1)), ((known > DETAIL) & image).sum((-2, -1)))
-    return torch.where(count > 0, news / count.clamp(min=1), torch.nan)
+    new = (on - off * area_on / area_off.clamp(min=1)).clamp(min=0)
+    count = torch.maximum(confirmed.sum((-2, -1)), ((primary_jumps > DETAIL) & image).sum((-2, -1)))
+    return torch.where(count > 0, new / count.clamp(min=1), torch.nan)

@@ -5,9 +5,9 @@ averaged with weights proportional to the threshold. Four kinds of edge are coun
 right, left, below, above. Source: Depth Pro (Bochkovskii et al. 2024), Sec. 3.2 and apple/ml-depth-pro,
 src/depth_pro/eval/boundary_metrics.py.
 
-Depth, not disparity, is what goes in. The ratios know no scale but they know a shift: an affine prediction must be
-aligned to a truth first. The published metric has no valid mask, so that holes in a truth count as edges; here a mask
-may be given, and edges are then counted between two valid pixels alone.
+The inputs are depth, not disparity. The ratios do not depend on a scale but do depend on a shift, so an affine
+prediction must be aligned to the ground truth first. The published metric has no valid mask, so that holes in the truth
+count as edges; here a mask may be given, and edges are then counted only between two valid pixels.
 
 Shapes: B batch, H height, W width.
 """
@@ -31,21 +31,21 @@ def boundary_f1(
 ) -> Tensor:
     """Boundary F1, (B,) float32, of predicted against true depth, both (B,H,W) in any unit.
 
-    valid: (B,H,W) bool, where there is a truth; everywhere if None, as published. Per threshold: recall and precision
+    valid: (B,H,W) bool, where the truth is known; everywhere if None, as published. Per threshold: recall and precision
     are means over the four kinds of edge (0 where there is none to find).
     """
     near, near_target = _inverse(pred), _inverse(target)
-    known = _both(torch.ones_like(target, dtype=torch.bool) if valid is None else valid)
+    both_valid = _both_valid(torch.ones_like(target, dtype=torch.bool) if valid is None else valid)
     total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
     for threshold, weight in _thresholds(lowest, highest, count):
         recall = precision = torch.zeros_like(total)
-        for ratio, ratio_target, counts in zip(_ratios(near), _ratios(near_target), known, strict=True):
-            predicted, real = (ratio > threshold) & counts, (ratio_target > threshold) & counts
-            both = _number(predicted & real)
-            recall = recall + both / _number(real).clamp(min=1.0) / 4
-            precision = precision + both / _number(predicted).clamp(min=1.0) / 4
-        either = recall + precision
-        total += weight * torch.where(either > 0, 2 * recall * precision / either.clamp(min=1e-300), 0.0)
+        for ratio, ratio_target, usable in zip(_ratios(near), _ratios(near_target), both_valid, strict=True):
+            predicted, real = (ratio > threshold) & usable, (ratio_target > threshold) & usable
+            hits = _count_edges(predicted & real)
+            recall = recall + hits / _count_edges(real).clamp(min=1.0) / 4
+            precision = precision + hits / _count_edges(predicted).clamp(min=1.0) / 4
+        sum_rates = recall + precision
+        total += weight * torch.where(sum_rates > 0, 2 * recall * precision / sum_rates.clamp(min=1e-300), 0.0)
     return total.float()
 
 
@@ -58,7 +58,7 @@ def boundary_recall(
     count: int = NUM_THRESHOLDS,
     foreground: float = 0.1,
 ) -> Tensor:
-    """Boundary recall, (B,) float32: how many edges of a matte the predicted depth (B,H,W) has at their very pixel.
+    """Boundary recall, (B,) float32: the share of a matte's edges that the predicted depth (B,H,W) has at that pixel.
 
     alpha: (B,H,W), a matte in [0,1] or a bool mask; above `foreground` is foreground. Predicted edges are thinned
     first: of a run of edges along a row (for up and down: a column) only the strongest stays, the first of equals.
@@ -66,11 +66,11 @@ def boundary_recall(
     inside = alpha.float() > foreground
     near = _inverse(pred)
     total = torch.zeros(len(pred), dtype=torch.float64, device=pred.device)
-    real = [_number(edge) for edge in _mask_edges(inside)]
+    real = [_count_edges(edge) for edge in _mask_edges(inside)]
     for threshold, weight in _thresholds(lowest, highest, count):
         for side, (ratio, edge) in enumerate(zip(_ratios(near), _mask_edges(inside), strict=True)):
             predicted = thin(ratio, threshold) if side < 2 else thin(ratio.mT, threshold).mT
-            total += weight * _number(predicted & edge) / real[side].clamp(min=1.0) / 4
+            total += weight * _count_edges(predicted & edge) / real[side].clamp(min=1.0) / 4
     return total.float()
 
 
@@ -80,17 +80,17 @@ def thin(ratio: Tensor, threshold: float) -> Tensor:
     before = torch.zeros_like(above)
     before[..., 1:] = above[..., :-1]
     run = (above & ~before).flatten().cumsum(0) - 1
-    place = above.flatten().nonzero().flatten()
-    if not len(place):
+    positions = above.flatten().nonzero().flatten()
+    if not len(positions):
         return above
-    value, run = ratio.reshape(-1)[place], run[place]
-    num = int(run[-1]) + 1
-    largest = value.new_full((num,), -torch.inf).scatter_reduce(0, run, value, "amax")
-    tied = place[value == largest[run]], run[value == largest[run]]
-    first = place.new_full((num,), ratio.numel()).scatter_reduce(0, tied[1], tied[0], "amin")
-    kept = torch.zeros(ratio.numel(), dtype=torch.bool, device=ratio.device)
-    kept[first] = True
-    return kept.reshape(ratio.shape)
+    value, run = ratio.reshape(-1)[positions], run[positions]
+    num_runs = int(run[-1]) + 1
+    largest = value.new_full((num_runs,), -torch.inf).scatter_reduce(0, run, value, "amax")
+    tied = positions[value == largest[run]], run[value == largest[run]]
+    first = positions.new_full((num_runs,), ratio.numel()).scatter_reduce(0, tied[1], tied[0], "amin")
+    thinned = torch.zeros(ratio.numel(), dtype=torch.bool, device=ratio.device)
+    thinned[first] = True
+    return thinned.reshape(ratio.shape)
 
 
 def _inverse(depth: Tensor) -> Tensor:
@@ -98,20 +98,20 @@ def _inverse(depth: Tensor) -> Tensor:
 
 
 def _ratios(near: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How much nearer the right, left, lower and upper of two neighbours is."""
+    """The ratios by which the right, left, lower and upper of two neighbours is nearer."""
     left, right = near[..., :-1], near[..., 1:]
     upper, lower = near[..., :-1, :], near[..., 1:, :]
     return right / left, left / right, lower / upper, upper / lower
 
 
-def _both(valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _both_valid(valid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where both of two neighbours are valid, in the order of `_ratios`."""
     across, down = valid[..., :-1] & valid[..., 1:], valid[..., :-1, :] & valid[..., 1:, :]
     return across, across, down, down
 
 
 def _mask_edges(inside: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where the right, left, lower and upper of two neighbours alone is foreground."""
+    """Where only the right, left, lower or upper of two neighbours is foreground."""
     left, right = inside[..., :-1], inside[..., 1:]
     upper, lower = inside[..., :-1, :], inside[..., 1:, :]
     return right & ~left, left & ~right, lower & ~upper, upper & ~lower
@@ -123,6 +123,6 @@ def _thresholds(lowest: float, highest: float, count: int) -> list[tuple[float, 
     return [(value, value / sum(values)) for value in values]
 
 
-def _number(edges: Tensor) -> Tensor:
-    """How many per image, (B,) float64."""
+def _count_edges(edges: Tensor) -> Tensor:
+    """The number of edges per image, (B,) float64."""
     return edges.flatten(1).sum(1).double()

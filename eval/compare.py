@@ -1,12 +1,11 @@
-"""Several models over the same images: predictions kept on disk, then measured against one another and the truth.
+"""Compare several models on the same images: store predictions, then measure them against each other and the truth.
 
     FOLDER/NAME/            the maps of one model, as distill.eval.stored keeps them, with settings.json
-    FOLDER/NAME/model.json  its card and what predicting cost, so that nothing here needs the model again
+    FOLDER/NAME/model.json  its card and the cost of predicting, so that measuring does not need the model
 
-Predicting continues where it stopped, and never mixes maps of other settings. Measuring reads maps and images alone.
-Every map is brought to disparity without scale or shift first (eval.agreement.to_disparity); maps of affine_depth get
-the shift that suits the reference best, which is the truth where an image has one, else the first model that has a
-disparity.
+Predicting resumes where it stopped and never mixes maps of different settings. Measuring reads only maps and images.
+Every map is first converted to affine disparity (eval.agreement.to_disparity); affine_depth maps get the shift that
+fits the reference best: the ground truth where an image has one, else the first model that has a disparity.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ class Entrant:
 
 @dataclass(frozen=True, slots=True)
 class ModelComparison:
-    """Everything that was measured, as JSON takes it; the fields of compare.json.
+    """All measurements as plain JSON values; the fields of compare.json.
 
     models: per model its name, card, cost and mean numbers. pairs: per two names (or a name and "truth") the mean
     error, order, edges and sky. additions: per (primary, assistant) gain, mixing, share, news, complement. images: per
-    image its key, what was measured, and which pairs disagree by how much.
+    image its key, its numbers, and the mean error between models.
     """
 
     models: list[dict[str, Any]]
@@ -70,31 +69,31 @@ class ModelComparison:
 
 
 def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None) -> int:
-    """Predict what is missing of one model, and return how many maps that were; loads the model only where it must.
+    """Predict the missing maps of one model and return their number; loads the model only if needed.
 
-    Raises ValueError where the folder holds maps of other settings or weights, and whatever the model raises.
+    Raises ValueError if the folder holds maps of other settings or weights, and whatever the model raises.
     """
     store = folder / entrant.name
     settings = json.loads(json.dumps(dict(entrant.settings)))
-    info = read_settings(store)
-    whole = all((store / sample.prediction_path).is_file() for sample in samples)
-    if whole and info is not None and info["settings"] == settings and (store / CARD).is_file():
+    stored = read_settings(store)
+    complete = all((store / sample.prediction_path).is_file() for sample in samples)
+    if complete and stored is not None and stored["settings"] == settings and (store / CARD).is_file():
         return 0
     cost = Cost()
     teacher = cost.watch(entrant.load)
-    before = _read_card(store)
-    if before and before["card"]["revision"] != teacher.card.revision:
+    stored_card = _read_card(store)
+    if stored_card and stored_card["card"]["revision"] != teacher.card.revision:
         raise ValueError(
-            f"{store} holds predictions of other weights (revision {before['card']['revision']}, now "
+            f"{store} holds predictions of other weights (revision {stored_card['card']['revision']}, now "
             f"{teacher.card.revision}); delete this folder"
         )
     try:
         done = predict(cost.timed(teacher), samples, store, settings=settings, report=report)
     finally:
-        if store.is_dir() and (cost.images or not before):
+        if store.is_dir() and (cost.images or not stored_card):
             files.write_json(
                 store / CARD,
-                {"card": asdict(teacher.card), "cost": cost.summary(before and before["cost"])},
+                {"card": asdict(teacher.card), "cost": cost.summary(stored_card and stored_card["cost"])},
                 sort_keys=True,
             )
     return done
@@ -116,9 +115,9 @@ def _read_card(store: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class ImageView:
-    """One image with everybody's map of it, all as affine disparity; models that have none here are left out.
+    """One image with every model's map of it as affine disparity; models without a valid map are left out.
 
-    raw: the maps as predicted. reference: the name of what the others are shown against.
+    raw: the maps as predicted. reference: the name of the map that the others are shown against.
     """
 
     image: Tensor
@@ -129,7 +128,7 @@ class ImageView:
 
 
 def look(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageView:
-    """Read one image, its truth and the stored maps; BadPredictionError where a map cannot be read."""
+    """Read one image, its truth and the stored maps; raises BadPredictionError if a map cannot be read."""
     image = sample.image()[None]
     truth = sample.truth()
     known = truth if truth.valid.any() else None
@@ -143,26 +142,26 @@ def look(sample: BenchmarkSample, names: Sequence[str], folder: Path) -> ImageVi
         usable = torch.isfinite(tensor)
         if usable.any():
             raw[name] = DepthMap(torch.where(usable, tensor, 0.0), usable, Kind(info["kind"]))
-    frame = agreement.to_disparity(known) if known is not None and known.kind != Kind.AFFINE_DEPTH else None
-    reference = TRUTH if frame is not None else ""
-    maps = {TRUTH: frame} if frame is not None else {}
+    reference_map = agreement.to_disparity(known) if known is not None and known.kind != Kind.AFFINE_DEPTH else None
+    reference = TRUTH if reference_map is not None else ""
+    maps = {TRUTH: reference_map} if reference_map is not None else {}
     for name in sorted(raw, key=lambda n: (raw[n].kind == Kind.AFFINE_DEPTH, names.index(n))):
-        maps[name] = agreement.to_disparity(raw[name], frame)
-        if frame is None and raw[name].kind != Kind.AFFINE_DEPTH:
-            frame, reference = maps[name], name
+        maps[name] = agreement.to_disparity(raw[name], reference_map)
+        if reference_map is None and raw[name].kind != Kind.AFFINE_DEPTH:
+            reference_map, reference = maps[name], name
     ordered = {name: maps[name] for name in [*names, TRUTH] if name in maps}
     return ImageView(image, raw, ordered, known, reference or next(iter(raw), ""))
 
 
 def measure_image(view: ImageView, *, seed: int = 0) -> dict[str, Any]:
     """The numbers of one image: {"models": {name: ...}, "pairs": {"a|b": ...}, "additions": {"p|a": ...}}."""
-    image = agreement.image_edges(view.image)
+    image_edges = agreement.image_edges(view.image)
     models: dict[str, Numbers] = {}
     for name, depth in view.raw.items():
         aligned = view.maps[name]
         models[name] = {
             "sharpness": _number(agreement.sharpness(aligned.values, aligned.valid)),
-            "on_image": _number(agreement.edges_on_image(aligned.values, aligned.valid, image)),
+            "on_image": _number(agreement.edges_on_image(aligned.values, aligned.valid, image_edges)),
             "far": _number(agreement.far_end(aligned.values, aligned.valid).float().mean((-2, -1))),
             "valid": _number(aligned.valid.float().mean((-2, -1))),
             **(_scores(depth, view.truth) if view.truth is not None else {}),
@@ -175,10 +174,10 @@ def measure_image(view: ImageView, *, seed: int = 0) -> dict[str, Any]:
             "error": _number(agreement.alignment_error(first.values, second.values, both)),
             "order": _number(agreement.ordinal_agreement(first.values, second.values, both, seed=seed)),
             "edges": _number(agreement.edge_agreement(first.values, second.values, both)),
-            # Where a truth has no value it may be sky, or a hole of the sensor.
+            # A pixel without ground truth may be sky or a hole of the sensor.
             "sky": None if b == TRUTH else _number(agreement.sky_disagreement(first, second)),
         }
-    return {"models": models, "pairs": pairs, "additions": _additions(view, pairs, image)}
+    return {"models": models, "pairs": pairs, "additions": _additions(view, pairs, image_edges)}
 
 
 def _additions(view: ImageView, pairs: Mapping[str, Numbers], image: Tensor) -> dict[str, Numbers]:
@@ -194,11 +193,11 @@ def _additions(view: ImageView, pairs: Mapping[str, Numbers], image: Tensor) -> 
         first, second = view.maps[p], view.maps[a]
         error = (pairs.get(f"{p}|{a}") or pairs[f"{a}|{p}"])["error"]
         news = _number(agreement.new_edges(first.values, second.values, first.valid & second.valid, image))
-        won = agreement.oracle_gain(errors[p], errors[a]) if errors else (None, None, None)
+        gains = agreement.oracle_gain(errors[p], errors[a]) if errors else (None, None, None)
         additions[f"{p}|{a}"] = {
             "news": news,
             "complement": None if error is None or news is None else (1 - error) * news,
-            **{k: None if v is None else _number(v) for k, v in zip(("gain", "mixing", "share"), won, strict=True)},
+            **{k: None if v is None else _number(v) for k, v in zip(("gain", "mixing", "share"), gains, strict=True)},
         }
     return additions
 
@@ -215,8 +214,8 @@ def _scores(depth: DepthMap, truth: DepthMap) -> Numbers:
         )
     except NoGroundTruthError:
         return {"abs_rel": None, "delta1": None}
-    every = from_sums(result.sums[None])
-    return {name: _number(every[name]) for name in ("abs_rel", "delta1")}
+    metrics = from_sums(result.sums[None])
+    return {name: _number(metrics[name]) for name in ("abs_rel", "delta1")}
 
 
 def _number(value: Tensor) -> float | None:
@@ -230,8 +229,9 @@ def _number(value: Tensor) -> float | None:
 def compare(
     names: Sequence[str], samples: Sequence[BenchmarkSample], folder: Path, *, report: Report | None = None
 ) -> ModelComparison:
-    """Measure the stored maps of these models on these images; no model is needed. Raises BadPredictionError,
-    ValueError.
+    """Measure these models' stored maps on these images, without loading any model.
+
+    Raises BadPredictionError or ValueError.
     """
     images = []
     for done, sample in enumerate(samples, 1):
@@ -240,13 +240,13 @@ def compare(
         except BadPredictionError as error:
             raise BadPredictionError(f"{sample.key}: {error}; compare again with the models at hand") from error
         numbers = measure_image(view, seed=done)
-        between = [n["error"] for key, n in numbers["pairs"].items() if not key.endswith(f"|{TRUTH}")]
-        usable = [value for value in between if value is not None]
+        model_errors = [n["error"] for key, n in numbers["pairs"].items() if not key.endswith(f"|{TRUTH}")]
+        known_errors = [value for value in model_errors if value is not None]
         images.append(
             {
                 "key": sample.key,
                 "truth": view.truth is not None,
-                "disagreement": fmean(usable) if usable else None,
+                "disagreement": fmean(known_errors) if known_errors else None,
                 **numbers,
             }
         )
@@ -266,7 +266,7 @@ def _model(name: str, folder: Path, images: Sequence[Mapping[str, Any]]) -> dict
         raise BadPredictionError(f"{folder / name} has no {CARD}: delete the folder and compare again")
     measured = [image["models"][name] for image in images if name in image["models"]]
     numbers = {
-        key: _mean([one.get(key) for one in measured]) for key in dict.fromkeys(k for one in measured for k in one)
+        key: _mean([row.get(key) for row in measured]) for key in dict.fromkeys(k for row in measured for k in row)
     }
     settings = read_settings(folder / name) or {"settings": {}}
     return {"name": name, **info, "settings": settings["settings"], "images": len(measured), "numbers": numbers}
@@ -278,19 +278,19 @@ def _means(images: Sequence[Mapping[str, Any]], part: str) -> list[dict[str, Any
     for key in keys:
         first, second = key.split("|")
         measured = [image[part][key] for image in images if key in image[part]]
-        names = dict.fromkeys(name for one in measured for name in one)
-        count = {name: sum(one.get(name) is not None for one in measured) for name in names}
+        names = dict.fromkeys(name for row in measured for name in row)
+        count = {name: sum(row.get(name) is not None for row in measured) for name in names}
         rows.append(
-            {"a": first, "b": second, "images": count} | {n: _mean([o.get(n) for o in measured]) for n in names}
+            {"a": first, "b": second, "images": count} | {n: _mean([row.get(n) for row in measured]) for n in names}
         )
     return rows
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    there = [value for value in values if value is not None]
-    return fmean(there) if there else None
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def write_comparison(comparison: ModelComparison, path: Path, *, more: Mapping[str, Any]) -> None:
-    """Everything measured, as JSON; `more` is what else should stand there (rejected images, the settings)."""
+    """Write all measurements as JSON; `more` holds further entries (rejected images, the settings)."""
     files.write_json(path, {"version": 1, **asdict(comparison), **more}, sort_keys=True)

@@ -1,9 +1,9 @@
-"""Is a benchmark's download complete? What `distill doctor --benchmark` looks at.
+"""Check that a benchmark's download is complete, for `distill doctor --benchmark`.
 
-The published lists are not shipped; number and hash prove that what is there is the published one. So an image that is
-gone with all of its files can be counted but not named, unless `--list` names them all. Of every file only the size
-and both ends are read, which shows a cut or empty one in a moment; three images are decoded in full. A bit that
-flipped in the middle of a file is not seen: for that there is the archive's checksum (`distill fetch`).
+The published lists are not shipped; their length and hash prove that the images found are the published ones. So an
+image whose files are all missing can be counted but not named, unless `--list` names all images. Only the size and both
+ends of every file are read, which quickly shows a truncated or empty one; three images are decoded in full. A flipped
+bit in the middle of a file is not detected; the archive's checksum detects it (`distill fetch`).
 """
 
 from __future__ import annotations
@@ -24,63 +24,63 @@ from distill.eval.benchmarks._files import FileLayout, Files, Rows, locate, rows
 from distill.eval.protocol import Protocol, list_hash
 from distill.eval.tasks import size_of
 
-_NAMED = 5
-_DECODED = 3
-_GO_ON = "distill fetch resumes a stopped download"
+_MAX_NAMED = 5
+_NUM_DECODED = 3
+_RESUME_HINT = "distill fetch resumes a stopped download"
 
 
 def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | None = None) -> list[Finding]:
-    """What there is of the benchmark `name` in `root`, and what is missing or damaged.
+    """Findings on the benchmark `name` in `root`: what is present, missing or damaged.
 
-    LookupError for an unknown name, ValueError or FileNotFoundError for no root or no list at all.
+    Raises LookupError for an unknown name, ValueError or FileNotFoundError without a root or list.
     """
     module = find("distill.eval.benchmarks", name)
     layout: FileLayout | None = getattr(module, "LAYOUT", None)
-    whole_file = getattr(module, "container", lambda _: None)(root)  # the authors' own, read where it lies
-    if layout is None or whole_file is not None:
+    container_file = getattr(module, "container", lambda _: None)(root)  # the authors' own file, read in place
+    if layout is None or container_file is not None:
         samples = list(module.samples(root, list_file))
         return [_count(module.PROTOCOL, [sample.key for sample in samples], listed=list_file), *_decoded(samples)]
     files = Files(locate(root, name, layout), tolerant=True)
     findings = [_root(files), *_unfinished(Path(root or ""), layout)]
     if list_file is not None:
         rows = rows_of_list(files, list_file, layout)
-        whole = [row for row in rows if all(files.has(file) for file in row)]
-        broken = [row for row in rows if not all(files.has(file) for file in row)]
+        complete = [row for row in rows if all(files.has(file) for file in row)]
+        incomplete = [row for row in rows if not all(files.has(file) for file in row)]
     else:
-        whole, broken = rows_found(files, module.PROTOCOL, layout)
-    count = _count(module.PROTOCOL, [row[0] for row in (rows if list_file else whole)], listed=list_file)
-    if not whole and not broken and layout.shape:
+        complete, incomplete = rows_found(files, module.PROTOCOL, layout)
+    count = _count(module.PROTOCOL, [row[0] for row in (rows if list_file else complete)], listed=list_file)
+    if not complete and not incomplete and layout.shape:
         count = replace(count, remedy=f"they should lie as {layout.shape}")
     findings.append(count)
-    findings += _parts(layout, whole)
-    findings += _missing(files, broken, name, listed=list_file is not None, total=len(whole) + len(broken))
-    damaged = _damaged(files, layout, whole)
+    findings += _parts(layout, complete)
+    findings += _missing(files, incomplete, name, listed=list_file is not None, total=len(complete) + len(incomplete))
+    damaged = _damaged(files, layout, complete)
     findings.append(damaged)
-    if damaged.level == "ok" and whole:
-        findings += _decoded(_samples(module, files.root, list_file, [row[0] for row in whole]))
+    if damaged.level == "ok" and complete:
+        findings += _decoded(_samples(module, files.root, list_file, [row[0] for row in complete]))
     return findings
 
 
 def _root(files: Files) -> Finding:
     if files.damage:
-        return Finding("bad", files.damage, _GO_ON)
+        return Finding("bad", files.damage, _RESUME_HINT)
     if not files.root.is_file():
         return Finding("ok", f"{files.root}: a folder")
-    what = f"{files.root}: a tar of {files.root.stat().st_size / 1e6:,.1f} MB"
+    description = f"{files.root}: a tar of {files.root.stat().st_size / 1e6:,.1f} MB"
     with files.root.open("rb") as file:
         file.seek(max(0, files.root.stat().st_size - 512))
-        ended = not any(file.read())
-    if not files.packed and not ended:  # a cut between two files, or inside of a header, shows in nothing else
-        return Finding("bad", f"{what} without an end: it is cut short", _GO_ON)
+        has_end = not any(file.read())
+    if not files.packed and not has_end:  # nothing else shows a cut between two files or inside a header
+        return Finding("bad", f"{description} without an end: it is cut short", _RESUME_HINT)
     if files.packed:
-        return Finding("ok", f"{what}, compressed", "unpacking it once is faster: every run unpacks it again")
-    return Finding("ok", what)
+        return Finding("ok", f"{description}, compressed", "unpacking it once is faster: every run unpacks it again")
+    return Finding("ok", description)
 
 
 def _unfinished(root: Path, layout: FileLayout) -> list[Finding]:
-    """A download that has begun and is not done."""
+    """Findings on downloads that are not finished."""
     parts = [path for path in (root / f"{layout.archive}.part", Path(f"{root}.part")) if path.is_file()]
-    return [Finding("warn", f"{part}: {part.stat().st_size / 1e6:,.1f} MB so far", _GO_ON) for part in parts]
+    return [Finding("warn", f"{part}: {part.stat().st_size / 1e6:,.1f} MB so far", _RESUME_HINT) for part in parts]
 
 
 def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None) -> Finding:
@@ -90,20 +90,20 @@ def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None
     digest = list_hash(keys)
     if len(keys) == protocol.num_images and digest == protocol.list_sha256:
         return Finding("ok", f"{len(keys)} of the {len(keys)} images of the published list (sha256 {digest[:12]}...)")
-    same = "other images than" if len(keys) == protocol.num_images else "images, not"
-    what = f"{len(keys)} {same} the {protocol.num_images} of the published list (sha256 {digest[:12]}...)"
+    difference = "other images than" if len(keys) == protocol.num_images else "images, not"
+    message = f"{len(keys)} {difference} the {protocol.num_images} of the published list (sha256 {digest[:12]}...)"
     if listed is not None:
-        return Finding("warn", f"{listed}: {what}", "numbers on it do not compare with published ones")
-    return Finding("bad", what, "complete the download, or name the images to use with --list")
+        return Finding("warn", f"{listed}: {message}", "numbers on it do not compare with published ones")
+    return Finding("bad", message, "complete the download, or name the images to use with --list")
 
 
 def _parts(layout: FileLayout, rows: Rows) -> list[Finding]:
-    """The parts of the benchmark that are reported by themselves."""
+    """Findings on the parts of the benchmark that are also reported separately."""
     findings = []
     for part, (number, digest) in layout.parts.items():
         keys = [row[0] for row in rows if row[0].split("/")[0] == part]
-        right = len(keys) == number and list_hash(keys) == digest
-        findings.append(Finding("ok" if right else "warn", f"{part}: {len(keys)} of {number} images"))
+        matches = len(keys) == number and list_hash(keys) == digest
+        findings.append(Finding("ok" if matches else "warn", f"{part}: {len(keys)} of {number} images"))
     return findings
 
 
@@ -111,9 +111,9 @@ def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total:
     missing = [name for row in broken for name in row if not files.has(name)]
     if not missing:
         return []
-    of = "listed images" if listed else "images that a file is there of"
-    what = f"{len(missing)} files of {len(broken)} of the {total} {of} are missing: {_some(missing)}"
-    return [Finding("bad", what, f"distill fetch {benchmark}, or unpack the archive again")]
+    subject = "listed images" if listed else "images that a file is there of"
+    message = f"{len(missing)} files of {len(broken)} of the {total} {subject} are missing: {_join(missing)}"
+    return [Finding("bad", message, f"distill fetch {benchmark}, or unpack the archive again")]
 
 
 def _damaged(files: Files, layout: FileLayout, rows: Rows) -> Finding:
@@ -121,12 +121,12 @@ def _damaged(files: Files, layout: FileLayout, rows: Rows) -> Finding:
     names = [name for row in rows for name in row]
     faults = [f"{name} ({fault})" for name in names if (fault := damage(files, name, layout.size(name)))]
     if faults:
-        return Finding("bad", f"{len(faults)} of {len(names)} files are damaged: {_some(faults)}", "fetch them again")
+        return Finding("bad", f"{len(faults)} of {len(names)} files are damaged: {_join(faults)}", "fetch them again")
     return Finding("ok", f"{len(names)} files have the size and the ends that their format asks for")
 
 
 def damage(files: Files, name: str, size: int | None = None) -> str:
-    """What is visibly wrong with a file, "" where nothing is. size: the bytes that it must have."""
+    """The visible damage of a file, or "". size: its required number of bytes."""
     length, head, tail = files.ends(name)
     if not length:
         return "empty"
@@ -136,16 +136,16 @@ def damage(files: Files, name: str, size: int | None = None) -> str:
     if head.startswith((b"<!", b"<html", b"<HTML")):
         return "a web page"
     if suffix in (".png", ".jpg", ".jpeg") and head.startswith(b"\x89PNG"):
-        whole = b"IEND" in tail[-16:]
+        intact = b"IEND" in tail[-16:]
     elif suffix in (".png", ".jpg", ".jpeg"):
-        # A camera may write more after the end of its picture: only decoding tells that from a cut.
-        whole = (head.startswith(b"\xff\xd8") and b"\xff\xd9" in tail) or _decodes(files, name)
+        # A camera may append data after the end of its image: only decoding tells that from a truncated file.
+        intact = (head.startswith(b"\xff\xd8") and b"\xff\xd9" in tail) or _decodes(files, name)
     elif suffix == ".npy":
         expected = _npy_size(head)
-        whole = expected is not None and length == expected
+        intact = expected is not None and length == expected
     else:
-        whole = True
-    return "" if whole else f"cut short or no {suffix.removeprefix('.')}"
+        intact = True
+    return "" if intact else f"cut short or no {suffix.removeprefix('.')}"
 
 
 def _decodes(files: Files, name: str) -> bool:
@@ -157,7 +157,7 @@ def _decodes(files: Files, name: str) -> bool:
 
 
 def _npy_size(head: bytes) -> int | None:
-    """How long a .npy file must be, by its header; None where it has none."""
+    """The length of a .npy file according to its header; None without a valid one."""
     if not head.startswith(b"\x93NUMPY"):
         return None
     wide = head[6] >= 2
@@ -173,7 +173,7 @@ def _npy_size(head: bytes) -> int | None:
 def _samples(
     module: ModuleType, root: Path, list_file: Path | str | None, keys: Sequence[str]
 ) -> list[BenchmarkSample]:
-    """The samples of images that are whole; none where the benchmark refuses an incomplete root."""
+    """The samples of complete images; empty if the benchmark rejects an incomplete root."""
     try:
         return [sample for sample in module.samples(root, list_file) if sample.key in set(keys)]
     except (OSError, ValueError):
@@ -181,11 +181,11 @@ def _samples(
 
 
 def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
-    """The first, the middle and the last image in full."""
+    """Decode the first, the middle and the last image in full."""
     if not samples:
         return []
-    chosen = sorted({round(k * (len(samples) - 1) / (_DECODED - 1)) for k in range(_DECODED)})
-    seen = []
+    chosen = sorted({round(k * (len(samples) - 1) / (_NUM_DECODED - 1)) for k in range(_NUM_DECODED)})
+    sizes = []
     for index in chosen:
         try:
             sample = samples[index]
@@ -196,9 +196,9 @@ def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
         valid = getattr(truth, "valid", None)
         if size_of(truth) not in (None, (height, width)):
             return [Finding("bad", f"{samples[index].key}: an image of {height} x {width}, a truth of another size")]
-        seen.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
-    return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(seen))}")]
+        sizes.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
+    return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(sizes))}")]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+def _join(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")

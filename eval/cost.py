@@ -1,12 +1,12 @@
-"""What a model costs: parameters, FLOPs, time of an image, memory; measured while it predicts, the machine named.
+"""What a model costs: parameters, FLOPs, time per image, memory; measured while it predicts, on a named machine.
 
     cost = Cost()
-    teacher = cost.watch(load)              # or cost.of(teacher), where it is loaded already
+    teacher = cost.watch(load)              # or cost.of(teacher), if it is already loaded
     predict(cost.timed(teacher), ...)
     cost.summary(before)                    # plain values, as JSON takes them
 
-The first call warms up and is not timed; its FLOPs are counted (PyTorch's counter: 2 per multiply-add of convolutions,
-matrix products and attention; nothing else counts). A model that computes elsewhere, or not with PyTorch, has none.
+The first call warms up and is left out of the latency; its FLOPs are counted (PyTorch's counter: 2 per multiply-add of
+convolutions, matrix products and attention, nothing else). A model that runs elsewhere or without PyTorch has none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from distill.teachers import Teacher
 
 
 class Cost:
-    """What a model costs: seconds per image without the first, FLOPs of the first, parameters, memory at its peak."""
+    """What a model costs: seconds per image after the first call, FLOPs of the first, parameters, peak memory."""
 
     def __init__(self) -> None:
         self.images = 0
@@ -43,16 +43,16 @@ class Cost:
         self.held = 0
 
     def watch(self, load: Callable[[], Teacher]) -> Teacher:
-        """Loads the model with the memory counted from here."""
+        """Load the model, counting memory from this point."""
         _reset_peak()
         self.before = _resident("VmRSS")
         teacher = load()
-        self._look(teacher)
+        self._inspect(teacher)
         return teacher
 
     def of(self, teacher: Teacher) -> Teacher:
-        """The same for a model that is there: its weights, and what predicting adds from here."""
-        self._look(teacher)
+        """The same for a loaded model: counts the memory of its weights and what predicting adds from here."""
+        self._inspect(teacher)
         if torch.cuda.is_available() and self.device.startswith("cuda"):
             self.held = torch.cuda.memory_allocated(self.device) - self.weight_bytes
         _reset_peak()
@@ -60,22 +60,22 @@ class Cost:
         self.before = None if resident is None else max(0, resident - self.weight_bytes)
         return teacher
 
-    def _look(self, teacher: Teacher) -> None:
-        modules = [module for part in _values(teacher) for module in _modules(part)]
+    def _inspect(self, teacher: Teacher) -> None:
+        modules = [module for part in _attributes(teacher) for module in _modules(part)]
         tensors = {id(p): p for module in modules for p in module.parameters()}
         self.parameters = sum(p.numel() for p in tensors.values())
         self.weight_bytes = sum(p.numel() * p.element_size() for p in tensors.values())
         self.device = next((str(p.device) for p in tensors.values()), "cpu")
         self.compiled = any(
-            getattr(m, "_compiled_call_impl", None) is not None for one in modules for m in one.modules()
+            getattr(m, "_compiled_call_impl", None) is not None for module in modules for m in module.modules()
         )
 
     def timed(self, teacher: Teacher) -> Teacher:
-        """The same teacher with every call counted."""
+        """The same teacher with every call measured."""
         return _Timed(teacher, self)
 
     def summary(self, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The numbers as JSON; those of an earlier, interrupted call (a summary) stay where this one predicted less.
+        """The numbers as plain JSON values; `before`, an earlier summary, is returned if it covers more images.
 
         latency_s: the median of single images. memory_bytes: weights and what predicting added, at the peak.
         """
@@ -105,18 +105,18 @@ class _Timed:
         self.takes_focal = getattr(teacher, "takes_focal", False)
 
     def predict(self, images: Tensor, *, keys: Any = None, focal: float | None = None) -> DepthMap:
-        """As the teacher does."""
-        more: dict[str, Any] = {"keys": keys} if keys is not None else {}
-        more |= {"focal": focal} if focal is not None else {}
+        """Predict as the teacher does, and record the cost."""
+        kwargs: dict[str, Any] = {"keys": keys} if keys is not None else {}
+        kwargs |= {"focal": focal} if focal is not None else {}
         cost = self.cost
-        begun = time.perf_counter()
+        start = time.perf_counter()
         if cost.first is None:  # the first call compiles, allocates and warms up
-            depth = self._counted(images, more)
-            cost.first = time.perf_counter() - begun
+            depth = self._counted(images, kwargs)
+            cost.first = time.perf_counter() - start
             cost.size = f"{images.shape[-2]} x {images.shape[-1]}"
             return depth
-        depth = self.teacher.predict(images, **more).to("cpu")  # waits for an accelerator to finish
-        cost.seconds.append((time.perf_counter() - begun) / len(images))
+        depth = self.teacher.predict(images, **kwargs).to("cpu")  # waits for an accelerator to finish
+        cost.seconds.append((time.perf_counter() - start) / len(images))
         cost.images += len(images)
         return depth
 
@@ -129,7 +129,7 @@ class _Timed:
         return depth
 
 
-def _values(holder: Any) -> list[Any]:
+def _attributes(holder: Any) -> list[Any]:
     if hasattr(holder, "__dict__"):
         return list(vars(holder).values())
     return [getattr(holder, name) for name in getattr(holder, "__slots__", ()) if hasattr(holder, name)]
@@ -145,17 +145,17 @@ def _modules(part: Any) -> list[torch.nn.Module]:
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.init()
-        for card in range(torch.cuda.device_count()):  # the model's need not be the current one
+        for card in range(torch.cuda.device_count()):  # the model may be on another one than the current
             torch.cuda.reset_peak_memory_stats(card)
     if sys.platform == "linux":
         try:
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         except OSError:
-            pass  # not allowed everywhere; the peak is then the process's own, and an upper bound
+            pass  # not allowed everywhere; the peak is then that of the whole process, an upper bound
 
 
 def _resident(which: str) -> int | None:
-    """Bytes of memory this process has (VmRSS) or had at most (VmHWM); None where the system does not say."""
+    """Resident bytes of this process, current (VmRSS) or peak (VmHWM); None where the system does not report them."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:

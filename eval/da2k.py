@@ -1,9 +1,9 @@
-"""DA-2K's annotations, and what a right order is (Depth Anything V2, Sec. 6: 1K photographs, eight kinds of scene).
+"""DA-2K's annotations and the rule of a right order (Depth Anything V2, Sec. 6: 1K photographs, eight kinds of scene).
 
 annotations.json, as published: {image path: [{"point1": [row, column], "point2": [row, column], "closer_point":
-"point1"}, ...]}. No scoring code is published. Here a pair is right where the nearer point is strictly nearer in the
-prediction: a tie is wrong, and so is NaN. Nothing is aligned, since an order survives every increasing map: of a kind,
-only whether larger is nearer or farther counts.
+"point1"}, ...]}. No scoring code is published. Here a pair is correct if the nearer point is strictly nearer in
+the prediction: a tie is wrong, and so is NaN. Nothing is aligned, since increasing maps keep the order: of a kind, only
+whether larger means nearer or farther matters.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PointPair:
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """The pairs of an image, and its size (H,W) where the image is there to be looked at."""
+    """The pairs of an image, and its size (H,W) if the image is available."""
 
     pairs: tuple[PointPair, ...]
     size: tuple[int, int] | None = None
@@ -57,7 +57,7 @@ def scene(image: str) -> str:
 
 
 def num_right(values: np.ndarray, pairs: Sequence[PointPair], kind: Kind | str) -> int:
-    """How many pairs a map (H,W) of a kind puts in the right order; ValueError for a point outside of it."""
+    """The number of pairs that a map (H,W) of a kind orders correctly; ValueError for a point outside of it."""
     nearer_is_larger = Kind(kind).larger_is == "nearer"
     count = 0
     for pair in pairs:

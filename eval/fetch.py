@@ -1,12 +1,12 @@
-"""Downloads a benchmark's archive: what has arrived is kept, and rerun the same command to resume.
+"""Download a benchmark's archive; received bytes are kept, and running the same command again resumes.
 
-Bytes go to ARCHIVE.part, beside a note of which file on the host they belong to (address, length, ETag or date). A
-later call asks for the rest with an HTTP range, under the condition that the file has not changed; a host that sends
-the whole file instead makes it begin again. Only a whole and verified file gets the archive's name.
+Bytes go to ARCHIVE.part, beside a JSON note that identifies the file on the host (address, length, ETag or date). A
+later call requests the rest with an HTTP range, on condition that the file has not changed; if the host sends the whole
+file instead, the download starts again. Only a complete and verified file gets the archive's name.
 
-A checksum is checked where one is known: given by the caller, published by the authors, or recorded beside the archive
-by an earlier download. Marigold's host publishes none; the one seen is recorded as ARCHIVE.sha256 (as `sha256sum -c`
-reads it), so that two people can compare what they have.
+A checksum is verified where one is known: given by the caller, published by the authors, or recorded beside the archive
+by an earlier download. Marigold's host publishes none; the computed one is recorded as ARCHIVE.sha256 (the format of
+`sha256sum -c`), so that two people can compare their files.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from distill.eval.benchmarks import Download
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 3
-_SLOW_S, _SLOWEST = 60.0, 1000  # slower than so many bytes per second over so long is a dead connection
+_SLOW_S, _SLOWEST = 60.0, 1000  # fewer than 1000 bytes per second over 60 seconds: a dead connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """A whole archive. resumed: bytes that earlier calls had left. published: the checksum is its authors' or was
-    given; otherwise it is only the one seen."""
+    """A complete archive. resumed: bytes left by earlier calls. published: the checksum was published by the authors or
+    given; otherwise it is only that of the received file."""
 
     path: Path
     num_bytes: int
@@ -47,7 +47,7 @@ class Fetched:
 
 
 class DownloadCutError(OSError):
-    """The connection ended early; what has arrived is kept."""
+    """The connection ended early; received bytes are kept."""
 
 
 class ManualDownloadError(ValueError):
@@ -59,8 +59,8 @@ def fetch_benchmark(
 ) -> Fetched:
     """Download the archive of the benchmark `name` to its place below `root`, the folder of all benchmarks.
 
-    url: a mirror: the archive's own address, or one that ends in "/" and has the same places below it. sha256: what the
-    archive must have. Raises LookupError for an unknown benchmark, Manual where a person has to act, OSError else.
+    url: a mirror: the archive's own address, or a folder's, ending in "/", with the same layout. sha256: the
+    required checksum. Raises LookupError (no such benchmark), ManualDownloadError (the user has to act) or OSError.
     """
     module = find("distill.eval.benchmarks", name)
     download: Download | None = getattr(module, "DOWNLOAD", None)
@@ -73,11 +73,11 @@ def fetch_benchmark(
 
 
 def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = None, patience: float = 1.0) -> Fetched:
-    """Download `url` to `path`, going on from PATH.part if there is one.
+    """Download `url` to `path`, resuming from PATH.part if it exists.
 
-    sha256: 64 hexadecimal digits, "" where none is known. report: (done, total, bytes_per_s) in megabytes. patience:
-    seconds before the first of a few new attempts after a cut. Every OSError is one line that names the address or the
-    file, and leaves what has arrived.
+    sha256: 64 hexadecimal digits, "" if unknown. report: (done, total, bytes_per_s) in megabytes. patience: seconds
+    before the first retry after a broken connection. Every OSError has a one-line message that names the address or the
+    file, and the received bytes are kept.
     """
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url}: only http:// and https:// addresses can be fetched")
@@ -93,14 +93,14 @@ def fetch(url: str, path: Path, *, sha256: str = "", report: Report | None = Non
 
 def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: float) -> Fetched:
     record = path.with_name(f"{path.name}.sha256")
-    expected, published = (sha256 or _recorded(record)).lower(), bool(sha256)
+    expected, published = (sha256 or _read_record(record)).lower(), bool(sha256)
     if path.is_file():
         digest = files.file_sha256(path)
         if expected and digest != expected:
             raise OSError(
                 f"{path} is there, and its sha256 is {digest}, not {expected}: move it away to fetch it again"
             )
-        _record(record, digest, path.name)
+        _write_record(record, digest, path.name)
         return Fetched(path=path, num_bytes=path.stat().st_size, sha256=digest, resumed=0, published=published)
     part = path.with_name(f"{path.name}.part")
     resumed = _complete(url, part, report, patience)
@@ -108,27 +108,27 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
     if expected and digest != expected:
         wrong = path.with_name(f"{path.name}.wrong")
         part.replace(wrong)
-        _note(part).unlink(missing_ok=True)
+        _note_path(part).unlink(missing_ok=True)
         raise OSError(f"{url}: sha256 {digest}, not {expected}; kept as {wrong} to look at, the next call begins again")
     size = part.stat().st_size
     files.publish(part, path)
-    _note(part).unlink(missing_ok=True)
-    _record(record, digest, path.name)
+    _note_path(part).unlink(missing_ok=True)
+    _write_record(record, digest, path.name)
     return Fetched(path=path, num_bytes=size, sha256=digest, resumed=resumed, published=published)
 
 
 def _complete(url: str, part: Path, report: Report | None, patience: float) -> int:
-    """Fill `part` up to its whole length, in several attempts as long as each brings something; returns what an earlier
-    call had left."""
+    """Complete `part`, retrying until three attempts in a row bring nothing; returns the bytes left by earlier
+    calls."""
     resumed = part.stat().st_size if part.is_file() else 0
     failed = 0
     while True:
-        before = part.stat().st_size if part.is_file() else 0
+        size_before = part.stat().st_size if part.is_file() else 0
         try:
             _attempt(url, part, report)
             return resumed
         except DownloadCutError:
-            progressed = part.is_file() and part.stat().st_size > before
+            progressed = part.is_file() and part.stat().st_size > size_before
             failed = 0 if progressed else failed + 1
             if failed >= _ATTEMPTS:
                 raise
@@ -136,46 +136,46 @@ def _complete(url: str, part: Path, report: Report | None, patience: float) -> i
 
 
 def _attempt(url: str, part: Path, report: Report | None) -> None:
-    """One request for what is missing, written as it comes. Cut where it ended early."""
-    have = part.stat().st_size if part.is_file() else 0
-    known = _read_note(part) if have else {}
-    if known.get("url") != url:  # nothing ties these bytes to this file on the host
-        have, known = 0, {}
+    """Request the missing bytes once and write them as they arrive; raises DownloadCutError if they end early."""
+    received = part.stat().st_size if part.is_file() else 0
+    note = _read_note(part) if received else {}
+    if note.get("url") != url:  # these bytes cannot be matched to the file on the host
+        received, note = 0, {}
     headers = {"User-Agent": "distill", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
-        if known.get("version"):
-            headers["If-Range"] = known["version"]
+    if received:
+        headers["Range"] = f"bytes={received}-"
+        if note.get("version"):
+            headers["If-Range"] = note["version"]
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as answer:
-            start, total = _place(url, answer, have)
-            if start and known.get("total") not in (None, total):
-                _begin_again(part)
+            start, total = _response_range(url, answer, received)
+            if start and note.get("total") not in (None, total):
+                _discard(part)
                 raise DownloadCutError(f"{url}: the host has another file now; beginning again")
-            if start and start != have:
-                raise OSError(f"{url}: the host sent bytes from {start}, asked for from {have}")
+            if start and start != received:
+                raise OSError(f"{url}: the host sent bytes from {start}, asked for from {received}")
             if not start:
                 _write_note(part, url, answer, total)
             _receive(url, answer, part, start, total, report)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have and known.get("total") == have:
-            return  # there was nothing missing
+        if error.code == 416 and received and note.get("total") == received:
+            return  # nothing was missing
         if error.code == 416:
-            _begin_again(part)
+            _discard(part)
             raise DownloadCutError(f"{url}: the host has another file now; beginning again") from error
         if error.code in (408, 429, 500, 502, 503, 504):
             raise DownloadCutError(f"{url}: the host answered {error.code} {error.reason}; try again later") from error
         raise OSError(f"{url}: the host answered {error.code} {error.reason}; --url takes another address") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        kept = part.stat().st_size if part.is_file() else 0
+        num_bytes = part.stat().st_size if part.is_file() else 0
         reason = getattr(error, "reason", None) or error or type(error).__name__
         raise DownloadCutError(
-            f"{url}: {reason}; {kept / 1e6:,.1f} MB are kept, rerun the same command to resume"
+            f"{url}: {reason}; {num_bytes / 1e6:,.1f} MB are kept, rerun the same command to resume"
         ) from error
 
 
-def _place(url: str, answer: Any, have: int) -> tuple[int, int | None]:
-    """Where in the file this answer begins, and how long the file is (None where the host does not say)."""
+def _response_range(url: str, answer: Any, have: int) -> tuple[int, int | None]:
+    """The offset at which this response starts, and the length of the file (None if the host does not state it)."""
     if answer.headers.get_content_type() == "text/html":
         raise OSError(f"{url}: the host answered with a web page, not with the archive; look at it in a browser")
     if answer.status == 206:
@@ -191,16 +191,16 @@ def _place(url: str, answer: Any, have: int) -> tuple[int, int | None]:
 
 
 def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, report: Report | None) -> None:
-    """Append the answer to the part file. What was written stays, whatever happens."""
+    """Append the response to the part file. Written bytes are kept, whatever happens."""
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - start > free:
         raise OSError(
             f"{part.parent}: {(total - start) / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; make room"
         )
-    done, began, window = start, time.monotonic(), (time.monotonic(), start)
+    done, start_time, window = start, time.monotonic(), (time.monotonic(), start)
     with part.open("ab" if start else "wb", buffering=0) as file:
         try:
-            # read1: what has come, for a whole chunk that is waited for is lost where the connection ends before it.
+            # read1 returns what has arrived; an incomplete chunk would be lost if the connection ended first.
             while chunk := answer.read1(_CHUNK):
                 file.write(chunk)
                 done += len(chunk)
@@ -212,7 +212,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                         )
                     window = (now, done)
                 if report:
-                    speed = (done - start) / max(time.monotonic() - began, 1e-6)
+                    speed = (done - start) / max(time.monotonic() - start_time, 1e-6)
                     report(round(done / 1e6), round((total or done) / 1e6), bytes_per_s=speed)
             os.fsync(file.fileno())
         except OSError as error:
@@ -220,7 +220,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                 raise
             raise OSError(f"{part}: the disk is full; make room, rerun the same command to resume") from error
     if total is not None and done > total:
-        _begin_again(part)
+        _discard(part)
         raise OSError(f"{url}: {done} bytes came, not the {total} that the host said; --url takes another address")
     if total is not None and done < total:
         raise DownloadCutError(
@@ -228,32 +228,32 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
         )
 
 
-def _begin_again(part: Path) -> None:
+def _discard(part: Path) -> None:
     part.unlink(missing_ok=True)
-    _note(part).unlink(missing_ok=True)
+    _note_path(part).unlink(missing_ok=True)
 
 
-def _note(part: Path) -> Path:
+def _note_path(part: Path) -> Path:
     return part.with_name(f"{part.name}.json")
 
 
 def _read_note(part: Path) -> dict[str, Any]:
     try:
-        table = json.loads(_note(part).read_text(encoding="utf-8"))
+        table = json.loads(_note_path(part).read_text(encoding="utf-8"))
         return table if isinstance(table, dict) else {}
     except (OSError, ValueError):
         return {}
 
 
 def _write_note(part: Path, url: str, answer: Any, total: int | None) -> None:
-    """Which file on the host the bytes of `part` belong to. A weak ETag may not guard a range (RFC 9110, 13.1.5)."""
+    """Record which file on the host the bytes are of. A weak ETag must not guard a range (RFC 9110, 13.1.5)."""
     tag = answer.headers.get("ETag", "")
     version = tag if tag and not tag.startswith("W/") else answer.headers.get("Last-Modified", "")
-    files.write_json(_note(part), {"url": url, "total": total, "version": version}, indent=None)
+    files.write_json(_note_path(part), {"url": url, "total": total, "version": version}, indent=None)
 
 
-def _recorded(record: Path) -> str:
-    """The sha256 that an earlier download wrote down, "" where none did; ValueError for a file that says none."""
+def _read_record(record: Path) -> str:
+    """The sha256 recorded by an earlier download, or ""; raises ValueError for a file without one."""
     if not record.is_file():
         return ""
     words = record.read_text(encoding="utf-8", errors="replace").split()
@@ -262,5 +262,5 @@ def _recorded(record: Path) -> str:
     return words[0]
 
 
-def _record(record: Path, digest: str, name: str) -> None:
+def _write_record(record: Path, digest: str, name: str) -> None:
     files.write_text(record, f"{digest}  {name}\n")

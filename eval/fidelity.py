@@ -1,10 +1,10 @@
 """How far a student is from its teacher, in the units of its accuracy.
 
-The teacher's map takes the place of the truth. Neither knows its scale and shift, so the teacher is first brought to
-the ground truth as its own score was (clean mode), and the student to the teacher: AbsRel and delta1 of depth, and the
-F1 of edges, over the pixels that have a truth and where the teacher lies within its range (beyond, its depth would be
-the clip's). A student may be far from the truth and close to its teacher: then the labels are its limit, and more
-training is not.
+The teacher's map takes the place of the ground truth. Scale and shift of both are unknown, so the teacher is first
+aligned to the ground truth as in its own score (clean mode), then the student to the teacher: AbsRel and delta1 of
+depth, and the F1 of edges, over the pixels with ground truth where the teacher lies within the truth's range (outside
+it, the teacher's depth is clipped). A student that is far from the truth and close to its teacher is limited by its
+labels, not by its training.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ POINTS = 1500
 def fidelity(
     student: Path, teacher: Path, samples: Sequence[BenchmarkSample], protocol: Protocol
 ) -> dict[str, Any] | None:
-    """Of two stores of predictions: {"abs_rel", "delta1", "boundary_f1", "images", "points"}; None without an image.
+    """Compare two stores: {"abs_rel", "delta1", "boundary_f1", "images", "points"}; None if no image can be compared.
 
-    points: (teacher's, student's depth) in metres of some pixels, at most POINTS. protocol: the benchmark's, of depth.
+    points: (teacher, student) depths in metres at up to POINTS pixels. protocol: the benchmark's, for depth.
     """
     kinds = [Kind(settings["kind"]) for store in (student, teacher) if (settings := read_settings(store))]
     if len(kinds) < 2 or protocol.task != "depth" or protocol.truth != "metric_depth":
@@ -46,21 +46,21 @@ def fidelity(
         size = (truth.values.shape[-2], truth.values.shape[-1])
         try:
             maps = [read_prediction(find_prediction(s, sample), size)[0] for s in (student, teacher)]
-            depth, _ = aligned_depth(maps[1], truth, kinds[1], clean)
-            values, low, high = torch.from_numpy(np.ascontiguousarray(depth, np.float32))[None], *_range(truth)
-            taught = DepthMap(values, truth.valid & (values > low) & (values < high), truth.kind)
-            own, sharp = clean.with_kind(kinds[0]), protocol.of_edges().with_kind(kinds[0])
-            sums = TASKS["depth"].measure(maps[0], taught, kinds[0], own).sums
-            edges = TASKS["boundary_f1"].measure(maps[0], taught, kinds[0], sharp).sums
-            mine, _ = aligned_depth(maps[0], taught, kinds[0], clean)
+            expected, _ = aligned_depth(maps[1], truth, kinds[1], clean)
+            values, low, high = torch.from_numpy(np.ascontiguousarray(expected, np.float32))[None], *_range(truth)
+            teacher_truth = DepthMap(values, truth.valid & (values > low) & (values < high), truth.kind)
+            depth_protocol, edge_protocol = clean.with_kind(kinds[0]), protocol.of_edges().with_kind(kinds[0])
+            sums = TASKS["depth"].measure(maps[0], teacher_truth, kinds[0], depth_protocol).sums
+            edges = TASKS["boundary_f1"].measure(maps[0], teacher_truth, kinds[0], edge_protocol).sums
+            predicted, _ = aligned_depth(maps[0], teacher_truth, kinds[0], clean)
         except (NoGroundTruthError, BadPredictionError, ValueError, OSError):
-            continue  # the scores name it
+            continue  # the score files name the image
         depths = TASKS["depth"].from_sums(sums[None])
         f1 = TASKS["boundary_f1"].from_sums(edges[None])["boundary_f1"]
         rows.append((float(depths["abs_rel"]), float(depths["delta1"]), float(f1)))
-        known = np.flatnonzero(taught.valid[0].numpy().ravel())
-        few = known[np.linspace(0, len(known) - 1, max(1, POINTS // len(samples))).astype(int)]
-        points += [(float(depth.ravel()[i]), float(mine.ravel()[i])) for i in few]
+        valid_indices = np.flatnonzero(teacher_truth.valid[0].numpy().ravel())
+        chosen = valid_indices[np.linspace(0, len(valid_indices) - 1, max(1, POINTS // len(samples))).astype(int)]
+        points += [(float(expected.ravel()[i]), float(predicted.ravel()[i])) for i in chosen]
     if not rows:
         return None
     means = dict(zip(("abs_rel", "delta1", "boundary_f1"), map(fmean, zip(*rows, strict=True)), strict=True))

@@ -1,13 +1,13 @@
-"""One prediction brought to one truth, and summed up: the arithmetic of a score.
+"""Align one prediction to one ground truth and sum up its errors: the arithmetic of a score.
 
-The prediction's kind and the truth's kind choose the way. A truth in metres or up to a scale is scored in depth: an
-affine disparity is fitted in disparity and inverted, an affine depth is fitted in depth, a map known up to a scale
-gets a scale, a metric one is used as it is; a protocol may ask for another fit. A truth with an unknown shift is
-scored in its own quantity, where predictions of the other quantity can be converted only if their own shift is known.
+The kinds of prediction and truth decide how they are compared. A truth in metres or up to a scale is scored in depth:
+an affine disparity is fitted in disparity and inverted, an affine depth is fitted in depth, a map known up to a scale
+gets a scale, a metric one is used unchanged; a protocol may require another fit. A truth with an unknown shift is
+scored in its own quantity; predictions of the other quantity can be converted to it only if their own shift is known.
 
-Least squares by moments, in float64, over blocks: equal to core.align.fit_affine, at a tenth of its time and with no
-float64 copy of a 24-megapixel map. Maps are numpy here, whose `take` gathers valid pixels six times as fast as torch's
-masked selection.
+Least squares uses float64 moments over blocks: equal to core.align.fit_affine, in a tenth of its time and without a
+float64 copy of a 24-megapixel map. Maps are numpy arrays here, since numpy's `take` gathers valid pixels six times as
+fast as torch's masked selection.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from distill.eval.protocol import Protocol
 
 MARIGOLD_FLOOR = 1e-3
 _BLOCK = 65536  # pixels: float32 maps of this size stay in the cache with their temporaries
-# How an alignment of distill.eval.protocol begins, and what it fits.
-_FITTED = {
+# The prefix of an alignment of distill.eval.protocol -> what it fits.
+_FIT_OF_ALIGNMENT = {
     "scale and shift": "affine",
     "scale by medians": "median",
     "scale of least relative error": "l1",
@@ -35,17 +35,17 @@ _FITTED = {
 
 
 class NoGroundTruthError(ValueError):
-    """The truth has no valid pixel: nobody's prediction can be scored on this image."""
+    """The ground truth has no valid pixel, so no prediction can be scored on this image."""
 
 
 @dataclass(frozen=True, slots=True)
 class AlignmentPlan:
-    """How a prediction meets a truth.
+    """How a prediction is compared with a ground truth.
 
     quantity: what the metrics compare, "depth" or "disparity". fit: the quantity in which the prediction is aligned.
     invert: the prediction is inverted before the fit. unknown: what the fit finds: "metric" (nothing), "scale",
     "affine", "median" (a scale by the medians alone) or "l1" (the scale of least relative error).
-    metres: the truth is in metres, so that the protocol's range means something.
+    metres: the truth is in metres, so that the protocol's range applies.
     """
 
     quantity: str
@@ -57,13 +57,13 @@ class AlignmentPlan:
 
 @dataclass(frozen=True, slots=True)
 class ImageErrors:
-    """What one image contributes.
+    """The errors of one image.
 
     sums: (NUM_SUMS,) float64, see eval.metrics.sums. floors: the same for each disparity floor, by its name, where
-    the prediction was aligned in disparity. scale, shift: of the alignment. notes: what a reader should know.
+    the prediction was aligned in disparity. scale, shift: of the alignment. notes: remarks for the reader.
     nonpositive: the share of scored pixels where an affine disparity is not positive, which Marigold's fit leaves out;
-    0 for other kinds. metres: whether the truth is in metres; what is measured in a unit has none otherwise.
-    scale_error: the median of prediction / truth, less 1, of metres scored as they are; None of anything else.
+    0 for other kinds. metres: whether the truth is in metres; otherwise metrics with a unit are undefined.
+    scale_error: the median of prediction / truth, less 1, of metric predictions scored without a fit; else None.
     """
 
     sums: Tensor
@@ -77,14 +77,14 @@ class ImageErrors:
 
 
 def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
-    """How a prediction of `kind` meets a truth of kind `truth`; KindError where it cannot.
+    """How a prediction of `kind` is compared with a truth of kind `truth`; raises KindError if it cannot be.
 
-    alignment: a protocol's, which says what to fit; "" fits what the kinds leave unknown.
+    alignment: a protocol's, which decides what to fit; "" fits what the kinds leave unknown.
     """
-    wanted = next((fit for words, fit in _FITTED.items() if alignment.startswith(words)), kind.unknown)
-    if wanted in ("median", "l1") and truth.unknown == "affine":
+    requested = next((fit for words, fit in _FIT_OF_ALIGNMENT.items() if alignment.startswith(words)), kind.unknown)
+    if requested in ("median", "l1") and truth.unknown == "affine":
         raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
-    unknown = wanted if wanted in ("median", "l1") else max(wanted, truth.unknown, key=UNKNOWNS.index)
+    unknown = requested if requested in ("median", "l1") else max(requested, truth.unknown, key=UNKNOWNS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
     if kind.quantity != truth.quantity and kind.unknown == "affine":
@@ -98,86 +98,86 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
 def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> ImageErrors:
     """Align a prediction (H,W) float32 to a truth (1,H,W) and sum up its errors.
 
-    Raises NoGroundTruthError, or ValueError where the prediction is not finite on a valid pixel; both in one line.
+    Raises NoGroundTruthError, or ValueError if the prediction is not finite on a valid pixel; messages have one line.
     Source of the marigold mode: prs-eth/Marigold, script/depth/eval.py and src/util/alignment.py.
     """
-    path = way(kind, truth.kind, protocol.alignment)
+    plan = way(kind, truth.kind, protocol.alignment)
     if truth.kind.unknown != "affine":
         truth = as_depth(truth)
     values, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     flat_pred, flat_truth = _gather(valid, pred, values)
-    if protocol.mask_range and path.metres:
+    if protocol.mask_range and plan.metres:
         flat_pred, flat_truth = _in_range(flat_pred, flat_truth, protocol)
     if not len(flat_truth):
         raise NoGroundTruthError("the truth has no valid pixel")
-    if protocol.space == "disparity" and path.quantity == "depth":
+    if protocol.space == "disparity" and plan.quantity == "depth":
         if (kind.quantity, kind.unknown) == ("depth", "affine"):
             raise KindError(f"{kind} has no disparity to be scored: its shift is unknown")
         flat_truth = 1.0 / np.maximum(flat_truth, 1e-6)
-        path = AlignmentPlan("disparity", "disparity", kind.quantity == "depth", path.unknown, False)
+        plan = AlignmentPlan("disparity", "disparity", kind.quantity == "depth", plan.unknown, False)
     lowest, highest = float(flat_pred.min()), float(flat_pred.max())  # NaN if any is
     if not np.isfinite(lowest + highest):
-        wrong = int((~np.isfinite(flat_pred)).sum())
-        raise ValueError(f"NaN or infinity in {wrong} of the {len(flat_pred)} scored pixels")
+        num_bad = int((~np.isfinite(flat_pred)).sum())
+        raise ValueError(f"NaN or infinity in {num_bad} of the {len(flat_pred)} scored pixels")
     nonpositive = float((flat_pred <= 0).mean()) if lowest <= 0 and kind == Kind.AFFINE_DISPARITY else 0.0
-    notes = _notes(flat_pred, lowest, highest, kind, path, protocol)
-    if path.invert:
+    notes = _notes(flat_pred, lowest, highest, kind, plan, protocol)
+    if plan.invert:
         flat_pred = 1.0 / np.maximum(flat_pred, 1e-6)
     scale, shift = 1.0, 0.0
-    if path.unknown != "metric":
-        fitted = (flat_pred, flat_truth)
-        if protocol.fit_columns and not path.invert and not protocol.space:
-            fitted = _fewer_columns(pred, values, valid, protocol.fit_columns)
-        scale, shift = _fit(*fitted, path=path, positive=protocol.fit_positive, offset=protocol.offset_positive)
+    if plan.unknown != "metric":
+        fit_pixels = (flat_pred, flat_truth)
+        if protocol.fit_columns and not plan.invert and not protocol.space:
+            fit_pixels = _fewer_columns(pred, values, valid, protocol.fit_columns)
+        scale, shift = _fit(*fit_pixels, path=plan, positive=protocol.fit_positive, offset=protocol.offset_positive)
         if scale < 0:
             notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
-    sums, floors = _total(flat_pred, flat_truth, scale, shift, path, protocol)
-    error = _scale_error(flat_pred, flat_truth, kind) if path.unknown == "metric" and path.metres else None
+    sums, floors = _total(flat_pred, flat_truth, scale, shift, plan, protocol)
+    error = _scale_error(flat_pred, flat_truth, kind) if plan.unknown == "metric" and plan.metres else None
     if error is not None and not 0.02 < error + 1 < 50:
         notes.append(f"its metres are {error + 1:.3g} times the truth's: is its unit another?")
-    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, path.metres, error)
+    return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, plan.metres, error)
 
 
 def _scale_error(pred: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
-    """How much too far a metric map is as a whole: the median of depth / truth, less 1."""
+    """The overall scale error of a metric map: the median of depth / truth, less 1."""
     product = np.maximum(pred, 1e-6) * truth if kind.quantity == "disparity" else None
     ratio = np.median(pred / truth) if product is None else 1.0 / np.median(product)
     return float(ratio) - 1.0
 
 
 def as_depth(truth: DepthMap) -> DepthMap:
-    """A truth (1,H,W) as depth; KindError where its shift is unknown."""
+    """Convert a truth (1,H,W) to depth; raises KindError if its shift is unknown."""
     if truth.kind.unknown == "affine":
         raise KindError(f"{truth.kind} says no ratio of depths, since its shift is unknown: it needs another truth")
     return truth.convert(Kind(f"{truth.kind.unknown}_depth"))
 
 
 def aligned_depth(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -> tuple[np.ndarray, ImageErrors]:
-    """A prediction (H,W) as depth (H,W), and how it was aligned: fitted where its shift is unknown, else as it is.
+    """A prediction (H,W) as depth (H,W), and how it was aligned: fitted if its shift is unknown, else unchanged.
 
-    The fit sees the valid truth inside the protocol's range; the map is clipped as the protocol says. Sums are empty.
-    Raises KindError for a truth whose shift is unknown.
+    The fit uses the valid truth inside the protocol's range; the map is clipped as the protocol says. Without a fit the
+    sums are empty. Raises KindError for a truth whose shift is unknown.
     """
     truth = as_depth(truth)
     fitted = protocol.with_kind(kind)
-    path = way(kind, truth.kind, fitted.alignment)
-    if path.unknown != "affine":
+    plan = way(kind, truth.kind, fitted.alignment)
+    if plan.unknown != "affine":
         depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
         if not np.isfinite(depth[truth.valid[0].numpy()]).all():
             raise ValueError("NaN or infinity among the scored pixels")
         return depth, ImageErrors(torch.zeros(0), {}, 1.0, 0.0, ())
     measured = measure(pred, truth, kind, fitted)
-    line = pred * np.float32(measured.scale) + np.float32(measured.shift)
+    aligned = pred * np.float32(measured.scale) + np.float32(measured.shift)
     depths, inside = truth.values[0].numpy(), truth.valid[0].numpy()
-    low, high = (max(1e-6, protocol.min_depth), protocol.max_depth) if path.metres else (1e-6, float("inf"))
-    if path.metres:
+    low, high = (max(1e-6, protocol.min_depth), protocol.max_depth) if plan.metres else (1e-6, float("inf"))
+    if plan.metres:
         inside = inside & (depths > protocol.min_depth) & (depths < protocol.max_depth)
-    if path.fit == "disparity":
+    if plan.fit == "disparity":
         floor = 1.0 / float(depths[inside].max()) if protocol.disparity_floor is None else protocol.disparity_floor
-        line = 1.0 / np.maximum(line, floor)
+        aligned = 1.0 / np.maximum(aligned, floor)
     if protocol.clip == "truth":
         low, high = max(low, float(depths[inside].min())), min(high, float(depths[inside].max()))
-    return np.clip(line, low, high), measured
+    return np.clip(aligned, low, high), measured
 
 
 def _in_range(pred: np.ndarray, truth: np.ndarray, protocol: Protocol) -> tuple[np.ndarray, np.ndarray]:
@@ -215,16 +215,16 @@ def _fewer_columns(pred: np.ndarray, truth: np.ndarray, valid: np.ndarray, limit
 
 
 def _gather(valid: np.ndarray, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The valid pixels of two maps, flat, by pieces whose index list stays small."""
+    """The valid pixels of two maps as flat arrays, gathered in pieces to keep the index lists small."""
     flat, maps = valid.ravel(), (first.ravel(), second.ravel())
     chosen = np.empty((2, int(np.count_nonzero(flat))), np.float32)
-    at = 0
+    offset = 0
     for start in range(0, len(flat), 4 * _BLOCK):
         piece = slice(start, start + 4 * _BLOCK)
         index = np.flatnonzero(flat[piece])
         for row, values in zip(chosen, maps, strict=True):
-            np.take(values[piece], index, out=row[at : at + len(index)], mode="clip")
-        at += len(index)
+            np.take(values[piece], index, out=row[offset : offset + len(index)], mode="clip")
+        offset += len(index)
     return chosen[0], chosen[1]
 
 
@@ -233,8 +233,8 @@ def _fit(
 ) -> tuple[float, float]:
     """Least-squares scale and shift (float32 numbers) from prediction to truth in the quantity of the fit.
 
-    positive: at pixels alone where both are. offset: a constant makes the prediction positive first; an affine fit
-    takes it off again, so nothing has to be added.
+    positive: use only pixels where both are positive. offset: as if a constant made the prediction positive first; an
+    affine fit cancels the constant, so none is added.
     """
     offset = offset and path.unknown == "affine"
     invert = path.fit != path.quantity
@@ -262,9 +262,10 @@ def _fit(
 
 
 def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive: bool) -> float:
-    """The ratio of the medians, as a float32 number; 0 where the prediction's is not positive.
+    """The ratio of the medians, as a float32 number; 0 if the prediction's median is not positive.
 
-    invert: the prediction is a disparity; the median of 1/truth is one over the truth's, but for the two middle ones.
+    invert: the prediction is a disparity, and the median of 1/truth is used. It equals one over the truth's median,
+    except that for an even count the two middle values are averaged after the inversion.
     """
     if invert and positive and len(pred) and min(float(pred.min()), float(truth.min())) <= 0:
         usable = (pred > 0) & (truth > 0)
@@ -277,15 +278,15 @@ def _median_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool, positive
 
 
 def _l1_scale(pred: np.ndarray, truth: np.ndarray, *, invert: bool) -> float:
-    """The scale of a depth that makes the sum of |scale * depth - truth| / truth least; of a disparity, its inverse.
+    """The scale of a depth that minimizes the sum of |scale * depth - truth| / truth; for a disparity, its inverse.
 
     It is the median of truth/depth weighted by depth/truth. Source: microsoft/MoGe, moge/utils/alignment.py.
     """
     depth = 1.0 / np.maximum(pred, 1e-6) if invert else pred
-    kept = depth > 0
-    if not kept.any():
+    positive = depth > 0
+    if not positive.any():
         return 0.0
-    ratio = truth[kept].astype(np.float64) / depth[kept]
+    ratio = truth[positive].astype(np.float64) / depth[positive]
     order = np.argsort(ratio, kind="stable")
     weight = np.cumsum(1.0 / ratio[order])
     best = ratio[order[np.searchsorted(weight, weight[-1] / 2)]]
@@ -305,7 +306,7 @@ def _solve(count: int, p: float, t: float, pp: float, pt: float, origin: float) 
 def _total(
     pred: np.ndarray, truth: np.ndarray, scale: float, shift: float, path: AlignmentPlan, protocol: Protocol
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sums of the aligned and clipped prediction, and those under each disparity floor and the plain range."""
+    """The sums of the aligned and clipped prediction, and those under each disparity floor with the plain range."""
     low, high = 1e-6, float("inf")
     if path.metres:
         low, high = max(low, protocol.min_depth), protocol.max_depth
@@ -315,7 +316,7 @@ def _total(
     if path.fit == path.quantity:
         total = torch.zeros(NUM_SUMS, dtype=torch.float64)
         for p, t in _blocks(pred, truth):
-            total += block_sums(_line(p, scale, shift).clamp_(*tight), t)
+            total += block_sums(_scaled(p, scale, shift).clamp_(*tight), t)
         return total, {}
     least = 1.0 / max(float(truth.max()), low)
     clips = {
@@ -327,24 +328,24 @@ def _total(
     least = max(max(floor, 1.0 / above) for floor, _, above in totals)
     limit = min(1.0 / below for _, below, _ in totals)
     for p, t in _blocks(pred, truth):
-        line = _line(p, scale, shift)
-        smallest, largest = torch.aminmax(line)
-        if float(smallest) >= least and float(largest) <= limit:  # no clip reaches this block: all agree
-            shared = block_sums(line.reciprocal_(), t)
+        aligned = _scaled(p, scale, shift)
+        smallest, largest = torch.aminmax(aligned)
+        if float(smallest) >= least and float(largest) <= limit:  # no clip affects this block: all sums are equal
+            shared = block_sums(aligned.reciprocal_(), t)
             for total in totals.values():
                 total += shared
             continue
         for (floor, below, above), total in totals.items():
-            total += block_sums(line.clamp(min=floor).reciprocal_().clamp_(below, above), t)
+            total += block_sums(aligned.clamp(min=floor).reciprocal_().clamp_(below, above), t)
     return totals[clips.pop("chosen")], {name: totals[clip] for name, clip in clips.items()}
 
 
-def _line(pred: Tensor, scale: float, shift: float) -> Tensor:
+def _scaled(pred: Tensor, scale: float, shift: float) -> Tensor:
     return (pred * scale).add_(shift)
 
 
 def _blocks(pred: np.ndarray, truth: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both as torch blocks that share memory with them."""
+    """Both arrays as torch blocks that share their memory."""
     p, t = torch.from_numpy(pred), torch.from_numpy(truth)
     for start in range(0, len(p), _BLOCK):
         yield p[start : start + _BLOCK], t[start : start + _BLOCK]

@@ -1,8 +1,8 @@
-"""Would patches help? A map's error in a part of the image when it is aligned to the whole, and when to that part.
+"""Would patches help? The error of a map in a part of the image, aligned over the whole image or over that part.
 
 Distill-Any-Depth, Fig. 2: the central half of width and height; least squares over the whole image before the crop, or
-over the crop alone; metrics on the crop. Where a second map is given that the model made of the crop itself, a third
-number says what seeing the part alone adds (Fig. 5).
+over the crop alone; metrics on the crop. If a second map is given, predicted from the crop alone, a third number shows
+what that adds (Fig. 5).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distill.eval.protocol import Protocol
 
 @dataclass(frozen=True, slots=True)
 class LocalError:
-    """AbsRel in the part: aligned over the image, over the part, and (NaN without) of the map of the part alone."""
+    """AbsRel in the part: aligned over the image, over the part, and of a map of the part alone (NaN if none)."""
 
     globally: float
     locally: float
@@ -41,9 +41,9 @@ def local_error(
     part: tuple[slice, slice] | None = None,
     patch: np.ndarray | None = None,
 ) -> LocalError:
-    """pred (H,W) against truth (1,H,W) in a part of it (None: `central`). patch: a map of that part alone.
+    """Score pred (H,W) against truth (1,H,W) in a part of it (None: `central`). patch: a map of that part alone.
 
-    Raises NoGroundTruthError where the part has no truth, ValueError for values that are not finite.
+    Raises NoGroundTruthError if the part has no truth, ValueError for values that are not finite.
     """
     rows, columns = part or central(*pred.shape)
     inside = DepthMap(truth.values[:, rows, columns], truth.valid[:, rows, columns], truth.kind)

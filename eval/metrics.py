@@ -1,7 +1,7 @@
 """The ten metrics of zero-shot depth, one value per image.
 
-Of (B,H,W) maps of positive numbers of one quantity (metres, where both are depth), aligned and clipped already; an
-image with no valid pixel gives NaN. Definitions (prs-eth/Marigold, src/util/metric.py) of prediction p and truth t:
+Inputs are (B,H,W) maps of positive values of one quantity (metres, if both are depth), already aligned and clipped; an
+image without a valid pixel gives NaN. Definitions (prs-eth/Marigold, src/util/metric.py) for prediction p and truth t:
 
     abs_rel    mean |p - t| / t                 sq_rel     mean (p - t)^2 / t, in metres
     rmse       root of the mean (p - t)^2       rmse_log   root of the mean (ln p - ln t)^2
@@ -9,9 +9,9 @@ image with no valid pixel gives NaN. Definitions (prs-eth/Marigold, src/util/met
     delta1     share of max(p/t, t/p) < 1.25    delta2, delta3   < 1.25^2, < 1.25^3
     i_rmse     root of the mean (1/p - 1/t)^2, in 1/metres; explodes where a depth was clipped to nearly 0
 
-All ten are read off eleven sums over pixels, so one pass serves them all (`sums`, then `from_sums`), and sums of
-several images add up to the pixel-pooled values of their union. The pass works on blocks that stay in the cache, which
-is where its speed comes from; block sums are float32, totals float64.
+All ten are computed from eleven sums over pixels, so one pass is enough (`sums`, then `from_sums`), and the added sums
+of several images give the values pooled over all their pixels. The pass works on blocks that fit into the cache, which
+makes it fast; block sums are float32, totals float64.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _THRESHOLDS = [[1.25], [1.25**2], [1.25**3]]
 
 @dataclass(frozen=True, slots=True)
 class MetricRow:
-    """A metric's place in a table: which way is better, how to print it, and its unit where it has one."""
+    """How a metric appears in a table: which direction is better, its number format, and its unit if it has one."""
 
     lower_is_better: bool
     format: str
@@ -63,7 +63,7 @@ def block_sums(pred: Tensor, target: Tensor) -> Tensor:
     ratio = pred / target
     worst = torch.maximum(ratio, target / pred)
     log = ratio.log_()
-    # Counting in float32 is exact up to 2^24 and three times as fast as making a bool.
+    # Counting in float32 is exact up to 2^24 and three times as fast as creating a bool tensor.
     below = torch.lt(worst, worst.new_tensor(_THRESHOLDS), out=worst.new_empty(3, len(worst)))
     parts = [
         relative.abs().sum(),

@@ -1,10 +1,10 @@
-"""What papers print, beside what was measured here: within, outside, or not run.
+"""Published numbers beside those measured here: within tolerance, outside, or not run.
 
-A number of ours answers for a paper's only where everything that both depend on is the same: Marigold's protocol, on
-the whole published list, with the alignment of the prediction's kind, no image lost, the released weights that the row
-was made with, and those weights used as there: resized by their authors' rule, at the row's size, with its steps and
-its ensemble, in its number format. Anything else is "not run", and the reason is told. The numbers are data
-(eval/papers.toml), with where each stands and how far off a repetition may be.
+One of our numbers is compared with a paper's only if everything that both depend on is the same: Marigold's protocol,
+on the whole published list, with the alignment of the prediction's kind, no image lost, the released weights of the
+row, and those weights used as there: resized by their authors' rule, at the row's size, with its steps and its
+ensemble, in its number format. Anything else is "not run", with the reason. The numbers are data (eval/papers.toml),
+with their place in the paper and the tolerance of a repetition.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from distill.eval.scorefile import Score
 
 _FILE = Path(__file__).with_name("papers.toml")
 _TABLE = ("paper", "number", "title", "metrics", "unit", "digits", "protocol", "row")
-_ASKED = ("native_size", "steps", "ensemble")
-_ROW = ("model", "weights", "note", "dtype", *_ASKED)
+_RUN_SETTINGS = ("native_size", "steps", "ensemble")
+_ROW = ("model", "weights", "note", "dtype", *_RUN_SETTINGS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperNumber:
-    """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: released
-    ones of the row, () where there are none. protocol: "marigold", or why none of ours is it. asked: how a teacher has
-    to be used, by the names of its attributes (resize, native_size, steps, ensemble) and dtype. note: how it was run.
+    """One number of a paper. value: a share, not per cent. tolerance: how far ours may be from it. weights: the row's
+    released ones, () if there are none. protocol: "marigold", or why none of ours matches. asked: the settings that a
+    teacher must be used with (resize, native_size, steps, ensemble) and dtype. note: how it was run.
     """
 
     paper: str
@@ -47,7 +47,7 @@ class PaperNumber:
 
 @dataclass(frozen=True, slots=True)
 class PaperVerdict:
-    """A paper's number with ours, if there is one that answers for it; reason: why there is none."""
+    """A paper's number with ours, if a comparable one exists; reason: why there is none."""
 
     number: PaperNumber
     status: Literal["within", "outside", "not run"]
@@ -57,8 +57,8 @@ class PaperVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A score with what it was predicted with; weights: "" where nobody knows. used: how they were used (resize,
-    native_size, steps, ensemble, dtype), {} where nobody knows.
+    """A score and how it was predicted. weights: "" if unknown. used: their settings (resize, native_size, steps,
+    ensemble, dtype), {} if unknown.
     """
 
     score: Score
@@ -68,7 +68,7 @@ class Scored:
 
 @cache
 def paper_numbers() -> tuple[PaperNumber, ...]:
-    """Every number of eval/papers.toml, in its order; ValueError names a row that does not add up."""
+    """Every number of eval/papers.toml, in its order; raises ValueError naming an inconsistent row."""
     content = tomllib.loads(_FILE.read_text(encoding="utf-8"))
     results = []
     for table in content["table"]:
@@ -94,8 +94,8 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
             )
         for metric, printed in zip(table["metrics"], values, strict=True):
             value = float(printed) * table["unit"]
-            allowed = tolerances[metric]
-            room = allowed.get("relative", 0.0) * value + allowed.get("absolute", 0.0)
+            tolerance = tolerances[metric]
+            margin = tolerance.get("relative", 0.0) * value + tolerance.get("absolute", 0.0)
             results.append(
                 PaperNumber(
                     paper=table["paper"],
@@ -104,40 +104,44 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
                     benchmark=benchmark,
                     metric=metric,
                     value=value,
-                    tolerance=room + 0.5 * 10.0 ** -table["digits"] * table["unit"],
+                    tolerance=margin + 0.5 * 10.0 ** -table["digits"] * table["unit"],
                     weights=tuple(row.get("weights", ())),
                     protocol=table["protocol"],
-                    asked=_asked(row, benchmark),
+                    asked=_required_settings(row, benchmark),
                     note=row.get("note", ""),
                 )
             )
     return results
 
 
-def _asked(row: dict[str, Any], benchmark: str) -> dict[str, Any]:
-    """How a row of released weights was run on a benchmark; where it says nothing: the authors' resizing, float32."""
-    stated = {key: row[key] for key in (*_ASKED, "dtype") if key in row}
-    each = {key: value[benchmark] if isinstance(value, dict) else value for key, value in stated.items()}
-    return {"resize": "native", "dtype": "float32"} | each
+def _required_settings(row: dict[str, Any], benchmark: str) -> dict[str, Any]:
+    """The settings of a row of released weights on a benchmark; by default the authors' resizing, float32."""
+    stated = {key: row[key] for key in (*_RUN_SETTINGS, "dtype") if key in row}
+    settings = {key: value[benchmark] if isinstance(value, dict) else value for key, value in stated.items()}
+    return {"resize": "native", "dtype": "float32"} | settings
 
 
 def verdicts(scored: Sequence[Scored], numbers: Sequence[PaperNumber] | None = None) -> list[PaperVerdict]:
-    """A verdict on every number of the papers; a number is answered by the first score that may."""
+    """A verdict on every number of the papers, from the first score that is comparable with it."""
     return [_verdict(number, scored) for number in (paper_numbers() if numbers is None else numbers)]
 
 
 def _verdict(number: PaperNumber, scored: Sequence[Scored]) -> PaperVerdict:
     if not number.weights:
         return PaperVerdict(number, "not run", reason="the row names no released weights")
-    same = [one for one in scored if one.score.benchmark == number.benchmark and _same_weights(one.weights, number)]
-    if not same:
+    candidates = [
+        candidate
+        for candidate in scored
+        if candidate.score.benchmark == number.benchmark and _same_weights(candidate.weights, number)
+    ]
+    if not candidates:
         return PaperVerdict(number, "not run", reason="no score of these weights on this benchmark")
-    reasons = [_obstacle(one, number) for one in same]
-    for one, obstacle in zip(same, reasons, strict=True):
-        ours = one.score.metrics.get(number.metric)
+    reasons = [_obstacle(candidate, number) for candidate in candidates]
+    for candidate, obstacle in zip(candidates, reasons, strict=True):
+        ours = candidate.score.metrics.get(number.metric)
         if not obstacle and ours is not None:
-            inside = abs(ours - number.value) <= number.tolerance + 1e-9
-            return PaperVerdict(number, "within" if inside else "outside", ours)
+            within = abs(ours - number.value) <= number.tolerance + 1e-9
+            return PaperVerdict(number, "within" if within else "outside", ours)
     return PaperVerdict(number, "not run", reason=reasons[0])
 
 
@@ -149,7 +153,7 @@ def _same_weights(weights: str, number: PaperNumber) -> bool:
 
 
 def _obstacle(scored: Scored, number: PaperNumber) -> str:
-    """Why this score cannot answer for the number, "" where it can."""
+    """Why this score is not comparable with the number, or ""."""
     score = scored.score
     published = find("distill.eval.benchmarks", number.benchmark).PROTOCOL
     if number.protocol != "marigold":
@@ -166,9 +170,9 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
         return f"{score.num_failed} images failed"
     if not scored.used:
         return "how the maps were predicted (size, steps, format) is not recorded"
-    other = [
-        f"{key} {scored.used.get(key, 'unknown')}, not {wanted}"
-        for key, wanted in number.asked.items()
-        if scored.used.get(key) != wanted
+    differences = [
+        f"{key} {scored.used.get(key, 'unknown')}, not {expected}"
+        for key, expected in number.asked.items()
+        if scored.used.get(key) != expected
     ]
-    return f"predicted otherwise: {'; '.join(other)}" if other else ""
+    return f"predicted otherwise: {'; '.join(differences)}" if differences else ""

@@ -1,9 +1,9 @@
-"""A baseline that never looks at the image: what a score is worth must be read against it.
+"""A baseline that ignores the image, as a reference for every score.
 
 `PlaneBaseline` is the best fixed map over the image plane (floors are near the bottom, far things near the horizon):
-the mean of the training truths' disparities, each standardised, on a coarse grid. It behaves as a teacher: affine
-disparity, aligned at scoring as any other prediction. A model that does not beat it has learnt where a camera is held,
-not what it sees.
+the mean of the training truths' disparities, each standardised, on a coarse grid. It behaves like a teacher: affine
+disparity, aligned at scoring like any other prediction. A model that does not beat it has learnt how cameras are held,
+not what they see.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PlaneBaseline:
 
     @property
     def card(self) -> Card:
-        """As a teacher's."""
+        """The card, as a teacher has one."""
         return Card(
             name="plane_baseline",
             weights="",
@@ -51,11 +51,11 @@ class PlaneBaseline:
 
 
 def fit_plane(samples: Sequence[BenchmarkSample]) -> PlaneBaseline:
-    """The plane baseline of the samples' truths.
+    """Fit the plane baseline to the samples' ground truths.
 
-    Each truth becomes disparity (an affine depth cannot: KindError), is standardised over its valid pixels, and
-    averaged in each cell of the grid; cells are averaged over images, weighted by how much of the cell is valid. A
-    cell that no image saw takes its row's mean. Truths that are nowhere valid, or constant, are left out.
+    Each truth is converted to disparity (KindError for affine depth), standardised over its valid pixels, and averaged
+    in each cell of the grid; cells are averaged over images, weighted by the valid share of the cell. A cell without
+    valid pixels takes its row's mean. Truths without a valid pixel, or with a constant value, are left out.
     """
     total, weight = torch.zeros(2, ROWS, COLUMNS, dtype=torch.float64)
     used = 0
@@ -66,9 +66,9 @@ def fit_plane(samples: Sequence[BenchmarkSample]) -> PlaneBaseline:
         if not valid.any() or float(deviation := values[valid].std(correction=0)) == 0.0:
             continue
         standard = torch.where(valid, (values - values[valid].mean()) / deviation, 0.0)
-        seen = F.adaptive_avg_pool2d(valid.double(), (ROWS, COLUMNS))[0]
+        coverage = F.adaptive_avg_pool2d(valid.double(), (ROWS, COLUMNS))[0]
         total += F.adaptive_avg_pool2d(standard, (ROWS, COLUMNS))[0]
-        weight += seen
+        weight += coverage
         used += 1
     if not used:
         raise ValueError(f"none of the {len(samples)} truths has two different valid values: no plane can be fitted")

@@ -1,13 +1,13 @@
-"""How a number was made, in full: two numbers may stand side by side only where their protocols are the same.
+"""Everything that defines how a number was made; two numbers are comparable only if their protocols are the same.
 
-A protocol has a short `id`, the hash of all its fields. The one difference that a table may bridge on purpose is the
-alignment (a disparity model is fitted in disparity, a depth model in depth, as every paper does): ask for it with
+A protocol has a short `id`, the hash of all its fields. The only difference that a table may allow is the alignment (a
+disparity model is fitted in disparity, a depth model in depth, as every paper does): request it with
 `across_alignments=True` and show the alignment beside the number.
 
-Two modes. `marigold` is what prs-eth/Marigold's `script/depth/eval.py` computes, oddities included. `clean` repairs
+Two modes. `marigold` is what prs-eth/Marigold's `script/depth/eval.py` computes, oddities included. `clean` fixes
 them: the fit uses every valid pixel (not every sixth column, and not only where the prediction is positive), the
 truth must lie inside the benchmark's range even where the benchmark ships a mask (DIODE), and an aligned prediction
-is held inside the range of the image's own truth instead of a disparity floor of 0.001 and a depth of 1e-5.
+is clipped to the range of the image's own truth instead of a disparity floor of 0.001 and a depth of 1e-5.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from distill.core.depth import Kind
 
 MODES = ("marigold", "clean")
-"""What a recipe may ask for. A protocol of someone else has its name in eval.rivals as its mode."""
+"""The modes of a recipe. Another project's protocol has its name in eval.rivals as its mode."""
 RIVAL_MODES = ("zipdepth", "moge_disparity", "moge_scale", "ultralytics", "depth_anything")
 
 ALIGNMENTS = {
@@ -35,7 +35,7 @@ ALIGNMENTS = {
 }
 
 CHOICES = ("auto", "affine", "scale", "median", "l1")
-"""How a prediction may be brought to the truth. auto: by what its kind leaves unknown, as every paper does. affine,
+"""How a prediction may be aligned to the truth. auto: by what its kind leaves unknown, as every paper does. affine,
 scale: least squares for scale and shift, or scale alone. median: a scale by the ratio of the medians alone, as
 self-supervised depth is scored."""
 
@@ -56,14 +56,14 @@ _WORDS = {
 
 
 def alignment(kind: Kind, choice: str = "auto") -> str:
-    """How a prediction of `kind` is aligned, in words; ValueError for what is not in CHOICES."""
+    """How a prediction of `kind` is aligned, in words; raises ValueError for a choice not in CHOICES."""
     if choice not in CHOICES:
         raise ValueError(f"alignment must be one of {', '.join(CHOICES)}, not {choice!r}")
     return ALIGNMENTS[kind] if choice == "auto" else f"{_WORDS[choice]} in {kind.quantity}"
 
 
 class ProtocolError(ValueError):
-    """Numbers of different protocols were asked to stand side by side; the message says where they differ."""
+    """Numbers of different protocols were to be compared; the message says where the protocols differ."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +73,18 @@ class Protocol:
     benchmark: name of the file in eval/benchmarks/. mode: "marigold" or "clean". task: a key of TASKS.
     num_images, list_sha256: the images scored; the hash is over their keys, sorted, joined by newlines.
     truth: the kinds of the ground truth ("metric_depth"); where it is not metric, scores are in the truth's own space.
-    alignment: how the prediction was brought to the truth (see `alignment`); empty until a kind is chosen.
-    fit_columns: the fit sees this many columns of the map (Marigold's `--alignment_max_res`); None for all.
+    alignment: how the prediction is aligned to the truth (see `alignment`); empty until a kind is chosen.
+    fit_columns: the fit uses this many columns of the map (Marigold's `--alignment_max_res`); None for all.
     fit_positive: a disparity is fitted only where the prediction is positive (Marigold).
     offset_positive: a constant is added to an affine disparity first, so that all of it is positive. Its shift is
-    unknown, so that is lawful; the fit is then that of all pixels. Not the published protocol.
-    disparity_floor: aligned disparity is at least this; None is one over the largest valid truth of the image.
+    unknown, so this is allowed; the fit then uses all pixels. Not the published protocol.
+    disparity_floor: the minimum of aligned disparity; None is one over the largest valid truth of the image.
     min_depth, max_depth: metres; the truth lies strictly between them, aligned predictions are clipped to them.
-    clip: "range" clips aligned predictions to [min_depth, max_depth] alone; "truth" also to the image's own truth,
-    where scale and shift were fitted.
-    mask_range: the truth's validity is also cut to (min_depth, max_depth). False where the benchmark's mask decides
-    alone. crop, mask, resize, pooling: in words.
-    space: "" measures errors of depth where the truth is metric; "disparity" of one over it.
+    clip: "range" clips aligned predictions to [min_depth, max_depth] only; "truth" also to the range of the image's
+    own truth, if scale and shift were fitted.
+    mask_range: the truth is also invalid outside (min_depth, max_depth). False where only the benchmark's mask decides.
+    crop, mask, resize, pooling: in words.
+    space: "" measures errors of depth where the truth is metric; "disparity" measures those of one over depth.
     """
 
     benchmark: str
@@ -118,7 +118,7 @@ class Protocol:
 
     @property
     def id(self) -> str:
-        """Twelve hexadecimal digits, the same on every machine: equal ids, comparable numbers."""
+        """Twelve hexadecimal digits, the same on every machine; numbers with equal ids are comparable."""
         return _digest(self.as_dict())
 
     @property
@@ -139,21 +139,20 @@ class Protocol:
         return replace(self, alignment=words if fitted else "none")
 
     def of_edges(self) -> Protocol:
-        """How boundary F1 is scored on the same images: fitted as the clean mode fits, edges between valid pixels."""
+        """The protocol of boundary F1 on the same images: fitted as in clean mode, edges between valid pixels."""
         if self.task != "depth":
             raise ProtocolError(f"{self.benchmark} has no depth whose edges could be scored ({TASKS[self.task]})")
         clean = self.in_mode("clean")
         return replace(clean, task="boundary_f1", mask=f"edges between two pixels of: {self.mask}", alignment="")
 
     def with_offset(self, kind: Kind | str) -> Protocol:
-        """The same with `offset_positive`, where it means anything: for affine disparity, fitted at positive pixels."""
+        """The same with `offset_positive`, where it has an effect: for affine disparity fitted at positive pixels."""
         affine = self.alignment in ("", ALIGNMENTS[Kind.AFFINE_DISPARITY])
-        means = self.fit_positive and affine and Kind(kind) == Kind.AFFINE_DISPARITY
-        return replace(self, offset_positive=True) if means else self
+        has_effect = self.fit_positive and affine and Kind(kind) == Kind.AFFINE_DISPARITY
+        return replace(self, offset_positive=True) if has_effect else self
 
     def in_mode(self, mode: str) -> Protocol:
-        """The same benchmark in another mode; only marigold -> clean exists, since clean repairs and cannot
-        unrepair."""
+        """The same benchmark in another mode; only marigold -> clean exists, since clean drops Marigold's oddities."""
         if mode == self.mode:
             return self
         if mode not in MODES:
@@ -188,14 +187,14 @@ def from_dict(table: Mapping[str, Any]) -> Protocol:
 
 
 def list_hash(keys: Iterable[str]) -> str:
-    """sha256 of the keys, sorted and joined by newlines: how the published lists are named here."""
+    """sha256 of the keys, sorted and joined by newlines: how the published lists are identified here."""
     return hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()
 
 
 def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool = False) -> None:
-    """Raise ProtocolError unless all protocols, by the name of the number that they belong to, are one.
+    """Raise ProtocolError unless all protocols, by the name of the number that they belong to, are the same.
 
-    across_alignments: allow numbers that differ in their alignment alone; the caller then shows it.
+    across_alignments: allow numbers that differ only in their alignment; the caller then shows it.
     """
     named = list(protocols.items())
     for name, protocol in named[1:]:
@@ -211,7 +210,7 @@ def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool =
 
 
 def _digest(table: Mapping[str, Any]) -> str:
-    """Of the fields; what came later than the first ids counts only where it says something, so that those stay."""
+    """The hash of the fields; fields added later count only if not at their default, so that old ids stay valid."""
     later: dict[str, Any] = {"task": "depth", "offset_positive": False, "space": ""}
     table = {name: value for name, value in table.items() if name not in later or value != later[name]}
     return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,9 +1,9 @@
-"""Other people's protocols by name, on the same predictions: one model's numbers beside anyone's.
+"""Other projects' protocols by name, applied to the same predictions, to compare with their published numbers.
 
-What is reproduced is the arithmetic: which pixels, which fit, which floor and clip, in which space. Images, crops and
-the processing size stay the benchmark's and the prediction's own; a sentence says where a rival's differ. What nobody
-has published is not here: Depth Anything 3 says nothing of how its monocular numbers are aligned, and Ultralytics
-nothing of how its documented ones are (log least squares, several scales and flips); docs/protocols.md has the list.
+Only the arithmetic is reproduced: which pixels, which fit, which floor and clip, in which space. Images, crops and the
+processing size stay the benchmark's and the prediction's own; a sentence says where a rival's differ. Unpublished
+protocols are not here: Depth Anything 3 does not say how its monocular numbers are aligned, nor Ultralytics how its
+documented ones are (log least squares, several scales and flips); docs/protocols.md has the list.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from distill.eval.protocol import Protocol, ProtocolError
 from distill.eval.score import score
 from distill.eval.scorefile import Score, require_writable, write_scores
 
-_OF_DISPARITY = frozenset({Kind.AFFINE_DISPARITY, Kind.SCALE_DISPARITY, Kind.METRIC_DISPARITY})
-_OF_KNOWN_SHIFT = frozenset(kind for kind in Kind if kind.unknown != "affine")
+_DISPARITY_KINDS = frozenset({Kind.AFFINE_DISPARITY, Kind.SCALE_DISPARITY, Kind.METRIC_DISPARITY})
+_KNOWN_SHIFT_KINDS = frozenset(kind for kind in Kind if kind.unknown != "affine")
 
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """A protocol of someone else.
+    """Another project's protocol.
 
-    make: from a benchmark's own protocol. choice: the alignment, of eval.protocol.CHOICES. kinds: the predictions that
-    it is defined for. differs: in a sentence, from the benchmark's own. source: where it is read from.
+    make: derives it from a benchmark's own protocol. choice: its alignment, one of eval.protocol.CHOICES. kinds: the
+    predictions that it is defined for. differs: how it differs from the benchmark's own, in a sentence. source: where
+    it was taken from.
     """
 
     make: Callable[[Protocol], Protocol]
@@ -80,35 +81,35 @@ RIVALS: Mapping[str, Rival] = {
     "zipdepth": Rival(
         _zipdepth,
         "affine",
-        _OF_DISPARITY,
+        _DISPARITY_KINDS,
         "Marigold's arithmetic, but truth beyond 60 m (ETH3D) or 80 m (DIODE) is left out; fitted on every column",
         "fabiotosi92/ZipDepth, zipdepth/evaluation/ (b41dd20)",
     ),
     "moge_disparity": Rival(
         _moge,
         "affine",
-        _OF_DISPARITY,
+        _DISPARITY_KINDS,
         "fitted in disparity on every pixel, the disparity held above one over the image's farthest truth, no range",
         "microsoft/MoGe, moge/test/metrics.py, disparity_affine_invariant; MoGe re-renders the sets in smaller sizes",
     ),
     "moge_scale": Rival(
         _moge,
         "l1",
-        _OF_KNOWN_SHIFT,
+        _KNOWN_SHIFT_KINDS,
         "a scale alone, which makes the mean of |error| / truth least (a weighted median), no range",
         "microsoft/MoGe, moge/test/metrics.py, depth_scale_invariant; MoGe fits on 64 x 64 pixels, here on all",
     ),
     "ultralytics": Rival(
         _ultralytics,
         "median",
-        _OF_KNOWN_SHIFT,
+        _KNOWN_SHIFT_KINDS,
         "a scale by the ratio of the medians, truth and prediction between 1 mm and 100 m (nyu 10, kitti 80)",
         "ultralytics, utils/metrics.py, DepthMetrics; its documented table is another protocol, unpublished in detail",
     ),
     "depth_anything": Rival(
         _depth_anything,
         "affine",
-        _OF_DISPARITY,
+        _DISPARITY_KINDS,
         "errors are of disparity, which is never turned into depth: a far pixel no longer weighs what 1/d makes of it",
         "an author, LiheYoung/Depth-Anything#174; the fit is not said: least squares on all pixels is ours",
     ),
@@ -119,9 +120,9 @@ NAMES = ("marigold", "clean", *RIVALS)
 
 
 def under(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]:
-    """A benchmark's protocol under a name, and the alignment to ask for.
+    """The protocol of this name for a benchmark, and the alignment to request.
 
-    Raises ProtocolError where the benchmark has no such protocol, KindError where predictions of this kind have not.
+    Raises ProtocolError if the benchmark has no such protocol, KindError if it is not defined for this kind.
     """
     if name not in RIVALS:
         return own.in_mode(name), "auto"
@@ -146,18 +147,18 @@ def score_under_all(
     names: Sequence[str] = NAMES,
     report: Report | None = None,
 ) -> dict[str, Score | str]:
-    """The same predictions under every protocol of `names`: a score, or why there is none.
+    """Score the same predictions under every protocol of `names`: each a score, or why there is none.
 
     out: FILE.json; each score is written to FILE-NAME.json. Raises what `eval.score.score` raises.
     """
     module = find("distill.eval.benchmarks", benchmark)
     samples = list(module.samples(root, list_file))
-    found: dict[str, Score | str] = {}
+    results: dict[str, Score | str] = {}
     for done, name in enumerate(names, 1):
         try:
             protocol, choice = under(module.PROTOCOL, name, Kind(kind))
         except (ProtocolError, KindError) as error:
-            found[name] = str(error)
+            results[name] = str(error)
             continue
         result = score(
             predictions, kind, samples, protocol, mode=name, alignment=choice, model=model, allow_failed=allow_failed
@@ -166,10 +167,10 @@ def score_under_all(
             path = out.with_name(f"{out.stem}-{name}.json")
             require_writable(path)
             write_scores(result, path)
-        found[name] = result
+        results[name] = result
         if report:
             report(done, len(names))
-    return found
+    return results
 
 
 def sentence(name: str) -> str:

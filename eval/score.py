@@ -1,7 +1,7 @@
-"""Stored predictions against a benchmark: aligned, measured, averaged, and honest about what could not be scored.
+"""Score stored predictions on a benchmark: align, measure, average, and report what could not be scored.
 
-A mean is over all images of the list or it is not given: where a prediction is missing or unusable, every mean is null,
-the images are counted and named, and `allow_failed=True` is needed for the mean over the rest (`partial` is then true).
+A mean is over all images of the list or it is not given: if a prediction is missing or unusable, every mean is null,
+the images are counted and named, and the mean over the others needs `allow_failed=True` (`partial` is then true).
 """
 
 from __future__ import annotations
@@ -61,34 +61,36 @@ def score(
     workers: int | None = None,
     report: Report | None = None,
 ) -> Score:
-    """Score the predictions in `store`, laid out by `Sample.prediction_path`.
+    """Score the predictions in `store`, laid out by `BenchmarkSample.prediction_path`.
 
-    kind: of the predictions; None reads it from what `eval.stored.predict` left there. protocol: the benchmark's own;
+    kind: of the predictions; None reads it from what `eval.stored.predict` wrote there. protocol: the benchmark's own;
     mode: "marigold", "clean", or None for the protocol's. alignment: one of eval.protocol.CHOICES.
     offset_positive: see Protocol. allow_failed: give means over the scored images although some failed. workers: images
-    in flight (each holds one map of pred and truth in memory), at most 8 unless said. Raises FileNotFoundError where
-    the store holds no prediction at all, ValueError for a kind that the store contradicts.
+    in flight (each holds one map of pred and truth in memory), by default at most 8. Raises FileNotFoundError if the
+    store holds no prediction at all, ValueError for a kind that contradicts the store.
     """
     store = Path(store)
     protocol = actual(protocol.in_mode(mode or protocol.mode), samples)
     settings = read_settings(store)
-    kind = _agree(store, kind, settings)
+    kind = _checked_kind(store, kind, settings)
     protocol = protocol.with_kind(kind, alignment)
     protocol = protocol.with_offset(kind) if offset_positive else protocol
     expected = [sample.prediction_path for sample in samples]
-    double = [path for path, count in Counter(expected).items() if count > 1]
-    if double or not samples:
-        raise ValueError(f"two images would be stored as {double[0]}" if double else f"{protocol.benchmark}: no images")
-    there = {path for path in store.rglob("*") if path.suffix.lower() == ".npy"}
+    duplicates = [path for path, count in Counter(expected).items() if count > 1]
+    if duplicates or not samples:
+        raise ValueError(
+            f"two images would be stored as {duplicates[0]}" if duplicates else f"{protocol.benchmark}: no images"
+        )
+    stored_paths = {path for path in store.rglob("*") if path.suffix.lower() == ".npy"}
     places = _places(store, samples)
 
-    def one(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
+    def score_sample(sample: BenchmarkSample) -> tuple[ImageScore, ImageErrors | None]:
         return _score_image(sample, places.get(sample.key, store / sample.prediction_path), kind, protocol)
 
     results = []
-    # Images run beside each other; threads inside an image would only collide.
+    # Images are scored in parallel; threads within an image would only compete.
     with one_thread(), ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        for done, result in enumerate(pool.map(one, samples), 1):
+        for done, result in enumerate(pool.map(score_sample, samples), 1):
             results.append(result)
             if report:
                 report(done, len(samples))
@@ -99,7 +101,7 @@ def score(
         kind=kind,
         images=tuple(image for image, _ in results),
         **_summary(TASKS[protocol.task], results, allow_failed),
-        num_extra=len(there.difference(places.values())),
+        num_extra=len(stored_paths.difference(places.values())),
         software=machine.software(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
@@ -121,7 +123,7 @@ def score_predictions(
     workers: int | None = None,
     report: Report | None = None,
 ) -> Score:
-    """What `distill score --predictions` does: score stored predictions of any model, and write `out` and its .csv.
+    """Score stored predictions of any model, and write `out` and its .csv, as `distill score --predictions` does.
 
     benchmark: a file name in eval/benchmarks/. protocol: "marigold", "clean", or None for the benchmark's own. Raises,
     before anything is scored, OSError or ValueError for an `out` that cannot be written.
@@ -130,8 +132,8 @@ def score_predictions(
         require_writable(out)
     if not Path(predictions).is_dir():
         is_file = Path(predictions).is_file()
-        what = "a file: give the folder of the maps (unpacked)" if is_file else "no such folder of predictions"
-        raise FileNotFoundError(f"{predictions}: {what}")
+        problem = "a file: give the folder of the maps (unpacked)" if is_file else "no such folder of predictions"
+        raise FileNotFoundError(f"{predictions}: {problem}")
     module = find("distill.eval.benchmarks", benchmark)
     samples = list(module.samples(root, list_file))
     result = score(
@@ -155,12 +157,11 @@ def score_predictions(
 def table(
     scores: Sequence[Score], metrics: Sequence[str] = ("abs_rel", "delta1"), *, across_alignments: bool = False
 ) -> list[list[str]]:
-    """Rows of text, the head first: model, alignment, then one column per benchmark and metric; "-" where there is
-    none.
+    """Rows of text, the head first: model, alignment, then one column per benchmark and metric; "-" without a value.
 
-    A benchmark that has none of these metrics shows its own first one. Scores of one benchmark must have one protocol
+    A benchmark that has none of these metrics shows its main one. Scores of one benchmark must have one protocol
     (ProtocolError); across_alignments allows different alignments, which their column shows. A partial mean is marked
-    with the number of images that it lacks.
+    with the number of missing images.
     """
     known = dict.fromkeys(name for task in TASKS.values() for name in task.rows)
     unknown = [name for name in metrics if name not in known]
@@ -191,8 +192,8 @@ def _cell(result: Score | None, name: str) -> str:
     return f"{text} (without {result.num_failed})" if result.num_failed else text
 
 
-def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | None) -> Kind:
-    """The predictions' kind: as said, unless the store knows better."""
+def _checked_kind(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | None) -> Kind:
+    """The predictions' kind: the given one if it agrees with the store's settings, or the store's."""
     stored = Kind(settings["kind"]) if settings else None
     if kind is None:
         if stored is None:
@@ -210,15 +211,15 @@ def _agree(store: Path, kind: Kind | str | None, settings: Mapping[str, Any] | N
 
 
 def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
-    """Where each sample's map lies, by its key; FileNotFoundError where the store has none at all."""
+    """The path of each sample's map, by its key; raises FileNotFoundError if the store has none at all."""
     places = {sample.key: path for sample in samples if (path := find_prediction(store, sample)).is_file()}
     if not places:
         first = samples[0]
         stems = ", ".join(f"{stem}.npy" for stem in stored_stems(first.photo or first.key))
-        every = [path.relative_to(store).as_posix() for path in files_below(store)]
-        there = [name for name in every if Path(name).suffix.lower() in SUFFIXES]
-        others = counted(map(sort_of, every))
-        listed = ", ".join(there[:3]) + (f" and {len(there) - 3} more" if len(there) > 3 else "")
+        all_files = [path.relative_to(store).as_posix() for path in files_below(store)]
+        map_files = [name for name in all_files if Path(name).suffix.lower() in SUFFIXES]
+        others = counted(map(sort_of, all_files))
+        listed = ", ".join(map_files[:3]) + (f" and {len(map_files) - 3} more" if len(map_files) > 3 else "")
         raise FileNotFoundError(
             f"{store} holds none of the {len(samples)} predictions; the first should be {store / first.prediction_path}"
             f" (or another of {stems}; .npz, .png, .tif, .exr and .pfm too); there is "
@@ -230,7 +231,7 @@ def _places(store: Path, samples: Sequence[BenchmarkSample]) -> dict[str, Path]:
 def _score_image(
     sample: BenchmarkSample, path: Path, kind: Kind, protocol: Protocol
 ) -> tuple[ImageScore, ImageErrors | None]:
-    """One image's row and sums; whatever is wrong with it ends in its row."""
+    """One image's row and sums; any problem is recorded in the row."""
     try:
         if not path.is_file():
             raise BadPredictionError(f"missing: no {sample.prediction_path}")
@@ -238,7 +239,7 @@ def _score_image(
         pred, remarks = read_prediction(path, size_of(truth), kind, crop=protocol.crop, image=sample.image)
         measured = TASKS[protocol.task].measure(pred, truth, kind, protocol)
     except NoGroundTruthError as error:
-        # The official mean becomes NaN with such an image; in the clean mode it does not count for anybody.
+        # The official mean becomes NaN with such an image; in clean mode it is left out for every model.
         return ImageScore(sample.key, sample.group, None, str(error), protocol.mode == "marigold"), None
     except (OSError, ValueError) as error:
         return ImageScore(sample.key, sample.group, None, str(error), True), None
@@ -251,19 +252,18 @@ def _score_image(
 def _summary(
     task: Task, results: Sequence[tuple[ImageScore, ImageErrors | None]], allow_failed: bool
 ) -> dict[str, Any]:
-    """Means, pooled values, floors and groups of a Score; None instead of a mean over the images that happened to be
-    there."""
+    """Means, pooled values, floors and groups of a Score; None instead of a mean over only some of the images."""
     images = [image for image, _ in results]
     measured = [m for _, m in results if m is not None]
     failed = any(image.failed for image in images)
     withheld = failed and not allow_failed
     groups: dict[str, dict[str, Any]] = {}
     for group in sorted({image.group for image in images} - {""}):
-        inside = [(image, m) for image, m in results if image.group == group]
-        lost = sum(image.failed for image, _ in inside)
-        counted = [] if lost and not allow_failed else [m for _, m in inside if m is not None]
-        mean = _headline(task, [m.sums for m in counted], metres=all(m.metres for m in counted))
-        groups[group] = {"num_images": len(inside), "num_failed": lost, "metrics": mean}
+        members = [(image, m) for image, m in results if image.group == group]
+        group_failed = sum(image.failed for image, _ in members)
+        usable = [] if group_failed and not allow_failed else [m for _, m in members if m is not None]
+        mean = _headline(task, [m.sums for m in usable], metres=all(m.metres for m in usable))
+        groups[group] = {"num_images": len(members), "num_failed": group_failed, "metrics": mean}
     metres = all(m.metres for m in measured)
     floors = {}
     for name in measured[0].floors if measured and not withheld else ():
@@ -271,13 +271,13 @@ def _summary(
     metrics = _headline(task, [] if withheld else [m.sums for m in measured], metres=metres)
     pooled: Means = dict.fromkeys(task.rows)
     if measured and not withheld:
-        every = finite(_values(task, torch.stack([m.sums for m in measured]).sum(0)))
-        pooled |= _of_known_units(task, every, metres)
+        pooled_values = finite(_values(task, torch.stack([m.sums for m in measured]).sum(0)))
+        pooled |= _of_known_units(task, pooled_values, metres)
     if task.group_mean and groups and not withheld:
         metrics[task.group_mean] = _group_mean(task, groups)
-    off = [abs(m.scale_error) for m in measured if m.scale_error is not None and not withheld]
+    errors = [abs(m.scale_error) for m in measured if m.scale_error is not None and not withheld]
     return {
-        "scale_error": math.fsum(off) / len(off) if off and len(off) == len(measured) else None,
+        "scale_error": math.fsum(errors) / len(errors) if errors and len(errors) == len(measured) else None,
         "metrics": metrics,
         "pooled": pooled,
         "floors": floors,
@@ -292,25 +292,25 @@ def _values(task: Task, sums: Tensor) -> dict[str, float]:
 
 
 def _of_known_units(task: Task, values: Means, metres: bool) -> Means:
-    """None in place of what has a unit, where not every truth is in metres: unknown units have no common mean."""
+    """Replace metrics with a unit by None unless every truth is in metres: unknown units have no common mean."""
     return {name: value if metres or not task.rows[name].unit else None for name, value in values.items()}
 
 
 def _headline(task: Task, sums: Sequence[Tensor], *, metres: bool) -> Means:
-    """Each metric's plain mean over images, or its value over all of them where the task says so; None for no image.
+    """Each metric's plain mean over images, or its value over all of them if the task says so; None without images.
 
     metres: whether all their truths are in metres.
     """
     means: Means = dict.fromkeys(task.rows)
     if not sums:
         return means
-    rows = [_values(task, torch.stack(list(sums)).sum(0))] if task.over_all else [_values(task, one) for one in sums]
-    every = finite({name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]})
-    return means | _of_known_units(task, every, metres)
+    rows = [_values(task, torch.stack(list(sums)).sum(0))] if task.over_all else [_values(task, s) for s in sums]
+    values = finite({name: math.fsum(row[name] for row in rows) / len(rows) for name in rows[0]})
+    return means | _of_known_units(task, values, metres)
 
 
 def _group_mean(task: Task, groups: Mapping[str, Mapping[str, Any]]) -> float | None:
-    """The plain mean over the benchmark's parts; None where one has no value."""
+    """The plain mean over the benchmark's parts; None if one has no value."""
     values = [group["metrics"][task.main] for group in groups.values() if group["num_images"]]
     known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known and len(known) == len(values) else None

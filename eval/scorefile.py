@@ -1,4 +1,4 @@
-"""What one model is worth on one benchmark, as an object and as a file.
+"""The score of one model on one benchmark, as an object and as a file.
 
 A score file is JSON, with a .csv of the images beside it:
 
@@ -9,11 +9,11 @@ A score file is JSON, with a .csv of the images beside it:
      "pooled": {name: over all pixels of all images},  not comparable with any paper
      "floors": {"0.001" and "1/max truth": {name: mean}},  under either floor; only for fits in disparity
      "nonpositive": share of scored pixels where an affine disparity is <= 0, mean over images,
-     "scale_error": mean over images of |median(prediction / truth) - 1|; null unless metres were scored as they are,
+     "scale_error": mean over images of |median(prediction / truth) - 1|; null unless scored in metres, unfitted,
      "groups": {group: {"num_images": n, "num_failed": m, "metrics": {...}}},  {} where a benchmark has no parts
      "cost": {...} or null,                            eval.cost: what predicting cost, and on which machine
      "images": [{"key", "group", "metrics": {...} or null, "scale", "shift", "failed": bool, "problem": str or null,
-                 "scale_error": median(prediction / truth) - 1, above 0 is too far; of metres alone}]}
+                 "scale_error": median(prediction / truth) - 1, above 0 is too far; only if metric}]}
 
 An image with a problem was either not scored (`failed`) or scored with a remark. NaN and infinity are null.
 """
@@ -53,7 +53,7 @@ class ImageScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What one model is worth on one benchmark; the fields of a score file, see the module."""
+    """The score of one model on one benchmark; the fields of a score file, see the module docstring."""
 
     model: str
     benchmark: str
@@ -84,7 +84,7 @@ class Score:
 
     @property
     def count_text(self) -> str:
-        """ "24 images", "1 image"."""
+        """The number of images in words: "24 images", "1 image"."""
         return f"{self.num_images} image{'' if self.num_images == 1 else 's'}"
 
     @property
@@ -102,7 +102,7 @@ class Score:
 
     @property
     def left_out(self) -> str:
-        """A line about pixels that the fit has left out for not being positive; "" where none was."""
+        """A line about non-positive pixels that the fit left out; "" if there were none."""
         if not self.nonpositive or not self.protocol.fit_positive or self.protocol.offset_positive:
             return ""
         return (
@@ -112,24 +112,24 @@ class Score:
 
 
 def require_writable(path: Path | str) -> None:
-    """Raise OSError or ValueError where a score and its .csv cannot be written to `path`; makes its folder."""
+    """Raise OSError or ValueError if a score and its .csv cannot be written to `path`; creates its folder."""
     path = Path(path)
-    beside = path.with_suffix(".csv")
-    if beside == path:
+    csv_path = path.with_suffix(".csv")
+    if csv_path == path:
         raise ValueError(f"{path}: the scores are JSON, and their .csv goes beside them; name a FILE.json")
-    for one in (path, beside):
-        if one.is_dir():
-            raise OSError(f"{one} is a folder; name a file, such as {one / 'scores.json'}")
+    for file in (path, csv_path):
+        if file.is_dir():
+            raise OSError(f"{file} is a folder; name a file, such as {file / 'scores.json'}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            files.aside(one).touch()
-            files.aside(one).unlink()
+            files.aside(file).touch()
+            files.aside(file).unlink()
         except OSError as error:
-            raise OSError(f"{one}: cannot be written ({error.strerror or error}); name another file") from error
+            raise OSError(f"{file}: cannot be written ({error.strerror or error}); name another file") from error
 
 
 def write_scores(result: Score, path: Path | str) -> None:
-    """Write a score as JSON to `path` and its images as .csv beside it, each aside and renamed."""
+    """Write a score as JSON to `path` and its images as .csv beside it, each through a temporary file."""
     path = Path(path)
     require_writable(path)
     images = [
@@ -180,7 +180,7 @@ def write_scores(result: Score, path: Path | str) -> None:
 
 
 def read_scores(path: Path | str) -> Score:
-    """A score file as a Score; ValueError names the file where it is none, or was edited."""
+    """Read a score file; raises ValueError naming the file if it is not one, or was edited."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["version"] != 1:
@@ -208,5 +208,5 @@ def read_scores(path: Path | str) -> Score:
 
 
 def finite(values: Mapping[str, float]) -> Means:
-    """JSON has no NaN and no infinity."""
+    """Replace NaN and infinity by None, since JSON has neither."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}

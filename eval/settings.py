@@ -1,4 +1,4 @@
-"""[[benchmarks]] and [score]: on what models are scored, and which."""
+"""[[benchmarks]] and [score]: the benchmarks and the models that are scored."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class BenchmarkSettings:
     """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
     alignment: Literal["auto", "affine", "scale", "median", "l1"] = "auto"
-    """How a prediction is brought to the truth: "auto" fits what each model's kind leaves unknown
+    """How a prediction is aligned to the truth: "auto" fits what each model's kind leaves unknown
     (distill.eval.protocol)."""
     offset_positive: bool = False
-    """In marigold mode a constant is added to affine disparity so that the fit, which sees positive pixels alone, sees
-    all of it; another protocol than the published one, with another id."""
+    """In marigold mode, add a constant to affine disparity so that the fit, which uses only positive pixels, uses all
+    of it; this is not the published protocol and has another id."""
     processing_size: int = -1
     """The long side in pixels at which latent-diffusion teachers (Marigold, GenPercept, FiffDepth) work here; 0 takes
     the image as it is, -1 each teacher's own rule. Marigold's scripts: 0 on nyu, kitti and scannet, 756 on eth3d, 640
@@ -46,7 +46,7 @@ class BenchmarkSettings:
     """Score boundary F1 too, on the same predictions: AbsRel cannot see detail. For benchmarks of depth whose truth is
     dense; scores/NAME.edges--MODEL.json has it."""
     limit: int = 0
-    """Score the first so many images; 0 scores all."""
+    """Score only this many images, the first of the list; 0 scores all."""
 
     def __post_init__(self) -> None:
         faults = below(self, limit=0, processing_size=-1, steps=0, ensemble=0) + unknown_words(self)

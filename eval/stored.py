@@ -1,9 +1,9 @@
-"""Predict, store, then score: predictions on disk, as Marigold's evaluation names them.
+"""Predictions on disk, named as in Marigold's evaluation: predict, store, then score.
 
-A store is a folder of float32 `.npy` maps of the image's size, one per image at `Sample.prediction_path`, in the
-predictor's own kind, NaN where it declared its map invalid. What `predict` writes also has a settings.json, which
-says who predicted and how; a store of anybody else's predictions has none. Stored maps of other settings are never
-overwritten nor mixed with.
+A store is a folder of float32 `.npy` maps of the image's size, one per image at its `prediction_path`, in the
+predictor's own kind, NaN where its map is invalid. `predict` also writes a settings.json, which records the model and
+its settings; a store of another program's predictions has none. Stored maps of other settings are never overwritten or
+mixed with new ones.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ def predict(
     report: Report | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> int:
-    """Store the teacher's map of every sample, and return how many were predicted now.
+    """Store the teacher's map of every sample, and return how many were newly predicted.
 
-    settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as JSON takes
-    it; it is written to settings.json with the teacher's name and kind. used: how the teacher works in effect, defaults
-    included; written beside them, and never a reason to refuse maps. Maps that are there already are kept, so that
-    an interrupted run continues; if they were made with other settings, ValueError says which and what to do, and if
-    `used` has another "root" than they were made of, `tell` hears of it. Use one folder per benchmark. Each map is
-    written aside and renamed; one that was damaged since is predicted again, of which `tell` hears. A teacher that
-    takes the camera's focal length is told each image's, where the benchmark knows it.
+    settings: what the maps depend on besides the image (weights, resolution, steps, the benchmark, ...), as plain JSON
+    values; written to settings.json with the teacher's name and kind. used: the teacher's settings in effect, defaults
+    included; written beside them, and never a reason to reject maps. Existing maps are kept, so that an interrupted run
+    continues; if they were made with other settings, ValueError says which and what to do, and if "root" in `used`
+    differs from theirs, `tell` is called with a warning. Use one folder per benchmark. Each map is written to a
+    temporary file and renamed; one that was damaged since is predicted again and reported to `tell`. A teacher that
+    takes the camera's focal length gets each image's, where the benchmark knows it.
     """
     store = Path(store)
-    told = getattr(teacher, "takes_focal", False) and any(sample.focal for sample in samples)
-    settings = {**settings, "focal": "each image's own"} if told else settings
+    gives_focal = getattr(teacher, "takes_focal", False) and any(sample.focal for sample in samples)
+    settings = {**settings, "focal": "each image's own"} if gives_focal else settings
     claim = {"model": teacher.card.name, "kind": str(teacher.card.kind), "settings": dict(settings)}
-    before = _claim(store, claim, used=dict(used or {}))
-    root, now = before.get("root"), (used or {}).get("root")
-    if tell and root and now and root != now:
-        tell(f"{store}: its maps are of the images in {root}, now in {now}: where those are others, delete it")
+    stored_used = _claim(store, claim, used=dict(used or {}))
+    stored_root, root = stored_used.get("root"), (used or {}).get("root")
+    if tell and stored_root and root and stored_root != root:
+        tell(f"{store}: its maps are of the images in {stored_root}, now in {root}: where those are others, delete it")
     todo = []
     for sample in samples:
         path = store / sample.prediction_path
@@ -73,10 +73,10 @@ def predict(
     if report:
         report(done, len(samples))
     for sample, image in _images(todo):
-        more: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
-        more |= {"focal": sample.focal()} if told and sample.focal else {}
+        kwargs: dict[str, Any] = {"keys": [sample.key]} if teacher.card.seeded else {}
+        kwargs |= {"focal": sample.focal()} if gives_focal and sample.focal else {}
         with torch.inference_mode():
-            depth = teacher.predict(image[None], **more)
+            depth = teacher.predict(image[None], **kwargs)
         if depth.kind != teacher.card.kind or depth.values.shape[-2:] != image.shape[-2:]:
             raise ValueError(
                 f"{teacher.card.name} gave {depth.kind} of {tuple(depth.values.shape[-2:])} for {sample.key}; its card "
@@ -92,7 +92,7 @@ def predict(
 
 
 def read_settings(store: Path | str) -> dict[str, Any] | None:
-    """What `predict` wrote beside the maps: "model", "kind", "settings", "used"; None where somebody else made them."""
+    """What `predict` wrote beside the maps: "model", "kind", "settings", "used"; None if another program made them."""
     path = Path(store) / SETTINGS
     if not path.is_file():
         return None
@@ -101,17 +101,17 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
         claim = {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
         return {**claim, "used": dict(table.get("used", {}))}
     except (ValueError, KeyError, TypeError) as error:
-        what = error if isinstance(error, ValueError) else "model, kind and settings are not in it"
+        reason = error if isinstance(error, ValueError) else "model, kind and settings are not in it"
         raise ValueError(
-            f"{path}: not settings of stored predictions ({what}); rename it if it is another program's, or "
+            f"{path}: not settings of stored predictions ({reason}); rename it if it is another program's, or "
             "predict into a new folder"
         ) from error
 
 
 def find_prediction(store: Path, sample: BenchmarkSample) -> Path:
-    """Where a sample's map lies: under Marigold's name or `distill predict`'s, in any format that is read.
+    """The path of a sample's map, named as by Marigold or `distill predict`, in any readable format.
 
-    `Sample.prediction_path` where there is none. The rule of names is distill.data.maps.stored_stems.
+    `BenchmarkSample.prediction_path` if there is none. The rule of names is distill.data.maps.stored_stems.
     """
     named = store / sample.prediction_path
     if named.is_file():
@@ -128,12 +128,12 @@ def read_prediction(
     crop: str = "none",
     image: Callable[[], Tensor] | None = None,
 ) -> tuple[np.ndarray, list[str]]:
-    """A stored map as (H,W) float32, and remarks on how it was stored; BadPredictionError says why it is no such map.
+    """Read a stored map as (H,W) float32, with remarks on how it was stored; raises BadPredictionError with the reason.
 
-    size: what (H,W) must be, None where nobody knows. Axes of length 1 are dropped. Any format of distill.data.maps and
-    any real dtype is read; below float32 the loss of precision is remarked on. kind: of the map; a metric one may not
-    be integers, whose unit nobody knows. crop: what the protocol cuts out of image and truth, in words. image: to be
-    looked at, (3,H,W), where sizes differ: the truth may be of another than its image's.
+    size: the required (H,W), None if unknown. Axes of length 1 are dropped. Any format of distill.data.maps and any
+    real dtype is read; precision below float32 is remarked on. kind: of the map; a metric one must not be integers of
+    unknown unit. crop: the protocol's crop of image and truth, in words. image: () -> (3,H,W), read if the sizes
+    differ, to tell whether the truth's size is that of its image.
     """
     try:
         values = read_map(path, kind.quantity if kind else "depth")
@@ -144,25 +144,25 @@ def read_prediction(
     if size not in (None, values.shape):
         if image is not None and tuple(image().shape[-2:]) == values.shape:
             raise BadPredictionError(f"the truth is {size}, and its image {values.shape} as the map: store one size")
-        way = "resize to the image" if crop == "none" else f"scored is the {crop}: cut the map alike"
-        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: {way} before storing")
-    whole = values.dtype.kind != "f"
-    if whole and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
+        remedy = "resize to the image" if crop == "none" else f"scored is the {crop}: cut the map alike"
+        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: {remedy} before storing")
+    is_integer = values.dtype.kind != "f"
+    if is_integer and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
         raise BadPredictionError(
             f"integers ({values.dtype}) of no known unit: store metres as .npy, or score another kind"
         )
-    remarks = [] if values.dtype.itemsize >= 4 and not whole else [f"stored as {values.dtype}"]
+    remarks = [] if values.dtype.itemsize >= 4 and not is_integer else [f"stored as {values.dtype}"]
     return np.ascontiguousarray(values, dtype=np.float32), remarks
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with a map that `predict` stored, or nothing. Mapped: its numbers are not read."""
+    """What is wrong with a map that `predict` stored, or "". Memory-mapped: its values are not read."""
     try:
         values = np.load(path, allow_pickle=False, mmap_mode="r")
     except READ_ERRORS as error:
         return _unreadable(error)
-    whole = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype == np.float32
-    return "" if whole else "not a map of float32"
+    intact = isinstance(values, np.ndarray) and values.ndim == 2 and values.dtype == np.float32
+    return "" if intact else "not a map of float32"
 
 
 def _unreadable(error: Exception) -> str:
@@ -170,19 +170,19 @@ def _unreadable(error: Exception) -> str:
 
 
 def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict[str, Any]:
-    """Make the folder ours for these settings, or raise ValueError where it is not; what was `used` for maps in it.
+    """Claim the folder for these settings, or raise ValueError if it has others; returns what was `used` for its maps.
 
-    Maps of the same weights and settings were made in the same way: what an older settings.json lacks is added.
+    Maps of the same weights and settings were made in the same way: `used` is added to a settings.json without it.
     """
     wanted = json.loads(json.dumps(wanted))
-    settings_there = read_settings(store)
-    known = settings_there.pop("used") if settings_there else {}
-    if settings_there == wanted:
-        if used and not known:
+    stored = read_settings(store)
+    stored_used = stored.pop("used") if stored else {}
+    if stored == wanted:
+        if used and not stored_used:
             files.write_json(store / SETTINGS, {**wanted, "used": used}, sort_keys=True, allow_nan=True)
-        return known
-    if settings_there is not None:
-        a, b = ({**table, **table["settings"]} for table in (settings_there, wanted))
+        return stored_used
+    if stored is not None:
+        a, b = ({**table, **table["settings"]} for table in (stored, wanted))
         names = sorted(key for key in a.keys() | b.keys() if key != "settings" and a.get(key) != b.get(key))
         differ = ", ".join(f"{key} {a.get(key)!r}, now {b.get(key)!r}" for key in names)
         raise ValueError(
@@ -190,13 +190,13 @@ def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict
         )
     if store.exists() and next(store.rglob("*.npy"), None) is not None:
         raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
-    whole = {**wanted, "used": used} if used else wanted
-    files.write_json(store / SETTINGS, whole, sort_keys=True, allow_nan=True)
+    content = {**wanted, "used": used} if used else wanted
+    files.write_json(store / SETTINGS, content, sort_keys=True, allow_nan=True)
     return {}
 
 
 def _images(samples: Sequence[BenchmarkSample]) -> Iterator[tuple[BenchmarkSample, Tensor]]:
-    """Each sample with its image; the next one is decoded while the caller works on this one."""
+    """Yield each sample with its image; the next image is decoded while the caller works on this one."""
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(samples[0].image) if samples else None
         for index, sample in enumerate(samples):

@@ -1,10 +1,10 @@
-"""What is measured on one image, by the protocol's task: its metrics' names, how sums become values, how to measure.
+"""The tasks of protocols: each with its metrics' names, how to measure one image, and how sums become values.
 
-Four tasks. `depth` is every published table: ten metrics of an aligned map. `boundary_f1` asks how sharp and how well
-placed its edges are, against a true depth; `boundary_recall` the same against a matte, which has edges and no depth;
-`order` which of two points is nearer. Every task adds up sums, so that a score over all pixels, edges or pairs comes
-out of the same numbers as a mean over images. Which of the two is the headline is the task's: an image of DA-2K has
-one to four pairs, and its accuracy is over all pairs of all images.
+There are four. `depth` is that of the published tables: ten metrics of an aligned map. `boundary_f1` measures how sharp
+and well placed its edges are, against true depth; `boundary_recall` the same against a matte, which has edges and no
+depth; `order` asks which of two points is nearer. Every task adds up sums, so that a score over all pixels, edges or
+pairs comes from the same numbers as a mean over images. The task decides which of the two is the headline: an image of
+DA-2K has one to four pairs, and its accuracy is over all pairs of all images.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from distill.eval.protocol import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """rows: the metrics, the first is the one to sort by. from_sums: (B, N) sums -> each metric, (B,). measure: one
-    prediction (H,W) float32 against one truth. over_all: the headline is over the sums of all images, not a mean over
-    images. group_mean: the name under which the plain mean over the benchmark's parts stands beside it, or "".
+    """rows: the metrics, the main one first. from_sums: (B, N) sums -> each metric, (B,). measure: one prediction
+    (H,W) float32 against one truth. over_all: the headline is computed from the sums of all images, not as a mean over
+    images. group_mean: the name of the plain mean over the benchmark's parts, which is given beside it, or "".
     """
 
     rows: Mapping[str, MetricRow]
@@ -45,7 +45,7 @@ class Task:
 
 
 def size_of(truth: Any) -> tuple[int, int] | None:
-    """(H,W) that a prediction must have; None where nobody knows."""
+    """The (H,W) that a prediction must have; None if unknown."""
     if isinstance(truth, Points):
         return truth.size
     height, width = (truth.values if isinstance(truth, DepthMap) else truth).shape[-2:]
@@ -59,28 +59,28 @@ def _measure_f1(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protoco
     truth = as_depth(truth)
     depth, aligned = aligned_depth(pred, truth, kind, protocol)
     value = boundary_f1(torch.from_numpy(depth)[None], truth.values, truth.valid)
-    return ImageErrors(_one(value), {}, aligned.scale, aligned.shift, aligned.notes)
+    return ImageErrors(_single_value(value), {}, aligned.scale, aligned.shift, aligned.notes)
 
 
 def _measure_recall(pred: np.ndarray, alpha: Tensor, kind: Kind, protocol: Protocol) -> ImageErrors:
-    """Boundary recall of the prediction as depth; an unknown shift is taken as none, for want of a depth to fit."""
+    """Boundary recall of the prediction as depth; an unknown shift is taken as 0, since there is no depth to fit to."""
     if not np.isfinite(pred).all():
         raise ValueError(f"NaN or infinity in {int((~np.isfinite(pred)).sum())} of the {pred.size} pixels")
     depth = 1.0 / np.maximum(pred, 1e-6) if kind.quantity == "disparity" else pred
-    return ImageErrors(_one(boundary_recall(torch.from_numpy(depth)[None], alpha)), {}, 1.0, 0.0, ())
+    return ImageErrors(_single_value(boundary_recall(torch.from_numpy(depth)[None], alpha)), {}, 1.0, 0.0, ())
 
 
 def _measure_order(pred: np.ndarray, points: Points, kind: Kind, protocol: Protocol) -> ImageErrors:
-    """Right pairs of all pairs."""
-    right = num_right(pred, points.pairs, kind)
-    return ImageErrors(torch.tensor([len(points.pairs), right], dtype=torch.float64), {}, 1.0, 0.0, ())
+    """The number of correctly ordered pairs, of all pairs."""
+    num_correct = num_right(pred, points.pairs, kind)
+    return ImageErrors(torch.tensor([len(points.pairs), num_correct], dtype=torch.float64), {}, 1.0, 0.0, ())
 
 
-def _one(value: Tensor) -> Tensor:
+def _single_value(value: Tensor) -> Tensor:
     return torch.tensor([1.0, float(value)], dtype=torch.float64)
 
 
-def _share(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
+def _ratio(name: str) -> Callable[[Tensor], dict[str, Tensor]]:
     return lambda totals: {name: (totals[:, 1] / totals[:, 0]).float()}
 
 
@@ -90,9 +90,9 @@ def _rows(*names: str) -> dict[str, MetricRow]:
 
 TASKS: Mapping[str, Task] = {
     "depth": Task(METRICS, from_sums, measure),
-    "boundary_f1": Task(_rows("boundary_f1"), _share("boundary_f1"), _measure_f1),
-    "boundary_recall": Task(_rows("boundary_recall"), _share("boundary_recall"), _measure_recall),
+    "boundary_f1": Task(_rows("boundary_f1"), _ratio("boundary_f1"), _measure_f1),
+    "boundary_recall": Task(_rows("boundary_recall"), _ratio("boundary_recall"), _measure_recall),
     "order": Task(
-        _rows("accuracy", "scene_mean"), _share("accuracy"), _measure_order, over_all=True, group_mean="scene_mean"
+        _rows("accuracy", "scene_mean"), _ratio("accuracy"), _measure_order, over_all=True, group_mean="scene_mean"
     ),
 }

@@ -1,7 +1,7 @@
-"""How long a model takes for one image: the median of many calls, after warm-up, each waited for.
+"""The run time of a model for one image: the median of many calls after warm-up, each synchronized.
 
 FiffDepth's Table 3 gives the mean over 100 images of 512 x 512 pixels on a Titan RTX, at every method's default
-settings; a median, which is ours, does not move with whatever else the machine does for a moment.
+settings; the median, which is ours, is robust against short disturbances by other work on the machine.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RunTime:
 
 @dataclass(frozen=True, slots=True)
 class PaperRunTime:
-    """A printed one. device: as the paper names it."""
+    """A published run time. device: as the paper names it."""
 
     paper: str
     where: str
@@ -46,21 +46,21 @@ class PaperRunTime:
 
 
 def run_time(predict: Callable[[Tensor], Any], size: int, device: torch.device, *, calls: int = CALLS) -> RunTime:
-    """The time of `predict` on one image (1,3,size,size) of noise that lies in the host's memory, its map included."""
+    """Time `predict` on one noise image (1,3,size,size) in host memory, returning its map included."""
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
     def call() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         predict(image)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start
 
     for _ in range(WARM_UP):
         call()
-    took = sorted(call() for _ in range(calls))
+    seconds = sorted(call() for _ in range(calls))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return RunTime(size, statistics.median(took), took[0], took[-1], calls, name)
+    return RunTime(size, statistics.median(seconds), seconds[0], seconds[-1], calls, name)
 
 
 @cache

@@ -1,17 +1,17 @@
-"""What runs say of a claim: an effect with its interval, one of four words, and whether the paper's size fits.
+"""The verdict of runs on a claim: an effect with its interval, one of four words, and whether the paper's effect fits.
 
 Runs of one seed share data, order and random weights, and all runs share the images they are scored on. So an effect
-is a relative margin within a seed, and its mean is uncertain twice: by the seeds, and by the images, over which a
-bootstrap goes that draws the same images for both rows. Both variances are added (a seed's runs see all images, so
-neither contains the other); the interval is Student's, its degrees of freedom by Welch and Satterthwaite.
+is a relative margin within a seed, and its mean has two sources of uncertainty: the seeds, and the images, which are
+bootstrapped with the same draws for both rows. Both variances are added (a seed's runs see all images, so neither
+contains the other); the interval is Student's, its degrees of freedom by Welch and Satterthwaite.
 
     same sign, decided       the interval lies on the claim's side of zero
     opposite, decided        it lies on the other side
-    equivalent               it holds zero, and lies within the margin that the study states beforehand
+    equivalent               it contains zero, and lies within the margin that the study states beforehand
     undecided                none of these
 
-A claim of "non_inferior" (a non-inferiority test) allows the margin: its interval is held against minus the margin, not
-against zero.
+A claim of "non_inferior" (a non-inferiority test) allows the margin: its interval is compared with minus the margin,
+not with zero.
 
 The rules are ours; the papers give one run each.
 """
@@ -28,7 +28,7 @@ import numpy as np
 SAME, OPPOSITE = "same sign, decided", "opposite, decided"
 EQUIVALENT, UNDECIDED, UNKNOWN = "equivalent", "undecided", "not run"
 BOUNDED = ("below", "above")
-"""Claims about rows by themselves: each lies below, or above, a number that the study states beforehand."""
+"""Claims about single rows: each lies below, or above, a number that the study states beforehand."""
 CLAIMS = ("better", "non_inferior", "close", "gap_grows", *BOUNDED)
 LEVEL = 0.10
 """Intervals are of 90 %; a claim survives a correction at this level."""
@@ -43,8 +43,8 @@ columns' means."""
 class Verdict:
     """effect: the mean relative margin by which the claim holds (negative: fails), within low to high at 90 %.
 
-    pair: the two rows that decided, where a claim is about several. p: how likely so large an effect is by chance; of
-    an equivalence, so small a one where the truth is the margin.
+    pair: the two deciding rows, if a claim is about several. p: the probability of so large an effect by chance; for an
+    equivalence, of so small a one if the true effect is the margin.
     """
 
     word: str
@@ -90,14 +90,14 @@ def _incomplete_beta(a: float, b: float, x: float) -> float:
 
 
 def two_sided(t: float, freedom: float) -> float:
-    """How likely Student's t of so many degrees of freedom is at least as far from zero as `t`."""
+    """The probability that Student's t with `freedom` degrees of freedom is at least as far from zero as `t`."""
     if math.isinf(t):
         return 0.0
     return _incomplete_beta(freedom / 2, 0.5, freedom / (freedom + t * t))
 
 
 def quantile(freedom: float, level: float = LEVEL) -> float:
-    """The t beyond which, on both sides, `level` of its distribution lies."""
+    """The t whose two tails together have the probability `level`."""
     low, high = 0.0, 1.0
     while two_sided(high, freedom) > level:
         high *= 2
@@ -139,7 +139,7 @@ def by_image_draws(rows: Sequence[Sequence[Sequence[np.ndarray]]], *, draws: int
 
 
 def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim: str, equivalence: float) -> Verdict:
-    """effects: one per seed. drawn: (draws,) their mean under the bootstrap of the images; None: no image is drawn."""
+    """effects: one per seed. drawn: (draws,) their mean under the bootstrap of the images; None for no bootstrap."""
     seeds, mean = len(effects), float(effects.mean())
     if seeds == 1:
         return Verdict(UNDECIDED, mean, seeds=1, images=images, why="one seed decides nothing")
@@ -159,7 +159,7 @@ def _judged(effects: np.ndarray, drawn: np.ndarray | None, images: int, *, claim
         return two_sided(distance / math.sqrt(total), freedom) if total else float(distance == 0.0)
 
     p = chance(mean)
-    # Two one-sided tests: the margin that is nearer decides.
+    # Two one-sided tests: the nearer margin decides.
     p_same = chance(equivalence - abs(mean)) / 2 if abs(mean) < equivalence else 1.0
     if claim == "non_inferior":
         word = SAME if low > -equivalence else OPPOSITE if high < -equivalence else UNDECIDED
@@ -189,12 +189,12 @@ def judge(
     equivalence: float = 0.05,
     bound: float = 0.0,
 ) -> Verdict:
-    """One claim about rows. Every pair of `first` and `second` must hold; the weakest decides, and is named.
+    """Judge one claim about rows. It must hold for each pair of `first` and `second`; the weakest decides and is named.
 
     better: each of `first` is better than each of `second`. non_inferior: none is worse by more than the margin. close:
-    they are equivalent. gap_grows: `first` and `second` are rows in step (by data size, say); the relative gap of the
-    last pair is wider than that of the first pair. below, above: each of `first` is so beside `bound`, whichever is
-    better; `second` is empty.
+    they are equivalent. gap_grows: `first` and `second` are paired rows (e.g. by data size); the relative gap of the
+    last pair is wider than that of the first pair. below, above: each of `first` is below or above `bound`, whichever
+    is better; `second` is empty.
     """
     named = list(dict.fromkeys((*first, *second)))
     seeds = sorted(set.intersection(*(set(values.get(row, {})) for row in named)))
@@ -207,8 +207,8 @@ def judge(
     drawn = by_image_draws(table) if images > len(table[0][0]) else None
 
     def gain(of: np.ndarray, a: str, b: str) -> np.ndarray:
-        one, other = of[..., place[a], :], of[..., place[b], :]
-        return (other - one if lower_is_better else one - other) / other
+        value_a, value_b = of[..., place[a], :], of[..., place[b], :]
+        return (value_b - value_a if lower_is_better else value_a - value_b) / value_b
 
     def decided(effect: np.ndarray, under: np.ndarray | None) -> Verdict:
         mean = None if under is None else under.mean(-1)
@@ -224,8 +224,8 @@ def judge(
         def room(of: np.ndarray, a: str) -> np.ndarray:
             return sign * (bound - of[..., place[a], :]) / bound
 
-        alone = [decided(room(plain, a), None if drawn is None else room(drawn, a)) for a in first]
-        verdicts = [replace(one, pair=(a, f"{bound:g}")) for a, one in zip(first, alone, strict=True)]
+        row_verdicts = [decided(room(plain, a), None if drawn is None else room(drawn, a)) for a in first]
+        verdicts = [replace(verdict, pair=(a, f"{bound:g}")) for a, verdict in zip(first, row_verdicts, strict=True)]
         return _weakest(verdicts)
     verdicts = [
         replace(decided(gain(plain, a, b), None if drawn is None else gain(drawn, a, b)), pair=(a, b))
@@ -253,10 +253,10 @@ def paper_effect(
 
 
 def holm(chances: Sequence[float], level: float = LEVEL) -> list[bool]:
-    """Which of several claims survive Holm's step-down correction for their number, at a family's error of `level`."""
+    """Which of several claims survive Holm's step-down correction for their number, at a family-wise error `level`."""
     survives = [False] * len(chances)
-    for rank, place in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
-        if chances[place] > level / (len(chances) - rank):
+    for rank, index in enumerate(sorted(range(len(chances)), key=lambda i: chances[i])):
+        if chances[index] > level / (len(chances) - rank):
             break
-        survives[place] = True
+        survives[index] = True
     return survives

@@ -1,8 +1,8 @@
-"""True depth whose edges are scored: Depth Pro's boundary F1.
+"""Benchmarks that score the edges of true depth: Depth Pro's boundary F1.
 
-The published metric has no mask and knows no alignment. Here edges count between two pixels with a truth, and a kind
-with an unknown shift is fitted to the truth first (least squares in its own quantity, over the truth inside the range
-of the protocol), because the ratios that make an edge know no scale but do know a shift; both choices are ours.
+The published metric has neither mask nor alignment. Here edges count between two pixels with a truth, and a kind with
+an unknown shift is fitted to the truth first (least squares in its own quantity, over the truth inside the range of the
+protocol), because the ratios that define an edge do not depend on a scale but do on a shift; both choices are ours.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distill.eval.protocol import Protocol
 
 
 def edge_protocol(benchmark: str, *, farthest: float, mask: str, resize: str = "") -> Protocol:
-    """How edges are scored. farthest: metres, up to which the truth is fitted."""
+    """The protocol of scoring edges. farthest: the depth in metres up to which the truth is fitted."""
     return Protocol(
         benchmark=benchmark,
         max_depth=farthest,

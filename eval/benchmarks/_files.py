@@ -1,7 +1,7 @@
 """The files of a published benchmark: a folder or a tar, plain or compressed, read by name from any thread.
 
 A plain tar is indexed once and read in place. A compressed one cannot be read out of order, so it is unpacked once into
-a nameless temporary file, which takes its unpacked size on disk until the program ends. Member names may start
+an anonymous temporary file, which takes its unpacked size on disk until the program ends. Member names may start
 with "./", as in Marigold's archives, or not.
 """
 
@@ -46,13 +46,13 @@ Rows = list[ListRow]
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """How a published benchmark lies on disk.
+    """The layout of a published benchmark on disk.
 
-    archive: the published archive, relative to the folder of all of them. columns: of the published list that name
-    files. row: name -> the files of one image (rgb first) if `name` is the file that decides that there is one, else
-    None. strip: what a list may have in front of every name. size: name -> the bytes the file must have, None where
-    they are not known. parts: group -> its number of images and the hash of their list. shape: how the files lie, for
-    people. canonical: a file's name as its own host ships it -> the name in the published archive, None for any other.
+    archive: the published archive, relative to the folder of all of them. columns: the number of columns of the
+    published list that name files. row: name -> the files of one image (rgb first) if `name` is the file that defines
+    an image, else None. strip: an optional prefix of every name in a list. size: name -> the required number of bytes,
+    None if unknown. parts: group -> its number of images and the hash of their list. shape: the layout in words.
+    canonical: a file's name as its own host ships it -> the name in the published archive, None for any other.
     """
 
     archive: str
@@ -65,16 +65,16 @@ class FileLayout:
     canonical: Callable[[str], str | None] = lambda _: None
 
     def rows(self, names: set[str]) -> tuple[Rows, Rows]:
-        """The rows whose files are all there, and those that lack one, both in order."""
+        """The rows whose files all exist, and those that lack one, both sorted."""
         rows = sorted(row for name in names if (row := self.row(name)) is not None)
         return [row for row in rows if names.issuperset(row)], [row for row in rows if not names.issuperset(row)]
 
 
 class Files:
-    """Named files below a root.
+    """The files below a root, by name.
 
-    tolerant: a tar that is cut short is read up to the cut, and `damage` says where that is; otherwise it is an error.
-    packed: it is a compressed tar.
+    tolerant: a truncated tar is read up to the cut, and `damage` says where that is; otherwise it is an error.
+    packed: whether the root is a compressed tar.
     """
 
     def __init__(self, root: Path, *, tolerant: bool = False) -> None:
@@ -83,7 +83,7 @@ class Files:
         self.packed = False
         self._tar: BinaryIO | None = None
         self._members: dict[str, tuple[int, int]] = {}
-        self._real: Mapping[str, str] = {}
+        self._aliases: Mapping[str, str] = {}
         if root.is_file():
             self.packed, self._tar = _unpacked(root)
             self._members, self.damage = _index(root, self._tar)
@@ -97,46 +97,46 @@ class Files:
         return {path.relative_to(self.root).as_posix() for path in files_below(self.root)}
 
     def call(self, names: Mapping[str, str]) -> None:
-        """Let files go by other names too: the name that is asked for -> the file's own."""
-        self._real = names
+        """Set aliases of files: requested name -> the file's own name."""
+        self._aliases = names
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file."""
-        name = self._real.get(name, name)
+        """Whether the file exists."""
+        name = self._aliases.get(name, name)
         return name in self._members if self._tar is not None else inside(self.root, name).is_file()
 
     def read(self, name: str) -> bytes:
         """The file's bytes; OSError names the root and the file."""
-        name = self._real.get(name, name)
+        name = self._aliases.get(name, name)
         if self._tar is None:
             return inside(self.root, name).read_bytes()
         offset, size = self._members[name]
         data = os.pread(self._tar.fileno(), size, offset)
         while len(data) < size:  # one read call returns at most 2 GiB
-            more = os.pread(self._tar.fileno(), size - len(data), offset + len(data))
-            if not more:
+            chunk = os.pread(self._tar.fileno(), size - len(data), offset + len(data))
+            if not chunk:
                 raise OSError(f"{self.root}: cut short inside {name}; download it again")
-            data += more
+            data += chunk
         return data
 
     def floats(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """A file of raw little-endian float32 as an array that is read when it is looked at; its size is checked.
+        """A file of raw little-endian float32 as a memory-mapped array; its size is checked.
 
-        Mapped copy-on-write: a map of 24 megapixels is neither read twice nor given fresh memory, which costs as much.
+        Mapped copy-on-write: a 24-megapixel map is neither read twice nor copied to new memory, which costs as much.
         """
-        name = self._real.get(name, name)
+        name = self._aliases.get(name, name)
         offset, size = self._members[name] if self._tar is not None else (0, inside(self.root, name).stat().st_size)
         if size != 4 * math.prod(shape):
-            wanted = " x ".join(map(str, shape))
-            raise OSError(f"{self.root}: {name} has {size} bytes; raw float32 of {wanted} has {4 * math.prod(shape)}")
+            expected = " x ".join(map(str, shape))
+            raise OSError(f"{self.root}: {name} has {size} bytes; raw float32 of {expected} has {4 * math.prod(shape)}")
         if self._tar is not None and os.fstat(self._tar.fileno()).st_size < offset + size:
             raise OSError(f"{self.root}: cut short inside {name}; download it again")
         file = inside(self.root, name) if self._tar is None else self._tar
         return np.asarray(np.memmap(file, "<f4", mode="c", offset=offset, shape=shape))
 
     def ends(self, name: str, length: int = 256) -> tuple[int, bytes, bytes]:
-        """The file's size, and its first and last bytes: what there is to see without reading all of it."""
-        name = self._real.get(name, name)
+        """The file's size, and its first and last `length` bytes, without reading all of it."""
+        name = self._aliases.get(name, name)
         if self._tar is not None:
             start, size = self._members[name]
             descriptor = self._tar.fileno()
@@ -163,10 +163,10 @@ class Files:
             raise OSError(f"{self.root}: {name}: {error}") from error
 
     def pixels(self, name: str, mode: str | None = None) -> np.ndarray:
-        """An image as it is stored, or in a mode of Pillow: it refuses a truncated file where OpenCV may fill it up."""
+        """An image as stored, or in a mode of Pillow, which rejects a truncated file where OpenCV may fill it up."""
         try:
             with Image.open(io.BytesIO(self.read(name))) as image:
-                mode = mode or ("RGB" if image.mode == "P" else None)  # a palette's indices are no brightness
+                mode = mode or ("RGB" if image.mode == "P" else None)  # palette indices are not brightness
                 return np.array(image.convert(mode) if mode else image)
         except (OSError, SyntaxError, ValueError) as error:
             raise OSError(f"{self.root}: {name} is not a readable image ({error})") from error
@@ -189,15 +189,15 @@ def published(
     """The files of a published benchmark, and its rows (rgb first) in order.
 
     root: the archive, a folder that holds its content, or one that holds the archive as Marigold lays it out.
-    list_file: see `read_list`. Without it the layout's rule finds the rows, and number and hash must be the published
-    ones (ValueError). FileNotFoundError counts and names missing files.
+    list_file: see `read_list`. Without it the layout's rule finds the rows, and their number and hash must be the
+    published ones (else ValueError). FileNotFoundError counts and names missing files.
     """
     files = Files(locate(root, protocol.benchmark, layout))
     if list_file is not None:
         rows = rows_of_list(files, list_file, layout)
     else:
         rows, _ = rows_found(files, protocol, layout)
-        _prove(files.root, protocol, layout, files.names(), [row[0] for row in rows])
+        _check_listed(files.root, protocol, layout, files.names(), [row[0] for row in rows])
     names = [name for row in rows for name in row]
     missing = [name for name in names if not files.has(name)]
     if missing:
@@ -207,36 +207,38 @@ def published(
 
 
 def rows_of_list(files: Files, list_file: Path | str, layout: FileLayout) -> Rows:
-    """The rows of a list, whose names the files go by from now on, wherever below the root they lie."""
+    """The rows of a list; its names become aliases of the files, wherever below the root these lie."""
     rows = read_list(list_file, layout)
     if not all(files.has(name) for row in rows for name in row):
-        files.call(_inner(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
+        files.call(_find_aliases(files.names(), layout, lambda names: sum(names.issuperset(row) for row in rows)))
     return rows
 
 
 def rows_found(files: Files, protocol: Protocol, layout: FileLayout) -> tuple[Rows, Rows]:
-    """The rows that the layout's rule finds, and those that lack a file; the files go by these names from now on."""
-    there = files.names()
-    rows = layout.rows(there)
+    """The rows that the layout's rule finds, and those that lack a file; their names become aliases of the files."""
+    names = files.names()
+    rows = layout.rows(names)
     if not _is_published(protocol, rows[0]):
-        inner = _inner(there, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
-        if inner:
-            files.call(inner)
-            return layout.rows(set(inner))
+        aliases = _find_aliases(names, layout, lambda names: _worth(protocol, layout.rows(names)[0]))
+        if aliases:
+            files.call(aliases)
+            return layout.rows(set(aliases))
     return rows
 
 
-def _inner(there: set[str], layout: FileLayout, worth: Callable[[set[str]], int]) -> dict[str, str]:
-    """Names of the layout -> the files' own, where the benchmark lies in an inner folder or as its host ships it.
+def _find_aliases(there: set[str], layout: FileLayout, worth: Callable[[set[str]], int]) -> dict[str, str]:
+    """Names of the layout -> the files' own, if the benchmark lies in an inner folder or as its host ships it.
 
-    The folder (at most three levels down, and not one of many) that is `worth` most; empty where none is worth more
-    than what lies here.
+    Chooses the folder (at most three levels down, of the 24 with the most files) of the highest `worth`; empty if none
+    is worth more than the root itself.
     """
     parts = [name.split("/") for name in there]
     heads = Counter("/".join(part[:depth]) + "/" for part in parts for depth in (1, 2, 3) if len(part) > depth)
-    ways = [{name[len(head) :]: name for name in there if name.startswith(head)} for head, _ in heads.most_common(24)]
-    ways.append({called: name for name in sorted(there) if (called := layout.canonical(name))})
-    best = max(ways, key=lambda way: worth(set(way)))
+    candidates = [
+        {name[len(head) :]: name for name in there if name.startswith(head)} for head, _ in heads.most_common(24)
+    ]
+    candidates.append({called: name for name in sorted(there) if (called := layout.canonical(name))})
+    best = max(candidates, key=lambda names: worth(set(names)))
     return best if worth(set(best)) > worth(there) else {}
 
 
@@ -246,7 +248,7 @@ def _is_published(protocol: Protocol, rows: Rows) -> bool:
 
 
 def _worth(protocol: Protocol, rows: Rows) -> int:
-    """What rows are worth to a search: the published ones more than any number of others."""
+    """The rank of rows in a search: the published ones are worth more than any number of others."""
     return len(rows) + (1 << 30) * _is_published(protocol, rows)
 
 
@@ -262,7 +264,7 @@ def as_truth(metres: np.ndarray, valid: np.ndarray) -> DepthMap:
 
 
 def locate(root: Path | str | None, benchmark: str, layout: FileLayout) -> Path:
-    """The archive or folder that `root` means; ValueError where there is no root, FileNotFoundError where nothing."""
+    """The archive or folder that `root` refers to; ValueError without a root, FileNotFoundError if it is missing."""
     archive = layout.archive
     if root is None:
         raise ValueError(f"the benchmark {benchmark} needs a root: {archive}, or the folder it unpacks to")
@@ -278,29 +280,29 @@ def locate(root: Path | str | None, benchmark: str, layout: FileLayout) -> Path:
     return root
 
 
-def _prove(root: Path, protocol: Protocol, layout: FileLayout, there: set[str], keys: Sequence[str]) -> None:
-    """Raise ValueError unless these are the images of the published list; it says what was looked for, and where."""
+def _check_listed(root: Path, protocol: Protocol, layout: FileLayout, there: set[str], keys: Sequence[str]) -> None:
+    """Raise ValueError unless these are the images of the published list; says what was searched for, and where."""
     if len(keys) == protocol.num_images and list_hash(keys) == protocol.list_sha256:
         return
     if keys and not protocol.num_images:
-        return  # nobody published a list
+        return  # no list is published
     how = f"they should lie as {layout.shape}" if layout.shape else f"{protocol.benchmark}.py says how they should lie"
-    seen = f"{how}; looked here and in the folders below"
-    seen += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
+    hint = f"{how}; looked here and in the folders below"
+    hint += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
     if any(name.endswith(".mat") for name in there) and not keys:
-        seen += f"; of .mat files only NYU's nyu_depth_v2_labeled.mat is read; or `distill fetch {protocol.benchmark}`"
+        hint += f"; of .mat files only NYU's nyu_depth_v2_labeled.mat is read; or `distill fetch {protocol.benchmark}`"
     if not protocol.num_images:
-        raise ValueError(f"{root}: no images of {protocol.benchmark}; {seen}")
-    more = len(keys) > protocol.num_images
-    remedy = "name the images to use with --list" if more else "complete the folder, or name the images with --list"
+        raise ValueError(f"{root}: no images of {protocol.benchmark}; {hint}")
+    too_many = len(keys) > protocol.num_images
+    remedy = "name the images to use with --list" if too_many else "complete the folder, or name the images with --list"
     raise ValueError(
         f"{root}: found {len(keys)} images of {protocol.benchmark}, and they are not the {protocol.num_images} of the "
-        f"published list; {remedy} ({seen})"
+        f"published list; {remedy} ({hint})"
     )
 
 
 def read_list(path: Path | str, layout: FileLayout) -> Rows:
-    """The rows of a list in the published columns, of which those that name files count; all faults at once.
+    """The rows of a list in the published columns, cut to those that name files; reports all faults at once.
 
     A layout of one column takes a list of images, whose other files follow from the layout.
 
@@ -338,7 +340,7 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
 
 
 def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
-    """Whether the tar is compressed, and it as a plain, seekable file: itself, or a nameless temporary file."""
+    """Whether the tar is compressed, and a plain, seekable file of it: itself, or an anonymous temporary file."""
     file = path.open("rb")
     opener = _OPENERS.get(packer(file.peek(6)))
     if opener is None:
@@ -354,7 +356,7 @@ def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
 
 
 def _index(path: Path, file: BinaryIO) -> tuple[dict[str, tuple[int, int]], str]:
-    """Where each whole member's bytes lie, name -> (offset, size), and what is wrong with the tar if anything is."""
+    """The position of each complete member, name -> (offset, size), and what is wrong with the tar, or ""."""
     size = os.fstat(file.fileno()).st_size
     file.seek(0)
     members: dict[str, tuple[int, int]] = {}

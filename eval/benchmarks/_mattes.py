@@ -1,6 +1,6 @@
-"""Mattes as truths: photographs whose foreground is known to the hair, and whose depth is not.
+"""Mattes as ground truth: photographs with a foreground matte exact to the hair, and without depth.
 
-Scored by Depth Pro's boundary recall: the edge of the matte must be an edge of the predicted depth, at that very pixel.
+Scored by Depth Pro's boundary recall: an edge of the matte must be an edge of the predicted depth at the same pixel.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distill.eval.protocol import Protocol
 
 
 def matte_protocol(benchmark: str) -> Protocol:
-    """How mattes are scored. Source: Depth Pro (Bochkovskii et al. 2024), Sec. 3.2."""
+    """The protocol of scoring mattes. Source: Depth Pro (Bochkovskii et al. 2024), Sec. 3.2."""
     return Protocol(
         benchmark=benchmark,
         truth="matte",

@@ -1,8 +1,8 @@
 """NYUv2's own file, nyu_depth_v2_labeled.mat (HDF5): the 654 test images of its 1,449, as its authors split them.
 
-Images and `rawDepths` (Kinect's, without what was filled in) are read where they lie; an image goes by the name that it
-has in Marigold's archive, whose numbers are the file's own from 1 on. Marigold stored depth in whole millimetres; the
-file has float32 metres, which are used as they are (ours).
+Images and `rawDepths` (Kinect's, without filled-in values) are read in place; an image has its name in Marigold's
+archive, whose numbers are the file's own, counted from 1. Marigold stored depth in whole millimetres; the file has
+float32 metres, which are used unchanged (ours).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _lock = threading.Lock()
 
 
 def find(root: Path | str | None) -> Path | None:
-    """The file, where `root` is it or a folder that holds it, or whose folder does, and nothing of it unpacked."""
+    """The file, if `root` is it, or a folder that holds it (at most one level down) and no unpacked archive."""
     path = Path(root or "")
     if path.is_file():
         return path if path.suffix.lower() == ".mat" else None
@@ -46,14 +46,14 @@ def find(root: Path | str | None) -> Path | None:
     unpacked = unpacked or any((path / "nyuv2").glob("*nyu_labeled_extracted*")) or (path / "nyuv2" / "test").is_dir()
     if unpacked:
         return None
-    return next((one for one in (path / NAME, *sorted(path.glob(f"*/{NAME}"))) if one.is_file()), None)
+    return next((file for file in (path / NAME, *sorted(path.glob(f"*/{NAME}"))) if file.is_file()), None)
 
 
 def names(path: Path) -> list[str]:
     """The test images under the archive's names, test/SCENE/rgb_N.png."""
     file = _open(path)
     with _lock:
-        scenes = ["".join(map(chr, np.ravel(file[one][()]))) for one in np.ravel(file["scenes"][()])]
+        scenes = ["".join(map(chr, np.ravel(file[reference][()]))) for reference in np.ravel(file["scenes"][()])]
     if len(scenes) < (last := max(numbers := _test())):
         raise ValueError(f"{path}: {len(scenes)} images, and the last of the test split is number {last}")
     return [f"test/{scenes[number - 1]}/rgb_{number:04d}.png" for number in numbers]
@@ -66,12 +66,12 @@ def rgb(path: Path, name: str) -> Tensor:
 
 
 def depth(path: Path, name: str) -> np.ndarray:
-    """Its depth (H,W) in metres, 0 where Kinect saw none."""
+    """Its depth (H,W) in metres, 0 where Kinect measured none."""
     return np.ascontiguousarray(_read(path, "rawDepths", name).T)
 
 
 def _test() -> Sequence[int]:
-    spans = [one.split("-") for one in _TEST.split()]
+    spans = [text.split("-") for text in _TEST.split()]
     return [number for span in spans for number in range(int(span[0]), int(span[-1]) + 1)]
 
 

@@ -1,7 +1,7 @@
 """AM-2k, 200 validation photographs of animals with their mattes: boundary recall in fur.
 
 Root: the folder that holds validation/original/NAME.jpg and validation/mask/NAME.png, as published (JizhiziLi/GFM).
-list_file: photographs to use, one per line. Nobody published which images were scored, so no list is proven here.
+list_file: photographs to use, one per line. Which images were scored is not published, so no list is checked here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DA-2K: which of two points is nearer, in photographs of eight kinds of scene (distill.eval.da2k has the rule).
 
-Root: the folder that holds annotations.json, as published, or that file. Images lie where it says; where they are
-not there, stored predictions can still be scored, and only their size goes unchecked. list_file: images to use, one per
-line. Groups: the kinds of scene, whose plain mean stands beside the accuracy over all pairs.
+Root: the folder that holds annotations.json, as published, or that file. Images lie where it says; without them, stored
+predictions can still be scored, but their size is not checked. list_file: images to use, one per line. Groups: the
+kinds of scene, whose plain mean is given beside the accuracy over all pairs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DIODE, 771 validation images, 325 indoors and 446 outdoor: 768 x 1024, laser scanned.
 
 Root: diode_val.tar, or what it unpacks to. List columns: rgb, depth, mask. Depth and mask are .npy, depth in metres. In
-the marigold mode the mask file alone says what is valid, although the range is 0.6 to 350 m; the clean mode applies
-both. Source: prs-eth/Marigold, src/dataset/diode_dataset.py. Groups: indoors, outdoor.
+marigold mode only the mask file defines what is valid, although the range is 0.6 to 350 m; clean mode applies both.
+Source: prs-eth/Marigold, src/dataset/diode_dataset.py. Groups: indoors, outdoor.
 """
 
 from __future__ import annotations

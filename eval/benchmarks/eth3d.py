@@ -1,9 +1,9 @@
 """ETH3D, 454 high-resolution images of 13 scenes: 4032 x 6048, laser scanned.
 
 Root: eth3d.tar, or what it unpacks to. List columns: rgb, depth. Depth is raw little-endian float32 of 4032 x 6048 in a
-file named .JPG; infinity means nothing was measured. The fit sees 1024 columns (`--alignment_max_res 1024`, which
-stands in Marigold's shell script, not in its config). Depth has no upper bound, so that in the marigold mode a floored
-disparity becomes 1000 m. Source: prs-eth/Marigold, src/dataset/eth3d_dataset.py, script/depth/eval.
+file named .JPG; infinity means nothing was measured. The fit uses 1024 columns (`--alignment_max_res 1024`, set in
+Marigold's shell script, not in its config). Depth has no upper bound, so that in marigold mode a disparity at the floor
+becomes 1000 m. Source: prs-eth/Marigold, src/dataset/eth3d_dataset.py, script/depth/eval.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _row(rgb: str) -> ListRow | None:
 
 
 def _size(name: str) -> int | None:
-    """Truths have a size that is known beforehand."""
+    """Depth files have a known size."""
     return 4 * HEIGHT * WIDTH if name.startswith("depth/") else None
 
 
@@ -54,8 +54,8 @@ def _canonical(name: str) -> str | None:
     shipped = _SHIPPED.search(name)
     if shipped is None:
         return None
-    scene, sort, file = shipped.groups()
-    return f"rgb/{scene}/{sort}/{file}" if sort == "images" else f"depth/{scene}_dslr_depth/{scene}/{sort}/{file}"
+    scene, kind, file = shipped.groups()
+    return f"rgb/{scene}/{kind}/{file}" if kind == "images" else f"depth/{scene}_dslr_depth/{scene}/{kind}/{file}"
 
 
 LAYOUT = FileLayout(
@@ -79,5 +79,5 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 
 def _truth(files: Files, name: str) -> DepthMap:
-    # Infinity is not below the protocol's open upper end, so it is invalid without being looked for.
+    # Infinity is not below the protocol's upper limit of infinity, so it becomes invalid without a check of its own.
     return as_truth(*ranged(files.floats(name, (HEIGHT, WIDTH)), PROTOCOL))

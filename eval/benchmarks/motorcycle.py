@@ -1,7 +1,7 @@
 """One real stereo pair, the motorcycle of Middlebury 2014, from scikit-image's wheel: real depth without a download.
 
 Depth is 994.978 * 0.193001 / (disparity + 31.086) metres, by the calibration that scikit-image documents. One image is
-no benchmark: it shows that a model is not lost on a photograph. `root` is ignored.
+not a benchmark: it only shows that a model works on a photograph. `root` is ignored.
 """
 
 from __future__ import annotations

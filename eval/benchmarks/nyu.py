@@ -68,7 +68,7 @@ def samples(root: Path | str | None, list_file: Path | str | None = None) -> lis
 
 
 def container(root: Path | str | None) -> Path | None:
-    """The authors' own file, where that is what `root` means."""
+    """The authors' own file, if `root` refers to it."""
     return _nyu_mat.find(root)
 
 

@@ -2,7 +2,7 @@
 
 Root: the folder that holds validation/P3M-500-P (faces blurred, in blurred_image/) and validation/P3M-500-NP (in
 original_image/), each with mask/, as published (JizhiziLi/P3M). list_file: photographs to use, one per line. Groups:
-P3M-500-P, P3M-500-NP. Nobody published which images were scored, so no list is proven here.
+P3M-500-P, P3M-500-NP. Which images were scored is not published, so no list is checked here.
 """
 
 from __future__ import annotations

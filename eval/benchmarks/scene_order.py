@@ -1,8 +1,8 @@
 """Which of two points is nearer, on the views of `scenes`: an order that no scale, shift or bend of a map can change.
 
-Pairs are drawn from each view's own key, so every run asks the same ones; the farther point is at least a tenth farther
-(ours; DA-2K's pairs were picked where people are sure). As many in every view, so the accuracy over all pairs is also
-the mean over views. `root` is ignored.
+Pairs are drawn with each view's key as seed, so every run uses the same ones; the farther point is at least a tenth
+farther (ours; DA-2K's pairs were picked where people are sure). Every view has equally many, so the accuracy over all
+pairs is also the mean over views. `root` is ignored.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distill.eval.da2k import PointPair, Points
 from distill.eval.protocol import Protocol
 
 PAIRS = 256
-"""Of one view."""
+"""Pairs per view."""
 APART = 1.1
-"""How many times as far the farther point is, at least."""
+"""The minimum ratio of the two points' depths."""
 DRAWN = 16 * PAIRS
-"""Pairs that are drawn to find them; every view has enough that are far enough apart."""
+"""Pairs drawn to find PAIRS that are far enough apart; every view has enough of them."""
 
 PROTOCOL = Protocol(
     benchmark="scene_order",
@@ -38,10 +38,10 @@ PROTOCOL = Protocol(
 
 
 def samples(root: Path | str | None = None, list_file: Path | str | None = None) -> list[BenchmarkSample]:
-    """The views of `scenes`, in its order. list_file: as there."""
+    """The views of `scenes`, in its order. list_file: as for `scenes`."""
     return [
-        replace(one, mark=partial(_points, one), truth=partial(_no_depth, one.key))
-        for one in scenes.samples(root, list_file)
+        replace(view, mark=partial(_points, view), truth=partial(_no_depth, view.key))
+        for view in scenes.samples(root, list_file)
     ]
 
 
@@ -55,8 +55,8 @@ def _points(view: BenchmarkSample) -> Points:
     drawn = drawn[distance.max(1) >= APART * distance.min(1)][:PAIRS]
     pairs = []
     for first, second in drawn.tolist():
-        one, other = ((int(rows[i]), int(columns[i])) for i in (first, second))
-        pairs.append(PointPair(one, other) if depth[one] < depth[other] else PointPair(other, one))
+        a, b = ((int(rows[i]), int(columns[i])) for i in (first, second))
+        pairs.append(PointPair(a, b) if depth[a] < depth[b] else PointPair(b, a))
     return Points(tuple(pairs), (depth.shape[0], depth.shape[1]))
 
 

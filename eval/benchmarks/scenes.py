@@ -1,8 +1,8 @@
 """Ray-cast rooms, streets and country with exact depth: the benchmark that needs no download.
 
-It makes its own images from seeds that training never draws (`data.scenes.BENCHMARK_SEEDS`), so `root` is ignored.
-Every fourth view is wide instead of square. Groups: indoors, outdoors. Scored to 80 metres, as KITTI is: a hill at 300
-metres would otherwise weigh in AbsRel as much as the road.
+Its images are rendered from seeds that training never draws (`data.scenes.BENCHMARK_SEEDS`), so `root` is ignored.
+Every fourth view is wide instead of square. Groups: indoors, outdoors. Scored up to 80 metres, like KITTI: a hill at
+300 metres would otherwise weigh as much in AbsRel as the road.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def samples(root: Path | str | None = None, list_file: Path | str | None = None)
 
 
 def training_samples(count: int) -> list[BenchmarkSample]:
-    """The first views of the training range: what a baseline for the benchmark may be fitted on."""
+    """The first views of the training range, to fit a baseline for the benchmark on."""
     return [_sample(seed) for seed in TRAIN_SEEDS[:count]]
 
 
@@ -56,12 +56,12 @@ def _chosen(list_file: Path) -> list[str]:
     keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     unknown = [key for key in keys if key not in _KEYS]
     if unknown or not keys:
-        what = f"{unknown[0]!r} is no view of this benchmark" if unknown else "the list is empty"
-        raise LookupError(f"{list_file}: {what}; its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more")
+        problem = f"{unknown[0]!r} is no view of this benchmark" if unknown else "the list is empty"
+        raise LookupError(f"{list_file}: {problem}; its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more")
     return keys
 
 
-# An image and its truth are asked for one after the other, and an ablation asks for all of them once per student.
+# An image and its truth are requested one after the other, and an ablation requests all of them once per student.
 @lru_cache(maxsize=64)
 def _view(seed: int) -> View:
     return render(seed, size=(192, 256) if seed % 4 == 3 else (224, 224))

@@ -1,7 +1,7 @@
 """The scenes benchmark's views at 32 x 32 pixels: what a student of 32 pixels is scored on.
 
-At the benchmark's own 224 a map of 32 pixels has no edge that is steep enough to be one (boundary F1 of 0.001),
-whatever was learnt. Same seeds, range and groups.
+At the benchmark's own 224 pixels, a map of 32 pixels has no edges steep enough to count (boundary F1 of 0.001),
+whatever was learnt. Seeds, range and groups are the same.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What scores look like: pages, tables and figures."""
+"""Presentation of scores: pages, tables and figures."""

@@ -1,7 +1,7 @@
 """The table of a study: the labels' quality, mean and spread over seeds beside the paper's, claims, curves, pictures.
 
-Spread is the sample standard deviation over seeds. The paper's numbers come from other benchmarks and are there for
-their order alone; they are never averaged with ours.
+Spread is the sample standard deviation over seeds. The paper's numbers come from other benchmarks and are shown only
+for their order; they are never averaged with ours.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 @dataclass(frozen=True, slots=True)
 class AblationRow:
-    """values: by seed, one per column, None where there is none. paper: one per column of the paper, or empty.
+    """values: by seed, one per column, None if missing. paper: one per column of the paper, or empty.
 
-    failures: what stopped trainings. curves: by seed and name. folders: of the cells that are done, in seed order.
+    failures: why trainings stopped. curves: by seed and name. folders: of the finished cells, in seed order.
     """
 
     name: str
@@ -59,10 +59,10 @@ class AblationRow:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A claim of a paper, in one metric. paper: the effect in the paper's own numbers, where they are of this metric.
+    """A claim of a paper, in one metric. paper: the effect in the paper's own numbers, if they are of this metric.
 
-    survives: whether it is decided even after Holm's correction for all claims of the table. bounded: whether it is
-    about a number, not about other rows.
+    survives: whether it is still decided after Holm's correction for all claims of the table. bounded: whether it
+    compares with a number instead of other rows.
     """
 
     text: str
@@ -87,7 +87,7 @@ class Claim:
 
     @property
     def papers(self) -> str:
-        """The paper's effect, and whether the interval here leaves it out."""
+        """The paper's effect, and whether the interval here excludes it."""
         if self.paper is None:
             return "-"
         if not math.isfinite(self.ours.low):
@@ -95,7 +95,7 @@ class Claim:
         return f"{self.paper:+.1%}, {'excluded' if self.ours.excludes(self.paper) else 'not excluded'}"
 
     def cells(self) -> list[str]:
-        """Its line of the table of claims."""
+        """Its row in the table of claims."""
         return [self.text, self.metric, self.papers, self.here, self.ours.word, "yes" if self.survives else "no"]
 
 
@@ -104,7 +104,7 @@ CLAIM_HEAD = ["claim", "in", "paper’s effect", "here, 90 % interval", "verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """A study's result. lower_is_better: by column. labels: how good the teachers' labels are, by row.
+    """A study's result. lower_is_better: by column. labels: the quality of the teachers' labels, by row.
 
     benchmarks: label, plug-in, root, list.
     """
@@ -141,24 +141,24 @@ class Table:
         return lines
 
     def label_text(self) -> list[list[str]]:
-        """The teachers' own labels against the truth, the head first; a line where nothing is known."""
+        """The quality of the teachers' labels as text, the head first."""
         lines = [["labels by", "of", "AbsRel", "boundary F1", "maps"]]
-        for name, one in self.labels:
-            lines.append([name, one.context, f"{one.abs_rel:.3f}", f"{one.boundary_f1:.3f}", str(one.maps)])
+        for name, q in self.labels:
+            lines.append([name, q.context, f"{q.abs_rel:.3f}", f"{q.boundary_f1:.3f}", str(q.maps)])
         return lines
 
     def verdict_line(self) -> str:
-        """How many claims there are, what became of them, and how many survive a correction for their number."""
+        """The number of claims, their verdicts, and how many survive a correction for their number."""
         words = Counter(claim.ours.word for claim in self.claims)
         counts = ", ".join(f"{words[word]} {word}" for word in WORDS if words[word])
-        lasting = sum(claim.survives for claim in self.claims)
+        robust = sum(claim.survives for claim in self.claims)
         return (
-            f"{len(self.claims)} claims: {counts}. {lasting} survive Holm’s correction for their number (family error "
+            f"{len(self.claims)} claims: {counts}. {robust} survive Holm’s correction for their number (family error "
             f"10 %). Equivalent: within {self.equivalence:.0%}."
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it but the curves, as JSON would have it."""
+        """Everything except the curves, as plain JSON values."""
         return {
             "name": self.name,
             "title": self.title,
@@ -167,7 +167,7 @@ class Table:
             "columns": list(self.columns),
             "paper_columns": list(self.paper_columns),
             "equivalence": self.equivalence,
-            "labels": [{"rows": name, **asdict(one)} for name, one in self.labels],
+            "labels": [{"rows": name, **asdict(quality)} for name, quality in self.labels],
             "rows": [
                 {
                     "name": row.name,
@@ -194,10 +194,10 @@ class Table:
 
 
 def together(tables: Sequence[Table]) -> str:
-    """How many claims of several studies survive the correction for the number of all of them."""
+    """A line on how many claims of several studies survive a correction for their total number."""
     decided = [claim for table in tables for claim in table.claims if claim.ours.word != UNKNOWN]
-    lasting = holm([claim.ours.p for claim in decided])
-    count = sum(last and claim.ours.word != UNDECIDED for claim, last in zip(decided, lasting, strict=True))
+    survive = holm([claim.ours.p for claim in decided])
+    count = sum(survives and claim.ours.word != UNDECIDED for claim, survives in zip(decided, survive, strict=True))
     names = ", ".join(table.name for table in tables)
     return f"{names}: of {len(decided)} claims that were run {count} survive Holm’s correction for all of them."
 
@@ -234,23 +234,23 @@ def _md(cells: Sequence[str]) -> str:
 
 
 def write_page(table: Table, path: Path) -> None:
-    """One HTML file that opens offline."""
+    """Write the table as one HTML file that opens offline."""
     head, *body = table.text()
     rows = [[page.name(row[0]), *(_marked(cell) for cell in row[1:])] for row in body]
     key = '<p class="key">Mean over seeds ± standard deviation; the best mean of a column is marked.'
     key += (
         " The paper’s numbers are of its own data and benchmarks.</p>" if any(r.paper for r in table.rows) else "</p>"
     )
-    lost = [f"{row.name}: {failure}" for row in table.rows for failure in row.failures]
+    failures = [f"{row.name}: {failure}" for row in table.rows for failure in row.failures]
     stopped = (
-        page.details(f"{len(lost)} trainings stopped", "".join(f"<p>{escape(line)}</p>" for line in lost))
-        if lost
+        page.details(f"{len(failures)} trainings stopped", "".join(f"<p>{escape(line)}</p>" for line in failures))
+        if failures
         else ""
     )
-    plain = [[page.name(cells[0]), *map(escape, cells[1:])] for cells in table.label_text()[1:]]
+    label_rows = [[page.name(cells[0]), *map(escape, cells[1:])] for cells in table.label_text()[1:]]
     labels = (
-        page.table([*map(escape, table.label_text()[0])], plain, kind="scores")
-        if plain
+        page.table([*map(escape, table.label_text()[0])], label_rows, kind="scores")
+        if label_rows
         else page.missing("Nobody knows how good the labels are: no plain truth was stored beside them.")
     )
     sections = [

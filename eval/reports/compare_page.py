@@ -1,6 +1,6 @@
-"""The page of a comparison: one offline HTML file that says who agrees with whom, who adds what, and shows where not.
+"""The page of a comparison, one offline HTML file: which models agree, what each adds, and where they disagree.
 
-It is written from measured numbers (distill.eval.compare.Comparison) and stored maps.
+It is written from measured numbers (distill.eval.compare.ModelComparison) and stored maps.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from distill.eval.reports.disagreement import gallery
 from distill.eval.reports.page import details, digits, name, page, pairs, table
 
 WORTH = 0.05
-"""An addition below this is called none."""
+"""An addition below this counts as none."""
 REPLACES = 0.85
-"""An assistant that is better in so many of the regions would replace the primary."""
-_SOME = 3  # images with truth from which a mean is worth a sentence
+"""An assistant that is better in this share of the regions or more would replace the primary."""
+_MIN_TRUTHS = 3  # fewest images with truth whose mean is stated in a sentence
 
 MEASURES = {
     "error": ("Error", "↓", "what is left after the best scale and shift, as a fraction of the map’s spread: 0 is an "
@@ -40,7 +40,7 @@ MEASURES = {
 
 
 def sentences(comparison: ModelComparison) -> list[str]:
-    """In plain words: who agrees, and which assistant adds information to which primary, by which measure."""
+    """Sentences on which models agree, and on which assistant adds information to which primary."""
     names = [model["name"] for model in comparison.models]
     if len(names) < 2:
         return [f"{names[0]} is alone: a comparison needs two models." if names else "There is nothing to compare."]
@@ -61,12 +61,12 @@ def _agreement_sentence(comparison: ModelComparison) -> str:
 
 
 def ranking(comparison: ModelComparison, primary: str) -> tuple[str, list[dict[str, Any]]]:
-    """By which measure a primary's assistants are judged, and their rows, the best first: one rule for words and table.
+    """The measure that ranks a primary's assistants, and their rows, the best first; for both sentences and table.
 
-    "mixing" where enough images have a truth, else "complement".
+    "mixing" if enough images have a truth, else "complement".
     """
     rows = [row for row in comparison.additions if row["a"] == primary]
-    known = [row for row in rows if row.get("mixing") is not None and row["images"].get("mixing", 0) >= _SOME]
+    known = [row for row in rows if row.get("mixing") is not None and row["images"].get("mixing", 0) >= _MIN_TRUTHS]
     measure = "mixing" if known else "complement"
     rows.sort(key=lambda row: -1.0 if row.get(measure) is None else float(row[measure]), reverse=True)
     return measure, rows
@@ -74,12 +74,12 @@ def ranking(comparison: ModelComparison, primary: str) -> tuple[str, list[dict[s
 
 def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
     measure, rows = ranking(comparison, primary)
-    seen = [row for row in rows if row.get(measure) is not None]
-    if not seen:
+    ranked = [row for row in rows if row.get(measure) is not None]
+    if not ranked:
         return ""
     if measure == "mixing":
-        return _known_sentence(primary, seen)
-    best = seen[0]
+        return _known_sentence(primary, ranked)
+    best = ranked[0]
     between = {(row["a"], row["b"]): row for row in comparison.pairs}
     pair = between.get((primary, best["b"])) or between.get((best["b"], primary)) or {}
     numbers = f"new edges {best['news']:.0%}, error {_show(pair.get('error'))}, complement {best['complement']:.2f}"
@@ -92,7 +92,7 @@ def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
 
 
 def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the truth says about a primary's assistants."""
+    """The sentence on a primary's assistants, by their errors against the truth."""
     best = rows[0]
     ahead = max(rows, key=lambda row: row["share"])
     better = (
@@ -131,7 +131,7 @@ def _millions(value: float | None) -> str:
 
 
 def models_table(comparison: ModelComparison) -> str:
-    """Who was compared, how good and how dear."""
+    """The compared models with their scores and costs."""
     with_truth = any(image["truth"] for image in comparison.images)
     head = ["model", *(["AbsRel ↓", "δ1 ↑"] if with_truth else []), "sharpness ↑", "edges on image ↑"]
     head += ["ms an image", "GFLOPs", "parameters", "memory"]
@@ -191,12 +191,12 @@ def cards_table(comparison: ModelComparison) -> str:
 
 
 def matrices(comparison: ModelComparison) -> str:
-    """One table for each measure, models by models and against the truth; the colour says how bad."""
+    """One table for each measure, models by models and against the truth, coloured by how bad the value is."""
     names = [model["name"] for model in comparison.models]
     columns = [*names[1:], TRUTH] if any(row["b"] == TRUTH for row in comparison.pairs) else names[1:]
     by_pair = {(row["a"], row["b"]): row for row in comparison.pairs}
     parts = []
-    for key, (title, arrow, what) in MEASURES.items():
+    for key, (title, arrow, explanation) in MEASURES.items():
         worst = {"error": 1.0, "sky": 0.5, "order": 0.5, "edges": 0.0}[key]
         best = 0.0 if arrow == "↓" else 1.0
         rows = []
@@ -206,9 +206,9 @@ def matrices(comparison: ModelComparison) -> str:
             if any(cells):
                 rows.append([name(a), *cells])
         grid = table(["", *(name(b) for b in shown)], rows, kind="scores")
-        parts.append(f'<div class="chart"><b>{title}&nbsp;{arrow}</b><p>{escape(what)}</p>{grid}</div>')
-    two = "grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))"
-    return f'<div class="charts" style="{two}">{"".join(parts)}</div>'
+        parts.append(f'<div class="chart"><b>{title}&nbsp;{arrow}</b><p>{escape(explanation)}</p>{grid}</div>')
+    columns_style = "grid-template-columns:repeat(auto-fill,minmax(min(100%,420px),1fr))"
+    return f'<div class="charts" style="{columns_style}">{"".join(parts)}</div>'
 
 
 def _heat(value: float | None, best: float, worst: float) -> str:
@@ -224,13 +224,13 @@ def additions_table(comparison: ModelComparison) -> str:
     rows = []
     with_truth = any(row.get("gain") is not None for row in comparison.additions)
     for model in comparison.models:
-        order, selected = ranking(comparison, model["name"])
+        measure, selected = ranking(comparison, model["name"])
         for i, row in enumerate(selected):
             cells = [_show(row.get(key), "{:.0%}") for key in (("mixing", "gain", "share") if with_truth else ())]
             cells += [_show(row.get("news"), "{:.0%}"), _show(row.get("complement"))]
-            if i == 0 and row.get(order) is not None and row[order] >= WORTH:
-                at = 0 if order == "mixing" else len(cells) - 1
-                cells[at] = f'<span class="best">{cells[at]}</span>'
+            if i == 0 and row.get(measure) is not None and row[measure] >= WORTH:
+                index = 0 if measure == "mixing" else len(cells) - 1
+                cells[index] = f'<span class="best">{cells[index]}</span>'
             rows.append([name(row["a"]), f'<span class="text">{name(row["b"])}</span>', *cells])
     head = [
         "primary",
@@ -283,32 +283,32 @@ def write_page(
     ]
     sections = [
         ("short", "In short", f"<ul>{statements}</ul>"),
-        ("models", "Models", _models(comparison)),
+        ("models", "Models", _models_section(comparison)),
         ("agreement", "Agreement", matrices(comparison)),
         ("additions", "Who adds what to whom", additions_table(comparison)),
         ("pictures", "Where they disagree", gallery(comparison, samples, folder)),
-        ("made", "Weights, licences, settings", _made(comparison, remarks, again)),
+        ("made", "Weights, licences, settings", _settings_section(comparison, remarks, again)),
     ]
     files.write_text(out, page(title, pairs(about), sections, what="Comparison of depth models"))
     return out
 
 
-def _models(comparison: ModelComparison) -> str:
+def _models_section(comparison: ModelComparison) -> str:
     tables = f"<div>{models_table(comparison)}{_models_key(comparison)}</div>"
     return f'<div class="beside">{tables}{score_against_time(comparison)}</div>'
 
 
 def _models_key(comparison: ModelComparison) -> str:
-    some = "AbsRel and δ1 by the clean protocol, to 80 metres, each model aligned in its own quantity. "
+    note = "AbsRel and δ1 by the clean protocol, to 80 metres, each model aligned in its own quantity. "
     return (
-        f'<p class="key">{some if any(i["truth"] for i in comparison.images) else ""}Sharpness: how steep a map’s '
+        f'<p class="key">{note if any(i["truth"] for i in comparison.images) else ""}Sharpness: how steep a map’s '
         "steps are; a smeared step is less steep. Noise is steep too: then few of its edges lie on the "
         "image’s. Time: the median of single images, without the first, as large as they are compared here. FLOPs: 2 "
         "per multiply-add. Memory: what loading and predicting added to the process, or the accelerator’s peak.</p>"
     )
 
 
-def _made(comparison: ModelComparison, remarks: Sequence[str], again: str) -> str:
+def _settings_section(comparison: ModelComparison, remarks: Sequence[str], again: str) -> str:
     lines = "".join(f"<li>{escape(line)}</li>" for line in remarks)
     protocol = [(key, str(value)) for key, value in PROTOCOL.as_dict().items()]
     return (

@@ -46,9 +46,9 @@ def gallery(comparison: ModelComparison, samples: Sequence[BenchmarkSample], fol
         figures.legend("disagreement", figures.ERROR, ticks, missing="no value"),
     ]
     for rank, image in enumerate(chosen, 1):
-        place = "where they agree best" if image is ranked[-1] and len(ranked) > 1 else f"disagreement {rank}"
+        rank_text = "where they agree best" if image is ranked[-1] and len(ranked) > 1 else f"disagreement {rank}"
         heading = f"mean error between models {image['disagreement']:.2f}"
-        parts.append(f"<h4>{escape(image['key'])} <small>{place}, {heading}</small></h4>")
+        parts.append(f"<h4>{escape(image['key'])} <small>{rank_text}, {heading}</small></h4>")
         parts.append(_strip(look(by_key[image["key"]], names, folder), image))
     return "".join(parts)
 
@@ -58,18 +58,18 @@ def _strip(view: ImageView, image: Mapping[str, Any]) -> str:
     spread = _spread(aligned, view)
     box = _busiest(spread, view)
     photo = (view.image[0].clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
-    frame = view.maps[view.reference]
-    near, far = _ends(frame.values[0].numpy(), frame.valid[0].numpy())
+    reference = view.maps[view.reference]
+    near, far = _ends(reference.values[0].numpy(), reference.valid[0].numpy())
     columns = [_column("image", _framed(photo, box), photo, box, photo_like=True)]
     for key in dict.fromkeys([*([TRUTH] if TRUTH in aligned else []), *aligned]):
         values, valid = aligned[key]
         position = (values - far) / max(near - far, 1e-12)
         picture = figures.colourise(position, valid, figures.NEARNESS)
         columns.append(_column(key, picture, picture, box, note=_note(key, view, image)))
-    shown = figures.colourise(spread / SPREAD_END, np.ones_like(spread, bool), figures.ERROR)
-    columns.append(_column("disagreement", shown, shown, box))
-    wide = "grid-template-columns:repeat(auto-fit,minmax(150px,1fr))"
-    return f'<div class="strip" style="{wide}">{"".join(columns)}</div>'
+    disagreement = figures.colourise(spread / SPREAD_END, np.ones_like(spread, bool), figures.ERROR)
+    columns.append(_column("disagreement", disagreement, disagreement, box))
+    style = "grid-template-columns:repeat(auto-fit,minmax(150px,1fr))"
+    return f'<div class="strip" style="{style}">{"".join(columns)}</div>'
 
 
 def _note(key: str, view: ImageView, image: Mapping[str, Any]) -> str:
@@ -100,20 +100,20 @@ def _column(
 
 def _aligned(view: ImageView) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Every map on the scale of the reference, with where it is valid."""
-    frame = view.maps[view.reference]
+    reference = view.maps[view.reference]
     maps = {}
     for key, depth in view.maps.items():
-        scale, shift = fit_affine(depth.values, frame.values, depth.valid & frame.valid)
+        scale, shift = fit_affine(depth.values, reference.values, depth.valid & reference.valid)
         values = depth.values if key == view.reference else apply_affine(depth.values, scale, shift)
         maps[key] = values[0].numpy(), depth.valid[0].numpy()
     return maps
 
 
 def _spread(aligned: Mapping[str, tuple[np.ndarray, np.ndarray]], view: ImageView) -> np.ndarray:
-    """(H,W) standard deviation of the models' aligned maps over the reference's; the truth is no model."""
+    """(H,W) standard deviation of the models' aligned maps, without the truth, over that of the reference."""
     aligned_values = [np.where(valid, values, np.nan) for key, (values, valid) in aligned.items() if key != TRUTH]
-    frame = view.maps[view.reference]
-    unit = float(frame.values[frame.valid].std(correction=0)) or 1.0
+    reference = view.maps[view.reference]
+    unit = float(reference.values[reference.valid].std(correction=0)) or 1.0
     stack = np.stack(aligned_values)
     count = np.isfinite(stack).sum(0)
     filled = np.nan_to_num(stack)

@@ -1,4 +1,4 @@
-"""The report's section on fidelity: the student against each teacher, beside its accuracy, and where they part."""
+"""The report's section on fidelity: the student against each teacher, beside its accuracy, and where they differ."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _SIDE, _EDGE = 300, 36
 
 
 def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
-    """A line per benchmark and teacher, and a scatter of depths; a line where nothing was measured."""
+    """A table row per benchmark and teacher, and a scatter of depths; a notice if nothing was measured."""
     rows, charts = [], []
     for path in sorted((run_dir / "fidelity").glob("*.json")):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            names = [found[key] for key in ("benchmark", "student", "teacher")]
-            numbers = [float(found[key]) for key in ("abs_rel", "delta1", "boundary_f1")]
-            points = [(float(a), float(b)) for a, b in found["points"]]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            names = [content[key] for key in ("benchmark", "student", "teacher")]
+            numbers = [float(content[key]) for key in ("abs_rel", "delta1", "boundary_f1")]
+            points = [(float(a), float(b)) for a, b in content["points"]]
         except (*UNREADABLE, KeyError, TypeError) as error:
             return missing(f"{path} cannot be read: {error}.")
-        own = {
+        own_abs_rel = {
             s.model: s.metrics.get("abs_rel") for s in scores if s.benchmark == names[0] and s.task.main == "abs_rel"
         }
-        accuracy = ["–" if own.get(n) is None else f"{own[n]:.4f}" for n in names[1:]]
-        rows.append([*map(escape, names), *(f"{v:.4f}" for v in numbers), *accuracy, str(found["images"])])
+        accuracy = ["–" if own_abs_rel.get(n) is None else f"{own_abs_rel[n]:.4f}" for n in names[1:]]
+        rows.append([*map(escape, names), *(f"{v:.4f}" for v in numbers), *accuracy, str(content["images"])])
         charts.append(scatter(f"{names[1]} against {names[2]}, {names[0]}", points))
     if not rows:
         return missing("No student was scored beside a teacher on a benchmark with dense depth.")
@@ -45,20 +45,20 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
 
 def scatter(title: str, points: Sequence[tuple[float, float]]) -> str:
     """Depths of one map over those of another, both in metres on logarithmic axes, with the line of agreement."""
-    known = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
-    if not known:
+    logs = [(math.log(a), math.log(b)) for a, b in points if a > 0 and b > 0]
+    if not logs:
         return ""
-    low = min(min(pair) for pair in known)
-    span = (max(max(pair) for pair in known) - low) or 1.0
+    low = min(min(pair) for pair in logs)
+    span = (max(max(pair) for pair in logs) - low) or 1.0
     ends = (f"{math.exp(low):.3g}", f"{math.exp(low + span):.3g}")
-    placed = [((a - low) / span, (b - low) / span) for a, b in known]
+    placed = [((a - low) / span, (b - low) / span) for a, b in logs]
     return _square(title, placed, ends, " m", "depth of the first over depth of the second; on the line they agree")
 
 
 def agreement(teachers: tuple[str, str], points: Sequence[tuple[float, float]]) -> str:
     """Nearness by two teachers, each pixel a dot (Distill-Any-Depth, Fig. 9, where the second is the ground truth).
 
-    points: (first's, second's), 0 and 1 at the ends of the first's range; what lies far beyond is drawn at the edge.
+    points: (first's, second's), 0 and 1 at the ends of the first's range; values far beyond are drawn at the edge.
     """
     placed = [(min(max(b, -0.05), 1.05), min(max(a, -0.05), 1.05)) for a, b in points]
     if not placed:

@@ -1,7 +1,7 @@
-"""Pictures and charts of a report, each a piece of HTML that needs nothing else: colour maps, legends, line charts.
+"""Pictures and charts of a report, each as self-contained HTML: colour maps, legends, line charts.
 
 Depth is coloured by its logarithm, near is bright: equal steps of colour are equal ratios of distance, so that a table
-top and a street both show their shape. Maps that are shown side by side share one range, and their legend says it.
+top and a street both show their shape. Maps that are shown side by side share one range, given in their legend.
 Charts take their colours from the page's CSS variables, so that they follow its light and dark themes.
 
 Shapes: H, W. Images are (H,W,3) uint8, maps (H,W) float32 with a (H,W) bool mask of what may be shown.
@@ -59,7 +59,7 @@ def nearness(depth: np.ndarray, span: tuple[float, float]) -> np.ndarray:
 
 
 def depth_span(depth: np.ndarray, valid: np.ndarray) -> tuple[float, float]:
-    """The near and far end that show a depth map well: its 2nd and 98th percentile, a little apart at least."""
+    """The near and far end that show a depth map well: its 2nd and 98th percentile, at least 5 % apart."""
     values = depth[valid & np.isfinite(depth) & (depth > 0)]
     if not len(values):
         return 1.0, 2.0
@@ -83,24 +83,24 @@ def shrink(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
 @dataclass(frozen=True, slots=True)
 class Dots:
     """How a map is drawn. source: for each pixel of the picture the flat index of the map's pixel that it shows, -1 for
-    none; None: every n-th pixel, as `shrink` does. grown: whether points are drawn larger than they are.
+    none; None: every n-th pixel, as in `shrink`. grown: whether points are drawn enlarged.
     """
 
     source: np.ndarray | None = None
     grown: bool = False
 
     def picture(self, position: np.ndarray, valid: np.ndarray, ramp: Ramp) -> np.ndarray:
-        """`colourise` of the map, shrunk, with its points drawn as large as was said."""
+        """Colourise and shrink the map, with its points enlarged as `source` says."""
         if self.source is None:
             return shrink(colourise(position, valid, ramp))
-        seen = self.source >= 0
-        return colourise(position.reshape(-1)[np.maximum(self.source, 0)], seen, ramp)
+        covered = self.source >= 0
+        return colourise(position.reshape(-1)[np.maximum(self.source, 0)], covered, ramp)
 
 
 def dots(valid: np.ndarray, *, cover: float = 0.5, most: int = 6) -> Dots:
-    """Where to take the pixels of a map with few valid ones: no point is lost in shrinking, and each is grown.
+    """How to draw a map with few valid pixels: no point is lost in shrinking, and each is enlarged.
 
-    Points grow by a pixel at a time, up to `most`, until `cover` of the picture is covered; nearer points come first.
+    Points grow by a pixel at a time, up to `most`, until `cover` of the picture is covered; nearest points win.
     """
     rows, columns = valid.shape
     step = max(1, -(-max(rows, columns) // SIDE))
@@ -122,15 +122,15 @@ def dots(valid: np.ndarray, *, cover: float = 0.5, most: int = 6) -> Dots:
 
 
 def data_uri(picture: np.ndarray, *, photo: bool = False) -> str:
-    """A picture (H,W,3) uint8 as a data: address; `photo` as JPEG, else as PNG with a palette where that is exact."""
+    """A picture (H,W,3) uint8 as a data: address; `photo` as JPEG, else as PNG, with a palette if that is exact."""
     image, buffer = Image.fromarray(picture), io.BytesIO()
     if photo:
         image.save(buffer, "JPEG", quality=86, optimize=True)
     else:
-        few = image.getcolors(256) is not None
-        (image.quantize(256, dither=Image.Dither.NONE) if few else image).save(buffer, "PNG", optimize=True)
-    sort = "jpeg" if photo else "png"
-    return f"data:image/{sort};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        exact_palette = image.getcolors(256) is not None
+        (image.quantize(256, dither=Image.Dither.NONE) if exact_palette else image).save(buffer, "PNG", optimize=True)
+    image_format = "jpeg" if photo else "png"
+    return f"data:image/{image_format};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def tile(caption: str, picture: np.ndarray, *, note: str = "", photo: bool = False) -> str:
@@ -208,7 +208,7 @@ def _thin(series: Series) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def _nice(low: float, high: float, count: int) -> list[float]:
+def _round_numbers(low: float, high: float, count: int) -> list[float]:
     """About `count` round numbers from low to high."""
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -226,7 +226,7 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Axis:
-    """A value axis: linear or by powers of ten."""
+    """A value axis, linear or logarithmic."""
 
     low: float
     high: float
@@ -241,7 +241,7 @@ class _Axis:
     def ticks(self) -> list[float]:
         """Round numbers along it."""
         if not self.log:
-            return _nice(self.low, self.high, 4)
+            return _round_numbers(self.low, self.high, 4)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         many = math.log10(self.high / self.low) > 2.5
         marks = [m * 10.0**d for d in decades for m in ((1,) if many else (1, 2, 5))]
@@ -269,7 +269,7 @@ def chart(
 ) -> str:
     """A line chart over training steps, as a figure with its legend; marks are vertical lines with a text.
 
-    log: powers of ten up the side, where all values are positive. zero: the axis begins at 0. Empty without a value.
+    log: a logarithmic y axis, if all values are positive. zero: the y axis starts at 0. Empty without a value.
     """
     drawn = [(line, _thin(line)) for line in series]
     ys = [y for _, points in drawn for _, y in points]
@@ -288,7 +288,7 @@ def chart(
     for tick in up.ticks():
         parts.append(f'<path class="grid" d="M{_LEFT} {py(tick):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
-    for tick in _nice(across.low, across.high, 4):
+    for tick in _round_numbers(across.low, across.high, 4):
         anchor = "end" if px(tick) > _WIDTH - _RIGHT - 12 else "middle"
         parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="{anchor}">{_short(tick)}</text>')
     parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">step</text>')
@@ -297,8 +297,8 @@ def chart(
         rule = f'<path class="mark" d="M{px(at):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
         parts.append(f"<g><title>{escape(text)}</title>{rule}</g>")
     for line, points in sorted(drawn, key=lambda pair: pair[0].style != "faint"):
-        way = "".join(f"{'L' if i else 'M'}{px(x):.1f} {py(y):.1f}" for i, (x, y) in enumerate(points))
-        parts.append(f'<path class="line s{line.colour} {line.style}" d="{way}"/>')
+        path = "".join(f"{'L' if i else 'M'}{px(x):.1f} {py(y):.1f}" for i, (x, y) in enumerate(points))
+        parts.append(f'<path class="line s{line.colour} {line.style}" d="{path}"/>')
         if line.style == "points" or len(points) == 1:
             parts += [
                 f'<circle class="s{line.colour}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3"><title>'
@@ -316,7 +316,7 @@ def chart(
 
 
 def scatter(title: str, points: Sequence[tuple[float, float, str]], *, across: str, note: str = "") -> str:
-    """Named points (x, y, name) over a logarithmic x axis, whose unit is `across`, as a figure."""
+    """Named points (x, y, name) over a logarithmic x axis in the unit `across`, as a figure."""
     along, up = _axis([x for x, _, _ in points], True, False), _axis([y for _, y, _ in points], False, False)
     parts = []
 
@@ -330,7 +330,7 @@ def scatter(title: str, points: Sequence[tuple[float, float, str]], *, across: s
         parts.append(f'<path class="grid" d="M{_LEFT} {py(tick):.1f}H{_WIDTH - _RIGHT}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{_short(tick)}</text>')
     marks = along.ticks()
-    marks = marks if len(marks) > 1 else _nice(along.low, along.high, 3)
+    marks = marks if len(marks) > 1 else _round_numbers(along.low, along.high, 3)
     for tick in marks:
         parts.append(f'<text x="{px(tick):.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{_short(tick)}</text>')
     parts.append(f'<text x="{_LEFT - 6}" y="{_HEIGHT - 10}" text-anchor="end">{escape(across)}</text>')
@@ -363,9 +363,9 @@ def bars(title: str, heights: Sequence[float], ends: tuple[str, str], *, note: s
     texts = (
         f'<text x="0" y="168">{escape(ends[0])}</text><text x="400" y="168" text-anchor="end">{escape(ends[1])}</text>'
     )
-    more = f"<p>{escape(note)}</p>" if note else ""
+    note_text = f"<p>{escape(note)}</p>" if note else ""
     return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{more}'
+        f'<figure class="chart"><figcaption><b>{escape(title)}</b></figcaption>{note_text}'
         f'<svg viewBox="0 0 400 176" role="img" aria-label="{escape(title)}">{bars}'
         f'<path class="axis" d="M0 150H400"/>{texts}</svg></figure>'
     )

@@ -1,4 +1,4 @@
-"""Predictions seen beside their truth: image, truth, every model, and where each of them is wrong.
+"""Predictions shown beside their truth: image, truth, and the map and error of every model.
 
 Maps of one image share the colours of its truth, so that they can be compared by eye; predictions are aligned by the
 scale and shift of their score. The images are not chosen by hand: the worst, the best, and equal steps between.
@@ -23,15 +23,15 @@ from distill.eval.score import ImageScore, Score
 from distill.eval.stored import read_prediction
 
 PICTURES = 4
-"""Images shown of each benchmark, where the recipe's score.pictures does not say."""
+"""Images shown of each benchmark, unless the recipe sets score.pictures."""
 ERROR_SPAN = (0.01, 1.0)
 """Relative errors at the ends of the error maps' scale, which is logarithmic: 30 % and 100 % are not the same black."""
 SPARSE = 0.25
-"""Below this share of valid pixels a truth is points of a laser, and drawn larger than they are, to be seen."""
-_MODELS = 4
+"""A truth with a smaller share of valid pixels is laser points, which are enlarged to be visible."""
+_MAX_MODELS = 4
 
 UNREADABLE = (OSError, ValueError, LookupError)
-"""What a missing or damaged input raises; it ends as a line in the report."""
+"""Errors from missing or damaged input; each becomes a line in the report."""
 
 _TITLES = {"abs_rel": "AbsRel", "boundary_f1": "boundary F1"}
 
@@ -39,7 +39,7 @@ Recipe = Mapping[str, Any]
 
 
 def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
-    """Pictures of every benchmark that the recipe names and the run has predictions of; says what it lacks."""
+    """Pictures of every benchmark of the recipe that the run has predictions of, and notices for the others."""
     if not scores:
         return missing("No pictures: they show stored predictions, and nothing has been scored.")
     parts, pictures = [], int(recipe.get("score", {}).get("pictures", PICTURES))
@@ -54,7 +54,7 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
             parts.append(missing(f"No pictures of {label}: no stored predictions in predictions/MODEL/{label}."))
             continue
         try:
-            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MODELS], pictures=pictures))
+            parts.append(_benchmark_pictures(run_dir, spec, label, selected[:_MAX_MODELS], pictures=pictures))
         except UNREADABLE as error:
             parts.append(missing(f"No pictures of {label}: {error}"))
     if not parts:
@@ -78,21 +78,21 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
             spec.get("root") or None, spec.get("list") or None
         )
     }
-    judge = next((s for s in scores if s.model == "student"), scores[0])
-    main = judge.task.main
-    measured = [(image.metrics[main], image.key) for image in judge.images if image.metrics is not None]
-    best_first = sorted(measured, reverse=not judge.task.rows[main].lower_is_better)
+    ranking = next((s for s in scores if s.model == "student"), scores[0])
+    main = ranking.task.main
+    measured = [(image.metrics[main], image.key) for image in ranking.images if image.metrics is not None]
+    best_first = sorted(measured, reverse=not ranking.task.rows[main].lower_is_better)
     ranked = [key for _, key in best_first if key in samples]
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
     places = np.unique(np.linspace(len(ranked) - 1, 0, min(pictures, len(ranked))).round().astype(int))[::-1]
-    order = f" <small>images in the order of {escape(judge.model)}’s {_TITLES.get(main, main)}, worst first</small>"
+    order = f" <small>images in the order of {escape(ranking.model)}’s {_TITLES.get(main, main)}, worst first</small>"
     parts = [f"<h3>{escape(label)}{order if len(ranked) > 1 else ''}</h3>"]
     for place in places:
         key, rank = ranked[place], len(ranked) - int(place)
         name = {1: "the worst of", len(ranked): "the best of"}.get(rank, f"number {rank} of")
-        said = f" <small>{name} {len(ranked)}</small>" if len(ranked) > 1 else ""
-        parts.append(f"<h4>{escape(key)}{said}</h4>")
+        position = f" <small>{name} {len(ranked)}</small>" if len(ranked) > 1 else ""
+        parts.append(f"<h4>{escape(key)}{position}</h4>")
         parts.append(_strip(run_dir, label, samples[key], scores))
     return "".join(parts)
 
@@ -107,28 +107,28 @@ def _strip(run_dir: Path, label: str, sample: BenchmarkSample, scores: Sequence[
     depth, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     span = figures.depth_span(depth, valid)
     everywhere = np.ones_like(valid)
-    drawn = figures.dots(valid) if valid.mean() < SPARSE else figures.Dots()
-    note = f"{valid.mean():.1%} of the pixels, drawn larger" if drawn.grown else ""
-    shown = [
+    drawing = figures.dots(valid) if valid.mean() < SPARSE else figures.Dots()
+    note = f"{valid.mean():.1%} of the pixels, drawn larger" if drawing.grown else ""
+    columns = [
         figures.tile("image", figures.shrink(photo), photo=True)
-        + figures.tile("truth", drawn.picture(figures.nearness(depth, span), valid, figures.NEARNESS), note=note)
+        + figures.tile("truth", drawing.picture(figures.nearness(depth, span), valid, figures.NEARNESS), note=note)
     ]
     for score in scores:
         image = next(i for i in score.images if i.key == sample.key)
         pred = aligned(run_dir / "predictions" / _slug(score) / label / sample.prediction_path, image, score, truth)
         if pred is None or image.metrics is None:
-            shown.append(f'<p class="missing">{escape(score.model)}: {escape(image.problem or "not scored")}</p>')
+            columns.append(f'<p class="missing">{escape(score.model)}: {escape(image.problem or "not scored")}</p>')
             continue
         error = error_position(np.abs(pred - depth) / np.maximum(depth, 1e-9))
         picture = figures.colourise(figures.nearness(pred, span), everywhere, figures.NEARNESS)
         main = score.task.main
         note = f"{_TITLES.get(main, main)} {image.metrics[main]:.3f}"
-        shown.append(
+        columns.append(
             figures.tile(score.model, figures.shrink(picture))
-            + figures.tile(f"{score.model}: error", drawn.picture(error, valid, figures.ERROR), note=note)
+            + figures.tile(f"{score.model}: error", drawing.picture(error, valid, figures.ERROR), note=note)
         )
-    columns = "".join(f"<div>{column}</div>" for column in shown)
-    return f'<div class="strip">{columns}</div>{figures.depth_legend(span)}'
+    columns_html = "".join(f"<div>{column}</div>" for column in columns)
+    return f'<div class="strip">{columns_html}</div>{figures.depth_legend(span)}'
 
 
 def error_position(relative: np.ndarray) -> np.ndarray:
@@ -138,16 +138,16 @@ def error_position(relative: np.ndarray) -> np.ndarray:
 
 
 def aligned(path: Path, image: ImageScore, score: Score, truth: DepthMap) -> np.ndarray | None:
-    """A stored prediction as depth, by the scale and shift of its score; None where it was not scored."""
+    """Read a stored prediction as depth, aligned by the scale and shift of its score; None if it was not scored."""
     if image.metrics is None or image.scale is None or image.shift is None:
         return None
     height, width = truth.values.shape[-2:]
     pred = read_prediction(path, (height, width))[0] * np.float32(image.scale) + np.float32(image.shift)
-    how = way(score.kind, truth.kind, score.protocol.alignment)
-    if how.fit == "disparity":
+    plan = way(score.kind, truth.kind, score.protocol.alignment)
+    if plan.fit == "disparity":
         pred = 1.0 / np.maximum(pred, 1e-6)
     low, high = max(score.protocol.min_depth, 1e-6), score.protocol.max_depth
-    if score.protocol.clip == "truth" and how.unknown == "affine":
+    if score.protocol.clip == "truth" and plan.unknown == "affine":
         selected = truth.values[truth.valid & (truth.values > low) & (truth.values < high)]
         low, high = max(low, float(selected.min())), min(high, float(selected.max()))
     return np.clip(pred, low, high)

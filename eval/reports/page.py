@@ -1,6 +1,6 @@
 """The page of a report: its style sheet, and tables, folds and lists as HTML.
 
-It is read on a laptop, on a phone and in the dark: nothing but a table's own box scrolls sideways, and all colours are
+It must be readable on laptops and phones and in dark mode: only a table's own box scrolls sideways, and all colours are
 variables with a light and a dark value. Charts (distill.eval.reports.figures) use its classes s1 to s6.
 """
 
@@ -97,13 +97,13 @@ def name(text: str) -> str:
 
 
 def short(span: tuple[float, float]) -> str:
-    """An interval in three digits, which are more than it knows; a table with one below every mean must fit a page."""
+    """An interval in three digits, more than it is exact to: a table with one below every mean must fit a page."""
     return "–".join(f"{end:#.3g}".rstrip(".") for end in span)
 
 
 def digits(value: float, count: int = 3) -> str:
     """A number in `count` significant digits and never with an exponent: 0.0123, 4.5, 1,276 (all digits before the
-    point stay). Costs of a large teacher are thousands of what a student's are.
+    point stay). A large teacher may cost thousands of times as much as a student.
     """
     if not value or not math.isfinite(value):
         return f"{value:g}"
@@ -113,7 +113,7 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def missing(text: str) -> str:
-    """A line in the place of what is not there."""
+    """A line in place of missing content."""
     return f'<p class="missing">{escape(text)}</p>'
 
 
@@ -125,7 +125,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "")
 
 
 def details(summary: str, content: str) -> str:
-    """Content that is folded away; nothing where there is none."""
+    """Collapsible content; "" without content."""
     return f"<details><summary>{escape(summary)}</summary>{content}</details>" if content else ""
 
 
@@ -137,7 +137,7 @@ def pairs(facts: Iterable[tuple[str, str]]) -> str:
 def page(
     title: str, facts: str, sections: Sequence[tuple[str, str, str]], *, what: str = "Depth distillation report"
 ) -> str:
-    """The whole document; sections are (id, title, HTML). what: kind of page, said above the title."""
+    """The whole document; sections are (id, title, HTML). what: kind of page, shown above the title."""
     links = "".join(f'<a href="#{key}">{escape(head)}</a>' for key, head, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(head)}</h2>{content}</section>' for key, head, content in sections)
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")

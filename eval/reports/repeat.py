@@ -1,4 +1,4 @@
-"""How a run can be made again: the commands, and with what and on what it was made."""
+"""How to repeat a run: its commands, versions and machines."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ def repeat_section(run_dir: Path, recipe: Mapping[str, Any], scores: Sequence[Sc
 
 
 def trained_with(run_dir: Path) -> str:
-    """Versions and machine of the training, as train/run.json has them; "" where nothing was trained."""
+    """Versions and machine of the training, from train/run.json; "" if nothing was trained."""
     try:
         facts = json.loads((run_dir / "train" / "run.json").read_text(encoding="utf-8"))
         torch, processes = facts.get("torch", ""), facts.get("processes", 1)
-        where = str(facts.get("machine") or facts.get("device", ""))
+        machine = str(facts.get("machine") or facts.get("device", ""))
         made_by = str(facts.get("card", {}).get("made_by", "")).removeprefix("distill train, ")
     except (OSError, ValueError, AttributeError, TypeError):
         return ""
-    more = f", {processes} processes" if processes != 1 else ""
+    suffix = f", {processes} processes" if processes != 1 else ""
     software = str(facts.get("software") or (f"torch {torch}" if torch else ""))
     return (
         ", ".join(
-            filter(None, (f"version {made_by}" if made_by else "", software.partition(", ")[2] or software, where))
+            filter(None, (f"version {made_by}" if made_by else "", software.partition(", ")[2] or software, machine))
         )
-        + more
+        + suffix
     )

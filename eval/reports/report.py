@@ -1,8 +1,8 @@
-"""One HTML file that tells what a run was, what it is worth and how to repeat it; it opens offline, on any screen.
+"""The report of a run: one HTML file on its settings, its scores and how to repeat it; it opens offline.
 
 Everything comes from the run's folder (recipe.toml, train/log.jsonl, labels*/**/manifest.json, scores/*.json,
-predictions/MODEL/BENCHMARK/) and, for the pictures, from the benchmarks that the recipe names. What is not there, or
-cannot be read, is said in one line where it would have stood; the rest of the report is written all the same.
+predictions/MODEL/BENCHMARK/) and, for the pictures, from the benchmarks that the recipe names. Missing or unreadable
+input is replaced by one line that says so; the rest of the report is still written.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ LABELS = 4
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes the report of the run in `run_dir` to `out` (run_dir/report.html) and returns its path.
+    """Write the report of the run in `run_dir` to `out` (default: run_dir/report.html) and return its path.
 
-    Raises FileNotFoundError where there is no such folder; anything less is told in the report itself.
+    Raises FileNotFoundError if the folder does not exist; other problems are reported in the report itself.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
@@ -87,22 +87,22 @@ def read_run_scores(run_dir: Path) -> tuple[list[Score], list[str]]:
             scores.append(read_scores(path))
         except UNREADABLE as error:
             faults.append(str(error))
-    # The student first, what knows nothing of the image last.
+    # The student first, the baseline that ignores the image last.
     place = {"student": 0, "plane baseline": 2}
     return sorted(scores, key=lambda s: (s.benchmark, s.protocol.setting, place.get(s.model, 1), s.model)), faults
 
 
 def _with_weights(run_dir: Path, scores: Sequence[Score]) -> list[Scored]:
-    """Each score with the weights that its stored predictions say they are of, and how those were used."""
+    """Each score with the weights, and their settings, that are recorded with its stored predictions."""
     scored = []
     for score in scores:
         stores = (run_dir / "predictions" / score.model.replace(" ", "_")).glob("*")
         settings = [_settings(store) for store in sorted(stores)]
-        weights = {str(one["settings"].get("weights", "")) for one in settings} - {""}
-        used = [one["used"] for one in settings if one["used"].get("benchmark") == score.benchmark]
-        # One benchmark under two aliases may have been predicted in two ways, and a score does not say its alias.
-        alike = bool(used) and all(one == used[0] for one in used)
-        scored.append(Scored(score, weights.pop() if len(weights) == 1 else "", used[0] if alike else {}))
+        weights = {str(entry["settings"].get("weights", "")) for entry in settings} - {""}
+        used = [entry["used"] for entry in settings if entry["used"].get("benchmark") == score.benchmark]
+        # One benchmark under two aliases may have been predicted in two ways, and a score does not record its alias.
+        unique = bool(used) and all(entry == used[0] for entry in used)
+        scored.append(Scored(score, weights.pop() if len(weights) == 1 else "", used[0] if unique else {}))
     return scored
 
 
@@ -143,11 +143,11 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _facts(recipe: Recipe, scores: Sequence[Score], log: Sequence[Mapping[str, Any]], folders: Sequence[Path]) -> str:
-    """What was run, in a few words."""
+    """A short summary of what was run."""
     student, train = recipe.get("student", {}), recipe.get("train", {})
     teachers = [t.get("alias") or t.get("name", "") for t in recipe.get("teachers", [])]
-    held = [line for line in log if line.get("heldout") is not None]
-    best = min((line for line in held if line["step"]), key=lambda line: line["heldout"], default=None)
+    heldout = [line for line in log if line.get("heldout") is not None]
+    best = min((line for line in heldout if line["step"]), key=lambda line: line["heldout"], default=None)
     steps = max((line["step"] for line in log if line.get("loss") is not None), default=0)
     samples = sum(int(_manifest(folder)[0].get("samples", 0)) for folder in folders)
     planned = train.get("steps", 0)
@@ -171,14 +171,14 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
     steps = [line for line in log if line.get("loss") is not None]
     if not steps:
         return missing("No training log: train/log.jsonl is absent or has no step yet; run distill train.")
-    held = [line for line in log if line.get("heldout") is not None]
+    heldout = [line for line in log if line.get("heldout") is not None]
     alarms = [(line["step"], line["alarm"]) for line in log if "alarm" in line]
-    told = "".join(f'<p class="bad">Step {step:,}: {escape(text)}.</p>' for step, text in alarms)
+    alarm_lines = "".join(f'<p class="bad">Step {step:,}: {escape(text)}.</p>' for step, text in alarms)
     x = [line["step"] for line in steps]
     parts = list(dict.fromkeys(name for line in steps for name in line.get("parts", {})))
     shares = [_line(steps, x, name, i, part=True) for i, name in enumerate(parts, 2)]
     loss = [line["loss"] for line in steps]
-    best = min((line for line in held if line["step"]), key=lambda line: line["heldout"], default=None)
+    best = min((line for line in heldout if line["step"]), key=lambda line: line["heldout"], default=None)
     charts = [
         figures.chart(
             "Loss",
@@ -193,12 +193,12 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
             "Held-out loss",
             [
                 figures.Series(
-                    name="held-out", x=[h["step"] for h in held], y=[h["heldout"] for h in held], style="points"
+                    name="held-out", x=[h["step"] for h in heldout], y=[h["heldout"] for h in heldout], style="points"
                 )
             ],
             note=f"Lowest at step {best['step']:,}: {best['heldout']:.4g}. It chooses the checkpoint." if best else "",
         )
-        if len(held) > 1
+        if len(heldout) > 1
         else "",
         figures.chart(
             "Output scale: mean deviation",
@@ -221,7 +221,7 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
     # Three or four in a row, whichever leaves less of the last row empty.
     least = 275 if len(drawn) % 4 in (0, 3) else 340
     return (
-        f'{told}<dl class="plain">{_speed(steps)}</dl>'
+        f'{alarm_lines}<dl class="plain">{_speed(steps)}</dl>'
         f'<div class="charts" style="--least:{least}px">{"".join(drawn)}</div>'
     )
 
@@ -276,7 +276,7 @@ def _label_section(folders: Sequence[Path]) -> str:
     for folder in folders:
         try:
             sections.append(_labels(folder))
-        except (TypeError, ValueError, AttributeError, LookupError):  # a manifest that somebody edited
+        except (TypeError, ValueError, AttributeError, LookupError):  # a manifest that was edited
             sections.append(missing(f"{folder / 'manifest.json'} is damaged: run distill verify on its folder."))
     return "".join(sections)
 
@@ -300,13 +300,13 @@ def _labels(folder: Path) -> str:
     )
     cards = [_card(name, card) for name, card in manifest.get("teachers", {}).items()]
     head = ["teacher", "weights", "revision", "says", "stored as", "licence", "commercial use"]
-    lost = [[escape(str(line.get(key, ""))) for key in ("key", "origin", "reason")] for line in quarantine]
+    rows = [[escape(str(line.get(key, ""))) for key in ("key", "origin", "reason")] for line in quarantine]
     reasons = Counter(str(line.get("reason", "")).split(":")[0] for line in quarantine).most_common(4)
-    often = "; ".join(f"{count} {reason}" for reason, count in reasons)
+    frequent = "; ".join(f"{count} {reason}" for reason, count in reasons)
     return (
         f'<h3>{escape(folder.name)}</h3><dl class="plain">{facts}</dl>{table(head, cards)}'
         + details(
-            f"Quarantined images: {often}", table(["image", "from", "reason"], lost, kind="reasons") if lost else ""
+            f"Quarantined images: {frequent}", table(["image", "from", "reason"], rows, kind="reasons") if rows else ""
         )
         + _label_pictures(folder)
     )

@@ -1,8 +1,8 @@
-"""Scores as tables: one for each benchmark and setting, since only such numbers compare, each mean with its interval.
+"""Scores as tables: one per benchmark and setting, since only such numbers are comparable; means have intervals.
 
 A best is marked only where the images tell it apart from all others (eval.intervals).
 
-Behind every table, folded away: the parts of the benchmark, both floors of disparity, remarks on single images, and
+Collapsed below every table: the parts of the benchmark, both floors of disparity, remarks on single images, and
 the protocol in full.
 """
 
@@ -19,10 +19,10 @@ from distill.eval.scorefile import Score
 
 
 def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
-    """All score tables; faults are told first."""
-    told = "".join(missing(fault) for fault in faults)
+    """All score tables, preceded by the faults."""
+    notices = "".join(missing(fault) for fault in faults)
     if not scores:
-        return told + missing("No scores: run distill score with this run’s recipe.")
+        return notices + missing("No scores: run distill score with this run’s recipe.")
     settings = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     parts = [
         '<p class="key"><span class="best">best</span> of a column, where the images tell it apart from every other; '
@@ -35,19 +35,19 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
     for benchmark, setting in settings:
         group = [s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting)]
         parts.append(_benchmark_table(benchmark, group))
-    return told + "".join(parts)
+    return notices + "".join(parts)
 
 
 def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
-    """All models on one benchmark under one setting, with what lies behind the numbers folded away."""
+    """All models on one benchmark under one setting, with the details of the numbers collapsed."""
     first = scores[0]
-    known = first.task.rows
-    head = ["model", *_metric_heads(known), "images", "protocol"]
-    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in known.items()}
+    metrics = first.task.rows
+    head = ["model", *_metric_heads(metrics), "images", "protocol"]
+    marks = {key: places(scores, key, lower_is_better=row.lower_is_better) for key, row in metrics.items()}
     rows = []
     for i, score in enumerate(scores):
         cells = [
-            _number(score.metrics[key], row, marks[key][i], score) + _span(score, key) for key, row in known.items()
+            _number(score.metrics[key], row, marks[key][i], score) + _span(score, key) for key, row in metrics.items()
         ]
         count = str(score.num_images)
         if score.num_failed:
@@ -104,13 +104,13 @@ def _floor_table(scores: Sequence[Score]) -> str:
 
 
 def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
-    """What papers print, beside ours; numbers that nothing here answers for are folded away. "" where none was run."""
+    """Published numbers beside ours; those without a comparable score are collapsed. "" if none was run."""
     heads = ["paper", "model", "benchmark", "metric", "paper’s", "ours", "", "why not"]
     run = [v for v in verdicts if v.status != "not run"]
-    rest = [v for v in verdicts if v.status == "not run"]
+    not_run = [v for v in verdicts if v.status == "not run"]
     if not run:
         return ""
-    told = table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
+    run_table = table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
     counts = ", ".join(f"{sum(v.status == s for v in verdicts)} {s}" for s in ("within", "outside", "not run"))
     intro = (
         f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours answers for a paper’s only with '
@@ -119,9 +119,9 @@ def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
         "written beside the numbers in eval/papers.toml.</p>"
     )
     folded = details(
-        f"Not run ({len(rest)})", table(heads, [_paper_row(v) for v in rest], kind="reasons") if rest else ""
+        f"Not run ({len(not_run)})", table(heads, [_paper_row(v) for v in not_run], kind="reasons") if not_run else ""
     )
-    return intro + told + folded
+    return intro + run_table + folded
 
 
 def _paper_row(verdict: PaperVerdict) -> list[str]:

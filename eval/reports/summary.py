@@ -1,8 +1,8 @@
-"""What a run is worth in one sentence, and what its models cost beside their scores: the top of a report.
+"""The top of a report: the verdict on a run in one sentence, and its models' costs beside their scores.
 
-A score without its cost chooses nothing: the table has each model's size, FLOPs, time and memory first, then its main
-metric on every benchmark with its interval, and a chart shows score against time. Time and memory are of the machine
-that is named; models that were measured on another one say so.
+Choosing a model needs both: the table has each model's size, FLOPs, time and memory first, then its main metric on
+every benchmark with its interval, and a chart shows score against time. The machines on which time and memory were
+measured are named.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from distill.eval.scorefile import Score
 TITLES = {"abs_rel": "AbsRel", "delta1": "δ1", "boundary_f1": "boundary F1", "accuracy": "accuracy"}
 PLANE = "plane baseline"
 """The name of the plane baseline in score files."""
-_COST = ("weights", "parameters", "GFLOPs", "ms an image", "memory")
+_COST_COLUMNS = ("weights", "parameters", "GFLOPs", "ms an image", "memory")
 
 
 def summary(scores: Sequence[Score]) -> str:
-    """The section: sentence, table and chart; a line where nothing was scored."""
+    """The section: sentence, table and chart; a notice if nothing was scored."""
     if not scores:
         return missing("Nothing was scored, so there is no verdict yet.")
     groups = _groups(scores)
@@ -35,7 +35,7 @@ def summary(scores: Sequence[Score]) -> str:
 
 
 def _groups(scores: Sequence[Score]) -> list[list[Score]]:
-    """Scores that compare: of one benchmark under one setting."""
+    """Groups of comparable scores: of one benchmark under one setting."""
     keys = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     return [[s for s in scores if (s.benchmark, s.protocol.setting) == key] for key in keys]
 
@@ -53,17 +53,17 @@ def verdict(scores: Sequence[Score]) -> str:
     if group is None:
         return "No model has a mean: images are missing or could not be scored; see below."
     main = group[0].task.main
-    known = [s for s in group if s.metrics.get(main) is not None]
-    about = next((s for s in known if s.model == "student"), None) or _leading(known, main)
-    others = [s for s in known if s is not about and s.model != PLANE]
-    prior = next((s for s in known if s.model == PLANE and s is not about), None)
+    with_mean = [s for s in group if s.metrics.get(main) is not None]
+    about = next((s for s in with_mean if s.model == "student"), None) or _leading(with_mean, main)
+    others = [s for s in with_mean if s is not about and s.model != PLANE]
+    prior = next((s for s in with_mean if s.model == PLANE and s is not about), None)
     parts = [f"On {about.benchmark} ({about.count_text}), {about.model} has {_value(about, main)}"]
     if others:
         parts.append(_against(about, _leading(others, main), main))
     if prior is not None:
         better = _is_better(about, prior, main)
-        how = ("better" if better else "worse") if apart(about, prior, main) else "not clearly better or worse"
-        parts.append(f"{how} than the plane baseline ({_number(prior, main)})")
+        relation = ("better" if better else "worse") if apart(about, prior, main) else "not clearly better or worse"
+        parts.append(f"{relation} than the plane baseline ({_number(prior, main)})")
     if cost := _cost_words(about, others):
         parts.append(cost)
     return ", ".join(parts) + "."
@@ -113,12 +113,12 @@ def _cost_words(about: Score, others: Sequence[Score]) -> str:
 
 
 def cost_table(scores: Sequence[Score]) -> str:
-    """A row per model: what it costs, as far as that was measured, then its main metric on each benchmark."""
+    """A row per model: its cost, as far as measured, then its main metric on each benchmark."""
     groups = _groups(scores)
     models = list(dict.fromkeys(s.model for s in scores))
     costs = [cost_cells(cost_of(scores, model)) for model in models]
-    known = [i for i in range(len(_COST)) if any(cells[i] != "–" for cells in costs)]
-    head = ["model", *(_COST[i] for i in known)]
+    known = [i for i in range(len(_COST_COLUMNS)) if any(cells[i] != "–" for cells in costs)]
+    head = ["model", *(_COST_COLUMNS[i] for i in known)]
     rows = {model: [name(model), *(cells[i] for i in known)] for model, cells in zip(models, costs, strict=True)}
     for group in groups:
         main, row = group[0].task.main, group[0].task.rows[group[0].task.main]
@@ -139,7 +139,7 @@ def cost_of(scores: Sequence[Score], model: str) -> Mapping[str, Any]:
 
 
 def cost_cells(cost: Mapping[str, Any]) -> list[str]:
-    """_COST as text, "–" where it is not known; a model without parameters has no weights to speak of."""
+    """The columns _COST as text, "–" if unknown, as are weights and memory of a model without parameters."""
     parameters, flops = cost.get("parameters"), cost.get("flops")
     memory = cost.get("memory_bytes")
     return [
@@ -159,8 +159,8 @@ def _cell(score: Score, metric: str, mark: int) -> str:
     value, span = score.metrics.get(metric), mean_interval(score, metric)
     if value is None:
         return f'<span class="none" title="{score.num_failed} images failed">–</span>'
-    form = score.task.rows[metric].format
-    text = form.format(value)
+    number_format = score.task.rows[metric].format
+    text = number_format.format(value)
     shown = f'<span class="{("best", "second")[mark - 1]}">{text}</span>' if mark else text
     return shown + (f"<br><small>{short(span)}</small>" if span else "")
 
@@ -173,9 +173,9 @@ def _cost_note(scores: Sequence[Score]) -> str:
             '<p class="key">What the models cost was not measured: their maps were stored before it was. Delete '
             "predictions/ and score again.</p>"
         )
-    places_ = dict.fromkeys(f"{cost.get('device', '?')}, images of {cost.get('image', '?')}" for cost in known.values())
+    setups = dict.fromkeys(f"{cost.get('device', '?')}, images of {cost.get('image', '?')}" for cost in known.values())
     return (
-        f'<p class="key">Measured on {escape(printable("; ".join(places_)))}: the median time of single images, the '
+        f'<p class="key">Measured on {escape(printable("; ".join(setups)))}: the median time of single images, the '
         "first one left out; memory: weights and what predicting added, at the peak; weights: as loaded. FLOPs: 2 per "
         f"multiply-add. Below a score its 95 % interval by bootstrap over the images, from {FEWEST} images on.</p>"
     )

@@ -36,10 +36,10 @@ class Grid:
 
 
 def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
-    """All scores side by side. metrics: those to show, of benchmarks that have none of them their first."""
+    """All scores side by side. metrics: those to show; benchmarks that have none of them show their main one."""
     sets = list(dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores))
-    models = list(dict.fromkeys((s.model, _unusual(s)) for s in scores))
-    by_row = {((s.model, _unusual(s)), (s.benchmark, s.protocol.setting)): s for s in scores}
+    models = list(dict.fromkeys((s.model, _special_alignment(s)) for s in scores))
+    by_row = {((s.model, _special_alignment(s)), (s.benchmark, s.protocol.setting)): s for s in scores}
     head, columns, notes = ["model", "aligned"], [], []
     for benchmark, setting in sets:
         first = next(s for s in scores if (s.benchmark, s.protocol.setting) == (benchmark, setting))
@@ -48,8 +48,8 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
             if sum(name == benchmark for name, _ in sets) == 1
             else f"{benchmark} ({first.protocol.mode}{', offset' if first.protocol.offset_positive else ''})"
         )
-        wanted = [name for name in metrics if name in first.task.rows] or [first.task.main]
-        for metric in wanted:
+        shown = [name for name in metrics if name in first.task.rows] or [first.task.main]
+        for metric in shown:
             row = first.task.rows[metric]
             head.append(f"{title} {metric} {'↓' if row.lower_is_better else '↑'}")
             columns.append(_column([by_row.get((model, (benchmark, setting))) for model in models], metric, row))
@@ -57,8 +57,8 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
             f"{title}: {first.protocol.mode} protocol, {first.count_text}, {first.protocol.pooling}, setting {setting}"
         )
     rows = []
-    for i, (model, unusual) in enumerate(models):
-        of_model = [s for s in scores if (s.model, _unusual(s)) == (model, unusual)]
+    for i, (model, special) in enumerate(models):
+        of_model = [s for s in scores if (s.model, _special_alignment(s)) == (model, special)]
         alignments = (
             ", ".join(dict.fromkeys(s.protocol.alignment for s in of_model if s.protocol.alignment != "none")) or "none"
         )
@@ -66,8 +66,8 @@ def grid(scores: Sequence[Score], metrics: Sequence[str] = DEFAULT) -> Grid:
     return Grid(head, rows, notes)
 
 
-def _unusual(score: Score) -> str:
-    """The alignment where it is not the one of the kind."""
+def _special_alignment(score: Score) -> str:
+    """The alignment if it is not the default one of the kind, else ""."""
     usual = score.protocol.with_kind(score.kind).alignment
     return "" if score.protocol.alignment == usual else score.protocol.alignment
 
