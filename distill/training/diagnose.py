@@ -1,7 +1,7 @@
-"""What a training run's log says about its health: a name for each failure, its numbers, and the remedy.
+"""Diagnoses a training run from its log: names each failure, with its numbers and the remedy.
 
-The failures are those that people who re-implement Distill-Any-Depth report: the output's scale runs away, the output
-collapses to a constant, contexts without information, a learning rate that is too high or too low, a GPU that waits for
+The failures are those reported by people who re-implement Distill-Any-Depth: the output's scale runs away, the output
+collapses to a constant, contexts carry no information, the learning rate is too high or too low, the GPU waits for
 data. Thresholds are ours.
 """
 
@@ -19,24 +19,24 @@ from distill.core.seal import is_broken
 from distill.training import trainlog
 
 FEWEST = 10
-"""Steps that a verdict needs."""
+"""The smallest number of steps to judge."""
 DRIFT, COLLAPSE = 3.0, 0.02
-"""The output's deviation over its labels': more, or less, than so many times is a failure."""
+"""A ratio of the output's deviation to its labels' above the first, or below the second, is a failure."""
 
 Line = dict[str, Any]
 
 
 def find_log(path: Path) -> Path:
-    """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names what was looked for."""
-    tried = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
-    existing = [one for one in tried if one.is_file()]
+    """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names the paths tried."""
+    candidates = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
+    existing = [candidate for candidate in candidates if candidate.is_file()]
     if not existing:
-        raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, tried))}")
+        raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, candidates))}")
     return existing[0]
 
 
 def check_run(path: Path) -> list[Finding]:
-    """Everything looked at, the worst first. path: see `find_log`. Raises ValueError for what is no log."""
+    """All findings, the worst first. path: see `find_log`. Raises ValueError for a file that is not a log."""
     log = find_log(path)
     try:
         lines = trainlog.read(log)
@@ -66,7 +66,7 @@ def check_run(path: Path) -> list[Finding]:
 
 
 def _about(path: Path) -> Line | None:
-    """What a run says of itself; nothing where it says nothing, None where that is damaged."""
+    """The content of run.json; {} where there is none, None where it is damaged."""
     try:
         run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError):
@@ -75,12 +75,12 @@ def _about(path: Path) -> Line | None:
 
 
 def _damage(log: Path, run: Line | None) -> list[Finding]:
-    found = []
+    findings = []
     if count := trainlog.damaged(log):
-        found.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
+        findings.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
     if run is None:
-        found.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
-    return found
+        findings.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
+    return findings
 
 
 def _mean(lines: Sequence[Line], name: str) -> float:
@@ -113,7 +113,7 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
 
 
 def _scale(steps: Sequence[Line], warmup: int) -> Finding:
-    """Drift and collapse, of the output's deviation relative to its labels'."""
+    """Drift and collapse of the output's deviation relative to its labels'."""
     first, last = [
         _mean(part, "output_deviation") / max(_mean(part, "label_deviation"), 1e-12) for part in _ends(steps, warmup)
     ]
@@ -145,7 +145,7 @@ def _contexts(steps: Sequence[Line], run: Line) -> Finding:
 
 
 def _number_of_contexts(normalization: str) -> int | None:
-    """Of a label; None where nobody here knows: of a file, say, which reading a log must not run."""
+    """Contexts per label; None where unknown, e.g. for a normalization file, which reading a log must not execute."""
     folder = "distill.losses.normalize"
     try:
         return max(1, sum(find(folder, normalization).LEVELS)) if normalization in names(folder) else None
@@ -154,7 +154,7 @@ def _number_of_contexts(normalization: str) -> int | None:
 
 
 def _rate(steps: Sequence[Line], warmup: int, settings: Line) -> Finding:
-    """Whether the loss fell after the warm-up: up is a rate too high, flat one too low."""
+    """Whether the loss fell after the warm-up: a rise means a rate that is too high, a plateau one that is too low."""
     first, last = (_mean(part, "loss") for part in _ends(steps, warmup))
     change = (last - first) / max(abs(first), 1e-12)
     lr = settings.get("lr")
@@ -194,11 +194,11 @@ def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
 
 
 def _held_out(lines: Sequence[Line]) -> list[Finding]:
-    held = [(line["step"], line["heldout"]) for line in lines if line.get("heldout") is not None]
-    if len(held) < 3:
+    evaluations = [(line["step"], line["heldout"]) for line in lines if line.get("heldout") is not None]
+    if len(evaluations) < 3:
         return []
-    step, best = min(held, key=lambda pair: pair[1])
-    last = held[-1][1]
+    step, best = min(evaluations, key=lambda pair: pair[1])
+    last = evaluations[-1][1]
     what = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
     if last > 1.1 * best:
         return [
