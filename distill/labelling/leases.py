@@ -143,10 +143,10 @@ class FolderLeases:
         with contextlib.suppress(OSError):
             status = path.stat()
             now, key = time.monotonic(), (status.st_ino, status.st_mtime_ns)
-            seen, since = self._empty.get(name, ((0, 0), now))
+            key_before, since = self._empty.get(name, ((0, 0), now))
             if status.st_size:
                 self._empty.pop(name, None)
-            elif seen != key:
+            elif key_before != key:
                 self._empty[name] = (key, now)
             elif now - since >= self.seconds:
                 path.unlink()
@@ -169,9 +169,9 @@ class FolderLeases:
                 continue
             age = max(0.0, now - changed)
             # A process of this machine can be looked up, but only once it is silent: a container has its own ids.
-            here = owner.hostname.partition("?")[0] == socket.gethostname()
-            gone = here and age > 2 * self.seconds / BEATS and not _is_running(owner.pid)
-            dead = gone or age > self.seconds
+            on_this_machine = owner.hostname.partition("?")[0] == socket.gethostname()
+            died_here = on_this_machine and age > 2 * self.seconds / BEATS and not _is_running(owner.pid)
+            dead = died_here or age > self.seconds
             holders.append(Holder(path.name.removesuffix(SUFFIX), owner.hostname, owner.pid, age, dead))
         return holders
 

@@ -216,8 +216,8 @@ class Objects:
     def take(self, name: str) -> Claim | None:
         """As Meeting has it."""
         path, token, before = f"{NOTES}/{name}{SUFFIX}", secrets.token_hex(16), None
-        if found := self._store.get(path):
-            data, before = found
+        if current := self._store.get(path):
+            data, before = current
             if json.loads(data)["token"]:
                 version, since = self._seen.get(name, ("", 0.0))
                 if version != str(before["e_tag"]):
@@ -239,9 +239,9 @@ class Objects:
         entries, now = self._store.names(NOTES), self._store.now()
         holders = []
         for name, meta in sorted(entries.items()):
-            if not name.endswith(SUFFIX) or (found := self._store.get(f"{NOTES}/{name}")) is None:
+            if not name.endswith(SUFFIX) or (lease_object := self._store.get(f"{NOTES}/{name}")) is None:
                 continue
-            record = json.loads(found[0])
+            record = json.loads(lease_object[0])
             age = max(0.0, (now - meta["last_modified"]).total_seconds())
             if record["token"]:
                 part = name.removesuffix(SUFFIX)
@@ -258,9 +258,9 @@ class Objects:
         return name in self._sizes or self._ask_size(name)
 
     def _ask_size(self, name: str) -> bool:
-        if found := self._store.head(name):
-            self._sizes[name] = found["size"]
-        return bool(found)
+        if metadata := self._store.head(name):
+            self._sizes[name] = metadata["size"]
+        return bool(metadata)
 
     def whole(self, out: Path, tar: Mapping[str, Any]) -> bool:
         """As Meeting has it, by its size at the URL."""
@@ -329,8 +329,8 @@ class Objects:
 
     def stamp(self) -> str:
         """As Meeting has it."""
-        status = self._store.head(MANIFEST)
-        return str(status["e_tag"]) if status else ""
+        metadata = self._store.head(MANIFEST)
+        return str(metadata["e_tag"]) if metadata else ""
 
     def publish(self) -> None:
         """As Meeting has it, the manifest last; the local one is removed, because the tars are not there."""

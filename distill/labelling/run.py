@@ -256,14 +256,14 @@ class Tally:
             return
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
         per_image = self.bytes / self.images
-        left = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
+        eta = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
         self.report(
             self.before + self.images,
             self.total,
             images_per_s=rate,
             bytes_per_image=per_image,
             quarantined=float(self.quarantined),
-            **left,
+            **eta,
             disk_bytes=per_image * self.total,
         )
 

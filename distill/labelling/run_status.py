@@ -15,7 +15,7 @@ from distill.labelling.worker_costs import records
 from distill.shards.shards import MANIFEST, read_json
 
 DEADLY = 3
-"""From this many workers killed with the same part on, the part is suspected, not their machines. Ours."""
+"""This many workers that were killed with the same part point to the part, not to their machines. Ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +86,13 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
             last_count = len(_json(meeting, out, last)["images"]) if last in written_files else full
             plans[stem] = [full] * (of - 1) + [last_count]
     holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
-    taken = {holder.name for holder in holders}
+    leased = {holder.name for holder in holders}
     finished: set[str] = set()
     done_images = 0
     for stem, counts in plans.items():
         for number, count in enumerate(counts):
             name = part_name(stem, number)
-            if name in written_files or (name not in taken and f"{Path(name).stem}.json" in written_files):
+            if name in written_files or (name not in leased and f"{Path(name).stem}.json" in written_files):
                 finished.add(name)
                 done_images += count
     unknown = len({*stems} - {*plans})

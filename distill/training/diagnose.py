@@ -108,8 +108,8 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
     idle = [name for line in lines for name in line.get("without_gradient", [])]
     if not idle:
         return []
-    what = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
-    return [Finding("warn", what, "harmless for a mask token; otherwise the decoder skips a part")]
+    message = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
+    return [Finding("warn", message, "harmless for a mask token; otherwise the decoder skips a part")]
 
 
 def _scale(steps: Sequence[Line], warmup: int) -> Finding:
@@ -137,11 +137,11 @@ def _contexts(steps: Sequence[Line], run: Line) -> Finding:
     total = _number_of_contexts(loss.get("normalization", ""))
     mean = statistics.fmean(dead)
     of = f" of {total}" if total else ""
-    what = f"{mean:.2f}{of} contexts carry no information (too few pixels, or a constant label)"
+    message = f"{mean:.2f}{of} contexts carry no information (too few pixels, or a constant label)"
     if total and mean > 0.5 * total:
         remedy = "labels are flat or mostly invalid: `distill inspect`; or normalize globally"
-        return Finding("bad", f"dead contexts: {what}", remedy)
-    return Finding("ok", f"contexts: {what}")
+        return Finding("bad", f"dead contexts: {message}", remedy)
+    return Finding("ok", f"contexts: {message}")
 
 
 def _number_of_contexts(normalization: str) -> int | None:
@@ -173,12 +173,14 @@ def _gradient(steps: Sequence[Line], settings: Line) -> Finding:
     limit = float(settings.get("clip_norm") or 0.0)
     norms = [line["grad_norm"] for line in steps]
     middle, largest = statistics.median(norms), max(norms)
-    what = f"gradient norm: median {middle:.3g}, largest {largest:.3g}" + (f", clipped at {limit:g}" if limit else "")
+    message = f"gradient norm: median {middle:.3g}, largest {largest:.3g}" + (
+        f", clipped at {limit:g}" if limit else ""
+    )
     if limit and middle > 10 * limit:
         return Finding(
-            "warn", f"every step is clipped: {what}", "lower lr, or raise clip_norm: the loss is far steeper"
+            "warn", f"every step is clipped: {message}", "lower lr, or raise clip_norm: the loss is far steeper"
         )
-    return Finding("ok", what)
+    return Finding("ok", message)
 
 
 def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
@@ -186,11 +188,11 @@ def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
     if not timed:
         return Finding("ok", "data wait: not logged")
     wait = sum(line["data_wait"] * line["seconds"] for line in timed) / sum(line["seconds"] for line in timed)
-    what = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
+    message = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
     if wait > 0.05:
         remedy = 'raise train.workers; keep the labels on a local disk; store them with labels.codec = "zst"'
-        return Finding("bad" if wait > 0.3 else "warn", f"data wait: {what}", remedy)
-    return Finding("ok", f"data wait: {what}")
+        return Finding("bad" if wait > 0.3 else "warn", f"data wait: {message}", remedy)
+    return Finding("ok", f"data wait: {message}")
 
 
 def _held_out(lines: Sequence[Line]) -> list[Finding]:
@@ -199,9 +201,11 @@ def _held_out(lines: Sequence[Line]) -> list[Finding]:
         return []
     step, best = min(evaluations, key=lambda pair: pair[1])
     last = evaluations[-1][1]
-    what = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
+    message = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
     if last > 1.1 * best:
         return [
-            Finding("warn", f"overfitting: {what}", "more images or crops.crops_per_image, or patience to stop early")
+            Finding(
+                "warn", f"overfitting: {message}", "more images or crops.crops_per_image, or patience to stop early"
+            )
         ]
-    return [Finding("ok", what)]
+    return [Finding("ok", message)]

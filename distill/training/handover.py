@@ -96,7 +96,7 @@ class Handover:
         self.size = -(-size // _PAGE) * _PAGE
         self.memory = _shared(readers * SLOTS * self.size)
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
-        self._over = _shared(1)  # a flag without a lock, which a killed process would never release
+        self._ended = _shared(1)  # a flag without a lock, which a killed process would never release
         self._batches_given = 0
         self._locked: dict[int, bool] = {}  # by a slot's address: whether the device took it
         self._device: torch.device | None = None
@@ -122,9 +122,9 @@ class Handover:
         content = mapped(batch, Tensor, place)
         if used > self.size or not pieces:
             return batch
-        if not self._is_over():
+        if not self._has_ended():
             self.free[reader.id].acquire()
-        if self._is_over():
+        if self._has_ended():
             return OSError("a batch that nobody takes any more")
         number = self._batches_given % SLOTS
         self._batches_given += 1
@@ -148,12 +148,12 @@ class Handover:
 
     def end(self) -> None:
         """Stops the reading processes from waiting for slots, so that they can end."""
-        self._over.fill_(1)
+        self._ended.fill_(1)
         for free in self.free:
             free.release()
 
-    def _is_over(self) -> bool:
-        return bool(self._over)
+    def _has_ended(self) -> bool:
+        return bool(self._ended)
 
     @contextmanager
     def held(self) -> Iterator[None]:

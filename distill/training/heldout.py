@@ -27,7 +27,7 @@ class Held:
 
 
 def split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
-    """Indices of the samples of `dataset` to train on, and of those that select the checkpoint (not of weight 0)."""
+    """Indices of the training samples of `dataset`, and of the held-out samples, without sources of weight 0."""
     if heldout is None:
         train_indices, heldout_indices = hold_out(dataset.image_keys, settings.val_fraction)
         heldout = dataset

@@ -18,11 +18,11 @@ from distill.losses.losses import median_and_mean_abs_dev
 
 def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> str:
     """The teacher of 0-based `step`, drawn by share from (seed, step): the same on every process."""
-    drawn = generator("teacher", seed, step).random() * sum(teachers.values())
+    point = generator("teacher", seed, step).random() * sum(teachers.values())
     for name, share in teachers.items():
-        if drawn < share:
+        if point < share:
             return name
-        drawn -= share
+        point -= share
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 

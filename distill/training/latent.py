@@ -211,11 +211,11 @@ class LatentTask:
         return self._measured(rows, prediction, losses, parts)
 
     def _random_times(self, micro: MicroBatch) -> Tensor:
-        drawn = [
+        timesteps = [
             int(generator("timestep", self.seed, int(p < 0), max(p, -1 - p)).integers(self.steps))
             for p in micro.positions
         ]
-        return torch.tensor(drawn, device=micro.images.device)
+        return torch.tensor(timesteps, device=micro.images.device)
 
     def _prior(self, module: nn.Module, micro: MicroBatch, rows: _Rows) -> Tensor:
         """The loss (B,) of the base's own task, a mean over PRIOR_LEVELS; each image's noise is fixed."""

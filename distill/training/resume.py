@@ -42,7 +42,7 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         state = saved.state
         run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
         if run.best and run.best["step"] not in steps_on_disk:
-            run.best = None  # damaged, or removed with a damaged one
+            run.best = None  # damaged, or pruned in favour of a better one that was damaged
         run.evaluations_since_best = state["evaluations_since_best"]
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
     if run.processes.main:

@@ -55,7 +55,7 @@ def factor(step: int, settings: TrainSettings) -> float:
 
 
 _BLOCK = re.compile(r"(?:^|\.)(?<!vit\.)(?:blocks|stages|layers)\.(\d+)\.")
-_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope|(?:^|\.)vit\.")  # VGGT's blocks stand behind a whole ViT
+_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope|(?:^|\.)vit\.")  # VGGT's blocks follow a whole ViT
 
 
 def _depths(encoder: nn.Module) -> dict[int, int]:

@@ -130,7 +130,7 @@ class TrainSettings:
     """Recompute the encoder's (or the UNet's) activations in the backward pass instead of storing them: slower, in
     less memory."""
     fused: bool = False
-    """Use the fused AdamW kernel; always on on a GPU."""
+    """Use the fused AdamW kernel; on a GPU it always is used."""
     deterministic: bool = False
     """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
     much). A CPU is always deterministic."""

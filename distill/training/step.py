@@ -339,10 +339,10 @@ def _measured(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str,
         measured[f"parts/{name}"] = value.detach().double().sum()
         measured[f"images/parts/{name}"] = count(value)
     for taught in micro.taught:
-        own = taught.of(losses).double()
+        values = taught.of(losses).double()
         for name, total in (
-            (f"teachers/{taught.teacher}", own.sum()),
-            (f"images/{taught.teacher}", count(own)),
+            (f"teachers/{taught.teacher}", values.sum()),
+            (f"images/{taught.teacher}", count(values)),
         ):
             measured[name] = measured[name] + total if name in measured else total
     return measured

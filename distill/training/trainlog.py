@@ -61,9 +61,9 @@ class StepLog:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
         self.damaged = damaged(path)
-        kept = [line for line in _lines(path) if line["step"] <= last_step and last_step]
+        lines = [line for line in _lines(path) if line["step"] <= last_step and last_step]
         with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
-            file.writelines(_encode(line) for line in kept)
+            file.writelines(_encode(line) for line in lines)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
