@@ -340,10 +340,7 @@ def _measured(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str,
         measured[f"images/parts/{name}"] = count(value)
     for taught in micro.taught:
         values = taught.of(losses).double()
-        for name, total in (
-            (f"teachers/{taught.teacher}", values.sum()),
-            (f"images/{taught.teacher}", count(values)),
-        ):
+        for name, total in ((f"teachers/{taught.teacher}", values.sum()), (f"images/{taught.teacher}", count(values))):
             measured[name] = measured[name] + total if name in measured else total
     return measured
 
