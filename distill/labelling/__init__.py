@@ -1,1 +1,1 @@
-"""Who writes labels: from photographs and teachers to shards, killed and resumed at any moment."""
+"""Labelling: from photographs and teachers to shards; a run can be killed and resumed at any moment."""

@@ -1,14 +1,14 @@
-"""Teachers' labels fitted to measured depth: `labels.align = "truth"` (Depth Anything 3's way with its real data).
+"""Fits teachers' labels to measured depth: `labels.align = "truth"` (Depth Anything 3's method for its real data).
 
-A lidar or a reconstruction knows a few points of an image, some of them wrongly; a teacher knows the shape everywhere,
-up to scale and shift. Per map the two numbers are found by RANSAC and least squares on its inliers, and what was up to
-scale and shift is then as metric as the truth is, and dense. In which space: the teacher's own, disparity or depth.
+A lidar or a reconstruction measures a few points of an image, some of them wrongly; a teacher predicts the shape
+everywhere, up to scale and shift. Per map these two are found by RANSAC and least squares on its inliers, which makes
+the teacher's map as metric as the truth, and dense. The fit is in the teacher's own space, disparity or depth.
 
-What the summary of the paper leaves open is ours. Trials: 256 pairs of points (single points where the scale alone is
-unknown), drawn by the sample's key. The threshold is three standard deviations as the best trial's median residual
-tells them, but no less than a hundredth of the truth's spread: it holds while more than half of the points are right.
+What the summary of the paper leaves open is ours. Trials: 256 pairs of points (single points where only the scale is
+unknown), drawn by the sample's key. The threshold is three standard deviations, estimated from the best trial's median
+residual, but at least a hundredth of the truth's spread: it works while more than half of the points are right.
 
-Shapes: B maps, H, W, M points that the fit looks at, T trials.
+Shapes: B maps, H, W, M points that the fit uses, T trials.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from distill.labelling.fitted import FittedTeacher
 
 TRIALS = 256
 POINTS = 4096
-"""Points of a map that the fit looks at, evenly chosen among those that are known."""
+"""The largest number of points that the fit uses, evenly chosen among a map's known ones."""
 MIN_POINTS = 32
-"""Fewer say nothing about a map."""
-_WIDTH = 3 * 1.4826  # three standard deviations of a normal distribution, by the median deviation
+"""Maps with fewer points are not fitted."""
+_WIDTH = 3 * 1.4826  # three standard deviations of a normal distribution, from the median deviation
 _FLOOR = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
     """truth ~ scale * prediction + shift. residual: mean |difference| over mean |truth - median|, on the inliers: 0 is
-    perfect, 1 no better than a constant. inliers: their share of the points. points: how many were known.
+    perfect, 1 no better than a constant. inliers: their share of the points. points: number of known points.
     """
 
     scale: float
@@ -48,39 +48,39 @@ class Fit:
 
 
 def fit_robustly(prediction: Tensor, truth: Tensor, valid: Tensor, *, shift: bool = True, key: str = "") -> Fit:
-    """The fit of one map (H,W) to its truth where both are `valid`; without `shift` it is a scale alone.
+    """The fit of one map (H,W) to its truth where both are `valid`; without `shift` only a scale.
 
     The scale is positive: where no such fit has an inlier, there are fewer than MIN_POINTS points, or either map is
-    constant, the scale is 0, the residual 1. key: what the trials are drawn by.
+    constant, the scale is 0, the residual 1. key: the seed of the trials.
     """
     usable = valid & torch.isfinite(prediction) & torch.isfinite(truth)
     places = usable.flatten().nonzero()[:, 0]
-    known = len(places)
-    if known > POINTS:
-        places = places[torch.linspace(0, known - 1, POINTS).long()]
+    point_count = len(places)
+    if point_count > POINTS:
+        places = places[torch.linspace(0, point_count - 1, POINTS).long()]
     x, y = (values.flatten()[places].double().cpu().numpy() for values in (prediction, truth))
     spread = float(np.abs(y - np.median(y)).mean()) if len(y) else 0.0
     if len(x) < MIN_POINTS or not spread > 1e-9 * np.abs(y).max() or not np.ptp(x) > 1e-9 * np.abs(x).max():
-        return Fit(0.0, 0.0, 1.0, 0.0, known)
+        return Fit(0.0, 0.0, 1.0, 0.0, point_count)
     scales, shifts = _trials(x, y, shift, generator("align", key))
-    away = np.abs(scales[:, None] * x + shifts[:, None] - y)
-    if not len(away):
-        return Fit(0.0, 0.0, 1.0, 0.0, known)
-    width = max(_WIDTH * float(np.median(away, axis=1).min()), _FLOOR * spread)
-    inside = away[np.argmax((away <= width).sum(1))] <= width
-    for _ in range(3):  # least squares on the inliers, which then are others
+    errors = np.abs(scales[:, None] * x + shifts[:, None] - y)
+    if not len(errors):
+        return Fit(0.0, 0.0, 1.0, 0.0, point_count)
+    width = max(_WIDTH * float(np.median(errors, axis=1).min()), _FLOOR * spread)
+    inside = errors[np.argmax((errors <= width).sum(1))] <= width
+    for _ in range(3):  # least squares on the inliers, which change with the fit
         a, b = _least_squares(x[inside], y[inside], shift)
-        now = np.abs(a * x + b - y) <= width
-        if now.sum() < MIN_POINTS // 2 or not a > 0:
+        inliers = np.abs(a * x + b - y) <= width
+        if inliers.sum() < MIN_POINTS // 2 or not a > 0:
             break
-        inside = now
+        inside = inliers
     a, b = _least_squares(x[inside], y[inside], shift)
     if not a > 0:
-        return Fit(0.0, 0.0, 1.0, 0.0, known)
-    kept = y[inside]
-    own = float(np.abs(kept - np.median(kept)).mean())
-    residual = min(1.0, float(np.abs(a * x[inside] + b - kept).mean()) / own) if own > 0 else 1.0
-    return Fit(a, b, residual, float(inside.mean()), known)
+        return Fit(0.0, 0.0, 1.0, 0.0, point_count)
+    y_in = y[inside]
+    y_spread = float(np.abs(y_in - np.median(y_in)).mean())
+    residual = min(1.0, float(np.abs(a * x[inside] + b - y_in).mean()) / y_spread) if y_spread > 0 else 1.0
+    return Fit(a, b, residual, float(inside.mean()), point_count)
 
 
 def _trials(x: np.ndarray, y: np.ndarray, shift: bool, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -106,7 +106,7 @@ def _least_squares(x: np.ndarray, y: np.ndarray, shift: bool) -> tuple[float, fl
 def align_maps(
     label: DepthMap, truth: DepthMap, *, max_residual: float, min_inliers: float, key: str = ""
 ) -> tuple[DepthMap, list[dict[str, Any]]]:
-    """Labels (B,H,W) as the truth's metres (or its unknown scale), each by its own fit, and what each fit was.
+    """Labels (B,H,W) in the truth's metres (or its unknown scale), each by its own fit, and a record of each fit.
 
     A map whose residual is larger or whose share of inliers is smaller is nowhere valid; each record has scale, shift,
     residual, inliers, points and dropped. Raises KindError for truth whose shift is unknown.
@@ -116,21 +116,21 @@ def align_maps(
             f"labels cannot be fitted to {truth.kind}, whose scale and shift nobody knows: use metric truth"
         )
     kind = Kind(f"{truth.kind.unknown}_{label.kind.quantity}")
-    wanted = truth.convert(kind)
+    truth_of_kind = truth.convert(kind)
     values, valid = torch.zeros_like(label.values), torch.zeros_like(label.valid)
     records = []
     for i in range(len(label)):
-        both = label.valid[i] & wanted.valid[i]
+        both = label.valid[i] & truth_of_kind.valid[i]
         fit = fit_robustly(
-            label.values[i], wanted.values[i], both, shift=label.kind.unknown == "affine", key=f"{key}.{i}"
+            label.values[i], truth_of_kind.values[i], both, shift=label.kind.unknown == "affine", key=f"{key}.{i}"
         )
         dropped = not (fit.scale > 0 and fit.residual <= max_residual and fit.inliers >= min_inliers)
         if not dropped:
-            moved = label.values[i] * fit.scale + fit.shift
-            valid[i] = label.valid[i] & torch.isfinite(moved) & (moved > 0)
-            values[i] = torch.where(valid[i], moved, 0.0)
-        told = {"scale": fit.scale, "shift": fit.shift, "residual": round(fit.residual, 6)}
-        records.append(told | {"inliers": round(fit.inliers, 6), "points": fit.points, "dropped": dropped})
+            fitted = label.values[i] * fit.scale + fit.shift
+            valid[i] = label.valid[i] & torch.isfinite(fitted) & (fitted > 0)
+            values[i] = torch.where(valid[i], fitted, 0.0)
+        record = {"scale": fit.scale, "shift": fit.shift, "residual": round(fit.residual, 6)}
+        records.append(record | {"inliers": round(fit.inliers, 6), "points": fit.points, "dropped": dropped})
     return DepthMap(values, valid, kind), records
 
 
@@ -155,7 +155,7 @@ class Aligned(FittedTeacher):
 
 
 def words(fit: dict[str, Any]) -> str:
-    """Why a fit was dropped, for the list of quarantined images."""
+    """The reason why a fit was dropped, for the list of quarantined images."""
     if not fit["scale"]:
         return f"no fit to the truth ({fit['points']} points)"
     return f"fits the truth badly (residual {fit['residual']:.2f}, {fit['inliers']:.0%} of {fit['points']} points)"

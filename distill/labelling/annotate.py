@@ -1,8 +1,8 @@
-"""From jobs to labelled samples: ask the teachers in batches, keep what can be trusted.
+"""From jobs to labelled samples: ask the teachers in batches, and keep only valid answers.
 
-The same steps serve labelling to shards (`annotate`, batched across images) and training with the teachers at hand
-(`label_photo`, by labelling.online). A batch of one image's crops never decides about another image: where a teacher
-fails on a batch, its crops are asked again one by one, and only the image that fails alone is lost.
+Used both for labelling to shards (`annotate`, batched across images) and for labelling during training (`label_photo`,
+by labelling.online). One image's crops never affect another image: where a teacher fails on a batch, it is asked about
+each crop separately, and only images that fail alone are lost.
 """
 
 from __future__ import annotations
@@ -32,17 +32,15 @@ from distill.teachers import Teacher
 
 CPU = torch.device("cpu")
 
-# A teacher that fails on so many samples in a row is broken, not the images.
+# After this many failed samples in a row the teacher is broken, not the images.
 FAILURES_IN_A_ROW = 20
-# What a network raises for one odd input. Anything else (a TypeError, say) is a fault in the program and must stop it.
+# Errors that a network raises for one odd input. Any other (such as TypeError) is a bug and must stop the program.
 _TEACHER_ERRORS = (RuntimeError, ValueError, ArithmeticError, LookupError)
 
 
 @dataclass(slots=True)
 class _Waiting:
-    """A job and the answers it has so far: maps and their predicted kind by teacher, the region's first, then its
-    patches'.
-    """
+    """A job and its answers so far: by teacher, the region's map and then its patches', and their predicted kind."""
 
     job: CropJob | Rejected
     maps: dict[str, list[DepthMap | CodedMaps | None]] = field(default_factory=dict)
@@ -78,7 +76,7 @@ def annotate(
 
 
 def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
-    """How batches reach the teachers. A bridge reads its primary's values, so there they come back as they are."""
+    """How batches reach the teachers. Bridges and fits read values, so with them maps are not coded on the device."""
     store = partial(stored, store=labels.store)
     if device.type != "cuda":
         return HostAsking(store)
@@ -89,7 +87,7 @@ def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> H
 
 
 class BatchQueue:
-    """Where jobs wait for their batches to fill, and leave in the order they came."""
+    """A queue in which jobs wait for their batches to fill; they leave in their original order."""
 
     def __init__(self, teachers: Teachers, labels: LabelSettings, ask: HostAsking | DeviceAsking) -> None:
         self.teachers, self.labels, self.ask = teachers, labels, ask
@@ -102,7 +100,7 @@ class BatchQueue:
         self.last = ""
 
     def add(self, job: CropJob | Rejected) -> None:
-        """Queue a job's crops behind those of its size."""
+        """Append a job's crops to the queue of their size and teachers."""
         waiting = _Waiting(job)
         self.order.append(waiting)
         asked = () if isinstance(job, Rejected) else tuple(name for name, _ in self.networks if job.asks(name))
@@ -115,7 +113,7 @@ class BatchQueue:
             self.queues.setdefault((size, asked), []).append((waiting, slot))
 
     def run(self, *, at_least: int) -> None:
-        """Ask every teacher for each batch of which at least so many crops wait."""
+        """Ask the teachers of every queue that has at least `at_least` crops, batch by batch."""
         for (_, asked), queue in self.queues.items():
             while len(queue) >= at_least:
                 size = self.labels.crops_at_once
@@ -128,9 +126,9 @@ class BatchQueue:
             self._take(0)
 
     def _ask(self, name: str, teacher: Teacher, crops: _Crops, *, filled: bool = True) -> Pending | None:
-        """The answer to come; None where it has been written already, crop by crop, for the batch failed.
+        """The pending answer; None where the batch failed and was answered crop by crop instead.
 
-        filled: small batches are filled up, where they ever are; not once a whole one had not enough memory.
+        filled: small batches may be padded; False after a whole batch ran out of memory.
         """
         keys = [f"{w.job.key}.{'shared' if slot == 0 else f'local{slot - 1}'}" for w, slot in crops]
         try:
@@ -146,7 +144,7 @@ class BatchQueue:
                 line = (str(error) or type(error).__name__).splitlines()[0]
                 waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
                 return None
-        # Not above: an error holds, through its traceback, all that the batch left on the device.
+        # Not in the except block: the error's traceback keeps the batch's tensors on the device.
         for crop in crops:
             self._write(name, [crop], self._ask(name, teacher, [crop], filled=filled and not scarce))
         return None
@@ -162,17 +160,17 @@ class BatchQueue:
 
     @staticmethod
     def _write(name: str, crops: _Crops, pending: Pending | None) -> None:
-        """Write a teacher's maps of these crops where the crops wait."""
+        """Store a teacher's maps of these crops in their waiting jobs."""
         if pending is None:
             return
         answer = pending()
-        for (waiting, slot), one, nan in zip(crops, answer.maps, answer.nan, strict=True):
-            waiting.maps[name][slot], waiting.predicted[name] = one, answer.predicted
+        for (waiting, slot), depth_map, nan in zip(crops, answer.maps, answer.nan, strict=True):
+            waiting.maps[name][slot], waiting.predicted[name] = depth_map, answer.predicted
             if nan:
                 waiting.problem = waiting.problem or f"{name} returned NaN on {nan} pixels of {_context(slot)}"
 
     def drain(self) -> Iterator[Sample | Rejected]:
-        """The finished jobs at the head of the line, in order."""
+        """Yield the finished jobs at the head of the queue, in order."""
         while self.order and self.order[0].missing == 0:
             waiting = self.order.popleft()
             if isinstance(waiting.job, Rejected):
@@ -216,8 +214,8 @@ def label_photo(
     seed: int = 0,
     draw: int = 0,
 ) -> Sample:
-    """One photo's sample, as `annotate` makes it, not yet quantized. Raises BadImageError with the reason there is
-    none.
+    """One photo's sample, as `annotate` makes it, not yet quantized. Raises BadImageError with the reason where it
+    cannot be labelled.
     """
     job = prepare(photo, crops=crops, seed=seed, draw=draw, sky=labels.sky)
     result = next(annotate([job], teachers, labels=labels))

@@ -1,7 +1,7 @@
-"""One batch of crops to a teacher and its maps back: on the CPU at once, on a GPU while the next batch is prepared.
+"""Sends a batch of crops to a teacher and returns its maps: on the CPU synchronously, on a GPU asynchronously.
 
-On a GPU crops travel as bytes from page-locked memory, maps come back as the codes that the shard stores, and each way
-has a stream of its own: the thread that asks never waits for a copy, only, `IN_FLIGHT` batches later, for an answer.
+On a GPU crops are sent as bytes from page-locked memory, maps come back as the codes that the shard stores, and each
+direction has its own stream: the asking thread never waits for a copy, only for answers, `IN_FLIGHT` batches later.
 
 Shapes: B crops, S their size.
 """
@@ -19,7 +19,7 @@ from distill.core.codes import CodedMaps, encode_linear
 from distill.core.depth import DepthMap, Kind
 from distill.teachers import Teacher
 
-IN_FLIGHT = 2  # batches between the asking and the taking of their answers; bounds the memory
+IN_FLIGHT = 2  # batches that are asked before the first answer is taken; bounds the memory
 
 
 class TeacherFailedError(ValueError):
@@ -30,8 +30,8 @@ class TeacherFailedError(ValueError):
 class Answer:
     """A teacher's maps of a batch, on the CPU.
 
-    maps: one per crop, of the kind that is stored. predicted: the kind that the network gave. nan: per crop, how many
-    pixels that it called valid are NaN.
+    maps: one per crop, of the stored kind. predicted: the network's kind. nan: per crop, the number of NaN pixels that
+    the network marked valid.
     """
 
     maps: Sequence[DepthMap | CodedMaps]
@@ -43,7 +43,7 @@ Pending = Callable[[], Answer]
 
 
 def predict(name: str, teacher: Teacher, images: Tensor, keys: Sequence[str]) -> DepthMap:
-    """One call of a teacher, its answer's shape checked; noise, where it draws any, belongs to the crop's key."""
+    """Calls a teacher once and checks the shape of its answer; its noise, if any, is seeded by the crop's key."""
     with torch.no_grad():
         if getattr(teacher.card, "seeded", False):
             depth = teacher.predict(images, keys=keys)  # type: ignore[call-arg]
@@ -56,7 +56,7 @@ def predict(name: str, teacher: Teacher, images: Tensor, keys: Sequence[str]) ->
 
 @dataclass(slots=True)
 class HostAsking:
-    """Asks and waits. store: brings a map to the kind that is stored."""
+    """Asks synchronously. store: converts a map to the stored kind."""
 
     store: Callable[[DepthMap], DepthMap]
     in_flight: int = 0
@@ -64,20 +64,19 @@ class HostAsking:
     def __call__(
         self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
     ) -> Pending:
-        """Crops (3,S,S) uint8 as the teacher's maps of them. filled: of no meaning here."""
+        """The teacher's maps of crops (3,S,S) uint8. filled: ignored."""
         depth = predict(name, teacher, torch.stack(list(crops)).float() / 255.0, keys).to("cpu")
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1).tolist()
-        kept = self.store(depth)
-        answer = Answer([kept[i : i + 1] for i in range(len(kept))], depth.kind, nan)
+        stored = self.store(depth)
+        answer = Answer([stored[i : i + 1] for i in range(len(stored))], depth.kind, nan)
         return lambda: answer
 
 
 class DeviceAsking:
-    """Asks and goes on; the answer is waited for when it is taken.
+    """Asks asynchronously; taking the answer waits for it.
 
-    coding: the name and the first code of a codec whose codes are linear, to have maps coded on the device; None
-    brings them back as they are. pad_to: batches of fewer crops are filled up, so that a compiled network meets one
-    shape alone.
+    coding: the name and the first code of a codec whose codes are linear, to code maps on the device; None returns them
+    uncoded. pad_to: batches of fewer crops are padded to this size, so that a compiled network sees one shape only.
     """
 
     in_flight = IN_FLIGHT
@@ -98,22 +97,22 @@ class DeviceAsking:
     def __call__(
         self, name: str, teacher: Teacher, crops: Sequence[Tensor], keys: Sequence[str], *, filled: bool = True
     ) -> Pending:
-        """As HostAsking; raises what the teacher raises when asked, and what the device reports when taken.
+        """As HostAsking; the teacher's errors are raised when asking, the device's when taking the answer.
 
-        filled: False asks about these crops alone, where a whole batch has not enough memory.
+        filled: False disables padding, after a whole batch ran out of memory.
         """
         missing = max(0, self.pad_to - len(crops)) if filled else 0
-        sent, named = [*crops, *[crops[-1]] * missing], [*keys, *[keys[-1]] * missing]
-        depth = predict(name, teacher, self._send(sent), named)[: len(crops)]
+        padded, padded_keys = [*crops, *[crops[-1]] * missing], [*keys, *[keys[-1]] * missing]
+        depth = predict(name, teacher, self._send(padded), padded_keys)[: len(crops)]
         nan = (torch.isnan(depth.values) & depth.valid).flatten(1).sum(1)
-        kept = self.store(depth)
-        coded = None if self.coding is None else encode_linear(kept.values, kept.valid, self.coding[1])
-        host, wait = self._fetch([nan, *(coded or (kept.values, kept.valid))])
-        return lambda: self._take(host, wait, predicted=depth.kind, kind=kept.kind)
+        label_maps = self.store(depth)
+        coded = None if self.coding is None else encode_linear(label_maps.values, label_maps.valid, self.coding[1])
+        host, wait = self._fetch([nan, *(coded or (label_maps.values, label_maps.valid))])
+        return lambda: self._take(host, wait, predicted=depth.kind, kind=label_maps.kind)
 
     def _send(self, crops: Sequence[Tensor]) -> Tensor:
         """(B,3,S,S) float32 in [0,1] on the device."""
-        # Channels last, as photographs are decoded: rows are copied whole, and the device turns them.
+        # Channels last, as photographs are decoded: rows are copied in one piece, and the device permutes them.
         host = torch.empty((len(crops), *crops[0].shape[1:], 3), dtype=torch.uint8, pin_memory=self.cuda)
         for row, crop in zip(host, crops, strict=True):
             row.copy_(crop.movedim(0, -1))
@@ -127,7 +126,7 @@ class DeviceAsking:
         return images.permute(0, 3, 1, 2).float() / 255.0
 
     def _fetch(self, back: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Tensors on their way to page-locked memory, and what waits until they are there."""
+        """Starts copying tensors to page-locked memory; returns the copies and a function that waits for them."""
         if not self.cuda:
             return [x.cpu() for x in back], lambda: None
         self.down.wait_stream(torch.cuda.current_stream(self.device))
@@ -141,21 +140,21 @@ class DeviceAsking:
 
     def _take(self, host: Sequence[Tensor], wait: Callable[[], None], *, predicted: Kind, kind: Kind) -> Answer:
         wait()
-        nan, *rest = host
+        nan, *tensors = host
         maps: list[Any]
         if self.coding is None:
-            values = DepthMap(rest[0], rest[1], kind)
+            values = DepthMap(tensors[0], tensors[1], kind)
             maps = [values[i : i + 1] for i in range(len(nan))]
         else:
-            codes, low, high, count = (x.split(1) for x in rest)
-            whole = zip(codes, low, high, count, strict=True)
-            maps = [CodedMaps(*one, self.coding[0], kind) for one in whole]
+            codes, low, high, count = (x.split(1) for x in tensors)
+            coded = zip(codes, low, high, count, strict=True)
+            maps = [CodedMaps(*parts, self.coding[0], kind) for parts in coded]
         return Answer(maps, predicted, nan.tolist())
 
 
 def camera_of(teacher: Any, region: Tensor, kind: Kind) -> dict[str, float]:
-    """What a label of a region (3,H,W) says of its camera: the focal length that the teacher's metres are for, in the
-    region's pixels, where the teacher assumes one of its own whatever the photo.
+    """The camera record of a label of a region (3,H,W): the focal length in the region's pixels that the teacher's
+    metres hold for, where it assumes a fixed camera for all photos; else {}.
     """
     assumed = getattr(teacher, "assumed_focal", None) if kind.unknown == "metric" else None
     focal = assumed(int(region.shape[-2]), int(region.shape[-1])) if assumed else None

@@ -1,4 +1,4 @@
-"""What there is to label, as a worker finds out on its way: parts by their place, notes that spare others a scan."""
+"""The parts to label, as a worker discovers them: parts by their place, and notes that spare other workers a scan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distill.shards.shards import hash_keys
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A part by where it is: its shard's number, its own, and how many images it has."""
+    """A part's location: its shard's number, its own number, its count of images and the name of its tar."""
 
     shard: int
     number: int
@@ -29,10 +29,10 @@ class Place:
 
 
 class Board:
-    """What there is to do, as a worker finds out while it goes along; a shard is only scanned where it must be.
+    """The parts of all shards, discovered as a worker goes along; a shard is only scanned where necessary.
 
-    What a scan said of a tar is kept in two notes, how many images each part has and where they are, and spares all
-    other workers the scan; they hold while the tar has the same size and time.
+    The scan of a tar is kept in two notes, the number of images of each part and their locations, which spare all other
+    workers the scan; they are valid while the tar has the same size and time.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Board:
         return self._scanned[shard]
 
     def _known(self, one: InputShard, shard: int) -> InputShard:
-        """A tar with the scan that a note has of it, which is otherwise made and noted."""
+        """A tar with the scan from its note; without a note it is scanned and the note is written."""
         if not one.is_tar:
             return one
         key, now = f"scan-{one.stem}", self._fingerprint(shard)
         note = self.meeting.note(key)
         scan: Scan | None = None
         if note.get("input") == now:
-            with suppress(KeyError, TypeError, ValueError):  # a note of ours that was damaged is made again
+            with suppress(KeyError, TypeError, ValueError):  # a damaged note is written again
                 scan = scan_from(one, note["scan"])
         if scan is None:
             scan = one.scan()
@@ -77,9 +77,9 @@ class Board:
         return replace(one, scan=lambda: known)
 
     def look(self, shard: int) -> list[Place]:
-        """The parts of a shard. The first to look also checks what is finished there, as `parts.is_done` does."""
-        one = self.shards[shard]
-        key, now = f"plan-{one.stem}", self._fingerprint(shard)
+        """The parts of a shard. The first worker to look also checks its finished parts with `parts.is_done`."""
+        input_shard = self.shards[shard]
+        key, now = f"plan-{input_shard.stem}", self._fingerprint(shard)
         note = self.meeting.note(key)
         counts = note.get("images") if note.get("input") == now else None
         if not isinstance(counts, list):
@@ -91,29 +91,29 @@ class Board:
                     check = partial(self._is_stale, part)
                     if check():
                         withdraw(self.meeting, part.name, check)
-            self.meeting.keep(key, {"input": now, "images": counts, "stem": one.stem})
-        found = [Place(shard, i, count, part_name(one.stem, i)) for i, count in enumerate(counts)]
-        self.places.update((place.name, place) for place in found)
-        return found
+            self.meeting.keep(key, {"input": now, "images": counts, "stem": input_shard.stem})
+        places = [Place(shard, i, count, part_name(input_shard.stem, i)) for i, count in enumerate(counts)]
+        self.places.update((place.name, place) for place in places)
+        return places
 
     def _is_stale(self, part: Part) -> bool:
         self.meeting.bring(f"{Path(part.name).stem}.json")
         return not is_done(self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole)
 
     def _fingerprint(self, shard: int) -> list[Any]:
-        one = self.shards[shard]
-        if not one.is_tar:
-            return [hash_keys([entry.key for entry in one.scan().entries])]  # known without a look at the disk
-        if is_url(one.origin):
-            return [one.origin]
+        input_shard = self.shards[shard]
+        if not input_shard.is_tar:
+            return [hash_keys([entry.key for entry in input_shard.scan().entries])]  # known without reading the disk
+        if is_url(input_shard.origin):
+            return [input_shard.origin]
         try:
-            seen = Path(one.origin).stat()
+            status = Path(input_shard.origin).stat()
         except OSError:
-            return [one.origin, 0]
-        return [seen.st_size, seen.st_mtime_ns]
+            return [input_shard.origin, 0]
+        return [status.st_size, status.st_mtime_ns]
 
     def walk(self, start: int) -> Iterator[Place]:
-        """Every part, the longest first as far as it is known, beginning at shard `start`: workers begin apart."""
+        """Every part, full ones first and then by size, from shard `start` on: workers start at different shards."""
         short: list[Place] = []
         order = [(start + i) % len(self.shards) for i in range(len(self.shards))]
         for shard in order:
@@ -127,8 +127,8 @@ class Board:
 
 
 def withdraw(meeting: Meeting, name: str, still: Callable[[], bool]) -> None:
-    """Take away a finished part that must be made again, unless somebody is making it: between its json and its tar it
-    looks like one that is broken. still: whether it must, asked once nobody can be.
+    """Remove a finished part that must be made again, unless a worker is making it: between its json and its tar such a
+    part looks broken. still: whether it must, called once no worker can be making it.
     """
     if (claim := meeting.take(name)) is not None:
         try:
@@ -139,5 +139,5 @@ def withdraw(meeting: Meeting, name: str, still: Callable[[], bool]) -> None:
 
 
 def part_name(stem: str, number: int) -> str:
-    """The tar of a part."""
+    """The name of a part's tar."""
     return f"{stem}-{number:03d}.tar"

@@ -1,12 +1,12 @@
-"""From affine depth to disparity by way of another teacher: `labels.bridge = "primary"`.
+"""Converts affine depth to disparity with the help of another teacher: `labels.bridge = "primary"`.
 
-Depth up to scale and shift has no disparity of its own: 1 / (a d + b) depends on a shift that nobody knows. Where a
-second teacher saw the same crop, a and b can be fitted to its disparity, crop by crop. The label is then worth what the
-fit is: the residual is recorded, and a label whose residual is too large is dropped, that is, nowhere valid.
+Depth up to scale and shift determines no disparity: 1 / (a d + b) depends on an unknown shift. Where a second teacher
+labelled the same crop, a and b can be fitted to its disparity, crop by crop. The label is then as good as the fit: the
+residual is recorded, and a label whose residual is too large is dropped, that is, nowhere valid.
 
-What the fit borrows from the primary is two numbers for a crop. Everything finer is the assistant's own.
+The fit takes only two numbers per crop from the primary. All detail is the assistant's own.
 
-Shapes: B maps, H, W, M pixels that the fit looks at.
+Shapes: B maps, H, W, M pixels that the fit uses.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from distill.core.depth import DepthMap, Kind, KindError
 from distill.core.labels import Labels
 from distill.labelling.fitted import FittedTeacher
 
-# The fit looks at so many pixels of a map, on a regular grid: two numbers need no more.
+# The fit uses at most this many pixels of a map, on a regular grid: two parameters need no more.
 PIXELS = 4096
-# Fewer than this say nothing about a crop.
+# With fewer pixels a crop cannot be fitted.
 MIN_PIXELS = 32
 _STEPS = 30
-# Huber's constant for residuals in standard deviations, and what turns a median deviation into one.
+# Huber's constant for residuals in standard deviations, times the ratio of those to median deviations.
 _HUBER = 1.345 * 1.4826
 
 
@@ -39,14 +39,14 @@ def fit_reciprocal(depth: Tensor, disparity: Tensor, valid: Tensor) -> tuple[Ten
     |disparity - median|: 0 for a perfect fit, 1 for no better than a constant. Where no such fit exists (too few
     pixels, a constant map, disparity that grows with depth) the residual is 1, and a = 0, b = 1.
 
-    A linear fit of a depth + b to the reciprocal begins, each pixel weighted by disparity**4, which is what an error of
-    the reciprocal is worth in disparity. Damped Gauss-Newton steps with Huber's weights follow, on the logarithms
-    of a depth + b at the two ends of the depth's range, so that it cannot leave the positive numbers.
+    The initial values are a linear fit of a depth + b to the reciprocal, each pixel weighted by disparity**4, which
+    converts errors of the reciprocal to errors of disparity. Damped Gauss-Newton steps with Huber's weights follow, on
+    the logarithms of a depth + b at the two ends of the depth's range, so that it stays positive.
     """
     stride = max(1, math.ceil(math.sqrt(depth[0].numel() / PIXELS)))
     d, q, use = (x[:, ::stride, ::stride].flatten(1) for x in (depth.double(), disparity.double(), valid))
     use = use & torch.isfinite(d) & torch.isfinite(q)
-    # The whole map's ends, not the grid's: positive there is positive everywhere.
+    # The range of the whole map, not of the grid: positive at its ends is positive everywhere.
     known = valid & torch.isfinite(depth)
     low = torch.where(known, depth.double(), torch.inf).flatten(1).amin(1)
     high = torch.where(known, depth.double(), -torch.inf).flatten(1).amax(1)
@@ -70,7 +70,7 @@ def fit_reciprocal(depth: Tensor, disparity: Tensor, valid: Tensor) -> tuple[Ten
 
 
 def _curve(ends: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1 / y and its derivatives by the logarithms `ends` (B,2) of y at along = 0 and 1; (B,M) each."""
+    """1 / y and its derivatives with respect to `ends` (B,2), the logarithms of y at along = 0 and 1; (B,M) each."""
     near, far = (e[:, None] for e in ends.exp().unbind(1))
     value = 1.0 / (near + (far - near) * along)
     return value, -value.square() * (1.0 - along) * near, -value.square() * along * far
@@ -128,10 +128,10 @@ def _huber(residual: Tensor, width: Tensor) -> Tensor:
 
 
 def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tuple[DepthMap, list[dict[str, Any]]]:
-    """Affine depth as affine disparity, each map of the batch by its own fit to `primary`, and what each fit was.
+    """Affine depth as affine disparity, each map of the batch by its own fit to `primary`, and a record of each fit.
 
-    max_residual: the largest residual that is kept; a map beyond it is nowhere valid. Each record has a, b, residual
-    and dropped. Raises KindError where `primary` is not disparity.
+    max_residual: maps with a larger residual are nowhere valid. Each record has a, b, residual and dropped. Raises
+    KindError where `primary` is not disparity.
     """
     if primary.kind.quantity != "disparity":
         raise KindError(
@@ -156,7 +156,7 @@ def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tu
 class Bridged(FittedTeacher):
     """An assistant of affine depth whose labels become disparity by a fit to those of the teacher named `primary`.
 
-    It stands in a list of teachers in the assistant's place, after its primary. max_residual: see `bridge_map`.
+    It takes the assistant's place in a list of teachers, after its primary. max_residual: see `bridge_map`.
     """
 
     primary: str

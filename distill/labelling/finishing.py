@@ -1,4 +1,4 @@
-"""From answers to samples: what is stored of a teacher's maps, and what a job's sample learns from, or why it has none.
+"""From answers to samples: converts a teacher's maps for storage, and makes a job's labels, or the reason for none.
 
 Shapes: B batch, H height, W width.
 """
@@ -25,16 +25,16 @@ from distill.shards.codec import Sample
 
 
 def stored(depth: DepthMap, store: str) -> DepthMap:
-    """What is stored of a teacher's map: with "disparity", depth without an unknown shift becomes disparity exactly.
+    """A teacher's map as it is stored: with "disparity", depth without an unknown shift becomes disparity exactly.
 
-    With "as_is" the kind stays. affine_depth stays either way: its 1/d means nothing. Non-finite values are invalid.
+    With "as_is" the kind is unchanged. affine_depth always is: its 1/d is meaningless. Non-finite values are invalid.
     """
     depth = DepthMap(depth.values, depth.valid & torch.isfinite(depth.values), depth.kind)
     return depth.convert(stored_kind(depth.kind, store))
 
 
 def stored_kind(kind: Kind, store: str) -> Kind:
-    """The kind that a map of `kind` has when stored; raises ValueError for an unknown `store`."""
+    """The kind in which a map of `kind` is stored; raises ValueError for an unknown `store`."""
     if store not in ("disparity", "as_is"):
         raise ValueError(f'store must be "disparity" or "as_is", not {store!r}')
     lawful = store == "disparity" and kind.quantity == "depth" and kind.unknown != "affine"
@@ -48,21 +48,21 @@ def sample_of(
     teachers: Teachers,
     settings: LabelSettings,
 ) -> Sample | Rejected:
-    """The job with its labels, or why there are none.
+    """The job with its labels, or the reason why there are none.
 
-    answers: by teacher that was asked, its maps or their codes: the region's, then each patch's. kinds: what it
-    predicted them as. Ground truth, spoilt or not, is the job's own; bridges and fits to truth are made here.
+    answers: by teacher that was asked, its maps or their codes: the region's, then each patch's. kinds: the kinds that
+    it predicted. Ground truth, corrupted or not, is the job's own; bridges and fits to truth are computed here.
     """
     labels: dict[str, Labels] = {}
     coded: dict[str, CodedLabels] = {}
     predicted: dict[str, dict[str, Any]] = {}
-    for name, teacher in (one for one in teachers if job.asks(one[0])):
+    for name, teacher in (named for named in teachers if job.asks(named[0])):
         if isinstance(teacher, str | Corruptions):
             if job.truth is None:
                 return Rejected(job.origin, job.key, f"no ground truth, which {name} needs")
-            given = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
-            kind, shared = given.shared.kind, stored(given.shared, settings.store)
-            local = None if given.local is None else stored(given.local, settings.store)
+            truth_labels = job.truth if isinstance(teacher, str) else teacher.labels(job.truth, f"{name}.{job.key}")
+            kind, shared = truth_labels.shared.kind, stored(truth_labels.shared, settings.store)
+            local = None if truth_labels.local is None else stored(truth_labels.local, settings.store)
         else:
             kind = kinds[name]
             shared, local = _joined(answers[name])
@@ -83,16 +83,16 @@ def sample_of(
             shared, local, fit = teacher.align(shared, local, job.truth, f"{name}.{job.key}")
             shared, local = stored(shared, settings.store), None if local is None else stored(local, settings.store)
             predicted[name]["align"] = fit
-        by = Supervision.of(shared, teacher=name, truth=isinstance(teacher, str))
-        labels[name] = Labels(shared, local, boxes, supervision=by)
+        supervision = Supervision.of(shared, teacher=name, truth=isinstance(teacher, str))
+        labels[name] = Labels(shared, local, boxes, supervision=supervision)
     fits = [f"{name} {words(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
-    if fits and not any(one.shared.valid.any() for one in labels.values()):
+    if fits and not any(made.shared.valid.any() for made in labels.values()):
         return Rejected(job.origin, job.key, "; ".join(fits))
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)
 
 
 def _joined(maps: Sequence[Any]) -> tuple[Any, Any]:
-    """The region's map and its patches', whose codes or values share a tensor; None where there are no patches."""
+    """The region's map, and its patches' codes or values as one tensor; None without patches."""
     shared, *local = maps
     if not local:
         return shared, None
@@ -100,8 +100,8 @@ def _joined(maps: Sequence[Any]) -> tuple[Any, Any]:
 
 
 def _card(teacher: Any) -> dict[str, Any]:
-    """What a sample says of its teacher; the whole card stands in the manifest."""
-    if isinstance(teacher, Corruptions):  # spoilt truth is an opinion too
+    """The part of the teacher's card that a sample records; the whole card is in the manifest."""
+    if isinstance(teacher, Corruptions):  # corrupted truth is recorded like a teacher
         return {"corruptions": {key: value for key, value in asdict(teacher).items() if value}}
     card = getattr(teacher, "card", None)
     return {} if card is None else {"card": {key: getattr(card, key) for key in ("weights", "revision", "licence")}}

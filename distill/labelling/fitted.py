@@ -1,4 +1,4 @@
-"""A teacher whose maps are fitted to others before they are stored: what a bridge and a fit to ground truth share."""
+"""The base class of teachers whose maps are fitted to others before storing: by a bridge or to ground truth."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from distill.core.depth import DepthMap
 
 @dataclass(frozen=True, slots=True)
 class FittedTeacher:
-    """The teacher itself, as whoever asks it sees it: the fit comes after."""
+    """Wraps a teacher and predicts as it does: the fit comes afterwards."""
 
     teacher: Any
 
     @property
     def card(self) -> Any:
-        """The teacher's own."""
+        """The wrapped teacher's card."""
         return self.teacher.card
 
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """What the teacher says of images (B,3,H,W) in [0,1]. keys: for teachers that draw noise."""
+        """The wrapped teacher's prediction for images (B,3,H,W) in [0,1]. keys: for teachers that draw noise."""
         prediction: DepthMap = self.teacher.predict(images) if keys is None else self.teacher.predict(images, keys=keys)
         return prediction

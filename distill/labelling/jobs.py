@@ -1,4 +1,4 @@
-"""Jobs of labelling: the regions and patches that are cut out of photos, with their ground truth, and who is asked.
+"""Labelling jobs: regions and patches cut out of photos, with their ground truth, and the teachers to ask.
 
 Shapes: B batch, N patches of a region, S region size, P patch size.
 """
@@ -39,10 +39,10 @@ def plan_photo(photo: Photo, crops: CropSettings, *, seed: int = 0, draw: int = 
 
 @dataclass(frozen=True, slots=True)
 class CropJob:
-    """One region that waits for its labels.
+    """One region to be labelled.
 
     region: (3,S,S) uint8. patches: (N,3,P,P) uint8. truth: its ground truth, if the photo has one. record: the sample's
-    json, without labels. teachers: who is asked; none: everybody.
+    json, without labels. teachers: names of the teachers to ask; empty: all.
     """
 
     key: str
@@ -56,7 +56,7 @@ class CropJob:
     teachers: tuple[str, ...] = ()
 
     def asks(self, name: str) -> bool:
-        """Whether a teacher is asked about this region."""
+        """Whether a teacher labels this region."""
         return not self.teachers or name in self.teachers
 
 
@@ -70,21 +70,21 @@ def prepare(
     teachers: Collection[str] = (),
 ) -> CropJob:
     """Cut one draw's region and patches out of a photo; raises BadImageError where it is smaller than the smallest
-    region. sky: labels.sky, for the record. teachers: who is asked; none: everybody.
+    region. sky: labels.sky, for the record. teachers: names of the teachers to ask; empty: all.
 
-    The ground truth is cut alike: nearest pixel, so that no value is invented at an edge and nothing invalid leaks.
-    The record's crop has the focal length in pixels of the region as it is resized, where the photo has one.
+    The ground truth is cut the same way, by nearest neighbour: no values are invented at edges and no invalid ones
+    leak. The record's crop has the focal length in pixels of the resized region, where the photo has one.
     """
     height, width = photo.rgb.shape[1:]
-    more: dict[str, Any] = {}
+    extras: dict[str, Any] = {}
     focal = photo.focal
     if crops.region == "whole":
-        photo, more = squashed(photo), {"squashed": True}  # the region is in pixels of the squashed image
+        photo, extras = squashed(photo), {"squashed": True}  # the region is in pixels of the squashed image
         focal = resized(focal, (height, width), (photo.rgb.shape[1], photo.rgb.shape[2]))
     chosen = plan_photo(photo, crops, seed=seed, draw=draw)
     region = chosen.region
     if focal:
-        more["focal"] = resized(focal, (region.side, region.columns), chosen.shape)
+        extras["focal"] = resized(focal, (region.side, region.columns), chosen.shape)
     boxes = chosen.boxes()[None]
     truth = None
     if photo.truth is not None:
@@ -94,7 +94,7 @@ def prepare(
         truth = Labels(shared, cat(local) if local else None, boxes)
     record = {
         "image": {"key": photo.key, "origin": photo.origin, "height": height, "width": width},
-        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **more},
+        "crop": {**region.record, "size": chosen.size, "patch_size": chosen.patch_size, "draw": draw, **extras},
         "patches": [[p.top, p.left, p.side] for p in chosen.patches],
         "seed": seed,
         "sky": None if sky == "teacher" else sky,
@@ -123,7 +123,7 @@ def _cut_truth(truth: DepthMap, square: Square, size: tuple[int, int]) -> DepthM
 
 
 def teachers_for(names: Collection[str], teachers: Teachers, *, origin: str) -> Teachers:
-    """Those of `teachers` that are named, all where nobody is, with what they are bridged to; in their order.
+    """The named ones of `teachers`, all without names, with the primaries of bridged ones; in their order.
 
     Raises ValueError for a name that no teacher has, naming `origin`.
     """
@@ -138,8 +138,8 @@ def teachers_for(names: Collection[str], teachers: Teachers, *, origin: str) -> 
 
 
 def asked_about(shard: InputShard, teachers: Teachers) -> tuple[str, ...]:
-    """Who labels the images of a shard; raises ValueError where it names nobody's name, or a bridge without its end."""
+    """Names of a shard's teachers; raises ValueError for an unknown name, or a bridged one without its primary."""
     asked = tuple(name for name, _ in teachers_for(shard.teachers, teachers, origin=shard.origin))
-    if more := [name for name in asked if shard.teachers and name not in shard.teachers]:
-        raise ValueError(f"{shard.origin}: a teacher there is bridged to {more[0]}, which must label it too")
+    if unnamed := [name for name in asked if shard.teachers and name not in shard.teachers]:
+        raise ValueError(f"{shard.origin}: a teacher there is bridged to {unnamed[0]}, which must label it too")
     return asked

@@ -1,9 +1,9 @@
-"""Leases: who labels a part now, on any disk that all workers see; the kernel's locks are not asked.
+"""Leases: which worker labels a part now, on any disk that all workers see; they do not rely on the kernel's locks.
 
-The package filelock has the lease: a marker that only one can create, which its holder's thread refreshes and whose age
-others measure on clocks of their own that cannot be set, so that a clock that jumps loses nothing. The marker of a
-process that died on this machine is taken at once, one from elsewhere once it has not been refreshed for LEASE_S.
-A holder that slept through that must stop: it asks `check` before everything that others would see.
+The package filelock implements them: a marker file that only one process can create. Its holder's thread refreshes it,
+and others measure its age on their own monotonic clocks, so that a clock that jumps does no harm. The marker of a
+process that died on this machine is taken over at once, one from elsewhere after LEASE_S without a refresh.
+A holder that was suspended that long must stop: it calls `check` before any change that others would see.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from typing import Protocol
 from filelock import SoftFileLease, Timeout
 
 LEASE_S, BEATS = 120.0, 4
-"""Seconds without a sign of life after which a part is somebody else's; how often a holder gives one in that time.
+"""Seconds without a heartbeat after which others may take a part; number of heartbeats in that time.
 
-Above the minute for which an NFS client may believe old times of files.
+Above the minute for which an NFS client may cache old file times.
 """
 SUFFIX = ".lease"
 NOTES = ".workers"
-"""The folder of leases and notes beside the tars; of them only what the run cost stays (labelling.worker_costs)."""
+"""The folder of leases and notes beside the tars; in the end only the run's cost is kept (labelling.worker_costs)."""
 
 
 class LeaseLostError(OSError):
-    """Somebody else has the part now: nothing of it may be written any more."""
+    """Another worker has the part now: this one must not write it any more."""
 
 
 class Claim(Protocol):
-    """A part that is ours to write, as far as we know."""
+    """The right to write a part, as far as this process knows."""
 
     @property
     def suffix(self) -> str:
-        """What sets its files aside apart from those of other claims; empty for a run that has the folder to itself."""
+        """Distinguishes its partial files from those of other claims; empty for a run that has the folder to itself."""
         ...
 
     @property
     def lost(self) -> bool:
-        """Whether it is known to be lost; costs nothing."""
+        """Whether it is known to be lost; cheap, without a look at the disk."""
         ...
 
     def check(self) -> None:
-        """Ask whether it is still ours; raises LeaseLostError."""
+        """Check on disk that it is still held; raises LeaseLostError."""
         ...
 
     def release(self) -> None:
-        """Let go; others may take it."""
+        """Give it up; others may take it."""
         ...
 
 
@@ -62,10 +62,10 @@ class Alone:
     lost: bool = False
 
     def check(self) -> None:
-        """Nobody can take it."""
+        """Never raises: nobody can take it."""
 
     def release(self) -> None:
-        """Nobody waits for it."""
+        """Does nothing: nobody waits for it."""
 
 
 ALONE = Alone()
@@ -95,7 +95,7 @@ class _Held:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who has a lease, as its marker says. age: seconds since the last sign of life, by the clock of the disk."""
+    """The holder of a lease, from its marker. age: seconds since the last heartbeat, by the clock of the disk."""
 
     name: str
     host: str
@@ -105,9 +105,9 @@ class Holder:
 
 
 class FolderLeases:
-    """The leases of a folder, by name. What was seen of others' is kept, for their age is how long it stays the same.
+    """The leases of a folder, by name. Remembers other workers' markers: their age is how long they stay unchanged.
 
-    seconds: as LEASE_S; all workers of a folder must say the same, a ValueError tells where they do not.
+    seconds: as LEASE_S; raises ValueError where the workers of a folder have different values.
     """
 
     def __init__(self, folder: Path, *, seconds: float = LEASE_S) -> None:
@@ -116,7 +116,7 @@ class FolderLeases:
         self._empty: dict[str, tuple[tuple[int, int], float]] = {}
 
     def take(self, name: str) -> Claim | None:
-        """The lease, or None where somebody else has it; never waits. Raises OSError."""
+        """The lease, or None where another worker has it; never waits. Raises OSError."""
         lease = self._seen.get(name)
         if lease is None:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,37 +124,37 @@ class FolderLeases:
                 self.folder / f"{name}{SUFFIX}",
                 lease_duration=self.seconds,
                 heartbeat_interval=self.seconds / BEATS,
-                thread_local=False,  # a part is closed in another thread than it was begun in
+                thread_local=False,  # a part is finished in another thread than it was begun in
             )
         try:
             lease.acquire(blocking=False)
-        except (Timeout, FileNotFoundError):  # or the last worker has just cleared the folder away
-            self._clear_empty(name)
+        except (Timeout, FileNotFoundError):  # or the last worker has just removed the folder
+            self._remove_stale_empty_marker(name)
             return None
         del self._seen[name]
         return _Held(lease, str(lease.token))
 
-    def _clear_empty(self, name: str) -> None:
-        """Take an empty marker away that has been so for long: its holder was killed between making and writing it.
+    def _remove_stale_empty_marker(self, name: str) -> None:
+        """Remove a marker that has been empty for long: its holder was killed between creating and writing it.
 
-        The package lets it be for ever, since its versions before 3.22 wrote nothing.
+        The package never removes it, because its versions before 3.22 wrote empty markers.
         """
         path = self.folder / f"{name}{SUFFIX}"
         with contextlib.suppress(OSError):
-            found = path.stat()
-            now, key = time.monotonic(), (found.st_ino, found.st_mtime_ns)
-            seen, since = self._empty.get(name, ((0, 0), now))
-            if found.st_size:
+            status = path.stat()
+            now, key = time.monotonic(), (status.st_ino, status.st_mtime_ns)
+            key_before, since = self._empty.get(name, ((0, 0), now))
+            if status.st_size:
                 self._empty.pop(name, None)
-            elif seen != key:
+            elif key_before != key:
                 self._empty[name] = (key, now)
             elif now - since >= self.seconds:
                 path.unlink()
 
     def holders(self) -> list[Holder]:
-        """Everybody who has a lease, or died with one; changes nothing but a file that asks the disk what time it is.
+        """All holders of leases, dead ones included; writes nothing but a file that reads the disk's clock.
 
-        A reader that may not write there goes by its own clock.
+        A reader without write permission uses its own clock.
         """
         if not self.folder.is_dir():
             return []
@@ -168,15 +168,15 @@ class FolderLeases:
             if (owner := SoftFileLease(path, lease_duration=self.seconds).owner) is None:
                 continue
             age = max(0.0, now - changed)
-            # On its own machine a silent process can be looked up. Silent, for a container there has other numbers.
-            here = owner.hostname.partition("?")[0] == socket.gethostname()
-            gone = here and age > 2 * self.seconds / BEATS and not _runs(owner.pid)
-            dead = gone or age > self.seconds
+            # A process of this machine can be looked up, but only once it is silent: a container has its own ids.
+            on_this_machine = owner.hostname.partition("?")[0] == socket.gethostname()
+            died_here = on_this_machine and age > 2 * self.seconds / BEATS and not _is_running(owner.pid)
+            dead = died_here or age > self.seconds
             holders.append(Holder(path.name.removesuffix(SUFFIX), owner.hostname, owner.pid, age, dead))
         return holders
 
 
-def _runs(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -187,7 +187,7 @@ def _runs(pid: int) -> bool:
 
 
 def disk_time(folder: Path) -> float:
-    """What time a file gets that is written there now, in seconds; this machine's where nothing can be written."""
+    """The time of a file that is written in the folder now, in seconds; this machine's where none can be written."""
     probe = folder / f".clock-{os.getpid()}"
     try:
         probe.touch()

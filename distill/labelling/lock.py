@@ -1,6 +1,6 @@
-"""Who may write into a labels folder: one run at a time, each of its processes once.
+"""Locks of a labels folder: one run at a time may write, with one process per rank.
 
-A killed process holds nothing (core.files); the files only say who it was.
+A killed process holds no lock (core.files); the files only name their last holder.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
     """Hold `folder` as process `rank` of `world`.
 
     Raises RunLockedError where a live process has the same rank, or belongs to a run of another size, or where workers
-    have leases.
+    hold leases.
     """
     lock_file = folder / f".claim-{rank}-of-{world}"
     lock = _take(lock_file, wait=False)
     if lock is None:
-        raise RunLockedError(_said(lock_file))
+        raise RunLockedError(_holder_message(lock_file))
     try:
         for other in sorted(folder.glob(".claim-*-of-*")):
             if re.fullmatch(rf"\.claim-\d+-of-{world}", other.name):
                 continue
             stale = _take(other, wait=False)
             if stale is None:
-                raise RunLockedError(_said(other))
+                raise RunLockedError(_holder_message(other))
             stale.release()
-        # Ours can be seen by now: a worker that comes looks for it once it has a lease.
+        # Our lock is visible by now: a new worker looks for it once it has a lease.
         workers = [holder for holder in FolderLeases(folder / NOTES).holders() if not holder.dead]
         if workers:
             raise RunLockedError(
@@ -53,17 +53,17 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
 
 
 def refuse_run(folder: Path) -> None:
-    """Raises RunLockedError where a live run that is no worker holds `folder`, as far as this machine can see."""
+    """Raises RunLockedError where a live run that is not a worker holds `folder`, as far as this machine can tell."""
     for other in sorted(folder.glob(".claim-*-of-*")):
         stale = _take(other, wait=False)
         if stale is None:
-            raise RunLockedError(_said(other))
+            raise RunLockedError(_holder_message(other))
         stale.release()
 
 
 @contextlib.contextmanager
 def mutex(folder: Path) -> Iterator[None]:
-    """Let one process of the run through at a time; others wait."""
+    """Hold a mutex of the folder: one process of the run at a time, the others wait."""
     lock = _take(folder / ".gate", wait=True)
     assert lock is not None
     try:
@@ -72,7 +72,7 @@ def mutex(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _said(path: Path) -> str:
+def _holder_message(path: Path) -> str:
     try:
         who = path.read_text(errors="replace") or "a process that is starting"
     except OSError:

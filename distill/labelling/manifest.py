@@ -1,4 +1,4 @@
-"""What a labels folder says about itself: its settings while it grows, its manifest once it is whole."""
+"""The description of a labels folder: its settings from the start, its manifest once it is complete."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from distill.shards.shards import (
 
 
 def _card(teacher: Any, store: str) -> dict[str, Any]:
-    """What is written about a teacher; `stored` is the kind of its labels."""
+    """The manifest's record of a teacher; `stored` is the kind of its labels."""
     if isinstance(teacher, str):
         return {"name": TRUTH, "licence": "that of the images"}
     if isinstance(teacher, Corruptions):
@@ -52,7 +52,7 @@ def _card(teacher: Any, store: str) -> dict[str, Any]:
 
 
 def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, *, seed: int) -> dict[str, Any]:
-    """What every label of a folder shares; raises ValueError for teachers that cannot be written down."""
+    """The settings that all labels of a folder share; raises ValueError for teachers that cannot be recorded."""
     names = [name for name, _ in teachers]
     for name, teacher in teachers:
         if not re.fullmatch(r"[a-z0-9_\-]+", name):
@@ -74,8 +74,8 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
 def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], object], suffix: str = "") -> None:
     """Write the folder's settings, or raise ValueError where it was begun with others; suffix: `files.writing`'s.
 
-    Of two that begin it at the same moment with other settings, the one whose settings are not kept is told.
-    Damaged ones are written again, where the manifest, or else a label, does not say that they were others.
+    Of two processes that begin it simultaneously with different settings, the one whose settings are replaced raises
+    when it calls this again. Damaged settings are rewritten, unless the manifest, or else a label, contradicts them.
     """
     path = out / SETTINGS
     write, before = not path.is_file(), settings
@@ -84,7 +84,7 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
             before = _with_current_keys(read_json(path))
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is written again")
-            write, before = True, {**settings, **_with_current_keys(_said_by_labels(out, settings))}
+            write, before = True, {**settings, **_with_current_keys(_settings_from_labels(out, settings))}
     changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
@@ -95,8 +95,8 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
         files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
 
 
-def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest says of the settings, or else the first sample of the first tar."""
+def _settings_from_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings according to the manifest, or else to the first sample of the first tar."""
     try:
         return dict(read_manifest(out)["settings"])
     except (FileNotFoundError, DamagedTableError):
@@ -109,7 +109,7 @@ def _said_by_labels(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _with_current_keys(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a folder that was begun before the keys of recipes got their present names."""
+    """Settings with current keys, from those of a folder that was begun before keys were renamed."""
     if "draws" not in settings:
         return settings
     crops = dict(settings["crops"])
@@ -129,10 +129,10 @@ def finish(
     whole: Callable[[Path, Mapping[str, Any]], bool] | None = None,
     suffix: str = "",
 ) -> bool:
-    """Write the manifest if every part of every shard is there; whether it is. about: the recipe and the machine.
+    """Write the manifest if every part of every shard is there; returns whether. about: the recipe and the machine.
 
-    fresh: also where the manifest there lists these tars, of images under this licence, already. whole: how to see a
-    tar, by default `is_whole`. suffix: as `files.writing` has it.
+    fresh: writes it even where it already lists these tars, with this licence of images. whole: checks a tar, by
+    default `is_whole`. suffix: as `files.writing` has it.
     """
     sidecars: list[dict[str, Any]] = []
     sources: dict[str, int] = {}
@@ -145,7 +145,7 @@ def finish(
             try:
                 entry = read_json(path)
             except DamagedTableError:
-                return False  # another process's, which makes it again
+                return False  # another process's part, which that process makes again
             if entry["tar"] is not None and not (whole or is_whole)(out, entry["tar"]):
                 return False
             sidecars.append(entry)
@@ -154,7 +154,7 @@ def finish(
     if not fresh and (out / MANIFEST).is_file():
         try:
             before = read_manifest(out)
-            # A recipe that says no licence takes none away.
+            # A recipe without a licence keeps the manifest's.
             same = licence in (before["licence"]["images"], DEFAULTS.licence)
             if same and before["shards"] == _tars(sidecars, settings, sources):
                 return True
@@ -169,13 +169,13 @@ def finish(
 def _tars(
     sidecars: Sequence[dict[str, Any]], settings: dict[str, Any], sources: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """What the manifest says of each tar: also its source, where there are several, and its teachers, where not all."""
-    every = [card["as"] for card in settings["teachers"]]
+    """The manifest's record of each tar: also its source if there are several, and its teachers if not all."""
+    all_teachers = [card["as"] for card in settings["teachers"]]
     tars = []
     for entry in (entry for entry in sidecars if entry["tar"]):
-        teachers = [name for name in every if name in entry["kinds"]]
-        more = {"image_source": sources[entry["tar"]["name"]]} if any(sources.values()) else {}
-        tars.append({**entry["tar"], **more, **({} if teachers == every else {"teachers": teachers})})
+        teachers = [name for name in all_teachers if name in entry["kinds"]]
+        extras = {"image_source": sources[entry["tar"]["name"]]} if any(sources.values()) else {}
+        tars.append({**entry["tar"], **extras, **({} if teachers == all_teachers else {"teachers": teachers})})
     return tars
 
 
@@ -186,7 +186,7 @@ def _manifest(
     licence: str,
     sources: Mapping[str, int],
 ) -> dict[str, Any]:
-    """All parts as one table: the same whoever writes it."""
+    """The manifest of all parts; it does not depend on which process writes it."""
     quarantine = [line for entry in sidecars for line in entry["quarantine"]]
     images: dict[str, str] = {}
     for entry in sidecars:
@@ -200,10 +200,10 @@ def _manifest(
         card["stored"] = sorted({kind for entry in sidecars for kind in entry["kinds"].get(name, [])})
         for fitted in {"bridge", "align"} & {*card}:
             counts = [entry.get("bridge_dropped", {}).get(name, {}) for entry in sidecars]
-            dropped = {which: sum(one.get(which, 0) for one in counts) for which in ("regions", "patches")}
+            dropped = {which: sum(count.get(which, 0) for count in counts) for which in ("regions", "patches")}
             card[fitted] = {**card[fitted], "dropped": dropped}
     tars = _tars(sidecars, settings, sources)
-    passed = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
+    skipped = sum((Counter(entry.get("passed", {})) for entry in sidecars), Counter[str]())
     return {
         **about,
         **({"plugins": plugins} if (plugins := origins(about["recipe"].get("teachers"))) else {}),
@@ -214,7 +214,7 @@ def _manifest(
         "shards": tars,
         "samples": sum(tar["samples"] for tar in tars),
         "quarantine": quarantine,
-        **({"passed": dict(sorted(passed.items()))} if passed else {}),
+        **({"passed": dict(sorted(skipped.items()))} if skipped else {}),
         "licence": {
             "images": licence,
             "teachers": {name: {k: c[k] for k in ("licence", "commercial") if k in c} for name, c in cards.items()},
@@ -223,6 +223,6 @@ def _manifest(
 
 
 def is_whole(out: Path, tar: Mapping[str, Any]) -> bool:
-    """Whether the tar that a part's json describes is there, to the last byte."""
+    """Whether the tar that a part's json describes exists in its full size."""
     path = out / tar["name"]
     return path.is_file() and path.stat().st_size == tar["bytes"]

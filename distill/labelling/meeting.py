@@ -1,6 +1,6 @@
-"""Where workers meet: what is finished, who has what, and notes that spare others a look; here, a folder all can see.
+"""The meeting place of workers: finished files, leases, and notes that spare others work; here, a shared folder.
 
-`labelling.objects` is the same at an address of an object store.
+`labelling.objects` is the same for an object store.
 """
 
 from __future__ import annotations
@@ -21,83 +21,83 @@ from distill.shards.shards import MANIFEST
 T = TypeVar("T")
 
 SPENT = "spent"
-"""The note that stays when all is finished (labelling.worker_costs)."""
+"""The note that is kept when all is finished (labelling.worker_costs)."""
 AGE = "age_s"
-"""What `Meeting.notes` adds to each: seconds since it was written, by the clock of the place."""
+"""The key that `Meeting.notes` adds to each note: seconds since it was written, by the meeting place's clock."""
 
 
 class Meeting(Protocol):
-    """What workers need of the place where they meet. Every method raises OSError where it cannot be reached."""
+    """The interface of a meeting place of workers. Every method raises OSError where it cannot be reached."""
 
     lease_s: float
 
     def take(self, name: str) -> Claim | None:
-        """The lease of a part, None where somebody else has it."""
+        """The lease of a part, None where another worker has it."""
         ...
 
     def holders(self) -> list[Holder]:
-        """Who has leases."""
+        """The holders of leases."""
         ...
 
     def finished(self) -> set[str]:
-        """The names of all tars and jsons that are finished."""
+        """The names of all finished tars and jsons."""
         ...
 
     def has(self, name: str) -> bool:
-        """Whether a finished file is there."""
+        """Whether a finished file exists."""
         ...
 
     def whole(self, out: Path, tar: Mapping[str, Any]) -> bool:
-        """Whether the tar that a part's json describes is there, to the last byte."""
+        """Whether the tar that a part's json describes exists in its full size."""
         ...
 
     def begin(self, part: str, claim: Claim) -> None:
-        """A part was taken: what those who had it before left aside goes, so that they can finish it no more."""
+        """Remove earlier holders' partial files of a part just taken, so that they cannot finish it any more."""
         ...
 
     def deliver(self, part: str, claim: Claim) -> None:
-        """Bring a part that is finished in the worker's folder to the others; raises LeaseLostError."""
+        """Publish a part that is finished in the worker's folder; raises LeaseLostError."""
         ...
 
     def withdraw(self, part: str) -> None:
-        """Take away a finished part that must be made again."""
+        """Remove a finished part that must be made again."""
         ...
 
     def bring(self, name: str = "") -> None:
-        """Have the json of a part, or of all, in the worker's folder."""
+        """Copy the json of a part, or of all, into the worker's folder."""
         ...
 
     def share(self, name: str) -> None:
-        """Bring a file of the worker's folder to the others, or theirs into it where they have one."""
+        """Publish a file of the worker's folder, or replace it by the published one where there is one."""
         ...
 
     def note(self, name: str) -> dict[str, Any]:
-        """A note by its name; {} where there is none, or none to be read."""
+        """A note by its name; {} where there is none, or it cannot be read."""
         ...
 
     def keep(self, name: str, note: Mapping[str, Any]) -> None:
-        """Write a note, in place of the one before."""
+        """Write a note, replacing the previous one."""
         ...
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """All notes whose names begin so, by what follows, with their age (AGE); without those that cannot be read."""
+        """All readable notes whose names start with `prefix`, by the rest of the name, with their age (AGE)."""
         ...
 
     def stamp(self) -> str:
-        """What changes when a manifest is written."""
+        """A string that changes when a manifest is written; "" without one."""
         ...
 
     def publish(self) -> None:
-        """Bring the manifest that is in the worker's folder to the others."""
+        """Publish the manifest in the worker's folder."""
         ...
 
     def tidy(self) -> None:
-        """All is finished: leases and notes but SPENT go, and what killed workers left aside."""
+        """When all is finished, remove leases, all notes but SPENT, and partial files of killed workers."""
         ...
 
 
 class Folder:
-    """The labels folder on a disk that all workers see."""
+    """The labels folder as the meeting place, on a disk that all workers see."""
 
     def __init__(self, out: Path, *, lease_s: float = LEASE_S) -> None:
         self.out, self.lease_s = out, lease_s
@@ -124,76 +124,76 @@ class Folder:
         return is_whole(out, tar)
 
     def begin(self, part: str, claim: Claim) -> None:
-        """A holder that was too slow finds its file aside gone, and cannot rename it."""
+        """As Meeting has it: a holder that was too slow cannot rename its partial file any more."""
         for name in (part, str(Path(part).with_suffix(".json"))):
-            for left in self.out.glob(f"{files.aside(self.out / name).name}*"):
-                if not left.name.endswith(claim.suffix):
-                    left.unlink(missing_ok=True)
+            for partial_file in self.out.glob(f"{files.aside(self.out / name).name}*"):
+                if not partial_file.name.endswith(claim.suffix):
+                    partial_file.unlink(missing_ok=True)
 
     def deliver(self, part: str, claim: Claim) -> None:
-        """It is there already."""
+        """Nothing to do: it is there already."""
 
     def withdraw(self, part: str) -> None:
-        """The tar first: without its json a tar would be taken for one that nobody described."""
+        """As Meeting has it; the tar first, because a tar without its json would look like one not yet described."""
         for path in (self.out / part, (self.out / part).with_suffix(".json")):
             path.unlink(missing_ok=True)
 
     def bring(self, name: str = "") -> None:
-        """They are there."""
+        """Nothing to do: they are there."""
 
     def share(self, name: str) -> None:
-        """It is there."""
+        """Nothing to do: it is there."""
 
     def note(self, name: str) -> dict[str, Any]:
         """As Meeting has it."""
         try:
-            found = json.loads((self.out / NOTES / f"{name}.json").read_bytes())
+            note = json.loads((self.out / NOTES / f"{name}.json").read_bytes())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return note if isinstance(note, dict) else {}
 
     def keep(self, name: str, note: Mapping[str, Any]) -> None:
-        """Not for good: a note that a power cut takes is made again."""
+        """As Meeting has it, without a sync: a note lost in a power cut is written again."""
         path = self.out / NOTES / f"{name}.json"
         with files.writing(path, suffix=f".{secrets.token_hex(6)}", durable=False) as new:
             new.write_text(json.dumps(note))
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
-        found, now = {}, disk_time(self.out / NOTES)
+        notes, now = {}, disk_time(self.out / NOTES)
         for path in (self.out / NOTES).glob(f"{prefix}*.json"):
-            with contextlib.suppress(FileNotFoundError):  # the last worker clears them away while we read
+            with contextlib.suppress(FileNotFoundError):  # the last worker may remove them meanwhile
                 age = max(0.0, now - path.stat().st_mtime)
                 if note := self.note(path.stem):
-                    found[path.stem.removeprefix(prefix)] = {**note, AGE: age}
-        return found
+                    notes[path.stem.removeprefix(prefix)] = {**note, AGE: age}
+        return notes
 
     def stamp(self) -> str:
         """As Meeting has it."""
         try:
-            found = (self.out / MANIFEST).stat()
+            status = (self.out / MANIFEST).stat()
         except FileNotFoundError:
             return ""
-        return f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+        return f"{status.st_ino} {status.st_mtime_ns} {status.st_size}"
 
     def publish(self) -> None:
-        """It is there."""
+        """Nothing to do: it is there."""
 
     def tidy(self) -> None:
         """As Meeting has it."""
-        for left in self.out.glob(f".*{files.PARTIAL}*"):
-            left.unlink(missing_ok=True)
+        for partial_file in self.out.glob(f".*{files.PARTIAL}*"):
+            partial_file.unlink(missing_ok=True)
         notes = self.out / NOTES
         with contextlib.suppress(OSError):
             for path in notes.iterdir():
                 if path.name != f"{SPENT}.json":
                     path.unlink(missing_ok=True)
-            notes.rmdir()  # where nothing stays
+            notes.rmdir()  # fails where SPENT is kept
 
 
 @contextlib.contextmanager
 def turn(place: Meeting, name: str) -> Iterator[None]:
-    """By one worker at a time; waits."""
+    """A block that one worker at a time runs; the others wait."""
     while (claim := place.take(name)) is None:
         time.sleep(min(1.0, place.lease_s / 4))
     try:
@@ -203,7 +203,7 @@ def turn(place: Meeting, name: str) -> Iterator[None]:
 
 
 def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
-    """What `do` returns, by one worker at a time; the file that the first one writes is there for the others."""
+    """Run `do` in one worker at a time and return its result; the file that the first one writes is shared."""
     with turn(place, f"turn-{file.stem}"):
         file.parent.mkdir(parents=True, exist_ok=True)
         place.bring(file.name)

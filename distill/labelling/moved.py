@@ -1,7 +1,7 @@
-"""Labels of images that lie elsewhere now: a labels folder's address has the images' path in it, its labels have not.
+"""Finds labels of images that have moved: a labels folder's address depends on the images' path, its labels do not.
 
-A part's json says which files it was made from, by their names, their sizes and bytes from their middles; so labels are
-known again whatever the path. The folder's own name must be the same, for it names the tars.
+A part's json identifies the files it was made from, by their names, their sizes and bytes from their middles, so labels
+are recognized whatever the path. The images' folder must keep its own name, because the tars are named after it.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from distill.labelling.settings import LabelSettings
 from distill.shards.shards import MANIFEST, SETTINGS, DamagedTableError, read_json
 
 PLACES = ("tars", "photos", "pairs", "root", "index", "names")
-"""Keys of [[images]] that say where images lie."""
+"""Keys of [[images]] that locate images."""
 
 
 def made_from(
     folder: Path, shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings, *, first: bool = False
 ) -> bool:
-    """Whether every part of the labels in `folder` is of the files that these shards hold, and of no others.
+    """Whether the parts of the labels in `folder` were made from exactly the files of these shards.
 
-    first: by the first shard alone. Raises OSError where a file cannot be read.
+    first: checks the first shard only. Raises OSError where a file cannot be read.
     """
     names = set()
     sized = zip(shards, part_sizes(shards, crops, labels), strict=True)
     for shard, size in [*sized][: 1 if first else None]:
         for part in parts_of(shard, size):
-            if not _is_of(folder, part):
+            if not _is_made_from(folder, part):
                 return False
             names.add(part.name)
     return first or all(path.name in names for path in folder.glob("*.tar"))
 
 
-def _is_of(folder: Path, part: Part) -> bool:
-    return _says((folder / part.name).with_suffix(".json"), part)
+def _is_made_from(folder: Path, part: Part) -> bool:
+    return _describes((folder / part.name).with_suffix(".json"), part)
 
 
-def _says(path: Path, part: Part) -> bool:
-    """Whether a part's json is of the files of this part."""
+def _describes(path: Path, part: Part) -> bool:
+    """Whether a part's json describes this part's files."""
     try:
-        told = read_json(path)
+        description = read_json(path)
     except (FileNotFoundError, DamagedTableError, ValueError):
         return False
-    same = told["images"] == [entry.key for entry in part.entries] and told["of"] == part.of
-    return same and bool(told.get("input")) and told["input"] == identity(part.entries)
+    same = description["images"] == [entry.key for entry in part.entries] and description["of"] == part.of
+    return same and bool(description.get("input")) and description["input"] == identity(part.entries)
 
 
 def elsewhere(
@@ -59,8 +59,8 @@ def elsewhere(
     crops: CropSettings,
     labels: LabelSettings,
 ) -> tuple[Path, str] | None:
-    """Finished labels beside `folder`, where there are none yet, of these settings and, by their first shard, of these
-    files, and how their first tar is named where it is another name. settings: manifest.settings_of.
+    """Finished labels beside a `folder` without labels, with these settings and, judged by the first shard, of these
+    files; and the stem of their first tar where that differs, else "". settings: manifest.settings_of.
     """
     if (folder / SETTINGS).is_file() or not folder.parent.is_dir():
         return None
@@ -71,8 +71,8 @@ def elsewhere(
             if made_from(other, shards, crops, labels, first=True):
                 return other, ""
             first = parts_of(shards[0], part_sizes(shards, crops, labels)[0])[0]
-            if path := next((path for path in sorted(other.glob("*-000.json")) if _says(path, first)), None):
+            if path := next((path for path in sorted(other.glob("*-000.json")) if _describes(path, first)), None):
                 return other, path.stem.removesuffix("-000")
         except (OSError, ValueError):
-            continue  # damaged, or of another version: nothing to offer
+            continue  # damaged, or of another version
     return None

@@ -1,8 +1,8 @@
-"""Where workers meet that share no disk: a folder of an object store (s3://, gs://, az://), by conditional puts.
+"""A meeting place of workers without a common disk: a folder of an object store (s3://, gs://, az://).
 
-A worker labels on its own disk and sends each finished part: json first, then the tar, which is there once it is whole.
-A lease is an object that only one can create, and only its last writer can write again, since every put names the
-version that it replaces; its age is how long a watcher has seen the same version, by the watcher's own clock.
+A worker labels on its own disk and sends each finished part: json first, then the tar, which only appears once it is
+complete. A lease is an object that only one worker can create and only its last writer can replace, because conditional
+puts name the version that they replace; its age is how long an observer has seen the same version, by its own clock.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from distill.labelling.meeting import AGE, SPENT
 from distill.shards.readme import README
 from distill.shards.shards import MANIFEST
 
-ALIKE = 32  # small objects that are asked for at once
+ALIKE = 32  # small objects that are fetched concurrently
 
 
 class _Taken(Exception):  # noqa: N818  (an answer, not a fault)
-    """Somebody else has written the object meanwhile."""
+    """Another worker has written the object meanwhile."""
 
 
 @dataclass(slots=True)
 class _Store:
-    """obstore's calls with errors as OSError, and the two conditional puts as one."""
+    """obstore's calls with errors as OSError, and its two conditional puts as one method."""
 
     url: str
     store: Any
@@ -46,15 +46,15 @@ class _Store:
         import obstore
 
         try:
-            found = obstore.get(self.store, name)
-            return bytes(found.bytes()), dict(found.meta)
+            response = obstore.get(self.store, name)
+            return bytes(response.bytes()), dict(response.meta)
         except FileNotFoundError:
             return None
         except obstore.exceptions.BaseError as error:
             raise self._error(error) from error
 
     def head(self, name: str) -> dict[str, Any]:
-        """Size, e_tag and last_modified; {} where nothing is."""
+        """Size, e_tag and last_modified; {} where there is no object."""
         import obstore
 
         try:
@@ -73,7 +73,7 @@ class _Store:
             raise self._error(error) from error
 
     def replace(self, name: str, data: bytes, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Write where nothing is, or over the version `before`; raises _Taken where something else is there."""
+        """Create the object, or replace its version `before`; raises _Taken where another version is there."""
         import obstore
 
         mode: Any = "create"
@@ -91,19 +91,19 @@ class _Store:
             raise self._error(error) from error
 
     def lease(self, name: str, token: str, beats: int, before: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Write a lease as `replace` does. A put that was done while its answer was lost is repeated, and refused: what
-        is there then is ours.
+        """Write a lease as `replace` does. If a put succeeds but its answer is lost, the client repeats it and is
+        refused: then the object has our token.
         """
         try:
             return self.replace(name, _record(token, beats), before)
         except _Taken:
-            found = self.get(name)
-            if token and found and json.loads(found[0])["token"] == token:
-                return found[1]
+            current = self.get(name)
+            if token and current and json.loads(current[0])["token"] == token:
+                return current[1]
             raise
 
     def now(self) -> datetime:
-        """What time an object gets that is written there now; this machine's where nothing can be written."""
+        """The time of an object that is written now; this machine's where none can be written."""
         import obstore
 
         name = f"{NOTES}/clock-{secrets.token_hex(6)}"
@@ -116,14 +116,14 @@ class _Store:
         return when
 
     def names(self, folder: str) -> dict[str, dict[str, Any]]:
-        """What lies in a folder, by name, with size, e_tag and last_modified; not what lies in folders of it."""
+        """A folder's objects by name, with size, e_tag and last_modified; without its subfolders."""
         import obstore
 
         try:
-            found = obstore.list_with_delimiter(self.store, prefix=folder or None)["objects"]
+            entries = obstore.list_with_delimiter(self.store, prefix=folder or None)["objects"]
         except obstore.exceptions.BaseError as error:
             raise self._error(error) from error
-        return {one["path"].rsplit("/", 1)[-1]: dict(one) for one in found}
+        return {entry["path"].rsplit("/", 1)[-1]: dict(entry) for entry in entries}
 
     def delete(self, *names: str) -> None:
         import obstore
@@ -143,7 +143,7 @@ class _Store:
 
 @dataclass(slots=True, eq=False)
 class _Held:
-    """A lease that a thread of its own refreshes."""
+    """A lease that its own thread refreshes."""
 
     store: _Store
     name: str
@@ -176,7 +176,7 @@ class _Held:
                 self.lost = time.monotonic() - heard > self.seconds * (1 - 1 / BEATS)
 
     def check(self) -> None:
-        """Write it again: that succeeds where nobody else has."""
+        """Write it again, which only succeeds while nobody else has written it."""
         with self.lock:
             if not self.lost:
                 self.beats += 1
@@ -188,7 +188,7 @@ class _Held:
             raise LeaseLostError(f"{self.store.url}/{self.name}: another worker has taken it over")
 
     def release(self) -> None:
-        """Leave it as nobody's: deleting it could not be made to depend on its version."""
+        """Clear its holder: a delete could not be made conditional on the version."""
         self.stop.set()
         with self.lock, contextlib.suppress(OSError, _Taken):
             if not self.lost:
@@ -202,7 +202,7 @@ def _record(token: str, beats: int) -> bytes:
 
 
 class Objects:
-    """A meeting place at a URL; `out` is this worker's own folder. See `meeting.Meeting` for the methods.
+    """A meeting place at a URL; `out` is this worker's local folder. See `meeting.Meeting` for the methods.
 
     store: an obstore store in place of the URL's, for tests. Raises ValueError where the URL cannot be opened.
     """
@@ -216,8 +216,8 @@ class Objects:
     def take(self, name: str) -> Claim | None:
         """As Meeting has it."""
         path, token, before = f"{NOTES}/{name}{SUFFIX}", secrets.token_hex(16), None
-        if found := self._store.get(path):
-            data, before = found
+        if current := self._store.get(path):
+            data, before = current
             if json.loads(data)["token"]:
                 version, since = self._seen.get(name, ("", 0.0))
                 if version != str(before["e_tag"]):
@@ -236,12 +236,12 @@ class Objects:
 
     def holders(self) -> list[Holder]:
         """As Meeting has it; ages by the store's clock."""
-        there, now = self._store.names(NOTES), self._store.now()
+        entries, now = self._store.names(NOTES), self._store.now()
         holders = []
-        for name, meta in sorted(there.items()):
-            if not name.endswith(SUFFIX) or (found := self._store.get(f"{NOTES}/{name}")) is None:
+        for name, meta in sorted(entries.items()):
+            if not name.endswith(SUFFIX) or (lease_object := self._store.get(f"{NOTES}/{name}")) is None:
                 continue
-            record = json.loads(found[0])
+            record = json.loads(lease_object[0])
             age = max(0.0, (now - meta["last_modified"]).total_seconds())
             if record["token"]:
                 part = name.removesuffix(SUFFIX)
@@ -250,30 +250,30 @@ class Objects:
 
     def finished(self) -> set[str]:
         """One listing of the folder."""
-        self._sizes = {name: one["size"] for name, one in self._store.names("").items()}
+        self._sizes = {name: entry["size"] for name, entry in self._store.names("").items()}
         return {name for name in self._sizes if name.endswith((".tar", ".json"))}
 
     def has(self, name: str) -> bool:
-        """A listing that is known to have it is enough: what is finished stays."""
-        return name in self._sizes or self._look(name)
+        """As Meeting has it; an earlier listing is enough, because finished files stay."""
+        return name in self._sizes or self._ask_size(name)
 
-    def _look(self, name: str) -> bool:
-        if found := self._store.head(name):
-            self._sizes[name] = found["size"]
-        return bool(found)
+    def _ask_size(self, name: str) -> bool:
+        if metadata := self._store.head(name):
+            self._sizes[name] = metadata["size"]
+        return bool(metadata)
 
     def whole(self, out: Path, tar: Mapping[str, Any]) -> bool:
-        """By its size at the URL."""
+        """As Meeting has it, by its size at the URL."""
         return self.has(tar["name"]) and self._sizes[tar["name"]] == tar["bytes"]
 
     def begin(self, part: str, claim: Claim) -> None:
-        """What a killed worker left on this disk goes. One elsewhere cannot send: it checks its claim before."""
+        """Remove partial files of a killed worker on this disk. Others cannot send: they check their claim first."""
         for name in (part, str(Path(part).with_suffix(".json"))):
-            for left in self.out.glob(f"{files.aside(self.out / name).name}*"):
-                left.unlink(missing_ok=True)
+            for partial_file in self.out.glob(f"{files.aside(self.out / name).name}*"):
+                partial_file.unlink(missing_ok=True)
 
     def deliver(self, part: str, claim: Claim) -> None:
-        """As Meeting has it; the tar does not stay here."""
+        """As Meeting has it; the local tar is removed."""
         tar, sidecar = self.out / part, (self.out / part).with_suffix(".json")
         claim.check()
         self._store.put(sidecar.name, sidecar.read_bytes())
@@ -294,9 +294,9 @@ class Objects:
         """As Meeting has it."""
         names = [name] if name else [n for n in self.finished() if n.endswith(".json") and n != MANIFEST]
         with ThreadPoolExecutor(ALIKE) as pool:
-            for one, found in zip(names, pool.map(self._store.get, names), strict=True):
+            for sidecar, found in zip(names, pool.map(self._store.get, names), strict=True):
                 if found is not None:
-                    files.write_bytes(self.out / one, found[0], suffix=f".{secrets.token_hex(6)}")
+                    files.write_bytes(self.out / sidecar, found[0], suffix=f".{secrets.token_hex(6)}")
 
     def share(self, name: str) -> None:
         """As Meeting has it."""
@@ -308,8 +308,8 @@ class Objects:
     def note(self, name: str) -> dict[str, Any]:
         """As Meeting has it."""
         try:
-            found = self._store.get(f"{NOTES}/{name}.json")
-            table = json.loads(found[0]) if found else {}
+            response = self._store.get(f"{NOTES}/{name}.json")
+            table = json.loads(response[0]) if response else {}
         except ValueError:
             return {}
         return table if isinstance(table, dict) else {}
@@ -320,20 +320,20 @@ class Objects:
 
     def notes(self, prefix: str) -> dict[str, dict[str, Any]]:
         """As Meeting has it."""
-        there, now = self._store.names(NOTES), self._store.now()
-        names = [n.removesuffix(".json") for n in there if n.startswith(prefix) and n.endswith(".json")]
-        ages = [max(0.0, (now - there[f"{n}.json"]["last_modified"]).total_seconds()) for n in names]
+        stored_entries, now = self._store.names(NOTES), self._store.now()
+        names = [n.removesuffix(".json") for n in stored_entries if n.startswith(prefix) and n.endswith(".json")]
+        ages = [max(0.0, (now - stored_entries[f"{n}.json"]["last_modified"]).total_seconds()) for n in names]
         with ThreadPoolExecutor(ALIKE) as pool:
-            found = zip(names, pool.map(self.note, names), ages, strict=True)
-            return {n.removeprefix(prefix): {**note, AGE: age} for n, note, age in found if note}
+            notes = zip(names, pool.map(self.note, names), ages, strict=True)
+            return {n.removeprefix(prefix): {**note, AGE: age} for n, note, age in notes if note}
 
     def stamp(self) -> str:
         """As Meeting has it."""
-        found = self._store.head(MANIFEST)
-        return str(found["e_tag"]) if found else ""
+        metadata = self._store.head(MANIFEST)
+        return str(metadata["e_tag"]) if metadata else ""
 
     def publish(self) -> None:
-        """The manifest last; it does not stay here, where the tars are not."""
+        """As Meeting has it, the manifest last; the local one is removed, because the tars are not there."""
         try:
             self._store.put(README, (self.out / README).read_bytes())
             self._store.put(MANIFEST, (self.out / MANIFEST).read_bytes())
@@ -341,10 +341,10 @@ class Objects:
             (self.out / MANIFEST).unlink()
 
     def tidy(self) -> None:
-        """As Meeting has it, here and there."""
+        """As Meeting has it, at the URL and locally."""
         self._store.delete(*(f"{NOTES}/{name}" for name in self._store.names(NOTES) if name != f"{SPENT}.json"))
-        for left in self.out.glob(f".*{files.PARTIAL}*"):
-            left.unlink(missing_ok=True)
+        for partial_file in self.out.glob(f".*{files.PARTIAL}*"):
+            partial_file.unlink(missing_ok=True)
         shutil.rmtree(self.out / NOTES, ignore_errors=True)
 
 

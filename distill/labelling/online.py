@@ -1,7 +1,7 @@
-"""Samples labelled when they are asked for: training with the teachers at hand, read like a labels folder.
+"""Samples labelled on demand: training with loaded teachers, read like a labels folder.
 
-Only the teachers whose labels are learnt from are asked. With crops.redraw an image's region is drawn anew at every
-visit, as the paper trains; what is seen at a place of the training stream still follows from (seed, place) alone.
+Only the teachers whose labels are used are asked. With crops.redraw an image's region is drawn anew at every visit, as
+in the paper; the sample at a position of the training stream still depends on (seed, position) alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from distill.shards.codec import Sample
 
 
 class OnlineDataset(Dataset[Sample]):
-    """Samples labelled when asked for, for training with the teachers at hand; read like a LabelDataset.
+    """Samples labelled on demand, for training with loaded teachers; read like a LabelDataset.
 
     shards: the sources. keys: image or sample keys to keep. An image that cannot be labelled is replaced by the next
-    of the same teachers that can, and noted in `quarantine`. Keep DataLoader workers at 0 where a teacher is on a GPU.
+    with the same teachers that can, and added to `quarantine`. Use 0 DataLoader workers where a teacher is on a GPU.
     Raises ValueError where there is no image at all, or none that can be labelled.
     """
 
@@ -41,21 +41,21 @@ class OnlineDataset(Dataset[Sample]):
         asked = [asked_about(shard, teachers) for shard in shards]
         scans = [(shard.source, names, shard.scan()) for shard, names in zip(shards, asked, strict=True)]
         self.quarantine = [rejected for *_, scan in scans for rejected in scan.rejected]
-        every = [
+        candidates = [
             (entry, draw, source, names)
             for source, names, scan in scans
             for entry in scan.entries
             for draw in range(crops.crops_per_image)
         ]
-        wanted = None if keys is None else frozenset(keys)
-        kept = [one for one in every if wanted is None or not wanted.isdisjoint((one[0].key, f"{one[0].key}-{one[1]}"))]
-        if not kept:
-            raise ValueError(f"no image to label among {len(every)} of {len(shards)} shards; check [images]")
-        self.entries: list[tuple[Entry, int]] = [(entry, draw) for entry, draw, *_ in kept]
+        allowed = None if keys is None else frozenset(keys)
+        chosen = [c for c in candidates if allowed is None or not allowed.isdisjoint((c[0].key, f"{c[0].key}-{c[1]}"))]
+        if not chosen:
+            raise ValueError(f"no image to label among {len(candidates)} of {len(shards)} shards; check [images]")
+        self.entries: list[tuple[Entry, int]] = [(entry, draw) for entry, draw, *_ in chosen]
         self.keys = [f"{entry.key}-{draw}" for entry, draw in self.entries]
         self.image_keys = [entry.key for entry, _ in self.entries]
-        self.sources = [source for *_, source, _ in kept]
-        self._asked = [names for *_, names in kept]
+        self.sources = [source for *_, source, _ in chosen]
+        self._asked = [names for *_, names in chosen]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -66,22 +66,22 @@ class OnlineDataset(Dataset[Sample]):
         return self.get(index, self.teachers_of(index))
 
     def teachers_of(self, index: int) -> tuple[str, ...]:
-        """Who teaches on the source of sample `index`."""
+        """The teachers of the source of sample `index`."""
         return self._asked[index]
 
     def get(self, index: int, teachers: Sequence[str], *, visit: int | None = None) -> Sample:
-        """Sample `index` with the labels of these teachers alone; the others are not asked.
+        """Sample `index` with the labels of these teachers only; the others are not asked.
 
-        visit: the place in the training stream, which draws the region where crops.redraw is true; None: the sample's
-        own draw.
+        visit: the position in the training stream, which seeds the region where crops.redraw is true; None: the
+        sample's own draw.
         """
         asked = teachers_for(teachers, self.networks, origin=self.keys[index])
         reason = ""
         for step in range(len(self.entries)):
-            at = (index + step) % len(self.entries)
-            if not {*teachers} <= {*self.teachers_of(at)}:
+            candidate = (index + step) % len(self.entries)
+            if not {*teachers} <= {*self.teachers_of(candidate)}:
                 continue
-            entry, draw = self.entries[at]
+            entry, draw = self.entries[candidate]
             draw = visit if self.crops.redraw and visit is not None else draw
             try:
                 sample = label_photo(
@@ -94,6 +94,6 @@ class OnlineDataset(Dataset[Sample]):
                     self.quarantine.append(rejected)
                 continue
             for name in [name for name in sample.labels if name not in teachers]:
-                del sample.labels[name]  # asked for a bridge alone
+                del sample.labels[name]  # only asked for a bridge
             return sample
         raise ValueError(f"none of {len(self.entries)} images can be labelled; the last: {reason}")

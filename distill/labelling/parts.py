@@ -1,7 +1,7 @@
-"""The parts of a run, and the json beside each tar: what it says, and how it is made again where it is lost or damaged.
+"""The parts of a run, and the json beside each tar: its content, and how it is restored where it is lost or damaged.
 
-A part's tar takes teachers to make again, its json does not: the tar says what it holds, the scan which images it was
-made from, and the manifest which of those were quarantined.
+Remaking a part's tar takes the teachers, remaking its json does not: the tar lists its samples, the scan the images it
+was made from, and the manifest which of those were quarantined.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Tell = Callable[[str], object]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A run of entries that becomes one tar; the first part of a shard also reports what the scan turned away."""
+    """Consecutive entries that become one tar; the first part of a shard also reports the scan's rejects."""
 
     shard: InputShard
     number: int
@@ -36,12 +36,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        """Of its tar."""
+        """The name of its tar."""
         return f"{self.shard.stem}-{self.number:03d}.tar"
 
 
 def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
-    """The parts of a shard: at least one, which then writes no tar but says why."""
+    """The parts of a shard: at least one, which without entries writes no tar, only a json with the reasons."""
     scan = shard.scan()
     runs = [scan.entries[i : i + images_per_part] for i in range(0, len(scan.entries), images_per_part)] or [()]
     first = (scan.rejected, scan.passed)
@@ -50,17 +50,17 @@ def parts_of(shard: InputShard, images_per_part: int) -> list[Part]:
 
 @dataclass(slots=True)
 class Contents:
-    """What a part's json says of its samples: kinds of labels, and how many a bridge or a fit to truth dropped."""
+    """What a part's json records of its samples: kinds of labels, and how many a bridge or a fit to truth dropped."""
 
     kinds: dict[str, set[str]] = field(default_factory=dict)
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def note(self, result: Sample) -> None:
-        """Take down a sample."""
+        """Record a sample."""
         for name, labels in result.answers.items():
             self.kinds.setdefault(name, set()).add(str(labels.shared.kind))
-            told = result.record["labels"][name]
-            if fit := told.get("bridge") or told.get("align"):
+            label_record = result.record["labels"][name]
+            if fit := label_record.get("bridge") or label_record.get("align"):
                 count = self.dropped.setdefault(name, {"regions": 0, "patches": 0})
                 count["regions"] += fit["shared"]["dropped"]
                 count["patches"] += sum(patch["dropped"] for patch in fit["local"])
@@ -76,7 +76,7 @@ def describe(
     quarantine: Sequence[Mapping[str, str]],
     suffix: str = "",
 ) -> None:
-    """Write the json of a part. tar: what `ShardWriter.close` gave; samples: (key, first byte, bytes). suffix:
+    """Write the json of a part. tar: the result of `ShardWriter.close`; samples: (key, first byte, bytes). suffix:
     `files.writing`'s.
     """
     sidecar = {
@@ -86,7 +86,7 @@ def describe(
         "images": [entry.key for entry in part.entries],
         "tar": tar if samples else None,
         "samples": samples,
-        **({"input": found} if (found := identity(part.entries)) else {}),
+        **({"input": input_identity} if (input_identity := identity(part.entries)) else {}),
         "quarantine": quarantine,
         "kinds": {name: sorted(values) for name, values in contents.kinds.items()},
         **({"bridge_dropped": contents.dropped} if contents.dropped else {}),
@@ -96,13 +96,13 @@ def describe(
 
 
 def line_of(rejected: Rejected) -> dict[str, str]:
-    """What is written about an image in quarantine."""
-    # An address in memory would differ from run to run.
+    """The record of an image in quarantine."""
+    # Memory addresses would differ from run to run.
     return {**asdict(rejected), "reason": re.sub(r"0x[0-9a-fA-F]{6,}", "0x...", rejected.reason)}
 
 
-def _describe_again(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:
-    """Write a part's json from its tar, which must be the one in the manifest to the last byte; whether it is."""
+def _restore_description(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:
+    """Rewrite a part's json from its tar, if that is the manifest's tar byte for byte; returns whether it is."""
     path = out / part.name
     tar = next((shard for shard in manifest.get("shards", ()) if shard["name"] == part.name), None)
     if tar is None or not is_whole(out, tar) or files.file_sha256(path) != tar["sha256"]:
@@ -112,11 +112,11 @@ def _describe_again(out: Path, part: Part, manifest: Mapping[str, Any]) -> bool:
         contents.note(sample)
         if sample.image_key not in keys:
             return False
-    first = [line_of(one) for one in part.rejected]
+    first_lines = [line_of(rejected) for rejected in part.rejected]
     places = {entry.origin for entry in part.entries}
-    more = [line for line in manifest["quarantine"] if line["origin"] in places and line not in first]
+    later = [line for line in manifest["quarantine"] if line["origin"] in places and line not in first_lines]
     tar = {key: tar[key] for key in ("name", "sha256", "bytes", "samples")}
-    describe(out, part, contents, tar=tar, samples=walked_index(path), quarantine=first + more)
+    describe(out, part, contents, tar=tar, samples=walked_index(path), quarantine=first_lines + later)
     return True
 
 
@@ -131,33 +131,33 @@ def is_done(
 ) -> bool:
     """Whether a part needs no work; raises ValueError where it was made from other images or by other teachers.
 
-    manifest: the folder's, or nothing. whole: how to see a tar that its json describes. A json that is lost or damaged
-    is made again from its tar, where that is whole.
+    manifest: the folder's, or {}. whole: checks the tar that a json describes. A json that is lost or damaged is
+    restored from its tar, where that is whole.
     """
     sidecar = (out / part.name).with_suffix(".json")
-    before = None
+    described = None
     if sidecar.is_file():
         try:
-            before = read_json(sidecar)
+            described = read_json(sidecar)
         except DamagedTableError as error:
             tell(f"{str(error).partition(';')[0]}; it is made again")
-    if before is None:
-        if not _describe_again(out, part, manifest):
+    if described is None:
+        if not _restore_description(out, part, manifest):
             return False
-        before = read_json(sidecar)
+        described = read_json(sidecar)
         tell(f"{sidecar} is made again, from its tar")
-    return _is_same(out, part, before, teachers) and (before["tar"] is None or whole(out, before["tar"]))
+    return _is_same(out, part, described, teachers) and (described["tar"] is None or whole(out, described["tar"]))
 
 
 def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teachers) -> bool:
-    """Whether the part was made from the images that are there now, False where it has grown since."""
+    """Whether the part was made from the current images: False where it has grown, ValueError where it differs."""
     keys = [entry.key for entry in part.entries]
     delete = f"label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
     if before["images"] != keys or before["of"] != part.of:
         grown = before["images"] == keys[: len(before["images"])]
         if not grown and part.shard.is_tar:
-            there = iter([entry.key for entry in part.shard.scan().entries])
-            grown = all(key in there for key in before["images"])
+            unmatched = iter([entry.key for entry in part.shard.scan().entries])
+            grown = all(key in unmatched for key in before["images"])
         if grown and before["of"] <= part.of:
             return False
         why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
@@ -165,9 +165,9 @@ def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teacher
             f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
             f"({len(before['images'])} then, {len(keys)} now{why}): {delete} there"
         )
-    if found := before.get("input"):
+    if input_before := before.get("input"):
         now = identity(part.entries)
-        if any(now[key] != found[key] for key in found if key in now):
+        if any(now[key] != input_before[key] for key in input_before if key in now):
             raise ValueError(
                 f"{out / part.name} was labelled from other files of the same names than {part.shard.origin} holds "
                 f"now: put those back, {delete} there"

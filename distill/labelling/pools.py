@@ -1,4 +1,4 @@
-"""The threads of a labelling run: work that is done ahead, in order, beside the thread that asks the teachers."""
+"""The thread pools of a labelling run: work that is done ahead, in order, beside the thread that asks the teachers."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ R = TypeVar("R")
 
 
 def ahead(pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], at_most: int) -> Iterator[R]:
-    """`work` of every item, in order, with at most `at_most` items begun before they are asked for."""
-    begun: deque[Future[R]] = deque()
+    """Yield work(item) for every item, in order, with at most `at_most` items submitted ahead."""
+    futures: deque[Future[R]] = deque()
     for item in items:
-        begun.append(pool.submit(work, item))
-        if len(begun) > at_most:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()
+        futures.append(pool.submit(work, item))
+        if len(futures) > at_most:
+            yield futures.popleft().result()
+    while futures:
+        yield futures.popleft().result()
 
 
 def _one_thread() -> None:
-    """Worker threads compute on one core each: their many small operations, each on every core, would fight."""
-    torch.get_num_threads()  # torch sets a new thread's number at its first use, over what was said before
+    """Initializer: worker threads compute on one core each, as many small operations on all cores would compete."""
+    torch.get_num_threads()  # torch sets a new thread's number at its first use, overriding earlier limits
     threadpool_limits(1, user_api="openmp")
 
 
@@ -40,7 +40,7 @@ def _one_thread() -> None:
 class ThreadPools:
     """The threads beside the one that asks: workers decode, cut and encode, a writer writes, a finisher finishes parts.
 
-    A part is synced to the disk while the next is being labelled.
+    A part is synced to disk while the next one is being labelled.
     """
 
     threads: int
@@ -51,47 +51,47 @@ class ThreadPools:
     stopping: Event = field(default_factory=Event)
 
     def close(self, finish: Callable[[], None]) -> None:
-        """Have a part finished by `finish`, after the one before it; raises what that one raised."""
+        """Submit `finish` for a part, after waiting for the previous part; raises what that one raised."""
         self.wait()
         self.closing = self.finisher.submit(finish)
 
     def wait(self) -> None:
-        """Until no part is being finished."""
+        """Wait until no part is being finished."""
         closing, self.closing = self.closing, None
         if closing is not None:
             closing.result()
 
 
 STOP_S = 1.5
-"""So long a run that is interrupted waits for a part that is being finished; then it is made again."""
+"""Seconds that an interrupted run waits for a part that is being finished; after that the part is made again later."""
 
 
 @contextmanager
 def thread_pools(threads: int, device: torch.device) -> Iterator[ThreadPools]:
-    """Pools with so many workers; it waits for what is being finished, or cancels the rest where something failed.
+    """Pools with `threads` workers. On exit, waits for the part being finished; after an error, cancels pending work.
 
     device: where the teachers are. Beside a GPU the thread that asks computes on one core as well: sixteen would spin
-    after each copy of a crop, and take from the workers nine tenths of a processor; and the GPU renders the scenes. An
-    interrupted run does not wait for its workers: a photograph that is being decoded takes seconds.
+    after each copy of a crop and take nine tenths of a processor from the workers; and the GPU renders the scenes. An
+    interrupted run does not wait for its workers, because decoding a photograph takes seconds.
     """
-    alone = threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext()
-    with alone, scenes.render_on(device):
+    main_thread_limit = threadpool_limits(1, user_api="openmp") if device.type == "cuda" else nullcontext()
+    with main_thread_limit, scenes.render_on(device):
         yield from _thread_pools(threads)
 
 
 def _thread_pools(threads: int) -> Iterator[ThreadPools]:
     pools = (ThreadPoolExecutor(threads, initializer=_one_thread), ThreadPoolExecutor(1), ThreadPoolExecutor(1))
-    together = ThreadPools(threads, *pools)
+    bundle = ThreadPools(threads, *pools)
     try:
-        yield together
-        together.wait()
+        yield bundle
+        bundle.wait()
     except BaseException as error:
-        together.stopping.set()  # a worker asks for it between crops: an image of many takes seconds
+        bundle.stopping.set()  # workers check it between crops: an image of many crops takes seconds
         interrupted = isinstance(error, KeyboardInterrupt)
         for pool in pools:
             pool.shutdown(wait=not interrupted, cancel_futures=True)
-        if together.closing is not None:
-            wait([together.closing], STOP_S)
+        if bundle.closing is not None:
+            wait([bundle.closing], STOP_S)
         raise
     for pool in pools:
         pool.shutdown()

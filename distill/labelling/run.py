@@ -1,9 +1,9 @@
-"""The labelling run: input shards in, label shards out, in parts that are either complete or absent.
+"""The labelling run: from input shards to label shards, in parts that are either complete or absent.
 
-Every input shard is cut into parts by the order of its entries, whatever is wrong with the images, and each part is
-one output tar. A part depends on nothing but its entries and the settings, so any number of processes, killed and
-started again at any moment, write the same files with the same bytes. Beside each tar lies a json (written first)
-with what the tar holds and which images were quarantined; the last process to finish merges them into the manifest.
+Every input shard is split into parts by the order of its entries, even where images are bad, and each part becomes one
+output tar. A part depends only on its entries and the settings, so any number of processes, killed and restarted at any
+moment, write the same files with the same bytes. Beside each tar is a json (written first) with the tar's content and
+the quarantined images; the last process to finish merges these into the manifest.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ __all__ = [
 
 
 TAIL = 20
-"""labels.fine_tail is about one in so many input shards, the last ones."""
+"""labels.fine_tail applies to about one in this many input shards, the last ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelOutcome:
-    """What one process of a run did.
+    """The result of one process of a run.
 
-    complete: every part of every shard is there (of all processes) and the manifest is written. parts, skipped: written
-    now, and found done. samples, images, quarantined, bytes: of the parts written now. last: False for a worker beside
+    complete: all processes' parts exist and the manifest is written. parts, skipped: numbers of parts written now, and
+    of parts found done. samples, images, quarantined, bytes: of the parts written now. last: False for a worker beside
     others, of whom another one wrote the manifest.
     """
 
@@ -75,18 +75,18 @@ class LabelOutcome:
 
 
 def labels_hash(images: Any, crops: Any, teachers: Any) -> str:
-    """The address of labels: 16 hex digits that depend on what images, crops and teachers are asked for, alone.
+    """The address of labels: 16 hex digits that depend only on the settings of images, crops and teachers.
 
-    Each is a dataclass, table or list of plain values; order of keys does not matter. A teacher that is a user's file
-    counts with the file's bytes.
+    Each is a dataclass, table or list of plain values; order of keys does not matter. For a teacher that is a user's
+    file, the file's bytes are hashed too.
     """
 
     def plain(value: Any) -> Any:
         return asdict(value) if is_dataclass(value) and not isinstance(value, type) else str(value)
 
-    what = [images, crops, teachers]
-    what += [found for found in [file_hashes(teachers)] if found]
-    text = json.dumps(what, sort_keys=True, default=plain)
+    content = [images, crops, teachers]
+    content += [hashes for hashes in [file_hashes(teachers)] if hashes]
+    text = json.dumps(content, sort_keys=True, default=plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -106,27 +106,27 @@ def label(
     report: Report | None = None,
     tell: Tell = lambda line: None,
 ) -> LabelOutcome:
-    """Label images into `out`; called again, it does what is missing.
+    """Label images into `out`; when called again, it makes the missing parts.
 
-    teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: what of them concerns
-    making labels; where they lie, a mirror and which teachers are taken are the caller's. rank, world: this process and
-    how many there are. device: where the teachers are. recipe, machine: written to the manifest. report: called
-    after every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for
-    this process. tell: called with a line about what was damaged and is made again: the settings, the manifest, the
+    teachers: (name, teacher) pairs, or (name, "truth") for the images' own ground truth. labels: used for making labels
+    only; their folder, the mirror and the choice of teachers are up to the caller. rank, world: this process and the
+    number of processes. device: where the teachers are. recipe, machine: written to the manifest. report: called after
+    every image with done, total and numbers (images_per_s, bytes_per_image, quarantined, eta_s, disk_bytes) for this
+    process. tell: called with a message about each damaged file that is made again: the settings, the manifest, the
     json of a tar.
 
     Raises RunLockedError where another run holds `out`; ValueError where `out` was made with other settings or from
-    other images, or a teacher fails on everything; OSError where the disk refuses. Finished parts are kept in any case.
+    other images, or a teacher fails on everything; OSError from the disk. Finished parts are kept in any case.
     """
     out, settings = Path(out), settings_of(teachers, crops, labels, seed=seed)
     make_folder(out, shards, teachers)
     with run_lock(out, rank=rank, world=world):
         with mutex(out):
             keep_settings(out, settings, tell=tell)
-            manifest = _manifest_there(out)
-        mine = _share(shards, part_sizes(shards, crops, labels), rank, world)
-        todo = [part for part in mine if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
-        tally = Tally(sum(len(p.entries) for p in mine), sum(len(p.entries) for p in mine if p not in todo), report)
+            manifest = _existing_manifest(out)
+        parts = _own_parts(shards, part_sizes(shards, crops, labels), rank, world)
+        todo = [part for part in parts if not is_done(out, part, teachers, manifest=manifest, tell=tell)]
+        tally = Tally(sum(len(p.entries) for p in parts), sum(len(p.entries) for p in parts if p not in todo), report)
         with thread_pools(max(1, labels.threads), device) as pools:
             for part in todo:
                 work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping)
@@ -135,11 +135,11 @@ def label(
             about = made_by(recipe, machine)
             complete = finish(out, shards, settings, about, licence=labels.licence, fresh=bool(todo), tell=tell)
             if complete and (out / NOTES).is_dir():
-                settle(Folder(out))  # notes of workers that are dead, or the lock were not ours
+                settle(Folder(out))  # left by dead workers: with a live one we would not have the lock
     return LabelOutcome(
         complete=complete,
         parts=len(todo),
-        skipped=len(mine) - len(todo),
+        skipped=len(parts) - len(todo),
         images=tally.images,
         samples=tally.samples,
         quarantined=tally.quarantined,
@@ -148,11 +148,11 @@ def label(
 
 
 def make_folder(out: Path, shards: Sequence[InputShard], teachers: Teachers) -> None:
-    """The labels folder, once the images are known to be named apart and to have teachers. Raises what `label` does."""
+    """Make the labels folder, after checking that images have distinct names and teachers. Raises what `label` does."""
     combine(shards)
     if not shards:
         raise ValueError("there are no images to label; check [images]")
-    _check_own(out, shards)
+    _check_same_images(out, shards)
     for shard in shards:
         asked_about(shard, teachers)
     try:
@@ -161,11 +161,11 @@ def make_folder(out: Path, shards: Sequence[InputShard], teachers: Teachers) -> 
         raise OSError(error.errno, f"cannot make the labels folder {out}: {error.strerror}") from error
 
 
-def _check_own(out: Path, shards: Sequence[InputShard]) -> None:
-    """Raises ValueError where `out` has finished labels, and none of them is of these shards."""
+def _check_same_images(out: Path, shards: Sequence[InputShard]) -> None:
+    """Raises ValueError where `out` has finished labels, but none of these shards."""
     if any((out / f"{shard.stem}-000.json").is_file() for shard in shards):
-        return  # a manifest of millions of images is not read for nothing
-    tars = [tar["name"] for tar in _manifest_there(out).get("shards", ())]
+        return  # avoids reading a manifest of millions of images
+    tars = [tar["name"] for tar in _existing_manifest(out).get("shards", ())]
     if tars and not {name.rpartition("-")[0] for name in tars} & {shard.stem for shard in shards}:
         raise ValueError(
             f"{out} has finished labels of other images ({tars[0]}, and these are {shards[0].stem}): label into "
@@ -174,12 +174,12 @@ def _check_own(out: Path, shards: Sequence[InputShard]) -> None:
 
 
 def made_by(recipe: Mapping[str, Any] | None, machine: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the manifest says of how labels were made."""
+    """The manifest's entries on how labels were made."""
     return {"recipe": dict(recipe or {}), **({"machine": dict(machine)} if machine else {})}
 
 
-def _manifest_there(out: Path) -> dict[str, Any]:
-    """The manifest of a folder that was finished before; an empty one where there is none, or none that is whole."""
+def _existing_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a folder that was finished before; {} where there is none, or it is damaged."""
     try:
         return read_manifest(out)
     except (FileNotFoundError, DamagedTableError):
@@ -187,21 +187,21 @@ def _manifest_there(out: Path) -> dict[str, Any]:
 
 
 def part_sizes(shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings) -> list[int]:
-    """How many images a part of each shard has at most; fewer in the last of them where labels.fine_tail says so."""
+    """The largest number of images in a part of each shard; smaller in the last shards with labels.fine_tail."""
     size = max(1, labels.samples_per_part // crops.crops_per_image)
-    fine = -(-len(shards) // TAIL) if labels.fine_tail > 1 else 0
-    return [size] * (len(shards) - fine) + [max(1, size // labels.fine_tail)] * fine
+    fine_shards = -(-len(shards) // TAIL) if labels.fine_tail > 1 else 0
+    return [size] * (len(shards) - fine_shards) + [max(1, size // labels.fine_tail)] * fine_shards
 
 
-def _share(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world: int) -> list[Part]:
-    """The parts of process `rank`: whole shards where there are plenty, so that it need not look into the others."""
+def _own_parts(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world: int) -> list[Part]:
+    """The parts of process `rank`: whole shards where there are many, so that it need not scan the others."""
     if not 0 <= rank < world:
         raise ValueError(f"rank must be from 0 to {world - 1}, not {rank}")
     if len(shards) >= 4 * world:
-        mine = zip(shards[rank::world], sizes[rank::world], strict=True)
-        return [part for shard, size in mine for part in parts_of(shard, size)]
-    every = zip(shards, sizes, strict=True)
-    return [part for shard, size in every for part in parts_of(shard, size)][rank::world]
+        own_shards = zip(shards[rank::world], sizes[rank::world], strict=True)
+        return [part for shard, size in own_shards for part in parts_of(shard, size)]
+    all_shards = zip(shards, sizes, strict=True)
+    return [part for shard, size in all_shards for part in parts_of(shard, size)][rank::world]
 
 
 # --- one part ---------------------------------------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def _share(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, world:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What every part is labelled with."""
+    """The arguments that labelling every part shares."""
 
     teachers: Teachers
     crops: CropSettings
@@ -221,7 +221,7 @@ class Work:
     claim: Claim = ALONE
 
     def jobs(self, entry: Entry) -> list[CropJob | Rejected]:
-        """An entry's regions, or why there are none."""
+        """An entry's regions, or the reason why there are none."""
         try:
             photo = entry.load()
             return [
@@ -235,9 +235,9 @@ class Work:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of this process, and what they say about the rest; nothing about its end where others share the work.
+    """Counts of this process and its reports of progress; without an ETA where others share the work.
 
-    busy: seconds spent on parts, of a worker.
+    busy: seconds that a worker spent on parts.
     """
 
     total: int
@@ -256,14 +256,14 @@ class Tally:
             return
         rate = self.images / max(time.monotonic() - self.started, 1e-9)
         per_image = self.bytes / self.images
-        left = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
+        eta = {} if self.shared else {"eta_s": (self.total - self.before - self.images) / rate}
         self.report(
             self.before + self.images,
             self.total,
             images_per_s=rate,
             bytes_per_image=per_image,
             quarantined=float(self.quarantined),
-            **left,
+            **eta,
             disk_bytes=per_image * self.total,
         )
 
@@ -276,7 +276,7 @@ def _encode(codec: str, result: Sample | Rejected) -> _Encoded:
 
 
 def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, int]:
-    """Writes a sample; gives its bytes."""
+    """Write a sample; returns it and its number of bytes."""
     result, members = encoded
     if members:
         writer.add(result.key, members)
@@ -285,7 +285,7 @@ def _store(writer: ShardWriter, encoded: _Encoded) -> tuple[Sample | Rejected, i
 
 @dataclass(slots=True)
 class OpenPart:
-    """A part that is being written: its tar aside, and what its json will say."""
+    """A part that is being written: its partial tar, and the content of its json."""
 
     out: Path
     part: Part
@@ -295,13 +295,13 @@ class OpenPart:
     contents: Contents = field(default_factory=Contents)
 
     def finish(self) -> None:
-        """The tar to the disk, its json, and then its name; raises LeaseLostError where the part is no longer ours.
+        """Sync the tar, write its json, then rename the tar; raises LeaseLostError where the part is no longer ours.
 
-        Asked once: whoever takes it over after that takes its file aside away first (`Meeting.begin`), which then
-        cannot be renamed, and the json is the same from all.
+        The claim is checked once: a worker that takes over after that first removes the partial tar (`Meeting.begin`),
+        which then cannot be renamed, and every worker writes the same json.
         """
         with self.writer as writer:
-            closed, lines = writer.close(), [line_of(one) for one in self.quarantine]
+            closed, lines = writer.close(), [line_of(rejected) for rejected in self.quarantine]
             self.claim.check()
             describe(
                 self.out,
@@ -317,9 +317,9 @@ class OpenPart:
 
 
 def label_part(out: Path, part: Part, work: Work, tally: Tally, pools: ThreadPools) -> OpenPart:
-    """Label one part, its tar still aside, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
+    """Label one part into a partial tar, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
-    This thread does nothing but ask the teachers: see `labelling.pools`.
+    This thread only asks the teachers: see `labelling.pools`.
     """
     writer = ShardWriter(out / part.name, suffix=work.claim.suffix)
     try:

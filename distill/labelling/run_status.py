@@ -1,4 +1,4 @@
-"""How far a labelling run of many workers is, read from its leases and notes without stopping anything."""
+"""The progress of a labelling run of many workers, read from its leases and notes without disturbing it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from distill.labelling.worker_costs import records
 from distill.shards.shards import MANIFEST, read_json
 
 DEADLY = 3
-"""So many workers that were killed with the same part are not an accident of their machines. Ours."""
+"""This many workers that were killed with the same part point to the part, not to their machines. Ours."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStatus:
-    """One worker: where it is, what it has (part, "" while it waits) and since when in seconds; its pace.
+    """One worker: its host, its part ("" while it waits), the seconds since it took that, and its pace.
 
-    state: "running", "waiting", "ended", "gone" (it was killed: without a lease, or it was taken over by another) or
-    "lost" (it died with a lease). hours: of its device, since it began, as far as it gave signs of life. lost: parts
-    that were taken from it. part: what it has, or had when it was killed.
+    state: "running", "waiting", "ended", "gone" (it was killed: without a lease, or its lease was taken over) or "lost"
+    (it died with a lease). hours: device time from its start to its last heartbeat. lost: number of parts that were
+    taken from it. part: the one that it has, or had when it was killed.
     """
 
     name: str
@@ -44,8 +44,8 @@ class WorkerStatus:
 class RunStatus:
     """A whole run. images: of all parts, an estimate where not every input tar was scanned yet (`scanned` False).
 
-    eta_s: None where nobody works. lost: parts whose holder is dead, which others will take over. deadly: parts with
-    which DEADLY workers or more were killed, and how many.
+    eta_s: None where no worker is running. lost: parts whose holder is dead, which others will take over. deadly: parts
+    with which DEADLY workers or more were killed, and their numbers.
     """
 
     complete: bool
@@ -62,37 +62,37 @@ class RunStatus:
 
     @property
     def gpu_hours(self) -> float:
-        """Of all workers on a GPU, those that are gone too."""
+        """Device hours of all workers on a GPU, including those that are gone."""
         return sum(worker.hours for worker in self.workers if worker.device != "cpu")
 
     @property
     def images_per_s(self) -> float:
-        """Of those that run now."""
+        """The pace of all running workers."""
         return sum(worker.images_per_s for worker in self.workers if worker.state == "running")
 
 
 def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
-    """The run that meets at `meeting`. stems: of its input shards, as far as they can be named; the notes have others.
+    """The status of the run at `meeting`. stems: of its input shards, as far as known; the notes have the others.
 
     Raises OSError where the meeting place cannot be reached.
     """
-    there = meeting.finished()
+    written_files = meeting.finished()
     plans = {note["stem"]: note["images"] for note in meeting.notes("plan-").values() if "stem" in note}
     for stem in {*stems} - {*plans}:
-        if f"{stem}-000.json" in there:  # made by a run that writes no notes
+        if f"{stem}-000.json" in written_files:  # made by a run without workers, which writes no notes
             first = _json(meeting, out, f"{stem}-000.json")
             full, of = len(first["images"]), first["of"]
             last = f"{stem}-{of - 1:03d}.json"
-            rest = len(_json(meeting, out, last)["images"]) if last in there else full
-            plans[stem] = [full] * (of - 1) + [rest]
+            last_count = len(_json(meeting, out, last)["images"]) if last in written_files else full
+            plans[stem] = [full] * (of - 1) + [last_count]
     holders = [holder for holder in meeting.holders() if holder.name.endswith(".tar")]
-    taken = {holder.name for holder in holders}
+    leased = {holder.name for holder in holders}
     finished: set[str] = set()
     done_images = 0
     for stem, counts in plans.items():
         for number, count in enumerate(counts):
             name = part_name(stem, number)
-            if name in there or (name not in taken and f"{Path(name).stem}.json" in there):
+            if name in written_files or (name not in leased and f"{Path(name).stem}.json" in written_files):
                 finished.add(name)
                 done_images += count
     unknown = len({*stems} - {*plans})
@@ -104,7 +104,7 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
     killed = Counter(worker.part for worker in workers if worker.state in ("gone", "lost"))
     pace = sum(worker.images_per_s for worker in workers if worker.state == "running")
     lost = tuple(holder for holder in holders if holder.dead)
-    complete = MANIFEST in there and len(finished) == parts and not holders
+    complete = MANIFEST in written_files and len(finished) == parts and not holders
     return RunStatus(
         complete=complete,
         parts=parts,
@@ -117,7 +117,9 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
         workers=workers,
         eta_s=(images - done_images) / pace if pace else None,
         deadly=tuple(
-            (part, n) for part, n in killed.most_common() if part and n >= DEADLY and part not in there | finished
+            (part, n)
+            for part, n in killed.most_common()
+            if part and n >= DEADLY and part not in written_files | finished
         ),
     )
 
@@ -128,19 +130,19 @@ def _json(meeting: Meeting, out: Path, name: str) -> dict[str, Any]:
 
 
 def _worker(name: str, record: dict[str, Any], holders: Sequence[Holder]) -> WorkerStatus:
-    mine = [holder for holder in holders if _is_of(holder, record)]
-    since = record.get(AGE)  # its record is written when it begins a part, and again and again while it waits
-    state, heard = "gone", 0.0
+    own_leases = [holder for holder in holders if _is_of(holder, record)]
+    since = record.get(AGE)  # the record is written when it begins a part, and repeatedly while it waits
+    state, alive_s = "gone", 0.0
     if record["ended"]:
         state = "ended"
-    elif since is None:  # of a run that is finished
+    elif since is None:  # the run is finished
         pass
-    elif any(not holder.dead for holder in mine):
-        state, heard = "running", since
-    elif mine:
-        state, heard = "lost", max(0.0, since - min(holder.age for holder in mine))
+    elif any(not holder.dead for holder in own_leases):
+        state, alive_s = "running", since
+    elif own_leases:
+        state, alive_s = "lost", max(0.0, since - min(holder.age for holder in own_leases))
     elif not record["part"] and since < 60:
-        state, heard = "waiting", since
+        state, alive_s = "waiting", since
     return WorkerStatus(
         name=name,
         host=record["host"],
@@ -151,7 +153,7 @@ def _worker(name: str, record: dict[str, Any], holders: Sequence[Holder]) -> Wor
         parts=record["parts"],
         images=record.get("images", 0),
         images_per_s=record.get("images", 0) / record["label_s"] if record.get("label_s") else 0.0,
-        hours=(record["seconds"] + heard) / 3600,
+        hours=(record["seconds"] + alive_s) / 3600,
         lost=record["lost"],
     )
 

@@ -15,46 +15,46 @@ class LabelSettings:
     """How teachers are asked, and how and where their labels are kept."""
 
     root: str = ""
-    """The folder of label folders, a path; RUN/labels by default. Or a finished labels folder, to learn from. Or an
-    address of an object store (s3://, gs://, az://), where workers that share no disk meet."""
+    """The folder of label folders, a path; RUN/labels by default. Or a finished labels folder, to train on. Or the
+    address of an object store (s3://, gs://, az://), where workers without a common disk meet."""
     samples_per_part: int = 1000
-    """At most so many samples in one output tar; a tar is the unit of resuming and of repair."""
+    """The largest number of samples in one output tar; a tar is the unit of resuming and of repair."""
     fine_tail: int = 1
-    """Parts of the last twentieth of the input shards are so many times smaller, so that many workers finish at about
-    one time; 1: all parts alike."""
+    """Parts of the last twentieth of the input shards are this many times smaller, so that many workers finish at about
+    the same time; 1: all parts have one size."""
     batch_size: int | Literal["auto"] = 8
-    """Crops that a teacher sees at once, also where labels are made during training. "auto" tries sizes when labelling
-    begins and keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
+    """Crops per teacher batch, also where labels are made during training. "auto" tries sizes when labelling begins and
+    keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
     threads: int = 4
     """Threads that decode, cut and encode beside the teachers."""
     licence: str = "unknown"
-    """The licence of the images in words; it goes into the manifest and the student's card."""
+    """The images' licence in words; it is written into the manifest and the student's card."""
     store: Literal["disparity", "as_is"] = "disparity"
     """The kind of stored maps: "disparity" turns depth without an unknown shift into disparity, exactly; "as_is"
     keeps it."""
     codec: Literal["jls", "zst", "png16", "float16"] = "jls"
-    """How maps become bytes; each is off by at most 1/8192 of a map's range (distill.shards.codecs). "jls" is JPEG-LS,
-    which other programs open; "zst" is as small for a fourth of the processor time."""
+    """How maps are encoded; the error is at most 1/8192 of a map's range (distill.shards.codecs). "jls" is JPEG-LS,
+    which other programs open; "zst" is as small at a quarter of the CPU time."""
     names: str = ""
-    """A text file with the samples, or images, of the labels to learn from, such as `distill filter` writes; all by
+    """A text file with the samples, or images, of the labels to train on, such as `distill filter` writes; all by
     default."""
     mirror: str = ""
-    """A URL (fsspec) where finished labels are sent, and from where training fetches those that it does not find
-    here."""
+    """A URL (fsspec) where finished labels are sent, and from which training fetches those that it does not find
+    locally."""
     cache_gb: float = 0.0
-    """Gigabytes (1e9 bytes) of tars that training keeps of labels that lie elsewhere (mirror, or a root that is an
-    address): each is fetched when it is first read, while there is room; of the others the bytes of a sample are
-    fetched at every visit. 0: all are fetched before training begins, and stay (distill.shards.cache)."""
+    """Gigabytes (1e9 bytes) of remote labels' tars (of mirror, or of a root that is an address) that training keeps
+    locally: each is fetched at its first use while there is room; from the others a sample's bytes are fetched at every
+    visit. 0: all are fetched before training begins, and kept (distill.shards.cache)."""
     online: bool = False
     """Label during training instead of before it."""
     commercial_only: bool = False
     """Refuse teachers whose weights' licence forbids commercial use."""
     sky: Literal["teacher", "keep", "far", "invalid", "zero"] = "teacher"
-    """What the sky is: "teacher" leaves it to each teacher's own rule; the others hold for all of them: "keep" what
-    the networks predict, "far", "invalid" or "zero" (disparity) where the teacher that knows sky sees it
+    """How sky is labelled: "teacher" leaves it to each teacher's own rule; the others apply to all teachers: "keep"
+    what the networks predict, "far", "invalid" or "zero" (disparity) where a teacher that detects sky sees it
     (distill.teachers._sky)."""
     bridge: Literal["", "primary"] = ""
-    """"primary" takes an assistant of affine depth, by fitting 1 / (a d + b) to the first teacher's disparity on
+    """"primary" allows an assistant of affine depth, by fitting 1 / (a d + b) to the first teacher's disparity on
     every crop (distill.labelling.bridge)."""
     bridge_residual: float = 0.3
     """A bridged label whose residual is larger, as a share of the disparity's spread, is dropped and counted; in (0,
@@ -67,7 +67,7 @@ class LabelSettings:
     """A fitted label whose residual on its inliers is larger, as a share of the truth's spread, is dropped and counted;
     in (0, 1]. Ours."""
     align_inliers: float = 0.5
-    """So is one that fits a smaller share of the truth's points, in [0, 1]. Ours."""
+    """A fitted label that fits a smaller share of the truth's points is dropped and counted; in [0, 1]. Ours."""
 
     def __post_init__(self) -> None:
         faults = below(self, samples_per_part=1, threads=0, fine_tail=1, cache_gb=0.0) + unknown_words(self)
@@ -101,7 +101,7 @@ class LabelSettings:
 
     @property
     def crops_at_once(self) -> int:
-        """The batch size as a number; before one is tried and kept (distill.labelling.tuning), the default's."""
+        """The batch size as a number; the default until "auto" is resolved (distill.labelling.tuning)."""
         return DEFAULTS.crops_at_once if isinstance(self.batch_size, str) else self.batch_size
 
     def with_batch_size(self, number: int) -> LabelSettings:
@@ -120,7 +120,7 @@ class LabelSettings:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder, beside images, crops and teachers."""
+        """The settings that determine a labels folder's content, besides images, crops and teachers."""
         names = ["store", "codec", "samples_per_part", "sky"]
         names += ["bridge", "bridge_residual"] if self.bridge else []
         names += ["align", "align_residual", "align_inliers"] if self.align else []

@@ -1,8 +1,8 @@
-"""What is found out about teachers on this machine before a night of labelling, once, and kept in the labels folder.
+"""Measures teachers on this machine once, before labelling, and keeps the results in the labels folder.
 
-A batch size that is tried out, and how far a teacher that is compiled or computes in half precision is from the same
-weights in eager float32. The first process writes both down: every other, and a run that resumes, takes the same
-numbers, so that the bytes of labels do not depend on who timed what.
+These are the fastest batch size, and the error of a compiled or half-precision teacher against the same weights in
+eager float32. The first process writes both: every other process, and a resumed run, uses the same numbers, so that the
+bytes of labels do not depend on timings.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from distill.shards.shards import DamagedTableError, read_json
 from distill.teachers._precision import compare, probe_images
 
 TUNED = "machine.json"
-GAIN = 1.03  # a larger batch must be so much faster, or it only costs memory
+GAIN = 1.03  # a larger batch must be faster by this factor, or it only costs memory
 MOST = 128
 
 References = Mapping[str, Callable[[], Any]]
@@ -35,36 +35,36 @@ References = Mapping[str, Callable[[], Any]]
 def tune(
     folder: Path, teachers: Teachers, labels: LabelSettings, *, size: int, device: torch.device, references: References
 ) -> tuple[LabelSettings, dict[str, Any]]:
-    """Settings with a batch size that is a number, and what the manifest says of this machine ({}: nothing).
+    """Settings with a numeric batch size, and the manifest's facts about this machine ({}: none).
 
-    size: the side of the crops in pixels. references: how to load the eager float32 twin of each teacher that is not
-    one, by the teacher's name. Nothing is tried, and no file written, where no teacher needs it.
+    size: the side of the crops in pixels. references: loaders of the eager float32 twin of each teacher that is not one
+    itself, by the teacher's name. Nothing is measured or written where it is not needed.
     """
     if labels.batch_size != "auto" and not references:
         return labels, {}
     folder.mkdir(parents=True, exist_ok=True)
     with mutex(folder):
         path = folder / TUNED
-        told: dict[str, Any] = _kept(path)
+        results: dict[str, Any] = _read_results(path)
         networks = {name: teacher for name, teacher in teachers if hasattr(teacher, "predict")}
-        wanted = [name for name in references if name not in told.get("from_float32", {})]
-        if wanted:
-            told.setdefault("from_float32", {}).update(
-                {name: compare(_plain(networks[name]), references[name](), size) for name in wanted}
+        unmeasured = [name for name in references if name not in results.get("from_float32", {})]
+        if unmeasured:
+            results.setdefault("from_float32", {}).update(
+                {name: compare(_plain(networks[name]), references[name](), size) for name in unmeasured}
             )
-        if labels.batch_size == "auto" and "batch_size" not in told:
-            told["batch_size"] = fastest(list(networks.items()), size, device)
+        if labels.batch_size == "auto" and "batch_size" not in results:
+            results["batch_size"] = fastest(list(networks.items()), size, device)
         if device.type == "cuda":
-            told.setdefault("device", torch.cuda.get_device_name(device))
-        files.write_bytes(path, dump_json(sealed({**told, "version": VERSION})))
-    number = int(told["batch_size"]) if labels.batch_size == "auto" else labels.crops_at_once
-    return labels.with_batch_size(number), told
+            results.setdefault("device", torch.cuda.get_device_name(device))
+        files.write_bytes(path, dump_json(sealed({**results, "version": VERSION})))
+    number = int(results["batch_size"]) if labels.batch_size == "auto" else labels.crops_at_once
+    return labels.with_batch_size(number), results
 
 
-def _kept(path: Path) -> dict[str, Any]:
-    """What was found out before. A damaged one is found out again, unless parts are finished.
+def _read_results(path: Path) -> dict[str, Any]:
+    """The stored results; {} where they are damaged, to measure again, unless parts are finished.
 
-    Raises ValueError then: with another batch size the rest would not be of the bits that one run makes.
+    Raises ValueError then: with another batch size the remaining parts could differ in their last bits.
     """
     try:
         table = read_json(path) if path.is_file() else {}
@@ -79,14 +79,14 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 def _plain(teacher: Any) -> Any:
-    """The teacher itself, without a bridge and a sky policy."""
+    """The innermost teacher, without a bridge and a sky policy."""
     while hasattr(teacher, "teacher"):
         teacher = teacher.teacher
     return teacher
 
 
 def fastest(networks: Teachers, size: int, device: torch.device, *, most: int = MOST) -> int:
-    """The smallest batch of (3,size,size) crops beyond which doubling gains less than GAIN, or memory refuses."""
+    """The smallest batch of (3,size,size) crops beyond which doubling gains less than GAIN, or memory runs out."""
     best, rate = 1, 0.0
     count = 1
     while count <= most:
@@ -94,7 +94,7 @@ def fastest(networks: Teachers, size: int, device: torch.device, *, most: int = 
             seconds = sum(_seconds(name, teacher, size, count, device) for name, teacher in networks)
         except torch.OutOfMemoryError:
             seconds = -1.0
-        if seconds < 0:  # not above, where the error still holds what the batch left on the device
+        if seconds < 0:  # not in the except block, where the error still holds the batch's tensors on the device
             torch.cuda.empty_cache()
             break
         if seconds and count / seconds < GAIN * rate:
@@ -105,11 +105,11 @@ def fastest(networks: Teachers, size: int, device: torch.device, *, most: int = 
 
 
 def _seconds(name: str, teacher: Any, size: int, count: int, device: torch.device) -> float:
-    """The least of two timings of one batch, after one that warms up (and compiles)."""
+    """The smaller of two timings of one batch, after a warm-up (which compiles)."""
     images: Tensor = probe_images(size).to(device)[torch.arange(count) % 2]
-    keys, took = [str(i) for i in range(count)], []
+    keys, timings = [str(i) for i in range(count)], []
     for _ in range(3):
         before = time.perf_counter()
         predict(name, teacher, images, keys).values.sum().item()  # waits for the device
-        took.append(time.perf_counter() - before)
-    return min(took[1:])
+        timings.append(time.perf_counter() - before)
+    return min(timings[1:])

@@ -1,9 +1,9 @@
 """One of any number of workers: it takes parts one by one, and may join and leave at any moment.
 
-A part is somebody's by a lease (labelling.leases). It is written aside under a name of the claim's own and renamed, and
-its bytes are the same whoever makes it, so that two who both believe to have it do no harm. Whole parts are taken
-first and short ones last, so that all finish at about one time. Of those that find nothing more to take, a few wait, to
-take over what one leaves; one of them writes the manifest.
+A worker owns a part by a lease (labelling.leases). A part is written to a partial file named after the claim and
+renamed, and its bytes are the same whoever makes it, so two workers that both believe to own it do no harm. Full parts
+are taken first and short ones last, so that all workers finish at about the same time. Of the workers that find no more
+parts, a few wait, to take over what others abandon; one of them writes the manifest.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ from distill.labelling.worker_costs import RECORD, settle
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
 
 LAST = "manifest"
-"""The lease of whoever writes the manifest; no part's name, for those end in .tar."""
+"""The lease of the worker that writes the manifest; differs from parts' names, which end in .tar."""
 WAIT, SPARE = "wait", 8
-"""Who waits for what others have has a lease wait-N: one, one more for each SPARE parts that are missing and for each
-whose holder is dead. The others leave: machines that wait cost what machines cost that work."""
+"""A worker that waits for others' parts holds a lease wait-N: there is one, plus one for each SPARE missing parts and
+for each whose holder is dead. Other workers leave: waiting machines cost as much as working ones."""
 POLL_S, LISTED_S = 10.0, 60.0
-"""Seconds between two looks of who waits, and at least between two listings of what is finished by who works."""
-MISSES = 16  # so many parts in a row that others had or have: a listing of what is finished is cheaper than asking on
+"""Seconds between two checks of a waiting worker, and at least between two listings by a working one."""
+MISSES = 16  # after this many parts in a row that others have or finished, listing is cheaper than trying further
 WATCHED, GLANCED = 8, 2
-"""So many of other workers' parts are looked at by who waits, at each look, and by who works, before each part."""
+"""Number of other workers' parts that a waiting worker tries at each check, and a working one before each part."""
 
 
 @dataclass(slots=True)
 class _Worker:
-    """A worker's state: what it knows to be done, and what others held when it came by."""
+    """A worker's state: the parts that it knows to be done, and those that others held when it tried them."""
 
     board: Board
     meeting: Meeting
@@ -72,10 +72,10 @@ class _Worker:
     begun: float = field(default_factory=time.monotonic)
 
     def next(self, pools: ThreadPools) -> tuple[Place, Claim] | None:
-        """The next part to label; None where none is left to take. Waits for what others have, where few others do."""
+        """The next part to label; None where none is left. Waits for other workers' parts if few others wait."""
         while True:
             for place in list(self.held.values())[:GLANCED]:
-                self.held.pop(place.name)  # looked at in turn: back at the end where it is still held
+                self.held.pop(place.name)  # tried in turn: back at the end if it is still held
                 if claim := self._try(place):
                     return place, claim
             following = next((p for p in self.walk if p.name not in self.done), None)
@@ -87,8 +87,8 @@ class _Worker:
             self.misses += 1
             if self.misses >= MISSES and time.monotonic() - self.listed >= LISTED_S:
                 self._note_finished()
-        pools.wait()  # our own part that is being finished is nobody else's to wait for
-        while self._left():
+        pools.wait()  # for our own part that is being finished, which would look missing
+        while self._parts_are_missing():
             for place in list(self.held.values())[:WATCHED]:
                 if claim := self._try(place):
                     self.give_up_wait_slot()
@@ -100,7 +100,7 @@ class _Worker:
         return None
 
     def may_wait(self, missing: int) -> bool:
-        """Whether this worker is one of the few that wait while so many parts are missing."""
+        """Whether this worker is one of the few that wait while `missing` parts are missing."""
         slots = 1 + missing // SPARE
         if self.wait_slot is not None and self.wait_slot[0] < slots and not self.wait_slot[1].lost:
             return True
@@ -113,31 +113,31 @@ class _Worker:
         return False
 
     def give_up_wait_slot(self) -> None:
-        """Wait no more."""
+        """Release the lease of waiting."""
         if self.wait_slot is not None:
             self.wait_slot[1].release()
             self.wait_slot = None
 
-    def _left(self) -> bool:
-        """Whether parts are missing; `held` is then those, in an order of this worker's own."""
-        there = self._note_finished()
+    def _parts_are_missing(self) -> bool:
+        """Whether parts are missing; sets `held` to those, in a random order."""
+        written = self._note_finished()
         missing = [place for name, place in self.board.places.items() if name not in self.done]
-        # A part whose images are all in quarantine has a json alone, as has one whose writer is between its two files.
-        for place in [p for p in missing if f"{Path(p.name).stem}.json" in there]:
+        # Only a json: a part whose images are all in quarantine, or one whose writer is between its two files.
+        for place in [p for p in missing if f"{Path(p.name).stem}.json" in written]:
             if self._is_empty(place):
                 self.done.add(place.name)
-        kept = {name: place for name, place in self.held.items() if name not in self.done}
-        rest = [place for place in missing if place.name not in self.done and place.name not in kept]
-        random.shuffle(rest)
-        self.held = kept | {place.name: place for place in rest}
+        held_before = {name: place for name, place in self.held.items() if name not in self.done}
+        others = [place for place in missing if place.name not in self.done and place.name not in held_before]
+        random.shuffle(others)
+        self.held = held_before | {place.name: place for place in others}
         return bool(self.held)
 
     def _note_finished(self) -> set[str]:
-        """The names at the meeting place, by one listing of it."""
-        there = self.meeting.finished()
+        """Add the finished names to `done`, by one listing of the meeting place; returns them."""
+        names = self.meeting.finished()
         self.listed = time.monotonic()
-        self.done |= there
-        return there
+        self.done |= names
+        return names
 
     def _is_empty(self, place: Place) -> bool:
         sidecar = f"{Path(place.name).stem}.json"
@@ -146,46 +146,47 @@ class _Worker:
         return _tar_of(path) is None
 
     def _try(self, place: Place) -> Claim | None:
-        """The part's lease, if nobody has it and it is still to be made."""
-        if self._is_there(place):
-            self._drop(place)
+        """The part's lease, if no worker holds it and the part is not finished."""
+        if self._is_finished(place):
+            self._mark_done(place)
             return None
         claim = self.meeting.take(place.name)
         if claim is None:
             self.held.setdefault(place.name, place)
             return None
         try:
-            if not self._is_there(place):
+            if not self._is_finished(place):
                 self.meeting.begin(place.name, claim)
-                if not self._is_there(place):  # a slow holder may have finished until then, and no later
+                # A slow holder may have finished before `begin`, but cannot afterwards.
+                if not self._is_finished(place):
                     self.held.pop(place.name, None)
                     return claim
         except BaseException:
             claim.release()
             raise
         claim.release()
-        self._drop(place)
+        self._mark_done(place)
         return None
 
-    def _is_there(self, place: Place) -> bool:
+    def _is_finished(self, place: Place) -> bool:
         if self.meeting.has(place.name):
             return True
         return self.meeting.has(f"{Path(place.name).stem}.json") and self._is_empty(place)
 
-    def _drop(self, place: Place) -> None:
+    def _mark_done(self, place: Place) -> None:
         self.done.add(place.name)
         self.held.pop(place.name, None)
 
     def close(self, opened: OpenPart, place: Place, claim: Claim) -> None:
-        """Finish a part and let go of it; a part that was lost meanwhile is somebody else's to finish."""
+        """Finish a part and release its claim; a part that was lost meanwhile is left to its new holder."""
         try:
             try:
                 opened.finish()
             except OSError as error:
-                # A network disk that repeats a rename whose answer was lost says this of one that it has done.
+                # A network disk that repeats a rename whose answer was lost also reports this for a completed one.
                 if error.errno != errno.ENOENT:
                     raise
-                if not self._is_there(place):
+                if not self._is_finished(place):
                     raise LeaseLostError(f"{place.name}: its file aside was taken away") from None
             self.meeting.deliver(place.name, claim)
             self.parts += 1
@@ -196,12 +197,12 @@ class _Worker:
             claim.release()
 
     def lose(self, place: Place) -> None:
-        """Note that another worker has a part that was ours."""
+        """Record that another worker has taken over a part of ours."""
         self.lost += 1
         self.held[place.name] = place
 
     def forget(self) -> None:
-        """What was taken for finished and is not whole is to be made again."""
+        """Withdraw parts that were thought finished but are broken, so that they are made again."""
         for place in self.board.places.values():
             if self._is_broken(place):
                 self.done.discard(place.name)
@@ -221,9 +222,9 @@ class _Worker:
         self.meeting.keep(f"{RECORD}{self.name}", self.record)
 
     def leave(self, tally: Tally, *, finished: bool) -> None:
-        """The last record. finished: the manifest is there, and records are gathered; then by one worker at a time."""
+        """Write the last record. finished: the manifest exists, so records are merged, by one worker at a time."""
         self.give_up_wait_slot()
-        with contextlib.suppress(OSError):  # a full disk is what many leave for, and has been told
+        with contextlib.suppress(OSError):  # workers often leave because of a full disk, which was reported
             if not finished:
                 self.tell(part="", tally=tally, ended=True)
                 return
@@ -233,10 +234,10 @@ class _Worker:
 
 
 def _tar_of(sidecar: Path) -> dict[str, Any] | None:
-    """The tar that a part's json describes: None for a part of no sample, {} where the json is missing or damaged."""
+    """The tar that a part's json describes: None for a part of no samples, {} where the json is missing or damaged."""
     try:
         tar: dict[str, Any] | None = read_json(sidecar)["tar"] if sidecar.is_file() else {}
-    except (DamagedTableError, FileNotFoundError):  # or withdrawn by another at this moment
+    except (DamagedTableError, FileNotFoundError):  # or withdrawn by another worker meanwhile
         tar = {}
     return tar
 
@@ -252,7 +253,7 @@ class MadePart:
 
 
 def work(shards: Sequence[InputShard], teachers: Teachers, **options: Any) -> LabelOutcome:
-    """Label as one of any number of workers, until every part is finished, by whomever; as `by_parts`, at once."""
+    """Label as one of any number of workers, until all workers together finish every part; runs `by_parts` through."""
     steps = by_parts(shards, teachers, **options)
     while True:
         try:
@@ -278,14 +279,14 @@ def by_parts(
     meeting: Meeting | None = None,
     poll_s: float = POLL_S,
 ) -> Generator[MadePart, None, LabelOutcome]:
-    """Label as a worker, with a step for each part; see `label` for the arguments.
+    """Label as a worker, yielding after each part; see `label` for the arguments.
 
-    A part is being finished while the next one is labelled. meeting: where the workers meet; by default `out`, which
-    all of them must see then. poll_s: how often it looks for what others leave, in seconds. The outcome's `last` is
-    True for the worker that wrote the manifest; it is not `complete` for those that left before it was written, for
-    others had all that was left.
+    A part is finished while the next one is labelled. meeting: where the workers meet; by default `out`, which all of
+    them must see then. poll_s: seconds between checks for parts that others abandon. The outcome's `last` is True for
+    the worker that wrote the manifest; `complete` is False for workers that left before it was written, because others
+    held all remaining parts.
 
-    Raises what `label` raises, RunLockedError where a run holds `out` alone; parts that are finished stay.
+    Raises what `label` raises, RunLockedError where a run holds `out` alone; finished parts stay.
     """
     out, settings = Path(out), settings_of(teachers, crops, labels, seed=seed)
     make_folder(out, shards, teachers)
@@ -300,8 +301,8 @@ def by_parts(
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
     before = meeting.stamp()
     if before and _finish(meeting, end, fresh=False):
-        there = sum(name.endswith(".tar") for name in meeting.finished())
-        return LabelOutcome(complete=True, parts=0, skipped=there, images=0, samples=0, quarantined=0, bytes=0)
+        made_before = sum(name.endswith(".tar") for name in meeting.finished())
+        return LabelOutcome(complete=True, parts=0, skipped=made_before, images=0, samples=0, quarantined=0, bytes=0)
     board = Board(shards, part_sizes(shards, crops, labels), out, meeting, teachers, tell)
     worker = _Worker(board, meeting, name, iter(()), min(poll_s, meeting.lease_s / 4))
     worker.walk = board.walk(random.Random(name).randrange(len(shards)))
@@ -309,13 +310,13 @@ def by_parts(
     tally = Tally(0, 0, report, shared=True)
     with thread_pools(max(1, labels.threads), device) as pools:
         job = Work(teachers, crops, labels, seed, device, (), pools.stopping)
-        return (yield from _until_all_is_made(worker, pools, tally, job, end, before))
+        return (yield from _run_until_done(worker, pools, tally, job, end, before))
 
 
-def _until_all_is_made(
+def _run_until_done(
     worker: _Worker, pools: ThreadPools, tally: Tally, work: Work, end: partial[bool], before: str
 ) -> Generator[MadePart, None, LabelOutcome]:
-    """Label, and see to it that the manifest gets written; before: the meeting's stamp when this worker came."""
+    """Label until the manifest is written or others hold the rest; before: the meeting's stamp when we joined."""
     meeting, finished = worker.meeting, False
     try:
         while True:
@@ -323,7 +324,7 @@ def _until_all_is_made(
             if (now := meeting.stamp()) and now != before:
                 finished = True
                 return _outcome(worker, tally, last=False)
-            if worker.held:  # others have it, and there are enough who wait for them
+            if worker.held:  # others hold the rest, and enough workers wait for them
                 return _outcome(worker, tally, complete=False, last=False)
             written = _finish(meeting, end, fresh=True)
             if written:
@@ -352,15 +353,15 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
 
 
 def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: Work) -> Iterator[MadePart]:
-    """Label parts until none is left, by anybody."""
-    alone = True
-    while got := worker.next(pools):
-        place, claim = got
+    """Label parts until no worker finds another one."""
+    unchecked = True
+    while taken := worker.next(pools):
+        place, claim = taken
         begun, before = time.monotonic(), (tally.images, tally.samples)
         try:
-            if alone:  # now that our lease is there to be seen by a run that has begun meanwhile
+            if unchecked:  # now that a run that has started meanwhile can see our lease
                 refuse_run(worker.board.out)
-                alone = False
+                unchecked = False
             part = worker.board.part(place)
             tally.total = sum(p.images for p in worker.board.places.values())
             tally.before = sum(p.images for n, p in worker.board.places.items() if n in worker.done) - tally.images
@@ -378,16 +379,16 @@ def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: Work) ->
             tally.busy += time.monotonic() - begun
         try:
             pools.close(partial(worker.close, opened, place, claim))
-        except BaseException:  # of the part before
+        except BaseException:  # an error of the previous part
             claim.release()
             with opened.writer:
                 raise
-        lines = tuple(line_of(one) for one in opened.quarantine)
+        lines = tuple(line_of(rejected) for rejected in opened.quarantine)
         yield MadePart(place.name, tally.images - before[0], tally.samples - before[1], lines)
 
 
 def _finish(meeting: Meeting, end: partial[bool], *, fresh: bool) -> bool | None:
-    """Write the manifest if all is there; whether it is written, None where somebody else is at it."""
+    """Write the manifest if every part is finished; whether it is written, None where another worker is writing it."""
     claim, before = meeting.take(LAST), meeting.stamp()
     if claim is None:
         return None
@@ -399,7 +400,7 @@ def _finish(meeting: Meeting, end: partial[bool], *, fresh: bool) -> bool | None
         settle(meeting)
         return True
     except OSError as error:
-        # Whoever took over from one that slept has taken its file aside away, or a disk repeats a rename that was done.
+        # A worker that took over has removed our partial file, or a disk repeated a rename that was done.
         if error.errno != errno.ENOENT or meeting.stamp() in ("", before):
             raise
         return None

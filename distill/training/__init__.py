@@ -1,1 +1,1 @@
-"""How it is learnt: the loop, its step, order and batches, what it leaves behind."""
+"""Training: the loop, its steps, the order of samples and batches, checkpoints and the log."""

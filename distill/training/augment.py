@@ -1,9 +1,9 @@
-"""Changes to a batch that teach the student more than the photo does: flips, turns, crops, colours.
+"""Augmentation of a batch: flips, rotations, crops, colours.
 
-Each is a pure function of (seed, place in the stream), so a sample is changed anew in every epoch, and alike on any
-number of processes and after a resume. Geometry moves image, shared map, patches and boxes together; colour changes the
-image alone, for the teacher saw the true ones (Depth Anything, Sec. 3.2). A random crop keeps the square's shape; a
-patch that reaches beyond it keeps its place (its box may leave [0,1]) and is valid where the student still sees it.
+Each is a pure function of (seed, stream position), so a sample is augmented differently in every epoch, but equally on
+any number of processes and after a resume. Geometry changes image, shared map, patches and boxes together; colour
+changes the image only, because the teacher saw the true colours (Depth Anything, Sec. 3.2). Random crops are square; a
+patch that reaches beyond the crop keeps its position (its box may leave [0,1]) and is valid where the student sees it.
 
 Shapes: B regions, N patches per region, S region size, P patch size.
 """
@@ -38,47 +38,47 @@ def augment(
     rotation: float = 0.0,
     canonical: bool = False,
 ) -> Batch:
-    """The batch as the student is to see it at these places of the stream, (B,) of them.
+    """The batch as the student sees it at these B positions of the stream.
 
-    hflip: every second image is mirrored, by lot. color_jitter: brightness, contrast and saturation are each multiplied
-    by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square of the
-    region; 1 = off. rotation: the largest turn in degrees, either way; 0 = off. canonical: metric depth is that of the
-    canonical camera (core.focal), so that a crop, which is a longer lens, brings it nearer. Raises ValueError for a
-    turn of labels with patches.
+    hflip: mirrors each image with probability 1/2. color_jitter: brightness, contrast and saturation are each
+    multiplied by 1 + color_jitter * U(-1, 1); 0 = off. random_resized_crop: smallest area fraction of a random square
+    of the region; 1 = off. rotation: the largest angle in degrees, either way; 0 = off. canonical: metric depth is that
+    of the canonical camera (core.focal), so a crop, which acts as a longer lens, brings it nearer. Raises ValueError
+    for a rotation of labels with patches.
     """
     if not (hflip or color_jitter or rotation or random_resized_crop < 1.0):
         return batch
-    lots = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
+    draws = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
     images, labels = batch.images.clone(), dict(batch.labels)
     if random_resized_crop < 1.0:
-        squares = [_square(lot.square, images.shape[-1], random_resized_crop) for lot in lots]
+        squares = [_square(draw.square, images.shape[-1], random_resized_crop) for draw in draws]
         for b, square in enumerate(squares):
             images[b] = resize(_cut(images[b], square), *images.shape[-2:])
         labels = {name: _crop_labels(part, squares, images.shape[-1], canonical) for name, part in labels.items()}
     if rotation:
-        angles = [math.radians(rotation * (2.0 * lot.angle - 1.0)) for lot in lots]
+        angles = [math.radians(rotation * (2.0 * draw.angle - 1.0)) for draw in draws]
         images, labels = _turned(images, labels, angles)
     if hflip:
-        turned = torch.tensor([lot.mirrored for lot in lots]).to(images.device, non_blocking=True)
-        images = _mirror(images, turned)
-        labels = {name: _mirror_labels(part, turned) for name, part in labels.items()}
+        to_flip = torch.tensor([draw.mirrored for draw in draws]).to(images.device, non_blocking=True)
+        images = _mirror(images, to_flip)
+        labels = {name: _mirror_labels(part, to_flip) for name, part in labels.items()}
     if color_jitter:
-        for b, lot in enumerate(lots):
-            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * lot.rest.random(3) - 1.0))
+        for b, draw in enumerate(draws):
+            images[b] = _jitter(images[b], 1.0 + color_jitter * (2.0 * draw.rest.random(3) - 1.0))
     return Batch(batch.keys, images, labels)
 
 
 def mirrored(
     positions: Sequence[int], *, seed: int, hflip: bool, random_resized_crop: float, rotation: float = 0.0
 ) -> tuple[bool, ...]:
-    """Which of the images at these places `augment` mirrors."""
-    lots = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
-    return tuple(lot.mirrored for lot in lots)
+    """Which of the images at these positions `augment` mirrors."""
+    draws = _lots(positions, seed=seed, hflip=hflip, crops=random_resized_crop < 1.0, turns=rotation > 0)
+    return tuple(draw.mirrored for draw in draws)
 
 
 @dataclass(frozen=True, slots=True)
 class _Lot:
-    """What is drawn for one image, each in [0, 1): its square, its angle, whether it is mirrored; rest: for colours."""
+    """The random draws of an image: its square and angle, each in [0, 1), mirrored; rest: the generator for colours."""
 
     square: tuple[float, ...]
     angle: float
@@ -87,20 +87,20 @@ class _Lot:
 
 
 def _lots(positions: Sequence[int], *, seed: int, hflip: bool, crops: bool, turns: bool) -> list[_Lot]:
-    """In this order, and only what is asked for: a new kind of draw stands last, or every old run draws others."""
-    lots = []
+    """Draws in this order, and only what is used: a new draw must come last, or old runs would no longer reproduce."""
+    draws = []
     for position in positions:
-        draw = generator("augment", seed, position)
-        square = tuple(draw.random(3)) if crops else ()
-        angle = draw.random() if turns else 0.5
-        lots.append(_Lot(square, angle, bool(hflip and draw.random() < 0.5), draw))
-    return lots
+        rng = generator("augment", seed, position)
+        square = tuple(rng.random(3)) if crops else ()
+        angle = rng.random() if turns else 0.5
+        draws.append(_Lot(square, angle, bool(hflip and rng.random() < 0.5), rng))
+    return draws
 
 
 def _square(lot: Sequence[float], size: int, smallest: float) -> tuple[int, int, int]:
     """Top, left and side of a square of a size x size region whose area fraction is uniform in [smallest, 1]."""
     side = max(1, round(size * math.sqrt(smallest + (1.0 - smallest) * lot[0])))
-    top, left = (int(one * (size - side + 1)) for one in lot[1:])
+    top, left = (int(fraction * (size - side + 1)) for fraction in lot[1:])
     return top, left, side
 
 
@@ -110,7 +110,7 @@ def _cut(maps: Tensor, square: tuple[int, int, int]) -> Tensor:
 
 
 def _crop_map(values: Tensor, valid: Tensor, square: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """(S,S) values and valid, cropped and brought back to S x S; valid where only valid pixels were mixed."""
+    """(S,S) values and valid, cropped and resized back to S x S; valid where only valid pixels were interpolated."""
     size = values.shape[-1]
     pair = torch.stack([torch.where(valid, values, 0.0), valid.float()])
     mixed, weight = resize(_cut(pair, square)[None], size, size)[0]
@@ -122,21 +122,21 @@ def _crop_labels(labels: Labels, squares: Sequence[tuple[int, int, int]], size: 
     shared = labels.shared
     cropped = [_crop_map(v, m, square) for v, m, square in zip(shared.values, shared.valid, squares, strict=True)]
     values, valid = (torch.stack(part) for part in zip(*cropped, strict=True))
-    lens = _sent(
+    lens = _tensor_like(
         [side / size if canonical and shared.kind is Kind.METRIC_DEPTH else 1.0 for *_, side in squares], values
     )
     values = values * lens[:, None, None]
-    corners = _sent([[top, left, top, left] for top, left, _ in squares], labels.boxes)
-    sides = _sent([side for *_, side in squares], labels.boxes)
+    corners = _tensor_like([[top, left, top, left] for top, left, _ in squares], labels.boxes)
+    sides = _tensor_like([side for *_, side in squares], labels.boxes)
     boxes = (labels.boxes * size - corners[:, None]) / sides[:, None, None]
     local = labels.local
     if local is not None:
         each = lens.repeat_interleave(len(local) // len(lens))[:, None, None]
-        local = DepthMap(local.values * each, local.valid & _seen(boxes, local.values.shape[-1]), local.kind)
+        local = DepthMap(local.values * each, local.valid & _in_region(boxes, local.values.shape[-1]), local.kind)
     return Labels(DepthMap(values, valid, shared.kind), local, boxes, supervision=labels.supervision)
 
 
-def _seen(boxes: Tensor, patch: int) -> Tensor:
+def _in_region(boxes: Tensor, patch: int) -> Tensor:
     """(B*N,P,P) bool: which pixels of each patch have their centre inside the region."""
     flat = boxes.reshape(-1, 4)
     centres = (torch.arange(patch, dtype=boxes.dtype, device=boxes.device) + 0.5) / patch
@@ -148,31 +148,33 @@ def _seen(boxes: Tensor, patch: int) -> Tensor:
 
 
 def _turned(images: Tensor, labels: dict[str, Labels], angles: Sequence[float]) -> tuple[Tensor, dict[str, Labels]]:
-    """Images (B,3,H,W) and labels turned about the centre, each by its angle in radians: images bilinearly, labels to
-    the nearest pixel, so that no depth is invented. Depth along the axis stays what it is. Outside: black, invalid.
+    """Images (B,3,H,W) and labels rotated about the centre, each by its angle in radians: images bilinearly, labels by
+    nearest neighbour, so that no depth is invented. Depth along the axis is unchanged. Outside: black, invalid.
     """
     height, width = images.shape[-2:]
     cos, sin = (torch.tensor([f(a) for a in angles], dtype=images.dtype) for f in (math.cos, math.sin))
-    none = torch.zeros_like(cos)
+    zeros = torch.zeros_like(cos)
     # affine_grid's coordinates run from -1 to 1 on either axis, whatever the aspect.
-    rows = [cos, -sin * (height / width), none, sin * (width / height), cos, none]
+    rows = [cos, -sin * (height / width), zeros, sin * (width / height), cos, zeros]
     grid = F.affine_grid(
         torch.stack(rows, 1).view(-1, 2, 3).to(images.device), [len(images), 1, height, width], align_corners=False
     )
-    turned = {}
+    turned_labels = {}
     for name, part in labels.items():
         if part.local is not None:
             raise ValueError('train.rotation: labels of patches cannot be turned; label with crops.patches = "none"')
         shared = part.shared
-        seen = F.grid_sample(shared.valid[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0.5
+        valid_turned = (
+            F.grid_sample(shared.valid[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0.5
+        )
         known = torch.where(shared.valid, shared.values, 0.0)[:, None]
         values = F.grid_sample(known, grid, mode="nearest", align_corners=False)[:, 0]
-        turned[name] = replace(part, shared=DepthMap(values, seen, shared.kind))
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False), turned
+        turned_labels[name] = replace(part, shared=DepthMap(values, valid_turned, shared.kind))
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False), turned_labels
 
 
 def _mirror(maps: Tensor, mirrored: Tensor) -> Tensor:
-    """Rows of `maps` (R,...,W) whose `mirrored` (R,) is True, reversed along W."""
+    """`maps` (R,...,W) with the rows whose `mirrored` (R,) is True reversed along W."""
     return torch.where(mirrored.reshape(-1, *[1] * (maps.ndim - 1)), maps.flip(-1), maps)
 
 
@@ -190,8 +192,8 @@ def _mirror_labels(labels: Labels, mirrored: Tensor) -> Labels:
     )
 
 
-def _sent(numbers: Sequence[object], like: Tensor) -> Tensor:
-    """Numbers as a tensor like another. Its new_tensor would let the host wait for all that the GPU has to do."""
+def _tensor_like(numbers: Sequence[object], like: Tensor) -> Tensor:
+    """Numbers as a tensor of the type and device of `like`; like.new_tensor would wait for the GPU's queued work."""
     return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 

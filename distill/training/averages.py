@@ -1,4 +1,4 @@
-"""A copy of the student that follows it by an exponential moving average, without a question to the device."""
+"""An exponential moving average of the student's weights that never synchronizes with the device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch.optim.swa_utils import AveragedModel
 
 
 class Averages(AveragedModel):
-    """Weights that follow the student's; buffers are copied. decay: warms up as (1+t)/(10+t), in steps t.
+    """Averages of the student's weights; buffers are copied. decay: warms up as (1+t)/(10+t), in steps t.
 
-    torch's own update copies its count of steps to the device and reads it there: the host waits, at every step.
+    torch's own update keeps its step count on the device and reads it back: the host waits at every step.
     """
 
     def __init__(self, student: nn.Module, decay: float) -> None:
@@ -19,14 +19,14 @@ class Averages(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Follows `model` by one step; the first one copies it."""
+        """Moves the averages one step towards `model`; the first call copies it."""
         count = int(self.n_averaged)  # on the host, wherever the weights are
-        ours: list[Tensor] = list(self.module.parameters())
-        theirs: list[Tensor] = list(model.parameters())
+        averages: list[Tensor] = list(self.module.parameters())
+        current: list[Tensor] = list(model.parameters())
         if count:
-            torch._foreach_lerp_(ours, theirs, 1.0 - min(self.decay, (1.0 + count) / (10.0 + count)))
+            torch._foreach_lerp_(averages, current, 1.0 - min(self.decay, (1.0 + count) / (10.0 + count)))
         else:
-            torch._foreach_copy_(ours, theirs)
-        for mine, its in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(its)
+            torch._foreach_copy_(averages, current)
+        for buffer, source in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(source)
         self.n_averaged += 1

@@ -1,10 +1,10 @@
-"""From a dataset to the micro-batches a step learns from: read, chosen and augmented in the data workers.
+"""From a dataset to the micro-batches of a step: read, chosen and augmented in the data workers.
 
-Each sample has the teachers that its source has, and learns from one of them: the step's where it has that one, else
-its own draw. A micro-batch may so hold several supervisions; the student sees it whole, in one forward pass, and the
-objective is asked for each supervision's images (ours: a step of one source alone would swing between sources, and a
-batch statistic with it). Only the labels that are learnt from are read. A sample that cannot be read comes out as its
-own one-line error in the training process, not as a worker's traceback.
+Each sample has the teachers of its source and learns from one of them: the one drawn for the step if the sample has
+it, else a draw of its own. So a micro-batch may hold several supervisions; the student sees it in one forward pass, and
+the objective is called once per supervision (ours: steps of a single source would make losses and batch statistics
+swing between sources). Only the labels that are trained on are read. A sample that cannot be read raises a one-line
+error in the training process, not a worker's traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distill.training.settings import TrainSettings
 
 
 class Labelled(Protocol):
-    """Samples at random access, and who taught on each."""
+    """Samples with random access, and the teachers of each."""
 
     @property
     def image_keys(self) -> Sequence[str]:
@@ -36,21 +36,21 @@ class Labelled(Protocol):
 
     @property
     def sources(self) -> Sequence[int]:
-        """One per sample: the number of the source that its image came from."""
+        """One per sample: the number of its image's source."""
         ...
 
     def __len__(self) -> int: ...
 
     def teachers_of(self, index: int, /) -> Sequence[str]:
-        """Whose labels sample `index` can have."""
+        """The teachers that labelled sample `index`."""
         ...
 
     def get(self, index: int, teachers: Sequence[str], /, *, visit: int | None = None) -> Any:
-        """Sample `index` with the labels of these teachers alone.
+        """Sample `index` with the labels of these teachers only.
 
-        visit: its place in the training stream, for a dataset whose crops are drawn anew at every visit; None: as
-        always. A dataset with `stores_codes` takes two more: patches, a function of their number that says which to
-        read, and coded, to leave the maps as codes.
+        visit: its position in the training stream, for a dataset that draws new crops at every visit; None: its fixed
+        crop. A dataset with `stores_codes` takes two more arguments: patches, a function from the number of patches to
+        the indices to read, and coded, to leave the maps as codes.
         """
         ...
 
@@ -60,7 +60,7 @@ Collate = Callable[[list[Any]], Batch]
 
 @dataclass(frozen=True, slots=True)
 class TaughtRows:
-    """The images of a micro-batch that one supervision teaches on: rows (b,), None for all, and their labels."""
+    """The images of a micro-batch with one supervision: their rows (b,), None for all, and their labels."""
 
     rows: Tensor | None
     labels: Labels
@@ -73,12 +73,12 @@ class TaughtRows:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one micro-batch of a step learns from: images (B,3,S,S), and who teaches on which of them.
+    """One micro-batch of a step: images (B,3,S,S), and which labels belong to which of them.
 
-    features: what a frozen encoder sees in the images, float16, where it is stored; else None.
-    positions: each image's place in the training stream, which whatever else is drawn for it is a function of; of
-    held-out images -1 - their index. mirrored: which of them the augmentation has turned. waited: seconds that the
-    training process stood still for its data; None: as long as it took to get it.
+    features: a frozen encoder's features of the images, float16, where they are stored; else None.
+    positions: each image's position in the training stream, the seed of everything else drawn for it; -1 - index for
+    held-out images. mirrored: which images the augmentation flipped. waited: seconds that the training process waited
+    for this batch; None: the time that `next` took.
     """
 
     keys: tuple[str, ...]
@@ -92,22 +92,24 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on another device."""
         taught = [
-            TaughtRows(None if one.rows is None else one.rows.to(device), one.labels.to(device), one.teacher)
-            for one in self.taught
+            TaughtRows(
+                None if taught.rows is None else taught.rows.to(device), taught.labels.to(device), taught.teacher
+            )
+            for taught in self.taught
         ]
         return replace(self, images=self.images.to(device), taught=tuple(taught), features=moved(self.features, device))
 
     def batches(self) -> list[Batch]:
-        """A batch for every supervision."""
-        rows = [range(len(self.keys)) if one.rows is None else one.rows.tolist() for one in self.taught]
+        """One batch per supervision."""
+        rows = [range(len(self.keys)) if taught.rows is None else taught.rows.tolist() for taught in self.taught]
         return [
-            Batch(tuple(self.keys[row] for row in mine), one.of(self.images), {one.teacher: one.labels})
-            for mine, one in zip(rows, self.taught, strict=True)
+            Batch(tuple(self.keys[row] for row in taught_rows), taught.of(self.images), {taught.teacher: taught.labels})
+            for taught_rows, taught in zip(rows, self.taught, strict=True)
         ]
 
 
 def shares_among(available: Sequence[str], settings: TrainSettings) -> dict[str, float]:
-    """How often each teacher of a sample is learnt from; ValueError where nothing says so, or none of them is."""
+    """The share of each of a sample's teachers; raises ValueError where the settings give none of them a share."""
     if not settings.teacher_shares:
         if len(available) != 1:
             raise ValueError(
@@ -125,20 +127,20 @@ def shares_among(available: Sequence[str], settings: TrainSettings) -> dict[str,
 
 
 def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSettings) -> None:
-    """Raises LookupError for a teacher whose labels nobody has, ValueError for samples that nobody teaches on.
+    """Raises LookupError for a teacher without labels, ValueError for samples whose teachers have no share.
 
-    Before the first step, for the step that needs them may be a day away.
+    Called before the first step, because the step that needs them may be a day away.
     """
-    known = Counter(tuple(dataset.teachers_of(index)) for index in indices)
-    every = list(dict.fromkeys(name for names in known for name in names))
-    if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in every]:
-        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(every)}")
-    for available in known:
+    samples_by_teachers = Counter(tuple(dataset.teachers_of(index)) for index in indices)
+    all_teachers = list(dict.fromkeys(name for names in samples_by_teachers for name in names))
+    if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in all_teachers]:
+        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(all_teachers)}")
+    for available in samples_by_teachers:
         shares_among(available, settings)
 
 
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
-    """The batch with the labels of `teacher` alone ("average": of all), of the kind that the student predicts."""
+    """The batch with only the labels of `teacher` ("average": of all), converted to the kind the student predicts."""
     s = settings
     learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
@@ -146,7 +148,7 @@ def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, amon
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A sample that was read: its place, its teachers' shares, the one to learn from ("" in a held-out batch)."""
+    """A sample that was read: its position, its teachers' shares, the teacher to use ("" in a held-out batch)."""
 
     place: SamplePosition
     among: dict[str, float]
@@ -156,7 +158,7 @@ class Item:
 
 
 def alike(items: Sequence[Item]) -> list[list[int]]:
-    """The rows that go together: of the same teachers and, as far as the objective can tell, one supervision."""
+    """Rows grouped by teachers and, as far as the objective distinguishes them, supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
         key: list[Hashable] = [item.teacher, *item.among] if not item.teacher or item.teacher in AVERAGES else []
@@ -170,7 +172,7 @@ def alike(items: Sequence[Item]) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Images of a micro-batch that are alike: their rows, their places in the stream, and who of whom teaches."""
+    """Images of a micro-batch that are alike: rows, positions in the stream, the teacher used and all shares."""
 
     rows: tuple[int, ...]
     positions: tuple[int, ...]
@@ -179,7 +181,7 @@ class Group:
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
-    """The items by what `alike` says."""
+    """The items as groups, by `alike`."""
     return [
         Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
         for rows in alike(items)
@@ -187,9 +189,9 @@ def groups_of(items: Sequence[Item]) -> list[Group]:
 
 
 def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
-    """The group's batch as the step sees it: the labels that it learns from, augmented."""
+    """The group's batch as the step sees it: with the labels to learn from, augmented."""
     s, averaged = settings, group.teacher in AVERAGES
-    if not averaged:  # before the augmentation, which then has fewer maps to turn; an average has weights
+    if not averaged:  # before the augmentation, which then has fewer maps; averages have weights, so they come after
         batch = labels_to_learn(batch, s, teacher=group.teacher, among=group.among)
     batch = augment(
         batch,
@@ -205,7 +207,7 @@ def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
 
 
 def is_mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
-    """Which of the images at these places of the stream the augmentation mirrors."""
+    """Which of the images at these stream positions the augmentation mirrors."""
     crop = s.random_resized_crop
     return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
 
@@ -215,11 +217,11 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSet
     placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
     positions = tuple(place for _, place in placed)
     s = settings
-    turned = is_mirrored(positions, s)
+    is_flipped = is_mirrored(positions, s)
     if len(groups) == 1:
         [batch], [group] = batches, groups
         taught_all = TaughtRows(None, batch.labels[group.teacher], group.teacher)
-        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, turned)
+        return MicroBatch(batch.keys, batch.images, (taught_all,), positions, is_flipped)
     count = sum(len(group.rows) for group in groups)
     keys, images = [""] * count, batches[0].images.new_empty(count, *batches[0].images.shape[1:])
     taught = []
@@ -229,4 +231,4 @@ def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSet
         images[rows] = batch.images
         for row, key in zip(group.rows, batch.keys, strict=True):
             keys[row] = key
-    return MicroBatch(tuple(keys), images, tuple(taught), positions, turned)
+    return MicroBatch(tuple(keys), images, tuple(taught), positions, is_flipped)

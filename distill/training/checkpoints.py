@@ -1,12 +1,12 @@
-"""What a training run keeps on disk to go on from: checkpoints that are whole or not there at all.
+"""The checkpoints of a training run on disk: each is complete or absent.
 
     <out>/checkpoints/step-00000500/
         student/               a student folder as students.checkpoint writes it, of averaged weights if there are any
         training.safetensors   student/<name>, optimizer/<parameter>/<name>, ema/<name>
         state.json             step, settings, data, best step so far, alarm, and sizes and hashes of the other files
 
-A checkpoint is written aside, brought to the disk and renamed (core.files). One whose files are
-missing or of another size than state.json says does not count. The best checkpoint by held-out loss is never pruned.
+A checkpoint is written aside, synced to disk and renamed (core.files). One whose files are missing or differ in size
+from state.json is ignored. The best checkpoint by held-out loss is never pruned.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Checkpoint:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds `out` for this process; ValueError where another run holds it. A killed process holds nothing."""
+    """Locks `out` for this process; ValueError where another run holds it. A killed process leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
     lock = files.take_lock(out / ".lock")
     if lock is None:
@@ -61,13 +61,13 @@ def locked(out: Path) -> Iterator[None]:
 
 
 def bytes_of(student: nn.Module) -> int:
-    """About the bytes of one checkpoint: a student twice, and Adam's two moments."""
+    """The approximate bytes of one checkpoint: the student twice, and Adam's two moments."""
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     return 4 * (2 * sum(p.numel() for p in student.parameters()) + 2 * trained)
 
 
 def folder_of(out: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
+    """The folder of the checkpoint of `step`."""
     return out / "checkpoints" / f"step-{step:08d}"
 
 
@@ -90,13 +90,13 @@ def _whole(folder: Path) -> Checkpoint | None:
     return Checkpoint(folder, state) if sizes == state["files"] else None
 
 
-_PIECE = 1 << 26  # bytes of a checkpoint that go over the network at once
+_PIECE = 1 << 26  # bytes of a checkpoint that are sent over the network at once
 
 
 def hand_out(out: Path, step: int, *, share: Callable[[Any], Any], main: bool, writes: bool) -> None:
-    """The main process's checkpoint of `step` on every machine; all processes call it.
+    """Copies the main process's checkpoint of `step` to every machine; all processes call it.
 
-    share: gives everybody the main process's value. writes: whether this process is the one of its machine that writes.
+    share: broadcasts the main process's value. writes: whether this process is the one that writes on its machine.
     Raises OSError.
     """
     folder = folder_of(out, step)
@@ -121,15 +121,17 @@ def _piece(path: Path, start: int) -> bytes:
 
 
 def clean(out: Path) -> list[str]:
-    """Removes what a killed run left half-written, and checkpoints that are not whole; nothing that is not ours.
+    """Removes partial files of a killed run, and checkpoints that are not whole; never other files.
 
-    Returns a line about each checkpoint that was damaged, for people. Raises ValueError for one of a newer version.
+    Returns a message about each damaged checkpoint. Raises ValueError for one of a newer version.
     """
-    ours = {match[0] for path in (out / "checkpoints").glob("*") if (match := re.search(r"step-\d{8}", path.name))}
-    for name in ours:
+    checkpoint_names = {
+        match[0] for path in (out / "checkpoints").glob("*") if (match := re.search(r"step-\d{8}", path.name))
+    }
+    for name in checkpoint_names:
         files.clean(out / "checkpoints" / name)
     whole = {saved.folder for saved in find(out)}
-    broken = [folder for name in sorted(ours) if (folder := out / "checkpoints" / name) not in whole]
+    broken = [folder for name in sorted(checkpoint_names) if (folder := out / "checkpoints" / name) not in whole]
     lines = [f"{folder} is damaged: the checkpoint is passed over" for folder in broken if folder.is_dir()]
     for folder in broken:
         if _version(folder) > VERSION:
@@ -139,7 +141,7 @@ def clean(out: Path) -> list[str]:
 
 
 def _version(folder: Path) -> int:
-    """What a checkpoint says that its format is, where that can be believed; else 0."""
+    """The format version that a checkpoint states, if its state.json is intact; else 0."""
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         return 0 if is_broken(state) else int(state["version"])
@@ -148,17 +150,16 @@ def _version(folder: Path) -> int:
 
 
 def drop_damaged(out: Path) -> list[str]:
-    """Removes checkpoints with other bytes than were written, the newest and the best, until those are whole.
+    """Removes the newest and the best checkpoint where their bytes have changed, until those two are whole.
 
-    Returns a line about each, for people. Checkpoints of earlier versions, without hashes, are only known by their
-    headers.
+    Returns a message about each. For checkpoints of earlier versions, without hashes, only the header is checked.
     """
     lines: list[str] = []
-    while there := find(out):
-        newest = there[-1]
+    while checkpoints := find(out):
+        newest = checkpoints[-1]
         best = (newest.state["best"] or {}).get("step")
-        looked_at = [newest, *(saved for saved in there[:-1] if saved.step == best)]
-        damaged = [(saved, name) for saved in looked_at if (name := _damaged_file(saved))]
+        checked = [newest, *(saved for saved in checkpoints[:-1] if saved.step == best)]
+        damaged = [(saved, name) for saved in checked if (name := _damaged_file(saved))]
         if not damaged:
             break
         for saved, name in damaged:
@@ -189,7 +190,7 @@ def save(
     save_student: Callable[[Path], object],
     keep_last: int,
 ) -> None:
-    """Writes the checkpoint of state["step"] and prunes older ones; OSError that names the step to go on from."""
+    """Writes the checkpoint of state["step"] and prunes older ones; OSError names the step to resume from."""
     final = folder_of(out, state["step"])
     try:
         with files.writing_folder(final) as new:
@@ -201,17 +202,17 @@ def save(
             (new / "state.json").write_text(text + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         last = max((saved.step for saved in find(out)), default=0)
-        named, reason = (error.filename, error.strerror) if isinstance(error, files.WriteError) else (final, error)
-        raise OSError(f"{named}: cannot be written ({reason}); started again, it goes on from step {last}") from None
+        path, reason = (error.filename, error.strerror) if isinstance(error, files.WriteError) else (final, error)
+        raise OSError(f"{path}: cannot be written ({reason}); started again, it goes on from step {last}") from None
     _prune(out, keep_last, state["best"])
 
 
 def _prune(out: Path, keep_last: int, best: Mapping[str, Any] | None) -> None:
-    there = find(out)
-    keep = {saved.folder for saved in there[-keep_last:]}
+    checkpoints = find(out)
+    keep = {saved.folder for saved in checkpoints[-keep_last:]}
     if best is not None:
         keep.add(folder_of(out, best["step"]))
-    for saved in there:
+    for saved in checkpoints:
         if saved.folder not in keep:
             shutil.rmtree(saved.folder)
 
@@ -272,7 +273,7 @@ def restore(
 
 
 def load_weights(saved: Checkpoint, student: nn.Module, *, averaged: bool) -> None:
-    """The checkpoint's weights alone, the averaged ones where asked for."""
+    """Loads only the checkpoint's weights into the student; averaged: the averaged ones."""
     prefix = "ema/module." if averaged else "student/"
     tensors = _read(saved)
     student.load_state_dict({n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)})

@@ -1,7 +1,7 @@
-"""What a training run's log says about its health: a name for each failure, its numbers, and the remedy.
+"""Diagnoses a training run from its log: names each failure, with its numbers and the remedy.
 
-The failures are those that people who re-implement Distill-Any-Depth report: the output's scale runs away, the output
-collapses to a constant, contexts without information, a learning rate that is too high or too low, a GPU that waits for
+The failures are those reported by people who re-implement Distill-Any-Depth: the output's scale runs away, the output
+collapses to a constant, contexts carry no information, the learning rate is too high or too low, the GPU waits for
 data. Thresholds are ours.
 """
 
@@ -19,24 +19,24 @@ from distill.core.seal import is_broken
 from distill.training import trainlog
 
 FEWEST = 10
-"""Steps that a verdict needs."""
+"""The smallest number of steps to judge."""
 DRIFT, COLLAPSE = 3.0, 0.02
-"""The output's deviation over its labels': more, or less, than so many times is a failure."""
+"""A ratio of the output's deviation to its labels' above the first, or below the second, is a failure."""
 
 Line = dict[str, Any]
 
 
 def find_log(path: Path) -> Path:
-    """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names what was looked for."""
-    tried = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
-    existing = [one for one in tried if one.is_file()]
+    """The log of `path`: a log, a run's folder or its train folder. FileNotFoundError names the paths tried."""
+    candidates = [path] if path.is_file() else [path / "log.jsonl", path / "train" / "log.jsonl"]
+    existing = [candidate for candidate in candidates if candidate.is_file()]
     if not existing:
-        raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, tried))}")
+        raise FileNotFoundError(f"{path}: no training log; looked for {' and '.join(map(str, candidates))}")
     return existing[0]
 
 
 def check_run(path: Path) -> list[Finding]:
-    """Everything looked at, the worst first. path: see `find_log`. Raises ValueError for what is no log."""
+    """All findings, the worst first. path: see `find_log`. Raises ValueError for a file that is not a log."""
     log = find_log(path)
     try:
         lines = trainlog.read(log)
@@ -66,7 +66,7 @@ def check_run(path: Path) -> list[Finding]:
 
 
 def _about(path: Path) -> Line | None:
-    """What a run says of itself; nothing where it says nothing, None where that is damaged."""
+    """The content of run.json; {} where there is none, None where it is damaged."""
     try:
         run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError):
@@ -75,12 +75,12 @@ def _about(path: Path) -> Line | None:
 
 
 def _damage(log: Path, run: Line | None) -> list[Finding]:
-    found = []
+    findings = []
     if count := trainlog.damaged(log):
-        found.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
+        findings.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
     if run is None:
-        found.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
-    return found
+        findings.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
+    return findings
 
 
 def _mean(lines: Sequence[Line], name: str) -> float:
@@ -108,12 +108,12 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
     idle = [name for line in lines for name in line.get("without_gradient", [])]
     if not idle:
         return []
-    what = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
-    return [Finding("warn", what, "harmless for a mask token; otherwise the decoder skips a part")]
+    message = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
+    return [Finding("warn", message, "harmless for a mask token; otherwise the decoder skips a part")]
 
 
 def _scale(steps: Sequence[Line], warmup: int) -> Finding:
-    """Drift and collapse, of the output's deviation relative to its labels'."""
+    """Drift and collapse of the output's deviation relative to its labels'."""
     first, last = [
         _mean(part, "output_deviation") / max(_mean(part, "label_deviation"), 1e-12) for part in _ends(steps, warmup)
     ]
@@ -137,15 +137,15 @@ def _contexts(steps: Sequence[Line], run: Line) -> Finding:
     total = _number_of_contexts(loss.get("normalization", ""))
     mean = statistics.fmean(dead)
     of = f" of {total}" if total else ""
-    what = f"{mean:.2f}{of} contexts carry no information (too few pixels, or a constant label)"
+    message = f"{mean:.2f}{of} contexts carry no information (too few pixels, or a constant label)"
     if total and mean > 0.5 * total:
         remedy = "labels are flat or mostly invalid: `distill inspect`; or normalize globally"
-        return Finding("bad", f"dead contexts: {what}", remedy)
-    return Finding("ok", f"contexts: {what}")
+        return Finding("bad", f"dead contexts: {message}", remedy)
+    return Finding("ok", f"contexts: {message}")
 
 
 def _number_of_contexts(normalization: str) -> int | None:
-    """Of a label; None where nobody here knows: of a file, say, which reading a log must not run."""
+    """Contexts per label; None where unknown, e.g. for a normalization file, which reading a log must not execute."""
     folder = "distill.losses.normalize"
     try:
         return max(1, sum(find(folder, normalization).LEVELS)) if normalization in names(folder) else None
@@ -154,7 +154,7 @@ def _number_of_contexts(normalization: str) -> int | None:
 
 
 def _rate(steps: Sequence[Line], warmup: int, settings: Line) -> Finding:
-    """Whether the loss fell after the warm-up: up is a rate too high, flat one too low."""
+    """Whether the loss fell after the warm-up: a rise means a rate that is too high, a plateau one that is too low."""
     first, last = (_mean(part, "loss") for part in _ends(steps, warmup))
     change = (last - first) / max(abs(first), 1e-12)
     lr = settings.get("lr")
@@ -173,12 +173,14 @@ def _gradient(steps: Sequence[Line], settings: Line) -> Finding:
     limit = float(settings.get("clip_norm") or 0.0)
     norms = [line["grad_norm"] for line in steps]
     middle, largest = statistics.median(norms), max(norms)
-    what = f"gradient norm: median {middle:.3g}, largest {largest:.3g}" + (f", clipped at {limit:g}" if limit else "")
+    message = f"gradient norm: median {middle:.3g}, largest {largest:.3g}" + (
+        f", clipped at {limit:g}" if limit else ""
+    )
     if limit and middle > 10 * limit:
         return Finding(
-            "warn", f"every step is clipped: {what}", "lower lr, or raise clip_norm: the loss is far steeper"
+            "warn", f"every step is clipped: {message}", "lower lr, or raise clip_norm: the loss is far steeper"
         )
-    return Finding("ok", what)
+    return Finding("ok", message)
 
 
 def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
@@ -186,22 +188,24 @@ def _waiting(steps: Sequence[Line], settings: Line) -> Finding:
     if not timed:
         return Finding("ok", "data wait: not logged")
     wait = sum(line["data_wait"] * line["seconds"] for line in timed) / sum(line["seconds"] for line in timed)
-    what = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
+    message = f"{wait:.1%} of the time is spent waiting for data ({settings.get('workers', '?')} workers)"
     if wait > 0.05:
         remedy = 'raise train.workers; keep the labels on a local disk; store them with labels.codec = "zst"'
-        return Finding("bad" if wait > 0.3 else "warn", f"data wait: {what}", remedy)
-    return Finding("ok", f"data wait: {what}")
+        return Finding("bad" if wait > 0.3 else "warn", f"data wait: {message}", remedy)
+    return Finding("ok", f"data wait: {message}")
 
 
 def _held_out(lines: Sequence[Line]) -> list[Finding]:
-    held = [(line["step"], line["heldout"]) for line in lines if line.get("heldout") is not None]
-    if len(held) < 3:
+    evaluations = [(line["step"], line["heldout"]) for line in lines if line.get("heldout") is not None]
+    if len(evaluations) < 3:
         return []
-    step, best = min(held, key=lambda pair: pair[1])
-    last = held[-1][1]
-    what = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
+    step, best = min(evaluations, key=lambda pair: pair[1])
+    last = evaluations[-1][1]
+    message = f"held-out loss: best {best:.4g} at step {step}, last {last:.4g}"
     if last > 1.1 * best:
         return [
-            Finding("warn", f"overfitting: {what}", "more images or crops.crops_per_image, or patience to stop early")
+            Finding(
+                "warn", f"overfitting: {message}", "more images or crops.crops_per_image, or patience to stop early"
+            )
         ]
-    return [Finding("ok", what)]
+    return [Finding("ok", message)]

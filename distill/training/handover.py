@@ -1,11 +1,11 @@
-"""Batches handed from the processes that read to a device, through memory that they share and that the device can read.
+"""Passes batches from reading processes to a device, through shared memory that the device can read.
 
-A DataLoader that pins copies a batch twice in the training process, through pages that are mapped for that batch alone:
-one thread, which makes 25 ms of a batch of 43 MB (an H100's machine) however many processes read. Here a process writes
-its batch into a slot that stays; the training process page-locks each slot once and sends its bytes in one copy.
+A DataLoader with pin_memory copies a batch twice in the training process, through pages that are mapped for that batch
+only: one thread, 25 ms per batch of 43 MB (on an H100's machine), however many processes read. Here a process writes
+its batch into a permanent slot; the training process page-locks each slot once and sends its bytes in one copy.
 
 Each process has slots of its own and uses them in turn. Its batches are taken in the order in which it makes them, so
-its oldest never waits for a slot that a later one has, as it could if the slots were everybody's.
+its oldest never waits for a slot held by a later one, as it could with slots shared by all processes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from distill.core import machine
 
 _log = logging.getLogger(__name__)
 SLOTS = 2
-"""Of each process: one is filled while the other waits or is sent."""
+"""Slots per process: one is filled while the other waits or is sent."""
 SPARE = 1.5
-"""A slot's size, in batches of the size of the first; a larger batch goes the DataLoader's way."""
+"""A slot's size, as a multiple of the first batch's; a larger batch is passed on by the DataLoader."""
 _ALIGNMENT = 64
 _PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where among a batch's bytes a tensor lies."""
+    """The location of a tensor in a batch's bytes."""
 
     start: int
     dtype: torch.dtype
@@ -58,46 +58,46 @@ class Handed:
 
 
 def mapped(item: Any, leaf: type, change: Callable[[Any], Any]) -> Any:
-    """The same dataclasses, mappings, lists and tuples with each `leaf` changed; what holds none stays as it is."""
+    """A copy of nested dataclasses, mappings, lists and tuples with each `leaf` changed; parts without one are kept."""
     if isinstance(item, leaf):
         return change(item)
     if is_dataclass(item) and not isinstance(item, type):
-        parts = {one.name: getattr(item, one.name) for one in fields(item)}
-        made = {name: mapped(part, leaf, change) for name, part in parts.items()}
-        new = {name: part for name, part in made.items() if part is not parts[name]}
+        parts = {field.name: getattr(item, field.name) for field in fields(item)}
+        changed = {name: mapped(part, leaf, change) for name, part in parts.items()}
+        new = {name: part for name, part in changed.items() if part is not parts[name]}
         return replace(item, **new) if new else item
     if isinstance(item, Mapping):
-        made = {name: mapped(part, leaf, change) for name, part in item.items()}
-        return item if all(made[name] is part for name, part in item.items()) else made
+        changed = {name: mapped(part, leaf, change) for name, part in item.items()}
+        return item if all(changed[name] is part for name, part in item.items()) else changed
     if isinstance(item, tuple | list):
-        found = [mapped(part, leaf, change) for part in item]
-        return item if all(a is b for a, b in zip(found, item, strict=True)) else type(item)(found)
+        changed_items = [mapped(part, leaf, change) for part in item]
+        return item if all(a is b for a, b in zip(changed_items, item, strict=True)) else type(item)(changed_items)
     return item
 
 
 def tensors_of(item: Any) -> list[Tensor]:
     """Every tensor in it."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+    def collect(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
         return tensor
 
-    mapped(item, Tensor, note)
-    return found
+    mapped(item, Tensor, collect)
+    return tensors
 
 
 class Handover:
-    """Slots of shared memory for so many reading processes; `size`: bytes of each. Goes to them by fork or pickle."""
+    """Shared-memory slots of `size` bytes for `readers` reading processes. Reaches them by fork or pickle."""
 
     def __init__(self, readers: int, size: int) -> None:
         context = multiprocessing.get_context()
-        # One memory for all, each slot on pages of its own: a server that forks takes a few hundred descriptors.
+        # One memory for all, each slot on pages of its own: a fork server takes only a few hundred file descriptors.
         self.size = -(-size // _PAGE) * _PAGE
         self.memory = _shared(readers * SLOTS * self.size)
         self.free = [context.Semaphore(SLOTS) for _ in range(readers)]
-        self._over = _shared(1)  # a flag without a lock, which a process that is killed would take along
-        self._given = 0
+        self._ended = _shared(1)  # a flag without a lock, which a killed process would never release
+        self._batches_given = 0
         self._locked: dict[int, bool] = {}  # by a slot's address: whether the device took it
         self._device: torch.device | None = None
 
@@ -107,7 +107,7 @@ class Handover:
         return self.memory[start : start + self.size]
 
     def give(self, batch: Any) -> Any:
-        """In a reading process: the batch as `Handed`, or as it is where no slot can hold it; OSError after `end`."""
+        """In a reading process: the batch as `Handed`, unchanged where no slot can hold it; an OSError after `end`."""
         reader, pieces, used = get_worker_info(), [], 0
         if reader is None:
             return batch
@@ -122,12 +122,12 @@ class Handover:
         content = mapped(batch, Tensor, place)
         if used > self.size or not pieces:
             return batch
-        if not self._is_over():
+        if not self._has_ended():
             self.free[reader.id].acquire()
-        if self._is_over():
+        if self._has_ended():
             return OSError("a batch that nobody takes any more")
-        number = self._given % SLOTS
-        self._given += 1
+        number = self._batches_given % SLOTS
+        self._batches_given += 1
         memory = self.slot(reader.id, number)
         for piece, tensor in pieces:
             piece.of(memory).copy_(tensor)
@@ -136,28 +136,28 @@ class Handover:
     def take(self, handed: Handed, device: torch.device) -> Any:
         """The batch on a device; on CUDA the copy is queued in the current stream, and `release` waits for it."""
         memory = self.slot(handed.reader, handed.slot)
-        here, filled = torch.empty(handed.used, dtype=torch.uint8, device=device), memory[: handed.used]
+        on_device, filled = torch.empty(handed.used, dtype=torch.uint8, device=device), memory[: handed.used]
         if device.type == "cuda" and not self._lock(memory, device):
-            filled = filled.pin_memory()  # one copy more, where the way to the device would stand still for all of it
-        here.copy_(filled, non_blocking=True)
-        return mapped(handed.content, Piece, lambda piece: piece.of(here))
+            filled = filled.pin_memory()  # one more copy, as a copy from pageable memory would block
+        on_device.copy_(filled, non_blocking=True)
+        return mapped(handed.content, Piece, lambda piece: piece.of(on_device))
 
     def release(self, handed: Handed) -> None:
         """Lets the slot be filled again; its bytes must have been copied."""
         self.free[handed.reader].release()
 
     def end(self) -> None:
-        """Lets the reading processes wait for no slot any more, so that they can end."""
-        self._over.fill_(1)
+        """Stops the reading processes from waiting for slots, so that they can end."""
+        self._ended.fill_(1)
         for free in self.free:
             free.release()
 
-    def _is_over(self) -> bool:
-        return bool(self._over)
+    def _has_ended(self) -> bool:
+        return bool(self._ended)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """After the block no process waits for a slot, and no memory is page-locked."""
+        """On exit, ends the waiting for slots and unlocks the page-locked memory."""
         try:
             yield
         finally:
@@ -165,54 +165,54 @@ class Handover:
             self._unlock()
 
     def _lock(self, memory: Tensor, device: torch.device) -> bool:
-        """Whether the slot is page-locked, as it is at its first use where the device takes it."""
+        """Page-locks the slot at its first use; returns whether the device accepted that."""
         address, self._device = memory.data_ptr(), device
         if address not in self._locked:
             fault = torch.cuda.cudart().cudaHostRegister(address, memory.nbytes, 0)
             self._locked[address] = int(fault) == 0
             if not self._locked[address]:
-                with suppress(RuntimeError):  # the next kernel, whosever it is, reports it once more
+                with suppress(RuntimeError):  # the next kernel, whichever it is, reports the error once more
                     torch.ones(1, device=device)
                 if list(self._locked.values()).count(False) == 1:
                     _log.warning("memory cannot be page-locked (%s): each batch is copied once more", fault)
         return self._locked[address]
 
     def _unlock(self) -> None:
-        """Also on a device that has failed: memory that stays locked is taken for what comes to lie there later."""
-        taken = [address for address, locked in self._locked.items() if locked]
-        if taken:
-            with suppress(RuntimeError):  # what has failed was reported, or is by the next call
+        """Also on a device that has failed: memory that stays locked would affect later allocations at its address."""
+        addresses = [address for address, locked in self._locked.items() if locked]
+        if addresses:
+            with suppress(RuntimeError):  # the failure was reported, or will be by the next call
                 torch.cuda.synchronize(self._device)
-        for address in taken:
+        for address in addresses:
             torch.cuda.cudart().cudaHostUnregister(address)
         self._locked.clear()
 
 
 @dataclass(frozen=True, slots=True)
 class Giving:
-    """A collate function of the reading processes, whose batches are handed over."""
+    """A collate function of the reading processes that hands its batches over."""
 
     collate: Callable[[Any], Any]
     handover: Handover
 
     def __call__(self, items: Any) -> Any:
-        """What `collate` makes of them, or the Exception that it gives."""
-        made = self.collate(items)
-        return made if isinstance(made, Exception) else self.handover.give(made)
+        """The handed-over batch of `collate`, or the Exception that it returns."""
+        batch = self.collate(items)
+        return batch if isinstance(batch, Exception) else self.handover.give(batch)
 
 
 def handover_for(readers: int, size: int) -> Handover | None:
-    """For batches of about `size` bytes; None where none reads beside this one, or memory or files run out."""
+    """A Handover for batches of about `size` bytes; None without reading processes, shared memory or descriptors."""
     capacity = int(SPARE * size)
     if not (readers and size and machine.has_shared_memory(2 * readers * SLOTS * capacity)):
         return None
     try:
         return Handover(readers, capacity)
-    except (RuntimeError, OSError):  # another run was quicker, or no file more may be open
+    except (RuntimeError, OSError):  # another run took the memory first, or too many files are open
         return None
 
 
 def _shared(size: int) -> Tensor:
-    """(size,) uint8 in shared memory, all of it taken here and now: RuntimeError where that much is not free."""
+    """(size,) uint8 in shared memory, allocated in full immediately: RuntimeError where that much is not free."""
     storage = torch.UntypedStorage._new_shared(size)
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (size,))  # type: ignore[call-overload]

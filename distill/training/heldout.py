@@ -1,4 +1,4 @@
-"""Held-out labels: the loss of a run's kept weights on samples that it does not learn from, and which step was best."""
+"""Held-out evaluation: the loss of a run's saved weights on samples it does not train on, and the best step so far."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distill.training.step import TrainingRun, measure
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The samples that choose the checkpoint."""
+    """The held-out samples that select the checkpoint."""
 
     dataset: Labelled
     indices: Sequence[int]
@@ -27,20 +27,20 @@ class Held:
 
 
 def split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) -> tuple[list[int], list[int]]:
-    """The samples of `dataset` to train on and those that choose the checkpoint, of sources that are learnt from."""
+    """Indices of the training samples of `dataset`, and of the held-out samples, without sources of weight 0."""
     if heldout is None:
-        kept, held = hold_out(dataset.image_keys, settings.val_fraction)
+        train_indices, heldout_indices = hold_out(dataset.image_keys, settings.val_fraction)
         heldout = dataset
     else:
-        kept, held = list(range(len(dataset))), list(range(len(heldout)))
-    idle = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
-    return kept, [index for index in held if heldout.sources[index] not in idle]
+        train_indices, heldout_indices = list(range(len(dataset))), list(range(len(heldout)))
+    unused_sources = {source for source, weight in enumerate(settings.source_weights) if weight == 0}
+    return train_indices, [index for index in heldout_indices if heldout.sources[index] not in unused_sources]
 
 
 @torch.no_grad()
 def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
-    """The line of an evaluation of the kept weights: the loss and its parts, each a mean over the images that it says
-    something of. NaN where that is none.
+    """The log line of an evaluation of the weights to be saved: the loss and its parts, each a mean over the images it
+    covers, NaN where there are none.
     """
     processes = run.processes
     batches = heldout_batches(
@@ -56,10 +56,10 @@ def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
     sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
     for batch in batches:
         for weight, micro in batch:
-            found = measure(run, run.kept, micro.to(processes.device))
-            # An image without a usable label has loss 0, which says nothing.
-            taught = found.losses if found.taught is None else found.losses[found.taught]
-            for name, values in {"": taught, **found.parts}.items():
+            result = measure(run, run.kept, micro.to(processes.device))
+            # An image without a usable label has loss 0, which carries no information.
+            taught = result.losses if result.taught is None else result.losses[result.taught]
+            for name, values in {"": taught, **result.parts}.items():
                 total = torch.stack([values.double().sum(), values.new_tensor(len(values), dtype=torch.float64)])
                 sums[name] = sums.get(name, 0.0) + weight * total
     means: dict[str, float] = {}
@@ -78,7 +78,7 @@ def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
 
 
 def is_best(run: TrainingRun, line: Mapping[str, Any]) -> bool:
-    """Whether an evaluation's line has the lowest loss so far; the run keeps it, and counts the worse ones since."""
+    """Whether an evaluation has the lowest loss so far. Updates the run's best and its count of evaluations since."""
     better = math.isfinite(line["heldout"]) and (run.best is None or line["heldout"] < run.best["heldout"])
     if better:
         run.best = {"step": run.step, "heldout": line["heldout"]}

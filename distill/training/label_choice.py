@@ -1,4 +1,4 @@
-"""Whose labels a step learns from, and as what kind: a teacher drawn by share, or the mean of all; pure functions.
+"""Whose labels a step uses, and as what kind: those of a teacher drawn by share, or the mean of all; pure functions.
 
 Shapes: B batch, H height, W width.
 """
@@ -17,12 +17,12 @@ from distill.losses.losses import median_and_mean_abs_dev
 
 
 def choose_teacher(teachers: Mapping[str, float], *, seed: int, step: int) -> str:
-    """Whose labels 0-based `step` learns from, drawn by share from (seed, step): the same on every process."""
-    drawn = generator("teacher", seed, step).random() * sum(teachers.values())
+    """The teacher of 0-based `step`, drawn by share from (seed, step): the same on every process."""
+    point = generator("teacher", seed, step).random() * sum(teachers.values())
     for name, share in teachers.items():
-        if drawn < share:
+        if point < share:
             return name
-        drawn -= share
+        point -= share
     return next(name for name, share in reversed(list(teachers.items())) if share > 0)
 
 
@@ -31,14 +31,14 @@ def _average_maps(
 ) -> tuple[DepthMap, Tensor]:
     """The mean map, and each pixel's weight: 1 / (1 + the teachers' distance there, in mean deviations if aligned)."""
     valid = torch.stack([m.valid for m in maps]).all(0)
-    normal = []
+    normalized = []
     for m in maps:
         median, deviation = median_and_mean_abs_dev(m.values, valid)
         centred = (m.values - median[:, None, None]) / deviation.clamp(min=1e-12)[:, None, None]
-        normal.append(torch.where(valid, centred if aligned else m.values, 0.0))
-    mean = torch.stack([share / sum(shares) * one for share, one in zip(shares, normal, strict=True)]).sum(0)
-    # Of two teachers, whatever their shares, this is the distance between them.
-    distance = torch.stack([(one - mean).abs() for one in normal]).sum(0)
+        normalized.append(torch.where(valid, centred if aligned else m.values, 0.0))
+    mean = torch.stack([share / sum(shares) * values for share, values in zip(shares, normalized, strict=True)]).sum(0)
+    # For two teachers, whatever their shares, this is the distance between them.
+    distance = torch.stack([(values - mean).abs() for values in normalized]).sum(0)
     kind = Kind.AFFINE_DISPARITY if maps[0].kind.quantity == "disparity" else Kind.AFFINE_DEPTH
     return DepthMap(mean, valid, kind), torch.where(valid, 1.0 / (1.0 + distance), 0.0)
 
@@ -48,16 +48,19 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], 
 
     Distill-Any-Depth, Sec. 4.2 and Table 4: "a weighted averaging approach (Avg.), which assigns greater weight to
     pixels where the two teachers exhibit high agreement". No formula is given; inferred: each map is first brought to
-    median 0 and mean deviation 1, for maps known up to scale and shift cannot be averaged as they are; a pixel's weight
-    in L_Dis is 1 / (1 + |a - b|). A pixel counts where every teacher's does. The teachers' patches must lie in the
-    same places. aligned: False averages the maps as they are, each in its own scale and shift.
+    median 0 and mean deviation 1, because maps known up to scale and shift cannot be averaged as they are; a pixel's
+    weight in L_Dis is 1 / (1 + |a - b|). A pixel is valid where it is in every teacher's map. The teachers' patches
+    must be the same. aligned: False averages the maps as they are, each in its own scale and shift.
     """
     parts = [labels[name] for name, share in teachers.items() if share > 0]
     shares = [share for share in teachers.values() if share > 0]
     local = [part.local for part in parts if part.local is not None]
     shared, weight = _average_maps([part.shared for part in parts], shares, aligned=aligned)
-    taught = [part.supervision for part in parts]
-    truth, dense = (all(flags) for flags in zip(*((one.truth, one.dense) for one in taught), strict=True))
+    supervisions = [part.supervision for part in parts]
+    truth, dense = (
+        all(flags)
+        for flags in zip(*((supervision.truth, supervision.dense) for supervision in supervisions), strict=True)
+    )
     supervision = Supervision("average", shared.kind, truth, dense)
     if len(local) != len(parts):
         return Labels(shared, None, parts[0].boxes, weight, supervision=supervision)
@@ -70,17 +73,17 @@ def average_labels(labels: Mapping[str, Labels], teachers: Mapping[str, float], 
 
 
 def choose_patches(count: int, seed: int, position: int, number: int) -> list[int]:
-    """Which `count` of a region's `number` patches are learnt from at this place of the stream; all of fewer."""
+    """Indices of the patches to use at this stream position, `count` of a region's `number`; all of them if fewer."""
     if number <= count:
         return list(range(number))
     return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
 
 
 def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> Labels:
-    """The labels as the kind that the student predicts, or as they are where they know less than it does.
+    """The labels converted to the kind that the student predicts, or unchanged where they know less than it does.
 
-    Then the objective brings the prediction to them. Raises distill.core.depth.KindError where they do not meet;
-    keep_unmet: those stay as they are too.
+    Then the objective converts the prediction instead. Raises distill.core.depth.KindError where neither converts to
+    the other; keep_unmet: returns those labels unchanged too.
     """
     kind, stored = Kind(kind), labels.shared.kind
     if keep_unmet and not stored.can_become(kind):
@@ -89,13 +92,13 @@ def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> L
 
 
 AVERAGES = ("average", "average_unaligned")
-"""The strategies that learn from a mean of all teachers' maps; in place of a teacher's name they mean it."""
+"""The strategies that use a mean of all teachers' maps; also used in place of a teacher's name."""
 
 
 def learnt_labels(
     labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str, keep_unmet: bool = False
 ) -> Labels:
-    """The labels that one step learns from: those of `name`, or the average of all where name is one of AVERAGES."""
-    wanted = list(teachers) if name in AVERAGES else [name]
-    met = {n: meet_labels(labels[n], kind, keep_unmet) for n in wanted}
-    return average_labels(met, teachers, aligned=name == "average") if name in AVERAGES else met[name]
+    """The labels that one step uses: those of `name`, or the average of all where name is one of AVERAGES."""
+    used = list(teachers) if name in AVERAGES else [name]
+    converted = {n: meet_labels(labels[n], kind, keep_unmet) for n in used}
+    return average_labels(converted, teachers, aligned=name == "average") if name in AVERAGES else converted[name]

@@ -1,13 +1,12 @@
-"""How a latent network learns depth: FiffDepth's, GenPercept's and Marigold's training as one task.
+"""The training of latent depth networks: FiffDepth's, GenPercept's and Marigold's as one task.
 
-Ground truth teaches the one pass at t = 0 (or as `[latent]` says), and the trajectory beside it: the network goes on
-denoising latents that blend image and depth. A network's pseudo-labels teach what another pass, at t = -1, makes of the
-one pass's map, so that their lack of detail costs none (FiffDepth Sec. 3.2-3.4). Which of the two an image gets is told
-by its labels' supervision. "denoise" takes noise off the map's latents beside the image's (Marigold).
+Ground truth supervises the single pass at t = 0 (or as `[latent]` says) and, besides it, the trajectory: the network
+keeps denoising latents that blend image and depth. Pseudo-labels supervise the output of another pass, the filter's at
+t = -1, on the single pass's map, so that their lack of detail does not blur it (FiffDepth Sec. 3.2-3.4). An image's
+label supervision decides between the two. "denoise" denoises the map's latents given the image's (Marigold).
 
-Whatever is drawn for an image follows from (seed, its place in the stream), on the CPU: the same on any number of
-processes, on any device, and after a resume. -1 goes to the UNet alone; as an index of the noise schedule it would mean
-999.
+Random draws for an image follow from (seed, its stream position), on the CPU: the same on any number of processes, on
+any device, and after a resume. t = -1 is only passed to the UNet; as an index of the noise schedule it would mean 999.
 
 Shapes: B images of a micro-batch, S x S pixels, h x w latent pixels.
 """
@@ -30,7 +29,7 @@ from distill.training.latent_cache import LatentCache, stacked
 from distill.training.step import Measured
 
 PRIOR_LEVELS = tuple(range(100, 1000, 200))
-"""Noise levels at which `latent.watch_prior` asks for the base's own task."""
+"""Noise levels at which `latent.watch_prior` evaluates the base model's own task."""
 
 
 class LatentNetwork(Protocol):
@@ -60,9 +59,10 @@ class LatentNetwork(Protocol):
 
 @dataclass(slots=True)
 class _Rows:
-    """A micro-batch in latents. image, target: (B,4,h,w). maps: (B,S,S) in [-1,1], valid pixels and latent pixels.
+    """A micro-batch in latents. image, target: (B,4,h,w). maps: (B,S,S) in [-1,1]. pixels, valid: its valid pixels and
+    valid latent pixels.
 
-    truth, pseudo: which rows are taught as ground truth is, and which by the filter; bool (B,).
+    truth, pseudo: the rows supervised as ground truth, and those supervised through the filter; bool (B,).
     """
 
     image: Tensor
@@ -76,9 +76,9 @@ class _Rows:
 
 @dataclass(frozen=True)
 class LatentTask:
-    """What [latent] asks of a network; a training.step.TrainingTask.
+    """The task that [latent] describes; a training.step.TrainingTask.
 
-    network: the bare student, for what is frozen in it. seed: the run's. cache: None computes every latent anew.
+    network: the unwrapped student, for its frozen parts. seed: the run's. cache: None recomputes every latent.
     """
 
     network: LatentNetwork
@@ -88,23 +88,23 @@ class LatentTask:
     steps: int = field(default=STEPS)
 
     def keep(self) -> None:
-        """Brings the latents that were computed to the disk."""
+        """Writes the computed latents to disk."""
         if self.cache is not None:
             self.cache.keep()
 
     def __call__(self, module: nn.Module, micro: MicroBatch, /, *, precision: str) -> Measured:
-        """The losses (B,) of a micro-batch; parts by name have as many values as images that they speak of."""
+        """The losses (B,) of a micro-batch; parts by name have one value per image that they cover."""
         rows = self._rows(micro)
         bf16 = torch.autocast(micro.images.device.type, torch.bfloat16, enabled=precision == "bf16")
         with bf16:
             if self.settings.method == "denoise":
                 return self._denoise(module, micro, rows)
-            found = self._feed_forward(module, micro, rows)
+            result = self._feed_forward(module, micro, rows)
             if self.settings.watch_prior and not module.training and self.network.head is None:
-                found.parts["prior"] = self._prior(module, micro, rows)
-            return found
+                result.parts["prior"] = self._prior(module, micro, rows)
+            return result
 
-    # --- what is learnt from ------------------------------------------------------------------------------------------
+    # --- targets ------------------------------------------------------------------------------------------------------
 
     def _rows(self, micro: MicroBatch) -> _Rows:
         device, count, s = micro.images.device, len(micro.keys), self.settings
@@ -113,22 +113,22 @@ class LatentTask:
         pixels = torch.zeros(count, *shape, dtype=torch.bool, device=device)
         truth = torch.zeros(count, dtype=torch.bool, device=device)
         teachers = [""] * count
-        for one in micro.taught:
-            mine = torch.arange(count, device=device) if one.rows is None else one.rows
-            maps[mine], pixels[mine] = self._map_of(one)
-            truth[mine] = one.labels.supervision.truth or s.pseudo == "direct"
-            for row in mine.tolist():
-                teachers[row] = one.teacher
+        for taught in micro.taught:
+            taught_rows = torch.arange(count, device=device) if taught.rows is None else taught.rows
+            maps[taught_rows], pixels[taught_rows] = self._map_of(taught)
+            truth[taught_rows] = taught.labels.supervision.truth or s.pseudo == "direct"
+            for row in taught_rows.tolist():
+                teachers[row] = taught.teacher
         image = self._latents(micro, [""] * count, lambda at: self.network.encode(micro.images[at]))
         target = self._latents(micro, teachers, lambda at: self.network.encode_maps(maps[at]))
         pseudo = ~truth if s.pseudo == "filter" else torch.zeros_like(truth)
         valid = maths.pooled(pixels, self.network.factor)
-        # Nothing is asked of an image without a valid pixel: its loss of 0 would be taken for a good one.
+        # An image without a valid pixel is left out: its loss of 0 would be mistaken for a good one.
         usable = (valid if self.network.head is None else pixels).flatten(1).any(1)
         return _Rows(image, target, maps, pixels, valid, truth & usable, pseudo & usable)
 
     def _map_of(self, one: TaughtRows) -> tuple[Tensor, Tensor]:
-        """A supervision's maps as the VAE takes them, of the quantity that is learnt; (b,S,S) each."""
+        """A supervision's maps and valid pixels, in the VAE's range and the network's quantity; (b,S,S) each."""
         shared, s = one.labels.shared, self.settings
         values, valid = shared.values, shared.valid & torch.isfinite(shared.values)
         if shared.kind.quantity != self.network.kind.quantity:
@@ -137,15 +137,15 @@ class LatentTask:
 
     def _other_quantity(self, shared: DepthMap) -> tuple[Tensor, Tensor]:
         if shared.kind.unknown != "affine":
-            known = shared.convert(self.network.kind)
-            return known.values, known.valid
+            converted = shared.convert(self.network.kind)
+            return converted.values, converted.valid
         s, valid = self.settings, shared.valid & torch.isfinite(shared.values)
         if s.pseudo_shape == "flipped":
             return -shared.values, valid
         return maths.inverted(shared.values, valid, quantile=s.quantile, reach=s.reach), valid
 
     def _latents(self, micro: MicroBatch, teachers: list[str], compute: Any) -> Tensor:
-        """(B,4,h,w): found in the cache, or computed; of the images where a teacher is ""."""
+        """(B,4,h,w) latents, cached or computed; of the images where the teacher is ""."""
         device = micro.images.device
         if self.cache is None:
             return compute(list(range(len(micro.keys))))
@@ -155,16 +155,16 @@ class LatentTask:
         ]
         return stacked(self.cache.get(names, compute), device)
 
-    # --- what is drawn ------------------------------------------------------------------------------------------------
+    # --- random draws -------------------------------------------------------------------------------------------------
 
     def _drawn(self, micro: MicroBatch, shape: torch.Size, *, lowest: int, shaped: bool) -> tuple[Tensor, Tensor]:
-        """A noise level (B,), from `lowest` on, and noise (B,4,h,w) for each image; shaped: of several resolutions."""
+        """Noise levels (B,), at least `lowest`, and noise (B,4,h,w); shaped: multi-resolution noise."""
         s, levels, noises = self.settings, [], []
         for position in micro.positions:
-            held, place = int(position < 0), position if position >= 0 else -1 - position
-            drawn = generator("latent", self.seed, held, place)
-            level = lowest + int(drawn.integers(self.steps - lowest))
-            torch_generator = torch.Generator().manual_seed(int(drawn.integers(2**62)))
+            is_heldout, index = int(position < 0), position if position >= 0 else -1 - position
+            rng = generator("latent", self.seed, is_heldout, index)
+            level = lowest + int(rng.integers(self.steps - lowest))
+            torch_generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             levels.append(level)
             if shaped and s.noise_strength:
                 strength = torch.tensor(s.noise_strength) * (level / self.steps if s.noise_annealed else 1.0)
@@ -174,7 +174,7 @@ class LatentTask:
         device = micro.images.device
         return torch.tensor(levels, device=device), torch.cat(noises).to(device)
 
-    # --- the ways -----------------------------------------------------------------------------------------------------
+    # --- methods ------------------------------------------------------------------------------------------------------
 
     def _feed_forward(self, module: nn.Module, micro: MicroBatch, rows: _Rows) -> Measured:
         s, count = self.settings, len(micro.keys)
@@ -182,41 +182,43 @@ class LatentTask:
         times = torch.full((count,), s.timestep, device=rows.image.device)
         if s.random_timestep:
             times = self._random_times(micro)
-        keeping = rows.truth.nonzero()[:, 0] if s.trajectory and self.network.head is None else rows.truth[:0].long()
-        alphas = self.network.alphas.to(rows.image.device)[levels][keeping]
-        together = s.blend_depth == "truth" and len(keeping) > 0
-        clean = s.blend * rows.image[keeping] + (1.0 - s.blend) * rows.target[keeping]
-        if together:  # one pass for both: blended latents need not wait for the map
-            noisy = maths.add_noise(clean, noise[keeping], alphas)
-            out = module(torch.cat([rows.image, noisy]), torch.cat([times, levels[keeping]])).float()
-            raw, kept = out[:count], out[count:]
+        trajectory_rows = (
+            rows.truth.nonzero()[:, 0] if s.trajectory and self.network.head is None else rows.truth[:0].long()
+        )
+        alphas = self.network.alphas.to(rows.image.device)[levels][trajectory_rows]
+        one_pass = s.blend_depth == "truth" and len(trajectory_rows) > 0
+        clean = s.blend * rows.image[trajectory_rows] + (1.0 - s.blend) * rows.target[trajectory_rows]
+        if one_pass:  # both in one pass: the blended latents do not depend on the map
+            noisy = maths.add_noise(clean, noise[trajectory_rows], alphas)
+            out = module(torch.cat([rows.image, noisy]), torch.cat([times, levels[trajectory_rows]])).float()
+            raw, velocity = out[:count], out[count:]
         else:
             raw = module(rows.image, times).float()
-        found = raw if self.network.head is not None else -raw if s.negated else raw
-        if not together and len(keeping):
-            clean = s.blend * rows.image[keeping] + (1.0 - s.blend) * found[keeping].detach()
-            noisy = maths.add_noise(clean, noise[keeping], alphas)
-            kept = module(noisy, levels[keeping]).float()
+        prediction = raw if self.network.head is not None else -raw if s.negated else raw
+        if not one_pass and len(trajectory_rows):
+            clean = s.blend * rows.image[trajectory_rows] + (1.0 - s.blend) * prediction[trajectory_rows].detach()
+            noisy = maths.add_noise(clean, noise[trajectory_rows], alphas)
+            velocity = module(noisy, levels[trajectory_rows]).float()
         with torch.autocast(micro.images.device.type, enabled=False):
-            losses, parts = self._against_truth(rows, found)
-            if len(keeping):
-                wanted = maths.velocity(clean, noise[keeping], alphas)
-                each = maths.latent_distance(kept, wanted, rows.valid[keeping], squared=True)
-                losses = losses.index_add(0, keeping, s.trajectory * each)
+            losses, parts = self._against_truth(rows, prediction)
+            if len(trajectory_rows):
+                target_velocity = maths.velocity(clean, noise[trajectory_rows], alphas)
+                each = maths.latent_distance(velocity, target_velocity, rows.valid[trajectory_rows], squared=True)
+                losses = losses.index_add(0, trajectory_rows, s.trajectory * each)
                 parts["trajectory"] = each
         if bool(rows.pseudo.any()) and self.network.head is None:
-            losses = self._filtered(module, rows, found, losses, parts)
-        return self._measured(rows, found, losses, parts)
+            losses = self._filtered(module, rows, prediction, losses, parts)
+        return self._measured(rows, prediction, losses, parts)
 
     def _random_times(self, micro: MicroBatch) -> Tensor:
-        drawn = [
+        timesteps = [
             int(generator("timestep", self.seed, int(p < 0), max(p, -1 - p)).integers(self.steps))
             for p in micro.positions
         ]
-        return torch.tensor(drawn, device=micro.images.device)
+        return torch.tensor(timesteps, device=micro.images.device)
 
     def _prior(self, module: nn.Module, micro: MicroBatch, rows: _Rows) -> Tensor:
-        """The loss (B,) of the base's own task, a mean over PRIOR_LEVELS; each image's noise is the same for ever."""
+        """The loss (B,) of the base's own task, a mean over PRIOR_LEVELS; each image's noise is fixed."""
         total = rows.image.new_zeros(len(rows.image))
         for level in PRIOR_LEVELS:
             noises = [
@@ -234,19 +236,21 @@ class LatentTask:
         return total / len(PRIOR_LEVELS)
 
     def _against_truth(self, rows: _Rows, found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The losses (B,) of what the one pass found, 0 where its image is not taught so, and their parts."""
-        s, mine = self.settings, rows.truth.nonzero()[:, 0]
-        losses = found.new_zeros(len(found)) + 0.0 * found.sum()  # every process has a gradient, whatever its images
+        """The losses (B,) of the single pass's output, 0 for images without truth, and their parts."""
+        s, truth_rows = self.settings, rows.truth.nonzero()[:, 0]
+        losses = found.new_zeros(len(found)) + 0.0 * found.sum()  # gives every process a gradient, whatever its images
         parts: dict[str, Tensor] = {}
-        if not len(mine):
+        if not len(truth_rows):
             return losses, parts
-        total = found.new_zeros(len(mine))
+        total = found.new_zeros(len(truth_rows))
         if self.network.head is None:
-            total = total + self._in_latents(found[mine], rows.target[mine], rows.valid[mine], parts, "")
+            total = total + self._in_latents(
+                found[truth_rows], rows.target[truth_rows], rows.valid[truth_rows], parts, ""
+            )
         if any(s.image_weights) or self.network.head is not None:
-            maps = found[mine] if self.network.head is not None else self.network.decode(found[mine])
-            total = total + self._in_images(maps, rows.maps[mine], rows.pixels[mine], parts)
-        return losses.index_add(0, mine, total), parts
+            maps = found[truth_rows] if self.network.head is not None else self.network.decode(found[truth_rows])
+            total = total + self._in_images(maps, rows.maps[truth_rows], rows.pixels[truth_rows], parts)
+        return losses.index_add(0, truth_rows, total), parts
 
     def _in_latents(self, pred: Tensor, target: Tensor, valid: Tensor, parts: dict[str, Tensor], name: str) -> Tensor:
         s = self.settings
@@ -278,15 +282,15 @@ class LatentTask:
     def _filtered(
         self, module: nn.Module, rows: _Rows, found: Tensor, losses: Tensor, parts: dict[str, Tensor]
     ) -> Tensor:
-        """The losses with those of pseudo-labelled images: of what the filter's pass makes of the map."""
-        s, mine = self.settings, rows.pseudo.nonzero()[:, 0]
-        given = found[mine] if s.filter_gradient else found[mine].detach()
-        times = torch.full((len(mine),), s.filter_timestep, device=found.device)
-        out = module(given, times).float()
+        """The losses plus those of pseudo-labelled images, computed on the output of the filter's pass on the map."""
+        s, pseudo_rows = self.settings, rows.pseudo.nonzero()[:, 0]
+        filter_input = found[pseudo_rows] if s.filter_gradient else found[pseudo_rows].detach()
+        times = torch.full((len(pseudo_rows),), s.filter_timestep, device=found.device)
+        out = module(filter_input, times).float()
         with torch.autocast(found.device.type, enabled=False):
             pred = -out if s.negated else out
-            total = self._in_latents(pred, rows.target[mine], rows.valid[mine], parts, "filter_")
-        return losses.index_add(0, mine, total)
+            total = self._in_latents(pred, rows.target[pseudo_rows], rows.valid[pseudo_rows], parts, "filter_")
+        return losses.index_add(0, pseudo_rows, total)
 
     def _denoise(self, module: nn.Module, micro: MicroBatch, rows: _Rows) -> Measured:
         levels, noise = self._drawn(micro, rows.image.shape, lowest=0, shaped=True)
@@ -295,10 +299,10 @@ class LatentTask:
         out = module(torch.cat([rows.image, noisy], dim=1), levels).float()
         taught = rows.truth | (rows.pseudo if self.settings.pseudo == "filter" else rows.truth)
         with torch.autocast(micro.images.device.type, enabled=False):
-            wanted = maths.velocity(rows.target, noise, alphas)
-            each = maths.latent_distance(out, wanted, rows.valid & taught[:, None, None], squared=True)
-            found = maths.denoised(noisy, out, alphas)
-        return self._measured(rows, found, each, {"velocity": each})
+            target_velocity = maths.velocity(rows.target, noise, alphas)
+            each = maths.latent_distance(out, target_velocity, rows.valid & taught[:, None, None], squared=True)
+            prediction = maths.denoised(noisy, out, alphas)
+        return self._measured(rows, prediction, each, {"velocity": each})
 
     def _measured(self, rows: _Rows, found: Tensor, losses: Tensor, parts: dict[str, Tensor]) -> Measured:
         taught = rows.truth | rows.pseudo

@@ -1,6 +1,6 @@
-"""Micro-batches read ahead by processes of their own, and what is said where those die.
+"""Micro-batches prefetched by worker processes, and the error where a worker dies.
 
-A sample that cannot be read comes out as its own one-line error in the training process, not as a worker's traceback.
+A sample that cannot be read raises a one-line error in the training process, not a worker's traceback.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
 
 _log = logging.getLogger(__name__)
-PREFETCH = 4  # micro-batches per worker that lie ready
+PREFETCH = 4  # micro-batches per worker that are ready
 PATIENCE = 1800  # seconds for one micro-batch; labelling online by a large teacher on a CPU takes minutes
 
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    """Makes the micro-batch of places of the stream."""
+    """Collate function of training: makes a micro-batch of items."""
 
     collate: Collate
     settings: TrainSettings
@@ -63,16 +63,16 @@ class _Training:
         try:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
-            with one_thread():  # as workers have: the mean of a map is another on more threads
-                done = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
-            return replace(joined(groups, done, self.settings), features=stacked([item.features for item in read]))
+            with one_thread():  # as in workers: the mean of a map differs in its last bits on more threads
+                augmented = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return replace(joined(groups, augmented, self.settings), features=stacked([item.features for item in read]))
         except (ValueError, LookupError, OSError) as error:
             return error
 
 
 @dataclass(frozen=True, slots=True)
 class _HeldOut:
-    """Makes held-out batches: the labels of every teacher that is learnt from, unchanged."""
+    """Collate function of evaluation: held-out batches with the labels of every teacher in use, not augmented."""
 
     collate: Collate
     settings: TrainSettings
@@ -82,29 +82,29 @@ class _HeldOut:
         if len(read) < len(items):
             return next(item for item in items if isinstance(item, Exception))
         s = self.settings
-        made = []
+        weighted = []
         try:
             for rows in alike(read):
                 batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
-                seen = stacked([read[row].features for row in rows])
+                features = stacked([read[row].features for row in rows])
                 weights = among if s.strategy == "select" else {s.strategy: 1.0}
                 for name, weight in weights.items():
                     with one_thread():
                         labels = labels_to_learn(batch, s, teacher=name, among=among).labels[name]
                     places = tuple(-1 - read[row].place.index for row in rows)
                     taught = (TaughtRows(None, labels, name),)
-                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), seen)
-                    made.append((weight / sum(weights.values()), micro))
-            return made
+                    micro = MicroBatch(batch.keys, batch.images, taught, places, (False,) * len(rows), features)
+                    weighted.append((weight / sum(weights.values()), micro))
+            return weighted
         except (ValueError, LookupError, OSError) as error:
             return error
 
 
 class StreamSamples(Dataset[Any]):
-    """The samples at places of the stream; a sample that cannot be read is the error that says why.
+    """The samples at stream positions; for a sample that cannot be read, the error that says why.
 
-    learning: with the labels of the one teacher that is learnt from, and drawn anew at every visit; else with all.
-    coded: with maps that are codes still, from a dataset that stores codes.
+    learning: with the labels of the chosen teacher only, and with new draws at every visit; else with all labels.
+    coded: with maps as undecoded codes, from a dataset that stores codes.
     """
 
     def __init__(
@@ -123,26 +123,25 @@ class StreamSamples(Dataset[Any]):
         s = self.settings
         try:
             among = shares_among(self.dataset.teachers_of(place.index), s)
-            teacher, asked = "", list(among)
+            teacher, to_read = "", list(among)
             if self.learning:
                 teacher = s.strategy
                 if s.strategy == "select":
                     teacher = choose_teacher(among, seed=s.seed, step=place.position // s.batch_size)
-                    asked = [teacher]
-            visit, more = None, dict(self.more)
+                    to_read = [teacher]
+            visit, options = None, dict(self.more)
             if self.learning:
                 visit = place.position
                 if s.patches_per_step and getattr(self.dataset, "stores_codes", False):
-                    more["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
+                    options["patches"] = partial(choose_patches, s.patches_per_step, s.seed, place.position)
             get: Callable[..., Any] = self.dataset.get
-            sample = get(place.index, asked, visit=visit, **more)
+            sample = get(place.index, to_read, visit=visit, **options)
             if isinstance(sample, Sample) and s.canonical_focal:
                 sample = canonical(sample, s.canonical_focal)
-            if isinstance(
-                sample, Sample
-            ):  # before they are joined: measured depth and rendered disparity are one truth
-                met = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
-                sample = replace(sample, labels=met)
+            # Before collating, so that measured depth and rendered disparity become one kind of truth.
+            if isinstance(sample, Sample):
+                converted = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
+                sample = replace(sample, labels=converted)
             return Item(place, among, teacher, sample, self._features(place, sample))
         except (ValueError, LookupError, OSError) as error:
             return error
@@ -150,36 +149,36 @@ class StreamSamples(Dataset[Any]):
     def _features(self, place: SamplePosition, sample: Any) -> Features | None:
         if self.features is None:
             return None
-        turned = self.learning and is_mirrored((place.position,), self.settings)[0]
-        return self.features.get(sample.key, mirrored=turned)
+        is_flipped = self.learning and is_mirrored((place.position,), self.settings)[0]
+        return self.features.get(sample.key, mirrored=is_flipped)
 
 
 def end_with_parent(_worker: int = 0) -> None:
-    """A DataLoader's worker_init_fn: this process ends when the one that reads from it does, however that ends.
+    """A DataLoader's worker_init_fn: ends this process when the process that reads from it ends, for any reason.
 
-    PyTorch watches for another parent, which is the server of "forkserver" (Python 3.14's usual way): that lives as
-    long as a process that it started. And a process forked later keeps this one's end of the pipe to the parent open,
-    so that one after another would end, after seconds each.
+    PyTorch only watches for a changed parent, but under "forkserver" (Python 3.14's default) the parent is the server,
+    which lives as long as any process that it started. And a process forked later keeps this one's end of the pipe to
+    the parent open, so that workers would end one after another, each after seconds.
     """
     if (parent := multiprocessing.parent_process()) is not None:
-        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _end_after(parent: multiprocessing.process.BaseProcess) -> None:
+def _exit_after(parent: multiprocessing.process.BaseProcess) -> None:
     parent.join()
     os._exit(1)
 
 
-def _freeze(_worker: int) -> None:
+def _init_worker(_worker: int) -> None:
     end_with_parent()
-    # The parent's objects are moved out of the collector's sight: a collection would copy every page of them.
+    # The parent's objects are hidden from the collector: a collection would copy every page of them.
     gc.freeze()
     torch.set_num_threads(1)
 
 
 @dataclass(frozen=True, slots=True)
 class Readers:
-    """How many processes read, how many batches each may have ready, and bytes of a batch, 0 where nobody measured."""
+    """Number of reading processes, batches that each may have ready, and bytes of a batch, 0 where not measured."""
 
     processes: int
     ahead: int = PREFETCH
@@ -187,9 +186,9 @@ class Readers:
 
 
 def readers_of(samples: Any, batches: Any, collate: Any, workers: int, *, measured: bool = False) -> Readers:
-    """As many as are asked for, or fewer, with a line of the log, where memory or files are short.
+    """`workers` readers, or fewer, with a logged warning, where memory or file descriptors are short.
 
-    measured: one batch is read here and now even where nothing is short.
+    measured: reads one batch in this process to measure it even where nothing is short.
     """
     if not workers or (machine.is_plentiful() and not measured):
         return Readers(workers)
@@ -209,9 +208,9 @@ def loader_of(
     pinned: bool = False,
     end: Callable[[], None] | None = None,
 ) -> Generator[Any, None, None]:
-    """What `collate` makes of each batch of places, read ahead by these processes; raises an Exception among it.
+    """Yields the collated batches, prefetched by `readers`; raises a result that is an Exception.
 
-    end: called when no batch is taken any more, before the processes are waited for.
+    end: called when no more batches are taken, before waiting for the processes.
     """
     workers = readers.processes
     loader: DataLoader[Any] = DataLoader(
@@ -221,7 +220,7 @@ def loader_of(
         num_workers=workers,
         prefetch_factor=readers.ahead if workers else None,
         timeout=PATIENCE if workers else 0,
-        worker_init_fn=_freeze,
+        worker_init_fn=_init_worker,
         pin_memory=pinned,
     )
     items, over = iter(loader), object()
@@ -237,33 +236,33 @@ def loader_of(
     finally:
         if end is not None:
             end()
-        # Left to the collector, of a frame that its own error holds, it would wait 5 s for every process.
+        # Without this a frame held by its own error would leave it to the collector, which waits 5 s per process.
         del items
 
 
 @contextlib.contextmanager
 def explain_dead_workers(option: str = "train.workers") -> Iterator[None]:
-    """Says in one line (OSError) that a reading process died; option: what sets how many there are.
+    """Raises a one-line OSError where a reading process died; option: the setting of their number.
 
-    PyTorch tells of it by a signal, so that its RuntimeError comes out of whatever line is at work then: not of the
-    loader alone, but of the middle of a step.
+    PyTorch reports it through a signal, so its RuntimeError is raised by whatever line is running: not only in the
+    loader, but in the middle of a step.
     """
     try:
         yield
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        raise OSError(_lost(str(error).splitlines()[0], option)) from error
+        raise OSError(_dead_worker_message(str(error).splitlines()[0], option)) from error
 
 
 def _measure(item: Any) -> tuple[int, int]:
-    """Bytes and number of the tensors in what a data worker hands over."""
-    found = tensors_of(item)
-    return sum(tensor.nbytes for tensor in found), len(found)
+    """Bytes and number of the tensors in a data worker's result."""
+    tensors = tensors_of(item)
+    return sum(tensor.nbytes for tensor in tensors), len(tensors)
 
 
-def _lost(reason: str, option: str) -> str:
-    """A line about reading processes that died or do not answer."""
+def _dead_worker_message(reason: str, option: str) -> str:
+    """The message for reading processes that died or do not answer."""
     free = machine.shared_memory()
     memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
     return (
@@ -281,13 +280,13 @@ def training_batches(
     settings: TrainSettings,
     features: FeatureStore | None = None,
 ) -> Generator[MicroBatch, None, None]:
-    """This process's micro-batches, in order, read ahead by `settings.workers` processes.
+    """This process's micro-batches, in order, prefetched by `settings.workers` processes.
 
     Raises what `check_teachers` raises, before anything is read.
     """
     check_teachers(dataset, micro_batches.order.indices, settings)
-    samples, made = StreamSamples(dataset, settings, learning=True, features=features), _Training(collate, settings)
-    return loader_of(samples, micro_batches, made, readers_of(samples, micro_batches, made, settings.workers))
+    samples, make = StreamSamples(dataset, settings, learning=True, features=features), _Training(collate, settings)
+    return loader_of(samples, micro_batches, make, readers_of(samples, micro_batches, make, settings.workers))
 
 
 def heldout_batches(
@@ -303,8 +302,8 @@ def heldout_batches(
     """This process's share of the held-out samples: for each batch, every teacher's weight and labels."""
     size = settings.eval_batch_size
     places = [[SamplePosition(i, i) for i in indices[start : start + size]] for start in range(0, len(indices), size)]
-    mine = places[process::processes]
-    if not mine:
+    own = places[process::processes]
+    if not own:
         return iter(())
-    samples, made = StreamSamples(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
-    return loader_of(samples, mine, made, readers_of(samples, mine, made, min(settings.workers, len(mine))))
+    samples, make = StreamSamples(dataset, settings, learning=False, features=features), _HeldOut(collate, settings)
+    return loader_of(samples, own, make, readers_of(samples, own, make, min(settings.workers, len(own))))

@@ -23,23 +23,22 @@ from distill.training.step import Processes
 def accelerator_of(
     student: nn.Module, settings: TrainSettings, out: Path, *, device: torch.device | str | None
 ) -> Accelerator:
-    """The processes that the launcher started, or this one, on `device` (None: the launcher's choice).
+    """An Accelerator of the launcher's processes, or of this one, on `device` (None: the launcher's choice).
 
-    Raises ValueError for a tracker that is not installed, and for other ways of parallel training than plain data
-    parallelism.
+    Raises ValueError for a tracker that is not installed, and for parallelism other than plain data parallelism.
     """
     installed = [str(tracker.value) for tracker in get_available_trackers()]
     if missing := [name for name in settings.trackers if name not in installed]:
         raise ValueError(f"tracker {', '.join(missing)} is not installed; installed: {', '.join(installed)}")
-    # To look for idle parameters costs every step a walk over its graph. An encoder that waits is idle until it begins.
+    # Searching unused parameters costs a walk over the graph in every step. A frozen encoder is unused until it thaws.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     idle = several and (settings.freeze_steps > 0 or not every_parameter_learns(student))
-    asked = None if device is None else torch.device(device)
+    requested = None if device is None else torch.device(device)
     if AcceleratorState._shared_state and AcceleratorState().distributed_type == DistributedType.NO:
         AcceleratorState._reset_state(reset_partial_state=True)  # else the device of this process's first run stays
     accelerator = Accelerator(
-        cpu=asked is not None and asked.type == "cpu",
-        # Said here, and not left to the launcher's configuration: the recipe alone decides precision and accumulation.
+        cpu=requested is not None and requested.type == "cpu",
+        # Set here, not by the launcher's configuration: the recipe alone decides precision and accumulation.
         mixed_precision="no",
         gradient_accumulation_steps=1,
         log_with=list(settings.trackers) or None,
@@ -51,19 +50,19 @@ def accelerator_of(
             f"accelerate is configured for {accelerator.distributed_type.value}: students are trained with plain data "
             f"parallelism, so launch with --multi_gpu or --cpu"
         )
-    if asked is not None and asked.index is not None and accelerator.distributed_type == DistributedType.NO:
-        _take(asked)
+    if requested is not None and requested.index is not None and accelerator.distributed_type == DistributedType.NO:
+        _set_device(requested)
     return accelerator
 
 
-def _take(device: torch.device) -> None:
-    """Makes a numbered card the current one: accelerate takes that, and it is the first, whatever was asked for."""
+def _set_device(device: torch.device) -> None:
+    """Makes a numbered GPU the current device: accelerate uses that one, which is otherwise the first."""
     if device.type in ("cuda", "xpu"):
         torch.get_device_module(device).set_device(device)
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
-    """The same as a step sees them."""
+    """The accelerator's processes as a step sees them."""
     return Processes(
         index=accelerator.process_index,
         count=accelerator.num_processes,
@@ -78,7 +77,7 @@ def processes_of(accelerator: Accelerator) -> Processes:
 
 
 def same_checkpoint(processes: Processes, out: Path, step: int) -> None:
-    """Brings the main process's checkpoint of `step` to machines where `out` is a folder of their own without it.
+    """Copies the main process's checkpoint of `step` to machines where `out` is a local folder without it.
 
     All processes call it. Raises OSError.
     """
@@ -89,43 +88,43 @@ def same_checkpoint(processes: Processes, out: Path, step: int) -> None:
 
 
 def every_parameter_learns(student: nn.Module) -> bool:
-    """Whether every trainable parameter is behind the output; False too where that cannot be told.
+    """Whether the output depends on every trainable parameter; False too where that cannot be determined.
 
-    A pre-trained encoder may hold one that no output depends on, and plain data parallelism would wait for its gradient
-    for ever.
+    A pre-trained encoder may have a parameter that no output depends on, and plain data parallelism would wait for its
+    gradient forever.
     """
-    wanted = {id(p) for p in student.parameters() if p.requires_grad}
+    trainable = {id(p) for p in student.parameters() if p.requires_grad}
     side = 4 * int(getattr(getattr(student, "encoder", None), "patch_size", 8))
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     training = student.training
     try:
         with torch.enable_grad():
-            out = student.eval()(torch.zeros(1, 3, side, side, device=device))  # in eval mode no statistic moves
+            out = student.eval()(torch.zeros(1, 3, side, side, device=device))  # eval mode: BatchNorm statistics stay
     except (RuntimeError, ValueError, TypeError):
         return False
     finally:
         student.train(training)
-    ahead: list[Any] = [out.grad_fn]
-    met: set[int] = set()
+    pending: list[Any] = [out.grad_fn]
+    visited: set[int] = set()
     reached: set[int] = set()
-    while ahead:
-        node = ahead.pop()
-        if node is None or id(node) in met:
+    while pending:
+        node = pending.pop()
+        if node is None or id(node) in visited:
             continue
-        met.add(id(node))
+        visited.add(id(node))
         if hasattr(node, "variable"):
             reached.add(id(node.variable))
-        ahead.extend(nearer for nearer, _ in node.next_functions)
-    return wanted <= reached
+        pending.extend(parent for parent, _ in node.next_functions)
+    return trainable <= reached
 
 
 @contextlib.contextmanager
 def reproducible(wanted: bool) -> Iterator[None]:
-    """The same bits for every run on one card, while it lasts; torch refuses what cannot keep that promise."""
+    """A context in which every run on one GPU gives the same bits; torch raises for operations that cannot."""
     if not wanted:
         yield
         return
-    # cuBLAS reads it when its handle is made, at the first product on the card.
+    # cuBLAS reads it when its handle is created, at the first matrix product on the GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)

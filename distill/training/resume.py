@@ -1,5 +1,5 @@
-"""What a checkpoint of a run holds, and going on from the newest whole one: the same run, bit for bit, or a refusal
-that says why not. How it lies on disk, checkpoints.py knows.
+"""The content of a run's checkpoints, and resuming from the newest whole one: the same run, bit for bit, or an error
+that says why not. checkpoints.py has their layout on disk.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from distill.training.trainlog import ScaleAlarm, StepLog
 
 
 def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
-    """Goes on from the newest whole checkpoint, if there is one, and opens the log there."""
+    """Restores the newest whole checkpoint, if there is one, and opens the log at its step."""
     if run.processes.main:
         for line in checkpoints.clean(run.out) + checkpoints.drop_damaged(run.out):
             tell(line)
     run.processes.wait()
-    there = run.processes.share([saved.step for saved in checkpoints.find(run.out)])
-    if there:
-        same_checkpoint(run.processes, run.out, there[-1])
+    steps_on_disk = run.processes.share([saved.step for saved in checkpoints.find(run.out)])
+    if steps_on_disk:
+        same_checkpoint(run.processes, run.out, steps_on_disk[-1])
     saved = next(reversed(checkpoints.find(run.out)), None)
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
     if len(steps) > 1:
@@ -41,26 +41,26 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
         checkpoints.restore(saved, student=run.student, optimizer=run.optimizer, ema=run.ema)
         state = saved.state
         run.step, run.loss, run.best = saved.step, state["loss"], state["best"]
-        if run.best and run.best["step"] not in there:
-            run.best = None  # damaged, or it made way for one that was
+        if run.best and run.best["step"] not in steps_on_disk:
+            run.best = None  # damaged, or pruned in favour of a better one that was damaged
         run.evaluations_since_best = state["evaluations_since_best"]
         run.alarm = ScaleAlarm(**{**state["alarm"], "growth": run.settings.alarm_growth})
     if run.processes.main:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         if run.log.damaged:
             tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
-        if saved is not None and (line := _other_statistics(run)):
+        if saved is not None and (line := _batchnorm_warning(run)):
             tell(line)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
         facts |= {"software": machine.software(), "machine": machine.device_name(str(run.processes.device))}
         facts |= {"trained_parameters": sum(p.numel() for p in run.parameters), **run.facts}
         facts |= {"settings": run.settings.as_dict(), "card": run.card}
-        plain = json.loads(json.dumps(facts))  # as it will be read: the checksum is of that
-        files.write_json(run.out / "run.json", sealed(plain), allow_nan=True)
+        as_read = json.loads(json.dumps(facts))  # the checksum is computed on what readers parse
+        files.write_json(run.out / "run.json", sealed(as_read), allow_nan=True)
 
 
 def keep(run: TrainingRun) -> None:
-    """Writes a checkpoint of this step: all that `resume` gives back."""
+    """Writes a checkpoint of this step, with everything that `resume` restores."""
     if is_training_task(run.objective):
         run.objective.keep()
     if not run.processes.main:
@@ -88,22 +88,22 @@ def keep(run: TrainingRun) -> None:
 
 
 def card_of(run: TrainingRun, chosen: str, step: int) -> dict[str, Any]:
-    """The student's card with how it was trained; chosen: why it is the student of this step."""
+    """The student's card with its training facts; chosen: why this step's student was selected."""
     heldout = run.best["heldout"] if run.best is not None and run.best["step"] == step else None
     facts = {"chosen": chosen, "step": step, "heldout_loss": heldout, "averaged": run.ema is not None}
     facts |= {"samples": run.facts["samples"], "settings": run.settings.as_dict()}
     return {**run.card, "training": facts}
 
 
-def _other_statistics(run: TrainingRun) -> str:
-    """What to know where BatchNorm sees another number of images at once than it did before this resume, or nothing."""
+def _batchnorm_warning(run: TrainingRun) -> str:
+    """A message where BatchNorm sees another number of images at once than before this resume, else ""."""
     try:
         before = int(json.loads((run.out / "run.json").read_bytes())["processes"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     settings, now = run.settings, run.processes.count
-    learns = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.student.modules())
-    if not learns or settings.batchnorm != "batch" or before == now:
+    has_batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in run.student.modules())
+    if not has_batchnorm or settings.batchnorm != "batch" or before == now:
         return ""
     seen = [settings.batch_size // (settings.accumulate * count) for count in (before, now)]
     return (
@@ -114,10 +114,10 @@ def _other_statistics(run: TrainingRun) -> str:
 
 
 def check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
-    """ValueError where the checkpoint belongs to another run."""
-    # A setting that an older checkpoint does not know had its default then.
-    before = {RENAMED.get(name, name): value for name, value in saved.state["settings"].items()}
-    now, then = run.settings.as_dict(), TrainSettings().as_dict() | before
+    """Raises ValueError where the checkpoint belongs to another run."""
+    # A setting that is missing in an older checkpoint had its default then.
+    saved_settings = {RENAMED.get(name, name): value for name, value in saved.state["settings"].items()}
+    now, then = run.settings.as_dict(), TrainSettings().as_dict() | saved_settings
     changed = [name for name in now if name not in CHANGEABLE and now[name] != then.get(name)]
     differences = [f"{name} = {now[name]!r}, not {then.get(name)!r}" for name in changed]
     if run.facts["data"] != saved.state["data"]:

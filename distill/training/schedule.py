@@ -1,8 +1,8 @@
-"""The learning rates that follow from a run's settings, and the optimizer that carries them.
+"""The learning rates of a run's settings, and its optimizer.
 
 Every count here is in optimizer steps, however many processes or accumulated micro-batches make one up: the rate of
 step t is a pure function of t, and is written into the optimizer rather than stepped by a scheduler object (accelerate
-steps a prepared scheduler once per process, so that N processes decay N times too fast).
+steps a prepared scheduler once per process, so N processes would decay N times too fast).
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from distill.training.settings import TrainSettings
 POLY_POWER = 0.9  # Depth Anything V2's training of the metric models
 FINAL_RATIO = 0.01  # Marigold's and GenPercept's training configurations
 OWNERS = {"encoder": "encoder_lr", "decoder": "lr", "unet": "lr", "head": "lr"}
-"""The parts that a student may have, and the setting that is their peak rate."""
+"""The parts that a student may have, and the setting with their peak rate."""
 
 
 def in_steps(settings: TrainSettings, samples: int) -> TrainSettings:
-    """The settings with `epochs` and `warmup_epochs` as steps, of so many training samples; as they are without epochs.
+    """The settings with `epochs` and `warmup_epochs` converted to steps, for a number of training samples; unchanged
+    without epochs.
 
-    An epoch is samples / batch_size steps, rounded at the end: five epochs of 7 samples by 2 are 18 steps. At least one
-    step, and one that is no warm-up.
+    An epoch is samples / batch_size steps, rounded at the end: five epochs of 7 samples in batches of 2 are 18 steps.
+    There is at least one step, and at least one after the warm-up.
     """
     if not settings.epochs:
         return settings
@@ -54,11 +55,11 @@ def factor(step: int, settings: TrainSettings) -> float:
 
 
 _BLOCK = re.compile(r"(?:^|\.)(?<!vit\.)(?:blocks|stages|layers)\.(\d+)\.")
-_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope|(?:^|\.)vit\.")  # VGGT's blocks stand behind a whole ViT
+_BEFORE_BLOCKS = re.compile(r"embed|token|stem|rope|(?:^|\.)vit\.")  # VGGT's blocks follow a whole ViT
 
 
 def _depths(encoder: nn.Module) -> dict[int, int]:
-    """How many blocks each parameter (by id) lies below the deepest; what follows the blocks lies 0 below it."""
+    """How many blocks each parameter (by id) lies below the deepest block; 0 for parameters after the blocks."""
     blocks = {id(p): int(match[1]) for name, p in encoder.named_parameters() if (match := _BLOCK.search(name))}
     deepest = max(blocks.values(), default=0)
     below = {id(p): deepest + 1 if _BEFORE_BLOCKS.search(name) else 0 for name, p in encoder.named_parameters()}
@@ -66,10 +67,10 @@ def _depths(encoder: nn.Module) -> dict[int, int]:
 
 
 def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[str, Any]]:
-    """The student's parts, with and without weight decay; each group has its peak rate as `lr` and a `name`.
+    """The optimizer's groups: each part with and without weight decay, with its peak rate as `lr` and a `name`.
 
-    With layer_decay the encoder has such groups for every block, whose `scale` is their share of its rate. Raises
-    ValueError where there is none, or one that no part (OWNERS) holds.
+    With layer_decay the encoder has such groups for every block, whose `scale` is their fraction of its rate. Raises
+    ValueError where no parameter is trainable, or one belongs to no part (OWNERS).
     """
     owners = {name: getattr(student, name, None) for name in OWNERS}
     rates = {name: getattr(settings, rate) for name, rate in OWNERS.items()}
@@ -78,11 +79,11 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
     claimed: set[int] = set()
     groups = []
     for owner, module in owners.items():
-        mine = [p for p in (module.parameters() if module is not None else ()) if p.requires_grad]
-        mine = [p for p in mine if id(p) not in claimed]
-        claimed.update(id(p) for p in mine)
+        parameters = [p for p in (module.parameters() if module is not None else ()) if p.requires_grad]
+        parameters = [p for p in parameters if id(p) not in claimed]
+        claimed.update(id(p) for p in parameters)
         kinds: dict[tuple[int, bool], list[nn.Parameter]] = {}
-        for p in mine:
+        for p in parameters:
             depth = depths.get(id(p), 0) if owner == "encoder" else 0
             kinds.setdefault((depth, p.ndim <= 1), []).append(p)
         for (depth, plain), params in sorted(kinds.items(), key=lambda kind: kind[0]):
@@ -107,7 +108,7 @@ def parameter_groups(student: nn.Module, settings: TrainSettings) -> list[dict[s
 def make_optimizer(student: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
     """AdamW over every trainable parameter of the student, at peak rates until `set_rates`."""
     groups = parameter_groups(student, settings)
-    on_card = groups[0]["params"][0].is_cuda  # where it also guards against numbers that are not finite (step.py)
+    on_card = groups[0]["params"][0].is_cuda  # where the fused kernel also skips non-finite steps (step.py)
     return torch.optim.AdamW(groups, betas=settings.betas, fused=True if settings.fused or on_card else None)
 
 

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from distill.core.settings import above, below, refuse, unknown_words
 
-# How a run may be told differently when it resumes, because its mathematics stays the same.
+# Settings that may change on a resume, because they do not affect the mathematics.
 CHANGEABLE = frozenset(
     "accumulate workers eval_batch_size save_every keep_last log_every trackers compile channels_last "
     "gradient_checkpointing fused".split()
 )
 
 RENAMED = {"holdout": "val_fraction", "colour": "color_jitter"}
-"""What settings were called once: old key: new key."""
+"""Renamed settings: old key: new key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class TrainSettings:
     steps: int = 20_000
     """Optimizer steps. Paper: 20,000."""
     epochs: float = 0.0
-    """How often every sample is learnt from, in place of `steps`; 0 = as `steps` says. AnyDepth: 5."""
+    """Passes over the training samples, in place of `steps`; 0 = as `steps` says. AnyDepth: 5."""
     batch_size: int = 8
     """Images per optimizer step over all processes and micro-batches; a multiple of processes x accumulate. Paper:
     8."""
@@ -36,123 +36,121 @@ class TrainSettings:
     encoder_lr: float = 5e-6
     """The encoder's peak learning rate. Inferred: a tenth of the decoder's, Depth Anything V2's practice."""
     weight_decay: float = 0.01
-    """Of matrices and kernels, not of vectors (norms, biases). Ours."""
+    """Weight decay of matrices and kernels, not of vectors (norms, biases). Ours."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay of its two moments, in [0, 1). PyTorch's default."""
     warmup_steps: int = 500
-    """The rates rise linearly over so many steps, from lr / warmup_steps. Ours."""
+    """Steps over which the rates rise linearly, from lr / warmup_steps. Ours."""
     warmup_epochs: float = 0.0
-    """Of so many `epochs` the rates rise, in place of warmup_steps. AnyDepth: 2."""
+    """Epochs over which the rates rise, in place of warmup_steps. AnyDepth: 2."""
     schedule: Literal["cosine", "linear", "poly", "exponential", "constant"] = "cosine"
     """How the rates fall after the warm-up; "poly" with the power 0.9, "exponential" to a hundredth (Marigold's).
     Ours."""
     schedule_steps: int = 0
-    """The step at which they have fallen, and stay from there on; 0 = steps. Marigold: 25,000 of 30,000."""
+    """The step at which the rates reach their final value, and stay there; 0 = steps. Marigold: 25,000 of 30,000."""
     clip_norm: float = 1.0
-    """The gradient's norm is held below this; 0 = off. Ours."""
+    """The gradient's norm is clipped to this; 0 = off. Ours."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """The student's number format under autocast; the loss is computed in float32."""
     freeze_encoder: bool = False
-    """The decoder learns alone."""
+    """Train only the decoder."""
     primary_ratio: float = 0.7
-    """How often the first of two teachers is learnt from, in [0, 1]. Paper: 0.7."""
+    """The share of steps that use the first of two teachers, in [0, 1]. Paper: 0.7."""
     teacher_shares: dict[str, float] = field(default_factory=dict)
-    """How often each teacher is learnt from, by name: { dav2 = 0.7, genpercept = 0.3 }; by default primary_ratio
+    """The share of steps that use each teacher, by name: { dav2 = 0.7, genpercept = 0.3 }; by default primary_ratio
     decides."""
     source_temperature: float = 1.0
-    """How evenly sources of images are learnt from: (images * weight) ** (1 / temperature), each [[images]] table a
+    """How evenly sources of images are sampled: (images * weight) ** (1 / temperature), each [[images]] table being a
     source; 1 = in proportion, larger = more evenly. Ours."""
     source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
     even_batches: bool = False
-    """Every batch holds each source's share, by images.weight alone, however many images it has: two sources of weight
-    1 are half of each batch. FiffDepth: half synthetic, half real."""
+    """Fill every batch with each source's share by images.weight alone, however many images it has: two sources of
+    weight 1 make half of each batch. FiffDepth: half synthetic, half real."""
     keep_unmet: bool = field(default=False, metadata={"key": False})
     canonical_focal: float = field(default=0.0, metadata={"key": False})
     strategy: Literal["select", "average", "average_unaligned"] = "select"
-    """"select" draws one teacher per step from (seed, step); "average" learns from the weighted mean of their
-    normalized maps, "average_unaligned" of their maps as they are. Paper: select (Table 4)."""
+    """"select" draws one teacher per step from (seed, step); "average" trains on the weighted mean of their
+    normalized maps, "average_unaligned" on that of their maps as they are. Paper: select (Table 4)."""
     kind: Literal[
         "affine_disparity", "scale_disparity", "metric_disparity", "affine_depth", "scale_depth", "metric_depth"
     ] = "affine_disparity"
     """What the student predicts; labels are converted to it. Paper: affine_disparity."""
     val_fraction: float = 0.02
-    """The share of *images* (not samples) kept for choosing the checkpoint, in [0, 1), by a hash of the image key
-    alone, so that runs of every seed keep the same ones. Ours."""
+    """The share of *images* (not samples) held out to select the checkpoint, in [0, 1), by a hash of the image key
+    alone, so that runs of every seed hold out the same ones. Ours."""
     eval_every: int = 500
-    """Steps between evaluations on the held-out images; 0 = at the end alone."""
+    """Steps between evaluations on the held-out images; 0 = only at the end."""
     eval_start: bool = False
-    """Evaluate before the first step too, for the log alone, which has it as step 0. Ours."""
+    """Also evaluate before the first step; only logged, as step 0. Ours."""
     eval_batch_size: int = 8
-    """Held-out images that a process sees at once."""
+    """Held-out images per process and batch."""
     save_every: int = 500
-    """Steps between checkpoints; 0 = at the end alone."""
+    """Steps between checkpoints; 0 = only at the end."""
     keep_last: int = 2
-    """So many of the newest checkpoints are kept, beside the best one."""
+    """Number of newest checkpoints that are kept, besides the best one."""
     workers: int = 2
     """Processes that read, choose and augment samples; 0 = the training process itself."""
     hflip: bool = True
-    """Mirror every second image, by lot. Ours."""
+    """Mirror each image with probability 1/2. Ours."""
     color_jitter: float = 0.0
     """Strength of brightness, contrast and saturation jitter on the student's image; 0 = off. Ours."""
     random_resized_crop: float = 1.0
-    """The smallest area, as a share of the region, of a random square that is cut from it; in (0, 1], 1 = off.
-    Ours."""
+    """The smallest area of a random square crop, as a share of the region; in (0, 1], 1 = off. Ours."""
     rotation: float = 0.0
-    """Turn image and labels about their centre by up to so many degrees either way, by lot; what comes into view from
-    outside is black and invalid. Needs crops.patches = "none"; 0 = off. AnyDepth rotates; by how much is ours."""
+    """Rotate image and labels about their centre by a random angle up to this many degrees, either way; pixels from
+    outside are black and invalid. Needs crops.patches = "none"; 0 = off. AnyDepth rotates; the angle is ours."""
     seed: int = -1
-    """What weights, order and teacher choices are drawn from; run.seed where negative. With one of its own, several
-    trainings share their labels."""
+    """Seed of the initial weights, the order and the teacher choices; run.seed where negative. With its own seed,
+    several trainings share the same labels."""
     layer_decay: float = 1.0
-    """The encoder's deepest block learns at encoder_lr, each block before it at so many times the next one's rate,
-    what comes before the blocks slowest; in (0, 1], 1 = all alike."""
+    """The encoder's deepest block has the rate encoder_lr, each block before it the next one's times this, and what
+    comes before the blocks the lowest; in (0, 1], 1 = all equal."""
     freeze_steps: int = 0
-    """The encoder begins to learn after so many steps."""
+    """Steps during which the encoder is frozen at first."""
     batchnorm: Literal["batch", "sync", "frozen"] = "batch"
-    """What BatchNorm takes its statistics of: "batch" each process's micro-batch (results depend on processes and
+    """Where BatchNorm's statistics come from: "batch" each process's micro-batch (results depend on processes and
     accumulate), "sync" the micro-batches of all processes (CUDA), "frozen" the stored ones (results depend on
     neither)."""
     ema: float = 0.0
-    """Decay of averaged weights, which are then the ones evaluated and kept, in [0, 1); 0 = off. Warms up as
-    (1+t)/(10+t)."""
+    """Decay of averaged weights, which are then evaluated and saved, in [0, 1); 0 = off. Warms up as (1+t)/(10+t)."""
     patience: int = 0
-    """Stop after so many evaluations without improvement; 0 = never."""
+    """Stop after this many evaluations without improvement; 0 = never."""
     alarm_growth: float = 10.0
-    """The log warns when the output's deviation has grown so many times since the warm-up; above 1. Ours."""
+    """The log warns when the output's deviation has grown by this factor since the warm-up; above 1. Ours."""
     log_every: int = 1
-    """Steps between lines of log.jsonl. On a GPU the steps between wait for nothing, and a loss that is not finite is
-    noticed at the next line; no weight has changed since."""
+    """Steps between lines of log.jsonl. On a GPU the steps between do not synchronize, and a loss that is not finite is
+    detected at the next line; no weight has changed since it occurred."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers that accelerate knows and that are installed, e.g. ["tensorboard", "wandb"]."""
     compile: bool = False
     """torch.compile the student (tests/speed/training.py has the effect of this and the next three)."""
     channels_last: bool = False
-    """Lay the student's maps out channels last."""
+    """Use the channels-last memory format in the student."""
     gradient_checkpointing: bool = False
-    """Compute the encoder's (or the UNet's) activations again in the backward pass instead of keeping them: slower, in
+    """Recompute the encoder's (or the UNet's) activations in the backward pass instead of storing them: slower, in
     less memory."""
     fused: bool = False
-    """AdamW as one kernel; on a GPU it always is."""
+    """Use the fused AdamW kernel; on a GPU it always is used."""
     deterministic: bool = False
     """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
-    much). A CPU needs no asking."""
+    much). A CPU is always deterministic."""
     cache_features: bool = False
     """Compute a frozen encoder's features of the labelled regions once, store them beside the labels in float16, and
     train the decoder on them. Needs freeze_encoder = true, and neither color_jitter nor random_resized_crop; hflip
     doubles what is stored (distill.shards.features has the sizes). Ours."""
     patches_per_step: int = 0
-    """Patches of each region that a step learns from, drawn anew at every visit, and alone read; 0 = all. Ours."""
+    """Patches of each region that a step uses, redrawn at every visit; only these are read; 0 = all. Ours."""
 
     def __post_init__(self) -> None:
         refuse(_faults(self))
 
     @property
     def redraws(self) -> bool:
-        """Whether a region looks otherwise at every visit, beyond being mirrored or not."""
+        """Whether a region looks different at every visit, apart from mirroring."""
         return self.color_jitter > 0 or self.random_resized_crop < 1.0 or self.rotation > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as JSON would give them back: lists for tuples."""
+        """The settings as JSON would return them: lists for tuples."""
         plain = asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
@@ -204,7 +202,7 @@ def _bad_lengths(s: TrainSettings) -> list[str]:
 
 
 def _uncacheable(s: TrainSettings) -> list[str]:
-    """What keeps features from being stored once."""
+    """Settings that conflict with cache_features."""
     faults = []
     if s.cache_features and not s.freeze_encoder:
         faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
@@ -219,8 +217,8 @@ def _uncacheable(s: TrainSettings) -> list[str]:
 
 
 def _bad_sources(s: TrainSettings) -> list[str]:
-    warm = 0.0 < s.source_temperature < math.inf
-    faults = [] if warm else [f"source_temperature must be finite and above 0, not {s.source_temperature}"]
+    valid = 0.0 < s.source_temperature < math.inf
+    faults = [] if valid else [f"source_temperature must be finite and above 0, not {s.source_temperature}"]
     faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
     if s.even_batches and s.source_temperature != 1.0:
         faults.append("even_batches = true takes the sources by their weights alone: leave out source_temperature")

@@ -1,7 +1,7 @@
-"""One optimizer step: from the micro-batches of a global batch to changed weights and a line of the log.
+"""One optimizer step: from the micro-batches of a global batch to updated weights and a log line.
 
-Losses are per image and are averaged here alone, over the global batch. The student runs under autocast, the objective
-never does. A loss or gradient that is not finite stops the run before anything is applied.
+Losses are per image; only this module averages them, over the global batch. The student runs under autocast, the
+objective never does. A loss or gradient that is not finite stops the run before anything is applied.
 Shapes: B images of a micro-batch, H, W.
 """
 
@@ -47,10 +47,10 @@ class ObjectiveLike(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a micro-batch of B images says. losses: (B,). parts: by name, as many values as images that it speaks of.
+    """The losses of a micro-batch of B images, (B,), and their parts by name: one value per image that a part covers.
 
-    pred: (B,H,W), what is predicted; target, valid: (B,H,W), what it should be; None: the labels' own maps. For the log
-    alone. All float32. taught: (B,) bool, the images whose loss says anything; None: all.
+    pred: (B,H,W), the prediction; target, valid: (B,H,W), its target; None: the labels' own maps. These three are only
+    logged. All float32. taught: (B,) bool, the images whose loss carries information; None: all.
     """
 
     losses: Tensor
@@ -62,23 +62,23 @@ class Measured:
 
 
 class TrainingTask(Protocol):
-    """How a network of another kind than images to maps is trained: what `measure` does, in its own way."""
+    """Trains a network that does not map images to depth maps: replaces what `measure` does for other students."""
 
     def __call__(self, module: nn.Module, micro: MicroBatch, /, *, precision: str) -> Measured:
-        """module: the network as it is called in training, wrapped perhaps. Draws are functions of micro.positions."""
+        """module: the network as called in training, possibly wrapped. Random draws depend on micro.positions alone."""
         ...
 
     def keep(self) -> None:
-        """Brings to the disk whatever was computed beside the weights; called before each checkpoint."""
+        """Writes whatever was computed besides the weights to disk; called before each checkpoint."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Processes:
-    """The processes of a run as a step sees them.
+    """The processes of a run, as a step sees them.
 
-    add: sums a tensor over all; gather: joins their lists; share: gives all the main one's value; wait: for all.
-    without_exchange: a backward pass under it keeps its gradient to itself. track: hands numbers to the trackers.
+    add: sums a tensor over all; gather: concatenates their lists; share: broadcasts the main one's value; wait: a
+    barrier. without_exchange: backward passes under it do not exchange gradients. track: sends numbers to the trackers.
     """
 
     index: int
@@ -128,7 +128,7 @@ class TrainingRun:
     told: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def since(self, seconds: float, waited: float) -> tuple[float, float, int]:
-        """Seconds, those of waiting for data, and steps since this was last asked; of this step where it is alone."""
+        """Seconds, seconds spent waiting for data, and steps since the last call; the arguments for a single step."""
         before, self.told = self.told, (self.seconds, self.waited, self.steps_here)
         if self.steps_here - before[2] <= 1:
             return seconds, waited, 1
@@ -136,7 +136,7 @@ class TrainingRun:
 
     @property
     def kept(self) -> nn.Module:
-        """The weights that are evaluated and kept."""
+        """The network whose weights are evaluated and saved: the averaged one if there is one."""
         return self.student if self.ema is None else self.ema.module
 
     @property
@@ -146,18 +146,18 @@ class TrainingRun:
 
 
 def make_ready(student: nn.Module, settings: TrainSettings, *, device: torch.device, processes: int) -> None:
-    """Freezes, converts and moves the student as the settings say; ValueError where it cannot be done."""
+    """Freezes, converts and moves the student as the settings say; raises ValueError where it cannot."""
     if settings.freeze_encoder:
         encoder = student.encoder
         assert isinstance(encoder, nn.Module)
         encoder.requires_grad_(False)
         if callable(freeze := getattr(encoder, "freeze", None)):
-            freeze()  # an Encoder records that it is frozen, so that its folder may leave it out
+            freeze()  # an Encoder records that it is frozen, so that its weights may be left out of the student folder
     if settings.gradient_checkpointing:
-        able = [m for m in student.modules() if callable(getattr(m, "set_grad_checkpointing", None))]
-        if not able:
+        capable = [m for m in student.modules() if callable(getattr(m, "set_grad_checkpointing", None))]
+        if not capable:
             raise ValueError("gradient_checkpointing: no part of this student can recompute itself; switch it off")
-        able[0].set_grad_checkpointing(True)  # type: ignore[operator]
+        capable[0].set_grad_checkpointing(True)  # type: ignore[operator]
     student.to(device)
     if settings.channels_last:
         student.to(memory_format=torch.channels_last)
@@ -168,7 +168,7 @@ def make_ready(student: nn.Module, settings: TrainSettings, *, device: torch.dev
 
 
 def set_mode(run: TrainingRun) -> None:
-    """Training mode, except for what is frozen; called again where that changes."""
+    """Sets training mode, except for frozen parts; called again when those change."""
     run.student.train()
     early = run.step < run.settings.freeze_steps
     if run.settings.freeze_steps:
@@ -187,10 +187,10 @@ def set_mode(run: TrainingRun) -> None:
 
 
 def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] | None:
-    """One optimizer step on the next `accumulate` micro-batches: its line of the log.
+    """Makes one optimizer step on the next `accumulate` micro-batches; returns its log line.
 
-    On a GPU a step without a line waits for nothing and gives None. Raises TrainingStoppedError, before anything is
-    applied, where the loss or the gradient is not finite; after steps without a line, where one of theirs was not.
+    On a GPU a step without a log line does not synchronize and returns None. Raises TrainingStoppedError, before
+    anything is applied, where the loss or the gradient is not finite, or was not in a step since the last line.
     """
     s, processes = run.settings, run.processes
     start, waited = time.perf_counter(), 0.0
@@ -198,27 +198,27 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
     run.optimizer.zero_grad(set_to_none=True)
     seen: list[tuple[MicroBatch, Tensor]] = []
     sums: dict[str, Tensor] = {}
-    told = _has_line(run)
+    log_this_step = _has_line(run)
     for part in range(s.accumulate):
         before = time.perf_counter()
         micro = next(micros)
         waited += time.perf_counter() - before if micro.waited is None else micro.waited
         micro = micro.to(processes.device)
-        # After the data: reading draws from the same generator.
+        # Seed after reading the data, which draws from the same generator.
         _seed(int(generator("step", s.seed, run.step, processes.index, part).integers(2**62)), processes.device)
         last = part == s.accumulate - 1
         with contextlib.nullcontext() if last else processes.without_exchange(run.model):
-            found = _learn(run, micro)
-        losses = found.losses.detach()
+            result = _learn(run, micro)
+        losses = result.losses.detach()
         seen.append((micro, losses))
-        for name, value in (_measured(run, micro, found) if told else {}).items():
+        for name, value in (_measured(run, micro, result) if log_this_step else {}).items():
             sums[name] = sums[name] + value if name in sums else value
     parameters = run.parameters
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     line = None
     if processes.device.type == "cuda":
         _guard(run, norm)
-    if told:
+    if log_this_step:
         line = _line(run, _reduce(run, sums, norm), rates=rates)
         if not (math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])):
             _stop(run, line, seen)
@@ -237,25 +237,25 @@ def take_step(run: TrainingRun, micros: Iterator[MicroBatch]) -> dict[str, Any] 
         return None
     if processes.device.type == "cuda":
         line["memory"] = torch.cuda.max_memory_allocated(processes.device) / 2**30
-    # Of the steps since the last line, for one that waits for nothing is over before its work is.
+    # Over all steps since the last line: a step that does not synchronize returns before its work is done.
     seconds, waited, steps = run.since(seconds, waited)
     rate = s.batch_size * steps / seconds
     return line | {"images_per_s": rate, "data_wait": waited / seconds, "seconds": seconds / steps}
 
 
 def _has_line(run: TrainingRun) -> bool:
-    """Whether this step has a line, and so waits for the device and looks at its numbers itself; off a GPU all have.
+    """Whether this step has a log line, and so synchronizes and checks its numbers; always True off a GPU.
 
-    So has one that a checkpoint or an evaluation follows: a run that goes on there must not have left out steps.
+    Steps before a checkpoint or an evaluation have one: a run must not go on from there with skipped updates.
     """
     s, number = run.settings, run.step + 1
-    looked_at = (every for every in (s.log_every, s.save_every, s.eval_every) if every)
-    return run.processes.device.type != "cuda" or number == s.steps or any(number % every == 0 for every in looked_at)
+    intervals = (every for every in (s.log_every, s.save_every, s.eval_every) if every)
+    return run.processes.device.type != "cuda" or number == s.steps or any(number % every == 0 for every in intervals)
 
 
 def _guard(run: TrainingRun, norm: Tensor) -> None:
-    """Lets the optimizer's kernel change nothing from the first gradient on that is not finite; of steps without a
-    line nobody else looks at it, and the norm of the next line then tells.
+    """Makes the optimizer's kernel skip all updates from the first non-finite gradient on. In steps without a log line
+    nothing else checks it; `norm` becomes NaN, so that the next line reports it.
     """
     broken = (~torch.isfinite(norm)).float()
     run.broken = broken if run.broken is None else torch.maximum(run.broken, broken)
@@ -278,7 +278,7 @@ def is_training_task(objective: ObjectiveLike | TrainingTask) -> TypeGuard[Train
 def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
     """The objective's losses and parts on a micro-batch, and the prediction; all float32.
 
-    Each supervision's images are measured by themselves; a part has as many values as images that it says anything of.
+    The objective is called once per supervision, on its images; a part has one value per image that it covers.
     """
     objective = run.objective
     if is_training_task(objective):
@@ -286,7 +286,7 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
     images = micro.images
     if run.settings.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    features = wanted = None
+    features = reference_features = None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=run.settings.precision == "bf16"):
         if micro.features is not None:
             pred = module(images, features=[(patch.float(), cls.float()) for patch, cls in micro.features])
@@ -296,84 +296,84 @@ def measure(run: TrainingRun, module: nn.Module, micro: MicroBatch) -> Measured:
             pred, features = module(images, with_features=True)
             features = features.float()
             with torch.no_grad():
-                wanted = run.reference(images)[-1][0].float()
+                reference_features = run.reference(images)[-1][0].float()
     pred = pred.float()
     measured, plain, known = [], cast(ObjectiveLike, objective), []
-    for one in micro.taught:
-        mine = [None if values is None else one.of(values) for values in (features, wanted)]
-        losses, parts = plain(one.of(pred), one.labels, mine[0], mine[1])
-        if losses.shape != one.of(images).shape[:1]:
+    for taught in micro.taught:
+        pair = [None if values is None else taught.of(values) for values in (features, reference_features)]
+        losses, parts = plain(taught.of(pred), taught.labels, pair[0], pair[1])
+        if losses.shape != taught.of(images).shape[:1]:
             raise ValueError(
-                f"the objective must return one loss per image, ({len(one.of(images))},), not {tuple(losses.shape)}"
+                f"the objective must return one loss per image, ({len(taught.of(images))},), not {tuple(losses.shape)}"
             )
         measured.append((losses, parts))
-        if not module.training:  # what nobody asks of a step costs it nothing
-            known.append(one.labels.known | (losses.detach() != 0))  # features teach without a label
+        if not module.training:  # only evaluations use it
+            known.append(taught.labels.known | (losses.detach() != 0))  # feature alignment needs no label
     if len(measured) == 1:
         return Measured(*measured[0], pred, taught=known[0] if known else None)
-    places = torch.cat([one.rows for one in micro.taught if one.rows is not None]).argsort()
+    places = torch.cat([taught.rows for taught in micro.taught if taught.rows is not None]).argsort()
     joined = {name: torch.cat([p[name] for _, p in measured if name in p]) for _, parts in measured for name in parts}
     losses = torch.cat([losses for losses, _ in measured])[places]
     return Measured(losses, joined, pred, taught=torch.cat(known)[places] if known else None)
 
 
 def _learn(run: TrainingRun, micro: MicroBatch) -> Measured:
-    """Adds a micro-batch's gradient; returns what was measured on it."""
-    found = measure(run, run.model, micro)
-    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number; no
-    # number at all where the loss is not finite: |x - inf| has a finite gradient, and a GPU looks at nothing else.
-    total = found.losses.sum()
+    """Runs forward and backward on a micro-batch, accumulating gradients; returns its losses and parts."""
+    result = measure(run, run.model, micro)
+    # Gradients are averaged over processes, so each contributes its sum over the global batch times their number. They
+    # become NaN where the loss is not finite: |x - inf| has a finite gradient, and a GPU checks gradients only.
+    total = result.losses.sum()
     (total * (run.processes.count / run.settings.batch_size + 0.0 * total.detach())).backward()
-    return found
+    return result
 
 
 def _measured(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str, Tensor]:
-    """The sums over a micro-batch's images of all that is logged."""
+    """Sums of everything that is logged over a micro-batch's images."""
     losses = found.losses.detach()
     measured = {"loss": losses.double().sum()} | _statistics(run, micro, found)
 
     def count(values: Tensor) -> Tensor:
-        return torch.full((), len(values), dtype=torch.float64, device=losses.device)  # new_tensor would wait
+        return torch.full((), len(values), dtype=torch.float64, device=losses.device)  # new_tensor would synchronize
 
     for name, value in found.parts.items():
         measured[f"parts/{name}"] = value.detach().double().sum()
         measured[f"images/parts/{name}"] = count(value)
-    for one in micro.taught:
-        mine = one.of(losses).double()
-        for name, total in ((f"teachers/{one.teacher}", mine.sum()), (f"images/{one.teacher}", count(mine))):
+    for taught in micro.taught:
+        values = taught.of(losses).double()
+        for name, total in ((f"teachers/{taught.teacher}", values.sum()), (f"images/{taught.teacher}", count(values))):
             measured[name] = measured[name] + total if name in measured else total
     return measured
 
 
 def _statistics(run: TrainingRun, micro: MicroBatch, found: Measured) -> dict[str, Tensor]:
-    """The sums of what the log says of outputs and labels; labels that know less than the student have another size."""
+    """Sums of the logged output and label statistics. Labels that know less than the student have another scale."""
     output = map_statistics(found.pred)
     if found.target is not None:
         return dict(zip(STATISTICS, [*output[:2], *map_statistics(found.target, found.valid)], strict=True))
     label = torch.zeros_like(output)
-    for one in micro.taught:
-        shared = one.labels.shared
+    for taught in micro.taught:
+        shared = taught.labels.shared
         if len(micro.taught) == 1 or shared.kind == run.settings.kind:
             label = label + map_statistics(shared.values, shared.valid)
     return dict(zip(STATISTICS, [output[0], output[1], *label], strict=True))
 
 
 def _reduce(run: TrainingRun, sums: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
-    """The sums over all processes, and the gradient's norm, which they share: the one wait for the device in a step."""
+    """The sums over all processes, and the gradient's norm, the same on all: the only synchronization of a step."""
     zero = torch.zeros((), dtype=torch.float64, device=norm.device)
     while True:
-        fresh = [name for name in sums if name not in run.names]
-        vector = torch.stack([zero + len(fresh), *(sums.get(name, zero) for name in run.names)])
+        new_names = [name for name in sums if name not in run.names]
+        vector = torch.stack([zero + len(new_names), *(sums.get(name, zero) for name in run.names)])
         total = torch.cat([run.processes.add(vector), norm.detach().double().reshape(1)]).tolist()
         if total[0] == 0:
             return dict(zip(run.names, total[1:-1], strict=True)) | {"grad_norm": total[-1]}
-        # A name that some process has not met yet (in the first step: all). All agree on the list and go again.
-        run.names = tuple(sorted({*run.names, *run.processes.gather(fresh)}))
+        # Some process has a name that is not in the list yet (in the first step: all): extend the list and repeat.
+        run.names = tuple(sorted({*run.names, *run.processes.gather(new_names)}))
 
 
 def _line(run: TrainingRun, sums: Mapping[str, float], *, rates: Mapping[str, float]) -> dict[str, Any]:
     images, labelled = run.settings.batch_size, max(1.0, sums["labelled"])
-    # A name that an earlier step met stays in the sums.
+    # Names of earlier steps stay in the sums, with a count of 0.
     taught = {n.removeprefix("teachers/"): v for n, v in sums.items() if n.startswith("teachers/")}
     taught = {name: loss / sums[f"images/{name}"] for name, loss in taught.items() if sums[f"images/{name}"]}
     parts = {n.removeprefix("parts/"): v for n, v in sums.items() if n.startswith("parts/")}
@@ -398,7 +398,7 @@ def _line(run: TrainingRun, sums: Mapping[str, float], *, rates: Mapping[str, fl
 def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatch, Tensor]]) -> NoReturn:
     folder = run.out / f"bad_batch_{line['step']}"
     batches = [batch for micro, _ in seen for batch in micro.batches()]
-    losses = [one.of(loss) for micro, loss in seen for one in micro.taught]
+    losses = [taught.of(loss) for micro, loss in seen for taught in micro.taught]
     dump_batch(folder, f"process-{run.processes.index}", batches=batches, losses=losses, facts=line)
     if run.log:
         run.log.write(line)
@@ -406,7 +406,7 @@ def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatc
     bad = [key for key, finite in zip(keys, torch.cat(losses).isfinite().tolist(), strict=True) if not finite]
     named = f" (not finite: {', '.join(bad[:3])})" if bad else ""
     advice = f"The batch is in {folder}{named}: look at its labels, lower lr, or leave its images out"
-    if not bad and run.settings.log_every > 1:  # on a GPU the steps without a line are not looked at
+    if not bad and run.settings.log_every > 1:  # on a GPU steps without a log line are not checked
         advice = (
             f"It may have begun in one of the {run.settings.log_every - 1} steps before, whose batches are not kept: "
             "the same command with train.log_every = 1 goes on from the last checkpoint and stops at the very step"

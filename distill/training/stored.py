@@ -1,8 +1,8 @@
-"""Batches that leave the workers as the shards store them, and become what a step learns from on the device.
+"""Batches that workers pass on in the shards' encoding, and that are decoded on the device.
 
-An image is three bytes a pixel and a map two; they are joined in the workers, handed over (handover.py), copied one
-batch ahead, and decoded and augmented where the step runs, by the code that serves the host: what comes out is what
-`batches` makes there, bit for bit before colours are jittered.
+An image is three bytes a pixel and a map two; they are collated in the workers, handed over (handover.py), copied one
+batch ahead, and decoded and augmented on the step's device, by the same code as on the host: the result equals that of
+`batches` there, bit for bit before colours are jittered.
 
 Shapes: B images, S region size.
 """
@@ -56,23 +56,23 @@ class StoredBatch:
     features: StackedFeatures | None = None
 
     def pin_memory(self) -> StoredBatch:
-        """The same in page-locked memory; a DataLoader that pins asks for it."""
+        """The same in page-locked memory; called by a DataLoader with pin_memory."""
         pinned: StoredBatch = mapped(self, Tensor, Tensor.pin_memory)
         return pinned
 
     def ready(self, settings: TrainSettings) -> MicroBatch:
-        """What a step learns from, made where the tensors are."""
+        """The decoded micro-batch of a step, made on the tensors' device."""
         batches = []
         for g in self.groups:
             s = settings
-            labels = {name: meet_labels(one.decode(), s.kind, s.keep_unmet) for name, one in g.labels.items()}
+            labels = {name: meet_labels(coded.decode(), s.kind, s.keep_unmet) for name, coded in g.labels.items()}
             batches.append(finished(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
         micro = joined([g.group for g in self.groups], batches, settings)
         return replace(micro, features=self.features)
 
 
 def collate_stored(items: Sequence[Item | Exception]) -> StoredBatch | Exception:
-    """Items of a dataset that stores codes as one batch; the first error among them where there is one."""
+    """Collates items of a dataset that stores codes; returns the first error among them if there is one."""
     read = [item for item in items if isinstance(item, Item)]
     if len(read) < len(items):
         return next(item for item in items if isinstance(item, Exception))
@@ -105,7 +105,7 @@ def stored_batches(
     device: torch.device,
     features: FeatureStore | None = None,
 ) -> Generator[MicroBatch, None, None]:
-    """This process's micro-batches on the device, in order; the next one is on its way while a step runs."""
+    """This process's micro-batches on the device, in order; the next one is copied while a step runs."""
     samples = StreamSamples(dataset, settings, learning=True, coded=True, features=features)
     cuda, collate = device.type == "cuda", collate_stored
     readers = readers_of(samples, positions, collate, settings.workers, measured=cuda)
@@ -116,12 +116,12 @@ def stored_batches(
     handover = handover_for(readers.processes, readers.size)
     number = len(positions)
     if handover is None:
-        given = loader_of(samples, positions, collate, readers, pinned=True)
-        yield from _on_device(given, number, None, settings, device)
+        source = loader_of(samples, positions, collate, readers, pinned=True)
+        yield from _on_device(source, number, None, settings, device)
         return
     with handover.held():
-        given = loader_of(samples, positions, Giving(collate, handover), readers, end=handover.end)
-        yield from _on_device(given, number, handover, settings, device)
+        source = loader_of(samples, positions, Giving(collate, handover), readers, end=handover.end)
+        yield from _on_device(source, number, handover, settings, device)
 
 
 def _on_device(
@@ -131,9 +131,9 @@ def _on_device(
     settings: TrainSettings,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """So many batches, each sent while the step before it runs, and decoded where it arrives.
+    """Yields `number` batches, each sent to the device during the previous step and decoded there.
 
-    No more is asked for: at its end a loader waits for its processes, a second, and the last step is still to come.
+    No further batch is requested: at its end a loader waits a second for its processes, before the last step has run.
     """
     batches = islice(batches, number)
     stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -143,12 +143,12 @@ def _on_device(
         with torch.cuda.stream(stream):
             if handover is None or not isinstance(batch, Handed):
                 return cast(StoredBatch, mapped(batch, Tensor, lambda x: x.to(device, non_blocking=True)))
-            there: StoredBatch = handover.take(batch, device)
+            received: StoredBatch = handover.take(batch, device)
             sent.append((batch, None if stream is None else stream.record_event()))
-            return there
+            return received
 
     def following() -> tuple[StoredBatch | None, float]:
-        """The next batch on its way, and seconds that it was waited for. The slot of the one before is free again."""
+        """Sends the next batch; returns it and the seconds spent waiting for it. Frees the slot of the one before."""
         for batch, arrival in sent:
             if arrival is not None:
                 arrival.synchronize()
@@ -156,18 +156,18 @@ def _on_device(
             handover.release(batch)
         sent.clear()
         start = time.perf_counter()
-        given = next(batches, None)
+        read = next(batches, None)
         waited = time.perf_counter() - start
-        return (None if given is None else send(given)), waited
+        return (None if read is None else send(read)), waited
 
-    coming, waited = following()
-    while coming is not None:
+    next_batch, waited = following()
+    while next_batch is not None:
         if stream is not None:
-            here = torch.cuda.current_stream(device)
-            here.wait_stream(stream)
-            for tensor in tensors_of(coming):
-                tensor.record_stream(here)
-        micro = coming.ready(settings)
-        coming, more = following()
-        yield replace(micro, waited=waited + more)
+            current = torch.cuda.current_stream(device)
+            current.wait_stream(stream)
+            for tensor in tensors_of(next_batch):
+                tensor.record_stream(current)
+        micro = next_batch.ready(settings)
+        next_batch, waited_next = following()
+        yield replace(micro, waited=waited + waited_next)
         waited = 0.0

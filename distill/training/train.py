@@ -1,14 +1,14 @@
-"""The training loop, which with `parallel` is the only place that knows accelerate.
+"""The training loop; only this module and `parallel` import accelerate.
 
-One step learns from one global batch, whatever number of processes and micro-batches share it: losses are per image and
-are averaged here, over the global batch, so 1 x 8 = 2 x 4 = 1 x 4 accumulated twice. Order, teacher, rate, augmentation
-and dropout seed are pure functions of (seed, step), so a resumed run is the run that was never killed: bit for bit on
-a CPU with as many threads. Batch statistics and dropout alone know how a batch was cut: see `batchnorm`.
+One step learns from one global batch, however many processes and micro-batches share it: losses are per image and
+averaged over the global batch, so 1 x 8 = 2 x 4 = 1 x 4 accumulated twice. Order, teacher, rate, augmentation and
+dropout seed are pure functions of (seed, step), so a resumed run equals an uninterrupted one, bit for bit on a CPU with
+the same number of threads. Only batch statistics and dropout depend on how a batch was split: see `batchnorm`.
 
-Of accelerate this uses processes, devices, gradient exchange and trackers. It prepares neither loader (ours is already
-cut by process) nor scheduler (it would step once per process); autocast covers the student alone, never the loss.
+It uses accelerate for processes, devices, gradient exchange and trackers. It prepares neither the loader (ours is
+already split by process) nor a scheduler (it would step once per process); autocast covers the student, never the loss.
 
-<out>/ holds log.jsonl (training.trainlog), checkpoints/ (training.checkpoints), run.json, tensorboard/ and, in the end,
+<out>/ holds log.jsonl (training.trainlog), checkpoints/ (training.checkpoints), run.json, tensorboard/ and, at the end,
 student/.
 """
 
@@ -91,44 +91,44 @@ def train(
     device: torch.device | str | None = None,
     features: FeatureStore | None = None,
 ) -> TrainResult:
-    """Trains `student` on the labels of `dataset`, going on from the newest whole checkpoint under `out`.
+    """Trains `student` on the labels of `dataset`, resuming from the newest whole checkpoint under `out`.
 
     student: as students.Student: images (B,3,H,W) in [0,1] to (B,H,W); parameters under .encoder and .decoder. It ends
     up holding the weights in out/student.
-    objective: what is asked of its maps; or a TrainingTask, which calls a network of another kind itself.
-    heldout: labels that choose the checkpoint; None: `settings.val_fraction` of the dataset's images, of whatever
-    source that is learnt from, all alike.
+    objective: computes losses from its maps; or a TrainingTask, which calls a network of another kind itself.
+    heldout: labels that select the checkpoint; None: `settings.val_fraction` of the dataset's images, from all sources
+    that are trained on.
     reference: a frozen encoder for feature alignment; then student(images, with_features=True) must return (pred,
     features), and the objective also gets reference(images)[-1][0].
-    card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else makes
-    the run what it is (recipe, labels): a resume with another one is refused.
-    save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a line for people): called by
-    the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or the GPU there is.
-    features: the encoder's, where settings.cache_features.
+    card: plain values about where the student comes from; "training" is added. identity: a hash of whatever else
+    defines the run (recipe, labels): resuming with another one is refused.
+    save: called as save(student, folder, card=...). report(step, steps, **numbers), tell(a message for the user):
+    called by the main process only. device: where to train ("cpu", "cuda:1"); None: the launcher's choice, or a GPU.
+    features: the encoder's stored features, where settings.cache_features.
 
     Raises ValueError for settings, data or a folder that do not fit, TrainingStoppedError for a number that is not
-    finite, OSError where something cannot be read or written; what was saved until then stays.
+    finite, OSError where something cannot be read or written; earlier checkpoints stay.
     """
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
         raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
     _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
-    kept, held = split(dataset, heldout, settings)
-    order = _order(dataset, kept, settings)
+    used, validation = split(dataset, heldout, settings)
+    order = _order(dataset, used, settings)
     settings = in_steps(settings, len(order.indices))
     batches = _positions(accelerator, order, settings)
     lock = checkpoints.locked(out) if accelerator.is_main_process else contextlib.nullcontext()
     with reproducible(settings.deterministic), lock, explain_dead_workers():
         run = _prepare(student, accelerator, settings, out=out, objective=objective, reference=reference)
         run.save_student, run.card, run.features = save, dict(card or {}), features
-        run.facts = {"identity": identity, "samples": len(kept), "data": fingerprint(dataset.image_keys, kept)}
+        run.facts = {"identity": identity, "samples": len(used), "data": fingerprint(dataset.image_keys, used)}
         try:
             resume(run, tell or (lambda line: None))
             _open_trackers(run, accelerator)
-            # Closed here, not when the last frame of an error that somebody keeps lets go: processes read for it.
+            # Closed here, because a stored traceback would otherwise keep it and its worker processes alive.
             with contextlib.closing(_micros(run, dataset, batches.after(run.step), collate)) as micros:
-                _loop(run, micros, Held(dataset if heldout is None else heldout, held, collate), report)
+                _loop(run, micros, Held(dataset if heldout is None else heldout, validation, collate), report)
             return _finish(run)
         finally:
             if run.log:
@@ -164,7 +164,7 @@ def _order(dataset: Labelled, kept: Sequence[int], settings: TrainSettings) -> O
 def _micros(
     run: TrainingRun, dataset: Labelled, positions: MicroBatchPositions, collate: Collate
 ) -> Generator[MicroBatch, None, None]:
-    """What is learnt from: by way of the device where there is one and the dataset stores codes, else the host's."""
+    """This process's micro-batches, decoded on the GPU if it has one and the dataset stores codes, else on the host."""
     if run.processes.device.type == "cuda" and collate is shards.collate and getattr(dataset, "stores_codes", False):
         check_teachers(dataset, positions.order.indices, run.settings)
         return stored_batches(
@@ -177,7 +177,7 @@ def _micros(
 
 
 def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettings, **given: Any) -> TrainingRun:
-    """Everything on its device and wrapped, at its starting weights."""
+    """Creates the run: every module on its device and wrapped, at its initial weights."""
     processes = processes_of(accelerator)
     for part in (given["objective"], given["reference"]):
         if isinstance(part, nn.Module):
@@ -185,7 +185,7 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
     if given["reference"] is not None:
         given["reference"].eval().requires_grad_(False)
     make_ready(student, settings, device=processes.device, processes=processes.count)
-    # Before the first copy is made of it: wrapping gives every process the main one's starting weights.
+    # Before the averaged copy is made: wrapping gives every process the main one's initial weights.
     model = accelerator.prepare_model(torch.compile(student) if settings.compile else student)
     return TrainingRun(
         processes=processes,
@@ -202,7 +202,7 @@ def _prepare(student: nn.Module, accelerator: Accelerator, settings: TrainSettin
 
 def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
     if run.settings.trackers:
-        # The curves after the checkpoint are drawn anew.
+        # Drops the points after the checkpoint: the resumed run draws them again.
         accelerator.init_trackers(run.out.name, init_kwargs={"tensorboard": {"purge_step": run.step + 1}})
 
 
@@ -222,7 +222,7 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: Held, report: Re
         last = run.step == s.steps
         if line is not None:
             run.loss = line["loss"]
-            _tell(run, line, last=last)
+            _log_step(run, line, last=last)
         better = False
         if held.indices and (last or (s.eval_every and run.step % s.eval_every == 0)):
             evaluation = measured(run, held)
@@ -238,8 +238,8 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: Held, report: Re
             report(run.step, s.steps, **{name: line[name] for name in REPORTED}, **best, **parts, **memory)
 
 
-def _tell(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
-    """A step's line to the log, where it is one of those, and to the alarm."""
+def _log_step(run: TrainingRun, line: Mapping[str, Any], *, last: bool) -> None:
+    """Writes a step's line to the log if it is due, and passes it to the alarm."""
     if run.step % run.settings.log_every == 0 or last:
         _write(run, line)
     alarm = run.alarm.watch(
@@ -266,7 +266,7 @@ def _write(run: TrainingRun, line: Mapping[str, Any]) -> None:
 
 
 def _finish(run: TrainingRun) -> TrainResult:
-    """Writes out/student from the chosen checkpoint, on disk already, and leaves its weights in the student."""
+    """Writes out/student from the selected checkpoint, and leaves its weights in the student."""
     run.processes.wait()
     step = run.step if run.best is None else int(run.best["step"])
     chosen = "the last step" if run.best is None else "lowest loss on held-out labels"

@@ -1,10 +1,9 @@
-"""The written record of a training run: a line per step, an alarm when the output's scale runs away, and the bad batch.
+"""The log of a training run: a line per step, an alarm when the output's scale runs away, and dumps of bad batches.
 
-log.jsonl holds one JSON object per line, three sorts of them: {"step", "loss", ...} of a training step, {"step",
-"heldout", "heldout_parts", ...} of an evaluation (step 0: before the first), {"step", "alarm"} of a warning. A resumed
-run cuts the file back to its checkpoint, so that apart from the fields in WALL_CLOCK it ends up equal to an
-uninterrupted run's. Each line ends in a checksum of itself, which readers take off; a line with another one is left
-out.
+log.jsonl holds one JSON object per line, of three kinds: {"step", "loss", ...} of a training step, {"step", "heldout",
+"heldout_parts", ...} of an evaluation (step 0: before the first), {"step", "alarm"} of a warning. A resumed run
+truncates the file to its checkpoint, so that apart from the fields in WALL_CLOCK it ends up equal to an uninterrupted
+run's. Each line ends in its own checksum, which readers remove; a line with a wrong one is skipped.
 
 Why an alarm: the gradient of a scale- and shift-invariant loss is orthogonal to the prediction, so each step can only
 lengthen it, and the effective step shrinks as it grows; people who re-implemented Distill-Any-Depth report just that.
@@ -32,8 +31,8 @@ from distill.losses.losses import median_and_mean_abs_dev
 
 _SEAL = "crc32"
 WALL_CLOCK = ("images_per_s", "data_wait", "seconds", "memory")
-# Statistics of a map are taken on at most this many rows and columns: a median over 64 x 64 pixels is good to about
-# 1 % of the deviation and 75 times cheaper than one over 560 x 560.
+# Statistics of a map use at most this many rows and columns: a median over 64 x 64 pixels is accurate to about 1 % of
+# the deviation and 75 times cheaper than one over 560 x 560.
 GRID = 64
 SMOOTHING = 0.9
 COLLAPSED = 1e-3
@@ -42,7 +41,7 @@ COLLAPSED = 1e-3
 def map_statistics(values: Tensor, valid: Tensor | None = None) -> Tensor:
     """(3,) float64: sums over the batch of median, mean absolute deviation, and 1 for each map with a valid pixel.
 
-    values, valid: (B,H,W); both statistics are taken on an evenly spaced grid of at most GRID x GRID pixels.
+    values, valid: (B,H,W); both statistics use an evenly spaced grid of at most GRID x GRID pixels.
     """
     rows, columns = (max(1, -(-n // GRID)) for n in values.shape[-2:])
     thin = values.detach()[:, ::rows, ::columns].float()
@@ -53,18 +52,18 @@ def map_statistics(values: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 class StepLog:
-    """Appends lines to log.jsonl; each line is handed to the system at once, so that a killed process loses none.
+    """Appends lines to log.jsonl; each line is flushed at once, so that a killed process loses none.
 
-    damaged: how many lines of an earlier call were, and are left out.
+    damaged: how many existing lines were damaged and are dropped.
     """
 
     def __init__(self, path: Path, *, last_step: int) -> None:
         """Opens `path` and drops every line after `last_step`, and a torn last line."""
         self.path = path
         self.damaged = damaged(path)
-        kept = [line for line in _lines(path) if line["step"] <= last_step and last_step]
+        lines = [line for line in _lines(path) if line["step"] <= last_step and last_step]
         with files.writing(path) as new, new.open("w", encoding="utf-8") as file:
-            file.writelines(_encode(line) for line in kept)
+            file.writelines(_encode(line) for line in lines)
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Mapping[str, Any]) -> None:
@@ -73,7 +72,7 @@ class StepLog:
         self._file.flush()
 
     def sync(self) -> None:
-        """Brings everything written so far to the disk; a checkpoint calls this first."""
+        """Syncs everything written so far to disk; called before each checkpoint."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -82,9 +81,9 @@ class StepLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, in order; a torn last line is left out, and so is one that a power cut filled with NULs.
+    """The lines of a log, in order, without a truncated last line or one that a power cut filled with NULs.
 
-    Raises ValueError for a file that has lines and none of a log's.
+    Raises ValueError for a file that has lines but no log line.
     """
     lines = list(_lines(path))
     if not lines and path.exists() and b"\n" in path.read_bytes():
@@ -93,20 +92,20 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def number(path: Path, name: str, *, relative: bool = False) -> float | None:
-    """What the last line that has it says of `name` ("heldout", "parts.mae"); None where no line has a number there.
+    """The value of `name` ("heldout", "parts.mae") in the last line that has it; None where no line has a number there.
 
-    relative: as a multiple of what the first line says; None where that is 0 or the only line.
+    relative: as a multiple of the first line's value; None where that is 0 or the only one.
     """
-    found = []
+    values = []
     for line in _lines(path):
-        here: Any = line
+        node: Any = line
         for part in name.split("."):
-            here = here.get(part) if isinstance(here, Mapping) else None
-        if isinstance(here, int | float) and not isinstance(here, bool):
-            found.append(float(here))
-    if not found or (relative and (len(found) == 1 or not found[0])):
+            node = node.get(part) if isinstance(node, Mapping) else None
+        if isinstance(node, int | float) and not isinstance(node, bool):
+            values.append(float(node))
+    if not values or (relative and (len(values) == 1 or not values[0])):
         return None
-    return found[-1] / found[0] if relative else found[-1]
+    return values[-1] / values[0] if relative else values[-1]
 
 
 def _lines(path: Path) -> Iterable[dict[str, Any]]:
@@ -119,7 +118,7 @@ def _lines(path: Path) -> Iterable[dict[str, Any]]:
 
 
 def damaged(path: Path) -> int:
-    """How many whole lines of a log are none; the end that a kill tore or a power cut filled with NULs is no line."""
+    """How many complete lines of a log are invalid; a truncated end, or one filled with NULs, is not counted."""
     if not path.exists():
         return 0
     with path.open(encoding="utf-8", errors="replace") as file:
@@ -133,8 +132,8 @@ def _line(text: str) -> dict[str, Any] | None:
         return None
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         return None
-    said = line.pop(_SEAL, None)
-    return line if said in (None, zlib.crc32(_dumps(line).encode())) else None  # earlier versions wrote none
+    checksum = line.pop(_SEAL, None)
+    return line if checksum in (None, zlib.crc32(_dumps(line).encode())) else None  # earlier versions wrote none
 
 
 def _dumps(line: Mapping[str, Any]) -> str:
@@ -157,9 +156,8 @@ def _finite(value: Any) -> Any:
 class ScaleAlarm:
     """Watches the output's mean deviation, smoothed over about ten steps, against its value at the end of the warm-up.
 
-    growth: warn, once, when it is so many times larger than it was then and than the labels' own deviation is (a fresh
-    decoder starts near zero and has every reason to grow up to its labels), or when it has fallen below a thousandth
-    of what it was.
+    Warns once, when it is `growth` times larger than both that value and the labels' own deviation (a fresh decoder
+    starts near zero and has to grow up to its labels), or when it falls below a thousandth of that value.
     """
 
     growth: float
@@ -170,9 +168,9 @@ class ScaleAlarm:
 
     def watch(self, step: int, deviation: float, *, label_deviation: float, warmup_end: int) -> str | None:
         """The warning due at 1-based `step`, if any."""
-        kept = 0.0 if step == 1 else SMOOTHING
-        self.smoothed = kept * self.smoothed + (1.0 - kept) * deviation
-        self.labels = kept * self.labels + (1.0 - kept) * label_deviation
+        momentum = 0.0 if step == 1 else SMOOTHING
+        self.smoothed = momentum * self.smoothed + (1.0 - momentum) * deviation
+        self.labels = momentum * self.labels + (1.0 - momentum) * label_deviation
         if step <= warmup_end:
             self.baseline = self.smoothed
             return None
@@ -192,7 +190,7 @@ class ScaleAlarm:
         return f"the output has collapsed to a constant: {numbers}; lower lr, warm up longer or look at the labels"
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """The state that a checkpoint stores."""
         return asdict(self)
 
 
