@@ -1,7 +1,7 @@
 """From an image to four feature maps: a timm ViT with its weights, its normalisation and its padding.
 
-DINOv3's final norm is not applied (AnyDepth's default); blocks after the last tap, and an unused final norm, are
-removed; timm resizes a learned position table with antialiasing, facebookresearch's code without.
+DINOv3's final norm is not applied (AnyDepth's default); blocks after the last one read, and an unused final
+norm, are removed; timm resizes a learned position table with antialiasing, facebookresearch's code without.
 
 Shapes: B batch, C channels of the ViT, H W image, h w token grid.
 """
@@ -62,8 +62,8 @@ class Encoder(nn.Module):
 
     name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14"; "vggt" is VGGT on one view.
     weights: None (random), "pretrained" (timm's hub download), or a local .safetensors / .pth file in
-        facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: the error
-        names every parameter that is missing.
+        facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: an error
+        names keys that do not match.
     indices: the four blocks read, counted after `blocks` is applied; None gives the paper's (`default_indices`).
     blocks: keep only these blocks of the named ViT, in this order (weights are still loaded from the whole one).
     final_norm: apply the ViT's last norm to all four (DINOv3's own hub heads do; AnyDepth's default does not).
@@ -331,28 +331,28 @@ def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
         return _load(backbone.vit, backbone.load_own(state, source), source)
     state = below_prefix(state, ANCHORS, source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state, source).items() if not _UNUSED.fullmatch(key)}
-    original, wanted = state, backbone.state_dict()
-    state = timm_keys(state, wanted, source)
-    if "pos_embed" in wanted and "pos_embed" in state:
+    original, target = state, backbone.state_dict()
+    state = timm_keys(state, target, source)
+    if "pos_embed" in target and "pos_embed" in state:
         state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
 
     faults = [
         f"{fault} {_some(keys)}"
         for fault, keys in {
-            "lacks": [key for key in wanted if key not in state],
-            "has unclaimed": [key for key in state if key not in wanted],
-            "has another shape for": [k for k in wanted if k in state and wanted[k].shape != state[k].shape],
+            "lacks": [key for key in target if key not in state],
+            "has unclaimed": [key for key in state if key not in target],
+            "has another shape for": [k for k in target if k in state and target[k].shape != state[k].shape],
         }.items()
         if keys
     ]
     if faults:
         suggestion = _encoder_of(original, source)
         raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}{suggestion}")
-    if integers := [key for key in wanted if wanted[key].is_floating_point() and not state[key].is_floating_point()]:
+    if integers := [key for key in target if target[key].is_floating_point() and not state[key].is_floating_point()]:
         raise ValueError(
             f"{source}: {_some(integers)} is {state[integers[0]].dtype}: give weights that are not quantized"
         )
-    if infinite := [key for key in wanted if not torch.isfinite(state[key].float()).all()]:
+    if infinite := [key for key in target if not torch.isfinite(state[key].float()).all()]:
         raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
 

@@ -14,7 +14,7 @@ class StudentSettings:
     """The student: an encoder and a decoder, and their initial weights; or a latent-diffusion network."""
 
     network: Literal["encoder_decoder", "one_step_unet"] = "encoder_decoder"
-    """"one_step_unet": a latent-diffusion UNet is trained as a depth network by [latent]. `weights` is then a diffusers
+    """"one_step_unet": a latent-diffusion UNet is trained for depth, as [latent] says. `weights` is then a diffusers
     folder or hub id (Stable Diffusion's, or a student of this kind to continue from)."""
     head: Literal["vae", "dpt"] = "vae"
     """Of "one_step_unet": how latents become a map, by the VAE's decoder or a DPT head on the UNet's up-blocks.

@@ -178,17 +178,19 @@ def _backbone_state(student: Student) -> dict[str, Tensor]:
         "layernorm.bias": state.get("norm.bias", torch.zeros(student.encoder.channels)),
     }
     for i, block in enumerate(vit.blocks):
-        here, there = f"blocks.{i}.", f"encoder.layer.{i}."
+        from_prefix, to_prefix = f"blocks.{i}.", f"encoder.layer.{i}."
         gated = block.mlp.fc1.out_features != block.mlp.fc2.in_features
         names = _BLOCK | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if gated else {})
         for part in ("weight", "bias"):
-            out |= {f"{there}{theirs}.{part}": state[f"{here}{ours}.{part}"] for ours, theirs in names.items()}
-            query, key, value = state[f"{here}attn.qkv.{part}"].chunk(3)
+            out |= {
+                f"{to_prefix}{theirs}.{part}": state[f"{from_prefix}{ours}.{part}"] for ours, theirs in names.items()
+            }
+            query, key, value = state[f"{from_prefix}attn.qkv.{part}"].chunk(3)
             for name, tensor in (("query", query), ("key", key), ("value", value)):
-                out[f"{there}attention.attention.{name}.{part}"] = tensor
+                out[f"{to_prefix}attention.attention.{name}.{part}"] = tensor
         for n in (1, 2):
             ones = torch.ones(student.encoder.channels)
-            out[f"{there}layer_scale{n}.lambda1"] = state.get(f"{here}ls{n}.gamma", ones)
+            out[f"{to_prefix}layer_scale{n}.lambda1"] = state.get(f"{from_prefix}ls{n}.gamma", ones)
     return {f"backbone.{key}": value for key, value in out.items()}
 
 

@@ -111,13 +111,13 @@ class Backbone(nn.Module):
                 own[f"blocks.{match[2]}.{_PARTS[match[1]]}.{match[3]}"] = value
             else:
                 own[name] = value[:, 0] if name in ("camera_token", "register_token") else value
-        wanted = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
+        target = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
         faults = [
             f"{what} {', '.join(keys[:3])}"
             for what, keys in {
-                "lacks": [key for key in wanted if key not in own],
-                "has unclaimed": [key for key in own if key not in wanted],
-                "has another shape for": [k for k in wanted if k in own and wanted[k].shape != own[k].shape],
+                "lacks": [key for key in target if key not in own],
+                "has unclaimed": [key for key in own if key not in target],
+                "has another shape for": [k for k in target if k in own and target[k].shape != own[k].shape],
             }.items()
             if keys
         ]

@@ -86,15 +86,15 @@ def cost(unet: Any, side: int, *, bf16: bool = False, checkpointing: bool = Fals
 
     inputs = torch.empty(1, unet.config.in_channels, side, side, device="meta")
     prompt = torch.empty(1, 2, unet.config.cross_attention_dim, device="meta")
-    kept, most = _SavedTensors(unet), 0
+    forward_saved, most = _SavedTensors(unet), 0
 
     def recompute(block: Callable[..., Any], *given: Any) -> Any:
         # A checkpointed block saves its inputs; its other saved tensors exist only while it is recomputed.
         nonlocal most
         for value in given:
             if isinstance(value, Tensor):
-                kept.keep(value)
-        inner = _SavedTensors(unet, kept.copies)
+                forward_saved.keep(value)
+        inner = _SavedTensors(unet, forward_saved.copies)
         with inner.hooks():
             out = block(*given)
         most = max(most, inner.bytes)
@@ -103,13 +103,13 @@ def cost(unet: Any, side: int, *, bf16: bool = False, checkpointing: bool = Fals
     if checkpointing:
         unet.enable_gradient_checkpointing(recompute)
     counter = FlopCounterMode(display=False)
-    with kept.hooks(), counter, _Autocast(kept.copies) if bf16 else nullcontext():
+    with forward_saved.hooks(), counter, _Autocast(forward_saved.copies) if bf16 else nullcontext():
         out = unet(inputs, torch.zeros(1, device="meta"), encoder_hidden_states=prompt).sample
     del out
     if checkpointing:
         unet.disable_gradient_checkpointing()
     parameters = sum(p.numel() for p in unet.parameters())
-    return UNetCost(parameters, float(counter.get_total_flops()), kept.bytes, most)
+    return UNetCost(parameters, float(counter.get_total_flops()), forward_saved.bytes, most)
 
 
 def vae_cost(vae: Any, pixels: int) -> VAECost:
@@ -118,14 +118,14 @@ def vae_cost(vae: Any, pixels: int) -> VAECost:
 
     vae.requires_grad_(False)
     images = torch.empty(1, 3, pixels, pixels, device="meta")
-    encoding, decoding, kept = FlopCounterMode(display=False), FlopCounterMode(display=False), _SavedTensors(vae)
+    encoding, decoding, saved = FlopCounterMode(display=False), FlopCounterMode(display=False), _SavedTensors(vae)
     with encoding:
         latents = vae.encode(images).latent_dist.mean
-    with kept.hooks(), decoding:
+    with saved.hooks(), decoding:
         out = vae.decode(latents.requires_grad_(True)).sample
     del out
     parameters = sum(p.numel() for p in vae.parameters())
-    return VAECost(parameters, float(encoding.get_total_flops()), float(decoding.get_total_flops()), kept.bytes)
+    return VAECost(parameters, float(encoding.get_total_flops()), float(decoding.get_total_flops()), saved.bytes)
 
 
 class _SavedTensors:
@@ -147,9 +147,8 @@ class _SavedTensors:
 
     @property
     def bytes(self) -> int:
-        return sum(
-            tensor.untyped_storage().nbytes() for tensor in self._tensors.values()
-        )  # a view counts as its whole storage
+        # A view counts as its whole storage.
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
 
 
 class _Autocast(TorchFunctionMode):
