@@ -142,11 +142,9 @@ def parity(
         (1, 2 * patch + 1, 9 * patch),
     ]
     worst = 0.0
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for batch, height, width in sizes:
-        images = F.interpolate(torch.rand(batch, 3, 8, 8, generator=generator), (height, width), mode="bicubic").clamp(
-            0, 1
-        )
+        images = F.interpolate(torch.rand(batch, 3, 8, 8, generator=rng), (height, width), mode="bicubic").clamp(0, 1)
         with torch.no_grad():
             expected, actual = frozen_copy(images), exported(images)
         if actual.shape != expected.shape:

@@ -198,9 +198,9 @@ def _sizes(student: Student) -> list[tuple[int, int, int]]:
 
 def _samples(student: Student) -> list[Tensor]:
     """Smooth and noisy images for measuring magnitudes and differences."""
-    generator = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=generator), (150, 200), mode="bicubic")
-    images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=generator), torch.zeros(3, 64, 64)]
+    rng = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=rng), (150, 200), mode="bicubic")
+    images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=rng), torch.zeros(3, 64, 64)]
     return [_at_native(student, image) for image in images]
 
 
@@ -218,10 +218,10 @@ def _check_resize(
 ) -> float:
     """The mean difference from `core`, the network without its resize, resized as `distill predict` does."""
     run = run_onnx(path, named=named)
-    generator = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     worst = 0.0
     for height, width in ((90, 120), (333, 217)):
-        photo = torch.randint(0, 256, (1, 3, 9, 9), generator=generator).float()
+        photo = torch.randint(0, 256, (1, 3, 9, 9), generator=rng).float()
         photo = torch.nn.functional.interpolate(photo, (height, width), mode="bilinear")[0].round().to(torch.uint8)
         expected = at_native(student, core, photo)
         actual = run(photo.permute(1, 2, 0).contiguous())

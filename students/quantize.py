@@ -69,10 +69,8 @@ def fitted(rows: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
             better = error < best
             codes, lows, steps = (torch.where(better, n, o) for n, o in ((tried, codes), (a, lows), (step, steps)))
             best = torch.where(better, error, best)
-            centred = tried - tried.mean(1, keepdim=True)
-            step = (centred * (rows - mean)).sum(1, keepdim=True) / centred.square().sum(1, keepdim=True).clamp(
-                min=1e-9
-            )
+            dev = tried - tried.mean(1, keepdim=True)
+            step = (dev * (rows - mean)).sum(1, keepdim=True) / dev.square().sum(1, keepdim=True).clamp(min=1e-9)
             a = mean - step * tried.mean(1, keepdim=True)
     return codes, lows, steps
 
