@@ -1,6 +1,6 @@
 """Students: an encoder and a decoder that together map an image to affine disparity of the same size.
 
-`Student` and `build` live in distill.students.student; they are found here too.
+`Student` and `build` are defined in distill.students.student and exported here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["Student", "build"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, for the settings of a student are read (distill.students.settings) where nobody wants to wait for torch.
+    # Lazy: reading a student's settings (distill.students.settings) imports this package and must not wait for torch.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from distill.students import student

@@ -1,9 +1,8 @@
-"""A BEiT that takes images of any size, as MiDaS v3.1 made it: its table of relative positions is resized to the grid.
+"""BEiT for images of any size, as in MiDaS v3.1: its table of relative positions is resized to the grid.
 
 Source: isl-org/MiDaS, midas/backbones/beit.py: the part of the table that belongs to pairs of patches is resampled
-bilinearly, without antialiasing and corners unaligned, to the grid of the image at hand; the three entries of the class
-token stay. On the table's own grid nothing changes. timm's modules are taken as they are found; nothing of timm is
-imported here.
+bilinearly, without antialiasing and with align_corners=False, to the image's grid; the three entries of the class token
+stay. On the table's own grid nothing changes. timm's modules are patched in place; timm is not imported here.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MIDAS_HEAD = ("scratch.", "pretrained.act_postprocess")
-"""What lies beside the encoder in MiDaS's own files."""
+"""Prefixes of the tensors in MiDaS's own files that are not the encoder's."""
 
 
 def pooling(name: str) -> dict[str, str]:
-    """What timm is told of pooling: none, but for a BEiT, whose last norm stands behind its pooling and goes with it.
+    """timm's argument for no pooling; none for a BEiT, whose last norm follows its pooling and is removed with it.
 
-    A distilled ViT has two class tokens and no choice.
+    A distilled ViT has two class tokens and no such argument.
     """
     return {} if name.startswith("beit") or "distilled" in name else {"global_pool": ""}
 
 
 def make_flexible(backbone: Any) -> None:
-    """Lets timm's Beit take any size that is a multiple of its patch; the size is seen by its patch embedding.
+    """Makes timm's Beit accept any size that is a multiple of its patch; its patch embedding records the grid.
 
-    Another backbone is left as it is.
+    Other backbones are left unchanged.
     """
     if type(backbone).__name__ != "Beit":
         return
@@ -39,11 +38,11 @@ def make_flexible(backbone: Any) -> None:
     embed = backbone.patch_embed
     embed.strict_img_size = False
     grid = list(embed.grid_size)
-    plain = embed.forward
+    original_forward = embed.forward
 
     def forward(_embed: Any, images: Tensor) -> Tensor:
         grid[:] = [side // patch for side, patch in zip(images.shape[-2:], embed.patch_size, strict=True)]
-        tokens: Tensor = plain(images)
+        tokens: Tensor = original_forward(images)
         return tokens
 
     embed.forward = types.MethodType(forward, embed)
@@ -53,10 +52,10 @@ def make_flexible(backbone: Any) -> None:
 
 
 def _bias_on(attention: Any, *, grid: list[int]) -> Tensor:
-    """The bias (1,heads,1+N,1+N) of an attention on the grid of the image at hand, N = rows * columns."""
+    """The bias (1,heads,1+N,1+N) of an attention on the current image's grid, N = rows * columns."""
     rows, columns = grid
     table = attention.relative_position_bias_table
-    if torch.compiler.is_exporting():  # sides are symbols: neither compared, for the graph would keep that, nor hashed
+    if torch.compiler.is_exporting():  # symbolic sides: a comparison would become a guard, a hash fails
         table, index = _interpolated(table, attention.window_size, (rows, columns)), relative_index(rows, columns)
     else:
         table = resized(table, attention.window_size, (rows, columns))
@@ -65,7 +64,7 @@ def _bias_on(attention: Any, *, grid: list[int]) -> Tensor:
 
 
 def resized(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """The table ((2h-1)(2w-1)+3, heads) of the grid `own` as that of another grid."""
+    """The table ((2h-1)(2w-1)+3, heads) of the grid `own`, resized to another grid."""
     return table if tuple(own) == tuple(grid) else _interpolated(table, own, grid)
 
 
@@ -78,17 +77,17 @@ def _interpolated(table: Tensor, own: tuple[int, int], grid: tuple[int, int]) ->
 
 @functools.lru_cache(maxsize=16)
 def _index_on(rows: int, columns: int, device: torch.device) -> Tensor:
-    """`relative_index` on a device, copied there once: every block of every forward pass asks for these megabytes."""
-    with torch.inference_mode(False):  # else nothing could be learnt through what was first asked for in it
+    """`relative_index` on a device, cached: every block of every forward pass needs these megabytes."""
+    with torch.inference_mode(False):  # a cached inference tensor could not be used in training
         return relative_index(rows, columns).to(device)
 
 
 def relative_index(rows: int, columns: int) -> Tensor:
-    """(1+N,1+N) which entry of the table belongs to two tokens, the class token first; N = rows * columns.
+    """(1+N,1+N) indices into the table for each pair of tokens, the class token first; N = rows * columns.
 
     Pairs of patches by their vertical and horizontal distance; then class to patch, patch to class, class to class.
     """
-    # On the CPU whatever the default device: what is kept here serves every device.
+    # On the CPU whatever the default device; the caller copies it.
     y, x = torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
     y, x = y.flatten(), x.flatten()
     pairs = (y[:, None] - y + rows - 1) * (2 * columns - 1) + (x[:, None] - x + columns - 1)

@@ -1,7 +1,7 @@
-"""A student as a folder that describes itself: model.safetensors, student.json, and a README.md for people.
+"""A student as a self-describing folder: model.safetensors, student.json, and a README.md for people.
 
-No pickles. The folder is written aside, synced and renamed, so that a killed process leaves the old student or the new
-one and never half of one. A frozen encoder may be left out; then the folder names the file that it needs by its hash.
+No pickles. The folder is written to a temporary place, synced and renamed, so that a killed process leaves the old
+student or the new one, never a part. A frozen encoder may be left out; the folder then names its file by hash.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from distill.students.skip_init import SkipInit
 VERSION = 1
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "student.json", "README.md"
 EXPORTS = ("model.onnx", "model.pt2", "index.html", "config.json", "preprocessor_config.json")
-"""Made from the weights (students.export, onnx_graph, to_transformers): a new save takes the old ones away."""
+"""Made from the weights (students.export, onnx_graph, to_transformers): a new save removes old ones."""
 
 LATENT = "distill.json"
-"""What a latent network's folder holds instead (distill.teachers._trained.TRAINED)."""
+"""The file that a latent network's folder holds instead (distill.teachers._trained.TRAINED)."""
 EMBEDDED = "pocket"
 OF_A_RUN = Path("train", "student")
 """Where `distill train` leaves a run's student, below the run's folder."""
@@ -57,20 +57,20 @@ def save(
     exclude_frozen_encoder: bool = False,
     check: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write `student` to `folder`, replacing a student that is there; returns the folder. Dot-files there stay.
+    """Write `student` to `folder`, replacing an older student; returns the folder. Existing dot-files are kept.
 
     card: plain values about where it comes from (name, licence, teachers, ...); also written as README.md.
     dtype: torch.float32, or torch.float16 for half the size; vectors (norms, biases, statistics) stay float32, and
     so does a tensor with a value that float16 cannot hold (above 65504).
     bits: 4 stores large matrices and kernels in four bits (students.quantize); the outputs then change a little.
-    calibration: images (3,H,W), uint8 or in [0,1], on which the four bits are to change them least
+    calibration: images (3,H,W), uint8 or in [0,1], on which the change by the four bits is minimised
     (students.rounding).
     exclude_frozen_encoder: write the decoder only, and the hash of the file that the encoder was loaded from.
-    check: called with the folder aside, complete, before it takes its place; it may add files, and what it raises ends
+    check: called with the complete temporary folder before it is renamed; it may add files, and an exception aborts
     the save.
 
-    Raises ValueError where the encoder cannot be left out, FileExistsError where `folder` holds anything else than a
-    student, OSError where it cannot be written; what was there before is then still there, and nothing else.
+    Raises ValueError if the encoder cannot be left out, FileExistsError if `folder` holds anything but a student,
+    OSError if it cannot be written; the previous content is then unchanged.
     """
     folder = Path(folder)
     _check_place(folder)
@@ -120,33 +120,33 @@ def _description(
         "output": {"kind": str(student.kind), "larger_is": student.kind.larger_is, **_camera(student)},
         "card": dict(card or {}),
     }
-    plain = json.loads(json.dumps(description))  # as it will be read: the checksum is of that
+    plain = json.loads(json.dumps(description))  # the checksum covers the description as it will be read
     return json.dumps(sealed(plain), indent=2, ensure_ascii=False) + "\n"
 
 
 def _camera(student: Student) -> dict[str, str]:
-    """The convention of a canonical camera, for readers that are not this package."""
+    """The convention of a canonical camera, for readers outside this package."""
     rule = canonical_rule(student.canonical_focal) if student.canonical_focal else ""
     return {"camera": rule} if rule else {}
 
 
 def _spec(student: Student) -> dict[str, Any]:
-    """What builds the student again. A decoder's file goes by its name and hash: where it lies is this machine's."""
+    """What rebuilds the student. A decoder file is stored by name and hash: its path is only valid on this machine."""
     spec, decoder = student.spec, student.spec["decoder"]
-    if not (found := origins(decoder)):
+    if not (hashes := origins(decoder)):
         return {"spec": spec}
     name = Path(decoder).name if is_path(decoder) else decoder
-    return {"spec": {**spec, "decoder": name}, "plugins": {name: found[decoder]}}
+    return {"spec": {**spec, "decoder": name}, "plugins": {name: hashes[decoder]}}
 
 
 def load(
     folder: str | Path, *, device: torch.device | str = "cpu", encoder_weights: str | Path | None = None
 ) -> Student:
-    """The student in `folder`, in float32 and evaluation mode: the outputs of the one that was saved.
+    """The student in `folder`, in float32 and evaluation mode, with the outputs of the saved one.
 
-    encoder_weights: the encoder's own file, for a folder that leaves the encoder out. A decoder that is a user's file
-    is not run unless core.plugins.allow, or a recipe, has named one of that file name.
-    Raises OSError for a missing folder or file, ValueError or LookupError for one that does not fit, naming the file.
+    encoder_weights: the encoder's own file, for a folder without the encoder. A user's decoder file is not executed
+    unless core.plugins.allow, or a recipe, has named a file of that name.
+    Raises OSError for a missing folder or file, ValueError or LookupError for one that does not match, naming the file.
     """
     folder = Path(folder)
     description = describe(folder)
@@ -195,10 +195,10 @@ def from_pretrained(
 
 
 def fetch(name: str | Path, *, revision: str | None = None) -> Path:
-    """The folder of a student: "pocket" (ships with us), a folder, a run's folder, or OWNER/NAME on the hub.
+    """The folder of a student: "pocket" (the built-in one), a folder, a run's folder, or OWNER/NAME on the hub.
 
     A hub id is downloaded once, by huggingface_hub, where no such folder exists; revision: its branch, tag or commit.
-    Raises FileNotFoundError or OSError in one line where there is none, or no network.
+    Raises FileNotFoundError or OSError in one line if there is none, or no network.
     """
     if name == EMBEDDED:
         return Path(distill.__file__).parent / "assets" / EMBEDDED
@@ -225,7 +225,7 @@ def push_to_hub(
     private: bool = False,
     message: str = "",
 ) -> str:
-    """Save `student` aside and upload it as OWNER/NAME (core.hub.upload); the commit's address. OSError in one line."""
+    """Upload `student` as OWNER/NAME (core.hub.upload); returns the commit's URL. Raises OSError in one line."""
     with tempfile.TemporaryDirectory() as folder:
         name = repository.rpartition("/")[2]
         saved = save(student, Path(folder, name), card={"name": name, **(card or {})})
@@ -233,7 +233,7 @@ def push_to_hub(
 
 
 def load_decoder(student: Student, folder: str | Path) -> None:
-    """Fill the decoder of `student` with that of the student in `folder`, strictly; ValueError names a misfit."""
+    """Load the decoder of the student in `folder` into `student`, strictly; ValueError names a mismatch."""
     folder = Path(folder)
     description = describe(folder)
     state = _read_weights(folder / WEIGHTS, description["weights"]["sha256"])
@@ -247,7 +247,7 @@ def load_decoder(student: Student, folder: str | Path) -> None:
 
 
 def describe(folder: str | Path) -> dict[str, Any]:
-    """What student.json says, weights untouched. OSError or ValueError naming the file."""
+    """The content of student.json; does not read the weights. Raises OSError or ValueError naming the file."""
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not folder.is_dir():
@@ -256,10 +256,10 @@ def describe(folder: str | Path) -> dict[str, Any]:
         raise NotADirectoryError(f"{folder}: a student is a folder with {DESCRIPTION} and {WEIGHTS}{hint}")
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
-            other = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
+            advice = "; it is a latent network: --teacher NAME --weights FOLDER" * (folder / LATENT).is_file()
             if (folder / "recipe.toml").is_file():
-                other = "; it is a run that has not trained one yet: distill train RECIPE"
-            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{other}")
+                advice = "; it is a run that has not trained one yet: distill train RECIPE"
+            raise FileNotFoundError(f"{folder / name}: missing, so {folder} is not a student{advice}")
     try:
         description = json.loads(files.decoded(path.read_bytes()))
     except (ValueError, RecursionError) as error:
@@ -310,13 +310,13 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def _description_faults(description: Mapping[str, Any]) -> list[str]:
-    """What is missing or of another type among the keys that readers rely on."""
+    """Faults of the keys that readers rely on: missing, or of another type."""
     faults = [] if "encoder_weights" in description else ["encoder_weights is missing"]
     for key, kind in _KEYS.items():
         table, _, name = key.rpartition(".")
         inside = description.get(table) if table else description
         if not isinstance(inside, Mapping):
-            continue  # the table's own line says so
+            continue  # reported for the table itself
         if name not in inside and not kind.endswith("null"):
             faults.append(f"{key} is missing")
         elif not _FITS[kind](inside.get(name)):
@@ -325,7 +325,7 @@ def _description_faults(description: Mapping[str, Any]) -> list[str]:
 
 
 def read_card(folder: str | Path) -> dict[str, Any]:
-    """The card that `save` was given, or an empty one."""
+    """The card passed to `save`, or an empty one."""
     return dict(describe(folder)["card"])
 
 
@@ -334,7 +334,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _images(student: Student) -> dict[str, Any]:
-    """How an image becomes the network's input; for readers that are not this package."""
+    """How an image becomes the network's input, for readers outside this package."""
     encoder = student.encoder
     return {
         "order": "RGB in [0, 1], then (x - mean) / std",
@@ -356,26 +356,26 @@ def _encoder_file(student: Student, folder: Path) -> dict[str, str]:
 
 
 def _needed_file(folder: Path, needed: Mapping[str, str], given: str | Path | None) -> Path:
-    want = f"{needed['name']} (sha256 {needed['sha256'][:12]}...)"
+    expected = f"{needed['name']} (sha256 {needed['sha256'][:12]}...)"
     if given is None:
         raise ValueError(
-            f"{folder}: its frozen encoder was left out; give --encoder-weights (encoder_weights=), the file {want}"
+            f"{folder}: its frozen encoder was left out; give --encoder-weights (encoder_weights=), the file {expected}"
         )
     path = Path(given)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {folder} needs the encoder weights {want}")
-    if (found := file_sha256(path)) != needed["sha256"]:
-        raise ValueError(f"{path}: sha256 {found[:12]}... is not the encoder that {folder} was trained on: {want}")
+        raise FileNotFoundError(f"{path}: no such file; {folder} needs the encoder weights {expected}")
+    if (digest := file_sha256(path)) != needed["sha256"]:
+        raise ValueError(f"{path}: sha256 {digest[:12]}... is not the encoder that {folder} was trained on: {expected}")
     return path
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
     content = path.read_bytes()
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+    if (digest := hashlib.sha256(content).hexdigest()) != sha256:
         if reason := fault_of_start(path):
             raise ValueError(f"{path} {reason}")
         raise ValueError(
-            f"{path}: sha256 {found[:12]}... is not {sha256[:12]}..., which {DESCRIPTION} names; "
+            f"{path}: sha256 {digest[:12]}... is not {sha256[:12]}..., which {DESCRIPTION} names; "
             "the file is damaged or from another student"
         )
     try:
@@ -390,7 +390,7 @@ def _check_place(folder: Path) -> None:
     if not folder.is_dir():
         raise FileExistsError(f"{folder}: is a file; a student needs a folder")
     known = {WEIGHTS, DESCRIPTION, CARD, *EXPORTS, *(p.name for p in _dot_files(folder))}
-    if (folder / "config.json").is_file():  # of to_transformers, with its code
+    if (folder / "config.json").is_file():  # written by to_transformers, with its code
         known |= {path.name for path in folder.glob("*.py")}
     others = sorted(p.name for p in folder.iterdir() if p.name not in known)
     if others:
@@ -398,18 +398,18 @@ def _check_place(folder: Path) -> None:
 
 
 def _dot_files(folder: Path) -> list[Path]:
-    """Hidden files such as .DS_Store; a hidden folder (.git) makes a place somebody else's."""
+    """Hidden files such as .DS_Store; a hidden folder (.git) means that `folder` is not a student's own."""
     return [path for path in folder.iterdir() if path.name.startswith(".") and path.is_file()]
 
 
 def _write(folder: Path, contents: Mapping[str, bytes], check: Callable[[Path], object] | None) -> None:
-    """`contents` as `folder`, at once; the dot-files that were there go with it."""
-    left = {path.name for name in EXPORTS for path in files.leftovers(folder / name)}
+    """Write `contents` as `folder` atomically; existing dot-files are copied."""
+    leftover_names = {path.name for name in EXPORTS for path in files.leftovers(folder / name)}
     with files.writing_folder(folder) as new:
         for name, content in contents.items():
             (new / name).write_bytes(content)
         if check is not None:
             check(new)
         for path in _dot_files(folder) if folder.exists() else []:
-            if path.name not in left:
+            if path.name not in leftover_names:
                 shutil.copy2(path, new)

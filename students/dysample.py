@@ -1,4 +1,4 @@
-"""DySample (Liu et al., ICCV 2023): upsampling by moving the points at which a feature map is read.
+"""DySample (Liu et al., ICCV 2023): upsampling by moving the points at which a feature map is sampled.
 
 Written from the paper; parameter names are those of tiny-smart/dysample, so that its weights load. Surprise: sampling
 points are computed in float32 whatever the autocast, because bfloat16 cannot tell neighbouring pixels apart beyond 256.
@@ -44,28 +44,28 @@ class DySample(nn.Module):
         self.register_buffer("init_pos", _subpixels(scale, groups))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reads `x` (B,C,H,W) at the moved points; bilinear, the border repeated."""
+        """Samples `x` (B,C,H,W) at the moved points, bilinearly, with the border repeated."""
         batch, channels, height, width = x.shape
         points = self.points(x)
         if x.device.type == "cpu" and not torch.compiler.is_compiling() and not points.sum().isfinite():
-            # On a CPU the gradient of grid_sample at NaN ends the process (torch 2.15); NaN values end in a sentence.
+            # On a CPU, grid_sample's gradient at NaN kills the process (torch 2.15); NaN maps give an error message.
             return F.interpolate(x * torch.nan, scale_factor=self.scale)
         dtype = torch.promote_types(x.dtype, torch.float32)
         grouped = x.reshape(batch * self.groups, channels // self.groups, height, width).to(dtype)
-        read = read_points(grouped, points.to(dtype))
-        return read.view(batch, channels, self.scale * height, self.scale * width).to(x.dtype)
+        sampled = read_points(grouped, points.to(dtype))
+        return sampled.view(batch, channels, self.scale * height, self.scale * width).to(x.dtype)
 
     def offsets(self, x: Tensor) -> Tensor:
         """The offset field (B, 2 * groups * scale^2, H, W) in input pixels, x before y, subpixel grid included."""
-        seen = x if self.style == "lp" else F.pixel_shuffle(x, self.scale)
-        moved = self.offset(seen)
-        moved = moved * 0.25 if self.scope is None else moved * self.scope(seen).sigmoid() * 0.5
+        inputs = x if self.style == "lp" else F.pixel_shuffle(x, self.scale)
+        offsets = self.offset(inputs)
+        offsets = offsets * 0.25 if self.scope is None else offsets * self.scope(inputs).sigmoid() * 0.5
         if self.style == "pl":
-            moved = F.pixel_unshuffle(moved, self.scale)
-        return moved + self.init_pos
+            offsets = F.pixel_unshuffle(offsets, self.scale)
+        return offsets + self.init_pos
 
     def points(self, x: Tensor) -> Tensor:
-        """Where each output pixel reads: (B*groups, scale*H, scale*W, 2), x then y in [-1, 1]."""
+        """The point that each output pixel samples: (B*groups, scale*H, scale*W, 2), x then y in [-1, 1]."""
         batch, _, height, width = x.shape
         offsets = self.offsets(x)
         offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))

@@ -1,6 +1,6 @@
 """From an image to four feature maps: a timm ViT with its weights, its normalisation and its padding.
 
-DINOv3's final norm is not applied (AnyDepth's default); blocks after the last one that is read, and an unused final
+DINOv3's final norm is not applied (AnyDepth's default); blocks after the last one read, and an unused final
 norm, are removed; timm resizes a learned position table with antialiasing, facebookresearch's code without.
 
 Shapes: B batch, C channels of the ViT, H W image, h w token grid.
@@ -62,15 +62,15 @@ class Encoder(nn.Module):
 
     name: a timm ViT, or an alias such as "dinov3_vits16" or "dinov2_vits14"; "vggt" is VGGT on one view.
     weights: None (random), "pretrained" (timm's hub download), or a local .safetensors / .pth file in
-        facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: every
-        parameter is claimed, or the error names it.
-    indices: the four blocks read, counted after `blocks` has chosen; None gives the paper's (`default_indices`).
+        facebookresearch's, transformers' or timm's parameter names, float16 or float32. Loading is strict: an error
+        names keys that do not match.
+    indices: the four blocks read, counted after `blocks` is applied; None gives the paper's (`default_indices`).
     blocks: keep only these blocks of the named ViT, in this order (weights are still loaded from the whole one).
     final_norm: apply the ViT's last norm to all four (DINOv3's own hub heads do; AnyDepth's default does not).
     pos_grid: side, or (rows, columns), of the learned position table; a smaller one saves megabytes.
     frozen: no gradients, evaluation mode whatever `train()` says, forward under no_grad.
-    mean, std: of the images that the weights were trained on; None takes those of the weights (`statistics`).
-    weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
+    mean, std: of the images that the weights were trained on; None takes the weights' own (`statistics`).
+    weights_key: the table to read in a trainer's file, such as "model_ema" (core.weights.read_state).
     timm_options: further arguments of the timm model, e.g. {"depth": 3, "embed_dim": 96}.
 
     Raises LookupError for an unknown name, ValueError for weights or options that do not fit, OSError for a file.
@@ -109,13 +109,13 @@ class Encoder(nn.Module):
             self.weights_sha256 = file_sha256(weights)
             self.weights_name = weights.name
 
-        kept = _checked_blocks(name, len(backbone.blocks), blocks)
-        read = _checked_indices(len(kept), indices)
-        backbone.blocks = nn.ModuleList([backbone.blocks[i] for i in kept[: max(read) + 1]])
+        selected = _checked_blocks(name, len(backbone.blocks), blocks)
+        taps = _checked_indices(len(selected), indices)
+        backbone.blocks = nn.ModuleList([backbone.blocks[i] for i in selected[: max(taps) + 1]])
         if not final_norm:
             backbone.norm = nn.Identity()
         self.backbone = backbone
-        self.indices, self.final_norm = read, final_norm
+        self.indices, self.final_norm = taps, final_norm
         self.channels: int = backbone.embed_dim
         self.patch_size: int = backbone.patch_embed.patch_size[0]
         published = statistics(name, None if weights in (None, "pretrained") else Path(weights))
@@ -124,8 +124,8 @@ class Encoder(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
         self.name, self.timm_name = name, _timm_name(name)
         self.options: dict[str, Any] = {
-            "indices": list(read),
-            "blocks": None if blocks is None else kept,
+            "indices": list(taps),
+            "blocks": None if blocks is None else selected,
             "final_norm": final_norm,
             "pos_grid": None if grid is None else list(grid),
             "frozen": frozen,
@@ -138,7 +138,7 @@ class Encoder(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """True where the encoder takes no gradient and stays in evaluation mode."""
+        """True if the encoder takes no gradient and stays in evaluation mode."""
         return bool(self.options["frozen"])
 
     def digest(self) -> str:
@@ -149,7 +149,7 @@ class Encoder(nn.Module):
         return result.hexdigest()
 
     def is_as_read(self) -> bool:
-        """True where the weights came from a local file and are still what they were then."""
+        """True if the weights came from a local file and have not changed since."""
         return self._digest_as_read is not None and self._digest_as_read == self.digest()
 
     def freeze(self, frozen: bool = True) -> None:
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
             result = self.backbone.forward_intermediates(
                 normal,
                 indices=sorted(set(self.indices)),
-                # timm fails where there are none to return.
+                # timm fails if there are none to return.
                 return_prefix_tokens=self.backbone.num_prefix_tokens > 0,
                 norm=self.final_norm,
                 intermediates_only=True,
@@ -197,7 +197,7 @@ class Encoder(nn.Module):
         return [self._with_cls(pairs[i]) for i in self.indices]
 
     def _with_cls(self, pair: Feature | Tensor) -> Feature:
-        """A ViT without a class token offers the mean of its patches in its place."""
+        """The pair with the mean of the patches in place of a class token, for a ViT that has none."""
         if isinstance(pair, Tensor):
             return pair, pair.mean(dim=(2, 3))
         patches, prefix = pair
@@ -216,8 +216,8 @@ def default_indices(depth: int) -> list[int]:
 def statistics(name: str, weights: Path | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the images that a ViT's weights were trained on.
 
-    From preprocessor_config.json beside a weights file, from the file's name where that says SAT-493M, or from timm's
-    configuration of this name or alias; ImageNet's where nobody says.
+    From preprocessor_config.json beside a weights file, from the file's name if that says SAT-493M, or from timm's
+    configuration of this name or alias; else ImageNet's.
     """
     config = {} if weights is None else _preprocessor(weights)
     if config:
@@ -231,7 +231,7 @@ def statistics(name: str, weights: Path | None = None) -> tuple[tuple[float, ...
 
 
 def _preprocessor(weights: Path) -> dict[str, Any]:
-    """What transformers says about the images of the weights in a folder, where it says both."""
+    """transformers' preprocessor_config.json beside the weights; empty unless it has both mean and std."""
     path = weights.parent / "preprocessor_config.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -252,19 +252,19 @@ def licence_of(name: str) -> str:
 
 
 def _checked_blocks(name: str, depth: int, blocks: Sequence[int] | None) -> list[int]:
-    kept = list(range(depth)) if blocks is None else list(blocks)
-    if not kept or not all(0 <= i < depth for i in kept) or len(set(kept)) != len(kept):
-        raise ValueError(f"blocks must name different blocks of {name}, which has 0..{depth - 1}, not {kept}")
-    return kept
+    selected = list(range(depth)) if blocks is None else list(blocks)
+    if not selected or not all(0 <= i < depth for i in selected) or len(set(selected)) != len(selected):
+        raise ValueError(f"blocks must name different blocks of {name}, which has 0..{depth - 1}, not {selected}")
+    return selected
 
 
 def _checked_indices(depth: int, indices: Sequence[int] | None) -> list[int]:
-    read = default_indices(depth) if indices is None else list(indices)
-    if len(read) != 4 or not all(0 <= i < depth for i in read) or read != sorted(read):
+    taps = default_indices(depth) if indices is None else list(indices)
+    if len(taps) != 4 or not all(0 <= i < depth for i in taps) or taps != sorted(taps):
         raise ValueError(
-            f"indices must be four rising numbers in 0..{depth - 1} (the blocks that are kept), not {read}"
+            f"indices must be four rising numbers in 0..{depth - 1} (the blocks that are kept), not {taps}"
         )
-    return read
+    return taps
 
 
 def _timm_name(name: str) -> str:
@@ -273,7 +273,7 @@ def _timm_name(name: str) -> str:
         if not is_model_in_modules(known.partition(".")[0], ("vision_transformer", "eva", "deit", "beit")):
             raise LookupError(f"encoder {name} is not a plain ViT; take one such as dinov3_vits16 or dinov2_vits14")
         return known
-    # The hub's facebook/dinov3-vits16-pretrain-lvd1689m.
+    # A hub id such as facebook/dinov3-vits16-pretrain-lvd1689m.
     plain = name.rpartition("/")[2].lower().replace("-", "_")
     if meant := max((alias for alias in ALIASES if plain.startswith(alias)), key=len, default=""):
         raise LookupError(f"no encoder {name!r}; did you mean {meant}, with its file as weights?")
@@ -284,7 +284,7 @@ def _timm_name(name: str) -> str:
 
 def _create(name: str, grid: tuple[int, ...] | None, options: dict[str, Any]) -> Any:
     foreign = [key for key in options if key in inspect.signature(timm.create_model).parameters]
-    if foreign:  # a checkpoint's description is read here too: it may not open files or fetch weights
+    if foreign:  # options may come from a checkpoint's description, which must not open files or fetch weights
         raise ValueError(f"timm_options may not hold {', '.join(foreign)}: they are for the ViT's own shape")
     try:
         size = {} if name.startswith("beit") else {"dynamic_img_size": True}
@@ -314,7 +314,7 @@ def _download(name: str) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-# What lies beside the encoder in a whole depth model, and is not ours to claim.
+# Prefixes of the tensors of a whole depth model that are not the encoder's; they are ignored.
 _WHOLE_MODELS = (*"depth_head. head. neck. decoder. 0.decoder. model.head. model.cam_ cam_ gs_".split(), *MIDAS_HEAD)
 
 # Present in released files and not used: masked-image token, rotary table (recomputed), masks of the keys' bias, the
@@ -326,31 +326,33 @@ _UNUSED = re.compile(
 
 
 def _load(backbone: Any, state: Mapping[str, Tensor], source: str) -> None:
-    """Fill `backbone` from `state`, or raise a ValueError naming what is missing, left over or misshapen."""
+    """Load `state` into `backbone`; ValueError names the keys that are missing, unclaimed or of another shape."""
     if isinstance(backbone, vggt.Backbone):
         return _load(backbone.vit, backbone.load_own(state, source), source)
     state = below_prefix(state, ANCHORS, source, beside=_WHOLE_MODELS, is_part=True)
     state = {key: value for key, value in facebook_keys(state, source).items() if not _UNUSED.fullmatch(key)}
-    given, wanted = state, backbone.state_dict()
-    state = timm_keys(state, wanted, source)
-    if "pos_embed" in wanted and "pos_embed" in state:
+    original, target = state, backbone.state_dict()
+    state = timm_keys(state, target, source)
+    if "pos_embed" in target and "pos_embed" in state:
         state["pos_embed"] = _resized_table(state["pos_embed"], backbone)
 
     faults = [
-        f"{what} {_some(keys)}"
-        for what, keys in {
-            "lacks": [key for key in wanted if key not in state],
-            "has unclaimed": [key for key in state if key not in wanted],
-            "has another shape for": [k for k in wanted if k in state and wanted[k].shape != state[k].shape],
+        f"{fault} {_some(keys)}"
+        for fault, keys in {
+            "lacks": [key for key in target if key not in state],
+            "has unclaimed": [key for key in state if key not in target],
+            "has another shape for": [k for k in target if k in state and target[k].shape != state[k].shape],
         }.items()
         if keys
     ]
     if faults:
-        meant = _encoder_of(given, source)
-        raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}{meant}")
-    if whole := [key for key in wanted if wanted[key].is_floating_point() and not state[key].is_floating_point()]:
-        raise ValueError(f"{source}: {_some(whole)} is {state[whole[0]].dtype}: give weights that are not quantized")
-    if infinite := [key for key in wanted if not torch.isfinite(state[key].float()).all()]:
+        suggestion = _encoder_of(original, source)
+        raise ValueError(f"{source}: not the weights of this encoder: it {'; it '.join(faults)}{suggestion}")
+    if integers := [key for key in target if target[key].is_floating_point() and not state[key].is_floating_point()]:
+        raise ValueError(
+            f"{source}: {_some(integers)} is {state[integers[0]].dtype}: give weights that are not quantized"
+        )
+    if infinite := [key for key in target if not torch.isfinite(state[key].float()).all()]:
         raise ValueError(f"{source}: {_some(infinite)} has numbers that are not finite: its training has diverged")
     backbone.load_state_dict(state)
 
@@ -359,16 +361,16 @@ _WIDTHS = {384: "vits", 768: "vitb", 1024: "vitl", 1280: "vith", 1536: "vitg"}
 
 
 def _encoder_of(state: dict[str, Tensor], source: str) -> str:
-    """`; they are of dinov2_vits14_reg`: the alias whose network these tensors fill, "" where there is none."""
+    """`; they are of dinov2_vits14_reg`: the alias whose network has these tensors, or ""."""
     patches = state.get("patch_embed.proj.weight", torch.empty(0, 0, 0, 0))
     size = f"{_WIDTHS.get(patches.shape[0], '?')}{patches.shape[3]}"
     for alias in (alias for alias in ALIASES if size in alias):
         with torch.device("meta"):
-            wanted = _create(ALIASES[alias], None, {}).state_dict()
+            target = _create(ALIASES[alias], None, {}).state_dict()
         with contextlib.suppress(ValueError):
-            here = timm_keys(state, wanted, source)
-            if here.keys() == wanted.keys() and all(
-                here[key].shape == wanted[key].shape for key in wanted if key != "pos_embed"
+            candidate = timm_keys(state, target, source)
+            if candidate.keys() == target.keys() and all(
+                candidate[key].shape == target[key].shape for key in target if key != "pos_embed"
             ):
                 return f"; they are of {alias}"
     return ""
@@ -383,6 +385,6 @@ def _resized_table(table: Tensor, backbone: Any) -> Tensor:
     prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
     side = math.isqrt(max(table.shape[1] - prefix, 0))
     if table.ndim != 3 or side * side != table.shape[1] - prefix or side == 0:
-        return table  # the shape check of the caller names it
+        return table  # the caller's shape check reports it
     rows, columns = backbone.patch_embed.grid_size
     return resample_abs_pos_embed(table, new_size=[rows, columns], old_size=[side, side], num_prefix_tokens=prefix)

@@ -1,14 +1,14 @@
-"""A student as one graph that needs none of this package: torch.export and ONNX, any batch and any image size.
+"""A student as one graph that does not need this package: torch.export and ONNX, any batch and any image size.
 
-The graph does what `Student.forward` does, padding and cutting included, in operations that no tracer pins to the
-example's size. Surprises: rows and columns are picked by index, because a slice makes torch.export compare strides and
-keep the comparison as a condition; timm divides DINOv3's rotary positions by a Python float of the grid's size, which
-a tracer keeps as a number of the example's, so that the graph would run on every size and be right on one.
+The graph computes `Student.forward`, padding and cropping included, in operations that tracing does not specialise to
+the example's size. Surprises: rows and columns are selected by index, because a slice makes torch.export compare
+strides and keep the comparison as a guard; timm divides DINOv3's rotary positions by a Python float of the grid's size,
+which tracing turns into a constant, so that the graph would run on every size and be right only on the example's.
 
-The program, not the ONNX file, refuses images of a patch or two (`smallest`): a tracer takes every side for at least
-two, and the grid's, or half of it, is a side. Larger images cannot stand in for them, for a ViT sees what was padded.
+The program, unlike the ONNX file, rejects images of one or two patches (`smallest`): tracing assumes that every
+dimension is at least two, and the grid, or half of it, is one. Padding such images would not help: the ViT sees it.
 
-What is written is read back, run on other sizes and batches than it was traced with, and compared with torch.
+Each written file is read back, run on other sizes and batches than the traced ones, and compared with torch.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from distill.students import Student
 from distill.students.student import in_metres
 
 TOLERANCE = 1e-4
-TRACED = (2, 3, 75, 99)  # of no patch's multiple, so that nothing is simplified to "no padding"
+TRACED = (2, 3, 75, 99)  # no multiples of a patch, so that padding is not traced away
 
 
 class Graph(nn.Module):
     """`Student.forward` for tracers: images (B,3,H,W) float32 in [0,1] to its map (B,H,W), on a copy of the student.
 
-    Raises ValueError where the encoder's rotary positions are of a kind that no size but the example's could have.
+    Raises ValueError if the encoder's rotary positions cannot be exported for every size.
     """
 
     def __init__(self, student: Student) -> None:
@@ -67,7 +67,7 @@ def _cut(maps: Tensor, top: int, height: int, left: int, width: int) -> Tensor:
 
 
 class _Rotary(nn.Module):
-    """timm's DINOv3 rotary positions with the grid's size as a number of the graph."""
+    """timm's DINOv3 rotary positions with a symbolic grid size."""
 
     def __init__(self, rope: Any, name: str) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def to_program(student: Student) -> torch.export.ExportedProgram:
 
 
 def smallest(student: Student) -> int:
-    """The least height and width in pixels for which `write_program`'s file is meant: two patches and one pixel."""
+    """The smallest height and width in pixels that `write_program`'s file supports: two patches and one pixel."""
     return 2 * int(student.encoder.patch_size) + 1
 
 
@@ -106,14 +106,14 @@ def write_program(
     program: torch.export.ExportedProgram | None = None,
     named: str | Path | None = None,
 ) -> float:
-    """Write the student for `torch.export.load(path).module()` and check it; the largest difference (see `parity`).
+    """Write the student for `torch.export.load(path).module()`, check it, and return the largest difference (`parity`).
 
-    program: of `to_program`, where it is there already. named: what an error calls the file, where `path` is not its
-    last place. Raises ValueError where the outputs differ; an older file at `path` then stays.
+    program: of `to_program`, if already computed. named: the file's name in errors, if `path` is temporary. Raises
+    ValueError if the outputs differ; an older file at `path` is then kept.
     """
     path = Path(path)
     with files.writing(path) as new:
-        # Open files: torch.export takes the name of no file but a .pt2, and would write it into the archive.
+        # Open files, because torch.export accepts only names ending in .pt2, and writes the name into the archive.
         with new.open("wb") as file:
             torch.export.save(program or to_program(student), file)
         with new.open("rb") as file:
@@ -131,7 +131,7 @@ def parity(
 
     sizes: (batch, height, width) each; by default a multiple of the patch, one pixel more, one less, wide, tall, and
     the smallest (two patches and one).
-    Raises ValueError naming `path` where it is above TOLERANCE, or where an output is not finite.
+    Raises ValueError naming `path` if it is above TOLERANCE, or if an output is not finite.
     """
     frozen_copy = copy.deepcopy(student).float().cpu().eval()
     patch = frozen_copy.encoder.patch_size
@@ -142,9 +142,9 @@ def parity(
         (1, 2 * patch + 1, 9 * patch),
     ]
     worst = 0.0
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     for batch, height, width in sizes:
-        images = F.interpolate(torch.rand(batch, 3, 8, 8, generator=draw), (height, width), mode="bicubic").clamp(0, 1)
+        images = F.interpolate(torch.rand(batch, 3, 8, 8, generator=rng), (height, width), mode="bicubic").clamp(0, 1)
         with torch.no_grad():
             expected, actual = frozen_copy(images), exported(images)
         if actual.shape != expected.shape:
@@ -166,7 +166,7 @@ def difference(
     *,
     images: Sequence[Tensor] | None = None,
 ) -> float:
-    """The mean |after - before| over some fixed images, in units of before's standard deviation; the largest of all.
+    """The mean |after - before| on fixed images, in units of before's standard deviation; the largest of all images.
 
     images: (B,3,H,W) each. Raises ValueError naming `path`, where `after` lies, if an output of either is not finite.
     """
@@ -188,15 +188,15 @@ _FLAT = 0.05
 
 
 def flatness(student: Callable[[Tensor], Tensor]) -> str:
-    """What an error may add where the map hardly varies on a fixed image; else nothing.
+    """Text for an error message if the map hardly varies on a fixed image; else "".
 
-    The map of a decoder that was trained for a few steps is a level and next to nothing around it. float16 is true
-    to the level, to three digits, and what varies lies below them: a difference that says nothing of float16.
+    After a few training steps a decoder's map is nearly constant. float16 keeps three digits of that level, and the
+    variation lies below them, so that a large relative difference does not mean that float16 failed.
     """
     with torch.no_grad():
         values = student(torch.rand(2, 3, 150, 200, generator=torch.Generator().manual_seed(0)))
     level, deviation = float(values.mean().abs()), float(values.std())
     if deviation > _FLAT * level:
         return ""
-    said = f"its map deviates by {deviation:.2g} from a level of {level:.2g}"
-    return f", which is small: {said}; train it for longer, or keep 32 bits"
+    detail = f"its map deviates by {deviation:.2g} from a level of {level:.2g}"
+    return f", which is small: {detail}; train it for longer, or keep 32 bits"

@@ -1,6 +1,6 @@
-"""A student's README.md: what it is, how to use it, where its knowledge comes from, under which licence, how it scores.
+"""A student's README.md: what it is, how to use it, its lineage, its licence and its scores.
 
-Written from the card's plain values alone, for people and for model hubs (the block at the top is theirs). A card can
+Written only from the card's plain values, for people and for model hubs (which read the block at the top). A card can
 also be given as a TOML file.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 from distill.core.depth import Kind
 from distill.students import vggt
 
-# What goes under a heading of its own; every other value is a row of the first table.
+# Keys under a heading of their own; every other value is a row of the first table.
 _SECTIONS = {
     "Lineage": ("teachers", "lineage", "images", "made_from"),
     "Scores": ("scores",),
@@ -30,7 +30,7 @@ _CLASSES = {
     "dpt": "AnyDepth's DPTHead, which is DINOv3's",
     "dav2": "Depth Anything V2's DPTHead, without the refinenet4.resConfUnit1 that it never calls",
 }
-"""Whose parameter names a decoder has."""
+"""The class whose parameter names a decoder has."""
 
 _DISTILL = ("from distill import load", "", 'depth = load("THIS FOLDER")("photo.jpg").numpy()')
 _PIPELINE = (
@@ -51,7 +51,7 @@ def model_card(
     num_bytes: int = 0,
     library: str = "depth-distill",
 ) -> str:
-    """Markdown of `card`; name: the folder's, for a card without one. kind: what the student predicts.
+    """Markdown of `card`. name: the folder's, if the card has none. kind: what the student predicts.
 
     canonical_focal: of its camera convention (core.focal), in pixels. alone: the lines of `without_package`. library:
     what opens the folder, "depth-distill" or "transformers".
@@ -99,7 +99,7 @@ def page_of(
 
 
 def _network(student: Any) -> dict[str, Any]:
-    """What the card says of the network to people who use it without this package."""
+    """Facts about the network for people who use it without this package."""
     encoder = student.encoder
     return {**student.spec, "timm_name": encoder.timm_name, "patch_size": encoder.patch_size}
 
@@ -119,31 +119,31 @@ def latent_card(name: str, card: Mapping[str, Any], *, teacher: str, kind: Kind)
     return "\n".join([*_top(name, card), *use, *_sections(card), ""])
 
 
-def _held(card: Mapping[str, Any]) -> set[str]:
-    """The keys that have a heading of their own."""
+def _section_keys(card: Mapping[str, Any]) -> set[str]:
+    """The keys of `card` that go under a heading of their own."""
     return {key for keys in _SECTIONS.values() for key in keys if not _is_plain(card.get(key))}
 
 
 def _top(name: str, card: Mapping[str, Any], library: str = "depth-distill") -> list[str]:
-    """The hubs' block, the title and the table of plain values."""
+    """The block for hubs, the title and the table of plain values."""
     licence = "apache-2.0" if card.get("licence") == "Apache-2.0" else "other"
     block = [
         *("---", f"library_name: {library}", "pipeline_tag: depth-estimation", f"license: {licence}"),
         *(["license_name: see-card"] if licence == "other" else []),
         *("tags:", "- depth", "- distillation", "---", ""),
     ]
-    held = _held(card)
-    plain = {key: value for key, value in card.items() if key not in held}
-    if isinstance(training := plain.get("training"), Mapping):  # its settings are those of the recipe, which follows
+    in_sections = _section_keys(card)
+    plain = {key: value for key, value in card.items() if key not in in_sections}
+    if isinstance(training := plain.get("training"), Mapping):  # its settings repeat the recipe, which follows
         plain["training"] = {key: value for key, value in training.items() if key != "settings"}
     rows = _rows(plain)
     return [*block, f"# {card.get('name', name)}", "", *rows]
 
 
 def _sections(card: Mapping[str, Any]) -> list[str]:
-    held, lines = _held(card), []
+    in_sections, lines = _section_keys(card), []
     for heading, keys in _SECTIONS.items():
-        present = {key: card[key] for key in keys if key in held and card.get(key)}
+        present = {key: card[key] for key in keys if key in in_sections and card.get(key)}
         if present:
             lines += ["", f"## {heading}", ""]
             for key, value in present.items():
@@ -152,24 +152,24 @@ def _sections(card: Mapping[str, Any]) -> list[str]:
 
 
 def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_encoder: bool = True) -> list[str]:
-    """The card's paragraph for people who have timm and safetensors alone.
+    """The card's paragraph for people who have only timm and safetensors.
 
     network: a student's `spec`, with the ViT's "timm_name" and "patch_size". bits: 4 where matrices are stored so.
-    Nothing for VGGT, which timm has not.
+    Empty for VGGT, which timm does not have.
     """
     if network["encoder"] == vggt.NAME:
         return []
     options, patch = network["encoder_options"], network["patch_size"]
-    given: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
-    given |= {} if "distilled" in network["timm_name"] else {"global_pool": ""}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in (given | options["timm_options"]).items())
+    vit_options: dict[str, Any] = {"num_classes": 0, "dynamic_img_size": True}
+    vit_options |= {} if "distilled" in network["timm_name"] else {"global_pool": ""}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in (vit_options | options["timm_options"]).items())
     code = [f'vit = timm.create_model("{network["timm_name"]}", {arguments})']
     if options["pos_grid"]:
         rows, columns = options["pos_grid"]
         code.append(f"vit.set_input_size(img_size=({rows * patch}, {columns * patch}))")
     last = max(options["indices"]) + 1
-    kept = f"[vit.blocks[i] for i in {options['blocks'][:last]}]" if options["blocks"] else f"vit.blocks[:{last}]"
-    code.append(f"vit.blocks = torch.nn.ModuleList({kept})")
+    blocks = f"[vit.blocks[i] for i in {options['blocks'][:last]}]" if options["blocks"] else f"vit.blocks[:{last}]"
+    code.append(f"vit.blocks = torch.nn.ModuleList({blocks})")
     code += [] if options["final_norm"] else ["vit.norm = torch.nn.Identity()"]
     if has_encoder and bits != 4:
         code += [
@@ -185,8 +185,8 @@ def without_package(network: Mapping[str, Any], *, bits: int | None = None, has_
         "`distill export THIS_FOLDER OUT --bits 32` writes them plainly."
     )
     max_depth = network.get("max_depth")
-    theirs = _CLASSES.get(network["decoder"])
-    named = f", by the names of {theirs}" if theirs else ""
+    class_name = _CLASSES.get(network["decoder"])
+    named = f", by the names of {class_name}" if class_name else ""
     return [
         *("", "## Without this package", "", "```python"),
         *("import timm, torch", "from safetensors.torch import load_file", "", *code, "```", ""),
@@ -227,7 +227,7 @@ def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(_words, value))
     if isinstance(value, float):
-        value = float(f"{value:.6g}")  # student.json keeps them all
+        value = float(f"{value:.6g}")  # student.json keeps all digits
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -242,7 +242,7 @@ def _section(key: str, value: Any) -> list[str]:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rows of equal meaning as one table; a key that some lack stays empty there."""
+    """Rows of the same kind as one table; the cell of a missing key stays empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     shown = [[_cell(row[key]) if key in row else "" for key in columns] for row in rows]
     return [
@@ -264,7 +264,7 @@ def read_card_file(path: Path) -> dict[str, Any]:
 
 
 def _not_plain(value: Any, key: str) -> list[str]:
-    """What in a TOML value is neither text, nor true or false, nor a finite number."""
+    """Faults of a TOML value: entries that are neither text, nor true or false, nor a finite number."""
     if isinstance(value, dict):
         return [fault for name, v in value.items() for fault in _not_plain(v, f"{key}.{name}".removeprefix("."))]
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""The form of a student's ONNX graph: the size rule inside it, or nothing that a browser's WebGPU lacks.
+"""Variants of a student's ONNX graph: with the size rule inside, or without what a browser's WebGPU lacks.
 
-A browser's WebGPU has no Resize with `antialias`. The position table's is then exact only where the table grows, so
-the table is first brought to the student's native grid, the least that its size rule ever gives (`for_browser`).
+A browser's WebGPU has no Resize with `antialias`. Without it, resizing the position table is exact only if the table
+grows, so the table is first resized to the student's native grid, the smallest of its size rule (`for_browser`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distill.students import Student
 
 
 def for_browser(student: Student) -> Student:
-    """A copy whose learned position table, where it has one, is of its native grid: the least that its rule gives."""
+    """A copy whose learned position table, if any, has the native grid, the smallest that the size rule gives."""
     out = copy.deepcopy(student)
     if getattr(out.encoder.backbone, "pos_embed", None) is not None and out.native_size:
         side = round(out.native_size / out.encoder.patch_size) * out.encoder.patch_size
@@ -25,20 +25,20 @@ def for_browser(student: Student) -> Student:
 
 
 def without_antialias(model: Any) -> None:
-    """Every Resize plain, in place: the same where it enlarges."""
+    """Remove `antialias` from every Resize, in place; this changes nothing where it enlarges."""
     for node in model.graph.node:
         if node.op_type == "Resize":
-            kept = [attribute for attribute in node.attribute if attribute.name != "antialias"]
+            attributes = [attribute for attribute in node.attribute if attribute.name != "antialias"]
             del node.attribute[:]
-            node.attribute.extend(kept)
+            node.attribute.extend(attributes)
 
 
 def with_resize(model: Any, student: Student) -> None:
-    """The size rule of core.crops.native_shape around the graph, in place: "photo" (H,W,3) uint8 to its map (H,W).
+    """Add the size rule of core.crops.native_shape to the graph, in place: "photo" (H,W,3) uint8 to its map (H,W).
 
-    Sizes are counted in float64, as Python counts: a side in the middle between two multiples must not fall to the
-    other one. A resize is two products with a matrix of triangles: torch's antialias, where onnxruntime's Resize treats
-    the borders in another way, and browsers have none.
+    Sizes are computed in float64, as in Python, so that a side halfway between two multiples is rounded alike. A resize
+    is two products with a matrix of triangle weights, which equals torch's antialias; onnxruntime's Resize treats the
+    borders differently, and browsers have no antialias.
     """
     onnx = optional("onnx")
     graph, kinds = model.graph, onnx.TensorProto
@@ -82,7 +82,7 @@ def with_resize(model: Any, student: Student) -> None:
 
 
 class _Builder:
-    """Nodes whose names stand below "photo:"."""
+    """Builds nodes whose names begin with "photo:"."""
 
     def __init__(self, graph: Any) -> None:
         self.graph = graph
@@ -90,19 +90,19 @@ class _Builder:
         self.onnx = optional("onnx")
 
     def numbers(self, **values: Any) -> None:
-        """Constants; plain numbers are float64."""
+        """Adds constants; plain numbers are float64."""
         for name, value in values.items():
             array = value if isinstance(value, np.ndarray | np.generic) else np.float64(value)
             self.graph.initializer.append(self.onnx.numpy_helper.from_array(np.asarray(array), f"photo:{name}"))
 
     def add(self, op: str, inputs: str, made: str, *, last: bool = False, **attributes: Any) -> None:
-        """A node; last: `made` is the name of a tensor of the graph itself."""
+        """Adds a node with the output `made`; last: `made` is the name of a tensor of the graph itself."""
         names = [x if x == "photo" else f"photo:{x}" for x in inputs.split()]
         out = made if last else f"photo:{made}"
         self.nodes.append(self.onnx.helper.make_node(op, names, [out], name=f"photo:{made}:node", **attributes))
 
     def triangles(self, before: str, after: str, made: str) -> None:
-        """The (after, before) float32 matrix that resizes a side linearly, with antialias where it shrinks."""
+        """Adds the (after, before) float32 matrix that resizes a side linearly, with antialias if it shrinks."""
         self.add("Div", f"{before} {after}", f"{made}_step")
         self.add("Max", f"{made}_step one", f"{made}_reach")
         for name, count in (("to", after), ("from", before)):
@@ -120,7 +120,7 @@ class _Builder:
         self.add("Cast", f"{made}_double", made, to=self.onnx.TensorProto.FLOAT)
 
     def matrices(self, images: str, way: str, made: str) -> None:
-        """(...,H,W) resized by the matrices rows_WAY and columns_WAY."""
+        """Resizes (...,H,W) by the matrices rows_WAY and columns_WAY."""
         self.add("Transpose", f"columns_{way}", f"columns_{way}_t", perm=[1, 0])
         self.add("MatMul", f"{images} columns_{way}_t", f"{images}_across")
         self.add("MatMul", f"rows_{way} {images}_across", made, last=way == "out")

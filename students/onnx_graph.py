@@ -1,7 +1,7 @@
 """A student as an ONNX file: float32, float16 or 8 bits, with the resizing inside on request, or for a browser.
 
-`torch.onnx` traces the student once; everything else is done to the graph that it gives (onnx_precision, onnx_form).
-What is written is read back, run in onnxruntime, and compared with torch.
+`torch.onnx` traces the student once; all else transforms the resulting graph (onnx_precision, onnx_form). The written
+file is read back, run in onnxruntime, and compared with torch.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from distill.students.onnx_precision import half, quantized
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 OPSET = 18  # the first whose Resize can antialias, which a learned position table needs
 MAY_DIFFER = {16: 1e-2, 8: 0.5}
-"""Largest mean difference from torch, in standard deviations of its map; what it costs is the quality gate's to say."""
+"""Largest mean difference from torch, in standard deviations of its map; the quality gate measures what it costs."""
 
 
 @dataclass(frozen=True, slots=True)
 class OnnxOptions:
-    """How the file is made.
+    """Options of an ONNX file.
 
     bits: 32, 16 (float16 inside, float32 images and maps) or 8 (static INT8, QDQ). with_resize: photo (H,W,3) uint8 in,
     map (H,W) out, the size rule in the graph. browser: no Resize with antialias in the network. crops: images (3,H,W)
@@ -53,13 +53,13 @@ def write_onnx(
     program: torch.export.ExportedProgram | None = None,
     named: str | Path | None = None,
 ) -> float:
-    """Write the student as ONNX, in one file, and check it in onnxruntime; the largest difference (see `parity`).
+    """Write the student as one ONNX file, check it in onnxruntime, and return the largest difference (see `parity`).
 
     Input "images" (batch,3,height,width) float32 in [0,1], RGB; output "disparity", or "depth" of a metric student,
-    (batch,height,width); options: other forms. In 16 and 8 bits it is the mean difference that counts (`difference`).
-    metadata: plain values that go into the file. program: of `to_program`, where it is there already. named: what an
-    error calls the file, where `path` is not its last place. Raises ImportError where the extra `export` is not
-    installed, ValueError where the outputs differ; an older file at `path` then stays.
+    (batch,height,width); options: other forms. For 16 and 8 bits the mean difference is checked (`difference`).
+    metadata: plain values that go into the file. program: of `to_program`, if already computed. named: the file's name
+    in errors, if `path` is temporary. Raises ImportError if the extra `export` is not installed, ValueError if the
+    outputs differ; an older file at `path` is then kept.
     """
     require(NEEDS)
     options, path = options or OnnxOptions(), Path(path)
@@ -76,7 +76,7 @@ def write_onnx(
     with files.writing(path) as new:
         onnx.save(model, new)
         run = run_onnx(new, named=named or path)
-        off = parity(student, run, named or path, sizes=_sizes(student) if options.browser else None)
+        worst = parity(student, run, named or path, sizes=_sizes(student) if options.browser else None)
         if options.bits != 32:
             model = (
                 half(model, _samples(student))
@@ -86,9 +86,9 @@ def write_onnx(
                 )
             )
             onnx.save(model, new)
-            # Eight bits hold what the calibration saw: noise tells nothing about photographs.
-            tried = [_at_native(student, image) for image in options.crops[:4]] or _samples(student)[:2]
-            off = _close(student, run_onnx(new, named=named or path), named or path, MAY_DIFFER[options.bits], tried)
+            # Eight bits are calibrated on photographs, so noise would not be representative.
+            probes = [_at_native(student, image) for image in options.crops[:4]] or _samples(student)[:2]
+            worst = _close(student, run_onnx(new, named=named or path), named or path, MAY_DIFFER[options.bits], probes)
         core = run_onnx(new, named=named or path)
         if options.with_resize:
             with_resize(model, student)
@@ -98,13 +98,13 @@ def write_onnx(
         )
         onnx.save(model, new)
         if options.with_resize:
-            off = max(off, _check_resize(student, core, new, named or path, 1e-3 if options.bits == 32 else 1e-2))
-        return off
+            worst = max(worst, _check_resize(student, core, new, named or path, 1e-3 if options.bits == 32 else 1e-2))
+        return worst
 
 
 def traced(student: Student, program: torch.export.ExportedProgram | None = None) -> Any:
     """The student as an onnx ModelProto in float32, any batch, any size."""
-    made = torch.onnx.export(
+    exported = torch.onnx.export(
         program or to_program(student),
         (torch.rand(TRACED),),
         dynamo=True,
@@ -113,24 +113,24 @@ def traced(student: Student, program: torch.export.ExportedProgram | None = None
         opset_version=OPSET,
         verbose=False,
     )
-    assert made is not None
-    model = made.model_proto
+    assert exported is not None
+    model = exported.model_proto
     for value, names in ((model.graph.input[0], {0: "batch", 2: "height", 3: "width"}), (model.graph.output[0], {})):
         for i, name in (names or {0: "batch", 1: "height", 2: "width"}).items():
             value.type.tensor_type.shape.dim[i].dim_param = name
-    del model.graph.value_info[:]  # shapes of inner values, in the tracer's names
+    del model.graph.value_info[:]  # shapes of inner values, with the tracer's names
     for node in model.graph.node:
-        del node.metadata_props[:]  # where on this machine the traced lines stand
+        del node.metadata_props[:]  # source locations on this machine
     return model
 
 
 def metadata(description: Mapping[str, Any], *, with_resize: bool = False) -> dict[str, Any]:
-    """What a graph should say of itself, from a student's description (distill.students.checkpoint.describe)."""
+    """Metadata for a graph, from a student's description (distill.students.checkpoint.describe)."""
     card = description["card"]
     card_text = {key: card[key] for key in ("name", "licence", "commercial", "lineage") if key in card}
     output, size = description["output"], description.get("native_size")
     metric = output["kind"].startswith("metric")
-    most = description["spec"].get("max_depth")
+    max_depth = description["spec"].get("max_depth")
     camera = f"; {output['camera']}" if "camera" in output else ""
     rule = (
         f"short side to {size}, aspect kept, each side to the nearest multiple of {description['images']['multiple']}"
@@ -142,12 +142,12 @@ def metadata(description: Mapping[str, Any], *, with_resize: bool = False) -> di
         "multiple": description["images"]["multiple"],
         "images": "uint8 RGB, 0 to 255, (height, width, 3)" if with_resize else "RGB in [0, 1]",
         "size_rule": "in the graph" if with_resize else f"{rule}; bilinear with antialias" if size else "none",
-        "values": f"metres, 0 to {most}{camera}" if metric else "scale and shift unknown; no unit, no fixed range",
+        "values": f"metres, 0 to {max_depth}{camera}" if metric else "scale and shift unknown; no unit, no fixed range",
     }
 
 
 def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[Tensor], Tensor]:
-    """An exported file as a function from its input to maps, on onnxruntime's CPU provider; named: in its errors."""
+    """An exported file as a function from its input to maps, on onnxruntime's CPU provider; named: for errors."""
     runtime = optional("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -175,7 +175,7 @@ def run_onnx(path: str | Path, *, named: str | Path | None = None) -> Callable[[
 
 
 def at_native(student: Student, run: Callable[[Tensor], Tensor], image: Tensor) -> Tensor:
-    """(H,W) map of an image (3,H,W) by the size rule, the network being `run`; as `distill predict` does it."""
+    """(H,W) map of an image (3,H,W) by the size rule with the network `run`, as in `distill predict`."""
     values = run(_at_native(student, image))
     return crops.resize(values[:, None], *image.shape[-2:])[0, 0]
 
@@ -197,20 +197,20 @@ def _sizes(student: Student) -> list[tuple[int, int, int]]:
 
 
 def _samples(student: Student) -> list[Tensor]:
-    """Smooth and noisy images for measuring."""
-    draw = torch.Generator().manual_seed(0)
-    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=draw), (150, 200), mode="bicubic")
-    images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=draw), torch.zeros(3, 64, 64)]
+    """Smooth and noisy images for measuring magnitudes and differences."""
+    rng = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.interpolate(torch.rand(1, 3, 6, 8, generator=rng), (150, 200), mode="bicubic")
+    images = [smooth[0].clamp(0, 1), torch.rand(3, 200, 150, generator=rng), torch.zeros(3, 64, 64)]
     return [_at_native(student, image) for image in images]
 
 
 def _close(
     student: Student, run: Callable[[Tensor], Tensor], path: str | Path, limit: float, images: Sequence[Tensor]
 ) -> float:
-    off = difference(student, run, path, images=images)
-    if not off <= limit:
-        raise ValueError(f"{path}: differs from torch by {off:.2g} of the map's deviation; do not use it")
-    return off
+    worst = difference(student, run, path, images=images)
+    if not worst <= limit:
+        raise ValueError(f"{path}: differs from torch by {worst:.2g} of the map's deviation; do not use it")
+    return worst
 
 
 def _check_resize(
@@ -218,10 +218,10 @@ def _check_resize(
 ) -> float:
     """The mean difference from `core`, the network without its resize, resized as `distill predict` does."""
     run = run_onnx(path, named=named)
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     worst = 0.0
     for height, width in ((90, 120), (333, 217)):
-        photo = torch.randint(0, 256, (1, 3, 9, 9), generator=draw).float()
+        photo = torch.randint(0, 256, (1, 3, 9, 9), generator=rng).float()
         photo = torch.nn.functional.interpolate(photo, (height, width), mode="bilinear")[0].round().to(torch.uint8)
         expected = at_native(student, core, photo)
         actual = run(photo.permute(1, 2, 0).contiguous())

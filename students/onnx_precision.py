@@ -1,10 +1,10 @@
-"""The precision of a student's ONNX graph: float16 where it holds, or 8 bits after a calibration.
+"""The precision of a student's ONNX graph: float16 where it suffices, or 8 bits after a calibration.
 
-Surprises: float16 is wrong in a few places whatever the weights: positions (rotary angles, sampling grids of DySample,
+Surprises: float16 fails in a few places whatever the weights: positions (rotary angles, sampling grids of DySample,
 the position table's resize) need more than ten bits, and values above 65504 become infinite, as in DINOv3's first
-attention. Both are found in the graph, by where values come from and how large they get on a few images, and stay
-float32. onnxruntime's own converter casts around every single node, so that a value between two nodes that stay still
-passes through float16; hence one of our own.
+attention. Both are detected, by the inputs that values depend on and by their magnitudes on a few images, and stay
+float32. onnxruntime's own converter casts around every single node, so that a value between two float32 nodes still
+passes through float16; hence our own.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from torch import Tensor
 from distill.core.optional import optional
 
 _MOVES = {"Concat", "Expand", "Gather", "Identity", "Pad", "Relu", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
-_MOVES |= {"Resize", "Unsqueeze"}  # what gives no larger value than it takes: bicubic's few percent are in the room
+_MOVES |= {"Resize", "Unsqueeze"}  # outputs no larger than inputs; bicubic's few percent are in _LARGEST's room
 BLOCK = 32
-"""Rows of a matrix's column that share a scale where only its weights are in eight bits."""
+"""Rows of a matrix's column that share a scale if only its weights are in eight bits."""
 _LARGEST = 65504 / 4  # of float16, with room for images that were not tried
 
 
 def half(model: Any, images: Sequence[Tensor]) -> Any:
-    """A float32 graph as a float16 one with float32 ends; what float16 cannot do stays float32.
+    """Convert a float32 graph to float16 with float32 inputs and outputs; what float16 cannot represent stays float32.
 
-    images: (B,3,H,W) each, on which values are measured: where one is above a quarter of float16's largest, the nodes
-    that make and take it stay. So do positions (`_positions`). ValueError for a graph with branches or loops.
+    images: (B,3,H,W) each, on which values are measured: nodes that write or read one above a quarter of float16's
+    largest stay float32. So do positions (`_positions`). ValueError for a graph with branches or loops.
     """
     onnx = optional("onnx")
     model = _prepared(model)
     graph = model.graph
     tops = _magnitudes(model, images)
     large = {name for name, top in tops.items() if not top <= _LARGEST}
-    kept = _positions(graph)
-    kept |= {node.name for node in graph.node if large & {*node.input, *node.output}}
+    kept_nodes = _positions(graph)
+    kept_nodes |= {node.name for node in graph.node if large & {*node.input, *node.output}}
     weights = {t.name: t for t in graph.initializer if t.name in tops}
-    single = {value.name for value in graph.input} | set(weights)  # made in float32; grows in order
+    single = {value.name for value in graph.input} | set(weights)  # computed in float32; grows node by node
     floats = set(tops) | {value.name for value in graph.input}
     nodes: list[Any] = []
-    made: set[str] = set()
+    made_casts: set[str] = set()
 
-    def wanted(name: str, halved: bool) -> str:
-        """A float tensor's name in the precision asked for; a cast is made once."""
+    def variant_name(name: str, halved: bool) -> str:
+        """A float tensor's name in the requested precision; a cast is added once."""
         if name not in floats or halved is (name not in single):
             return name
         cast = f"{name}:{'half' if halved else 'single'}"
-        if cast not in made:
-            made.add(cast)
+        if cast not in made_casts:
+            made_casts.add(cast)
             if name in weights:
                 array = onnx.numpy_helper.to_array(weights[name]).astype(np.float16)
                 graph.initializer.append(onnx.numpy_helper.from_array(array, cast))
@@ -64,9 +64,9 @@ def half(model: Any, images: Sequence[Tensor]) -> Any:
         return cast
 
     for node in graph.node:
-        halved = node.name not in kept
+        halved = node.name not in kept_nodes
         # Resize takes its scales in float32 whatever the map is.
-        inputs = [wanted(x, halved and not (node.op_type == "Resize" and i)) for i, x in enumerate(node.input)]
+        inputs = [variant_name(x, halved and not (node.op_type == "Resize" and i)) for i, x in enumerate(node.input)]
         node.input[:] = inputs
         nodes.append(node)
         if halved:
@@ -83,14 +83,14 @@ def half(model: Any, images: Sequence[Tensor]) -> Any:
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     used = {x for node in nodes for x in node.input}
-    left = [t for t in graph.initializer if t.name in used]
+    initializers = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
-    graph.initializer.extend(left)
+    graph.initializer.extend(initializers)
     return model
 
 
 def _prepared(model: Any) -> Any:
-    """A copy with names for all nodes, and constants among the weights."""
+    """A copy in which every node has a name and constants are initializers."""
     onnx = optional("onnx")
     model = copy.deepcopy(model)
     nodes = []
@@ -112,7 +112,7 @@ def _prepared(model: Any) -> Any:
 
 
 def _in_half(node: Any) -> None:
-    """What of a node's attributes says float32, in float16."""
+    """Change a node's float32 attributes to float16, in place."""
     onnx = optional("onnx")
     for attribute in node.attribute:
         if node.op_type == "Cast" and attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
@@ -123,20 +123,22 @@ def _in_half(node: Any) -> None:
 
 
 def _positions(graph: Any) -> set[str]:
-    """Names of nodes that compute where and not what: all before a GridSample's grid, all that sees sizes alone."""
+    """Names of nodes that compute positions: those before a GridSample's grid, and those that depend only on sizes."""
     maker = {name: node for node in graph.node for name in node.output}
-    seen = {value.name for value in graph.input}
+    pixel_dependent = {value.name for value in graph.input}
     for node in graph.node:  # in the order of computation
-        if node.op_type not in ("Shape", "Size") and seen & set(node.input):
-            seen |= set(node.output)
-    kept = {node.name for node in graph.node if not seen & set(node.output)}
+        if node.op_type not in ("Shape", "Size") and pixel_dependent & set(node.input):
+            pixel_dependent |= set(node.output)
+    kept_names = {node.name for node in graph.node if not pixel_dependent & set(node.output)}
     todo = [node for node in graph.node if node.op_type == "GridSample"]
     while todo:
         node = todo.pop()
-        kept.add(node.name)
-        before = node.input[1:] if node.op_type == "GridSample" else node.input
-        todo += [maker[n] for n in before if n in maker and maker[n].op_type != "Conv" and maker[n].name not in kept]
-    return kept
+        kept_names.add(node.name)
+        inputs = node.input[1:] if node.op_type == "GridSample" else node.input
+        todo += [
+            maker[n] for n in inputs if n in maker and maker[n].op_type != "Conv" and maker[n].name not in kept_names
+        ]
+    return kept_names
 
 
 def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
@@ -152,7 +154,7 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     floats = sorted(known - moved)
     probe = copy.deepcopy(model)
     for name in floats:
-        # A map without a pixel has no largest value: zero stands beside it.
+        # An empty map has no largest value, so a zero is appended.
         flat, top = f"{name}:flat", f"{name}:top"
         probe.graph.node.extend(
             [
@@ -169,8 +171,8 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
     options.log_severity_level = 3
     session = runtime.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     for image in images:
-        found = session.run([f"{name}:top" for name in floats], {session.get_inputs()[0].name: image.numpy()})
-        for name, value in zip(floats, found, strict=True):
+        maxima = session.run([f"{name}:top" for name in floats], {session.get_inputs()[0].name: image.numpy()})
+        for name, value in zip(floats, maxima, strict=True):
             tops[name] = max(tops.get(name, 0.0), float(value))
     for node in model.graph.node:
         for name in known & moved & set(node.output):
@@ -181,12 +183,12 @@ def _magnitudes(model: Any, images: Sequence[Tensor]) -> dict[str, float]:
 def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -> Any:
     """A float32 graph with its convolutions and matrices in INT8 (QDQ: activations uint8, weights int8 per channel).
 
-    images: those of the calibration, (1,3,H,W) each. The patches' embedding and
-    the last convolution stay float32: what they lose, everything has lost (ours). So do the products of matrices, whose
-    output's rounding would double the noise, while what takes them is float32 anyhow; attention's, of two activations,
-    are not quantized at all. matrices: "int8"; or "weights": the weights alone, of matrices and convolutions, in eight
-    bits, for what INT8 loses is its activations', where a few values are many times larger than the rest and share its
-    step. Nothing is calibrated then, and everything is computed in float32.
+    images: those of the calibration, (1,3,H,W) each. The patch embedding and the last convolution stay float32, because
+    their errors affect the whole map (ours). So do the outputs of matrix products, whose rounding would double the
+    noise, and whose consumers are float32 anyway; attention's products, of two activations, are not quantized at
+    all. matrices: "int8"; or "weights": only the weights of matrices and convolutions are in eight bits, because INT8's
+    loss comes from activations, where a few values are many times larger than the rest and determine the step. Nothing
+    is calibrated then, and everything is computed in float32.
     """
     if matrices not in ("int8", "weights"):
         raise ValueError(f'matrices must be "int8" or "weights", not {matrices!r}')
@@ -201,11 +203,11 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
     for i, node in enumerate(model.graph.node):
         node.name = node.name or f"node_{i}"
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
-    whole = [convolutions[0], convolutions[-1]]
+    excluded = [convolutions[0], convolutions[-1]]
     if matrices == "weights":
-        made = copy.deepcopy(model)
-        _eight_bit_weights(made, whole)
-        return made
+        copied = copy.deepcopy(model)
+        _eight_bit_weights(copied, excluded)
+        return copied
     with tempfile.TemporaryDirectory() as folder:
         before, after = Path(folder, "before.onnx"), Path(folder, "after.onnx")
         onnx.save(onnx.shape_inference.infer_shapes(model), before)
@@ -220,7 +222,7 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
                 per_channel=True,
                 reduce_range=True,  # seven bits: with eight, processors without VNNI overflow between products
                 op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-                nodes_to_exclude=whole,
+                nodes_to_exclude=excluded,
                 extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]},
             )
         return onnx.load(after)
@@ -228,7 +230,7 @@ def quantized(model: Any, images: Sequence[Tensor], *, matrices: str = "int8") -
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """onnxruntime advises a preparation that a traced graph does not need, on the root logger: on the screen."""
+    """Silence onnxruntime's advice, on the root logger, of a preparation that a traced graph does not need."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -238,17 +240,17 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _eight_bit_weights(model: Any, whole: Sequence[str]) -> None:
-    """Every matrix (in, out) that multiplies from the right as int8, a scale for BLOCK of a column, in place; and every
-    convolution's kernel (out, in, h, w) but those of the nodes called as in `whole`, a scale for an output's.
+    """Store every right-hand matrix (in, out) as int8, in place, with a scale for BLOCK rows of a column; and every
+    convolution's kernel (out, in, h, w), with a scale for each output. Nodes named in `whole` are left out.
 
-    A Cast and a Mul, not a DequantizeLinear: with that onnxruntime was off by .034 where weights and convolutions
+    A Cast and a Mul, not a DequantizeLinear: with that onnxruntime was off by .034, of which weights and convolutions
     explain .014, as if it rounded the product's activations after all (inferred, not seen in its graph).
     """
     onnx = optional("onnx")
     graph = model.graph
     stored = {t.name: t for t in graph.initializer}
     nodes: list[Any] = []
-    made: dict[str, str] = {}
+    converted: dict[str, str] = {}
 
     def weight(name: str) -> str:
         values = onnx.numpy_helper.to_array(stored[name])
@@ -265,20 +267,20 @@ def _eight_bit_weights(model: Any, whole: Sequence[str]) -> None:
             ("Mul", ["cast", "scale"], "blocks", {}),
             ("Reshape", ["blocks", "shape"], "single", {}),
         ):
-            given, out = [f"{name}:{one}" for one in inputs], f"{name}:{key}"
-            nodes.append(onnx.helper.make_node(op, given, [out], name=out, **options))
+            input_names, out = [f"{name}:{part}" for part in inputs], f"{name}:{key}"
+            nodes.append(onnx.helper.make_node(op, input_names, [out], name=out, **options))
         return f"{name}:single"
 
     for node in graph.node:
         shrinks = {"MatMul": 2, "Conv": 4}.get(node.op_type) if node.name not in whole else None
         name = node.input[1] if shrinks else ""
         if name in stored and len(stored[name].dims) == shrinks:
-            made[name] = made.get(name) or weight(name)
-            node.input[1] = made[name]
+            converted[name] = converted.get(name) or weight(name)
+            node.input[1] = converted[name]
         nodes.append(node)
     del graph.node[:]
     graph.node.extend(nodes)
     used = {x for node in nodes for x in node.input}
-    left = [t for t in graph.initializer if t.name in used]
+    initializers = [t for t in graph.initializer if t.name in used]
     del graph.initializer[:]
-    graph.initializer.extend(left)
+    graph.initializer.extend(initializers)

@@ -1,9 +1,9 @@
 """Weights in four bits (or eight): groups of neighbours in a row share a lowest value and a step, both float16.
 
-Rounding to nearest, with the lowest value and the step of least squared error among what a few cuts of the range lead
-to: for given codes they are a regression, for given numbers the codes are a rounding, in turns (ours; the group-wise
-scheme is common practice). It is a way to store a student: at load the weights become float32 again, so speed and
-memory are those of any other student.
+Codes are rounded to nearest. The lowest value and the step are those of least squared error over a few initial cuts of
+the range; a regression for fixed codes alternates with a rounding for fixed numbers (ours; the group-wise scheme is
+common practice). It is a storage format only: at load the weights become float32 again, so speed and memory are those
+of any other student.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-"""Weights that share two numbers when written; what is read says itself how many (128 before)."""
-# Fractions of the range to begin with; cutting a rare extreme makes every other step finer.
+"""Weights per group when written; when read, the group's size follows from the parts (128 in older files)."""
+# Initial fractions of the range; cutting off rare extremes makes the step finer.
 _CUTS = (1.0, 0.9, 0.8, 0.7, 0.6)
 _TURNS = 4
 _SIZES = (GROUP, 128)
@@ -29,7 +29,7 @@ def fits(values: Tensor) -> bool:
 def quantize(values: Tensor, *, bits: int = 4) -> dict[str, Tensor]:
     """`codes` (uint8, two to a byte for 4 bits), `low` and `step` (float16, one per group) of a tensor of any shape.
 
-    Groups run over the flattened tensor; the last one is filled up with its last value. Raises ValueError for values
+    Groups run over the flattened tensor; the last one is padded with its last value. Raises ValueError for values
     that do not fit float16 (`fits`).
     """
     if not fits(values):
@@ -40,7 +40,7 @@ def quantize(values: Tensor, *, bits: int = 4) -> dict[str, Tensor]:
 
 
 def packed(codes: Tensor, lows: Tensor, steps: Tensor, *, bits: int) -> dict[str, Tensor]:
-    """The parts as they are stored, of codes (N,GROUP) and each row's lowest value and step (N,1)."""
+    """The parts as they are stored, from codes (N,GROUP) and each row's lowest value and step (N,1)."""
     flat = codes.to(torch.uint8).flatten()
     if bits == 4:
         flat = flat[0::2] | (flat[1::2] << 4)
@@ -53,7 +53,7 @@ def rounded(values: Tensor, low: Tensor, step: Tensor, *, bits: int) -> Tensor:
 
 
 def fitted(rows: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes like `rows`, and the lowest value and step (N,1) of each row, of the least squared error that was met."""
+    """Codes like `rows`, and the lowest value and step (N,1) of each row, with the least squared error found."""
     levels = 2**bits - 1
     low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
     mean = rows.mean(1, keepdim=True)
@@ -69,8 +69,8 @@ def fitted(rows: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
             better = error < best
             codes, lows, steps = (torch.where(better, n, o) for n, o in ((tried, codes), (a, lows), (step, steps)))
             best = torch.where(better, error, best)
-            off = tried - tried.mean(1, keepdim=True)
-            step = (off * (rows - mean)).sum(1, keepdim=True) / off.square().sum(1, keepdim=True).clamp(min=1e-9)
+            dev = tried - tried.mean(1, keepdim=True)
+            step = (dev * (rows - mean)).sum(1, keepdim=True) / dev.square().sum(1, keepdim=True).clamp(min=1e-9)
             a = mean - step * tried.mean(1, keepdim=True)
     return codes, lows, steps
 
@@ -78,7 +78,7 @@ def fitted(rows: Tensor, *, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
     """The float32 tensor of `shape` that `quantize` stored; ValueError where the parts do not fit it."""
     codes, groups, count = parts["codes"], len(parts["low"]), shape.numel()
-    # How many weights share two numbers is not written: it follows from how many pairs of numbers there are.
+    # The size of a group is not stored: it follows from the number of groups.
     size = next((n for n in _SIZES if -(-count // n) == groups), 0)
     if len(codes) * 2 == groups * size:
         codes = torch.stack([codes & 15, codes >> 4], dim=1).flatten()
@@ -88,7 +88,7 @@ def dequantize(parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
     return values.flatten()[:count].reshape(shape)
 
 
-# Small matrices gain nothing. What an encoder's first layer loses, every later one has lost: it keeps eight bits.
+# Small matrices gain nothing. Errors in an encoder's first layer affect all later ones: it keeps eight bits.
 QUANTIZED_FROM = 4096
 EIGHT_BITS = ("pos_embed", "patch_embed.proj.weight")
 _PARTS = ("codes", "low", "step")
@@ -102,7 +102,7 @@ def pack(
 ) -> dict[str, Tensor]:
     """Every large matrix and kernel replaced by its parts, named KEY:codes, KEY:low, KEY:step.
 
-    calibrated: parts of some, rounded otherwise (students.rounding).
+    calibrated: parts of some tensors, used instead (students.rounding).
     """
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():

@@ -1,7 +1,7 @@
-"""A student as transformers opens it with `trust_remote_code=True`; needs torch, timm and transformers alone.
+"""A student as transformers opens it with `trust_remote_code=True`; needs only torch, timm and transformers.
 
-`distill export STUDENT OUT --transformers` writes this file, and the decoder's, beside the weights. In this package it
-is imported by nobody. The network is `distill.students.Student`: the same parts under the same names, so that
+`distill export STUDENT OUT --transformers` writes this file, and the decoder's, beside the weights. Nothing in
+this package imports it. The network is `distill.students.Student`: the same parts under the same names, so that
 model.safetensors is a student's own. Shapes: B batch, H height, W width.
 """
 
@@ -72,17 +72,17 @@ class StudentForDepthEstimation(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Buffers that are in no file (rotary periods) come empty out of a model that was made on "meta".
+        # Buffers that no file holds (rotary periods) are uninitialised if the model was made on "meta".
         names = [name for name, part in self.encoder.backbone.named_modules() if part is module]
         if not names or not any(True for _ in module.buffers(recurse=False)):
             return
         with torch.device("cpu"):
-            made = build_vit(self.config).get_submodule(names[0])
+            source = build_vit(self.config).get_submodule(names[0])
         for name, value in module.named_buffers(recurse=False):
-            value.copy_(made.get_buffer(name))
+            value.copy_(source.get_buffer(name))
 
     def forward(self, pixel_values: Tensor, labels: Any = None, **kwargs: Any) -> Any:
-        """DepthEstimatorOutput; `labels` are for no training that is written here."""
+        """DepthEstimatorOutput; raises NotImplementedError for `labels`, because no loss is implemented."""
         if labels is not None:
             raise NotImplementedError("train with depth-distill, or write a loss around predicted_depth")
         encoder = self.config.encoder
@@ -101,15 +101,15 @@ class StudentForDepthEstimation(PreTrainedModel):
     def _features(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Four (patch map (B,C,h,w), cls (B,C)) pairs."""
         vit, encoder = self.encoder.backbone, self.config.encoder
-        read = sorted(set(encoder["indices"]))
-        found = vit.forward_intermediates(
+        indices = sorted(set(encoder["indices"]))
+        intermediates = vit.forward_intermediates(
             images,
-            indices=read,
+            indices=indices,
             return_prefix_tokens=vit.num_prefix_tokens > 0,
             norm=encoder["final_norm"],
             intermediates_only=True,
         )
-        pairs = dict(zip(read, found, strict=True))
+        pairs = dict(zip(indices, intermediates, strict=True))
         return [self._with_cls(pairs[i]) for i in encoder["indices"]]
 
     def _with_cls(self, pair: Any) -> tuple[Tensor, Tensor]:
@@ -146,10 +146,12 @@ class StudentImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:
         """pixel_values of a PIL image, an array (H,W,3) or a tensor (3,H,W), uint8 or float in [0,1], or a list."""
-        given = images if isinstance(images, list | tuple) else [images]
-        return BatchFeature({"pixel_values": [self._one(image).numpy() for image in given]}, tensor_type=return_tensors)
+        batch = images if isinstance(images, list | tuple) else [images]
+        return BatchFeature(
+            {"pixel_values": [self._prepared(image).numpy() for image in batch]}, tensor_type=return_tensors
+        )
 
-    def _one(self, image: Any) -> Tensor:
+    def _prepared(self, image: Any) -> Tensor:
         if isinstance(image, Tensor):
             pixels = image
         else:

@@ -1,11 +1,11 @@
-"""Codes that keep what a layer gives, not what its weights are: four bits calibrated on images.
+"""Four-bit codes calibrated on images: they preserve a layer's outputs rather than its weights.
 
-GPTQ (Frantar et al., ICLR 2023, Algorithm 1): the columns of a matrix are rounded one after the other, and the loss of
-each is made good by the columns still to come, as least squares over the layer's inputs has it. The inputs are those of
-the float32 student, and lowest value and step of a group of columns are `quantize.fitted`'s (ours); 1 % of the mean
-second moment is added to each, as the paper does.
+GPTQ (Frantar et al., ICLR 2023, Algorithm 1): the columns of a matrix are rounded one after the other, and the
+remaining columns compensate each one's error, by least squares over the layer's inputs. The inputs are those of the
+float32 student, and lowest value and step of a group of columns are `quantize.fitted`'s (ours); 1 % of the mean second
+moment is added to the diagonal, as in the paper.
 
-O outputs, K inputs of a layer (of a convolution: channels times the kernel's places).
+Shapes: O outputs, K inputs of a layer (for a convolution: channels times the kernel's positions).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch.overrides import TorchFunctionMode
 from distill.students.quantize import EIGHT_BITS, GROUP, QUANTIZED_FROM, fits, fitted, packed, rounded
 
 _ROWS = 4096
-"""Places of an image that a layer's inputs are taken from at most, evenly spread."""
+"""The most positions of an image at which a layer's inputs are sampled, evenly spread."""
 _DAMPING = 0.01
 
 
 def calibrated(student: nn.Module, images: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What `quantize.quantize` gives in four bits, for the student's linear and convolutional weights by their keys.
+    """Four-bit parts as of `quantize.quantize`, for the student's linear and convolutional weights, by key.
 
     images: (3,H,W) uint8 or float in [0,1]; any size that the student takes. Weights whose rows are no multiple of a
-    group, and those that are left at more bits, are not among them.
+    group, and those stored with more bits, are left out.
     """
     layers = {name: module for name, module in student.named_modules() if _calibrates(f"{name}.weight", module)}
     moments = {id(module.weight): torch.zeros(2 * [module.weight[0].numel()]) for module in layers.values()}
@@ -53,9 +53,9 @@ def _calibrates(key: str, module: nn.Module) -> bool:
 
 
 class _Counting(TorchFunctionMode):
-    """Adds the second moments (K,K) of all that meets a weight, which `into` knows by its id.
+    """Adds the second moments (K,K) of each weight's inputs to `into`, by the weight's id.
 
-    At the function and not at the module: timm's attention of DINOv3 and BEiT hands its qkv's weight to F.linear.
+    Functions are intercepted, not modules: timm's attention of DINOv3 and BEiT passes its qkv weight to F.linear.
     """
 
     def __init__(self, into: Mapping[int, Tensor]) -> None:
@@ -65,13 +65,13 @@ class _Counting(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if func in (F.linear, F.conv2d):
             names = ("input", "weight", "bias", "stride", "padding", "dilation")
-            said = dict(zip(names, args, strict=False)) | given
-            if (moments := self.into.get(id(said["weight"]))) is not None:
-                moments += _second_moments(func, said)
-        return func(*args, **given)
+            arguments = dict(zip(names, args, strict=False)) | keywords
+            if (moments := self.into.get(id(arguments["weight"]))) is not None:
+                moments += _second_moments(func, arguments)
+        return func(*args, **keywords)
 
 
 def _second_moments(func: Any, said: Mapping[str, Any]) -> Tensor:
@@ -89,24 +89,24 @@ def _second_moments(func: Any, said: Mapping[str, Any]) -> Tensor:
 
 def compensated(weight: Tensor, moments: Tensor) -> dict[str, Tensor]:
     """Four-bit parts of a weight (O,K) whose inputs have the second moments (K,K); K is a multiple of GROUP."""
-    left = weight.clone()
+    remaining = weight.clone()
     moments = moments.double()
     idle = moments.diagonal() == 0  # inputs that are always 0: any code will do
     moments = moments + torch.diag(idle + _DAMPING * moments.diagonal().mean())
-    # Row k of the factor says how the error of column k is spread over those after it.
+    # Row k of the factor says how the error of column k is distributed over later columns.
     factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True).float()
-    codes, lows, steps = torch.zeros_like(left), [], []
-    for first in range(0, left.shape[1], GROUP):
-        among = slice(first, first + GROUP)
-        columns, own = left[:, among].clone(), factor[among, among]
+    codes, lows, steps = torch.zeros_like(remaining), [], []
+    for first in range(0, remaining.shape[1], GROUP):
+        group = slice(first, first + GROUP)
+        columns, block = remaining[:, group].clone(), factor[group, group]
         _, low, step = fitted(columns, bits=4)
         errors = torch.zeros_like(columns)
         for k in range(GROUP):
             code = rounded(columns[:, k : k + 1], low, step, bits=4)
             codes[:, first + k] = code[:, 0]
-            errors[:, k] = (columns[:, k] - (code * step + low)[:, 0]) / own[k, k]
-            columns[:, k:] -= errors[:, k : k + 1] * own[k, k:]
-        left[:, first + GROUP :] -= errors @ factor[among, first + GROUP :]
+            errors[:, k] = (columns[:, k] - (code * step + low)[:, 0]) / block[k, k]
+            columns[:, k:] -= errors[:, k : k + 1] * block[k, k:]
+        remaining[:, first + GROUP :] -= errors @ factor[group, first + GROUP :]
         lows.append(low)
         steps.append(step)
     groups = codes.reshape(-1, GROUP)

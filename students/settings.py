@@ -11,11 +11,11 @@ from distill.core.settings import above, below, refuse, unknown_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudentSettings:
-    """The student: an encoder and a decoder, and the weights that they begin with; or a latent-diffusion network."""
+    """The student: an encoder and a decoder, and their initial weights; or a latent-diffusion network."""
 
     network: Literal["encoder_decoder", "one_step_unet"] = "encoder_decoder"
-    """"one_step_unet": a latent-diffusion UNet becomes a depth network as [latent] says. `weights` is then a diffusers
-    folder or hub id (Stable Diffusion's, or a student of this kind to go on from)."""
+    """"one_step_unet": a latent-diffusion UNet is trained for depth, as [latent] says. `weights` is then a diffusers
+    folder or hub id (Stable Diffusion's, or a student of this kind to continue from)."""
     head: Literal["vae", "dpt"] = "vae"
     """Of "one_step_unet": how latents become a map, by the VAE's decoder or a DPT head on the UNet's up-blocks.
     GenPercept has both."""
@@ -31,8 +31,8 @@ class StudentSettings:
     decoder_options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder's class."""
     init_from: str = ""
-    """A student to start from, whole: its folder, a hub id, or "pocket" (the embedded one). `weights` is then left out,
-    but for a student that was written without its frozen encoder."""
+    """A whole student to start from: its folder, a hub id, or "pocket" (the embedded one). Leave `weights` out then,
+    except for a student that was written without its frozen encoder."""
     decoder_init_from: str = ""
     """A student whose decoder to start from: a folder, a hub id or "pocket"."""
     encoder_init_from: str = ""
@@ -41,22 +41,22 @@ class StudentSettings:
     """A released file with the decoder's own weights (Depth Anything V2's, AnyDepth's), local or OWNER/NAME/FILE on the
     hub."""
     norm: Literal["", "batch", "sync", "frozen", "group"] = ""
-    """The norm of the decoder's maps: "" is the decoder's own (batch); "sync" takes the batches of all processes
-    together (CUDA), "frozen" stored statistics, "group" none: the last two do not know how a batch was cut."""
+    """The norm of the decoder's maps: "" is the decoder's own (batch); "sync" takes statistics over all
+    processes (CUDA), "frozen" stored ones, "group" none: the last two do not depend on how a batch is divided."""
     native_size: int = 0
     """The short side in pixels that the student is used at; 0 is crops.size."""
     max_depth: float = 0.0
-    """The farthest that a metric student can see, in metres: it predicts sigmoid * max_depth, with train.kind =
+    """The largest depth of a metric student, in metres: it predicts sigmoid * max_depth, with train.kind =
     "metric_depth"; 0 = the student predicts affine disparity. Depth Anything V2: 20 indoors, 80 outdoors."""
     canonical_focal: float = 0.0
-    """Of a metric student, in pixels: it learns depth * canonical_focal / focal, with the focal length at the size that
-    it sees, and its metres are output * focal / canonical_focal; max_depth is then of the canonical camera. 0 = off:
+    """For a metric student, in pixels: it learns depth * canonical_focal / focal, with the focal length at its input
+    size, and its metres are output * focal / canonical_focal; max_depth is then of the canonical camera. 0 = off:
     depth as it is. Depth Anything 3 metric: 300."""
     exclude_frozen_encoder: bool = False
-    """Write students without their frozen encoder, whose file (`weights`) whoever loads them must have."""
+    """Write students without their frozen encoder; loading them then needs its file (`weights`)."""
 
     def __post_init__(self) -> None:
-        refuse(unknown_words(self) + self._of_another_network())
+        refuse(unknown_words(self) + self._foreign_settings())
         fault = name_fault("distill.students.decoders", self.decoder)
         if fault:
             raise ValueError(fault)
@@ -85,14 +85,14 @@ class StudentSettings:
             )
         refuse(below(self, native_size=0, max_depth=0, canonical_focal=0) + above(self, native_size=8192))
 
-    def _of_another_network(self) -> list[str]:
-        """Keys that say something about a part that the network does not have."""
+    def _foreign_settings(self) -> list[str]:
+        """Faults of settings for parts that the network does not have."""
         if self.network == "encoder_decoder":
             return ['head is of network = "one_step_unet"'] if self.head != "vae" else []
-        theirs = {f.name for f in fields(self)} - {"network", "head", "weights", "native_size"}
-        plain = StudentSettings()
-        given = sorted(name for name in theirs if getattr(self, name) != getattr(plain, name))
-        faults = [f'{", ".join(given)}: no part of network = "one_step_unet", leave it out'] if given else []
+        other_settings = {f.name for f in fields(self)} - {"network", "head", "weights", "native_size"}
+        defaults = StudentSettings()
+        changed = sorted(name for name in other_settings if getattr(self, name) != getattr(defaults, name))
+        faults = [f'{", ".join(changed)}: no part of network = "one_step_unet", leave it out'] if changed else []
         if self.weights in ("", "pretrained"):
             faults.append('network = "one_step_unet" begins from a diffusers folder or hub id: give weights')
         return faults

@@ -11,25 +11,25 @@ from torch.nn import Parameter, init
 from torch.overrides import TorchFunctionMode
 
 _DRAWS = (Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, init.uniform_, init.normal_, init.kaiming_uniform_)
-"""What modules draw with. A function of torch.nn.init is seen here whole, and what it calls is not; timm makes normal
-numbers of even ones by the inverse error function."""
+"""Functions that draw initial values. Those of torch.nn.init are intercepted whole, not the calls inside them; timm
+makes normal numbers from uniform ones by the inverse error function."""
 
 
 class SkipInit(TorchFunctionMode):
-    """A context in which parameters are zero instead of random, and most of them do not move the random state.
+    """A context in which parameters are zero instead of random, and most of them do not advance the random state.
 
-    Only for a network of which every parameter is replaced afterwards, and seen to be. Buffers are drawn: a file need
-    not hold them.
+    Only for a network whose parameters are all replaced afterwards, which the caller must check. Buffers are still
+    drawn, because a file need not hold them.
     """
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
+        keywords = dict(kwargs or {})
         if func in _DRAWS:
-            drawn = args[0] if args else given["tensor"]
-            if isinstance(drawn, Parameter):
-                # Not as the memory was: torch's trunc_normal_ draws again what lies out of its bounds.
+            target = args[0] if args else keywords["tensor"]
+            if isinstance(target, Parameter):
+                # Zeroed, not uninitialised: torch's trunc_normal_ redraws values outside its bounds.
                 with torch.no_grad():
-                    return drawn.zero_()
-        return func(*args, **given)
+                    return target.zero_()
+        return func(*args, **keywords)

@@ -21,10 +21,10 @@ from distill.students.encoder import Encoder, Feature
 class Student(nn.Module):
     """Encoder + decoder: images (B,3,H,W) in [0,1], any size, to raw affine disparity (B,H,W), larger is nearer.
 
-    native_size: the side of the squares it was trained on, in pixels; None where nobody has said. decoder_name: what
-    `find` knows the decoder by; its module's name by default. max_depth: the farthest it can see, in metres; then it
-    gives metric depth, sigmoid(raw) * max_depth, as Depth Anything V2's metric models do. None: affine disparity.
-    canonical_focal: metric depth is that of a camera of so many pixels (core.focal); None: of the image's own.
+    native_size: the side of the squares it was trained on, in pixels; None if unknown. decoder_name: the decoder's
+    plug-in name (`find`); its module's name by default. max_depth: the largest depth, in metres; the output is then
+    metric depth, sigmoid(raw) * max_depth, as in Depth Anything V2's metric models. None: affine disparity.
+    canonical_focal: metric depth is for a camera of this focal length in pixels (core.focal); None: the image's own.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Student(nn.Module):
 
     @property
     def kind(self) -> Kind:
-        """What it predicts."""
+        """The kind of its maps."""
         return Kind.METRIC_DEPTH if self.max_depth else Kind.AFFINE_DISPARITY
 
     @property
@@ -66,22 +66,22 @@ class Student(nn.Module):
     def push_to_hub(
         self, repository: str, *, card: Mapping[str, Any] | None = None, private: bool = False, message: str = ""
     ) -> str:
-        """Upload it as OWNER/NAME on the hub, where `distill.load("OWNER/NAME")` finds it; the commit's address.
+        """Upload it as OWNER/NAME on the hub, where `distill.load("OWNER/NAME")` finds it; the commit's URL.
 
         card: plain values for README.md and student.json, licence and teachers among them. Raises OSError in one line.
         """
-        # By name: what a student is on disk is read after what it is (no circle of imports).
+        # Imported by name, because checkpoint imports this module.
         checkpoint = importlib.import_module("distill.students.checkpoint")
         return str(checkpoint.push_to_hub(self, repository, card=card, private=private, message=message))
 
     def forward(self, images: Tensor, with_features: bool = False, features: Sequence[Feature] | None = None) -> Any:
         """(B,H,W) float32 of images (B,3,H,W); with_features: also the encoder's last patch map (B,C,h,w).
 
-        features: what the encoder gives for these images, where it is known already (a frozen one's, stored); of the
-        images only their size is then looked at.
+        features: the encoder's output for these images, if already known (a frozen one's, stored); only the size of the
+        images is then used.
 
-        The image is padded to the encoder's patch; what the padding gave is cut off again. Ask for features through
-        this call and not beside it where a wrapper (DistributedDataParallel) must see the forward pass.
+        The image is padded to the encoder's patch, and the output is cropped. Request features through this call, not
+        separately, if a wrapper (DistributedDataParallel) must see the forward pass.
         """
         height, width = images.shape[-2:]
         features = self.encoder(images) if features is None else features
@@ -123,14 +123,14 @@ def build(
             f"canonical_focal must be a positive number of pixels, with max_depth, not {canonical_focal!r}"
         )
     plugin = find("distill.students.decoders", decoder).Decoder
-    part = _made(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
-    decoder_defaults = {"in_channels": [part.channels] * 4, "patch_size": part.patch_size}
-    taken = inspect.signature(plugin).parameters
-    options = {key: value for key, value in decoder_defaults.items() if key in taken} | dict(decoder_options or {})
-    made = _made(plugin, "decoder_options", options)
+    encoder_part = _construct(partial(Encoder, encoder), "encoder_options", dict(encoder_options or {}))
+    decoder_defaults = {"in_channels": [encoder_part.channels] * 4, "patch_size": encoder_part.patch_size}
+    accepted = inspect.signature(plugin).parameters
+    options = {key: value for key, value in decoder_defaults.items() if key in accepted} | dict(decoder_options or {})
+    decoder_part = _construct(plugin, "decoder_options", options)
     return Student(
-        part,
-        made,
+        encoder_part,
+        decoder_part,
         native_size=native_size,
         decoder_name=decoder,
         max_depth=max_depth,
@@ -138,12 +138,12 @@ def build(
     )
 
 
-def _made(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:
+def _construct(plugin: Callable[..., Any], what: str, options: dict[str, Any]) -> Any:
     faults = [f"{what} may not hold the name"] if "name" in options else []
     faults += option_faults(plugin, options, what)
     if faults:
         raise ValueError("; ".join(faults))
     try:
         return plugin(**options)
-    except (TypeError, RuntimeError, ZeroDivisionError) as error:  # PyTorch's words for a negative or a missing number
+    except (TypeError, RuntimeError, ZeroDivisionError) as error:  # PyTorch's errors for a negative or a missing number
         raise ValueError(f"{what} {options}: {str(error).splitlines()[0]}") from error

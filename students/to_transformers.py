@@ -1,14 +1,14 @@
-"""A student as a folder that transformers opens: a native class where one matches weight for weight, else its code.
+"""A student as a folder that transformers opens: a native class where one matches weight for weight, else custom code.
 
 Native: a `dav2` decoder on a DINOv2 without registers is DepthAnythingForDepthEstimation; a `dpt` decoder of 256
-channels on one is DPTForDepthEstimation (its projection's width is written into the class; batch norms go into the
-convolutions behind them). No class of transformers reads a DINOv3 with its class token into a DPT, so those, SDT, and
+channels on one is DPTForDepthEstimation (its projection's width is fixed in the class; batch norms are folded into the
+convolutions after them). No class of transformers feeds a DINOv3 with its class token to a DPT, so those, SDT, and
 everything else get students/remote_code.py, whose model.safetensors stays a student's own.
 
-Surprises: both native heads end in a ReLU, which a student of unknown shift does not have. Its last bias is raised by
-a number far beyond the lowest value seen, which config.json names ("shift"): a shift is unknown anyway. And
-transformers resizes DINOv2's position table without antialias and by another cubic than timm: on the table's own grid
-nothing differs; on others the difference is measured, and returned.
+Surprises: both native heads end in a ReLU, which a student of unknown shift does not have. So its last bias is raised
+far above the lowest value seen, by a number in config.json ("shift"); the shift is unknown anyway. And transformers
+resizes DINOv2's position table without antialias and with another cubic kernel than timm: on the table's own grid
+nothing differs; on others the difference is measured and returned.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _READS = "remote_code"
 
 
 def native(student: Student) -> str:
-    """ "DepthAnything", "DPT", or "" where no class of transformers is this student."""
+    """ "DepthAnything", "DPT", or "" if no class of transformers matches this student."""
     encoder, options = student.encoder, student.decoder.options
     vit = encoder.backbone
     table = getattr(vit, "pos_embed", None)
@@ -48,8 +48,8 @@ def native(student: Student) -> str:
         and vit.patch_embed.grid_size[0] == vit.patch_embed.grid_size[1]
         and len(set(encoder.indices)) == 4
     )
-    whole = student.max_depth is None or float(student.max_depth).is_integer()
-    if plain and student.decoder_name == "dav2" and whole and options["patch_size"] == encoder.patch_size:
+    integral_depth = student.max_depth is None or float(student.max_depth).is_integer()
+    if plain and student.decoder_name == "dav2" and integral_depth and options["patch_size"] == encoder.patch_size:
         return "DepthAnything"
     folds = options.get("norm") in ("batch", "frozen", "none")
     if plain and student.decoder_name == "dpt" and options["channels"] == 256 and folds and not student.max_depth:
@@ -58,11 +58,11 @@ def native(student: Student) -> str:
 
 
 def write(student: Student, folder: Path, *, how: str = "auto") -> str:
-    """Write what transformers reads into `folder`, open it again, and compare; a line about it.
+    """Write transformers' files into `folder`, load them again, and compare; returns a line about it.
 
-    how: "native", "code", or "auto", which is native where there is a class. For code, `folder` holds the student
-    already (checkpoint.save), in float32 or float16. Raises ImportError without transformers, ValueError where no class
-    matches, or where what was written differs from the student by more than 1e-4 of its map's spread.
+    how: "native", "code", or "auto", which is native if a class matches. For code, `folder` already holds the student
+    (checkpoint.save), in float32 or float16. Raises ImportError without transformers, ValueError if no class matches,
+    or if the written model differs from the student by more than 1e-4 of its map's spread.
     """
     optional("transformers", "teachers")
     if student.encoder.name == vggt.NAME:
@@ -106,8 +106,8 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
         reshape_hidden_states=False,
     )
     shift = 0.0 if student.max_depth else _shift(student)
-    said = {"shift": shift, "kind": str(student.kind), "larger_is": student.kind.larger_is}
-    said |= {"canonical_focal": student.canonical_focal} if student.canonical_focal else {}
+    extra = {"shift": shift, "kind": str(student.kind), "larger_is": student.kind.larger_is}
+    extra |= {"canonical_focal": student.canonical_focal} if student.canonical_focal else {}
     if name == "DepthAnything":
         config = transformers.DepthAnythingConfig(
             backbone_config=backbone,
@@ -117,7 +117,7 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
             fusion_hidden_size=options["channels"],
             depth_estimation_type="metric" if student.max_depth else "relative",
             max_depth=int(student.max_depth or 1),
-            depth_distill=said,
+            depth_distill=extra,
         )
     else:
         config = transformers.DPTConfig(
@@ -127,7 +127,7 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
             fusion_hidden_size=256,
             add_projection=True,
             use_bias_in_fusion_residual=False,
-            depth_distill=said,
+            depth_distill=extra,
         )
     model = getattr(transformers, f"{name}ForDepthEstimation")(config)
     state = _backbone_state(student) | (_dav2_state if name == "DepthAnything" else _dpt_state)(student)
@@ -153,7 +153,7 @@ def _write_native(student: Student, folder: Path, name: str) -> float:
 
 
 def _shift(student: Student) -> float:
-    """What keeps the map of a student without a ReLU above zero: four spreads below the lowest value of some images."""
+    """The shift that keeps the map of a student without a ReLU positive, four spreads below the lowest value seen."""
     with torch.no_grad():
         values = torch.cat([student(image).flatten() for image in _images(student)])
     return max(0.0, 4 * float(values.max() - values.min()) - float(values.min()))
@@ -166,7 +166,7 @@ _BLOCK = {
 
 
 def _backbone_state(student: Student) -> dict[str, Tensor]:
-    """timm's DINOv2 in the names of transformers' Dinov2Backbone."""
+    """timm's DINOv2 under the names of transformers' Dinov2Backbone."""
     vit = student.encoder.backbone
     state = vit.state_dict()
     out = {
@@ -178,17 +178,19 @@ def _backbone_state(student: Student) -> dict[str, Tensor]:
         "layernorm.bias": state.get("norm.bias", torch.zeros(student.encoder.channels)),
     }
     for i, block in enumerate(vit.blocks):
-        here, there = f"blocks.{i}.", f"encoder.layer.{i}."
+        from_prefix, to_prefix = f"blocks.{i}.", f"encoder.layer.{i}."
         gated = block.mlp.fc1.out_features != block.mlp.fc2.in_features
         names = _BLOCK | ({"mlp.fc1": "mlp.weights_in", "mlp.fc2": "mlp.weights_out"} if gated else {})
         for part in ("weight", "bias"):
-            out |= {f"{there}{theirs}.{part}": state[f"{here}{ours}.{part}"] for ours, theirs in names.items()}
-            query, key, value = state[f"{here}attn.qkv.{part}"].chunk(3)
+            out |= {
+                f"{to_prefix}{theirs}.{part}": state[f"{from_prefix}{ours}.{part}"] for ours, theirs in names.items()
+            }
+            query, key, value = state[f"{from_prefix}attn.qkv.{part}"].chunk(3)
             for name, tensor in (("query", query), ("key", key), ("value", value)):
-                out[f"{there}attention.attention.{name}.{part}"] = tensor
+                out[f"{to_prefix}attention.attention.{name}.{part}"] = tensor
         for n in (1, 2):
             ones = torch.ones(student.encoder.channels)
-            out[f"{there}layer_scale{n}.lambda1"] = state.get(f"{here}ls{n}.gamma", ones)
+            out[f"{to_prefix}layer_scale{n}.lambda1"] = state.get(f"{from_prefix}ls{n}.gamma", ones)
     return {f"backbone.{key}": value for key, value in out.items()}
 
 
@@ -199,13 +201,13 @@ def _table(vit: Any) -> Tensor:
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """By the first pattern that fits; ValueError for a key that none does."""
+    """The tensors renamed by the first matching pattern; ValueError for a key without one."""
     out = {}
     for key, value in state.items():
-        found = next((re.sub(p, to, key) for p, to in names.items() if re.match(p, key)), None)
-        if found is None:
+        name = next((re.sub(p, to, key) for p, to in names.items() if re.match(p, key)), None)
+        if name is None:
             raise ValueError(f"no place for {key} in transformers' model")
-        out[found] = value
+        out[name] = value
     return out
 
 
@@ -297,7 +299,7 @@ def _write_code(student: Student, folder: Path) -> None:
     template = Path(__file__).with_name(f"{_READS}.py")
     source = template.read_text(encoding="utf-8")
     decoder = find("distill.students.decoders", student.decoder_name)
-    # A user's decoder is a file, or a package's module: it goes by the same name here.
+    # A user's decoder is a file, or a package's module; its name is kept.
     name = re.sub(r"\W", "_", Path(student.decoder_name).stem)
     source = source.replace(
         "from distill.students.decoders.sdt import", f"from distill.students.decoders.{name} import"
@@ -306,7 +308,7 @@ def _write_code(student: Student, folder: Path) -> None:
 
 
 def _write_sources(folder: Path, todo: dict[str, str], known: dict[str, Path]) -> None:
-    """Python files whose imports of this package are relative ones, and the files that they name, each once."""
+    """Write Python files with imports of this package made relative, and the files that they import, each once."""
     written: set[str] = set()
     while todo:
         name, source = todo.popitem()
@@ -348,7 +350,7 @@ def _images(student: Student) -> list[Tensor]:
 
 @contextmanager
 def _without_bars(logging: Any) -> Iterator[None]:
-    """transformers draws its own progress, which --quiet and --json promise not to."""
+    """Disable transformers' progress bars, which --quiet and --json must not show."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -369,7 +371,7 @@ def _compare(student: Student, folder: Path, shift: float) -> tuple[float, float
         if keys:
             raise ValueError(f"{folder}: transformers reads it with {what.replace('_', ' ')}: {sorted(keys)[:3]}")
     model = model.eval().float()
-    off = []
+    errors = []
     for images in _images(student):
         with torch.no_grad():
             expected = student(images)
@@ -379,5 +381,5 @@ def _compare(student: Student, folder: Path, shift: float) -> tuple[float, float
                 actual[:, None], expected.shape[-2:], mode="bilinear", align_corners=False
             )[:, 0]
         spread = (expected.amax() - expected.amin()).clamp(min=1e-12)
-        off.append(float((actual - expected).abs().max() / spread))
-    return off[0], off[1]
+        errors.append(float((actual - expected).abs().max() / spread))
+    return errors[0], errors[1]

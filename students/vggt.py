@@ -1,14 +1,14 @@
 """VGGT on one view as a student's encoder: a DINOv2 with registers, then pairs of blocks that attend alternately.
 
-On several views the first block of a pair attends within each and the second across all; of one view both see the same
-tokens. A pair gives both blocks' tokens side by side, so a feature is twice as wide as a token. Its pairs 4, 11, 17 and
-23 are read, as VGGT's own heads do; the token in the class token's place is the camera's.
+On several views the first block of a pair attends within each and the second across all; with one view both see the
+same tokens. A pair outputs both blocks' tokens concatenated, so a feature is twice as wide as a token. Pairs 4, 11, 17
+and 23 are read, as VGGT's own heads do; the token in the class token's place is the camera's.
 
-Surprises: the DINOv2's norms have eps 1e-6, those of the pairs and of their queries and keys 1e-5; patches are counted
-from 1, camera and registers stand at 0; of the two camera tokens and sets of registers one view takes the first.
+Surprises: the DINOv2's norms have eps 1e-6, those of the pairs and of their queries and keys 1e-5; patch positions
+count from 1, camera and registers are at 0; of the two camera tokens and sets of registers one view takes the first.
 
 Source: facebookresearch/vggt vggt/models/aggregator.py, vggt/layers (block.py, attention.py, rope.py). timm's DINOv2 is
-given by whoever builds one; nothing of timm is imported here.
+passed in by the caller; timm is not imported here.
 Shapes: B batch, N patches, C channels of a token, h x w patches.
 """
 
@@ -32,10 +32,10 @@ _PARTS = {"frame_blocks": "frame", "global_blocks": "across"}
 
 
 class Backbone(nn.Module):
-    """What students.encoder.Encoder asks of a ViT, by VGGT. vit: timm's DINOv2 with registers, whole.
+    """VGGT with the interface that students.encoder.Encoder needs of a ViT. vit: timm's whole DINOv2 with registers.
 
-    The pairs are as many, as wide and with as many heads as the ViT's blocks. Raises ValueError for a final norm, which
-    VGGT has not, and for weights that nobody publishes under a name of timm's.
+    The number, width and heads of the pairs are those of the ViT's blocks. Raises ValueError for a final norm, which
+    VGGT does not have, and for "pretrained" weights, which timm does not have.
     """
 
     def __init__(self, vit: Any, *, final_norm: bool = False, weights: str = "") -> None:
@@ -60,12 +60,12 @@ class Backbone(nn.Module):
 
     @property
     def patch_embed(self) -> Any:
-        """The ViT's."""
+        """The ViT's patch embedding."""
         return self.vit.patch_embed
 
     @property
     def cls_token(self) -> Tensor:
-        """The camera's token, which stands first."""
+        """The camera's token, which comes first."""
         return self.camera_token
 
     def forward_intermediates(
@@ -83,19 +83,19 @@ class Backbone(nn.Module):
         tokens = torch.cat([special.to(patches.dtype), patches], 1)
         positions = patch_positions(rows, columns, tokens.device, special=self.num_prefix_tokens)
         rotation = rotation_tables(positions, tokens.shape[-1] // self.heads, tokens.dtype)
-        taken = []
+        features = []
         for i, pair in enumerate(self.blocks):
             frame, tokens = pair(tokens, rotation)
             if i in indices:
                 both = torch.cat([frame, tokens], -1)
                 maps = both[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, (rows, columns))
-                taken.append((maps, both[:, : self.num_prefix_tokens]))
-        return taken
+                features.append((maps, both[:, : self.num_prefix_tokens]))
+        return features
 
     def load_own(self, state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-        """Fills all but the ViT from a released file (or a part of one); the ViT's tensors under their own names.
+        """Loads all but the ViT from a released file (or a part of one); returns the ViT's tensors, under its names.
 
-        VGGT's heads are left out. Raises ValueError naming what is missing, left over or misshapen.
+        VGGT's heads are ignored. Raises ValueError naming the keys that are missing, unclaimed or of another shape.
         """
         if not any(key.startswith(_INSIDE) for key in state):
             state = {f"{_INSIDE}{key}": value for key, value in state.items()}
@@ -111,19 +111,19 @@ class Backbone(nn.Module):
                 own[f"blocks.{match[2]}.{_PARTS[match[1]]}.{match[3]}"] = value
             else:
                 own[name] = value[:, 0] if name in ("camera_token", "register_token") else value
-        wanted = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
+        target = {key: value for key, value in self.state_dict().items() if not key.startswith("vit.")}
         faults = [
             f"{what} {', '.join(keys[:3])}"
             for what, keys in {
-                "lacks": [key for key in wanted if key not in own],
-                "has unclaimed": [key for key in own if key not in wanted],
-                "has another shape for": [k for k in wanted if k in own and wanted[k].shape != own[k].shape],
+                "lacks": [key for key in target if key not in own],
+                "has unclaimed": [key for key in own if key not in target],
+                "has another shape for": [k for k in target if k in own and target[k].shape != own[k].shape],
             }.items()
             if keys
         ]
         if faults:
             raise ValueError(f"{source}: not the weights of VGGT: it {'; it '.join(faults)}")
-        self.load_state_dict(own, strict=False)  # the ViT's are loaded by whoever knows timm's names
+        self.load_state_dict(own, strict=False)  # the caller loads the ViT's, which needs timm's names
         return inner
 
 

@@ -1,4 +1,4 @@
-"""A ViT's tensors under other people's names: transformers' and OpenMMLab's as facebookresearch's, those as timm's.
+"""Renaming of a ViT's tensors: transformers' and OpenMMLab's names to facebookresearch's, and those to timm's.
 
 Shapes: C channels of the ViT.
 """
@@ -35,17 +35,17 @@ _OPENMMLAB = [
     (r"\.ln([12])\.", r".norm\1."),
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
-    (r"\.(attn\.gamma1|ffn\.gamma2)\.weight$", lambda found: f".ls{found[1][-1]}.gamma"),
+    (r"\.(attn\.gamma1|ffn\.gamma2)\.weight$", lambda match: f".ls{match[1][-1]}.gamma"),
     (r"\.ffn\.(w12|w3)\.", r".mlp.\1."),
 ]
 
 
 ANCHORS = ("embeddings.cls_token", "patch_embed.proj.weight", "patch_embed.projection.weight")
-"""Names of which every ViT has one, whoever named it."""
+"""Names of which every ViT has one, in any naming scheme."""
 
 
 def facebook_keys(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """transformers' and OpenMMLab's names as facebookresearch's; anything else as it is.
+    """transformers' and OpenMMLab's names as facebookresearch's; other states are returned unchanged.
 
     ValueError, naming the source, for a DINOv3 whose keys have a bias, as transformers' key_bias = true makes it.
     """
@@ -57,10 +57,12 @@ def facebook_keys(state: dict[str, Tensor], source: str) -> dict[str, Tensor]:
     if "pos_embed" not in named and "register_tokens" in named:  # DINOv3: rotary positions
         named["storage_tokens"] = named.pop("register_tokens")
     gated = any(".mlp.gate_proj." in key for key in named)
-    ways = {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    mlp_names = (
+        {"gate_proj": "w1", "up_proj": "w2", "down_proj": "w3"} if gated else {"up_proj": "fc1", "down_proj": "fc2"}
+    )
     out: dict[str, Tensor] = {}
     for key, value in named.items():
-        for theirs, ours in ways.items():
+        for theirs, ours in mlp_names.items():
             key = key.replace(f".mlp.{theirs}.", f".mlp.{ours}.")
         out[key] = value
     for key in [key for key in out if re.search(r"\.attn\.q\.(weight|bias)$", key)]:
@@ -88,7 +90,7 @@ def timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: st
     dinov3 = "storage_tokens" in state
     for key, value in state.items():
         if dinov3 and key.endswith("attn.qkv.bias"):
-            query, _, content = value.chunk(3)  # facebookresearch's network multiplies that of the keys by 0
+            query, _, content = value.chunk(3)  # facebookresearch's network multiplies the keys' bias by 0
             q_bias, v_bias = (key.replace("qkv.bias", part) for part in ("q_bias", "v_bias"))
             if q_bias in wanted:
                 out[q_bias], out[v_bias] = query, content
@@ -104,7 +106,7 @@ def timm_keys(state: dict[str, Tensor], wanted: Mapping[str, Tensor], source: st
             key = key.replace(gated, plain)
         out[key.replace("mlp.w3.", "mlp.fc2.")] = value
     if "register_tokens" in state and "pos_embed" in out and "cls_token" in out:
-        # timm's table of a DINOv2 with registers has no place for cls, so cls carries its position itself.
+        # timm's table of a DINOv2 with registers has no row for cls, so cls includes its position.
         out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
         out["pos_embed"] = out["pos_embed"][:, 1:]
     return out

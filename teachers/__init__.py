@@ -1,11 +1,11 @@
-"""Who teaches: the Teacher protocol, the card that every teacher carries, and what their files share.
+"""Teachers: the Teacher protocol, the card of facts about a checkpoint, and helpers that the teacher files share.
 
 One file in this folder is one teacher; its name is the file's name. Each offers `class Teacher` and `CARDS`, the
 published checkpoints it knows, the default first. Upstream packages are imported inside `load`, so importing a
-teacher's file costs nothing.
+teacher's file is cheap.
 
-The worst failure of a teacher is silent: weights that stayed random because their names did not match. So every
-parameter of a network must be claimed by the file, and everything in the file by the network.
+A teacher's worst failure is silent: weights that stay random because their names did not match. So every parameter of
+the network must be in the file, and every tensor of the file must belong to the network.
 
 Shapes: B batch, H height, W width.
 """
@@ -28,7 +28,7 @@ from distill.core.weights import (
 from distill.teachers._strictly import REPORT_MISMATCHES, check_claimed, load_checked, load_strictly
 from distill.teachers._where import WEIGHT_SUFFIXES, cached_revision, read_config, resolve, revision_of, to_download
 
-# The settings of a teacher (distill.teachers._settings) are read where nobody wants to wait for torch.
+# Reading a teacher's settings (distill.teachers._settings) imports this package and must not wait for torch.
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -63,13 +63,13 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
-    """What is known about a teacher's checkpoint; written beside every label that it made.
+    """Facts about a teacher's checkpoint; stored with every label that it makes.
 
     name: the plug-in's. weights: hub id or path. kind: of the maps. licence: of the weights; code_licence: of the code
-    they came with. commercial: whether the weights' licence allows commercial use (False where unknown).
-    revision: the hub's commit, or the weights' sha256. multiple: sides the network wants are multiples of it.
-    native_size: of the authors' resizing rule (None: as given). seeded: predict takes `keys=` and draws its noise from
-    them. source: repository and file, or paper.
+    they came with. commercial: whether the weights' licence allows commercial use (False if unknown).
+    revision: the hub's commit, or the weights' sha256. multiple: input sides must be multiples of it.
+    native_size: of the authors' resizing rule (None: no resizing). seeded: predict takes `keys=` and draws its noise
+    from them. source: repository and file, or paper.
     """
 
     name: str
@@ -87,12 +87,12 @@ class Card:
 
     @property
     def larger_is(self) -> str:
-        """ "farther" or "nearer": the direction of its values."""
+        """ "farther" or "nearer": what a larger value means."""
         return self.kind.larger_is
 
 
 class Teacher(Protocol):
-    """What every teacher offers; `load` takes its own options as further keywords."""
+    """The interface of every teacher; `load` takes teacher-specific options as further keywords."""
 
     card: Card
 
@@ -114,8 +114,8 @@ def check_images(images: Tensor) -> Tensor:
             advice.append("add the batch dimension: images[None]")
         if not images.is_floating_point():
             advice.append("divide uint8 by 255")
-        what = f"images must be (B,3,H,W) float RGB in [0,1], not {tuple(images.shape)} {images.dtype}"
-        raise ValueError(f"{what}{': ' if advice else ''}{'; '.join(advice)}")
+        requirement = f"images must be (B,3,H,W) float RGB in [0,1], not {tuple(images.shape)} {images.dtype}"
+        raise ValueError(f"{requirement}{': ' if advice else ''}{'; '.join(advice)}")
     return images.float()
 
 
@@ -148,8 +148,8 @@ def pad_to_multiple(images: Tensor, multiple: int) -> Tensor:
 def card_for(cards: Sequence[Card], weights: str | Path) -> Card:
     """The published card of `weights`; else the first card's facts, with no licence claimed.
 
-    A local path is recognised where the published id's name stands in it: "x/Depth-Anything-V2-Large/a.pth", or the
-    hub's own cache.
+    A local path is recognised if it contains the published id's name: "x/Depth-Anything-V2-Large/a.pth", or the hub's
+    own cache.
     """
     text = f"/{Path(str(weights).partition('@')[0]).as_posix()}/"
     for card in cards:

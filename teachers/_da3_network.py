@@ -2,8 +2,8 @@
 
 Two layouts. "Mono" (also metric): DINOv2 as it is, a DPT head and a sky head. "Main": from one block on, odd blocks
 attend globally (on one view: over the same tokens, but every patch at the same rotary position), queries and keys are
-normalized, the class token is replaced by a camera token, and features are the last local and the current tokens side
-by side. Its rays, poses and confidences are not computed here.
+normalized, the class token is replaced by a camera token, and features are the last local and the current tokens,
+concatenated. Its rays, poses and confidences are not computed here.
 
 Surprises: the output is exp of the logit, so it is depth. Block norms use eps 1e-6, but the final norm and the
 query/key norms use 1e-5.
@@ -91,7 +91,7 @@ class PatchEmbed(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The backbone; returns what the head reads."""
+    """The backbone; returns the tokens that the head reads."""
 
     def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(layout.width, eps=1e-5)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B,3,H,W) normalized, sides multiples of 14 -> four (B,h*w,C or 2C), the class token left out."""
+        """(B,3,H,W) normalized, sides multiples of 14 -> four (B,h*w,C or 2C), without the class token."""
         rows, columns = images.shape[-2] // PATCH, images.shape[-1] // PATCH
         tokens = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
@@ -118,29 +118,31 @@ class Transformer(nn.Module):
         return self._main(tokens, rows, columns, self.layout.main_from)
 
     def _mono(self, tokens: Tensor) -> list[Tensor]:
-        taken = []
+        features = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, None)
             if i in self.layout.taps:
-                taken.append(self.norm(tokens)[:, 1:])
-        return taken
+                features.append(self.norm(tokens)[:, 1:])
+        return features
 
     def _main(self, tokens: Tensor, rows: int, columns: int, main_from: int) -> list[Tensor]:
         size = self.layout.width // self.layout.heads
-        here = rotation_tables(patch_positions(rows, columns, tokens.device), size, tokens.dtype)
-        same = rotation_tables(patch_positions(rows, columns, tokens.device).clamp(max=1), size, tokens.dtype)
-        taken, local = [], tokens
+        local_rotation = rotation_tables(patch_positions(rows, columns, tokens.device), size, tokens.dtype)
+        global_rotation = rotation_tables(
+            patch_positions(rows, columns, tokens.device).clamp(max=1), size, tokens.dtype
+        )
+        features, local = [], tokens
         for i, block in enumerate(self.blocks):
             if i == main_from:
                 camera = self.camera_token[:, :1].expand(len(tokens), -1, -1)
                 tokens = torch.cat([camera, tokens[:, 1:]], dim=1)
             is_global = i >= main_from and i % 2 == 1
-            tokens = block(tokens, None if i < main_from else same if is_global else here)
+            tokens = block(tokens, None if i < main_from else global_rotation if is_global else local_rotation)
             if not is_global:
                 local = tokens
             if i in self.layout.taps:
-                taken.append(torch.cat([local, self.norm(tokens)], dim=-1)[:, 1:])
-        return taken
+                features.append(torch.cat([local, self.norm(tokens)], dim=-1)[:, 1:])
+        return features
 
 
 class Backbone(nn.Module):
@@ -156,7 +158,7 @@ class Backbone(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """Two pre-activated convolutions beside an identity."""
+    """Two pre-activated convolutions with a residual connection."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -169,7 +171,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer level and doubles the size; the coarsest has nothing to add."""
+    """Adds a finer level and doubles the size; the coarsest level has no other to add."""
 
     def __init__(self, features: int, *, coarsest: bool) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""What every DINOv2-based teacher shares: ImageNet normalization, the authors' position-table interpolation, and what
-transformers calls their tensors.
+"""Shared by DINOv2-based teachers: ImageNet normalization, the authors' position-table interpolation, and tensor
+names for transformers.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ STD = (0.229, 0.224, 0.225)
 
 @functools.lru_cache(maxsize=8)
 def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """MEAN and STD (1,3,1,1), copied to a device once: a copy at every batch would wait for all that came before it."""
+    """MEAN and STD (1,3,1,1), cached per device: a copy at every batch would wait for the work queued before it."""
     mean, std = (torch.tensor(v, device=device, dtype=dtype).view(1, 3, 1, 1) for v in (MEAN, STD))
     return mean, std
 
 
 def normalize(images: Tensor) -> Tensor:
-    """(B,3,H,W) in [0,1] with ImageNet's mean and deviation taken out."""
+    """(B,3,H,W) in [0,1] normalized by ImageNet's mean and standard deviation."""
     mean, std = _statistics(images.device, images.dtype)
     return (images - mean) / std
 
 
 def position_table(table: Tensor, rows: int, columns: int) -> Tensor:
-    """(1,1+N,C) table for rows x columns patches: bicubic by a scale factor with +0.1, not by size.
+    """(1,1+N,C) table for rows x columns patches: bicubic by a scale factor with +0.1, not to a size.
 
     The offset was a guard against rounding (facebookresearch/dino issue 8); the weights were trained with it, and
     leaving it out moves depth by about 1e-3.
@@ -56,13 +56,13 @@ TRANSFORMERS_NAMES = [
     (r"blocks\.(\d+)\.attn\.proj\.(weight|bias)", r"encoder.layer.\1.attention.output.dense.\2"),
     (r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", r"encoder.layer.\1.attention.attention.{}.\2"),
 ]
-"""facebookresearch's names of a ViT's tensors, and transformers'; {} is each of query, key and value."""
+"""(facebookresearch's name of a ViT's tensor, transformers' name); {} stands for query, key and value."""
 
 
 def to_transformers(
     state: Mapping[str, Tensor], rules: Sequence[tuple[re.Pattern[str], str]]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by the names that the first rule which fits gives them, a joint q, k, v cut in three; the rest's keys."""
+    """(tensors renamed by the first matching rule, a joint qkv split in three; keys that no rule matches)."""
     renamed: dict[str, Tensor] = {}
     unknown = []
     for key, tensor in state.items():

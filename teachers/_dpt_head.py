@@ -1,4 +1,4 @@
-"""GenPercept's second way to a map: a DPT head on the UNet's four up-blocks, instead of the VAE's decoder.
+"""The DPT head of GenPercept's second variant: it reads the UNet's four up-blocks and replaces the VAE's decoder.
 
 Source: aim-uofa/GenPercept src/customized_modules (DPTNeckHeadForUnetAfterUpsampleIdentity) and
 hf_configs/dpt-sd2.1-unet-after-upsample-general. Shapes: B batch, C channels, h x w latents.
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class ResidualUnit(nn.Module):
-    """Two pre-activated convolutions without bias, beside an identity."""
+    """Two pre-activated convolutions without bias, with a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class ResidualUnit(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds a finer level, doubles the size, projects; the coarsest has nothing to add."""
+    """Adds a finer level, doubles the size, projects; the coarsest level has no other to add."""
 
     def __init__(self, channels: int, *, coarsest: bool) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Upsample(nn.Module):
 
 
 class Neck(nn.Module):
-    """One width for all levels, then fusion from the coarsest."""
+    """Projects all levels to one width and fuses them from the coarsest."""
 
     def __init__(self, channels: Sequence[int], width: int) -> None:
         super().__init__()
@@ -67,12 +67,12 @@ class Neck(nn.Module):
         self.fusion_stage.layers = nn.ModuleList(Fusion(width, coarsest=i == 0) for i in range(len(channels)))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        """Levels from fine to coarse -> (B,width,h,w) at twice the finest."""
+        """Levels from fine to coarse -> (B,width,h,w) at twice the finest level's size."""
         maps = [conv(level) for conv, level in zip(self.convs, levels, strict=True)]
-        coarse, *rest = reversed(maps)
+        coarse, *finer_levels = reversed(maps)
         first, *layers = self.fusion_stage.get_submodule("layers").children()
         fused = first(coarse, None)
-        for layer, finer in zip(layers, rest, strict=True):
+        for layer, finer in zip(layers, finer_levels, strict=True):
             fused = layer(fused, finer)
         return fused
 
@@ -97,7 +97,7 @@ class Output(nn.Module):
 
 
 class DptHead(nn.Module):
-    """Four up-block outputs -> raw map, 32 times the size of the first block's."""
+    """Four up-block outputs -> raw map, 32 times the size of the first block's output."""
 
     def __init__(self, channels: Sequence[int], width: int, hidden: int) -> None:
         super().__init__()
@@ -107,8 +107,8 @@ class DptHead(nn.Module):
 
     def forward(self, blocks: Sequence[Tensor]) -> Tensor:
         """Outputs of the UNet's up-blocks, in its order (coarse to fine) -> (B,H,W)."""
-        finest, *rest = reversed(list(blocks))
-        return self.head(self.neck([self.feature_upsample_0(finest), *rest]))
+        finest, *coarser = reversed(list(blocks))
+        return self.head(self.neck([self.feature_upsample_0(finest), *coarser]))
 
 
 def sized_like(state: Mapping[str, Tensor]) -> DptHead:

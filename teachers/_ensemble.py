@@ -34,17 +34,17 @@ def aligned(members: Tensor, parameters: np.ndarray) -> Tensor:
 
 
 def cost(parameters: np.ndarray, members: Tensor) -> float:
-    """Sum over pairs of the root mean square difference, plus a pull of the median's range to [0,1]."""
+    """Sum over pairs of the root mean square difference, plus a regularizer that pulls the median's range to [0,1]."""
     maps = aligned(members, parameters)
     total = sum(float((maps[i] - maps[j]).square().mean().sqrt()) for i, j in combinations(range(len(maps)), 2))
-    middle = maps.median(dim=0).values
-    return total + REGULARIZER * (float(middle.min().abs()) + float((1 - middle.max()).abs()))
+    median = maps.median(dim=0).values
+    return total + REGULARIZER * (float(median.min().abs()) + float((1 - median.max()).abs()))
 
 
 def ensemble(members: Tensor, *, max_iter: int = 50, tol: float = 1e-6, max_size: int = 1024) -> Tensor:
     """(E,H,W) affine maps -> (H,W) their aligned median, brought to [0,1].
 
-    max_iter, tol: of the BFGS solver. max_size: longer sides are thinned for the alignment.
+    max_iter, tol: of the BFGS solver. max_size: longer sides are subsampled for the alignment.
     """
     from scipy.optimize import minimize
 
@@ -56,6 +56,6 @@ def ensemble(members: Tensor, *, max_iter: int = 50, tol: float = 1e-6, max_size
     solution = minimize(
         cost, first_parameters(small), args=(small,), method="BFGS", tol=tol, options={"maxiter": max_iter}
     )
-    middle = aligned(members, solution.x).median(dim=0).values
-    low, high = middle.min(), middle.max()
-    return (middle - low) / (high - low).clamp(min=1e-6)
+    median = aligned(members, solution.x).median(dim=0).values
+    low, high = median.min(), median.max()
+    return (median - low) / (high - low).clamp(min=1e-6)

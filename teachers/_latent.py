@@ -1,12 +1,12 @@
-"""What the latent-diffusion teachers share: reading Stable Diffusion parts, and images to latents and back.
+"""Shared by the latent-diffusion teachers: loading Stable Diffusion parts, encoding images, decoding latents to maps.
 
 A folder of parts is what diffusers writes: unet/, vae/, text_encoder/, tokenizer/ and perhaps scheduler/. Old files are
-read too: text encoders with or without the `text_model.` prefix (transformers drops it when saving; loaded unaware,
+read too: text encoders with or without the `text_model.` prefix (transformers drops it when saving; if ignored,
 the encoder silently stays random), position ids as a buffer, and VAE attention under its old names.
 
 Surprises, measured in the authors' pipelines: the latent factor is 0.18215 whatever the VAE's configuration says; the
 empty prompt is two tokens, not 77; images are resized as 8-bit values, so they are rounded again; the long side is
-resized to the native size upward too, and the short side is floored (1226 wide at 768 gives 767: floats).
+also enlarged to the native size, and the short side is floored (1226 wide at 768 gives 767: floats).
 
 Sources: prs-eth/Marigold marigold/marigold_depth_pipeline.py and marigold/util/image_util.py; aim-uofa/GenPercept
 genpercept/genpercept_pipeline.py; yunpeng1998/FiffDepth fiffdepth/direct_pipeline.py.
@@ -46,7 +46,7 @@ MULTIPLE = 8
 HEAD = "dpt_head_identity"
 _UNET = "diffusion_pytorch_model"
 
-# What is downloaded of a hub repository: one weights file of each part, no half-precision twins, no safety checker.
+# Files downloaded from a hub repository: one weights file per part, no half-precision copies, no safety checker.
 FILES = (
     "model_index.json",
     "scheduler/*.json",
@@ -78,7 +78,7 @@ class Parts:
 
 
 def find_folder(weights: str, *, files: Sequence[str] = FILES, part: str = "unet") -> Path:
-    """The folder of parts that `weights` names; WeightsMissingError where it is no such folder."""
+    """The folder of parts that `weights` names; raises WeightsMissingError if it is not such a folder."""
     folder = resolve(weights, files=files)
     if not (folder / part / "config.json").is_file():
         raise WeightsMissingError(f"{folder} is not a diffusers folder: it has no {part}/config.json")
@@ -93,10 +93,10 @@ def find_folder(weights: str, *, files: Sequence[str] = FILES, part: str = "unet
 def load_parts(
     folder: Path, *, device: torch.device | str, dtype: torch.dtype, what: str, unet: Any = None, channels: int
 ) -> Parts:
-    """Everything in `folder` but the scheduler, in evaluation mode; every parameter claimed.
+    """Loads everything in `folder` but the scheduler, strictly, in evaluation mode.
 
-    unet: one that is already loaded, instead of the folder's. channels: the latents that the UNet must take (4: the
-    image; 8: image and map), so that a model of another family is refused and not misread.
+    unet: one that is already loaded, instead of the folder's. channels: the input channels that the UNet must have (4:
+    the image; 8: image and map), so that a model of another family is rejected.
     """
     import diffusers
 
@@ -107,7 +107,7 @@ def load_parts(
         )
     vae = _load_part(diffusers.AutoencoderKL, folder / "vae", what, dtype)
     if torch.device(device).type == "cpu":
-        # One image of a batch after the other: a third of the memory at the same speed (tests/speed/teachers.py).
+        # One image of the batch at a time: a third of the memory at the same speed (tests/speed/teachers.py).
         vae.enable_slicing()
     if unet.config.class_embed_type or unet.config.num_class_embeds:
         raise WeightsMismatchError(f"{folder}: its UNet wants a task beside the image, as Lotus's: it is no {what}")
@@ -123,7 +123,7 @@ def load_parts(
 def load_unet(
     folder: Path, *, what: str, dtype: torch.dtype, config: Path | None = None, headless: bool = False
 ) -> Any:
-    """The UNet in `folder`; its config.json from `config` where it has none of its own.
+    """Loads the UNet in `folder`, with config.json from `config` if the folder has none.
 
     headless: the last norm and convolution may be missing, because only the up-blocks are used.
     """
@@ -134,8 +134,10 @@ def load_unet(
         return _load_part(diffusers.UNet2DConditionModel, folder, what, dtype, optional)
     unet = diffusers.UNet2DConditionModel.from_config(diffusers.UNet2DConditionModel.load_config(config))
     file = find_weights(folder, (f"{_UNET}.safetensors", f"{_UNET}.bin"))
-    spare = {key: tensor for key, tensor in unet.state_dict().items() if key.startswith(optional)} if headless else {}
-    load_strictly(unet, spare | read_state(file), file, what=what)
+    optional_state = (
+        {key: tensor for key, tensor in unet.state_dict().items() if key.startswith(optional)} if headless else {}
+    )
+    load_strictly(unet, optional_state | read_state(file), file, what=what)
     return unet.to(dtype)
 
 
@@ -151,7 +153,7 @@ def _load_part(part: Any, folder: Path, what: str, dtype: torch.dtype, optional:
             use_safetensors=".safetensors" in file.name,
             output_loading_info=True,
             torch_dtype=dtype,
-            low_cpu_mem_usage=not optional,  # what may be missing must then exist all the same
+            low_cpu_mem_usage=not optional,  # optional tensors must be allocated even if the file lacks them
         ),
         file,
         what=what,
@@ -180,7 +182,7 @@ def _empty_prompt(folder: Path, what: str) -> Tensor:
 def resize_long_side(images: Tensor, size: int, *, least: int = 1) -> Tensor:
     """(B,3,H,W) in [0,1] with its long side at `size` (0: as given), rounded to 8-bit steps, unclamped.
 
-    least: a strip's short side becomes this many pixels, for a VAE fails on fewer than one latent. Ours.
+    least: the minimum side of a very narrow image, because a VAE fails on less than one latent. Ours.
     """
     height, width = images.shape[-2:]
     scale = min(size / width, size / height) if size else 1.0
@@ -193,7 +195,7 @@ def resize_long_side(images: Tensor, size: int, *, least: int = 1) -> Tensor:
 
 
 def prepare(images: Tensor, *, resize: str, native_size: int, factor: int) -> Tensor:
-    """Images as the VAE will see them, in [0,1]: by the authors' rule, or padded to the latents' multiple."""
+    """The VAE's input images, in [0,1]: resized by the authors' rule, or padded to a multiple of `factor`."""
     if resize == "native":
         return resize_long_side(images, native_size, least=factor)
     return pad_to_multiple(images, factor)
@@ -215,18 +217,18 @@ def decode(parts: Parts, latents: Tensor) -> Tensor:
 
 
 def within_memory(vae: Any, work: Callable[[], Tensor]) -> Tensor:
-    """The VAE's work at once; where the device's memory refuses, image by image, and at last in tiles.
+    """Runs the VAE's `work` on the whole batch; on out-of-memory retries image by image, then in tiles.
 
-    The VAE stays as it then is, so that only one batch is worked on twice. Tiles are blended at their seams and change
-    the map a little: a warning says so. Raises torch.OutOfMemoryError where even a tile is too much.
+    The VAE keeps the reduced mode, so that only one batch is computed twice. Tiles are blended at their seams and
+    change the map a little, which is logged as a warning. Raises torch.OutOfMemoryError if even tiles do not fit.
     """
-    for lesser in (vae.enable_slicing, vae.enable_tiling):
+    for reduce_memory in (vae.enable_slicing, vae.enable_tiling):
         try:
             return work()
         except torch.OutOfMemoryError:
-            if lesser == vae.enable_tiling:
+            if reduce_memory == vae.enable_tiling:
                 _log.warning("the VAE works in tiles, for an image is too large for the memory: maps differ at seams")
-            lesser()
+            reduce_memory()
     return work()
 
 
@@ -238,7 +240,7 @@ def run_unet(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> Tensor:
 
 
 def up_blocks(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> list[Tensor]:
-    """What the UNet's up-blocks give, from coarse to fine; its last layers run and are ignored."""
+    """Outputs of the UNet's up-blocks, from coarse to fine; the later layers run, but their output is ignored."""
     blocks: list[Tensor] = []
 
     def keep(block: Any, inputs: Any, output: Tensor) -> None:
@@ -254,24 +256,24 @@ def up_blocks(parts: Parts, inputs: Tensor, timestep: Tensor | int) -> list[Tens
 
 
 def restore(values: Tensor, images: Tensor, sized: Tensor, *, resize: str, kind: Kind) -> DepthMap:
-    """Maps (B,h,w) in [0,1] at the size of `images`: resized with antialias and clipped, or the padding cut off.
+    """Brings maps (B,h,w) in [0,1] to the size of `images`: resizes with antialias, or cuts the padding off; clips.
 
     sized: the images as the network saw them; a DPT head's map has another size where latents are odd.
     """
     height, width = images.shape[-2:]
-    wanted = (height, width) if resize == "native" else sized.shape[-2:]
-    if values.shape[-2:] != wanted:
-        values = F.interpolate(values[:, None], wanted, mode="bilinear", antialias=True, align_corners=False)[:, 0]
+    size = (height, width) if resize == "native" else sized.shape[-2:]
+    if values.shape[-2:] != size:
+        values = F.interpolate(values[:, None], size, mode="bilinear", antialias=True, align_corners=False)[:, 0]
     return finite(values[:, :height, :width].clip(0, 1).to(images.device), kind)
 
 
 def check_one_step(what: str, steps: int, ensemble: int) -> None:
-    """Raises ValueError unless both are 1: the network is asked once, and would answer the same again."""
+    """Raises ValueError unless both are 1: the network runs once and is deterministic."""
     if steps != 1 or ensemble != 1:
         raise ValueError(f"{what} takes one step and has nothing to average: steps and ensemble must be 1")
 
 
 def default_size(native_size: int | None, parts: Parts) -> int:
-    """The native size: as asked (0: as given), else the checkpoint's own default, else 768."""
-    own = parts.index.get("default_processing_resolution")
-    return native_size if native_size is not None else NATIVE if own is None else int(own)
+    """The native size: `native_size` if set (0: no resizing), else the checkpoint's own default, else 768."""
+    checkpoint_size = parts.index.get("default_processing_resolution")
+    return native_size if native_size is not None else NATIVE if checkpoint_size is None else int(checkpoint_size)

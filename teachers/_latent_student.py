@@ -1,12 +1,12 @@
-"""A latent-diffusion network that learns depth, and the folder it becomes, which FiffDepth's, GenPercept's or
-Marigold's teacher reads.
+"""A latent-diffusion network in training, and the folder it is saved to, which the FiffDepth, GenPercept or Marigold
+teacher reads.
 
-The UNet is trained (and GenPercept's DPT head, where there is one); the VAE and the empty prompt's embedding never are,
-and are no part of its state: they are shared by copies of it, and checkpoints do not hold them.
+The UNet is trained (and GenPercept's DPT head, if present); the VAE and the empty prompt's embedding are frozen and not
+part of the state: copies of the network share them, and checkpoints do not contain them.
 
-The folder is diffusers': unet/, and vae/, text_encoder/, tokenizer/ as they were in the base; model_index.json;
-scheduler/ where it denoises; distill.json, by which our teachers know what the folder is (kind, licence, card, hashes);
-README.md. It is written aside and renamed.
+The folder has diffusers' layout: unet/; vae/, text_encoder/ and tokenizer/ copied from the base; model_index.json;
+scheduler/ if the network denoises; distill.json, which describes the folder to our teachers (kind, licence, card,
+hashes); README.md. It is written to a temporary folder and renamed.
 
 Shapes: B images, H x W, latents h x w.
 """
@@ -44,7 +44,7 @@ BASES = ("vae", "text_encoder", "tokenizer")
 # GenPercept's hf_configs/dpt-sd2.1-unet-after-upsample-general has 256 and 32 for 320 channels; others in proportion.
 HEAD_WIDTH, HEAD_HIDDEN = 256 / 320, 32 / 320
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-"""Stable Diffusion's noise, where the base brings no scheduler."""
+"""Stable Diffusion's noise schedule, for values that the base's scheduler config lacks."""
 SAMPLING = {
     "prediction_type": "v_prediction",
     "clip_sample": False,
@@ -52,11 +52,11 @@ SAMPLING = {
     "steps_offset": 1,
     "timestep_spacing": "trailing",
 }
-"""Of Marigold v1-1's sampler, beside the schedule."""
+"""Further settings of Marigold v1-1's sampler."""
 
 
 class _Fixed:
-    """What every copy of a student shares."""
+    """The frozen parts and the base folder, which all copies of a student share."""
 
     def __init__(self, parts: latent.Parts, base: Path) -> None:
         self.parts, self.base = parts, base
@@ -68,7 +68,7 @@ class _Fixed:
 class LatentStudent(nn.Module):
     """UNet (and DPT head) in training. teacher: the plug-in that reads its folder. kind: what it predicts.
 
-    alphas: (1000,), the cumulative products of its noise schedule. native_size: the side of the squares it learns from.
+    alphas: (1000,), the cumulative products of its noise schedule. native_size: the side of the square training images.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class LatentStudent(nn.Module):
         self.unet = parts.unet.requires_grad_(True)
         self.head = head
         if head is not None:
-            _without_end(self.unet)
+            _freeze_output_layers(self.unet)
         self.fixed = _Fixed(replace(parts, unet=None), base)
         self.teacher, self.kind, self.timestep, self.native_size = teacher, kind, timestep, native_size
         self.zero_snr = zero_snr
@@ -95,7 +95,7 @@ class LatentStudent(nn.Module):
 
     @property
     def parts(self) -> latent.Parts:
-        """VAE and prompt, beside this copy's UNet."""
+        """This copy's UNet with the shared VAE and prompt."""
         return replace(self.fixed.parts, unet=self.unet)
 
     @property
@@ -104,28 +104,28 @@ class LatentStudent(nn.Module):
         return self.parts.factor
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # What is no part of the state still goes where the network goes.
+        # The frozen parts are not registered, but follow the network to its device and dtype.
         fixed = self.fixed.parts
         fixed.vae._apply(fn)
         self.fixed.parts = replace(fixed, prompt=fn(fixed.prompt))
         return super()._apply(fn, recurse)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Computes the UNet's activations again in the backward pass."""
+        """Switches recomputation of the UNet's activations in the backward pass on or off."""
         if enable:
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B,3,H,W) in [0,1] -> latents (B,4,h,w), without a gradient; each image by itself, so that no other one
-        changes its bits.
+        """(B,3,H,W) in [0,1] -> latents (B,4,h,w), without a gradient; one image at a time, so that its latents do not
+        depend on the batch.
         """
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            return torch.cat([latent.encode(self.parts, one[None]) for one in images.float()])
+            return torch.cat([latent.encode(self.parts, image[None]) for image in images.float()])
 
     def encode_maps(self, maps: Tensor) -> Tensor:
-        """(B,H,W) in [-1,1] -> latents (B,4,h,w): grey images."""
+        """(B,H,W) in [-1,1] -> latents (B,4,h,w), encoded as grey images."""
         return self.encode(((maps + 1.0) / 2.0)[:, None].expand(-1, 3, -1, -1))
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -138,8 +138,8 @@ class LatentStudent(nn.Module):
     def forward(self, inputs: Tensor, timesteps: Tensor | None = None) -> Tensor:
         """With timesteps (B,): the UNet's raw output (B,4,h,w) on latents, or the head's raw map (B,H,W).
 
-        Without: (B,H,W) in about [-1,1], of images (B,3,H,W) in [0,1]; of a network that denoises, what it makes of
-        zeros at the last level.
+        Without: maps (B,H,W) in about [-1,1], of images (B,3,H,W) in [0,1]; a network that denoises starts from zeros
+        at the last noise level.
         """
         if timesteps is not None:
             return self._run(inputs, timesteps)
@@ -165,14 +165,14 @@ def _alphas(base: Path, *, zero_snr: bool) -> Tensor:
 def _scheduler(name: str, base: Path, *, zero_snr: bool, **more: Any) -> Any:
     import diffusers
 
-    own = read_config(base / "scheduler" / "scheduler_config.json")
-    table = {key: own.get(key, value) for key, value in SCHEDULE.items()}
+    base_config = read_config(base / "scheduler" / "scheduler_config.json")
+    table = {key: base_config.get(key, value) for key, value in SCHEDULE.items()}
     return getattr(diffusers, name)(**table, rescale_betas_zero_snr=zero_snr, **more)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a student is to be: see LatentStudent. head: "vae" or "dpt"."""
+    """The configuration of a student; see LatentStudent. head: "vae" or "dpt"."""
 
     teacher: str
     kind: Kind
@@ -183,15 +183,15 @@ class Asked:
 
 
 def begin(weights: str, asked: Asked) -> LatentStudent:
-    """A student from a diffusers folder or hub id: Stable Diffusion's, or one that was trained so before.
+    """Builds a student from a diffusers folder or hub id: Stable Diffusion's, or that of an earlier latent student.
 
-    Where it shall denoise a map beside the image, an input layer of 4 channels becomes one of 8, its weights repeated
-    and halved (Marigold). A DPT head is the folder's own, or drawn from torch's generator. Raises WeightsMissingError
-    or WeightsMismatchError.
+    For Marigold, which denoises a map beside the image, an input layer of 4 channels is widened to 8, with its weights
+    repeated and halved. A DPT head is read from the folder, or initialised from torch's generator. Raises
+    WeightsMissingError or WeightsMismatchError.
     """
     folder = latent.find_folder(weights, files=FILES)
-    headed = asked.head == "dpt"
-    unet = latent.load_unet(folder / "unet", what="one-step", dtype=torch.float32, headless=headed)
+    has_dpt_head = asked.head == "dpt"
+    unet = latent.load_unet(folder / "unet", what="one-step", dtype=torch.float32, headless=has_dpt_head)
     channels = 8 if asked.teacher == "marigold" else 4
     if channels == 8 and unet.config.in_channels == 4:
         _widen(unet)
@@ -199,7 +199,7 @@ def begin(weights: str, asked: Asked) -> LatentStudent:
         folder, device="cpu", dtype=torch.float32, what="one-step student", unet=unet, channels=channels
     )
     head = None
-    if headed:
+    if has_dpt_head:
         if len(unet.up_blocks) != 4:
             raise WeightsMismatchError(f"{folder}: a DPT head reads four up-blocks, its UNet has {len(unet.up_blocks)}")
         widths = list(unet.config.block_out_channels)
@@ -228,18 +228,18 @@ def _widen(unet: Any) -> None:
     unet.register_to_config(in_channels=8)
 
 
-def _without_end(unet: Any) -> None:
-    """A head reads the up-blocks: what comes after them would never get a gradient."""
+def _freeze_output_layers(unet: Any) -> None:
+    """Freezes the layers after the up-blocks: a DPT head reads the up-blocks, so they would never get a gradient."""
     for part in (unet.conv_norm_out, unet.conv_out):
         if part is not None:
             part.requires_grad_(False)
 
 
 def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] | None = None) -> Path:
-    """Writes the folder that the student's teacher reads, replacing one that is there; returns it.
+    """Writes the folder that the student's teacher reads, replacing an older one; returns it.
 
-    Raises FileExistsError where `folder` holds anything else, OSError where it cannot be written; what was there then
-    stays.
+    Raises FileExistsError if `folder` holds anything else, OSError if it cannot be written; the old content is then
+    kept.
     """
     folder, card = Path(folder), dict(card or {})
     if folder.is_dir() and any(folder.iterdir()) and not (folder / TRAINED).is_file():
@@ -261,7 +261,7 @@ def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] 
             sampler = _scheduler("DDIMScheduler", base, zero_snr=student.zero_snr, **SAMPLING)
             sampler.save_pretrained(new / "scheduler")
         (new / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        told = {
+        description = {
             "version": 1,
             "teacher": student.teacher,
             "kind": str(student.kind),
@@ -270,14 +270,14 @@ def save(student: LatentStudent, folder: str | Path, *, card: Mapping[str, Any] 
             "base_revision": revision_of(base),
             "card": card,
         }
-        (new / TRAINED).write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (new / TRAINED).write_text(json.dumps(description, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         page = latent_card(folder.name, card, teacher=student.teacher, kind=student.kind)
         (new / "README.md").write_text(page, encoding="utf-8")
     return folder
 
 
 def _write_unet(unet: Any, folder: Path) -> None:
-    """As diffusers writes it; but without its own hub calls, and every tensor a copy of its own."""
+    """Writes the UNet in diffusers' format, but without diffusers' hub calls and with every tensor copied."""
     folder.mkdir(parents=True)
     unet.save_config(folder)
     state = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in unet.state_dict().items()}
@@ -285,8 +285,8 @@ def _write_unet(unet: Any, folder: Path) -> None:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What distill.json says; WeightsMissingError where the folder is no student of ours."""
-    told = read_config(folder / TRAINED)
-    if not told:
+    """The content of distill.json; raises WeightsMissingError if the folder is not a student trained here."""
+    description = read_config(folder / TRAINED)
+    if not description:
         raise WeightsMissingError(f"{folder} has no {TRAINED}: it was not trained here")
-    return told
+    return description

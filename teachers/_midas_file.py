@@ -1,7 +1,7 @@
-"""MiDaS v3.1 files as isl-org/MiDaS releases them (dpt_beit_*.pt): their names, and the network that their shapes say.
+"""MiDaS v3.1 files as isl-org/MiDaS releases them (dpt_beit_*.pt): tensor names, and sizes from shapes.
 
-The backbone is timm's BEiT, the decoder MiDaS's own; both are the same network as transformers' DPT on BEiT, which runs
-it. Sources: midas/backbones/beit.py, vit.py, utils.py (hooks at every quarter, act_postprocess), midas/blocks.py.
+The backbone is timm's BEiT, the decoder MiDaS's own; together they equal transformers' DPT on BEiT, which is used here.
+Sources: midas/backbones/beit.py, vit.py, utils.py (hooks at every quarter, act_postprocess), midas/blocks.py.
 
 Shapes: D width, L blocks.
 """
@@ -30,13 +30,13 @@ _BLOCK = {
     "attn.v_bias": "attention.attention.value.bias",
     "attn.relative_position_bias_table": "attention.attention.relative_position_bias.relative_position_bias_table",
 }
-# A table made of the size, and what only a classifier or another pooling has.
+# An index that follows from the grid, and tensors that only a classifier or another pooling uses.
 _UNUSED = re.compile(r"pretrained\.model\.(blocks\.\d+\.attn\.relative_position_index|(fc_)?norm\.\w+|head\.\w+)")
 _TABLE = "pretrained.model.blocks.0.attn.relative_position_bias_table"
 
 
 def network(path: Path) -> Any:
-    """transformers' DPT on BEiT with a file's weights; every one of them is claimed. Raises as `described` does."""
+    """transformers' DPT on BEiT with a file's weights, loaded strictly. Raises as `described` does."""
     from transformers import BeitConfig, DPTConfig, DPTForDepthEstimation
 
     state = read_state(path)
@@ -69,9 +69,9 @@ def network(path: Path) -> Any:
 
 
 def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The network that a file holds: width, blocks, heads, mlp, size (pixels), patch, neck (4 widths), fusion.
+    """The network's sizes in a file: width, blocks, heads, mlp, size (pixels), patch, neck (4 widths), fusion.
 
-    Raises WeightsMismatchError for another network of MiDaS's, or a part of one.
+    Raises WeightsMismatchError for another MiDaS network, or an incomplete file.
     """
     if _TABLE not in state:
         raise WeightsMismatchError(
@@ -81,7 +81,7 @@ def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         )
     try:
         table = state[_TABLE]
-        patches = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2 n - 1)**2 offsets, and three of the class token
+        patches = (math.isqrt(table.shape[0] - 3) + 1) // 2  # (2 n - 1)**2 offsets, plus three for the class token
         patch = state["pretrained.model.patch_embed.proj.weight"].shape[-1]
         return {
             "width": state["pretrained.model.cls_token"].shape[-1],
@@ -98,7 +98,7 @@ def described(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under transformers' names; what the network has no place for keeps its own name."""
+    """The tensors under transformers' names; unknown ones keep their own name."""
     out: dict[str, Tensor] = {}
     for key, tensor in state.items():
         if _UNUSED.fullmatch(key):
@@ -118,8 +118,8 @@ def _name(key: str) -> str:
         return f"backbone.encoder.layer.{match[1]}.{inner}"
     for pattern, new in _PLACES:
         if match := re.fullmatch(pattern, key):
-            first, *rest = match.groups() or ("",)
-            return new.format(int(first) - 1 if new.startswith("neck") else first, *rest)  # counted from nought there
+            first, *others = match.groups() or ("",)
+            return new.format(int(first) - 1 if new.startswith("neck") else first, *others)  # its neck counts from 0
     if match := re.fullmatch(
         r"scratch\.refinenet([1-4])\.(out_conv|resConfUnit([12])\.conv([12]))\.(weight|bias)", key
     ):

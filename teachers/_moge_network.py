@@ -1,8 +1,8 @@
-"""MoGe-2's network: a DINOv2, a stack of convolutions, and one more stack for each thing it says.
+"""MoGe-2's network: a DINOv2, a stack of convolutions, and one more stack for each output.
 
-Built from the description that the released file carries, under its names. The image is brought to a grid of patches
-whose number is asked for and whose shape is the image's; each level of the stacks is told where in the view it lies.
-Normals are stored and not computed here.
+Built from the description in the released file, under its names. The image is resized to a grid of the requested number
+of patches with the image's aspect; each level of the neck also takes view-plane coordinates as input. The normals' head
+is loaded but not run.
 
 Source: microsoft/MoGe moge/model/v2.py, moge/model/modules.py, moge/utils/geometry_torch.py (normalized_view_plane_uv).
 Shapes: B batch, N tokens, C channels, h x w patches.
@@ -31,7 +31,7 @@ _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
 
 
 class Backbone(nn.Module):
-    """DINOv2 without registers; the last norm is applied to every block that is read."""
+    """DINOv2 without registers; the last norm is applied to the output of every tap."""
 
     def __init__(self, layout: NetworkLayout) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class Backbone(nn.Module):
         tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         rows, columns = (side // PATCH for side in images.shape[-2:])
         tokens = tokens + position_table(self.pos_embed, rows, columns).to(tokens.dtype)
-        taken = []
+        features = []
         for i, block in enumerate(self.blocks):
             tokens = block(tokens, None)
             if i in self.taps:
                 normal = self.norm(tokens)
-                taken.append((normal[:, 1:], normal[:, 0]))
-        return taken
+                features.append((normal[:, 1:], normal[:, 0]))
+        return features
 
 
 class Encoder(nn.Module):
@@ -85,7 +85,7 @@ class Encoder(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside an identity, with norms where the description has them."""
+    """Two convolutions with a residual connection, and norms if the description has them."""
 
     def __init__(self, width: int, hidden: int, activation: str, norms: tuple[str, str]) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ def _resampler(kind: str, inputs: int, outputs: int) -> nn.Sequential:
 
 
 class ConvStack(nn.Module):
-    """Levels from coarse to fine, each added to what comes from below. description: as the file has it."""
+    """Levels from coarse to fine, each added to the upsampled coarser one. description: as in the file."""
 
     def __init__(self, description: Mapping[str, Any]) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class ConvStack(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """(B,C_i,h_i,w_i) of each level, sides doubling -> the same of what the stack says."""
+        """(B,C_i,h_i,w_i) of each level, sides doubling -> the stack's outputs, likewise one per level."""
         x, out = self.input_blocks[0](features[0]), []
         for i, blocks in enumerate(self.res_blocks):
             x = self.resamplers[i - 1](x) + self.input_blocks[i](features[i]) if i else x
@@ -165,7 +165,7 @@ def _each(value: Any, count: int) -> list[Any]:
 
 
 class Network(nn.Module):
-    """The whole. description: `model_config` of the file. Raises ValueError or KeyError for one that is not known."""
+    """The whole network. description: the file's `model_config`; ValueError or KeyError if it is not supported."""
 
     def __init__(self, layout: NetworkLayout, description: Mapping[str, Any]) -> None:
         super().__init__()
@@ -185,9 +185,10 @@ class Network(nn.Module):
             self.scale_head = nn.Sequential(*layers[:-1])
 
     def forward(self, images: Tensor, tokens: float) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(B,3,H,W) in [0,1], about so many patches -> points (B,H,W,3), mask (B,H,W) in (0,1), metric scale (B,).
+        """(B,3,H,W) in [0,1] -> points (B,H,W,3), mask (B,H,W) in (0,1), metric scale (B,).
 
-        Points lie in units of their own, and their z is off by a shift; mask and scale are None where there is none.
+        tokens: the approximate number of patches. Points have an unknown scale, and their z an unknown shift; mask and
+        scale are None if the file has no head for them.
         """
         height, width = images.shape[-2:]
         aspect = width / height
@@ -219,7 +220,7 @@ class Network(nn.Module):
 
 
 def view_plane(rows: int, columns: int, aspect: float) -> Tensor:
-    """(1,2,rows,columns) x and y of every cell's middle; the diagonal of a view of this aspect reaches from -1 to 1."""
+    """(1,2,rows,columns) x and y of every cell's centre; the diagonal of a view of this aspect spans -1 to 1."""
     diagonal = (1 + aspect**2) ** 0.5
     ends = (aspect / diagonal * (columns - 1) / columns, 1 / diagonal * (rows - 1) / rows)
     x, y = (torch.linspace(-end, end, count) for end, count in zip(ends, (columns, rows), strict=True))

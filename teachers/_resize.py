@@ -11,7 +11,7 @@ from torch import Tensor
 def resize_cubic(images: Tensor, height: int, width: int) -> Tensor:
     """(B,3,H,W) resized on float64 without antialias, as the authors do; values may leave [0,1].
 
-    torch's bicubic is the same kernel but not the same rounding of coordinates: 1e-4 apart on noise.
+    torch's bicubic has the same kernel but rounds coordinates differently: results differ by 1e-4 on noise.
     """
     if images.shape[-2:] == (height, width):
         return images

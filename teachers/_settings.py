@@ -1,4 +1,4 @@
-"""[[teachers]]: who teaches."""
+"""[[teachers]]: the teachers of a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from distill.core.plugins import name_fault, short_name
 from distill.core.settings import refuse, unknown_words
 
 RESIZING = ("resize", "native_size")
-"""Options of `load` that say at which size a network works."""
+"""Options of `load` that set the size at which a network works."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class TeacherSettings:
     weights: str = ""
     """A hub id, a file or a folder; the first of the teacher's cards by default."""
     alias: str = ""
-    """The name in labels, logs and tables; `name` by default. Two teachers of one name need it."""
+    """The name in labels, logs and tables; `name` by default. Needed if two teachers have the same name."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The number format that the network computes in."""
     compile: bool = False
@@ -32,8 +32,8 @@ class TeacherSettings:
     """Options of the teacher's `load` when it makes labels; of "truth": how it is corrupted
     (distill.data.corruptions)."""
     score_options: dict[str, Any] = field(default_factory=dict)
-    """Options that are different when it is scored. Scoring takes `options` without `resize` and `native_size`, which
-    were chosen for crops: its authors' own resizing, unless said here."""
+    """Options that differ when it is scored. Scoring takes `options` without `resize` and `native_size`, which were
+    chosen for crops: the authors' own resizing applies, unless set here."""
 
     def __post_init__(self) -> None:
         refuse(unknown_words(self))
@@ -45,7 +45,7 @@ class TeacherSettings:
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what is in a labels folder."""
+        """The settings that determine the content of a labels folder."""
         return {key: value for key, value in asdict(self).items() if key != "score_options"}
 
     @property

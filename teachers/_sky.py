@@ -1,16 +1,16 @@
-"""One sky policy for all teachers of a recipe: what one of them sees as sky holds for every map of the crop.
+"""One sky policy for all teachers of a recipe: the sky mask of one teacher applies to every map of the crop.
 
-Depth has no value in the sky. Teachers say something all the same: disparity near zero, the far end of [0,1], whatever
+Depth is undefined in the sky, yet teachers predict something there: disparity near zero, the far end of [0,1], whatever
 the network extrapolates; a student of two teachers would learn both. Here the teacher that knows sky (Depth Anything 3,
-mono and metric) is asked once for each batch, and its mask is applied to everybody's maps:
+mono and metric) runs once per batch, and its mask is applied to all teachers' maps:
 
     far      the sky gets the map's own far value: the 99 % quantile of the other pixels' depth, or the 1 % quantile of
-             their disparity, per map and over every pixel; unchanged where 10 pixels or fewer are sky, or are not
+             their disparity, per map and over every pixel; unchanged if 10 pixels or fewer are sky, or are not
     invalid  the sky is invalid
-    zero     the sky has disparity 0; depth without an unknown shift becomes disparity for it; in affine depth, which
-             has no value for "infinitely far", the sky is invalid
+    zero     the sky has disparity 0; depth without an unknown shift is converted to disparity for this; in affine
+             depth, which has no value for "infinitely far", the sky is invalid
 
-The mask is cut where interpolation mixed sky with something else, so it may be a pixel wider than the sky.
+The mask includes pixels where interpolation mixed sky with something else, so it may be a pixel wider than the sky.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def kind_under(kind: Kind, policy: str) -> Kind:
 
 
 def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
-    """Maps (B,H,W) with the pixels of `sky` (B,H,W) bool treated by `policy`; see the module."""
+    """Maps (B,H,W) with the pixels of `sky` (B,H,W) bool treated by `policy`; see the module's docstring."""
     depth = depth.convert(kind_under(depth.kind, policy))
     if policy == "zero" and depth.kind.quantity == "disparity":
         return DepthMap(torch.where(sky, 0.0, depth.values), depth.valid | sky, depth.kind)
@@ -52,16 +52,16 @@ def apply_sky(depth: DepthMap, sky: Tensor, policy: str) -> DepthMap:
         return DepthMap(depth.values, depth.valid & ~sky, depth.kind)
     place = QUANTILE if depth.kind.quantity == "depth" else 1 - QUANTILE
     values, valid = depth.values.clone(), depth.valid.clone()
-    for i, one in enumerate(sky):
-        rest = depth.values[i][depth.valid[i] & ~one]
-        if rest.numel() > FEW and int(one.sum()) > FEW:
-            values[i][one] = quantile(rest, place)
-            valid[i] |= one
+    for i, sky_pixels in enumerate(sky):
+        other_values = depth.values[i][depth.valid[i] & ~sky_pixels]
+        if other_values.numel() > FEW and int(sky_pixels.sum()) > FEW:
+            values[i][sky_pixels] = quantile(other_values, place)
+            valid[i] |= sky_pixels
     return DepthMap(values, valid, depth.kind)
 
 
 class SkyMask:
-    """The teacher that knows sky, loaded with sky="invalid"; the last batch's answer is kept for the other teachers."""
+    """The teacher that knows sky, loaded with sky="invalid"; the last batch's maps are kept for the other teachers."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -87,20 +87,20 @@ class SkyPolicyTeacher:
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, keys: Sequence[str] | None = None) -> DepthMap:
-        """As the teacher predicts, with the eye's sky treated. keys: for teachers that draw noise."""
-        seen = self.eye.look(images)
+        """The teacher's maps with the policy applied to `eye`'s sky. keys: for teachers that draw noise."""
+        sky_maps = self.eye.look(images)
         if self.teacher is self.eye.teacher:
-            # What the eye calls invalid is sky and has a value all the same, unless it is no number.
-            depth = DepthMap(seen.values, torch.isfinite(seen.values), seen.kind)
+            # The pixels that `eye` marks invalid are sky; they still have values, unless not finite.
+            depth = DepthMap(sky_maps.values, torch.isfinite(sky_maps.values), sky_maps.kind)
         else:
             depth = self.teacher.predict(images, **({"keys": keys} if keys is not None else {}))
-        return apply_sky(depth, ~seen.valid, self.policy)
+        return apply_sky(depth, ~sky_maps.valid, self.policy)
 
 
 def under_policy(loaded: Sequence[tuple[str, Any]], policy: str) -> list[tuple[str, Any]]:
-    """(name, teacher) pairs with every teacher under the policy; words such as "truth" pass.
+    """(name, teacher) pairs with every teacher under the policy; entries such as "truth", which are no teachers, pass.
 
-    Raises ValueError where no teacher knows sky. The first that does decides.
+    Raises ValueError if no teacher knows sky. The first that does provides the mask.
     """
     eyes = [teacher for _, teacher in loaded if getattr(teacher, "sees_sky", False)]
     if not eyes:

@@ -1,4 +1,4 @@
-"""The strict reading of weights: every parameter is claimed by the file, and everything in the file by the network."""
+"""Strict loading of weights: every parameter must be in the file, and every tensor of the file in the network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 REPORT_MISMATCHES: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-"""With which `from_pretrained` of transformers tells what did not match, shapes too, and leaves the word to us."""
+"""Options with which transformers' `from_pretrained` reports every mismatch, shapes too, for us to judge."""
 
 
 def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str | Path, *, what: str) -> None:
@@ -24,19 +24,19 @@ def check_claimed(missing: Iterable[str], unexpected: Iterable[str], where: str 
     faults = []
     for label, keys in (("is missing", sorted(missing)), ("has unknown", sorted(unexpected))):
         if keys:
-            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            faults.append(f"{label} {', '.join(keys[:3])}{more}")
+            remainder = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            faults.append(f"{label} {', '.join(keys[:3])}{remainder}")
     if faults:
         raise WeightsMismatchError(f"{where} is not a {what} checkpoint: it {'; it '.join(faults)}")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str | Path, *, what: str) -> None:
-    """`module.load_state_dict` where every key must match in name and shape; WeightsMismatchError names what does
+    """`module.load_state_dict`, but every key must match in name and shape; WeightsMismatchError names those that do
     not.
     """
-    wanted = module.state_dict()
-    check_claimed(wanted.keys() - state.keys(), state.keys() - wanted.keys(), where, what=what)
-    for key, tensor in wanted.items():
+    expected = module.state_dict()
+    check_claimed(expected.keys() - state.keys(), state.keys() - expected.keys(), where, what=what)
+    for key, tensor in expected.items():
         if tensor.shape != state[key].shape:
             raise WeightsMismatchError(
                 f"{where} is not a {what} checkpoint: {key} is {tuple(state[key].shape)}, not {tuple(tensor.shape)}"
@@ -52,8 +52,8 @@ def load_checked(
 ) -> Any:
     """The model of `build`, a `from_pretrained(..., output_loading_info=True)` of transformers or diffusers.
 
-    Both report what did not match and go on with random weights; here that is WeightsMismatchError. optional: parts of
-    names that may be missing or superfluous. Silences the progress bars and reports while building.
+    Both libraries report mismatches and continue with random weights; here they raise WeightsMismatchError. optional:
+    parts of names that may be missing or unexpected. Silences the progress bars and reports while building.
     """
     libraries = [sys.modules[name].utils.logging for name in ("transformers", "diffusers") if name in sys.modules]
     before = [library.get_verbosity() for library in libraries]
@@ -77,6 +77,8 @@ def load_checked(
     )
     check_claimed(missing, unexpected, where, what=what)
     if info["mismatched_keys"]:
-        key, stored, wanted = sorted(info["mismatched_keys"])[0]
-        raise WeightsMismatchError(f"{where} is not a {what} checkpoint: {key} is {tuple(stored)}, not {tuple(wanted)}")
+        key, stored, expected = sorted(info["mismatched_keys"])[0]
+        raise WeightsMismatchError(
+            f"{where} is not a {what} checkpoint: {key} is {tuple(stored)}, not {tuple(expected)}"
+        )
     return model

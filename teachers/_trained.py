@@ -1,4 +1,4 @@
-"""Latent networks that were trained here: how their folders are known, and whose work and licence they carry."""
+"""Latent networks that were trained here: how their folders are recognised, and their cards."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from distill.core.depth import Kind
 from distill.teachers import Card, WeightsMismatchError, read_config
 
 TRAINED = "distill.json"
-"""Beside the parts of a latent network that was trained here: what it is, of whom it learnt, under which licence."""
+"""The file in a latent network's folder that says what it is, from whom it learnt, and under which licence."""
 
 
 def trained_card(card: Card, folder: Path) -> Card:
-    """The card of a latent network that was trained here, by the folder's own word; any other as it is."""
-    told = read_config(folder / TRAINED)
-    if not told:
+    """`card` with the facts of distill.json, for a latent network that was trained here; else unchanged."""
+    description = read_config(folder / TRAINED)
+    if not description:
         return card
-    made = told.get("card") if isinstance(told.get("card"), dict) else {}
-    assert isinstance(made, dict)
-    if told.get("kind") not in Kind._value2member_map_:
-        raise WeightsMismatchError(f"{folder / TRAINED}: kind is {told.get('kind')!r}, which is no kind of map")
+    student_card = description.get("card") if isinstance(description.get("card"), dict) else {}
+    assert isinstance(student_card, dict)
+    if description.get("kind") not in Kind._value2member_map_:
+        raise WeightsMismatchError(f"{folder / TRAINED}: kind is {description.get('kind')!r}, which is no kind of map")
     return replace(
         card,
-        kind=Kind(told["kind"]),
-        licence=str(made.get("licence", "unknown")),
-        commercial=made.get("commercial") is True,
-        note=str(made.get("name", "")),
+        kind=Kind(description["kind"]),
+        licence=str(student_card.get("licence", "unknown")),
+        commercial=student_card.get("commercial") is True,
+        note=str(student_card.get("name", "")),
     )

@@ -1,7 +1,6 @@
-"""What a pass of a UNet or of its VAE costs, in numbers, counted on the meta device: nothing is computed and no weights
-are needed.
+"""The cost of a pass of a UNet or of its VAE, counted on the meta device without computation or weights.
 
-Shapes: one image's latents, side x side; of a VAE, its image of pixels x pixels.
+Shapes: one image's latents, side x side; for a VAE, an image of pixels x pixels.
 """
 
 from __future__ import annotations
@@ -20,25 +19,25 @@ SIZES: dict[str, dict[str, Any]] = {
     "SD 1.5": {"cross_attention_dim": 768, "attention_head_dim": 8, "use_linear_projection": False},
     "SD 2.1": {"cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
 }
-"""What differs between the two UNets, which have the same blocks; from their published unet/config.json."""
+"""The settings in which the two UNets differ (their blocks are equal), from their published unet/config.json."""
 VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
 }
-"""Stable Diffusion's, of every version; from its published vae/config.json."""
+"""The VAE of every Stable Diffusion version, from its published vae/config.json."""
 MOST_HEADS = 32
 LOW = (F.conv2d, F.linear, torch.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
 HIGH = (F.group_norm, F.layer_norm, torch.softmax, F.softmax)
-"""What autocast does in bfloat16, and what in float32, of all that these networks call."""
+"""The functions that autocast runs in bfloat16 (LOW) and in float32 (HIGH), of those that these networks call."""
 
 
 @dataclass(frozen=True, slots=True)
 class UNetCost:
-    """parameters: their number. flops: of one forward pass of one image. saved: bytes kept for the backward pass,
-    without attention matrices (which no fused kernel keeps) and parameters. inside: bytes more while a checkpointed
-    block is computed again, the most that any needs; 0 without checkpointing.
+    """parameters: their number. flops: of one forward pass of one image. saved: bytes saved for the backward pass,
+    without attention matrices (which no fused kernel saves) and parameters. inside: the largest number of further bytes
+    while a checkpointed block is recomputed; 0 without checkpointing.
     """
 
     parameters: int
@@ -49,8 +48,8 @@ class UNetCost:
 
 @dataclass(frozen=True, slots=True)
 class VAECost:
-    """parameters: their number. encode, decode: FLOPs of one image. saved: bytes, float32, that decoding keeps for a
-    gradient of its latents.
+    """parameters: their number. encode, decode: FLOPs of one image. saved: bytes, float32, that decoding saves
+    for the gradient of its latents.
     """
 
     parameters: int
@@ -68,7 +67,7 @@ def stable_diffusion(name: str) -> Any:
 
 
 def stable_diffusion_vae() -> Any:
-    """Its VAE on the meta device."""
+    """Stable Diffusion's VAE on the meta device."""
     import diffusers
 
     with torch.device("meta"):
@@ -87,30 +86,30 @@ def cost(unet: Any, side: int, *, bf16: bool = False, checkpointing: bool = Fals
 
     inputs = torch.empty(1, unet.config.in_channels, side, side, device="meta")
     prompt = torch.empty(1, 2, unet.config.cross_attention_dim, device="meta")
-    kept, most = _Kept(unet), 0
+    forward_saved, most = _SavedTensors(unet), 0
 
-    def again(block: Callable[..., Any], *given: Any) -> Any:
-        # A checkpointed block: its inputs are kept, and what it keeps itself only while it is computed again.
+    def recompute(block: Callable[..., Any], *given: Any) -> Any:
+        # A checkpointed block saves its inputs; its other saved tensors exist only while it is recomputed.
         nonlocal most
-        for one in given:
-            if isinstance(one, Tensor):
-                kept.keep(one)
-        own = _Kept(unet, kept.copies)
-        with own.hooks():
+        for value in given:
+            if isinstance(value, Tensor):
+                forward_saved.keep(value)
+        inner = _SavedTensors(unet, forward_saved.copies)
+        with inner.hooks():
             out = block(*given)
-        most = max(most, own.bytes)
+        most = max(most, inner.bytes)
         return out
 
     if checkpointing:
-        unet.enable_gradient_checkpointing(again)
+        unet.enable_gradient_checkpointing(recompute)
     counter = FlopCounterMode(display=False)
-    with kept.hooks(), counter, _Autocast(kept.copies) if bf16 else nullcontext():
+    with forward_saved.hooks(), counter, _Autocast(forward_saved.copies) if bf16 else nullcontext():
         out = unet(inputs, torch.zeros(1, device="meta"), encoder_hidden_states=prompt).sample
     del out
     if checkpointing:
         unet.disable_gradient_checkpointing()
     parameters = sum(p.numel() for p in unet.parameters())
-    return UNetCost(parameters, float(counter.get_total_flops()), kept.bytes, most)
+    return UNetCost(parameters, float(counter.get_total_flops()), forward_saved.bytes, most)
 
 
 def vae_cost(vae: Any, pixels: int) -> VAECost:
@@ -119,28 +118,28 @@ def vae_cost(vae: Any, pixels: int) -> VAECost:
 
     vae.requires_grad_(False)
     images = torch.empty(1, 3, pixels, pixels, device="meta")
-    encoding, decoding, kept = FlopCounterMode(display=False), FlopCounterMode(display=False), _Kept(vae)
+    encoding, decoding, saved = FlopCounterMode(display=False), FlopCounterMode(display=False), _SavedTensors(vae)
     with encoding:
         latents = vae.encode(images).latent_dist.mean
-    with kept.hooks(), decoding:
+    with saved.hooks(), decoding:
         out = vae.decode(latents.requires_grad_(True)).sample
     del out
     parameters = sum(p.numel() for p in vae.parameters())
-    return VAECost(parameters, float(encoding.get_total_flops()), float(decoding.get_total_flops()), kept.bytes)
+    return VAECost(parameters, float(encoding.get_total_flops()), float(decoding.get_total_flops()), saved.bytes)
 
 
-class _Kept:
-    """The tensors that autograd saves, each storage once, but for parameters and their copies of another type."""
+class _SavedTensors:
+    """The tensors that autograd saves, one per storage, without parameters and their casts."""
 
     def __init__(self, network: Any, copies: dict[int, Tensor] | None = None) -> None:
         self._own = {p.untyped_storage()._cdata for p in network.parameters()}
         self.copies: dict[int, Tensor] = {} if copies is None else copies
-        self._kept: dict[int, Tensor] = {}  # they stay alive, for a storage's address may be used again
+        self._tensors: dict[int, Tensor] = {}  # kept alive, because a freed storage's address may be reused
 
     def keep(self, tensor: Tensor) -> Tensor:
-        place = tensor.untyped_storage()._cdata
-        if place not in self._own and place not in self.copies and not _is_attention(tensor):
-            self._kept[place] = tensor
+        address = tensor.untyped_storage()._cdata
+        if address not in self._own and address not in self.copies and not _is_attention(tensor):
+            self._tensors[address] = tensor
         return tensor
 
     def hooks(self) -> Any:
@@ -148,11 +147,12 @@ class _Kept:
 
     @property
     def bytes(self) -> int:
-        return sum(one.untyped_storage().nbytes() for one in self._kept.values())  # of a view, all that it keeps alive
+        # A view counts as its whole storage.
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors.values())
 
 
 class _Autocast(TorchFunctionMode):
-    """Autocast's types on the meta device, which it does not know. copies: those of parameters, by their storage."""
+    """Emulates autocast on the meta device, which it does not support. copies: casts of parameters, by storage."""
 
     def __init__(self, copies: dict[int, Tensor]) -> None:
         super().__init__()
@@ -162,8 +162,8 @@ class _Autocast(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in LOW or func in HIGH:
             to = torch.bfloat16 if func in LOW else torch.float32
-            args = tuple(self._cast(one, to) for one in args)
-            kwargs = {key: self._cast(one, to) for key, one in kwargs.items()}
+            args = tuple(self._cast(value, to) for value in args)
+            kwargs = {key: self._cast(value, to) for key, value in kwargs.items()}
         return func(*args, **kwargs)
 
     def _cast(self, value: Any, to: torch.dtype) -> Any:
@@ -176,7 +176,7 @@ class _Autocast(TorchFunctionMode):
 
 
 def _is_attention(tensor: Tensor) -> bool:
-    """Whether it is a matrix of every position against every other: (..., n, n) of a few heads."""
+    """Whether `tensor` is an attention matrix: (..., n, n) of a few heads."""
     shape = tensor.shape
     square = tensor.ndim >= 3 and shape[-1] == shape[-2] and shape[-1] >= MOST_HEADS
     return bool(square and (tensor.ndim == 3 or shape[1] <= MOST_HEADS))

@@ -1,4 +1,4 @@
-"""Where a teacher's weights lie: a path or a hub id to a file here, its revision, and the settings beside it."""
+"""Locating a teacher's weights: the local file of a path or hub id, its revision, and the config beside it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
     """The local file or folder that `weights` names: a path, or a hub id `org/name[/file or folder][@revision]`.
 
-    files: patterns of what is needed from a hub repository. Raises WeightsMissingError in one line that says what to
-    do.
+    files: patterns of the files needed from a hub repository. Raises WeightsMissingError in one line that says what
+    to do.
     """
     text = str(weights)
     if text and (path := Path(text).expanduser()).exists():
@@ -38,7 +38,7 @@ def resolve(weights: str | Path, *, files: Sequence[str]) -> Path:
 
 
 def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
-    """What `resolve` would fetch first, names with bytes; nothing where it is here. Raises as `resolve` does."""
+    """The files that `resolve` would download, with their bytes; empty if all are here. Raises as `resolve` does."""
     text = str(weights)
     if text and Path(text).expanduser().exists():
         return {}
@@ -50,17 +50,17 @@ def to_download(weights: str | Path, *, files: Sequence[str]) -> dict[str, int]:
 
 
 def _snapshot(path: Path) -> Path:
-    """`path`, or where it is the hub's cache of one repository (models--org--name) the snapshot of its main branch."""
+    """`path`; for the hub's cache of a repository (models--org--name), its main or only snapshot."""
     main = path / "refs" / "main"
-    kept = [path / "snapshots" / main.read_text(encoding="utf-8").strip()] if main.is_file() else []
-    kept = kept or [inner for inner in (path / "snapshots").glob("*") if inner.is_dir()]
-    return kept[0] if len(kept) == 1 and kept[0].is_dir() else path
+    snapshots = [path / "snapshots" / main.read_text(encoding="utf-8").strip()] if main.is_file() else []
+    snapshots = snapshots or [inner for inner in (path / "snapshots").glob("*") if inner.is_dir()]
+    return snapshots[0] if len(snapshots) == 1 and snapshots[0].is_dir() else path
 
 
 def _hub_id(text: str) -> tuple[str, str, str | None]:
-    """(org/name, what is inside of it, revision) of a hub id, also as the address of its page or of a file.
+    """(org/name, path inside it, revision) of a hub id, or of the URL of its page or of a file.
 
-    WeightsMissingError where it is none.
+    Raises WeightsMissingError for anything else.
     """
     if page := re.fullmatch(r"https?://(?:huggingface\.co|hf\.co)/([^?#]+?)/?(?:[?#].*)?", text):
         text = re.sub(r"^([^/]+/[^/]+)/(?:resolve|blob|tree)/([^/]+)(.*)", r"\1\3@\2", page[1])
@@ -75,7 +75,7 @@ def _below(inside: str, files: Sequence[str]) -> list[str]:
 
 
 def revision_of(path: Path) -> str:
-    """The hub's commit where `path` is a snapshot of it, else "sha256:" and the start of the weights' digest."""
+    """The hub's commit if `path` is in a snapshot, else "sha256:" and the start of the weights' digest."""
     parts = path.absolute().parts
     if "snapshots" in parts[:-1] and re.fullmatch("[0-9a-f]{40}", commit := parts[parts.index("snapshots") + 1]):
         return commit
@@ -88,13 +88,13 @@ def revision_of(path: Path) -> str:
 
 
 def cached_revision(weights: str) -> str:
-    """The hub's commit of the weights that a hub id names, read from its cache here; "" where they are not here."""
-    owner, _, rest = weights.partition("/")
-    return hub.cached_commit(f"{owner}/{rest.partition('/')[0]}")
+    """The hub's commit of the weights that a hub id names, read from its local cache; "" if not cached."""
+    owner, _, name_and_path = weights.partition("/")
+    return hub.cached_commit(f"{owner}/{name_and_path.partition('/')[0]}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The table in a json file, empty where there is no such file; WeightsMismatchError where it is no table."""
+    """The table in a JSON file, empty if there is no such file; raises WeightsMismatchError if it is not a table."""
     if not path.is_file():
         return {}
     try:

@@ -1,7 +1,7 @@
-"""A student of ours as a teacher: any folder that `students.checkpoint` wrote, or "pocket", the one that ships with us.
+"""A trained student as a teacher: a folder written by `students.checkpoint`, or "pocket", which ships with the project.
 
-Resizing ("ours"): the short side becomes the size that the student was trained at, aspect kept, each side the nearest
-multiple of its patch; bilinear with antialias. The map comes back to the image's size bilinearly.
+Resizing ("ours"): the short side becomes the student's training size, aspect kept, each side the nearest multiple of
+its patch; bilinear with antialias. The map is resized back to the image's size bilinearly.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class Teacher:
     ) -> Teacher:
         """The student in folder `weights` ("pocket": the embedded one).
 
-        encoder_weights: the frozen encoder's, for a folder that holds the decoder alone. native_size: overrides the
+        encoder_weights: the frozen encoder's, for a folder that holds only the decoder. native_size: overrides the
         training size in student.json.
         """
-        from distill.students import checkpoint  # brings timm: seconds that `distill list` must not cost
+        from distill.students import checkpoint  # imports timm, too slow for `distill list`
 
         check_resize(resize, native_size)
         folder = pocket() if weights == "pocket" else Path(weights).expanduser()
@@ -83,13 +83,13 @@ class Teacher:
             )
         student = checkpoint.load(folder, device=device, encoder_weights=encoder_weights)
         student = student.requires_grad_(False).to(dtype=dtype)
-        made = checkpoint.read_card(folder)
+        student_card = checkpoint.read_card(folder)
         card = replace(
             CARDS[0],
             weights=str(weights),
-            licence=str(made.get("licence", "unknown")),
-            commercial=made.get("commercial") is True,
-            note=str(made.get("name", "")),
+            licence=str(student_card.get("licence", "unknown")),
+            commercial=student_card.get("commercial") is True,
+            note=str(student_card.get("name", "")),
             revision=revision_of(folder),
             multiple=student.encoder.patch_size,
             native_size=native_size or student.native_size,
@@ -101,7 +101,7 @@ class Teacher:
     def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
         """(B,3,H,W) in [0,1] -> (B,H,W) affine disparity, or depth in metres of a metric student.
 
-        focal: the camera's focal length in pixels of `images`, which a student of canonical depth needs, and no other;
+        focal: the camera's focal length in pixels of `images`; only a student of canonical depth needs it, and raises
         ValueError without it.
         """
         if self.takes_focal and focal is None:
@@ -119,8 +119,8 @@ class Teacher:
         parameter = next(self.student.parameters())
         values = self.student(sized.to(device=parameter.device, dtype=parameter.dtype)).float()
         if self.student.canonical_focal is not None and focal is not None:
-            seen = resized(focal, (height, width), (sized.shape[-2], sized.shape[-1]))
-            values = values * factor(seen, self.student.canonical_focal)
+            resized_focal = resized(focal, (height, width), (sized.shape[-2], sized.shape[-1]))
+            values = values * factor(resized_focal, self.student.canonical_focal)
         if size is not None:
             values = crops.resize(values[:, None], height, width)[:, 0]
         return finite(values.to(images.device), self.card.kind)

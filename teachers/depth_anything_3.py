@@ -67,7 +67,7 @@ def _card(weights: str, *, kind: Kind = Kind.SCALE_DEPTH, licence: str = "Apache
 
 
 FILES = ("config.json", "model*.safetensors", "*.index.json")
-"""What is read of a hub repository."""
+"""Files read from a hub repository."""
 CARDS: tuple[Card, ...] = (
     _card("depth-anything/DA3MONO-LARGE", note="knows sky"),
     _card("depth-anything/DA3METRIC-LARGE", kind=Kind.METRIC_DEPTH, note="knows sky; needs the focal length"),
@@ -112,26 +112,26 @@ def resize_native(images: Tensor, size: int) -> Tensor:
 
 
 def _resized(array: np.ndarray, steps: tuple[tuple[int, int], tuple[int, int]]) -> np.ndarray:
-    exact = bool(array.min() >= 0 and array.max() <= 1)
-    image: np.ndarray = np.round(array * 255).astype(np.uint8) if exact else array
+    is_8bit = bool(array.min() >= 0 and array.max() <= 1)
+    image: np.ndarray = np.round(array * 255).astype(np.uint8) if is_8bit else array
     for rows, columns in steps:
         height, width = image.shape[:2]
         if (rows, columns) != (height, width):
-            how = cv2.INTER_CUBIC if rows > height or columns > width else cv2.INTER_AREA
-            image = cv2.resize(image, (columns, rows), interpolation=how)
-    return image.astype(np.float32) / 255 if exact else image
+            interpolation = cv2.INTER_CUBIC if rows > height or columns > width else cv2.INTER_AREA
+            image = cv2.resize(image, (columns, rows), interpolation=interpolation)
+    return image.astype(np.float32) / 255 if is_8bit else image
 
 
 def sky_to_far(depth: Tensor, sky: Tensor) -> Tensor:
-    """(H,W) depth whose sky is at the 99 % quantile of the rest; unchanged where either has 10 pixels or fewer.
+    """(H,W) depth with the sky at the 99 % quantile of the rest; unchanged if either has 10 pixels or fewer.
 
     Every pixel counts, however many (torch.quantile itself stops at 16 million).
     """
     is_sky = sky >= SKY
-    rest = depth[~is_sky]
-    if rest.numel() <= FEW or int(is_sky.sum()) <= FEW:
+    other_depth = depth[~is_sky]
+    if other_depth.numel() <= FEW or int(is_sky.sum()) <= FEW:
         return depth
-    return torch.where(is_sky, quantile(rest, QUANTILE), depth)
+    return torch.where(is_sky, quantile(other_depth, QUANTILE), depth)
 
 
 class Teacher:
@@ -179,20 +179,20 @@ class Teacher:
     ) -> Teacher:
         """A teacher from the authors' folder (model.safetensors, config.json), a bare weights file, or a hub id.
 
-        dtype: the backbone's; the head is float32, as theirs. sky: "far" is the authors' (99 % quantile of the rest),
-        "keep" leaves what the network says, "invalid" marks it; checkpoints without a sky head ignore it. focal: of
-        the metric checkpoint's images, in pixels at their own size; without it metres hold for 300 px at the network's.
-        weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
+        dtype: the backbone's; the head is float32, as the authors'. sky: "far" is the authors' (99 % quantile of the
+        rest), "keep" leaves the network's values, "invalid" marks it; ignored without a sky head. focal: of the metric
+        checkpoint's images, in pixels at their own size; by default 300 px at the network's size is assumed.
+        weights_key: the table to read in a trainer's file, such as "model_ema" (core.weights.read_state).
         """
         path = resolve(weights, files=FILES)
         file = find_weights(path, ("model.safetensors", "*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin"))
         config = read_config(file.parent / "config.json")
         state = read_state(file, weights_key=weights_key)
-        if not any("da3_metric." in key for key in state):  # two networks in one, which _layout refuses
+        if not any("da3_metric." in key for key in state):  # nested: two networks, which _layout rejects
             state = below_prefix(state, ("backbone.pretrained.pos_embed",), file)
         state = {key.removeprefix("model."): tensor for key, tensor in state.items()}
         state = {key: tensor for key, tensor in state.items() if not _UNUSED.match(key)}
-        with torch.device("meta"):  # random weights for the file's to replace take longer than the file
+        with torch.device("meta"):  # drawing random weights takes longer than reading the file
             network = Network(_layout(state, config, file))
         load_strictly(network, state, file, what="Depth Anything 3")
         network = network.eval().to(device)
@@ -207,7 +207,7 @@ class Teacher:
 
     @property
     def takes_focal(self) -> bool:
-        """Whether `predict` can be told each image's focal length."""
+        """Whether `predict` accepts each image's focal length."""
         return self.card.kind == Kind.METRIC_DEPTH and self.focal is None
 
     def assumed_focal(self, height: int, width: int) -> float | None:
@@ -220,7 +220,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) depth > 0, larger is farther; sky by the option of `load`.
+        """(B,3,H,W) in [0,1] -> (B,H,W) depth > 0, larger is farther; sky as set in `load`.
 
         focal: of the metric checkpoint's images, in pixels, in place of the option of `load`.
         """
@@ -239,7 +239,7 @@ class Teacher:
         if sky is not None and self.sky == "far":
             depth = torch.stack([sky_to_far(*pair) for pair in zip(depth, sky, strict=True)])
         if sky is not None and self.sky == "invalid":
-            # A pixel that interpolation mixed with sky is no longer a depth.
+            # Pixels that interpolation mixed with sky are not valid depth.
             valid = crops.resize((sky >= SKY).float()[:, None], height, width)[:, 0] < 1e-6
         depth = crops.resize(depth[:, None], height, width)[:, 0]
         out = finite(depth, self.card.kind)
@@ -247,7 +247,7 @@ class Teacher:
 
 
 def _layout(state: dict[str, Tensor], config: dict[str, Any], where: Path) -> NetworkLayout:
-    """Sizes from the tensors; which blocks the head reads from config.json, or from what is published."""
+    """Sizes from the tensors; the blocks that the head reads from config.json, else those of the published layouts."""
     if any(key.startswith(("da3.", "da3_metric.")) for key in state):
         raise WeightsMismatchError(f"{where} holds two networks (nested): use DA3METRIC-LARGE or DA3-GIANT-1.1")
     first = "backbone.pretrained.blocks.0"

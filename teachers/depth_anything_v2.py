@@ -3,9 +3,9 @@
 Reads the authors' own files (.pth, .safetensors) and transformers' `-hf` folders; the network is transformers'.
 
 Three surprises. The authors interpolate the position table by a scale factor with an offset of 0.1, transformers by
-size: outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is put back. The metric
+size: outputs differ by about 1e-3 unless the input is 518 x 518, so the authors' rule is restored. The metric
 checkpoints have the relative ones' names and shapes: only `max_depth` tells them apart. (So have V1's, which read
-other blocks; they are refused by name.) And Distill-Any-Depth's own code squashes every image to a square of 700,
+other blocks; they are rejected by name.) And Distill-Any-Depth's own code squashes every image to a square of 700,
 where Depth Anything keeps the aspect.
 
 Sources: DepthAnything/Depth-Anything-V2 depth_anything_v2/dpt.py, dinov2.py and util/transform.py (resizing);
@@ -49,7 +49,7 @@ from distill.teachers._resize import resize_cubic
 
 NATIVE = 518
 FILES = ("*.pth", "*.safetensors", "config.json", "*.index.json")
-"""What is read of a hub repository."""
+"""Files read from a hub repository."""
 SQUARE = 700  # of Distill-Any-Depth
 
 
@@ -220,9 +220,10 @@ class Teacher:
         """A teacher from the authors' file, a folder that holds it, an `-hf` folder, or a hub id of any of them.
 
         The size (S, B, L) is read from the tensors. max_depth: metres, for the metric checkpoints (20 indoor, 80
-        outdoor). A file of Distill-Any-Depth, known by its path or its tensors' names, is used under that code's
-        resizing rule, a square of 700. position_rule: "official", or "transformers" for the map that transformers'
-        own pipeline gives. weights_key: which table of a trainer's file, "model_ema" say (core.weights.read_state).
+        outdoor). A file of Distill-Any-Depth, recognised by its path or its tensors' names, is used with its
+        own code's resizing rule, a square of 700. position_rule: "official", or "transformers" for the map of
+        transformers' own pipeline. weights_key: the table to read in a trainer's file, such as "model_ema"
+        (core.weights.read_state).
         """
         check_resize(resize, native_size)
         if max_depth is not None and not 0 < max_depth < float("inf"):
@@ -272,7 +273,7 @@ class Teacher:
 
 
 def _is_distilled(weights: str, state: dict[str, Tensor]) -> bool:
-    """Its ViT-L has names of its own; the small ones are told by their path alone."""
+    """Whether it is Distill-Any-Depth: its ViT-L has names of its own, smaller ones are known only by their path."""
     return "distill-any-depth" in weights.lower() or any(
         key.removeprefix("module.").startswith("backbone.") for key in state
     )
@@ -282,7 +283,7 @@ _V1 = "is Depth Anything V1 by its name or config.json, which reads other blocks
 
 
 def _check_name(file: Path, max_depth: float | None) -> None:
-    """Refuse what its tensors do not tell apart: other networks have the same."""
+    """Reject other networks that have the same tensors, by the file's name or content."""
     if "metric" in file.name and max_depth is None:
         raise ValueError(f"{file} is a metric checkpoint by its name: give max_depth (20 indoor, 80 outdoor)")
     if max_depth is None and mentions(file, "previous_best", "silog"):
@@ -290,13 +291,13 @@ def _check_name(file: Path, max_depth: float | None) -> None:
             f"{file} is a metric checkpoint by the errors in metres that its trainer stored (previous_best): give "
             "max_depth, as in its training (20 indoor, 80 outdoor)"
         )
-    # Its authors' repositories hold depth_anything_vitl14/pytorch_model.bin.
+    # V1's repositories hold depth_anything_vitl14/pytorch_model.bin.
     if re.search(r"depth_anything_(metric_depth|vit[sbl]14)", "/".join(file.absolute().parts[-4:])):
         raise WeightsMismatchError(f"{file} {_V1}")
 
 
 def _published(weights: str) -> Card:
-    """The card; the authors' file names (depth_anything_v2_vits.pth) are known too."""
+    """The published card; also recognises the authors' file names (depth_anything_v2_vits.pth)."""
     size = re.fullmatch(r"depth_anything_v2_vit([sbl])", Path(weights).stem)
     if size is None:
         return card_for(CARDS, weights)
@@ -328,12 +329,12 @@ def _from_state(state: dict[str, Tensor], where: Path, max_depth: float | None) 
 def _from_folder(folder: Path, max_depth: float | None) -> Any:
     from transformers import DepthAnythingConfig, DepthAnythingForDepthEstimation
 
-    own = read_config(folder / "config.json")
-    described = own.get("model_type")
-    if described is None and {"encoder", "features", "out_channels"} <= own.keys():
+    table = read_config(folder / "config.json")
+    model_type = table.get("model_type")
+    if model_type is None and {"encoder", "features", "out_channels"} <= table.keys():
         raise WeightsMismatchError(f"{folder} {_V1}")
-    if described != "depth_anything":
-        raise WeightsMismatchError(f"{folder / 'config.json'} describes a {described} model, not depth_anything")
+    if model_type != "depth_anything":
+        raise WeightsMismatchError(f"{folder / 'config.json'} describes a {model_type} model, not depth_anything")
     config = DepthAnythingConfig.from_pretrained(folder)
     if max_depth is not None:
         config.depth_estimation_type = "metric"

@@ -1,7 +1,7 @@
 """Depth Pro: sharp metric depth with its own estimate of the camera, from Apple's file or a transformers folder.
 
-The network sees squares of one size alone, 1536 x 1536 (patches of 384 at three scales), so every image is squashed to
-that and there is no `resize`. It says canonical inverse depth C, of a camera whose focal length is the image's width,
+The network takes squares of one size, 1536 x 1536 (patches of 384 at three scales), so every image is squashed to that
+and there is no `resize`. It predicts canonical inverse depth C, for a camera whose focal length is the image's width,
 and the horizontal field of view: depth = f / (W C). transformers' DepthProForDepthEstimation is the same network.
 
 Source: apple/ml-depth-pro src/depth_pro/depth_pro.py (infer), network/encoder.py, network/fov.py.
@@ -37,7 +37,7 @@ from distill.teachers import (
 from distill.teachers._dino import TRANSFORMERS_NAMES, to_transformers
 
 SCALES = 4
-"""The network's side is so many times a patch's."""
+"""The network's input side, in patch sides."""
 NEAREST, FARTHEST = 1e-4, 1e4  # metres, the authors'
 OUTPUTS = {"depth": Kind.METRIC_DEPTH, "canonical": Kind.SCALE_DISPARITY}
 
@@ -57,7 +57,7 @@ def _card(weights: str) -> Card:
 
 
 FILES = ("config.json", "model*.safetensors", "*.index.json", "depth_pro.pt")
-"""What is read of a hub repository."""
+"""Files read from a hub repository."""
 CARDS: tuple[Card, ...] = (_card("apple/DepthPro-hf"), _card("apple/DepthPro"))
 
 
@@ -89,8 +89,8 @@ class Teacher:
         """A teacher from Apple's depth_pro.pt, a folder that holds it, a transformers folder, or a hub id of either.
 
         focal: of the images, in pixels at their own size, in place of the network's estimate. output: "depth" in
-        metres, or "canonical", the inverse depth before any camera: right up to a factor that is one for an image.
-        weights_key: which table of a trainer's file (core.weights.read_state).
+        metres, or "canonical", the inverse depth before any camera, which is correct up to one factor per image.
+        weights_key: the table to read in a trainer's file (core.weights.read_state).
         """
         path = resolve(weights, files=FILES)
         if path.is_dir() and (path / "config.json").is_file():
@@ -109,7 +109,7 @@ class Teacher:
 
     @property
     def takes_focal(self) -> bool:
-        """Whether `predict` can be told each image's focal length."""
+        """Whether `predict` accepts each image's focal length."""
         return self.output == "depth" and self.focal is None
 
     @torch.no_grad()
@@ -164,7 +164,7 @@ _VITS = {
 _NECK = "depth_pro.neck.feature_upsample"
 _LAYERS = [f"fusion_stage.{name}" for name in ("final", "intermediate.3", "intermediate.2", "intermediate.1")]
 _LAYERS += ["fusion_stage.intermediate.0"]  # theirs count from the finest, transformers' from the coarsest
-_REST = [
+_OTHER_NAMES = [
     (r"encoder\.upsample_latent0\.(\d)\.weight", rf"{_NECK}.intermediate.1.layers.\1.weight"),
     (r"encoder\.upsample_latent1\.(\d)\.weight", rf"{_NECK}.intermediate.0.layers.\1.weight"),
     *((rf"encoder\.upsample{i}\.(\d)\.weight", rf"{_NECK}.scaled_images.{2 - i}.layers.\1.weight") for i in range(3)),
@@ -200,7 +200,7 @@ _RULES = [
         for old, new in _VITS.items()
         for key, name in TRANSFORMERS_NAMES
     ),
-    *((re.compile(old), new) for old, new in _REST),
+    *((re.compile(old), new) for old, new in _OTHER_NAMES),
 ]
 
 
@@ -212,7 +212,7 @@ def rename(state: dict[str, Tensor], where: str | Path) -> dict[str, Tensor]:
 
 
 def _config(state: dict[str, Tensor], where: Path) -> Any:
-    """The sizes, from the tensors; which blocks are read from how many there are (6th and 12th of 24)."""
+    """Sizes from the tensors; the blocks that are read from the number of blocks (6th and 12th of 24)."""
     from transformers import DepthProConfig
 
     names = [
@@ -243,7 +243,7 @@ def _config(state: dict[str, Tensor], where: Path) -> Any:
         fusion_hidden_size=head.shape[1],
         intermediate_hook_ids=[blocks // 2 - 1, blocks // 4 - 1],
         intermediate_feature_dims=[second.shape[0], first.shape[0]],
-        scaled_images_feature_dims=[one.shape[0] for one in scaled],
+        scaled_images_feature_dims=[tensor.shape[0] for tensor in scaled],
         use_fov_model="fov.head.0.weight" in state,
         **{f"{name}_model_config": dict(vit) for name in ("image", "patch", "fov")},
     )
@@ -265,9 +265,9 @@ def _from_file(state: dict[str, Tensor], where: Path) -> Any:
 def _from_folder(folder: Path) -> Any:
     from transformers import DepthProConfig, DepthProForDepthEstimation
 
-    described = read_config(folder / "config.json").get("model_type")
-    if described != "depth_pro":
-        raise WeightsMismatchError(f"{folder / 'config.json'} describes a {described} model, not depth_pro")
+    model_type = read_config(folder / "config.json").get("model_type")
+    if model_type != "depth_pro":
+        raise WeightsMismatchError(f"{folder / 'config.json'} describes a {model_type} model, not depth_pro")
     config = DepthProConfig.from_pretrained(folder)
     return load_checked(
         lambda: DepthProForDepthEstimation.from_pretrained(folder, config=config, **REPORT_MISMATCHES),

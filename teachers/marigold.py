@@ -51,7 +51,7 @@ from distill.teachers._latent import (
 )
 from distill.teachers._trained import trained_card
 
-MEMBERS_AT_ONCE = 4  # on an accelerator; on a CPU one, as the authors do: the ensemble is then theirs to the last bit
+MEMBERS_AT_ONCE = 4  # on an accelerator; one on a CPU, as the authors do, for a bitwise equal ensemble
 
 
 def _card(weights: str, note: str) -> Card:
@@ -123,13 +123,13 @@ class Teacher:
         """A teacher from a diffusers folder or hub id.
 
         native_size: the long side (0: as given, without padding, as the authors evaluate NYUv2 and KITTI). steps: of
-        the scheduler, the checkpoint's default unless given. ensemble: predictions per image that are aligned and
-        their median taken. seed: of the noise, 1234 as in the authors' scripts.
+        the scheduler, the checkpoint's default unless given. ensemble: predictions per image, which are aligned and
+        combined by their median. seed: of the noise, 1234 as in the authors' scripts.
         """
         folder = find_folder(weights, files=FILES)
-        made = str(read_config(folder / "model_index.json").get("_class_name", ""))
-        if re.search(r"Normals|Intrinsics|IID", made):  # the same parts, of the same sizes
-            raise WeightsMismatchError(f"{folder} is a {made} by its model_index.json, which gives no depth")
+        pipeline_class = str(read_config(folder / "model_index.json").get("_class_name", ""))
+        if re.search(r"Normals|Intrinsics|IID", pipeline_class):  # their parts have the same sizes
+            raise WeightsMismatchError(f"{folder} is a {pipeline_class} by its model_index.json, which gives no depth")
         scheduler = load_scheduler(folder / "scheduler")
         parts = load_parts(folder, device=device, dtype=dtype, what="Marigold", channels=8)
         size = default_size(native_size, parts)
@@ -152,8 +152,8 @@ class Teacher:
         sized = prepare(images, resize=self.resize, native_size=self.native_size, factor=self.parts.factor)
         context = encode(self.parts, sized)
         if noise is not None and noise.shape != (len(images) * self.ensemble, *context.shape[1:]):
-            wanted = (len(images) * self.ensemble, *context.shape[1:])
-            raise ValueError(f"noise must be (B x ensemble, 4, h, w) = {wanted}, not {tuple(noise.shape)}")
+            expected_shape = (len(images) * self.ensemble, *context.shape[1:])
+            raise ValueError(f"noise must be (B x ensemble, 4, h, w) = {expected_shape}, not {tuple(noise.shape)}")
         generators = [self._generator(keys[i] if keys is not None else None) for i in range(len(images))]
         drawn = noise if noise is not None else self._draw(generators, context)
         if self.ensemble == 1:
@@ -163,7 +163,7 @@ class Teacher:
         return restore(values, images, sized, resize=self.resize, kind=self.card.kind)
 
     def _generator(self, key: str | None) -> torch.Generator:
-        """On the CPU, so that every device starts from the same noise."""
+        """A generator on the CPU, so that every device starts from the same noise."""
         seed = self.seed if key is None else int(generator("noise", self.seed, key).integers(2**62))
         return torch.Generator().manual_seed(seed)
 
@@ -173,22 +173,24 @@ class Teacher:
         return torch.cat([torch.randn(shape, generator=g) for g in generators for _ in range(self.ensemble)])
 
     def _members(self, context: Tensor, noise: Tensor, generator: torch.Generator, index: int) -> Tensor:
-        """One image's ensemble, alone: which images share its batch must not matter, and the alignment is chaotic."""
+        """One image's ensemble, computed alone: the alignment is chaotic, and its batch must not change the result."""
         at_once = 1 if context.device.type == "cpu" else MEMBERS_AT_ONCE
-        mine = noise[index * self.ensemble : (index + 1) * self.ensemble].split(at_once)
-        members = [self._denoise(context.expand(len(part), -1, -1, -1), part, [generator] * len(part)) for part in mine]
+        chunks = noise[index * self.ensemble : (index + 1) * self.ensemble].split(at_once)
+        members = [
+            self._denoise(context.expand(len(part), -1, -1, -1), part, [generator] * len(part)) for part in chunks
+        ]
         return combine(torch.cat(members))
 
     def _denoise(self, context: Tensor, noise: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Latents (N,4,h,w) of images and noise -> maps (N,H,W) in [0,1]."""
         latents = noise.to(context)
         self.scheduler.set_timesteps(self.steps, device=context.device)
-        # Only a consistency scheduler draws between steps, each member from its image's own stream.
-        takes = "generator" in inspect.signature(self.scheduler.step).parameters
-        more = {"generator": generators} if takes else {}
+        # Only a consistency scheduler draws noise between steps; each member uses its image's generator.
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generators} if takes_generator else {}
         for timestep in self.scheduler.timesteps:
             out = run_unet(self.parts, torch.cat([context, latents], dim=1), timestep)
-            latents = self.scheduler.step(out, timestep, latents, **more).prev_sample
+            latents = self.scheduler.step(out, timestep, latents, **options).prev_sample
         return decode(self.parts, latents)
 
 

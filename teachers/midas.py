@@ -1,4 +1,4 @@
-"""MiDaS v3.1 (DPT on BEiT), of the authors' files or Intel's transformers folders: affine disparity, larger is nearer.
+"""MiDaS v3.1 (DPT on BEiT), from the authors' files or Intel's hub folders: affine disparity, larger is nearer.
 
 Source of the resizing: isl-org/MiDaS midas/transforms.py and run.py ("minimal": the side that changes least decides;
 each side the nearest multiple of 32; cubic), output bicubic.
@@ -54,7 +54,7 @@ def _card(weights: str, native_size: int) -> Card:
 
 
 FILES = ("config.json", "model*.safetensors", "*.index.json")
-"""What is read of a hub repository."""
+"""Files read from a hub repository."""
 CARDS: tuple[Card, ...] = (
     _card("Intel/dpt-beit-large-512", 512),
     _card("Intel/dpt-beit-large-384", 384),

@@ -1,8 +1,8 @@
-"""MoGe-2: metric depth from a map of points, whose camera and shift are found afterwards; the authors' model.pt.
+"""MoGe-2: metric depth from a point map whose focal length and shift are fitted afterwards; the authors' model.pt.
 
-The network says points up to a shift along the view, a mask of what has a depth (sky has none) and the metric scale. A
-focal length and the shift are found by making the points project onto their own pixels, on 64 x 64 of them, by scipy's
-Levenberg-Marquardt as there. The authors run it in float16 under autocast; here it is the number format asked for.
+The network predicts points up to a shift along the view, a mask of pixels with a depth (sky has none) and the metric
+scale. The focal length and the shift are fitted so that 64 x 64 of the points project onto their own pixels, by scipy's
+Levenberg-Marquardt as in the authors' code. The authors run it in float16 under autocast; here in the requested dtype.
 
 Source: microsoft/MoGe moge/model/v2.py (infer), moge/utils/geometry_torch.py and geometry_numpy.py.
 """
@@ -38,8 +38,8 @@ from distill.teachers._dino import PATCH
 from distill.teachers._moge_network import Network, view_plane
 
 NATIVE = 840
-"""The side of a square of 3600 patches, the most that the authors' range has and their default."""
-FEW = 64  # rows and columns of the points that the camera is found from
+"""The side of a square of 3600 patches, the maximum of the authors' range and their default."""
+FEW = 64  # rows and columns of the points that the camera is fitted to
 
 
 def _card(weights: str) -> Card:
@@ -58,7 +58,7 @@ def _card(weights: str) -> Card:
 
 
 FILES = ("model.pt",)
-"""What is read of a hub repository."""
+"""Files read from a hub repository."""
 CARDS: tuple[Card, ...] = (
     _card("Ruicheng/moge-2-vitl"),
     _card("Ruicheng/moge-2-vitl-normal"),
@@ -105,8 +105,8 @@ class Teacher:
         """A teacher from the authors' model.pt, a folder that holds it, or a hub id.
 
         native_size: the network works on as many patches as a square of this side has, whatever the image's shape; by
-        default the most of the range that the file names. focal: of the images, in pixels at their own size, in place
-        of the one that is found. apply_mask: what the mask leaves out is invalid.
+        default the maximum of the file's range. focal: of the images, in pixels at their own size, in place of the
+        fitted one. apply_mask: pixels outside the mask are invalid.
         """
         check_resize(resize, native_size)
         file = find_weights(resolve(weights, files=FILES), ("model.pt", "*.pt", "*.pth"))
@@ -123,8 +123,8 @@ class Teacher:
                 f"{file}: its model_config is of no MoGe-2 that is known here: {error}"
             ) from error
         load_strictly(network, state, file, what="MoGe-2")
-        most = max(description.get("num_tokens_range", (0, (NATIVE / PATCH) ** 2)))
-        size = native_size or round(PATCH * most**0.5)
+        max_tokens = max(description.get("num_tokens_range", (0, (NATIVE / PATCH) ** 2)))
+        size = native_size or round(PATCH * max_tokens**0.5)
         kind = Kind.METRIC_DEPTH if hasattr(network, "scale_head") else Kind.SCALE_DEPTH
         card = replace(card_for(CARDS, weights), revision=revision_of(file), native_size=size, kind=kind)
         network = network.eval().to(device=device, dtype=dtype)
@@ -132,7 +132,7 @@ class Teacher:
 
     @property
     def takes_focal(self) -> bool:
-        """Whether `predict` can be told each image's focal length."""
+        """Whether `predict` accepts each image's focal length."""
         return self.card.kind == Kind.METRIC_DEPTH and self.focal is None
 
     @torch.no_grad()
@@ -145,23 +145,23 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, focal: float | None = None) -> DepthMap:
-        """(B,3,H,W) in [0,1] -> (B,H,W) depth in metres; invalid where the mask or the shift leave none.
+        """(B,3,H,W) in [0,1] -> (B,H,W) depth in metres; invalid outside the mask and where it is not positive.
 
-        focal: in pixels of the images, in place of the option of `load` and of the one that is found.
+        focal: in pixels of the images, in place of the option of `load` and of the fitted one.
         """
         images = check_images(images)
         height, width = images.shape[-2:]
         points, valid, scale = self._run(images)
         focal = self.focal if focal is None else focal
-        known = None if focal is None else 2.0 * focal / (height**2 + width**2) ** 0.5
-        _, shift = camera(points, valid, focal=known)
+        relative_focal = None if focal is None else 2.0 * focal / (height**2 + width**2) ** 0.5
+        _, shift = camera(points, valid, focal=relative_focal)
         depth = points[..., 2] + shift[:, None, None]
         valid = (depth > 0) & depth.isfinite() & (valid if self.apply_mask else True)
         depth = depth if scale is None else depth * scale[:, None, None]
         return DepthMap(torch.where(valid, depth, 0.0), valid, self.card.kind).to(images.device)
 
     def _run(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Points (B,H,W,3), where the mask has a depth (B,H,W), and the metric scale (B,), float32."""
+        """Points (B,H,W,3), whether the mask has a depth (B,H,W), and the metric scale (B,), float32."""
         height, width = images.shape[-2:]
         tokens = (self.native_size / PATCH) ** 2 if self.resize == "native" else height * width / PATCH**2
         device = next(self.network.parameters()).device
@@ -172,26 +172,28 @@ class Teacher:
 
 
 def camera(points: Tensor, valid: Tensor, *, focal: float | None = None) -> tuple[Tensor, Tensor]:
-    """(focal length in half diagonals, shift along the view), (B,) each, with which points project onto their pixels.
+    """(focal length in half diagonals, shift along the view), (B,) each, that project points onto their pixels.
 
-    points: (B,H,W,3), valid: (B,H,W). focal: where it is known. With fewer than two valid points: 1 and 0.
+    points: (B,H,W,3), valid: (B,H,W). focal: if it is known. With fewer than two valid points: 1 (or focal) and 0.
     """
     height, width = points.shape[1:3]
-    few = F.interpolate(points.permute(0, 3, 1, 2), (FEW, FEW), mode="nearest").permute(0, 2, 3, 1).cpu().numpy()
-    place = F.interpolate(view_plane(height, width, width / height), (FEW, FEW), mode="nearest")[0].permute(1, 2, 0)
-    known = F.interpolate(valid.float()[:, None], (FEW, FEW), mode="nearest")[:, 0].cpu().numpy() > 0
-    found = [
-        _solved(one[usable], place.numpy()[usable], focal)
+    sampled_points = (
+        F.interpolate(points.permute(0, 3, 1, 2), (FEW, FEW), mode="nearest").permute(0, 2, 3, 1).cpu().numpy()
+    )
+    positions = F.interpolate(view_plane(height, width, width / height), (FEW, FEW), mode="nearest")[0].permute(1, 2, 0)
+    sampled_valid = F.interpolate(valid.float()[:, None], (FEW, FEW), mode="nearest")[:, 0].cpu().numpy() > 0
+    solutions = [
+        _solve_camera(image_points[usable], positions.numpy()[usable], focal)
         if usable.sum() > 1
         else (1.0 if focal is None else focal, 0.0)
-        for one, usable in zip(few, known, strict=True)
+        for image_points, usable in zip(sampled_points, sampled_valid, strict=True)
     ]
-    focals, shifts = torch.tensor(found, dtype=points.dtype, device=points.device).T
+    focals, shifts = torch.tensor(solutions, dtype=points.dtype, device=points.device).T
     return focals, shifts
 
 
-def _solved(points: np.ndarray, place: np.ndarray, focal: float | None) -> tuple[float, float]:
-    """(focal length, shift) of points (n,3) that lie at places (n,2) of the view plane."""
+def _solve_camera(points: np.ndarray, place: np.ndarray, focal: float | None) -> tuple[float, float]:
+    """(focal length, shift) of points (n,3) whose pixels are at places (n,2) of the view plane."""
     from scipy.optimize import least_squares
 
     across, depth = points[:, :2], points[:, 2]
@@ -199,22 +201,22 @@ def _solved(points: np.ndarray, place: np.ndarray, focal: float | None) -> tuple
     def length(projected: np.ndarray) -> Any:
         return (projected * place).sum() / np.square(projected).sum() if focal is None else focal
 
-    def apart(shift: np.ndarray) -> np.ndarray:
+    def residuals(shift: np.ndarray) -> np.ndarray:
         projected = across / (depth + shift)[:, None]
         return (length(projected) * projected - place).ravel()
 
-    shift = np.float32(least_squares(apart, x0=0, ftol=1e-3, method="lm")["x"].item())
+    shift = np.float32(least_squares(residuals, x0=0, ftol=1e-3, method="lm")["x"].item())
     return float(length(across / (depth + shift)[:, None])), float(shift)
 
 
 def _layout(state: Mapping[str, Tensor], description: Mapping[str, Any], where: Path) -> NetworkLayout:
     """The DINOv2's sizes from the tensors; the blocks that are read from the description."""
-    inside = "encoder.backbone."
-    swiglu = f"{inside}blocks.0.mlp.w3.weight" in state
-    defining = [f"{inside}pos_embed", f"{inside}blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"]
+    prefix = "encoder.backbone."
+    swiglu = f"{prefix}blocks.0.mlp.w3.weight" in state
+    defining = [f"{prefix}pos_embed", f"{prefix}blocks.0.mlp.{'w3' if swiglu else 'fc2'}.weight"]
     check_claimed([key for key in defining if key not in state], (), where, what="MoGe-2")
     table, last = (state[key] for key in defining)
-    blocks = len({key.split(".")[3] for key in state if key.startswith(f"{inside}blocks.")})
+    blocks = len({key.split(".")[3] for key in state if key.startswith(f"{prefix}blocks.")})
     taps = description["encoder"]["intermediate_layers"]
     taps = tuple(range(blocks - taps, blocks)) if isinstance(taps, int) else tuple(taps)
     return NetworkLayout(

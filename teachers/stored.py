@@ -1,7 +1,7 @@
 """Stored predictions as a teacher: a folder of .npy maps, or a folder of finished label shards.
 
-It looks maps up by key and computes nothing, so that whatever scores, compares or learns from a teacher does the same
-with what somebody predicted before, with any model.
+It looks maps up by key and computes nothing, so that scoring, comparison and training also work with earlier
+predictions of any model.
 
 Keys: for maps the image's path below its root ("a/rgb_0001.png" finds a/rgb_0001.npy, or a/pred_0001.npy as Marigold's
 evaluation names it; distill.data.maps has the rule and the formats); for shards the sample's key, with ".shared" or
@@ -44,7 +44,7 @@ class MissingMapError(LookupError):
 
 
 class Teacher:
-    """A folder that answers by key."""
+    """Looks up the maps of a folder by key."""
 
     def __init__(self, find: Callable[[str], DepthMap], card: Card) -> None:
         self.find = find
@@ -62,7 +62,7 @@ class Teacher:
     ) -> Teacher:
         """The maps in folder `weights`; they come back on the images' device, as float32.
 
-        kind: of .npy maps, where no settings.json says it. teacher: whose labels, where shards have several.
+        kind: of .npy maps without a settings.json. teacher: whose labels to read, if the shards have several.
         """
         folder = Path(weights).expanduser()
         if not folder.is_dir():
@@ -97,7 +97,7 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
         raise ValueError(f"{folder} does not say what its maps are: give kind ({', '.join(Kind)})")
     if None not in (kind, declared) and kind != declared:
         raise ValueError(f"{settings} says that the maps are {declared}, not {kind}: leave kind out")
-    meant = Kind(kind or declared or "")
+    map_kind = Kind(kind or declared or "")
 
     def find(key: str) -> DepthMap:
         path = find_map(folder, [_inside(key)])
@@ -105,16 +105,16 @@ def _from_maps(folder: Path, kind: str | None) -> Teacher:
             names = ", ".join(f"{stem}.npy" for stem in stored_stems(key))
             raise MissingMapError(f"no stored map for {key}: looked for {names} (or .npz, .png, ...) in {folder}")
         try:
-            array = read_map(path, meant.quantity)
+            array = read_map(path, map_kind.quantity)
         except OSError as error:
             raise ValueError(f"{path} is not a readable map ({error}): predict it again") from error
-        return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], meant)
+        return finite(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))[None], map_kind)
 
-    return Teacher(find, replace(CARDS[0], weights=str(folder), kind=meant, note=str(table.get("model", ""))))
+    return Teacher(find, replace(CARDS[0], weights=str(folder), kind=map_kind, note=str(table.get("model", ""))))
 
 
 def _inside(key: str) -> str:
-    """The key; one that climbs out of the folder finds nothing."""
+    """Returns the key; raises MissingMapError if it leads out of the folder."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise MissingMapError(f"{key!r} is no key of a stored map: it must be a path inside the folder")

@@ -27,7 +27,7 @@ def four_channels(given: int | Sequence[int], what: str = "in_channels") -> list
 
 
 def split(feature: tuple[Tensor, Tensor] | Tensor) -> tuple[Tensor, Tensor | None]:
-    """(patch map, cls), where a plain tensor has no cls."""
+    """(patch map, cls); cls is None for a plain tensor."""
     return (feature, None) if isinstance(feature, Tensor) else (feature[0], feature[1])
 
 
@@ -65,7 +65,7 @@ def make_norm(kind: str, channels: int) -> nn.Module:
     if kind == "frozen":
         return FrozenBatchNorm(channels)
     if kind == "group":
-        # At least eight channels a group where there are so many: a group of one is instance norm.
+        # At least eight channels per group if there are so many: groups of one would be instance norm.
         max_groups = min(32, max(channels // 8, 1))
         return nn.GroupNorm(max(n for n in range(1, max_groups + 1) if channels % n == 0), channels)
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, not {kind!r}")
@@ -74,18 +74,18 @@ def make_norm(kind: str, channels: int) -> nn.Module:
 def load_released(decoder: nn.Module, state: Mapping[str, Any]) -> None:
     """Fill a decoder from the parameter names of AnyDepth's released heads, strictly.
 
-    The names may stand under `module.`, `decoder.` or `0.decoder.`; of a whole model the encoder's part is left out.
-    Counters and fixed sampling positions may be missing. ValueError naming what is missing or unclaimed.
+    The names may have the prefix `module.`, `decoder.` or `0.decoder.`; the encoder of a whole model is ignored.
+    Counters and fixed sampling positions may be missing. ValueError names the keys that are missing or unclaimed.
     """
     bare = {key.removeprefix("module."): torch.as_tensor(value) for key, value in state.items()}
     for inside, beside in (("0.decoder.", "0.encoder."), ("decoder.", "encoder.")):
         if any(key.startswith(inside) for key in bare):
             bare = {key.removeprefix(inside): value for key, value in bare.items() if not key.startswith(beside)}
-    wanted = decoder.state_dict()
-    missing = [k for k in wanted if k not in bare and not k.endswith(("init_pos", "num_batches_tracked"))]
-    unclaimed = [key for key in bare if key not in wanted]
-    misshapen = [key for key in bare if key in wanted and bare[key].shape != wanted[key].shape]
+    target = decoder.state_dict()
+    missing = [k for k in target if k not in bare and not k.endswith(("init_pos", "num_batches_tracked"))]
+    unclaimed = [key for key in bare if key not in target]
+    misshapen = [key for key in bare if key in target and bare[key].shape != target[key].shape]
     for what, keys in (("lack", missing), ("have unclaimed", unclaimed), ("have another shape for", misshapen)):
         if keys:
             raise ValueError(f"released head: its weights {what} {', '.join(keys[:3])} ({len(keys)} in all)")
-    decoder.load_state_dict(wanted | bare)
+    decoder.load_state_dict(target | bare)

@@ -1,12 +1,12 @@
-"""Depth Anything V2's head: a DPT without norms, so that DAv2-S, B and L can be students from their own checkpoints.
+"""Depth Anything V2's head, a DPT without norms, so that DAv2-S, B and L can be students from their own checkpoints.
 
-Parameter names are those of `depth_head` in the released files. Against the DPT of this folder: convolutions of the
-residual units have a bias, levels are fused at the finer level's size instead of doubled, and the last map is brought
+Parameter names are those of `depth_head` in the released files. Differences from this folder's DPT: convolutions of the
+residual units have a bias, levels are fused at the finer level's size instead of doubled, and the last map is resized
 to the image's size before the last two convolutions. Widths: 64 and [48, 96, 192, 384] (S), 128 and
 [96, 192, 384, 768] (B), 256 and [256, 512, 1024, 1024] (L); its encoder is read with final_norm = true.
 
-Source: DepthAnything/Depth-Anything-V2, depth_anything_v2/dpt.py. The released ReLU at the end is left to the reader of
-the map, and refinenet4.resConfUnit1, which is stored and never used, is not there.
+Source: DepthAnything/Depth-Anything-V2, depth_anything_v2/dpt.py. The released ReLU at the end is left to the user of
+the map, and refinenet4.resConfUnit1, which is stored and never used, is omitted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
         return self.scratch["output_conv2"](x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from a released file's names (`depth_head.` may stand before them; the encoder's part is left out)."""
+        """Fill from a released file's names (with or without `depth_head.`; the encoder is ignored)."""
         state = {key.removeprefix("module."): value for key, value in state_dict.items()}
         if any(key.startswith("depth_head.") for key in state):
             state = {key.removeprefix("depth_head."): v for key, v in state.items() if key.startswith("depth_head.")}
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
 def trunk(
     inputs: Sequence[int], levels: Sequence[int], channels: int, *, rectified_skip: bool = False
 ) -> tuple[nn.ModuleList, nn.ModuleList, nn.ModuleDict]:
-    """projects, resize_layers and scratch, by the released names, of this head and of those that descend from it."""
+    """projects, resize_layers and scratch, under the released names, for this head and those derived from it."""
     projects = nn.ModuleList(nn.Conv2d(i, o, 1) for i, o in zip(inputs, levels, strict=True))
     resize_layers = nn.ModuleList(
         [
@@ -116,7 +116,7 @@ class Fusion(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """x + conv(ReLU(conv(ReLU(x)))), with biases; rectified_skip: ReLU(x) + ..., as where a ReLU works in place."""
+    """x + conv(ReLU(conv(ReLU(x)))), with biases; rectified_skip: ReLU(x) + ..., as with an in-place ReLU."""
 
     def __init__(self, channels: int, *, rectified_skip: bool = False) -> None:
         super().__init__()

@@ -5,8 +5,8 @@ parameter table (50.83 M on ViT-S); Depth Anything V2's widths are channels=64,
 post_process_channels=[48, 96, 192, 384], readout="ignore", norm="none" on ViT-S.
 
 Surprises: level four is ceil(h/2), so an odd token grid gives 32*ceil(h/2) rows and not 16h; the lateral maps are
-resized with align_corners=False and the x2 steps with True; the residual units have neither bias nor norm; no ReLU
-stands before the last x2.
+resized with align_corners=False and the x2 steps with True; the residual units have neither bias nor norm; there is
+no ReLU before the last x2.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ class Decoder(nn.Module):
         return self.conv_depth(torch.relu(self.project(x)))
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a misfit."""
+        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a mismatch."""
         load_released(self, state_dict)
         return self
 
 
 class _Conv(nn.Module):
-    """A same-size convolution under the name `conv`, where the released weights have it."""
+    """A same-size convolution under the name `conv`, as in the released weights."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Fusion(nn.Module):
     def forward(self, x: Tensor, level: Tensor | None = None) -> Tensor:
         """(B,C,h,w) and a level of any size -> (B,C,2h,2w)."""
         if self.res_conv_unit1 is not None and level is not None:
-            # At an equal size it changes nothing; asked for only at others, a tracer would keep the answer it saw.
+            # At an equal size this changes nothing; a condition on the size would be fixed by tracing.
             level = resize_bilinear(level, (x.shape[-2], x.shape[-1]), align_corners=False)
             x = x + self.res_conv_unit1(level)
         return self.project(_double(self.res_conv_unit2(x)))

@@ -1,11 +1,11 @@
 """The depth branch of Depth Anything 3's Dual-DPT, which is VGGT's DPT head too; both released heads load.
 
-Against Depth Anything V2's head: one LayerNorm over the features of all four levels, and waves that say where in the
-image a pixel lies, added after each projection and before the last two convolutions. Dual-DPT's other branch, rays, and
-both heads' confidence need more than a depth to learn from: they are left out. Widths: 256 and [256, 512, 1024, 1024]
-(DA3-LARGE, VGGT-1B), 128 and [96, 192, 384, 768] (BASE), 64 and [48, 96, 192, 384] (SMALL).
+Differences from Depth Anything V2's head: one LayerNorm for the features of all four levels, and a sinusoidal position
+embedding of each pixel, added after each projection and before the last two convolutions. Dual-DPT's other branch,
+rays, and both heads' confidence need more than depth to learn from: they are left out. Widths: 256 and
+[256, 512, 1024, 1024] (DA3-LARGE, VGGT-1B), 128 and [96, 192, 384, 768] (BASE), 64 and [48, 96, 192, 384] (SMALL).
 
-The released heads say the logarithm of depth. `load_released` negates it, so that larger is nearer as for every
+The released heads predict the logarithm of depth. `load_released` negates it, so that larger is nearer as for every
 student; exp(-raw) is then their depth. VGGT's ReLUs work in place, so that its residual units add ReLU(x) where Depth
 Anything 3's add x: `rectified_skip`.
 
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
         """Fill from a released file of Depth Anything 3's main series or of VGGT, negated: the raw map is -log depth.
 
-        Of a whole model all but the head (`head.`, `depth_head.`) is left out. ValueError names a misfit.
+        All of a whole model but the head (`head.`, `depth_head.`) is ignored. ValueError names a mismatch.
         """
         state = {re.sub(r"^(module\.|model\.)+", "", key): value for key, value in state_dict.items()}
         for inside in ("depth_head.", "head."):
@@ -91,6 +91,6 @@ class Decoder(nn.Module):
         state = {key: value for key, value in state.items() if not _OTHER_BRANCH.match(key)}
         for key in (f"{_LAST}weight", f"{_LAST}bias"):
             if key in state:
-                state[key] = -state[key][:1]  # the others are the confidence's
+                state[key] = -state[key][:1]  # the other channel is the confidence
         load_released(self, state)
         return self

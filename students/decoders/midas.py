@@ -1,12 +1,12 @@
-"""MiDaS v3.1's head on a BEiT or another plain ViT, so that a student can begin as MiDaS, encoder and head.
+"""MiDaS v3.1's head on a BEiT or another plain ViT, so that a student can start from MiDaS's encoder and head.
 
-Against Depth Anything V2's head, which came of it: the class token is read (every patch token with it beside it,
-brought back to its width), and the last map is doubled instead of brought to the image's size. Widths: 256 and
+Differences from Depth Anything V2's head, which derives from it: the class token is read (joined to every patch token
+and projected back to its width), and the last map is doubled instead of resized to the image. Widths: 256 and
 [256, 512, 1024, 1024] (BEiT-L, read at blocks 5, 11, 17, 23) or [96, 192, 384, 768] (BEiT-B, at 2, 5, 8, 11); the
 authors resize images so that both sides are multiples of 32.
 
 Source: isl-org/MiDaS midas/dpt_depth.py, midas/blocks.py, midas/backbones/utils.py. The released ReLU at the end is
-left to the reader of the map, and refinenet4.resConfUnit1, which is stored and never used, is not there.
+left to the user of the map, and refinenet4.resConfUnit1, which is stored and never used, is omitted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from distill.students.decoders.dav2 import Fusion
 from distill.students.decoders.dpt import Reassemble
 
 _UNUSED = "scratch.refinenet4.resConfUnit1."
-# What stands in act_postprocess1 to 4, the four levels: the readout, a projection, and what changes the size.
+# The parts of act_postprocess1 to 4, one for each level: the readout, a projection, and the resizing.
 _PARTS = {"0.project.0": "readout_projects.{}.0", "3": "projects.{}.conv", "4": "resize_layers.{}"}
 
 
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         return self.scratch["output_conv"](x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from MiDaS's own file (dpt_beit_*.pt), whose encoder is left out; ValueError names a misfit."""
+        """Fill from MiDaS's own file (dpt_beit_*.pt), whose encoder is ignored; ValueError names a mismatch."""
         state: dict[str, Any] = {}
         for key, value in state_dict.items():
             match = re.fullmatch(r"pretrained\.act_postprocess([1-4])\.(0\.project\.0|3|4)\.(weight|bias)", key)
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
 
 
 class _Head(nn.ModuleDict):
-    """Convolution, x2, convolution, ReLU, one channel; counted as the authors' Sequential is."""
+    """Convolution, x2, convolution, ReLU, one channel; numbered as the authors' Sequential."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(

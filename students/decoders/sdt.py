@@ -2,7 +2,7 @@
 
 Written from the paper; parameter names are the released head's, so that its weights load. Surprises: the released class
 also carries the detail enhancer, which the paper's parameter table leaves out; its `use_cls_token` changes nothing, the
-class token is read wherever there is one; the output is 16 times the token grid whatever the patch.
+class token is always read if there is one; the output is 16 times the token grid whatever the patch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Decoder(nn.Module):
     """Four (patch map (B,C,h,w), cls (B,C)) pairs, or plain maps, to a raw map (B,1,16h,16w).
 
     in_channels: C, one number or four. fusion_channels: the width after fusion (paper: 256).
-    use_cls_token: kept for the released class's signature and without effect, there as here; see the module.
+    use_cls_token: ignored, as in the released class; kept for its signature.
     norm: "batch" (paper), "frozen" or "group".
-    detail: with the spatial detail enhancer (paper); without it, and with upsample = "bilinear" in place of "dysample",
-    the rows of the paper's ablation. What is switched off has no parameters; all else keeps its name.
+    detail: with the spatial detail enhancer (paper). Without it, and with upsample = "bilinear" in place of "dysample",
+    the decoder is that of the paper's ablation. Disabled parts have no parameters; the others keep their names.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class Decoder(nn.Module):
         return self.output_conv(x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a misfit.
+        """Fill from AnyDepth's released parameter names, strictly; returns itself. ValueError names a mismatch.
 
-        What is switched off here is left out of the file.
+        The file's tensors of disabled parts are ignored.
         """
-        off = [] if self.options.get("detail", True) else ["detail_enhancer."]
-        off += ["dysample1.0.", "dysample2.0."] if "upsample" in self.options else []
-        load_released(self, {k: v for k, v in state_dict.items() if not any(part in k for part in off)})
+        disabled = [] if self.options.get("detail", True) else ["detail_enhancer."]
+        disabled += ["dysample1.0.", "dysample2.0."] if "upsample" in self.options else []
+        load_released(self, {k: v for k, v in state_dict.items() if not any(part in k for part in disabled)})
         return self
 
 
 class WeightedFusion(nn.Module):
-    """Per map: the class token joined to every patch, projected; then the four are summed by a softmax weight."""
+    """Joins the class token to every patch of each map and projects it; sums the four maps with softmax weights."""
 
     def __init__(self, channels: Sequence[int], fusion_channels: int) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class UpsampleStage(nn.Module):
 
 
 class Bilinear(nn.Module):
-    """Twice the size, bilinear with pixel centres half-way, as the paper's model without DySample; how is ours."""
+    """Bilinear x2 with half-pixel centres, for the paper's model without DySample; the details are ours."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B,C,h,w) -> (B,C,2h,2w)."""

@@ -1,11 +1,11 @@
 """A lighter Simple Depth Transformer decoder (ours): the channels shrink as the map grows.
 
 AnyDepth's SDT spends 98 % of its work on 256 channels at a quarter of the resolution and above. Here every doubling
-halves the channels, so that the four cost about the same, and what the narrow maps lose comes back from the ViT
-itself: the two shallow feature maps hold detail inside a patch, and a linear layer with a pixel shuffle lays it out at
+halves the channels, so that the four cost about the same, and what the narrow maps lose is added from the ViT
+itself: the two shallow feature maps hold detail inside a patch, and a linear layer with a pixel shuffle places it at
 twice and four times the token grid. Numbers, and what else was tried: tests/speed/decoders.py.
 
-Surprises: SDT's fusion stays as it is, names included, for a lighter one (a linear layer each) scored worse on
+Surprises: SDT's fusion is kept, names included, because a lighter one (a linear layer each) scored worse on
 photographs; more convolutions after a doubling scored worse, too. The output is 16 times the token grid whatever the
 patch.
 """
@@ -28,8 +28,8 @@ class Decoder(nn.Module):
     """Four (patch map (B,C,h,w), cls (B,C)) pairs, or plain maps, to a raw map (B,1,16h,16w).
 
     in_channels: C, one number or four. fusion_channels: the width at the token grid.
-    widths: the channels at 2, 4, 8 and 16 times the token grid. detail: read the two shallow maps again, inside the
-    patches. norm: "batch", "frozen" or "group".
+    widths: the channels at 2, 4, 8 and 16 times the token grid. detail: also read the two shallow maps for detail
+    inside patches. norm: "batch", "frozen" or "group".
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         return self.output_conv(x)
 
     def load_released(self, state_dict: Mapping[str, Any]) -> Decoder:
-        """Fill from this decoder's own parameter names, strictly; returns itself. ValueError names a misfit."""
+        """Fill from this decoder's own parameter names, strictly; returns itself. ValueError names a mismatch."""
         load_released(self, state_dict)
         return self
 
@@ -100,7 +100,7 @@ class Doubling(nn.Module):
 
 
 class Detail(nn.Module):
-    """A linear layer and a pixel shuffle: what a token knows of the inside of its patch, laid out."""
+    """A linear layer and a pixel shuffle, which place a token's detail inside its patch."""
 
     def __init__(self, channels: int, width: int, scale: int, *, norm: str) -> None:
         super().__init__()
