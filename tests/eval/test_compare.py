@@ -98,7 +98,7 @@ def test_predictions_are_kept_and_never_mixed(tmp_path):
         raise AssertionError("the model is not needed")
 
     assert gather(Entrant("m", gone, {"side": 64}), samples(4), tmp_path) == 0
-    with pytest.raises(ValueError, match="predictions of other settings .side 64, now 32."):
+    with pytest.raises(ValueError, match="predictions made with other settings .side 64, now 32."):
         gather(Entrant("m", first.load, {"side": 32}), samples(4), tmp_path)
     (tmp_path / "m" / "a" / "s2.npy").unlink()
 
@@ -149,7 +149,7 @@ def test_without_truth_edges_speak(three):
     assert {row["b"] for row in result.pairs} == {"soft"}
     assert all("abs_rel" not in model["numbers"] for model in result.models)
     text = " ".join(sentences(result))
-    assert "To soft, left adds most, as far as edges tell" in text and "with truth" not in text
+    assert "Judged by edges (there is no truth), left adds the most to soft" in text and "with truth" not in text
     error, added = result.pairs[0]["error"], next(row for row in result.additions if row["a"] == "soft")
     assert f"new edges {added['news']:.0%}, error {error:.2f}, complement {added['complement']:.2f}" in text
     few = compare(["left", "soft"], samples(4, truths=2), three)
@@ -157,7 +157,7 @@ def test_without_truth_edges_speak(three):
     assert "as far as edges tell" in " ".join(sentences(few)) and marked.count('class="best"') >= 1
     assert all(row.rsplit("<td>", 1)[1].startswith("<span") for row in marked.split("<tr>") if 'class="best"' in row)
     alone = compare(["left"], samples(2, truths=0), three)
-    assert sentences(alone) == ["left is alone: a comparison needs two models."]
+    assert sentences(alone) == ["Only left is there: a comparison needs two models."]
 
 
 def test_kinds_that_do_not_convert_are_compared(three):
