@@ -74,7 +74,7 @@ def test_another_list_is_a_warning(tmp_path, scannet):
     [
         ("s/depth/2.png", b"", "s/depth/2.png (empty)"),
         ("s/depth/2.png", scannet_files()["s/depth/2.png"][:-20], "s/depth/2.png (cut short, or not a png)"),
-        ("s/color/2.jpg", scannet_files()["s/color/2.jpg"][:-50], "s/color/2.jpg (cut short or no jpg)"),
+        ("s/color/2.jpg", scannet_files()["s/color/2.jpg"][:-50], "s/color/2.jpg (cut short, or not a jpg)"),
         ("s/color/2.jpg", b"<!doctype html>", "s/color/2.jpg (a web page)"),
     ],
 )

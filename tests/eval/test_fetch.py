@@ -277,7 +277,9 @@ def test_a_benchmark_comes_to_its_place_and_is_looked_at(host, tmp_path, capsys)
     assert len(find("distill.eval.benchmarks", "nyu").samples(root, listed(tmp_path, "nyu"))) == 1
     part = root / "nyuv2/nyu_labeled_extracted.tar.part"
     part.write_bytes(b"12")
-    assert any("extracted.tar.part: 0.0 MB so far" in finding.what for finding in check_benchmark("nyu", root))
+    assert any(
+        "extracted.tar.part: unfinished, 0.0 MB so far" in finding.what for finding in check_benchmark("nyu", root)
+    )
 
 
 def test_what_a_person_must_do_is_said(tmp_path, host):
