@@ -84,7 +84,7 @@ def gather(entrant: Entrant, samples: Sequence[BenchmarkSample], folder: Path, *
     stored_card = _read_card(store)
     if stored_card and stored_card["card"]["revision"] != teacher.card.revision:
         raise ValueError(
-            f"{store} holds predictions of other weights (revision {stored_card['card']['revision']}, now "
+            f"{store} holds predictions made with other weights (revision {stored_card['card']['revision']}, now "
             f"{teacher.card.revision}); delete this folder"
         )
     try:
@@ -238,7 +238,7 @@ def compare(
         try:
             view = look(sample, names, folder)
         except BadPredictionError as error:
-            raise BadPredictionError(f"{sample.key}: {error}; compare again with the models at hand") from error
+            raise BadPredictionError(f"{sample.key}: {error}; compare again with the models available") from error
         numbers = measure_image(view, seed=done)
         model_errors = [n["error"] for key, n in numbers["pairs"].items() if not key.endswith(f"|{TRUTH}")]
         known_errors = [value for value in model_errors if value is not None]

@@ -26,7 +26,7 @@ from distill.eval.tasks import size_of
 
 _MAX_NAMED = 5
 _NUM_DECODED = 3
-_RESUME_HINT = "distill fetch resumes a stopped download"
+_RESUME_HINT = "distill fetch resumes an interrupted download"
 
 
 def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | None = None) -> list[Finding]:
@@ -50,7 +50,7 @@ def check_benchmark(name: str, root: Path | str | None, list_file: Path | str | 
         complete, incomplete = rows_found(files, module.PROTOCOL, layout)
     count = _count(module.PROTOCOL, [row[0] for row in (rows if list_file else complete)], listed=list_file)
     if not complete and not incomplete and layout.shape:
-        count = replace(count, remedy=f"they should lie as {layout.shape}")
+        count = replace(count, remedy=f"expected layout: {layout.shape}")
     findings.append(count)
     findings += _parts(layout, complete)
     findings += _missing(files, incomplete, name, listed=list_file is not None, total=len(complete) + len(incomplete))
@@ -71,7 +71,7 @@ def _root(files: Files) -> Finding:
         file.seek(max(0, files.root.stat().st_size - 512))
         has_end = not any(file.read())
     if not files.packed and not has_end:  # nothing else shows a cut between two files or inside a header
-        return Finding("bad", f"{description} without an end: it is cut short", _RESUME_HINT)
+        return Finding("bad", f"{description}, cut short: its end is missing", _RESUME_HINT)
     if files.packed:
         return Finding("ok", f"{description}, compressed", "unpacking it once is faster: every run unpacks it again")
     return Finding("ok", description)
@@ -80,7 +80,10 @@ def _root(files: Files) -> Finding:
 def _unfinished(root: Path, layout: FileLayout) -> list[Finding]:
     """Findings on downloads that are not finished."""
     parts = [path for path in (root / f"{layout.archive}.part", Path(f"{root}.part")) if path.is_file()]
-    return [Finding("warn", f"{part}: {part.stat().st_size / 1e6:,.1f} MB so far", _RESUME_HINT) for part in parts]
+    return [
+        Finding("warn", f"{part}: unfinished, {part.stat().st_size / 1e6:,.1f} MB so far", _RESUME_HINT)
+        for part in parts
+    ]
 
 
 def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None) -> Finding:
@@ -93,7 +96,7 @@ def _count(protocol: Protocol, keys: Sequence[str], *, listed: Path | str | None
     difference = "other images than" if len(keys) == protocol.num_images else "images, not"
     message = f"{len(keys)} {difference} the {protocol.num_images} of the published list (sha256 {digest[:12]}...)"
     if listed is not None:
-        return Finding("warn", f"{listed}: {message}", "numbers on it do not compare with published ones")
+        return Finding("warn", f"{listed}: {message}", "scores on it are not comparable with published ones")
     return Finding("bad", message, "complete the download, or name the images to use with --list")
 
 
@@ -111,8 +114,8 @@ def _missing(files: Files, broken: Rows, benchmark: str, *, listed: bool, total:
     missing = [name for row in broken for name in row if not files.has(name)]
     if not missing:
         return []
-    subject = "listed images" if listed else "images that a file is there of"
-    message = f"{len(missing)} files of {len(broken)} of the {total} {subject} are missing: {_join(missing)}"
+    subject = "listed images" if listed else "images with at least one file"
+    message = f"{len(broken)} of the {total} {subject} lack {len(missing)} files: {_join(missing)}"
     return [Finding("bad", message, f"distill fetch {benchmark}, or unpack the archive again")]
 
 
@@ -122,7 +125,7 @@ def _damaged(files: Files, layout: FileLayout, rows: Rows) -> Finding:
     faults = [f"{name} ({fault})" for name in names if (fault := damage(files, name, layout.size(name)))]
     if faults:
         return Finding("bad", f"{len(faults)} of {len(names)} files are damaged: {_join(faults)}", "fetch them again")
-    return Finding("ok", f"{len(names)} files have the size and the ends that their format asks for")
+    return Finding("ok", f"{len(names)} files have the size and the ends that their format requires")
 
 
 def damage(files: Files, name: str, size: int | None = None) -> str:
@@ -145,7 +148,7 @@ def damage(files: Files, name: str, size: int | None = None) -> str:
         intact = expected is not None and length == expected
     else:
         intact = True
-    return "" if intact else f"cut short or no {suffix.removeprefix('.')}"
+    return "" if intact else f"cut short, or not a {suffix.removeprefix('.')}"
 
 
 def _decodes(files: Files, name: str) -> bool:
@@ -174,8 +177,9 @@ def _samples(
     module: ModuleType, root: Path, list_file: Path | str | None, keys: Sequence[str]
 ) -> list[BenchmarkSample]:
     """The samples of complete images; empty if the benchmark rejects an incomplete root."""
+    complete = set(keys)
     try:
-        return [sample for sample in module.samples(root, list_file) if sample.key in set(keys)]
+        return [sample for sample in module.samples(root, list_file) if sample.key in complete]
     except (OSError, ValueError):
         return []
 
@@ -195,7 +199,9 @@ def _decoded(samples: Sequence[BenchmarkSample]) -> list[Finding]:
         height, width = image.shape[-2:]
         valid = getattr(truth, "valid", None)
         if size_of(truth) not in (None, (height, width)):
-            return [Finding("bad", f"{samples[index].key}: an image of {height} x {width}, a truth of another size")]
+            return [
+                Finding("bad", f"{samples[index].key}: the image is {height} x {width}, its truth has another size")
+            ]
         sizes.append(f"{height} x {width}" + (f", {valid.float().mean():.0%} valid" if valid is not None else ""))
     return [Finding("ok", f"{len(chosen)} images and truths decoded: {'; '.join(dict.fromkeys(sizes))}")]
 

@@ -46,8 +46,12 @@ class Cost:
         """Load the model, counting memory from this point."""
         _reset_peak()
         self.before = _resident("VmRSS")
+        cards = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        allocated = [torch.cuda.memory_allocated(card) for card in cards]
         teacher = load()
         self._inspect(teacher)
+        if allocated and self.device.startswith("cuda"):
+            self.held = allocated[torch.device(self.device).index or 0]
         return teacher
 
     def of(self, teacher: Teacher) -> Teacher:

@@ -97,9 +97,7 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
     if path.is_file():
         digest = files.file_sha256(path)
         if expected and digest != expected:
-            raise OSError(
-                f"{path} is there, and its sha256 is {digest}, not {expected}: move it away to fetch it again"
-            )
+            raise OSError(f"{path} exists, but its sha256 is {digest}, not {expected}: move it away to fetch it again")
         _write_record(record, digest, path.name)
         return Fetched(path=path, num_bytes=path.stat().st_size, sha256=digest, resumed=0, published=published)
     part = path.with_name(f"{path.name}.part")
@@ -109,7 +107,7 @@ def _fetch(url: str, path: Path, sha256: str, report: Report | None, patience: f
         wrong = path.with_name(f"{path.name}.wrong")
         part.replace(wrong)
         _note_path(part).unlink(missing_ok=True)
-        raise OSError(f"{url}: sha256 {digest}, not {expected}; kept as {wrong} to look at, the next call begins again")
+        raise OSError(f"{url}: sha256 {digest}, not {expected}; kept as {wrong} to look at; the next call starts anew")
     size = part.stat().st_size
     files.publish(part, path)
     _note_path(part).unlink(missing_ok=True)
@@ -151,9 +149,9 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             start, total = _response_range(url, answer, received)
             if start and note.get("total") not in (None, total):
                 _discard(part)
-                raise DownloadCutError(f"{url}: the host has another file now; beginning again")
+                raise DownloadCutError(f"{url}: the file on the host has changed; starting again")
             if start and start != received:
-                raise OSError(f"{url}: the host sent bytes from {start}, asked for from {received}")
+                raise OSError(f"{url}: the host sent bytes from {start}, not from {received} as requested")
             if not start:
                 _write_note(part, url, answer, total)
             _receive(url, answer, part, start, total, report)
@@ -162,10 +160,10 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
             return  # nothing was missing
         if error.code == 416:
             _discard(part)
-            raise DownloadCutError(f"{url}: the host has another file now; beginning again") from error
+            raise DownloadCutError(f"{url}: the file on the host has changed; starting again") from error
         if error.code in (408, 429, 500, 502, 503, 504):
             raise DownloadCutError(f"{url}: the host answered {error.code} {error.reason}; try again later") from error
-        raise OSError(f"{url}: the host answered {error.code} {error.reason}; --url takes another address") from error
+        raise OSError(f"{url}: the host answered {error.code} {error.reason}; try another --url") from error
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         num_bytes = part.stat().st_size if part.is_file() else 0
         reason = getattr(error, "reason", None) or error or type(error).__name__
@@ -177,7 +175,7 @@ def _attempt(url: str, part: Path, report: Report | None) -> None:
 def _response_range(url: str, answer: Any, have: int) -> tuple[int, int | None]:
     """The offset at which this response starts, and the length of the file (None if the host does not state it)."""
     if answer.headers.get_content_type() == "text/html":
-        raise OSError(f"{url}: the host answered with a web page, not with the archive; look at it in a browser")
+        raise OSError(f"{url}: the host answered with a web page instead of the archive; open it in a browser")
     if answer.status == 206:
         span, _, total = answer.headers.get("Content-Range", "").removeprefix("bytes ").partition("/")
         start = span.partition("-")[0]
@@ -186,7 +184,7 @@ def _response_range(url: str, answer: Any, have: int) -> tuple[int, int | None]:
         return int(start), int(total) if total.isdigit() else None
     length = answer.headers.get("Content-Length")
     if length and not (length.isascii() and length.isdigit()):
-        raise OSError(f"{url}: the host says a Content-Length of {length!r}; --url takes another address")
+        raise OSError(f"{url}: the host sent the Content-Length {length!r}; try another --url")
     return 0, int(length) if length else None
 
 
@@ -195,7 +193,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
     free = shutil.disk_usage(part.parent).free
     if total is not None and total - start > free:
         raise OSError(
-            f"{part.parent}: {(total - start) / 1e6:,.1f} MB are to come and {free / 1e6:,.1f} MB are free; make room"
+            f"{part.parent}: {(total - start) / 1e6:,.1f} MB are needed, only {free / 1e6:,.1f} MB are free; make room"
         )
     done, start_time, window = start, time.monotonic(), (time.monotonic(), start)
     with part.open("ab" if start else "wb", buffering=0) as file:
@@ -207,7 +205,7 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
                 if (now := time.monotonic()) - window[0] >= _SLOW_S:
                     if done - window[1] < _SLOW_S * _SLOWEST and done != total:
                         raise DownloadCutError(
-                            f"{url}: {done - window[1]} bytes came in {now - window[0]:.0f} s, which would not end; "
+                            f"{url}: too slow: {done - window[1]} bytes came in {now - window[0]:.0f} s; "
                             f"{done / 1e6:,.1f} MB are kept, rerun the same command to resume"
                         )
                     window = (now, done)
@@ -218,10 +216,10 @@ def _receive(url: str, answer: Any, part: Path, start: int, total: int | None, r
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            raise OSError(f"{part}: the disk is full; make room, rerun the same command to resume") from error
+            raise OSError(f"{part}: the disk is full; make room, then rerun the same command to resume") from error
     if total is not None and done > total:
         _discard(part)
-        raise OSError(f"{url}: {done} bytes came, not the {total} that the host said; --url takes another address")
+        raise OSError(f"{url}: {done} bytes came, but the host announced {total}; try another --url")
     if total is not None and done < total:
         raise DownloadCutError(
             f"{url}: cut after {done / 1e6:,.1f} of {total / 1e6:,.1f} MB; rerun the same command to resume"
@@ -258,7 +256,7 @@ def _read_record(record: Path) -> str:
         return ""
     words = record.read_text(encoding="utf-8", errors="replace").split()
     if not words or not re.fullmatch(r"[0-9a-fA-F]{64}", words[0]):
-        raise ValueError(f"{record} does not begin with a sha256: delete it, or write the archive's own there")
+        raise ValueError(f"{record} does not begin with a sha256: delete it, or write the archive's sha256 into it")
     return words[0]
 
 

@@ -25,7 +25,7 @@ from distill.eval.stored import BadPredictionError, find_prediction, read_predic
 from distill.eval.tasks import TASKS
 
 POINTS = 1500
-"""Pixels kept for the scatter, evenly over the images."""
+"""The most pixels kept for the scatter, spread evenly over the images."""
 
 
 def fidelity(
@@ -41,7 +41,7 @@ def fidelity(
     clean = protocol.in_mode("clean")
     rows: list[tuple[float, float, float]] = []
     points: list[tuple[float, float]] = []
-    for sample in samples:
+    for number, sample in enumerate(samples):
         truth = sample.truth()
         size = (truth.values.shape[-2], truth.values.shape[-1])
         try:
@@ -59,7 +59,8 @@ def fidelity(
         f1 = TASKS["boundary_f1"].from_sums(edges[None])["boundary_f1"]
         rows.append((float(depths["abs_rel"]), float(depths["delta1"]), float(f1)))
         valid_indices = np.flatnonzero(teacher_truth.valid[0].numpy().ravel())
-        chosen = valid_indices[np.linspace(0, len(valid_indices) - 1, max(1, POINTS // len(samples))).astype(int)]
+        quota = (number + 1) * POINTS // len(samples) - number * POINTS // len(samples)
+        chosen = valid_indices[((np.arange(quota) + 0.5) * len(valid_indices) / max(1, quota)).astype(int)]
         points += [(float(expected.ravel()[i]), float(predicted.ravel()[i])) for i in chosen]
     if not rows:
         return None

@@ -83,7 +83,7 @@ def way(kind: Kind, truth: Kind, alignment: str = "") -> AlignmentPlan:
     """
     requested = next((fit for words, fit in _FIT_OF_ALIGNMENT.items() if alignment.startswith(words)), kind.unknown)
     if requested in ("median", "l1") and truth.unknown == "affine":
-        raise KindError(f"medians give a scale, and {truth} has an unknown shift too; leave the alignment to the kind")
+        raise KindError(f"alignments median and l1 fit a scale only, but {truth} has an unknown shift too; use auto")
     unknown = requested if requested in ("median", "l1") else max(requested, truth.unknown, key=UNKNOWNS.index)
     if truth.unknown != "affine":
         return AlignmentPlan("depth", kind.quantity, False, unknown, truth.unknown == "metric")
@@ -112,7 +112,7 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
         raise NoGroundTruthError("the truth has no valid pixel")
     if protocol.space == "disparity" and plan.quantity == "depth":
         if (kind.quantity, kind.unknown) == ("depth", "affine"):
-            raise KindError(f"{kind} has no disparity to be scored: its shift is unknown")
+            raise KindError(f"{kind} cannot be scored in disparity: its shift is unknown")
         flat_truth = 1.0 / np.maximum(flat_truth, 1e-6)
         plan = AlignmentPlan("disparity", "disparity", kind.quantity == "depth", plan.unknown, False)
     lowest, highest = float(flat_pred.min()), float(flat_pred.max())  # NaN if any is
@@ -130,11 +130,11 @@ def measure(pred: np.ndarray, truth: DepthMap, kind: Kind, protocol: Protocol) -
             fit_pixels = _fewer_columns(pred, values, valid, protocol.fit_columns)
         scale, shift = _fit(*fit_pixels, path=plan, positive=protocol.fit_positive, offset=protocol.offset_positive)
         if scale < 0:
-            notes.append(f"the fitted scale is negative ({scale:.3g}): is it really {kind}?")
+            notes.append(f"the fitted scale is negative ({scale:.3g}): is the prediction really {kind}?")
     sums, floors = _total(flat_pred, flat_truth, scale, shift, plan, protocol)
     error = _scale_error(flat_pred, flat_truth, kind) if plan.unknown == "metric" and plan.metres else None
     if error is not None and not 0.02 < error + 1 < 50:
-        notes.append(f"its metres are {error + 1:.3g} times the truth's: is its unit another?")
+        notes.append(f"its metres are {error + 1:.3g} times the truth's: is it in another unit?")
     return ImageErrors(sums, floors, scale, shift, tuple(notes), nonpositive, plan.metres, error)
 
 
@@ -148,7 +148,9 @@ def _scale_error(pred: np.ndarray, truth: np.ndarray, kind: Kind) -> float:
 def as_depth(truth: DepthMap) -> DepthMap:
     """Convert a truth (1,H,W) to depth; raises KindError if its shift is unknown."""
     if truth.kind.unknown == "affine":
-        raise KindError(f"{truth.kind} says no ratio of depths, since its shift is unknown: it needs another truth")
+        raise KindError(
+            f"a truth of kind {truth.kind} gives no ratios of depths, since its shift is unknown: use another truth"
+        )
     return truth.convert(Kind(f"{truth.kind.unknown}_depth"))
 
 
@@ -195,7 +197,7 @@ def _notes(
     if lowest <= 0 and path.unknown != "affine":
         notes.append(f"{int((pred <= 0).sum())} of the {len(pred)} scored pixels are not positive")
     if highest <= 0 and kind == Kind.AFFINE_DISPARITY and protocol.fit_positive and not protocol.offset_positive:
-        notes.append("no positive prediction: Marigold's fit sees positive pixels only, so there was nothing to fit")
+        notes.append("no positive prediction: Marigold's fit uses positive pixels only, so there was nothing to fit")
     return notes
 
 

@@ -75,7 +75,7 @@ def paper_numbers() -> tuple[PaperNumber, ...]:
         where = f"{table['paper']}, {table['number']}"
         unknown = set(table) - set(_TABLE)
         if unknown:
-            raise ValueError(f"{_FILE.name}: {where} has no {', '.join(sorted(unknown))}")
+            raise ValueError(f"{_FILE.name}: {where}: unknown key {', '.join(sorted(unknown))}")
         for row in table["row"]:
             results += _row_numbers(table, row, content["tolerance"])
     return tuple(results)
@@ -90,7 +90,7 @@ def _row_numbers(table: dict[str, Any], row: dict[str, Any], tolerances: dict[st
             continue
         if benchmark not in known or len(values) != len(table["metrics"]):
             raise ValueError(
-                f"{_FILE.name}: {where}: {benchmark} is no benchmark, or has not {len(table['metrics'])} values"
+                f"{_FILE.name}: {where}: {benchmark} is not a benchmark or does not have {len(table['metrics'])} values"
             )
         for metric, printed in zip(table["metrics"], values, strict=True):
             value = float(printed) * table["unit"]
@@ -161,11 +161,11 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
     if score.protocol.mode != "marigold":
         return f"scored by the {score.protocol.mode} protocol"
     if score.protocol.list_sha256 != published.list_sha256:
-        return f"scored on {score.protocol.num_images} other images than the published list"
+        return f"scored on {score.protocol.num_images} images that are not the published list"
     if score.protocol.alignment != published.with_kind(score.kind).alignment:
-        return f"aligned otherwise: {score.protocol.alignment}"
+        return f"aligned differently: {score.protocol.alignment}"
     if score.protocol.offset_positive:
-        return "fitted with --offset-positive, which the published protocol has not"
+        return "fitted with --offset-positive, which the published protocol does not use"
     if score.num_failed:
         return f"{score.num_failed} images failed"
     if not scored.used:
@@ -175,4 +175,4 @@ def _obstacle(scored: Scored, number: PaperNumber) -> str:
         for key, expected in number.asked.items()
         if scored.used.get(key) != expected
     ]
-    return f"predicted otherwise: {'; '.join(differences)}" if differences else ""
+    return f"predicted differently: {'; '.join(differences)}" if differences else ""

@@ -178,11 +178,11 @@ def from_dict(table: Mapping[str, Any]) -> Protocol:
     known = {field.name for field in fields(Protocol)}
     unknown = set(table) - known - {"id"}
     if unknown:
-        raise ValueError(f"a protocol has no {', '.join(sorted(unknown))}: was it written by a newer version?")
+        raise ValueError(f"unknown protocol field {', '.join(sorted(unknown))}: was it written by a newer version?")
     values: dict[str, Any] = {key: math.inf if table[key] == "inf" else table[key] for key in known & set(table)}
     protocol = Protocol(**values)
     if "id" in table and table["id"] != protocol.id:
-        raise ValueError(f"protocol id {table['id']} does not belong to its fields (they give {protocol.id})")
+        raise ValueError(f"protocol id {table['id']} does not match its fields (they give {protocol.id})")
     return protocol
 
 
@@ -205,7 +205,7 @@ def require_same(protocols: Mapping[str, Protocol], *, across_alignments: bool =
             a, b = first.as_dict(), protocol.as_dict()
             differ = "; ".join(f"{key} {a[key]!r} against {b[key]!r}" for key in a if a[key] != b[key])
             raise ProtocolError(
-                f"{first_name} and {name} were scored by different protocols and do not compare: {differ}"
+                f"{first_name} and {name} were scored by different protocols and are not comparable: {differ}"
             )
 
 

@@ -96,7 +96,7 @@ RIVALS: Mapping[str, Rival] = {
         _moge,
         "l1",
         _KNOWN_SHIFT_KINDS,
-        "a scale alone, which makes the mean of |error| / truth least (a weighted median), no range",
+        "a scale alone, which minimizes the mean of |error| / truth (a weighted median), no range",
         "microsoft/MoGe, moge/test/metrics.py, depth_scale_invariant; MoGe fits on 64 x 64 pixels, here on all",
     ),
     "ultralytics": Rival(
@@ -110,8 +110,8 @@ RIVALS: Mapping[str, Rival] = {
         _depth_anything,
         "affine",
         _DISPARITY_KINDS,
-        "errors are of disparity, which is never turned into depth: a far pixel no longer weighs what 1/d makes of it",
-        "an author, LiheYoung/Depth-Anything#174; the fit is not said: least squares on all pixels is ours",
+        "errors are measured in disparity, not in depth, so that 1/d does not magnify errors of far pixels",
+        "an author, LiheYoung/Depth-Anything#174; the fit is not stated: least squares on all pixels is our choice",
     ),
 }
 """By name. "marigold" and "clean" are the benchmarks' own (eval.protocol)."""
@@ -128,7 +128,7 @@ def under(own: Protocol, name: str, kind: Kind) -> tuple[Protocol, str]:
         return own.in_mode(name), "auto"
     rival = RIVALS[name]
     if own.task != "depth" or own.truth != "metric_depth":
-        raise ProtocolError(f"{own.benchmark} is not scored in metres, which {name} is for")
+        raise ProtocolError(f"{name} scores depth in metres, which {own.benchmark} does not have")
     if kind not in rival.kinds:
         raise KindError(f"{name} is not defined for {kind}, only for {', '.join(sorted(rival.kinds))}")
     return replace(rival.make(own), mode=name, offset_positive=False), rival.choice
@@ -177,6 +177,6 @@ def sentence(name: str) -> str:
     """What a protocol does, in a sentence."""
     own = {
         "marigold": "Marigold's published evaluation: fitted where the prediction is positive, disparity above 0.001",
-        "clean": "the same repaired: fitted on every valid pixel, held inside the range of the image's own truth",
+        "clean": "Marigold's, repaired: fitted on every valid pixel, clipped to the range of the image's own truth",
     }
     return own.get(name) or RIVALS[name].differs

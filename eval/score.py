@@ -132,7 +132,7 @@ def score_predictions(
         require_writable(out)
     if not Path(predictions).is_dir():
         is_file = Path(predictions).is_file()
-        problem = "a file: give the folder of the maps (unpacked)" if is_file else "no such folder of predictions"
+        problem = "not a folder; unpack it and give the folder of maps" if is_file else "no such folder of predictions"
         raise FileNotFoundError(f"{predictions}: {problem}")
     module = find("distill.eval.benchmarks", benchmark)
     samples = list(module.samples(root, list_file))
@@ -198,7 +198,7 @@ def _checked_kind(store: Path, kind: Kind | str | None, settings: Mapping[str, A
     if kind is None:
         if stored is None:
             raise ValueError(
-                f"{store} does not say what kind its predictions are: give --kind, one of {', '.join(Kind)}"
+                f"{store} does not say of what kind its predictions are: give --kind, one of {', '.join(Kind)}"
             )
         return stored
     try:

@@ -106,7 +106,7 @@ class Score:
         if not self.nonpositive or not self.protocol.fit_positive or self.protocol.offset_positive:
             return ""
         return (
-            f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which punishes "
+            f"{self.nonpositive:.1%} of the scored pixels are <= 0. Marigold's fit leaves them out, which penalizes "
             "a disparity of unknown shift: --offset-positive adds a constant first (another protocol id)"
         )
 
@@ -116,7 +116,7 @@ def require_writable(path: Path | str) -> None:
     path = Path(path)
     csv_path = path.with_suffix(".csv")
     if csv_path == path:
-        raise ValueError(f"{path}: the scores are JSON, and their .csv goes beside them; name a FILE.json")
+        raise ValueError(f"{path}: scores are written as JSON, with a .csv of the same name; give a FILE.json")
     for file in (path, csv_path):
         if file.is_dir():
             raise OSError(f"{file} is a folder; name a file, such as {file / 'scores.json'}")
@@ -184,7 +184,7 @@ def read_scores(path: Path | str) -> Score:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["version"] != 1:
-            raise ValueError(f"version {content['version']}, this program reads 1")
+            raise ValueError(f"version {content['version']}, but this program reads version 1")
         protocol = from_dict({key: value for key, value in content["protocol"].items() if key != "setting"})
         images = tuple(
             ImageScore(

@@ -23,7 +23,7 @@ class BenchmarkSettings:
     """A list of other samples of the same root, on which the plane baseline is fitted; rendered scenes by
     default."""
     alias: str = ""
-    """The name in tables and folders; `name` by default. Two benchmarks of one name need it."""
+    """The name in tables and folders; `name` by default. Needed if two benchmarks have one name."""
     protocol: Literal["marigold", "clean"] = "clean"
     """"marigold" is what Marigold's evaluation computes, oddities included; "clean" fixes them
     (distill.eval.protocol)."""
@@ -44,7 +44,7 @@ class BenchmarkSettings:
     number."""
     edges: bool = False
     """Score boundary F1 too, on the same predictions: AbsRel cannot see detail. For benchmarks of depth whose truth is
-    dense; scores/NAME.edges--MODEL.json has it."""
+    dense; written to scores/NAME.edges--MODEL.json."""
     limit: int = 0
     """Score only this many images, the first of the list; 0 scores all."""
 
@@ -53,7 +53,7 @@ class BenchmarkSettings:
         if fault := name_fault("distill.eval.benchmarks", self.name):
             faults.append(fault)
         if "/" in self.alias_or_name or self.alias_or_name in (".", ".."):
-            faults.append(f"alias = {self.alias!r} cannot name a folder of predictions: take a word without slashes")
+            faults.append(f"alias = {self.alias!r} cannot name a folder of predictions: use a word without slashes")
         refuse(faults)
 
     @property

@@ -59,7 +59,7 @@ def predict(
     stored_used = _claim(store, claim, used=dict(used or {}))
     stored_root, root = stored_used.get("root"), (used or {}).get("root")
     if tell and stored_root and root and stored_root != root:
-        tell(f"{store}: its maps are of the images in {stored_root}, now in {root}: where those are others, delete it")
+        tell(f"{store}: its maps are of the images in {stored_root}, now in {root}; if the images differ, delete it")
     todo = []
     for sample in samples:
         path = store / sample.prediction_path
@@ -79,8 +79,8 @@ def predict(
             depth = teacher.predict(image[None], **kwargs)
         if depth.kind != teacher.card.kind or depth.values.shape[-2:] != image.shape[-2:]:
             raise ValueError(
-                f"{teacher.card.name} gave {depth.kind} of {tuple(depth.values.shape[-2:])} for {sample.key}; its card "
-                f"says {teacher.card.kind}, and the image is {tuple(image.shape[-2:])}"
+                f"{teacher.card.name} predicted {depth.kind} of {tuple(depth.values.shape[-2:])} for {sample.key}, but "
+                f"its card says {teacher.card.kind}, and the image is {tuple(image.shape[-2:])}"
             )
         values = torch.where(depth.valid, depth.values, torch.nan)[0].cpu().numpy().astype(np.float32)
         with files.writing(store / sample.prediction_path) as new, new.open("wb") as file:
@@ -101,9 +101,9 @@ def read_settings(store: Path | str) -> dict[str, Any] | None:
         claim = {"model": str(table["model"]), "kind": str(Kind(table["kind"])), "settings": dict(table["settings"])}
         return {**claim, "used": dict(table.get("used", {}))}
     except (ValueError, KeyError, TypeError) as error:
-        reason = error if isinstance(error, ValueError) else "model, kind and settings are not in it"
+        reason = error if isinstance(error, ValueError) else "model, kind or settings is missing"
         raise ValueError(
-            f"{path}: not settings of stored predictions ({reason}); rename it if it is another program's, or "
+            f"{path}: not the settings of stored predictions ({reason}); rename it if another program wrote it, or "
             "predict into a new folder"
         ) from error
 
@@ -143,13 +143,15 @@ def read_prediction(
         raise BadPredictionError(str(error)) from error
     if size not in (None, values.shape):
         if image is not None and tuple(image().shape[-2:]) == values.shape:
-            raise BadPredictionError(f"the truth is {size}, and its image {values.shape} as the map: store one size")
-        remedy = "resize to the image" if crop == "none" else f"scored is the {crop}: cut the map alike"
-        raise BadPredictionError(f"has the shape {values.shape}, the truth {size}: {remedy} before storing")
+            raise BadPredictionError(
+                f"the truth is {size}, but its image and the map are {values.shape}: store them in one size"
+            )
+        remedy = "resize it to the image" if crop == "none" else f"crop it like the truth ({crop})"
+        raise BadPredictionError(f"the map is {values.shape}, but the truth is {size}: {remedy} before storing")
     is_integer = values.dtype.kind != "f"
     if is_integer and kind in (Kind.METRIC_DEPTH, Kind.METRIC_DISPARITY) and path.suffix.lower() != ".npy":
         raise BadPredictionError(
-            f"integers ({values.dtype}) of no known unit: store metres as .npy, or score another kind"
+            f"integers ({values.dtype}) of unknown unit: store metres as .npy, or score another kind"
         )
     remarks = [] if values.dtype.itemsize >= 4 and not is_integer else [f"stored as {values.dtype}"]
     return np.ascontiguousarray(values, dtype=np.float32), remarks
@@ -186,10 +188,10 @@ def _claim(store: Path, wanted: dict[str, Any], *, used: dict[str, Any]) -> dict
         names = sorted(key for key in a.keys() | b.keys() if key != "settings" and a.get(key) != b.get(key))
         differ = ", ".join(f"{key} {a.get(key)!r}, now {b.get(key)!r}" for key in names)
         raise ValueError(
-            f"{store} holds predictions of other settings ({differ}); use another folder, or delete this one"
+            f"{store} holds predictions made with other settings ({differ}); use another folder, or delete this one"
         )
     if store.exists() and next(store.rglob("*.npy"), None) is not None:
-        raise ValueError(f"{store} holds predictions with no {SETTINGS}, made by somebody else; use another folder")
+        raise ValueError(f"{store} holds predictions without {SETTINGS}, made by another program; use another folder")
     content = {**wanted, "used": used} if used else wanted
     files.write_json(store / SETTINGS, content, sort_keys=True, allow_nan=True)
     return {}

@@ -286,17 +286,17 @@ def _check_listed(root: Path, protocol: Protocol, layout: FileLayout, there: set
         return
     if keys and not protocol.num_images:
         return  # no list is published
-    how = f"they should lie as {layout.shape}" if layout.shape else f"{protocol.benchmark}.py says how they should lie"
-    hint = f"{how}; looked here and in the folders below"
+    how = f"expected layout: {layout.shape}" if layout.shape else f"{protocol.benchmark}.py has the expected layout"
+    hint = f"{how}; searched here and in the folders below"
     hint += f", among {len(there)} files such as {min(there)}" if there else "; it is empty"
     if any(name.endswith(".mat") for name in there) and not keys:
-        hint += f"; of .mat files only NYU's nyu_depth_v2_labeled.mat is read; or `distill fetch {protocol.benchmark}`"
+        hint += f"; the only .mat read is NYU's nyu_depth_v2_labeled.mat; or `distill fetch {protocol.benchmark}`"
     if not protocol.num_images:
         raise ValueError(f"{root}: no images of {protocol.benchmark}; {hint}")
     too_many = len(keys) > protocol.num_images
     remedy = "name the images to use with --list" if too_many else "complete the folder, or name the images with --list"
     raise ValueError(
-        f"{root}: found {len(keys)} images of {protocol.benchmark}, and they are not the {protocol.num_images} of the "
+        f"{root}: found {len(keys)} images of {protocol.benchmark}, which are not the {protocol.num_images} of the "
         f"published list; {remedy} ({hint})"
     )
 
@@ -327,11 +327,11 @@ def read_list(path: Path | str, layout: FileLayout) -> Rows:
         if not row:
             continue
         if len(row) < columns:
-            faults.append(f"line {number} has {len(row)} columns of {columns}")
+            faults.append(f"line {number} has {len(row)} of {columns} columns")
         elif row[0] in seen:
             faults.append(f"line {number} repeats {row[0]}")
         elif any(leaves_root(name) for name in row):
-            faults.append(f"line {number} climbs out of the root")
+            faults.append(f"line {number} leaves the root")
         seen.add(row[0] if row else "")
         rows.append(row)
     if faults or not rows:
@@ -351,7 +351,7 @@ def _unpacked(path: Path) -> tuple[bool, BinaryIO]:
             shutil.copyfileobj(packed, plain, 1 << 20)
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         plain.close()
-        raise OSError(f"{path}: could not be unpacked ({error}); a cut download or a full disk") from error
+        raise OSError(f"{path}: could not be unpacked ({error}): the download was cut or the disk is full") from error
     return True, plain
 
 

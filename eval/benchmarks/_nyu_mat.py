@@ -55,7 +55,7 @@ def names(path: Path) -> list[str]:
     with _lock:
         scenes = ["".join(map(chr, np.ravel(file[reference][()]))) for reference in np.ravel(file["scenes"][()])]
     if len(scenes) < (last := max(numbers := _test())):
-        raise ValueError(f"{path}: {len(scenes)} images, and the last of the test split is number {last}")
+        raise ValueError(f"{path}: {len(scenes)} images, but the last one of the test split is number {last}")
     return [f"test/{scenes[number - 1]}/rgb_{number:04d}.png" for number in numbers]
 
 

@@ -67,8 +67,8 @@ def _image(folder: Path, name: str, names: list[str]) -> Tensor:
     if not inside(folder, name).is_file():
         missing = sum(not inside(folder, other).is_file() for other in names)
         raise FileNotFoundError(
-            f"{folder}: {missing} of {len(names)} images are not there, {name} for one; unpack the data set again, "
-            "or name the others in a file for list, one per line"
+            f"{folder}: {missing} of {len(names)} images are missing, such as {name}; unpack the data set again, "
+            "or set list to a file that names the others, one per line"
         )
     return Files(folder).rgb(name)
 

@@ -40,7 +40,7 @@ LAYOUT = FileLayout(
 )
 DOWNLOAD = Download(
     archive=LAYOUT.archive,
-    manual="ScanNet is given to those who signed its terms of use: ask for access at http://www.scan-net.org, then "
+    manual="ScanNet is given to those who sign its terms of use: ask for access at http://www.scan-net.org, then "
     "take the 800 sampled images from Marigold's evaluation data (README of prs-eth/Marigold) and give the address "
     "of the tar with --url",
 )

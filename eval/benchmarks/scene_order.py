@@ -61,4 +61,4 @@ def _points(view: BenchmarkSample) -> Points:
 
 
 def _no_depth(key: str) -> NoReturn:
-    raise ValueError(f"{key} is asked for an order of points: its depth is in the benchmark scenes")
+    raise ValueError(f"{key} has point pairs here, not depth: use the benchmark scenes for its depth")

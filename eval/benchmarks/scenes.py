@@ -56,7 +56,7 @@ def _chosen(list_file: Path) -> list[str]:
     keys = [line.split()[0] for line in list_file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     unknown = [key for key in keys if key not in _KEYS]
     if unknown or not keys:
-        problem = f"{unknown[0]!r} is no view of this benchmark" if unknown else "the list is empty"
+        problem = f"{unknown[0]!r} is not a view of this benchmark" if unknown else "the list is empty"
         raise LookupError(f"{list_file}: {problem}; its views are {next(iter(_KEYS))!r} and {len(_KEYS) - 1} more")
     return keys
 

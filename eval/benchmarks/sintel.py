@@ -49,7 +49,7 @@ LAYOUT = FileLayout(
     canonical=_canonical,
 )
 DOWNLOAD = Download(
-    archive=LAYOUT.archive, manual="take the images and the depth from http://sintel.is.tue.mpg.de, unpacked into one"
+    archive=LAYOUT.archive, manual="unpack the images and the depth of http://sintel.is.tue.mpg.de into one folder"
 )
 
 
@@ -64,6 +64,6 @@ def _truth(files: Files, row: ListRow) -> DepthMap:
     data = files.read(row[1])
     width, height = (int(n) for n in np.frombuffer(data[4:12], "<i4")) if len(data) > 12 else (0, 0)
     if len(data) != 12 + 4 * width * height or np.frombuffer(data[:4], "<f4")[0] != _TAG:
-        raise OSError(f"{files.root}: {row[1]} is cut short, or no depth file of Sintel")
+        raise OSError(f"{files.root}: {row[1]} is cut short, or not a depth file of Sintel")
     metres = np.frombuffer(data[12:], "<f4").reshape(height, width).astype(np.float32)
     return as_truth(metres, np.isfinite(metres) & (metres > 0))

@@ -81,4 +81,4 @@ def _disparity(files: Files, name: str) -> np.ndarray:
         with h5py.File(io.BytesIO(files.read(name)), "r") as file:
             return np.asarray(file["disparity"], np.float32)
     except (OSError, KeyError) as error:
-        raise OSError(f"{files.root}: {name} is not a disparity of Spring ({error})") from error
+        raise OSError(f"{files.root}: {name} is not a disparity map of Spring ({error})") from error

@@ -29,9 +29,9 @@ from distill.eval.verdict import EQUIVALENT, OPPOSITE, SAME, UNDECIDED, UNKNOWN,
 PICTURES = 3
 WORDS = (SAME, OPPOSITE, EQUIVALENT, UNDECIDED, UNKNOWN)
 NOTE = (
-    "The effect is the margin by which the claim holds, relative, within a seed; the interval knows of the seeds and, "
-    "by a bootstrap, of the images. A claim about several rows is as good as its weakest pair, which is named. The "
-    "paper’s own table has one run per row: a margin, without an interval."
+    "The effect is the relative margin by which the claim holds within a seed; its interval covers the spread over "
+    "seeds and, by a bootstrap, over images. A claim about several rows is as good as its weakest pair, which is "
+    "named. The paper’s own table has one run per row: a margin, without an interval."
 )
 _WIDTH, _NAME, _ROW = 860, 230, 26
 
@@ -251,7 +251,7 @@ def write_page(table: Table, path: Path) -> None:
     labels = (
         page.table([*map(escape, table.label_text()[0])], label_rows, kind="scores")
         if label_rows
-        else page.missing("Nobody knows how good the labels are: no plain truth was stored beside them.")
+        else page.missing("The labels’ quality is unknown: no unaltered truth was stored with them.")
     )
     sections = [
         ("labels", "The teachers’ own labels", labels),
@@ -320,7 +320,7 @@ def _curves(table: Table) -> str:
     charts = []
     for key, title, note in (
         ("scale", "Scale of the output", "mean deviation of the output over that of the labels, first seed"),
-        ("loss", "Training loss", "smoothed, first seed; only rows of one loss compare"),
+        ("loss", "Training loss", "smoothed, first seed; only rows with the same loss are comparable"),
     ):
         series = []
         for k, row in enumerate(table.rows[:6]):

@@ -27,7 +27,7 @@ _MIN_TRUTHS = 3  # fewest images with truth whose mean is stated in a sentence
 MEASURES = {
     "error": ("Error", "↓", "what is left after the best scale and shift, as a fraction of the map’s spread: 0 is an "
               "affine copy, 1 is nothing in common"),
-    "order": ("Order", "↑", "of random pairs of points, how often both say the same one is nearer: 1 always, 0.5 by "
+    "order": ("Order", "↑", "how often both agree on which of two random points is nearer: 1 is always, 0.5 is by "
               "chance"),
     "edges": ("Edges", "↑", "F1 of the two maps’ edges: where they jump within a hundredth of the image’s longer side, "
               "by five thresholds"),
@@ -43,7 +43,9 @@ def sentences(comparison: ModelComparison) -> list[str]:
     """Sentences on which models agree, and on which assistant adds information to which primary."""
     names = [model["name"] for model in comparison.models]
     if len(names) < 2:
-        return [f"{names[0]} is alone: a comparison needs two models." if names else "There is nothing to compare."]
+        return [
+            f"Only {names[0]} is there: a comparison needs two models." if names else "There is nothing to compare."
+        ]
     statements = [_agreement_sentence(comparison)] if comparison.pairs else []
     return [line for line in [*statements, *(_addition_sentence(comparison, primary) for primary in names)] if line]
 
@@ -85,10 +87,10 @@ def _addition_sentence(comparison: ModelComparison, primary: str) -> str:
     numbers = f"new edges {best['news']:.0%}, error {_show(pair.get('error'))}, complement {best['complement']:.2f}"
     if best["complement"] < WORTH:
         return (
-            f"To {primary}, nothing here adds much, as far as edges tell (there is no truth): most adds {best['b']}, "
+            f"Judged by edges (there is no truth), no model adds much to {primary}: {best['b']} adds the most, "
             f"{numbers}."
         )
-    return f"To {primary}, {best['b']} adds most, as far as edges tell (there is no truth): {numbers}."
+    return f"Judged by edges (there is no truth), {best['b']} adds the most to {primary}: {numbers}."
 
 
 def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -96,18 +98,18 @@ def _known_sentence(primary: str, rows: Sequence[Mapping[str, Any]]) -> str:
     best = rows[0]
     ahead = max(rows, key=lambda row: row["share"])
     better = (
-        f" {ahead['b']} is simply better than {primary}, in {ahead['share']:.0%} of the regions: it would replace it, "
-        "not assist it."
+        f" {ahead['b']} is better than {primary} in {ahead['share']:.0%} of the regions: it would replace it, not "
+        "assist it."
         if ahead["share"] >= REPLACES
         else ""
     )
     if best["mixing"] < WORTH:
         return (
-            f"To {primary}, nothing here adds much: choosing between the two by region wins {best['mixing']:.0%} at "
-            f"best ({best['b']}; {best['images']['mixing']} images with truth).{better}"
+            f"No model adds much to {primary}: taking the better of two maps in each region lowers the error by at "
+            f"most {best['mixing']:.0%} ({best['b']}; {best['images']['mixing']} images with truth).{better}"
         )
     return (
-        f"To {primary}, {best['b']} adds most: the better of the two in each region has {best['mixing']:.0%} less "
+        f"{best['b']} adds the most to {primary}: the better of the two in each region has {best['mixing']:.0%} less "
         f"error than the better one alone, and {best['gain']:.0%} less than {primary} ({best['b']} is better in "
         f"{best['share']:.0%} of the regions; {best['images']['mixing']} images with truth).{better}"
     )
@@ -186,7 +188,7 @@ def cards_table(comparison: ModelComparison) -> str:
                 name(", ".join(options)),
             ]
         )
-    head = ["model", "commercial", "licence of the weights", "of the code", "weights", "larger is", "native size"]
+    head = ["model", "commercial", "licence of weights", "of code", "weights", "larger is", "native size"]
     return table([escape(cell) for cell in [*head, "settings"]], rows, kind="reasons")
 
 
@@ -240,19 +242,20 @@ def additions_table(comparison: ModelComparison) -> str:
         "complement ↑",
     ]
     note = (
-        "<b>Gain</b>: how much less error the primary would have if the better of the two were known in each of "
-        f"{agreement.CELLS} × {agreement.CELLS} regions, both aligned once to the whole truth. <b>Mixing</b>: the same "
-        "against the better of the two alone, 0 where one is better everywhere; it says whether they belong together. "
-        "Both are upper bounds of what a rule of choosing can win, and two equally good models with independent errors "
-        "mix well too. <b>Better in</b>: the assistant, of the regions. "
+        "<b>Gain</b>: how much taking the better of the two maps in each of "
+        f"{agreement.CELLS} × {agreement.CELLS} regions lowers the primary’s error, both aligned once to the whole "
+        "truth. <b>Mixing</b>: the same relative to the better of the two alone; 0 if one is better everywhere. It "
+        "says whether they complement each other. Both are upper bounds on what a selection rule can gain; two equally "
+        "good models with independent errors mix well too. <b>Better in</b>: the share of regions where the assistant "
+        "is better. "
         if with_truth
         else ""
     )
     note += (
-        "<b>New edges</b>: of the assistant’s edges on the picture’s, those that the primary lacks or has less than "
-        "half as steep, less as many as chance explains (noise has edges off the picture’s too), as a share of its own "
-        "or the primary’s, whichever are more. <b>Complement</b>: (1 − error) × "
-        "new edges, high where both see one scene and the assistant sees more of its detail; it needs no truth."
+        "<b>New edges</b>: the assistant’s edges on edges of the picture that the primary lacks or has less than half "
+        "as steep, minus as many as chance explains (noise has edges elsewhere too), as a share of its own or the "
+        "primary’s edges, whichever are more. <b>Complement</b>: (1 − error) × new edges; high where both see the same "
+        "scene and the assistant sees more detail. It needs no truth."
     )
     return table([escape(cell) for cell in head], rows, kind="scores") + f'<p class="key">{note}</p>'
 
@@ -303,7 +306,7 @@ def _models_key(comparison: ModelComparison) -> str:
     return (
         f'<p class="key">{note if any(i["truth"] for i in comparison.images) else ""}Sharpness: how steep a map’s '
         "steps are; a smeared step is less steep. Noise is steep too: then few of its edges lie on the "
-        "image’s. Time: the median of single images, without the first, as large as they are compared here. FLOPs: 2 "
+        "image’s. Time: the median of single images, without the first, at the size compared here. FLOPs: 2 "
         "per multiply-add. Memory: what loading and predicting added to the process, or the accelerator’s peak.</p>"
     )
 

@@ -40,8 +40,8 @@ def gallery(comparison: ModelComparison, samples: Sequence[BenchmarkSample], fol
     ticks = [(0.0, "they agree"), (0.5, "½ spread"), (1.0, "1 spread or more")]
     parts = [
         '<p class="key">Maps are aligned by scale and shift to the truth where there is one, else to the first model, '
-        "and share its colours: bright is near. The frame in the picture is the square where the models disagree most; "
-        "it stands enlarged below. Disagreement is the standard deviation between the models, in units of the "
+        "and share its colours: bright is near. The frame in the picture is the square where the models disagree most, "
+        "enlarged below. Disagreement is the standard deviation between the models, in units of the "
         "reference’s spread.</p>",
         figures.legend("disagreement", figures.ERROR, ticks, missing="no value"),
     ]

@@ -33,12 +33,12 @@ def fidelity_section(run_dir: Path, scores: Sequence[Score]) -> str:
         rows.append([*map(escape, names), *(f"{v:.4f}" for v in numbers), *accuracy, str(content["images"])])
         charts.append(scatter(f"{names[1]} against {names[2]}, {names[0]}", points))
     if not rows:
-        return missing("No student was scored beside a teacher on a benchmark with dense depth.")
+        return missing("No benchmark with dense depth was scored for both a student and a teacher.")
     head = ["benchmark", "student", "teacher", "AbsRel&nbsp;↓", "delta1&nbsp;↑", "boundary&nbsp;F1&nbsp;↑"]
     head += ["student’s AbsRel to the truth", "teacher’s", "images"]
     key = (
-        '<p class="key">The student against its teacher, which takes the place of the truth after its own alignment. '
-        "Close to the teacher and far from the truth: the labels are the limit.</p>"
+        '<p class="key">The student is compared with its teacher, which replaces the truth after its own alignment. '
+        "A student close to its teacher but far from the truth is limited by the labels.</p>"
     )
     return key + table(head, rows, kind="scores") + f'<div class="charts">{"".join(charts)}</div>'
 

@@ -41,7 +41,7 @@ Recipe = Mapping[str, Any]
 def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
     """Pictures of every benchmark of the recipe that the run has predictions of, and notices for the others."""
     if not scores:
-        return missing("No pictures: they show stored predictions, and nothing has been scored.")
+        return missing("No pictures: nothing has been scored, so there are no stored predictions.")
     parts, pictures = [], int(recipe.get("score", {}).get("pictures", PICTURES))
     for spec in recipe.get("benchmarks", []):
         label = spec.get("alias") or spec.get("name", "")
@@ -61,8 +61,8 @@ def gallery(run_dir: Path, recipe: Recipe, scores: Sequence[Score]) -> str:
         return missing("No pictures: the recipe names no benchmarks.")
     ticks = [(0.0, "1 %"), (0.239, "3 %"), (0.5, "10 %"), (0.739, "30 %"), (1.0, "100 %")]
     intro = (
-        '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres on the colours '
-        "of that image’s truth; below it, how far it is off relative to the truth.</p>"
+        '<p class="key">Each prediction is aligned to the truth as its score was, and shown in metres in the colours '
+        "of that image’s truth; below it, its error relative to the truth.</p>"
     )
     return intro + figures.legend("error", figures.ERROR, ticks, missing="no truth") + "".join(parts)
 
@@ -86,7 +86,7 @@ def _benchmark_pictures(run_dir: Path, spec: Recipe, label: str, scores: Sequenc
     if not ranked:
         return missing(f"No pictures of {label}: no scored image is in the benchmark’s folder.")
     places = np.unique(np.linspace(len(ranked) - 1, 0, min(pictures, len(ranked))).round().astype(int))[::-1]
-    order = f" <small>images in the order of {escape(ranking.model)}’s {_TITLES.get(main, main)}, worst first</small>"
+    order = f" <small>images ordered by {escape(ranking.model)}’s {_TITLES.get(main, main)}, worst first</small>"
     parts = [f"<h3>{escape(label)}{order if len(ranked) > 1 else ''}</h3>"]
     for place in places:
         key, rank = ranked[place], len(ranked) - int(place)
@@ -102,7 +102,7 @@ def _strip(run_dir: Path, label: str, sample: BenchmarkSample, scores: Sequence[
     photo = (sample.image().clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     truth = sample.truth()
     if truth.kind.unknown == "affine":
-        raise ValueError(f"{sample.key}: its truth has no depth to show, only {truth.kind}")
+        raise ValueError(f"{sample.key}: its truth cannot be shown as depth, since it is {truth.kind}")
     truth = truth.convert(Kind(f"{truth.kind.unknown}_depth"))
     depth, valid = truth.values[0].numpy(), truth.valid[0].numpy()
     span = figures.depth_span(depth, valid)

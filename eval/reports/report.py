@@ -137,7 +137,9 @@ def _manifest(folder: Path) -> tuple[dict[str, Any], str]:
     """A labels folder's manifest, and what is wrong with it."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return (manifest, "") if isinstance(manifest, dict) else ({}, f"{folder / 'manifest.json'} holds no table.")
+        return (
+            (manifest, "") if isinstance(manifest, dict) else ({}, f"{folder / 'manifest.json'} holds no JSON object.")
+        )
     except UNREADABLE as error:
         return {}, f"{folder / 'manifest.json'} cannot be read: {error}."
 
@@ -196,7 +198,9 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
                     name="held-out", x=[h["step"] for h in heldout], y=[h["heldout"] for h in heldout], style="points"
                 )
             ],
-            note=f"Lowest at step {best['step']:,}: {best['heldout']:.4g}. It chooses the checkpoint." if best else "",
+            note=f"Lowest at step {best['step']:,}: {best['heldout']:.4g}. It selects the best checkpoint."
+            if best
+            else "",
         )
         if len(heldout) > 1
         else "",
@@ -205,7 +209,7 @@ def _training_section(log: Sequence[Mapping[str, Any]]) -> str:
             [_line(steps, x, "output_deviation", 1), _line(steps, x, "label_deviation", 6)],
             log=True,
             marks=alarms,
-            note="A shift- and scale-free loss leaves this free: it may drift upwards, and must not run away.",
+            note="A shift- and scale-invariant loss does not fix this: it may drift upwards, but must not diverge.",
         ),
         figures.chart(
             "Output scale: median",
@@ -259,7 +263,7 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> str:
         [
             ("images per second", f"{speed:.1f}" if speed else ""),
             ("waiting for data", f"{wait:.1%} of the time" if wait is not None else ""),
-            ("most GPU memory", f"{memory:.1f} GiB" if memory else ""),
+            ("peak GPU memory", f"{memory:.1f} GiB" if memory else ""),
         ]
     )
 
@@ -270,7 +274,7 @@ def _speed(steps: Sequence[Mapping[str, Any]]) -> str:
 def _label_section(folders: Sequence[Path]) -> str:
     if not folders:
         return missing(
-            "No finished labels: labels/ holds no manifest.json; run distill label, or the run labels online."
+            "No finished labels: labels/ holds no manifest.json; run distill label, unless the run labels online."
         )
     sections = []
     for folder in folders:
@@ -299,7 +303,7 @@ def _labels(folder: Path) -> str:
         ]
     )
     cards = [_card(name, card) for name, card in manifest.get("teachers", {}).items()]
-    head = ["teacher", "weights", "revision", "says", "stored as", "licence", "commercial use"]
+    head = ["teacher", "weights", "revision", "depth kind", "stored as", "licence", "commercial use"]
     rows = [[escape(str(line.get(key, ""))) for key in ("key", "origin", "reason")] for line in quarantine]
     reasons = Counter(str(line.get("reason", "")).split(":")[0] for line in quarantine).most_common(4)
     frequent = "; ".join(f"{count} {reason}" for reason, count in reasons)

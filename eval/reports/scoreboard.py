@@ -25,11 +25,11 @@ def scoreboard(scores: Sequence[Score], faults: Sequence[str]) -> str:
         return notices + missing("No scores: run distill score with this run’s recipe.")
     settings = dict.fromkeys((s.benchmark, s.protocol.setting) for s in scores)
     parts = [
-        '<p class="key"><span class="best">best</span> of a column, where the images tell it apart from every other; '
+        '<p class="key"><span class="best">best</span> of a column, if the images distinguish it from every other, '
         'else those that <span class="second">share the lead</span>. Arrows say which way is better. A number is a '
         "mean over all images of the list, below it its 95 % interval by bootstrap over the images "
         f"(from {FEWEST} on); DA-2K’s is over all pairs. A mean in metres is not given where a truth has no metres. "
-        "Numbers compare only inside one table: its rows share everything but the alignment, and each ends with the id "
+        "Numbers compare only within one table: its rows share everything but the alignment, and each ends with the id "
         "of its protocol.</p>"
     ]
     for benchmark, setting in settings:
@@ -55,7 +55,7 @@ def _benchmark_table(benchmark: str, scores: Sequence[Score]) -> str:
         model = f"{name(score.model)}<br><small>{escape(score.protocol.alignment)}</small>"
         rows.append([model, *cells, count, f"<code>{score.protocol.id}</code>"])
     folded = details("By part of the benchmark", _group_table(scores))
-    folded += details("Under either floor of disparity", _floor_table(scores))
+    folded += details("With either floor of disparity", _floor_table(scores))
     lines = [(s.model, line) for s in scores for line in s.problems()]
     problems = "".join(f"<li><b>{escape(model)}</b> {escape(line)}</li>" for model, line in lines)
     folded += details(f"Remarks on images ({len(lines)})", f'<ul class="lines">{problems}</ul>' if lines else "")
@@ -113,10 +113,9 @@ def paper_table(verdicts: Sequence[PaperVerdict]) -> str:
     run_table = table(heads[:-1], [_paper_row(v)[:-1] for v in run], kind="scores")
     counts = ", ".join(f"{sum(v.status == s for v in verdicts)} {s}" for s in ("within", "outside", "not run"))
     intro = (
-        f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours answers for a paper’s only with '
-        "the same released weights, Marigold’s protocol, the whole published list and no image lost; the tolerance is "
-        "ours, "
-        "written beside the numbers in eval/papers.toml.</p>"
+        f'<p class="key">{len(verdicts)} numbers of the papers: {counts}. Ours is compared with a paper’s only for '
+        "the same released weights, Marigold’s protocol, the whole published list and no failed image; the tolerance "
+        "is ours, stated in eval/papers.toml.</p>"
     )
     folded = details(
         f"Not run ({len(not_run)})", table(heads, [_paper_row(v) for v in not_run], kind="reasons") if not_run else ""

@@ -170,7 +170,7 @@ def _cost_note(scores: Sequence[Score]) -> str:
     known = {model: cost for model, cost in costs.items() if cost}
     if not known:
         return (
-            '<p class="key">What the models cost was not measured: their maps were stored before it was. Delete '
+            '<p class="key">The models’ cost was not measured: their maps were stored without it. Delete '
             "predictions/ and score again.</p>"
         )
     setups = dict.fromkeys(f"{cost.get('device', '?')}, images of {cost.get('image', '?')}" for cost in known.values())

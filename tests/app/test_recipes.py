@@ -121,7 +121,7 @@ BAD = {
     ),
     "climbing alias": (
         '[[benchmarks]]\nname = "nyu"\nalias = "../../x"',
-        "benchmarks[0]: alias = '../../x' cannot name a folder of predictions: take a word without slashes",
+        "benchmarks[0]: alias = '../../x' cannot name a folder of predictions: use a word without slashes",
     ),
     "loss.shared": ("[loss]\nshared = -1", "loss: shared must be finite and at least 0, not -1.0"),
     "loss.anchor": ("[loss]\nanchor = nan", "loss: anchor must be finite and at least 0, not nan"),

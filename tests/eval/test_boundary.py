@@ -218,7 +218,7 @@ def test_a_disparity_or_a_scale_is_a_truth_of_edges_and_an_unknown_shift_is_none
     for predicted in Kind:
         given = (map_of(predicted)[0].numpy(), truth, predicted, protocol.with_kind(predicted))
         if kind.unknown == "affine":
-            with pytest.raises(KindError, match="says no ratio of depths"):
+            with pytest.raises(KindError, match="gives no ratios of depths"):
                 TASKS["boundary_f1"].measure(*given)
         else:
             assert float(TASKS["boundary_f1"].measure(*given).sums[1]) == 1.0, predicted
@@ -229,7 +229,7 @@ def test_a_cut_depth_file_is_a_line(tmp_path):
     path = root / FRAME.replace("final", "depth").replace(".png", ".dpt")
     path.write_bytes(path.read_bytes()[:-4])
     got = scored(tmp_path, "sintel", "metric_depth", {FRAME: step()}, root)
-    assert got.num_failed == 1 and "frame_0001.dpt is cut short, or no depth file of Sintel" in got.problems()[0]
+    assert got.num_failed == 1 and "frame_0001.dpt is cut short, or not a depth file of Sintel" in got.problems()[0]
 
 
 def test_ibims_leaves_its_masks_out(tmp_path):
@@ -293,7 +293,7 @@ def test_lists_of_images_may_have_spaces_and_the_archives_name(tmp_path):
     module = find("distill.eval.benchmarks", "dis5k")
     (sample,) = module.samples(tmp_path, tmp_path / "list.txt")
     assert sample.key == "DIS-VD/im/2#A b#5#Kite#1_o.jpg" and sample.group == "DIS-VD"
-    with pytest.raises(ValueError, match=r"no images of dis5k; dis5k\.py says how they should lie"):
+    with pytest.raises(ValueError, match=r"no images of dis5k; dis5k\.py has the expected layout"):
         module.samples(tmp_path)
     (tmp_path / "list.txt").write_text("DIS-VD/gt/x.png")
     with pytest.raises(ValueError, match="line 1 names no image"):
@@ -342,7 +342,7 @@ def test_order_is_strict_and_failures_take_the_accuracy_away(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "b.jpg")
     failed = got()
     assert set(failed.metrics.values()) == {None} and failed.num_failed == 1
-    assert "b.jpg: has the shape (2, 2), the truth (9, 9)" in failed.problems()[0]
+    assert "b.jpg: the map is (2, 2), but the truth is (9, 9)" in failed.problems()[0]
     assert got(allow_failed=True).metrics["accuracy"] == 1.0
     (tmp_path / "list.txt").write_text("images/indoor/a.jpg\n")
     assert got(list_file=tmp_path / "list.txt").num_images == 1

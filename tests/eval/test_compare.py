@@ -98,7 +98,7 @@ def test_predictions_are_kept_and_never_mixed(tmp_path):
         raise AssertionError("the model is not needed")
 
     assert gather(Entrant("m", gone, {"side": 64}), samples(4), tmp_path) == 0
-    with pytest.raises(ValueError, match="predictions of other settings .side 64, now 32."):
+    with pytest.raises(ValueError, match="predictions made with other settings .side 64, now 32."):
         gather(Entrant("m", first.load, {"side": 32}), samples(4), tmp_path)
     (tmp_path / "m" / "a" / "s2.npy").unlink()
 
@@ -141,7 +141,7 @@ def test_numbers_of_known_models(three):
     assert added["soft", "left"]["news"] > added["left", "soft"]["news"]
     assert [image["key"] for image in result.images] == ["s0", "s1", "s2", "s3"]
     text = " ".join(sentences(result))
-    assert "To left, right adds most" in text and "4 images with truth" in text
+    assert "right adds the most to left" in text and "4 images with truth" in text
 
 
 def test_without_truth_edges_speak(three):
@@ -149,15 +149,15 @@ def test_without_truth_edges_speak(three):
     assert {row["b"] for row in result.pairs} == {"soft"}
     assert all("abs_rel" not in model["numbers"] for model in result.models)
     text = " ".join(sentences(result))
-    assert "To soft, left adds most, as far as edges tell" in text and "with truth" not in text
+    assert "Judged by edges (there is no truth), left adds the most to soft" in text and "with truth" not in text
     error, added = result.pairs[0]["error"], next(row for row in result.additions if row["a"] == "soft")
     assert f"new edges {added['news']:.0%}, error {error:.2f}, complement {added['complement']:.2f}" in text
     few = compare(["left", "soft"], samples(4, truths=2), three)
     marked = additions_table(few)
-    assert "as far as edges tell" in " ".join(sentences(few)) and marked.count('class="best"') >= 1
+    assert "Judged by edges" in " ".join(sentences(few)) and marked.count('class="best"') >= 1
     assert all(row.rsplit("<td>", 1)[1].startswith("<span") for row in marked.split("<tr>") if 'class="best"' in row)
     alone = compare(["left"], samples(2, truths=0), three)
-    assert sentences(alone) == ["left is alone: a comparison needs two models."]
+    assert sentences(alone) == ["Only left is there: a comparison needs two models."]
 
 
 def test_kinds_that_do_not_convert_are_compared(three):
@@ -180,7 +180,14 @@ def test_the_page_is_one_file(three, tmp_path):
     assert json.loads((tmp_path / "c.json").read_text())["side"] == 64
     out = write_page(result, samples(), three, tmp_path / "c.html", title="a <b>", remarks=["left out x: cut"])
     html = out.read_text()
-    for word in ("a &lt;b&gt;", "To left, right adds most", "Who adds what", "left out x: cut", "commercial", "AbsRel"):
+    for word in (
+        "a &lt;b&gt;",
+        "right adds the most to left",
+        "Who adds what",
+        "left out x: cut",
+        "commercial",
+        "AbsRel",
+    ):
         assert word in html, word
     assert "http://" not in html and "https://" not in html and "<script" not in html
     assert html.count('class="tile"') == 4 * 2 * (1 + 1 + 3 + 1)  # image, truth, models, disagreement; whole and zoom

@@ -10,7 +10,7 @@ import pytest
 from distill.app.cli import main
 from distill.core.findings import Finding
 from distill.core.plugins import find
-from distill.eval.completeness import check_benchmark
+from distill.eval.completeness import _samples, check_benchmark
 from distill.eval.protocol import list_hash
 from tests.eval.test_benchmarks import DEPTH, NAMES, RGB, content, image, listed, put, small_eth3d  # noqa: F401
 
@@ -53,11 +53,11 @@ def test_missing_files_are_counted_and_the_first_named(tmp_path, scannet, form):
     root = put(tmp_path, scannet, form)
     bad = told(check_benchmark("scannet", root), "bad")
     assert "3 images, not the 6 of the published list" in bad and "--list" in bad
-    assert "2 files of 2 of the 5 images that a file is there of are missing: s/depth/1.png, s/depth/3.png ->" in bad
+    assert "2 of the 5 images with at least one file lack 2 files: s/depth/1.png, s/depth/3.png ->" in bad
     path = tmp_path / "list.txt"
     path.write_text("\n".join(" ".join(pair) for pair in PAIRS.items()))
     found = check_benchmark("scannet", root, path)
-    assert "4 files of 3 of the 6 listed images are missing: s/depth/1.png, " in told(found, "bad")
+    assert "3 of the 6 listed images lack 4 files: s/depth/1.png, " in told(found, "bad")
     assert "6 of the 6 images of the published list" in told(found, "ok")
 
 
@@ -66,15 +66,15 @@ def test_another_list_is_a_warning(tmp_path, scannet):
     path.write_text("s/color/1.jpg s/depth/1.png")
     found = check_benchmark("scannet", put(tmp_path, scannet, "tar"), path)
     assert not told(found, "bad") and "1 images, not the 6 of the published list" in told(found, "warn")
-    assert "do not compare with published ones" in told(found, "warn")
+    assert "are not comparable with published ones" in told(found, "warn")
 
 
 @pytest.mark.parametrize(
     ("name", "data", "said"),
     [
         ("s/depth/2.png", b"", "s/depth/2.png (empty)"),
-        ("s/depth/2.png", scannet_files()["s/depth/2.png"][:-20], "s/depth/2.png (cut short or no png)"),
-        ("s/color/2.jpg", scannet_files()["s/color/2.jpg"][:-50], "s/color/2.jpg (cut short or no jpg)"),
+        ("s/depth/2.png", scannet_files()["s/depth/2.png"][:-20], "s/depth/2.png (cut short, or not a png)"),
+        ("s/color/2.jpg", scannet_files()["s/color/2.jpg"][:-50], "s/color/2.jpg (cut short, or not a jpg)"),
         ("s/color/2.jpg", b"<!doctype html>", "s/color/2.jpg (a web page)"),
     ],
 )
@@ -91,10 +91,10 @@ def test_a_jpeg_with_more_behind_its_end_is_whole(tmp_path, scannet):
 def test_a_cut_tar_is_counted_up_to_its_cut(tmp_path, scannet):
     root = put(tmp_path, scannet, "tar")
     data = root.read_bytes()
-    for length, said in ((5500, "without an end: it is cut short"), (6200, "cut short inside")):
+    for length, said in ((5500, "cut short: its end is missing"), (6200, "cut short inside")):
         root.write_bytes(data[:length])
         bad = told(check_benchmark("scannet", root), "bad")
-        assert said in bad and "2 images, not the 6" in bad and "resumes a stopped download" in bad
+        assert said in bad and "2 images, not the 6" in bad and "resumes an interrupted download" in bad
 
 
 def test_what_cannot_be_seen_at_the_ends_is_decoded(tmp_path, scannet):
@@ -104,7 +104,7 @@ def test_what_cannot_be_seen_at_the_ends_is_decoded(tmp_path, scannet):
     scannet["s/depth/5.png"] = image(np.full((24, 30), 3000, np.uint16))
     (tmp_path / "again").mkdir()
     found = check_benchmark("scannet", put(tmp_path / "again", scannet, "tar"))
-    assert "an image of 24 x 32, a truth of another size" in told(found, "bad")
+    assert "the image is 24 x 32, its truth has another size" in told(found, "bad")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -131,3 +131,16 @@ def test_the_verb_ends_with_one_where_something_is_bad(tmp_path, scannet, capsys
     assert main(["doctor", "--benchmark", "nyu"]) == 2
     assert "nyu needs a root" in capsys.readouterr().err
     assert main(["doctor", "--benchmark", "scenes"]) == 0 and RGB
+
+
+def test_the_complete_images_keys_are_read_once(tmp_path, scannet):
+    class Keys(list):
+        reads = 0
+
+        def __iter__(self):
+            Keys.reads += 1
+            return super().__iter__()
+
+    keys = Keys([*PAIRS][1:])
+    found = _samples(find("distill.eval.benchmarks", "scannet"), put(tmp_path, scannet, "folder"), None, keys)
+    assert len(found) == 5 and Keys.reads == 1, "not for every sample"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,6 +53,21 @@ def test_a_student_that_copies_its_teacher_is_faithful_and_no_better(tmp_path):
     html = fidelity_section(tmp_path, [])
     assert "dav2" in html and html.count("<circle") > 10 and f"{right['abs_rel']:.4f}" in html
     assert scatter("nothing", []) == ""
+
+
+@pytest.mark.parametrize("points", [2, 7])
+def test_the_points_are_spread_over_the_images_and_never_more(tmp_path, monkeypatch, points):
+    monkeypatch.setattr("distill.eval.fidelity.POINTS", points)
+    depth = np.linspace(1, 9, 256, dtype=np.float32).reshape(16, 16)
+    samples = []
+    for i in range(5):  # each has depths of its own
+        stored(tmp_path / f"{i}", 1 / depth)
+        samples.append(replace(a_sample(depth * np.float32(1 + i * 10)), key=f"{i}", prediction_path=f"{i}/a.npy"))
+    (tmp_path / "settings.json").write_text((tmp_path / "0" / "settings.json").read_text())
+    protocol = replace(CLEAN, max_depth=1e3, num_images=5)
+    found = fidelity(tmp_path, tmp_path, samples, protocol)
+    assert found["images"] == 5 and len(set(found["points"])) == len(found["points"]) == points
+    assert fidelity(tmp_path, tmp_path, samples, protocol) == found
 
 
 def test_a_fault_elsewhere_spoils_the_global_alignment_of_a_part_and_not_the_local_one():

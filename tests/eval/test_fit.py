@@ -210,7 +210,7 @@ def test_an_alignment_may_be_chosen_and_never_mixes_with_another(store, tmp_path
         score(store, "affine_depth", samples(), CLEAN, alignment="lstsq")
     metric = score(store, "metric_depth", samples(), CLEAN, alignment="affine")
     assert metric.metrics == ids["auto"].metrics and metric.protocol == ids["auto"].protocol
-    with pytest.raises(KindError, match="medians give a scale"):
+    with pytest.raises(KindError, match="median and l1 fit a scale only"):
         way(Kind.SCALE_DEPTH, Kind.AFFINE_DEPTH, "scale by medians in depth")
 
 

@@ -115,7 +115,7 @@ def nyu_store(golden, tmp_path: Path) -> tuple[Path, list[str]]:
 
 STRANGE = {
     "missing": (1, r"missing: no .*pred_0009\.npy"),
-    "size": (1, r"has the shape \(240, 320\), the truth \(480, 640\): resize"),
+    "size": (1, r"the map is \(240, 320\), but the truth is \(480, 640\): resize"),
     "nan": (1, r"NaN or infinity in \d+ of the \d+ scored pixels"),
     "all invalid": (1, r"NaN or infinity in (\d+) of the \1 scored pixels"),
     "text": (1, "not a readable .npy"),

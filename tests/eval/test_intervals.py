@@ -125,3 +125,23 @@ def test_the_peak_of_every_card_is_forgotten(monkeypatch):
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", forgotten.append)
     _reset_peak()
     assert forgotten == [0, 1]
+
+
+def test_what_was_on_the_card_before_is_not_the_models(monkeypatch):
+    def inspected(self, teacher) -> None:
+        self.device, self.weight_bytes = "cuda:1", 112
+
+    for name, value in {
+        "is_available": lambda: True,
+        "init": lambda: None,
+        "device_count": lambda: 2,
+        "reset_peak_memory_stats": lambda card: None,
+        "memory_allocated": lambda card: {0: 7, 1: 5000}[card],
+        "max_memory_allocated": lambda card: {"cuda:1": 5000 + 112 + 30}[card],
+        "get_device_name": str,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(Cost, "_inspect", inspected)
+    cost = Cost()
+    cost.watch(object)
+    assert cost.summary(None)["memory_bytes"] == 112 + 30

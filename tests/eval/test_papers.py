@@ -100,7 +100,7 @@ def test_ours_is_within_or_outside(abs_rel, status):
     ("changes", "weights", "reason"),
     [
         ({"mode": "clean"}, LARGE, "scored by the clean protocol"),
-        ({"alignment": "median"}, LARGE, "aligned otherwise: scale by medians in disparity"),
+        ({"alignment": "median"}, LARGE, "aligned differently: scale by medians in disparity"),
         ({"images": (ImageScore("a", "", None, "x", True),)}, LARGE, "1 images failed"),
         ({}, "depth-anything/Depth-Anything-V2-Small", "no score of these weights"),
         ({}, "", "no score of these weights"),
@@ -119,7 +119,7 @@ MARIGOLD = {"resize": "native", "native_size": 756, "steps": 50, "ensemble": 10,
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"steps": 1}, "predicted otherwise: steps 1, not 50"),
+        ({"steps": 1}, "predicted differently: steps 1, not 50"),
         ({"steps": 1, "ensemble": 1}, "steps 1, not 50; ensemble 1, not 10"),
         ({"resize": "none"}, "resize none, not native"),
         ({"native_size": 768}, "native_size 768, not 756"),
@@ -146,7 +146,7 @@ def test_other_images_and_unreleased_weights_are_not_run():
     nyu = find("distill.eval.benchmarks", "nyu").PROTOCOL
     fewer = a_score(protocol=replace(nyu, num_images=2, list_sha256="0"))
     got = of(verdicts([Scored(fewer, "x/depth_anything_v2_vitl.pth", USED)]), "nyu")
-    assert got.status == "not run" and "2 other images than the published list" in got.reason
+    assert got.status == "not run" and "2 images that are not the published list" in got.reason
     both = [Scored(fewer, LARGE, USED), Scored(a_score(), "x/depth_anything_v2_vitl.pth", USED)]
     assert of(verdicts(both), "nyu").status == "within", "the score that may answer does"
     unreleased = [v for v in verdicts(both) if v.number.model == "FiffDepth"]

@@ -94,7 +94,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_scoring(store, tmp_path
         "scores": r"scores is a folder; name a file, such as .*scores/scores\.json",
         "b.json": r"b\.csv is a folder",
         "file/y.json": r"file/y\.json: cannot be written \(.*\); name another file",
-        "a.csv": r"a\.csv: the scores are JSON",
+        "a.csv": r"a\.csv: scores are written as JSON",
     }.items():
         with pytest.raises((OSError, ValueError), match=message) as caught:
             score_predictions(store, out=tmp_path / out, **given)
@@ -105,12 +105,12 @@ def test_an_out_that_cannot_be_written_is_refused_before_scoring(store, tmp_path
 def test_stored_predictions_of_other_settings_are_not_mixed_with(tmp_path, store):
     predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5, "steps": 1})
     with pytest.raises(
-        ValueError, match=r"p holds predictions of other settings \(size 5, now 6\); use another folder"
+        ValueError, match=r"p holds predictions made with other settings \(size 5, now 6\); use another folder"
     ):
         predict(Echo(), samples(), tmp_path / "p", settings={"size": 6, "steps": 1})
     with pytest.raises(ValueError, match="kind 'scale_depth', now 'affine_depth'"):
         predict(Echo(Kind.AFFINE_DEPTH), samples(), tmp_path / "p", settings={"size": 5, "steps": 1})
-    with pytest.raises(ValueError, match="made by somebody else"):
+    with pytest.raises(ValueError, match="made by another program"):
         predict(Echo(), samples(), store, settings={})
     assert len(list((tmp_path / "p").rglob("*.npy"))) == 1
 
@@ -168,9 +168,7 @@ def test_maps_of_another_roots_images_are_told_of(tmp_path):
     for root in ("/data/a", "/data/a", "/data/b", "/data/a"):
         used = how_used(recipe, "student", Echo(), replace(on, root=root))
         predict(Echo(), samples()[:1], tmp_path / "p", settings={"size": 5}, used=used, tell=told.append)
-    other = (
-        f"{tmp_path / 'p'}: its maps are of the images in /data/a, now in /data/b: where those are others, delete it"
-    )
+    other = f"{tmp_path / 'p'}: its maps are of the images in /data/a, now in /data/b; if the images differ, delete it"
     assert told == [other]
 
 
@@ -216,7 +214,7 @@ def test_the_command_lines_function_names_what_is_wrong(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder of predictions"):
         score_predictions(tmp_path / "none", kind="affine_depth", benchmark="nyu", root=tmp_path)
     (tmp_path / "maps.tar").touch()
-    with pytest.raises(FileNotFoundError, match="a file: give the folder of the maps"):
+    with pytest.raises(FileNotFoundError, match="not a folder; unpack it and give the folder of maps"):
         score_predictions(tmp_path / "maps.tar", kind="affine_depth", benchmark="nyu", root=tmp_path)
     with pytest.raises(LookupError, match="nyu"):
         score_predictions(tmp_path, kind="affine_depth", benchmark="nyu2", root=tmp_path)

@@ -80,7 +80,7 @@ def test_the_ratio_of_medians_for_ultralytics_and_what_is_not_defined():
     assert abs_rel(depth, truth, "ultralytics", Kind.SCALE_DEPTH)[0] == pytest.approx(0, abs=1e-6)  # 200 m is too far
     with pytest.raises(KindError, match="ultralytics is not defined for affine_disparity"):
         under(ETH3D, "ultralytics", Kind.AFFINE_DISPARITY)
-    with pytest.raises(ProtocolError, match="not scored in metres"):
+    with pytest.raises(ProtocolError, match="scores depth in metres, which .* does not have"):
         under(Protocol(benchmark="mattes", task="boundary_recall"), "zipdepth", Kind.AFFINE_DISPARITY)
 
 

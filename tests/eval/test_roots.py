@@ -42,7 +42,7 @@ def test_doctor_looks_where_scoring_does_and_says_how_files_should_lie(tmp_path)
     assert any(finding.level == "ok" and finding.what.startswith("1 images") for finding in said)
     touch(tmp_path / "other", "a.txt")
     (bad,) = (finding for finding in check_benchmark("nyu", tmp_path / "other") if finding.level == "bad")
-    assert bad.what.startswith("0 images") and bad.remedy == "they should lie as test/SCENE/rgb_N.png with depth_N.png"
+    assert bad.what.startswith("0 images") and bad.remedy == "expected layout: test/SCENE/rgb_N.png with depth_N.png"
 
 
 def test_kitti_as_it_is_shipped(tmp_path):
@@ -103,7 +103,9 @@ def test_the_test_split_of_nyu_has_its_654_images():
 
 def test_what_is_not_found_is_said_with_what_was_looked_for(tmp_path):
     touch(tmp_path, "labeled.mat")
-    with pytest.raises(ValueError, match=r"test/SCENE/rgb_N\.png.*looked here and.*below.*only NYU's nyu_depth_v2"):
+    with pytest.raises(
+        ValueError, match=r"test/SCENE/rgb_N\.png.*searched here and.*below.*only .mat read is NYU's nyu_depth_v2"
+    ):
         nyu.samples(tmp_path)
 
 
@@ -111,5 +113,5 @@ def test_an_annotated_image_that_is_not_there_says_how_many_are_not(tmp_path):
     pair = [{"point1": [1, 2], "point2": [3, 4], "closer_point": "point1"}]
     touch(tmp_path, "images/indoor/a.jpg")
     (tmp_path / "annotations.json").write_text(json.dumps({f"images/indoor/{name}.jpg": pair for name in "abc"}))
-    with pytest.raises(FileNotFoundError, match=r"2 of 3 images are not there, images/indoor/b.jpg for one"):
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 images are missing, such as images/indoor/b.jpg"):
         da2k.samples(tmp_path)[1].image()

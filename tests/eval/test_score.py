@@ -26,9 +26,9 @@ def test_a_protocol_is_its_id():
     assert from_dict(json.loads(json.dumps(unbounded.as_dict()))) == unbounded
     others = [MARIGOLD, unbounded, CLEAN.with_kind("affine_depth"), replace(CLEAN, list_sha256="0")]
     assert len({p.id for p in [CLEAN, *others]}) == 5
-    with pytest.raises(ValueError, match="does not belong"):
+    with pytest.raises(ValueError, match="does not match"):
         from_dict({**MARIGOLD.as_dict(), "id": CLEAN.id})
-    with pytest.raises(ValueError, match="no colour"):
+    with pytest.raises(ValueError, match="unknown protocol field colour"):
         from_dict({**CLEAN.as_dict(), "colour": 1})
 
 
@@ -112,7 +112,7 @@ FAILURES = {
     "zip": "one map is needed",
     "nan": "NaN or infinity in .* scored pixels",
     "infinite": "NaN or infinity",
-    "size": r"shape \(39, 56\), the truth \(40, 56\): resize",
+    "size": r"the map is \(39, 56\), but the truth is \(40, 56\): resize",
     "rgb": r"shape \(3, 40, 56\)",
     "complex": "holds complex64|holds complex128",
 }
@@ -140,7 +140,7 @@ def test_a_map_of_what_the_protocol_cuts_off_is_to_be_cut_and_not_resized(store)
     """As aliyun/NeWCRFs#7 and cleinc/bts#125 have it of KITTI: a resized map would be scored, and wrongly."""
     broken(store / "part/pred_02.npy", "size")
     got = score(store, "affine_depth", samples(), replace(CLEAN, crop="middle of image and truth"))
-    assert "truth (40, 56): scored is the middle of image and truth: cut the map alike before" in got.problems()[0]
+    assert "truth is (40, 56): crop it like the truth (middle of image and truth) before" in got.problems()[0]
 
 
 def test_a_truth_of_another_size_than_its_image_is_not_the_maps_fault(store):
@@ -148,7 +148,7 @@ def test_a_truth_of_another_size_than_its_image_is_not_the_maps_fault(store):
     broken(store / "part/pred_02.npy", "size")
     odd = [replace(sample, image=lambda: torch.zeros(3, 39, 56)) for sample in samples()]
     assert (
-        "the truth is (40, 56), and its image (39, 56) as the map"
+        "the truth is (40, 56), but its image and the map are (39, 56)"
         in score(store, "affine_depth", odd, CLEAN).problems()[0]
     )
 
@@ -242,7 +242,7 @@ def test_score_files_come_back_and_edits_are_noticed(store, tmp_path):
     content = json.loads((tmp_path / "deep/mine.json").read_text())
     content["protocol"]["max_depth"] = 10.0
     (tmp_path / "edited.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"edited\.json: not a score file .*does not belong"):
+    with pytest.raises(ValueError, match=r"edited\.json: not a score file .*does not match its fields"):
         read_scores(tmp_path / "edited.json")
 
 

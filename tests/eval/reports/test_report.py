@@ -223,7 +223,7 @@ def test_damaged_inputs_are_named_and_the_rest_is_written(run, tmp_path):
     (tmp_path / "train" / "log.jsonl").write_text("nonsense\n")
     _, text = read(write_report(tmp_path))
     assert "a.json: not a score file" in text and "recipe.toml cannot be read" in text
-    assert "manifest.json holds no table" in text and "No training log" in text
+    assert "manifest.json holds no JSON object" in text and "No training log" in text
     assert "student" in text and "scale and shift in disparity" in text
 
 
