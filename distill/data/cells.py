@@ -53,7 +53,7 @@ def scale(text: str) -> float | None:
         pass
     if plain and "disp" not in plain and _LOOKS_LIKE_SCALE.match(plain):
         hint = f": write {plain.replace(',', '.')}" if re.fullmatch(r"-?\d+,\d+", plain) else ""
-        raise ValueError(f"scale_to_metres {text!r} is no number{hint}; words alone mean that the scale is unknown")
+        raise ValueError(f"scale_to_metres {text!r} is not a number{hint}; words alone mean an unknown scale")
     return None
 
 
@@ -62,10 +62,12 @@ def invalid(text: str) -> tuple[float, tuple[float, ...]]:
     text = text.replace("\u2265", ">=").replace("\u2264", "<=")
     if upper_bound := re.search(rf"<=?\s*({NUMBER})", text):
         if float(upper_bound[1]) > 0:
-            raise ValueError(f"invalid {text!r}: bounds are >=NUMBER; values below one are no rule here")
+            raise ValueError(f"invalid {text!r}: bounds must be >=NUMBER; < and <= only work with 0")
         text = text.replace(upper_bound[0], "")
     if _UNSUPPORTED_RULE.search(text):
-        raise ValueError(f"invalid {text!r} is no rule here: write values and bounds, as in 0, 65535 or >=65000")
+        raise ValueError(
+            f"invalid {text!r} is not a supported rule: write values and bounds, as in 0, 65535 or >=65000"
+        )
     bounds = [float(number) for number in re.findall(rf">=?\s*({NUMBER})", text)]
     values = [float(number) for number in re.findall(rf"(?<![\w.-])({NUMBER})", re.sub(rf">=?\s*{NUMBER}", "", text))]
     if near_max := [value for value in values if value >= _NEAR_16_BIT_MAX]:

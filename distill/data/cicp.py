@@ -41,7 +41,7 @@ def _png_pixels(data: bytes) -> np.ndarray:
     """(H,W) or (H,W,C) uint16 RGB or RGBA."""
     stored = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if stored is None:
-        raise ValueError("its pixels in high dynamic range are damaged")
+        raise ValueError("its high-dynamic-range pixels are damaged")
     stored = stored if stored.dtype == np.uint16 else stored.astype(np.uint16) * 257
     return np.ascontiguousarray(stored[..., [2, 1, 0, 3][: stored.shape[-1]]]) if stored.ndim == 3 else stored
 

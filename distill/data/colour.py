@@ -83,7 +83,7 @@ def _composite_over_white(image: Image.Image, convert: Convert, out: np.ndarray)
     if max_alpha and not (shows_nothing and not is_uniform):
         return out
     if is_uniform or max_alpha:
-        raise UnusablePixelsError("nothing of it shows: every pixel is transparent")
+        raise UnusablePixelsError("nothing is visible: every pixel is transparent")
     for top, band in _bands(image):
         out[top : top + band.height] = np.asarray(convert(band.convert("RGBA").convert("RGB")))
     return out

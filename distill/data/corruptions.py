@@ -49,7 +49,7 @@ class Corruptions:
         if min(self.blur, self.far_noise, self.warp, self.drift) < 0:
             raise ValueError("blur, far_noise, warp and drift must not be negative")
         if not 0.0 <= self.common <= 1.0 or (self.common and not self.layout):
-            raise ValueError("common is a share, in [0, 1], of a layout that all maps have: it needs layout, a number")
+            raise ValueError("common, the share of a layout that all maps have, must be in [0, 1]; it needs layout > 0")
         if self.drift and not self.own_range:
             raise ValueError("drift is a fraction of a map's own range: it needs own_range = true")
 

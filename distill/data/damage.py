@@ -51,7 +51,7 @@ def unfinished(data: bytes, kind: str) -> str:
     }.get(kind)
     if is_cut is None or not is_cut():
         return ""
-    return f"truncated: it ends in {zeros} zero bytes, as an unfinished download does"
+    return f"truncated: it ends in {zeros} zero bytes, like an unfinished download"
 
 
 def png_damage(data: bytes) -> str:
@@ -70,7 +70,7 @@ def png_damage(data: bytes) -> str:
         if name == b"IEND":
             return ""
         at += 12 + length
-    return "truncated: it has no end"
+    return "truncated: its end is missing"
 
 
 def _webp_is_cut(data: bytes) -> bool:
@@ -318,9 +318,9 @@ def odd_jpeg(data: bytes) -> str:
         marker, bits, height = data[at + 1], data[at + 4], int.from_bytes(data[at + 5 : at + 7], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) or marker == 0xF7:
             kind = "JPEG-LS" if marker == 0xF7 else "a lossless JPEG" if marker in (0xC3, 0xC7) else "a JPEG"
-            variant = f"{kind} of {bits} bits a sample" if bits != 8 or kind != "a JPEG" else ""
-            variant = variant or ("a JPEG whose header says a height of 0" if not height else "")
-            return variant and f"{variant}, which is not read here: convert it to PNG or TIFF"
+            variant = f"{kind} of {bits} bits per sample" if bits != 8 or kind != "a JPEG" else ""
+            variant = variant or ("a JPEG whose header gives a height of 0" if not height else "")
+            return variant and f"{variant}, which is not supported: convert it to PNG or TIFF"
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return ""
 

@@ -78,9 +78,12 @@ def _in_display(pixels: np.ndarray, header: Mapping[str, Any]) -> np.ndarray:
         return pixels
     across, down = (max(left, x0), min(right, x1)), (max(top, y0), min(bottom, y1))
     if across[0] > across[1] or down[0] > down[1]:
-        raise ValueError("its pixels lie outside of its display window: a crop of nothing")
+        raise ValueError("its pixels lie entirely outside its display window")
     if (y1 - y0 + 1) * (x1 - x0 + 1) > 64 * pixels.size:
-        raise ValueError(f"its pixels are {right - left + 1} x {bottom - top + 1} of {x1 - x0 + 1} x {y1 - y0 + 1}")
+        raise ValueError(
+            f"its pixels cover only {right - left + 1} x {bottom - top + 1} of "
+            f"its display window of {x1 - x0 + 1} x {y1 - y0 + 1}"
+        )
     whole = np.full((y1 - y0 + 1, x1 - x0 + 1), np.nan if pixels.dtype.kind == "f" else 0, pixels.dtype)
     whole[down[0] - y0 : down[1] - y0 + 1, across[0] - x0 : across[1] - x0 + 1] = pixels[
         down[0] - top : down[1] - top + 1, across[0] - left : across[1] - left + 1

@@ -40,7 +40,7 @@ _OTHER_PICTURES = {
     ".svg": "a drawing (SVG)",
     ".insp": "a 360-degree photo",
 }
-RAW = "a camera raw: develop it and save it as JPEG, PNG or TIFF; its TIFF reading is a thumbnail or unfinished"
+RAW = "a camera raw: develop it and save it as JPEG, PNG or TIFF; read as a TIFF, it is a thumbnail or undeveloped"
 
 
 def refusal(name: str) -> str:
@@ -49,7 +49,7 @@ def refusal(name: str) -> str:
     if suffix in RAWS:
         return RAW
     kind = _OTHER_PICTURES.get(suffix)
-    return f"{kind}, which is not read here: convert it to JPEG, PNG or TIFF" if kind else ""
+    return f"{kind}, which is not supported: convert it to JPEG, PNG or TIFF" if kind else ""
 
 
 def is_litter(name: str) -> bool:
@@ -99,10 +99,10 @@ def counted(sorts: Mapping[str, int] | Iterable[str]) -> str:
 def way_out(kind: str) -> str:
     """What to do about a file of an unsupported kind (of `signatures.sniff`); "" where the kind itself says it."""
     if kind.startswith("a video"):
-        return ": give it the name of a film (.mp4, .mkv, .avi), or take pictures out of it"
+        return ": give it a video's suffix (.mp4, .mkv, .avi), or extract frames from it"
     if signatures.is_packed(kind):
         return ": unpack it"
     convertible = ("JPEG", "Photoshop", "Radiance", "OpenEXR", "a DirectDraw", "QOI", "GIMP", "PostScript", "an icon")
     if kind.startswith((*convertible, "FITS", "PAM", "PFM", "DICOM", "a PDF")):
         return ": convert it to JPEG, PNG or TIFF"
-    return "" if ":" in kind else ": take it out"
+    return "" if ":" in kind else ": remove it"

@@ -72,7 +72,7 @@ def read_map(path: Path, quantity: str = "depth") -> np.ndarray:
     """
     plane = _read(path, quantity)
     if plane.dtype.kind == "b":
-        raise BadMapError("holds true and false alone: a mask, not a map")
+        raise BadMapError("holds only true and false: a mask, not a map")
     return plane
 
 
@@ -107,17 +107,17 @@ def decode_map(data: bytes, name: str = "", quantity: str = "depth") -> np.ndarr
     description = signatures.sniff(data) or signatures.text(data) or (_UNKNOWN if data else "empty")
     description = "JPEG, which changes the numbers of a map" if description == "JPEG" else description
     description += ": unpack it" if signatures.is_packed(description) else ""
-    raise BadMapError(f"not a readable {suffix or 'map'} ({description}); read are {READ}")
+    raise BadMapError(f"not a readable {suffix or 'map'} ({description}); supported: {READ}")
 
 
 _MAT_4 = {(1000 * big + 10 * dtype).to_bytes(4, ("little", "big")[big]) for big in (0, 1) for dtype in range(6)}
 """First bytes of MATLAB version 4, which has no signature: byte order and data type, double to uint8."""
-_UNKNOWN = "of no known format: numbers without a header, as ETH3D's and RealSense's, are to be stored as .npy"
+_UNKNOWN = "unknown format: store numbers without a header, as ETH3D and RealSense write them, as .npy"
 
 
 def _unreadable(kind: str, error: BaseException) -> str:
     if "allow_pickle" in str(error) or "Python objects" in str(error):
-        return f"not a readable .{kind} (pickled Python objects, which are not opened: save the array of numbers alone)"
+        return f"not a readable .{kind} (pickled Python objects, which are not loaded: save only the array of numbers)"
     return f"not a readable .{kind} ({(str(error).splitlines() or [type(error).__name__])[0][:160]})"
 
 
@@ -134,9 +134,9 @@ def _npz(data: bytes) -> dict[str, Any]:
     with np.load(io.BytesIO(data), allow_pickle=False) as archive:
         sizes = {info.filename: info.file_size for info in archive.zip.infolist()}
         if sum(sizes.values()) > 1 << 32:
-            raise BadMapError(f"unpacks to {sum(sizes.values())} bytes: not one map")
+            raise BadMapError(f"unpacks to {sum(sizes.values())} bytes: too large for one map")
         if any(name.endswith("/data.pkl") for name in sizes):
-            raise BadMapError(f"a torch file, not a map: save its tensor as .npy (read are {READ})")
+            raise BadMapError(f"a torch file, not a map: save its tensor as .npy (supported: {READ})")
         arrays: dict[str, Any] = {}
         for name in archive.files:
             try:
@@ -171,7 +171,7 @@ def _choose_map(arrays: Mapping[str, Any], quantity: str) -> np.ndarray:
         planes = {name: array for name, array in planes.items() if sorted(array.shape)[-2] > _MATRIX}
     if len(planes) != 1 or matches:
         listed = ", ".join(f"{name} {_describe(array)}" for name, array in list(arrays.items())[:5])
-        raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one that is called depth or disparity")
+        raise BadMapError(f"holds {listed or 'nothing'}; one map is needed, or one named depth or disparity")
     return next(iter(planes.values()))
 
 
@@ -182,7 +182,7 @@ def _describe(array: Any) -> str:
         return array if isinstance(array, str) else "(no array)"
     if dtype.names:
         return f"(a struct of {', '.join(dtype.names[:5])}: save its field)"
-    words = {"O": "cells or objects", "b": "true and false alone"}.get(dtype.kind, "")
+    words = {"O": "cells or objects", "b": "only true and false"}.get(dtype.kind, "")
     words = "a sparse matrix" if hasattr(array, "tocoo") else words
     return f"({words})" if words else str(array.shape)
 
@@ -213,7 +213,7 @@ def _grey_plane(values: np.ndarray, otherwise: str) -> np.ndarray:
         raise BadMapError(f"{otherwise}; a depth map has one channel: store its numbers")
     alpha = values[..., -1]
     if values.shape[-1] in (2, 4) and alpha.min() < np.iinfo(alpha.dtype).max:
-        raise BadMapError("is transparent in places, and a map has no alpha: store what is invalid as 0")
+        raise BadMapError("is partly transparent, but a map has no alpha: store invalid pixels as 0")
     return np.ascontiguousarray(colours[..., 0])
 
 
@@ -227,9 +227,9 @@ def _pfm(data: bytes) -> np.ndarray:
         raise BadMapError("not a readable .pfm (its header is not PFM's)")
     width, height, planes = int(head[2]), int(head[3]), 3 if head[1] == b"PF" else 1
     if not float(head[4]):
-        raise BadMapError("not a readable .pfm (its scale is 0, whose sign would say the order of bytes)")
+        raise BadMapError("not a readable .pfm (its scale is 0, but the scale's sign gives the byte order)")
     if len(data) - head.end() == 8 * width * height * planes:
-        raise BadMapError("not a readable .pfm (8 bytes a number, and PFM has 4: store float32)")
+        raise BadMapError("not a readable .pfm (8 bytes per number, but PFM has 4: store float32)")
     kind = "<f4" if float(head[4]) < 0 else ">f4"
     start = head.end()
     if len(data) - start == 4 * width * height * planes - 1 and head[5] == b"\r\n":
@@ -252,7 +252,7 @@ def _pgm(data: bytes) -> np.ndarray:
             raise BadMapError(f"not a whole .pgm: {values.size} numbers for {width} x {height}")
         return values.reshape(height, width)
     if top > 65535:
-        raise BadMapError(f"not a readable .pgm (its greatest value, {top}, is beyond 16 bits)")
+        raise BadMapError(f"not a readable .pgm (its maximum value, {top}, exceeds 16 bits)")
     kind = np.dtype(">u2" if top > 255 else "u1")
     data = damage.without_cr(data)
     start = head.end()
@@ -262,7 +262,7 @@ def _pgm(data: bytes) -> np.ndarray:
 
 def _check_length(data: bytes, start: int, size: int, kind: str) -> None:
     if size <= 0 or len(data) - start < size:
-        raise BadMapError(f"not a whole .{kind}: {len(data) - start} bytes of pixels, and its header says {size}")
+        raise BadMapError(f"not a whole .{kind}: {len(data) - start} bytes of pixels, but its header says {size}")
 
 
 def _tiff(data: bytes) -> np.ndarray:
@@ -286,7 +286,7 @@ def _dpt(data: bytes) -> np.ndarray:
     """Sintel's .dpt: the number 202021.25, width, height, then float32, all little-endian."""
     width, height = struct.unpack("<ii", data[4:12])
     if min(width, height) > 0 and len(data) == 12 + 8 * width * height:
-        raise BadMapError("optical flow (.flo), two numbers a pixel: not a map")
+        raise BadMapError("optical flow (.flo), two numbers per pixel: not a map")
     if min(width, height) < 1 or len(data) != 12 + 4 * width * height:
         raise BadMapError(f"not a whole .dpt: {len(data)} bytes for {width} x {height} float32")
     return np.frombuffer(data, "<f4", offset=12).reshape(height, width)

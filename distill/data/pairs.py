@@ -86,9 +86,7 @@ class Pair:
         try:
             return decode(self.rgb_path.read_bytes())
         except (OSError, BadImageError) as error:
-            raise OSError(
-                f"{self.rgb_path}: not a readable image ({error}); fix the file or take its row out"
-            ) from error
+            raise OSError(f"{self.rgb_path}: not a readable image ({error}); fix the file or remove its row") from error
 
     def truth(self) -> DepthMap:
         """The ground truth at the photograph's size, (1,H,W), of `kind`; metres where it is metric.
@@ -108,8 +106,8 @@ class Pair:
             values = raw * self.scale
         if self.kind is Kind.METRIC_DEPTH and valid.any() and (nearest := values[valid].min()) > _FARTHEST:
             raise ValueError(
-                f"{self.depth_path}: its nearest point comes to {nearest:g} m: scale_to_metres is metres per stored "
-                f"unit, 0.001 for millimetres, and {self.scale:g} is perhaps its inverse"
+                f"{self.depth_path}: its nearest point is at {nearest:g} m: scale_to_metres is metres per stored "
+                f"unit (0.001 for millimetres); {self.scale:g} may be its inverse"
             )
         values = np.where(valid, values, 0.0).astype(np.float32)
         return DepthMap(_nearest(torch.from_numpy(values), size), _nearest(torch.from_numpy(valid), size), self.kind)
@@ -119,16 +117,14 @@ class Pair:
         try:
             height, width, orientation = upright(self.rgb_path.read_bytes())
         except (OSError, BadImageError) as error:
-            raise OSError(
-                f"{self.rgb_path}: not a readable image ({error}); fix the file or take its row out"
-            ) from error
+            raise OSError(f"{self.rgb_path}: not a readable image ({error}); fix the file or remove its row") from error
         if _fits(raw.shape, (height, width)):
             return raw, (height, width)
         if orientation >= 5 and _fits(raw.shape, (width, height)):
             return np.ascontiguousarray(turn(raw, orientation)), (height, width)
         raise ValueError(
-            f"{self.depth_path}: {raw.shape[1]} x {raw.shape[0]} has another aspect than its photograph, {width} x "
-            f"{height}: they do not show the same; crop or turn one of them"
+            f"{self.depth_path}: {raw.shape[1]} x {raw.shape[0]} differs in aspect ratio from its photograph, "
+            f"{width} x {height}: they do not show the same view; crop or rotate one of them"
         )
 
 
@@ -163,7 +159,7 @@ def read_pairs(table: Path | str, *, names: list[str] | None = None) -> list[Pai
     if faults:
         raise ValueError(f"{path}: " + "; ".join(faults))
     if not pairs:
-        raise ValueError(f"{path}: names columns and no pair below them")
+        raise ValueError(f"{path}: has a header, but no pairs below it")
     return _choose(path, pairs, names)
 
 
@@ -186,7 +182,7 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             if any(map(str.strip, row.get(None) or ())):
                 where = f"{path}: line {skipped + reader.line_num}"
                 raise ValueError(
-                    f"{where}: more cells than columns: put quotes around one that has the separator in it"
+                    f"{where}: more cells than columns: put quotes around a cell that contains the separator"
                 )
             cells_by_column = {key: _unquoted(value or "") for key, value in row.items() if isinstance(key, str)}
             if any(cells_by_column.values()) and not next(iter(cells_by_column.values())).startswith("# "):
@@ -205,13 +201,15 @@ def _columns(path: Path, given: Sequence[str]) -> list[str]:
     if missing := {"name", "rgb", "depth"} - set(columns):
         listed = f"; it has {', '.join(columns[:8])}" if any(columns) else ""
         raise ValueError(
-            f"{path}: no column {', '.join(sorted(missing))}{listed} (they are separated by tabs, commas or semicolons)"
+            f"{path}: no column {', '.join(sorted(missing))}{listed} (separate columns by tabs, commas or semicolons)"
         )
     if duplicates := [name for name in _KNOWN_COLUMNS if columns.count(name) > 1]:
-        raise ValueError(f"{path}: two columns are called {duplicates[0]}: take one of them out")
+        raise ValueError(f"{path}: two columns are called {duplicates[0]}: remove one of them")
     scales = [name for name in columns if "scale" in name or name in ("unit", "units")]
     if scales and "scale_to_metres" not in columns:
-        raise ValueError(f"{path}: the column {scales[0]} is not read: metres per stored unit are scale_to_metres")
+        raise ValueError(
+            f"{path}: the column {scales[0]} is not read: metres per stored unit belong in scale_to_metres"
+        )
     return columns
 
 
@@ -229,7 +227,9 @@ def read_names(path: Path | str) -> list[str]:
     shipped = Path(path).parts[:1] == ("recipes",) and not Path(path).is_file()
     file = Path(distill.__file__).parent / path if shipped else Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such list; a text file with one name a line, as `distill filter` writes")
+        raise FileNotFoundError(
+            f"{path}: no such list; give a text file with one name per line, like those of `distill filter`"
+        )
     names = [line.strip() for line in _table_text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{path}: empty; it should have one name per line")
@@ -273,7 +273,7 @@ def _choose(path: Path, pairs: dict[str, Pair], names: list[str] | None) -> list
     chosen = list(pairs.values()) if names is None else [pairs[name] for name in names]
     absent = [str(p) for pair in chosen for p in (pair.rgb_path, pair.depth_path) if not p.is_file()]
     if addresses := [pair.photo for pair in chosen if "://" in pair.photo and not pair.rgb_path.is_file()]:
-        raise FileNotFoundError(f"{path}: {addresses[0]} is an address, and paths are read: download the files")
+        raise FileNotFoundError(f"{path}: {addresses[0]} is a URL, but only paths are read: download the files")
     if absent:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {2 * len(chosen)} files are missing: {', '.join(absent[:3])}"
@@ -287,7 +287,7 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     if empty:
         raise ValueError(f"{', '.join(empty)} is empty")
     if row["name"].startswith("/") or ".." in row["name"].split("/"):
-        raise ValueError(f"the name {row['name']!r} would climb out of the folder that predictions are stored in")
+        raise ValueError(f"the name {row['name']!r} points outside the folder that predictions are stored in")
     scale_text = row.get("scale_to_metres", "")
     stereo = _STEREO.match(scale_text)
     scale, baseline, offset = 1.0, 0.0, 0.0
@@ -301,13 +301,15 @@ def _pair(row: dict[str, str], folder: Path) -> Pair:
     else:
         number = cells.scale(scale_text)
         if number is not None and not 0 < number < math.inf:
-            raise ValueError(f"scale_to_metres must be finite and above 0, not {scale_text}; words mean unknown")
+            raise ValueError(
+                f"scale_to_metres must be finite and above 0, not {scale_text}; words mean an unknown scale"
+            )
         scale = 1.0 if number is None else number
         kind = _kind(row.get("kind") or "depth", known=number is not None)
         if number is None and kind.quantity == "depth" and _OF_DISPARITY.search(scale_text):
             raise ValueError(
-                f"scale_to_metres {scale_text!r} is a formula of disparity that is not understood, and kind says "
-                "depth: write it as Z[m]=f*b/disp or Z[m]=f*b/(disp/256), or kind disparity"
+                f"scale_to_metres {scale_text!r} is a disparity formula that cannot be parsed, but kind says "
+                "depth: write Z[m]=f*b/disp or Z[m]=f*b/(disp/256), or set kind to disparity"
             )
     bounds, values = cells.invalid(row.get("invalid", ""))
     return Pair(
@@ -369,7 +371,7 @@ def _read_map(path: Path, quantity: str) -> np.ndarray:
     try:
         return maps.read_map(path, quantity)
     except OSError as error:
-        raise OSError(f"{path}: not a readable depth map ({error}); fix the file or take its row out") from error
+        raise OSError(f"{path}: not a readable depth map ({error}); fix the file or remove its row") from error
 
 
 def _nearest(plane: Tensor, size: tuple[int, int]) -> Tensor:

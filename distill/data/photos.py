@@ -238,12 +238,12 @@ def _undecodable(data: bytes, kind: str, error: Exception) -> str:
         return f"cannot be decoded: {description}" if kind else description
     advice = ": download or copy it again" if "truncated" in str(error) else ""
     if kind == "TIFF" and "decoder error" in str(error):
-        advice = ": its compressed pixels are damaged, or of a kind that is not read: copy it again, or save it as PNG"
+        advice = ": its compressed pixels are damaged, or of an unsupported kind: copy it again, or save it as PNG"
     return f"cannot be decoded: {str(error) or type(error).__name__}{advice}"
 
 
 _ZERO_FILLED = (
-    "truncated: its last {} bytes are zero, as in an unfinished download (if its foot is black: save it as PNG)"
+    "truncated: its last {} bytes are zero, as in an unfinished download (if its bottom is truly black, save it as PNG)"
 )
 _EMBEDDABLE = ("JPEG", "PNG", "WebP", "AVIF", "HEIC")
 _SUPPORTED = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WebP", "AVIF", "HEIC")
@@ -260,14 +260,14 @@ def _photo_kind(data: bytes) -> str:
     if offset:
         embedded = f"{signatures.sniff(data[offset:])} begins {offset} bytes in"
         raise BadImageError(
-            f"damaged: a {embedded}, behind {bytes(data[:offset])!r}, which is none of it: download it again"
+            f"damaged: a {embedded}, after {bytes(data[:offset])!r}, which does not belong to it: download it again"
         )
     if not kind and (words := signatures.text(data)):
         raise BadImageError(f"not an image: it is {words}")
     if kind == "camera raw" or (kind == "TIFF" and data[8:10] == b"CR"):
         raise BadImageError(filetypes.RAW)
     if kind and kind not in _SUPPORTED:
-        raise BadImageError(f"not a photo that is read here: it is {kind}{filetypes.way_out(kind)}")
+        raise BadImageError(f"not a photo that can be read: it is {kind}{filetypes.way_out(kind)}")
     if reason := damage.unfinished(data, kind) or (damage.png_damage(data) if kind == "PNG" else ""):
         raise BadImageError(reason)
     return kind
@@ -318,15 +318,15 @@ def _check_size(image: Image.Image, size: int, limit: int) -> None:
     # A photograph of this size takes megabytes; JPEG and similar formats compress even a uniform one at most 1:200.
     if pixels > _PILLOW_LIMIT and pixels > 400 * size and LIMIT not in os.environ:
         raise BadImageError(
-            f"{image.width}x{image.height} pixels in {size} bytes: a decompression bomb? {LIMIT}={pixels} reads it"
+            f"{image.width}x{image.height} pixels in {size} bytes: a decompression bomb? If not, set {LIMIT}={pixels}"
         )
 
 
 def _too_large(width: int, height: int) -> str:
     pixels = width * height
     return (
-        f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? {LIMIT}={pixels} reads it, in "
-        f"{7 * pixels / 1e9:.1f} GB of memory"
+        f"{width}x{height} is more than {max_pixels()} pixels: a decompression bomb? If not, set {LIMIT}={pixels} "
+        f"({7 * pixels / 1e9:.1f} GB of memory)"
     )
 
 
@@ -351,7 +351,7 @@ def _seek_first_picture(image: Any, data: bytes) -> dict[str, Any]:
     image.seek(chosen)
     tags = image.tag_v2
     if damage.tiff_goes_on(data, tags):
-        raise BadImageError("truncated: its pixels go on behind its end: download or copy it again")
+        raise BadImageError("truncated: its pixels continue beyond its end: download or copy it again")
     if damage.tiff_is_cut(data, tags):
         raise BadImageError(_ZERO_FILLED.format(damage.trailing_zeros(data)))
     depth = tags.get(258, 16)
@@ -372,7 +372,7 @@ def _by_opencv(image: TiffImageFile, data: bytes) -> np.ndarray:
     """(H,W,3) uint8 RGB of a TIFF, with its orientation applied."""
     strips = zip(image.tag_v2.get(_STRIPS, ()), image.tag_v2.get(_STRIP_BYTES, ()), strict=False)
     if any(start + count > len(data) for start, count in strips):
-        raise BadImageError("truncated: its pixels go on behind its end")
+        raise BadImageError("truncated: its pixels continue beyond its end")
     try:
         bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     except cv2.error as error:

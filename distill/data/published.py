@@ -57,12 +57,12 @@ def _load_row(name: str, root: Path, row: Row, key: str, origin: str) -> Photo:
     if values.shape != photo.rgb.shape[1:]:
         height, width = photo.rgb.shape[1:]
         raise BadImageError(
-            f"{root / row.depth}: {values.shape[1]} x {values.shape[0]}, the image is {width} x {height}"
+            f"{root / row.depth}: {values.shape[1]} x {values.shape[0]}, but the image is {width} x {height}"
         )
     sampled = values[valid][:: max(1, int(valid.sum()) // 4096)]
     if plugin.FACTS.kind.unknown == "metric" and sampled.size and not METRES[0] < np.median(sampled) < METRES[1]:
         raise BadImageError(
-            f"{root / row.depth}: its median is {np.median(sampled):.4g} m, which no scene is: another unit than "
+            f"{root / row.depth}: its median is {np.median(sampled):.4g} m, impossible for a scene: another unit than "
             f"{plugin.FACTS.title}'s"
         )
     truth = DepthMap(torch.from_numpy(values)[None], torch.from_numpy(valid)[None], plugin.FACTS.kind)

@@ -69,14 +69,14 @@ class ImageSettings:
     def __post_init__(self) -> None:
         if sum(bool(getattr(self, source)) for source in SOURCES) != 1:
             raise ValueError(f"needs exactly one of {', '.join(SOURCES)}")
-        refuse(["variety goes with scenes"] if self.variety and not self.scenes else [])
-        refuse(["names goes with pairs or a dataset"] if self.names and not (self.pairs or self.dataset) else [])
+        refuse(["variety needs scenes"] if self.variety and not self.scenes else [])
+        refuse(["names needs pairs or a dataset"] if self.names and not (self.pairs or self.dataset) else [])
         refuse(self._dataset_faults())
         refuse(below(self, scenes=0, limit=0, size=1, weight=0, far=0) + above(self, scenes=1_000_000, size=8192))
 
     def _dataset_faults(self) -> list[str]:
         if not self.dataset:
-            return ["root and index go with a dataset"] if self.root or self.index else []
+            return ["root and index need a dataset"] if self.root or self.index else []
         if fault := name_fault("distill.data.datasets", self.dataset):
             return [fault]
-        return [] if self.root else [f"dataset = {self.dataset!r} needs root, the folder that it lies in"]
+        return [] if self.root else [f"dataset = {self.dataset!r} needs root, the folder that contains it"]

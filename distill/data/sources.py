@@ -145,8 +145,8 @@ def _tar_advice(folder: Path) -> str:
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
     content = f", but {filetypes.counted(map(filetypes.sort_of, names))}" if names else ""
     if tar_like := next((name for name in names if ".tar" in name.lower()), ""):
-        return f"{content}: {tar_like} should be unpacked or joined into a .tar, or get a name that ends in .tar"
-    return f"{content}; photographs that lie in it are `photos`"
+        return f"{content}: unpack {tar_like}, join its parts into a .tar, or rename it to end in .tar"
+    return f"{content}; for photographs in a folder use `photos`"
 
 
 def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
@@ -160,7 +160,7 @@ def tars(patterns: str | Path | Iterable[str | Path]) -> list[InputShard]:
     """
     listed = [patterns] if isinstance(patterns, str | Path) else list(patterns)
     if pipes := [p for p in listed if str(p).startswith("pipe:")]:
-        raise ValueError(f"{pipes[0]}: a pipe has no middle to go on from; give the tar's path or URL")
+        raise ValueError(f"{pipes[0]}: a pipe cannot be resumed in the middle; give the tar's path or URL")
     urls = storage.find_urls([str(p) for p in listed if storage.is_url(p)], "tar")
     local = [p for p in listed if not storage.is_url(p)]
     paths: list[Path | str] = [*(_paths(local, "tar") if local or not urls else []), *urls]
@@ -204,7 +204,7 @@ def _scan_tar(path: Path | str) -> Scan:
             members.setdefault(name, (key, origin, []))[2].append((member.offset_data, member.size))
     except OSError as error:
         if isinstance(path, str):
-            raise OSError(f"{path} cannot be read: {error}; run again when it answers") from error
+            raise OSError(f"{path} cannot be read: {error}; run again when it is reachable") from error
         rejected.append(Rejected(tar, "", f"{path} cannot be read: {error.strerror or error}"))
     if not members and not rejected:
         content = f", but {filetypes.counted(passed)}" if passed else ""
@@ -223,7 +223,9 @@ def _member_problem(member: tarfile.TarInfo) -> str:
         return reason
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         advice = (
-            ": pack what it points to, by --dereference --hard-dereference" if member.issym() or member.islnk() else ""
+            ": pack what it points to, with --dereference --hard-dereference"
+            if member.issym() or member.islnk()
+            else ""
         )
         if member.issparse():
             return "not a plain file (it is stored sparse): pack it without --sparse"

@@ -26,7 +26,7 @@ def expand(pattern: str) -> list[str]:
     """
     names = list(islice(_expanded(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
-        raise ValueError(f"{pattern}: stands for more than {MOST_NAMES:,} names; name fewer at once")
+        raise ValueError(f"{pattern}: expands to more than {MOST_NAMES:,} names; use a narrower pattern")
     return names
 
 

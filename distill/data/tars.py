@@ -26,7 +26,7 @@ def walk_tar(path: Path | str) -> Iterator[tuple[tarfile.TarInfo | None, str]]:
         file.seek(0)
         start = file.read(512)
         if packer := signatures.packer(start) or ("zip" if start.startswith(b"PK\3\4") else ""):
-            yield None, f"it is compressed with {packer}: unpack it, for members are read by their place"
+            yield None, f"it is compressed with {packer}: unpack it, because members are read by position"
             return
         words = "" if b"ustar" in start else signatures.sniff(start) or signatures.text(start)
         if not start or words:
@@ -57,7 +57,7 @@ def _whole_members(file: IO[bytes], at: int, size: int) -> Generator[tuple[tarfi
             if member.size < 0 or tar.offset <= at or (end > size and member.size > MAX_BYTES):
                 break
             if end > size:
-                yield member, f"the tar is cut: it ends {end - size} bytes before this file does"
+                yield member, f"the tar is cut: it ends {end - size} bytes before the end of this file"
                 return None
             yield member, ""
             at = tar.offset

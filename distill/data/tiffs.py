@@ -52,7 +52,7 @@ def by_libtiff(data: bytes) -> Image.Image:
     bits, sample_format = int(_first(tags, 258, 1)), int(_first(tags, 339, 1))
     samples, meaning = int(_first(tags, 277, 1)), int(_first(tags, 262, 1))
     packed = f", compression {_first(tags, 259, 1)}"
-    what = f"a TIFF of {_WORDS.get(sample_format, 'unknown')} {bits}-bit samples, {samples} a pixel{packed}"
+    what = f"a TIFF of {_WORDS.get(sample_format, 'unknown')} {bits}-bit samples, {samples} per pixel{packed}"
     if sample_format != 1 or bits not in (8, 16) or meaning not in _PHOTOS:
         raise UnusablePixelsError(f"{what}: save it with 8 or 16 bits of grey or RGB")
     try:

@@ -129,7 +129,7 @@ def test_each_source_says_which_key_takes_its_list(tmp_path):
     comma.write_text(table.read_text().replace("\t", ","))
     tabs, commas = open_sources([str(table), str(comma)])
     assert (scenes.key, tabs.key) == ("", "images.names") and commas.names == tabs.names
-    with pytest.raises(ValueError, match="names goes with pairs or a dataset"):
+    with pytest.raises(ValueError, match="names needs pairs or a dataset"):
         ImageSettings(photos="photos", names="kept.txt")  # it would be read and mean nothing
 
 

@@ -144,7 +144,7 @@ def test_bad_files_end_in_one_line_that_names_them(tmp_path):
             entry.load()
         said.append(str(error.value))
     for number, words in enumerate(
-        ("truncated", "no such file", "not a readable .hdf5", "32 x 12, the image is 32 x 24", "another unit")
+        ("truncated", "no such file", "not a readable .hdf5", "32 x 12, but the image is 32 x 24", "another unit")
     ):
         assert f"frame.{number:04d}.depth_meters.hdf5" in said[number] and words in said[number]
         assert "\n" not in said[number]
@@ -153,7 +153,7 @@ def test_bad_files_end_in_one_line_that_names_them(tmp_path):
 def test_a_root_or_an_index_that_is_not_there_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match="`distill index irs .*` writes it"):
         _index.read("irs", tmp_path)
-    with pytest.raises(FileNotFoundError, match="nothing of IRS lies there; its layout is: .*l_N.png"):
+    with pytest.raises(FileNotFoundError, match="no files of IRS found there; its layout is: .*l_N.png"):
         _index.write("irs", tmp_path)
     (tmp_path / "INDEX.irs.tsv").write_text("name\trgb\tdepth\tfocal\tsplit\na\t../../x.png\td\t\t\n")
     with pytest.raises(ValueError, match="line 2 is damaged .its path climbs out"):
@@ -164,8 +164,8 @@ def test_a_root_above_below_or_still_packed_is_said(tmp_path):
     """As SeasonDepth/SeasonDepth#5 has it of DIODE, and DepthAnything/Depth-Anything-V2#138 of Virtual KITTI 2."""
     virtual_kitti2(tmp_path / "data/vkitti2", frames(1, 12, 32))
     for root, words in (
-        ("data", "it lies in .*/data/vkitti2: give that"),
-        ("data/vkitti2/Scene01", "it is a part of what lies in .*/data/vkitti2: give that"),
+        ("data", "it is in .*/data/vkitti2: give that folder"),
+        ("data/vkitti2/Scene01", "it is a part of the data in .*/data/vkitti2: give that folder"),
     ):
         with pytest.raises(FileNotFoundError, match=words):
             _index.write("virtual_kitti2", tmp_path / root)
@@ -191,7 +191,7 @@ def test_an_index_of_images_without_any_depth_is_not_written(tmp_path):
     virtual_kitti2(tmp_path, frames(1, 12, 32))
     depth = tmp_path / "Scene01/clone/frames/depth"
     depth.rename(tmp_path / "aside")
-    with pytest.raises(ValueError, match=r"without images .such as .*rgb_00000.jpg., and no pair: unpack the other"):
+    with pytest.raises(ValueError, match=r"without images .such as .*rgb_00000.jpg., but no pairs: unpack the other"):
         _index.write("virtual_kitti2", tmp_path)
     assert not list(tmp_path.glob("*INDEX*"))
     (tmp_path / "aside").rename(depth)

@@ -53,7 +53,7 @@ def test_what_is_no_array_of_numbers_is_told_in_few_words(tmp_path):
         ({"s": {"depth": BIG, "K": BIG}}, r"s \(a struct of depth, K: save its field\)"),
         ({"depth": sparse.csc_matrix(BIG)}, r"depth \(a sparse matrix\)"),
         ({"depth": np.array([BIG, BIG[:2]], object)}, r"depth \(cells or objects\)"),
-        ({"mask": BIG > 2}, r"mask \(true and false alone\)"),
+        ({"mask": BIG > 2}, r"mask \(only true and false\)"),
     ):
         scipy.savemat(tmp_path / "a.mat", value)
         with pytest.raises(BadMapError, match=f"holds {said}; one map is needed"):
@@ -106,8 +106,8 @@ def test_a_header_of_windows_is_not_a_pixel(tmp_path, top):
     ("data", "reason"),
     [
         (b"Pf\n4 3\n0\n" + MAP.tobytes(), "its scale is 0"),
-        (b"Pf\n4 3\n-1\n" + CODES.astype(float).tobytes(), "8 bytes a number"),
-        (b"P5\n4 3\n70000\n" + CODES.astype("u2").tobytes(), "beyond 16 bits"),
+        (b"Pf\n4 3\n-1\n" + CODES.astype(float).tobytes(), "8 bytes per number"),
+        (b"P5\n4 3\n70000\n" + CODES.astype("u2").tobytes(), "exceeds 16 bits"),
     ],
 )
 def test_headers_that_pixels_contradict(tmp_path, data, reason):

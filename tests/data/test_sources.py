@@ -136,7 +136,7 @@ def test_scenes_are_exact_and_named_by_seed(monkeypatch):
     assert varied.key == "scene_varied_000005" and varied.load().rgb[0, 0, 0] == 191
     plain, asked = (ImageSettings(scenes=3, variety=variety).content for variety in (False, True))
     assert "variety" not in plain and asked == plain | {"variety": True}  # old labels keep their address
-    with pytest.raises(ValueError, match="variety goes with scenes"):
+    with pytest.raises(ValueError, match="variety needs scenes"):
         ImageSettings(pairs="a.tsv", variety=True)
 
 

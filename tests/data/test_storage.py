@@ -71,7 +71,7 @@ def test_tars_in_another_file_system_are_those_on_disk(tmp_path):
         sources.tars("memory://photos/sa_7.tar")
     with pytest.raises(ValueError, match="nowhere://x.tar cannot be opened"):
         sources.tars("nowhere://x.tar")
-    with pytest.raises(ValueError, match="a pipe has no middle"):
+    with pytest.raises(ValueError, match="a pipe cannot be resumed in the middle"):
         sources.tars("pipe:curl http://host/sa_0.tar")
     pickle.loads(pickle.dumps(whole)).scan().entries[0].load()
 

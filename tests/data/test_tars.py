@@ -362,5 +362,5 @@ def test_a_folder_of_photos_has_no_other_fields_of_a_sample_either(tmp_path):
 def test_what_a_folder_has_in_place_of_tars_is_said(tmp_path, name):
     """As SA-1B's links download it (facebookresearch/segment-anything#802), packed, split or under the link's name."""
     (tmp_path / name).write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=f"{re.escape(name)} should be unpacked or joined into a .tar"):
+    with pytest.raises(FileNotFoundError, match=f"unpack {re.escape(name)}, join its parts into a .tar"):
         sources.tars(tmp_path)

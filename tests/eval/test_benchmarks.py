@@ -178,7 +178,7 @@ def test_a_damaged_archive_is_one_line(tmp_path, form):
 
 def test_damaged_files_name_the_root_and_themselves(tmp_path, small_eth3d):
     for name, bad, message in [
-        ("nyu", b"\x89PNG", "depth_0001.png: truncated: it has no end"),
+        ("nyu", b"\x89PNG", "depth_0001.png: truncated: its end is missing"),
         ("nyu", b"", "depth_0001.png: not a readable .png"),
         ("nyu", image(np.full((480, 640, 3), (1, 2, 3), np.uint8)), "has 3 channels"),
         ("eth3d", b"1234", "has 4 bytes; raw float32 of 12 x 18 has 864"),

@@ -58,7 +58,7 @@ def write(name: str, root: Path, out: Path | None = None, *, report: Report | No
     path = out or place(name, root)
     groups = sorted(set(plugin.groups(root)))
     if not groups:
-        raise FileNotFoundError(f"{root}: nothing of {plugin.FACTS.title} lies there; {_where_instead(plugin, root)}")
+        raise FileNotFoundError(f"{root}: no files of {plugin.FACTS.title} found there; {_where_instead(plugin, root)}")
     aside = files.aside(path)
     with files.naming(path):
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +79,8 @@ def _no_pair(plugin: Any, root: Path, alone: Sequence[str], spare: Sequence[str]
     """The error for images without any depth file, or the reverse: probably an archive was not unpacked."""
     first = next(iter([*alone, *spare]), "")
     return ValueError(
-        f"{root}: images of {plugin.FACTS.title} without depth, or depth without images (such as {first}), and no "
-        f"pair: unpack the other archive too; {_layout(plugin)}"
+        f"{root}: images of {plugin.FACTS.title} without depth, or depth without images (such as {first}), but no "
+        f"pairs: unpack the other archive too; {_layout(plugin)}"
     )
 
 
@@ -94,9 +94,9 @@ def _where_instead(plugin: Any, root: Path) -> str:
     """A hint: where the data set lies instead, which archive to unpack, or the expected layout."""
     looked = root.resolve()
     if inside := next((inner for inner in _subfolders(looked) if _holds(plugin, inner, inner)), None):
-        return f"it lies in {inside}: give that"
+        return f"it is in {inside}: give that folder"
     if above := next((above for above in looked.parents[:2] if _holds(plugin, above, looked)), None):
-        return f"it is a part of what lies in {above}: give that"
+        return f"it is a part of the data in {above}: give that folder"
     packed = sorted(path.name for path in looked.iterdir() if path.suffix.lower() in (".zip", ".tar", ".gz", ".7z"))
     if packed:
         others = f" and {len(packed) - 1} more" if packed[1:] else ""
@@ -170,7 +170,7 @@ def _finish(
                     spares += filter(None, cells[6:7])
                 elif not line.startswith("#"):
                     if cells[0] in seen:
-                        raise ValueError(f"{path}: two images are called {cells[0]}: take one copy of the data away")
+                        raise ValueError(f"{path}: two images are called {cells[0]}: remove one copy of the data")
                     seen.add(cells[0])
                     out.write(line)
                     rows += 1

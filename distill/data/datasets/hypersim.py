@@ -83,7 +83,7 @@ def _splits(path: Path) -> dict[tuple[str, str, int], str] | None:
         table = csv.DictReader(file)
         needed = {"scene_name", "camera_name", "frame_id", "included_in_public_release", "split_partition_name"}
         if missing := needed - set(table.fieldnames or ()):
-            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; download it again, or take it away")
+            raise ValueError(f"{path}: no column {', '.join(sorted(missing))}; download it again, or remove it")
         return {
             (line["scene_name"], line["camera_name"], int(line["frame_id"])): line["split_partition_name"]
             for line in table

@@ -30,7 +30,7 @@ FACTS = Facts(
     means=(0.443, 0.527),
     focal=FOCAL,
     width=960,
-    note="left pictures alone; disparity becomes depth",
+    note="only the left pictures; disparity becomes depth",
 )
 
 

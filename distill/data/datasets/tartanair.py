@@ -29,7 +29,7 @@ FACTS = Facts(
     means=(0.328, 0.454),
     focal=FOCAL,
     width=640,
-    note="left pictures alone; Depth Anything 3 leaves out the environment `amusement`",
+    note="only the left pictures; Depth Anything 3 leaves out the environment `amusement`",
 )
 
 

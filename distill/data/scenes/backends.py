@@ -109,7 +109,7 @@ def _try(device: torch.device) -> bool:
         raise  # inconclusive: the next view checks again
     except Exception as fault:  # noqa: BLE001  a compiler or driver may raise anything; the CPU is the fallback
         reason = " ".join(f"{type(fault).__name__}: {fault}".split())[:200]
-        warnings.warn(f"{device} renders no scenes ({reason}): the CPU does, slower", stacklevel=2)
+        warnings.warn(f"{device} cannot render scenes ({reason}): the slower CPU renders them", stacklevel=2)
         return False
     return True
 
