@@ -112,9 +112,7 @@ def align_maps(
     residual, inliers, points and dropped. Raises KindError for truth whose shift is unknown.
     """
     if truth.kind.unknown == "affine":
-        raise KindError(
-            f"labels cannot be fitted to {truth.kind}, whose scale and shift nobody knows: use metric truth"
-        )
+        raise KindError(f"labels cannot be fitted to {truth.kind}, whose scale and shift are unknown: use metric truth")
     kind = Kind(f"{truth.kind.unknown}_{label.kind.quantity}")
     truth_of_kind = truth.convert(kind)
     values, valid = torch.zeros_like(label.values), torch.zeros_like(label.valid)

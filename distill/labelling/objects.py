@@ -138,7 +138,7 @@ class _Store:
 
     def _error(self, error: Exception) -> OSError:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        return OSError(f"{self.url} cannot be reached: {line}; what was sent stays, run again")
+        return OSError(f"{self.url} cannot be reached: {line}; files already sent are kept: run again")
 
 
 @dataclass(slots=True, eq=False)

@@ -168,8 +168,8 @@ def _check_same_images(out: Path, shards: Sequence[InputShard]) -> None:
     tars = [tar["name"] for tar in _existing_manifest(out).get("shards", ())]
     if tars and not {name.rpartition("-")[0] for name in tars} & {shard.stem for shard in shards}:
         raise ValueError(
-            f"{out} has finished labels of other images ({tars[0]}, and these are {shards[0].stem}): label into "
-            "another folder; tars are named after the images' own tar or folder, so one that was renamed is another"
+            f"{out} has finished labels of other images ({tars[0]}, not {shards[0].stem}): label into another folder, "
+            "or undo the renaming of the images' tar or folder, after which label tars are named"
         )
 
 

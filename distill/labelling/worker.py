@@ -187,7 +187,7 @@ class _Worker:
                 if error.errno != errno.ENOENT:
                     raise
                 if not self._is_finished(place):
-                    raise LeaseLostError(f"{place.name}: its file aside was taken away") from None
+                    raise LeaseLostError(f"{place.name}: another worker removed its partial file") from None
             self.meeting.deliver(place.name, claim)
             self.parts += 1
             self.done.add(place.name)

@@ -113,14 +113,14 @@ def shares_among(available: Sequence[str], settings: TrainSettings) -> dict[str,
     if not settings.teacher_shares:
         if len(available) != 1:
             raise ValueError(
-                f"the labels come from {', '.join(available)}: say how often each is learnt from, e.g. "
+                f"the labels come from {', '.join(available)}: set how often each is used, e.g. "
                 f"teacher_shares = {{{', '.join(f'{name} = {1 / len(available):.2g}' for name in available)}}}"
             )
         return dict.fromkeys(available, 1.0)
     used = {name: share for name, share in settings.teacher_shares.items() if share > 0 and name in available}
     if not used:
         raise ValueError(
-            f"images labelled by {', '.join(available)} alone teach nothing: teacher_shares gives a share to "
+            f"images labelled only by {', '.join(available)} cannot be used: teacher_shares gives a share only to "
             f"{', '.join(name for name, share in settings.teacher_shares.items() if share > 0)}"
         )
     return used
@@ -134,7 +134,7 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
     samples_by_teachers = Counter(tuple(dataset.teachers_of(index)) for index in indices)
     all_teachers = list(dict.fromkeys(name for names in samples_by_teachers for name in names))
     if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in all_teachers]:
-        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(all_teachers)}")
+        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels are by: {', '.join(all_teachers)}")
     for available in samples_by_teachers:
         shares_among(available, settings)
 

@@ -88,7 +88,7 @@ def _group(group: Group, samples: Sequence[Sample]) -> StoredGroup:
     for sample in samples:
         if sorted(sample.coded) != sorted(names) or sample.image.shape != samples[0].image.shape:
             raise ValueError(
-                f"{sample.key} and {samples[0].key} do not go into one batch: they have labels by "
+                f"{sample.key} and {samples[0].key} cannot be in one batch: they have labels by "
                 f"{', '.join(sample.coded)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
                 f"{tuple(samples[0].image.shape)}"
             )

@@ -111,7 +111,7 @@ def train(
     """
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
-        raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+        raise ValueError("the objective has trainable parameters, which no optimizer would update; freeze them")
     _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     used, validation = split(dataset, heldout, settings)
@@ -140,7 +140,7 @@ def train(
 
 def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
     if settings.cache_features != (features is not None) or (features is not None and reference is not None):
-        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
+        raise ValueError("cache_features = true needs stored features (and the reverse), without a reference encoder")
 
 
 def _positions(accelerator: Accelerator, order: Order, settings: TrainSettings) -> MicroBatchPositions:

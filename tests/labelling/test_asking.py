@@ -82,7 +82,7 @@ def test_maps_of_another_size_stop_the_run():
         def predict(self, images):
             return DepthMap(images[:, 0, 1:], torch.ones_like(images[:, 0, 1:]) > 0, Kind.SCALE_DEPTH)
 
-    with pytest.raises(TeacherFailedError, match="gave maps"):
+    with pytest.raises(TeacherFailedError, match="returned maps"):
         DeviceAsking(CPU, lambda depth: depth, coding=None)("x", Cropping(), [torch.zeros(3, 8, 8).byte()], ["a"])
 
 

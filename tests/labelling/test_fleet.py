@@ -186,7 +186,7 @@ def test_a_bucket_that_is_not_there_is_told(store, tmp_path, monkeypatch):
         raise FileNotFoundError("Object at location labels/a not found: NoSuchBucket\n\nDebug source")
 
     monkeypatch.setattr(obstore, "put", put)
-    with pytest.raises(OSError, match=r"s3://x/y cannot be reached: .*NoSuchBucket; what was sent stays"):
+    with pytest.raises(OSError, match=r"s3://x/y cannot be reached: .*NoSuchBucket; files already sent are kept"):
         Objects("s3://x/y", tmp_path, store=store).take("a-000.tar")
 
 

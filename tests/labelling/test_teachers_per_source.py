@@ -78,7 +78,10 @@ def test_other_teachers_than_a_part_was_labelled_by_are_refused(mixed, tmp_path)
     label(mixed[:1], teachers(), out=tmp_path / "out", crops=CROPS)
     with pytest.raises(ValueError, match="was labelled by net, and .* is now to be labelled by net, truth"):
         label([replace(mixed[0], teachers=())], teachers(), out=tmp_path / "out", crops=CROPS)
-    for bad, message in ((("nett",), "labelled by nett; the teachers are net, truth"), (("b",), "is bridged to net")):
+    for bad, message in (
+        (("nett",), "no teacher is named nett; the teachers are net, truth"),
+        (("b",), "is bridged to net"),
+    ):
         bridge = ("b", Bridged(Formula(Kind.AFFINE_DEPTH), "net", 0.3))
         with pytest.raises(ValueError, match=message):
             label(
