@@ -158,7 +158,7 @@ def test_regions_and_patches_have_their_own_fit_and_it_is_written_down(images, t
     card = read_manifest(tmp_path)["teachers"]["assistant"]
     assert card["kind"] == "affine_depth" and card["stored"] == ["affine_disparity"]
     assert card["bridge"] == {"primary": "primary", "most": 0.3, "dropped": {"regions": 0, "patches": 0}}
-    with pytest.raises(ValueError, match="another teachers"):
+    with pytest.raises(ValueError, match="different settings: teachers"):
         label(
             images,
             [pair()[0], ("assistant", Bridged(Assistant(), "primary", 0.2))],

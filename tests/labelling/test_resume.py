@@ -167,7 +167,7 @@ def test_what_is_to_be_deleted_is_named_to_the_file(tars, tmp_path):
     (tmp_path / "sa_1.tar").mkdir()
     with pytest.raises(ValueError, match=r"\(2 then, 0 now: .*sa_1.tar: a folder, not a file\)") as error:
         run(tars, out)
-    pattern = re.search(r"delete (\S+) there", str(error.value))[1]
+    pattern = re.search(r"delete (\S+) in this one", str(error.value))[1]
     assert sorted(path.name for path in out.glob(pattern)) == [
         f"sa_1-00{i}.{s}" for i in (0, 1) for s in ("json", "tar")
     ]

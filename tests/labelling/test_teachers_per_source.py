@@ -76,7 +76,7 @@ def test_a_photo_without_the_truth_that_its_source_names_is_quarantined(mixed, t
 
 def test_other_teachers_than_a_part_was_labelled_by_are_refused(mixed, tmp_path):
     label(mixed[:1], teachers(), out=tmp_path / "out", crops=CROPS)
-    with pytest.raises(ValueError, match="was labelled by net, and .* is now to be labelled by net, truth"):
+    with pytest.raises(ValueError, match="was labelled by net, but .* is now to be labelled by net, truth"):
         label([replace(mixed[0], teachers=())], teachers(), out=tmp_path / "out", crops=CROPS)
     for bad, message in (
         (("nett",), "no teacher is named nett; the teachers are net, truth"),
