@@ -152,7 +152,7 @@ class Aligned(FittedTeacher):
         return fitted, patches, record
 
 
-def words(fit: dict[str, Any]) -> str:
+def drop_reason(fit: dict[str, Any]) -> str:
     """The reason why a fit was dropped, for the list of quarantined images."""
     if not fit["scale"]:
         return f"no fit to the truth ({fit['points']} points)"

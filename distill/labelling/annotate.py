@@ -65,7 +65,7 @@ def annotate(
     bits. device: where the teachers are. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples
     in a row, or on every one of four or more.
     """
-    queue = BatchQueue(teachers, labels, asking(teachers, labels, device))
+    queue = BatchQueue(teachers, labels, make_asker(teachers, labels, device))
     for job in jobs:
         queue.add(job)
         queue.run(at_least=labels.crops_at_once)
@@ -75,7 +75,7 @@ def annotate(
     queue.check_all_failed()
 
 
-def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
+def make_asker(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
     """How batches reach the teachers. Bridges and fits read values, so with them maps are not coded on the device."""
     store = partial(stored, store=labels.store)
     if device.type != "cuda":

@@ -129,7 +129,9 @@ def label(
         tally = Tally(sum(len(p.entries) for p in parts), sum(len(p.entries) for p in parts if p not in todo), report)
         with thread_pools(max(1, labels.threads), device) as pools:
             for part in todo:
-                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping)
+                work = PartSettings(
+                    teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping
+                )
                 pools.close(label_part(out, part, work, tally, pools).finish)
         with mutex(out):
             about = made_by(recipe, machine)
@@ -208,7 +210,7 @@ def _own_parts(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, wo
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PartSettings:
     """The arguments that labelling every part shares."""
 
     teachers: Teachers
@@ -316,7 +318,7 @@ class OpenPart:
                 writer.publish()
 
 
-def label_part(out: Path, part: Part, work: Work, tally: Tally, pools: ThreadPools) -> OpenPart:
+def label_part(out: Path, part: Part, work: PartSettings, tally: Tally, pools: ThreadPools) -> OpenPart:
     """Label one part into a partial tar, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread only asks the teachers: see `labelling.pools`.

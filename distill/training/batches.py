@@ -142,7 +142,7 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with only the labels of `teacher` ("average": of all), converted to the kind the student predicts."""
     s = settings
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unconvertible=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -157,7 +157,7 @@ class Item:
     features: Features | None = None
 
 
-def alike(items: Sequence[Item]) -> list[list[int]]:
+def group_rows(items: Sequence[Item]) -> list[list[int]]:
     """Rows grouped by teachers and, as far as the objective distinguishes them, supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
@@ -181,14 +181,14 @@ class Group:
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
-    """The items as groups, by `alike`."""
+    """The items as groups, by `group_rows`."""
     return [
         Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
-        for rows in alike(items)
+        for rows in group_rows(items)
     ]
 
 
-def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
+def augmented_batch(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     """The group's batch as the step sees it: with the labels to learn from, augmented."""
     s, averaged = settings, group.teacher in AVERAGES
     if not averaged:  # before the augmentation, which then has fewer maps; averages have weights, so they come after
@@ -212,7 +212,7 @@ def is_mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
     return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
+def join_groups(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
     placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
     positions = tuple(place for _, place in placed)

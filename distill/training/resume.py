@@ -82,7 +82,7 @@ def keep(run: TrainingRun) -> None:
         student=run.student,
         optimizer=run.optimizer,
         ema=run.ema,
-        save_student=lambda folder: run.save_student(run.kept, folder, card=card),
+        save_student=lambda folder: run.save_student(run.evaluated_network, folder, card=card),
         keep_last=run.settings.keep_last,
     )
 

@@ -125,17 +125,17 @@ class TrainingRun:
     waited: float = 0.0
     steps_here: int = 0
     broken: Tensor | None = None
-    told: tuple[float, float, int] = (0.0, 0.0, 0)
+    last_reported: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def since(self, seconds: float, waited: float) -> tuple[float, float, int]:
         """Seconds, seconds spent waiting for data, and steps since the last call; the arguments for a single step."""
-        before, self.told = self.told, (self.seconds, self.waited, self.steps_here)
+        before, self.last_reported = self.last_reported, (self.seconds, self.waited, self.steps_here)
         if self.steps_here - before[2] <= 1:
             return seconds, waited, 1
         return self.seconds - before[0], self.waited - before[1], self.steps_here - before[2]
 
     @property
-    def kept(self) -> nn.Module:
+    def evaluated_network(self) -> nn.Module:
         """The network whose weights are evaluated and saved: the averaged one if there is one."""
         return self.student if self.ema is None else self.ema.module
 

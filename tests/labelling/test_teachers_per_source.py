@@ -13,7 +13,7 @@ from distill.labelling.bridge import Bridged
 from distill.labelling.online import OnlineDataset
 from distill.labelling.run import TRUTH, LabelSettings, label
 from distill.shards.shards import LabelDataset, read_manifest, verify
-from distill.training.label_choice import meet_labels
+from distill.training.label_choice import convert_labels
 from tests.labelling.formula import CROPS, Formula, make_tar
 
 
@@ -140,5 +140,5 @@ def test_crops_are_redrawn_at_every_visit_and_follow_from_it_alone(mixed):
 def test_truth_stored_as_it_is_and_as_disparity_teaches_the_same(mixed):
     for store in ("as_is", "disparity"):
         sample = OnlineDataset(mixed[1:2], teachers(), crops=CROPS, labels=LabelSettings(store=store))[0]
-        labels = meet_labels(sample.labels["truth"], "affine_disparity")
+        labels = convert_labels(sample.labels["truth"], "affine_disparity")
         assert labels.shared.kind is Kind.AFFINE_DISPARITY and labels.supervision.metric
