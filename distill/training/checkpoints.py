@@ -267,9 +267,7 @@ def restore(
     for name, value in under("optimizer/").items():
         parameter, _, key = name.rpartition("/")
         if parameter not in numbers:
-            raise ValueError(
-                f"{saved.folder} has trained {parameter}, which is not trainable now; use the same settings"
-            )
+            raise ValueError(f"{saved.folder} trained {parameter}, which is not trainable now; use the same settings")
         entries.setdefault(numbers[parameter], {})[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 
