@@ -125,7 +125,7 @@ def _images_of(recipe: Recipe, other: Recipe, folder: Path) -> tuple[Any, Any]:
     if contents[0] == contents[1] or placeless[0] != placeless[1]:
         return contents[0], contents[1]
     try:
-        same = moved.made_from(folder, input_shards(recipe), recipe.crops, recipe.labels)
+        same = moved.is_made_from(folder, input_shards(recipe), recipe.crops, recipe.labels)
     except (OSError, ValueError, LookupError):  # the files are not on this machine
         same = False
     return (placeless[0], placeless[1]) if same else (contents[0], contents[1])

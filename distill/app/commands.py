@@ -37,7 +37,7 @@ from distill.labelling.meeting import Folder, Meeting, in_turn
 from distill.labelling.objects import Objects
 from distill.labelling.run import LabelOutcome, label
 from distill.labelling.tuning import TUNED, tune
-from distill.labelling.worker import MadePart, by_parts, work
+from distill.labelling.worker import MadePart, work, work_by_parts
 from distill.shards import mirror, shards
 from distill.shards.cache import TarCache
 from distill.shards.tables import CACHED
@@ -93,7 +93,7 @@ def label_by_parts(recipe: Recipe) -> Iterator[MadePart]:
 
 
 def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False) -> partial[Any]:
-    """Loads the teachers and returns the labelling function, its arguments bound; steps: `by_parts`, a generator."""
+    """Loads the teachers and returns the labelling function with its arguments; steps: generator `work_by_parts`."""
     if (folder / CACHED).is_dir():
         raise ValueError(
             f"{folder} keeps some tars of finished labels (labels.cache_gb): labelling here would make the others "
@@ -112,7 +112,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
     if worker or build.process()[1] > 1 or recipe.labels.meeting:
         meeting = meeting_of(recipe, folder)
         labels, measured = in_turn(meeting, folder / TUNED, measure)
-        labeller = partial(by_parts if steps else work, meeting=meeting)
+        labeller = partial(work_by_parts if steps else work, meeting=meeting)
     else:
         labels, measured = measure()
     for name, off in measured.get("from_float32", {}).items():
@@ -135,7 +135,7 @@ def _prepare(recipe: Recipe, folder: Path, *, worker: bool, steps: bool = False)
 def _note_moved_labels(recipe: Recipe, folder: Path, images: list[InputShard], teachers: teaching.Teachers) -> None:
     """Logs where finished labels of the same files are, under another address because the images' path was another."""
     settings = settings_of(teachers, recipe.crops, recipe.labels, seed=recipe.run.seed)
-    if match := moved.elsewhere(folder, settings, images, recipe.crops, recipe.labels):
+    if match := moved.find_moved_labels(folder, settings, images, recipe.crops, recipe.labels):
         other, name = match
         now, then = (stem if images[0].is_tar else stem.rpartition("_")[0] for stem in (images[0].stem, name))
         rename_hint = f"rename {now} back to {then} and " if name else ""

@@ -33,7 +33,7 @@ from distill.students import Student
 from distill.teachers._latent_student import LatentStudent
 from distill.training import checkpoints
 from distill.training.batches import MicroBatch, TaughtRows
-from distill.training.label_choice import meet_labels
+from distill.training.label_choice import convert_labels
 from distill.training.latent import LatentTask
 from distill.training.schedule import in_steps
 
@@ -284,7 +284,7 @@ def _step(recipe: Recipe, student: Student | LatentStudent, sample: Sample, devi
     batch = collate([sample] * probe_size)
     student.to(device).train()
     images, labels = batch.images.to(device), next(iter(batch.labels.values())).to(device)
-    labels = meet_labels(labels, settings.kind)
+    labels = convert_labels(labels, settings.kind)
     seconds = math.nan
     for _ in range(2):
         start = time.perf_counter()
@@ -307,7 +307,7 @@ def _latent_step(recipe: Recipe, student: LatentStudent, sample: Sample, device:
     batch = collate([sample] * probe_size)
     taught = []
     for row, truth in enumerate((True, False)):
-        labels = meet_labels(next(iter(batch.labels.values())), settings.kind, True)
+        labels = convert_labels(next(iter(batch.labels.values())), settings.kind, True)
         row_labels = replace(labels, shared=labels.shared[row : row + 1], local=None, boxes=labels.boxes[row : row + 1])
         row_labels = replace(row_labels, supervision=replace(row_labels.supervision, truth=truth)).to(device)
         taught.append(TaughtRows(torch.tensor([row], device=device), row_labels, "probe"))

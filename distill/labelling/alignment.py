@@ -112,9 +112,7 @@ def align_maps(
     residual, inliers, points and dropped. Raises KindError for truth whose shift is unknown.
     """
     if truth.kind.unknown == "affine":
-        raise KindError(
-            f"labels cannot be fitted to {truth.kind}, whose scale and shift nobody knows: use metric truth"
-        )
+        raise KindError(f"labels cannot be fitted to {truth.kind}, whose scale and shift are unknown: use metric truth")
     kind = Kind(f"{truth.kind.unknown}_{label.kind.quantity}")
     truth_of_kind = truth.convert(kind)
     values, valid = torch.zeros_like(label.values), torch.zeros_like(label.valid)
@@ -154,7 +152,7 @@ class Aligned(FittedTeacher):
         return fitted, patches, record
 
 
-def words(fit: dict[str, Any]) -> str:
+def drop_reason(fit: dict[str, Any]) -> str:
     """The reason why a fit was dropped, for the list of quarantined images."""
     if not fit["scale"]:
         return f"no fit to the truth ({fit['points']} points)"

@@ -65,7 +65,7 @@ def annotate(
     bits. device: where the teachers are. Raises TeacherFailedError where a teacher fails on FAILURES_IN_A_ROW samples
     in a row, or on every one of four or more.
     """
-    queue = BatchQueue(teachers, labels, asking(teachers, labels, device))
+    queue = BatchQueue(teachers, labels, make_asker(teachers, labels, device))
     for job in jobs:
         queue.add(job)
         queue.run(at_least=labels.crops_at_once)
@@ -75,7 +75,7 @@ def annotate(
     queue.check_all_failed()
 
 
-def asking(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
+def make_asker(teachers: Teachers, labels: LabelSettings, device: torch.device) -> HostAsking | DeviceAsking:
     """How batches reach the teachers. Bridges and fits read values, so with them maps are not coded on the device."""
     store = partial(stored, store=labels.store)
     if device.type != "cuda":
@@ -139,7 +139,7 @@ class BatchQueue:
             scarce = isinstance(error, torch.OutOfMemoryError)
             if len(crops) == 1 and not (scarce and filled):
                 if scarce:
-                    raise TeacherFailedError(f"{name} has not enough memory for one crop: {error}") from error
+                    raise TeacherFailedError(f"{name} does not have enough memory for one crop: {error}") from error
                 waiting, slot = crops[0]
                 line = (str(error) or type(error).__name__).splitlines()[0]
                 waiting.problem = waiting.problem or f"{name} failed on {_context(slot)}: {line}"
@@ -188,12 +188,14 @@ class BatchQueue:
         self.in_a_row = self.in_a_row + 1 if problem else 0
         self.last = problem or self.last
         if self.in_a_row >= FAILURES_IN_A_ROW:
-            raise TeacherFailedError(f"{self.in_a_row} samples in a row failed, so it is not the images: {problem}")
+            raise TeacherFailedError(
+                f"{self.in_a_row} samples in a row failed, so the images are not the cause: {problem}"
+            )
 
     def check_all_failed(self) -> None:
         """Raises TeacherFailedError where four or more jobs all failed."""
         if self.failed == self.asked >= 4:
-            raise TeacherFailedError(f"all {self.asked} samples failed, so it is not the images: {self.last}")
+            raise TeacherFailedError(f"all {self.asked} samples failed, so the images are not the cause: {self.last}")
 
 
 def _crop(job: CropJob | Rejected, slot: int) -> Tensor:

@@ -50,7 +50,7 @@ def predict(name: str, teacher: Teacher, images: Tensor, keys: Sequence[str]) ->
         else:
             depth = teacher.predict(images)
     if tuple(depth.values.shape) != (len(images), *images.shape[-2:]):
-        raise TeacherFailedError(f"{name} gave maps {tuple(depth.values.shape)} for images {tuple(images.shape)}")
+        raise TeacherFailedError(f"{name} returned maps {tuple(depth.values.shape)} for images {tuple(images.shape)}")
     return depth
 
 

@@ -72,7 +72,7 @@ class Board:
                 scan = scan_from(one, note["scan"])
         if scan is None:
             scan = one.scan()
-            self.meeting.keep(key, {"input": now, "scan": scan_table(scan)})
+            self.meeting.write_note(key, {"input": now, "scan": scan_table(scan)})
         known = scan
         return replace(one, scan=lambda: known)
 
@@ -91,13 +91,13 @@ class Board:
                     check = partial(self._is_stale, part)
                     if check():
                         withdraw(self.meeting, part.name, check)
-            self.meeting.keep(key, {"input": now, "images": counts, "stem": input_shard.stem})
+            self.meeting.write_note(key, {"input": now, "images": counts, "stem": input_shard.stem})
         places = [Place(shard, i, count, part_name(input_shard.stem, i)) for i, count in enumerate(counts)]
         self.places.update((place.name, place) for place in places)
         return places
 
     def _is_stale(self, part: Part) -> bool:
-        self.meeting.bring(f"{Path(part.name).stem}.json")
+        self.meeting.download(f"{Path(part.name).stem}.json")
         return not is_done(self.out, part, self.teachers, manifest={}, tell=self.tell, whole=self.meeting.whole)
 
     def _fingerprint(self, shard: int) -> list[Any]:

@@ -135,7 +135,7 @@ def bridge_map(depth: DepthMap, primary: DepthMap, *, max_residual: float) -> tu
     """
     if primary.kind.quantity != "disparity":
         raise KindError(
-            f"{depth.kind} is bridged to the primary teacher's disparity, and its labels are {primary.kind}"
+            f"{depth.kind} can only be bridged to disparity, but the primary teacher's labels are {primary.kind}"
         )
     both = depth.valid & primary.valid
     known = depth.valid & torch.isfinite(depth.values)

@@ -16,7 +16,7 @@ from distill.core.depth import DepthMap, Kind, cat
 from distill.core.labels import Labels, Supervision
 from distill.data.corruptions import Corruptions
 from distill.data.sources import Rejected
-from distill.labelling.alignment import Aligned, words
+from distill.labelling.alignment import Aligned, drop_reason
 from distill.labelling.asking import camera_of
 from distill.labelling.bridge import Bridged
 from distill.labelling.jobs import CropJob, Teachers
@@ -85,7 +85,7 @@ def sample_of(
             predicted[name]["align"] = fit
         supervision = Supervision.of(shared, teacher=name, truth=isinstance(teacher, str))
         labels[name] = Labels(shared, local, boxes, supervision=supervision)
-    fits = [f"{name} {words(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
+    fits = [f"{name} {drop_reason(table['align']['shared'])}" for name, table in predicted.items() if "align" in table]
     if fits and not any(made.shared.valid.any() for made in labels.values()):
         return Rejected(job.origin, job.key, "; ".join(fits))
     return Sample(job.key, job.image_key, job.region, labels, {**job.record, "labels": predicted}, coded)

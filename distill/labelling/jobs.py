@@ -129,7 +129,7 @@ def teachers_for(names: Collection[str], teachers: Teachers, *, origin: str) -> 
     """
     known = [name for name, _ in teachers]
     if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{origin} is to be labelled by {', '.join(unknown)}; the teachers are {', '.join(known)}")
+        raise ValueError(f"{origin}: no teacher is named {', '.join(unknown)}; the teachers are {', '.join(known)}")
     needed: set[str] = set()
     for name, teacher in teachers:
         if name in names and isinstance(teacher, Bridged):
@@ -141,5 +141,5 @@ def asked_about(shard: InputShard, teachers: Teachers) -> tuple[str, ...]:
     """Names of a shard's teachers; raises ValueError for an unknown name, or a bridged one without its primary."""
     asked = tuple(name for name, _ in teachers_for(shard.teachers, teachers, origin=shard.origin))
     if unnamed := [name for name in asked if shard.teachers and name not in shard.teachers]:
-        raise ValueError(f"{shard.origin}: a teacher there is bridged to {unnamed[0]}, which must label it too")
+        raise ValueError(f"{shard.origin}: one of its teachers is bridged to {unnamed[0]}; list {unnamed[0]} there too")
     return asked

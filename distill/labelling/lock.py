@@ -44,7 +44,7 @@ def run_lock(folder: Path, *, rank: int, world: int) -> Iterator[None]:
         if workers:
             raise RunLockedError(
                 f"{folder} is being labelled by worker {workers[0].pid} on {workers[0].host}: join it with distill "
-                f"label RECIPE --worker; if it is dead, its lease ends {LEASE_S:.0f} s after its last sign of life"
+                f"label RECIPE --worker; if it is dead, its lease expires {LEASE_S:.0f} s after its last heartbeat"
             )
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield

@@ -56,11 +56,11 @@ def settings_of(teachers: Teachers, crops: CropSettings, labels: LabelSettings, 
     names = [name for name, _ in teachers]
     for name, teacher in teachers:
         if not re.fullmatch(r"[a-z0-9_\-]+", name):
-            raise ValueError(f"the teacher name {name!r} becomes part of file names: use a-z, 0-9, _ and - alone")
+            raise ValueError(f"the teacher name {name!r} becomes part of file names: use only a-z, 0-9, _ and -")
         if isinstance(teacher, str) and teacher != TRUTH:
             raise ValueError(f'teacher {name} must be a loaded teacher or "{TRUTH}", not {teacher!r}')
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"teachers need a name each, not {', '.join(names) or 'none at all'}")
+        raise ValueError(f"each teacher needs a distinct name: {', '.join(names) or 'there is no teacher'}")
     return {
         "version": VERSION,
         "crops": crops.content,
@@ -83,13 +83,13 @@ def keep_settings(out: Path, settings: dict[str, Any], *, tell: Callable[[str], 
         try:
             before = _with_current_keys(read_json(path))
         except DamagedTableError as error:
-            tell(f"{str(error).partition(';')[0]}; it is written again")
+            tell(f"{str(error).partition(';')[0]}; it is rewritten")
             write, before = True, {**settings, **_with_current_keys(_settings_from_labels(out, settings))}
     changed = [name for name in dict.fromkeys([*settings, "fine_tail"]) if settings.get(name) != before.get(name)]
     if changed:
         raise ValueError(
-            f"{out} holds labels made with another {', '.join(changed)} (see {path}): label into another folder, or "
-            "delete this one"
+            f"{out} holds labels made with different settings: {', '.join(changed)} (see {path}). Label into another "
+            "folder, or delete this one"
         )
     if write:
         files.write_bytes(path, dump_json(sealed(settings)), suffix=suffix)
@@ -159,7 +159,7 @@ def finish(
             if same and before["shards"] == _tars(sidecars, settings, sources):
                 return True
         except DamagedTableError as error:
-            tell(f"{str(error).partition(';')[0]}; it is written again")
+            tell(f"{str(error).partition(';')[0]}; it is rewritten")
     manifest = _manifest(sidecars, settings, about, licence, sources)
     files.write_text(out / README, labels_readme(manifest), suffix=suffix)
     write_manifest(out, manifest, suffix=suffix)

@@ -63,11 +63,11 @@ class Meeting(Protocol):
         """Remove a finished part that must be made again."""
         ...
 
-    def bring(self, name: str = "") -> None:
+    def download(self, name: str = "") -> None:
         """Copy the json of a part, or of all, into the worker's folder."""
         ...
 
-    def share(self, name: str) -> None:
+    def publish_file(self, name: str) -> None:
         """Publish a file of the worker's folder, or replace it by the published one where there is one."""
         ...
 
@@ -75,7 +75,7 @@ class Meeting(Protocol):
         """A note by its name; {} where there is none, or it cannot be read."""
         ...
 
-    def keep(self, name: str, note: Mapping[str, Any]) -> None:
+    def write_note(self, name: str, note: Mapping[str, Any]) -> None:
         """Write a note, replacing the previous one."""
         ...
 
@@ -138,10 +138,10 @@ class Folder:
         for path in (self.out / part, (self.out / part).with_suffix(".json")):
             path.unlink(missing_ok=True)
 
-    def bring(self, name: str = "") -> None:
+    def download(self, name: str = "") -> None:
         """Nothing to do: they are there."""
 
-    def share(self, name: str) -> None:
+    def publish_file(self, name: str) -> None:
         """Nothing to do: it is there."""
 
     def note(self, name: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Folder:
             return {}
         return note if isinstance(note, dict) else {}
 
-    def keep(self, name: str, note: Mapping[str, Any]) -> None:
+    def write_note(self, name: str, note: Mapping[str, Any]) -> None:
         """As Meeting has it, without a sync: a note lost in a power cut is written again."""
         path = self.out / NOTES / f"{name}.json"
         with files.writing(path, suffix=f".{secrets.token_hex(6)}", durable=False) as new:
@@ -206,8 +206,8 @@ def in_turn(place: Meeting, file: Path, do: Callable[[], T]) -> T:
     """Run `do` in one worker at a time and return its result; the file that the first one writes is shared."""
     with turn(place, f"turn-{file.stem}"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        place.bring(file.name)
+        place.download(file.name)
         result = do()
         if file.is_file():
-            place.share(file.name)
+            place.publish_file(file.name)
         return result

@@ -21,7 +21,7 @@ PLACES = ("tars", "photos", "pairs", "root", "index", "names")
 """Keys of [[images]] that locate images."""
 
 
-def made_from(
+def is_made_from(
     folder: Path, shards: Sequence[InputShard], crops: CropSettings, labels: LabelSettings, *, first: bool = False
 ) -> bool:
     """Whether the parts of the labels in `folder` were made from exactly the files of these shards.
@@ -32,13 +32,13 @@ def made_from(
     sized = zip(shards, part_sizes(shards, crops, labels), strict=True)
     for shard, size in [*sized][: 1 if first else None]:
         for part in parts_of(shard, size):
-            if not _is_made_from(folder, part):
+            if not _is_part_made_from(folder, part):
                 return False
             names.add(part.name)
     return first or all(path.name in names for path in folder.glob("*.tar"))
 
 
-def _is_made_from(folder: Path, part: Part) -> bool:
+def _is_part_made_from(folder: Path, part: Part) -> bool:
     return _describes((folder / part.name).with_suffix(".json"), part)
 
 
@@ -52,7 +52,7 @@ def _describes(path: Path, part: Part) -> bool:
     return same and bool(description.get("input")) and description["input"] == identity(part.entries)
 
 
-def elsewhere(
+def find_moved_labels(
     folder: Path,
     settings: Mapping[str, Any],
     shards: Sequence[InputShard],
@@ -68,7 +68,7 @@ def elsewhere(
         try:
             if read_json(other / SETTINGS) != settings:
                 continue
-            if made_from(other, shards, crops, labels, first=True):
+            if is_made_from(other, shards, crops, labels, first=True):
                 return other, ""
             first = parts_of(shards[0], part_sizes(shards, crops, labels)[0])[0]
             if path := next((path for path in sorted(other.glob("*-000.json")) if _describes(path, first)), None):

@@ -138,7 +138,7 @@ class _Store:
 
     def _error(self, error: Exception) -> OSError:
         line = (str(error) or type(error).__name__).splitlines()[0]
-        return OSError(f"{self.url} cannot be reached: {line}; what was sent stays, run again")
+        return OSError(f"{self.url} cannot be reached: {line}; files already sent are kept: run again")
 
 
 @dataclass(slots=True, eq=False)
@@ -290,7 +290,7 @@ class Objects:
             self._sizes.pop(name, None)
             (self.out / name).unlink(missing_ok=True)
 
-    def bring(self, name: str = "") -> None:
+    def download(self, name: str = "") -> None:
         """As Meeting has it."""
         names = [name] if name else [n for n in self.finished() if n.endswith(".json") and n != MANIFEST]
         with ThreadPoolExecutor(ALIKE) as pool:
@@ -298,12 +298,12 @@ class Objects:
                 if found is not None:
                     files.write_bytes(self.out / sidecar, found[0], suffix=f".{secrets.token_hex(6)}")
 
-    def share(self, name: str) -> None:
+    def publish_file(self, name: str) -> None:
         """As Meeting has it."""
         try:
             self._store.replace(name, (self.out / name).read_bytes(), None)
         except _Taken:
-            self.bring(name)
+            self.download(name)
 
     def note(self, name: str) -> dict[str, Any]:
         """As Meeting has it."""
@@ -314,7 +314,7 @@ class Objects:
             return {}
         return table if isinstance(table, dict) else {}
 
-    def keep(self, name: str, note: Mapping[str, Any]) -> None:
+    def write_note(self, name: str, note: Mapping[str, Any]) -> None:
         """As Meeting has it."""
         self._store.put(f"{NOTES}/{name}.json", json.dumps(note).encode())
 

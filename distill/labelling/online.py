@@ -50,7 +50,9 @@ class OnlineDataset(Dataset[Sample]):
         allowed = None if keys is None else frozenset(keys)
         chosen = [c for c in candidates if allowed is None or not allowed.isdisjoint((c[0].key, f"{c[0].key}-{c[1]}"))]
         if not chosen:
-            raise ValueError(f"no image to label among {len(candidates)} of {len(shards)} shards; check [images]")
+            raise ValueError(
+                f"no image to label among {len(candidates)} candidates in {len(shards)} shards; check [images]"
+            )
         self.entries: list[tuple[Entry, int]] = [(entry, draw) for entry, draw, *_ in chosen]
         self.keys = [f"{entry.key}-{draw}" for entry, draw in self.entries]
         self.image_keys = [entry.key for entry, _ in self.entries]
@@ -96,4 +98,4 @@ class OnlineDataset(Dataset[Sample]):
             for name in [name for name in sample.labels if name not in teachers]:
                 del sample.labels[name]  # only asked for a bridge
             return sample
-        raise ValueError(f"none of {len(self.entries)} images can be labelled; the last: {reason}")
+        raise ValueError(f"none of {len(self.entries)} images can be labelled; the last failed with: {reason}")

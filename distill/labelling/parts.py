@@ -145,14 +145,14 @@ def is_done(
         if not _restore_description(out, part, manifest):
             return False
         described = read_json(sidecar)
-        tell(f"{sidecar} is made again, from its tar")
+        tell(f"{sidecar} was rebuilt from its tar")
     return _is_same(out, part, described, teachers) and (described["tar"] is None or whole(out, described["tar"]))
 
 
 def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teachers) -> bool:
     """Whether the part was made from the current images: False where it has grown, ValueError where it differs."""
     keys = [entry.key for entry in part.entries]
-    delete = f"label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].*"
+    delete = f"label into another folder, or delete {part.shard.stem}-[0-9][0-9][0-9].* in this one"
     if before["images"] != keys or before["of"] != part.of:
         grown = before["images"] == keys[: len(before["images"])]
         if not grown and part.shard.is_tar:
@@ -162,20 +162,20 @@ def _is_same(out: Path, part: Part, before: Mapping[str, Any], teachers: Teacher
             return False
         why = f": {part.rejected[0].reason}" if part.rejected and not keys else ""
         raise ValueError(
-            f"{out / part.name} was labelled from other images than {part.shard.origin} has now "
-            f"({len(before['images'])} then, {len(keys)} now{why}): {delete} there"
+            f"{out / part.name} was labelled from different images than {part.shard.origin} has now "
+            f"({len(before['images'])} then, {len(keys)} now{why}): {delete}"
         )
     if input_before := before.get("input"):
         now = identity(part.entries)
         if any(now[key] != input_before[key] for key in input_before if key in now):
             raise ValueError(
-                f"{out / part.name} was labelled from other files of the same names than {part.shard.origin} holds "
-                f"now: put those back, {delete} there"
+                f"{out / part.name} was labelled from different files with the same names as in "
+                f"{part.shard.origin} now: restore those, {delete}"
             )
     asked = {*asked_about(part.shard, teachers)}
     if (by := {*before["kinds"]}) and by != asked:
         raise ValueError(
-            f"{out / part.name} was labelled by {', '.join(sorted(by))}, and {part.shard.origin} is now to be labelled "
+            f"{out / part.name} was labelled by {', '.join(sorted(by))}, but {part.shard.origin} is now to be labelled "
             f"by {', '.join(sorted(asked))}: {delete}"
         )
     return True

@@ -129,7 +129,9 @@ def label(
         tally = Tally(sum(len(p.entries) for p in parts), sum(len(p.entries) for p in parts if p not in todo), report)
         with thread_pools(max(1, labels.threads), device) as pools:
             for part in todo:
-                work = Work(teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping)
+                work = PartSettings(
+                    teachers, crops, labels, seed, device, asked_about(part.shard, teachers), pools.stopping
+                )
                 pools.close(label_part(out, part, work, tally, pools).finish)
         with mutex(out):
             about = made_by(recipe, machine)
@@ -168,8 +170,8 @@ def _check_same_images(out: Path, shards: Sequence[InputShard]) -> None:
     tars = [tar["name"] for tar in _existing_manifest(out).get("shards", ())]
     if tars and not {name.rpartition("-")[0] for name in tars} & {shard.stem for shard in shards}:
         raise ValueError(
-            f"{out} has finished labels of other images ({tars[0]}, and these are {shards[0].stem}): label into "
-            "another folder; tars are named after the images' own tar or folder, so one that was renamed is another"
+            f"{out} has finished labels of other images ({tars[0]}, not {shards[0].stem}): label into another folder, "
+            "or undo the renaming of the images' tar or folder, after which label tars are named"
         )
 
 
@@ -208,7 +210,7 @@ def _own_parts(shards: Sequence[InputShard], sizes: Sequence[int], rank: int, wo
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class PartSettings:
     """The arguments that labelling every part shares."""
 
     teachers: Teachers
@@ -316,7 +318,7 @@ class OpenPart:
                 writer.publish()
 
 
-def label_part(out: Path, part: Part, work: Work, tally: Tally, pools: ThreadPools) -> OpenPart:
+def label_part(out: Path, part: Part, work: PartSettings, tally: Tally, pools: ThreadPools) -> OpenPart:
     """Label one part into a partial tar, for `OpenPart.finish`. Raises what `label` raises, and LeaseLostError.
 
     This thread only asks the teachers: see `labelling.pools`.

@@ -125,7 +125,7 @@ def run_status(meeting: Meeting, out: Path, stems: Sequence[str]) -> RunStatus:
 
 
 def _json(meeting: Meeting, out: Path, name: str) -> dict[str, Any]:
-    meeting.bring(name)
+    meeting.download(name)
     return read_json(out / name)
 
 

@@ -26,7 +26,7 @@ class LabelSettings:
     """Crops per teacher batch, also where labels are made during training. "auto" tries sizes when labelling begins and
     keeps the fastest in the labels folder, so that a resumed run gives the same bits."""
     threads: int = 4
-    """Threads that decode, cut and encode beside the teachers."""
+    """Threads that decode, cut and encode while the teachers predict."""
     licence: str = "unknown"
     """The images' licence in words; it is written into the manifest and the student's card."""
     store: Literal["disparity", "as_is"] = "disparity"
@@ -75,16 +75,18 @@ class LabelSettings:
         if isinstance(self.batch_size, int):
             faults += below(self, batch_size=1) + above(self, batch_size=65536)
         elif self.online:
-            faults.append('batch_size = "auto" is kept in a labels folder: with online = true give a number')
+            faults.append('batch_size = "auto" is stored in a labels folder: with online = true set a number')
         if "://" in self.root and not self.meeting:
             faults.append(
-                f"root = {self.root!r}: labels are made on a local path, where tars are finished by renaming, or at "
-                f"{', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
+                f"root = {self.root!r}: labels must be made on a local path, where tars are finished by renaming, or "
+                f"at {', '.join(STORES)}, which have conditional puts; labels.mirror takes any URL"
             )
         if self.meeting and self.mirror:
-            faults.append("root is a URL, which training fetches from: mirror is for labels that are made on a path")
+            faults.append(
+                "root is a URL, from which training fetches: remove mirror, which is for labels made on a path"
+            )
         if self.cache_gb and not self.source:
-            faults.append("cache_gb is for labels that are fetched: name their labels.mirror, or leave it out")
+            faults.append("cache_gb is for labels that are fetched: set labels.mirror, or remove cache_gb")
         if self.mirror and "://" not in self.mirror:
             faults.append(f"mirror = {self.mirror!r} must be a URL, such as s3://bucket/labels or file:///mnt/labels")
         if not 0.0 < self.bridge_residual <= 1.0:
@@ -94,7 +96,7 @@ class LabelSettings:
         if not 0.0 <= self.align_inliers <= 1.0:
             faults.append(f"align_inliers must be in [0, 1], not {self.align_inliers}")
         if self.align and self.bridge:
-            faults.append("align fits every teacher to the truth: leave bridge out")
+            faults.append("align fits every teacher to the truth: remove bridge")
         if self.bridge and self.store != "disparity":
             faults.append(f'bridge = "{self.bridge}" makes disparity: it needs store = "disparity"')
         refuse(faults)

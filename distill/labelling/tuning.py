@@ -71,8 +71,8 @@ def _read_results(path: Path) -> dict[str, Any]:
     except DamagedTableError as error:
         if any(path.parent.glob("*.tar")):
             raise ValueError(
-                f"{path} is damaged, and with it the batch size that finished parts were made with: delete it to go "
-                "on with another one, whose maps may differ in their last bits, or label into another folder"
+                f"{path} is damaged, so the batch size of finished parts is unknown: delete it to continue with a new "
+                "one, whose maps may differ in their last bits, or label into another folder"
             ) from error
         return {}
     return {key: value for key, value in table.items() if key != "version"}

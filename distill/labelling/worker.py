@@ -35,7 +35,16 @@ from distill.labelling.manifest import finish, keep_settings, settings_of
 from distill.labelling.meeting import Folder, Meeting, turn
 from distill.labelling.parts import Tell, line_of
 from distill.labelling.pools import ThreadPools, thread_pools
-from distill.labelling.run import LabelOutcome, OpenPart, Tally, Work, label_part, made_by, make_folder, part_sizes
+from distill.labelling.run import (
+    LabelOutcome,
+    OpenPart,
+    PartSettings,
+    Tally,
+    label_part,
+    made_by,
+    make_folder,
+    part_sizes,
+)
 from distill.labelling.settings import DEFAULTS, LabelSettings
 from distill.labelling.worker_costs import RECORD, settle
 from distill.shards.shards import SETTINGS, DamagedTableError, read_json
@@ -141,7 +150,7 @@ class _Worker:
 
     def _is_empty(self, place: Place) -> bool:
         sidecar = f"{Path(place.name).stem}.json"
-        self.meeting.bring(sidecar)
+        self.meeting.download(sidecar)
         path = self.board.out / sidecar
         return _tar_of(path) is None
 
@@ -187,7 +196,7 @@ class _Worker:
                 if error.errno != errno.ENOENT:
                     raise
                 if not self._is_finished(place):
-                    raise LeaseLostError(f"{place.name}: its file aside was taken away") from None
+                    raise LeaseLostError(f"{place.name}: another worker removed its partial file") from None
             self.meeting.deliver(place.name, claim)
             self.parts += 1
             self.done.add(place.name)
@@ -209,7 +218,7 @@ class _Worker:
                 withdraw(self.meeting, place.name, partial(self._is_broken, place))
 
     def _is_broken(self, place: Place) -> bool:
-        self.meeting.bring(sidecar := f"{Path(place.name).stem}.json")
+        self.meeting.download(sidecar := f"{Path(place.name).stem}.json")
         tar = _tar_of(self.board.out / sidecar)
         return tar is not None and (not tar or not self.meeting.whole(self.board.out, tar))
 
@@ -219,7 +228,7 @@ class _Worker:
             self.record |= {"images": tally.images, "samples": tally.samples, "label_s": round(tally.busy, 3)}
         self.record |= {"part": part, "ended": ended, "parts": self.parts, "lost": self.lost}
         self.record |= {"seconds": round(time.monotonic() - self.begun, 3)}
-        self.meeting.keep(f"{RECORD}{self.name}", self.record)
+        self.meeting.write_note(f"{RECORD}{self.name}", self.record)
 
     def leave(self, tally: Tally, *, finished: bool) -> None:
         """Write the last record. finished: the manifest exists, so records are merged, by one worker at a time."""
@@ -253,8 +262,8 @@ class MadePart:
 
 
 def work(shards: Sequence[InputShard], teachers: Teachers, **options: Any) -> LabelOutcome:
-    """Label as one of any number of workers, until all workers together finish every part; runs `by_parts` through."""
-    steps = by_parts(shards, teachers, **options)
+    """Label as one of any number of workers, until all workers together finish every part; exhausts `work_by_parts`."""
+    steps = work_by_parts(shards, teachers, **options)
     while True:
         try:
             next(steps)
@@ -263,7 +272,7 @@ def work(shards: Sequence[InputShard], teachers: Teachers, **options: Any) -> La
             return outcome
 
 
-def by_parts(
+def work_by_parts(
     shards: Sequence[InputShard],
     teachers: Teachers,
     *,
@@ -293,9 +302,9 @@ def by_parts(
     refuse_run(out)
     name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     meeting = meeting or Folder(out)
-    meeting.bring(SETTINGS)
+    meeting.download(SETTINGS)
     keep_settings(out, settings, tell=tell, suffix=f".{name[-6:]}")
-    meeting.share(SETTINGS)
+    meeting.publish_file(SETTINGS)
     keep_settings(out, settings, tell=tell)
     about = made_by(recipe, machine)
     end = partial(finish, out, shards, settings, about, licence=labels.licence, whole=meeting.whole, tell=tell)
@@ -309,12 +318,12 @@ def by_parts(
     worker.record = {"host": socket.gethostname(), "pid": os.getpid(), "device": device.type, "since": time.time()}
     tally = Tally(0, 0, report, shared=True)
     with thread_pools(max(1, labels.threads), device) as pools:
-        job = Work(teachers, crops, labels, seed, device, (), pools.stopping)
+        job = PartSettings(teachers, crops, labels, seed, device, (), pools.stopping)
         return (yield from _run_until_done(worker, pools, tally, job, end, before))
 
 
 def _run_until_done(
-    worker: _Worker, pools: ThreadPools, tally: Tally, work: Work, end: partial[bool], before: str
+    worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSettings, end: partial[bool], before: str
 ) -> Generator[MadePart, None, LabelOutcome]:
     """Label until the manifest is written or others hold the rest; before: the meeting's stamp when we joined."""
     meeting, finished = worker.meeting, False
@@ -352,7 +361,7 @@ def _outcome(worker: _Worker, tally: Tally, *, last: bool, complete: bool = True
     )
 
 
-def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: Work) -> Iterator[MadePart]:
+def _label_all(worker: _Worker, pools: ThreadPools, tally: Tally, work: PartSettings) -> Iterator[MadePart]:
     """Label parts until no worker finds another one."""
     unchecked = True
     while taken := worker.next(pools):
@@ -393,7 +402,7 @@ def _finish(meeting: Meeting, end: partial[bool], *, fresh: bool) -> bool | None
     if claim is None:
         return None
     try:
-        meeting.bring()
+        meeting.download()
         if not end(fresh=fresh, suffix=claim.suffix):
             return False
         meeting.publish()

@@ -29,5 +29,5 @@ def settle(meeting: Meeting) -> None:
         plain = {
             name: {key: value for key, value in record.items() if key != AGE} for name, record in all_records.items()
         }
-        meeting.keep(SPENT, {"workers": plain})
+        meeting.write_note(SPENT, {"workers": plain})
     meeting.tidy()

@@ -162,7 +162,7 @@ def _turned(images: Tensor, labels: dict[str, Labels], angles: Sequence[float]) 
     turned_labels = {}
     for name, part in labels.items():
         if part.local is not None:
-            raise ValueError('train.rotation: labels of patches cannot be turned; label with crops.patches = "none"')
+            raise ValueError('train.rotation: labels of patches cannot be rotated; label with crops.patches = "none"')
         shared = part.shared
         valid_turned = (
             F.grid_sample(shared.valid[:, None].float(), grid, mode="nearest", align_corners=False)[:, 0] > 0.5

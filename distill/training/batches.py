@@ -113,14 +113,14 @@ def shares_among(available: Sequence[str], settings: TrainSettings) -> dict[str,
     if not settings.teacher_shares:
         if len(available) != 1:
             raise ValueError(
-                f"the labels come from {', '.join(available)}: say how often each is learnt from, e.g. "
+                f"the labels come from {', '.join(available)}: set how often each is used, e.g. "
                 f"teacher_shares = {{{', '.join(f'{name} = {1 / len(available):.2g}' for name in available)}}}"
             )
         return dict.fromkeys(available, 1.0)
     used = {name: share for name, share in settings.teacher_shares.items() if share > 0 and name in available}
     if not used:
         raise ValueError(
-            f"images labelled by {', '.join(available)} alone teach nothing: teacher_shares gives a share to "
+            f"images labelled only by {', '.join(available)} cannot be used: teacher_shares gives a share only to "
             f"{', '.join(name for name, share in settings.teacher_shares.items() if share > 0)}"
         )
     return used
@@ -134,7 +134,7 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
     samples_by_teachers = Counter(tuple(dataset.teachers_of(index)) for index in indices)
     all_teachers = list(dict.fromkeys(name for names in samples_by_teachers for name in names))
     if missing := [name for name, share in settings.teacher_shares.items() if share > 0 and name not in all_teachers]:
-        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels hold: {', '.join(all_teachers)}")
+        raise LookupError(f"there are no labels by {', '.join(missing)}; the labels are by: {', '.join(all_teachers)}")
     for available in samples_by_teachers:
         shares_among(available, settings)
 
@@ -142,7 +142,7 @@ def check_teachers(dataset: Labelled, indices: Sequence[int], settings: TrainSet
 def labels_to_learn(batch: Batch, settings: TrainSettings, *, teacher: str, among: Mapping[str, float]) -> Batch:
     """The batch with only the labels of `teacher` ("average": of all), converted to the kind the student predicts."""
     s = settings
-    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unmet=s.keep_unmet)
+    learnt = learnt_labels(batch.labels, teachers=among, name=teacher, kind=s.kind, keep_unconvertible=s.keep_unmet)
     return Batch(batch.keys, batch.images, {teacher: learnt})
 
 
@@ -157,7 +157,7 @@ class Item:
     features: Features | None = None
 
 
-def alike(items: Sequence[Item]) -> list[list[int]]:
+def group_rows(items: Sequence[Item]) -> list[list[int]]:
     """Rows grouped by teachers and, as far as the objective distinguishes them, supervision."""
     groups: dict[Hashable, list[int]] = {}
     for row, item in enumerate(items):
@@ -181,14 +181,14 @@ class Group:
 
 
 def groups_of(items: Sequence[Item]) -> list[Group]:
-    """The items as groups, by `alike`."""
+    """The items as groups, by `group_rows`."""
     return [
         Group(tuple(rows), tuple(items[r].place.position for r in rows), items[rows[0]].teacher, items[rows[0]].among)
-        for rows in alike(items)
+        for rows in group_rows(items)
     ]
 
 
-def finished(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
+def augmented_batch(group: Group, batch: Batch, settings: TrainSettings) -> Batch:
     """The group's batch as the step sees it: with the labels to learn from, augmented."""
     s, averaged = settings, group.teacher in AVERAGES
     if not averaged:  # before the augmentation, which then has fewer maps; averages have weights, so they come after
@@ -212,7 +212,7 @@ def is_mirrored(positions: Sequence[int], s: TrainSettings) -> tuple[bool, ...]:
     return mirrored(positions, seed=s.seed, hflip=s.hflip, random_resized_crop=crop, rotation=s.rotation)
 
 
-def joined(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
+def join_groups(groups: Sequence[Group], batches: Sequence[Batch], settings: TrainSettings) -> MicroBatch:
     """Finished batches of the groups as one micro-batch, its images in the order of the stream."""
     placed = sorted((row, place) for group in groups for row, place in zip(group.rows, group.positions, strict=True))
     positions = tuple(place for _, place in placed)

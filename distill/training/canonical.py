@@ -35,15 +35,15 @@ def _times(name: str, sample: Sample, focal: float, disparity: bool, has_patches
     assumed_focal = label_record.get("focal")
     if assumed_focal is not None and has_patches:
         raise ValueError(
-            f"{sample.key}: {name} says metres for a camera of its own, which is another one for every patch: with "
-            'student.canonical_focal set crops.patches = "none"'
+            f"{sample.key}: {name} predicts metres for an assumed camera, which differs from patch to patch: "
+            'student.canonical_focal then needs crops.patches = "none"'
         )
     focal_here = assumed_focal or sample.record.get("crop", {}).get("focal")
     if not focal_here:
         raise ValueError(
-            f"{sample.key}: no focal length, which student.canonical_focal needs: give its source one (the column "
-            "focal of pairs, a data set's index), label it again where it was labelled before it had one, or leave "
-            "canonical_focal out"
+            f"{sample.key}: student.canonical_focal needs a focal length, but this sample has none: give its source "
+            "one (the column focal of pairs, a data set's index), label it again if it was labelled before that, or "
+            "remove canonical_focal"
         )
     ratio = factor(float(focal_here), focal)
     return ratio if disparity else 1.0 / ratio

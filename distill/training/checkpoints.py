@@ -132,7 +132,7 @@ def clean(out: Path) -> list[str]:
         files.clean(out / "checkpoints" / name)
     whole = {saved.folder for saved in find(out)}
     broken = [folder for name in sorted(checkpoint_names) if (folder := out / "checkpoints" / name) not in whole]
-    lines = [f"{folder} is damaged: the checkpoint is passed over" for folder in broken if folder.is_dir()]
+    lines = [f"{folder} is damaged: this checkpoint is skipped" for folder in broken if folder.is_dir()]
     for folder in broken:
         if _version(folder) > VERSION:
             raise ValueError(f"{folder}: written by a newer version of this package; update it, or set another run.out")
@@ -163,7 +163,7 @@ def drop_damaged(out: Path) -> list[str]:
         if not damaged:
             break
         for saved, name in damaged:
-            lines.append(f"{saved.folder / name} is damaged: the checkpoint of step {saved.step} is passed over")
+            lines.append(f"{saved.folder / name} is damaged: the checkpoint of step {saved.step} is skipped")
             shutil.rmtree(saved.folder)
     return lines
 
@@ -203,7 +203,7 @@ def save(
     except (OSError, SafetensorError) as error:
         last = max((saved.step for saved in find(out)), default=0)
         path, reason = (error.filename, error.strerror) if isinstance(error, files.WriteError) else (final, error)
-        raise OSError(f"{path}: cannot be written ({reason}); started again, it goes on from step {last}") from None
+        raise OSError(f"{path}: cannot be written ({reason}); run again to continue from step {last}") from None
     _prune(out, keep_last, state["best"])
 
 
@@ -240,7 +240,7 @@ def _read(saved: Checkpoint) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(
-            f"{path} is damaged ({error}): delete {saved.folder}, and training goes on from the checkpoint before it"
+            f"{path} is damaged ({error}): delete {saved.folder} to continue from the checkpoint before it"
         ) from None
 
 
@@ -259,7 +259,7 @@ def restore(
             ema.load_state_dict(under("ema/"))
     except RuntimeError as error:
         raise ValueError(
-            f"{saved.folder} holds another student ({str(error).splitlines()[-1].strip()}); build the same one, or "
+            f"{saved.folder} holds a different student ({str(error).splitlines()[-1].strip()}); build the same one, or "
             f"choose another output folder"
         ) from None
     numbers = {name: number for number, name in enumerate(_names(student, optimizer))}
@@ -267,7 +267,7 @@ def restore(
     for name, value in under("optimizer/").items():
         parameter, _, key = name.rpartition("/")
         if parameter not in numbers:
-            raise ValueError(f"{saved.folder} trained {parameter}, which is not trainable now; give the same settings")
+            raise ValueError(f"{saved.folder} trained {parameter}, which is not trainable now; use the same settings")
         entries.setdefault(numbers[parameter], {})[key] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
 

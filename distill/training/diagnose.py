@@ -50,7 +50,9 @@ def check_run(path: Path) -> list[Finding]:
     findings = [*_stopped(steps, log), *_idle(lines), *_damage(log, run)]
     finite = [line for line in steps if line["loss"] is not None and line["grad_norm"] is not None]
     if len(finite) < FEWEST:
-        findings.append(Finding("warn", f"only {len(finite)} steps: too few to judge", "train on and ask again"))
+        findings.append(
+            Finding("warn", f"only {len(finite)} steps: too few to judge", "train longer and run this again")
+        )
     else:
         warmup = min(int(settings.get("warmup_steps", 0)), len(finite) // 2)
         findings += [
@@ -77,9 +79,9 @@ def _about(path: Path) -> Line | None:
 def _damage(log: Path, run: Line | None) -> list[Finding]:
     findings = []
     if count := trainlog.damaged(log):
-        findings.append(Finding("warn", f"damaged lines of {log.name} left out: {count}", "look after the disk"))
+        findings.append(Finding("warn", f"damaged lines of {log.name} skipped: {count}", "check the disk for faults"))
     if run is None:
-        findings.append(Finding("warn", "run.json is damaged: judged without it", "distill train writes it again"))
+        findings.append(Finding("warn", "run.json is damaged and was not used", "distill train rewrites it"))
     return findings
 
 
@@ -100,8 +102,8 @@ def _stopped(steps: Sequence[Line], log: Path) -> list[Finding]:
         return []
     dumped = sorted(log.parent.glob(f"bad_batch_{bad[-1]}*"))
     where = f"; the batch is in {dumped[0]}" if dumped else ""
-    remedy = "look at that batch's labels; if they are sound, lower lr or clip_norm"
-    return [Finding("bad", f"not finite: the loss or the gradient of step {bad[-1]}{where}", remedy)]
+    remedy = "check that batch's labels; if they are correct, lower lr or clip_norm"
+    return [Finding("bad", f"the loss or the gradient of step {bad[-1]} is not finite{where}", remedy)]
 
 
 def _idle(lines: Sequence[Line]) -> list[Finding]:
@@ -109,7 +111,7 @@ def _idle(lines: Sequence[Line]) -> list[Finding]:
     if not idle:
         return []
     message = f"{len(idle)} parameters never get a gradient: {', '.join(idle[:3])}"
-    return [Finding("warn", message, "harmless for a mask token; otherwise the decoder skips a part")]
+    return [Finding("warn", message, "harmless for a mask token; otherwise the decoder does not use that part")]
 
 
 def _scale(steps: Sequence[Line], warmup: int) -> Finding:
@@ -120,11 +122,11 @@ def _scale(steps: Sequence[Line], warmup: int) -> Finding:
     numbers = f"the output's deviation went from {first:.3g} to {last:.3g} times the labels'"
     if last > DRIFT and last > 1.5 * first:
         remedy = (
-            "set loss.anchor = 0.05, or loss.label_only = true; an invariant loss alone can only lengthen the output"
+            "set loss.anchor = 0.05, or loss.label_only = true; an invariant loss alone can only enlarge the output"
         )
         return Finding("bad" if last > 3 * DRIFT else "warn", f"drift: {numbers}", remedy)
     if last < COLLAPSE:
-        remedy = "lower lr, warm up longer, and look at the labels with `distill inspect`"
+        remedy = "lower lr, warm up longer, and check the labels with `distill inspect`"
         return Finding("bad", f"collapse to a constant: {numbers}", remedy)
     return Finding("ok", f"scale: {numbers}")
 
@@ -139,7 +141,7 @@ def _contexts(steps: Sequence[Line], run: Line) -> Finding:
     of = f" of {total}" if total else ""
     message = f"{mean:.2f}{of} contexts carry no information (too few pixels, or a constant label)"
     if total and mean > 0.5 * total:
-        remedy = "labels are flat or mostly invalid: `distill inspect`; or normalize globally"
+        remedy = "labels are flat or mostly invalid: check them with `distill inspect`, or normalize globally"
         return Finding("bad", f"dead contexts: {message}", remedy)
     return Finding("ok", f"contexts: {message}")
 
@@ -164,7 +166,7 @@ def _rate(steps: Sequence[Line], warmup: int, settings: Line) -> Finding:
     if change > 0.1:
         return Finding("bad", f"learning rate too high: {trend}", "divide lr by 3 to 10, or warm up longer")
     if abs(change) < 0.01 and len(steps) >= 5 * FEWEST:
-        remedy = "raise lr, or unfreeze more; a run that began where it ends has nothing to learn"
+        remedy = "raise lr, or unfreeze more, unless the student had already converged at the start"
         return Finding("warn", f"learning rate too low, or converged: {trend}", remedy)
     return Finding("ok", f"learning rate: {trend}")
 
@@ -178,7 +180,7 @@ def _gradient(steps: Sequence[Line], settings: Line) -> Finding:
     )
     if limit and middle > 10 * limit:
         return Finding(
-            "warn", f"every step is clipped: {message}", "lower lr, or raise clip_norm: the loss is far steeper"
+            "warn", f"every step is clipped: {message}", "lower lr, or raise clip_norm: gradients are far above it"
         )
     return Finding("ok", message)
 
@@ -205,7 +207,9 @@ def _held_out(lines: Sequence[Line]) -> list[Finding]:
     if last > 1.1 * best:
         return [
             Finding(
-                "warn", f"overfitting: {message}", "more images or crops.crops_per_image, or patience to stop early"
+                "warn",
+                f"overfitting: {message}",
+                "add images, raise crops.crops_per_image, or set patience to stop early",
             )
         ]
     return [Finding("ok", message)]

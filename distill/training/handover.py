@@ -125,7 +125,7 @@ class Handover:
         if not self._has_ended():
             self.free[reader.id].acquire()
         if self._has_ended():
-            return OSError("a batch that nobody takes any more")
+            return OSError("a batch was read after training had stopped taking batches")
         number = self._batches_given % SLOTS
         self._batches_given += 1
         memory = self.slot(reader.id, number)
@@ -174,7 +174,7 @@ class Handover:
                 with suppress(RuntimeError):  # the next kernel, whichever it is, reports the error once more
                     torch.ones(1, device=device)
                 if list(self._locked.values()).count(False) == 1:
-                    _log.warning("memory cannot be page-locked (%s): each batch is copied once more", fault)
+                    _log.warning("shared memory cannot be page-locked (%s): each batch needs an extra copy", fault)
         return self._locked[address]
 
     def _unlock(self) -> None:

@@ -18,7 +18,7 @@ from distill.training.step import TrainingRun, measure
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldOutSamples:
     """The held-out samples that select the checkpoint."""
 
     dataset: Labelled
@@ -38,7 +38,7 @@ def split(dataset: Labelled, heldout: Labelled | None, settings: TrainSettings) 
 
 
 @torch.no_grad()
-def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
+def evaluate(run: TrainingRun, held: HeldOutSamples) -> dict[str, Any]:
     """The log line of an evaluation of the weights to be saved: the loss and its parts, each a mean over the images it
     covers, NaN where there are none.
     """
@@ -52,11 +52,11 @@ def measured(run: TrainingRun, held: Held) -> dict[str, Any]:
         processes=processes.count,
         features=run.features,
     )
-    run.kept.eval()
+    run.evaluated_network.eval()
     sums: dict[str, Tensor] = {"": torch.zeros(2, dtype=torch.float64, device=processes.device)}
     for batch in batches:
         for weight, micro in batch:
-            result = measure(run, run.kept, micro.to(processes.device))
+            result = measure(run, run.evaluated_network, micro.to(processes.device))
             # An image without a usable label has loss 0, which carries no information.
             taught = result.losses if result.taught is None else result.losses[result.taught]
             for name, values in {"": taught, **result.parts}.items():

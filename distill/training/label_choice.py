@@ -79,14 +79,14 @@ def choose_patches(count: int, seed: int, position: int, number: int) -> list[in
     return sorted(int(i) for i in generator("patches", seed, position).permutation(number)[:count])
 
 
-def meet_labels(labels: Labels, kind: Kind | str, keep_unmet: bool = False) -> Labels:
+def convert_labels(labels: Labels, kind: Kind | str, keep_unconvertible: bool = False) -> Labels:
     """The labels converted to the kind that the student predicts, or unchanged where they know less than it does.
 
     Then the objective converts the prediction instead. Raises distill.core.depth.KindError where neither converts to
-    the other; keep_unmet: returns those labels unchanged too.
+    the other; keep_unconvertible: returns those labels unchanged too.
     """
     kind, stored = Kind(kind), labels.shared.kind
-    if keep_unmet and not stored.can_become(kind):
+    if keep_unconvertible and not stored.can_become(kind):
         return labels
     return labels if kind.can_become(stored) and not stored.can_become(kind) else labels.convert(kind)
 
@@ -96,9 +96,14 @@ AVERAGES = ("average", "average_unaligned")
 
 
 def learnt_labels(
-    labels: Mapping[str, Labels], *, teachers: Mapping[str, float], name: str, kind: str, keep_unmet: bool = False
+    labels: Mapping[str, Labels],
+    *,
+    teachers: Mapping[str, float],
+    name: str,
+    kind: str,
+    keep_unconvertible: bool = False,
 ) -> Labels:
     """The labels that one step uses: those of `name`, or the average of all where name is one of AVERAGES."""
     used = list(teachers) if name in AVERAGES else [name]
-    converted = {n: meet_labels(labels[n], kind, keep_unmet) for n in used}
+    converted = {n: convert_labels(labels[n], kind, keep_unconvertible) for n in used}
     return average_labels(converted, teachers, aligned=name == "average") if name in AVERAGES else converted[name]

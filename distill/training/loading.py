@@ -29,18 +29,18 @@ from distill.training.batches import (
     Labelled,
     MicroBatch,
     TaughtRows,
-    alike,
+    augmented_batch,
     check_teachers,
-    finished,
+    group_rows,
     groups_of,
     is_mirrored,
-    joined,
+    join_groups,
     labels_to_learn,
     shares_among,
 )
 from distill.training.canonical import canonical
 from distill.training.handover import tensors_of
-from distill.training.label_choice import choose_patches, choose_teacher, meet_labels
+from distill.training.label_choice import choose_patches, choose_teacher, convert_labels
 from distill.training.sampling import MicroBatchPositions, SamplePosition
 from distill.training.settings import TrainSettings
 
@@ -64,8 +64,10 @@ class _Training:
             groups = groups_of(read)
             batches = [self.collate([read[row].sample for row in group.rows]) for group in groups]
             with one_thread():  # as in workers: the mean of a map differs in its last bits on more threads
-                augmented = [finished(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
-            return replace(joined(groups, augmented, self.settings), features=stacked([item.features for item in read]))
+                augmented = [augmented_batch(g, batch, self.settings) for g, batch in zip(groups, batches, strict=True)]
+            return replace(
+                join_groups(groups, augmented, self.settings), features=stacked([item.features for item in read])
+            )
         except (ValueError, LookupError, OSError) as error:
             return error
 
@@ -84,7 +86,7 @@ class _HeldOut:
         s = self.settings
         weighted = []
         try:
-            for rows in alike(read):
+            for rows in group_rows(read):
                 batch, among = self.collate([read[row].sample for row in rows]), read[rows[0]].among
                 features = stacked([read[row].features for row in rows])
                 weights = among if s.strategy == "select" else {s.strategy: 1.0}
@@ -140,7 +142,9 @@ class StreamSamples(Dataset[Any]):
                 sample = canonical(sample, s.canonical_focal)
             # Before collating, so that measured depth and rendered disparity become one kind of truth.
             if isinstance(sample, Sample):
-                converted = {name: meet_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()}
+                converted = {
+                    name: convert_labels(labels, s.kind, s.keep_unmet) for name, labels in sample.labels.items()
+                }
                 sample = replace(sample, labels=converted)
             return Item(place, among, teacher, sample, self._features(place, sample))
         except (ValueError, LookupError, OSError) as error:
@@ -267,8 +271,8 @@ def _dead_worker_message(reason: str, option: str) -> str:
     memory = "" if free is None else f", of which {free / 1e6:.0f} MB are free (docker run --shm-size=8g)"
     return (
         f"a process that reads samples died or does not answer ({reason}): it lacked memory, or shared memory at "
-        f"{machine.SHARED}{memory}; lower {option}, 0 reads without them. The same command goes on from what was "
-        "saved"
+        f"{machine.SHARED}{memory}; lower {option} (0: no such processes). The same command continues from what "
+        "was saved"
     )
 
 

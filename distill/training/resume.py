@@ -33,7 +33,7 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     steps = sorted(set(run.processes.gather([0 if saved is None else saved.step])))
     if len(steps) > 1:
         raise ValueError(
-            f"{run.out} is another folder for other machines, and the one of the main process is older: steps {steps}; "
+            f"{run.out} is not the same folder on all machines, and the main process's has an older step ({steps}): "
             "start the main process where the newest checkpoint is, or share the folder"
         )
     if saved is not None:
@@ -48,7 +48,7 @@ def resume(run: TrainingRun, tell: Callable[[str], object]) -> None:
     if run.processes.main:
         run.log = StepLog(run.out / "log.jsonl", last_step=run.step)
         if run.log.damaged:
-            tell(f"{run.log.path}: damaged lines left out: {run.log.damaged}")
+            tell(f"{run.log.path}: damaged lines skipped: {run.log.damaged}")
         if saved is not None and (line := _batchnorm_warning(run)):
             tell(line)
         facts = {"processes": run.processes.count, "device": str(run.processes.device), "torch": torch.__version__}
@@ -82,7 +82,7 @@ def keep(run: TrainingRun) -> None:
         student=run.student,
         optimizer=run.optimizer,
         ema=run.ema,
-        save_student=lambda folder: run.save_student(run.kept, folder, card=card),
+        save_student=lambda folder: run.save_student(run.evaluated_network, folder, card=card),
         keep_last=run.settings.keep_last,
     )
 
@@ -107,9 +107,9 @@ def _batchnorm_warning(run: TrainingRun) -> str:
         return ""
     seen = [settings.batch_size // (settings.accumulate * count) for count in (before, now)]
     return (
-        f"this run had {before} processes before and has {now} now: BatchNorm sees {seen[1]} images at once where it "
-        f"saw {seen[0]}, and the student becomes another one than it would have; the same number of processes, "
-        'student.norm = "group" or train.batchnorm = "frozen" keeps it'
+        f"this run had {before} processes before and has {now} now: BatchNorm sees {seen[1]} images at once, not "
+        f"{seen[0]}, so results will differ; to avoid this, use the same number of processes, "
+        'student.norm = "group" or train.batchnorm = "frozen"'
     )
 
 
@@ -126,6 +126,6 @@ def check_same(run: TrainingRun, saved: checkpoints.Checkpoint) -> None:
         differences.append("another recipe")
     if differences:
         raise ValueError(
-            f"{run.out} holds a run of step {saved.step} that this one cannot continue: {'; '.join(differences)}. "
-            f"Give it back its settings, or choose another output folder"
+            f"{run.out} holds a run, at step {saved.step}, that this one cannot continue: {'; '.join(differences)}. "
+            f"Restore its settings, or choose another output folder"
         )

@@ -25,7 +25,7 @@ class TrainSettings:
     steps: int = 20_000
     """Optimizer steps. Paper: 20,000."""
     epochs: float = 0.0
-    """Passes over the training samples, in place of `steps`; 0 = as `steps` says. AnyDepth: 5."""
+    """Passes over the training samples, in place of `steps`; 0 = use `steps`. AnyDepth: 5."""
     batch_size: int = 8
     """Images per optimizer step over all processes and micro-batches; a multiple of processes x accumulate. Paper:
     8."""
@@ -64,8 +64,8 @@ class TrainSettings:
     source; 1 = in proportion, larger = more evenly. Ours."""
     source_weights: tuple[float, ...] = field(default=(), metadata={"key": False})
     even_batches: bool = False
-    """Fill every batch with each source's share by images.weight alone, however many images it has: two sources of
-    weight 1 make half of each batch. FiffDepth: half synthetic, half real."""
+    """Fill every batch by the sources' images.weight alone, however many images each has: of two sources with weight
+    1, each fills half of every batch. FiffDepth: half synthetic, half real."""
     keep_unmet: bool = field(default=False, metadata={"key": False})
     canonical_focal: float = field(default=0.0, metadata={"key": False})
     strategy: Literal["select", "average", "average_unaligned"] = "select"
@@ -100,13 +100,13 @@ class TrainSettings:
     """Rotate image and labels about their centre by a random angle up to this many degrees, either way; pixels from
     outside are black and invalid. Needs crops.patches = "none"; 0 = off. AnyDepth rotates; the angle is ours."""
     seed: int = -1
-    """Seed of the initial weights, the order and the teacher choices; run.seed where negative. With its own seed,
-    several trainings share the same labels."""
+    """Seed of the initial weights, the order and the teacher choices; negative = run.seed. Trainings that
+    differ only in this seed share the same labels."""
     layer_decay: float = 1.0
-    """The encoder's deepest block has the rate encoder_lr, each block before it the next one's times this, and what
-    comes before the blocks the lowest; in (0, 1], 1 = all equal."""
+    """The encoder's deepest block has the rate encoder_lr, each earlier block this times the next one's rate, and
+    whatever precedes the blocks the lowest; in (0, 1], 1 = all equal."""
     freeze_steps: int = 0
-    """Steps during which the encoder is frozen at first."""
+    """Number of steps at the start during which the encoder is frozen."""
     batchnorm: Literal["batch", "sync", "frozen"] = "batch"
     """Where BatchNorm's statistics come from: "batch" each process's micro-batch (results depend on processes and
     accumulate), "sync" the micro-batches of all processes (CUDA), "frozen" the stored ones (results depend on
@@ -123,19 +123,19 @@ class TrainSettings:
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers that accelerate knows and that are installed, e.g. ["tensorboard", "wandb"]."""
     compile: bool = False
-    """torch.compile the student (tests/speed/training.py has the effect of this and the next three)."""
+    """torch.compile the student (tests/speed/training.py measures the effect of this and the next three)."""
     channels_last: bool = False
     """Use the channels-last memory format in the student."""
     gradient_checkpointing: bool = False
-    """Recompute the encoder's (or the UNet's) activations in the backward pass instead of storing them: slower, in
-    less memory."""
+    """Recompute the encoder's (or the UNet's) activations in the backward pass instead of storing them: slower,
+    with less memory."""
     fused: bool = False
-    """Use the fused AdamW kernel; on a GPU it always is used."""
+    """Use the fused AdamW kernel; it is always used on a GPU."""
     deterministic: bool = False
-    """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py says by how
-    much). A CPU is always deterministic."""
+    """On a GPU: the same bits for every run and resume on one card; slower (tests/speed/training.py measures by
+    how much). A CPU is always deterministic."""
     cache_features: bool = False
-    """Compute a frozen encoder's features of the labelled regions once, store them beside the labels in float16, and
+    """Compute a frozen encoder's features of the labelled regions once, store them next to the labels in float16, and
     train the decoder on them. Needs freeze_encoder = true, and neither color_jitter nor random_resized_crop; hflip
     doubles what is stored (distill.shards.features has the sizes). Ours."""
     patches_per_step: int = 0
@@ -180,7 +180,7 @@ def _faults(s: TrainSettings) -> list[str]:
         if not 0.0 < value <= 1.0:
             faults.append(f"{name} must lie in (0, 1], not {value}")
     if s.freeze_encoder and s.freeze_steps:
-        faults.append("freeze_encoder = true freezes the encoder for good: leave out freeze_steps")
+        faults.append("freeze_encoder = true freezes the encoder for the whole run: remove freeze_steps")
     faults += _uncacheable(s)
     if not 1.0 < s.alarm_growth < math.inf:
         faults.append(f"alarm_growth must be finite and above 1, not {s.alarm_growth}")
@@ -205,14 +205,14 @@ def _uncacheable(s: TrainSettings) -> list[str]:
     """Settings that conflict with cache_features."""
     faults = []
     if s.cache_features and not s.freeze_encoder:
-        faults.append("cache_features = true stores what the encoder sees, once: it needs freeze_encoder = true")
+        faults.append("cache_features = true stores the encoder's features once: it needs freeze_encoder = true")
     if s.cache_features and (s.color_jitter or s.random_resized_crop < 1.0):
         faults.append(
-            "cache_features = true stores what the encoder sees of the whole region in its own colours: set "
+            "cache_features = true stores features of the whole region in its original colours: set "
             "color_jitter = 0.0 and random_resized_crop = 1.0, or cache_features = false"
         )
     if s.cache_features and s.rotation:
-        faults.append("cache_features = true stores what the encoder sees upright: set rotation = 0")
+        faults.append("cache_features = true stores features of the unrotated region: set rotation = 0")
     return faults
 
 
@@ -221,7 +221,7 @@ def _bad_sources(s: TrainSettings) -> list[str]:
     faults = [] if valid else [f"source_temperature must be finite and above 0, not {s.source_temperature}"]
     faults += [f"a source's weight must be at least 0, not {w}" for w in s.source_weights if not 0.0 <= w < math.inf]
     if s.even_batches and s.source_temperature != 1.0:
-        faults.append("even_batches = true takes the sources by their weights alone: leave out source_temperature")
+        faults.append("even_batches = true uses the sources' weights alone: remove source_temperature")
     return faults
 
 

@@ -125,17 +125,17 @@ class TrainingRun:
     waited: float = 0.0
     steps_here: int = 0
     broken: Tensor | None = None
-    told: tuple[float, float, int] = (0.0, 0.0, 0)
+    last_reported: tuple[float, float, int] = (0.0, 0.0, 0)
 
     def since(self, seconds: float, waited: float) -> tuple[float, float, int]:
         """Seconds, seconds spent waiting for data, and steps since the last call; the arguments for a single step."""
-        before, self.told = self.told, (self.seconds, self.waited, self.steps_here)
+        before, self.last_reported = self.last_reported, (self.seconds, self.waited, self.steps_here)
         if self.steps_here - before[2] <= 1:
             return seconds, waited, 1
         return self.seconds - before[0], self.waited - before[1], self.steps_here - before[2]
 
     @property
-    def kept(self) -> nn.Module:
+    def evaluated_network(self) -> nn.Module:
         """The network whose weights are evaluated and saved: the averaged one if there is one."""
         return self.student if self.ema is None else self.ema.module
 
@@ -156,14 +156,14 @@ def make_ready(student: nn.Module, settings: TrainSettings, *, device: torch.dev
     if settings.gradient_checkpointing:
         capable = [m for m in student.modules() if callable(getattr(m, "set_grad_checkpointing", None))]
         if not capable:
-            raise ValueError("gradient_checkpointing: no part of this student can recompute itself; switch it off")
+            raise ValueError("gradient_checkpointing: no part of this student supports it; set it to false")
         capable[0].set_grad_checkpointing(True)  # type: ignore[operator]
     student.to(device)
     if settings.channels_last:
         student.to(memory_format=torch.channels_last)
     if settings.batchnorm == "sync" and processes > 1:
         if device.type != "cuda":
-            raise ValueError('batchnorm = "sync" needs CUDA; take "frozen", or a student without BatchNorm')
+            raise ValueError('batchnorm = "sync" needs CUDA; use "frozen", or a student without BatchNorm')
         nn.SyncBatchNorm.convert_sync_batchnorm(student)
 
 
@@ -405,13 +405,13 @@ def _stop(run: TrainingRun, line: dict[str, Any], seen: Sequence[tuple[MicroBatc
     keys = [key for batch in batches for key in batch.keys]
     bad = [key for key, finite in zip(keys, torch.cat(losses).isfinite().tolist(), strict=True) if not finite]
     named = f" (not finite: {', '.join(bad[:3])})" if bad else ""
-    advice = f"The batch is in {folder}{named}: look at its labels, lower lr, or leave its images out"
+    advice = f"The batch is in {folder}{named}: check its labels, lower lr, or leave out its images"
     if not bad and run.settings.log_every > 1:  # on a GPU steps without a log line are not checked
         advice = (
-            f"It may have begun in one of the {run.settings.log_every - 1} steps before, whose batches are not kept: "
-            "the same command with train.log_every = 1 goes on from the last checkpoint and stops at the very step"
+            f"It may have started in one of the {run.settings.log_every - 1} preceding steps, whose batches are not "
+            "kept: run again with train.log_every = 1 to continue from the last checkpoint and stop at the exact step"
         )
     raise TrainingStoppedError(
-        f"step {line['step']}: the loss is {line['loss']}, the gradient's norm {line['grad_norm']}; nothing of it was "
-        f"applied. {advice}"
+        f"step {line['step']}: the loss is {line['loss']}, the gradient's norm {line['grad_norm']}; this update was "
+        f"not applied. {advice}"
     )

@@ -27,12 +27,12 @@ from distill.training.batches import (
     Item,
     Labelled,
     MicroBatch,
-    finished,
+    augmented_batch,
     groups_of,
-    joined,
+    join_groups,
 )
 from distill.training.handover import Giving, Handed, Handover, handover_for, mapped, tensors_of
-from distill.training.label_choice import meet_labels
+from distill.training.label_choice import convert_labels
 from distill.training.loading import StreamSamples, loader_of, readers_of
 from distill.training.sampling import MicroBatchPositions
 from distill.training.settings import TrainSettings
@@ -65,9 +65,9 @@ class StoredBatch:
         batches = []
         for g in self.groups:
             s = settings
-            labels = {name: meet_labels(coded.decode(), s.kind, s.keep_unmet) for name, coded in g.labels.items()}
-            batches.append(finished(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
-        micro = joined([g.group for g in self.groups], batches, settings)
+            labels = {name: convert_labels(coded.decode(), s.kind, s.keep_unmet) for name, coded in g.labels.items()}
+            batches.append(augmented_batch(g.group, Batch(g.keys, g.images.float() / 255.0, labels), settings))
+        micro = join_groups([g.group for g in self.groups], batches, settings)
         return replace(micro, features=self.features)
 
 
@@ -88,7 +88,7 @@ def _group(group: Group, samples: Sequence[Sample]) -> StoredGroup:
     for sample in samples:
         if sorted(sample.coded) != sorted(names) or sample.image.shape != samples[0].image.shape:
             raise ValueError(
-                f"{sample.key} and {samples[0].key} do not go into one batch: they have labels by "
+                f"{sample.key} and {samples[0].key} cannot be in one batch: they have labels by "
                 f"{', '.join(sample.coded)} and {', '.join(names)}, sizes {tuple(sample.image.shape)} and "
                 f"{tuple(samples[0].image.shape)}"
             )

@@ -31,7 +31,7 @@ from distill.students import checkpoint
 from distill.training import checkpoints
 from distill.training.averages import Averages
 from distill.training.batches import Collate, Labelled, MicroBatch, check_teachers
-from distill.training.heldout import Held, is_best, measured, split
+from distill.training.heldout import HeldOutSamples, evaluate, is_best, split
 from distill.training.loading import explain_dead_workers, training_batches
 from distill.training.parallel import accelerator_of, processes_of, reproducible, same_checkpoint
 from distill.training.resume import card_of, keep, resume
@@ -111,7 +111,7 @@ def train(
     """
     out = Path(out)
     if isinstance(objective, nn.Module) and any(p.requires_grad for p in objective.parameters()):
-        raise ValueError("the objective has trainable parameters, which no optimizer would claim; freeze them")
+        raise ValueError("the objective has trainable parameters, which no optimizer would update; freeze them")
     _check_features(settings, features, reference)
     accelerator = accelerator_of(student, settings, out, device=device)
     used, validation = split(dataset, heldout, settings)
@@ -128,7 +128,7 @@ def train(
             _open_trackers(run, accelerator)
             # Closed here, because a stored traceback would otherwise keep it and its worker processes alive.
             with contextlib.closing(_micros(run, dataset, batches.after(run.step), collate)) as micros:
-                _loop(run, micros, Held(dataset if heldout is None else heldout, validation, collate), report)
+                _loop(run, micros, HeldOutSamples(dataset if heldout is None else heldout, validation, collate), report)
             return _finish(run)
         finally:
             if run.log:
@@ -140,7 +140,7 @@ def train(
 
 def _check_features(settings: TrainSettings, features: FeatureStore | None, reference: nn.Module | None) -> None:
     if settings.cache_features != (features is not None) or (features is not None and reference is not None):
-        raise ValueError("cache_features = true goes with stored features, and with no reference encoder")
+        raise ValueError("cache_features = true needs stored features (and the reverse), without a reference encoder")
 
 
 def _positions(accelerator: Accelerator, order: Order, settings: TrainSettings) -> MicroBatchPositions:
@@ -209,10 +209,10 @@ def _open_trackers(run: TrainingRun, accelerator: Accelerator) -> None:
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: Held, report: Report | None) -> None:
+def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: HeldOutSamples, report: Report | None) -> None:
     s = run.settings
     if run.step == 0 and s.eval_start and held.indices:
-        _write(run, measured(run, held))
+        _write(run, evaluate(run, held))
     set_mode(run)
     while run.step < s.steps and not _out_of_patience(run):
         if run.step == s.freeze_steps:
@@ -225,7 +225,7 @@ def _loop(run: TrainingRun, micros: Iterator[MicroBatch], held: Held, report: Re
             _log_step(run, line, last=last)
         better = False
         if held.indices and (last or (s.eval_every and run.step % s.eval_every == 0)):
-            evaluation = measured(run, held)
+            evaluation = evaluate(run, held)
             better = is_best(run, evaluation)
             _write(run, evaluation)
             set_mode(run)

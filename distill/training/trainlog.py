@@ -87,7 +87,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     lines = list(_lines(path))
     if not lines and path.exists() and b"\n" in path.read_bytes():
-        raise ValueError("no line of it is one of a log's")
+        raise ValueError("none of its lines is a log line")
     return lines
 
 

@@ -64,7 +64,9 @@ def test_who_does_not_say_the_camera_is_told_so(tmp_path):
         pair_photo(tmp_path, "-3")
     photo, crops = pair_photo(tmp_path, ""), CropSettings(size=20, min_side=40, patches="none")
     sample = label_photo(photo, [("truth", TRUTH)], crops=crops)
-    with pytest.raises(ValueError, match=r"pair0-0: no focal length, which student.canonical_focal needs: .*column"):
+    with pytest.raises(
+        ValueError, match=r"pair0-0: student.canonical_focal needs a focal length, but this sample has none: .*column"
+    ):
         canonical(sample, 300.0)
     table = {"run": {"name": "x"}, "student": {"canonical_focal": 300.0}}
     with pytest.raises(RecipeError, match="canonical_focal is of a student that predicts metres"):

@@ -141,7 +141,7 @@ def test_labels_without_a_recipe_or_with_other_images_say_so(labels, place):
     tar = sorted(folder.glob("*.tar"))[0]
     flip(tar, 2000)
     make_tar(place / "sa_1.tar", count=9, first=20)
-    with pytest.raises(ValueError, match="labelled from other images"):
+    with pytest.raises(ValueError, match="labelled from different images"):
         repair.repair(folder)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, "recipe": {}}))

@@ -135,7 +135,7 @@ def test_a_recipe_says_what_lacks():
     teachers = [{"name": "depth_anything_v2"}]
     for table, words in (
         ({"images": [{"photos": "x"}], "labels": {"align": "truth"}}, r"images\[0\] has no ground truth, which"),
-        ({"labels": {"align": "truth", "bridge": "primary"}}, "leave bridge out"),
+        ({"labels": {"align": "truth", "bridge": "primary"}}, "remove bridge"),
         ({"labels": {"align_residual": 0.0}}, "align_residual must be in"),
     ):
         with pytest.raises(RecipeError, match=words):

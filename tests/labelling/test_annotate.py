@@ -81,11 +81,11 @@ def test_failures_that_are_not_in_a_row_do_not_stop_a_run():
 
 
 def test_contract_breaches_and_lack_of_memory_stop_the_run(tars, tmp_path):
-    with pytest.raises(annotate.TeacherFailedError, match="not enough memory for one crop"):
+    with pytest.raises(annotate.TeacherFailedError, match="not have enough memory for one crop"):
         run(tars, tmp_path / "a", Broken(error=torch.OutOfMemoryError("12 GiB")))
     small = Formula()
     small.predict = lambda images: DepthMap(images[:, 0, ::2], images[:, 0, ::2] > 0, Kind.SCALE_DEPTH)
-    with pytest.raises(annotate.TeacherFailedError, match="gave maps"):
+    with pytest.raises(annotate.TeacherFailedError, match="returned maps"):
         run(tars, tmp_path / "b", small)
     with pytest.raises(TypeError):
         run(tars, tmp_path / "c", Broken(error=TypeError("a bug")))
@@ -126,7 +126,7 @@ def test_online_replaces_a_bad_image_by_the_next_and_says_so(tars):
     online = OnlineDataset(tars, [("formula", Formula())], crops=CROPS)
     assert online[2].key == online[2].key == "sa_3-0" and [q.key for q in online.quarantine] == ["sa_2-0"]
     assert [sample.key for sample in online].count("sa_3-0") == 2, "iteration ends"
-    with pytest.raises(ValueError, match="none of 10 images can be labelled; the last: no ground truth"):
+    with pytest.raises(ValueError, match="none of 10 images can be labelled; the last failed with: no ground truth"):
         OnlineDataset(tars, [(TRUTH, TRUTH)], crops=CROPS)[0]
     with pytest.raises(BadImageError, match="smaller than"):
         label_photo(Photo("a", torch.zeros(3, 9, 9, dtype=torch.uint8), None, "a"), [], crops=CROPS)

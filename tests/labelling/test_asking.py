@@ -25,7 +25,7 @@ def by_device(monkeypatch):
     """Every run asks as on a GPU, batches filled up and maps coded there; the list holds what was asked."""
     asked = []
 
-    def asking(teachers, labels, device):
+    def make_asker(teachers, labels, device):
         codec = CODECS[labels.codec]
         coding = (labels.codec, codec.first) if codec.first else None
         store = module.partial(module.stored, store=labels.store)
@@ -33,7 +33,7 @@ def by_device(monkeypatch):
         return asked[-1]
 
     def use():
-        monkeypatch.setattr(module, "asking", asking)
+        monkeypatch.setattr(module, "make_asker", make_asker)
         return asked
 
     return use
@@ -82,7 +82,7 @@ def test_maps_of_another_size_stop_the_run():
         def predict(self, images):
             return DepthMap(images[:, 0, 1:], torch.ones_like(images[:, 0, 1:]) > 0, Kind.SCALE_DEPTH)
 
-    with pytest.raises(TeacherFailedError, match="gave maps"):
+    with pytest.raises(TeacherFailedError, match="returned maps"):
         DeviceAsking(CPU, lambda depth: depth, coding=None)("x", Cropping(), [torch.zeros(3, 8, 8).byte()], ["a"])
 
 

@@ -91,7 +91,9 @@ def test_the_label_is_positive_finite_and_blind_to_what_is_invalid(scenes):
     assert torch.equal(got.valid, valid)
     torch.testing.assert_close(got.values[valid], (1 / depth)[valid], rtol=1e-3, atol=1e-4)
     assert (got.values[valid] > 0).all() and got.values.isfinite().all()
-    with pytest.raises(KindError, match="affine_depth is bridged to the primary teacher's disparity"):
+    with pytest.raises(
+        KindError, match="affine_depth can only be bridged to disparity, but the primary teacher's labels"
+    ):
         bridge_map(own, replace(primary, kind=Kind.SCALE_DEPTH), max_residual=0.3)
 
 
@@ -156,7 +158,7 @@ def test_regions_and_patches_have_their_own_fit_and_it_is_written_down(images, t
     card = read_manifest(tmp_path)["teachers"]["assistant"]
     assert card["kind"] == "affine_depth" and card["stored"] == ["affine_disparity"]
     assert card["bridge"] == {"primary": "primary", "most": 0.3, "dropped": {"regions": 0, "patches": 0}}
-    with pytest.raises(ValueError, match="another teachers"):
+    with pytest.raises(ValueError, match="different settings: teachers"):
         label(
             images,
             [pair()[0], ("assistant", Bridged(Assistant(), "primary", 0.2))],

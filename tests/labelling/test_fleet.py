@@ -27,7 +27,7 @@ CARD = {"host": "a", "pid": 1, "device": "cuda", "part": "", "ended": False, "pa
 def test_what_a_run_cost_is_known_when_it_is_finished(tars, tmp_path):
     out = tmp_path / "out"
     place = Folder(out, lease_s=LEASE)
-    place.keep("worker-killed", {**CARD, "part": "sa_0-000.tar"})
+    place.write_note("worker-killed", {**CARD, "part": "sa_0-000.tar"})
     work(tars, out)
     for _ in range(2):  # to look changes nothing
         now = run_status(Folder(out), out, ["sa_0", "sa_1"])
@@ -48,8 +48,8 @@ def test_a_standing_is_read_while_notes_come_and_go_and_names_a_part_that_kills(
     out = tmp_path / "out"
     place = Folder(out, lease_s=LEASE)
     for i in range(3):
-        place.keep(f"worker-{i}", {**CARD, "pid": i, "part": "sa_1-000.tar"})
-    place.keep("worker-3", {**CARD, "pid": 3, "part": "sa_0-000.tar"})
+        place.write_note(f"worker-{i}", {**CARD, "pid": i, "part": "sa_1-000.tar"})
+    place.write_note("worker-3", {**CARD, "pid": 3, "part": "sa_0-000.tar"})
     (out / NOTES / "worker-4.json").write_text('{"host": "a", "pi')
     now = run_status(place, out, ["sa_0", "sa_1"])
     assert len(now.workers) == 4 and now.deadly == (("sa_1-000.tar", 3),)
@@ -186,7 +186,7 @@ def test_a_bucket_that_is_not_there_is_told(store, tmp_path, monkeypatch):
         raise FileNotFoundError("Object at location labels/a not found: NoSuchBucket\n\nDebug source")
 
     monkeypatch.setattr(obstore, "put", put)
-    with pytest.raises(OSError, match=r"s3://x/y cannot be reached: .*NoSuchBucket; what was sent stays"):
+    with pytest.raises(OSError, match=r"s3://x/y cannot be reached: .*NoSuchBucket; files already sent are kept"):
         Objects("s3://x/y", tmp_path, store=store).take("a-000.tar")
 
 
@@ -199,7 +199,7 @@ def test_ages_at_an_object_store_are_by_its_clock(store, tmp_path, monkeypatch):
     monkeypatch.setattr(objects, "datetime", Fast)
     place = Objects("s3://x/y", tmp_path, lease_s=60.0, store=store)
     claim = place.take("a-000.tar")
-    place.keep("worker-a", CARD)
+    place.write_note("worker-a", CARD)
     (holder,) = place.holders()
     assert holder.age < 30 and not holder.dead and place.notes("worker-")["a"]["age_s"] < 30
     assert Fast.now(UTC) > datetime.now(UTC) + timedelta(minutes=59)

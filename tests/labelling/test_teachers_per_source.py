@@ -13,7 +13,7 @@ from distill.labelling.bridge import Bridged
 from distill.labelling.online import OnlineDataset
 from distill.labelling.run import TRUTH, LabelSettings, label
 from distill.shards.shards import LabelDataset, read_manifest, verify
-from distill.training.label_choice import meet_labels
+from distill.training.label_choice import convert_labels
 from tests.labelling.formula import CROPS, Formula, make_tar
 
 
@@ -76,9 +76,12 @@ def test_a_photo_without_the_truth_that_its_source_names_is_quarantined(mixed, t
 
 def test_other_teachers_than_a_part_was_labelled_by_are_refused(mixed, tmp_path):
     label(mixed[:1], teachers(), out=tmp_path / "out", crops=CROPS)
-    with pytest.raises(ValueError, match="was labelled by net, and .* is now to be labelled by net, truth"):
+    with pytest.raises(ValueError, match="was labelled by net, but .* is now to be labelled by net, truth"):
         label([replace(mixed[0], teachers=())], teachers(), out=tmp_path / "out", crops=CROPS)
-    for bad, message in ((("nett",), "labelled by nett; the teachers are net, truth"), (("b",), "is bridged to net")):
+    for bad, message in (
+        (("nett",), "no teacher is named nett; the teachers are net, truth"),
+        (("b",), "is bridged to net"),
+    ):
         bridge = ("b", Bridged(Formula(Kind.AFFINE_DEPTH), "net", 0.3))
         with pytest.raises(ValueError, match=message):
             label(
@@ -137,5 +140,5 @@ def test_crops_are_redrawn_at_every_visit_and_follow_from_it_alone(mixed):
 def test_truth_stored_as_it_is_and_as_disparity_teaches_the_same(mixed):
     for store in ("as_is", "disparity"):
         sample = OnlineDataset(mixed[1:2], teachers(), crops=CROPS, labels=LabelSettings(store=store))[0]
-        labels = meet_labels(sample.labels["truth"], "affine_disparity")
+        labels = convert_labels(sample.labels["truth"], "affine_disparity")
         assert labels.shared.kind is Kind.AFFINE_DISPARITY and labels.supervision.metric

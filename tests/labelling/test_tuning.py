@@ -83,7 +83,7 @@ def test_nothing_is_written_where_nothing_is_asked(tmp_path):
 
 
 def test_auto_needs_a_folder_to_be_kept_in():
-    with pytest.raises(ValueError, match="give a number"):
+    with pytest.raises(ValueError, match="set a number"):
         LabelSettings(batch_size="auto", online=True)
     with pytest.raises(ValueError, match="batch_size must be one of auto, not 'most'"):
         LabelSettings(batch_size="most")
@@ -100,7 +100,7 @@ def test_a_batch_size_that_is_lost_is_not_guessed_beside_finished_parts(tmp_path
     )
     (tmp_path / "sa_0-000.tar").touch()
     (tmp_path / tuning.TUNED).write_text("{")
-    with pytest.raises(ValueError, match="machine.json is damaged, and with it the batch size"):
+    with pytest.raises(ValueError, match="machine.json is damaged, so the batch size of finished parts is unknown"):
         tuning.tune(tmp_path, teacher, labels, size=8, device=CPU, references={})
 
 

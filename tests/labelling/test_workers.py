@@ -137,9 +137,9 @@ def test_a_tar_that_has_grown_is_labelled_again_and_other_images_are_refused(tar
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "sa_1.tar").write_bytes((tmp_path / "sa_0.tar").read_bytes())
-    with pytest.raises(ValueError, match="labelled from other images than"):
+    with pytest.raises(ValueError, match="labelled from different images than"):
         work(tars, tmp_path / "out")
-    with pytest.raises(ValueError, match="made with another samples_per_part"):
+    with pytest.raises(ValueError, match="made with different settings: samples_per_part"):
         work(tars, tmp_path / "out", samples_per_part=2)
 
 
@@ -179,7 +179,7 @@ def test_a_finer_tail_is_the_same_for_one_and_for_many(tars, tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
     of = [json.loads((tmp_path / "one" / f"{stem}-000.json").read_bytes())["of"] for stem in ("sa_0", "sa_1")]
     assert of == [4, 3]  # 7 images by twos, 3 by ones
-    with pytest.raises(ValueError, match="made with another fine_tail"):
+    with pytest.raises(ValueError, match="made with different settings: fine_tail"):
         run(tars, tmp_path / "one")
 
 

@@ -249,7 +249,7 @@ def test_a_cache_becomes_whole_and_whole_labels_lose_nothing(made, tmp_path, cap
     whole = build.labelled(load(recipe, [f"run.out={tmp_path / 'other'}"]))
     assert whole.cache is None and tars(whole.folder) == tars(folder) and verify(whole.folder) == []
     assert build.labelled(some).cache is None and tars(whole.folder) == tars(folder)
-    with pytest.raises(RecipeError, match="cache_gb is for labels that are fetched: name their labels.mirror"):
+    with pytest.raises(RecipeError, match="cache_gb is for labels that are fetched: set labels.mirror"):
         load(recipe, ["labels.mirror=", "labels.cache_gb=1"])
 
 

@@ -245,7 +245,7 @@ def feeding(entries: list[Entry], given: argparse.Namespace) -> None:
     photos = timed("read and decode, a photo", lambda e: e.load(), entries)
     jobs = timed("cut region and patches, a photo", lambda p: prepare(p, crops=crops, seed=0, draw=0), photos)
     print(f"{'maps a photo':40}{np.mean([1 + len(job.patches) for job in jobs]):9.1f}")
-    annotate.asking = lambda *_: free  # type: ignore[assignment,misc]
+    annotate.make_asker = lambda *_: free  # type: ignore[assignment,misc]
     samples = list(annotate.annotate(jobs, [("free", Nobody())], labels=LabelSettings(codec=given.codec)))
     timed("encode codes and jpg, a photo", partial(encode_sample, codec=given.codec), samples)
     from_values = partial(encode_map, depth.values[0], depth.valid[0], codec=given.codec)

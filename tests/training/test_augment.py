@@ -114,7 +114,7 @@ def test_a_turn_moves_image_and_map_alike_and_what_comes_from_outside_is_invalid
     still = augment(batch, range(4), rotation=1e-9, **plain).labels["t"].shared
     assert torch.equal(still.values[still.valid], maps[still.valid]) and torch.equal(still.valid, valid)
     with_patches = Labels(labels.shared, labels.shared, torch.zeros(4, 1, 4))
-    with pytest.raises(ValueError, match="labels of patches cannot be turned"):
+    with pytest.raises(ValueError, match="labels of patches cannot be rotated"):
         augment(Batch(batch.keys, batch.images, {"t": with_patches}), range(4), rotation=5.0, **plain)
 
 

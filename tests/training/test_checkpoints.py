@@ -88,7 +88,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, damage):
     assert result.step == 20 and [line["step"] for line in steps_of(tmp_path)] == list(range(1, 21))
     assert all(torch.equal(value, whole[name]) for name, value in student.state_dict().items())
     named = path if damage in ("header", "tensors", "student") else last
-    assert str(named) in told[0] and "passed over" in told[0] and told[1].endswith("damaged lines left out: 1")
+    assert str(named) in told[0] and "is skipped" in told[0] and told[1].endswith("damaged lines skipped: 1")
 
 
 def test_the_best_checkpoint_that_is_damaged_is_no_longer_the_best(tmp_path):
@@ -113,7 +113,7 @@ def test_the_best_checkpoint_that_is_damaged_is_no_longer_the_best(tmp_path):
     path.write_bytes(data)
     told: list = []
     result, _ = run(tmp_path, tell=told.append, **given)
-    assert result.selected_step == 10 and "the checkpoint of step 2 is passed over" in told[0]
+    assert result.selected_step == 10 and "the checkpoint of step 2 is skipped" in told[0]
 
 
 @pytest.mark.parametrize(("before", "given"), [(2, {}), (1, {}), (2, {"batchnorm": "frozen"})])
@@ -128,7 +128,7 @@ def test_a_resume_on_another_number_of_processes_says_what_batchnorm_makes_of_it
     (tmp_path / "run.json").write_text(json.dumps({**table, "processes": before}))
     told = []
     run(tmp_path, student=Toy(batchnorm=True), save_every=4, tell=told.append, **given)
-    said = "this run had 2 processes before and has 1 now: BatchNorm sees 8 images at once where it saw 4"
+    said = "this run had 2 processes before and has 1 now: BatchNorm sees 8 images at once, not 4"
     assert [line.startswith(said) for line in told] == ([True] if before == 2 and not given else [])
 
 

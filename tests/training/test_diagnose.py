@@ -45,7 +45,7 @@ FAILURES = {
     "lr low": ("learning rate too low", "raise lr", {"loss": lambda t: 0.7 + 1e-4 * math.sin(50 * t)}),
     "wait": ("data wait: 40.0%", "workers", {"data_wait": lambda t: 0.4}),
     "nan": (
-        "not finite: the loss or the gradient of step 100",
+        "the loss or the gradient of step 100 is not finite",
         "batch",
         {"loss": lambda t: math.nan if t == 1 else 1 - t / 2},
     ),

@@ -80,7 +80,7 @@ def test_processes_that_wait_for_a_slot_end_with_the_run(labels, close):
         if close == "generator":
             del batches
     if close == "handover":
-        with pytest.raises(OSError, match="nobody takes"):
+        with pytest.raises(OSError, match="stopped taking batches"):
             for _ in range(9):
                 next(batches)
         del batches
@@ -168,7 +168,7 @@ def test_pages_are_asked_for_once_and_given_back_by_a_broken_card_too(monkeypatc
         for slot in slots * 3:
             assert handover._lock(slot, CPU) is not refuses
         raise KeyError("its own")
-    assert [("copied once more" in one.message) for one in caplog.records] == [True] * refuses
+    assert [("needs an extra copy" in one.message) for one in caplog.records] == [True] * refuses
     assert card.asked == [slot.data_ptr() for slot in slots]
     assert (card.given_back, card.waited_for) == (([], []) if refuses else (card.asked, [CPU]))
 

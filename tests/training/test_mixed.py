@@ -136,9 +136,11 @@ def test_one_forward_pass_sees_all(tmp_path):
 
 
 def test_images_that_nobody_learns_from_are_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="images labelled by net alone teach nothing: teacher_shares gives a share to"):
+    with pytest.raises(
+        ValueError, match="images labelled only by net cannot be used: teacher_shares gives a share only to"
+    ):
         learn(tmp_path, teacher_shares={"truth": 1.0})
-    with pytest.raises(ValueError, match="the labels come from net, truth: say how often"):
+    with pytest.raises(ValueError, match="the labels come from net, truth: set how often"):
         learn(tmp_path, teacher_shares={})
 
 

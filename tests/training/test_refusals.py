@@ -43,9 +43,11 @@ def test_a_number_that_is_not_finite_stops_before_it_is_applied(tmp_path):
 def test_a_batch_without_a_fault_is_not_blamed_for_a_step_that_nobody_looked_at(tmp_path, monkeypatch):
     """As on a GPU, where the line's norm tells what an earlier step met."""
     monkeypatch.setattr(nn.utils, "get_total_norm", lambda gradients: torch.tensor(math.nan))
-    with pytest.raises(TrainingStoppedError, match=r"one of the 4 steps before.*train.log_every = 1 goes on from"):
+    with pytest.raises(
+        TrainingStoppedError, match=r"one of the 4 preceding steps.*train.log_every = 1 to continue from"
+    ):
         run(tmp_path / "few", log_every=5)
-    with pytest.raises(TrainingStoppedError, match="look at its labels"):
+    with pytest.raises(TrainingStoppedError, match="check its labels"):
         run(tmp_path / "all")
 
 
@@ -62,7 +64,7 @@ def test_steps_that_nobody_looks_at_change_nothing_after_a_loss_that_is_not_fini
     monkeypatch.setattr(step_module, "_has_line", lambda run: run.step + 1 == run.settings.steps)
     monkeypatch.setattr(nn.utils, "get_total_norm", guarded)
     given = {"val_fraction": 0.0, "save_every": 1, "keep_last": 20, "teacher_shares": {"primary": 1.0}, "log_every": 20}
-    with pytest.raises(TrainingStoppedError, match="step 20: .* nothing of it was applied"):
+    with pytest.raises(TrainingStoppedError, match="step 20: .* this update was not applied"):
         run(tmp_path, dataset=Toys(poisoned=3), fused=True, **given)
     weights = [load_file(saved.folder / "student" / "model.safetensors") for saved in checkpoints.find(tmp_path)]
     same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(weights)]
@@ -157,7 +159,7 @@ def test_another_run_is_not_continued(tmp_path):
     for old, new in (("colour", "color_jitter"), ("holdout", "val_fraction")):
         table["settings"][old] = table["settings"].pop(new)
     state.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=r"cannot continue: lr = 0.5, not 0.01. Give"):
+    with pytest.raises(ValueError, match=r"cannot continue: lr = 0.5, not 0.01. Restore"):
         run(tmp_path, steps=4, lr=0.5)
     run(tmp_path, steps=4, accumulate=2, workers=1, keep_last=5)
 
@@ -179,13 +181,13 @@ def test_two_runs_do_not_share_a_folder(tmp_path):
     [
         ({"dataset": Toys(6)}, r"^4 training samples are fewer than one batch of 8"),
         ({"accumulate": 3}, r"batch_size \(8\) must be a multiple of accumulate \(3\)"),
-        ({"teacher_shares": {}}, "the labels come from primary, assistant: say how often"),
+        ({"teacher_shares": {}}, "the labels come from primary, assistant: set how often"),
         (
             {"teacher_shares": {"primary": 1, "dav2": 1}},
-            "there are no labels by dav2; the labels hold: primary, assistant",
+            "there are no labels by dav2; the labels are by: primary, assistant",
         ),
         ({"trackers": ("mlflaw",)}, "tracker mlflaw is not installed"),
-        ({"gradient_checkpointing": True}, "no part of this student can recompute itself"),
+        ({"gradient_checkpointing": True}, "no part of this student supports it"),
     ],
 )
 def test_refusals(tmp_path, given, message):

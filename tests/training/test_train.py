@@ -183,7 +183,7 @@ def test_only_the_labels_that_a_step_learns_from_are_decoded(straight, tmp_path)
     assert losses_of(tmp_path / "chosen") == losses_of(straight)
     used = [line["teacher"] for line in steps_of(straight) if "teacher" in line]
     assert dataset.asked == [name for name in used for _ in range(8)] and set(used) == {"primary", "assistant"}
-    with pytest.raises(LookupError, match="no labels by third; the labels hold: primary, assistant"):
+    with pytest.raises(LookupError, match="no labels by third; the labels are by: primary, assistant"):
         run(tmp_path / "third", dataset=Choosing(), teacher_shares={"primary": 0.99, "third": 0.01})
 
 
