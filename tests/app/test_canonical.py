@@ -67,7 +67,7 @@ def test_who_does_not_say_the_camera_is_told_so(tmp_path):
     with pytest.raises(ValueError, match=r"pair0-0: no focal length, which student.canonical_focal needs: .*column"):
         canonical(sample, 300.0)
     table = {"run": {"name": "x"}, "student": {"canonical_focal": 300.0}}
-    with pytest.raises(RecipeError, match="canonical_focal is of a student that predicts metres"):
+    with pytest.raises(RecipeError, match="canonical_focal needs a student that predicts metres"):
         parse(table)
 
 

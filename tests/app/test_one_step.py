@@ -143,13 +143,13 @@ def test_recipes_that_contradict_themselves_are_refused(made):
     refused("decoder: no part of network", student={"decoder": "dpt"})
     refused("give weights", student={"weights": ""})
     refused("a one-step UNet predicts affine_depth or affine_disparity", train={"kind": "metric_depth"})
-    refused(r'head = "dpt" is GenPercept', student={"head": "dpt"})
+    refused(r'head = "dpt" belongs to GenPercept', student={"head": "dpt"})
     refused(
-        r"\[latent\] is of student.network",
+        r"\[latent\] needs student.network",
         student={"network": "encoder_decoder", "weights": ""},
         latent={"blend": 1.0},
     )
-    refused("a UNet is trained whole", train={"freeze_encoder": True})
+    refused("a UNet is trained as a whole", train={"freeze_encoder": True})
 
 
 def test_a_base_that_is_known_brings_its_licence(made):

@@ -107,7 +107,7 @@ def test_weights_do_not_move_labels_and_old_folders_are_told_of(tmp_path):
     for tar in manifest["shards"]:
         del tar["image_source"]
     write_manifest(folder, manifest)
-    with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] its labels belong to.*distill label"):
+    with pytest.raises(RecipeError, match=r"does not say which \[\[images\]\] table each label is from.*distill label"):
         build.labelled(recipe)
     run_label(recipe)
     assert LabelDataset(folder).sources == [0] * 8 + [1] * 4 + [2] * 4

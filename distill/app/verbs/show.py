@@ -1,6 +1,6 @@
 """print a recipe resolved, defaults included; with --explain, what its keys mean
 
-distill show demo --explain                each key below its meaning, unit, and where its default is from
+distill show demo --explain                each key below its meaning, unit and the source of its default
 distill show demo --explain crops.size     one key, or one table, with its value in this recipe
 distill show --explain crops               without a recipe
 """
