@@ -248,7 +248,7 @@ def _checked_kind(student: Student, recipe: Recipe) -> Student:
         remedy = (
             "set student.max_depth, in metres"
             if recipe.train.kind == "metric_depth"
-            else "student.max_depth decides which"
+            else "student.max_depth decides that"
         )
         raise RecipeError(f'train.kind = "{recipe.train.kind}", but the student predicts {student.kind}: {remedy}')
     return student

@@ -183,7 +183,7 @@ def _about_sizes(recipe: Recipe, teachers: Any, student: torch.nn.Module | None)
             if side % multiple:
                 yield Finding(
                     "warn",
-                    f"{key} = {side} is not a multiple of {multiple}, which {who} needs",
+                    f"{key} = {side} is not a multiple of {multiple}, as {who} expects",
                     f"use {side // multiple * multiple or multiple}, or let it resize",
                 )
     step = student.factor if isinstance(student, LatentStudent) else 1

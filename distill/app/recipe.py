@@ -111,7 +111,8 @@ def _latent_faults(recipe: Recipe) -> list[str]:
     """Contradictions between [latent] and the student's network."""
     student, latent, train, faults = recipe.student, recipe.latent, recipe.train, []
     if student.network != "one_step_unet":
-        return ['[latent] needs student.network = "one_step_unet"'] if latent != LatentSettings() else []
+        line = '[latent] needs student.network = "one_step_unet": set that, or leave [latent] out'
+        return [line] if latent != LatentSettings() else []
     if student.head == "dpt":
         if latent.teacher != "genpercept" or not any(latent.image_weights):
             faults.append('student.head = "dpt" belongs to GenPercept: set latent.negated = true and latent.image_mse')

@@ -179,7 +179,7 @@ def test_doctor_says_memory_and_hours_and_what_the_base_predicts(made, small_siz
     config.write_text('{"prediction_type": "epsilon"}')
     recipe = parse(table(made, "doctor", student={"weights": str(base)}))
     found = [one.what for one in preflight.check_recipe(recipe)]
-    assert any("the network predicts epsilon, and is taught velocity" in line for line in found), found
+    assert any("the network predicts epsilon, but it is trained to predict velocity" in line for line in found), found
     student = latent.make(recipe, 0)
     assert not latent.another_prediction(parse(table(made, "x", latent={"trajectory": 0.0})), student)
     config.write_text('{"prediction_type": "v_prediction"}')

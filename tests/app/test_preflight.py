@@ -168,7 +168,7 @@ def test_sources_that_are_not_learnt_from_do_not_count_in_epochs(check, tmp_path
 def test_training_looks_at_the_disk_before_it_begins(monkeypatch):
     recipe, student = parse({"run": {"name": "x"}}), torch.nn.Linear(100, 100)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1000, folder))
-    with pytest.raises(OSError, match=r"has 0.00 GB free, a checkpoint takes .* set run.out to another disk"):
+    with pytest.raises(OSError, match=r"has 0.00 GB free, but a checkpoint takes .* set run.out to another disk"):
         commands.check_disk(recipe, student)
     monkeypatch.setattr(machine, "free_disk", lambda folder: (1 << 30, folder))
     commands.check_disk(recipe, student)

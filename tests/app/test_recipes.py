@@ -401,7 +401,7 @@ def test_outputs_go_to_paths(override):
         ("name\u00a0= 'x'", "there is a NO-BREAK SPACE: type a plain character"),
         ("lr = \u22121.5", "there is a MINUS SIGN: type a plain character"),
         ('out = "C:\\Users\\x"', "a backslash in double quotes starts an escape"),
-        ("resume = True", "True is written true, false, or left out"),
+        ("resume = True", "instead of True write true or false, or leave the key out"),
         ("lr = 1,5", "a decimal point is needed: 1.5"),
         ("name: x", "joined by ="),
     ],

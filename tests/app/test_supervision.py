@@ -186,6 +186,10 @@ def test_truth_beyond_the_reach_of_a_student_is_left_out(tmp_path):
         ({"loss": {"silog": 1.0}}, "loss.silog compares metres"),
         ({"loss": {"truth": {"log_l1": 1.0}}}, "loss.log_l1 compares metres"),
         ({"images": [{"scenes": 1, "teachers": ["dav"]}]}, r"images\[0\].teachers: no teacher dav; did you mean dav2"),
+        (
+            {"teachers": [], "images": [{"scenes": 1, "teachers": ["dav2"]}]},
+            r"images\[0\].teachers: no teacher dav2; the recipe has no \[\[teachers\]\]$",
+        ),
         ({"crops": {"redraw": True}}, "crops.redraw needs labels.online = true"),
         ({"images": [{"scenes": 1, "weight": -1.0}]}, "weight must be finite and at least 0, not -1.0"),
     ],

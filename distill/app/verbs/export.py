@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--gate", metavar="BENCHMARK", help="score on a benchmark or labels folder (INT8: scenes)")
     parser.add_argument("--root", metavar="DIR", help="where the gate's benchmark lies")
-    parser.add_argument("--list", metavar="FILE", help="which of the benchmark's images")
+    parser.add_argument("--list", metavar="FILE", help="a list of the benchmark's images to use")
     parser.add_argument(
         "--allow-drop", action="store_true", help="report a loss at the gate, but write the file anyway"
     )

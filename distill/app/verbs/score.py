@@ -152,5 +152,5 @@ def _under_rivals(args: argparse.Namespace) -> int:
     for name, result in results.items():
         note(f"  {name}: {sentence(name) if not isinstance(result, str) else f'not available: {result}'}")
     if failed:
-        say(f"{failed} scores of single images failed" + ("" if args.allow_failed else "; no mean"))
+        say(f"scoring an image failed {failed} times" + ("" if args.allow_failed else "; no mean"))
     return 1 if failed and not args.allow_failed else 0

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.recipe or args.explain):
         raise ValueError("show takes a recipe, or --explain KEY with a key such as crops.size")
     if not args.recipe:
-        refuse({"--set": args.set}, "changes a recipe: give one")
+        refuse({"--set": args.set}, "no effect without a recipe; give one")
     recipe = load(args.recipe, args.set) if args.recipe else None
     if args.explain:
         text = explain_key(args.explain, recipe)
